@@ -1,0 +1,302 @@
+"""The channel algebra: which indices of which axes can only be deleted together.
+
+Every axis of every tensor carries one *atom* per index. An atom is *primitive* (a free channel), *composite*
+(an ordered tuple of primitives: deleted if and only if any part is deleted; what merging heads and head dimension
+into one axis gives) or *frozen* (never deleted, with a reason).
+
+>>> atoms = Atoms()
+>>> conv1, conv2 = atoms.fresh(3), atoms.fresh(3)
+>>> atoms.unite(conv1, conv2)
+>>> bool((atoms.find(conv1) == atoms.find(conv2)).all())
+True
+>>> heads, dims = atoms.fresh(2), atoms.fresh(2)
+>>> atoms.parts(atoms.product(heads, dims)).shape
+(4, 2)
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Axis: TypeAlias = npt.NDArray[np.int64]
+Mask: TypeAlias = npt.NDArray[np.bool_]
+
+NOTHING = 0
+"""The atom that stands for an empty place in a row of parts; frozen, without a reason worth reporting."""
+
+_WIDTH = 6
+"""Parts that a composite can hold; beyond that the last ones move together, which is coarser and still sound."""
+
+
+class Atoms:
+    """A union-find over atoms, vectorised over whole axes.
+
+    All methods take and give integer arrays of atom numbers, one per index of an axis.
+    """
+
+    def __init__(self) -> None:
+        """Start with the one atom that is always frozen."""
+        self._size = 0
+        self._parent: Axis = np.zeros(1024, np.int64)
+        self._row: Axis = np.zeros(1024, np.int64)
+        self._frozen: Mask = np.zeros(1024, np.bool_)
+        self._rows = 0
+        self._parts: Axis = np.zeros((256, _WIDTH), np.int64)
+        self._reasons: dict[str, int] = {}
+        self._texts: dict[int, str] = {NOTHING: "of size one"}
+        self._allocate(1)
+        self._frozen[NOTHING] = True
+
+    def __len__(self) -> int:
+        """Count of atoms made so far."""
+        return self._size
+
+    def fresh(self, count: int, *, may_vanish: bool = False) -> Axis:
+        """Make `count` new primitive atoms; a single one would empty its axis and is frozen, unless it may."""
+        if count == 1 and not may_vanish:
+            return np.zeros(1, np.int64)
+        return self._allocate(count)
+
+    def frozen(self, count: int, reason: str) -> Axis:
+        """Make an axis of `count` indices that are never deleted."""
+        return np.full(count, self.reason_atom(reason), np.int64)
+
+    def freeze(self, axis: Axis, reason: str) -> None:
+        """Never delete any index of `axis`, the parts of composites included."""
+        live = self.parts(axis)
+        live = np.unique(live[live != NOTHING])
+        self._parent[live] = self.reason_atom(reason)
+
+    def reason_atom(self, reason: str) -> int:
+        """The frozen atom that carries `reason`."""
+        if reason not in self._reasons:
+            atom = int(self._allocate(1)[0])
+            self._frozen[atom] = True
+            self._reasons[reason] = atom
+            self._texts[atom] = reason
+        return self._reasons[reason]
+
+    def is_frozen(self, axis: Axis) -> Mask:
+        """Which indices can never be deleted."""
+        return np.asarray(self.parts(axis)[:, 0] == NOTHING)
+
+    def all_frozen(self, axis: Axis) -> bool:
+        """Whether no index of the axis can be deleted."""
+        return bool(self.is_frozen(axis).all()) if len(axis) else True
+
+    def reasons(self, axis: Axis) -> list[str]:
+        """Why the frozen indices of an axis are kept, without repetition."""
+        roots = self._root_parts(axis)
+        frozen = np.unique(roots[self._frozen[roots] & (roots != NOTHING)])
+        return [self._texts[int(atom)] for atom in frozen]
+
+    def find(self, axis: Axis) -> Axis:
+        """The representative of each atom."""
+        parent = self._parent
+        root = parent[axis]
+        while True:
+            above = parent[root]
+            if np.array_equal(above, root):
+                break
+            root = above
+        parent[axis] = root
+        return root
+
+    def parts(self, axis: Axis) -> Axis:
+        """The primitives whose deletion deletes each index: shape (len(axis), width), padded with `NOTHING`.
+
+        The first column is `NOTHING` exactly where the index is frozen.
+        """
+        roots = self.find(np.asarray(axis, np.int64))
+        if not (self._row[roots] > 0).any():
+            return np.asarray(np.where(self._frozen[roots], NOTHING, roots)[:, None])
+        table = self._root_parts(axis)
+        table[self._frozen[table]] = NOTHING
+        return _compress(table)
+
+    def canonical(self, axis: Axis) -> Axis:
+        """A number for each index: equal numbers for indices that are deleted by the same primitives, 0 if frozen."""
+        table = self.parts(axis)
+        if table.shape[1] == 1:
+            return np.asarray(table[:, 0])
+        table = np.sort(table, axis=1)
+        _, inverse = np.unique(table, axis=0, return_inverse=True)
+        return np.where(table[:, -1] == NOTHING, 0, inverse.ravel() + 1 + self._size)
+
+    def product(self, *axes: Axis) -> Axis:
+        """The axis that merging `axes`, row-major, gives; frozen factors drop out."""
+        merged = np.asarray(axes[0], np.int64)
+        for axis in axes[1:]:
+            merged = self._product(merged, np.asarray(axis, np.int64))
+        return merged
+
+    def unite(self, left: Axis, right: Axis) -> None:
+        """Give the two axes, index by index, the same fate."""
+        if left.shape != right.shape:
+            raise ValueError(f"axes of {left.shape} and {right.shape} indices cannot be united")
+        left, right = left.ravel(), right.ravel()
+        while len(left):
+            left, right = self._unite_step(left, right)
+
+    def deleted(self, axis: Axis, gone: Mask) -> Mask:
+        """Which indices go when the primitives marked in `gone` (length `len(self)`) go."""
+        return np.asarray(gone[self.parts(axis)].any(axis=1))
+
+    def _allocate(self, count: int) -> Axis:
+        start, self._size = self._size, self._size + count
+        while self._size > len(self._parent):
+            room = len(self._parent)
+            self._parent = np.concatenate([self._parent, np.zeros(room, np.int64)])
+            self._row = np.concatenate([self._row, np.zeros(room, np.int64)])
+            self._frozen = np.concatenate([self._frozen, np.zeros(room, np.bool_)])
+        made = np.arange(start, self._size)
+        self._parent[start : self._size] = made
+        return made
+
+    def _allocate_rows(self, table: Axis) -> Axis:
+        """Store rows of parts; row 0 means 'primitive'."""
+        start = self._rows + 1
+        self._rows += len(table)
+        while self._rows >= len(self._parts):
+            self._parts = np.concatenate([self._parts, np.zeros_like(self._parts)])
+        width = min(table.shape[1], _WIDTH)
+        self._parts[start : start + len(table), :width] = table[:, :width]
+        return np.arange(start, start + len(table))
+
+    def _root_parts(self, axis: Axis) -> Axis:
+        """As `parts`, frozen places not yet cleared and columns not yet compressed."""
+        table = self.find(np.asarray(axis, np.int64))[:, None]
+        while True:
+            rows = self._row[table]
+            if not (rows > 0).any():
+                return table
+            wide = self._parts[rows]
+            primitive = rows == 0
+            wide[primitive, 0] = table[primitive]
+            table = self.find(_compress(wide.reshape(len(table), -1)))
+
+    def _product(self, left: Axis, right: Axis) -> Axis:
+        outer, inner = np.repeat(left, len(right)), np.tile(right, len(left))
+        left_free, right_free = ~self.is_frozen(outer), ~self.is_frozen(inner)
+        merged = np.where(left_free, outer, inner)
+        both = left_free & right_free
+        if both.any():
+            table = np.concatenate([self.parts(outer[both]), self.parts(inner[both])], axis=1)
+            merged[both] = self._composites(_compress(table))
+        return merged
+
+    def _composites(self, table: Axis) -> Axis:
+        """Composite atoms for rows of at least one part each."""
+        if table.shape[1] > _WIDTH:
+            for column in range(_WIDTH, table.shape[1]):
+                extra = table[:, column] != NOTHING
+                self.unite(table[extra, _WIDTH - 1], table[extra, column])
+            table = self.find(table[:, :_WIDTH])
+        single = (table[:, 1] == NOTHING) if table.shape[1] > 1 else np.ones(len(table), np.bool_)
+        made = table[:, 0].copy()
+        atoms = self._allocate(int((~single).sum()))
+        self._row[atoms] = self._allocate_rows(table[~single])
+        made[~single] = atoms
+        return made
+
+    def _unite_step(self, left: Axis, right: Axis) -> tuple[Axis, Axis]:
+        """One round: settle what is simple, return the pairs that are left to unite."""
+        a, b = _same_width(self.parts(left), self.parts(right))
+        count_a, count_b = (a != NOTHING).sum(1), (b != NOTHING).sum(1)
+        frozen = (count_a == 0) | (count_b == 0)
+        if frozen.any():
+            self._spread_frost(left[frozen], right[frozen], a[frozen], b[frozen])
+        simple = (count_a == 1) & (count_b == 1)
+        self._union(a[simple, 0], b[simple, 0])
+        hard = ~(frozen | simple)
+        if not hard.any():
+            return left[:0], right[:0]
+        if frozen.any() or simple.any():
+            return left[hard], right[hard]
+        return self._unite_composites(left, right, a, b)
+
+    def _spread_frost(self, left: Axis, right: Axis, a: Axis, b: Axis) -> None:
+        cold = np.where(a[:, 0] == NOTHING, self._frost(left), self._frost(right))
+        for table in (a, b):
+            live = table != NOTHING
+            self._parent[table[live]] = np.broadcast_to(cold[:, None], table.shape)[live]
+
+    def _frost(self, axis: Axis) -> Axis:
+        """A frozen root for each index that is frozen."""
+        return self._root_parts(axis)[:, 0]
+
+    def _union(self, a: Axis, b: Axis) -> None:
+        while len(a):
+            a, b = self.find(a), self.find(b)
+            apart = a != b
+            a, b = a[apart], b[apart]
+            np.minimum.at(self._parent, np.maximum(a, b), np.minimum(a, b))
+
+    def _unite_composites(self, left: Axis, right: Axis, a: Axis, b: Axis) -> tuple[Axis, Axis]:
+        """Pairs of which at least one side has several parts."""
+        first = np.stack([a[:, 0], b[:, 0]])
+        common_a = ((a[:, :, None] == b[:, None, :]) & (a != NOTHING)[:, :, None]).any(2)
+        common_b = ((b[:, :, None] == a[:, None, :]) & (b != NOTHING)[:, :, None]).any(2)
+        rest_a, rest_b = _compress(np.where(common_a, NOTHING, a)), _compress(np.where(common_b, NOTHING, b))
+        rest_a, rest_b = _same_width(rest_a, rest_b)
+        count_a, count_b = (rest_a != NOTHING).sum(1), (rest_b != NOTHING).sum(1)
+        todo: list[tuple[Axis, Axis]] = []
+        # One side holds the other: what is left over must follow the part that both have.
+        for rest, other, anchor in ((rest_a, count_b, first[1]), (rest_b, count_a, first[0])):
+            rows, columns = np.nonzero((rest != NOTHING) & (other == 0)[:, None])
+            todo.append((rest[rows, columns], anchor[rows]))
+        becomes = ((count_a == 1) & (count_b > 1)) | ((count_b == 1) & (count_a > 1))
+        if becomes.any():
+            one = np.where(count_a == 1, rest_a[:, 0], rest_b[:, 0])[becomes]
+            many = np.where((count_a == 1)[:, None], rest_b, rest_a)[becomes]
+            done = self._become(one, many)
+            later = np.flatnonzero(becomes)[~done]
+            todo.append((left[later], right[later]))
+        paired = (count_a > 0) & (count_b > 0) & ~becomes
+        if paired.any():
+            todo.extend(_pair_parts(rest_a[paired], rest_b[paired]))
+        return np.concatenate([x for x, _ in todo]), np.concatenate([y for _, y in todo])
+
+    def _become(self, one: Axis, many: Axis) -> Mask:
+        """Turn each primitive of `one` into the composite of its row of `many`; says which rows were done."""
+        chosen = np.zeros(len(one), np.bool_)
+        chosen[np.unique(one, return_index=True)[1]] = True
+        chosen &= ~np.isin(one, many[chosen])
+        if not chosen.any():
+            chosen[0] = True
+        self._row[one[chosen]] = self._allocate_rows(many[chosen])
+        return chosen
+
+
+def _same_width(a: Axis, b: Axis) -> tuple[Axis, Axis]:
+    width = max(a.shape[1], b.shape[1])
+    return tuple(np.pad(t, ((0, 0), (0, width - t.shape[1]))) if t.shape[1] < width else t for t in (a, b))  # type: ignore[return-value]  # a pair in, a pair out
+
+
+def _pair_parts(a: Axis, b: Axis) -> list[tuple[Axis, Axis]]:
+    """Part by part; what one side has more of goes with the other side's last part."""
+    counts = [(t != NOTHING).sum(1) for t in (a, b)]
+    pairs = []
+    for column in range(a.shape[1]):
+        take = [np.minimum(column, count - 1) for count in counts]
+        live = column < np.maximum(*counts)
+        rows = np.arange(len(a))
+        pairs.append((a[rows, take[0]][live], b[rows, take[1]][live]))
+    return pairs
+
+
+def _compress(table: Axis) -> Axis:
+    """Drop repeated parts of each row and move the empty places to its end."""
+    if table.shape[1] == 1:
+        return table
+    table = table.copy()
+    for column in range(1, table.shape[1]):
+        seen = (table[:, :column] == table[:, column : column + 1]).any(1)
+        table[seen, column] = NOTHING
+    order = np.argsort(table == NOTHING, axis=1, kind="stable")
+    table = np.take_along_axis(table, order, axis=1)
+    width = max(1, int((table != NOTHING).sum(1).max(initial=0)))
+    return table[:, :width]

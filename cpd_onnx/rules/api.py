@@ -1,0 +1,278 @@
+"""What a rule sees and may do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from cpd_onnx.atoms import Atoms, Axis, Mask
+from cpd_onnx.evaluate import Call
+from cpd_onnx.graph import Array
+from cpd_onnx.shapes import Scope, Shape, Value
+
+
+class GiveUp(Exception):
+    """A rule cannot follow the channels here: all axes of the node are frozen, with this reason."""
+
+
+class Keep(Protocol):
+    """Which indices of an axis stay, once it is decided which channels go."""
+
+    def mask(self, axis: Axis) -> Mask:
+        """True where the index stays."""
+
+    def count(self, axis: Axis) -> int:
+        """Indices that stay."""
+
+
+Rewrite: TypeAlias = Callable[[Keep, Any], Any]
+"""From what stays and the value in the file to the value in the pruned file."""
+
+
+@dataclass(eq=False)
+class Tensor:
+    """An input or output of a node: its value as folded, and one atom per index of each axis.
+
+    `axes` is None where the shape is unknown; nothing can be followed through such a tensor.
+    """
+
+    value: Value
+    axes: list[Axis] | None
+
+    @property
+    def shape(self) -> Shape:
+        """Sizes under the first binding."""
+        assert self.value.shape is not None
+        return self.value.shape
+
+    @property
+    def rank(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether it is computed from weights alone."""
+        return self.value.constants is not None
+
+    def __getitem__(self, axis: int) -> Axis:
+        """Atoms of one axis; negative numbers count from the end."""
+        assert self.axes is not None
+        return self.axes[axis]
+
+
+@dataclass(frozen=True, eq=False)
+class Demand:
+    """A node's operand or attribute that names sizes of, or positions on, axes that may shrink.
+
+    Attributes:
+        scope: where the node is.
+        node: its position in the scope.
+        slot: input slot, or attribute name.
+        axes: what it depends on; for operands with `per_element`, one axis per element.
+        rewrite: gives the value in the pruned file; None from an attribute's rewrite means "leave it".
+        per_element: whether the operand is a list of sizes, one for each of `axes`.
+        wild: for operands that are sizes: what may stand for each element whatever the size is (0 copies, 1
+            broadcasts), None where there is no such number.
+        minus_one: whether one element may be -1.
+
+    """
+
+    scope: Scope
+    node: int
+    slot: int | str
+    axes: tuple[Axis, ...]
+    rewrite: Rewrite
+    per_element: bool = False
+    wild: tuple[int | None, ...] = ()
+    minus_one: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Cost:
+    """Multiply-accumulates of a node: `factor` times the product of the sizes of `axes`."""
+
+    scope: Scope
+    node: int
+    factor: float
+    axes: tuple[Axis, ...]
+
+
+@dataclass(eq=False)
+class Recorder:
+    """What the rules of a whole model leave behind, beside the atoms."""
+
+    demands: list[Demand] = field(default_factory=list)
+    costs: list[Cost] = field(default_factory=list)
+    labels: list[tuple[Axis, str]] = field(default_factory=list)
+    kernels: set[str] = field(default_factory=set)
+    zero_points: dict[str, tuple[str | None, int]] = field(default_factory=dict)
+    sensitive: set[tuple[str, int]] = field(default_factory=set)
+
+
+@dataclass(eq=False)
+class Op:
+    """One node as its rule sees it."""
+
+    scope: Scope
+    position: int
+    call: Call
+    inputs: list[Tensor | None]
+    outputs: list[Tensor]
+    atoms: Atoms
+    recorder: Recorder
+    touched: list[Axis] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Operator and node name, for reasons."""
+        node = self.scope.nodes[self.position]
+        return f"{node.op_type} {node.name or (node.output[0] if node.output else '')!r}"
+
+    @property
+    def opset(self) -> int:
+        """Version of the default operator set."""
+        return self.call.opset
+
+    def get(self, attribute: str, default: Any = None) -> Any:
+        """Attribute value or the default."""
+        return self.call.get(attribute, default)
+
+    def has(self, slot: int) -> bool:
+        """Whether the input is there."""
+        return slot < len(self.inputs) and self.inputs[slot] is not None
+
+    def input(self, slot: int) -> Tensor:
+        """An input that the rule cannot do without."""
+        tensor = self.inputs[slot] if slot < len(self.inputs) else None
+        if tensor is None:
+            raise GiveUp(f"{self.name} lacks input {slot}")
+        if tensor.axes is None:
+            raise GiveUp(f"the shape of input {slot} of {self.name} is not known")
+        return tensor
+
+    def operand(self, slot: int) -> Array | None:
+        """Elements of an operand such as a shape, or None if absent.
+
+        Raises GiveUp if they are there but depend on data.
+        """
+        tensor = self.inputs[slot] if slot < len(self.inputs) else None
+        if tensor is None:
+            return None
+        if tensor.value.value is None:
+            raise GiveUp(f"input {slot} of {self.name} is computed from data")
+        if tensor.axes is not None:
+            self.touched.extend(tensor.axes)
+        return tensor.value.value
+
+    def static_operand(self, slot: int) -> Array | None:
+        """As `operand`, but the elements must not depend on the sizes of the inputs."""
+        array = self.operand(slot)
+        tensor = self.inputs[slot] if array is not None else None
+        if tensor is not None and not tensor.value.is_static:
+            raise GiveUp(f"input {slot} of {self.name} depends on the size of the input")
+        return array
+
+    def set(self, axes: Sequence[Axis], output: int = 0) -> None:
+        """Say what atoms an output has; an output that the node does not name is skipped."""
+        if output >= len(self.outputs) or not self.outputs[output].value.name:
+            return
+        tensor = self.outputs[output]
+        shape = tensor.value.shape
+        if shape is not None and tuple(len(a) for a in axes) != shape:
+            raise GiveUp(f"{self.name} has an output of shape {list(shape)}, its rule expects {[len(a) for a in axes]}")
+        tensor.axes = list(axes)
+
+    def unite(self, left: Axis, right: Axis) -> None:
+        """Give two axes the same fate; both count as accounted for."""
+        if len(left) != len(right):
+            raise GiveUp(f"{self.name} joins axes of {len(left)} and {len(right)} indices")
+        self.atoms.unite(left, right)
+        self.touched += [left, right]
+
+    def freeze(self, axis: Axis, why: str) -> None:
+        """Never delete any index of the axis; `why` completes the sentence '<operator> …'."""
+        if not self.atoms.all_frozen(axis):
+            self.atoms.freeze(axis, f"{self.name} {why}")
+        self.touched.append(axis)
+
+    def frozen(self, count: int, why: str = "makes this axis") -> Axis:
+        """Atoms of an axis that is never pruned."""
+        return self.atoms.frozen(count, f"{self.name} {why}")
+
+    def contract(self, a: Tensor, i: int, b: Tensor, j: int) -> None:
+        """Sum over axis i of `a` and axis j of `b`."""
+        self.unite(a[i], b[j])
+        if a.value.constants is None and b.value.constants is None:
+            self.reduce(a[i])
+        self.kernel(a)
+        self.kernel(b)
+
+    def kernel(self, tensor: Tensor) -> None:
+        """The constant multiplies activations and is summed over: where it is zero, nothing passes."""
+        self.recorder.kernels |= tensor.value.constants or frozenset()
+
+    def reduce(self, axis: Axis) -> None:
+        """The result depends on which indices of the axis are there, beyond what zeros would add."""
+        self.touched.append(axis)
+        if not self.atoms.all_frozen(axis):
+            self.recorder.sensitive.add((self.scope.path, self.position))
+
+    def label(self, axis: Axis, kind: str) -> None:
+        """Name the kind of channel, for reports."""
+        self.recorder.labels.append((axis, kind))
+
+    def cost(self, factor: float, *axes: Axis) -> None:
+        """Multiply-accumulates: `factor` times the sizes of the axes."""
+        self.recorder.costs.append(Cost(self.scope, self.position, factor, axes))
+
+    def demand(self, slot: int | str, axes: Sequence[Axis], rewrite: Rewrite) -> None:
+        """An operand or attribute depends on which indices of the axes stay."""
+        self.recorder.demands.append(Demand(self.scope, self.position, slot, tuple(axes), rewrite))
+
+    def demand_sizes(
+        self, slot: int, axes: Sequence[Axis], *, wild: Sequence[int | None] | None = None, minus_one: bool = False
+    ) -> None:
+        """An operand lists sizes, one for each of `axes`; elements of zero or less mean something else and stay."""
+
+        def rewrite(keep: Keep, old: Array) -> Array:
+            sizes = [keep.count(a) if o > 0 else o for a, o in zip(axes, old.ravel().tolist(), strict=True)]
+            return np.asarray(sizes, old.dtype).reshape(old.shape)
+
+        free = tuple(wild) if wild is not None else (None,) * len(axes)
+        made = Demand(self.scope, self.position, slot, tuple(axes), rewrite, True, free, minus_one)
+        self.recorder.demands.append(made)
+
+    def attribute_size(self, name: str, axis: Axis) -> None:
+        """An attribute is the size of an axis."""
+        self.demand(name, [axis], lambda keep, old: keep.count(axis))
+
+    def pin_attribute(self, name: str, value: Any, axis: Axis) -> None:
+        """Once `axis` shrinks, an attribute that was derived from its size must be written down."""
+        self.demand(name, [axis], lambda keep, old: value if keep.count(axis) != len(axis) else None)
+
+
+Rule: TypeAlias = Callable[[Op], None]
+RULES: dict[tuple[str, str], Rule] = {}
+
+
+def rule(*names: str, domain: str = "") -> Callable[[Rule], Rule]:
+    """Register the rule of one or more operators; registering one twice is an error."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            assert (domain, name) not in RULES, f"{domain}::{name} has a rule already"
+            RULES[(domain, name)] = function
+        return function
+
+    return register
+
+
+def positions_after(mask: npt.NDArray[np.bool_], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """New index of each old one when those not in `mask` are deleted; old ones may be len(mask) (an end)."""
+    before = np.concatenate([[0], np.cumsum(mask)])
+    return np.asarray(before[positions])

@@ -1,0 +1,349 @@
+"""Operators that multiply by weights and sum: convolutions, matrix products, Einsum."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cpd_onnx.atoms import Axis
+from cpd_onnx.rules.api import GiveUp, Op, Tensor, rule
+from cpd_onnx.rules.elementwise import MICROSOFT, broadcast, freeze_rest
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """Which input is what for the variants of one operator; -1 where the variant has none."""
+
+    x: int = 0
+    w: int = 1
+    bias: int = 2
+    per_output: tuple[int, ...] = ()
+    zero_point: int = -1
+
+
+@rule("Conv")
+def conv(op: Op) -> None:
+    """Contract X's channels with W's second axis, group by group; W's first axis is the output's channels."""
+    convolution(op, _Slots())
+
+
+@rule("FusedConv", domain=MICROSOFT)
+def fused_conv(op: Op) -> None:
+    """As Conv; a fourth input is added to the output (a residual)."""
+    convolution(op, _Slots())
+    if op.has(3):
+        op.outputs[0].axes = broadcast(op, [op.outputs[0].axes or [], op.input(3).axes or []])
+
+
+@rule("ConvInteger")
+def conv_integer(op: Op) -> None:
+    """As Conv on integers; the weight's zero point may be per output channel."""
+    convolution(op, _Slots(bias=-1, per_output=(3,), zero_point=3))
+
+
+@rule("QLinearConv")
+def qlinear_conv(op: Op) -> None:
+    """As Conv on integers with scales and zero points beside each tensor."""
+    convolution(op, _Slots(w=3, bias=8, per_output=(4, 5), zero_point=5))
+
+
+@rule("DeformConv")
+def deform_conv(op: Op) -> None:
+    """As Conv; offsets and mask are as many as the kernel has places, whatever the channels."""
+    if op.get("offset_group", 1) != 1:
+        raise GiveUp(f"{op.name} has several offset groups")
+    for slot in (2, 4):
+        if op.has(slot):
+            for axis in op.input(slot).axes or []:
+                op.freeze(axis, "takes its offsets and mask as a whole")
+    convolution(op, _Slots(bias=3))
+
+
+def convolution(op: Op, slots: _Slots) -> None:
+    """Conv and its variants."""
+    x, w = op.input(slots.x), op.input(slots.w)
+    group = op.get("group", 1)
+    _freeze_spatial(op, x, w)
+    if group == 1:
+        op.contract(x, 1, w, 1)
+        out = w[0]
+    else:
+        groups, inner = op.atoms.fresh(group), op.atoms.fresh(w.shape[1])
+        outer = op.atoms.fresh(w.shape[0] // group)
+        op.unite(x[1], op.atoms.product(groups, inner))
+        op.unite(w[1], inner)
+        out = w[0]
+        op.unite(out, op.atoms.product(groups, outer))
+        _grouped(op, groups, x, w)
+    _finish(op, slots, x, w, out)
+
+
+@rule("ConvTranspose")
+def conv_transpose(op: Op) -> None:
+    """As Conv with W's first two axes in exchanged roles: (in, out/group, …)."""
+    x, w, group = op.input(0), op.input(1), op.get("group", 1)
+    _freeze_spatial(op, x, w)
+    if group == 1:
+        op.contract(x, 1, w, 0)
+        out = w[1]
+    else:
+        groups, inner = op.atoms.fresh(group), op.atoms.fresh(w.shape[0] // group)
+        outer = op.atoms.fresh(w.shape[1])
+        op.unite(x[1], op.atoms.product(groups, inner))
+        op.unite(w[0], x[1])
+        op.unite(w[1], outer)
+        out = op.atoms.product(groups, outer)
+        _grouped(op, groups, x, w)
+    _finish(op, _Slots(), x, w, out)
+
+
+def _grouped(op: Op, groups: Axis, x: Tensor, w: Tensor) -> None:
+    op.attribute_size("group", groups)
+    op.label(groups, "groups")
+    op.kernel(w)
+    if not w.is_constant:
+        op.reduce(x[1])
+
+
+def _freeze_spatial(op: Op, x: Tensor, w: Tensor) -> None:
+    if x.rank != w.rank:
+        raise GiveUp(f"{op.name} has inputs of {x.rank} and {w.rank} axes")
+    for tensor in (x, w):
+        for axis in (tensor.axes or [])[2:]:
+            op.freeze(axis, "slides over this axis")
+
+
+def _finish(op: Op, slots: _Slots, x: Tensor, w: Tensor, out: Axis) -> None:
+    """Bias, scales, output axes and cost."""
+    for slot in (slots.bias, *slots.per_output):
+        if slot >= 0 and op.has(slot):
+            vector = op.input(slot)
+            for axis in vector.axes or []:
+                if len(axis) > 1:
+                    op.unite(axis, out)
+    known = {slots.x, slots.w, slots.bias, *slots.per_output, 3}
+    for slot in range(len(op.inputs)):
+        if slot not in known and op.has(slot):
+            for axis in op.input(slot).axes or []:
+                op.freeze(axis, f"takes input {slot} as a whole")
+    mark_zero_point(op, w, slots.zero_point)
+    shape = op.outputs[0].value.shape
+    if shape is None:
+        raise GiveUp(f"the output shape of {op.name} is not known")
+    op.set([x[0], out, *(op.frozen(size, "slides over this axis") for size in shape[2:])])
+    places = math.prod(w.shape[2:]) * math.prod(shape[2:] if slots.x or out is w[0] else x.shape[2:])
+    op.cost(float(x.shape[0] * places), w[0], w[1])
+
+
+def mark_zero_point(op: Op, w: Tensor, slot: int, axis: int = 0) -> None:
+    """Remember what number stands for zero in an integer weight."""
+    if slot < 0 or w.value.weight is None:
+        return
+    tensor = op.inputs[slot] if slot < len(op.inputs) else None
+    op.recorder.zero_points[w.value.weight] = (tensor.value.weight if tensor is not None else None, axis)
+
+
+@rule("Gemm")
+@rule("FusedGemm", domain=MICROSOFT)
+def gemm(op: Op) -> None:
+    """A' x B' + C with either factor transposed; C broadcasts."""
+    a, b = op.input(0), op.input(1)
+    row, k_a = (1, 0) if op.get("transA", 0) else (0, 1)
+    k_b, column = (1, 0) if op.get("transB", 0) else (0, 1)
+    op.contract(a, k_a, b, k_b)
+    out = [a[row], b[column]]
+    if op.has(2):
+        out = broadcast(op, [out, op.input(2).axes or []])
+    op.set(out)
+    op.cost(1.0, a[row], b[column], b[k_b])
+
+
+@rule("QGemm", domain=MICROSOFT)
+def qgemm(op: Op) -> None:
+    """As Gemm on integers: A, its scale and zero point, B, its scales and zero points, C, output scale and zero."""
+    a, b = op.input(0), op.input(3)
+    row, k_a = (1, 0) if op.get("transA", 0) else (0, 1)
+    k_b, column = (1, 0) if op.get("transB", 0) else (0, 1)
+    op.contract(a, k_a, b, k_b)
+    _per_column(op, b[column], (4, 5, 6))
+    mark_zero_point(op, b, 5, column)
+    op.set([a[row], b[column]])
+    op.cost(1.0, a[row], b[column], b[k_b])
+
+
+@rule("MatMul")
+def matmul(op: Op) -> None:
+    """Contract the last axis of A with the second to last of B; batch axes broadcast."""
+    matrix_product(op, op.input(0), op.input(1))
+
+
+@rule("FusedMatMul", "TransposeMatMul", domain=MICROSOFT)
+def fused_matmul(op: Op) -> None:
+    """As MatMul with either factor transposed."""
+    if op.get("transBatchA", 0) or op.get("transBatchB", 0):
+        raise GiveUp(f"{op.name} transposes batch axes")
+    a, b = (_transposed(op.input(i), op.get(name, 0)) for i, name in ((0, "transA"), (1, "transB")))
+    matrix_product(op, a, b)
+
+
+@rule("MatMulInteger")
+def matmul_integer(op: Op) -> None:
+    """As MatMul on integers; B's zero point may be per column."""
+    a, b = op.input(0), op.input(1)
+    matrix_product(op, a, b)
+    _per_column(op, a[-2] if a.rank > 1 else a[-1], (2,))
+    _per_column(op, b[-1], (3,))
+    mark_zero_point(op, b, 3, -1)
+
+
+@rule("QLinearMatMul")
+def qlinear_matmul(op: Op) -> None:
+    """As MatMul on integers with scales and zero points beside each tensor."""
+    a, b = op.input(0), op.input(3)
+    matrix_product(op, a, b)
+    _per_column(op, a[-2] if a.rank > 1 else a[-1], (1, 2))
+    _per_column(op, b[-1], (4, 5))
+    freeze_rest(op, 6)
+    mark_zero_point(op, b, 5, -1)
+
+
+@rule("DynamicQuantizeMatMul", domain=MICROSOFT)
+def dynamic_quantize_matmul(op: Op) -> None:
+    """Quantises A over all its elements, then MatMul; B's scale, zero point and the bias are per column."""
+    a, b = op.input(0), op.input(1)
+    for axis in a.axes or []:
+        op.reduce(axis)
+    matrix_product(op, a, b)
+    _per_column(op, b[-1], (2, 3, 4))
+    mark_zero_point(op, b, 3, -1)
+
+
+@rule("MatMulIntegerToFloat", domain=MICROSOFT)
+def matmul_integer_to_float(op: Op) -> None:
+    """MatMul on integers, scaled back; scales, zero point and bias of B are per column."""
+    a, b = op.input(0), op.input(1)
+    matrix_product(op, a, b)
+    _per_column(op, a[-2], (2, 4))
+    _per_column(op, b[-1], (3, 5, 6))
+    mark_zero_point(op, b, 5, -1)
+
+
+@rule("MatMulNBits", domain=MICROSOFT)
+def matmul_nbits(op: Op) -> None:
+    """Weights packed in blocks along K: K stays, N (rows of the packed tensors) can shrink."""
+    a, rows, width = op.input(0), op.atoms.fresh(op.get("N")), op.get("N")
+    op.freeze(a[-1], "packs its weights in blocks along this axis")
+    for slot in range(1, len(op.inputs)):
+        if not op.has(slot):
+            continue
+        tensor = op.input(slot)
+        if tensor.rank and tensor.shape[0] % width == 0:
+            op.unite(tensor[0], np.repeat(rows, tensor.shape[0] // width))
+        for axis in (tensor.axes or [])[1:]:
+            op.freeze(axis, "packs its weights in blocks along this axis")
+    op.attribute_size("N", rows)
+    op.set([*(a.axes or [])[:-1], rows])
+    op.cost(float(op.get("K")) * math.prod(a.shape[:-1]), rows)
+
+
+def matrix_product(op: Op, a: Tensor, b: Tensor) -> None:
+    """MatMul of two tensors, numpy's rules for one-dimensional ones included."""
+    if a.rank == 0 or b.rank == 0:
+        raise GiveUp(f"{op.name} multiplies a scalar")
+    op.contract(a, -1, b, -2 if b.rank > 1 else -1)
+    out = broadcast(op, [(a.axes or [])[:-2], (b.axes or [])[:-2]])
+    if not a.is_constant and not b.is_constant:
+        for axis in out:
+            op.label(axis, "heads")
+        op.label(a[-1], "head_dim")
+    out += [a[-2]] if a.rank > 1 else []
+    out += [b[-1]] if b.rank > 1 else []
+    op.set(out)
+    op.cost(1.0, *out, a[-1])
+
+
+def _transposed(tensor: Tensor, swap: int) -> Tensor:
+    axes = tensor.axes or []
+    if not swap or len(axes) < 2:
+        return tensor
+    shapes = tensor.value.shapes
+    return _View(tensor, [*axes[:-2], axes[-1], axes[-2]]) if shapes else tensor
+
+
+class _View(Tensor):
+    """A tensor with its axes in another order."""
+
+    def __init__(self, tensor: Tensor, axes: list[Axis]) -> None:
+        super().__init__(tensor.value, axes)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes in the new order."""
+        return tuple(len(a) for a in self.axes or [])
+
+
+def _per_column(op: Op, column: Axis, slots: Sequence[int]) -> None:
+    for slot in slots:
+        if not op.has(slot):
+            continue
+        for axis in op.input(slot).axes or []:
+            if len(axis) > 1:
+                op.unite(axis, column)
+
+
+@rule("Einsum")
+def einsum(op: Op) -> None:
+    """Axes of one letter are one axis; letters that the result lacks are summed over."""
+    equation = str(op.get("equation")).replace(" ", "")
+    left, arrow, right = equation.partition("->")
+    terms = left.split(",")
+    if not arrow:
+        letters = re.sub(r"[^A-Za-z]", "", left)
+        right = ("..." if "..." in left else "") + "".join(c for c in sorted(set(letters)) if letters.count(c) == 1)
+    tensors = [op.input(i) for i in range(len(terms))]
+    found: dict[str, list[tuple[Tensor, Axis]]] = {}
+    ellipses = []
+    for term, tensor in zip(terms, tensors, strict=True):
+        letters, rest = _letters(term, tensor)
+        ellipses.append(rest)
+        for letter, axis in letters:
+            found.setdefault(letter, []).append((tensor, axis))
+    joined = {letter: _join(op, pairs) for letter, pairs in found.items()}
+    batch = broadcast(op, ellipses)
+    for letter, pairs in found.items():
+        if letter not in right:
+            _sum_over(op, pairs)
+    out: list[Axis] = []
+    for piece in re.findall(r"\.\.\.|[A-Za-z]", right):
+        out += batch if piece == "..." else [joined[piece]]
+    op.set(out)
+    op.cost(1.0, *batch, *joined.values())
+
+
+def _letters(term: str, tensor: Tensor) -> tuple[list[tuple[str, Axis]], list[Axis]]:
+    """(letter, axis) pairs of one operand, and the axes that its ellipsis stands for."""
+    axes = tensor.axes or []
+    before, dots, after = term.partition("...")
+    if not dots and len(before) != len(axes):
+        raise GiveUp(f"equation term {term!r} does not fit an operand of {len(axes)} axes")
+    end = len(axes) - len(after)
+    return [*zip(before, axes, strict=False), *zip(after, axes[end:], strict=False)], axes[len(before) : end] if dots else []
+
+
+def _join(op: Op, pairs: list[tuple[Tensor, Axis]]) -> Axis:
+    wide = [axis for _, axis in pairs if len(axis) > 1] or [pairs[0][1]]
+    for other in wide[1:]:
+        op.unite(wide[0], other)
+    return wide[0]
+
+
+def _sum_over(op: Op, pairs: list[tuple[Tensor, Axis]]) -> None:
+    for tensor, _ in pairs:
+        op.kernel(tensor)
+    if not any(tensor.is_constant for tensor, _ in pairs):
+        op.reduce(pairs[0][1])
+    op.touched.extend(axis for _, axis in pairs)

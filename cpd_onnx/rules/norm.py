@@ -1,0 +1,137 @@
+"""Normalisations: parameters follow the axis that they scale; statistics over channels depend on which are there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cpd_onnx.rules.api import Op, Tensor, rule
+from cpd_onnx.rules.elementwise import MICROSOFT, broadcast, freeze_rest
+
+
+@rule("BatchNormalization")
+def batch_norm(op: Op) -> None:
+    """Four vectors on axis 1."""
+    x = op.input(0)
+    _vectors(op, x, 1 if x.rank > 1 else 0, range(1, 5))
+    op.set(x.axes or [])
+    for output in range(1, len(op.outputs)):
+        op.set([op.input(1)[0]], output)
+
+
+@rule("InstanceNormalization")
+def instance_norm(op: Op) -> None:
+    """Two vectors on axis 1; statistics over all axes behind it, which may hold channels (a lowered GroupNorm)."""
+    x = op.input(0)
+    _vectors(op, x, 1, (1, 2))
+    for axis in (x.axes or [])[2:]:
+        op.reduce(axis)
+    op.set(x.axes or [])
+
+
+@rule("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
+def layer_norm(op: Op) -> None:
+    """Statistics over the axes from `axis` on; scale and bias broadcast from the right."""
+    x = op.input(0)
+    first = op.get("axis", -1) % max(1, x.rank)
+    _normalise_last(op, x, first, range(1, len(op.inputs)))
+    op.set(x.axes or [])
+    statistics = [*(x.axes or [])[:first], *([np.zeros(1, np.int64)] * (x.rank - first))]
+    for output in range(1, len(op.outputs)):
+        op.set(statistics, output)
+
+
+@rule("SkipLayerNormalization", "SkipSimplifiedLayerNormalization", domain=MICROSOFT)
+def skip_layer_norm(op: Op) -> None:
+    """LayerNormalization of the sum of two tensors; the sum is the fourth output."""
+    x = op.input(0)
+    axes = broadcast(op, [x.axes or [], op.input(1).axes or []])
+    _normalise_last(op, x, x.rank - 1, range(2, len(op.inputs)))
+    op.set(axes)
+    op.set(axes, 3)
+
+
+@rule("EmbedLayerNormalization", domain=MICROSOFT)
+def embed_layer_norm(op: Op) -> None:
+    """Sum of word, position and segment embeddings, then LayerNormalization."""
+    ids, word = op.input(0), op.input(2)
+    for slot in (2, 3, 4):
+        if op.has(slot):
+            op.freeze(op.input(slot)[0], "looks rows up by index")
+            op.unite(op.input(slot)[1], word[1])
+    for slot in (5, 6):
+        op.unite(op.input(slot)[0], word[1])
+    op.reduce(word[1])
+    freeze_rest(op, 0, but=(2, 3, 4, 5, 6))
+    out = [*(ids.axes or []), word[1]]
+    op.set(out)
+    op.set(out, 2)
+
+
+@rule("GroupNormalization")
+def group_norm(op: Op) -> None:
+    """Channels are groups x members; scale and bias are per group (opset 18) or per channel."""
+    _group_norm(op, 1, "num_groups")
+
+
+@rule("GroupNorm", domain=MICROSOFT)
+def group_norm_channels_last(op: Op) -> None:
+    """As GroupNormalization; channels may come last."""
+    _group_norm(op, -1 if op.get("channels_last", 1) else 1, "groups")
+
+
+def _group_norm(op: Op, channel: int, attribute: str) -> None:
+    x, count = op.input(0), op.get(attribute)
+    groups = op.atoms.fresh(count)
+    members = op.atoms.fresh(x.shape[channel] // count)
+    op.unite(x[channel], op.atoms.product(groups, members))
+    per_group = attribute == "num_groups" and op.opset < 21
+    for slot in (1, 2):
+        op.unite(op.input(slot)[0], groups if per_group else x[channel])
+    for position in range(1, x.rank):
+        op.reduce((x.axes or [])[position])
+    op.attribute_size(attribute, groups)
+    op.label(groups, "groups")
+    op.set(x.axes or [])
+
+
+@rule("LpNormalization")
+def lp_norm(op: Op) -> None:
+    """Divide by the norm along one axis."""
+    x = op.input(0)
+    op.reduce(x[op.get("axis", -1)])
+    op.set(x.axes or [])
+
+
+@rule("MeanVarianceNormalization")
+def mean_variance(op: Op) -> None:
+    """Statistics over some axes."""
+    x = op.input(0)
+    for axis in op.get("axes", [0, 2, 3]):
+        op.reduce(x[axis])
+    op.set(x.axes or [])
+
+
+@rule("LRN")
+def lrn(op: Op) -> None:
+    """Each channel is divided by its neighbours: their order matters."""
+    x = op.input(0)
+    op.freeze(x[1], "mixes neighbouring channels")
+    op.set(x.axes or [])
+
+
+def _vectors(op: Op, x: Tensor, axis: int, slots: Sequence[int]) -> None:
+    for slot in slots:
+        vector = op.input(slot)
+        for own in vector.axes or []:
+            if len(own) > 1:
+                op.unite(own, x[axis])
+
+
+def _normalise_last(op: Op, x: Tensor, first: int, slots: Sequence[int]) -> None:
+    for axis in (x.axes or [])[first:]:
+        op.reduce(axis)
+    for slot in slots:
+        if op.has(slot):
+            broadcast(op, [x.axes or [], op.input(slot).axes or []])

@@ -1,0 +1,78 @@
+"""Quantisation: scales and zero points follow the axis that they scale."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cpd_onnx.rules.api import GiveUp, Op, rule
+from cpd_onnx.rules.elementwise import MICROSOFT, broadcast, freeze_rest
+
+
+@rule("QuantizeLinear", "DequantizeLinear")
+@rule("QuantizeLinear", "DequantizeLinear", domain=MICROSOFT)
+def linear(op: Op) -> None:
+    """One scale for all, one per index of an axis, or one per block of an axis."""
+    x = op.input(0)
+    axis = op.get("axis", 1)
+    for slot in (1, 2):
+        if not op.has(slot):
+            continue
+        vector = op.input(slot)
+        if vector.rank > 1:
+            _blocked(op, slot, axis % x.rank)
+        elif vector.rank == 1 and vector.shape[0] > 1:
+            op.unite(vector[0], x[axis])
+        else:
+            op.touched.extend(vector.axes or [])
+    if x.value.weight is not None and op.outputs[0].value.dtype in (1, 10, 11, 16):
+        zero = op.inputs[2].value.weight if op.has(2) and op.inputs[2] is not None else None
+        op.recorder.zero_points[x.value.weight] = (zero, axis)
+    op.set(x.axes or [])
+
+
+def _blocked(op: Op, slot: int, axis: int) -> None:
+    x, scale = op.input(0), op.input(slot)
+    for position in range(x.rank):
+        if position == axis:
+            op.freeze(x[position], "quantises this axis in blocks")
+            op.freeze(scale[position], "quantises this axis in blocks")
+        else:
+            op.unite(x[position], scale[position])
+
+
+@rule("DynamicQuantizeLinear")
+def dynamic(op: Op) -> None:
+    """One scale from the minimum and maximum of all elements."""
+    x = op.input(0)
+    for axis in x.axes or []:
+        op.reduce(axis)
+    op.set(x.axes or [])
+    op.set([], 1)
+    op.set([], 2)
+
+
+@rule("QLinearConcat", domain=MICROSOFT)
+def quantized_concat(op: Op) -> None:
+    """Concat of the tensors at inputs 2, 5, 8, …; the rest are scales and zero points."""
+    slots = list(range(2, len(op.inputs), 3))
+    freeze_rest(op, 0, but=slots)
+    parts = [op.input(slot) for slot in slots]
+    axis = op.get("axis") % parts[0].rank
+    out = list(parts[0].axes or [])
+    for position in range(parts[0].rank):
+        if position == axis:
+            out[position] = np.concatenate([p[position] for p in parts])
+            continue
+        for other in parts[1:]:
+            op.unite(parts[0][position], other[position])
+    op.set(out)
+
+
+@rule("Quant", "BipolarQuant", domain="onnx.brevitas")
+@rule("Quant", "BipolarQuant", domain="qonnx.custom_op.general")
+def brevitas(op: Op) -> None:
+    """Fake quantisation; scale and zero point broadcast against the tensor."""
+    x = op.input(0)
+    if any(tensor is not None and tensor.axes is None for tensor in op.inputs):
+        raise GiveUp(f"a shape of {op.name} is not known")
+    op.set(broadcast(op, [x.axes or [], *(op.input(i).axes or [] for i in range(1, len(op.inputs)))]))

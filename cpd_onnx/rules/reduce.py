@@ -1,0 +1,157 @@
+"""Operators that reduce over axes, slide along them, or choose by value."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cpd_onnx.evaluate import axes_operand
+from cpd_onnx.rules.api import GiveUp, Op, rule
+from cpd_onnx.rules.elementwise import MICROSOFT, freeze_rest
+
+_ONE = np.zeros(1, np.int64)
+
+
+@rule(
+    "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd",
+    "ReduceSum", "ReduceSumSquare",
+)  # fmt: skip  # a table
+def reduction(op: Op) -> None:
+    """Reduced axes end here, the others pass."""
+    x = op.input(0)
+    axes = axes_operand(op.call, [op.static_operand(1)] if op.has(1) else [])
+    if not axes and op.get("noop_with_empty_axes", 0):
+        op.set(x.axes or [])
+        return
+    reduced = {a % x.rank for a in axes} if axes else set(range(x.rank))
+    for axis in reduced:
+        op.reduce(x[axis])
+    keep = op.get("keepdims", 1)
+    out = [_ONE if i in reduced else axis for i, axis in enumerate(x.axes or []) if keep or i not in reduced]
+    op.set(out)
+
+
+@rule("ArgMax", "ArgMin")
+def argument(op: Op) -> None:
+    """The result is an index: the axis must stay."""
+    x = op.input(0)
+    axis = op.get("axis", 0) % x.rank
+    op.freeze(x[axis], "returns positions on this axis")
+    out = list(x.axes or [])
+    out[axis : axis + 1] = [_ONE] if op.get("keepdims", 1) else []
+    op.set(out)
+
+
+@rule("Softmax", "LogSoftmax", "Hardmax")
+def softmax(op: Op) -> None:
+    """A distribution over the axis; below opset 13 over all axes from it on."""
+    x = op.input(0)
+    old = op.opset < 13
+    first = op.get("axis", 1 if old else -1) % max(1, x.rank)
+    for axis in (x.axes or [])[first : None if old else first + 1]:
+        op.freeze(axis, "normalises to a distribution over this axis")
+    op.set(x.axes or [])
+
+
+@rule("CumSum", "CumProd")
+def cumulative(op: Op) -> None:
+    """Order along the axis matters."""
+    x, axis = op.input(0), op.static_operand(1)
+    op.freeze(x[int(axis) if axis is not None else 0], "runs along this axis in order")
+    op.set(x.axes or [])
+
+
+@rule("TopK")
+def top_k(op: Op) -> None:
+    """Choose along one axis, which must stay."""
+    x = op.input(0)
+    axis = op.get("axis", -1) % x.rank
+    op.freeze(x[axis], "chooses along this axis")
+    freeze_rest(op, 1)
+    for output, tensor in enumerate(op.outputs):
+        if tensor.value.shape is None:
+            raise GiveUp(f"the number of choices of {op.name} is not known")
+        out = list(x.axes or [])
+        out[axis] = op.frozen(tensor.value.shape[axis], "chooses along this axis")
+        op.set(out, output)
+
+
+@rule("MaxPool", "AveragePool", "LpPool")
+def pool(op: Op) -> None:
+    """Slide over the spatial axes; batch and channels pass."""
+    _slide(op)
+
+
+@rule("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
+def global_pool(op: Op) -> None:
+    """Reduce all axes behind the second (which may hold channels: tf2onnx writes LayerNorm so)."""
+    x = op.input(0)
+    for axis in (x.axes or [])[2:]:
+        op.reduce(axis)
+    op.set([*(x.axes or [])[:2], *([_ONE] * (x.rank - 2))])
+
+
+@rule("QLinearGlobalAveragePool", domain=MICROSOFT)
+def quantized_global_pool(op: Op) -> None:
+    """As GlobalAveragePool; channels may come last."""
+    x = op.input(0)
+    freeze_rest(op, 1)
+    last = op.get("channels_last", 0)
+    spatial = range(1, x.rank - 1) if last else range(2, x.rank)
+    for axis in spatial:
+        op.reduce(x[axis])
+    op.set([_ONE if i in spatial else axis for i, axis in enumerate(x.axes or [])])
+
+
+@rule("MaxUnpool")
+def max_unpool(op: Op) -> None:
+    """Values go back to where their maxima were; the indices share batch and channels with the values."""
+    x, indices = op.input(0), op.input(1)
+    for axis, (left, right) in enumerate(zip(x.axes or [], indices.axes or [], strict=True)):
+        op.unite(left, right)
+        if axis > 1:
+            op.freeze(left, "places values along this axis")
+    out = [*(x.axes or [])[:2], *_output_spatial(op)]
+    if op.has(2):
+        op.operand(2)
+        op.demand_sizes(2, out)
+    op.set(out)
+
+
+@rule("GridSample")
+def grid_sample(op: Op) -> None:
+    """Sample the spatial axes at the places of a grid (N, …, coordinates)."""
+    x, grid = op.input(0), op.input(1)
+    for axis in (x.axes or [])[2:]:
+        op.freeze(axis, "samples along this axis")
+    for axis in (grid.axes or [])[1:]:
+        op.freeze(axis, "takes the grid as a whole")
+    op.unite(x[0], grid[0])
+    op.set([x[0], x[1], *_output_spatial(op)])
+
+
+@rule("RoiAlign", "MaxRoiPool")
+def roi(op: Op) -> None:
+    """Cut regions out of the spatial axes; channels pass."""
+    x = op.input(0)
+    for axis in [x[0], *(x.axes or [])[2:]]:
+        op.freeze(axis, "cuts regions out of this axis")
+    freeze_rest(op, 1)
+    shape = op.outputs[0].value.shape
+    if shape is None:
+        raise GiveUp(f"the output shape of {op.name} is not known")
+    op.set([op.frozen(shape[0]), x[1], *_output_spatial(op)])
+
+
+def _slide(op: Op) -> None:
+    x = op.input(0)
+    for axis in (x.axes or [])[2:]:
+        op.freeze(axis, "slides over this axis")
+    for output in range(len(op.outputs)):
+        op.set([*(x.axes or [])[:2], *_output_spatial(op)], output)
+
+
+def _output_spatial(op: Op) -> list[np.ndarray]:  # type: ignore[type-arg]  # atoms of frozen axes
+    shape = op.outputs[0].value.shape
+    if shape is None:
+        raise GiveUp(f"the output shape of {op.name} is not known")
+    return [op.frozen(size) for size in shape[2:]]

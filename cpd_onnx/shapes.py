@@ -1,0 +1,681 @@
+"""Shapes of all tensors, and the values of the small ones: what `fold` finds out.
+
+Every symbolic dimension is bound to two different sizes and the graph is inferred under both: what differs is
+dynamic, the rest is known. `value_info` in the file is not trusted. Shape arithmetic is computed element by element,
+and each element knows which constant it came from.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import GraphProto, NodeProto, TensorProto, TypeProto, ValueInfoProto, helper, numpy_helper, shape_inference
+
+from cpd_onnx import contrib
+from cpd_onnx.errors import ModelError
+from cpd_onnx.evaluate import EVALUATORS, MAX_ELEMENTS, MOVERS, Call, TooLarge
+from cpd_onnx.graph import Array, Model, attributes_of, bodies_of, to_array
+
+Shape: TypeAlias = tuple[int, ...]
+Leaves: TypeAlias = npt.NDArray[np.int64]
+
+_SMALL_FLOATS = 8
+"""Float constants up to this many elements may be shape arithmetic (scales, bounds); larger ones are weights."""
+_GUESSES = (37, 41)
+"""Sizes for dimensions that depend on data (NonZero, TopK of a computed k): any would do."""
+_DATA_DEPENDENT_BODIES = {"If", "Loop", "Scan"}
+_COMPUTABLE_TYPES = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16}
+
+
+@dataclass(slots=True, eq=False)
+class Value:
+    """One tensor of the graph.
+
+    Attributes:
+        name: its name.
+        dtype: ONNX element type, 0 if unknown or not a tensor.
+        shapes: its shape under the two bindings, None if the rank is unknown.
+        values: its elements under the two bindings where they are known.
+        leaves: per element, the code of the constant's element it was moved from, or -1.
+        weight: name of the initializer or Constant output that it is, if it is one.
+        constants: the weights it is computed from, if it depends on nothing else.
+        from_shape: whether its elements depend on the shape of some tensor.
+        guessed: whether some dimension is a stand-in for one that depends on data.
+
+    """
+
+    name: str
+    dtype: int = 0
+    shapes: tuple[Shape, Shape] | None = None
+    values: tuple[Array, Array] | None = None
+    leaves: Leaves | None = None
+    weight: str | None = None
+    constants: frozenset[str] | None = None
+    from_shape: bool = False
+    guessed: bool = False
+    _types: list[TypeProto] | None = None
+
+    @property
+    def shape(self) -> Shape | None:
+        """Shape under the first binding."""
+        return None if self.shapes is None else self.shapes[0]
+
+    @property
+    def value(self) -> Array | None:
+        """Elements under the first binding."""
+        return None if self.values is None else self.values[0]
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the elements are known and the same whatever the sizes of the inputs."""
+        return self.values is not None and np.array_equal(*self.values)
+
+    def type(self, binding: int) -> TypeProto:
+        """The type under a binding, as shape inference wants it."""
+        if self._types is None:
+            shapes = self.shapes or (None, None)
+            self._types = [_type_proto(self.dtype, shape) for shape in shapes]
+        return self._types[binding]
+
+
+@dataclass(eq=False)
+class Scope:
+    """The values of one graph, subgraph or function call.
+
+    Attributes:
+        path: where it hangs, e.g. "" or "/If_3.then_branch".
+        nodes: its nodes in topological order.
+        values: the values made in it.
+        outputs: names of its outputs.
+        parent: the enclosing scope, None for the main graph and for functions.
+        bodies: for the node at each position, the scopes inside it by attribute name ("body" for a function call).
+        function: whether this is the body of a model-local function (or lies in one).
+        order: for each node its position in the file.
+        address: (position in the file, attribute name) of the nodes that lead here from the main graph.
+
+    """
+
+    path: str
+    nodes: list[NodeProto]
+    values: dict[str, Value]
+    outputs: list[str]
+    parent: Scope | None = None
+    bodies: dict[int, dict[str, Scope]] = field(default_factory=dict)
+    function: bool = False
+    inputs: list[str] = field(default_factory=list)
+    order: list[int] = field(default_factory=list)
+    address: tuple[tuple[int, str], ...] = ()
+
+    def lookup(self, name: str) -> Value | None:
+        """The value of that name here or in an enclosing graph."""
+        scope: Scope | None = self
+        while scope is not None:
+            if name in scope.values:
+                return scope.values[name]
+            scope = scope.parent
+        return None
+
+    def walk(self) -> Iterable[Scope]:
+        """This scope and all inside it."""
+        yield self
+        for bodies in self.bodies.values():
+            for body in bodies.values():
+                yield from body.walk()
+
+
+@dataclass(frozen=True)
+class Use:
+    """One input slot of one node."""
+
+    scope: Scope
+    node: int
+    slot: int
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What is known of a model's tensors.
+
+    Attributes:
+        model: the model.
+        scope: the main graph.
+        uses: slots of constants, indexed by the upper half of leaf codes.
+        unknown: operators whose output shapes could not be inferred, "domain::op_type" to the first node's name.
+        batch: size that the first binding gives to the leading dynamic dimension, 1 if it is fixed.
+
+    """
+
+    model: Model
+    scope: Scope
+    uses: tuple[Use, ...]
+    unknown: Mapping[str, str]
+    batch: int
+
+
+def fold(model: Model, input_shapes: Mapping[str, Sequence[int]] | None = None) -> Folded:
+    """Infer all shapes and compute the shape arithmetic of a model.
+
+    `input_shapes` fixes the shapes of inputs by name where the file leaves them open and the defaults do not fit.
+    Raises ModelError if the graph is cyclic or uses values that nobody makes.
+    """
+    best: Folded | None = None
+    open_inputs = any(_open_dims(v) for v in _real_inputs(model))
+    for profile in _PROFILES if open_inputs and not input_shapes else _PROFILES[:1]:
+        folded = _Folder(model, profile, dict(input_shapes or {})).run()
+        if best is None or len(folded.unknown) < len(best.unknown):
+            best = folded
+        if not best.unknown:
+            break
+    assert best is not None
+    return best
+
+
+@dataclass(frozen=True)
+class _Profile:
+    """Two sizes for batch, sequence-like and image-like dimensions."""
+
+    batch: tuple[int, int]
+    sequence: tuple[int, int]
+    image: tuple[int, int]
+
+
+_PROFILES = (
+    _Profile((2, 3), (14, 22), (64, 96)),
+    _Profile((2, 3), (64, 96), (224, 256)),
+    _Profile((2, 3), (512, 768), (512, 640)),
+    _Profile((2, 3), (16000, 24000), (299, 331)),
+)
+
+
+def _real_inputs(model: Model) -> list[ValueInfoProto]:
+    return [v for v in model.graph.input if not model.has(v.name)]
+
+
+def _open_dims(value: ValueInfoProto) -> bool:
+    return any(d.dim_value <= 0 for d in value.type.tensor_type.shape.dim)
+
+
+class _Folder:
+    """One sweep over the model with one way to bind its symbols."""
+
+    def __init__(self, model: Model, profile: _Profile, input_shapes: dict[str, Sequence[int]]) -> None:
+        self.model = model
+        self.profile = profile
+        self.input_shapes = input_shapes
+        self.symbols: dict[str, tuple[int, int]] = {}
+        self.uses: list[Use] = []
+        self.unknown: dict[str, str] = {}
+        self.opsets = {o.domain if o.domain != "ai.onnx" else "": o.version for o in model.proto.opset_import}
+        self.opsets.setdefault("", 1)
+        self.opset_ids = [helper.make_opsetid(d, v) for d, v in self.opsets.items()]
+        self.functions = {(f.domain, f.name): f for f in model.proto.functions}
+        self.depth = 0
+
+    def run(self) -> Folded:
+        graph = self.model.graph
+        values: dict[str, Value] = {}
+        for tensor in graph.initializer:
+            values[tensor.name] = self.weight(tensor)
+        for sparse in graph.sparse_initializer:
+            name = sparse.values.name
+            values[name] = Value(name, sparse.values.data_type, (tuple(sparse.dims),) * 2)
+        for info in _real_inputs(self.model):
+            values[info.name] = self.graph_input(info)
+        scope = self.scope("", graph, values, ())
+        first = next((values[i.name].shapes for i in _real_inputs(self.model)), None)
+        batch = first[0][0] if first and first[0] and first[0][0] != first[1][0] else 1
+        return Folded(self.model, scope, tuple(self.uses), self.unknown, batch)
+
+    def weight(self, tensor: TensorProto) -> Value:
+        shape = tuple(tensor.dims)
+        value = Value(tensor.name, tensor.data_type, (shape, shape), weight=tensor.name)
+        value.constants = frozenset((tensor.name,))
+        size = int(np.prod(shape, dtype=np.int64)) if shape else 1
+        if size <= (_SMALL_FLOATS if tensor.data_type in _COMPUTABLE_TYPES else MAX_ELEMENTS):
+            array = self.model.array(tensor.name) if self._is_main(tensor) else to_array(tensor)
+            value.values = (array, array)
+        return value
+
+    def _is_main(self, tensor: TensorProto) -> bool:
+        return self.model.has(tensor.name) and self.model.tensor(tensor.name) is tensor
+
+    def graph_input(self, info: ValueInfoProto) -> Value:
+        kind = info.type.tensor_type
+        if not info.type.HasField("tensor_type") or not kind.HasField("shape"):
+            return Value(info.name, kind.elem_type)
+        if info.name in self.input_shapes:
+            shape = tuple(self.input_shapes[info.name])
+            return Value(info.name, kind.elem_type, (shape, shape))
+        rank = len(kind.shape.dim)
+        dims = [self.bind(d, axis, rank, kind.elem_type) for axis, d in enumerate(kind.shape.dim)]
+        return Value(info.name, kind.elem_type, (tuple(d[0] for d in dims), tuple(d[1] for d in dims)))
+
+    def bind(self, dim: onnx.TensorShapeProto.Dimension, axis: int, rank: int, dtype: int) -> tuple[int, int]:
+        if dim.dim_value > 0:
+            return (dim.dim_value, dim.dim_value)
+        name = dim.dim_param
+        if not name:
+            return self.default_size(axis, rank, dtype)
+        if name not in self.symbols:
+            self.symbols[name] = self.expression(name) or self.default_size(axis, rank, dtype)
+        return self.symbols[name]
+
+    def default_size(self, axis: int, rank: int, dtype: int) -> tuple[int, int]:
+        if axis == 0:
+            return self.profile.batch
+        is_image = rank >= 4 and axis >= 1 and dtype in _COMPUTABLE_TYPES
+        return self.profile.image if is_image else self.profile.sequence
+
+    def expression(self, name: str) -> tuple[int, int] | None:
+        """Sizes of a sum of known symbols and numbers, as exporters of caches write ("past + 1")."""
+        if name in ("total_sequence_length", "past_sequence_length + sequence_length"):
+            terms = ["past_sequence_length", "sequence_length"]
+        elif re.search(r"[+]", name):
+            terms = [t.strip() for t in name.split("+")]
+        else:
+            return None
+        sizes = [self.symbols.get(t) or ((int(t), int(t)) if t.isdigit() else self.profile.sequence) for t in terms]
+        return (sum(s[0] for s in sizes), sum(s[1] for s in sizes))
+
+    def scope(
+        self,
+        path: str,
+        graph: GraphProto,
+        values: dict[str, Value],
+        address: tuple[tuple[int, str], ...],
+        parent: Scope | None = None,
+    ) -> Scope:
+        order = topological(graph.node, set(values) | self.outer_names(parent), path or "the graph")
+        scope = Scope(path, [graph.node[i] for i in order], values, [o.name for o in graph.output], parent)
+        scope.function = parent is not None and parent.function
+        scope.inputs = [i.name for i in graph.input]
+        scope.order, scope.address = order, address
+        self.sweep(scope)
+        return scope
+
+    @staticmethod
+    def outer_names(scope: Scope | None) -> set[str]:
+        names: set[str] = set()
+        while scope is not None:
+            names.update(scope.values)
+            scope = scope.parent
+        return names
+
+    def sweep(self, scope: Scope) -> None:
+        self.depth += 1
+        if self.depth > 64:
+            raise ModelError(f"{scope.path}: subgraphs or functions nest more than 64 deep (recursive function?)")
+        for position, node in enumerate(scope.nodes):
+            inputs = [scope.lookup(name) if name else None for name in node.input]
+            for value in self.node(scope, position, node, inputs):
+                if value.name:
+                    scope.values[value.name] = value
+        self.depth -= 1
+
+    def node(self, scope: Scope, position: int, node: NodeProto, inputs: list[Value | None]) -> list[Value]:
+        if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
+            return [self.constant(node)]
+        if node.op_type in _DATA_DEPENDENT_BODIES and node.domain in ("", "ai.onnx"):
+            return self.body_node(scope, position, node, inputs)
+        if (node.domain, node.op_type) in self.functions:
+            return self.call(scope, position, node, inputs)
+        attributes = attributes_of(node)
+        results = self.computed(scope, position, node, attributes, inputs) or self.inferred(node, attributes, inputs)
+        parents = [v for v in inputs if v is not None]
+        # ConstantOfShape, Range and Shape of constants count too: they depend on weights alone.
+        if parents and all(v.constants is not None for v in parents):
+            merged = frozenset(itertools.chain.from_iterable(v.constants or () for v in parents))
+            for value in results:
+                value.constants = merged
+        return results
+
+    def constant(self, node: NodeProto) -> Value:
+        name = node.output[0]
+        for attribute in node.attribute:
+            if attribute.name == "value":
+                shape = tuple(attribute.t.dims)
+                value = Value(name, attribute.t.data_type, (shape, shape), weight=name, constants=frozenset((name,)))
+                limit = _SMALL_FLOATS if attribute.t.data_type in _COMPUTABLE_TYPES else MAX_ELEMENTS
+                if int(np.prod(shape, dtype=np.int64)) <= limit:
+                    array = to_array(attribute.t)
+                    value.values = (array, array)
+                return value
+            if attribute.name in ("value_int", "value_ints", "value_float", "value_floats"):
+                kind = np.int64 if "int" in attribute.name else np.float32
+                array = np.asarray(helper.get_attribute_value(attribute), kind)
+                dtype = helper.np_dtype_to_tensor_dtype(array.dtype)
+                value = Value(name, dtype, (array.shape, array.shape), (array, array), weight=name)
+                value.constants = frozenset((name,))
+                return value
+        return Value(name, TensorProto.STRING)
+
+    def computed(
+        self, scope: Scope, position: int, node: NodeProto, attributes: dict[str, Any], inputs: list[Value | None]
+    ) -> list[Value] | None:
+        """The outputs by arithmetic, if all inputs are known."""
+        if node.domain not in ("", "ai.onnx"):
+            return None
+        call = Call(attributes, self.opsets[""])
+        if node.op_type in ("Shape", "Size") and inputs[0] is not None and inputs[0].shapes is not None:
+            return None if inputs[0].guessed else [self.shape_of(node, call, inputs[0].shapes)]
+        function = EVALUATORS.get(node.op_type)
+        present = [v for v in inputs if v is not None]
+        if function is None or not present or any(v.values is None for v in present):
+            return None
+        arrays = [[None if v is None else v.values[b] for v in inputs] for b in (0, 1)]  # type: ignore[index]  # checked
+        same = all(v.is_static for v in present)
+        try:
+            with np.errstate(all="ignore"):
+                first = function(call, *arrays[0])
+                second = first if same else function(call, *arrays[1])
+                leaves = self.moved(scope, position, node.op_type, function, call, inputs)
+        except (TooLarge, NotImplementedError, ValueError, IndexError, TypeError, ZeroDivisionError, OverflowError):
+            return None
+        tainted = any(v.from_shape for v in present)
+        outputs = [o if isinstance(o, tuple) else (o,) for o in (first, second)]
+        if any(o.size > MAX_ELEMENTS for o in outputs[0]):
+            return None
+        made = []
+        for index, name in enumerate(node.output):
+            pair = (np.asarray(outputs[0][index]), np.asarray(outputs[1][index]))
+            dtype = helper.np_dtype_to_tensor_dtype(pair[0].dtype)
+            value = Value(name, dtype, (pair[0].shape, pair[1].shape), pair, from_shape=tainted)
+            value.leaves = None if leaves is None else leaves[index]
+            made.append(value)
+        return made
+
+    @staticmethod
+    def shape_of(node: NodeProto, call: Call, shapes: tuple[Shape, Shape]) -> Value:
+        arrays = [np.asarray(s, np.int64) for s in shapes]
+        if node.op_type == "Size":
+            arrays = [np.asarray(a.prod(), np.int64) for a in arrays]
+        else:
+            arrays = [a[slice(call.get("start", 0), call.get("end"))] for a in arrays]
+        pair = (arrays[0], arrays[1])
+        return Value(node.output[0], TensorProto.INT64, (pair[0].shape, pair[1].shape), pair, from_shape=True)
+
+    def moved(
+        self, scope: Scope, position: int, op_type: str, function: Any, call: Call, inputs: list[Value | None]
+    ) -> list[Leaves] | None:
+        """Where each output element comes from, for operators that only move elements."""
+        if op_type not in MOVERS:
+            return None
+        carried = {"Concat": range(len(inputs)), "Where": range(1, 3)}.get(op_type, range(1))
+        operands: list[Array | None] = []
+        for slot, value in enumerate(inputs):
+            is_carried = value is not None and slot in carried
+            operands.append(self.leaves_of(scope, position, slot, value) if is_carried else value and value.value)  # type: ignore[arg-type]  # not None if carried
+        if op_type == "Cast":
+            return [np.asarray(operands[0])]
+        result = function(call, *operands)
+        return [np.asarray(r) for r in (result if isinstance(result, tuple) else (result,))]
+
+    def leaves_of(self, scope: Scope, position: int, slot: int, value: Value) -> Leaves:
+        assert value.value is not None
+        if value.weight is not None:
+            self.uses.append(Use(scope, position, slot))
+            codes = ((len(self.uses) - 1) << 32) + np.arange(value.value.size, dtype=np.int64)
+            return codes.reshape(value.value.shape)
+        if value.leaves is not None:
+            return value.leaves
+        return np.full(value.value.shape, -1, np.int64)
+
+    def inferred(self, node: NodeProto, attributes: dict[str, Any], inputs: list[Value | None]) -> list[Value]:
+        """The outputs by shape inference under both bindings."""
+        first = self.infer(node, attributes, inputs, 0)
+        is_dynamic = any(v is not None and not _same_under_both(v) for v in inputs)
+        second = self.infer(node, attributes, inputs, 1) if is_dynamic else first
+        made = []
+        for index, name in enumerate(node.output):
+            (dtype, shape), (_, other) = first[index], second[index]
+            value = Value(name, dtype)
+            if shape is not None and other is not None and len(shape) == len(other):
+                value.guessed = None in shape or None in other
+                value.shapes = (_complete(shape, 0), _complete(other, 1))
+            elif name:
+                self.unknown.setdefault(f"{node.domain or 'ai.onnx'}::{node.op_type}", node.name or node.output[0])
+            made.append(value)
+        return made
+
+    def infer(
+        self, node: NodeProto, attributes: dict[str, Any], inputs: list[Value | None], binding: int
+    ) -> list[tuple[int, tuple[int | None, ...] | None]]:
+        nothing: list[tuple[int, tuple[int | None, ...] | None]] = [(0, None)] * len(node.output)
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        shapes = [None if v is None or v.shapes is None else v.shapes[binding] for v in inputs]
+        values = [None if v is None or v.values is None else v.values[binding] for v in inputs]
+        own = contrib.output_shapes((domain, node.op_type), attributes, shapes, values)
+        if own is not None:
+            dtype = next((v.dtype for v in inputs if v is not None), 0)
+            return ([(dtype, shape) for shape in own] + nothing)[: len(nothing)]
+        try:
+            schema = onnx.defs.get_schema(node.op_type, self.opsets.get(domain, 1), domain)
+            types = {v.name: v.type(binding) for v in inputs if v is not None}
+            data = {v.name: numpy_helper.from_array(v.values[binding], v.name) for v in inputs if v and v.values}
+            # Inference wants names; a node that takes the same value twice gives it once.
+            found = shape_inference.infer_node_outputs(
+                schema, node, types, data, opset_imports=self.opset_ids, ir_version=self.model.proto.ir_version or 3
+            )
+        except (onnx.defs.SchemaError, shape_inference.InferenceError, RuntimeError, ValueError, TypeError):
+            return nothing
+        return [_dims(found.get(name)) if name else (0, None) for name in node.output]
+
+    def call(self, scope: Scope, position: int, node: NodeProto, inputs: list[Value | None]) -> list[Value]:
+        """A call of a model-local function: its body with the arguments in place."""
+        function = self.functions[(node.domain, node.op_type)]
+        given = {a.name: a for a in node.attribute}
+        given |= {a.name: a for a in function.attribute_proto if a.name not in given}
+        arguments = itertools.zip_longest(function.input, inputs[: len(function.input)])
+        values = {formal: actual for formal, actual in arguments if actual is not None and formal}
+        order = topological(function.node, set(function.input), node.op_type)
+        nodes = [_with_attributes(function.node[i], given) for i in order]
+        label = node.name or node.output[0]
+        inner = Scope(f"{scope.path}/{label}", nodes, dict(values), list(function.output), None, function=True)
+        inner.inputs, inner.order = list(function.input), order
+        scope.bodies[position] = {"body": inner}
+        outer, self.opsets = self.opsets, self.opsets | {
+            "" if o.domain == "ai.onnx" else o.domain: o.version for o in function.opset_import
+        }
+        self.sweep(inner)
+        self.opsets = outer
+        return [_renamed(inner.values.get(f), name) for f, name in zip(function.output, node.output, strict=False)]
+
+    def body_node(self, scope: Scope, position: int, node: NodeProto, inputs: list[Value | None]) -> list[Value]:
+        """If, Loop, Scan: sweep the bodies; outputs are what all branches or rounds agree on."""
+        bodies = bodies_of(node)
+        made: dict[str, Scope] = {}
+        label = node.name or node.output[0]
+        for name, graph in bodies.items():
+            values = {t.name: self.weight(t) for t in graph.initializer}
+            values |= self.body_inputs(node, graph, inputs)
+            address = (*scope.address, (scope.order[position], name))
+            made[name] = self.scope(f"{scope.path}/{label}.{name}", graph, values, address, scope)
+        scope.bodies[position] = made
+        if node.op_type == "If":
+            return self.if_outputs(node, inputs, made)
+        return self.loop_outputs(node, bodies["body"], inputs, made["body"])
+
+    def body_inputs(self, node: NodeProto, graph: GraphProto, inputs: list[Value | None]) -> dict[str, Value]:
+        """Formal inputs of a body: shapes of the arguments, values unknown."""
+        if node.op_type == "If":
+            return {}
+        attributes = attributes_of(node)
+        scans = attributes.get("num_scan_inputs", 0)
+        outer = inputs if node.op_type == "Loop" else [*inputs]
+        made = {}
+        first_scan = len(graph.input) - scans
+        for index, info in enumerate(graph.input):
+            actual = outer[index] if index < len(outer) else None
+            shapes = actual.shapes if actual is not None else None
+            if index >= first_scan and shapes is not None:
+                axis = (attributes.get("scan_input_axes") or [0] * scans)[index - first_scan]
+                shapes = tuple(_without(s, axis) for s in shapes)  # type: ignore[assignment]  # still two
+            if node.op_type == "Loop" and index < 2:
+                shapes = ((), ())
+            dtype = info.type.tensor_type.elem_type or (actual.dtype if actual is not None else 0)
+            made[info.name] = Value(info.name, dtype, shapes)
+        return made
+
+    def if_outputs(self, node: NodeProto, inputs: list[Value | None], made: dict[str, Scope]) -> list[Value]:
+        taken = taken_branch(inputs[0])
+        results = []
+        for index, name in enumerate(node.output):
+            branches = [made[b].lookup(made[b].outputs[index]) for b in ("then_branch", "else_branch")]
+            if taken is not None:
+                branches = [made[taken].lookup(made[taken].outputs[index])]
+            agree = len({v.shapes if v else None for v in branches}) == 1
+            source = branches[0]
+            if source is None or not agree:
+                results.append(Value(name, source.dtype if source else 0))
+                continue
+            results.append(_renamed(source, name))
+        return results
+
+    def loop_outputs(
+        self, node: NodeProto, graph: GraphProto, inputs: list[Value | None], body: Scope
+    ) -> list[Value]:
+        is_loop = node.op_type == "Loop"
+        attributes = attributes_of(node)
+        states = len(inputs) - 2 if is_loop else len(inputs) - attributes.get("num_scan_inputs", 0)
+        skip = 1 if is_loop else 0
+        made = []
+        for index, name in enumerate(node.output):
+            inner = body.lookup(graph.output[index + skip].name)
+            value = Value(name, inner.dtype if inner else 0)
+            if index < states:
+                outer = inputs[index + (2 if is_loop else 0)]
+                if inner is not None and outer is not None and inner.shapes == outer.shapes:
+                    value.shapes = inner.shapes
+            elif inner is not None and inner.shapes is not None:
+                scan = index - states
+                axis = 0 if is_loop else (attributes.get("scan_output_axes") or [0] * len(node.output))[scan]
+                value.shapes = tuple(  # type: ignore[assignment]  # still two
+                    (*s[:axis], length, *s[axis:])
+                    for s, length in zip(inner.shapes, self.rounds(node, inputs), strict=True)
+                )
+                value.guessed = True
+            made.append(value)
+        return made
+
+    @staticmethod
+    def rounds(node: NodeProto, inputs: list[Value | None]) -> tuple[int, int]:
+        """Length of what a Loop or Scan stacks: known for Scan, for Loop a stand-in unless its count is known."""
+        if node.op_type == "Scan":
+            last = inputs[-1]
+            return (last.shapes[0][0], last.shapes[1][0]) if last and last.shapes else _GUESSES
+        count = inputs[0]
+        if count is not None and count.values is not None and 0 < int(count.values[0].item()) < MAX_ELEMENTS:
+            return (int(count.values[0].item()), int(count.values[1].item()))
+        return _GUESSES
+
+
+def taken_branch(condition: Value | None) -> str | None:
+    """The branch of an If that runs whatever the inputs, if that is known."""
+    if condition is None or not condition.is_static:
+        return None
+    assert condition.value is not None
+    return "then_branch" if bool(condition.value.item()) else "else_branch"
+
+
+def topological(nodes: Sequence[NodeProto], known: set[str], where: str) -> list[int]:
+    """Positions of the nodes in an order in which each comes after its inputs; 0, 1, 2 … where the file has one.
+
+    Raises ModelError where there is no such order.
+    """
+    needs = [_all_inputs(node) for node in nodes]
+    waiting, done, order = list(range(len(nodes))), set(known) | {""}, []
+    while waiting:
+        later = []
+        for index in waiting:
+            if not needs[index] <= done:
+                later.append(index)
+                continue
+            order.append(index)
+            done.update(nodes[index].output)
+        if len(later) == len(waiting):
+            node, missing = nodes[later[0]], min(needs[later[0]] - done)
+            made = {name for index in later for name in nodes[index].output}
+            what = "is part of a cycle" if missing in made else "is made by no node"
+            raise ModelError(f"{where}: input {missing!r} of node {node.name or node.op_type!r} {what}; export it again")
+        waiting = later
+    return order
+
+
+def _all_inputs(node: NodeProto) -> set[str]:
+    """Inputs of a node and what its bodies take from outside."""
+    found = set(node.input)
+    for body in bodies_of(node).values():
+        inner = {v.name for v in body.input} | {t.name for t in body.initializer}
+        inner.update(name for n in body.node for name in n.output)
+        for n in body.node:
+            found |= _all_inputs(n) - inner
+        found |= {o.name for o in body.output} - inner
+    return found
+
+
+def _type_proto(dtype: int, shape: Shape | None) -> TypeProto:
+    proto = TypeProto()
+    if not dtype:
+        return proto
+    proto.tensor_type.elem_type = dtype
+    if shape is not None:
+        proto.tensor_type.shape.SetInParent()
+        for size in shape:
+            proto.tensor_type.shape.dim.add().dim_value = size
+    return proto
+
+
+def _dims(proto: TypeProto | None) -> tuple[int, tuple[int | None, ...] | None]:
+    if proto is None or not proto.HasField("tensor_type"):
+        return 0, None
+    kind = proto.tensor_type
+    if not kind.HasField("shape"):
+        return kind.elem_type, None
+    dims = tuple(d.dim_value if d.HasField("dim_value") and d.dim_value >= 0 else None for d in kind.shape.dim)
+    return kind.elem_type, dims
+
+
+def _complete(shape: Sequence[int | None], binding: int) -> Shape:
+    return tuple(_GUESSES[binding] if d is None else d for d in shape)
+
+
+def _same_under_both(value: Value) -> bool:
+    if value.shapes is not None and value.shapes[0] != value.shapes[1]:
+        return False
+    return value.values is None or value.is_static
+
+
+def _without(shape: Shape, axis: int) -> Shape:
+    axis %= max(1, len(shape))
+    return (*shape[:axis], *shape[axis + 1 :])
+
+
+def _renamed(value: Value | None, name: str) -> Value:
+    """The same tensor under the name that it has outside; its elements are known outside as inside."""
+    if value is None:
+        return Value(name)
+    return Value(name, value.dtype, value.shapes, value.values, from_shape=value.from_shape, guessed=value.guessed)
+
+
+def _with_attributes(node: NodeProto, given: Mapping[str, onnx.AttributeProto]) -> NodeProto:
+    """A function's node with references to the call's attributes resolved."""
+    if not any(a.ref_attr_name for a in node.attribute):
+        return node
+    made = NodeProto()
+    made.CopyFrom(node)
+    del made.attribute[:]
+    for attribute in node.attribute:
+        if not attribute.ref_attr_name:
+            made.attribute.append(attribute)
+        elif attribute.ref_attr_name in given:
+            copied = made.attribute.add()
+            copied.CopyFrom(given[attribute.ref_attr_name])
+            copied.name = attribute.name
+    return made

@@ -1,0 +1,118 @@
+"""The table of operators: one small function for each, looked up by (domain, operator).
+
+A function takes the node's inputs as positional arguments (an omitted one is None) and its attributes as keyword
+arguments. Keyword-only parameters with these
+names are not attributes; the importer fills them in:
+
+* `opset`: the version of the operator set that the model imports, for behaviour that changed;
+* `outputs`: how many outputs the node lists;
+* `like`: a tensor on the device to create new tensors on, or None;
+* `dtype`: the torch type of the node's first input.
+
+Whether a function gives one tensor or several is read from its return annotation (`Tensor`, or a tuple or list).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypedDict, TypeVar, get_args, get_origin, get_type_hints
+
+from torch import nn
+from typing_extensions import Unpack
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Key = tuple[str, str]
+
+RESERVED = frozenset({"opset", "outputs", "like", "dtype"})
+DEFAULT_DOMAINS = frozenset({"", "ai.onnx"})
+
+
+@dataclass(frozen=True)
+class Operator:
+    """How one ONNX operator is computed in torch.
+
+    Attributes:
+        function: what computes it.
+        host: inputs that say a shape, an axis or a count; passed as a flat tuple of Python numbers.
+        frozen: inputs that are never trained (statistics, scales of quantisation, bounds).
+        weights: inputs that are trained even if they hold a single element, such as the slope of PRelu.
+        live: makes the module that takes the function's place where statistics are trained, from the attributes.
+        attributes: the attributes that the function takes.
+        reserved: the reserved parameters that the function takes.
+        many: whether it returns a tuple or list of tensors.
+    """
+
+    function: Callable[..., Any]
+    host: tuple[int, ...] = ()
+    frozen: tuple[int, ...] = ()
+    weights: tuple[int, ...] = ()
+    live: Callable[[Mapping[str, Any]], nn.Module] | None = None
+    attributes: frozenset[str] = frozenset()
+    reserved: frozenset[str] = frozenset()
+    many: bool = False
+
+
+class Options(TypedDict, total=False):
+    """What can be said about an operator beside its name and function; see `Operator`."""
+
+    host: tuple[int, ...]
+    frozen: tuple[int, ...]
+    weights: tuple[int, ...]
+    live: Callable[[Mapping[str, Any]], nn.Module]
+
+
+OPERATORS: dict[Key, Operator] = {}
+
+
+def register(name: str, function: Callable[..., Any], *, domain: str = "", **options: Unpack[Options]) -> None:
+    """Enter a function for an operator.
+
+    Raises:
+        ValueError: the operator has one already.
+    """
+    key = (domain, name)
+    if key in OPERATORS:
+        raise ValueError(f"operator {name} of domain {domain!r} is registered twice")
+    keywords, many = _signature(function)
+    OPERATORS[key] = Operator(
+        function, attributes=keywords - RESERVED, reserved=keywords & RESERVED, many=many, **options
+    )
+
+
+def operator(*names: str, domain: str = "", **options: Unpack[Options]) -> Callable[[Function], Function]:
+    """Decorate the function that computes the operators of these names; see `Operator` for the options."""
+
+    def decorate(function: Function) -> Function:
+        for name in names:
+            register(name, function, domain=domain, **options)
+        return function
+
+    return decorate
+
+
+def family(functions: Mapping[str, Callable[..., Any]], *, domain: str = "", **options: Unpack[Options]) -> None:
+    """Enter functions that need no more than their name, such as `{"Relu": torch.relu}`."""
+    for name, function in functions.items():
+        register(name, function, domain=domain, **options)
+
+
+def find(domain: str, name: str) -> Operator | None:
+    """Look an operator up; the two spellings of the default domain are one."""
+    return OPERATORS.get(("" if domain in DEFAULT_DOMAINS else domain, name))
+
+
+def _signature(function: Callable[..., Any]) -> tuple[frozenset[str], bool]:
+    """Names of the keyword-only parameters, those of an unpacked TypedDict included, and whether it gives several."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:  # torch's own functions in C++ have no signature; they are registered without attributes
+        return frozenset(), False
+    hints = get_type_hints(function)
+    names = {name for name, parameter in parameters.items() if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
+    for name, parameter in parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            (options,) = get_args(hints[name])
+            names |= set(get_type_hints(options))
+    return frozenset(names), get_origin(hints.get("return")) in (tuple, list)

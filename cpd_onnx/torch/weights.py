@@ -1,0 +1,86 @@
+"""The tensors that an ONNX file stores, by name: initializers, and the values of Constant nodes by their output's name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+
+from cpd_onnx.errors import ModelError
+
+Array = npt.NDArray[Any]
+
+
+def read_weights(model: ModelProto) -> dict[str, Array]:
+    """All initializers and Constant tensors of the main graph, as read-only arrays in ONNX layout."""
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    for node in _constants(model):
+        value = constant_value(node)
+        if value is not None:
+            arrays[node.output[0]] = value
+    return arrays
+
+
+def write_weights(model: ModelProto, values: Mapping[str, Array]) -> ModelProto:
+    """Copy of the model with these tensors in place of those of the same name; everything else is as it was.
+
+    Raises:
+        ModelError: the model has no such tensor, or one of another shape or type.
+    """
+    result = ModelProto()
+    result.CopyFrom(model)
+    places = dict(_places(result))
+    for name, value in values.items():
+        if name not in places:
+            raise ModelError(f"the model has no tensor {name!r} to write to; give the model that the values came from")
+        _store(places[name], name, value)
+    return result
+
+
+def constant_value(node: NodeProto) -> Array | None:
+    """Value of a Constant node; None where it is not a dense tensor of numbers."""
+    attribute = node.attribute[0]
+    match attribute.name:
+        case "value":
+            return numpy_helper.to_array(attribute.t)
+        case "value_float":
+            return np.array(attribute.f, np.float32)
+        case "value_floats":
+            return np.array(attribute.floats, np.float32)
+        case "value_int":
+            return np.array(attribute.i, np.int64)
+        case "value_ints":
+            return np.array(attribute.ints, np.int64)
+        case _:
+            return None
+
+
+def _constants(model: ModelProto) -> Iterator[NodeProto]:
+    return (node for node in model.graph.node if node.op_type == "Constant" and node.domain in ("", "ai.onnx"))
+
+
+def _places(model: ModelProto) -> Iterator[tuple[str, TensorProto]]:
+    for tensor in model.graph.initializer:
+        yield tensor.name, tensor
+    for node in _constants(model):
+        if node.attribute[0].name == "value":
+            yield node.output[0], node.attribute[0].t
+
+
+def _store(tensor: TensorProto, name: str, value: Array) -> None:
+    """Overwrite the content of a tensor; one that already has it keeps its bytes and its encoding."""
+    old = numpy_helper.to_array(tensor)
+    if old.shape != value.shape or old.dtype != value.dtype:
+        raise ModelError(
+            f"tensor {name!r} is {old.dtype}{list(old.shape)} in the model but {value.dtype}{list(value.shape)} "
+            "in the new values; give the model that the values came from"
+        )
+    if old.tobytes() == value.tobytes():
+        return
+    fresh = numpy_helper.from_array(np.ascontiguousarray(value).reshape(value.shape), tensor.name)
+    fresh.doc_string = tensor.doc_string
+    fresh.metadata_props.extend(tensor.metadata_props)
+    tensor.CopyFrom(fresh)
