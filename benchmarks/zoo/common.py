@@ -192,7 +192,7 @@ def _answer(work: Callable[[], dict[str, Any]], sender: Any) -> None:
         _silence()
     try:
         sender.send(("", work()))
-    except BaseException as error:  # noqa: BLE001 - exporters raise anything
+    except BaseException as error:
         if debug:
             traceback.print_exc()
         sender.send((_one_line(error), {}))

@@ -11,8 +11,9 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import common
 import torch
+
+import common
 from perturb import perturb
 from torch_models import Net, all_nets
 
@@ -21,13 +22,13 @@ DEFAULT = {"torchscript": 17, "dynamo": 20}
 EXTRA = {
     "torchscript": {
         9: "resnet18|mobilenet_v2|squeezenet1_1|densenet121|espcn|lstm_tagger",
-        11: "resnet18|mobilenet_v3_small|shufflenet_v2_x1_0|deeplabv3_mobilenet_v3_large|unet_transpose|bert",
-        13: "resnet50|efficientnet_b0|vit_tiny_patch16_224|yolov8_like|gru_tagger|distilbert|swin_t",
+        11: "mobilenet_v3_small|shufflenet_v2_x1_0|lraspp_mobilenet_v3_large|unet_transpose|bert",
+        13: "mobilenet_v3_large|efficientnet_b0|levit_128s|yolov8_like|gru_tagger|distilbert",
     },
     "dynamo": {
-        18: "resnet18|convnext_tiny|vit_tiny_patch16_224|unet_groupnorm|bert|espcn",
+        18: "resnet18|convnextv2_atto|vit_tiny_patch16_224|unet_groupnorm|bert|espcn",
         23: "vit_tiny_patch16_224|unet_groupnorm|rope_gqa|gpt2|groupnorm_resnet|mobilenet_v3_small",
-        24: "llama|gemma2|swin_t|t5|rope_gqa|qwen3|resnet50",
+        24: "llama|gemma2|swin_hf|t5|rope_gqa|qwen3|mobilenet_v2",
     },
 }
 
@@ -54,7 +55,7 @@ def export(net: Net, path: Path, exporter: str, opset: int) -> None:
     write = {"torchscript": _torchscript, "dynamo": _dynamo}[exporter]
     try:
         write(net, model, path, opset, dynamic)
-    except Exception:  # noqa: BLE001 - many models fix their batch size
+    except Exception:
         if not dynamic:
             raise
         write(net, model, path, opset, False)

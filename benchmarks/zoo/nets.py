@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ def conv_gn(cin: int, cout: int, s: int = 1, groups: int = 4) -> nn.Sequential:
 def mlp(*widths: int) -> nn.Sequential:
     """Stack linear layers with ReLU between them."""
     layers: list[nn.Module] = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in pairwise(widths):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -34,7 +35,7 @@ class UNet(nn.Module):
         """Build encoder, decoder and head."""
         super().__init__()
         block = conv_bn if transpose else conv_gn
-        pairs = list(zip(widths, widths[1:], strict=False))
+        pairs = list(pairwise(widths))
         self.stem = block(3, widths[0])
         self.down = nn.ModuleList(nn.Sequential(block(a, b, s=2), block(b, b)) for a, b in pairs)
         self.up = nn.ModuleList(self._up(b, a, transpose, i) for i, (a, b) in enumerate(pairs))
@@ -236,7 +237,7 @@ class TiedAutoencoder(nn.Module):
     def __init__(self, widths: Sequence[int] = (40, 24, 12)) -> None:
         """Keep one weight for each pair of layers."""
         super().__init__()
-        pairs = list(zip(widths, widths[1:], strict=False))
+        pairs = list(pairwise(widths))
         self.weights = nn.ParameterList(torch.randn(b, a) / math.sqrt(a) for a, b in pairs)
         self.enc = nn.ParameterList(torch.randn(b) / 9 for _, b in pairs)
         self.dec = nn.ParameterList(torch.randn(a) / 9 for a, _ in pairs)
@@ -358,16 +359,29 @@ class Rope(nn.Module):
         return x * self.cos + torch.cat([-b, a], -1) * self.sin
 
 
-class GroupedAttention(nn.Module):
-    """Causal attention with rotary positions, query-key norms and fewer key-value heads than heads."""
+class PlainRMSNorm(nn.Module):
+    """RMSNorm spelt out, for exporters without the operator."""
 
-    def __init__(self, width: int, heads: int, kv: int, length: int) -> None:
+    def __init__(self, width: int) -> None:
+        """Scale the last axis."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Divide by the root of the mean square."""
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
+class GroupedAttention(nn.Module):
+    """Causal attention on 16 tokens with rotary positions, query-key norms and fewer key-value heads than heads."""
+
+    def __init__(self, norm: type[nn.Module], width: int, heads: int, kv: int) -> None:
         """Share each key-value head between ``heads // kv`` query heads."""
         super().__init__()
         self.heads, self.kv, self.d = heads, kv, width // heads
         self.q, self.k = nn.Linear(width, width, bias=False), nn.Linear(width, kv * self.d, bias=False)
         self.v, self.o = nn.Linear(width, kv * self.d, bias=False), nn.Linear(width, width, bias=False)
-        self.rope, self.qn, self.kn = Rope(self.d, length), nn.RMSNorm(self.d), nn.RMSNorm(self.d)
+        self.rope, self.qn, self.kn = Rope(self.d, 16), norm(self.d), norm(self.d)
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend over (N, T, width)."""
@@ -408,15 +422,15 @@ class PreNorm(nn.Module):
         return x + self.body(self.norm(x))
 
 
-def rope_gqa() -> nn.Module:
+def rope_gqa(norm: type[nn.Module]) -> nn.Module:
     """Small decoder in today's style: RMSNorm, rotary grouped-query attention, SwiGLU."""
     blocks: list[nn.Module] = [nn.Embedding(90, 64)]
     for _ in range(3):
         blocks += [
-            PreNorm(nn.RMSNorm(64), GroupedAttention(64, 8, 2, 16)),
-            PreNorm(nn.RMSNorm(64), SwiGLU(64, 176)),
+            PreNorm(norm(64), GroupedAttention(norm, 64, 8, 2)),
+            PreNorm(norm(64), SwiGLU(64, 176)),
         ]
-    return nn.Sequential(*blocks, nn.RMSNorm(64), nn.Linear(64, 90, bias=False))
+    return nn.Sequential(*blocks, norm(64), nn.Linear(64, 90, bias=False))
 
 
 class LinearAttention(nn.Module):
@@ -642,6 +656,7 @@ def conv3d_net() -> nn.Module:
 
 def style_net() -> nn.Module:
     """Style transfer: reflection padding, InstanceNorm, residuals, nearest upsampling."""
+
     def block(a: int, b: int, s: int = 1) -> nn.Sequential:
         """Pad by reflection, convolve, normalise."""
         return nn.Sequential(nn.ReflectionPad2d(1), nn.Conv2d(a, b, 3, s), nn.InstanceNorm2d(b, affine=True))
@@ -677,6 +692,7 @@ class PointNet(nn.Module):
     def __init__(self) -> None:
         """Build the alignment of 16 features."""
         super().__init__()
+
         def layer(a: int, b: int) -> nn.Sequential:
             """Convolve each point."""
             return nn.Sequential(nn.Conv1d(a, b, 1), nn.BatchNorm1d(b), nn.ReLU())
@@ -765,7 +781,11 @@ class ConvLSTM(nn.Module):
     def __init__(self, hidden: int = 14) -> None:
         """Compute the four gates with one convolution."""
         super().__init__()
-        self.hidden, self.stem, self.cell = hidden, nn.Conv2d(2, 10, 3, padding=1), nn.Conv2d(10 + hidden, 4 * hidden, 3, padding=1)
+        self.hidden, self.stem, self.cell = (
+            hidden,
+            nn.Conv2d(2, 10, 3, padding=1),
+            nn.Conv2d(10 + hidden, 4 * hidden, 3, padding=1),
+        )
         self.head = nn.Conv2d(hidden, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -790,10 +810,7 @@ class ControlFlow(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Transform (N, 16)."""
         y = torch.relu(self.inner(x))
-        if bool(y.mean() > 0.4):
-            y = self.a(y)
-        else:
-            y = torch.tanh(self.b(y))
+        y = self.a(y) if bool(y.mean() > 0.4) else torch.tanh(self.b(y))
         for _ in range(x.size(0)):
             y = y + torch.tanh(self.step(y))
         return self.head(y)
@@ -805,7 +822,12 @@ class Cond(nn.Module):
     def __init__(self) -> None:
         """Build branches of equal shape."""
         super().__init__()
-        self.inner, self.a, self.b, self.head = nn.Linear(16, 24), nn.Linear(24, 20), nn.Linear(24, 20), nn.Linear(20, 3)
+        self.inner, self.a, self.b, self.head = (
+            nn.Linear(16, 24),
+            nn.Linear(24, 20),
+            nn.Linear(24, 20),
+            nn.Linear(20, 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform (N, 16)."""

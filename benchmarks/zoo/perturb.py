@@ -9,13 +9,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def perturb(model: nn.Module, args: Sequence[torch.Tensor], *, seed: int = 0) -> nn.Module:
-    """Calibrate batch norms on ``args`` and replace weights that are constant or tiny by seeded noise.
+    """Replace weights that are constant or tiny by seeded noise, then calibrate the batch norms on ``args``.
 
     Gammas become uniform in [0.7, 1.3], zero biases normal with deviation 0.1, layer scales uniform in [0.3, 0.7];
     weights of linear layers get at least the deviation 1 / sqrt(fan in). The model is returned in eval mode.
     """
     model.eval()
-    _calibrate(model, args)
     noise = torch.Generator().manual_seed(seed)
     seen: set[int] = set()
     with torch.no_grad():
@@ -24,6 +23,7 @@ def perturb(model: nn.Module, args: Sequence[torch.Tensor], *, seed: int = 0) ->
                 if tensor.is_floating_point() and id(tensor) not in seen:
                     seen.add(id(tensor))
                     _replace(module, name, tensor, noise)
+    _calibrate(model, args, noise)
     return model.eval()
 
 
@@ -38,8 +38,8 @@ def _is_norm(module: nn.Module) -> bool:
     return "Norm" in type(module).__name__
 
 
-def _calibrate(model: nn.Module, args: Sequence[torch.Tensor]) -> None:
-    """Set the running statistics of the batch norms from one forward pass."""
+def _calibrate(model: nn.Module, args: Sequence[torch.Tensor], noise: torch.Generator) -> None:
+    """Set the running statistics of the batch norms from one forward pass, with noise in proportion to them."""
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
         return
@@ -49,18 +49,19 @@ def _calibrate(model: nn.Module, args: Sequence[torch.Tensor]) -> None:
         norm.train()
     with torch.no_grad():
         model(*args)
-    model.eval()
+    for norm in norms:
+        variance = norm.running_var
+        norm.running_mean.add_(0.1 * variance.sqrt() * torch.randn(variance.shape, generator=noise))
+        variance.mul_(0.8 + 0.4 * torch.rand(variance.shape, generator=noise)).add_(0.1 * variance.mean())
 
 
 def _replace(module: nn.Module, name: str, tensor: torch.Tensor, noise: torch.Generator) -> None:
     """Overwrite one tensor in place according to its role."""
     normal = torch.randn(tensor.shape, generator=noise)
     uniform = torch.rand(tensor.shape, generator=noise)
-    if name == "running_var":
-        tensor.mul_(0.8 + 0.4 * uniform).add_(0.05)
-    elif name == "running_mean":
-        tensor.add_(0.1 * normal)
-    elif _is_norm(module) and name in ("weight", "gamma", "scale"):
+    if name.startswith("running_"):
+        return
+    if _is_norm(module) and name in ("weight", "gamma", "scale"):
         tensor.copy_(0.7 + 0.6 * uniform)
     elif tensor.numel() and tensor.min() == tensor.max():
         tensor.copy_(_varied(name, tensor, normal, uniform))

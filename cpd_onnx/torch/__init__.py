@@ -6,7 +6,8 @@
 >>> values = module.onnx_state()                              # doctest: +SKIP
 """
 
-from cpd_onnx.torch.importer import BatchNormMode, import_model, unsupported
+from cpd_onnx.torch.analysis import unsupported
+from cpd_onnx.torch.importer import BatchNormMode, import_model
 from cpd_onnx.torch.module import OnnxModule
 from cpd_onnx.torch.registry import OPERATORS, Operator, operator
 from cpd_onnx.torch.weights import read_weights, write_weights

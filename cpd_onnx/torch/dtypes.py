@@ -67,7 +67,7 @@ def elem_dtype(elem_type: int) -> torch.dtype:
         UnsupportedError: torch has no such type.
     """
     if elem_type not in TORCH_TYPES:
-        name = TensorProto.DataType.Name(elem_type)  # type: ignore[arg-type]  # any int is looked up, a bad one raises
+        name = TensorProto.DataType.Name(elem_type)
         raise UnsupportedError(f"torch has no tensors of type {name}; convert the model to a common type first")
     return TORCH_TYPES[elem_type]
 

@@ -189,7 +189,9 @@ def _constant_of_shape(emit: Emit, inputs: Sequence[Any], attributes: Attributes
 
 
 def _range(emit: Emit, inputs: Sequence[Any], attributes: Attributes) -> Host:
-    start, limit, delta = (_known(host) for host in inputs)
+    if not all(host.known for host in inputs):
+        raise NotOnHostError
+    start, limit, delta = (host.array.item() for host in inputs)
     return make(np.arange(start, limit, delta), inputs[0].dtype)
 
 

@@ -35,6 +35,8 @@ class OnnxModule(fx.GraphModule):
             names: ONNX name -> attribute, for the tensors that the file stores.
         """
         super().__init__(dict(root), graph, "OnnxModule")
+        if self.graph.eliminate_dead_code():
+            self.recompile()
         self.meta[_NAMES] = dict(names)
         stored = set(names.values())
         for attribute, value in root.items():

@@ -1,4 +1,4 @@
-"""The tensors that an ONNX file stores, by name: initializers, and the values of Constant nodes by their output's name."""
+"""The tensors that an ONNX file stores, by name: initializers, and values of Constant nodes by their output's name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from cpd_onnx.errors import ModelError
 
@@ -16,8 +16,13 @@ Array = npt.NDArray[Any]
 
 def read_weights(model: ModelProto) -> dict[str, Array]:
     """All initializers and Constant tensors of the main graph, as read-only arrays in ONNX layout."""
-    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    for node in _constants(model):
+    return graph_weights(model.graph)
+
+
+def graph_weights(graph: GraphProto, *, nodes: bool = True) -> dict[str, Array]:
+    """All initializers of one graph and, unless `nodes` is false, its Constant tensors."""
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    for node in _constants(graph) if nodes else ():
         value = constant_value(node)
         if value is not None:
             arrays[node.output[0]] = value
@@ -58,14 +63,14 @@ def constant_value(node: NodeProto) -> Array | None:
             return None
 
 
-def _constants(model: ModelProto) -> Iterator[NodeProto]:
-    return (node for node in model.graph.node if node.op_type == "Constant" and node.domain in ("", "ai.onnx"))
+def _constants(graph: GraphProto) -> Iterator[NodeProto]:
+    return (node for node in graph.node if node.op_type == "Constant" and node.domain in ("", "ai.onnx"))
 
 
 def _places(model: ModelProto) -> Iterator[tuple[str, TensorProto]]:
     for tensor in model.graph.initializer:
         yield tensor.name, tensor
-    for node in _constants(model):
+    for node in _constants(model.graph):
         if node.attribute[0].name == "value":
             yield node.output[0], node.attribute[0].t
 

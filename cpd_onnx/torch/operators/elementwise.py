@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812  # the name that torch's users read
+from torch.nn import functional as F
 
 from cpd_onnx.torch.dtypes import elem_dtype
 from cpd_onnx.torch.registry import family, operator, register
@@ -103,8 +103,10 @@ def thresholded_relu(x: Tensor, *, alpha: float = 1.0) -> Tensor:
 
 
 @operator("PRelu", weights=(1,))
-def prelu(x: Tensor, slope: Tensor) -> Tensor:
-    """x where positive, else slope x; the slope broadcasts to x's shape."""
+def prelu(x: Tensor, slope: Tensor, *, opset: int) -> Tensor:
+    """x where positive, else slope x; the slope broadcasts to x's shape, before opset 7 it has one value a channel."""
+    if opset < 7 and slope.ndim == 1:
+        slope = slope.reshape(-1, *[1] * (x.ndim - 2))
     return torch.where(x < 0, x * slope, x)
 
 
@@ -152,15 +154,15 @@ def clip(
     low: Tensor | None = None,
     high: Tensor | None = None,
     *,
-    min: float | None = None,  # noqa: A002  # the attribute's name
-    max: float | None = None,  # noqa: A002  # the attribute's name
+    min: float | None = None,
+    max: float | None = None,
 ) -> Tensor:
     """Limit x from below, then from above; bounds are inputs, or attributes before opset 11."""
     lower, upper = (min if low is None else low), (max if high is None else high)
     if lower is not None:
-        x = torch.clamp(x, min=lower)  # type: ignore[arg-type]  # a float or a tensor
+        x = torch.clamp(x, min=lower)
     if upper is not None:
-        x = torch.clamp(x, max=upper)  # type: ignore[arg-type]  # a float or a tensor
+        x = torch.clamp(x, max=upper)
     return x
 
 
@@ -208,7 +210,7 @@ def _binary(name: str, function: Callable[[Tensor, Tensor], Tensor]) -> None:
     register(name, compute)
 
 
-for _name, _function in {
+_BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "Add": torch.add,
     "Sub": torch.sub,
     "Mul": torch.mul,
@@ -225,7 +227,8 @@ for _name, _function in {
     "GreaterOrEqual": torch.ge,
     "Less": torch.lt,
     "LessOrEqual": torch.le,
-}.items():
+}
+for _name, _function in _BINARY.items():
     _binary(_name, _function)
 
 
@@ -288,5 +291,3 @@ def fast_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """Gelu of x + bias."""
     return F.gelu(x + bias)
-
-

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from cpd_onnx.torch.dtypes import elem_dtype
 from cpd_onnx.torch.registry import operator
@@ -37,48 +38,74 @@ def constant_of_shape(shape: Numbers, *, value: Tensor | None = None, like: Tens
 
 
 @operator("Range", host=(0, 1, 2))
-def arange(start: Numbers, limit: Numbers, delta: Numbers, *, dtype: torch.dtype, like: Tensor | None = None) -> Tensor:
+def arange(
+    start: Numbers, limit: Numbers, delta: Numbers, *, input_type: torch.dtype, like: Tensor | None = None
+) -> Tensor:
     """Count from start to before limit."""
     (first,), (last,), (step,) = start, limit, delta
     if (last - first) * step <= 0:
-        return torch.empty(0, dtype=dtype, device=_device(like))
-    return torch.arange(first, last, step, dtype=dtype, device=_device(like))
+        return torch.empty(0, dtype=input_type, device=_device(like))
+    return torch.arange(first, last, step, dtype=input_type, device=_device(like))
 
 
 @operator("EyeLike")
-def eye_like(x: Tensor, *, dtype: torch.dtype, k: int = 0) -> Tensor:
+def eye_like(x: Tensor, *, dtype: int | None = None, k: int = 0) -> Tensor:
     """Give the matrix of x's shape with ones on diagonal k."""
     rows = torch.arange(x.shape[0], device=x.device)[:, None]
     columns = torch.arange(x.shape[1], device=x.device)
-    return (columns - rows == k).to(dtype)
+    return (columns - rows == k).to(x.dtype if dtype is None else elem_dtype(dtype))
+
+
+class Random(TypedDict, total=False):
+    """Attributes of the random generators; `seed` is ignored, torch's own generator is used."""
+
+    dtype: int
+    seed: float
+    mean: float
+    scale: float
+    low: float
+    high: float
+
+
+def _random(x: Tensor, options: Random, *, normal: bool) -> Tensor:
+    """Fill a tensor of x's shape, on its device, of the asked-for type or that of x."""
+    target = elem_dtype(options["dtype"]) if "dtype" in options else x.dtype
+    if normal:
+        values = torch.randn(x.shape, device=x.device) * options.get("scale", 1.0) + options.get("mean", 0.0)
+    else:
+        low, high = options.get("low", 0.0), options.get("high", 1.0)
+        values = torch.rand(x.shape, device=x.device) * (high - low) + low
+    return values.to(target)
 
 
 @operator("RandomNormal")
-def random_normal(
-    *, shape: Sequence[int], like: Tensor | None = None, mean: float = 0.0, scale: float = 1.0, seed: float | None = None
-) -> Tensor:
-    """Draw from a normal distribution; `seed` is ignored, torch's own generator is used."""
-    return torch.randn(tuple(shape), device=_device(like)) * scale + mean
+def random_normal(*, shape: Sequence[int], like: Tensor | None = None, **options: Unpack[Random]) -> Tensor:
+    """Draw from a normal distribution."""
+    return _random(torch.empty(tuple(shape), device=_device(like)), options, normal=True)
 
 
 @operator("RandomUniform")
-def random_uniform(
-    *, shape: Sequence[int], like: Tensor | None = None, low: float = 0.0, high: float = 1.0, seed: float | None = None
-) -> Tensor:
-    """Draw from a uniform distribution; `seed` is ignored, torch's own generator is used."""
-    return torch.rand(tuple(shape), device=_device(like)) * (high - low) + low
+def random_uniform(*, shape: Sequence[int], like: Tensor | None = None, **options: Unpack[Random]) -> Tensor:
+    """Draw from a uniform distribution."""
+    return _random(torch.empty(tuple(shape), device=_device(like)), options, normal=False)
 
 
 @operator("RandomNormalLike")
-def random_normal_like(x: Tensor, *, mean: float = 0.0, scale: float = 1.0, seed: float | None = None) -> Tensor:
-    """Draw x's shape from a normal distribution; `seed` is ignored."""
-    return torch.randn_like(x) * scale + mean
+def random_normal_like(x: Tensor, **options: Unpack[Random]) -> Tensor:
+    """Draw x's shape from a normal distribution."""
+    return _random(x, options, normal=True)
 
 
 @operator("RandomUniformLike")
-def random_uniform_like(x: Tensor, *, low: float = 0.0, high: float = 1.0, seed: float | None = None) -> Tensor:
-    """Draw x's shape from a uniform distribution; `seed` is ignored."""
-    return torch.rand_like(x) * (high - low) + low
+def random_uniform_like(x: Tensor, **options: Unpack[Random]) -> Tensor:
+    """Draw x's shape from a uniform distribution."""
+    return _random(x, options, normal=False)
+
+
+@operator("Bernoulli")
+def bernoulli(x: Tensor, *, dtype: int | None = None, seed: float | None = None) -> Tensor:
+    """Draw ones with these probabilities, zeros otherwise; `seed` is ignored."""
+    return torch.bernoulli(x).to(x.dtype if dtype is None else elem_dtype(dtype))
 
 
 def _window(size: Numbers, weights: Sequence[float], periodic: int, like: Tensor | None) -> Tensor:

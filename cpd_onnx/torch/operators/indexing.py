@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import TypedDict
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812  # the name that torch's users read
+from torch.nn import functional as F
 from typing_extensions import Unpack
 
 from cpd_onnx.torch.operators.generate import Numbers
@@ -69,9 +68,9 @@ def scatter_nd(x: Tensor, indices: Tensor, updates: Tensor, *, reduction: str = 
     if reduction in ("none", "add"):
         return x.index_put(index, updates, accumulate=reduction == "add")
     depth = indices.shape[-1]
-    shape = list(x.shape[:depth])
-    flat = functools.reduce(lambda total, pair: total * pair[0] + pair[1], zip(shape, index, strict=True), 0)
-    assert isinstance(flat, Tensor)
+    flat = torch.zeros_like(index[0])
+    for size, place in zip(x.shape[:depth], index, strict=True):
+        flat = flat * size + place
     rows, values = x.flatten(0, depth - 1), updates.reshape(-1, *x.shape[depth:])
     target = flat.reshape(-1, *[1] * (rows.ndim - 1)).expand_as(values)
     return rows.scatter_reduce(0, target, values, _REDUCE[reduction], include_self=True).reshape(x.shape)
@@ -94,10 +93,10 @@ def tensor_scatter(
 
 @operator("OneHot", host=(1,))
 def one_hot(indices: Tensor, depth: Numbers, values: Tensor, *, axis: int = -1) -> Tensor:
-    """Write values[1] where the new axis meets the index, values[0] elsewhere."""
+    """Write values[1] where the new axis meets the index, values[0] elsewhere; nowhere for an index out of range."""
     count = int(depth[0])
     axis = axis % (indices.ndim + 1)
-    wrapped = torch.remainder(indices, count).unsqueeze(axis)
+    wrapped = torch.where(indices < 0, indices + count, indices).unsqueeze(axis)
     places = torch.arange(count, device=indices.device).reshape(-1, *[1] * (indices.ndim - axis))
     return torch.where(wrapped == places, values[1], values[0])
 
@@ -151,7 +150,7 @@ def compress(x: Tensor, condition: Tensor, *, axis: int | None = None) -> Tensor
 
 
 @operator("Unique")
-def unique(x: Tensor, *, axis: int | None = None, sorted: int = 1) -> list[Tensor]:  # noqa: A002  # the attribute's name
+def unique(x: Tensor, *, axis: int | None = None, sorted: int = 1) -> list[Tensor]:
     """Give the distinct slices, where each first occurs, where each of x went, and how often each occurs."""
     data = x.reshape(-1) if axis is None else x
     values, inverse, counts = torch.unique(data, return_inverse=True, return_counts=True, dim=axis or 0)

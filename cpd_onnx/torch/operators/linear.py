@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812  # the name that torch's users read
+from torch.nn import functional as F
 from typing_extensions import Unpack
 
 from cpd_onnx.torch.registry import operator
@@ -95,7 +95,7 @@ def conv_transpose(
 ) -> Tensor:
     """Convolve x [N, C, ...] with weight [C, O / group, ...], transposed."""
     rank = x.ndim - 2
-    strides, dilations = window_steps(rank, window)  # type: ignore[arg-type]  # a TransposedWindow is a Window
+    strides, dilations = window_steps(rank, window)
     extra = list(window.get("output_padding") or [0] * rank)
     pads = _transposed_pads(x.shape[2:], weight.shape[2:], window)
     padding, function = symmetric(pads), _CONV_TRANSPOSE[rank]
@@ -113,10 +113,10 @@ def conv_transpose(
 def _transposed_pads(sizes: Sequence[int], kernel: Sequence[int], window: TransposedWindow) -> list[tuple[int, int]]:
     """What a transposed convolution cuts off at both ends of each axis."""
     rank, mode = len(sizes), window.get("auto_pad", "NOTSET")
-    strides, dilations = window_steps(rank, window)  # type: ignore[arg-type]  # a TransposedWindow is a Window
+    strides, dilations = window_steps(rank, window)
     shape, extra = window.get("output_shape"), window.get("output_padding") or [0] * rank
     if shape is None and mode in ("NOTSET", "", "VALID"):
-        return window_pads(sizes, kernel, window)  # type: ignore[arg-type]  # a TransposedWindow is a Window
+        return window_pads(sizes, kernel, window)
     wanted = list(shape[-rank:]) if shape else [size * stride for size, stride in zip(sizes, strides, strict=True)]
     totals = [
         stride * (size - 1) + more + (width - 1) * dilation + 1 - want
@@ -131,6 +131,14 @@ def _transposed_pads(sizes: Sequence[int], kernel: Sequence[int], window: Transp
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """Multiply matrices, as numpy's matmul does."""
     return torch.matmul(a, b)
+
+
+class Gemm(TypedDict, total=False):
+    """Attributes of Gemm that transpose, and what its old versions said about broadcasting."""
+
+    transA: int
+    transB: int
+    broadcast: int
 
 
 @operator("Gemm", weights=(1, 2))
@@ -148,14 +156,6 @@ def gemm(
     if c is None or beta == 0.0:
         return product
     return product + (c if beta == 1.0 else beta * c)
-
-
-class Gemm(TypedDict, total=False):
-    """Attributes of Gemm that transpose, and what its old versions said about broadcasting."""
-
-    transA: int  # noqa: N815  # the attribute's name
-    transB: int  # noqa: N815  # the attribute's name
-    broadcast: int
 
 
 @operator("Einsum")
@@ -225,8 +225,6 @@ def fused_conv(
 
 
 @operator("FusedMatMul", domain="com.microsoft")
-def fused_matmul(a: Tensor, b: Tensor, *, alpha: float = 1.0, transA: int = 0, transB: int = 0) -> Tensor:  # noqa: N803  # the attributes' names
+def fused_matmul(a: Tensor, b: Tensor, *, alpha: float = 1.0, transA: int = 0, transB: int = 0) -> Tensor:
     """Multiply alpha A B, with A and B transposed on request."""
     return alpha * torch.matmul(a.mT if transA else a, b.mT if transB else b)
-
-

@@ -7,13 +7,16 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812  # the name that torch's users read
+from torch.nn import functional as F
 from typing_extensions import Unpack
 
 from cpd_onnx.torch.dtypes import elem_dtype
 from cpd_onnx.torch.registry import operator, register
 
 _FLOAT = 1
+
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 class BatchNorm(nn.Module):
@@ -62,7 +65,8 @@ def batch_normalization(
 def _normalised(x: Tensor, moments: tuple[Tensor, Tensor], affine: tuple[Tensor, Tensor], epsilon: float) -> Tensor:
     """Apply per-channel moments and an affine map; in the fast way where all types agree."""
     (mean, var), (scale, bias) = moments, affine
-    if mean.dtype == scale.dtype == x.dtype:
+    widened = x.dtype in _HALF and mean.dtype == torch.float32
+    if mean.dtype == scale.dtype and (mean.dtype == x.dtype or widened):
         return F.batch_norm(x, mean, var, scale, bias, False, 0.0, epsilon)
     gain = scale / torch.sqrt(var + epsilon)
     shape = (-1, *[1] * (x.ndim - 2))
@@ -78,6 +82,14 @@ def instance_normalization(x: Tensor, scale: Tensor, bias: Tensor, *, epsilon: f
     return (x - mean) * torch.rsqrt(var + epsilon) * scale.reshape(shape) + bias.reshape(shape)
 
 
+class GroupNorm(TypedDict, total=False):
+    """Attributes of GroupNormalization."""
+
+    num_groups: int
+    epsilon: float
+    stash_type: int
+
+
 @operator("GroupNormalization", weights=(1, 2))
 def group_normalization(x: Tensor, scale: Tensor, bias: Tensor, **attributes: Unpack[GroupNorm]) -> Tensor:
     """Normalise groups of channels of x [N, C, ...]; scale and bias have one element a group before opset 21."""
@@ -90,20 +102,17 @@ def group_normalization(x: Tensor, scale: Tensor, bias: Tensor, **attributes: Un
     return normal * scale.reshape(shape) + bias.reshape(shape)
 
 
-class GroupNorm(TypedDict, total=False):
-    """Attributes of GroupNormalization."""
-
-    num_groups: int
-    epsilon: float
-    stash_type: int
-
-
-_HALF = (torch.float16, torch.bfloat16)
-
-
 def _stash(x: Tensor, stash_type: int) -> Tensor:
     """x in the type that statistics are taken in; a wider x stays as it is."""
     return x.to(elem_dtype(stash_type)) if x.dtype in _HALF else x
+
+
+class LayerNorm(TypedDict, total=False):
+    """Attributes of LayerNormalization and RMSNormalization."""
+
+    axis: int
+    epsilon: float
+    stash_type: int
 
 
 @operator("LayerNormalization", weights=(1, 2))
@@ -123,14 +132,6 @@ def layer_normalization(
     return [result if bias is None else result + bias, mean, inverse][:outputs]
 
 
-class LayerNorm(TypedDict, total=False):
-    """Attributes of LayerNormalization and RMSNormalization."""
-
-    axis: int
-    epsilon: float
-    stash_type: int
-
-
 @operator("RMSNormalization", weights=(1,))
 def rms_normalization(x: Tensor, scale: Tensor, **attributes: Unpack[LayerNorm]) -> Tensor:
     """Divide by the root mean square over the axes from `axis` on."""
@@ -145,7 +146,7 @@ register("SimplifiedLayerNormalization", rms_normalization, weights=(1,))
 
 @operator("SkipLayerNormalization", domain="com.microsoft", weights=(2, 3, 4))
 def skip_layer_normalization(
-    x: Tensor, skip: Tensor, *affine: Tensor | None, outputs: int, epsilon: float = 1e-5
+    x: Tensor, skip: Tensor, *affine: Tensor | None, outputs: int, epsilon: float = 1e-12
 ) -> list[Tensor | None]:
     """Layer normalisation of x + skip (+ bias), which is the fourth output."""
     scale, shift, bias = (*affine, None, None)[:3]
@@ -167,6 +168,14 @@ def lp_normalization(x: Tensor, *, axis: int = -1, p: int = 2) -> Tensor:
     return torch.where(norm == 0, torch.zeros_like(x), x / torch.where(norm == 0, torch.ones_like(norm), norm))
 
 
+class LocalResponse(TypedDict, total=False):
+    """Attributes of LRN."""
+
+    alpha: float
+    beta: float
+    bias: float
+
+
 @operator("LRN")
 def local_response_normalization(x: Tensor, *, size: int, **attributes: Unpack[LocalResponse]) -> Tensor:
     """Divide by a power of the sum of squares over neighbouring channels."""
@@ -176,14 +185,6 @@ def local_response_normalization(x: Tensor, *, size: int, **attributes: Unpack[L
     total = torch.stack([square.narrow(1, start, channels) for start in range(size)]).sum(0)
     scale = attributes.get("bias", 1.0) + attributes.get("alpha", 1e-4) / size * total
     return x / scale.pow(attributes.get("beta", 0.75))
-
-
-class LocalResponse(TypedDict, total=False):
-    """Attributes of LRN."""
-
-    alpha: float
-    beta: float
-    bias: float
 
 
 def _from_axis(x: Tensor, axis: int | None, opset: int) -> tuple[Tensor, int]:

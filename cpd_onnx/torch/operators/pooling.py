@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812  # the name that torch's users read
+from torch.nn import functional as F
 from typing_extensions import Unpack
 
 from cpd_onnx.torch.operators.linear import Window, pad_spatial, symmetric, window_pads, window_steps
@@ -35,7 +35,7 @@ def _ceiled(x: Tensor, pads: Pads, window: Pool) -> list[tuple[int, int]]:
     if not window.get("ceil_mode") or window.get("auto_pad", "NOTSET") not in ("NOTSET", ""):
         return list(pads)
     kernel = window["kernel_shape"]
-    strides, dilations = window_steps(len(kernel), window)  # type: ignore[arg-type]  # a Pool is a Window
+    strides, dilations = window_steps(len(kernel), window)
     result = []
     for size, (before, after), width, stride, dilation in zip(
         x.shape[2:], pads, kernel, strides, dilations, strict=True
@@ -52,10 +52,17 @@ def _windows(x: Tensor, window: Pool) -> Tensor:
     """View padded x [N, C, ...] as [N, C, *output sizes, *kernel sizes]."""
     kernel = window["kernel_shape"]
     rank = len(kernel)
-    strides, dilations = window_steps(rank, window)  # type: ignore[arg-type]  # a Pool is a Window
+    strides, dilations = window_steps(rank, window)
     for axis in range(rank):
         x = x.unfold(2 + axis, (kernel[axis] - 1) * dilations[axis] + 1, strides[axis])
-    return x[(..., *[slice(None, None, dilation) for dilation in dilations])]
+    for axis, dilation in zip(range(-rank, 0), dilations, strict=True):
+        x = every(x, axis, dilation)
+    return x
+
+
+def every(x: Tensor, axis: int, step: int) -> Tensor:
+    """Keep every `step`-th index of an axis."""
+    return x if step == 1 else x.index_select(axis, torch.arange(0, x.shape[axis], step, device=x.device))
 
 
 def _lowest(dtype: torch.dtype) -> float:
@@ -67,8 +74,8 @@ def max_pool(x: Tensor, *, outputs: int, storage_order: int = 0, **window: Unpac
     """Take the largest element of each window, and on request its index in the flattened x."""
     kernel = window["kernel_shape"]
     rank = len(kernel)
-    strides, dilations = window_steps(rank, window)  # type: ignore[arg-type]  # a Pool is a Window
-    given = window_pads(x.shape[2:], kernel, window)  # type: ignore[arg-type]  # a Pool is a Window
+    strides, dilations = window_steps(rank, window)
+    given = window_pads(x.shape[2:], kernel, window)
     pads = _ceiled(x, given, window)
     padding = symmetric(pads)
     padded, offsets = x, [0] * rank
@@ -109,8 +116,8 @@ def average_pool(x: Tensor, *, count_include_pad: int = 0, **window: Unpack[Pool
     """Average each window, over its elements in x or, if asked, in the padded x."""
     kernel = window["kernel_shape"]
     rank = len(kernel)
-    strides, dilations = window_steps(rank, window)  # type: ignore[arg-type]  # a Pool is a Window
-    given = window_pads(x.shape[2:], kernel, window)  # type: ignore[arg-type]  # a Pool is a Window
+    strides, dilations = window_steps(rank, window)
+    given = window_pads(x.shape[2:], kernel, window)
     pads = _ceiled(x, given, window)
     padding = symmetric(pads)
     fits = padding is not None and all(2 * pad <= width for pad, width in zip(padding, kernel, strict=True))
@@ -129,7 +136,7 @@ def average_pool(x: Tensor, *, count_include_pad: int = 0, **window: Unpack[Pool
 @operator("LpPool")
 def lp_pool(x: Tensor, *, p: float = 2, **window: Unpack[Pool]) -> Tensor:
     """Take the p-norm of each window."""
-    given = window_pads(x.shape[2:], window["kernel_shape"], window)  # type: ignore[arg-type]  # a Pool is a Window
+    given = window_pads(x.shape[2:], window["kernel_shape"], window)
     pads = _ceiled(x, given, window)
     axes = list(range(-len(pads), 0))
     return _windows(pad_spatial(x.abs().pow(p), pads), window).sum(axes).pow(1 / p)

@@ -8,8 +8,7 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812  # the name that torch's users read
-
+from torch.nn import functional as F
 from typing_extensions import Unpack
 
 from cpd_onnx.torch.operators.generate import Numbers
@@ -18,14 +17,26 @@ from cpd_onnx.torch.registry import operator
 
 @operator("Shape")
 def shape_of(x: Tensor, *, start: int = 0, end: int | None = None) -> Tensor:
-    """Sizes of some axes, on the CPU; used only where the rank is not known while importing."""
-    return torch.tensor(x.shape[start:end], dtype=torch.int64)
+    """Sizes of some axes; used only where the rank is not known while importing."""
+    return torch.tensor(x.shape[start:end], dtype=torch.int64, device=x.device)
 
 
 @operator("Size")
 def size_of(x: Tensor) -> Tensor:
-    """Count of elements, on the CPU; used only where the rank is not known while importing."""
-    return torch.tensor(x.numel(), dtype=torch.int64)
+    """Count of elements; used only where the rank is not known while importing."""
+    return torch.tensor(x.numel(), dtype=torch.int64, device=x.device)
+
+
+@operator("OptionalGetElement")
+def optional_element(x: Tensor) -> Tensor:
+    """Give the tensor that an optional value holds."""
+    return x
+
+
+@operator("OptionalHasElement")
+def has_element(x: Tensor | None = None) -> Tensor:
+    """Whether an optional value holds a tensor."""
+    return torch.tensor(x is not None)
 
 
 @operator("Reshape", host=(1,))

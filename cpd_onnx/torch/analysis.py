@@ -1,0 +1,273 @@
+"""What the importer finds out about a graph before it builds anything: what is missing, what trains, what ranks are."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import (
+    AttributeProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TypeProto,
+    ValueInfoProto,
+    helper,
+    inliner,
+    numpy_helper,
+)
+
+from cpd_onnx.torch import host
+from cpd_onnx.torch.dtypes import is_float
+from cpd_onnx.torch.registry import DEFAULT_DOMAINS, find
+
+Array = npt.NDArray[Any]
+
+STRUCTURAL = frozenset({"Constant", "Identity", "If", "Loop", "Scan"})
+"""Operators of the default domain that the importer handles itself."""
+
+_NESTING = 4
+"""How deep the standard's functions call one another."""
+
+_MASK = 1e4
+"""A tensor that holds a value beyond this, or an infinite one, is an attention mask or a bound, not a weight."""
+
+_LARGE = 1024
+"""Elements from which an initializer's data is of no use to shape inference."""
+
+
+# Nodes.
+
+
+def opset_of(model: ModelProto) -> int:
+    """Version of the default operator set that the model imports."""
+    return next((entry.version for entry in model.opset_import if entry.domain in DEFAULT_DOMAINS), 1)
+
+
+def is_structural(node: NodeProto) -> bool:
+    """Whether the importer handles the node itself."""
+    return node.domain in DEFAULT_DOMAINS and node.op_type in STRUCTURAL
+
+
+def title(node: NodeProto) -> str:
+    """Name a node and its operator, for messages."""
+    domain = "" if node.domain in DEFAULT_DOMAINS else f"{node.domain}."
+    return f"node {node.name or next(iter(node.output), '')!r} ({domain}{node.op_type})"
+
+
+def bodies_of(node: NodeProto) -> dict[str, GraphProto]:
+    """Graphs that a node holds as attributes."""
+    return {attribute.name: attribute.g for attribute in node.attribute if attribute.type == AttributeProto.GRAPH}
+
+
+def graphs_of(graph: GraphProto) -> Iterator[GraphProto]:
+    """The graph and all bodies in it."""
+    yield graph
+    for node in graph.node:
+        for body in bodies_of(node).values():
+            yield from graphs_of(body)
+
+
+def attributes_of(node: NodeProto) -> dict[str, Any]:
+    """Attributes as Python values; lists become tuples and tensors numpy arrays. Graphs are left out."""
+    kept = (entry for entry in node.attribute if entry.type not in (AttributeProto.GRAPH, AttributeProto.GRAPHS))
+    return {attribute.name: _attribute(attribute) for attribute in kept}
+
+
+def _attribute(attribute: AttributeProto) -> Any:
+    value = helper.get_attribute_value(attribute)
+    if attribute.type == AttributeProto.TENSOR:
+        return numpy_helper.to_array(value)
+    if attribute.type == AttributeProto.STRING:
+        return value.decode()
+    if attribute.type == AttributeProto.STRINGS:
+        return tuple(text.decode() for text in value)
+    return tuple(value) if isinstance(value, Sequence) else value
+
+
+def free_names(graph: GraphProto) -> list[str]:
+    """Names that a body uses and does not define: what it takes from the graphs around it, in order of use."""
+    defined = {info.name for info in graph.input} | {tensor.name for tensor in graph.initializer} | {""}
+    free: dict[str, None] = {}
+    for node in graph.node:
+        inner = [name for body in bodies_of(node).values() for name in free_names(body)]
+        free |= dict.fromkeys(name for name in [*node.input, *inner] if name not in defined)
+        defined |= set(node.output)
+    free |= dict.fromkeys(info.name for info in graph.output if info.name not in defined)
+    return list(free)
+
+
+# What can be imported.
+
+
+def expand(model: ModelProto) -> ModelProto:
+    """Inline the model's own functions, and operators that we have no function for but the standard has."""
+    if model.functions:
+        model = inliner.inline_local_functions(model, convert_version=True)
+    for _ in range(_NESTING):
+        names = {(node.domain, node.op_type) for node in model.graph.node if _has_body(node, opset_of(model))}
+        if not names:
+            break
+        model = inliner.inline_selected_functions(model, sorted(names), inline_schema_functions=True)
+    return model
+
+
+def _has_body(node: NodeProto, opset: int) -> bool:
+    """Whether the standard defines an operator that we lack through others."""
+    if find(node.domain, node.op_type) or node.domain not in DEFAULT_DOMAINS or is_structural(node):
+        return False
+    if not onnx.defs.has(node.op_type, opset, ""):
+        return False
+    schema = onnx.defs.get_schema(node.op_type, opset, "")
+    has_body = schema.has_function or schema.has_context_dependent_function  # type: ignore[attr-defined]  # not in stubs
+    return bool(has_body)
+
+
+def unsupported(model: ModelProto) -> list[str]:
+    """Nodes that `import_model` does not support, one line each: name, operator and reason."""
+    return list(_problems(model.graph))
+
+
+def _problems(graph: GraphProto) -> Iterator[str]:
+    for node in graph.node:
+        reason = _reason(node)
+        if reason:
+            yield f"{title(node)}: {reason}"
+        for body in bodies_of(node).values():
+            yield from _problems(body)
+
+
+def _reason(node: NodeProto) -> str | None:
+    """Why a node cannot be imported; None if it can."""
+    if is_structural(node):
+        return None
+    found = find(node.domain, node.op_type)
+    if found is None:
+        return "no such operator"
+    unknown = sorted(attribute.name for attribute in node.attribute if attribute.name not in found.attributes)
+    return f"attribute {', '.join(unknown)} is not supported" if unknown else None
+
+
+# What trains.
+
+
+def shape_values(graph: GraphProto) -> set[str]:
+    """Names of values that serve only to say shapes: every path from them ends in an operand that is numbers."""
+    tensors = {info.name for info in graph.output}
+    tensors |= {name for node in graph.node for body in bodies_of(node).values() for name in free_names(body)}
+    numbers: set[str] = set()
+    for node in reversed(graph.node):
+        moves = node.domain in DEFAULT_DOMAINS and node.op_type in host.RULES and not tensors & set(node.output)
+        found = find(node.domain, node.op_type)
+        slots = () if found is None else found.host
+        tensors |= {name for slot, name in enumerate(node.input) if slot not in slots and not moves}
+        numbers |= set(node.input)
+    return numbers - tensors
+
+
+def trainable(graph: GraphProto, weights: Mapping[str, Array]) -> set[str]:
+    """Names of the stored tensors that training may change.
+
+    A float tensor is trained if some node uses it as a weight and none as something frozen (a statistic, a bound, a
+    quantisation scale). Single elements are scalars of the architecture, except where the operator says otherwise.
+    """
+    numbers = shape_values(graph)
+    wanted: set[str] = set()
+    frozen: set[str] = set()
+    alias = {name: name for name in weights}
+    for node in graph.node:
+        if node.op_type == "Identity" and node.input[0] in alias:
+            alias[node.output[0]] = alias[node.input[0]]
+            continue
+        found = find(node.domain, node.op_type)
+        for slot, name in enumerate(node.input):
+            if name not in alias or found is None or name in numbers:
+                continue
+            source = alias[name]
+            if slot in found.frozen or slot in found.host:
+                frozen.add(source)
+            elif weights[source].size > 1 or slot in found.weights:
+                wanted.add(source)
+    return {name for name in wanted - frozen if _is_weight(weights[name])}
+
+
+def _is_weight(array: Array) -> bool:
+    if not is_float(array.dtype) or not array.size:
+        return False
+    return bool(np.abs(array.astype(np.float64)).max() < _MASK)  # false for a NaN too
+
+
+# Types and ranks.
+
+
+@dataclass(frozen=True)
+class ValueType:
+    """What shape inference knows of a value: its ONNX element type, and its rank where it is certain."""
+
+    elem_type: int
+    rank: int | None
+
+
+def infer_types(model: ModelProto) -> dict[str, ValueType]:
+    """Element type and rank of the values, from ONNX shape inference on the graph without its large tensors."""
+    skeleton = ModelProto()
+    skeleton.CopyFrom(model)
+    graph = skeleton.graph
+    del graph.value_info[:]  # exporters write wrong ones
+    for info in graph.output:
+        info.type.tensor_type.ClearField("shape")
+    for tensor in graph.initializer:
+        if np.prod(tensor.dims) >= _LARGE:
+            for content in ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data"):
+                tensor.ClearField(content)
+    infos: dict[str, TypeProto] = {}
+    for _ in range(_ROUNDS):
+        infos = _inferred(skeleton)
+        found = [info for node in graph.node for info in _reshaped(node, infos)]
+        if not found:
+            break
+        graph.value_info.extend(found)
+    return {name: _value_type(info.tensor_type) for name, info in infos.items() if info.HasField("tensor_type")}
+
+
+_ROUNDS = 3
+"""Times that shape inference is run, each knowing more ranks."""
+
+_SHAPE_OPERAND = {"Reshape": 1, "ConstantOfShape": 0}
+"""Operators whose output has as many axes as this input has elements."""
+
+
+def _inferred(model: ModelProto) -> dict[str, TypeProto]:
+    """Types of all values that shape inference finds out; where it fails, of inputs and initializers."""
+    graph = model.graph
+    # without types, shapes are computed with tensors: slower, not wrong
+    with contextlib.suppress(onnx.shape_inference.InferenceError, RuntimeError):
+        graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    types: dict[str, TypeProto] = {}
+    tensors: dict[str, tuple[int, list[int]]] = {}
+    for part in graphs_of(graph):
+        types |= {info.name: info.type for info in [*part.value_info, *part.input, *part.output]}
+        tensors |= {tensor.name: (tensor.data_type, list(tensor.dims)) for tensor in part.initializer}
+    return types | {name: helper.make_tensor_type_proto(*tensor) for name, tensor in tensors.items()}
+
+
+def _reshaped(node: NodeProto, types: Mapping[str, TypeProto]) -> list[ValueInfoProto]:
+    """Rank of a node's output that follows from the length of its shape operand, and was not inferred."""
+    slot, done = _SHAPE_OPERAND.get(node.op_type), types.get(node.output[0]) if node.output else None
+    if slot is None or slot >= len(node.input) or node.input[slot] not in types or done is None:
+        return []
+    operand = types[node.input[slot]].tensor_type
+    if done.tensor_type.HasField("shape") or not operand.shape.dim or not operand.shape.dim[0].HasField("dim_value"):
+        return []
+    rank = operand.shape.dim[0].dim_value
+    return [helper.make_tensor_value_info(node.output[0], done.tensor_type.elem_type, [None] * rank)]
+
+
+def _value_type(tensor_type: TypeProto.Tensor) -> ValueType:
+    rank = len(tensor_type.shape.dim) if tensor_type.HasField("shape") else None
+    return ValueType(tensor_type.elem_type, rank)

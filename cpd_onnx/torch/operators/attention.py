@@ -1,0 +1,214 @@
+"""Attention as single operators."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from typing_extensions import Unpack
+
+from cpd_onnx.torch.dtypes import elem_dtype
+from cpd_onnx.torch.registry import operator
+
+
+class AttentionAttributes(TypedDict, total=False):
+    """Attributes of Attention."""
+
+    is_causal: int
+    kv_num_heads: int
+    q_num_heads: int
+    qk_matmul_output_mode: int
+    scale: float
+    softcap: float
+    softmax_precision: int
+    left_window_size: int
+    right_window_size: int
+
+
+class Rotary(TypedDict, total=False):
+    """Attributes of RotaryEmbedding."""
+
+    interleaved: int
+    num_heads: int
+    rotary_embedding_dim: int
+
+
+class LinearAttentionAttributes(TypedDict, total=False):
+    """Attributes of LinearAttention."""
+
+    q_num_heads: int
+    kv_num_heads: int
+    scale: float
+    update_rule: str
+    chunk_size: int
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[N, T, heads * size] -> [N, heads, T, size]."""
+    return x.reshape(x.shape[0], x.shape[1], heads, x.shape[2] // heads).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """[N, heads, T, size] -> [N, T, heads * size]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+@operator("Attention")
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *more: Tensor | None, outputs: int, **options: Unpack[AttentionAttributes]
+) -> list[Tensor]:
+    """Scaled dot-product attention with key-value cache, grouped queries, masks, soft cap and sliding windows.
+
+    q, k and v are [N, heads, T, size], or [N, T, heads * size] with the counts of heads as attributes. `more` are mask,
+    past key, past value and the lengths of the keys that count.
+    """
+    mask, past_k, past_v, lengths = (*more, None, None, None, None)[:4]
+    packed = q.ndim == 3
+    if packed:
+        q = split_heads(q, options["q_num_heads"])
+        k, v = (split_heads(x, options["kv_num_heads"]) for x in (k, v))
+    past = 0 if past_k is None else past_k.shape[2]
+    k, v = _with_past(k, past_k), _with_past(v, past_v)
+    bias = _bias(q, k, (mask, lengths, past), options)
+    result, scores = _attend((q, k, v), bias, options, need_scores=outputs > 3)
+    return [merge_heads(result) if packed else result, k, v, scores][:outputs]
+
+
+def _with_past(x: Tensor, past: Tensor | None) -> Tensor:
+    return x if past is None else torch.cat([past, x], 2)
+
+
+def _bias(
+    q: Tensor, k: Tensor, context: tuple[Tensor | None, Tensor | None, int], options: AttentionAttributes
+) -> Tensor | None:
+    """What is added to the scores [N, heads, T, S]: the mask, and minus infinity where a key may not be seen."""
+    mask, lengths, past = context
+    allowed = _allowed(q, k, (lengths, past), options)
+    if mask is not None and mask.shape[-1] < k.shape[2]:
+        missing = k.shape[2] - mask.shape[-1]
+        mask = F.pad(mask, [0, missing], value=False if mask.dtype == torch.bool else -math.inf)
+    if mask is not None and mask.dtype == torch.bool:
+        allowed = mask if allowed is None else allowed & mask
+        mask = None
+    if allowed is None:
+        return mask
+    hidden = torch.zeros((), dtype=q.dtype, device=q.device).masked_fill(~allowed, -math.inf)
+    return hidden if mask is None else hidden + mask
+
+
+def _allowed(q: Tensor, k: Tensor, context: tuple[Tensor | None, int], options: AttentionAttributes) -> Tensor | None:
+    """Whether query i may see key j: not the future, not beyond a window, not padding; None if it may see all."""
+    lengths, past = context
+    left, right = options.get("left_window_size", -1), options.get("right_window_size", -1)
+    if options.get("is_causal"):
+        right = 0 if right < 0 else min(right, 0)
+    rows = torch.arange(q.shape[2], device=q.device)[:, None]
+    columns = torch.arange(k.shape[2], device=q.device)
+    ahead = columns - rows - past
+    if lengths is not None and past == 0:
+        ahead = columns - rows - (lengths.reshape(-1, 1, 1, 1) - q.shape[2])
+    limits = [] if right < 0 else [ahead <= right]
+    limits += [] if left < 0 else [ahead >= -left]
+    limits += [] if lengths is None else [columns < lengths.reshape(-1, 1, 1, 1)]
+    return functools.reduce(torch.logical_and, limits) if limits else None
+
+
+def _attend(
+    qkv: tuple[Tensor, Tensor, Tensor], bias: Tensor | None, options: AttentionAttributes, *, need_scores: bool
+) -> tuple[Tensor, Tensor]:
+    """The weighted values, and the scores in the state that the mode asks for (or the values, where not needed)."""
+    q, k, v = qkv
+    repeats = q.shape[1] // k.shape[1]
+    if repeats > 1:
+        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    cap, scale = options.get("softcap", 0.0), options.get("scale") or 1 / math.sqrt(q.shape[3])
+    if not need_scores and not cap and bias is None and "softmax_precision" not in options:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale), v
+    root = torch.tensor(math.sqrt(scale), dtype=q.dtype)
+    raw = (q * root) @ (k * root).mT
+    capped = cap * torch.tanh(raw / cap) if cap else raw
+    biased = capped if bias is None else capped + bias
+    precision = elem_dtype(options["softmax_precision"]) if "softmax_precision" in options else biased.dtype
+    weights = biased.to(precision).softmax(-1)
+    if bias is not None:  # a query that may see no key gets nothing
+        weights = weights.masked_fill(torch.isneginf(bias.amax(-1, keepdim=True)), 0.0)
+    weights = weights.to(q.dtype)
+    states = (raw, capped, biased, weights)
+    return weights @ v, states[options.get("qk_matmul_output_mode", 0)]
+
+
+@operator("RotaryEmbedding")
+def rotary_embedding(
+    x: Tensor, cosines: Tensor, sines: Tensor, positions: Tensor | None = None, **options: Unpack[Rotary]
+) -> Tensor:
+    """Rotate pairs of features of x, [N, heads, T, size] or [N, T, heads * size], by an angle for each position."""
+    packed = x.ndim == 3
+    y = split_heads(x, options["num_heads"]) if packed else x
+    if positions is not None:
+        cosines, sines = cosines[positions], sines[positions]
+    cosines, sines = cosines.unsqueeze(1), sines.unsqueeze(1)
+    rotated = options.get("rotary_embedding_dim") or y.shape[-1]
+    turned, rest = y[..., :rotated], y[..., rotated:]
+    interleaved = options.get("interleaved", 0)
+    a, b = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)
+    parts = (cosines * a - sines * b, sines * a + cosines * b)
+    joined = torch.stack(parts, -1).flatten(-2) if interleaved else torch.cat(parts, -1)
+    result = torch.cat([joined, rest], -1)
+    return merge_heads(result) if packed else result
+
+
+@operator("LinearAttention")
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, *more: Tensor | None, **options: Unpack[LinearAttentionAttributes]
+) -> tuple[Tensor, Tensor]:
+    """Attention through a state [N, heads, key size, value size] that each step decays, corrects and extends.
+
+    q, k and v are [N, T, heads * size]; `more` are the past state, the decay and the correction rate.
+    """
+    past, decay, beta = (*more, None, None, None)[:3]
+    q_heads, heads = options["q_num_heads"], options["kv_num_heads"]
+    scale = options.get("scale") or 1 / math.sqrt(q.shape[2] // q_heads)
+    queries = split_heads(q, q_heads).float()
+    keys, values = split_heads(k, heads).float(), split_heads(v, heads).float()
+    decays = None if decay is None else split_heads(decay, heads).float()
+    rates = None if beta is None else beta.transpose(1, 2).unsqueeze(-1).float()
+    shape = (q.shape[0], heads, keys.shape[3], values.shape[3])
+    state = queries.new_zeros(shape) if past is None else past.float()
+    results = []
+    for step in range(q.shape[1]):
+        key, value = keys[:, :, step], values[:, :, step]
+        if decays is not None:
+            state = state * decays[:, :, step].exp().unsqueeze(-1)
+        if rates is not None:
+            value = rates[:, :, step] * (value - torch.einsum("bhdm,bhd->bhm", state, key))
+        state = state + key.unsqueeze(-1) * value.unsqueeze(-2)
+        seen = state.repeat_interleave(q_heads // heads, 1)
+        results.append(scale * torch.einsum("bhd,bhdm->bhm", queries[:, :, step], seen))
+    return merge_heads(torch.stack(results, 2)).to(q.dtype), state.to(q.dtype if past is None else past.dtype)
+
+
+class MultiHead(TypedDict, total=False):
+    """Attributes of onnxruntime's MultiHeadAttention."""
+
+    num_heads: int
+    scale: float
+    unidirectional: int
+    mask_filter_value: float
+
+
+@operator("MultiHeadAttention", domain="com.microsoft")
+def multi_head_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, **options: Unpack[MultiHead]
+) -> Tensor:
+    """Attention of packed q, k and v [N, T, heads * size], after adding a bias to each."""
+    heads = options["num_heads"]
+    if bias is not None:
+        parts = torch.split(bias, [q.shape[2], k.shape[2], v.shape[2]])
+        q, k, v = (x + part for x, part in zip((q, k, v), parts, strict=True))
+    q, k, v = (split_heads(x, heads) for x in (q, k, v))
+    causal, scale = bool(options.get("unidirectional", 0)), options.get("scale") or None
+    return merge_heads(F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale))
