@@ -219,14 +219,16 @@ class Atoms:
         return self._unite_composites(left, right, a, b)
 
     def _spread_frost(self, left: Axis, right: Axis, a: Axis, b: Axis) -> None:
-        cold = np.where(a[:, 0] == NOTHING, self._frost(left), self._frost(right))
+        frost = np.where(a[:, 0] == NOTHING, self._frost(left), NOTHING)
+        cold = np.where((frost == NOTHING) & (b[:, 0] == NOTHING), self._frost(right), frost)
         for table in (a, b):
             live = table != NOTHING
             self._parent[table[live]] = np.broadcast_to(cold[:, None], table.shape)[live]
 
     def _frost(self, axis: Axis) -> Axis:
-        """A frozen root for each index that is frozen."""
-        return self._root_parts(axis)[:, 0]
+        """A frozen root for each index that is frozen, one with a reason where there is one."""
+        roots = self._root_parts(axis)
+        return np.asarray(np.where(self._frozen[roots], roots, NOTHING).max(axis=1))
 
     def _union(self, a: Axis, b: Axis) -> None:
         while len(a):

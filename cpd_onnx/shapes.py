@@ -26,6 +26,8 @@ from cpd_onnx.graph import Array, Model, attributes_of, bodies_of, to_array
 Shape: TypeAlias = tuple[int, ...]
 Leaves: TypeAlias = npt.NDArray[np.int64]
 
+SCALED = 1 << 31
+"""Added to the code of a leaf that is a factor of the element, the rest of which depends on the inputs."""
 _SMALL_FLOATS = 8
 """Float constants up to this many elements may be shape arithmetic (scales, bounds); larger ones are weights."""
 _GUESSES = (37, 41)
@@ -43,7 +45,8 @@ class Value:
         dtype: ONNX element type, 0 if unknown or not a tensor.
         shapes: its shape under the two bindings, None if the rank is unknown.
         values: its elements under the two bindings where they are known.
-        leaves: per element, the code of the constant's element it was moved from, or -1.
+        leaves: per element where it was moved from: use << 32 | element for one of a constant (or of anything else
+            that is the same whatever the inputs), -2 - n for the size that `Folded.dims[n]` names, -1 for neither.
         weight: name of the initializer or Constant output that it is, if it is one.
         constants: the weights it is computed from, if it depends on nothing else.
         from_shape: whether its elements depend on the shape of some tensor.
@@ -99,6 +102,7 @@ class Scope:
         function: whether this is the body of a model-local function (or lies in one).
         order: for each node its position in the file.
         address: (position in the file, attribute name) of the nodes that lead here from the main graph.
+        opset: version of the default operator set that its nodes are written in.
 
     """
 
@@ -112,6 +116,7 @@ class Scope:
     inputs: list[str] = field(default_factory=list)
     order: list[int] = field(default_factory=list)
     address: tuple[tuple[int, str], ...] = ()
+    opset: int = 0
 
     def lookup(self, name: str) -> Value | None:
         """The value of that name here or in an enclosing graph."""
@@ -147,6 +152,7 @@ class Folded:
         model: the model.
         scope: the main graph.
         uses: slots of constants, indexed by the upper half of leaf codes.
+        dims: tensors and axes whose sizes are elements of others, indexed by -2 - leaf code.
         unknown: operators whose output shapes could not be inferred, "domain::op_type" to the first node's name.
         batch: size that the first binding gives to the leading dynamic dimension, 1 if it is fixed.
 
@@ -155,6 +161,7 @@ class Folded:
     model: Model
     scope: Scope
     uses: tuple[Use, ...]
+    dims: tuple[tuple[Value, int], ...]
     unknown: Mapping[str, str]
     batch: int
 
@@ -211,6 +218,7 @@ class _Folder:
         self.input_shapes = input_shapes
         self.symbols: dict[str, tuple[int, int]] = {}
         self.uses: list[Use] = []
+        self.dims: list[tuple[Value, int]] = []
         self.unknown: dict[str, str] = {}
         self.opsets = {o.domain if o.domain != "ai.onnx" else "": o.version for o in model.proto.opset_import}
         self.opsets.setdefault("", 1)
@@ -231,7 +239,7 @@ class _Folder:
         scope = self.scope("", graph, values, ())
         first = next((values[i.name].shapes for i in _real_inputs(self.model)), None)
         batch = first[0][0] if first and first[0] and first[0][0] != first[1][0] else 1
-        return Folded(self.model, scope, tuple(self.uses), self.unknown, batch)
+        return Folded(self.model, scope, tuple(self.uses), tuple(self.dims), self.unknown, batch)
 
     def weight(self, tensor: TensorProto) -> Value:
         shape = tuple(tensor.dims)
@@ -254,7 +262,9 @@ class _Folder:
             shape = tuple(self.input_shapes[info.name])
             return Value(info.name, kind.elem_type, (shape, shape))
         rank = len(kind.shape.dim)
-        dims = [self.bind(d, axis, rank, kind.elem_type) for axis, d in enumerate(kind.shape.dim)]
+        # Recurrent states are (layers, batch, hidden).
+        is_state = [d.dim_value > 0 for d in kind.shape.dim] == [True, False, True]
+        dims = [self.bind(d, 0 if is_state else axis, rank, kind.elem_type) for axis, d in enumerate(kind.shape.dim)]
         return Value(info.name, kind.elem_type, (tuple(d[0] for d in dims), tuple(d[1] for d in dims)))
 
     def bind(self, dim: onnx.TensorShapeProto.Dimension, axis: int, rank: int, dtype: int) -> tuple[int, int]:
@@ -264,7 +274,7 @@ class _Folder:
         if not name:
             return self.default_size(axis, rank, dtype)
         if name not in self.symbols:
-            self.symbols[name] = self.expression(name) or self.default_size(axis, rank, dtype)
+            self.symbols[name] = self.expression(name) or self.default_size(0 if "batch" in name else axis, rank, dtype)
         return self.symbols[name]
 
     def default_size(self, axis: int, rank: int, dtype: int) -> tuple[int, int]:
@@ -296,7 +306,7 @@ class _Folder:
         scope = Scope(path, [graph.node[i] for i in order], values, [o.name for o in graph.output], parent)
         scope.function = parent is not None and parent.function
         scope.inputs = [i.name for i in graph.input]
-        scope.order, scope.address = order, address
+        scope.order, scope.address, scope.opset = order, address, self.opsets[""]
         self.sweep(scope)
         return scope
 
@@ -364,7 +374,7 @@ class _Folder:
             return None
         call = Call(attributes, self.opsets[""])
         if node.op_type in ("Shape", "Size") and inputs[0] is not None and inputs[0].shapes is not None:
-            return None if inputs[0].guessed else [self.shape_of(node, call, inputs[0].shapes)]
+            return None if inputs[0].guessed else [self.shape_of(node, call, inputs[0])]
         function = EVALUATORS.get(node.op_type)
         present = [v for v in inputs if v is not None]
         if function is None or not present or any(v.values is None for v in present):
@@ -391,20 +401,28 @@ class _Folder:
             made.append(value)
         return made
 
-    @staticmethod
-    def shape_of(node: NodeProto, call: Call, shapes: tuple[Shape, Shape]) -> Value:
-        arrays = [np.asarray(s, np.int64) for s in shapes]
+    def shape_of(self, node: NodeProto, call: Call, value: Value) -> Value:
+        assert value.shapes is not None
+        arrays = [np.asarray(s, np.int64) for s in value.shapes]
+        leaves = None
         if node.op_type == "Size":
             arrays = [np.asarray(a.prod(), np.int64) for a in arrays]
         else:
-            arrays = [a[slice(call.get("start", 0), call.get("end"))] for a in arrays]
+            part = slice(call.get("start", 0), call.get("end"))
+            leaves = -2 - len(self.dims) - np.arange(len(arrays[0]), dtype=np.int64)[part]
+            self.dims += [(value, axis) for axis in range(len(arrays[0]))]
+            arrays = [a[part] for a in arrays]
         pair = (arrays[0], arrays[1])
-        return Value(node.output[0], TensorProto.INT64, (pair[0].shape, pair[1].shape), pair, from_shape=True)
+        made = Value(node.output[0], TensorProto.INT64, (pair[0].shape, pair[1].shape), pair, from_shape=True)
+        made.leaves = leaves
+        return made
 
     def moved(
         self, scope: Scope, position: int, op_type: str, function: Any, call: Call, inputs: list[Value | None]
     ) -> list[Leaves] | None:
         """Where each output element comes from, for operators that only move elements."""
+        if op_type == "Mul":
+            return self.scaled(scope, position, inputs)
         if op_type not in MOVERS:
             return None
         carried = {"Concat": range(len(inputs)), "Where": range(1, 3)}.get(op_type, range(1))
@@ -419,13 +437,26 @@ class _Folder:
 
     def leaves_of(self, scope: Scope, position: int, slot: int, value: Value) -> Leaves:
         assert value.value is not None
-        if value.weight is not None:
+        if value.leaves is not None and (value.leaves >= 0).all():
+            return value.leaves
+        if value.weight is not None or value.is_static:
             self.uses.append(Use(scope, position, slot))
             codes = ((len(self.uses) - 1) << 32) + np.arange(value.value.size, dtype=np.int64)
             return codes.reshape(value.value.shape)
-        if value.leaves is not None:
-            return value.leaves
-        return np.full(value.value.shape, -1, np.int64)
+        return value.leaves if value.leaves is not None else np.full(value.value.shape, -1, np.int64)
+
+    def scaled(self, scope: Scope, position: int, inputs: list[Value | None]) -> list[Leaves] | None:
+        """Leaves of a product of a size that depends on the inputs with a number that does not (batch x heads)."""
+        static = [slot for slot, value in enumerate(inputs) if value is not None and value.is_static]
+        if len(static) != 1 or len(inputs) != 2:
+            return None
+        factor, other = inputs[static[0]], inputs[1 - static[0]]
+        assert factor is not None and factor.value is not None and other is not None and other.value is not None
+        if factor.value.size != 1 or other.value.size != 1:
+            return None
+        self.uses.append(Use(scope, position, static[0]))
+        rank = max(factor.value.ndim, other.value.ndim)
+        return [np.full((1,) * rank, ((len(self.uses) - 1) << 32) + SCALED, np.int64)]
 
     def inferred(self, node: NodeProto, attributes: dict[str, Any], inputs: list[Value | None]) -> list[Value]:
         """The outputs by shape inference under both bindings."""
@@ -483,6 +514,7 @@ class _Folder:
         outer, self.opsets = self.opsets, self.opsets | {
             "" if o.domain == "ai.onnx" else o.domain: o.version for o in function.opset_import
         }
+        inner.opset = self.opsets[""]
         self.sweep(inner)
         self.opsets = outer
         return [_renamed(inner.values.get(f), name) for f, name in zip(function.output, node.output, strict=False)]

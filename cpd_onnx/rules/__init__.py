@@ -6,8 +6,22 @@ and sets the atoms of its outputs. `RULES` maps (domain, operator) to its rule; 
 
 from cpd_onnx.rules import attention, elementwise, linear, norm, quant, recurrent, reduce, shape
 from cpd_onnx.rules.api import RULES, Cost, Demand, GiveUp, Keep, Op, Recorder, Tensor, rule
+from cpd_onnx.rules.reduce import POSITION_CARRIERS, POSITION_USERS
 
-__all__ = ["RULES", "Cost", "Demand", "GiveUp", "Keep", "Op", "Recorder", "Tensor", "rule", "supported_operators"]
+__all__ = [
+    "POSITION_CARRIERS",
+    "POSITION_USERS",
+    "RULES",
+    "Cost",
+    "Demand",
+    "GiveUp",
+    "Keep",
+    "Op",
+    "Recorder",
+    "Tensor",
+    "rule",
+    "supported_operators",
+]
 
 _FAMILIES = (attention, elementwise, linear, norm, quant, recurrent, reduce, shape)
 

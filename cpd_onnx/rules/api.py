@@ -29,6 +29,8 @@ class Keep(Protocol):
         """Indices that stay."""
 
 
+DROP = "drop"
+"""What a rewrite answers to take an attribute away."""
 Rewrite: TypeAlias = Callable[[Keep, Any], Any]
 """From what stays and the value in the file to the value in the pruned file."""
 
@@ -74,11 +76,10 @@ class Demand:
         node: its position in the scope.
         slot: input slot, or attribute name.
         axes: what it depends on; for operands with `per_element`, one axis per element.
-        rewrite: gives the value in the pruned file; None from an attribute's rewrite means "leave it".
-        per_element: whether the operand is a list of sizes, one for each of `axes`.
-        wild: for operands that are sizes: what may stand for each element whatever the size is (0 copies, 1
-            broadcasts), None where there is no such number.
-        minus_one: whether one element may be -1.
+        rewrite: gives the value in the pruned file from the one in the file, which is None where the node has no
+            such operand or attribute. It answers None to leave things as they are and DROP to take them away.
+        per_element: whether the operand is a list of sizes, one for each of `axes`. An element that differs from
+            its axis' size means something else (-1, 0 to copy, 1 to broadcast) and stays.
 
     """
 
@@ -88,8 +89,6 @@ class Demand:
     axes: tuple[Axis, ...]
     rewrite: Rewrite
     per_element: bool = False
-    wild: tuple[int | None, ...] = ()
-    minus_one: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +111,7 @@ class Recorder:
     kernels: set[str] = field(default_factory=set)
     zero_points: dict[str, tuple[str | None, int]] = field(default_factory=dict)
     sensitive: set[tuple[str, int]] = field(default_factory=set)
+    positions: list[tuple[Scope, str, Axis]] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -165,8 +165,8 @@ class Op:
             return None
         if tensor.value.value is None:
             raise GiveUp(f"input {slot} of {self.name} is computed from data")
-        if tensor.axes is not None:
-            self.touched.extend(tensor.axes)
+        for axis in tensor.axes or []:
+            self.freeze(axis, "takes this as an operand")
         return tensor.value.value
 
     def static_operand(self, slot: int) -> Array | None:
@@ -185,6 +185,9 @@ class Op:
         shape = tensor.value.shape
         if shape is not None and tuple(len(a) for a in axes) != shape:
             raise GiveUp(f"{self.name} has an output of shape {list(shape)}, its rule expects {[len(a) for a in axes]}")
+        for axis in axes:
+            if len(axis) == 1:
+                self.freeze(axis, "leaves one index of this axis")
         tensor.axes = list(axes)
 
     def unite(self, left: Axis, right: Axis) -> None:
@@ -203,6 +206,45 @@ class Op:
     def frozen(self, count: int, why: str = "makes this axis") -> Axis:
         """Atoms of an axis that is never pruned."""
         return self.atoms.frozen(count, f"{self.name} {why}")
+
+    def unmerge(self, flat: Axis, sizes: Sequence[int]) -> list[Axis]:
+        """Split a merged axis: each part takes what varies along it alone; parts that vary together get fresh atoms."""
+        wide = [k for k, size in enumerate(sizes) if size != 1]
+        parts: list[Axis] = [np.zeros(size, np.int64) for size in sizes]
+        if len(wide) == 1:
+            parts[wide[0]] = flat
+            return parts
+        fate = self.atoms.canonical(flat).reshape(sizes)
+        table = flat.reshape(sizes)
+        varying = [k for k in wide if bool((np.diff(fate, axis=k) != 0).any())]
+        for k in wide:
+            index: list[Any] = [0] * len(sizes)
+            index[k] = slice(None)
+            parts[k] = table[tuple(index)] if k in varying or not varying else np.zeros(sizes[k], np.int64)
+        if not varying:
+            self.freeze(flat, "splits an axis that can only go as a whole")
+        if len(varying) > 1:
+            for k in varying:
+                parts[k] = self.atoms.fresh(sizes[k])
+            self.unite(self.atoms.product(*(parts[k] if k in varying else np.zeros(sizes[k], np.int64) for k in wide)), flat)
+        self.touched.append(flat)
+        return parts
+
+    def along(self, axis: Axis, size: int, why: str) -> Axis:
+        """Freeze an axis and give its atoms, with their reason, to an axis of another size."""
+        self.freeze(axis, why)
+        return np.resize(axis, size) if len(axis) else self.frozen(size, why)
+
+    def sizes(self, output: int = 0) -> Shape:
+        """Shape of an output; raises GiveUp if it is not known."""
+        shape = self.outputs[output].value.shape
+        if shape is None:
+            raise GiveUp(f"the output shape of {self.name} is not known")
+        return shape
+
+    def positions(self, axis: Axis, output: int = 0) -> None:
+        """The values of an output count along an axis: they are others once it shrinks."""
+        self.recorder.positions.append((self.scope, self.outputs[output].value.name, axis))
 
     def contract(self, a: Tensor, i: int, b: Tensor, j: int) -> None:
         """Sum over axis i of `a` and axis j of `b`."""
@@ -234,18 +276,9 @@ class Op:
         """An operand or attribute depends on which indices of the axes stay."""
         self.recorder.demands.append(Demand(self.scope, self.position, slot, tuple(axes), rewrite))
 
-    def demand_sizes(
-        self, slot: int, axes: Sequence[Axis], *, wild: Sequence[int | None] | None = None, minus_one: bool = False
-    ) -> None:
-        """An operand lists sizes, one for each of `axes`; elements of zero or less mean something else and stay."""
-
-        def rewrite(keep: Keep, old: Array) -> Array:
-            sizes = [keep.count(a) if o > 0 else o for a, o in zip(axes, old.ravel().tolist(), strict=True)]
-            return np.asarray(sizes, old.dtype).reshape(old.shape)
-
-        free = tuple(wild) if wild is not None else (None,) * len(axes)
-        made = Demand(self.scope, self.position, slot, tuple(axes), rewrite, True, free, minus_one)
-        self.recorder.demands.append(made)
+    def demand_sizes(self, slot: int, axes: Sequence[Axis]) -> None:
+        """An operand lists sizes, one for each of `axes`; elements that are not the size mean something else."""
+        self.recorder.demands.append(Demand(self.scope, self.position, slot, tuple(axes), resized(axes), True))
 
     def attribute_size(self, name: str, axis: Axis) -> None:
         """An attribute is the size of an axis."""
@@ -254,6 +287,17 @@ class Op:
     def pin_attribute(self, name: str, value: Any, axis: Axis) -> None:
         """Once `axis` shrinks, an attribute that was derived from its size must be written down."""
         self.demand(name, [axis], lambda keep, old: value if keep.count(axis) != len(axis) else None)
+
+
+def resized(axes: Sequence[Axis]) -> Rewrite:
+    """Rewrite of a list of sizes: those that were their axis' size become its new size."""
+
+    def rewrite(keep: Keep, old: Array) -> Array:
+        pairs = zip(axes, old.ravel().tolist(), strict=True)
+        sizes = [keep.count(axis) if size == len(axis) else size for axis, size in pairs]
+        return np.asarray(sizes, old.dtype).reshape(old.shape)
+
+    return rewrite
 
 
 Rule: TypeAlias = Callable[[Op], None]

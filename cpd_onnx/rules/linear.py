@@ -72,9 +72,8 @@ def convolution(op: Op, slots: _Slots) -> None:
         op.contract(x, 1, w, 1)
         out = w[0]
     else:
-        groups, inner = op.atoms.fresh(group), op.atoms.fresh(w.shape[1])
+        groups, inner = op.unmerge(x[1], [group, w.shape[1]])
         outer = op.atoms.fresh(w.shape[0] // group)
-        op.unite(x[1], op.atoms.product(groups, inner))
         op.unite(w[1], inner)
         out = w[0]
         op.unite(out, op.atoms.product(groups, outer))
@@ -91,9 +90,8 @@ def conv_transpose(op: Op) -> None:
         op.contract(x, 1, w, 0)
         out = w[1]
     else:
-        groups, inner = op.atoms.fresh(group), op.atoms.fresh(w.shape[0] // group)
+        groups, _ = op.unmerge(x[1], [group, w.shape[0] // group])
         outer = op.atoms.fresh(w.shape[1])
-        op.unite(x[1], op.atoms.product(groups, inner))
         op.unite(w[0], x[1])
         op.unite(w[1], outer)
         out = op.atoms.product(groups, outer)
@@ -131,10 +129,9 @@ def _finish(op: Op, slots: _Slots, x: Tensor, w: Tensor, out: Axis) -> None:
             for axis in op.input(slot).axes or []:
                 op.freeze(axis, f"takes input {slot} as a whole")
     mark_zero_point(op, w, slots.zero_point)
-    shape = op.outputs[0].value.shape
-    if shape is None:
-        raise GiveUp(f"the output shape of {op.name} is not known")
-    op.set([x[0], out, *(op.frozen(size, "slides over this axis") for size in shape[2:])])
+    shape = op.sizes()
+    spatial = [op.along(x[i], shape[i], "slides over this axis") for i in range(2, x.rank)]
+    op.set([x[0], out, *spatial])
     places = math.prod(w.shape[2:]) * math.prod(shape[2:] if slots.x or out is w[0] else x.shape[2:])
     op.cost(float(x.shape[0] * places), w[0], w[1])
 

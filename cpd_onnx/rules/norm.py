@@ -83,9 +83,7 @@ def group_norm_channels_last(op: Op) -> None:
 
 def _group_norm(op: Op, channel: int, attribute: str) -> None:
     x, count = op.input(0), op.get(attribute)
-    groups = op.atoms.fresh(count)
-    members = op.atoms.fresh(x.shape[channel] // count)
-    op.unite(x[channel], op.atoms.product(groups, members))
+    groups, _ = op.unmerge(x[channel], [count, x.shape[channel] // count])
     per_group = attribute == "num_groups" and op.opset < 21
     for slot in (1, 2):
         op.unite(op.input(slot)[0], groups if per_group else x[channel])

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
+from cpd_onnx.atoms import Axis
 from cpd_onnx.evaluate import axes_operand
 from cpd_onnx.rules.api import GiveUp, Op, rule
 from cpd_onnx.rules.elementwise import MICROSOFT, freeze_rest
 
 _ONE = np.zeros(1, np.int64)
+POSITION_CARRIERS = {"Add", "Cast", "Expand", "Identity", "Mul", "Reshape", "Slice", "Squeeze", "Sub", "Unsqueeze"}
+"""Operators through which positions may pass on their way to `POSITION_USERS`."""
+POSITION_USERS = {("MaxUnpool", 1), ("Shape", 0)}
+"""Operators and slots that take positions and count along the same axes as those who made them, or do not care."""
 
 
 @rule(
@@ -77,8 +82,10 @@ def top_k(op: Op) -> None:
 
 @rule("MaxPool", "AveragePool", "LpPool")
 def pool(op: Op) -> None:
-    """Slide over the spatial axes; batch and channels pass."""
+    """Slide over the spatial axes; batch and channels pass. Indices of maxima count through all axes."""
     _slide(op)
+    if len(op.outputs) > 1 and op.outputs[1].value.name:
+        op.positions(op.input(0)[1], 1)
 
 
 @rule("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
@@ -110,10 +117,10 @@ def max_unpool(op: Op) -> None:
         op.unite(left, right)
         if axis > 1:
             op.freeze(left, "places values along this axis")
-    out = [*(x.axes or [])[:2], *_output_spatial(op)]
+    out = [*(x.axes or [])[:2], *_output_spatial(op, "places values along this axis")]
     if op.has(2):
-        op.operand(2)
         op.demand_sizes(2, out)
+        op.inputs[2] and op.touched.extend(op.inputs[2].axes or [])
     op.set(out)
 
 
@@ -121,37 +128,30 @@ def max_unpool(op: Op) -> None:
 def grid_sample(op: Op) -> None:
     """Sample the spatial axes at the places of a grid (N, …, coordinates)."""
     x, grid = op.input(0), op.input(1)
-    for axis in (x.axes or [])[2:]:
-        op.freeze(axis, "samples along this axis")
     for axis in (grid.axes or [])[1:]:
         op.freeze(axis, "takes the grid as a whole")
     op.unite(x[0], grid[0])
-    op.set([x[0], x[1], *_output_spatial(op)])
+    op.set([x[0], x[1], *_output_spatial(op, "samples along this axis")])
 
 
 @rule("RoiAlign", "MaxRoiPool")
 def roi(op: Op) -> None:
     """Cut regions out of the spatial axes; channels pass."""
     x = op.input(0)
-    for axis in [x[0], *(x.axes or [])[2:]]:
-        op.freeze(axis, "cuts regions out of this axis")
+    why = "cuts regions out of this axis"
+    op.freeze(x[0], why)
     freeze_rest(op, 1)
-    shape = op.outputs[0].value.shape
-    if shape is None:
-        raise GiveUp(f"the output shape of {op.name} is not known")
-    op.set([op.frozen(shape[0]), x[1], *_output_spatial(op)])
+    op.set([op.frozen(op.sizes()[0], why), x[1], *_output_spatial(op, why)])
 
 
 def _slide(op: Op) -> None:
     x = op.input(0)
-    for axis in (x.axes or [])[2:]:
-        op.freeze(axis, "slides over this axis")
+    spatial = _output_spatial(op, "slides over this axis")
     for output in range(len(op.outputs)):
-        op.set([*(x.axes or [])[:2], *_output_spatial(op)], output)
+        op.set([*(x.axes or [])[:2], *spatial], output)
 
 
-def _output_spatial(op: Op) -> list[np.ndarray]:  # type: ignore[type-arg]  # atoms of frozen axes
-    shape = op.outputs[0].value.shape
-    if shape is None:
-        raise GiveUp(f"the output shape of {op.name} is not known")
-    return [op.frozen(size) for size in shape[2:]]
+def _output_spatial(op: Op, why: str) -> list[Axis]:
+    """Freeze the spatial axes of the first input; those of the output, with the same reasons."""
+    x, shape = op.input(0), op.sizes()
+    return [op.along(x[i], shape[i], why) for i in range(2, x.rank)]

@@ -1,0 +1,326 @@
+"""What combing finds: groups of coupled channels, where they lie, and why the rest is kept."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+from onnx import TensorProto
+
+from cpd_onnx.atoms import NOTHING, Atoms, Axis, Mask
+from cpd_onnx.rules.api import Recorder, Tensor
+from cpd_onnx.shapes import Folded, Scope, Use, Value
+
+FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
+"""Element types of trained weights."""
+QUANTIZED = {
+    TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT8E4M3FN,
+    TensorProto.FLOAT8E5M2, TensorProto.FLOAT8E4M3FNUZ, TensorProto.FLOAT8E5M2FNUZ,
+}  # fmt: skip  # a table
+_MADE_UP = re.compile(r"^(onnx::|val_|_val|const|_*\d|\w*::\w*_\d+$)")
+"""Initializer names that exporters invent; the node's name says more."""
+
+
+@dataclass(frozen=True, eq=False)
+class WeightUse:
+    """One input slot that takes a weight, and the atoms of the weight as this slot sees it."""
+
+    use: Use
+    axes: list[Axis]
+
+
+@dataclass(eq=False)
+class Weight:
+    """A constant tensor of the model: an initializer or the output of a Constant node.
+
+    Attributes:
+        value: the tensor; its name is unique in its scope.
+        scope: the graph that holds it.
+        uses: the slots that take it. Vectors have atoms of their own in each, others share theirs.
+
+    """
+
+    value: Value
+    scope: Scope
+    uses: list[WeightUse] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Its name, with the path of the subgraph that holds it."""
+        return f"{self.scope.path}:{self.value.name}" if self.scope.path else self.value.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its dims."""
+        return self.value.shape or ()
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it is trained in floating point."""
+        return self.value.dtype in FLOATS
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it is a float weight or a quantised one."""
+        return self.value.dtype in FLOATS or self.value.dtype in QUANTIZED
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @cached_property
+    def is_vector(self) -> bool:
+        """Whether at most one axis is longer than one."""
+        return sum(size != 1 for size in self.shape) <= 1
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """An axis of a weight that a group runs through.
+
+    `indices[k]` are the positions on the axis that go with the group's channel k.
+    """
+
+    weight: Weight
+    axis: int
+    indices: list[list[int]]
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Coupled channels that run through the same axes of the same tensors.
+
+    Attributes:
+        id: position in `Combed.groups`.
+        name: after the first weight or node that it runs through.
+        kind: "channels", "heads", "head_dim", "hidden", "groups".
+        channels: the primitive atoms, one per coupled channel.
+
+    """
+
+    id: int
+    name: str
+    kind: str
+    channels: Axis
+
+    def __len__(self) -> int:
+        """Number of coupled channels."""
+        return len(self.channels)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """An axis of a weight with indices that are kept, and why."""
+
+    tensor: str
+    axis: int
+    indices: int
+    of: int
+    reasons: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class Combed:
+    """The coupled channels of a model.
+
+    Attributes:
+        folded: the model with its shapes.
+        atoms: the channel algebra after the sweep.
+        recorder: what the rules left behind.
+        tensors: atoms of every value, by scope path and name.
+        weights: all constants in order of use.
+        groups: the groups, in order of the graph.
+        without_rule: operators that no rule covers, with a node name each.
+        unaccounted: axes that a rule failed to account for (its defect; they were frozen).
+
+    """
+
+    folded: Folded
+    atoms: Atoms
+    recorder: Recorder
+    tensors: dict[tuple[str, str], Tensor]
+    weights: list[Weight]
+    groups: list[Group] = field(default_factory=list)
+    without_rule: dict[str, str] = field(default_factory=dict)
+    unaccounted: list[str] = field(default_factory=list)
+
+    def weight_axes(self, weight: Weight) -> Iterator[list[Axis]]:
+        """The distinct sets of atoms that the uses of a weight see."""
+        seen: set[int] = set()
+        for use in weight.uses:
+            if id(use.axes) not in seen:
+                seen.add(id(use.axes))
+                yield use.axes
+
+    def members(self, group: Group) -> list[Member]:
+        """Where in the weights a group lies."""
+        rank = np.full(len(self.atoms), -1, np.int64)
+        rank[group.channels] = np.arange(len(group))
+        found: dict[tuple[int, int], Member] = {}
+        for number, weight in enumerate(self.weights):
+            for axes in self.weight_axes(weight):
+                for axis, indices in enumerate(axes):
+                    if (number, axis) in found:
+                        continue
+                    listed = self._indices(indices, rank, len(group))
+                    if listed is not None:
+                        found[(number, axis)] = Member(weight, axis, listed)
+        return list(found.values())
+
+    def _indices(self, axis: Axis, rank: Axis, count: int) -> list[list[int]] | None:
+        places = rank[self.atoms.parts(axis)]
+        rows, columns = np.nonzero(places >= 0)
+        if not len(rows):
+            return None
+        listed: list[list[int]] = [[] for _ in range(count)]
+        for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
+            listed[places[row, column]].append(row)
+        return listed
+
+    def frozen(self) -> list[Frozen]:
+        """The axes of trained weights with indices that are kept, and why."""
+        found: dict[tuple[str, int], Frozen] = {}
+        for weight in self.weights:
+            if not weight.is_trained:
+                continue
+            for axes in self.weight_axes(weight):
+                for axis, atoms in enumerate(axes):
+                    cold = int(self.atoms.is_frozen(atoms).sum())
+                    if len(atoms) > 1 and cold and (weight.name, axis) not in found:
+                        reasons = tuple(self.atoms.reasons(atoms))
+                        found[(weight.name, axis)] = Frozen(weight.name, axis, cold, len(atoms), reasons)
+        return list(found.values())
+
+    def prunable_fraction(self) -> float:
+        """Share of the trained weights that lie on a prunable axis.
+
+        Weights of which every axis is fixed by a graph input or output alone do not count.
+        """
+        prunable = total = 0.0
+        for weight in self.weights:
+            axes = next(self.weight_axes(weight), None)
+            if not weight.is_trained or weight.size <= 1 or axes is None:
+                continue
+            kept = float(np.prod([self.atoms.is_frozen(a).mean() for a in axes if len(a) > 1]))
+            if kept == 1.0 and self._only_interface(axes):
+                continue
+            total += weight.size
+            prunable += weight.size * (1.0 - kept)
+        return prunable / total if total else 1.0
+
+    def _only_interface(self, axes: list[Axis]) -> bool:
+        reasons = [reason for axis in axes if len(axis) > 1 for reason in self.atoms.reasons(axis)]
+        return all(reason.startswith("graph ") for reason in reasons)
+
+
+def grouped(combed: Combed) -> list[Group]:
+    """Sort the surviving primitives by the set of tensor axes that they run through."""
+    atoms = combed.atoms
+    signature = np.zeros(len(atoms), np.uint64)
+    trained = np.zeros(len(atoms), np.bool_)
+    first = np.full(len(atoms), np.iinfo(np.int64).max)
+    parts_of: dict[int, Axis] = {}
+    for position, (axis, is_weight) in enumerate(_all_axes(combed)):
+        parts = _primitives(atoms, axis, parts_of)
+        if parts is None:
+            continue
+        signature[parts] += _hashed(position)
+        if is_weight:
+            trained[parts] = True
+            first[parts] = np.minimum(first[parts], position)
+    live = np.flatnonzero(trained)
+    if not len(live):
+        return []
+    order = np.lexsort((live, signature[live], first[live]))
+    live = live[order]
+    cuts = np.flatnonzero(np.diff(signature[live]) != 0) + 1
+    kinds = _kinds(combed)
+    names = _names(combed)
+    made = []
+    for channels in np.split(live, cuts):
+        lead = int(channels[0])
+        made.append(Group(len(made), names.get(lead, f"group{len(made)}"), kinds.get(lead, "channels"), np.sort(channels)))
+    return _uniquely_named(made)
+
+
+def _all_axes(combed: Combed) -> Iterator[tuple[Axis, bool]]:
+    """Every axis of every tensor, weights last and in order of use, and whether it is a trained weight's."""
+    for tensor in combed.tensors.values():
+        for axis in tensor.axes or []:
+            yield axis, False
+    for weight in combed.weights:
+        for axes in combed.weight_axes(weight):
+            for axis in axes:
+                yield axis, weight.is_trained
+
+
+def _primitives(atoms: Atoms, axis: Axis, known: dict[int, Axis]) -> Axis | None:
+    """The primitives of an axis, None if it has none; axes that are one array are computed once."""
+    if id(axis) not in known:
+        unique = np.unique(atoms.parts(axis)) if len(axis) > 1 else np.zeros(1, np.int64)
+        known[id(axis)] = unique[unique != NOTHING]
+    found = known[id(axis)]
+    return found if len(found) else None
+
+
+def _hashed(position: int) -> np.uint64:
+    """Sixty-four well mixed bits (splitmix64), the same in every run."""
+    z = (position + 1) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    return np.uint64(z ^ z >> 31)
+
+
+def _kinds(combed: Combed) -> dict[int, str]:
+    kinds: dict[int, str] = {}
+    for axis, kind in combed.recorder.labels:
+        for primitive in np.unique(combed.atoms.parts(axis)).tolist():
+            if kind != "heads" or primitive not in kinds:
+                kinds.setdefault(primitive, kind)
+    return kinds
+
+
+def _names(combed: Combed) -> dict[int, str]:
+    """A name for each primitive: of the first float weight, matrices before vectors, on its axis."""
+    names: dict[int, str] = {}
+    for vectors in (False, True):
+        for weight in combed.weights:
+            if not weight.is_trained or weight.is_vector != vectors:
+                continue
+            name = _speaking_name(weight)
+            for axes in combed.weight_axes(weight):
+                for axis in axes:
+                    for primitive in np.unique(combed.atoms.parts(axis)).tolist():
+                        names.setdefault(primitive, name)
+    return names
+
+
+def _speaking_name(weight: Weight) -> str:
+    name = weight.name
+    if _MADE_UP.match(weight.value.name) and weight.uses:
+        use = weight.uses[0].use
+        name = use.scope.nodes[use.node].name or name
+    return re.sub(r"[./](weight|kernel|W|w)(:0)?$", "", name)
+
+
+def _uniquely_named(groups: list[Group]) -> list[Group]:
+    counts: dict[str, int] = defaultdict(int)
+    made = []
+    for group in groups:
+        counts[group.name] += 1
+        name = group.name if counts[group.name] == 1 else f"{group.name}#{counts[group.name]}"
+        made.append(Group(group.id, name, group.kind, group.channels))
+    return made
+
+
+def marked(atoms: Atoms, channels: npt.NDArray[np.int64]) -> Mask:
+    """A mask over all atoms, true at the given ones."""
+    gone = np.zeros(len(atoms), np.bool_)
+    gone[channels] = True
+    return gone
