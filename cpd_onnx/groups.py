@@ -150,6 +150,11 @@ class Combed:
     without_rule: dict[str, str] = field(default_factory=dict)
     unaccounted: list[str] = field(default_factory=list)
 
+    @cached_property
+    def weight_of(self) -> dict[int, Weight]:
+        """The weights by the id of their value."""
+        return {id(weight.value): weight for weight in self.weights}
+
     def weight_axes(self, weight: Weight) -> Iterator[list[Axis]]:
         """The distinct sets of atoms that the uses of a weight see."""
         seen: set[int] = set()

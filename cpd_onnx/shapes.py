@@ -51,6 +51,7 @@ class Value:
         constants: the weights it is computed from, if it depends on nothing else.
         from_shape: whether its elements depend on the shape of some tensor.
         guessed: whether some dimension is a stand-in for one that depends on data.
+        source: where a weight's data lies: its TensorProto, or the attribute of its Constant node.
 
     """
 
@@ -63,6 +64,7 @@ class Value:
     constants: frozenset[str] | None = None
     from_shape: bool = False
     guessed: bool = False
+    source: TensorProto | onnx.AttributeProto | None = None
     _types: list[TypeProto] | None = None
 
     @property
@@ -243,7 +245,7 @@ class _Folder:
 
     def weight(self, tensor: TensorProto) -> Value:
         shape = tuple(tensor.dims)
-        value = Value(tensor.name, tensor.data_type, (shape, shape), weight=tensor.name)
+        value = Value(tensor.name, tensor.data_type, (shape, shape), weight=tensor.name, source=tensor)
         value.constants = frozenset((tensor.name,))
         size = int(np.prod(shape, dtype=np.int64)) if shape else 1
         if size <= (_SMALL_FLOATS if tensor.data_type in _COMPUTABLE_TYPES else MAX_ELEMENTS):
@@ -352,6 +354,7 @@ class _Folder:
             if attribute.name == "value":
                 shape = tuple(attribute.t.dims)
                 value = Value(name, attribute.t.data_type, (shape, shape), weight=name, constants=frozenset((name,)))
+                value.source = attribute
                 limit = _SMALL_FLOATS if attribute.t.data_type in _COMPUTABLE_TYPES else MAX_ELEMENTS
                 if int(np.prod(shape, dtype=np.int64)) <= limit:
                     array = to_array(attribute.t)
@@ -362,7 +365,7 @@ class _Folder:
                 array = np.asarray(helper.get_attribute_value(attribute), kind)
                 dtype = helper.np_dtype_to_tensor_dtype(array.dtype)
                 value = Value(name, dtype, (array.shape, array.shape), (array, array), weight=name)
-                value.constants = frozenset((name,))
+                value.constants, value.source = frozenset((name,)), attribute
                 return value
         return Value(name, TensorProto.STRING)
 

@@ -101,15 +101,38 @@ class Cost:
     axes: tuple[Axis, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """What an integer weight stands for: (weight - zero_point) * scale, both per index of `axis` or single numbers.
+
+    None stands for a scale of one and a zero point of zero.
+    """
+
+    scale: Value | None
+    zero_point: Value | None
+    axis: int
+
+
 @dataclass(eq=False)
 class Recorder:
-    """What the rules of a whole model leave behind, beside the atoms."""
+    """What the rules of a whole model leave behind, beside the atoms.
+
+    Attributes:
+        demands: operands and attributes that depend on what is pruned.
+        costs: multiply-accumulates.
+        labels: kinds of channels.
+        kernels: weights that multiply and are summed over: where they are zero, nothing passes.
+        quantized: integer weights by the id of their value.
+        sensitive: nodes whose result depends on which indices are there, beyond what zeros would add.
+        positions: values that count along an axis.
+
+    """
 
     demands: list[Demand] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
     labels: list[tuple[Axis, str]] = field(default_factory=list)
     kernels: set[str] = field(default_factory=set)
-    zero_points: dict[str, tuple[str | None, int]] = field(default_factory=dict)
+    quantized: dict[int, Quantized] = field(default_factory=dict)
     sensitive: set[tuple[str, int]] = field(default_factory=set)
     positions: list[tuple[Scope, str, Axis]] = field(default_factory=list)
 

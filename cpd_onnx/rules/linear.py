@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cpd_onnx.atoms import Axis
-from cpd_onnx.rules.api import GiveUp, Op, Tensor, rule
+from cpd_onnx.rules.api import GiveUp, Op, Quantized, Tensor, rule
 from cpd_onnx.rules.elementwise import MICROSOFT, broadcast, freeze_rest
 
 
@@ -22,6 +22,7 @@ class _Slots:
     w: int = 1
     bias: int = 2
     per_output: tuple[int, ...] = ()
+    scale: int = -1
     zero_point: int = -1
 
 
@@ -48,7 +49,7 @@ def conv_integer(op: Op) -> None:
 @rule("QLinearConv")
 def qlinear_conv(op: Op) -> None:
     """As Conv on integers with scales and zero points beside each tensor."""
-    convolution(op, _Slots(w=3, bias=8, per_output=(4, 5), zero_point=5))
+    convolution(op, _Slots(w=3, bias=8, per_output=(4, 5), scale=4, zero_point=5))
 
 
 @rule("DeformConv")
@@ -128,7 +129,8 @@ def _finish(op: Op, slots: _Slots, x: Tensor, w: Tensor, out: Axis) -> None:
         if slot not in known and op.has(slot):
             for axis in op.input(slot).axes or []:
                 op.freeze(axis, f"takes input {slot} as a whole")
-    mark_zero_point(op, w, slots.zero_point)
+    if slots.zero_point >= 0:
+        stands_for(op, w, slots.scale, slots.zero_point, 0)
     shape = op.sizes()
     spatial = [op.along(x[i], shape[i], "slides over this axis") for i in range(2, x.rank)]
     op.set([x[0], out, *spatial])
@@ -136,12 +138,15 @@ def _finish(op: Op, slots: _Slots, x: Tensor, w: Tensor, out: Axis) -> None:
     op.cost(float(x.shape[0] * places), w[0], w[1])
 
 
-def mark_zero_point(op: Op, w: Tensor, slot: int, axis: int = 0) -> None:
-    """Remember what number stands for zero in an integer weight."""
-    if slot < 0 or w.value.weight is None:
+def stands_for(op: Op, w: Tensor, scale: int, zero_point: int, axis: int) -> None:
+    """Remember scale and zero point (input slots, -1 for none) of an integer weight."""
+    if w.value.weight is None:
         return
-    tensor = op.inputs[slot] if slot < len(op.inputs) else None
-    op.recorder.zero_points[w.value.weight] = (tensor.value.weight if tensor is not None else None, axis)
+    scales, zeros = (
+        tensor.value if 0 <= slot < len(op.inputs) and (tensor := op.inputs[slot]) is not None else None
+        for slot in (scale, zero_point)
+    )
+    op.recorder.quantized[id(w.value)] = Quantized(scales, zeros, axis % max(1, w.rank))
 
 
 @rule("Gemm")
@@ -167,7 +172,7 @@ def qgemm(op: Op) -> None:
     k_b, column = (1, 0) if op.get("transB", 0) else (0, 1)
     op.contract(a, k_a, b, k_b)
     _per_column(op, b[column], (4, 5, 6))
-    mark_zero_point(op, b, 5, column)
+    stands_for(op, b, 4, 5, column)
     op.set([a[row], b[column]])
     op.cost(1.0, a[row], b[column], b[k_b])
 
@@ -194,7 +199,7 @@ def matmul_integer(op: Op) -> None:
     matrix_product(op, a, b)
     _per_column(op, a[-2] if a.rank > 1 else a[-1], (2,))
     _per_column(op, b[-1], (3,))
-    mark_zero_point(op, b, 3, -1)
+    stands_for(op, b, -1, 3, -1)
 
 
 @rule("QLinearMatMul")
@@ -205,7 +210,7 @@ def qlinear_matmul(op: Op) -> None:
     _per_column(op, a[-2] if a.rank > 1 else a[-1], (1, 2))
     _per_column(op, b[-1], (4, 5))
     freeze_rest(op, 6)
-    mark_zero_point(op, b, 5, -1)
+    stands_for(op, b, 4, 5, -1)
 
 
 @rule("DynamicQuantizeMatMul", domain=MICROSOFT)
@@ -216,7 +221,7 @@ def dynamic_quantize_matmul(op: Op) -> None:
         op.reduce(axis)
     matrix_product(op, a, b)
     _per_column(op, b[-1], (2, 3, 4))
-    mark_zero_point(op, b, 3, -1)
+    stands_for(op, b, 2, 3, -1)
 
 
 @rule("MatMulIntegerToFloat", domain=MICROSOFT)
@@ -226,7 +231,7 @@ def matmul_integer_to_float(op: Op) -> None:
     matrix_product(op, a, b)
     _per_column(op, a[-2], (2, 4))
     _per_column(op, b[-1], (3, 5, 6))
-    mark_zero_point(op, b, 5, -1)
+    stands_for(op, b, 3, 5, -1)
 
 
 @rule("MatMulNBits", domain=MICROSOFT)

@@ -6,6 +6,10 @@ import numpy as np
 
 from cpd_onnx.rules.api import GiveUp, Op, rule
 from cpd_onnx.rules.elementwise import MICROSOFT, broadcast, freeze_rest
+from cpd_onnx.rules.linear import stands_for
+
+
+_FLOATS = {1, 10, 11, 16}
 
 
 @rule("QuantizeLinear", "DequantizeLinear")
@@ -24,9 +28,8 @@ def linear(op: Op) -> None:
             op.unite(vector[0], x[axis])
         else:
             op.touched.extend(vector.axes or [])
-    if x.value.weight is not None and op.outputs[0].value.dtype in (1, 10, 11, 16):
-        zero = op.inputs[2].value.weight if op.has(2) and op.inputs[2] is not None else None
-        op.recorder.zero_points[x.value.weight] = (zero, axis)
+    if op.outputs[0].value.dtype in _FLOATS:
+        stands_for(op, x, 1, 2, axis)
     op.set(x.axes or [])
 
 

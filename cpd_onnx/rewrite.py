@@ -1,0 +1,392 @@
+"""Write a pruned model: slice the weights, mend what names a size, leave all else as it was."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from onnx import AttributeProto, GraphProto, NodeProto, ValueInfoProto, helper
+
+from cpd_onnx.errors import ProofError
+from cpd_onnx.graph import Array, Model, drop_attribute, replace_values, set_attribute
+from cpd_onnx.groups import FLOATS, Combed, Weight
+from cpd_onnx.kept import Kept
+from cpd_onnx.operands import elements, operand_value
+from cpd_onnx.rules.api import DROP, Demand
+from cpd_onnx.shapes import SCALED, Folded, Scope, Use, Value, fold
+from cpd_onnx.weights import weight_array
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One thing that differs between the original and the pruned file.
+
+    Attributes:
+        what: "weight", "copy" (a constant that users came to need in different versions), "operand", "attribute",
+            "shape" (a value_info or an input entry of an initializer).
+        where: name of the tensor, or node and slot.
+        change: what became of it, in words.
+
+    """
+
+    what: str
+    where: str
+    change: str
+
+
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """A pruned model and what was done to it."""
+
+    model: Model
+    edits: tuple[Edit, ...]
+
+
+def rewrite(combed: Combed, kept: Kept, input_shapes: Any = None) -> Pruned:
+    """Delete from a model all indices that `kept` drops.
+
+    Raises ProofError if the result does not have the shapes that the channels say it should (a defect of a rule).
+    """
+    return _Rewriter(combed, kept, input_shapes).run()
+
+
+@dataclass(eq=False)
+class _Variants:
+    """The versions of one weight that its users want."""
+
+    arrays: list[Array] = field(default_factory=list)
+    uses: list[list[Use]] = field(default_factory=list)
+
+    def add(self, use: Use, array: Array) -> None:
+        for known, uses in zip(self.arrays, self.uses, strict=True):
+            if known is array or (known.shape == array.shape and known.tobytes() == array.tobytes()):
+                uses.append(use)
+                return
+        self.arrays.append(array)
+        self.uses.append([use])
+
+
+class _Rewriter:
+    def __init__(self, combed: Combed, kept: Kept, input_shapes: Any) -> None:
+        self.combed, self.kept, self.input_shapes = combed, kept, input_shapes
+        self.model = combed.folded.model.copy()
+        self.edits: list[Edit] = []
+        self.names = self.model.names()
+        self.operands: dict[tuple[int, int, int], Array] = {}
+        self.pins: list[tuple[Demand, Value]] = []
+        self.graphs: dict[str, GraphProto] = {}
+        self.makers: dict[str, dict[str, NodeProto]] = {}
+
+    def run(self) -> Pruned:
+        for demand in self.combed.recorder.demands:
+            if any(map(self.kept.touches, demand.axes)):
+                self.meet(demand)
+        self.leaf_operands()
+        self.slice_weights()
+        self.describe()
+        for _ in range(4):
+            folded = fold(self.model, self.input_shapes)
+            if not self.mend(folded):
+                break
+        self.check(folded)
+        return Pruned(self.model, tuple(self.edits))
+
+    # Finding the counterpart in the model that is edited.
+
+    def graph(self, scope: Scope) -> GraphProto:
+        if scope.path not in self.graphs:
+            graph = self.model.graph
+            for position, attribute in scope.address:
+                graph = next(a.g for a in graph.node[position].attribute if a.name == attribute)
+            self.graphs[scope.path] = graph
+        return self.graphs[scope.path]
+
+    def node(self, scope: Scope, position: int) -> NodeProto:
+        return self.graph(scope).node[scope.order[position]]
+
+    def maker(self, scope: Scope, name: str) -> NodeProto:
+        if scope.path not in self.makers:
+            nodes = self.graph(scope).node
+            self.makers[scope.path] = {n.output[0]: n for n in nodes if n.op_type == "Constant"}
+        return self.makers[scope.path][name]
+
+    # Operands and attributes.
+
+    def meet(self, demand: Demand) -> None:
+        """Rewrite an attribute or an operand, or leave it for when the pruned model's arithmetic is known."""
+        node = self.node(demand.scope, demand.node)
+        if isinstance(demand.slot, str):
+            self.meet_attribute(demand, node, demand.slot)
+            return
+        value = operand_value(demand)
+        if value is None:
+            made = demand.rewrite(self.kept, None)
+            if made is not None:
+                while len(node.input) <= demand.slot:
+                    node.input.append("")
+                node.input[demand.slot] = self.added(f"{node.output[0]}_operand", made)
+                self.log("operand", self.slot_name(demand), f"absent -> {made.tolist()}")
+        elif value.weight is not None:
+            key = (id(demand.scope), demand.node, demand.slot)
+            old = self.operands[key] if key in self.operands else value.value
+            self.operands[key] = demand.rewrite(self.kept, old)
+            self.log("operand", self.slot_name(demand), f"{_short(old)} -> {_short(self.operands[key])}")
+        else:
+            self.pins.append((demand, value))
+
+    def meet_attribute(self, demand: Demand, node: NodeProto, name: str) -> None:
+        attribute = next((a for a in node.attribute if a.name == name), None)
+        old = None if attribute is None else helper.get_attribute_value(attribute)
+        new = demand.rewrite(self.kept, old)
+        where = f"{node.op_type} {node.name or node.output[0]!r} {name}"
+        if new is DROP:
+            drop_attribute(node, name)
+            self.log("attribute", where, f"{old} -> taken away")
+        elif new is not None and new != old:
+            set_attribute(node, name, new)
+            self.log("attribute", where, f"{old} -> {new}")
+
+    def leaf_operands(self) -> None:
+        """Rewrite the constants from which sizes in computed operands come."""
+        wanted: dict[int, int] = {}
+        for demand, value in self.pins:
+            if not demand.per_element:
+                continue
+            for element in elements(demand, value):
+                if element.leaf >= 0:
+                    wanted[element.leaf] = self.kept.count(element.axis)
+        by_use: dict[int, dict[int, int]] = defaultdict(dict)
+        for leaf, size in wanted.items():
+            by_use[leaf >> 32][leaf & 0xFFFFFFFF] = size
+        for number, sizes in sorted(by_use.items()):
+            use = self.combed.folded.uses[number]
+            value = use.scope.lookup(use.scope.nodes[use.node].input[use.slot])
+            assert value is not None and value.value is not None
+            array = np.array(value.value)
+            for place, size in sizes.items():
+                if place & SCALED:
+                    array[...] = self.factor(number, size, array)
+                else:
+                    array.reshape(-1)[place] = size
+            if value.weight is not None and not np.array_equal(array, value.value):
+                self.operands[(id(use.scope), use.node, use.slot)] = array
+                self.log("operand", self.use_name(use), f"{_short(value.value)} -> {_short(array)}")
+
+    def factor(self, number: int, size: int, factor: Array) -> int:
+        """The factor that makes a product `size`: factor * size / old product."""
+        old = next(
+            e.axis for d, v in self.pins if d.per_element for e in elements(d, v) if e.leaf >= 0 and e.leaf >> 32 == number
+        )
+        return int(factor.item()) * size // len(old)
+
+    def added(self, wish: str, array: Array) -> str:
+        """A new initializer in the main graph, which all subgraphs see."""
+        name, number = wish, 1
+        while name in self.names:
+            name, number = f"{wish}_{number}", number + 1
+        self.names.add(name)
+        self.model.add_initializer(name, array)
+        if self.model.proto.ir_version < 4:
+            kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+            self.model.graph.input.append(helper.make_tensor_value_info(name, kind, array.shape))
+        return name
+
+    # Weights.
+
+    def slice_weights(self) -> None:
+        outputs = {o.name for o in self.model.graph.output}
+        for weight in self.combed.weights:
+            if weight.scope.function:
+                continue
+            variants = self.variants(weight)
+            if variants is None:
+                continue
+            if weight.value.name in outputs and not weight.scope.address:
+                variants.arrays.insert(0, weight_array(self.combed.folded.model, weight))
+                variants.uses.insert(0, [])
+            self.store(weight, variants)
+
+    def variants(self, weight: Weight) -> _Variants | None:
+        """What the users of a weight want; None if all want it as it is."""
+        edited = any((id(u.use.scope), u.use.node, u.use.slot) in self.operands for u in weight.uses)
+        if not edited and not any(self.kept.touches(axis) for axes in self.combed.weight_axes(weight) for axis in axes):
+            return None
+        original = weight_array(self.combed.folded.model, weight)
+        sliced: dict[bytes, Array] = {}
+        found = _Variants()
+        for use in weight.uses:
+            key = (id(use.use.scope), use.use.node, use.use.slot)
+            if key in self.operands:
+                found.add(use.use, self.operands[key])
+                continue
+            masks = [self.kept.mask(axis) for axis in use.axes]
+            mark = b"|".join(np.packbits(mask).tobytes() for mask in masks)
+            if mark not in sliced:
+                sliced[mark] = _compressed(original, masks)
+            found.add(use.use, sliced[mark])
+        return found
+
+    def store(self, weight: Weight, variants: _Variants) -> None:
+        old = weight_array(self.combed.folded.model, weight)
+        if not _same(old, variants.arrays[0]):
+            self.replace(weight, variants.arrays[0])
+            if tuple(old.shape) != tuple(variants.arrays[0].shape):
+                self.log("weight", weight.name, f"{list(old.shape)} -> {list(variants.arrays[0].shape)}")
+        for array, uses in list(zip(variants.arrays, variants.uses, strict=True))[1:]:
+            name = self.added(f"{weight.value.name}_pruned", array)
+            for use in uses:
+                self.node(use.scope, use.node).input[use.slot] = name
+            self.log("copy", weight.name, f"{list(old.shape)} -> {name} {list(array.shape)} for {len(uses)} users")
+
+    def replace(self, weight: Weight, array: Array) -> None:
+        """Put new values where a weight lies."""
+        name, scope = weight.value.name, weight.scope
+        source = weight.value.source
+        if isinstance(source, AttributeProto):
+            attribute = next(a for a in self.maker(scope, name).attribute if a.name == source.name)
+            if attribute.name == "value":
+                replace_values(attribute.t, array)
+            else:
+                fresh = array.tolist() if array.ndim else array.item()
+                attribute.CopyFrom(helper.make_attribute(attribute.name, fresh))
+        elif not scope.address:
+            self.model.set_array(name, array)
+        else:
+            replace_values(next(t for t in self.graph(scope).initializer if t.name == name), array)
+
+    # Shapes written down in the file.
+
+    def describe(self) -> None:
+        """Bring value_info, and the inputs that name initializers, up to date."""
+        for scope in self.combed.folded.scope.walk():
+            if scope.function:
+                continue
+            graph = self.graph(scope)
+            stale = []
+            for info in (*graph.value_info, *graph.input, *graph.output):
+                axes = self.axes_of(scope, info)
+                if axes is not None and not self.redescribe(info, axes):
+                    stale.append(info)
+            for info in stale:
+                graph.value_info.remove(info)
+
+    def axes_of(self, scope: Scope, info: ValueInfoProto) -> Sequence[Any] | None:
+        """New sizes of a described tensor, None where they are those of old."""
+        if not scope.address and self.model.has(info.name):
+            return list(self.model.tensor(info.name).dims)
+        tensor = self.combed.tensors.get((scope.path, info.name))
+        if tensor is not None and tensor.axes is not None and any(map(self.kept.touches, tensor.axes)):
+            return [self.kept.count(a) if self.kept.touches(a) else None for a in tensor.axes]
+        value = scope.values.get(info.name)
+        if value is not None and isinstance(value.source, AttributeProto) and value.source.name == "value":
+            return list(self.maker(scope, info.name).attribute[0].t.dims)
+        return None
+
+    def redescribe(self, info: ValueInfoProto, sizes: Sequence[int | None]) -> bool:
+        """Whether the entry could be corrected."""
+        dims = info.type.tensor_type.shape.dim
+        if not info.type.tensor_type.HasField("shape"):
+            return True
+        if len(dims) != len(sizes):
+            return False
+        for dim, size in zip(dims, sizes, strict=True):
+            if size is not None and dim.dim_value != size:
+                if not dim.HasField("dim_value") and not dim.HasField("dim_param"):
+                    continue
+                dim.dim_value = size
+        return True
+
+    # What follows from the pruned model's own arithmetic.
+
+    def mend(self, folded: Folded) -> bool:
+        """Write down operands and scales that came out wrong; whether there were any."""
+        scopes = {scope.path: scope for scope in folded.scope.walk()}
+        changed = False
+        for demand, value in self.pins:
+            node = self.node(demand.scope, demand.node)
+            assert isinstance(demand.slot, int)
+            now = scopes[demand.scope.path].lookup(node.input[demand.slot])
+            right = demand.rewrite(self.kept, value.value)
+            if now is None or now.value is None or _same(np.asarray(right), now.value) or not value.is_static:
+                continue
+            node.input[demand.slot] = self.added(f"{node.input[demand.slot]}_pruned", np.asarray(right))
+            self.log("operand", self.slot_name(demand), f"{_short(value.value)} -> {_short(right)}")
+            changed = True
+        return self.hold_scales(scopes) or changed
+
+    def hold_scales(self, scopes: dict[str, Scope]) -> bool:
+        """Numbers derived from a pruned size, such as 1/sqrt(d), belong to the function and stay as they were."""
+        changed = False
+        for scope, name, value in self.derived_floats():
+            now = scopes[scope.path].values.get(name) if scope.path in scopes else None
+            if now is None or now.value is None or value.value is None or _same(now.value, value.value):
+                continue
+            pinned = None
+            for node in self.graph(scope).node:
+                known = all(o in scope.values and scope.values[o].values is not None for o in node.output)
+                if name in node.input and not known:
+                    pinned = pinned or self.added(f"{name}_kept", value.value)
+                    for slot, taken in enumerate(node.input):
+                        if taken == name:
+                            node.input[slot] = pinned
+            if pinned is not None:
+                self.log("operand", name, f"stays {_short(value.value)}, which the pruned sizes would change")
+                changed = True
+        return changed
+
+    def derived_floats(self) -> Iterator[tuple[Scope, str, Value]]:
+        for scope in self.combed.folded.scope.walk():
+            if scope.function:
+                continue
+            for name, value in scope.values.items():
+                if value.from_shape and value.dtype in FLOATS and value.is_static:
+                    yield scope, name, value
+
+    def check(self, folded: Folded) -> None:
+        """Every tensor must have as many indices as channels were kept."""
+        for scope in folded.scope.walk():
+            for name, value in scope.values.items():
+                tensor = self.combed.tensors.get((scope.path, name))
+                if tensor is None or tensor.axes is None or value.shape is None or tensor.value.weight is not None:
+                    continue
+                if tensor.value.guessed or value.guessed:
+                    continue
+                expected = tuple(self.kept.count(axis) for axis in tensor.axes)
+                if value.shape != expected:
+                    raise ProofError(f"tensor {name!r} came out as {list(value.shape)} instead of {list(expected)}")
+        if folded.unknown.keys() - self.combed.folded.unknown.keys():
+            operator, node = next(iter(sorted(folded.unknown.items())))
+            raise ProofError(f"{operator} {node!r} does not fit the pruned shapes")
+
+    def log(self, what: str, where: str, change: str) -> None:
+        self.edits.append(Edit(what, where, change))
+
+    def slot_name(self, demand: Demand) -> str:
+        assert isinstance(demand.slot, int)
+        return self.use_name(Use(demand.scope, demand.node, demand.slot))
+
+    @staticmethod
+    def use_name(use: Use) -> str:
+        node = use.scope.nodes[use.node]
+        return f"{node.op_type} {node.name or node.output[0]!r} input {use.slot}"
+
+
+def _compressed(array: Array, masks: Sequence[Array]) -> Array:
+    for axis, mask in enumerate(masks):
+        if not mask.all():
+            array = np.compress(mask, array, axis=axis)
+    return array
+
+
+def _same(a: Array, b: Array) -> bool:
+    return a.shape == b.shape and (a is b or a.tobytes() == b.tobytes())
+
+
+def _short(array: Any) -> str:
+    listed = np.asarray(array).ravel().tolist()
+    return str(listed) if len(listed) <= 8 else f"{str(listed[:6])[:-1]}, … {len(listed)} numbers]"
+
+
