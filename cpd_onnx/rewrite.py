@@ -76,6 +76,7 @@ class _Rewriter:
         self.edits: list[Edit] = []
         self.names = self.model.names()
         self.operands: dict[tuple[int, int, int], Array] = {}
+        self.leaves: dict[Use, Array] = {}
         self.pins: list[tuple[Demand, Value]] = []
         self.graphs: dict[str, GraphProto] = {}
         self.makers: dict[str, dict[str, NodeProto]] = {}
@@ -171,7 +172,9 @@ class _Rewriter:
                     array[...] = self.factor(number, size, array)
                 else:
                     array.reshape(-1)[place] = size
-            if value.weight is not None and not np.array_equal(array, value.value):
+            if value.weight is None:
+                self.leaves[use] = array
+            elif not np.array_equal(array, value.value):
                 self.operands[(id(use.scope), use.node, use.slot)] = array
                 self.log("operand", self.use_name(use), f"{_short(value.value)} -> {_short(array)}")
 
@@ -310,12 +313,28 @@ class _Rewriter:
             assert isinstance(demand.slot, int)
             now = scopes[demand.scope.path].lookup(node.input[demand.slot])
             right = demand.rewrite(self.kept, value.value)
-            if now is None or now.value is None or _same(np.asarray(right), now.value) or not value.is_static:
+            if now is None or now.value is None or _same(np.asarray(right), now.value):
+                continue
+            if not value.is_static:
+                changed |= self.pin_leaves(demand, value)
                 continue
             node.input[demand.slot] = self.added(f"{node.input[demand.slot]}_pruned", np.asarray(right))
             self.log("operand", self.slot_name(demand), f"{_short(value.value)} -> {_short(right)}")
             changed = True
         return self.hold_scales(scopes) or changed
+
+    def pin_leaves(self, demand: Demand, value: Value) -> bool:
+        """Write down what enters a list of sizes from other arithmetic and no longer comes out right."""
+        changed = False
+        for element in elements(demand, value):
+            use = self.combed.folded.uses[element.leaf >> 32] if element.leaf >= 0 else None
+            array = self.leaves.pop(use, None) if use is not None else None
+            if use is not None and array is not None:
+                node = self.node(use.scope, use.node)
+                node.input[use.slot] = self.added(f"{node.input[use.slot]}_pruned", array)
+                self.log("operand", self.use_name(use), f"-> {_short(array)}")
+                changed = True
+        return changed
 
     def hold_scales(self, scopes: dict[str, Scope]) -> bool:
         """Numbers derived from a pruned size, such as 1/sqrt(d), belong to the function and stay as they were."""

@@ -137,7 +137,7 @@ class Scope:
                 yield from body.walk()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Use:
     """One input slot of one node."""
 

@@ -200,6 +200,12 @@ class Op:
             raise GiveUp(f"input {slot} of {self.name} depends on the size of the input")
         return array
 
+    def hold(self, first: int) -> None:
+        """Freeze all axes of the inputs from `first` on: they are operands, not data."""
+        for tensor in self.inputs[first:]:
+            for axis in (tensor and tensor.axes) or []:
+                self.freeze(axis, "takes this as an operand")
+
     def set(self, axes: Sequence[Axis], output: int = 0) -> None:
         """Say what atoms an output has; an output that the node does not name is skipped."""
         if output >= len(self.outputs) or not self.outputs[output].value.name:

@@ -120,7 +120,7 @@ def max_unpool(op: Op) -> None:
     out = [*(x.axes or [])[:2], *_output_spatial(op, "places values along this axis")]
     if op.has(2):
         op.demand_sizes(2, out)
-        op.inputs[2] and op.touched.extend(op.inputs[2].axes or [])
+        op.hold(2)
     op.set(out)
 
 

@@ -28,7 +28,7 @@ def reshape(op: Op) -> None:
         shape = op.inputs[1]
         if shape is None or shape.value.value is None:
             raise GiveUp(f"the target shape of {op.name} is computed from data")
-        op.touched.extend(shape.axes or [])
+        op.hold(1)
         op.demand_sizes(1, out)
     op.set(out)
 
@@ -36,8 +36,7 @@ def reshape(op: Op) -> None:
 @rule("Flatten", "Squeeze", "Unsqueeze")
 def reshape_freely(op: Op) -> None:
     """As Reshape, with nothing that names a size."""
-    for tensor in op.inputs[1:]:
-        op.touched.extend((tensor and tensor.axes) or [])
+    op.hold(1)
     op.set(regroup(op))
 
 
@@ -185,8 +184,7 @@ def split(op: Op) -> None:
     """Consecutive pieces of one axis."""
     x = op.input(0)
     axis = op.get("axis", 0) % x.rank
-    for tensor in op.inputs[1:]:
-        op.touched.extend((tensor and tensor.axes) or [])
+    op.hold(1)
     sizes = []
     for output in op.outputs:
         if output.value.shape is None:
@@ -229,8 +227,7 @@ def _demand_pieces(op: Op, pieces: list[Axis]) -> None:
 def slice_(op: Op) -> None:
     """A range of one or several axes."""
     x, y = op.input(0), op.outputs[0].value
-    for tensor in op.inputs[1:]:
-        op.touched.extend((tensor and tensor.axes) or [])
+    op.hold(1)
     out = list(x.axes or [])
     ranges = _known_ranges(op, x)
     if ranges is None:
@@ -481,9 +478,7 @@ def trilu(op: Op) -> None:
 def pad(op: Op) -> None:
     """New indices before and after; on a channel axis they can go like any other."""
     x = op.input(0)
-    for slot in range(1, len(op.inputs)):
-        tensor = op.inputs[slot]
-        op.touched.extend((tensor and tensor.axes) or [])
+    op.hold(1)
     shape = op.sizes()
     pads, axes = _pads(op, x.rank)
     out = list(x.axes or [])
@@ -540,7 +535,7 @@ def expand(op: Op) -> None:
     x, y = op.input(0), op.outputs[0].value
     if y.shapes is None or op.inputs[1] is None or op.inputs[1].value.value is None:
         raise GiveUp(f"the target shape of {op.name} is not known")
-    op.touched.extend(op.inputs[1].axes or [])
+    op.hold(1)
     stretched = [_new_axis(op, *sizes) for sizes in zip(*y.shapes, strict=True)]
     out = broadcast_over(op, x, stretched)
     op.set(out)
@@ -569,7 +564,7 @@ def constant_of_shape(op: Op) -> None:
     y, shape = op.outputs[0].value, op.inputs[0]
     if y.shapes is None or y.guessed or shape is None or shape.value.value is None:
         raise GiveUp(f"the shape of {op.name} is not known")
-    op.touched.extend(shape.axes or [])
+    op.hold(0)
     out = [_new_axis(op, *sizes) for sizes in zip(*y.shapes, strict=True)]
     op.set(out)
     if out:
@@ -582,7 +577,7 @@ def tile(op: Op) -> None:
     x, y = op.input(0), op.outputs[0].value
     if y.shapes is None or y.guessed or op.inputs[1] is None or op.inputs[1].value.value is None:
         raise GiveUp(f"the repeats of {op.name} are not known")
-    op.touched.extend(op.inputs[1].axes or [])
+    op.hold(1)
     out, counted = [], []
     for axis, size, other in zip(x.axes or [], *y.shapes, strict=True):
         if len(axis) == 1:
@@ -601,8 +596,7 @@ def resize(op: Op) -> None:
     x, y = op.input(0), op.outputs[0].value
     if y.shapes is None or x.value.shapes is None or y.guessed:
         raise GiveUp(f"the output shape of {op.name} is not known")
-    for tensor in op.inputs[1:]:
-        op.touched.extend((tensor and tensor.axes) or [])
+    op.hold(1)
     out = []
     for position in range(x.rank):
         same = all(a[position] == b[position] for a, b in zip(x.value.shapes, y.shapes, strict=True))
@@ -628,8 +622,7 @@ def range_(op: Op) -> None:
     if not (start.is_static and limit.is_static and step.is_static):
         made_up(op)
         return
-    for tensor in op.inputs:
-        op.touched.extend((tensor and tensor.axes) or [])
+    op.hold(0)
     assert start.value is not None and step.value is not None
     count = op.sizes()[0]
     if start.value.item() != 0 or step.value.item() != 1 or count < 2:
@@ -644,7 +637,5 @@ def range_(op: Op) -> None:
 @rule("EyeLike", "AffineGrid", "RandomNormalLike", "RandomUniformLike", "Bernoulli")
 def made_up(op: Op) -> None:
     """Made from sizes and numbers: nothing to prune in it."""
-    for tensor in op.inputs:
-        for axis in (tensor and tensor.axes) or []:
-            op.freeze(axis, "takes this as an operand")
+    op.hold(0)
     op.set([op.frozen(size) for size in op.sizes()])
