@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from onnx import AttributeProto, GraphProto, NodeProto, ValueInfoProto, helper
+from onnx import AttributeProto, NodeProto, ValueInfoProto, helper
 
+from cpd_onnx.editing import Editor
 from cpd_onnx.errors import ProofError
-from cpd_onnx.graph import Array, Model, drop_attribute, replace_values, set_attribute
+from cpd_onnx.graph import Array, Model, drop_attribute, set_attribute
 from cpd_onnx.groups import FLOATS, Combed, Weight
 from cpd_onnx.kept import Kept
 from cpd_onnx.operands import elements, operand_value
@@ -69,17 +70,14 @@ class _Variants:
         self.uses.append([use])
 
 
-class _Rewriter:
+class _Rewriter(Editor):
     def __init__(self, combed: Combed, kept: Kept, input_shapes: Any) -> None:
+        super().__init__(combed.folded.model.copy())
         self.combed, self.kept, self.input_shapes = combed, kept, input_shapes
-        self.model = combed.folded.model.copy()
         self.edits: list[Edit] = []
-        self.names = self.model.names()
         self.operands: dict[tuple[int, int, int], Array] = {}
         self.leaves: dict[Use, Array] = {}
         self.pins: list[tuple[Demand, Value]] = []
-        self.graphs: dict[str, GraphProto] = {}
-        self.makers: dict[str, dict[str, NodeProto]] = {}
 
     def run(self) -> Pruned:
         for demand in self.combed.recorder.demands:
@@ -94,25 +92,6 @@ class _Rewriter:
                 break
         self.check(folded)
         return Pruned(self.model, tuple(self.edits))
-
-    # Finding the counterpart in the model that is edited.
-
-    def graph(self, scope: Scope) -> GraphProto:
-        if scope.path not in self.graphs:
-            graph = self.model.graph
-            for position, attribute in scope.address:
-                graph = next(a.g for a in graph.node[position].attribute if a.name == attribute)
-            self.graphs[scope.path] = graph
-        return self.graphs[scope.path]
-
-    def node(self, scope: Scope, position: int) -> NodeProto:
-        return self.graph(scope).node[scope.order[position]]
-
-    def maker(self, scope: Scope, name: str) -> NodeProto:
-        if scope.path not in self.makers:
-            nodes = self.graph(scope).node
-            self.makers[scope.path] = {n.output[0]: n for n in nodes if n.op_type == "Constant"}
-        return self.makers[scope.path][name]
 
     # Operands and attributes.
 
@@ -185,18 +164,6 @@ class _Rewriter:
         )
         return int(factor.item()) * size // len(old)
 
-    def added(self, wish: str, array: Array) -> str:
-        """A new initializer in the main graph, which all subgraphs see."""
-        name, number = wish, 1
-        while name in self.names:
-            name, number = f"{wish}_{number}", number + 1
-        self.names.add(name)
-        self.model.add_initializer(name, array)
-        if self.model.proto.ir_version < 4:
-            kind = helper.np_dtype_to_tensor_dtype(array.dtype)
-            self.model.graph.input.append(helper.make_tensor_value_info(name, kind, array.shape))
-        return name
-
     # Weights.
 
     def slice_weights(self) -> None:
@@ -243,22 +210,6 @@ class _Rewriter:
             for use in uses:
                 self.node(use.scope, use.node).input[use.slot] = name
             self.log("copy", weight.name, f"{list(old.shape)} -> {name} {list(array.shape)} for {len(uses)} users")
-
-    def replace(self, weight: Weight, array: Array) -> None:
-        """Put new values where a weight lies."""
-        name, scope = weight.value.name, weight.scope
-        source = weight.value.source
-        if isinstance(source, AttributeProto):
-            attribute = next(a for a in self.maker(scope, name).attribute if a.name == source.name)
-            if attribute.name == "value":
-                replace_values(attribute.t, array)
-            else:
-                fresh = array.tolist() if array.ndim else array.item()
-                attribute.CopyFrom(helper.make_attribute(attribute.name, fresh))
-        elif not scope.address:
-            self.model.set_array(name, array)
-        else:
-            replace_values(next(t for t in self.graph(scope).initializer if t.name == name), array)
 
     # Shapes written down in the file.
 

@@ -33,6 +33,8 @@ _SMALL_FLOATS = 8
 _GUESSES = (37, 41)
 """Sizes for dimensions that depend on data (NonZero, TopK of a computed k): any would do."""
 _DATA_DEPENDENT_BODIES = {"If", "Loop", "Scan"}
+_ZERO_KEEPING = MOVERS - {"Where"} | {"DequantizeLinear", "QuantizeLinear"}
+"""Operators that leave the zeros of a weight zero."""
 _COMPUTABLE_TYPES = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16}
 
 
@@ -49,6 +51,7 @@ class Value:
             that is the same whatever the inputs), -2 - n for the size that `Folded.dims[n]` names, -1 for neither.
         weight: name of the initializer or Constant output that it is, if it is one.
         constants: the weights it is computed from, if it depends on nothing else.
+        moved: whether it holds the elements of `constants` as they are, moved about: zeros stay zeros.
         from_shape: whether its elements depend on the shape of some tensor.
         guessed: whether some dimension is a stand-in for one that depends on data.
         source: where a weight's data lies: its TensorProto, or the attribute of its Constant node.
@@ -62,6 +65,7 @@ class Value:
     leaves: Leaves | None = None
     weight: str | None = None
     constants: frozenset[str] | None = None
+    moved: bool = False
     from_shape: bool = False
     guessed: bool = False
     source: TensorProto | onnx.AttributeProto | None = None
@@ -246,7 +250,7 @@ class _Folder:
     def weight(self, tensor: TensorProto) -> Value:
         shape = tuple(tensor.dims)
         value = Value(tensor.name, tensor.data_type, (shape, shape), weight=tensor.name, source=tensor)
-        value.constants = frozenset((tensor.name,))
+        value.constants, value.moved = frozenset((tensor.name,)), True
         size = int(np.prod(shape, dtype=np.int64)) if shape else 1
         if size <= (_SMALL_FLOATS if tensor.data_type in _COMPUTABLE_TYPES else MAX_ELEMENTS):
             array = self.model.array(tensor.name) if self._is_main(tensor) else to_array(tensor)
@@ -282,8 +286,13 @@ class _Folder:
     def default_size(self, axis: int, rank: int, dtype: int) -> tuple[int, int]:
         if axis == 0:
             return self.profile.batch
-        is_image = rank >= 4 and axis >= 1 and dtype in _COMPUTABLE_TYPES
-        return self.profile.image if is_image else self.profile.sequence
+        if dtype not in _COMPUTABLE_TYPES:
+            return self.profile.sequence
+        if rank >= 4:
+            return self.profile.image
+        # Samples of sound, frames of features.
+        stretch = {2: 128, 3: 8}.get(rank, 1)
+        return (self.profile.sequence[0] * stretch, self.profile.sequence[1] * stretch)
 
     def expression(self, name: str) -> tuple[int, int] | None:
         """Sizes of a sum of known symbols and numbers, as exporters of caches write ("past + 1")."""
@@ -344,8 +353,9 @@ class _Folder:
         # ConstantOfShape, Range and Shape of constants count too: they depend on weights alone.
         if parents and all(v.constants is not None for v in parents):
             merged = frozenset(itertools.chain.from_iterable(v.constants or () for v in parents))
+            moved = node.op_type in _ZERO_KEEPING and all(v.moved for v in parents)
             for value in results:
-                value.constants = merged
+                value.constants, value.moved = merged, moved
         return results
 
     def constant(self, node: NodeProto) -> Value:
@@ -353,8 +363,8 @@ class _Folder:
         for attribute in node.attribute:
             if attribute.name == "value":
                 shape = tuple(attribute.t.dims)
-                value = Value(name, attribute.t.data_type, (shape, shape), weight=name, constants=frozenset((name,)))
-                value.source = attribute
+                value = Value(name, attribute.t.data_type, (shape, shape), weight=name, source=attribute)
+                value.constants, value.moved = frozenset((name,)), True
                 limit = _SMALL_FLOATS if attribute.t.data_type in _COMPUTABLE_TYPES else MAX_ELEMENTS
                 if int(np.prod(shape, dtype=np.int64)) <= limit:
                     array = to_array(attribute.t)
@@ -365,7 +375,7 @@ class _Folder:
                 array = np.asarray(helper.get_attribute_value(attribute), kind)
                 dtype = helper.np_dtype_to_tensor_dtype(array.dtype)
                 value = Value(name, dtype, (array.shape, array.shape), (array, array), weight=name)
-                value.constants, value.source = frozenset((name,)), attribute
+                value.constants, value.source, value.moved = frozenset((name,)), attribute, True
                 return value
         return Value(name, TensorProto.STRING)
 

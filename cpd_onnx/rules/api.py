@@ -278,20 +278,24 @@ class Op:
     def contract(self, a: Tensor, i: int, b: Tensor, j: int) -> None:
         """Sum over axis i of `a` and axis j of `b`."""
         self.unite(a[i], b[j])
-        if a.value.constants is None and b.value.constants is None:
-            self.reduce(a[i])
-        self.kernel(a)
-        self.kernel(b)
+        self.multiply_and_sum((a, b), a[i])
 
-    def kernel(self, tensor: Tensor) -> None:
-        """The constant multiplies activations and is summed over: where it is zero, nothing passes."""
-        self.recorder.kernels |= tensor.value.constants or frozenset()
+    def multiply_and_sum(self, factors: Sequence[Tensor], axis: Axis) -> None:
+        """Sum a product over an axis: where a weight among the factors is zero, nothing passes."""
+        weights = [factor for factor in factors if factor.value.moved]
+        for factor in weights:
+            self.recorder.kernels |= factor.value.constants or frozenset()
+        if not weights:
+            self.reduce(axis)
 
     def reduce(self, axis: Axis) -> None:
         """The result depends on which indices of the axis are there, beyond what zeros would add."""
         self.touched.append(axis)
-        if not self.atoms.all_frozen(axis):
-            self.recorder.sensitive.add((self.scope.path, self.position))
+        if self.atoms.all_frozen(axis):
+            return
+        if self.scope.function:
+            self.freeze(axis, "reduces over this axis in a function that several nodes may call")
+        self.recorder.sensitive.add((self.scope.path, self.position))
 
     def label(self, axis: Axis, kind: str) -> None:
         """Name the kind of channel, for reports."""

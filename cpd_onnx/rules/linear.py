@@ -103,9 +103,7 @@ def conv_transpose(op: Op) -> None:
 def _grouped(op: Op, groups: Axis, x: Tensor, w: Tensor) -> None:
     op.attribute_size("group", groups)
     op.label(groups, "groups")
-    op.kernel(w)
-    if not w.is_constant:
-        op.reduce(x[1])
+    op.multiply_and_sum((w,), x[1])
 
 
 def _freeze_spatial(op: Op, x: Tensor, w: Tensor) -> None:
@@ -344,8 +342,5 @@ def _join(op: Op, pairs: list[tuple[Tensor, Axis]]) -> Axis:
 
 
 def _sum_over(op: Op, pairs: list[tuple[Tensor, Axis]]) -> None:
-    for tensor, _ in pairs:
-        op.kernel(tensor)
-    if not any(tensor.is_constant for tensor, _ in pairs):
-        op.reduce(pairs[0][1])
+    op.multiply_and_sum([tensor for tensor, _ in pairs], pairs[0][1])
     op.touched.extend(axis for _, axis in pairs)

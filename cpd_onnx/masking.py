@@ -1,0 +1,152 @@
+"""The original with all that a plan deletes made zero: what the pruned model must compute.
+
+Weights that are summed over are zeroed at the deleted indices. An operator whose result depends on which indices are
+there (a normalisation, a mean, a product of two activations) is evaluated on the kept ones alone: gathered before it,
+spread again behind it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx import NodeProto, helper
+
+from cpd_onnx.atoms import Axis, Mask
+from cpd_onnx.editing import Editor
+from cpd_onnx.graph import Array, Model
+from cpd_onnx.groups import Combed, Weight
+from cpd_onnx.kept import Kept
+from cpd_onnx.shapes import Scope
+from cpd_onnx.weights import constant_of, weight_array
+
+
+def masked(combed: Combed, kept: Kept, pruned: Model) -> Model:
+    """The original model with the dropped indices silenced; `pruned` gives the attributes of the gathered operators."""
+    return _Masker(combed, kept, pruned).run()
+
+
+class _Masker(Editor):
+    def __init__(self, combed: Combed, kept: Kept, pruned: Model) -> None:
+        super().__init__(combed.folded.model.copy())
+        self.combed, self.kept = combed, kept
+        self.pruned = Editor(pruned)
+        self.indices: dict[tuple[str, bytes], str] = {}
+
+    def run(self) -> Model:
+        for weight in self.combed.weights:
+            if weight.value.name in self.combed.recorder.kernels and not weight.scope.function:
+                self.silence(weight)
+        for scope in reversed(list(self.combed.folded.scope.walk())):
+            positions = [p for path, p in self.combed.recorder.sensitive if path == scope.path]
+            if positions and not scope.function:
+                self.gather_in(scope, set(positions))
+        return self.model
+
+    def silence(self, weight: Weight) -> None:
+        """Zero a weight at the deleted indices, for each user as it sees them."""
+        original = weight_array(self.combed.folded.model, weight)
+        for number, use in enumerate(weight.uses):
+            if not any(map(self.kept.touches, use.axes)):
+                continue
+            stays = np.ones(original.shape, np.bool_)
+            for axis, atoms in enumerate(use.axes):
+                stays &= self.kept.mask(atoms).reshape([-1 if i == axis else 1 for i in range(original.ndim)])
+            array = np.where(stays, original, self.zero(weight)).astype(original.dtype)
+            if number == 0 or use.axes is weight.uses[0].axes:
+                self.replace(weight, array)
+            else:
+                node = self.node(use.use.scope, use.use.node)
+                node.input[use.use.slot] = self.added(f"{weight.value.name}_masked", array)
+
+    def zero(self, weight: Weight) -> Array:
+        """What stands for zero in a weight, broadcast against it."""
+        quantized = self.combed.recorder.quantized.get(id(weight.value))
+        value = quantized.zero_point if quantized is not None else None
+        found = constant_of(self.combed, value) if value is not None else None
+        if quantized is None or found is None or found.size == 1:
+            return np.zeros(()) if found is None else found.reshape(())
+        return found.reshape([-1 if i == quantized.axis else 1 for i in range(len(weight.shape))])
+
+    def gather_in(self, scope: Scope, positions: set[int]) -> None:
+        graph = self.graph(scope)
+        place = {scope.order[position]: position for position in positions}
+        nodes: list[NodeProto] = []
+        for index, node in enumerate(graph.node):
+            if index in place:
+                nodes += self.gathered(scope, place[index], node)
+            else:
+                nodes.append(node)
+        copies = [NodeProto() for _ in nodes]
+        for copy, node in zip(copies, nodes, strict=True):
+            copy.CopyFrom(node)
+        del graph.node[:]
+        graph.node.extend(copies)
+
+    def gathered(self, scope: Scope, position: int, node: NodeProto) -> list[NodeProto]:
+        """The node on kept indices alone."""
+        made = NodeProto()
+        made.CopyFrom(node)
+        del made.attribute[:]
+        made.attribute.extend(self.pruned.node(scope, position).attribute)
+        before = [n for slot, name in enumerate(node.input) for n in self.around(scope, position, made, slot, name)]
+        after: list[NodeProto] = []
+        for slot, name in enumerate(node.output):
+            axes = self.axes(scope, position, name, None)
+            touched = [(i, self.kept.mask(a)) for i, a in enumerate(axes) if self.kept.touches(a)]
+            if touched:
+                made.output[slot] = self.fresh(f"{name}_of_kept")
+                after += self.chain(made.output[slot], name, [(i, _spread(mask)) for i, mask in touched])
+        return [*before, made, *after]
+
+    def around(self, scope: Scope, position: int, made: NodeProto, slot: int, name: str) -> list[NodeProto]:
+        axes = self.axes(scope, position, name, slot)
+        touched = [(i, np.flatnonzero(self.kept.mask(a))) for i, a in enumerate(axes) if self.kept.touches(a)]
+        if not touched:
+            return []
+        made.input[slot] = self.fresh(f"{name}_kept")
+        return self.chain(name, made.input[slot], touched)
+
+    def axes(self, scope: Scope, position: int, name: str, slot: int | None) -> list[Axis]:
+        """Atoms of a tensor as the node sees it."""
+        if not name:
+            return []
+        here: Scope | None = scope
+        while here is not None:
+            tensor = self.combed.tensors.get((here.path, name))
+            if tensor is not None:
+                return tensor.axes or []
+            if name in here.values:
+                break
+            here = here.parent
+        value = scope.lookup(name)
+        weight = self.combed.weight_of.get(id(value)) if value is not None else None
+        for use in weight.uses if weight is not None else []:
+            if (use.use.scope, use.use.node, use.use.slot) == (scope, position, slot):
+                return use.axes
+        return []
+
+    def chain(self, source: str, target: str, steps: list[tuple[int, Array]]) -> list[NodeProto]:
+        """Gather along one axis after another."""
+        nodes = []
+        for number, (axis, index) in enumerate(steps):
+            to = target if number == len(steps) - 1 else self.fresh(f"{target}_axis{axis}")
+            nodes.append(helper.make_node("Gather", [source, self.index(index)], [to], axis=axis))
+            source = to
+        return nodes
+
+    def index(self, index: Array) -> str:
+        key = ("index", index.tobytes())
+        if key not in self.indices:
+            self.indices[key] = self.added("kept_indices", index.astype(np.int64))
+        return self.indices[key]
+
+    def fresh(self, wish: str) -> str:
+        name, number = wish, 1
+        while name in self.names:
+            name, number = f"{wish}_{number}", number + 1
+        self.names.add(name)
+        return name
+
+
+def _spread(mask: Mask) -> Array:
+    """For each old index its place among the kept; the deleted ones show the first, which nobody may look at."""
+    return np.where(mask, np.cumsum(mask) - 1, 0)

@@ -1,0 +1,134 @@
+"""onnxruntime: sessions, inputs that fit a model, latency."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import onnxruntime as ort
+from onnx import NodeProto, TensorProto
+
+from cpd_onnx.errors import UnsupportedError
+from cpd_onnx.graph import PROTO_LIMIT, Array, Model, element_type
+from cpd_onnx.shapes import Folded, Value
+
+Feed: TypeAlias = dict[str, Array]
+
+_INDEX_CARRIERS = {"Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten", "Slice", "Transpose", "Clip"}
+
+
+def open_model(model: Model, *, optimise: bool = True, threads: int = 0) -> ort.InferenceSession:
+    """Load a model into onnxruntime on the CPU.
+
+    Raises UnsupportedError if onnxruntime does not take the model.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    if not optimise:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    providers = ["CPUExecutionProvider"]
+    try:
+        if model.data_bytes() + model.proto.ByteSize() <= PROTO_LIMIT:
+            return ort.InferenceSession(model.serialize(), options, providers=providers)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            model.save(path)
+            return ort.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # onnxruntime raises classes of its own that share no base but Exception
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        raise UnsupportedError(f"onnxruntime cannot run the model: {_first_line(error)}") from error
+
+
+def execute(session: ort.InferenceSession, feed: Mapping[str, Array]) -> list[Array]:
+    """All outputs of one run.
+
+    Raises UnsupportedError if the run fails.
+    """
+    try:
+        return [np.asarray(output) for output in session.run(None, dict(feed))]
+    except Exception as error:  # as above
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        raise UnsupportedError(f"onnxruntime failed to run the model: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:300]
+
+
+def random_feed(folded: Folded, seed: int = 0, binding: int = 0) -> Feed:
+    """Random inputs of the sizes that a binding of the symbols gives: normal floats, indices within their tables."""
+    rng = np.random.default_rng(seed)
+    feed: Feed = {}
+    for info in folded.model.graph.input:
+        value = folded.scope.values.get(info.name)
+        if value is None or value.weight is not None:
+            continue
+        if value.shapes is None:
+            raise UnsupportedError(f"the shape of input {info.name!r} is not known: give it with --input-shape")
+        feed[info.name] = _random(folded, value, value.shapes[binding], rng)
+    return feed
+
+
+def _random(folded: Folded, value: Value, shape: Sequence[int], rng: np.random.Generator) -> Array:
+    dtype = element_type(value.dtype)
+    if value.dtype == TensorProto.STRING:
+        raise UnsupportedError(f"input {value.name!r} takes strings: give data")
+    if value.dtype == TensorProto.BOOL:
+        return np.ones(shape, np.bool_)
+    if np.issubdtype(dtype, np.integer):
+        return np.asarray(rng.integers(0, _index_limit(folded, value), shape)).astype(dtype)
+    return np.asarray(rng.standard_normal(shape)).astype(dtype)
+
+
+def _index_limit(folded: Folded, value: Value) -> int:
+    """One more than the largest index that the input may hold; 2 where it is no index (a mask)."""
+    waiting, seen, limit = [value.name], {value.name}, 0
+    while waiting:
+        name = waiting.pop()
+        for node in folded.scope.nodes:
+            if name not in node.input:
+                continue
+            limit = _smaller(limit, _table_size(folded, node, name))
+            if node.op_type in _INDEX_CARRIERS and node.input[0] == name:
+                waiting += [o for o in node.output if o not in seen]
+                seen.update(node.output)
+    return limit or 2
+
+
+def _smaller(limit: int, size: int) -> int:
+    return min(limit, size) if limit and size else limit or size
+
+
+def _table_size(folded: Folded, node: NodeProto, name: str) -> int:
+    if node.op_type != "Gather" or node.input[1] != name:
+        return 0
+    table = folded.scope.lookup(node.input[0])
+    axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+    return table.shape[axis] if table is not None and table.shape else 0
+
+
+def latency_ratio(
+    models: Sequence[Model], feed: Mapping[str, Array], *, seconds: float = 4.0, threads: int = 0
+) -> list[float]:
+    """Median seconds of a run of each model, measured in interleaved rounds."""
+    sessions = [open_model(model, threads=threads) for model in models]
+    for session in sessions:
+        for _ in range(3):
+            execute(session, feed)
+    times: list[list[float]] = [[] for _ in sessions]
+    end = time.perf_counter() + seconds
+    while len(times[0]) < 10 or time.perf_counter() < end:
+        for session, taken in zip(sessions, times, strict=True):
+            start = time.perf_counter()
+            session.run(None, dict(feed))
+            taken.append(time.perf_counter() - start)
+        if len(times[0]) >= 2000:
+            break
+    return [float(np.median(taken)) for taken in times]
