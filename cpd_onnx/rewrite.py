@@ -133,7 +133,7 @@ class _Rewriter(Editor):
         """Rewrite the constants from which sizes in computed operands come."""
         wanted: dict[int, int] = {}
         for demand, value in self.pins:
-            if not demand.per_element:
+            if not demand.per_element or value.is_static:
                 continue
             for element in elements(demand, value):
                 if element.leaf >= 0:

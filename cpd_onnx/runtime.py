@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -18,6 +19,8 @@ from cpd_onnx.shapes import Folded, Value
 
 Feed: TypeAlias = dict[str, Array]
 
+_OTHER_SIZES = (512, 576, 256, 224, 128, 64, 640, 16000, 1)
+"""Sizes of open dimensions that models insist on, commonest first."""
 _INDEX_CARRIERS = {"Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten", "Slice", "Transpose", "Clip"}
 
 
@@ -27,7 +30,7 @@ def open_model(model: Model, *, optimise: bool = True, threads: int = 0) -> ort.
     Raises UnsupportedError if onnxruntime does not take the model.
     """
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     options.intra_op_num_threads = threads
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -74,6 +77,39 @@ def random_feed(folded: Folded, seed: int = 0, binding: int = 0) -> Feed:
             raise UnsupportedError(f"the shape of input {info.name!r} is not known: give it with --input-shape")
         feed[info.name] = _random(folded, value, value.shapes[binding], rng)
     return feed
+
+
+def working_feeds(folded: Folded, session: ort.InferenceSession, count: int = 2) -> Iterator[Feed]:
+    """Random inputs that the model accepts: where it fails at the usual sizes, others are tried.
+
+    Raises UnsupportedError with onnxruntime's first complaint if it accepts none.
+    """
+    feed = random_feed(folded)
+    try:
+        execute(session, feed)
+    except UnsupportedError as first:
+        for size in _OTHER_SIZES:
+            feed = {name: _resized(folded, name, array, size) for name, array in feed.items()}
+            with contextlib.suppress(UnsupportedError):
+                execute(session, feed)
+                break
+        else:
+            raise UnsupportedError(f"{first}; give sizes of the inputs that it accepts with --input-shape") from first
+    rng = np.random.default_rng(1)
+    for _ in range(count):
+        yield feed
+        feed = {name: _again(folded, name, array, rng) for name, array in feed.items()}
+
+
+def _resized(folded: Folded, name: str, array: Array, size: int) -> Array:
+    """An input with its open sizes, the batch apart, set to another size."""
+    first, second = folded.scope.values[name].shapes or ((), ())
+    dims = [size if a != b and a != folded.batch else d for a, b, d in zip(first, second, array.shape, strict=True)]
+    return np.resize(array, dims)
+
+
+def _again(folded: Folded, name: str, array: Array, rng: np.random.Generator) -> Array:
+    return _random(folded, folded.scope.values[name], array.shape, rng)
 
 
 def _random(folded: Folded, value: Value, shape: Sequence[int], rng: np.random.Generator) -> Array:

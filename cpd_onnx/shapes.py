@@ -192,18 +192,22 @@ def fold(model: Model, input_shapes: Mapping[str, Sequence[int]] | None = None) 
 
 @dataclass(frozen=True)
 class _Profile:
-    """Two sizes for batch, sequence-like and image-like dimensions."""
+    """Two sizes for batch, sequence-like, image-like dimensions and samples of sound."""
 
     batch: tuple[int, int]
     sequence: tuple[int, int]
     image: tuple[int, int]
+    sound: tuple[int, int] = (1792, 2816)
 
 
 _PROFILES = (
     _Profile((2, 3), (14, 22), (64, 96)),
     _Profile((2, 3), (64, 96), (224, 256)),
     _Profile((2, 3), (512, 768), (512, 640)),
-    _Profile((2, 3), (16000, 24000), (299, 331)),
+    _Profile((2, 3), (16000, 24000), (299, 331), (16000, 24000)),
+    # Detectors of speech take chunks of one size only.
+    _Profile((2, 3), (14, 22), (64, 96), (512, 512)),
+    _Profile((2, 3), (14, 22), (64, 96), (576, 576)),
 )
 
 
@@ -290,9 +294,10 @@ class _Folder:
             return self.profile.sequence
         if rank >= 4:
             return self.profile.image
-        # Samples of sound, frames of features.
-        stretch = {2: 128, 3: 8}.get(rank, 1)
-        return (self.profile.sequence[0] * stretch, self.profile.sequence[1] * stretch)
+        if rank == 2:
+            return self.profile.sound
+        frames = 8 if rank == 3 else 1
+        return (self.profile.sequence[0] * frames, self.profile.sequence[1] * frames)
 
     def expression(self, name: str) -> tuple[int, int] | None:
         """Sizes of a sum of known symbols and numbers, as exporters of caches write ("past + 1")."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from cpd_onnx.errors import TargetError
 from cpd_onnx.groups import Combed
 from cpd_onnx.kept import Kept
 from cpd_onnx.passes.score import Scores
+from cpd_onnx.state import State
 
 KINDS = ("channels", "macs", "params")
 SPREADS = ("uniform", "global")
@@ -96,6 +98,36 @@ def why_nothing(combed: Combed) -> str:
         return f"no rule for {', '.join(combed.without_rule)}"
     reasons = {reason: None for frozen in combed.frozen() for reason in frozen.reasons}
     return "; ".join(list(reasons)[:3]) or "all axes are fixed by its inputs and outputs"
+
+
+@dataclass(frozen=True)
+class Allocate:
+    """Choose the channels that go; give one of `channels`, `macs`, `params` the fraction that may remain."""
+
+    channels: float | None = None
+    macs: float | None = None
+    params: float | None = None
+    spread: str = "uniform"
+    multiple: int = 1
+    keep: tuple[str, ...] = ()
+    name: ClassVar[str] = "allocate"
+
+    @property
+    def budget(self) -> Budget:
+        """The options as a budget; raises TargetError if they make none."""
+        given = {kind: getattr(self, kind) for kind in KINDS if getattr(self, kind) is not None}
+        if len(given) > 1:
+            raise TargetError(f"give one target, not {' and '.join(given)}")
+        kind, fraction = next(iter(given.items()), ("channels", 0.5))
+        return Budget(kind, fraction, self.spread, self.multiple, tuple(self.keep))
+
+    def __call__(self, state: State) -> State:
+        """Fill in `allocation`."""
+        budget = self.budget
+        allocation = allocate(state.need("combed", "comb"), state.need("scores", "score"), budget)
+        words = {"kind": budget.kind, "target": budget.fraction, "spread": budget.spread}
+        words |= {"multiple": budget.multiple, "keep": list(budget.keep)}
+        return replace(state, allocation=allocation, budget=words | dict(state.score))
 
 
 class _Allocator:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 from onnx import NodeProto, TensorProto
@@ -15,6 +16,7 @@ from cpd_onnx.groups import FLOATS, Combed, Weight, WeightUse, grouped
 from cpd_onnx.operands import hold_what_cannot_be_edited
 from cpd_onnx.rules import POSITION_CARRIERS, POSITION_USERS, RULES, GiveUp, Op, Recorder, Tensor
 from cpd_onnx.shapes import Folded, Scope, Use, Value, fold, taken_branch
+from cpd_onnx.state import State
 
 _UNPRUNABLE_TYPES = {TensorProto.BOOL, TensorProto.STRING, TensorProto.UNDEFINED}
 _MAKERS = {"ConstantOfShape", "Expand", "Tile", "Range"}
@@ -28,6 +30,18 @@ def comb(source: Source | Folded, input_shapes: Mapping[str, Sequence[int]] | No
     """
     folded = source if isinstance(source, Folded) else fold(load(source), input_shapes)
     return _Comber(folded).run()
+
+
+@dataclass(frozen=True)
+class Comb:
+    """Find the coupled channels."""
+
+    name: ClassVar[str] = "comb"
+
+    def __call__(self, state: State) -> State:
+        """Fill in `combed`; fold first if nobody has."""
+        folded = state.folded if state.folded is not None else fold(state.model, state.input_shapes)
+        return replace(state, folded=folded, combed=comb(folded))
 
 
 class _Comber:

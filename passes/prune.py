@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
+from cpd_onnx.graph import Source, load
 from cpd_onnx.groups import Combed
 from cpd_onnx.kept import Kept
 from cpd_onnx.passes.allocate import Allocation
+from cpd_onnx.passes.comb import comb
+from cpd_onnx.plan import Plan, channels_of, make_plan, match
 from cpd_onnx.rewrite import Pruned, rewrite
+from cpd_onnx.state import State
 
 
 def prune(combed: Combed, allocation: Allocation, input_shapes: Mapping[str, Sequence[int]] | None = None) -> Pruned:
@@ -18,3 +24,28 @@ def prune(combed: Combed, allocation: Allocation, input_shapes: Mapping[str, Seq
     kept = Kept(combed.atoms)
     kept.remove(allocation.channels(combed))
     return rewrite(combed, kept, input_shapes)
+
+
+def apply(source: Source, plan: Plan, input_shapes: Mapping[str, Sequence[int]] | None = None) -> Pruned:
+    """Replay a plan on the model that it was made for.
+
+    Raises PlanError if it was made for another one.
+    """
+    combed = comb(load(source), input_shapes)
+    kept = Kept(combed.atoms)
+    kept.remove(channels_of(combed, match(combed, plan)))
+    return rewrite(combed, kept, input_shapes)
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Rewrite the model without the channels that were chosen."""
+
+    name: ClassVar[str] = "prune"
+
+    def __call__(self, state: State) -> State:
+        """Fill in `edits` and `plan`; `model` becomes the pruned one."""
+        combed, chosen = state.need("combed", "comb"), state.need("allocation", "allocate")
+        pruned = prune(combed, chosen, state.input_shapes)
+        plan = make_plan(combed, chosen.removed, budget=state.budget, before=chosen.before, after=chosen.after)
+        return replace(state, model=pruned.model, edits=pruned.edits, plan=plan)

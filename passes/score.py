@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from cpd_onnx.errors import TargetError
 from cpd_onnx.graph import Array
 from cpd_onnx.groups import Combed, Weight
+from cpd_onnx.state import State
 from cpd_onnx.weights import dequantized
 
 Scores: TypeAlias = npt.NDArray[np.float64]
@@ -46,6 +48,20 @@ def score(combed: Combed, kind: str = "l2", *, seed: int = 0) -> list[Scores]:
         total = matrices[group.channels]
         found.append(finish(total if total.any() else vectors[group.channels]))
     return found
+
+
+@dataclass(frozen=True)
+class Score:
+    """Say how much each channel matters."""
+
+    kind: str = "l2"
+    seed: int = 0
+    name: ClassVar[str] = "score"
+
+    def __call__(self, state: State) -> State:
+        """Fill in `scores`."""
+        scores = score(state.need("combed", "comb"), self.kind, seed=self.seed)
+        return replace(state, scores=scores, score={"score": self.kind, "seed": self.seed})
 
 
 def _summed(combed: Combed, summand: Magnitude, *, vectors: bool) -> Scores:

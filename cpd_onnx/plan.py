@@ -1,0 +1,190 @@
+"""plan.json: what was removed from which file, so that it can be read, compared and replayed bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cpd_onnx.cost import Costs
+from cpd_onnx.errors import PlanError
+from cpd_onnx.graph import Model, require_free, write_atomically
+from cpd_onnx.groups import Combed, Group
+from cpd_onnx.kept import Kept
+
+FORMAT = "cpd-onnx/plan"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was removed from a model.
+
+    Attributes:
+        content: the JSON document, as `schema()` describes it.
+
+    """
+
+    content: Mapping[str, Any]
+
+    @property
+    def removed(self) -> dict[int, list[int]]:
+        """Channels removed from each group, by group id."""
+        return {group["id"]: list(group["removed"]) for group in self.content["groups"]}
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the source file."""
+        return str(self.content["source"]["sha256"])
+
+    def dumps(self) -> str:
+        """The document as text, the same for the same plan."""
+        return json.dumps(self.content, indent=1) + "\n"
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write the document; raises ModelError if the file exists and `overwrite` is not set."""
+        require_free(Path(path), overwrite=overwrite)
+        write_atomically(Path(path), self.dumps().encode())
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a plan (draft 2020-12)."""
+    text = resources.files("cpd_onnx").joinpath("plan.schema.json").read_text("utf-8")
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Read a plan.
+
+    Raises PlanError if the file cannot be read or is not a plan.
+    """
+    try:
+        content = json.loads(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise PlanError(f"cannot read plan {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"plan {path} is not JSON: {error}") from error
+    _check(content, str(path))
+    return Plan(content)
+
+
+def _check(content: Any, where: str) -> None:
+    """The parts of the schema that replaying depends on."""
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise PlanError(f"{where} is not a plan: 'format' should be {FORMAT!r}")
+    if content.get("version") != VERSION:
+        raise PlanError(f"{where} is a plan of version {content.get('version')!r}; this program reads version {VERSION}")
+    source, groups = content.get("source"), content.get("groups")
+    if not isinstance(source, dict) or not isinstance(source.get("sha256"), str):
+        raise PlanError(f"{where}: 'source' names no sha256")
+    if not isinstance(groups, list):
+        raise PlanError(f"{where}: 'groups' should be a list")
+    for group in groups:
+        _check_group(group, where)
+
+
+def _check_group(group: Any, where: str) -> None:
+    if not isinstance(group, dict) or not {"id", "name", "size", "removed"} <= group.keys():
+        raise PlanError(f"{where}: a group lacks one of id, name, size, removed")
+    removed, size = group["removed"], group["size"]
+    if not isinstance(removed, list) or not isinstance(size, int) or not isinstance(group["id"], int):
+        raise PlanError(f"{where}: group {group['name']!r} has fields of a wrong type")
+    if any(not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < size for i in removed):
+        raise PlanError(f"{where}: group {group['name']!r} removes channels that it does not have")
+    if len(set(removed)) != len(removed) or len(removed) >= size:
+        raise PlanError(f"{where}: group {group['name']!r} removes a channel twice, or all of them")
+
+
+def make_plan(
+    combed: Combed, removed: list[list[int]], *, budget: Mapping[str, Any], before: Costs, after: Costs
+) -> Plan:
+    """Put on record what is removed, where it lies, and what is kept and why."""
+    model, kept = combed.folded.model, Kept(combed.atoms)
+    kept.remove(channels_of(combed, dict(enumerate(removed))))
+    groups = [_group(combed, group, gone) for group, gone in zip(combed.groups, removed, strict=True)]
+    frozen = [
+        {"tensor": f.tensor, "axis": f.axis, "indices": f.indices, "of": f.of, "reason": "; ".join(f.reasons)}
+        for f in combed.frozen()
+    ]
+    return Plan(
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "source": {"file": model.path.name if model.path else "", "sha256": sha256(model)},
+            "groups": groups,
+            "frozen": frozen,
+            "removed": _removed(combed, kept),
+            "budget": dict(budget),
+            "before": asdict(before),
+            "after": asdict(after),
+        }
+    )
+
+
+def groups_of(combed: Combed) -> list[dict[str, Any]]:
+    """The groups of a model in the plan's words, nothing removed."""
+    return [_group(combed, group, []) for group in combed.groups]
+
+
+def channels_of(combed: Combed, removed: Mapping[int, list[int]]) -> Any:
+    """The primitive atoms of removed channels, by group id."""
+    gone = [combed.groups[index].channels[channels] for index, channels in removed.items() if channels]
+    return np.concatenate(gone) if gone else np.zeros(0, np.int64)
+
+
+def match(combed: Combed, plan: Plan) -> dict[int, list[int]]:
+    """The plan's removed channels, after a look whether it belongs to the model.
+
+    Raises PlanError if it does not.
+    """
+    actual = sha256(combed.folded.model)
+    if plan.sha256 != actual:
+        raise PlanError(f"the plan belongs to another file: it names sha256 {plan.sha256[:12]}…, this one has {actual[:12]}…")
+    for group in plan.content["groups"]:
+        index = group["id"]
+        known = combed.groups[index] if 0 <= index < len(combed.groups) else None
+        if known is None or known.name != group["name"] or len(known) != group["size"]:
+            raise PlanError(f"group {group['name']!r} of the plan is not in the model; was it made by another version?")
+    return plan.removed
+
+
+def sha256(model: Model) -> str:
+    """SHA-256 of the file that the model came from, or of its serialized proto; data files follow in order."""
+    digest = hashlib.sha256()
+    if model.path is None:
+        digest.update(model.serialize())
+        return digest.hexdigest()
+    digest.update(model.path.read_bytes())
+    if model.is_external:
+        for tensor in model.graph.initializer:
+            digest.update(np.ascontiguousarray(model.array(tensor.name)).view(np.uint8).data if tensor.dims else b"")
+    return digest.hexdigest()
+
+
+def _group(combed: Combed, group: Group, removed: list[int]) -> dict[str, Any]:
+    members = [
+        {"initializer": member.weight.name, "axis": member.axis, "indices": member.indices}
+        for member in combed.members(group)
+    ]
+    made: dict[str, Any] = {"id": group.id, "name": group.name, "kind": group.kind, "size": len(group)}
+    return made | {"members": members, "removed": list(removed)}
+
+
+def _removed(combed: Combed, kept: Kept) -> dict[str, dict[str, list[int]]]:
+    """Indices removed from each weight; where its users differ, those of the first."""
+    found: dict[str, dict[str, list[int]]] = {}
+    for weight in combed.weights:
+        axes = next(combed.weight_axes(weight), None)
+        if axes is None or not weight.is_trained or weight.scope.function:
+            continue
+        gone = {str(i): np.flatnonzero(~kept.mask(a)).tolist() for i, a in enumerate(axes) if kept.touches(a)}
+        if gone:
+            found[weight.name] = gone
+    return found

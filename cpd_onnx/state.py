@@ -1,0 +1,68 @@
+"""What passes hand to one another."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from cpd_onnx.graph import Model
+
+if TYPE_CHECKING:
+    from cpd_onnx.data import Source
+    from cpd_onnx.groups import Combed
+    from cpd_onnx.passes.allocate import Allocation
+    from cpd_onnx.passes.verify import Verification
+    from cpd_onnx.plan import Plan
+    from cpd_onnx.rewrite import Edit
+    from cpd_onnx.shapes import Folded
+
+
+@dataclass(frozen=True)
+class State:
+    """A model on its way through a pipeline; each pass gives a new state with more filled in.
+
+    Attributes:
+        model: the model as it is now.
+        original: the model as it was read.
+        input_shapes: sizes of inputs that the file leaves open, by name.
+        data: where samples come from, if there are any.
+        folded: shapes and the values of shape arithmetic.
+        combed: the coupled channels of `original`.
+        score: name of the score, and its seed.
+        scores: one array per group.
+        budget: what was asked for, in the plan's words.
+        allocation: which channels go.
+        edits: what differs between original and pruned file.
+        plan: the same on record.
+        verification: outcome of the proof.
+        distilled: summary of the training, if there was one.
+
+    """
+
+    model: Model
+    original: Model
+    input_shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    data: Source | None = None
+    folded: Folded | None = None
+    combed: Combed | None = None
+    score: Mapping[str, Any] = field(default_factory=dict)
+    scores: Sequence[Any] | None = None
+    budget: Mapping[str, Any] = field(default_factory=dict)
+    allocation: Allocation | None = None
+    edits: tuple[Edit, ...] = ()
+    plan: Plan | None = None
+    verification: Verification | None = None
+    distilled: Mapping[str, Any] | None = None
+
+    def need(self, attribute: str, maker: str) -> Any:
+        """A part that an earlier pass fills in; ValueError names the pass if it was left out."""
+        value = getattr(self, attribute)
+        if value is None:
+            raise ValueError(f"run the pass {maker!r} first: it makes {attribute!r}")
+        return value
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write the model as it is now; raises ModelError if the file exists and `overwrite` is not set."""
+        self.model.save(path, overwrite=overwrite)

@@ -1,0 +1,20 @@
+"""Fold: find the shapes of all tensors and compute the shape arithmetic; the file is not changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from cpd_onnx.shapes import fold
+from cpd_onnx.state import State
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Find the shapes of all tensors."""
+
+    name: ClassVar[str] = "fold"
+
+    def __call__(self, state: State) -> State:
+        """Fill in `folded`."""
+        return replace(state, folded=fold(state.model, state.input_shapes))
