@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from onnx import AttributeProto, NodeProto, ValueInfoProto, helper
 
+from cpd_onnx.arithmetic import Arithmetic
 from cpd_onnx.editing import Editor
 from cpd_onnx.errors import ProofError
 from cpd_onnx.graph import Array, Model, drop_attribute, set_attribute
@@ -86,11 +87,9 @@ class _Rewriter(Editor):
         self.leaf_operands()
         self.slice_weights()
         self.describe()
-        for _ in range(4):
-            folded = fold(self.model, self.input_shapes)
-            if not self.mend(folded):
-                break
-        self.check(folded)
+        while self.mend(Arithmetic(self.combed, self.kept, self)):
+            pass
+        self.check(fold(self.model, self.input_shapes))
         return Pruned(self.model, tuple(self.edits))
 
     # Operands and attributes.
@@ -255,24 +254,23 @@ class _Rewriter(Editor):
 
     # What follows from the pruned model's own arithmetic.
 
-    def mend(self, folded: Folded) -> bool:
-        """Write down operands and scales that came out wrong; whether there were any."""
-        scopes = {scope.path: scope for scope in folded.scope.walk()}
+    def mend(self, now: Arithmetic) -> bool:
+        """Write down operands and scales that come out wrong; whether there were any."""
         changed = False
         for demand, value in self.pins:
             node = self.node(demand.scope, demand.node)
             assert isinstance(demand.slot, int)
-            now = scopes[demand.scope.path].lookup(node.input[demand.slot])
-            right = demand.rewrite(self.kept, value.value)
-            if now is None or now.value is None or _same(np.asarray(right), now.value):
+            actual = now.value(demand.scope, node.input[demand.slot])
+            right = np.asarray(demand.rewrite(self.kept, value.value))
+            if actual is None or _same(right, actual):
                 continue
             if not value.is_static:
                 changed |= self.pin_leaves(demand, value)
                 continue
-            node.input[demand.slot] = self.added(f"{node.input[demand.slot]}_pruned", np.asarray(right))
+            node.input[demand.slot] = self.added(f"{node.input[demand.slot]}_pruned", right)
             self.log("operand", self.slot_name(demand), f"{_short(value.value)} -> {_short(right)}")
             changed = True
-        return self.hold_scales(scopes) or changed
+        return self.hold_scales(now) or changed
 
     def pin_leaves(self, demand: Demand, value: Value) -> bool:
         """Write down what enters a list of sizes from other arithmetic and no longer comes out right."""
@@ -287,12 +285,12 @@ class _Rewriter(Editor):
                 changed = True
         return changed
 
-    def hold_scales(self, scopes: dict[str, Scope]) -> bool:
+    def hold_scales(self, now: Arithmetic) -> bool:
         """Numbers derived from a pruned size, such as 1/sqrt(d), belong to the function and stay as they were."""
         changed = False
         for scope, name, value in self.derived_floats():
-            now = scopes[scope.path].values.get(name) if scope.path in scopes else None
-            if now is None or now.value is None or value.value is None or _same(now.value, value.value):
+            actual = now.value(scope, name)
+            if actual is None or value.value is None or _same(actual, value.value):
                 continue
             pinned = None
             for node in self.graph(scope).node:
