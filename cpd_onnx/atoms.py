@@ -45,6 +45,8 @@ class Atoms:
         self._frozen: Mask = np.zeros(1024, np.bool_)
         self._rows = 0
         self._parts: Axis = np.zeros((256, _WIDTH), np.int64)
+        self._origin: Axis = np.zeros(1024, np.int64)
+        self._origins = 0
         self._reasons: dict[str, int] = {}
         self._texts: dict[int, str] = {NOTHING: "of size one"}
         self._allocate(1)
@@ -126,6 +128,10 @@ class Atoms:
         _, inverse = np.unique(table, axis=0, return_inverse=True)
         return np.where(table[:, -1] == NOTHING, 0, inverse.ravel() + 1 + self._size)
 
+    def origin(self, axis: Axis) -> Axis:
+        """A number for each index: equal for atoms (first parts of composites) that were made together."""
+        return np.asarray(self._origin[self.parts(axis)[:, 0]])
+
     def product(self, *axes: Axis) -> Axis:
         """The axis that merging `axes`, row-major, gives; frozen factors drop out."""
         merged = np.asarray(axes[0], np.int64)
@@ -152,8 +158,11 @@ class Atoms:
             self._parent = np.concatenate([self._parent, np.zeros(room, np.int64)])
             self._row = np.concatenate([self._row, np.zeros(room, np.int64)])
             self._frozen = np.concatenate([self._frozen, np.zeros(room, np.bool_)])
+            self._origin = np.concatenate([self._origin, np.zeros(room, np.int64)])
         made = np.arange(start, self._size)
         self._parent[start : self._size] = made
+        self._origins += 1
+        self._origin[start : self._size] = self._origins
         return made
 
     def _allocate_rows(self, table: Axis) -> Axis:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -45,11 +46,17 @@ def _register(domain: str, *names: str) -> Callable[[ShapeFunction], ShapeFuncti
     "QLinearSigmoid", "QLinearLeakyRelu", "QLinearSoftmax", "BiasDropout", "BiasSoftmax", "DequantizeLinear",
     "QuantizeLinear", "Inverse", "GemmFloat8Identity",
 )  # fmt: skip  # a table
-@_register("", "SimplifiedLayerNormalization", "FusedGelu")
+@_register("", "SimplifiedLayerNormalization", "FusedGelu", "GroupNormalization")
+@_register("ai.onnx.ml", "Scaler", "Imputer", "Normalizer", "Binarizer", "LabelEncoder")
 @_register("onnx.brevitas", "Quant", "BipolarQuant", "Trunc")
 @_register("qonnx.custom_op.general", "Quant", "BipolarQuant", "Trunc")
 def _same(attributes: dict[str, Any], shapes: Shapes) -> list[Dims | None]:
     return [shapes[0]]
+
+
+@_register("ai.onnx.ml", "ArrayFeatureExtractor")
+def _features(attributes: dict[str, Any], shapes: Shapes) -> list[Dims | None]:
+    return [(*(_known(shapes[0])[:-1] or (1,)), math.prod(_known(shapes[1])))]
 
 
 @_register(MICROSOFT, "SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "SkipGroupNorm")

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from onnx import TensorProto
 
 from cpd_onnx.atoms import NOTHING, Atoms, Axis, Mask
-from cpd_onnx.rules.api import Recorder, Tensor
+from cpd_onnx.rules.api import KERNEL_EXTENT, Recorder, Tensor
 from cpd_onnx.shapes import Folded, Scope, Use, Value
 
 FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
@@ -155,6 +155,11 @@ class Combed:
         """The weights by the id of their value."""
         return {id(weight.value): weight for weight in self.weights}
 
+    @cached_property
+    def tensor_of(self) -> dict[int, Tensor]:
+        """The tensors by the id of their value."""
+        return {id(tensor.value): tensor for tensor in self.tensors.values()}
+
     def weight_axes(self, weight: Weight) -> Iterator[list[Axis]]:
         """The distinct sets of atoms that the uses of a weight see."""
         seen: set[int] = set()
@@ -221,7 +226,7 @@ class Combed:
 
     def _only_interface(self, axes: list[Axis]) -> bool:
         reasons = [reason for axis in axes if len(axis) > 1 for reason in self.atoms.reasons(axis)]
-        return all(reason.startswith("graph ") for reason in reasons)
+        return all(reason.startswith("graph ") or reason == KERNEL_EXTENT for reason in reasons)
 
 
 def grouped(combed: Combed) -> list[Group]:

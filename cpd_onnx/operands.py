@@ -113,12 +113,16 @@ def _freeze(atoms: Atoms, axis: Axis, reason: str) -> bool:
 
 
 def _follow(combed: Combed, element: Element) -> bool:
-    """The size is that of another tensor's axis, which must then have the same fate."""
-    source, number = combed.folded.dims[-2 - element.leaf]
-    axis = next((t.axes[number] for t in combed.tensors.values() if t.value is source and t.axes), None)
-    atoms = combed.atoms
-    if axis is None or len(axis) != len(element.axis):
-        return _freeze(atoms, element.axis, "is the size of a tensor that is not followed")
+    """The size is that of other tensors' axes, which must then have the same fate."""
+    atoms, axes = combed.atoms, []
+    for source, number in combed.folded.dims[-2 - element.leaf]:
+        tensor = combed.tensor_of.get(id(source))
+        if tensor is None or tensor.axes is None:
+            return _freeze(atoms, element.axis, "is the size of a tensor that is not followed")
+        axes.append(tensor.axes[number])
+    axis = atoms.product(*axes)
+    if len(axis) != len(element.axis):
+        return _freeze(atoms, element.axis, "is not the size that it is taken for")
     if np.array_equal(atoms.canonical(axis), atoms.canonical(element.axis)):
         return False
     atoms.unite(axis, element.axis)

@@ -18,7 +18,7 @@ from cpd_onnx.groups import FLOATS, Combed, Weight
 from cpd_onnx.kept import Kept
 from cpd_onnx.operands import elements, operand_value
 from cpd_onnx.rules.api import DROP, Demand
-from cpd_onnx.shapes import SCALED, Folded, Scope, Use, Value, fold
+from cpd_onnx.shapes import DIVISOR, SCALED, Folded, Scope, Use, Value, fold
 from cpd_onnx.weights import weight_array
 
 
@@ -82,7 +82,10 @@ class _Rewriter(Editor):
 
     def run(self) -> Pruned:
         for demand in self.combed.recorder.demands:
-            if any(map(self.kept.touches, demand.axes)):
+            value = operand_value(demand)
+            if value is not None and value.weight is None and value.value is not None and not demand.scope.function:
+                self.pins.append((demand, value))
+            elif any(map(self.kept.touches, demand.axes)):
                 self.meet(demand)
         self.leaf_operands()
         self.slice_weights()
@@ -108,13 +111,11 @@ class _Rewriter(Editor):
                     node.input.append("")
                 node.input[demand.slot] = self.added(f"{node.output[0]}_operand", made)
                 self.log("operand", self.slot_name(demand), f"absent -> {made.tolist()}")
-        elif value.weight is not None:
+        else:
             key = (id(demand.scope), demand.node, demand.slot)
             old = self.operands[key] if key in self.operands else value.value
             self.operands[key] = demand.rewrite(self.kept, old)
             self.log("operand", self.slot_name(demand), f"{_short(old)} -> {_short(self.operands[key])}")
-        else:
-            self.pins.append((demand, value))
 
     def meet_attribute(self, demand: Demand, node: NodeProto, name: str) -> None:
         attribute = next((a for a in node.attribute if a.name == name), None)
@@ -146,6 +147,8 @@ class _Rewriter(Editor):
             assert value is not None and value.value is not None
             array = np.array(value.value)
             for place, size in sizes.items():
+                if place & DIVISOR:
+                    continue
                 if place & SCALED:
                     array[...] = self.factor(number, size, array)
                 else:
@@ -265,32 +268,47 @@ class _Rewriter(Editor):
             if actual is None or _same(right, actual):
                 continue
             if not value.is_static:
-                changed |= self.pin_leaves(demand, value)
+                changed |= self.pin_leaves(demand, value, now, right)
                 continue
             node.input[demand.slot] = self.added(f"{node.input[demand.slot]}_pruned", right)
             self.log("operand", self.slot_name(demand), f"{_short(value.value)} -> {_short(right)}")
             changed = True
         return self.hold_scales(now) or changed
 
-    def pin_leaves(self, demand: Demand, value: Value) -> bool:
+    def pin_leaves(self, demand: Demand, value: Value, now: Arithmetic, right: Array) -> bool:
         """Write down what enters a list of sizes from other arithmetic and no longer comes out right."""
+        if not demand.per_element:
+            return False
         changed = False
         for element in elements(demand, value):
-            use = self.combed.folded.uses[element.leaf >> 32] if element.leaf >= 0 else None
-            array = self.leaves.pop(use, None) if use is not None else None
-            if use is not None and array is not None:
+            if element.leaf < 0:
+                continue
+            use = self.combed.folded.uses[element.leaf >> 32]
+            if element.leaf & DIVISOR:
+                array = self.divisor(use, now, int(right.reshape(-1)[element.position]))
+            else:
+                array = self.leaves.pop(use, None)
+            if array is not None:
                 node = self.node(use.scope, use.node)
                 node.input[use.slot] = self.added(f"{node.input[use.slot]}_pruned", array)
                 self.log("operand", self.use_name(use), f"-> {_short(array)}")
                 changed = True
         return changed
 
+    def divisor(self, use: Use, now: Arithmetic, quotient: int) -> Array | None:
+        """What a size must be divided by to give `quotient`; None if it is that already."""
+        node = self.node(use.scope, use.node)
+        dividend, old = (now.value(use.scope, name) for name in node.input)
+        if dividend is None or old is None or not quotient or dividend.item() // old.item() == quotient:
+            return None
+        return np.full_like(old, dividend.item() // quotient)
+
     def hold_scales(self, now: Arithmetic) -> bool:
         """Numbers derived from a pruned size, such as 1/sqrt(d), belong to the function and stay as they were."""
         changed = False
         for scope, name, value in self.derived_floats():
             actual = now.value(scope, name)
-            if actual is None or value.value is None or _same(actual, value.value):
+            if actual is None or value.value is None or actual.shape != value.value.shape or _same(actual, value.value):
                 continue
             pinned = None
             for node in self.graph(scope).node:

@@ -28,6 +28,8 @@ Leaves: TypeAlias = npt.NDArray[np.int64]
 
 SCALED = 1 << 31
 """Added to the code of a leaf that is a factor of the element, the rest of which depends on the inputs."""
+DIVISOR = 1 << 30
+"""The same for one that divides."""
 _SMALL_FLOATS = 8
 """Float constants up to this many elements may be shape arithmetic (scales, bounds); larger ones are weights."""
 _GUESSES = (37, 41)
@@ -158,7 +160,7 @@ class Folded:
         model: the model.
         scope: the main graph.
         uses: slots of constants, indexed by the upper half of leaf codes.
-        dims: tensors and axes whose sizes are elements of others, indexed by -2 - leaf code.
+        dims: sizes that are elements of tensors, as products of (tensor, axis), indexed by -2 - leaf code.
         unknown: operators whose output shapes could not be inferred, "domain::op_type" to the first node's name.
         batch: size that the first binding gives to the leading dynamic dimension, 1 if it is fixed.
 
@@ -167,7 +169,7 @@ class Folded:
     model: Model
     scope: Scope
     uses: tuple[Use, ...]
-    dims: tuple[tuple[Value, int], ...]
+    dims: tuple[tuple[tuple[Value, int], ...], ...]
     unknown: Mapping[str, str]
     batch: int
 
@@ -228,7 +230,7 @@ class _Folder:
         self.input_shapes = input_shapes
         self.symbols: dict[str, tuple[int, int]] = {}
         self.uses: list[Use] = []
-        self.dims: list[tuple[Value, int]] = []
+        self.dims: list[tuple[tuple[Value, int], ...]] = []
         self.unknown: dict[str, str] = {}
         self.opsets = {o.domain if o.domain != "ai.onnx" else "": o.version for o in model.proto.opset_import}
         self.opsets.setdefault("", 1)
@@ -428,7 +430,7 @@ class _Folder:
         else:
             part = slice(call.get("start", 0), call.get("end"))
             leaves = -2 - len(self.dims) - np.arange(len(arrays[0]), dtype=np.int64)[part]
-            self.dims += [(value, axis) for axis in range(len(arrays[0]))]
+            self.dims += [((value, axis),) for axis in range(len(arrays[0]))]
             arrays = [a[part] for a in arrays]
         pair = (arrays[0], arrays[1])
         made = Value(node.output[0], TensorProto.INT64, (pair[0].shape, pair[1].shape), pair, from_shape=True)
@@ -439,8 +441,13 @@ class _Folder:
         self, scope: Scope, position: int, op_type: str, function: Any, call: Call, inputs: list[Value | None]
     ) -> list[Leaves] | None:
         """Where each output element comes from, for operators that only move elements."""
+        if op_type == "Div":
+            return self.scaled(scope, position, inputs, divided=True)
         if op_type == "Mul":
-            return self.scaled(scope, position, inputs)
+            return self.scaled(scope, position, inputs) or self.multiplied(inputs)
+        if op_type == "ReduceProd" and inputs[0] is not None and inputs[0].value is not None:
+            result = np.asarray(function(call, *[v and v.value for v in inputs]))
+            return self.multiplied(inputs[:1], result.ndim) if result.size == 1 else None
         if op_type not in MOVERS:
             return None
         carried = {"Concat": range(len(inputs)), "Where": range(1, 3)}.get(op_type, range(1))
@@ -463,18 +470,35 @@ class _Folder:
             return codes.reshape(value.value.shape)
         return value.leaves if value.leaves is not None else np.full(value.value.shape, -1, np.int64)
 
-    def scaled(self, scope: Scope, position: int, inputs: list[Value | None]) -> list[Leaves] | None:
-        """Leaves of a product of a size that depends on the inputs with a number that does not (batch x heads)."""
+    def scaled(
+        self, scope: Scope, position: int, inputs: list[Value | None], *, divided: bool = False
+    ) -> list[Leaves] | None:
+        """Leaves of a size that depends on the inputs, times or by a number that does not (batch x heads)."""
         static = [slot for slot, value in enumerate(inputs) if value is not None and value.is_static]
         if len(static) != 1 or len(inputs) != 2:
             return None
         factor, other = inputs[static[0]], inputs[1 - static[0]]
         assert factor is not None and factor.value is not None and other is not None and other.value is not None
-        if factor.value.size != 1 or other.value.size != 1:
+        if factor.value.size != 1 or other.value.size != 1 or (divided and static != [1]):
             return None
         self.uses.append(Use(scope, position, static[0]))
         rank = max(factor.value.ndim, other.value.ndim)
-        return [np.full((1,) * rank, ((len(self.uses) - 1) << 32) + SCALED, np.int64)]
+        code = ((len(self.uses) - 1) << 32) + (DIVISOR if divided else SCALED)
+        return [np.full((1,) * rank, code, np.int64)]
+
+    def multiplied(self, inputs: list[Value | None], rank: int | None = None) -> list[Leaves] | None:
+        """Leaves of a product of sizes."""
+        codes: list[int] = []
+        for value in inputs:
+            if value is None or value.leaves is None or not (value.leaves < -1).all():
+                return None
+            codes += value.leaves.ravel().tolist()
+        if rank is None:
+            if len(codes) != len(inputs):
+                return None
+            rank = max(v.leaves.ndim for v in inputs if v is not None and v.leaves is not None)
+        self.dims.append(tuple(pair for code in codes for pair in self.dims[-2 - code]))
+        return [np.full((1,) * rank, -1 - len(self.dims), np.int64)]
 
     def inferred(self, node: NodeProto, attributes: dict[str, Any], inputs: list[Value | None]) -> list[Value]:
         """The outputs by shape inference under both bindings."""

@@ -29,6 +29,8 @@ class Keep(Protocol):
         """Indices that stay."""
 
 
+KERNEL_EXTENT = "extent of a kernel"
+"""Reason of the axes of a kernel that slide."""
 DROP = "drop"
 """What a rewrite answers to take an attribute away."""
 Rewrite: TypeAlias = Callable[[Keep, Any], Any]
@@ -48,8 +50,7 @@ class Tensor:
     @property
     def shape(self) -> Shape:
         """Sizes under the first binding."""
-        assert self.value.shape is not None
-        return self.value.shape
+        return tuple(map(len, self.axes)) if self.value.shape is None and self.axes is not None else self.value.shape or ()
 
     @property
     def rank(self) -> int:
@@ -238,25 +239,42 @@ class Op:
 
     def unmerge(self, flat: Axis, sizes: Sequence[int]) -> list[Axis]:
         """Split a merged axis: each part takes what varies along it alone; parts that vary together get fresh atoms."""
+        self.touched.append(flat)
         wide = [k for k, size in enumerate(sizes) if size != 1]
         parts: list[Axis] = [np.zeros(size, np.int64) for size in sizes]
         if len(wide) == 1:
             parts[wide[0]] = flat
             return parts
-        fate = self.atoms.canonical(flat).reshape(sizes)
-        table = flat.reshape(sizes)
+        fate, table = self.atoms.canonical(flat).reshape(sizes), flat.reshape(sizes)
         varying = [k for k in wide if bool((np.diff(fate, axis=k) != 0).any())]
+        if not varying:
+            self.freeze(flat, "splits an axis that can only go as a whole")
+        if len(varying) > 1 and self._is_joined(table, varying[0]):
+            return self._tied(table, varying[0])
         for k in wide:
             index: list[Any] = [0] * len(sizes)
             index[k] = slice(None)
-            parts[k] = table[tuple(index)] if k in varying or not varying else np.zeros(sizes[k], np.int64)
-        if not varying:
-            self.freeze(flat, "splits an axis that can only go as a whole")
+            parts[k] = table[tuple(index)] if k in varying or not varying else parts[k]
         if len(varying) > 1:
             for k in varying:
                 parts[k] = self.atoms.fresh(sizes[k])
-            self.unite(self.atoms.product(*(parts[k] if k in varying else np.zeros(sizes[k], np.int64) for k in wide)), flat)
-        self.touched.append(flat)
+            self.unite(self.atoms.product(*(parts[k] for k in wide)), flat)
+        return parts
+
+    def _is_joined(self, table: Axis, axis: int) -> bool:
+        """Whether the blocks along an axis are tensors that were joined: none of them can go as a whole."""
+        origins = np.moveaxis(self.atoms.origin(table.ravel()).reshape(table.shape), axis, 0).reshape(table.shape[axis], -1)
+        uniform = bool((origins == origins[:, :1]).all())
+        return uniform and len(np.unique(origins[:, 0])) == len(origins)
+
+    def _tied(self, table: Axis, axis: int) -> list[Axis]:
+        """Parts of an axis whose blocks share one fate index by index."""
+        blocks = np.moveaxis(table, axis, 0).reshape(table.shape[axis], -1)
+        for block in blocks[1:]:
+            self.unite(blocks[0], block)
+        rest = [size for k, size in enumerate(table.shape) if k != axis]
+        parts = self.unmerge(blocks[0], rest)
+        parts.insert(axis, np.zeros(table.shape[axis], np.int64))
         return parts
 
     def along(self, axis: Axis, size: int, why: str) -> Axis:

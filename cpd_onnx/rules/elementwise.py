@@ -13,7 +13,7 @@ MICROSOFT = "com.microsoft"
 
 
 @rule(
-    "Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "BitwiseNot", "Cast", "CastLike", "Ceil", "Celu", "Clip",
+    "Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "BitwiseNot", "Cast", "Ceil", "Celu", "Clip",
     "Cos", "Cosh", "Dropout", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity", "IsInf",
     "IsNaN", "LeakyRelu", "Log", "Mish", "Neg", "Not", "Reciprocal", "Relu", "Round", "Selu", "Shrink", "Sigmoid",
     "Sign", "Sin", "Sinh", "Softplus", "Softsign", "Sqrt", "Swish", "Tan", "Tanh", "ThresholdedRelu",
@@ -39,6 +39,13 @@ def broadcasting(op: Op) -> None:
         op.set(legacy_broadcast(op, *tensors))
         return
     op.set(broadcast(op, [t.axes or [] for t in tensors]))
+
+
+@rule("CastLike")
+def cast_like(op: Op) -> None:
+    """Pass all axes; of the second input only the type matters."""
+    op.set(op.input(0).axes or [])
+    op.touched.extend(op.input(1).axes or [])
 
 
 @rule("QLinearAdd", "QLinearMul", domain=MICROSOFT)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cpd_onnx.atoms import Axis
-from cpd_onnx.rules.api import GiveUp, Op, Quantized, Tensor, rule
+from cpd_onnx.rules.api import KERNEL_EXTENT, GiveUp, Op, Quantized, Tensor, rule
 from cpd_onnx.rules.elementwise import MICROSOFT, broadcast, freeze_rest
 
 
@@ -109,9 +109,11 @@ def _grouped(op: Op, groups: Axis, x: Tensor, w: Tensor) -> None:
 def _freeze_spatial(op: Op, x: Tensor, w: Tensor) -> None:
     if x.rank != w.rank:
         raise GiveUp(f"{op.name} has inputs of {x.rank} and {w.rank} axes")
-    for tensor in (x, w):
-        for axis in (tensor.axes or [])[2:]:
-            op.freeze(axis, "slides over this axis")
+    for axis in (x.axes or [])[2:]:
+        op.freeze(axis, "slides over this axis")
+    for axis in (w.axes or [])[2:]:
+        op.atoms.freeze(axis, KERNEL_EXTENT)
+        op.touched.append(axis)
 
 
 def _finish(op: Op, slots: _Slots, x: Tensor, w: Tensor, out: Axis) -> None:

@@ -58,7 +58,8 @@ def embed_layer_norm(op: Op) -> None:
     ids, word = op.input(0), op.input(2)
     for slot in (2, 3, 4):
         if op.has(slot):
-            op.freeze(op.input(slot)[0], "looks rows up by index")
+            op.atoms.freeze(op.input(slot)[0], f"graph input looks rows up by index in {op.name}")
+            op.touched.append(op.input(slot)[0])
             op.unite(op.input(slot)[1], word[1])
     for slot in (5, 6):
         op.unite(op.input(slot)[0], word[1])

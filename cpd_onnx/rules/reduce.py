@@ -145,8 +145,13 @@ def roi(op: Op) -> None:
 
 
 def _slide(op: Op) -> None:
-    x = op.input(0)
-    spatial = _output_spatial(op, "slides over this axis")
+    """Pools; an axis along which the window is one index wide passes."""
+    x, shape = op.input(0), op.sizes()
+    windows = zip(*(op.get(name) or [1] * (x.rank - 2) for name in ("kernel_shape", "strides")), strict=True)
+    spatial = [
+        x[i] if window == (1, 1) and shape[i] == x.shape[i] else op.along(x[i], shape[i], "slides over this axis")
+        for i, window in enumerate(windows, start=2)
+    ]
     for output in range(len(op.outputs)):
         op.set([*(x.axes or [])[:2], *spatial], output)
 

@@ -332,7 +332,11 @@ def gather(op: Op) -> None:
     axes = x.axes or []
     picked: list[Axis]
     if op.atoms.all_frozen(x[axis]) or where is None or where.ndim > 1:
-        op.freeze(x[axis], "looks up along this axis by index")
+        if indices.is_constant:
+            op.freeze(x[axis], "looks up along this axis by index")
+        elif not op.atoms.all_frozen(x[axis]):
+            op.atoms.freeze(x[axis], f"graph input looks up along this axis in {op.name}")
+        op.touched.append(x[axis])
         picked = indices.axes or []
     else:
         op.operand(1)

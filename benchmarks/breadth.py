@@ -1,0 +1,125 @@
+"""Prune every model of a zoo at half the channels and prove each result.
+
+    python benchmarks/breadth.py --models ZOO [--models DATA/onnx] --out results/breadth.jsonl
+
+Each model runs in a process of its own with a time limit. A line of the result says how far it came: "verified",
+"refused" with the reason, or "failed". `--summary` prints the table from the results alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import re
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cpd_onnx as cpd
+from cpd_onnx.passes.comb import comb
+from cpd_onnx.shapes import fold
+
+Result = dict[str, Any]
+
+
+def check(path: Path, *, permute: bool) -> Result:
+    """Everything the proof needs, for one model."""
+    result: Result = {"status": "failed"}
+    started = time.perf_counter()
+    try:
+        model = cpd.load(path)
+        loaded = time.perf_counter()
+        combed = comb(fold(model))
+        result["comb_s"] = round(time.perf_counter() - loaded, 3)
+        result["fraction"] = round(combed.prunable_fraction(), 5)
+        result["groups"], result["nodes"] = len(combed.groups), len(model.graph.node)
+        result["unaccounted"], result["without_rule"] = combed.unaccounted, list(combed.without_rule)
+        frozen = sorted(combed.frozen(), key=lambda f: -f.indices)
+        result["kept"] = [f"{f.tensor}[{f.axis}] {'; '.join(f.reasons)}"[:160] for f in frozen[:3]]
+        state = cpd.run("comb, score, allocate{channels=0.5}, prune", model)
+        result["prune_s"] = round(time.perf_counter() - started, 3)
+        before, after = state.allocation.before, state.allocation.after
+        result |= {kind: round(after.of(kind) / max(1.0, before.of(kind)), 4) for kind in ("macs", "params", "channels")}
+        found = cpd.run("verify", state).verification
+        result |= {"difference": found.difference, "effect": found.effect, "status": "verified"}
+        if permute:
+            from cpd_onnx.testing import permutation_oracle
+
+            outcome = permutation_oracle(model)
+            result["permutation"] = outcome.difference
+            result["status"] = "verified" if outcome.passed else "permutation differs"
+    except cpd.CpdError as error:
+        result |= {"status": "refused" if not isinstance(error, cpd.ProofError) else "disproved", "reason": str(error)}
+    except Exception:  # a benchmark reports every defect and goes on
+        result["reason"] = traceback.format_exc()[-600:]
+    result["seconds"] = round(time.perf_counter() - started, 2)
+    return result
+
+
+def limited(path: Path, seconds: float, *, permute: bool) -> Result:
+    """As `check`, in a process that is stopped after some time."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(check(path, permute=permute)))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv() if receiver.poll(seconds) else {"status": "failed", "reason": "out of time"}
+    except EOFError:
+        return {"status": "failed", "reason": f"process died with {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
+
+
+def models(folders: list[Path]) -> Iterator[Path]:
+    """All ONNX files, smallest first in each folder."""
+    for folder in folders:
+        yield from sorted(folder.rglob("*.onnx"), key=lambda p: (p.parent, p.stat().st_size))
+
+
+def summary(results: list[Result]) -> str:
+    """Counts by exporter and what fell short."""
+    table: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    lines = []
+    for result in results:
+        row = table[Path(result["model"]).parent.name]
+        row["models"] += 1
+        row[result["status"]] += 1
+        row["99 %"] += result.get("fraction", 0) >= 0.99
+    columns = ["models", "verified", "refused", "disproved", "permutation differs", "failed", "99 %"]
+    lines.append(" ".join(f"{c:>20}" for c in ["folder", *columns]))
+    for folder, row in table.items():
+        lines.append(" ".join([f"{folder:>20}", *(f"{row[c]:>20}" for c in columns)]))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run what is not in the results yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, action="append", default=[])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", type=re.compile, default=re.compile(""))
+    parser.add_argument("--timeout", type=float, default=300)
+    parser.add_argument("--no-permutation", action="store_true")
+    parser.add_argument("--again", action="store_true", help="repeat what did not end verified")
+    parser.add_argument("--summary", action="store_true")
+    options = parser.parse_args()
+    known = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
+    done = {r["model"]: r for r in known if not (options.again and r["status"] != "verified")}
+    for path in [] if options.summary else models(options.models):
+        name = f"{path.parent.name}/{path.name}"
+        if name in done or not options.only.search(name):
+            continue
+        done[name] = {"model": name} | limited(path, options.timeout, permute=not options.no_permutation)
+        print(json.dumps(done[name])[:400], flush=True)
+        options.out.write_text("".join(json.dumps(r) + "\n" for r in done.values()))
+    print(summary(list(done.values())))
+
+
+if __name__ == "__main__":
+    main()
