@@ -260,10 +260,14 @@ def grouped(combed: Combed) -> list[Group]:
 
 
 def _all_axes(combed: Combed) -> Iterator[tuple[Axis, bool]]:
-    """Every axis of every tensor, weights last and in order of use, and whether it is a trained weight's."""
+    """Every axis of every tensor, weights last and in order of use, and whether it is a trained weight's.
+
+    What is made of constants counts: some files make their weights by ConstantOfShape.
+    """
     for tensor in combed.tensors.values():
+        is_made = tensor.value.constants is not None and tensor.value.dtype in FLOATS
         for axis in tensor.axes or []:
-            yield axis, False
+            yield axis, is_made
     for weight in combed.weights:
         for axes in combed.weight_axes(weight):
             for axis in axes:
@@ -297,18 +301,19 @@ def _kinds(combed: Combed) -> dict[int, str]:
 
 
 def _names(combed: Combed) -> dict[int, str]:
-    """A name for each primitive: of the first float weight, matrices before vectors, on its axis."""
-    names: dict[int, str] = {}
+    """A name for each primitive: of the first trained weight, matrices before vectors, on its axis."""
+    names: list[str] = []
+    name_of = np.full(len(combed.atoms), -1, np.int64)
     for vectors in (False, True):
         for weight in combed.weights:
             if not weight.is_trained or weight.is_vector != vectors:
                 continue
-            name = _speaking_name(weight)
             for axes in combed.weight_axes(weight):
                 for axis in axes:
-                    for primitive in np.unique(combed.atoms.parts(axis)).tolist():
-                        names.setdefault(primitive, name)
-    return names
+                    parts = combed.atoms.parts(axis).ravel()
+                    name_of[parts[name_of[parts] < 0]] = len(names)
+            names.append(_speaking_name(weight))
+    return {int(primitive): names[name_of[primitive]] for primitive in np.flatnonzero(name_of >= 0)}
 
 
 def _speaking_name(weight: Weight) -> str:

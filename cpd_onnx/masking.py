@@ -15,6 +15,7 @@ from cpd_onnx.editing import Editor
 from cpd_onnx.graph import Array, Model
 from cpd_onnx.groups import Combed, Weight
 from cpd_onnx.kept import Kept
+from cpd_onnx.rules.api import EVERY_AXIS
 from cpd_onnx.shapes import Scope
 from cpd_onnx.weights import constant_of, weight_array
 
@@ -48,7 +49,8 @@ class _Masker(Editor):
             if not any(map(self.kept.touches, use.axes)):
                 continue
             stays = np.ones(original.shape, np.bool_)
-            for axis, atoms in enumerate(use.axes):
+            for axis in self.summed(weight):
+                atoms = use.axes[axis]
                 stays &= self.kept.mask(atoms).reshape([-1 if i == axis else 1 for i in range(original.ndim)])
             array = np.where(stays, original, self.zero(weight)).astype(original.dtype)
             if number == 0 or use.axes is weight.uses[0].axes:
@@ -56,6 +58,11 @@ class _Masker(Editor):
             else:
                 node = self.node(use.use.scope, use.use.node)
                 node.input[use.use.slot] = self.added(f"{weight.value.name}_masked", array)
+
+    def summed(self, weight: Weight) -> list[int]:
+        """The axes along which a weight is zeroed."""
+        axes = self.combed.recorder.kernels[weight.value.name]
+        return list(range(len(weight.shape))) if EVERY_AXIS in axes else sorted(axes)
 
     def zero(self, weight: Weight) -> Array:
         """What stands for zero in a weight, broadcast against it."""

@@ -260,11 +260,17 @@ class _Rewriter(Editor):
     def mend(self, now: Arithmetic) -> bool:
         """Write down operands and scales that come out wrong; whether there were any."""
         changed = False
+        together: dict[tuple[int, int, int | str], list[tuple[Demand, Value]]] = defaultdict(list)
         for demand, value in self.pins:
+            together[(id(demand.scope), demand.node, demand.slot)].append((demand, value))
+        for demands in together.values():
+            demand, value = demands[0]
             node = self.node(demand.scope, demand.node)
             assert isinstance(demand.slot, int)
             actual = now.value(demand.scope, node.input[demand.slot])
-            right = np.asarray(demand.rewrite(self.kept, value.value))
+            right = np.asarray(value.value)
+            for each, _ in demands:
+                right = np.asarray(each.rewrite(self.kept, right))
             if actual is None or _same(right, actual):
                 continue
             if not value.is_static:

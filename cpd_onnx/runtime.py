@@ -34,6 +34,7 @@ def open_model(model: Model, *, optimise: bool = True, threads: int = 0) -> ort.
     options.intra_op_num_threads = threads
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     providers = ["CPUExecutionProvider"]
     try:
         if model.data_bytes() + model.proto.ByteSize() <= PROTO_LIMIT:
@@ -128,9 +129,8 @@ def _index_limit(folded: Folded, value: Value) -> int:
     waiting, seen, limit = [value.name], {value.name}, 0
     while waiting:
         name = waiting.pop()
-        for node in folded.scope.nodes:
-            if name not in node.input:
-                continue
+        for use in folded.scope.consumers.get(name, []):
+            node = use.scope.nodes[use.node]
             limit = _smaller(limit, _table_size(folded, node, name))
             if node.op_type in _INDEX_CARRIERS and node.input[0] == name:
                 waiting += [o for o in node.output if o not in seen]

@@ -11,6 +11,7 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -134,6 +135,16 @@ class Scope:
                 return scope.values[name]
             scope = scope.parent
         return None
+
+    @cached_property
+    def consumers(self) -> dict[str, list[Use]]:
+        """The slots that take each name, in this graph and in all inside it."""
+        found: dict[str, list[Use]] = {}
+        for scope in self.walk():
+            for position, node in enumerate(scope.nodes):
+                for slot, name in enumerate(node.input):
+                    found.setdefault(name, []).append(Use(scope, position, slot))
+        return found
 
     def walk(self) -> Iterable[Scope]:
         """This scope and all inside it."""
@@ -536,7 +547,9 @@ class _Folder:
             found = shape_inference.infer_node_outputs(
                 schema, node, types, data, opset_imports=self.opset_ids, ir_version=self.model.proto.ir_version or 3
             )
-        except (onnx.defs.SchemaError, shape_inference.InferenceError, RuntimeError, ValueError, TypeError):
+        except (onnx.defs.SchemaError, onnx.checker.ValidationError, shape_inference.InferenceError):
+            return nothing
+        except (RuntimeError, ValueError, TypeError):
             return nothing
         return [_dims(found.get(name)) if name else (0, None) for name in node.output]
 

@@ -316,13 +316,13 @@ class _Comber:
         waiting, seen = [name], {name}
         while waiting:
             taken = waiting.pop()
-            if taken in scope.outputs or any(taken in n.input for s in scope.walk() if s is not scope for n in s.nodes):
+            if taken in scope.outputs:
                 return False
-            for node in scope.nodes:
-                slots = [slot for slot, used in enumerate(node.input) if used == taken]
-                if not slots or all((node.op_type, slot) in POSITION_USERS for slot in slots):
+            for use in scope.consumers.get(taken, []):
+                node = use.scope.nodes[use.node]
+                if (node.op_type, use.slot) in POSITION_USERS:
                     continue
-                if node.op_type not in POSITION_CARRIERS:
+                if node.op_type not in POSITION_CARRIERS or use.scope is not scope:
                     return False
                 waiting += [made for made in node.output if made not in seen]
                 seen.update(node.output)

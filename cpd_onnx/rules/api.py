@@ -31,6 +31,8 @@ class Keep(Protocol):
 
 KERNEL_EXTENT = "extent of a kernel"
 """Reason of the axes of a kernel that slide."""
+EVERY_AXIS = -1
+"""Stands for all axes of a weight."""
 DROP = "drop"
 """What a rewrite answers to take an attribute away."""
 Rewrite: TypeAlias = Callable[[Keep, Any], Any]
@@ -122,7 +124,8 @@ class Recorder:
         demands: operands and attributes that depend on what is pruned.
         costs: multiply-accumulates.
         labels: kinds of channels.
-        kernels: weights that multiply and are summed over: where they are zero, nothing passes.
+        kernels: weights that multiply and are summed over, and along which of their axes (`EVERY_AXIS` where they
+            are moved about before): where they are zero, nothing passes.
         quantized: integer weights by the id of their value.
         sensitive: nodes whose result depends on which indices are there, beyond what zeros would add.
         positions: values that count along an axis.
@@ -132,7 +135,7 @@ class Recorder:
     demands: list[Demand] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
     labels: list[tuple[Axis, str]] = field(default_factory=list)
-    kernels: set[str] = field(default_factory=set)
+    kernels: dict[str, set[int]] = field(default_factory=dict)
     quantized: dict[int, Quantized] = field(default_factory=dict)
     sensitive: set[tuple[str, int]] = field(default_factory=set)
     positions: list[tuple[Scope, str, Axis]] = field(default_factory=list)
@@ -191,6 +194,8 @@ class Op:
             raise GiveUp(f"input {slot} of {self.name} is computed from data")
         for axis in tensor.axes or []:
             self.freeze(axis, "takes this as an operand")
+        if tensor.value.from_shape:
+            self.demand(slot, [], lambda keep, old: old)
         return tensor.value.value
 
     def static_operand(self, slot: int) -> Array | None:
@@ -296,15 +301,18 @@ class Op:
     def contract(self, a: Tensor, i: int, b: Tensor, j: int) -> None:
         """Sum over axis i of `a` and axis j of `b`."""
         self.unite(a[i], b[j])
-        self.multiply_and_sum((a, b), a[i])
+        self.multiply_and_sum([(a, a[i]), (b, b[j])])
 
-    def multiply_and_sum(self, factors: Sequence[Tensor], axis: Axis) -> None:
-        """Sum a product over an axis: where a weight among the factors is zero, nothing passes."""
-        weights = [factor for factor in factors if factor.value.moved]
-        for factor in weights:
-            self.recorder.kernels |= factor.value.constants or frozenset()
+    def multiply_and_sum(self, factors: Sequence[tuple[Tensor, Axis]]) -> None:
+        """Sum a product over an axis of each factor: where a weight among them is zero, nothing passes."""
+        weights = [(tensor, axis) for tensor, axis in factors if tensor.value.moved]
+        for tensor, axis in weights:
+            is_direct = tensor.value.weight is not None and type(tensor) is Tensor
+            places = [k for k, own in enumerate(tensor.axes or []) if own is axis] if is_direct else [EVERY_AXIS]
+            for name in tensor.value.constants or ():
+                self.recorder.kernels.setdefault(name, set()).update(places)
         if not weights:
-            self.reduce(axis)
+            self.reduce(factors[0][1])
 
     def reduce(self, axis: Axis) -> None:
         """The result depends on which indices of the axis are there, beyond what zeros would add."""

@@ -78,7 +78,7 @@ def convolution(op: Op, slots: _Slots) -> None:
         op.unite(w[1], inner)
         out = w[0]
         op.unite(out, op.atoms.product(groups, outer))
-        _grouped(op, groups, x, w)
+        _grouped(op, groups, w, 1)
     _finish(op, slots, x, w, out)
 
 
@@ -96,14 +96,14 @@ def conv_transpose(op: Op) -> None:
         op.unite(w[0], x[1])
         op.unite(w[1], outer)
         out = op.atoms.product(groups, outer)
-        _grouped(op, groups, x, w)
+        _grouped(op, groups, w, 0)
     _finish(op, _Slots(), x, w, out)
 
 
-def _grouped(op: Op, groups: Axis, x: Tensor, w: Tensor) -> None:
+def _grouped(op: Op, groups: Axis, w: Tensor, inputs: int) -> None:
     op.attribute_size("group", groups)
     op.label(groups, "groups")
-    op.multiply_and_sum((w,), x[1])
+    op.multiply_and_sum([(w, w[inputs])])
 
 
 def _freeze_spatial(op: Op, x: Tensor, w: Tensor) -> None:
@@ -344,5 +344,5 @@ def _join(op: Op, pairs: list[tuple[Tensor, Axis]]) -> Axis:
 
 
 def _sum_over(op: Op, pairs: list[tuple[Tensor, Axis]]) -> None:
-    op.multiply_and_sum([tensor for tensor, _ in pairs], pairs[0][1])
+    op.multiply_and_sum(pairs)
     op.touched.extend(axis for _, axis in pairs)

@@ -18,7 +18,7 @@ def recurrent(op: Op) -> None:
     hidden = op.atoms.fresh(r.shape[2])
     op.contract(x, 2, w, 2)
     op.unite(r[2], hidden)
-    op.multiply_and_sum((r,), hidden)
+    op.multiply_and_sum([(r, r[2])])
     _gated(op, w, gates, hidden)
     _gated(op, r, gates, hidden)
     if op.has(3):

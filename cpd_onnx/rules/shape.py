@@ -33,11 +33,30 @@ def reshape(op: Op) -> None:
     op.set(out)
 
 
-@rule("Flatten", "Squeeze", "Unsqueeze")
+@rule("Flatten", "Unsqueeze")
 def reshape_freely(op: Op) -> None:
     """As Reshape, with nothing that names a size."""
     op.hold(1)
     op.set(regroup(op))
+
+
+@rule("Squeeze")
+def squeeze(op: Op) -> None:
+    """As Reshape. Without axes all of size one go: they are written down once another axis shrinks to one."""
+    op.hold(1)
+    out = regroup(op)
+    op.set(out)
+    if op.has(1) or "axes" in op.call.attributes:
+        return
+    x = op.input(0)
+    ones = [i for i, size in enumerate(x.shape) if size == 1]
+
+    def axes(keep: Keep, old: Any) -> Any:
+        if all(keep.count(axis) > 1 for axis in out):
+            return None
+        return ones if op.opset < 13 else np.asarray(ones, np.int64)
+
+    op.demand("axes" if op.opset < 13 else 1, out, axes)
 
 
 def regroup(op: Op) -> list[Axis]:
@@ -519,7 +538,8 @@ def _padded(op: Op, axis: Axis, place: int, count: int, widths: tuple[int, int])
     cut = (axis[: max(0, -low)], axis[len(axis) - max(0, -high) :])
     op.touched += [axis]
     new = tuple(op.atoms.fresh(max(0, w), may_vanish=True) for w in widths)
-    if not (low or high):
+    computed = op.inputs[1].value.from_shape if op.has(1) and op.inputs[1] is not None else False
+    if not (low or high or computed):
         return axis
     slot: int | str = 1 if op.has(1) else "pads" if "pads" in op.call.attributes else "paddings"
 
