@@ -14,7 +14,7 @@ from cpd_onnx.arithmetic import Arithmetic
 from cpd_onnx.editing import Editor
 from cpd_onnx.errors import ProofError
 from cpd_onnx.graph import Array, Model, drop_attribute, set_attribute
-from cpd_onnx.groups import FLOATS, Combed, Weight
+from cpd_onnx.groups import Combed, Weight
 from cpd_onnx.kept import Kept
 from cpd_onnx.operands import elements, operand_value
 from cpd_onnx.rules.api import DROP, Demand
@@ -78,6 +78,8 @@ class _Rewriter(Editor):
         self.edits: list[Edit] = []
         self.operands: dict[tuple[int, int, int], Array] = {}
         self.leaves: dict[Use, Array] = {}
+        demands = (d for d in combed.recorder.demands if isinstance(d.slot, int))
+        self.demanded = {(d.scope.path, d.node, d.slot) for d in demands}
         self.pins: list[tuple[Demand, Value]] = []
 
     def run(self) -> Pruned:
@@ -279,7 +281,7 @@ class _Rewriter(Editor):
             node.input[demand.slot] = self.added(f"{node.input[demand.slot]}_pruned", right)
             self.log("operand", self.slot_name(demand), f"{_short(value.value)} -> {_short(right)}")
             changed = True
-        return self.hold_scales(now) or changed
+        return self.hold_numbers(now) or changed
 
     def pin_leaves(self, demand: Demand, value: Value, now: Arithmetic, right: Array) -> bool:
         """Write down what enters a list of sizes from other arithmetic and no longer comes out right."""
@@ -309,32 +311,35 @@ class _Rewriter(Editor):
             return None
         return np.full_like(old, dividend.item() // quotient)
 
-    def hold_scales(self, now: Arithmetic) -> bool:
+    def hold_numbers(self, now: Arithmetic) -> bool:
         """Numbers derived from a pruned size, such as 1/sqrt(d), belong to the function and stay as they were."""
         changed = False
-        for scope, name, value in self.derived_floats():
+        for scope, name, value in self.derived():
             actual = now.value(scope, name)
             if actual is None or value.value is None or actual.shape != value.value.shape or _same(actual, value.value):
                 continue
-            pinned = None
-            for node in self.graph(scope).node:
-                known = all(o in scope.values and scope.values[o].values is not None for o in node.output)
-                if name in node.input and not known:
-                    pinned = pinned or self.added(f"{name}_kept", value.value)
-                    for slot, taken in enumerate(node.input):
-                        if taken == name:
-                            node.input[slot] = pinned
-            if pinned is not None:
+            users = [use for use in scope.consumers.get(name, []) if self.is_data(use, name)]
+            if users:
+                pinned = self.added(f"{name}_kept", value.value)
+                for use in users:
+                    self.node(use.scope, use.node).input[use.slot] = pinned
                 self.log("operand", name, f"stays {_short(value.value)}, which the pruned sizes would change")
                 changed = True
         return changed
 
-    def derived_floats(self) -> Iterator[tuple[Scope, str, Value]]:
+    def is_data(self, use: Use, name: str) -> bool:
+        """Whether a slot takes a number for its value, not for the size or position that it names."""
+        if use.scope.function or self.node(use.scope, use.node).input[use.slot] != name:
+            return False
+        made = [use.scope.values.get(output) for output in use.scope.nodes[use.node].output]
+        return not all(v is not None and v.values is not None for v in made) and use.key not in self.demanded
+
+    def derived(self) -> Iterator[tuple[Scope, str, Value]]:
         for scope in self.combed.folded.scope.walk():
             if scope.function:
                 continue
             for name, value in scope.values.items():
-                if value.from_shape and value.dtype in FLOATS and value.is_static:
+                if value.from_shape and value.is_static:
                     yield scope, name, value
 
     def check(self, folded: Folded) -> None:

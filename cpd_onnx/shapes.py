@@ -162,6 +162,11 @@ class Use:
     node: int
     slot: int
 
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """What tells it from other slots."""
+        return (self.scope.path, self.node, self.slot)
+
 
 @dataclass(frozen=True)
 class Folded:

@@ -65,6 +65,7 @@ class _Comber:
         self.sweep(scope)
         for name in scope.outputs:
             self.freeze(self.get(scope, name), f"graph output {name!r}")
+            self.freeze_reported_sizes(scope, name)
         found = Combed(self.folded, self.atoms, self.recorder, self.tensors, list(self.weights.values()))
         found.without_rule, found.unaccounted = self.without_rule, self.unaccounted
         self.hold_positions()
@@ -305,6 +306,20 @@ class _Comber:
             tensor.axes = axes
         else:
             self.freeze(result, "is stacked by a loop to an unknown shape")
+
+    def freeze_reported_sizes(self, scope: Scope, output: str) -> None:
+        """Sizes that a graph output reports stay as they are."""
+        makers = {name: node for node in scope.nodes for name in node.output} if scope.values[output].from_shape else {}
+        waiting, seen = [output], {output}
+        while waiting:
+            node = makers.get(waiting.pop())
+            if node is None:
+                continue
+            if node.op_type in ("Shape", "Size"):
+                self.freeze(self.get(scope, node.input[0]), f"graph output {output!r} gives this size")
+                continue
+            waiting += [name for name in node.input if name not in seen]
+            seen.update(node.input)
 
     def hold_positions(self) -> None:
         """Freeze axes that somebody counts along, unless who uses the positions counts along the same axes."""

@@ -225,6 +225,8 @@ def _demand_pieces(op: Op, pieces: list[Axis]) -> None:
 
     def default(keep: Keep) -> bool:
         counts = [keep.count(piece) for piece in pieces]
+        if op.opset < 18:
+            return len(set(counts)) == 1
         chunk = -(-sum(counts) // len(counts))
         return all(c == min(chunk, sum(counts) - i * chunk) for i, c in enumerate(counts))
 
@@ -628,6 +630,9 @@ def resize(op: Op) -> None:
     op.set(out)
     if op.has(3):
         axes = op.get("axes") or range(x.rank)
+        if op.get("keep_aspect_ratio_policy", "stretch") != "stretch":
+            for axis in axes:
+                op.freeze(x[axis], "keeps the ratio of this axis to others")
         op.demand_sizes(3, [out[a] for a in axes])
 
 
