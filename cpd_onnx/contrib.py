@@ -12,6 +12,8 @@ Dims: TypeAlias = tuple[int, ...]
 Shapes: TypeAlias = Sequence["Dims | None"]
 ShapeFunction: TypeAlias = Callable[[dict[str, Any], Shapes], "list[Dims | None]"]
 
+FLOAT_OUTPUT = {"EmbedLayerNormalization", "MatMulIntegerToFloat", "DequantizeLinear"}
+"""Operators of com.microsoft whose result is float though their first input is not."""
 _FUNCTIONS: dict[tuple[str, str], ShapeFunction] = {}
 MICROSOFT = "com.microsoft"
 
@@ -157,6 +159,14 @@ def _grouped_query(attributes: dict[str, Any], shapes: Shapes) -> list[Dims | No
     packed = len(shapes) < 2 or shapes[1] is None
     size = query[2] // (heads + 2 * groups) if packed else query[2] // heads
     return [(query[0], query[1], heads * size)]
+
+
+@_register(MICROSOFT, "DynamicQuantizeLSTM")
+def _quantized_lstm(attributes: dict[str, Any], shapes: Shapes) -> list[Dims | None]:
+    sequence, batch, _ = _known(shapes[0])
+    directions, hidden, _ = _known(shapes[2])
+    state = (directions, batch, hidden)
+    return [(sequence, directions, batch, hidden), state, state]
 
 
 @_register(MICROSOFT, "EmbedLayerNormalization")

@@ -47,6 +47,9 @@ class CostModel:
                 continue
             self._weights.append((axes, weight.size))
             self._prunable += [axis for axis in axes if not combed.atoms.all_frozen(axis)]
+        for tensor in combed.tensors.values():
+            if tensor.value.is_made_weight:
+                self._prunable += [axis for axis in tensor.axes or [] if not combed.atoms.all_frozen(axis)]
 
     def total(self, kept: Kept) -> Costs:
         """Costs with the channels in `kept`."""

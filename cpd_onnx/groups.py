@@ -265,9 +265,8 @@ def _all_axes(combed: Combed) -> Iterator[tuple[Axis, bool]]:
     What is made of constants counts: some files make their weights by ConstantOfShape.
     """
     for tensor in combed.tensors.values():
-        is_made = tensor.value.constants is not None and tensor.value.dtype in FLOATS
         for axis in tensor.axes or []:
-            yield axis, is_made
+            yield axis, tensor.value.is_made_weight
     for weight in combed.weights:
         for axes in combed.weight_axes(weight):
             for axis in axes:

@@ -89,6 +89,11 @@ class Value:
         """Whether the elements are known and the same whatever the sizes of the inputs."""
         return self.values is not None and np.array_equal(*self.values)
 
+    @property
+    def is_made_weight(self) -> bool:
+        """Whether it is float and made of constants by the graph itself, as by ConstantOfShape."""
+        return self.constants is not None and self.weight is None and self.dtype in _COMPUTABLE_TYPES
+
     def type(self, binding: int) -> TypeProto:
         """The type under a binding, as shape inference wants it."""
         if self._types is None:
@@ -542,7 +547,10 @@ class _Folder:
         values = [None if v is None or v.values is None else v.values[binding] for v in inputs]
         own = contrib.output_shapes((domain, node.op_type), attributes, shapes, values)
         if own is not None:
-            dtype = next((v.dtype for v in inputs if v is not None), 0)
+            kinds = [v.dtype for v in inputs if v is not None]
+            if node.op_type in contrib.FLOAT_OUTPUT:
+                kinds = [kind for kind in kinds if kind in _COMPUTABLE_TYPES] or kinds
+            dtype = next(iter(kinds), 0)
             return ([(dtype, shape) for shape in own] + nothing)[: len(nothing)]
         try:
             schema = onnx.defs.get_schema(node.op_type, self.opsets.get(domain, 1), domain)

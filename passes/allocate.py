@@ -154,6 +154,8 @@ class _Allocator:
             middle = (low + high) / 2
             low, high = (middle, high) if self.cost(self.counts(middle)) <= target else (low, middle)
         counts = self.between(self.counts(low), self.counts(high), target)
+        if counts == self.sizes and self.budget.fraction < 1:
+            raise TargetError(f"target {self.budget.kind}={self.budget.fraction:g} would remove nothing: the smallest step is larger")
         reached = self.cost(counts)
         notes = []
         if abs(reached - target) > tolerance:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from cpd_onnx.atoms import Axis
-from cpd_onnx.rules.api import Op, Tensor, rule
+from cpd_onnx.rules.api import Op, Quantized, Tensor, rule
+from cpd_onnx.rules.elementwise import MICROSOFT
 
 _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 
@@ -54,3 +55,44 @@ def _state(op: Op, tensor: Tensor, batch: Axis, hidden: Axis, *, batch_first: bo
     op.freeze(tensor[1 if batch_first else 0], "has this many directions")
     op.unite(tensor[0 if batch_first else 1], batch)
     op.unite(tensor[2], hidden)
+
+
+@rule("DynamicQuantizeLSTM", domain=MICROSOFT)
+def quantized_lstm(op: Op) -> None:
+    """As LSTM with integer W (directions, in, 4 x hidden) and R, and scales and zero points behind the peepholes."""
+    x, w, r = op.input(0), op.input(1), op.input(2)
+    hidden = op.atoms.fresh(r.shape[1])
+    gates = np.tile(hidden, 4)
+    op.contract(x, 2, w, 1)
+    # X is quantised over all its elements.
+    op.reduce(x[2])
+    op.unite(r[1], hidden)
+    op.multiply_and_sum([(r, r[1])])
+    for tensor in (w, r):
+        op.freeze(tensor[0], "has this many directions")
+        op.unite(tensor[2], gates)
+    for slot, blocks in ((3, 8), (7, 3)):
+        if op.has(slot):
+            _gated(op, op.input(slot), blocks, hidden)
+    if op.has(4):
+        op.freeze(op.input(4)[0], "takes sequence lengths per sample")
+    for slot in (5, 6):
+        if op.has(slot):
+            _state(op, op.input(slot), x[1], hidden, batch_first=False)
+    for slot in range(8, 12):
+        if op.has(slot):
+            for axis in op.input(slot).axes or []:
+                op.freeze(axis, "has this many directions") if len(axis) != len(gates) else op.unite(axis, gates)
+    for tensor, scale in ((w, 8), (r, 10)):
+        scales, zeros = (op.input(slot).value if op.has(slot) else None for slot in (scale, scale + 1))
+        op.recorder.quantized[id(tensor.value)] = Quantized(scales, zeros, 2)
+    op.freeze(x[0], "runs along this axis in order")
+    op.attribute_size("hidden_size", hidden)
+    op.label(hidden, "hidden")
+    directions = op.frozen(w.shape[0], "has this many directions")
+    op.set([x[0], directions, x[1], hidden])
+    op.set([directions, x[1], hidden], 1)
+    op.set([directions, x[1], hidden], 2)
+    rounds = float(x.shape[0] * x.shape[1] * w.shape[0])
+    op.cost(rounds, w[1], w[2])
+    op.cost(rounds, r[1], r[2])
