@@ -52,7 +52,7 @@ class _Masker(Editor):
             for axis in self.summed(weight):
                 atoms = use.axes[axis]
                 stays &= self.kept.mask(atoms).reshape([-1 if i == axis else 1 for i in range(original.ndim)])
-            array = np.where(stays, original, self.zero(weight)).astype(original.dtype)
+            array = np.where(stays, original, zero_of(self.combed, weight)).astype(original.dtype)
             if number == 0 or use.axes is weight.uses[0].axes:
                 self.replace(weight, array)
             else:
@@ -63,15 +63,6 @@ class _Masker(Editor):
         """The axes along which a weight is zeroed."""
         axes = self.combed.recorder.kernels[weight.value.name]
         return list(range(len(weight.shape))) if EVERY_AXIS in axes else sorted(axes)
-
-    def zero(self, weight: Weight) -> Array:
-        """What stands for zero in a weight, broadcast against it."""
-        quantized = self.combed.recorder.quantized.get(id(weight.value))
-        value = quantized.zero_point if quantized is not None else None
-        found = constant_of(self.combed, value) if value is not None else None
-        if quantized is None or found is None or found.size == 1:
-            return np.zeros(()) if found is None else found.reshape(())
-        return found.reshape([-1 if i == quantized.axis else 1 for i in range(len(weight.shape))])
 
     def gather_in(self, scope: Scope, positions: set[int]) -> None:
         graph = self.graph(scope)
@@ -157,3 +148,13 @@ class _Masker(Editor):
 def _spread(mask: Mask) -> Array:
     """For each old index its place among the kept; the deleted ones show the first, which nobody may look at."""
     return np.where(mask, np.cumsum(mask) - 1, 0)
+
+
+def zero_of(combed: Combed, weight: Weight) -> Array:
+    """What stands for zero in a weight, broadcast against it: the zero point of a quantised one."""
+    quantized = combed.recorder.quantized.get(id(weight.value))
+    value = quantized.zero_point if quantized is not None else None
+    found = constant_of(combed, value) if value is not None else None
+    if quantized is None or found is None or found.size == 1:
+        return np.zeros(()) if found is None else found.reshape(())
+    return found.reshape([-1 if i == quantized.axis else 1 for i in range(len(weight.shape))])

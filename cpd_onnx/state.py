@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from cpd_onnx.graph import Model
 
 if TYPE_CHECKING:
+    from cpd_onnx.compare import Comparison
     from cpd_onnx.data import Source
     from cpd_onnx.groups import Combed
     from cpd_onnx.passes.allocate import Allocation
-    from cpd_onnx.passes.verify import Verification
     from cpd_onnx.plan import Plan
     from cpd_onnx.rewrite import Edit
     from cpd_onnx.shapes import Folded
@@ -53,7 +53,7 @@ class State:
     allocation: Allocation | None = None
     edits: tuple[Edit, ...] = ()
     plan: Plan | None = None
-    verification: Verification | None = None
+    verification: Comparison | None = None
     distilled: Mapping[str, Any] | None = None
 
     def need(self, attribute: str, maker: str) -> Any:

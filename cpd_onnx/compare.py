@@ -1,0 +1,124 @@
+"""Whether two models compute the same: how far apart their outputs are, and how far rounding alone would drive them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnxruntime as ort
+from onnx import TensorProto
+
+from cpd_onnx.errors import DataError
+from cpd_onnx.graph import Array
+from cpd_onnx.groups import Combed
+from cpd_onnx.runtime import Feed, execute
+
+TOLERANCES = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 1e-1}
+"""Largest relative difference by the narrowest float type of the weights; quantised models get `QUANTIZED`."""
+QUANTIZED = 5e-2
+"""Median over the inputs of the root mean square instead: where sums are taken in another order, rounding may fall to
+the other side, which deep networks amplify."""
+_NUDGE = 1e-6
+"""Relative change of float inputs, of the size of a few roundings, that shows how much a model amplifies them."""
+_MARGIN = 10.0
+"""Two models that differ by less than this many times what a nudge does are taken for the same."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far two models are apart.
+
+    Attributes:
+        difference: largest difference of any output, relative to the largest value of that output.
+        tolerance: what it may be for the number formats in the model.
+        noise: the same for the reference alone when its inputs change by a few roundings.
+        runs: sets of inputs tried.
+        effect: the same between the original and the second model: how much was there to see.
+
+    """
+
+    difference: float
+    tolerance: float
+    noise: float
+    runs: int
+    effect: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        """Whether the difference is within the tolerance, or no more than rounding explains."""
+        return self.difference <= max(self.tolerance, _MARGIN * self.noise)
+
+
+def compare(
+    original: ort.InferenceSession,
+    reference: ort.InferenceSession,
+    other: ort.InferenceSession,
+    feeds: Iterable[Mapping[str, Array]],
+    allowed: float,
+) -> Comparison:
+    """Run three models: `other` should equal `reference`; `original` gives the scale of the outputs.
+
+    Raises DataError if the original gives NaN or there are no inputs.
+    """
+    is_quantized = allowed == QUANTIZED
+    differences, noise, effect = [], 0.0, 0.0
+    for number, feed in enumerate(feeds):
+        outputs = [execute(session, feed) for session in (original, reference, other)]
+        if any(o.dtype.kind == "f" and np.isnan(o).any() for o in outputs[0]):
+            raise DataError("the original gives NaN on the inputs that were tried: give real data with --data")
+        triples = list(zip(*outputs, strict=True))
+        differences.append(max((distance(b, c, a, rms=is_quantized) for a, b, c in triples), default=0.0))
+        effect = max([effect, *(distance(a, c, a) for a, _, c in triples)])
+        if number == 0:
+            nudged = execute(reference, _nudged(feed))
+            noise = max((distance(b, n, a) for (a, b, _), n in zip(triples, nudged, strict=True)), default=0.0)
+    if not differences:
+        raise DataError("there is no input to compare on")
+    difference = float(np.median(differences)) if is_quantized else max(differences)
+    return Comparison(difference, allowed, noise, len(differences), effect)
+
+
+def distance(expected: Array, got: Array, scale_of: Array, *, rms: bool = False) -> float:
+    """Largest (or root mean square) difference, relative to that of the larger of `expected` and `scale_of`.
+
+    Infinite where shapes or finiteness differ, or nothing is finite.
+    """
+    if expected.shape != got.shape:
+        return float("inf")
+    if expected.dtype.kind not in "fiub" or not expected.size:
+        return 0.0 if np.array_equal(expected, got) else float("inf")
+    a, b, c = (array.astype(np.float64) for array in (expected, got, scale_of))
+    finite = np.isfinite(a)
+    if not finite.any() or not np.array_equal(finite, np.isfinite(b)):
+        return float("inf")
+    size = _size(np.concatenate([a[finite], c[np.isfinite(c)]]), rms=False) if not rms else _size(a[finite], rms=True)
+    apart = _size(a[finite] - b[finite], rms=rms)
+    return apart / size if size > 0 else (0.0 if apart == 0 else float("inf"))
+
+
+def tolerance(combed: Combed) -> float:
+    """What the narrowest number format in the model allows."""
+    activations = {t.value.dtype for t in combed.tensors.values()}
+    if activations & {TensorProto.INT8, TensorProto.UINT8}:
+        return QUANTIZED
+    names = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
+    kinds = {weight.value.dtype for weight in combed.weights if weight.is_float and weight.size > 1}
+    return max((TOLERANCES[names.get(kind, "float32")] for kind in kinds), default=TOLERANCES["float32"])
+
+
+def runs_needed(allowed: float) -> int:
+    """Sets of random inputs to try."""
+    return 5 if allowed == QUANTIZED else 2
+
+
+def _size(values: Array, *, rms: bool) -> float:
+    return float(np.sqrt(np.mean(values**2))) if rms else float(np.abs(values).max())
+
+
+def _nudged(feed: Mapping[str, Array]) -> Feed:
+    rng = np.random.default_rng(0)
+    return {
+        name: (array * (1 + _NUDGE * rng.standard_normal(array.shape))).astype(array.dtype) if array.dtype.kind == "f" else array
+        for name, array in feed.items()
+    }

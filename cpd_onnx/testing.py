@@ -1,0 +1,175 @@
+"""Three proofs that hold for any architecture and need no trained model; for tests of rules, files and exporters.
+
+Each takes a model as `cpd_onnx.load` does and returns an `Outcome`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cpd_onnx.atoms import NOTHING, Atoms, Axis
+from cpd_onnx.compare import compare, runs_needed, tolerance
+from cpd_onnx.editing import Editor
+from cpd_onnx.graph import Array, Model, Source, load
+from cpd_onnx.groups import Combed, Weight
+from cpd_onnx.kept import Kept
+from cpd_onnx.masking import zero_of
+from cpd_onnx.passes.allocate import Allocation, Budget, allocate
+from cpd_onnx.passes.comb import comb
+from cpd_onnx.passes.prune import prune
+from cpd_onnx.passes.score import score
+from cpd_onnx.passes.verify import verify
+from cpd_onnx.runtime import open_model, working_feeds
+from cpd_onnx.weights import weight_array
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an oracle found.
+
+    Attributes:
+        passed: whether the promise holds.
+        difference: largest difference between outputs, relative to their largest value.
+        groups: how many groups were exercised; 0 means that nothing was proved.
+
+    """
+
+    passed: bool
+    difference: float
+    groups: int
+
+
+def mask_oracle(source: Source, *, fraction: float = 0.5, seed: int = 0) -> Outcome:
+    """Prune random channels: the result must equal the original with those channels silenced.
+
+    Raises TargetError if the model has nothing to prune, ProofError if the pruned shapes are not what they should be.
+    """
+    combed = comb(load(source))
+    chosen = allocate(combed, score(combed, "random", seed=seed), Budget("channels", fraction))
+    pruned = prune(combed, chosen)
+    kept = Kept(combed.atoms)
+    kept.remove(chosen.channels(combed))
+    found = verify(combed, kept, pruned.model)
+    return Outcome(found.passed, found.difference, sum(bool(r) for r in chosen.removed))
+
+
+def permutation_oracle(source: Source, *, seed: int = 0) -> Outcome:
+    """Permute the channels of each group in all its members: no output may change.
+
+    Coupled channels are symmetries of the network, so a single missed coupling shows. Each group has a permutation of
+    its own; an index that occurs several times on an axis (the gates of an LSTM, the halves of a gated unit) goes
+    occurrence by occurrence.
+    """
+    combed = comb(load(source))
+    image, groups = _permutation(combed, np.random.default_rng(seed))
+    permuted = _permuted(combed, image)
+    original, other = (open_model(m, optimise=False) for m in (combed.folded.model, permuted))
+    allowed = tolerance(combed)
+    feeds = working_feeds(combed.folded, original, runs_needed(allowed))
+    found = compare(original, original, other, feeds, allowed)
+    return Outcome(found.passed, found.difference, groups)
+
+
+def widen_oracle(source: Source, *, seed: int = 0) -> Outcome:
+    """Insert dead channels, prune by score, and come back to the same bytes.
+
+    The narrow model is the source with random channels pruned; the wide one is the source with the weights of those
+    channels zeroed, which is the narrow one with dead channels inserted. The L2 score must find exactly these.
+    """
+    combed = comb(load(source))
+    magnitude = score(combed, "l2")
+    wish = allocate(combed, score(combed, "random", seed=seed), Budget("channels", 0.5))
+    removed = [r if m.all() else [] for r, m in zip(wish.removed, magnitude, strict=True)]
+    narrow = prune(combed, Allocation(removed, wish.before, wish.after)).model.serialize()
+    kept = Kept(combed.atoms)
+    kept.remove(Allocation(removed, wish.before, wish.after).channels(combed))
+    wide = comb(_zeroed(combed, kept))
+    lowest = [sorted(np.argsort(s, kind="stable")[: len(r)].tolist()) for s, r in zip(score(wide, "l2"), removed, strict=True)]
+    back = prune(wide, Allocation(lowest, wish.before, wish.after)).model.serialize()
+    return Outcome(back == narrow, 0.0 if back == narrow else float("inf"), sum(map(bool, removed)))
+
+
+def _permutation(combed: Combed, rng: np.random.Generator) -> tuple[Axis, int]:
+    """For each atom the one whose place it takes; groups for which some axis lacks an image stay as they are."""
+    image = np.arange(len(combed.atoms))
+    for group in combed.groups:
+        image[group.channels] = rng.permutation(group.channels)
+    owner = np.full(len(combed.atoms), -1, np.int64)
+    for group in combed.groups:
+        owner[group.channels] = group.id
+    stuck = True
+    while stuck:
+        stuck = False
+        for axis in _axes(combed):
+            if _order(combed.atoms, axis, image) is None:
+                parts = combed.atoms.parts(axis)
+                for index in set(np.unique(owner[parts[parts != NOTHING]]).tolist()) - {-1}:
+                    channels = combed.groups[index].channels
+                    stuck |= bool((image[channels] != channels).any())
+                    image[channels] = channels
+    return image, sum(bool((image[g.channels] != g.channels).any()) for g in combed.groups)
+
+
+def _axes(combed: Combed) -> list[Axis]:
+    found = {id(a): a for w in combed.weights for axes in combed.weight_axes(w) for a in axes}
+    found |= {id(a): a for t in combed.tensors.values() for a in t.axes or []}
+    return [axis for axis in found.values() if not combed.atoms.all_frozen(axis)]
+
+
+def _order(atoms: Atoms, axis: Axis, image: Axis) -> Axis | None:
+    """For each place the index whose channel takes it; None where some channel finds no place."""
+    parts = atoms.parts(axis)
+    here, there = (np.sort(table, axis=1) for table in (parts, image[parts]))
+    _, keys = np.unique(np.concatenate([here, there]), axis=0, return_inverse=True)
+    places, movers = keys.ravel()[: len(axis)], keys.ravel()[len(axis) :]
+    frozen = atoms.is_frozen(axis)
+    places, movers = np.where(frozen, -1 - np.arange(len(axis)), places), np.where(frozen, -1 - np.arange(len(axis)), movers)
+    by_place, by_mover = np.argsort(places, kind="stable"), np.argsort(movers, kind="stable")
+    if not np.array_equal(places[by_place], movers[by_mover]):
+        return None
+    order = np.empty(len(axis), np.int64)
+    order[by_place] = by_mover
+    return order
+
+
+def _permuted(combed: Combed, image: Axis) -> Model:
+    editor = Editor(combed.folded.model.copy())
+    for weight in combed.weights:
+        if not weight.scope.function:
+            _permute(combed, editor, weight, image)
+    return editor.model
+
+
+def _permute(combed: Combed, editor: Editor, weight: Weight, image: Axis) -> None:
+    original, arrays = weight_array(combed.folded.model, weight), {}
+    for use in weight.uses:
+        array: Array = original
+        for axis, atoms in enumerate(use.axes):
+            order = _order(combed.atoms, atoms, image)
+            assert order is not None, "groups without an image were left out"
+            array = np.take(array, order, axis=axis)
+        arrays[use.use] = array
+    first = next(iter(arrays.values()), original)
+    if not np.array_equal(first, original):
+        editor.replace(weight, np.ascontiguousarray(first))
+    for use, array in arrays.items():
+        if not np.array_equal(array, first):
+            editor.node(use.scope, use.node).input[use.slot] = editor.added(f"{weight.value.name}_permuted", array)
+
+
+def _zeroed(combed: Combed, kept: Kept) -> Model:
+    """The model with its matrices and kernels zero wherever something is dropped."""
+    editor = Editor(combed.folded.model.copy())
+    for weight in combed.weights:
+        axes = next(combed.weight_axes(weight), None)
+        if axes is None or weight.is_vector or not weight.is_trained or weight.scope.function:
+            continue
+        original = weight_array(combed.folded.model, weight)
+        stays = np.ones(original.shape, np.bool_)
+        for axis, atoms in enumerate(axes):
+            stays &= kept.mask(atoms).reshape([-1 if i == axis else 1 for i in range(original.ndim)])
+        if not stays.all():
+            editor.replace(weight, np.where(stays, original, zero_of(combed, weight)).astype(original.dtype))
+    return editor.model
