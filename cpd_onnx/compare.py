@@ -63,16 +63,15 @@ def compare(
     """
     is_quantized = allowed == QUANTIZED
     differences, noise, effect = [], 0.0, 0.0
-    for number, feed in enumerate(feeds):
+    for feed in feeds:
         outputs = [execute(session, feed) for session in (original, reference, other)]
         if any(o.dtype.kind == "f" and np.isnan(o).any() for o in outputs[0]):
             raise DataError("the original gives NaN on the inputs that were tried: give real data with --data")
         triples = list(zip(*outputs, strict=True))
         differences.append(max((distance(b, c, a, rms=is_quantized) for a, b, c in triples), default=0.0))
         effect = max([effect, *(distance(a, c, a) for a, _, c in triples)])
-        if number == 0:
-            nudged = execute(reference, _nudged(feed))
-            noise = max((distance(b, n, a) for (a, b, _), n in zip(triples, nudged, strict=True)), default=0.0)
+        nudged = execute(reference, _nudged(feed))
+        noise = max([noise, *(distance(b, n, a) for (a, b, _), n in zip(triples, nudged, strict=True))])
     if not differences:
         raise DataError("there is no input to compare on")
     difference = float(np.median(differences)) if is_quantized else max(differences)

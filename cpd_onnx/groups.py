@@ -260,8 +260,9 @@ def grouped(combed: Combed) -> list[Group]:
 
 
 def _all_axes(combed: Combed) -> Iterator[tuple[Axis, bool]]:
-    """Every axis of every tensor, weights last and in order of use, and whether it is a trained weight's.
+    """Every axis of every tensor, weights last and in order of use, and whether it is that of a trained matrix.
 
+    A channel that runs through vectors alone is a part of them that nobody looks at.
     What is made of constants counts: some files make their weights by ConstantOfShape.
     """
     for tensor in combed.tensors.values():
@@ -270,7 +271,7 @@ def _all_axes(combed: Combed) -> Iterator[tuple[Axis, bool]]:
     for weight in combed.weights:
         for axes in combed.weight_axes(weight):
             for axis in axes:
-                yield axis, weight.is_trained
+                yield axis, weight.is_trained and not weight.is_vector
 
 
 def _primitives(atoms: Atoms, axis: Axis, known: dict[int, Axis]) -> Axis | None:
