@@ -18,6 +18,7 @@ from cpd_onnx.graph import Model, load
 from cpd_onnx.pipeline import run
 from cpd_onnx.plan import Plan, load_plan
 from cpd_onnx.state import State
+from cpd_onnx.version import __version__
 
 __all__ = [
     "CpdError",
@@ -30,8 +31,8 @@ __all__ = [
     "State",
     "TargetError",
     "UnsupportedError",
+    "__version__",
     "load",
     "load_plan",
     "run",
 ]
-__version__ = "0.1.0"

@@ -12,8 +12,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,9 @@ from torch.nn import functional as F
 from cpd_onnx import metrics
 from cpd_onnx.data import LABELS, Batch, Source, check_source, fixed_batch, inputs_of, steps_per_pass
 from cpd_onnx.errors import CpdError, DataError, ModelError, UnsupportedError
-from cpd_onnx.torch import BatchNormMode, OnnxModule, import_model
+from cpd_onnx.graph import Model, load
+from cpd_onnx.state import State
+from cpd_onnx.torch import BatchNormMode, OnnxModule, import_model, write_weights
 from cpd_onnx.torch.dtypes import to_numpy, to_torch
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -144,6 +146,35 @@ def distill(
     after = module.onnx_state()
     values = {name: value for name, value in after.items() if value.tobytes() != before[name].tobytes()}
     return DistillResult(values, tuple(losses), run.kinds, time.perf_counter() - started, str(device))
+
+
+def trained(student: Model, result: DistillResult) -> Model:
+    """The student with the values that training gave; nothing else changes."""
+    made = student.copy()
+    rest = {}
+    for name, value in result.values.items():
+        if made.has(name):
+            made.set_array(name, value)
+        else:
+            rest[name] = value
+    return load(write_weights(made.complete_proto(), rest)) if rest else made
+
+
+@dataclass(frozen=True)
+class Distill(DistillOptions):
+    """Fine-tune the pruned model against the original; its options are those of `DistillOptions`."""
+
+    name: ClassVar[str] = "distill"
+
+    def __call__(self, state: State) -> State:
+        """Train `model` with `original` as teacher on `data`; fills in `distilled`."""
+        if state.data is None:
+            raise DataError("distillation needs data: give --data, or a source as `data`")
+        options = DistillOptions(**{f.name: getattr(self, f.name) for f in fields(DistillOptions)})
+        result = distill(state.original.complete_proto(), state.model.complete_proto(), state.data, options)
+        summary = {"steps": len(result.losses), "first_loss": result.losses[0], "last_loss": result.losses[-1]}
+        summary |= {"seconds": result.seconds, "device": result.device, "losses": dict(result.kinds)}
+        return replace(state, model=trained(state.model, result), distilled=summary)
 
 
 def _check(teacher: ModelProto, student: ModelProto, batches: Source, options: DistillOptions) -> None:

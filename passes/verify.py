@@ -7,13 +7,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from onnx import ModelProto
+
 from cpd_onnx.compare import Comparison, compare, runs_needed, tolerance
 from cpd_onnx.data import Batch, Source, fixed_batch, inputs_of
 from cpd_onnx.errors import ProofError
-from cpd_onnx.graph import Array, Model
-from cpd_onnx.groups import Combed
+from cpd_onnx.graph import Array, Model, graphs_of
+from cpd_onnx.groups import FLOATS, QUANTIZED, Combed
 from cpd_onnx.kept import Kept
 from cpd_onnx.masking import masked
+from cpd_onnx.passes.comb import comb
+from cpd_onnx.plan import Plan, channels_of, match
+from cpd_onnx.rewrite import rewrite
 from cpd_onnx.runtime import open_model, working_feeds
 from cpd_onnx.state import State
 
@@ -69,3 +74,83 @@ def data_feeds(model: Model, source: Source, batches: int) -> Iterator[Batch]:
     for batch in itertools.islice(source.batches(size), batches):
         if all(len(array) == size for array in batch.values() if array.ndim):
             yield {entry.name: batch[entry.name] for entry in inputs}
+
+
+@dataclass(frozen=True)
+class FileVerification:
+    """Outcome of checking a pruned file against its original and its plan.
+
+    Attributes:
+        is_replay: whether the file is, byte for byte, what the plan makes of the original.
+        trained: weights whose values differ from the replay's (after distillation), in order.
+        comparison: the mask check of what the plan makes of the original.
+
+    """
+
+    is_replay: bool
+    trained: tuple[str, ...]
+    comparison: Comparison
+
+
+def verify_files(
+    original: Model, pruned: Model, plan: Plan, feeds: Iterable[Mapping[str, Array]] | None = None
+) -> FileVerification:
+    """Check that a file is what a plan makes of an original, and that this computes what it should.
+
+    Values of weights may have been trained since; nothing else may differ. Raises PlanError if the plan belongs to
+    another original, ProofError if the file is something else or the mask check fails.
+    """
+    combed = comb(original)
+    kept = Kept(combed.atoms)
+    kept.remove(channels_of(combed, match(combed, plan)))
+    replay = rewrite(combed, kept).model
+    trained = _trained(replay, pruned)
+    comparison = proved(verify(combed, kept, replay, feeds))
+    return FileVerification(not trained, trained, comparison)
+
+
+def _trained(replay: Model, pruned: Model) -> tuple[str, ...]:
+    """Names of the weights whose values differ; raises ProofError if anything else does."""
+    ours, theirs = ({t.name: t for t in m.graph.initializer} for m in (replay, pruned))
+    if list(ours) != list(theirs):
+        odd = next(iter(sorted(set(ours) ^ set(theirs))), "their order")
+        raise ProofError(f"the file is not what the plan makes of the original: its initializers differ ({odd!r})")
+    changed = []
+    for name, tensor in ours.items():
+        other = theirs[name]
+        if list(tensor.dims) != list(other.dims) or tensor.data_type != other.data_type:
+            raise ProofError(f"the file is not what the plan makes of the original: initializer {name!r} has other dims or type")
+        if replay.array(name).tobytes() != pruned.array(name).tobytes():
+            changed.append(name)
+    structures = [_without_values(model) for model in (replay, pruned)]
+    if structures[0] != structures[1]:
+        raise ProofError(f"the file is not what the plan makes of the original: {_first_difference(*structures)}")
+    integers = [name for name in changed if ours[name].data_type not in FLOATS | QUANTIZED]
+    if integers:
+        raise ProofError(f"the file is not what the plan makes of the original: constant {integers[0]!r} has other values")
+    return tuple(changed)
+
+
+def _without_values(model: Model) -> ModelProto:
+    """The model without the values of its trained weights, in initializers and Constant nodes of any graph."""
+    proto = ModelProto()
+    proto.CopyFrom(model.proto)
+    for graph in graphs_of(proto.graph):
+        constants = [a.t for n in graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"]
+        for tensor in (*graph.initializer, *constants):
+            if graph is proto.graph or tensor.data_type in FLOATS | QUANTIZED:
+                for field in ("raw_data", "float_data", "int32_data", "double_data"):
+                    tensor.ClearField(field)  # type: ignore[arg-type]  # the stubs want a literal
+                tensor.ClearField("external_data")
+                tensor.ClearField("data_location")
+    return proto
+
+
+def _first_difference(replay: ModelProto, pruned: ModelProto) -> str:
+    nodes = (replay.graph.node, pruned.graph.node)
+    if len(nodes[0]) != len(nodes[1]):
+        return f"it has {len(nodes[1])} nodes instead of {len(nodes[0])}"
+    for ours, theirs in zip(*nodes, strict=True):
+        if ours != theirs:
+            return f"node {theirs.op_type} {theirs.name or (theirs.output[0] if theirs.output else '')!r} differs"
+    return "its inputs, outputs, metadata or described shapes differ"

@@ -1,0 +1,7 @@
+"""`python -m cpd_onnx`."""
+
+import sys
+
+from cpd_onnx.cli import main
+
+sys.exit(main())
