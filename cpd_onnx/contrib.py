@@ -158,7 +158,10 @@ def _grouped_query(attributes: dict[str, Any], shapes: Shapes) -> list[Dims | No
     heads, groups = attributes["num_heads"], attributes["kv_num_heads"]
     packed = len(shapes) < 2 or shapes[1] is None
     size = query[2] // (heads + 2 * groups) if packed else query[2] // heads
-    return [(query[0], query[1], heads * size)]
+    past = shapes[3][2] if len(shapes) > 3 and shapes[3] is not None else 0
+    # With a shared buffer the present keys take the place of the past ones; what is new is counted all the same.
+    present = (query[0], groups, past + query[1], size)
+    return [(query[0], query[1], heads * size), present, present]
 
 
 @_register(MICROSOFT, "DynamicQuantizeLSTM")

@@ -230,20 +230,18 @@ class Combed:
 
 
 def grouped(combed: Combed) -> list[Group]:
-    """Sort the surviving primitives by the set of tensor axes that they run through."""
+    """Sort the surviving primitives by the set of tensor axes, and places in their composites, that they run through."""
     atoms = combed.atoms
     signature = np.zeros(len(atoms), np.uint64)
     trained = np.zeros(len(atoms), np.bool_)
     first = np.full(len(atoms), np.iinfo(np.int64).max)
-    parts_of: dict[int, Axis] = {}
+    known: dict[int, list[Axis]] = {}
     for position, (axis, is_weight) in enumerate(_all_axes(combed)):
-        parts = _primitives(atoms, axis, parts_of)
-        if parts is None:
-            continue
-        signature[parts] += _hashed(position)
-        if is_weight:
-            trained[parts] = True
-            first[parts] = np.minimum(first[parts], position)
+        for column, primitives in enumerate(_primitives(atoms, axis, known)):
+            signature[primitives] += _hashed(position, column)
+            if is_weight:
+                trained[primitives] = True
+                first[primitives] = np.minimum(first[primitives], position)
     live = np.flatnonzero(trained)
     if not len(live):
         return []
@@ -274,18 +272,21 @@ def _all_axes(combed: Combed) -> Iterator[tuple[Axis, bool]]:
                 yield axis, weight.is_trained and not weight.is_vector
 
 
-def _primitives(atoms: Atoms, axis: Axis, known: dict[int, Axis]) -> Axis | None:
-    """The primitives of an axis, None if it has none; axes that are one array are computed once."""
+def _primitives(atoms: Atoms, axis: Axis, known: dict[int, list[Axis]]) -> list[Axis]:
+    """The primitives of an axis by their place in the composites (heads apart from dimensions).
+
+    Axes that are one array are computed once.
+    """
     if id(axis) not in known:
-        unique = np.unique(atoms.parts(axis)) if len(axis) > 1 else np.zeros(1, np.int64)
-        known[id(axis)] = unique[unique != NOTHING]
-    found = known[id(axis)]
-    return found if len(found) else None
+        parts = atoms.parts(axis) if len(axis) > 1 else np.zeros((1, 1), np.int64)
+        columns = [np.unique(parts[:, column]) for column in range(parts.shape[1])]
+        known[id(axis)] = [c[c != NOTHING] for c in columns] if parts.any() else []
+    return known[id(axis)]
 
 
-def _hashed(position: int) -> np.uint64:
+def _hashed(position: int, column: int) -> np.uint64:
     """Sixty-four well mixed bits (splitmix64), the same in every run."""
-    z = (position + 1) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+    z = (16 * position + column + 1) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
     z = (z ^ z >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
     return np.uint64(z ^ z >> 31)
