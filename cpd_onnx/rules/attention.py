@@ -27,13 +27,18 @@ class _Heads:
     value_dim: Axis
 
 
-def _heads(op: Op, counts: tuple[int, int], dim: int, value_dim: int | None = None) -> _Heads:
-    """Fresh channels for (query heads, key/value heads); one head dimension for all if `value_dim` is None."""
+def _heads(op: Op, counts: tuple[int, int], dim: int, value_dim: int | None = None, block: int = 1) -> _Heads:
+    """Fresh channels for (query heads, key/value heads); one head dimension for all if `value_dim` is None.
+
+    The head dimension goes in blocks where the operator takes no others.
+    """
     queries, groups = counts
     if not queries or not groups or queries % groups:
         raise GiveUp(f"{op.name} has {queries} query heads for {groups} key heads")
     shared = op.atoms.fresh(groups)
-    size = op.atoms.fresh(dim)
+    if dim % block:
+        raise GiveUp(f"{op.name} has heads of {dim}, not a multiple of {block}")
+    size = np.repeat(op.atoms.fresh(dim // block), block)
     heads = op.atoms.product(shared, op.atoms.fresh(queries // groups))
     made = _Heads(shared, heads, size, size if value_dim is None else op.atoms.fresh(value_dim))
     op.label(made.groups, "heads")
@@ -195,7 +200,7 @@ def group_query_attention(op: Op) -> None:
     q, counts = op.input(0), (op.get("num_heads"), op.get("kv_num_heads"))
     packed = not op.has(1)
     dim = q.shape[2] // (counts[0] + 2 * counts[1] if packed else counts[0])
-    heads = _heads(op, counts, dim)
+    heads = _heads(op, counts, dim, block=8)
     if op.get("do_rotary", 0):
         op.freeze(heads.dim, "rotates this axis")
     shared, query = op.atoms.product(heads.groups, heads.dim), op.atoms.product(heads.queries, heads.dim)
