@@ -13,11 +13,9 @@ import numpy.typing as npt
 from onnx import TensorProto
 
 from cpd_onnx.atoms import NOTHING, Atoms, Axis, Mask
-from cpd_onnx.rules.api import KERNEL_EXTENT, Recorder, Tensor
+from cpd_onnx.rules.api import FLOATS, KERNEL_EXTENT, Recorder, Tensor
 from cpd_onnx.shapes import Folded, Scope, Use, Value
 
-FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
-"""Element types of trained weights."""
 QUANTIZED = {
     TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT8E4M3FN,
     TensorProto.FLOAT8E5M2, TensorProto.FLOAT8E4M3FNUZ, TensorProto.FLOAT8E5M2FNUZ,

@@ -1,8 +1,8 @@
 """The original with all that a plan deletes made zero: what the pruned model must compute.
 
-Weights that are summed over are zeroed at the deleted indices. An operator whose result depends on which indices are
-there (a normalisation, a mean, a product of two activations) is evaluated on the kept ones alone: gathered before it,
-spread again behind it.
+Weights that are summed over are zeroed at the deleted indices, and so is one factor of a product of two activations. An
+operator whose result depends on which indices are there (a normalisation, a mean) is evaluated on the kept ones alone:
+gathered before it, spread again behind it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from onnx import NodeProto, helper
 
 from cpd_onnx.atoms import Axis, Mask
 from cpd_onnx.editing import Editor
-from cpd_onnx.graph import Array, Model
+from cpd_onnx.graph import Array, Model, element_type
 from cpd_onnx.groups import Combed, Weight
 from cpd_onnx.kept import Kept
 from cpd_onnx.rules.api import EVERY_AXIS
@@ -37,9 +37,11 @@ class _Masker(Editor):
             if weight.value.name in self.combed.recorder.kernels and not weight.scope.function:
                 self.silence(weight)
         for scope in reversed(list(self.combed.folded.scope.walk())):
-            positions = [p for path, p in self.combed.recorder.sensitive if path == scope.path]
-            if positions and not scope.function:
-                self.gather_in(scope, set(positions))
+            found = self.combed.recorder
+            gathered = {p for path, p in found.sensitive if path == scope.path}
+            silenced = {p for path, p in found.silenced if path == scope.path} - gathered
+            if (gathered or silenced) and not scope.function:
+                self.rebuild(scope, gathered, silenced)
         return self.model
 
     def silence(self, weight: Weight) -> None:
@@ -64,13 +66,16 @@ class _Masker(Editor):
         axes = self.combed.recorder.kernels[weight.value.name]
         return list(range(len(weight.shape))) if EVERY_AXIS in axes else sorted(axes)
 
-    def gather_in(self, scope: Scope, positions: set[int]) -> None:
+    def rebuild(self, scope: Scope, gathered: set[int], silenced: set[int]) -> None:
+        """Put nodes around those of a graph that need it."""
         graph = self.graph(scope)
-        place = {scope.order[position]: position for position in positions}
+        place = {index: position for position, index in enumerate(scope.order)}
         nodes: list[NodeProto] = []
         for index, node in enumerate(graph.node):
-            if index in place:
+            if place[index] in gathered:
                 nodes += self.gathered(scope, place[index], node)
+            elif place[index] in silenced:
+                nodes += self.silenced(scope, place[index], node)
             else:
                 nodes.append(node)
         copies = [NodeProto() for _ in nodes]
@@ -94,6 +99,23 @@ class _Masker(Editor):
                 made.output[slot] = self.fresh(f"{name}_of_kept")
                 after += self.chain(made.output[slot], name, [(i, _spread(mask)) for i, mask in touched])
         return [*before, made, *after]
+
+    def silenced(self, scope: Scope, position: int, node: NodeProto) -> list[NodeProto]:
+        """The node with some of its inputs zeroed at the deleted indices."""
+        before, made = [], NodeProto()
+        made.CopyFrom(node)
+        for slot, axis in sorted(self.combed.recorder.silenced[(scope.path, position)]):
+            axes = self.axes(scope, position, node.input[slot], slot)
+            if not axes or not self.kept.touches(axes[axis]):
+                continue
+            shape = [-1 if i == axis else 1 for i in range(len(axes))]
+            stays = self.added("stays", self.kept.mask(axes[axis]).reshape(shape))
+            value = scope.lookup(node.input[slot])
+            assert value is not None
+            nothing = self.added("nothing", np.zeros((), element_type(value.dtype)))
+            made.input[slot] = self.fresh(f"{node.input[slot]}_silenced")
+            before.append(helper.make_node("Where", [stays, node.input[slot], nothing], [made.input[slot]]))
+        return [*before, made]
 
     def around(self, scope: Scope, position: int, made: NodeProto, slot: int, name: str) -> list[NodeProto]:
         axes = self.axes(scope, position, name, slot)

@@ -96,6 +96,9 @@ def _permutation(combed: Combed, rng: np.random.Generator) -> tuple[Axis, int]:
     image = np.arange(len(combed.atoms))
     for group in combed.groups:
         image[group.channels] = rng.permutation(group.channels)
+    if combed.groups and (image == np.arange(len(image))).all():
+        order = combed.groups[0].channels
+        image[order] = np.roll(order, 1)
     owner = np.full(len(combed.atoms), -1, np.int64)
     for group in combed.groups:
         owner[group.channels] = group.id

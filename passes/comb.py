@@ -72,6 +72,7 @@ class _Comber:
         hold_what_cannot_be_edited(found)
         self.hold_last_channels(found)
         found.groups = grouped(found)
+        self.hold_ungrouped(found)
         return found
 
     def sweep(self, scope: Scope) -> None:
@@ -342,6 +343,19 @@ class _Comber:
                 waiting += [made for made in node.output if made not in seen]
                 seen.update(node.output)
         return True
+
+    def hold_ungrouped(self, found: Combed) -> None:
+        """Freeze what is left on the weights' axes: parts of vectors that no matrix has to do with."""
+        known = np.zeros(len(self.atoms), np.bool_)
+        known[NOTHING] = True
+        for group in found.groups:
+            known[group.channels] = True
+        for weight in found.weights:
+            for axes in found.weight_axes(weight) if weight.is_vector else ():
+                for axis in axes:
+                    parts = self.atoms.parts(axis)
+                    if not known[parts].all():
+                        self.atoms.freeze(parts[~known[parts]], "runs through no matrix")
 
     def hold_last_channels(self, found: Combed) -> None:
         """Freeze channels without which some axis would be empty."""

@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from onnx import TensorProto
 
 from cpd_onnx.atoms import Atoms, Axis, Mask
 from cpd_onnx.evaluate import Call
@@ -31,6 +32,8 @@ class Keep(Protocol):
 
 KERNEL_EXTENT = "extent of a kernel"
 """Reason of the axes of a kernel that slide."""
+FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
+"""Element types of trained weights."""
 EVERY_AXIS = -1
 """Stands for all axes of a weight."""
 DROP = "drop"
@@ -126,6 +129,7 @@ class Recorder:
         labels: kinds of channels.
         kernels: weights that multiply and are summed over, and along which of their axes (`EVERY_AXIS` where they
             are moved about before): where they are zero, nothing passes.
+        silenced: for nodes that multiply two activations and sum, the (slot, axis) whose zeros let nothing pass.
         quantized: integer weights by the id of their value.
         sensitive: nodes whose result depends on which indices are there, beyond what zeros would add.
         positions: values that count along an axis.
@@ -136,6 +140,7 @@ class Recorder:
     costs: list[Cost] = field(default_factory=list)
     labels: list[tuple[Axis, str]] = field(default_factory=list)
     kernels: dict[str, set[int]] = field(default_factory=dict)
+    silenced: dict[tuple[str, int], set[tuple[int, int]]] = field(default_factory=dict)
     quantized: dict[int, Quantized] = field(default_factory=dict)
     sensitive: set[tuple[str, int]] = field(default_factory=set)
     positions: list[tuple[Scope, str, Axis]] = field(default_factory=list)
@@ -312,7 +317,18 @@ class Op:
             for name in tensor.value.constants or ():
                 self.recorder.kernels.setdefault(name, set()).update(places)
         if not weights:
-            self.reduce(factors[0][1])
+            self.silence(*factors[0])
+
+    def silence(self, tensor: Tensor, axis: Axis) -> None:
+        """An input is multiplied by others and summed over an axis: where it is zero there, nothing passes."""
+        self.touched.append(axis)
+        slots = [(s, k) for s, t in enumerate(self.inputs) for k, own in enumerate((t and t.axes) or []) if own is axis]
+        if not slots or tensor.value.dtype not in FLOATS:
+            self.reduce(axis)
+        elif self.scope.function:
+            self.freeze(axis, "sums over this axis in a function that several nodes may call")
+        elif not self.atoms.all_frozen(axis):
+            self.recorder.silenced.setdefault((self.scope.path, self.position), set()).add(slots[0])
 
     def reduce(self, axis: Axis) -> None:
         """The result depends on which indices of the axis are there, beyond what zeros would add."""

@@ -44,7 +44,6 @@ def _heads(op: Op, counts: tuple[int, int], dim: int, value_dim: int | None = No
     op.label(made.groups, "heads")
     op.label(made.dim, "head_dim")
     op.label(made.value_dim, "head_dim")
-    op.reduce(made.dim)
     return made
 
 
@@ -104,6 +103,7 @@ def attention(op: Op) -> None:
         op.unite(other[0], q[0])
         op.freeze(other[2 if q.rank == 4 else 1], "attends along this axis")
     _scale(op, heads)
+    op.silence(q, q[-1])
     _mask(op, 3, heads)
     _caches(op, heads, (4, 5), (1, 2), q[0])
     if op.has(6):
@@ -155,10 +155,12 @@ def multi_head_attention(op: Op) -> None:
     if op.has(3):
         sizes = [op.atoms.product(heads.groups, dim) for dim in (heads.dim, heads.dim, heads.value_dim)]
         op.unite(op.input(3)[0], np.concatenate(sizes))
+        op.silence(op.input(3), op.input(3)[0])
     freeze_rest(op, 4, but=(5, 6, 7))
     _mask(op, 5, heads)
     _caches(op, heads, (6, 7), (1, 2), q[0])
     _scale(op, heads)
+    op.silence(q, q[-1])
     op.attribute_size("num_heads", heads.groups)
     op.set([q[0], _sequence(op, q, 1), op.atoms.product(heads.groups, heads.value_dim)])
     _cost(op, heads, len(q[0]), q.shape[1], k.shape[2 if k.rank == 4 else 1])
@@ -180,6 +182,7 @@ def packed_attention(op: Op) -> None:
     freeze_rest(op, 3, but=(5,))
     _mask(op, 5, heads)
     _scale(op, heads)
+    op.reduce(heads.dim)
 
     def hidden_sizes(keep: Any, old: Any) -> Any:
         counts = [keep.count(part) for part in parts]
@@ -217,6 +220,7 @@ def group_query_attention(op: Op) -> None:
     if op.has(11):
         op.unite(op.input(11)[0], heads.queries)
     _scale(op, heads)
+    op.silence(q, q[-1])
     op.attribute_size("num_heads", heads.queries)
     op.attribute_size("kv_num_heads", heads.groups)
     op.set([q[0], _sequence(op, q, 1), query])
