@@ -14,6 +14,8 @@ ShapeFunction: TypeAlias = Callable[[dict[str, Any], Shapes], "list[Dims | None]
 
 FLOAT_OUTPUT = {"EmbedLayerNormalization", "MatMulIntegerToFloat", "DequantizeLinear"}
 """Operators of com.microsoft whose result is float though their first input is not."""
+DATA_SLOT = {"QLinearConcat": 2}
+"""Operators of com.microsoft whose first input is not the data that gives the result its type."""
 _FUNCTIONS: dict[tuple[str, str], ShapeFunction] = {}
 MICROSOFT = "com.microsoft"
 

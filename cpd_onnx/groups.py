@@ -13,13 +13,15 @@ import numpy.typing as npt
 from onnx import TensorProto
 
 from cpd_onnx.atoms import NOTHING, Atoms, Axis, Mask
-from cpd_onnx.rules.api import FLOATS, KERNEL_EXTENT, Recorder, Tensor
+from cpd_onnx.rules.api import FLOATS, KERNEL_EXTENT, TABLE_ROWS, Recorder, Tensor
 from cpd_onnx.shapes import Folded, Scope, Use, Value
 
 QUANTIZED = {
     TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT8E4M3FN,
     TensorProto.FLOAT8E5M2, TensorProto.FLOAT8E4M3FNUZ, TensorProto.FLOAT8E5M2FNUZ,
 }  # fmt: skip  # a table
+_NO_CHANNELS = {KERNEL_EXTENT, TABLE_ROWS}
+"""Reasons of axes that hold no channels."""
 _MADE_UP = re.compile(r"^(onnx::|val_|_val|const|_*\d|\w*::\w*_\d+$)")
 """Initializer names that exporters invent; the node's name says more."""
 
@@ -224,7 +226,7 @@ class Combed:
 
     def _only_interface(self, axes: list[Axis]) -> bool:
         reasons = [reason for axis in axes if len(axis) > 1 for reason in self.atoms.reasons(axis)]
-        return all(reason.startswith("graph ") or reason == KERNEL_EXTENT for reason in reasons)
+        return all(reason.startswith("graph ") or reason in _NO_CHANNELS for reason in reasons)
 
 
 def grouped(combed: Combed) -> list[Group]:

@@ -547,7 +547,7 @@ class _Folder:
         values = [None if v is None or v.values is None else v.values[binding] for v in inputs]
         own = contrib.output_shapes((domain, node.op_type), attributes, shapes, values)
         if own is not None:
-            kinds = [v.dtype for v in inputs if v is not None]
+            kinds = [v.dtype for v in inputs[contrib.DATA_SLOT.get(node.op_type, 0) :] if v is not None]
             if node.op_type in contrib.FLOAT_OUTPUT:
                 kinds = [kind for kind in kinds if kind in _COMPUTABLE_TYPES] or kinds
             dtype = next(iter(kinds), 0)

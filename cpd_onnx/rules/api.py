@@ -32,6 +32,8 @@ class Keep(Protocol):
 
 KERNEL_EXTENT = "extent of a kernel"
 """Reason of the axes of a kernel that slide."""
+TABLE_ROWS = "rows of a table that is looked up by index"
+"""Reason of the first axis of an embedding."""
 FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
 """Element types of trained weights."""
 EVERY_AXIS = -1

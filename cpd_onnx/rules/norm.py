@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cpd_onnx.rules.api import Op, Tensor, rule
+from cpd_onnx.rules.api import TABLE_ROWS, Op, Tensor, rule
 from cpd_onnx.rules.elementwise import MICROSOFT, broadcast, freeze_rest
 
 
@@ -61,7 +61,7 @@ def embed_layer_norm(op: Op) -> None:
     ids, word = op.input(0), op.input(2)
     for slot in (2, 3, 4):
         if op.has(slot):
-            op.atoms.freeze(op.input(slot)[0], f"graph input looks rows up by index in {op.name}")
+            op.atoms.freeze(op.input(slot)[0], TABLE_ROWS)
             op.touched.append(op.input(slot)[0])
             op.unite(op.input(slot)[1], word[1])
     for slot in (5, 6):

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from cpd_onnx.atoms import Axis
 from cpd_onnx.evaluate import axes_operand, slice_ranges
 from cpd_onnx.graph import Array
-from cpd_onnx.rules.api import DROP, GiveUp, Keep, Op, Rewrite, Tensor, positions_after, rule
+from cpd_onnx.rules.api import DROP, TABLE_ROWS, GiveUp, Keep, Op, Rewrite, Tensor, positions_after, rule
 
 _FAR = 2**31 - 1
 """Slice ends from this on mean 'to the end' in every exporter."""
@@ -353,11 +353,9 @@ def gather(op: Op) -> None:
     axes = x.axes or []
     picked: list[Axis]
     if op.atoms.all_frozen(x[axis]) or where is None or where.ndim > 1:
-        if indices.is_constant:
-            op.freeze(x[axis], "looks up along this axis by index")
-        elif not op.atoms.all_frozen(x[axis]):
-            op.atoms.freeze(x[axis], f"graph input looks up along this axis in {op.name}")
-        op.touched.append(x[axis])
+        if x.is_constant and not op.atoms.all_frozen(x[axis]):
+            op.atoms.freeze(x[axis], TABLE_ROWS)
+        op.freeze(x[axis], "looks up along this axis by index")
         picked = indices.axes or []
     else:
         op.operand(1)

@@ -1,0 +1,126 @@
+"""Budgets, scores, multiples and what is held."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from onnx import ModelProto
+
+import cpd_onnx as cpd
+from cpd_onnx.groups import Combed
+from cpd_onnx.passes.allocate import Allocation, Budget, allocate
+from cpd_onnx.passes.comb import comb
+from cpd_onnx.passes.score import score
+
+from .models import from_text
+from .test_rules import model_of
+
+WIDE = (
+    "(float[1, 3, 16, 16] x, float[48, 3, 3, 3] w, float[64, 48, 3, 3] u, float[40, 64, 3, 3] t, float[40, 10] v) => (float[1, 10] y) "
+    "{ a = Conv(x, w) b = Conv(a, u) c = Conv(b, t) p = GlobalAveragePool(c) f = Flatten(p) y = MatMul(f, v) }"
+)
+
+
+def wide() -> ModelProto:
+    return from_text(WIDE)
+
+
+def chosen(model: ModelProto, kind: str, fraction: float, **options: object) -> tuple[Combed, Allocation]:
+    combed = comb(model)
+    return combed, allocate(combed, score(combed), Budget(kind, fraction, **options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("spread", ["uniform", "global"])
+@pytest.mark.parametrize("kind", ["channels", "macs", "params"])
+@pytest.mark.parametrize("fraction", [0.75, 0.5, 0.25])
+def test_target_is_met_within_two_percent(kind: str, fraction: float, spread: str) -> None:
+    _, allocation = chosen(wide(), kind, fraction, spread=spread)
+    assert allocation.after.of(kind) / allocation.before.of(kind) == pytest.approx(fraction, abs=0.02)
+    assert allocation.notes == ()
+
+
+def test_costs_are_those_of_the_pruned_file() -> None:
+    state = cpd.run("comb, score, allocate{macs=0.4}, prune", wide())
+    again = comb(state.model.complete_proto())
+    before = allocate(again, score(again), Budget("channels", 0.9)).before
+    assert state.allocation is not None
+    assert (before.macs, before.params) == (state.allocation.after.macs, state.allocation.after.params)
+
+
+def test_macs_by_hand() -> None:
+    _, allocation = chosen(from_text("(float[1, 3, 8, 8] x, float[4, 3, 3, 3] w, float[2, 4, 1, 1] v) => (float[1, 2, 6, 6] y) { a = Conv(x, w) y = Conv(a, v) }"), "channels", 0.5)
+    assert allocation.before.macs == 4 * 3 * 9 * 36 + 2 * 4 * 36
+    assert allocation.after.macs == 2 * 3 * 9 * 36 + 2 * 2 * 36
+    assert allocation.before.params == 4 * 27 + 8
+
+
+def test_a_group_keeps_one_channel_at_least() -> None:
+    combed, allocation = chosen(wide(), "params", 0.02)
+    assert all(len(removed) < len(group) for group, removed in zip(combed.groups, allocation.removed, strict=True))
+
+
+def test_unreachable_target_says_what_stands_in_the_way() -> None:
+    with pytest.raises(cpd.TargetError, match="cannot be reached.*graph"):
+        chosen(model_of("heads"), "params", 0.001)
+
+
+def test_granularity_is_reported() -> None:
+    _, allocation = chosen(model_of("lstm"), "channels", 0.5)
+    assert allocation.notes
+    assert "whole channels" in allocation.notes[0]
+
+
+def test_heads_take_the_share_first() -> None:
+    combed, allocation = chosen(model_of("attention 4d"), "channels", 0.5)
+    kinds = {group.kind: len(removed) for group, removed in zip(combed.groups, allocation.removed, strict=True)}
+    assert kinds == {"heads": 1, "head_dim": 0}
+
+
+def test_multiple() -> None:
+    combed, allocation = chosen(wide(), "macs", 0.5, multiple=8)
+    assert all((len(group) - len(removed)) % 8 == 0 for group, removed in zip(combed.groups, allocation.removed, strict=True))
+
+
+@pytest.mark.parametrize("pattern", ["w", "u*", "b"])
+def test_keep(pattern: str) -> None:
+    combed, allocation = chosen(wide(), "macs", 0.8, keep=(pattern,))
+    held = {"w": ["w"], "u*": ["w", "u"], "b": ["w", "u"]}[pattern]
+    for group, removed in zip(combed.groups, allocation.removed, strict=True):
+        assert bool(removed) != (group.name in held)
+
+
+def test_keep_that_matches_nothing_is_an_error() -> None:
+    with pytest.raises(cpd.TargetError, match="matches no group"):
+        chosen(wide(), "macs", 0.5, keep=("nothing*",))
+
+
+@pytest.mark.parametrize("options", [{"kind": "latency"}, {"fraction": 0.0}, {"fraction": 1.5}, {"spread": "odd"}, {"multiple": 0}])
+def test_senseless_budget(options: dict[str, object]) -> None:
+    with pytest.raises(cpd.TargetError):
+        Budget(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("l1", [4.0, 12.0]), ("l2", [np.sqrt(8.0), np.sqrt(50.0)])])
+def test_magnitude_by_hand(kind: str, expected: list[float]) -> None:
+    values = {"w": [[2, -3], [0, 0]], "v": [[-2, 0], [-4, -5]]}
+    model = from_text("(float[4, 2] x, float[2, 2] w, float[2, 2] v) => (float[4, 2] y) { a = MatMul(x, w) y = MatMul(a, v) }", values=values)
+    assert score(comb(model), kind)[0] == pytest.approx(expected)
+
+
+def test_random_score_follows_the_seed() -> None:
+    combed = comb(wide())
+    first, again, other = (score(combed, "random", seed=seed)[0] for seed in (1, 1, 2))
+    assert (first == again).all()
+    assert (first != other).any()
+
+
+def test_unknown_score() -> None:
+    with pytest.raises(cpd.TargetError, match="l1, l2, random"):
+        score(comb(wide()), "fisher")
+
+
+def test_least_important_channels_go() -> None:
+    combed, allocation = chosen(wide(), "channels", 0.5)
+    for values, removed in zip(score(combed), allocation.removed, strict=True):
+        kept = np.delete(values, removed)
+        assert values[removed].max() <= kept.min()
