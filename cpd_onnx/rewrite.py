@@ -225,9 +225,12 @@ class _Rewriter(Editor):
             graph = self.graph(scope)
             stale = []
             for info in (*graph.value_info, *graph.input, *graph.output):
-                axes = self.axes_of(scope, info)
+                axes, before = self.axes_of(scope, info), info.SerializeToString()
                 if axes is not None and not self.redescribe(info, axes):
                     stale.append(info)
+                    self.log("shape", f"{scope.path}:{info.name}", "dropped: it had another number of axes than the tensor")
+                elif info.SerializeToString() != before:
+                    self.log("shape", f"{scope.path}:{info.name}", f"sizes of the axes {list(axes or [])}")
             for info in stale:
                 graph.value_info.remove(info)
 

@@ -554,8 +554,10 @@ class _Folder:
             return ([(dtype, shape) for shape in own] + nothing)[: len(nothing)]
         try:
             schema = onnx.defs.get_schema(node.op_type, self.opsets.get(domain, 1), domain)
-            types = {v.name: v.type(binding) for v in inputs if v is not None}
-            data = {v.name: numpy_helper.from_array(v.values[binding], v.name) for v in inputs if v and v.values}
+            # In a function a value goes by the name of the formal input.
+            named = [(name, v) for name, v in zip(node.input, inputs, strict=True) if v is not None]
+            types = {name: v.type(binding) for name, v in named}
+            data = {name: numpy_helper.from_array(v.values[binding], name) for name, v in named if v.values}
             # Inference wants names; a node that takes the same value twice gives it once.
             found = shape_inference.infer_node_outputs(
                 schema, node, types, data, opset_imports=self.opset_ids, ir_version=self.model.proto.ir_version or 3

@@ -231,7 +231,9 @@ class _Comber:
     def branches(self, bodies: dict[str, Scope], inputs: list[Tensor | None], outputs: list[Tensor]) -> None:
         """Unite the results of both branches, or follow the only one that runs."""
         taken = taken_branch(inputs[0].value if inputs[0] is not None else None)
-        chosen = [bodies[taken]] if taken else list(bodies.values())
+        shapes = [tuple(getattr(b.lookup(name), "shape", None) for name in b.outputs) for b in bodies.values()]
+        # A branch that never runs is followed too, so that the file stays consistent, unless it gives other shapes.
+        chosen = [bodies[taken]] if taken and len(set(shapes)) > 1 else list(bodies.values())
         for body in chosen:
             self.sweep(body)
         for index, tensor in enumerate(outputs):

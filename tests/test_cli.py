@@ -1,0 +1,225 @@
+"""The command line: what it writes, what it says, and what it does with bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from cpd_onnx.cli import main
+from cpd_onnx.plan import schema
+
+from .test_rules import model_of
+
+EXAMPLE = Path(__file__).parents[1] / "models" / "digits.onnx"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    onnx.save(model_of("conv"), tmp_path / "model.onnx")
+    return tmp_path
+
+
+def run(*arguments: object) -> int:
+    return main([str(a) for a in arguments])
+
+
+def files(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir()}
+
+
+def test_prune_verify_apply(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, small, again = (folder / f"{n}.onnx" for n in ("model", "small", "again"))
+    assert run("prune", model, "-o", small, "--target", "macs=0.5") == 0
+    assert "verified" in capsys.readouterr().out
+    plan = folder / "small.onnx.plan.json"
+    jsonschema.validate(json.loads(plan.read_text()), schema())
+    assert run("verify", model, small) == 0
+    assert "byte for byte" in capsys.readouterr().out
+    assert run("apply", model, plan, "-o", again) == 0
+    assert again.read_bytes() == small.read_bytes()
+
+
+def test_inspect_lists_groups_and_reasons(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", folder / "model.onnx") == 0
+    said = capsys.readouterr().out
+    assert "channels" in said
+    assert "graph input 'x'" in said
+    assert "100.0 %" in said
+
+
+def test_inspect_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", folder / "model.onnx", "--json", "-") == 0
+    content = json.loads(capsys.readouterr().out)
+    assert [g["size"] for g in content["groups"]] == [8]
+    assert content["costs"]["params"] == 8 * 27 + 8 + 5 * 72
+
+
+def test_prune_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("prune", folder / "model.onnx", "-o", folder / "s.onnx", "--json", folder / "r.json") == 0
+    content = json.loads((folder / "r.json").read_text())
+    assert content["verification"]["passed"]
+    assert content["after"]["params"] < content["before"]["params"]
+    assert "wrote" in capsys.readouterr().out
+
+
+def test_nothing_is_overwritten_without_force(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "small.onnx").write_text("mine")
+    assert run("prune", folder / "model.onnx", "-o", folder / "small.onnx") == 1
+    assert "--force" in capsys.readouterr().err
+    assert (folder / "small.onnx").read_text() == "mine"
+    assert files(folder) == {"model.onnx", "small.onnx"}
+    assert run("prune", folder / "model.onnx", "-o", folder / "small.onnx", "--force") == 0
+
+
+def test_a_trained_file_is_told_from_a_tampered_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, small = folder / "model.onnx", folder / "small.onnx"
+    assert run("prune", model, "-o", small) == 0
+    trained = onnx.load(small)
+    trained.graph.initializer[0].raw_data = np.ones(4 * 27, np.float32).tobytes()
+    onnx.save(trained, small)
+    assert run("verify", model, small) == 0
+    assert "1 weights trained since" in capsys.readouterr().out
+    trained.graph.node[0].attribute[0].ints[0] = 0
+    onnx.save(trained, small)
+    assert run("verify", model, small) == 1
+    assert "node Conv" in capsys.readouterr().err
+
+
+def damaged(folder: Path, what: str) -> Path:
+    """A file that is wrong in one way."""
+    path = folder / "bad.onnx"
+    model = model_of("conv")
+    if what == "truncated":
+        path.write_bytes(model.SerializeToString()[:-200])
+    elif what == "text":
+        path.write_text("this is no model")
+    elif what == "empty":
+        path.write_bytes(b"")
+    elif what == "cyclic":
+        model.graph.node[0].input[0] = "y"
+        onnx.save(model, path)
+    elif what == "missing value":
+        model.graph.node[1].input[0] = "nobody"
+        onnx.save(model, path)
+    else:
+        tensor = model.graph.initializer[0]
+        tensor.ClearField("raw_data")
+        tensor.data_location = TensorProto.EXTERNAL
+        location = {"no data file": "weights.bin", "leaves the folder": "../weights.bin", "absolute": "/etc/passwd"}[what]
+        tensor.external_data.add(key="location", value=location)
+        path.write_bytes(model.SerializeToString())
+    return path
+
+
+@pytest.mark.parametrize("what", ["truncated", "text", "empty", "cyclic", "missing value", "no data file", "leaves the folder", "absolute"])
+@pytest.mark.parametrize("command", ["inspect", "prune"])
+def test_bad_files_get_one_clear_line(folder: Path, what: str, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = damaged(folder, what)
+    before = files(folder)
+    arguments = [command, path] + (["-o", folder / "out.onnx"] if command == "prune" else [])
+    assert run(*arguments) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert files(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--target", "latency=0.5"], "channels, macs, params"),
+        (["--target", "macs=0"], "above 0"),
+        (["--keep", "nothing*"], "matches no group"),
+        (["--multiple", "0"], "1 or more"),
+        (["--input-shape", "z:1,3"], "inputs are"),
+        (["--data", "nowhere.npz"], "no file"),
+    ],
+)
+def test_bad_options_get_one_clear_line(folder: Path, arguments: list[str], match: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("prune", folder / "model.onnx", "-o", folder / "out.onnx", *arguments) == 1
+    assert match in capsys.readouterr().err
+    assert files(folder) == {"model.onnx"}
+
+
+def test_usage_errors_exit_with_two(folder: Path) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run("prune", folder / "model.onnx", "-o", folder / "o.onnx", "--target", "half")
+    assert stopped.value.code == 2
+
+
+def test_model_without_channels_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    info = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [2, 3]) for n in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", info[:1], info[1:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), folder / "relu.onnx")
+    assert run("prune", folder / "relu.onnx", "-o", folder / "o.onnx") == 1
+    assert "no weight matrices" in capsys.readouterr().err
+
+
+def tampered(plan: dict[str, object], what: str) -> object:
+    groups = plan["groups"]
+    assert isinstance(groups, list)
+    source = plan["source"]
+    assert isinstance(source, dict)
+    if what == "format":
+        plan["format"] = "something"
+    elif what == "version":
+        plan["version"] = 99
+    elif what == "another file":
+        source["sha256"] = "0" * 64
+    elif what == "group":
+        groups[0]["name"] = "elsewhere"
+    elif what == "all removed":
+        groups[0]["removed"] = list(range(groups[0]["size"]))
+    elif what == "out of range":
+        groups[0]["removed"] = [groups[0]["size"]]
+    else:
+        return [plan]
+    return plan
+
+
+@pytest.mark.parametrize("what", ["format", "version", "another file", "group", "all removed", "out of range", "a list"])
+def test_a_wrong_plan_is_refused(folder: Path, what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model, plan = folder / "model.onnx", folder / "s.onnx.plan.json"
+    assert run("prune", model, "-o", folder / "s.onnx") == 0
+    plan.write_text(json.dumps(tampered(json.loads(plan.read_text()), what)))
+    capsys.readouterr()
+    assert run("apply", model, plan, "-o", folder / "again.onnx") == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not (folder / "again.onnx").exists()
+
+
+def test_distill_writes_into_the_same_initializers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch")
+    small, out, data = tmp_path / "small.onnx", tmp_path / "out.onnx", EXAMPLE.with_name("digits_train.npz")
+    assert run("prune", EXAMPLE, "-o", small, "--target", "macs=0.5") == 0
+    assert run("distill", EXAMPLE, small, "-o", out, "--data", data, "--steps", 30, "--batch-norm", "train", "--lr", "0.003", "--eval", data.with_name("digits_test.npz"), "--json", tmp_path / "r.json") == 0
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["last_loss"] < result["first_loss"]
+    assert result["distilled"] > result["student"]
+    names = [[t.name for t in onnx.load(p).graph.initializer] for p in (small, out)]
+    assert names[0] == names[1]
+    assert run("verify", EXAMPLE, out, "--plan", tmp_path / "small.onnx.plan.json") == 0
+    assert "trained since" in capsys.readouterr().out
+
+
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch")
+    assert run("demo", "--epochs", "2", "--json", "-", "--out", tmp_path / "d") == 0
+    content = json.loads(capsys.readouterr().out)
+    accuracy = {row["name"]: row["accuracy"] for row in content["rows"]}
+    assert accuracy["the original"] > 0.99
+    assert accuracy["pruned (l2), distilled"] > accuracy["pruned (l2)"]
+    assert content["verification"]["passed"]
+    assert files(tmp_path / "d") == {"digits.onnx", "digits_pruned.onnx", "digits_pruned.onnx.plan.json"}
+    assert run("verify", tmp_path / "d" / "digits.onnx", tmp_path / "d" / "digits_pruned.onnx") == 0
+
+
+def test_operators(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("operators") == 0
+    assert "com.microsoft::FusedConv" in capsys.readouterr().out
