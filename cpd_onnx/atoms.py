@@ -47,6 +47,7 @@ class Atoms:
         self._parts: Axis = np.zeros((256, _WIDTH), np.int64)
         self._origin: Axis = np.zeros(1024, np.int64)
         self._origins = 0
+        self._known: dict[int, tuple[Axis, Axis]] | None = None
         self._reasons: dict[str, int] = {}
         self._texts: dict[int, str] = {NOTHING: "of size one"}
         self._allocate(1)
@@ -69,7 +70,8 @@ class Atoms:
     def freeze(self, axis: Axis, reason: str) -> None:
         """Never delete any index of `axis`, the parts of composites included."""
         live = self.parts(axis)
-        live = np.unique(live[live != NOTHING])
+        live = live[live != NOTHING]
+        self._changed()
         self._parent[live] = self.reason_atom(reason)
 
     def reason_atom(self, reason: str) -> int:
@@ -87,7 +89,16 @@ class Atoms:
 
     def all_frozen(self, axis: Axis) -> bool:
         """Whether no index of the axis can be deleted."""
-        return bool(self.is_frozen(axis).all()) if len(axis) else True
+        if not len(axis):
+            return True
+        # The first index tells most axes apart at once.
+        first = self._parent[axis[0]]
+        if not self._frozen[self._parent[first]] and not self._row[first] and self._parent[first] == first:
+            return False
+        roots = self.find(axis)
+        if self._frozen[roots].all():
+            return True
+        return bool(self._row[roots].any()) and bool(self.is_frozen(axis).all())
 
     def reasons(self, axis: Axis) -> list[str]:
         """Why the frozen indices of an axis are kept, without repetition."""
@@ -99,11 +110,13 @@ class Atoms:
         """The representative of each atom."""
         parent = self._parent
         root = parent[axis]
+        above = parent[root]
+        if (above == root).all():
+            return root
         while True:
-            above = parent[root]
-            if np.array_equal(above, root):
+            root, above = above, parent[above]
+            if (above == root).all():
                 break
-            root = above
         parent[axis] = root
         return root
 
@@ -112,9 +125,25 @@ class Atoms:
 
         The first column is `NOTHING` exactly where the index is frozen.
         """
+        if self._known is None:
+            return self._parts_now(axis)
+        known = self._known.get(id(axis))
+        if known is None:
+            known = self._known[id(axis)] = (axis, self._parts_now(axis))
+        return known[1]
+
+    def settle(self) -> None:
+        """From now on little changes: look each axis up once, until something does change."""
+        self._known = {}
+
+    def _changed(self) -> None:
+        if self._known:
+            self._known = {}
+
+    def _parts_now(self, axis: Axis) -> Axis:
         roots = self.find(np.asarray(axis, np.int64))
-        if not (self._row[roots] > 0).any():
-            return np.asarray(np.where(self._frozen[roots], NOTHING, roots)[:, None])
+        if not self._rows or not self._row[roots].any():
+            return np.where(self._frozen[roots], NOTHING, roots)[:, None]
         table = self._root_parts(axis)
         table[self._frozen[table]] = NOTHING
         return _compress(table)
@@ -143,9 +172,29 @@ class Atoms:
         """Give the two axes, index by index, the same fate."""
         if left.shape != right.shape:
             raise ValueError(f"axes of {left.shape} and {right.shape} indices cannot be united")
-        left, right = left.ravel(), right.ravel()
+        if left is right or not len(left):
+            return
+        left, right = self.find(left.ravel()), self.find(right.ravel())
+        if (left == right).all():
+            return
+        self._changed()
+        if not self._row[left].any() and not self._row[right].any():
+            self._unite_primitives(left, right)
+            return
+        known, self._known = self._known, None
         while len(left):
             left, right = self._unite_step(left, right)
+        self._known = None if known is None else {}
+
+    def _unite_primitives(self, left: Axis, right: Axis) -> None:
+        """Roots without composites among them."""
+        cold, also_cold = self._frozen[left], self._frozen[right]
+        free = ~(cold | also_cold)
+        if free.any():
+            self._union(left[free], right[free])
+        for frozen, other, mask in ((left, right, cold & ~also_cold), (right, left, also_cold & ~cold)):
+            if mask.any():
+                self._parent[self.find(other[mask])] = frozen[mask]
 
     def deleted(self, axis: Axis, gone: Mask) -> Mask:
         """Which indices go when the primitives marked in `gone` (length `len(self)`) go."""

@@ -63,6 +63,7 @@ class _Comber:
             if value.name in scope.inputs and value.weight is None:
                 self.put(scope, value.name, Tensor(value, self.cold(value, f"graph input {value.name!r}")))
         self.sweep(scope)
+        self.atoms.settle()
         for name in scope.outputs:
             self.freeze(self.get(scope, name), f"graph output {name!r}")
             self.freeze_reported_sizes(scope, name)
@@ -125,16 +126,16 @@ class _Comber:
 
     def account(self, op: Op) -> None:
         """Every axis of every input must have been carried, united, consumed or frozen."""
-        carried = [*op.touched, *(axis for t in op.outputs for axis in t.axes or [])]
-        known = {id(axis) for axis in carried}
-        settled: set[int] | None = None
+        carried = {id(axis): axis for axis in op.touched}
+        carried |= {id(axis): axis for t in op.outputs for axis in t.axes or []}
+        settled: Axis | None = None
         for slot, tensor in enumerate(op.inputs):
             for number, axis in enumerate((tensor and tensor.axes) or []):
-                if id(axis) in known or self.atoms.all_frozen(axis):
+                if id(axis) in carried or self.atoms.all_frozen(axis):
                     continue
                 if settled is None:
-                    settled = {NOTHING, *(p for a in carried for p in np.unique(self.atoms.parts(a)).tolist())}
-                if not settled.issuperset(np.unique(self.atoms.parts(axis)).tolist()):
+                    settled = np.unique(np.concatenate([[NOTHING], *(self.atoms.parts(a).ravel() for a in carried.values())]))
+                if not np.isin(self.atoms.parts(axis), settled).all():
                     reason = f"the rule of {op.name} does not account for axis {number} of input {slot}"
                     self.unaccounted.append(reason)
                     self.atoms.freeze(axis, reason)

@@ -53,7 +53,7 @@ def test_what_is_not_in_the_edit_log_is_unchanged(name: str) -> None:
     for old, new in zip(model.graph.node, after.graph.node, strict=True):
         if old != new:
             assert old.output[0] in logged or any(edit.what == "copy" for edit in state.edits)
-        sizes = {"group", "num_groups", "hidden_size", "num_heads", "q_num_heads", "kv_num_heads", "scale", "axes", "starts", "ends", "num_outputs", "qkv_hidden_sizes"}
+        sizes = {"then_branch", "else_branch", "group", "num_groups", "hidden_size", "num_heads", "q_num_heads", "kv_num_heads", "scale", "axes", "starts", "ends", "num_outputs", "qkv_hidden_sizes"}
         assert {k: v for k, v in attributes_of(old).items() if k not in sizes} == {k: v for k, v in attributes_of(new).items() if k not in sizes}
 
 
