@@ -43,7 +43,9 @@ def check(path: Path, *, permute: bool) -> Result:
         state = cpd.run("comb, score, allocate{channels=0.5}, prune", model)
         result["prune_s"] = round(time.perf_counter() - started, 3)
         before, after = state.allocation.before, state.allocation.after
-        result |= {kind: round(after.of(kind) / max(1.0, before.of(kind)), 4) for kind in ("macs", "params", "channels")}
+        result |= {
+            kind: round(after.of(kind) / max(1.0, before.of(kind)), 4) for kind in ("macs", "params", "channels")
+        }
         found = cpd.run("verify", state).verification
         result |= {"difference": found.difference, "effect": found.effect, "status": "verified"}
         if permute:

@@ -1,14 +1,16 @@
 """Ours, torch-pruning and onnxsim's pruner on the same models, one after the other.
 
-    python benchmarks/peers.py --zoo ZOO --torch-python TORCH --onnxsim-python ONNXSIM --out benchmarks/results/peers.jsonl
+    python benchmarks/peers.py --zoo ZOO --torch-python TORCH --onnxsim-python ONNXSIM --out results/peers.jsonl
 
-ZOO holds the exports of benchmarks/zoo; TORCH is a Python with torch, torchvision, timm, transformers and torch-pruning
-1.6.1; ONNXSIM one with onnxsim 0.8.1. For each model ours runs first, then torch-pruning on the torch module followed by
-an export, then onnxsim on the file that ours took. Each job has a process of its own, forked from one that has its
-imports done, and a limit: 30 CPU seconds for analysis and pruning of torch-pruning, 120 s of wall time for all else.
+ZOO holds the exports of benchmarks/zoo; TORCH is a Python with torch, torchvision, timm, transformers and
+torch-pruning 1.6.1; ONNXSIM one with onnxsim 0.8.1. For each model ours runs first, then torch-pruning on the torch
+module followed by an export, then onnxsim on the file that ours took. Each job has a process of its own, forked from
+one that has its imports done, and a limit: 30 CPU seconds for analysis and pruning of torch-pruning, 120 s of wall
+time for all else.
 
-"job" is the time from the trained model (module in memory, or file on disk) to the pruned file on disk; "analysis" that
-of the dependency analysis alone (`DependencyGraph.build_dependency`; fold and comb). `--summary` prints the table.
+"job" is the time from the trained model (module in memory, or file on disk) to the pruned file on disk; "analysis"
+that until all groups are known (`build_dependency` and `get_all_groups`; fold and comb); "graph" that of
+`build_dependency` by itself. `--summary` prints the table.
 """
 
 from __future__ import annotations
@@ -70,14 +72,19 @@ def torch_pruning(model: Path, out: Path, tell: Callable[[Result], None]) -> Non
     with torch.no_grad():
         outputs = module(*inputs)
     is_image = any(kind == "image" for kind, _ in net.inputs.values())
-    ends = {s for o in (outputs if isinstance(outputs, (tuple, list)) else [outputs]) for s in (o.shape[1], o.shape[-1])}
+    ends = {
+        s for o in (outputs if isinstance(outputs, (tuple, list)) else [outputs]) for s in (o.shape[1], o.shape[-1])
+    }
     heads = [
         m for m in module.modules()
         if is_image and ((isinstance(m, nn.Linear) and m.out_features in ends) or (isinstance(m, nn.Conv2d) and m.out_channels in ends))
     ]  # fmt: skip  # a filter
     resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + CPU_SECONDS, resource.RLIM_INFINITY))
     started = time.perf_counter()
-    tp.DependencyGraph().build_dependency(module, example_inputs=inputs)
+    graph = tp.DependencyGraph().build_dependency(module, example_inputs=inputs)
+    tell({"graph": time.perf_counter() - started})
+    for _ in graph.get_all_groups(ignored_layers=heads):
+        pass
     tell({"analysis": time.perf_counter() - started})
     started = time.perf_counter()
     pruner = tp.pruner.MagnitudePruner(
@@ -157,7 +164,10 @@ def weights(path: Path) -> int:
     import onnx
 
     model = onnx.load(path)
-    tensors = [*model.graph.initializer, *(a.t for n in model.graph.node for a in n.attribute if a.type == onnx.AttributeProto.TENSOR)]
+    tensors = [
+        *model.graph.initializer,
+        *(a.t for n in model.graph.node for a in n.attribute if a.type == onnx.AttributeProto.TENSOR),
+    ]
     total = 0
     for tensor in tensors:
         if tensor.data_type in (1, 10, 11, 16):
@@ -187,23 +197,45 @@ def judged(result: Result, before: int, out: Path) -> Result:
 
 def summary(results: list[Result]) -> str:
     """The table."""
-    lines = [f"{len(results)} models", f"{'':16}{'full':>8}{'part':>8}{'untouched':>11}{'invalid':>9}{'failed':>8}{'refused':>9}{'job, median s':>15}{'analysis':>10}"]
+    lines = [
+        f"{len(results)} models",
+        f"{'':16}{'full':>8}{'part':>8}{'untouched':>11}{'invalid':>9}{'failed':>8}{'refused':>9}{'job, median s':>15}{'analysis':>10}",
+    ]
     for tool in TOOLS:
         rows = [r[tool] for r in results]
-        counts = [sum(r["status"] == s for r in rows) for s in ("full", "part", "untouched", "invalid", "failed", "refused")]
+        counts = [
+            sum(r["status"] == s for r in rows) for s in ("full", "part", "untouched", "invalid", "failed", "refused")
+        ]
         jobs = [r["job"] for r in rows if "job" in r]
         analyses = [r["analysis"] for r in rows if "analysis" in r]
         numbers = "".join(f"{c:>{w}}" for c, w in zip(counts, (8, 8, 11, 9, 8, 9), strict=True))
         lines.append(f"{tool:16}{numbers}{_median(jobs):>15}{_median(analyses):>10}")
-    both = [r for r in results if all("job" in r[t] and r[t]["status"] in ("full", "part") for t in ("ours", "torch-pruning"))]
+    both = [
+        r
+        for r in results
+        if all("job" in r[t] and r[t]["status"] in ("full", "part") for t in ("ours", "torch-pruning"))
+    ]
     if both:
         ratios = [r["torch-pruning"]["job"] / r["ours"]["job"] for r in both]
-        lines.append(f"whole job, torch-pruning / ours, on {len(both)} models that both prune: median {statistics.median(ratios):.2f}")
+        lines.append(
+            f"whole job, torch-pruning / ours, on {len(both)} models that both prune: median {statistics.median(ratios):.2f}"
+        )
     timed = [r for r in results if all("analysis" in r[t] for t in ("ours", "torch-pruning"))]
     if timed:
         ratios = [r["torch-pruning"]["analysis"] / r["ours"]["analysis"] for r in timed]
         slower = [f"{r['model']} {1 / q:.2f}x" for r, q in zip(timed, ratios, strict=True) if q < 1]
-        lines.append(f"analysis, torch-pruning / ours, on {len(timed)} models: median {statistics.median(ratios):.2f}; ours slower on {len(slower)}: {', '.join(slower)}")
+        lines.append(
+            f"analysis, torch-pruning / ours, on {len(timed)} models: median {statistics.median(ratios):.2f}; ours slower on {len(slower)}: {', '.join(slower)}"
+        )
+    graphs = [
+        r["torch-pruning"]["graph"] / r["ours"]["analysis"]
+        for r in results
+        if "graph" in r["torch-pruning"] and "analysis" in r["ours"]
+    ]
+    if graphs:
+        lines.append(
+            f"build_dependency by itself / our whole analysis, on {len(graphs)} models: median {statistics.median(graphs):.2f}"
+        )
     slow = [r["model"] for r in results if r["ours"].get("analysis", 0) > 2]
     lines.append(f"ours over 2 s: {', '.join(slow) or 'none'}")
     return "\n".join(lines)
@@ -229,8 +261,14 @@ def main() -> None:
         return
     done = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
     known = {r["model"] for r in done}
-    files = {p.name.split(".")[0]: p for p in sorted((options.zoo / "dynamo").glob("*.dynamo.onnx"))} if options.zoo else {}
-    files |= {p.name.split(".")[0]: p for p in sorted((options.zoo / "torchscript").glob("*.torchscript.onnx"))} if options.zoo else {}
+    files = (
+        {p.name.split(".")[0]: p for p in sorted((options.zoo / "dynamo").glob("*.dynamo.onnx"))} if options.zoo else {}
+    )
+    files |= (
+        {p.name.split(".")[0]: p for p in sorted((options.zoo / "torchscript").glob("*.torchscript.onnx"))}
+        if options.zoo
+        else {}
+    )
     pythons = {"ours": sys.executable, "torch-pruning": options.torch_python, "onnxsim": options.onnxsim_python}
     servers: dict[str, subprocess.Popen[str]] = {}
     for name, path in files.items():
@@ -239,12 +277,15 @@ def main() -> None:
         for tool, python in pythons.items():
             if tool not in servers:
                 command = [python, __file__, "--serve", tool]
-                servers[tool] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+                servers[tool] = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+                )
         result: Result = {"model": name, "file": path.name}
         before = weights(path)
         with tempfile.TemporaryDirectory() as folder:
             for tool, server in servers.items():
-                assert server.stdin is not None and server.stdout is not None
+                assert server.stdin is not None
+                assert server.stdout is not None
                 out = Path(folder) / f"{tool}.onnx"
                 server.stdin.write(json.dumps([str(path), str(out)]) + "\n")
                 server.stdin.flush()
@@ -253,7 +294,19 @@ def main() -> None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         with options.out.open("a") as stream:
             stream.write(json.dumps(result) + "\n")
-        print(name, {t: (result[t]["status"], result[t].get("left"), round(result[t].get("job", 0), 2), result[t].get("error", "")[:60]) for t in TOOLS}, flush=True)
+        print(
+            name,
+            {
+                t: (
+                    result[t]["status"],
+                    result[t].get("left"),
+                    round(result[t].get("job", 0), 2),
+                    result[t].get("error", "")[:60],
+                )
+                for t in TOOLS
+            },
+            flush=True,
+        )
     print(summary(done))
 
 

@@ -40,10 +40,16 @@ class Case:
 
 CASES = {
     "resnet56": Case(
-        "resnet56_jpeg_cifar10", "cifar10", "top1", "macs=0.5", ("--batch-norm", "train", "--flip", "--shift", "2", "--lr", "0.001")
+        "resnet56_jpeg_cifar10",
+        "cifar10",
+        "top1",
+        "macs=0.5",
+        ("--batch-norm", "train", "--flip", "--shift", "2", "--lr", "0.001"),
     ),
     "vit": Case("vit_cifar10_smmk47", "cifar10", "top1", "macs=0.5", ("--flip", "--shift", "2", "--lr", "0.0005")),
-    "gtsrb": Case("resnet20_gtsrb", "gtsrb", "top1", "macs=0.5", ("--batch-norm", "train", "--shift", "2", "--lr", "0.001")),
+    "gtsrb": Case(
+        "resnet20_gtsrb", "gtsrb", "top1", "macs=0.5", ("--batch-norm", "train", "--shift", "2", "--lr", "0.001")
+    ),
     "espnet": Case("espnet_p2_q8_camvid", "camvid", "miou", "macs=0.53", ("--flip", "--lr", "0.0005")),
 }
 
@@ -51,7 +57,8 @@ CASES = {
 def images(folder: Path, name: str, split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Pixels and labels, the first `count` of a fixed shuffle."""
     spec = importlib.util.spec_from_file_location("load", folder / "load.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     x, y = getattr(module, name)(split)
@@ -102,7 +109,9 @@ def measure(case: Case, folder: Path, work: Path, steps: int) -> dict[str, Any]:
     students = {"control": original}
     for score in ("l2", "random"):
         pruned = students[score] = work / f"{case.model}_{score}.onnx"
-        report = command("prune", original, "-o", pruned, "--target", case.target, "--score", score, "--force", "--json", "-")
+        report = command(
+            "prune", original, "-o", pruned, "--target", case.target, "--score", score, "--force", "--json", "-"
+        )
         result[f"{score}_macs"] = report["after"]["macs"] / report["before"]["macs"]
         result[f"{score}_difference"] = report["verification"]["difference"]
     replay = work / "replay.onnx"
@@ -114,7 +123,11 @@ def measure(case: Case, folder: Path, work: Path, steps: int) -> dict[str, Any]:
             "distill", original, student, "-o", out, "--data", train, "--steps", steps, *case.recipe,
             "--eval", test, "--metric", case.metric, "--force", "--json", "-",
         )  # fmt: skip  # one command
-        result |= {f"{key}_before": trained["student"], f"{key}_after": trained["distilled"], f"{key}_seconds": trained["seconds"]}
+        result |= {
+            f"{key}_before": trained["student"],
+            f"{key}_after": trained["distilled"],
+            f"{key}_seconds": trained["seconds"],
+        }
         result["dense"] = trained["teacher"]
     plan = f"{students['l2']}.plan.json"
     proof = command("verify", original, work / f"{case.model}_l2_distilled.onnx", "--plan", plan, "--json", "-")
@@ -139,7 +152,12 @@ def main() -> None:
     for key in options.only or CASES:
         results[key] = measure(CASES[key], Path(options.data), work, options.steps)
         print(json.dumps(results[key], indent=1), flush=True)
-        content = {"command": "python benchmarks/real_files.py --data DATA", "machine": machine, "versions": versions, "results": results}
+        content = {
+            "command": "python benchmarks/real_files.py --data DATA",
+            "machine": machine,
+            "versions": versions,
+            "results": results,
+        }
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(content, indent=1) + "\n")
 

@@ -61,7 +61,16 @@ class Arithmetic:
         try:
             with np.errstate(all="ignore"):
                 found = EVALUATORS[node.op_type](call, *inputs)
-        except (TooLarge, KeyError, NotImplementedError, ValueError, IndexError, TypeError, ZeroDivisionError, OverflowError):
+        except (
+            TooLarge,
+            KeyError,
+            NotImplementedError,
+            ValueError,
+            IndexError,
+            TypeError,
+            ZeroDivisionError,
+            OverflowError,
+        ):
             return ()
         return tuple(map(np.asarray, found)) if isinstance(found, tuple) else (np.asarray(found),)
 
@@ -82,7 +91,9 @@ class Arithmetic:
             attribute = next(a for a in self._editor.maker(scope, value.name).attribute if a.name == value.source.name)
             if attribute.name == "value":
                 return to_array(attribute.t)
-            return np.asarray(helper.get_attribute_value(attribute), np.int64 if "int" in attribute.name else np.float32)
+            return np.asarray(
+                helper.get_attribute_value(attribute), np.int64 if "int" in attribute.name else np.float32
+            )
         if isinstance(value.source, TensorProto) and not scope.address and self._editor.model.has(value.name):
             return self._editor.model.array(value.name)
         return value.value

@@ -55,7 +55,9 @@ def entry() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="cpd-onnx", description="Make a trained ONNX model smaller and faster, and prove that nothing broke.")
+    parser = argparse.ArgumentParser(
+        prog="cpd-onnx", description="Make a trained ONNX model smaller and faster, and prove that nothing broke."
+    )
     parser.add_argument("--version", action="version", version=f"cpd-onnx {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -81,13 +83,29 @@ def _add_prune(commands: Any) -> None:
     parser = commands.add_parser("prune", help="remove channels, prove the result, write it and its plan")
     parser.add_argument("model", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--target", type=_target, default=("channels", 0.5), metavar="KIND=FRACTION", help="what may remain: macs=0.5, params=0.5 or channels=0.5 (the default)")
+    parser.add_argument(
+        "--target",
+        type=_target,
+        default=("channels", 0.5),
+        metavar="KIND=FRACTION",
+        help="what may remain: macs=0.5, params=0.5 or channels=0.5 (the default)",
+    )
     parser.add_argument("--score", choices=SCORES, default="l2", help="how channels are ranked (default: l2)")
     parser.add_argument("--seed", type=int, default=0, help="of the random score")
-    parser.add_argument("--spread", choices=SPREADS, default="uniform", help="the same share from each group, or all channels compete")
+    parser.add_argument(
+        "--spread", choices=SPREADS, default="uniform", help="the same share from each group, or all channels compete"
+    )
     parser.add_argument("--multiple", type=int, default=1, help="widths that remain are multiples of this")
-    parser.add_argument("--keep", action="append", default=[], metavar="PATTERN", help="groups, weights or nodes that are not touched (* and ? allowed)")
-    parser.add_argument("--data", help="inputs for the proof: .npz, folder of images or module:function (default: random)")
+    parser.add_argument(
+        "--keep",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="groups, weights or nodes that are not touched (* and ? allowed)",
+    )
+    parser.add_argument(
+        "--data", help="inputs for the proof: .npz, folder of images or module:function (default: random)"
+    )
     parser.add_argument("--plan", type=Path, help="where the plan goes (default: beside the output)")
     parser.add_argument("--no-verify", action="store_true", help="do not run the models to compare them")
     _shared(parser)
@@ -127,8 +145,15 @@ def _add_distill(commands: Any) -> None:
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (default: 0.001)")
     parser.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw")
     parser.add_argument("--temperature", type=float, default=4.0)
-    parser.add_argument("--label-weight", type=float, default=0.0, help="share of the loss that the labels have (default: 0, none needed)")
-    parser.add_argument("--batch-norm", choices=("frozen", "train"), default="frozen", help="whether stored statistics are trained")
+    parser.add_argument(
+        "--label-weight",
+        type=float,
+        default=0.0,
+        help="share of the loss that the labels have (default: 0, none needed)",
+    )
+    parser.add_argument(
+        "--batch-norm", choices=("frozen", "train"), default="frozen", help="whether stored statistics are trained"
+    )
     parser.add_argument("--flip", action="store_true", help="mirror half of the images")
     parser.add_argument("--shift", type=int, default=0, help="move images by up to so many pixels")
     parser.add_argument("--seed", type=int, default=0)
@@ -152,7 +177,14 @@ def _add_demo(commands: Any) -> None:
 
 def _shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON ('-': to standard output)")
-    parser.add_argument("--input-shape", type=_shape, action="append", default=[], metavar="NAME:1,3,224,224", help="sizes of an input that the file leaves open")
+    parser.add_argument(
+        "--input-shape",
+        type=_shape,
+        action="append",
+        default=[],
+        metavar="NAME:1,3,224,224",
+        help="sizes of an input that the file leaves open",
+    )
 
 
 def _target(text: str) -> tuple[str, float]:
@@ -232,7 +264,8 @@ def _prune(options: argparse.Namespace) -> None:
         return
     out.print(report.costs_table(content))
     out.print(report.kept_table(state.plan.content["frozen"], limit=5))
-    out.print(f"{content['groups_pruned']} of {content['groups']} groups pruned, {len(state.edits)} edits, {content['seconds']:.1f} s")
+    pruned = f"{content['groups_pruned']} of {content['groups']} groups pruned"
+    out.print(f"{pruned}, {len(state.edits)} edits, {content['seconds']:.1f} s")
     for note in content["notes"]:
         out.print(f"note: {note}", highlight=False)
     out.print(report.proof_line(content["verification"]), highlight=False)
@@ -274,17 +307,39 @@ def _distill(options: argparse.Namespace) -> None:
     teacher, student = load(options.teacher), load(options.student)
     source = _source(options.data, student)
     assert source is not None
-    names = ("epochs", "steps", "batch_size", "lr", "optimizer", "temperature", "label_weight", "batch_norm", "flip", "shift", "seed", "device")
+    names = (
+        "epochs",
+        "steps",
+        "batch_size",
+        "lr",
+        "optimizer",
+        "temperature",
+        "label_weight",
+        "batch_norm",
+        "flip",
+        "shift",
+        "seed",
+        "device",
+    )
     settings = distill.DistillOptions(**{name: getattr(options, name) for name in names})
     with _progress() as progress:
         task = progress.add_task("distill", total=None)
 
         def show(now: Any) -> None:
-            progress.update(task, total=now.steps, completed=now.step, description=f"distill, step {now.step} of {now.steps}, loss {now.loss:.4f}")
+            progress.update(
+                task,
+                total=now.steps,
+                completed=now.step,
+                description=f"distill, step {now.step} of {now.steps}, loss {now.loss:.4f}",
+            )
 
         result = distill.distill(teacher.complete_proto(), student.complete_proto(), source, settings, show)
     trained = distill.trained(student, result)
-    content: dict[str, Any] = {"steps": len(result.losses), "seconds": round(result.seconds, 1), "device": result.device}
+    content: dict[str, Any] = {
+        "steps": len(result.losses),
+        "seconds": round(result.seconds, 1),
+        "device": result.device,
+    }
     content |= {"first_loss": result.losses[0], "last_loss": result.losses[-1], "losses": dict(result.kinds)}
     if options.eval:
         content["metric"] = options.metric
@@ -304,7 +359,9 @@ def _evaluated(options: argparse.Namespace, models: dict[str, Model]) -> dict[st
     assert source is not None
     compared = options.metric in ("mse", "cosine")
     reference = teacher.complete_proto() if compared else None
-    return {name: evaluate(m.complete_proto(), source, options.metric, reference=reference) for name, m in models.items()}
+    return {
+        name: evaluate(m.complete_proto(), source, options.metric, reference=reference) for name, m in models.items()
+    }
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -323,7 +380,14 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _progress() -> Progress:
-    return Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=err, transient=True, disable=not err.is_terminal)
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+    )
 
 
 def _require_json_free(options: argparse.Namespace) -> None:

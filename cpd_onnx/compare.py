@@ -101,7 +101,7 @@ def tolerance(combed: Combed) -> float:
     activations = {t.value.dtype for t in combed.tensors.values()}
     if activations & {TensorProto.INT8, TensorProto.UINT8}:
         return QUANTIZED
-    names = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
+    names: dict[int, str] = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
     kinds = {weight.value.dtype for weight in combed.weights if weight.is_float and weight.size > 1}
     return max((TOLERANCES[names.get(kind, "float32")] for kind in kinds), default=TOLERANCES["float32"])
 
@@ -118,6 +118,8 @@ def _size(values: Array, *, rms: bool) -> float:
 def _nudged(feed: Mapping[str, Array]) -> Feed:
     rng = np.random.default_rng(0)
     return {
-        name: (array * (1 + _NUDGE * rng.standard_normal(array.shape))).astype(array.dtype) if array.dtype.kind == "f" else array
+        name: (array * (1 + _NUDGE * rng.standard_normal(array.shape))).astype(array.dtype)
+        if array.dtype.kind == "f"
+        else array
         for name, array in feed.items()
     }

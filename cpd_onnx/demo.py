@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import resources, util
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from cpd_onnx.passes.comb import Comb
 from cpd_onnx.passes.prune import Prune
 from cpd_onnx.passes.score import Score
 from cpd_onnx.passes.verify import Verify, verify_files
-from cpd_onnx.pipeline import Pass, run as run_passes
+from cpd_onnx.pipeline import Pass
+from cpd_onnx.pipeline import run as run_passes
 from cpd_onnx.runtime import latency_ratio
 from cpd_onnx.state import State
 
@@ -33,9 +35,10 @@ def run(
     kind: str, fraction: float, *, epochs: int, out: Path | None = None, overwrite: bool = False,
     observer: Callable[[str], None] = SAY,
 ) -> dict[str, Any]:  # fmt: skip  # one line an option
-    """Prune the embedded digits network and train it back; accuracies are of the last epoch, on images never trained on.
+    """Prune the embedded digits network and train it back.
 
-    Without torch the training is left out. Raises TargetError if the target cannot be met.
+    Accuracies are those after the last epoch, on images that were never trained on. Without torch the training is left
+    out. Raises TargetError if the target cannot be met.
     """
     started = time.perf_counter()
     _prepare(out, overwrite=overwrite)
@@ -59,7 +62,8 @@ def run(
         "rows": [{k: v for k, v in row.items() if k != "model"} for row in rows],
         "epochs": epochs if trained else 0,
         "latency": {"before_ms": 1e3 * seconds[0], "after_ms": 1e3 * seconds[1], "batch": 64, "threads": 1},
-        "verification": report.comparison(found.comparison) | {"is_replay": found.is_replay, "trained": len(found.trained)},
+        "verification": report.comparison(found.comparison)
+        | {"is_replay": found.is_replay, "trained": len(found.trained)},
         "torch": trained,
         "seconds": time.perf_counter() - started,
     }
@@ -90,7 +94,9 @@ def lines(content: dict[str, Any]) -> list[str]:
         report.proof_line(content["verification"]),
     ]
     if not content["torch"]:
-        said.append("not trained: install torch (pip install 'cpd-onnx[torch]') to see distillation bring accuracy back")
+        said.append(
+            "not trained: install torch (pip install 'cpd-onnx[torch]') to see distillation bring accuracy back"
+        )
     return [*said, f"{content['seconds']:.0f} s in all"]
 
 
@@ -126,8 +132,9 @@ def _feed(model: Model, source: ArraySource) -> dict[str, Any]:
 
 
 def _pruned(model: Model, kind: str, fraction: float, score: str) -> State:
-    amount = {kind: fraction}
-    steps: list[Pass] = [Comb(), Score(score), Allocate(**amount, spread="uniform"), Prune(), Verify()]
+    amounts: dict[str, Any] = {kind: fraction}
+    allocation = replace(Allocate(), **amounts)
+    steps: list[Pass] = [Comb(), Score(score), allocation, Prune(), Verify()]
     return run_passes(steps, model)
 
 
@@ -144,7 +151,12 @@ def _costs(model: Model) -> Any:
 
 
 def _trained(
-    model: Model, states: dict[str, State], train: ArraySource, test: ArraySource, epochs: int, observer: Callable[[str], None]
+    model: Model,
+    states: dict[str, State],
+    train: ArraySource,
+    test: ArraySource,
+    epochs: int,
+    observer: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """The control, the random choice and ours, all with the same recipe and without labels; ours is last but one."""
     from cpd_onnx.passes import distill

@@ -30,7 +30,8 @@ class Editor:
 
     def node(self, scope: Scope, position: int) -> NodeProto:
         """The node at a position of a scope."""
-        return self.graph(scope).node[scope.order[position]]
+        found: NodeProto = self.graph(scope).node[scope.order[position]]
+        return found
 
     def maker(self, scope: Scope, name: str) -> NodeProto:
         """The Constant node that makes a value."""

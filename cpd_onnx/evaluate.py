@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 
@@ -76,7 +76,7 @@ for _name, _function in {
     "Reciprocal": lambda a: np.reciprocal(a), "Round": np.rint, "Exp": np.exp, "Log": np.log,
     "Identity": lambda a: a, "Where": np.where,
 }.items():  # fmt: skip  # one line an operator would be a page
-    evaluator(_name)(_elementwise(_function))
+    evaluator(_name)(_elementwise(cast(Any, _function)))
 
 
 @evaluator("Pow")
@@ -141,9 +141,7 @@ def slice_ranges(call: Call, rank: int, operands: Sequence[Array | None]) -> lis
         axes, steps = (None if o is None else o.tolist() for o in padded[2:4])
     axes = axes if axes is not None else list(range(len(starts)))
     steps = steps if steps is not None else [1] * len(starts)
-    return [
-        (axis % rank, start, end, step) for axis, start, end, step in zip(axes, starts, ends, steps, strict=True)
-    ]
+    return [(axis % rank, start, end, step) for axis, start, end, step in zip(axes, starts, ends, steps, strict=True)]
 
 
 def axes_operand(call: Call, operands: Sequence[Array | None]) -> list[int] | None:
@@ -257,7 +255,7 @@ def _reduction(function: Callable[..., Any]) -> Evaluator:
 for _name, _function in {
     "ReduceProd": np.prod, "ReduceSum": np.sum, "ReduceMax": np.max, "ReduceMin": np.min, "ReduceMean": np.mean,
 }.items():  # fmt: skip  # as above
-    evaluator(_name)(_reduction(_function))
+    evaluator(_name)(_reduction(cast(Any, _function)))
 
 
 @evaluator("Trilu")

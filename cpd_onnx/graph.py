@@ -78,7 +78,8 @@ class Model:
 
     def tensor(self, name: str) -> TensorProto:
         """The initializer's proto, perhaps without data."""
-        return self._initializers[name]
+        found: TensorProto = self._initializers[name]
+        return found
 
     def array(self, name: str) -> Array:
         """Values of a main-graph initializer; do not write into it."""
@@ -131,7 +132,13 @@ class Model:
         """The whole model as one protobuf message."""
         if self.data_bytes() + self.proto.ByteSize() > PROTO_LIMIT:
             raise ModelError("the model is over 2 GiB and cannot be one message: save it with external data instead")
-        return self.complete_proto().SerializeToString()
+        return bytes(self.complete_proto().SerializeToString())
+
+    def files(self, path: str | os.PathLike[str]) -> list[Path]:
+        """The files that `save` writes for a path: the model, and its data where that lies apart."""
+        target = Path(path)
+        apart = self.is_external or self.data_bytes() + self.proto.ByteSize() > PROTO_LIMIT
+        return [target, *([target.with_name(target.name + ".data")] if apart else [])]
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the model; weights go to `<name>.data` beside it if they came from such a file, or over 2 GiB.
@@ -139,14 +146,13 @@ class Model:
         Raises ModelError if a file is there and `overwrite` is not set, or the folder cannot be written.
         Each file appears complete or not at all.
         """
-        target = Path(path)
-        external = self.is_external or self.data_bytes() + self.proto.ByteSize() > PROTO_LIMIT
-        side = target.with_name(target.name + ".data")
-        for file in [target, *([side] if external else [])]:
+        target, *beside = self.files(path)
+        for file in (target, *beside):
             require_free(file, overwrite=overwrite)
-        if not external:
+        if not beside:
             write_atomically(target, self.serialize())
             return
+        side = beside[0]
         proto = ModelProto()
         proto.CopyFrom(self.proto)
         # Mapped source data may be the very file that is replaced, so the data file is complete before it moves.
@@ -182,7 +188,9 @@ def load(source: Source) -> Model:
         import onnx_graphsurgeon as gs
 
         if not isinstance(source, gs.Graph):
-            raise TypeError(f"a model is a path, a ModelProto or an onnx_graphsurgeon.Graph, not {type(source).__name__}")
+            raise TypeError(
+                f"a model is a path, a ModelProto or an onnx_graphsurgeon.Graph, not {type(source).__name__}"
+            )
         proto = gs.export_onnx(source)
     if not proto.graph.node and not proto.graph.output:
         raise ModelError(f"{path or 'the model'}: the graph is empty; is this an ONNX model?")
@@ -252,7 +260,7 @@ def replace_values(tensor: TensorProto, values: Array) -> None:
     """Put new values into a tensor proto, everything else as it was."""
     made = numpy_helper.from_array(np.ascontiguousarray(values), tensor.name)
     for field in ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data", "raw_data"):
-        tensor.ClearField(field)  # type: ignore[arg-type]  # the stubs want a literal
+        tensor.ClearField(field)
     del tensor.dims[:]
     tensor.dims.extend(values.shape)
     tensor.raw_data = made.raw_data

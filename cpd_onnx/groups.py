@@ -230,7 +230,7 @@ class Combed:
 
 
 def grouped(combed: Combed) -> list[Group]:
-    """Sort the surviving primitives by the set of tensor axes, and places in their composites, that they run through."""
+    """Sort the surviving primitives by the tensor axes, and the places in their composites, that they run through."""
     atoms = combed.atoms
     signature = np.zeros(len(atoms), np.uint64)
     trained = np.zeros(len(atoms), np.bool_)
@@ -250,10 +250,12 @@ def grouped(combed: Combed) -> list[Group]:
     cuts = np.flatnonzero(np.diff(signature[live]) != 0) + 1
     kinds = _kinds(combed)
     names = _names(combed)
-    made = []
+    made: list[Group] = []
     for channels in np.split(live, cuts):
         lead = int(channels[0])
-        made.append(Group(len(made), names.get(lead, f"group{len(made)}"), kinds.get(lead, "channels"), np.sort(channels)))
+        made.append(
+            Group(len(made), names.get(lead, f"group{len(made)}"), kinds.get(lead, "channels"), np.sort(channels))
+        )
     return _uniquely_named(made)
 
 

@@ -44,7 +44,9 @@ def parse(text: str) -> list[tuple[str, dict[str, Any]]]:
     while position < len(text.rstrip().rstrip(",")):
         found = _STEP.match(text, position)
         if not found:
-            raise ValueError(f"not a pipeline from {text[position : position + 20]!r} on: write name{{option=value, …}}, …")
+            raise ValueError(
+                f"not a pipeline from {text[position : position + 20]!r} on: write name{{option=value, …}}, …"
+            )
         steps.append((found[1], _options(found[2] or "")))
         position = found.end()
     return steps

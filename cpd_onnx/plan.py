@@ -43,6 +43,11 @@ class Plan:
         """SHA-256 of the source file."""
         return str(self.content["source"]["sha256"])
 
+    @property
+    def input_shapes(self) -> dict[str, list[int]]:
+        """Sizes of inputs that were given when the plan was made."""
+        return {name: list(shape) for name, shape in self.content["source"].get("input_shapes", {}).items()}
+
     def dumps(self) -> str:
         """The document as text, the same for the same plan."""
         return json.dumps(self.content, indent=1) + "\n"
@@ -80,14 +85,24 @@ def _check(content: Any, where: str) -> None:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise PlanError(f"{where} is not a plan: 'format' should be {FORMAT!r}")
     if content.get("version") != VERSION:
-        raise PlanError(f"{where} is a plan of version {content.get('version')!r}; this program reads version {VERSION}")
+        raise PlanError(
+            f"{where} is a plan of version {content.get('version')!r}; this program reads version {VERSION}"
+        )
     source, groups = content.get("source"), content.get("groups")
     if not isinstance(source, dict) or not isinstance(source.get("sha256"), str):
         raise PlanError(f"{where}: 'source' names no sha256")
+    _check_shapes(source.get("input_shapes", {}), where)
     if not isinstance(groups, list):
         raise PlanError(f"{where}: 'groups' should be a list")
     for group in groups:
         _check_group(group, where)
+
+
+def _check_shapes(shapes: Any, where: str) -> None:
+    if not isinstance(shapes, dict) or not all(isinstance(shape, list) for shape in shapes.values()):
+        raise PlanError(f"{where}: 'input_shapes' should map names to lists of sizes")
+    if any(not isinstance(size, int) or isinstance(size, bool) or size < 1 for shape in shapes.values() for size in shape):
+        raise PlanError(f"{where}: 'input_shapes' has sizes that are no positive integers")
 
 
 def _check_group(group: Any, where: str) -> None:
@@ -146,7 +161,9 @@ def match(combed: Combed, plan: Plan) -> dict[int, list[int]]:
     """
     actual = sha256(combed.folded.model)
     if plan.sha256 != actual:
-        raise PlanError(f"the plan belongs to another file: it names sha256 {plan.sha256[:12]}…, this one has {actual[:12]}…")
+        raise PlanError(
+            f"the plan belongs to another file: it names sha256 {plan.sha256[:12]}…, this one has {actual[:12]}…"
+        )
     for group in plan.content["groups"]:
         index = group["id"]
         known = combed.groups[index] if 0 <= index < len(combed.groups) else None

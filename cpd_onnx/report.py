@@ -2,100 +2,127 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.table import Table
 
 from cpd_onnx.compare import Comparison
-from cpd_onnx.cost import CostModel, Costs
-from cpd_onnx.groups import Combed
+from cpd_onnx.cost import CostModel
+from cpd_onnx.graph import Model
+from cpd_onnx.groups import Combed, Frozen
 from cpd_onnx.kept import Kept
 from cpd_onnx.plan import groups_of, sha256
-from cpd_onnx.state import State
+from cpd_onnx.rules.api import KERNEL_EXTENT, TABLE_ROWS
+
+if TYPE_CHECKING:
+    from cpd_onnx.state import State
 
 INSPECT_FORMAT = "cpd-onnx/inspect"
 RESULT_FORMAT = "cpd-onnx/result"
+_NO_CHANNELS = (KERNEL_EXTENT, TABLE_ROWS)
+"""Reasons of axes that hold no channels: told last, or not at all."""
+_EXAMPLES = 3
 
 
-def inspection(combed: Combed) -> dict[str, Any]:
-    """What combing found, in the plan's words."""
+def inspection(combed: Combed, held: Sequence[int] = ()) -> dict[str, Any]:
+    """What combing found, in the plan's words; `held` are the groups that the user wants to keep."""
     costs = CostModel(combed)
-    total = costs.total(Kept(combed.atoms))
     per_group = costs.of_groups(combed)
     model = combed.folded.model
     return {
         "format": INSPECT_FORMAT,
         "version": 1,
         "source": {"file": model.path.name if model.path else "", "sha256": sha256(model)},
-        "costs": asdict(total),
+        "costs": asdict(costs.total(Kept(combed.atoms))),
         "prunable_fraction": combed.prunable_fraction(),
-        "groups": [
-            group | {"macs": per_group[group["id"]].macs, "params": per_group[group["id"]].params}
-            for group in groups_of(combed)
+        "groups": groups_of(combed),
+        "group_costs": [
+            {"id": g.id, "macs": per_group[g.id].macs, "params": per_group[g.id].params, "held": g.id in held}
+            for g in combed.groups
         ],
         "frozen": [
             {"tensor": f.tensor, "axis": f.axis, "indices": f.indices, "of": f.of, "reason": "; ".join(f.reasons)}
             for f in combed.frozen()
         ],
+        "kept": kept_reasons(combed),
         "without_rule": dict(combed.without_rule),
         "unknown_shapes": dict(combed.folded.unknown),
     }
 
 
+def kept_reasons(combed: Combed) -> list[dict[str, Any]]:
+    """Why axes are kept: for each reason how many, how many weights lie in what is kept, and the largest tensors.
+
+    The reason that holds most weights comes first, those of axes without channels last.
+    """
+    dims = {weight.name: weight.shape for weight in combed.weights}
+    found: dict[str, list[Frozen]] = defaultdict(list)
+    for frozen in combed.frozen():
+        for reason in frozen.reasons or ("its size is one, or fixed with that of another",):
+            found[reason].append(frozen)
+
+    def weights(frozen: Frozen) -> int:
+        return math.prod(dims[frozen.tensor]) * frozen.indices // frozen.of
+
+    reasons = []
+    for reason, entries in found.items():
+        entries.sort(key=weights, reverse=True)
+        largest = [{"tensor": f.tensor, "axis": f.axis, "dims": list(dims[f.tensor])} for f in entries[:_EXAMPLES]]
+        total = sum(weights(frozen) for frozen in entries)
+        reasons.append({"reason": reason, "axes": len(entries), "weights": total, "largest": largest})
+    return sorted(reasons, key=lambda r: (str(r["reason"]) in _NO_CHANNELS, -int(str(r["weights"]))))
+
+
 def groups_table(content: Mapping[str, Any]) -> Table:
     """One row a group."""
-    table = Table("id", "group", "kind", "size", "MACs through it", "parameters", "members", title="Groups of coupled channels")
-    for column in (0, 3, 4, 5, 6):
-        table.columns[column].justify = "right"
-    for group in content["groups"]:
-        numbers = (count(group["macs"]), count(group["params"]), str(len(group["members"])))
-        table.add_row(str(group["id"]), group["name"], group["kind"], str(group["size"]), *numbers)
+    table = table_of("Groups of coupled channels", "id", "group", "kind", "size", "MACs", "parameters", "members")
+    for group, costs in zip(content["groups"], content["group_costs"], strict=True):
+        name = f"{group['name']} (held)" if costs["held"] else group["name"]
+        numbers = (count(costs["macs"]), count(costs["params"]), str(len(group["members"])))
+        table.add_row(str(group["id"]), name, group["kind"], str(group["size"]), *numbers)
     return table
 
 
-def kept_table(frozen: Sequence[Mapping[str, Any]], *, limit: int = 0) -> Table:
-    """One row a reason, commonest first; how many axes it holds and an example."""
-    axes: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for entry in frozen:
-        axes[entry["reason"] or "its size is one, or fixed with that of another"].append(entry)
-    table = Table("reason", "axes", "indices", "for example", title="Kept, and why")
-    ordered = sorted(axes.items(), key=lambda item: -sum(e["indices"] for e in item[1]))
-    for reason, entries in ordered[: limit or None]:
-        example = max(entries, key=lambda e: e["indices"])
-        indices = sum(e["indices"] for e in entries)
-        table.add_row(reason, str(len(entries)), str(indices), f"{example['tensor']} axis {example['axis']}")
-    if limit and len(ordered) > limit:
-        table.add_row(f"… and {len(ordered) - limit} more reasons, see 'inspect'", "", "", "")
+def kept_table(reasons: Sequence[Mapping[str, Any]], *, limit: int = 0) -> Table:
+    """One row a reason; with a limit only the first ones, and only those of channels."""
+    if limit:
+        reasons = [entry for entry in reasons if entry["reason"] not in _NO_CHANNELS]
+    table = table_of("Kept, and why", "reason", "axes", "weights", "the largest")
+    table.columns[3].justify = "left"
+    for entry in reasons[: limit or None]:
+        largest = ", ".join(f"{e['tensor']} {e['dims']} axis {e['axis']}" for e in entry["largest"][: 1 if limit else None])
+        table.add_row(entry["reason"], str(entry["axes"]), count(entry["weights"]), largest)
+    if limit and len(reasons) > limit:
+        table.add_row(f"… and {len(reasons) - limit} more, see 'inspect'", "", "", "")
     return table
 
 
-def result(state: State, output: Path | None, seconds: float) -> dict[str, Any]:
+def result(state: State, seconds: float) -> dict[str, Any]:
     """What pruning gave."""
     combed, allocation = state.need("combed", "comb"), state.need("allocation", "allocate")
-    kept = Kept(combed.atoms)
-    kept.remove(allocation.channels(combed))
-    content: dict[str, Any] = {
+    source = state.original.path
+    return {
         "format": RESULT_FORMAT,
         "version": 1,
-        "source": {"file": str(state.original.path or ""), "sha256": sha256(state.original)},
-        "output": str(output) if output else "",
+        "source": {"file": source.name if source else "", "sha256": sha256(state.original)},
         "budget": dict(state.budget),
         "before": asdict(allocation.before),
         "after": asdict(allocation.after),
-        "bytes": {"before": size_of(state.original), "after": size_of(state.model)},
         "groups": len(combed.groups),
         "groups_pruned": sum(bool(removed) for removed in allocation.removed),
         "prunable_fraction": combed.prunable_fraction(),
+        "kept": kept_reasons(combed),
         "notes": list(allocation.notes),
         "edits": [asdict(edit) for edit in state.edits],
         "verification": None if state.verification is None else comparison(state.verification),
         "seconds": round(seconds, 3),
     }
-    return content
 
 
 def comparison(found: Comparison) -> dict[str, Any]:
@@ -103,21 +130,28 @@ def comparison(found: Comparison) -> dict[str, Any]:
     return asdict(found) | {"passed": found.passed}
 
 
-def size_of(model: Any) -> int:
-    """Bytes that a model takes in files."""
-    return int(model.data_bytes() + model.proto.ByteSize())
+def size_of(model: Model, path: Path) -> int:
+    """Bytes that a model takes at its path, with its data where that lies apart."""
+    return path.stat().st_size + (model.data_bytes() if len(model.files(path)) > 1 else 0)
 
 
 def costs_table(content: Mapping[str, Any]) -> Table:
     """Before and after."""
-    table = Table("", "before", "after", "remains", title="Pruned")
-    for column in (1, 2, 3):
-        table.columns[column].justify = "right"
-    rows = [("MACs", "macs"), ("parameters", "params"), ("prunable channels", "channels")]
-    for name, key in rows:
+    table = table_of("", "", "before", "after", "remains")
+    for name, key in (("MACs", "macs"), ("parameters", "params"), ("prunable channels", "channels")):
         before, after = content["before"][key], content["after"][key]
         table.add_row(name, count(before), count(after), share(after, before))
-    table.add_row("bytes", count(content["bytes"]["before"]), count(content["bytes"]["after"]), share(content["bytes"]["after"], content["bytes"]["before"]))
+    sizes = content["bytes"]
+    table.add_row("file", f"{count(sizes['before'])}B", f"{count(sizes['after'])}B", share(sizes["after"], sizes["before"]))
+    return table
+
+
+def values_table(values: Mapping[str, str]) -> Table:
+    """Names and values."""
+    table = table_of("", "", "")
+    for name, value in values.items():
+        table.add_row(name, value)
+    table.show_header = False
     return table
 
 
@@ -146,9 +180,18 @@ def count(number: float) -> str:
 
 def share(part: float, whole: float) -> str:
     """A ratio in percent."""
-    return f"{100 * part / whole:.1f} %" if whole else "–"
+    return f"{100 * part / whole:.1f} %" if whole else "–"  # noqa: RUF001  # a dash is meant
 
 
-def costs_line(costs: Costs) -> str:
+def costs_line(costs: Mapping[str, float]) -> str:
     """MACs and parameters in words."""
-    return f"{count(costs.macs)} multiply-accumulates a sample, {count(costs.params)} parameters"
+    return f"{count(costs['macs'])} multiply-accumulates a sample, {count(costs['params'])} parameters"
+
+
+def table_of(title: str, *columns: str) -> Table:
+    """A table of names, to the left, and numbers, to the right; what is too long is folded, never cut."""
+    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left")
+    for place, name in enumerate(columns):
+        is_text = place == 0 or name in ("group", "kind", "reason")
+        table.add_column(name, justify="left" if is_text else "right", overflow="fold")
+    return table

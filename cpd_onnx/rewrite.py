@@ -115,7 +115,7 @@ class _Rewriter(Editor):
                 self.log("operand", self.slot_name(demand), f"absent -> {made.tolist()}")
         else:
             key = (id(demand.scope), demand.node, demand.slot)
-            old = self.operands[key] if key in self.operands else value.value
+            old = self.operands.get(key, value.value)
             self.operands[key] = demand.rewrite(self.kept, old)
             self.log("operand", self.slot_name(demand), f"{_short(old)} -> {_short(self.operands[key])}")
 
@@ -133,38 +133,40 @@ class _Rewriter(Editor):
 
     def leaf_operands(self) -> None:
         """Rewrite the constants from which sizes in computed operands come."""
-        wanted: dict[int, int] = {}
+        wanted: dict[int, dict[int, int]] = defaultdict(dict)
         for demand, value in self.pins:
-            if not demand.per_element or value.is_static:
-                continue
-            for element in elements(demand, value):
-                if element.leaf >= 0:
-                    wanted[element.leaf] = self.kept.count(element.axis)
-        by_use: dict[int, dict[int, int]] = defaultdict(dict)
-        for leaf, size in wanted.items():
-            by_use[leaf >> 32][leaf & 0xFFFFFFFF] = size
-        for number, sizes in sorted(by_use.items()):
-            use = self.combed.folded.uses[number]
-            value = use.scope.lookup(use.scope.nodes[use.node].input[use.slot])
-            assert value is not None and value.value is not None
-            array = np.array(value.value)
-            for place, size in sizes.items():
-                if place & DIVISOR:
-                    continue
-                if place & SCALED:
-                    array[...] = self.factor(number, size, array)
-                else:
-                    array.reshape(-1)[place] = size
-            if value.weight is None:
-                self.leaves[use] = array
-            elif not np.array_equal(array, value.value):
-                self.operands[(id(use.scope), use.node, use.slot)] = array
-                self.log("operand", self.use_name(use), f"{_short(value.value)} -> {_short(array)}")
+            if demand.per_element and not value.is_static:
+                for element in elements(demand, value):
+                    if element.leaf >= 0 and not element.leaf & DIVISOR:
+                        wanted[element.leaf >> 32][element.leaf & 0xFFFFFFFF] = self.kept.count(element.axis)
+        for number, sizes in sorted(wanted.items()):
+            self.leaf_operand(number, sizes)
+
+    def leaf_operand(self, number: int, sizes: dict[int, int]) -> None:
+        """New values for some elements of what enters at one use."""
+        use = self.combed.folded.uses[number]
+        value = use.scope.lookup(use.scope.nodes[use.node].input[use.slot])
+        assert value is not None
+        array = np.array(value.value)
+        for place, size in sizes.items():
+            if place & SCALED:
+                array[...] = self.factor(number, size, array)
+            else:
+                array.reshape(-1)[place] = size
+        if value.weight is None:
+            self.leaves[use] = array
+        elif not np.array_equal(array, np.asarray(value.value)):
+            self.operands[(id(use.scope), use.node, use.slot)] = array
+            self.log("operand", self.use_name(use), f"{_short(value.value)} -> {_short(array)}")
 
     def factor(self, number: int, size: int, factor: Array) -> int:
         """The factor that makes a product `size`: factor * size / old product."""
         old = next(
-            e.axis for d, v in self.pins if d.per_element for e in elements(d, v) if e.leaf >= 0 and e.leaf >> 32 == number
+            e.axis
+            for d, v in self.pins
+            if d.per_element
+            for e in elements(d, v)
+            if e.leaf >= 0 and e.leaf >> 32 == number
         )
         return int(factor.item()) * size // len(old)
 
@@ -228,7 +230,9 @@ class _Rewriter(Editor):
                 axes, before = self.axes_of(scope, info), info.SerializeToString()
                 if axes is not None and not self.redescribe(info, axes):
                     stale.append(info)
-                    self.log("shape", f"{scope.path}:{info.name}", "dropped: it had another number of axes than the tensor")
+                    self.log(
+                        "shape", f"{scope.path}:{info.name}", "dropped: it had another number of axes than the tensor"
+                    )
                 elif info.SerializeToString() != before:
                     self.log("shape", f"{scope.path}:{info.name}", f"sizes of the axes {list(axes or [])}")
             for info in stale:
@@ -388,5 +392,3 @@ def _same(a: Array, b: Array) -> bool:
 def _short(array: Any) -> str:
     listed = np.asarray(array).ravel().tolist()
     return str(listed) if len(listed) <= 8 else f"{str(listed[:6])[:-1]}, … {len(listed)} numbers]"
-
-

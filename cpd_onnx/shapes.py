@@ -498,12 +498,10 @@ class _Folder:
         static = [slot for slot, value in enumerate(inputs) if value is not None and value.is_static]
         if len(static) != 1 or len(inputs) != 2:
             return None
-        factor, other = inputs[static[0]], inputs[1 - static[0]]
-        assert factor is not None and factor.value is not None and other is not None and other.value is not None
-        if factor.value.size != 1 or other.value.size != 1 or (divided and static != [1]):
+        if any(v is None or v.value is None or v.value.size != 1 for v in inputs) or (divided and static != [1]):
             return None
         self.uses.append(Use(scope, position, static[0]))
-        rank = max(factor.value.ndim, other.value.ndim)
+        rank = max(v.value.ndim for v in inputs if v is not None and v.value is not None)
         code = ((len(self.uses) - 1) << 32) + (DIVISOR if divided else SCALED)
         return [np.full((1,) * rank, code, np.int64)]
 
@@ -581,9 +579,10 @@ class _Folder:
         inner = Scope(f"{scope.path}/{label}", nodes, dict(values), list(function.output), None, function=True)
         inner.inputs, inner.order = list(function.input), order
         scope.bodies[position] = {"body": inner}
-        outer, self.opsets = self.opsets, self.opsets | {
-            "" if o.domain == "ai.onnx" else o.domain: o.version for o in function.opset_import
-        }
+        outer, self.opsets = (
+            self.opsets,
+            self.opsets | {"" if o.domain == "ai.onnx" else o.domain: o.version for o in function.opset_import},
+        )
         inner.opset = self.opsets[""]
         self.sweep(inner)
         self.opsets = outer
@@ -640,9 +639,7 @@ class _Folder:
             results.append(_renamed(source, name))
         return results
 
-    def loop_outputs(
-        self, node: NodeProto, graph: GraphProto, inputs: list[Value | None], body: Scope
-    ) -> list[Value]:
+    def loop_outputs(self, node: NodeProto, graph: GraphProto, inputs: list[Value | None], body: Scope) -> list[Value]:
         is_loop = node.op_type == "Loop"
         attributes = attributes_of(node)
         states = len(inputs) - 2 if is_loop else len(inputs) - attributes.get("num_scan_inputs", 0)
@@ -705,7 +702,9 @@ def topological(nodes: Sequence[NodeProto], known: set[str], where: str) -> list
             node, missing = nodes[later[0]], min(needs[later[0]] - done)
             made = {name for index in later for name in nodes[index].output}
             what = "is part of a cycle" if missing in made else "is made by no node"
-            raise ModelError(f"{where}: input {missing!r} of node {node.name or node.op_type!r} {what}; export it again")
+            raise ModelError(
+                f"{where}: input {missing!r} of node {node.name or node.op_type!r} {what}; export it again"
+            )
         waiting = later
     return order
 

@@ -86,7 +86,9 @@ def widen_oracle(source: Source, *, seed: int = 0) -> Outcome:
     kept = Kept(combed.atoms)
     kept.remove(Allocation(removed, wish.before, wish.after).channels(combed))
     wide = comb(_zeroed(combed, kept))
-    lowest = [sorted(np.argsort(s, kind="stable")[: len(r)].tolist()) for s, r in zip(score(wide, "l2"), removed, strict=True)]
+    lowest = [
+        sorted(np.argsort(s, kind="stable")[: len(r)].tolist()) for s, r in zip(score(wide, "l2"), removed, strict=True)
+    ]
     back = prune(wide, Allocation(lowest, wish.before, wish.after)).model.serialize()
     return Outcome(back == narrow, 0.0 if back == narrow else float("inf"), sum(map(bool, removed)))
 
@@ -128,7 +130,10 @@ def _order(atoms: Atoms, axis: Axis, image: Axis) -> Axis | None:
     _, keys = np.unique(np.concatenate([here, there]), axis=0, return_inverse=True)
     places, movers = keys.ravel()[: len(axis)], keys.ravel()[len(axis) :]
     frozen = atoms.is_frozen(axis)
-    places, movers = np.where(frozen, -1 - np.arange(len(axis)), places), np.where(frozen, -1 - np.arange(len(axis)), movers)
+    places, movers = (
+        np.where(frozen, -1 - np.arange(len(axis)), places),
+        np.where(frozen, -1 - np.arange(len(axis)), movers),
+    )
     by_place, by_mover = np.argsort(places, kind="stable"), np.argsort(movers, kind="stable")
     if not np.array_equal(places[by_place], movers[by_mover]):
         return None
@@ -157,9 +162,9 @@ def _permute(combed: Combed, editor: Editor, weight: Weight, image: Axis) -> Non
     first = next(iter(arrays.values()), original)
     if not np.array_equal(first, original):
         editor.replace(weight, np.ascontiguousarray(first))
-    for use, array in arrays.items():
+    for slot, array in arrays.items():
         if not np.array_equal(array, first):
-            editor.node(use.scope, use.node).input[use.slot] = editor.added(f"{weight.value.name}_permuted", array)
+            editor.node(slot.scope, slot.node).input[slot.slot] = editor.added(f"{weight.value.name}_permuted", array)
 
 
 def _zeroed(combed: Combed, kept: Kept) -> Model:

@@ -49,7 +49,9 @@ class Budget:
         if self.kind not in KINDS:
             raise TargetError(f"no target is called {self.kind!r}: choose one of {', '.join(KINDS)}")
         if not 0 < self.fraction <= 1:
-            raise TargetError(f"target {self.kind}={self.fraction:g}: give the fraction that may remain, above 0 up to 1")
+            raise TargetError(
+                f"target {self.kind}={self.fraction:g}: give the fraction that may remain, above 0 up to 1"
+            )
         if self.spread not in SPREADS:
             raise TargetError(f"no spread is called {self.spread!r}: choose one of {', '.join(SPREADS)}")
         if self.multiple < 1:
@@ -135,7 +137,7 @@ class _Allocator:
         self.combed, self.scores, self.budget = combed, list(scores), budget
         self.costs, self.kept = CostModel(combed), Kept(combed.atoms)
         self.before = self.costs.total(self.kept)
-        self.held = _held(combed, budget.keep)
+        self.held = held_groups(combed, budget.keep)
         self.sizes = [len(group) for group in combed.groups]
         self.order = [np.argsort(score, kind="stable") for score in self.scores]
         self.outer = _outer_groups(combed)
@@ -155,7 +157,9 @@ class _Allocator:
             low, high = (middle, high) if self.cost(self.counts(middle)) <= target else (low, middle)
         counts = self.between(self.counts(low), self.counts(high), target)
         if counts == self.sizes and self.budget.fraction < 1:
-            raise TargetError(f"target {self.budget.kind}={self.budget.fraction:g} would remove nothing: the smallest step is larger")
+            raise TargetError(
+                f"target {self.budget.kind}={self.budget.fraction:g} would remove nothing: the smallest step is larger"
+            )
         reached = self.cost(counts)
         notes = []
         if abs(reached - target) > tolerance:
@@ -169,7 +173,11 @@ class _Allocator:
         first, last = 0, len(differing)
         while first < last:
             middle = (first + last + 1) // 2
-            first, last = (middle, last) if self.cost(self.mixed(low, high, differing[:middle])) <= target else (first, middle - 1)
+            first, last = (
+                (middle, last)
+                if self.cost(self.mixed(low, high, differing[:middle])) <= target
+                else (first, middle - 1)
+            )
         below = self.mixed(low, high, differing[:first])
         above = self.mixed(low, high, differing[: first + 1])
         nearer_above = abs(self.cost(above) - target) < 0.5 * abs(self.cost(below) - target)
@@ -188,7 +196,9 @@ class _Allocator:
         for index in self.sequence:
             if index in self.held:
                 continue
-            already = min((np.prod([kept[o] / self.sizes[o] for o in outer]) for outer in self.outer[index]), default=1.0)
+            already = min(
+                (np.prod([kept[o] / self.sizes[o] for o in outer]) for outer in self.outer[index]), default=1.0
+            )
             share = min(1.0, ratio / float(already)) if already else 1.0
             kept[index] = self.rounded(index, share * self.sizes[index])
         return kept
@@ -233,7 +243,8 @@ class _Allocator:
 
     def unreachable(self, floor: float) -> str:
         kind, before = self.budget.kind, self.before.of(self.budget.kind)
-        why = f"target {kind}={self.budget.fraction:g} cannot be reached: with the least that may stay, {floor / before:.3f} remain"
+        least = f"with the least that may stay, {floor / before:.3f} remain"
+        why = f"target {kind}={self.budget.fraction:g} cannot be reached: {least}"
         if self.held:
             return f"{why}; {len(self.held)} groups are held by --keep"
         if self.budget.multiple > 1:
@@ -243,7 +254,7 @@ class _Allocator:
         return f"{why}; kept are: {'; '.join(list(reasons)[:3])}"
 
 
-def _held(combed: Combed, patterns: Sequence[str]) -> set[int]:
+def held_groups(combed: Combed, patterns: Sequence[str]) -> set[int]:
     """Groups that a keep pattern names, by their own name, a weight or a node."""
     owner = group_owners(combed, combed.groups)
     held = {g.id for g in combed.groups if _matches(g.name, patterns)}

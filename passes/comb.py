@@ -12,9 +12,9 @@ from onnx import NodeProto, TensorProto
 from cpd_onnx.atoms import NOTHING, Atoms, Axis
 from cpd_onnx.evaluate import Call
 from cpd_onnx.graph import Source, attributes_of, load
-from cpd_onnx.groups import FLOATS, Combed, Weight, WeightUse, grouped
+from cpd_onnx.groups import Combed, Weight, WeightUse, grouped
 from cpd_onnx.operands import hold_what_cannot_be_edited
-from cpd_onnx.rules import POSITION_CARRIERS, POSITION_USERS, RULES, GiveUp, Op, Recorder, Tensor
+from cpd_onnx.rules import FLOATS, POSITION_CARRIERS, POSITION_USERS, RULES, GiveUp, Op, Recorder, Tensor
 from cpd_onnx.shapes import Folded, Scope, Use, Value, fold, taken_branch
 from cpd_onnx.state import State
 
@@ -134,7 +134,9 @@ class _Comber:
                 if id(axis) in carried or self.atoms.all_frozen(axis):
                     continue
                 if settled is None:
-                    settled = np.unique(np.concatenate([[NOTHING], *(self.atoms.parts(a).ravel() for a in carried.values())]))
+                    settled = np.unique(
+                        np.concatenate([[NOTHING], *(self.atoms.parts(a).ravel() for a in carried.values())])
+                    )
                 if not np.isin(self.atoms.parts(axis), settled).all():
                     reason = f"the rule of {op.name} does not account for axis {number} of input {slot}"
                     self.unaccounted.append(reason)
@@ -222,8 +224,14 @@ class _Comber:
             if tensor is not None:
                 self.put(body, name, tensor)
         for value in body.values.values():
-            if value.weight is not None and (body.path, value.name) not in self.tensors and value.name not in body.inputs:
-                self.put(body, value.name, Tensor(value, self.cold(value, "lies in a function that several nodes may call")))
+            if (
+                value.weight is not None
+                and (body.path, value.name) not in self.tensors
+                and value.name not in body.inputs
+            ):
+                self.put(
+                    body, value.name, Tensor(value, self.cold(value, "lies in a function that several nodes may call"))
+                )
         self.sweep(body)
         for tensor, name in zip(outputs, body.outputs, strict=False):
             inner = self.result(body, name)
@@ -274,7 +282,9 @@ class _Comber:
             outer = inputs[index] if index < len(inputs) else None
             inner = Tensor(body.values[name], None)
             if index >= first_in and outer is not None and outer.axes is not None:
-                inner.axes = self.per_round(attributes, outer, index - first_in - states, is_scanned=index - first_in >= states)
+                inner.axes = self.per_round(
+                    attributes, outer, index - first_in - states, is_scanned=index - first_in >= states
+                )
             if inner.axes is None or tuple(map(len, inner.axes)) != inner.value.shape:
                 self.freeze(outer, f"{node.op_type} {node.name!r} changes its shape from round to round")
                 inner.axes = self.cold(inner.value, f"{node.op_type} {node.name!r} makes this axis")

@@ -172,7 +172,8 @@ class Distill(DistillOptions):
             raise DataError("distillation needs data: give --data, or a source as `data`")
         options = DistillOptions(**{f.name: getattr(self, f.name) for f in fields(DistillOptions)})
         result = distill(state.original.complete_proto(), state.model.complete_proto(), state.data, options)
-        summary = {"steps": len(result.losses), "first_loss": result.losses[0], "last_loss": result.losses[-1]}
+        summary: dict[str, Any] = {"steps": len(result.losses)}
+        summary |= {"first_loss": result.losses[0], "last_loss": result.losses[-1]}
         summary |= {"seconds": result.seconds, "device": result.device, "losses": dict(result.kinds)}
         return replace(state, model=trained(state.model, result), distilled=summary)
 

@@ -13,18 +13,18 @@ from cpd_onnx.compare import Comparison, compare, runs_needed, tolerance
 from cpd_onnx.data import Batch, Source, fixed_batch, inputs_of
 from cpd_onnx.errors import ProofError
 from cpd_onnx.graph import Array, Model, graphs_of
-from cpd_onnx.groups import FLOATS, QUANTIZED, Combed
+from cpd_onnx.groups import QUANTIZED, Combed
 from cpd_onnx.kept import Kept
 from cpd_onnx.masking import masked
 from cpd_onnx.passes.comb import comb
 from cpd_onnx.plan import Plan, channels_of, match
 from cpd_onnx.rewrite import rewrite
+from cpd_onnx.rules import FLOATS
 from cpd_onnx.runtime import open_model, working_feeds
 from cpd_onnx.state import State
 
-def verify(
-    combed: Combed, kept: Kept, pruned: Model, feeds: Iterable[Mapping[str, Array]] | None = None
-) -> Comparison:
+
+def verify(combed: Combed, kept: Kept, pruned: Model, feeds: Iterable[Mapping[str, Array]] | None = None) -> Comparison:
     """Compare the pruned model with the masked original in onnxruntime, optimisations off.
 
     Runs on random inputs if none are given. Raises UnsupportedError if onnxruntime cannot run the models, DataError if
@@ -61,8 +61,9 @@ def proved(found: Comparison) -> Comparison:
     """The verification if it passed; raises ProofError otherwise."""
     if not found.passed:
         raise ProofError(
-            f"the pruned model differs from the masked original by {found.difference:.2g} (allowed {found.tolerance:.0e}); "
-            "nothing is written. This is a defect of ours: please report it with the model"
+            f"the pruned model differs from the masked original by {found.difference:.2g}, "
+            f"allowed are {found.tolerance:.0e}; nothing is written. "
+            "This is a defect of ours: please report it with the model"
         )
     return found
 
@@ -119,7 +120,9 @@ def _trained(replay: Model, pruned: Model) -> tuple[str, ...]:
     for name, tensor in ours.items():
         other = theirs[name]
         if list(tensor.dims) != list(other.dims) or tensor.data_type != other.data_type:
-            raise ProofError(f"the file is not what the plan makes of the original: initializer {name!r} has other dims or type")
+            raise ProofError(
+                f"the file is not what the plan makes of the original: initializer {name!r} has other dims or type"
+            )
         if replay.array(name).tobytes() != pruned.array(name).tobytes():
             changed.append(name)
     structures = [_without_values(model) for model in (replay, pruned)]
@@ -127,7 +130,9 @@ def _trained(replay: Model, pruned: Model) -> tuple[str, ...]:
         raise ProofError(f"the file is not what the plan makes of the original: {_first_difference(*structures)}")
     integers = [name for name in changed if ours[name].data_type not in FLOATS | QUANTIZED]
     if integers:
-        raise ProofError(f"the file is not what the plan makes of the original: constant {integers[0]!r} has other values")
+        raise ProofError(
+            f"the file is not what the plan makes of the original: constant {integers[0]!r} has other values"
+        )
     return tuple(changed)
 
 
@@ -140,7 +145,7 @@ def _without_values(model: Model) -> ModelProto:
         for tensor in (*graph.initializer, *constants):
             if graph is proto.graph or tensor.data_type in FLOATS | QUANTIZED:
                 for field in ("raw_data", "float_data", "int32_data", "double_data"):
-                    tensor.ClearField(field)  # type: ignore[arg-type]  # the stubs want a literal
+                    tensor.ClearField(field)
                 tensor.ClearField("external_data")
                 tensor.ClearField("data_location")
     return proto

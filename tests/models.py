@@ -14,7 +14,9 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 FLOATS = {TensorProto.FLOAT: np.float32, TensorProto.DOUBLE: np.float64, TensorProto.FLOAT16: np.float16}
 
 
-def from_text(graph: str, *, opset: int = 17, ir: int = 8, values: dict[str, Any] | None = None, functions: str = "") -> ModelProto:
+def from_text(
+    graph: str, *, opset: int = 17, ir: int = 8, values: dict[str, Any] | None = None, functions: str = ""
+) -> ModelProto:
     """A model whose inputs not called x… are made initializers: given values, or random ones."""
     text = f'<ir_version: {ir}, opset_import: ["": {opset}, "com.microsoft": 1, "local": 1]> agraph {graph} {functions}'
     model = onnx.parser.parse_model(text)
@@ -72,7 +74,7 @@ def set_free(case: Any, *, constants: bool, seed: int = 0) -> ModelProto | None:
     before, after = Mixer(seed), Mixer(seed + 1)
     weights: list[TensorProto] = []
     made_inputs, made_outputs = [], []
-    for number, (info, value) in enumerate(zip(source.graph.input, inputs)):
+    for number, (info, value) in enumerate(zip(source.graph.input, inputs, strict=False)):
         if not isinstance(value, np.ndarray):
             return None
         kind = info.type.tensor_type.elem_type
@@ -82,7 +84,7 @@ def set_free(case: Any, *, constants: bool, seed: int = 0) -> ModelProto | None:
             before.mix(f"{info.name}_in", info.name, value.shape, FLOATS[kind], f"i_{info.name}")
         else:
             weights.append(numpy_helper.from_array(value, info.name))
-    for info, value in zip(source.graph.output, outputs):
+    for info, value in zip(source.graph.output, outputs, strict=False):
         if not isinstance(value, np.ndarray):
             return None
         kind = info.type.tensor_type.elem_type

@@ -48,7 +48,13 @@ def test_costs_are_those_of_the_pruned_file() -> None:
 
 
 def test_macs_by_hand() -> None:
-    _, allocation = chosen(from_text("(float[1, 3, 8, 8] x, float[4, 3, 3, 3] w, float[2, 4, 1, 1] v) => (float[1, 2, 6, 6] y) { a = Conv(x, w) y = Conv(a, v) }"), "channels", 0.5)
+    _, allocation = chosen(
+        from_text(
+            "(float[1, 3, 8, 8] x, float[4, 3, 3, 3] w, float[2, 4, 1, 1] v) => (float[1, 2, 6, 6] y) { a = Conv(x, w) y = Conv(a, v) }"
+        ),
+        "channels",
+        0.5,
+    )
     assert allocation.before.macs == 4 * 3 * 9 * 36 + 2 * 4 * 36
     assert allocation.after.macs == 2 * 3 * 9 * 36 + 2 * 2 * 36
     assert allocation.before.params == 4 * 27 + 8
@@ -60,7 +66,7 @@ def test_a_group_keeps_one_channel_at_least() -> None:
 
 
 def test_unreachable_target_says_what_stands_in_the_way() -> None:
-    with pytest.raises(cpd.TargetError, match="cannot be reached.*graph"):
+    with pytest.raises(cpd.TargetError, match=r"cannot be reached.*graph"):
         chosen(model_of("heads"), "params", 0.001)
 
 
@@ -78,7 +84,9 @@ def test_heads_take_the_share_first() -> None:
 
 def test_multiple() -> None:
     combed, allocation = chosen(wide(), "macs", 0.5, multiple=8)
-    assert all((len(group) - len(removed)) % 8 == 0 for group, removed in zip(combed.groups, allocation.removed, strict=True))
+    assert all(
+        (len(group) - len(removed)) % 8 == 0 for group, removed in zip(combed.groups, allocation.removed, strict=True)
+    )
 
 
 @pytest.mark.parametrize("pattern", ["w", "u*", "b"])
@@ -94,7 +102,9 @@ def test_keep_that_matches_nothing_is_an_error() -> None:
         chosen(wide(), "macs", 0.5, keep=("nothing*",))
 
 
-@pytest.mark.parametrize("options", [{"kind": "latency"}, {"fraction": 0.0}, {"fraction": 1.5}, {"spread": "odd"}, {"multiple": 0}])
+@pytest.mark.parametrize(
+    "options", [{"kind": "latency"}, {"fraction": 0.0}, {"fraction": 1.5}, {"spread": "odd"}, {"multiple": 0}]
+)
 def test_senseless_budget(options: dict[str, object]) -> None:
     with pytest.raises(cpd.TargetError):
         Budget(**options)  # type: ignore[arg-type]
@@ -103,7 +113,10 @@ def test_senseless_budget(options: dict[str, object]) -> None:
 @pytest.mark.parametrize(("kind", "expected"), [("l1", [4.0, 12.0]), ("l2", [np.sqrt(8.0), np.sqrt(50.0)])])
 def test_magnitude_by_hand(kind: str, expected: list[float]) -> None:
     values = {"w": [[2, -3], [0, 0]], "v": [[-2, 0], [-4, -5]]}
-    model = from_text("(float[4, 2] x, float[2, 2] w, float[2, 2] v) => (float[4, 2] y) { a = MatMul(x, w) y = MatMul(a, v) }", values=values)
+    model = from_text(
+        "(float[4, 2] x, float[2, 2] w, float[2, 2] v) => (float[4, 2] y) { a = MatMul(x, w) y = MatMul(a, v) }",
+        values=values,
+    )
     assert score(comb(model), kind)[0] == pytest.approx(expected)
 
 

@@ -111,15 +111,21 @@ def damaged(folder: Path, what: str) -> Path:
         tensor = model.graph.initializer[0]
         tensor.ClearField("raw_data")
         tensor.data_location = TensorProto.EXTERNAL
-        location = {"no data file": "weights.bin", "leaves the folder": "../weights.bin", "absolute": "/etc/passwd"}[what]
+        location = {"no data file": "weights.bin", "leaves the folder": "../weights.bin", "absolute": "/etc/passwd"}[
+            what
+        ]
         tensor.external_data.add(key="location", value=location)
         path.write_bytes(model.SerializeToString())
     return path
 
 
-@pytest.mark.parametrize("what", ["truncated", "text", "empty", "cyclic", "missing value", "no data file", "leaves the folder", "absolute"])
+@pytest.mark.parametrize(
+    "what", ["truncated", "text", "empty", "cyclic", "missing value", "no data file", "leaves the folder", "absolute"]
+)
 @pytest.mark.parametrize("command", ["inspect", "prune"])
-def test_bad_files_get_one_clear_line(folder: Path, what: str, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_files_get_one_clear_line(
+    folder: Path, what: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = damaged(folder, what)
     before = files(folder)
     arguments = [command, path] + (["-o", folder / "out.onnx"] if command == "prune" else [])
@@ -141,7 +147,9 @@ def test_bad_files_get_one_clear_line(folder: Path, what: str, command: str, cap
         (["--data", "nowhere.npz"], "no file"),
     ],
 )
-def test_bad_options_get_one_clear_line(folder: Path, arguments: list[str], match: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_options_get_one_clear_line(
+    folder: Path, arguments: list[str], match: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("prune", folder / "model.onnx", "-o", folder / "out.onnx", *arguments) == 1
     assert match in capsys.readouterr().err
     assert files(folder) == {"model.onnx"}
@@ -183,7 +191,9 @@ def tampered(plan: dict[str, object], what: str) -> object:
     return plan
 
 
-@pytest.mark.parametrize("what", ["format", "version", "another file", "group", "all removed", "out of range", "a list"])
+@pytest.mark.parametrize(
+    "what", ["format", "version", "another file", "group", "all removed", "out of range", "a list"]
+)
 def test_a_wrong_plan_is_refused(folder: Path, what: str, capsys: pytest.CaptureFixture[str]) -> None:
     model, plan = folder / "model.onnx", folder / "s.onnx.plan.json"
     assert run("prune", model, "-o", folder / "s.onnx") == 0
@@ -198,7 +208,28 @@ def test_distill_writes_into_the_same_initializers(tmp_path: Path, capsys: pytes
     pytest.importorskip("torch")
     small, out, data = tmp_path / "small.onnx", tmp_path / "out.onnx", EXAMPLE.with_name("digits_train.npz")
     assert run("prune", EXAMPLE, "-o", small, "--target", "macs=0.5") == 0
-    assert run("distill", EXAMPLE, small, "-o", out, "--data", data, "--steps", 30, "--batch-norm", "train", "--lr", "0.003", "--eval", data.with_name("digits_test.npz"), "--json", tmp_path / "r.json") == 0
+    assert (
+        run(
+            "distill",
+            EXAMPLE,
+            small,
+            "-o",
+            out,
+            "--data",
+            data,
+            "--steps",
+            30,
+            "--batch-norm",
+            "train",
+            "--lr",
+            "0.003",
+            "--eval",
+            data.with_name("digits_test.npz"),
+            "--json",
+            tmp_path / "r.json",
+        )
+        == 0
+    )
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["last_loss"] < result["first_loss"]
     assert result["distilled"] > result["student"]

@@ -173,7 +173,9 @@ def is_caught(model: ModelProto) -> bool:
     try:
         if comb(model).unaccounted:
             return True
-        return not all(oracle(model, seed=seed).passed for oracle in (wide_mask_oracle, permutation_oracle) for seed in (0, 1, 2))
+        return not all(
+            oracle(model, seed=seed).passed for oracle in (wide_mask_oracle, permutation_oracle) for seed in (0, 1, 2)
+        )
     except (cpd.ProofError, cpd.UnsupportedError):
         return True
 

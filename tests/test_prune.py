@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -45,16 +44,39 @@ def test_what_is_not_in_the_edit_log_is_unchanged(name: str) -> None:
     state = pruned(model)
     after = state.model.complete_proto()
     onnx.checker.check_model(after, full_check="com.microsoft" not in {n.domain for n in model.graph.node})
-    assert [(n.op_type, n.name, list(n.output)) for n in after.graph.node] == [(n.op_type, n.name, list(n.output)) for n in model.graph.node]
-    assert (after.opset_import, after.ir_version, after.metadata_props) == (model.opset_import, model.ir_version, model.metadata_props)
+    assert [(n.op_type, n.name, list(n.output)) for n in after.graph.node] == [
+        (n.op_type, n.name, list(n.output)) for n in model.graph.node
+    ]
+    assert (after.opset_import, after.ir_version, after.metadata_props) == (
+        model.opset_import,
+        model.ir_version,
+        model.metadata_props,
+    )
     assert after.graph.input == model.graph.input
     assert after.graph.output == model.graph.output
     logged = " ".join(edit.where for edit in state.edits) + " ".join(edit.change for edit in state.edits)
     for old, new in zip(model.graph.node, after.graph.node, strict=True):
         if old != new:
             assert old.output[0] in logged or any(edit.what == "copy" for edit in state.edits)
-        sizes = {"then_branch", "else_branch", "group", "num_groups", "hidden_size", "num_heads", "q_num_heads", "kv_num_heads", "scale", "axes", "starts", "ends", "num_outputs", "qkv_hidden_sizes"}
-        assert {k: v for k, v in attributes_of(old).items() if k not in sizes} == {k: v for k, v in attributes_of(new).items() if k not in sizes}
+        sizes = {
+            "then_branch",
+            "else_branch",
+            "group",
+            "num_groups",
+            "hidden_size",
+            "num_heads",
+            "q_num_heads",
+            "kv_num_heads",
+            "scale",
+            "axes",
+            "starts",
+            "ends",
+            "num_outputs",
+            "qkv_hidden_sizes",
+        }
+        assert {k: v for k, v in attributes_of(old).items() if k not in sizes} == {
+            k: v for k, v in attributes_of(new).items() if k not in sizes
+        }
 
 
 @pytest.mark.parametrize("name", ["conv grouped", "heads", "shape arithmetic", "if"])
@@ -63,7 +85,13 @@ def test_same_bytes_in_every_run(name: str, tmp_path: Path) -> None:
     onnx.save(model_of(name), source)
     script = f"import cpd_onnx as cpd; s = cpd.run({PRUNED!r}, {str(source)!r}); print(hash('x')); import hashlib; print(hashlib.sha256(s.model.serialize() + s.plan.dumps().encode()).hexdigest())"
     outputs = [
-        subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True).stdout.split()
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split()
         for seed in ("1", "2")
     ]
     assert outputs[0][0] != outputs[1][0]
@@ -78,7 +106,10 @@ def test_plan_replays_bit_for_bit(name: str) -> None:
     assert apply(model, state.plan).model.serialize() == state.model.serialize()
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("float16", TensorProto.FLOAT16), ("double", TensorProto.DOUBLE), ("bfloat16", TensorProto.BFLOAT16)])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("float16", TensorProto.FLOAT16), ("double", TensorProto.DOUBLE), ("bfloat16", TensorProto.BFLOAT16)],
+)
 def test_other_float_types(kind: str, dtype: int) -> None:
     text = CONVS.format(kind="float", before=f"i = Cast <to = {dtype}>(x)", after="y = Cast <to = 1>(o)")
     model = from_text(text, opset=22, ir=10)
@@ -104,7 +135,11 @@ def test_typed_fields_hold_the_data() -> None:
 
 
 def test_before_ir_4_initializers_are_inputs_too() -> None:
-    model = from_text("(float[2, 6] x, float[6, 8] w, float[8] b, float[8, 5] v, float[5] c) => (float[2, 5] y) { h = Gemm(x, w, b) y = Gemm(h, v, c) }", opset=8, ir=3)
+    model = from_text(
+        "(float[2, 6] x, float[6, 8] w, float[8] b, float[8, 5] v, float[5] c) => (float[2, 5] y) { h = Gemm(x, w, b) y = Gemm(h, v, c) }",
+        opset=8,
+        ir=3,
+    )
     for tensor in model.graph.initializer:
         model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     state = pruned(model)
@@ -115,7 +150,9 @@ def test_before_ir_4_initializers_are_inputs_too() -> None:
 def test_weights_in_constant_nodes() -> None:
     model = from_text(CONVS.format(kind="float", before="i = Identity(x)", after="y = Identity(o)"))
     made = [helper.make_node("Constant", [], [t.name], value=t) for t in model.graph.initializer]
-    made[1] = helper.make_node("Constant", [], ["b"], value_floats=numpy_helper.to_array(model.graph.initializer[1]).tolist())
+    made[1] = helper.make_node(
+        "Constant", [], ["b"], value_floats=numpy_helper.to_array(model.graph.initializer[1]).tolist()
+    )
     nodes = [*made, *model.graph.node]
     del model.graph.initializer[:], model.graph.node[:]
     model.graph.node.extend(nodes)
@@ -192,7 +229,9 @@ def test_captured_and_own_weights_of_subgraphs() -> None:
         a = If(q) <then_branch = t () => (float[2, 6] p) { m = MatMul(h, u) p = Add(m, b) }, else_branch = e () => (float[2, 6] r) { k = Constant <value = float[6] {1, 2, 3, 4, 5, 6}>() r = Mul(h, k) }> y = MatMul(a, v) }"""
     state = pruned(from_text(text))
     assert shapes(state)["u"] == [3, 3]
-    branch = next(a.g for n in state.model.graph.node if n.op_type == "If" for a in n.attribute if a.name == "else_branch")
+    branch = next(
+        a.g for n in state.model.graph.node if n.op_type == "If" for a in n.attribute if a.name == "else_branch"
+    )
     assert list(branch.node[0].attribute[0].t.dims) == [3]
 
 
@@ -211,7 +250,9 @@ def test_functions_are_entered() -> None:
 
 
 def test_external_data(tmp_path: Path) -> None:
-    model = from_text("(float[2, 40] x, float[40, 80] w, float[80, 50] v) => (float[2, 50] y) { h = MatMul(x, w) y = MatMul(h, v) }")
+    model = from_text(
+        "(float[2, 40] x, float[40, 80] w, float[80, 50] v) => (float[2, 50] y) { h = MatMul(x, w) y = MatMul(h, v) }"
+    )
     source, target = tmp_path / "big.onnx", tmp_path / "small.onnx"
     onnx.save_model(model, source, save_as_external_data=True, location="big.data", size_threshold=0)
     state = pruned(source)
@@ -235,12 +276,20 @@ def test_squeeze_without_axes_keeps_channels_that_shrink_to_one() -> None:
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the folder of real models is not there")
-@pytest.mark.parametrize("name", ["vit_cifar10_smmk47", "enet_davidtvs_default_camvid", "silero_vad_op15", "twinlitenet_qdq_int8", "tf_bert_tiny_qa", "yolox_nano"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_cifar10_smmk47",
+        "enet_davidtvs_default_camvid",
+        "silero_vad_op15",
+        "twinlitenet_qdq_int8",
+        "tf_bert_tiny_qa",
+        "yolox_nano",
+    ],
+)
 def test_real_files(name: str) -> None:
     state = pruned(DATA / f"{name}.onnx")
     assert state.verification is not None
     assert state.verification.passed
     assert state.combed is not None
     assert state.combed.unaccounted == []
-
-

@@ -212,14 +212,22 @@ def quantized_convolutions() -> ModelProto:
         w = rng.integers(-100, 100, (out, inner, 3, 3)).astype(np.int8)
         bias = rng.integers(-50, 50, out).astype(np.int32)
         scale = rng.random(out).astype(np.float32) / 50
-        for name, array in (("w", w), ("b", bias), ("s", scale), ("z", np.zeros(out, np.int8)), ("bz", np.zeros(out, np.int32))):
+        for name, array in (
+            ("w", w),
+            ("b", bias),
+            ("s", scale),
+            ("z", np.zeros(out, np.int8)),
+            ("bz", np.zeros(out, np.int32)),
+        ):
             tensors.append(numpy_helper.from_array(array, f"{name}{number}"))
         nodes += [
             helper.make_node("DequantizeLinear", [f"w{number}", f"s{number}", f"z{number}"], [f"wf{number}"], axis=0),
             helper.make_node("DequantizeLinear", [f"b{number}", f"s{number}", f"bz{number}"], [f"bf{number}"], axis=0),
             helper.make_node("Conv", [f"h{number}", f"wf{number}", f"bf{number}"], [f"h{number + 1}"]),
         ]
-    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("h0", [1, 3, 9, 9]), ("h2", [1, 5, 5, 5]))]
+    ends = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("h0", [1, 3, 9, 9]), ("h2", [1, 5, 5, 5]))
+    ]
     graph = helper.make_graph(nodes, "qdq", ends[:1], ends[1:], tensors)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 

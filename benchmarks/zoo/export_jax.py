@@ -10,13 +10,12 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import common
 import jax
 import jax.numpy as jnp
 import jax2onnx
 import onnx
 from flax import nnx
-
-import common
 
 Array = jax.Array
 

@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
+import common
 import paddle
 from paddle import nn
 from paddle.vision import models
-
-import common
 
 Layer = nn.Layer
 

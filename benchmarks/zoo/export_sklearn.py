@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import common
 import numpy as np
 import skl2onnx
 from skl2onnx.common.data_types import FloatTensorType
@@ -21,8 +22,6 @@ from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
-
-import common
 
 LAYERS = {"hidden_layer_sizes": (40, 24), "max_iter": 60, "random_state": 0}
 PLAIN = {"zipmap": False}

@@ -12,13 +12,12 @@ os.environ |= {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "0", "CUDA_
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import common
 import keras
 import numpy as np
 import tensorflow as tf
 import tf2onnx
 from keras import layers as L
-
-import common
 
 Model = keras.Model
 

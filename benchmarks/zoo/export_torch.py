@@ -11,9 +11,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 import common
+import torch
 from perturb import perturb
 from torch_models import Net, all_nets
 

@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import common
 import numpy as np
 import onnx
 import onnxruntime as ort
 from onnx import TensorProto, numpy_helper, version_converter
 from onnxruntime import quantization as q
 from onnxruntime.transformers import float16, optimizer
-
-import common
 
 Transform = Callable[[Path, Path], None]
 

@@ -4,13 +4,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import nets
 import timm
 import torch
 import torchvision
 import transformers
 from torch import nn
-
-import nets
 
 Spec = tuple[str, tuple[int, ...]]
 

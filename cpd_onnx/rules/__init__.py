@@ -4,11 +4,14 @@ A rule is a small function that takes an `Op`, unites the atoms that the operato
 and sets the atoms of its outputs. `RULES` maps (domain, operator) to its rule; importing this package fills it.
 """
 
+from onnx import defs
+
 from cpd_onnx.rules import attention, elementwise, linear, norm, quant, recurrent, reduce, shape
-from cpd_onnx.rules.api import RULES, Cost, Demand, GiveUp, Keep, Op, Recorder, Tensor, rule
+from cpd_onnx.rules.api import FLOATS, RULES, Cost, Demand, GiveUp, Keep, Op, Recorder, Tensor, rule
 from cpd_onnx.rules.reduce import POSITION_CARRIERS, POSITION_USERS
 
 __all__ = [
+    "FLOATS",
     "POSITION_CARRIERS",
     "POSITION_USERS",
     "RULES",
@@ -21,8 +24,13 @@ __all__ = [
     "Tensor",
     "rule",
     "supported_operators",
+    "unsupported_operators",
 ]
 
+LATEST_OPSET = 26
+"""The newest standard opset that was looked at; newer operators and versions have no rule on purpose."""
+_ENTERED = {"Constant", "If", "Loop", "Scan"}
+"""Combing itself knows these: it takes the value, or goes into the subgraphs."""
 _FAMILIES = (attention, elementwise, linear, norm, quant, recurrent, reduce, shape)
 
 
@@ -30,3 +38,9 @@ def supported_operators() -> list[str]:
     """All operators with a rule, as `Name` or `domain::Name`, sorted."""
     assert _FAMILIES
     return sorted(name if not domain else f"{domain}::{name}" for domain, name in RULES)
+
+
+def unsupported_operators() -> list[str]:
+    """The operators of the standard domain, up to `LATEST_OPSET`, whose channels are kept for want of a rule, sorted."""
+    schemas = [s for s in defs.get_all_schemas_with_history() if not s.domain and s.since_version <= LATEST_OPSET]
+    return sorted({s.name for s in schemas} - {name for domain, name in RULES if not domain} - _ENTERED)

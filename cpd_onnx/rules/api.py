@@ -57,7 +57,9 @@ class Tensor:
     @property
     def shape(self) -> Shape:
         """Sizes under the first binding."""
-        return tuple(map(len, self.axes)) if self.value.shape is None and self.axes is not None else self.value.shape or ()
+        return (
+            tuple(map(len, self.axes)) if self.value.shape is None and self.axes is not None else self.value.shape or ()
+        )
 
     @property
     def rank(self) -> int:
@@ -275,7 +277,9 @@ class Op:
 
     def _is_joined(self, table: Axis, axis: int) -> bool:
         """Whether the blocks along an axis are tensors that were joined: none of them can go as a whole."""
-        origins = np.moveaxis(self.atoms.origin(table.ravel()).reshape(table.shape), axis, 0).reshape(table.shape[axis], -1)
+        origins = np.moveaxis(self.atoms.origin(table.ravel()).reshape(table.shape), axis, 0).reshape(
+            table.shape[axis], -1
+        )
         uniform = bool((origins == origins[:, :1]).all())
         return uniform and len(np.unique(origins[:, 0])) == len(origins)
 

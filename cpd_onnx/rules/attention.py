@@ -82,7 +82,11 @@ def attention(op: Op) -> None:
     q, k, v = op.input(0), op.input(1), op.input(2)
     if q.rank == 4:
         heads = _heads(op, (q.shape[1], k.shape[1]), q.shape[3], v.shape[3])
-        for tensor, head, dim in ((q, heads.queries, heads.dim), (k, heads.groups, heads.dim), (v, heads.groups, heads.value_dim)):
+        for tensor, head, dim in (
+            (q, heads.queries, heads.dim),
+            (k, heads.groups, heads.dim),
+            (v, heads.groups, heads.value_dim),
+        ):
             op.unite(tensor[1], head)
             op.unite(tensor[3], dim)
         out = [q[0], heads.queries, _sequence(op, q, 2), heads.value_dim]
@@ -137,7 +141,7 @@ def _caches(op: Op, heads: _Heads, slots: tuple[int, int], outputs: tuple[int, i
 
 @rule("MultiHeadAttention", domain=MICROSOFT)
 def multi_head_attention(op: Op) -> None:
-    """Queries, keys and values of (batch, sequence, heads x dim); keys and values may be (batch, heads, sequence, dim)."""
+    """As Attention on (batch, sequence, heads x dim); keys and values may be (batch, heads, sequence, dim)."""
     q, count = op.input(0), op.get("num_heads")
     if q.rank != 3 or not op.has(1) or not op.has(2):
         raise GiveUp(f"{op.name} takes packed queries, keys and values")

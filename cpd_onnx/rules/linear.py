@@ -310,9 +310,9 @@ def einsum(op: Op) -> None:
     found: dict[str, list[tuple[Tensor, Axis]]] = {}
     ellipses = []
     for term, tensor in zip(terms, tensors, strict=True):
-        letters, rest = _letters(term, tensor)
+        named, rest = _letters(term, tensor)
         ellipses.append(rest)
-        for letter, axis in letters:
+        for letter, axis in named:
             found.setdefault(letter, []).append((tensor, axis))
     joined = {letter: _join(op, pairs) for letter, pairs in found.items()}
     batch = broadcast(op, ellipses)
@@ -333,7 +333,9 @@ def _letters(term: str, tensor: Tensor) -> tuple[list[tuple[str, Axis]], list[Ax
     if not dots and len(before) != len(axes):
         raise GiveUp(f"equation term {term!r} does not fit an operand of {len(axes)} axes")
     end = len(axes) - len(after)
-    return [*zip(before, axes, strict=False), *zip(after, axes[end:], strict=False)], axes[len(before) : end] if dots else []
+    return [*zip(before, axes, strict=False), *zip(after, axes[end:], strict=False)], axes[
+        len(before) : end
+    ] if dots else []
 
 
 def _join(op: Op, pairs: list[tuple[Tensor, Axis]]) -> Axis:

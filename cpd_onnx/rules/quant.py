@@ -8,7 +8,6 @@ from cpd_onnx.rules.api import GiveUp, Op, rule
 from cpd_onnx.rules.elementwise import MICROSOFT, broadcast, freeze_rest
 from cpd_onnx.rules.linear import stands_for
 
-
 _FLOATS = {1, 10, 11, 16}
 
 

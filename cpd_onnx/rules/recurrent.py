@@ -79,10 +79,7 @@ def quantized_lstm(op: Op) -> None:
     for slot in (5, 6):
         if op.has(slot):
             _state(op, op.input(slot), x[1], hidden, batch_first=False)
-    for slot in range(8, 12):
-        if op.has(slot):
-            for axis in op.input(slot).axes or []:
-                op.freeze(axis, "has this many directions") if len(axis) != len(gates) else op.unite(axis, gates)
+    _scales(op, gates)
     for tensor, scale in ((w, 8), (r, 10)):
         scales, zeros = (op.input(slot).value if op.has(slot) else None for slot in (scale, scale + 1))
         op.recorder.quantized[id(tensor.value)] = Quantized(scales, zeros, 2)
@@ -96,3 +93,13 @@ def quantized_lstm(op: Op) -> None:
     rounds = float(x.shape[0] * x.shape[1] * w.shape[0])
     op.cost(rounds, w[1], w[2])
     op.cost(rounds, r[1], r[2])
+
+
+def _scales(op: Op, gates: Axis) -> None:
+    """Scales and zero points of both matrices: per direction, or per direction and column."""
+    for slot in range(8, 12):
+        for axis in (op.input(slot).axes or []) if op.has(slot) else []:
+            if len(axis) == len(gates):
+                op.unite(axis, gates)
+            else:
+                op.freeze(axis, "has this many directions")

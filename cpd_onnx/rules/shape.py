@@ -23,7 +23,9 @@ def reshape(op: Op) -> None:
     """Runs of axes with equal product match; each run is merged and split again."""
     out = regroup(op)
     if "shape" in op.call.attributes:
-        op.demand("shape", out, lambda keep, old: [keep.count(a) if s > 0 else s for a, s in zip(out, old, strict=True)])
+        op.demand(
+            "shape", out, lambda keep, old: [keep.count(a) if s > 0 else s for a, s in zip(out, old, strict=True)]
+        )
     else:
         shape = op.inputs[1]
         if shape is None or shape.value.value is None:
@@ -125,13 +127,8 @@ def _strip(op: Op, axes: list[Axis], sizes: list[int]) -> tuple[list[Axis], list
     Returns the axes that are left, and for each output axis (size that is left, factor taken out of it, its frozen
     atoms if nothing is left).
     """
-    cold = 1
-    for first, axis in enumerate(axes):
-        if not op.atoms.all_frozen(axis):
-            break
-        cold *= len(axis)
-    else:
-        first = len(axes)
+    first = next((i for i, axis in enumerate(axes) if not op.atoms.all_frozen(axis)), len(axes))
+    cold = math.prod(len(axis) for axis in axes[:first])
     like = axes[0] if first else None
     axes = axes[first:]
     result: list[tuple[int, int, Axis | None]] = []
@@ -212,10 +209,10 @@ def split(op: Op) -> None:
     if sum(sizes) != len(x[axis]):
         raise GiveUp(f"the pieces of {op.name} do not add up")
     pieces = np.split(x[axis], np.cumsum(sizes)[:-1])
-    for output, piece in enumerate(pieces):
+    for number, piece in enumerate(pieces):
         out = list(x.axes or [])
         out[axis] = piece
-        op.set(out, output)
+        op.set(out, number)
     if not op.atoms.all_frozen(x[axis]):
         _demand_pieces(op, pieces)
 
@@ -295,7 +292,7 @@ def _sliced(op: Op, axis: Axis, slot: int, span: tuple[int, int, int]) -> Axis:
         remap = _contiguous if step == 1 else _reversed
         _demand_slice(op, axis, slot, remap, start, end)
         return axis[positions]
-    if step > 1 and size % step == 0 and 0 <= start < step and (end >= size or end == -1 and start < step - 1):
+    if step > 1 and size % step == 0 and 0 <= start < step and (end >= size or (end == -1 and start < step - 1)):
         blocks = op.atoms.fresh(size // step)
         op.unite(axis, np.repeat(blocks, step))
         _demand_slice(op, axis, slot, _strided, start, end)
@@ -650,7 +647,8 @@ def range_(op: Op) -> None:
         made_up(op)
         return
     op.hold(0)
-    assert start.value is not None and step.value is not None
+    assert start.value is not None
+    assert step.value is not None
     count = op.sizes()[0]
     if start.value.item() != 0 or step.value.item() != 1 or count < 2:
         op.set([op.frozen(count, "counts along this axis")])
