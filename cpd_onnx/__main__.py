@@ -1,7 +1,6 @@
 """`python -m cpd_onnx`."""
 
-import sys
+from cpd_onnx.cli import entry
 
-from cpd_onnx.cli import main
-
-sys.exit(main())
+if __name__ == "__main__":
+    entry()

@@ -4,33 +4,48 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from cpd_onnx import __version__, demo, pipeline, report
-from cpd_onnx.cost import CostModel
+from cpd_onnx import demo, pipeline, report
 from cpd_onnx.data import Source, open_source
-from cpd_onnx.errors import CpdError, DataError, TargetError, UnsupportedError
+from cpd_onnx.errors import CpdError, DataError, ModelError, UnsupportedError
 from cpd_onnx.graph import Model, load, require_free, write_atomically
-from cpd_onnx.kept import Kept
-from cpd_onnx.passes.allocate import SPREADS, Allocate
+from cpd_onnx.metrics import evaluate
+from cpd_onnx.passes.allocate import KINDS, SPREADS, Budget, held_groups
 from cpd_onnx.passes.comb import Comb, comb
 from cpd_onnx.passes.fold import Fold
 from cpd_onnx.passes.prune import Prune, apply
 from cpd_onnx.passes.score import SCORES, Score
 from cpd_onnx.passes.verify import Verify, data_feeds, verify_files
-from cpd_onnx.plan import load_plan
-from cpd_onnx.rules import supported_operators
+from cpd_onnx.plan import Plan, load_plan
+from cpd_onnx.rules import supported_operators, unsupported_operators
+from cpd_onnx.version import __version__
 
-out = Console()
-err = Console(stderr=True)
+_PIPE_WIDTH = 120
+"""Columns of tables that no terminal shows."""
+_KEPT_REASONS = 5
+"""Reasons for keeping channels that `prune` tells."""
+_VERIFY_BATCHES = 2
+
+
+def _console(*, stderr: bool = False) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
+    return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
+
+
+out = _console()
+err = _console(stderr=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
+        print("stopped", file=sys.stderr)
         return 130
     return 0
 
@@ -52,6 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def entry() -> None:
     """The `cpd-onnx` command."""
     sys.exit(main())
+
+
+# What can be said on the command line.
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,15 +85,17 @@ def _parser() -> argparse.ArgumentParser:
     _add_apply(commands)
     _add_distill(commands)
     _add_demo(commands)
-    operators = commands.add_parser("operators", help="the operators that channels are followed through")
-    operators.set_defaults(run=lambda options: out.print("\n".join(supported_operators()), highlight=False))
+    _add_operators(commands)
     return parser
 
 
 def _add_inspect(commands: Any) -> None:
     parser = commands.add_parser("inspect", help="show the coupled channels, and what is kept and why")
     parser.add_argument("model", type=Path)
-    _shared(parser)
+    _add_keep(parser)
+    _add_input_shape(parser)
+    _add_json(parser)
+    _add_force(parser, "overwrite the JSON file")
     parser.set_defaults(run=_inspect)
 
 
@@ -83,33 +103,20 @@ def _add_prune(commands: Any) -> None:
     parser = commands.add_parser("prune", help="remove channels, prove the result, write it and its plan")
     parser.add_argument("model", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument(
-        "--target",
-        type=_target,
-        default=("channels", 0.5),
-        metavar="KIND=FRACTION",
-        help="what may remain: macs=0.5, params=0.5 or channels=0.5 (the default)",
-    )
+    _add_target(parser, "channels", 0.5)
     parser.add_argument("--score", choices=SCORES, default="l2", help="how channels are ranked (default: l2)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random score")
+    parser.add_argument("--seed", type=_natural, default=0, help="of the random score")
     parser.add_argument(
         "--spread", choices=SPREADS, default="uniform", help="the same share from each group, or all channels compete"
     )
     parser.add_argument("--multiple", type=int, default=1, help="widths that remain are multiples of this")
-    parser.add_argument(
-        "--keep",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="groups, weights or nodes that are not touched (* and ? allowed)",
-    )
-    parser.add_argument(
-        "--data", help="inputs for the proof: .npz, folder of images or module:function (default: random)"
-    )
-    parser.add_argument("--plan", type=Path, help="where the plan goes (default: beside the output)")
+    _add_keep(parser)
+    parser.add_argument("--data", help=f"inputs for the proof: {_DATA} (default: random)")
+    parser.add_argument("--plan", type=Path, help="where the plan goes (default: OUTPUT.plan.json)")
     parser.add_argument("--no-verify", action="store_true", help="do not run the models to compare them")
-    _shared(parser)
-    parser.add_argument("--force", action="store_true", help="overwrite files that exist")
+    _add_input_shape(parser)
+    _add_json(parser)
+    _add_force(parser)
     parser.set_defaults(run=_prune)
 
 
@@ -117,9 +124,10 @@ def _add_verify(commands: Any) -> None:
     parser = commands.add_parser("verify", help="check a pruned file against its original and its plan")
     parser.add_argument("original", type=Path)
     parser.add_argument("pruned", type=Path)
-    parser.add_argument("--plan", type=Path, help="default: beside the pruned file")
-    parser.add_argument("--data", help="inputs to compare on (default: random)")
-    parser.add_argument("--json", metavar="FILE", help="write the result as JSON ('-': to standard output)")
+    parser.add_argument("--plan", type=Path, help="default: PRUNED.plan.json")
+    parser.add_argument("--data", help=f"inputs to compare on: {_DATA} (default: random)")
+    _add_json(parser)
+    _add_force(parser, "overwrite the JSON file")
     parser.set_defaults(run=_verify)
 
 
@@ -128,8 +136,7 @@ def _add_apply(commands: Any) -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("plan", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--force", action="store_true", help="overwrite files that exist")
-    parser.add_argument("--input-shape", type=_shape, action="append", default=[], metavar="NAME:1,3,224,224")
+    _add_force(parser)
     parser.set_defaults(run=_apply)
 
 
@@ -138,53 +145,101 @@ def _add_distill(commands: Any) -> None:
     parser.add_argument("teacher", type=Path)
     parser.add_argument("student", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--data", required=True, help="training inputs: .npz, folder of images or module:function")
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--steps", type=int, help="updates in all, instead of epochs")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (default: 0.001)")
-    parser.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw")
-    parser.add_argument("--temperature", type=float, default=4.0)
-    parser.add_argument(
+    parser.add_argument("--data", required=True, help=f"training inputs: {_DATA}")
+    training = parser.add_argument_group("training")
+    training.add_argument("--epochs", type=_positive, default=10, help="passes over the data (default: 10)")
+    training.add_argument("--steps", type=_positive, help="updates in all, instead of epochs")
+    training.add_argument("--batch-size", type=_positive, default=64, help="samples in an update (default: 64)")
+    training.add_argument("--lr", type=_above_zero, default=1e-3, help="learning rate (default: 0.001)")
+    training.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw", help="default: adamw")
+    training.add_argument("--temperature", type=_above_zero, default=4.0, help="softens scores (default: 4)")
+    training.add_argument(
         "--label-weight",
-        type=float,
+        type=_share,
         default=0.0,
-        help="share of the loss that the labels have (default: 0, none needed)",
+        metavar="SHARE",
+        help="of labels in the loss (default: 0, none needed)",
     )
-    parser.add_argument(
-        "--batch-norm", choices=("frozen", "train"), default="frozen", help="whether stored statistics are trained"
+    training.add_argument(
+        "--batch-norm",
+        choices=("auto", "frozen", "train"),
+        default="auto",
+        help="train on statistics of the batch or stored ones (default: the former where batches have 16 samples)",
     )
-    parser.add_argument("--flip", action="store_true", help="mirror half of the images")
-    parser.add_argument("--shift", type=int, default=0, help="move images by up to so many pixels")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
+    training.add_argument("--flip", action="store_true", help="mirror half of the images")
+    training.add_argument("--shift", type=_natural, default=0, help="move images by up to so many pixels")
+    training.add_argument("--seed", type=_natural, default=0, help="of order and augmentation")
+    training.add_argument("--device", default="auto", help="auto, cpu or cuda (default: a GPU if there is one)")
     parser.add_argument("--eval", metavar="DATA", help="measure teacher, student and result on this data")
-    parser.add_argument("--metric", choices=("top1", "miou", "mse", "cosine"), default="top1")
-    parser.add_argument("--json", metavar="FILE", help="write the result as JSON ('-': to standard output)")
-    parser.add_argument("--force", action="store_true", help="overwrite files that exist")
+    parser.add_argument("--metric", choices=("top1", "miou", "mse", "cosine"), default="top1", help="default: top1")
+    _add_json(parser)
+    _add_force(parser)
     parser.set_defaults(run=_distill)
+
+
+_TRAINING = (
+    "epochs", "steps", "batch_size", "lr", "optimizer", "temperature", "label_weight", "batch_norm", "flip", "shift",
+    "seed", "device",
+)  # fmt: skip  # names of options, and of the fields that they go to
 
 
 def _add_demo(commands: Any) -> None:
     parser = commands.add_parser("demo", help="comb, prune, distill and verify the embedded example")
     parser.add_argument("--out", type=Path, help="folder for the files that it makes (default: none are kept)")
-    parser.add_argument("--target", type=_target, default=("macs", 0.2), metavar="KIND=FRACTION")
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--json", metavar="FILE", help="write the result as JSON ('-': to standard output)")
-    parser.add_argument("--force", action="store_true", help="overwrite files that exist")
+    _add_target(parser, *demo.TARGET)
+    parser.add_argument("--epochs", type=_positive, default=demo.EPOCHS, help=f"of training (default: {demo.EPOCHS})")
+    parser.add_argument("--seed", type=_natural, default=0, help="of the random choice and of training")
+    _add_json(parser)
+    _add_force(parser)
     parser.set_defaults(run=_demo)
 
 
-def _shared(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", metavar="FILE", help="write the result as JSON ('-': to standard output)")
+def _add_operators(commands: Any) -> None:
+    parser = commands.add_parser("operators", help="list the operators that channels are followed through")
+    parser.add_argument("--missing", action="store_true", help="the standard operators that they are not")
+    parser.set_defaults(run=_operators)
+
+
+_DATA = ".npz, folder of images or module:function"
+
+
+def _add_target(parser: argparse.ArgumentParser, kind: str, fraction: float) -> None:
+    parser.add_argument(
+        "--target",
+        type=_target,
+        default=(kind, fraction),
+        metavar="KIND=FRACTION",
+        help=f"what may remain of {', '.join(KINDS)} (default: {kind}={fraction:g})",
+    )
+
+
+def _add_keep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--keep",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="groups, weights or nodes that are not touched (* and ? allowed); may be repeated",
+    )
+
+
+def _add_input_shape(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input-shape",
         type=_shape,
         action="append",
         default=[],
         metavar="NAME:1,3,224,224",
-        help="sizes of an input that the file leaves open",
+        help="sizes of an input that the file leaves open; may be repeated",
     )
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", metavar="FILE", help="write the result as JSON ('-': to standard output)")
+
+
+def _add_force(parser: argparse.ArgumentParser, what: str = "overwrite files that exist") -> None:
+    parser.add_argument("--force", action="store_true", help=what)
 
 
 def _target(text: str) -> tuple[str, float]:
@@ -206,6 +261,217 @@ def _shape(text: str) -> tuple[str, tuple[int, ...]]:
     return name, shape
 
 
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if _natural(text) == 0:
+        raise argparse.ArgumentTypeError("0 is not a whole number from 1 on")
+    return int(text)
+
+
+def _above_zero(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to 1")
+    return value
+
+
+# What the commands do.
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    _require_outputs(options, reads=[options.model])
+    combed = comb(_read(options.model, options.input_shape), dict(options.input_shape))
+    content = report.inspection(combed, sorted(held_groups(combed, options.keep)))
+    if _write_json(options, content):
+        return
+    out.print(f"{options.model.name}: {report.costs_line(content['costs'])}", soft_wrap=True)
+    out.print(report.groups_table(content))
+    out.print(report.kept_table(content["kept"]))
+    out.print(f"{100 * content['prunable_fraction']:.1f} % of the weights lie on a prunable axis")
+    for operator, node in content["without_rule"].items():
+        out.print(f"no rule for {operator} (at {node}): its channels are kept", soft_wrap=True)
+
+
+def _prune(options: argparse.Namespace) -> None:
+    plan_path = options.plan or _beside(options.output)
+    _require_outputs(options, options.output, plan_path, reads=[options.model])
+    kind, fraction = options.target
+    Budget(kind, fraction, options.spread, options.multiple)
+    started = time.perf_counter()
+    model = _read(options.model, options.input_shape)
+    for path in model.files(options.output):
+        require_free(path, overwrite=options.force)
+    wish = {kind: fraction, "spread": options.spread, "multiple": options.multiple, "keep": tuple(options.keep)}
+    steps: list[pipeline.Pass] = [Fold(), Comb(), Score(options.score, options.seed)]
+    steps += [pipeline.make("allocate", wish), Prune()]
+    steps += [] if options.no_verify else [Verify()]
+    with _progress() as progress:
+        task = progress.add_task("read", total=None)
+        state = pipeline.run(
+            steps,
+            model,
+            data=_source(options.data, model),
+            input_shapes=dict(options.input_shape),
+            observer=lambda name, when: progress.update(task, description=name),
+        )
+    before = report.size_of(model, options.model)
+    plan = state.need("plan", "prune")
+    _write_both(state.model, plan, (options.output, plan_path), overwrite=options.force)
+    content = report.result(state, time.perf_counter() - started)
+    content |= {"output": str(options.output), "plan": str(plan_path)}
+    content["bytes"] = {"before": before, "after": report.size_of(state.model, options.output)}
+    if not _write_json(options, content):
+        _print_pruned(content)
+
+
+def _print_pruned(content: dict[str, Any]) -> None:
+    out.print(report.costs_table(content))
+    if any(entry["weights"] for entry in content["kept"]):
+        out.print(report.kept_table(content["kept"], limit=_KEPT_REASONS))
+    out.print(
+        f"{content['groups_pruned']} of {content['groups']} groups pruned, {len(content['edits'])} edits, "
+        f"{content['seconds']:.1f} s"
+    )
+    for note in content["notes"]:
+        out.print(f"note: {note}", soft_wrap=True)
+    out.print(report.proof_line(content["verification"]), soft_wrap=True)
+    out.print(f"wrote {content['output']} and {content['plan']}", soft_wrap=True)
+
+
+def _verify(options: argparse.Namespace) -> None:
+    plan = options.plan or _beside(options.pruned)
+    _require_outputs(options, reads=[options.original, options.pruned, plan])
+    original = load(options.original)
+    source = _source(options.data, original)
+    feeds = None if source is None else data_feeds(original, source, _VERIFY_BATCHES)
+    found = verify_files(original, load(options.pruned), load_plan(plan), feeds)
+    content = {"is_replay": found.is_replay, "trained": list(found.trained), **report.comparison(found.comparison)}
+    if _write_json(options, content):
+        return
+    if found.is_replay:
+        out.print("the file is, byte for byte, what the plan makes of the original", soft_wrap=True)
+    else:
+        out.print(
+            "structure proven: the file is what the plan makes of the original; "
+            f"weights whose values were trained since: {len(found.trained)}",
+            soft_wrap=True,
+        )
+    out.print(report.proof_line(content), soft_wrap=True)
+
+
+def _apply(options: argparse.Namespace) -> None:
+    _require_outputs(options, options.output, reads=[options.model, options.plan])
+    pruned = apply(load(options.model), load_plan(options.plan))
+    pruned.model.save(options.output, overwrite=options.force)
+    out.print(f"wrote {options.output}", soft_wrap=True)
+
+
+def _distill(options: argparse.Namespace) -> None:
+    _require_outputs(options, options.output, reads=[options.teacher, options.student])
+    distill = _distill_module()
+    models = {"teacher": load(options.teacher), "student": load(options.student)}
+    for path in models["student"].files(options.output):
+        require_free(path, overwrite=options.force)
+    source = _source(options.data, models["student"])
+    settings = distill.DistillOptions(**{name: getattr(options, name) for name in _TRAINING})
+    accuracies = _evaluated(options, models, models["teacher"])
+    teacher, student = (model.complete_proto() for model in models.values())
+    with _progress(BarColumn()) as progress:
+        task = progress.add_task("distill", total=None)
+        result = distill.distill(
+            teacher,
+            student,
+            source,
+            settings,
+            lambda now: progress.update(
+                task,
+                total=now.steps,
+                completed=now.step,
+                description=f"distill, step {now.step} of {now.steps}, loss {now.loss:.4f}",
+            ),
+        )
+    made = distill.trained(models["student"], result)
+    accuracies |= _evaluated(options, {"distilled": made}, models["teacher"])
+    made.save(options.output, overwrite=options.force)
+    content = distill.summary(result) | {"output": str(options.output)}
+    content |= {"metric": options.metric, **accuracies} if accuracies else {}
+    if not _write_json(options, content):
+        _print_distilled(content)
+
+
+def _print_distilled(content: dict[str, Any]) -> None:
+    loss = f"{content['first_loss']:.4f} -> {content['last_loss']:.4f}"
+    kinds = ", ".join(f"{name} by {kind}" for name, kind in content["losses"].items())
+    values = {
+        "loss": f"{loss} ({kinds})",
+        "steps": f"{content['steps']}, {content['seconds']:.1f} s on {content['device']}",
+    }
+    for name in ("teacher", "student", "distilled"):
+        if name in content:
+            values[f"{name} {content['metric']}"] = f"{content[name]:.4f}"
+    out.print(report.values_table(values))
+    out.print(f"wrote {content['output']}", soft_wrap=True)
+
+
+def _distill_module() -> ModuleType:
+    try:
+        from cpd_onnx.passes import distill
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise UnsupportedError("distillation needs torch: pip install 'cpd-onnx[torch]'") from error
+    return distill
+
+
+def _evaluated(options: argparse.Namespace, models: dict[str, Model], teacher: Model) -> dict[str, float]:
+    """What the models score on the data for that, by name; nothing where there is no such data."""
+    source = _source(options.eval, teacher)
+    if source is None:
+        return {}
+    reference = teacher.complete_proto() if options.metric in ("mse", "cosine") else None
+    return {
+        name: evaluate(model.complete_proto(), source, options.metric, reference=reference)
+        for name, model in models.items()
+    }
+
+
+def _demo(options: argparse.Namespace) -> None:
+    _require_outputs(options)
+    kind, fraction = options.target
+    with _progress() as progress:
+        task = progress.add_task("", total=None)
+        content = demo.run(
+            demo.Settings(kind, fraction, options.epochs, options.seed),
+            out=options.out,
+            overwrite=options.force,
+            observer=lambda what: progress.update(task, description=what),
+        )
+    if not _write_json(options, content):
+        out.print(demo.table(content))
+        for line in demo.lines(content):
+            out.print(line, soft_wrap=True)
+
+
+def _operators(options: argparse.Namespace) -> None:
+    names = unsupported_operators() if options.missing else supported_operators()
+    out.print("\n".join(names), soft_wrap=True)
+
+
+# Files.
+
+
 def _read(path: Path, shapes: Sequence[tuple[str, tuple[int, ...]]] = ()) -> Model:
     """Load a model; a shape for an input that it has not is an error."""
     model = load(path)
@@ -220,179 +486,36 @@ def _source(data: str | None, model: Model) -> Source | None:
     return None if data is None else open_source(data, model.proto)
 
 
-def _inspect(options: argparse.Namespace) -> None:
-    _require_json_free(options)
-    combed = comb(_read(options.model, options.input_shape), dict(options.input_shape))
-    content = report.inspection(combed)
-    if _write_json(options, content):
-        return
-    out.print(f"{options.model.name}: {report.costs_line(CostModel(combed).total(Kept(combed.atoms)))}")
-    out.print(report.groups_table(content))
-    out.print(report.kept_table(content["frozen"]))
-    out.print(f"{100 * content['prunable_fraction']:.1f} % of the weights lie on a prunable axis")
-    for operator, node in content["without_rule"].items():
-        out.print(f"no rule for {operator} (at {node}): its channels are kept", highlight=False)
+def _beside(path: Path) -> Path:
+    """Where the plan of a file lies."""
+    return path.with_name(f"{path.name}.plan.json")
 
 
-def _prune(options: argparse.Namespace) -> None:
-    plan = options.plan or options.output.with_name(options.output.name + ".plan.json")
-    if options.multiple < 1:
-        raise TargetError(f"--multiple {options.multiple} makes no sense: give 1 or more")
-    for path in (options.output, plan):
+def _require_outputs(options: argparse.Namespace, *paths: Path, reads: Sequence[Path] = ()) -> None:
+    """Refuse before the work starts: files that are there, folders that are not, one file for two things.
+
+    Only the model that is written may, with --force, replace one that is read.
+    """
+    written = (
+        [*paths, *([Path(options.json)] if options.json not in (None, "-") else [])] if "json" in options else [*paths]
+    )
+    for place, path in enumerate(written):
         require_free(path, overwrite=options.force)
-    _require_json_free(options)
-    kind, fraction = options.target
-    if kind not in ("channels", "macs", "params"):
-        raise TargetError(f"no target is called {kind!r}: choose one of channels, macs, params")
-    started = time.perf_counter()
-    model = _read(options.model, options.input_shape)
-    amount = {kind: fraction}
-    allocation = Allocate(**amount, spread=options.spread, multiple=options.multiple, keep=tuple(options.keep))
-    steps: list[pipeline.Pass] = [Fold(), Comb(), Score(options.score, options.seed), allocation, Prune()]
-    steps += [] if options.no_verify else [Verify()]
-    with _progress() as progress:
-        task = progress.add_task("", total=None)
-        state = pipeline.run(
-            steps, model, data=_source(options.data, model), input_shapes=dict(options.input_shape),
-            observer=lambda name, when: progress.update(task, description=name),
-        )  # fmt: skip  # one option a line would be no clearer
-    content = report.result(state, options.output, time.perf_counter() - started)
-    assert state.plan is not None
-    state.save(options.output, overwrite=options.force)
-    state.plan.save(plan, overwrite=options.force)
-    if _write_json(options, content):
-        return
-    out.print(report.costs_table(content))
-    out.print(report.kept_table(state.plan.content["frozen"], limit=5))
-    pruned = f"{content['groups_pruned']} of {content['groups']} groups pruned"
-    out.print(f"{pruned}, {len(state.edits)} edits, {content['seconds']:.1f} s")
-    for note in content["notes"]:
-        out.print(f"note: {note}", highlight=False)
-    out.print(report.proof_line(content["verification"]), highlight=False)
-    out.print(f"wrote {options.output} and {plan}", highlight=False, soft_wrap=True)
+        others = [*written[:place], *(reads if place or not paths else ())]
+        if any(path.absolute() == other.absolute() for other in others):
+            raise ModelError(f"{path} is named for two things: choose another name")
 
 
-def _verify(options: argparse.Namespace) -> None:
-    plan = options.plan or options.pruned.with_name(options.pruned.name + ".plan.json")
-    _require_json_free(options)
-    original = load(options.original)
-    source = _source(options.data, original)
-    feeds = None if source is None else data_feeds(original, source, 2)
-    found = verify_files(original, load(options.pruned), load_plan(plan), feeds)
-    content = {"is_replay": found.is_replay, "trained": list(found.trained), **report.comparison(found.comparison)}
-    if _write_json(options, content):
-        return
-    if found.is_replay:
-        out.print("the file is, byte for byte, what the plan makes of the original")
-    else:
-        out.print(f"the file is what the plan makes of the original, with {len(found.trained)} weights trained since")
-    out.print(report.proof_line(content), highlight=False)
-
-
-def _apply(options: argparse.Namespace) -> None:
-    require_free(options.output, overwrite=options.force)
-    model = _read(options.model, options.input_shape)
-    pruned = apply(model, load_plan(options.plan), dict(options.input_shape))
-    pruned.model.save(options.output, overwrite=options.force)
-    out.print(f"wrote {options.output}", highlight=False, soft_wrap=True)
-
-
-def _distill(options: argparse.Namespace) -> None:
-    require_free(options.output, overwrite=options.force)
-    _require_json_free(options)
+def _write_both(model: Model, plan: Plan, paths: tuple[Path, Path], *, overwrite: bool) -> None:
+    """Write the model and its plan; if one cannot be written, the other is not left alone."""
+    was_there = paths[1].exists()
+    plan.save(paths[1], overwrite=overwrite)
     try:
-        from cpd_onnx.passes import distill
-    except ImportError as error:
-        raise UnsupportedError("distillation needs torch: pip install 'cpd-onnx[torch]'") from error
-    teacher, student = load(options.teacher), load(options.student)
-    source = _source(options.data, student)
-    assert source is not None
-    names = (
-        "epochs",
-        "steps",
-        "batch_size",
-        "lr",
-        "optimizer",
-        "temperature",
-        "label_weight",
-        "batch_norm",
-        "flip",
-        "shift",
-        "seed",
-        "device",
-    )
-    settings = distill.DistillOptions(**{name: getattr(options, name) for name in names})
-    with _progress() as progress:
-        task = progress.add_task("distill", total=None)
-
-        def show(now: Any) -> None:
-            progress.update(
-                task,
-                total=now.steps,
-                completed=now.step,
-                description=f"distill, step {now.step} of {now.steps}, loss {now.loss:.4f}",
-            )
-
-        result = distill.distill(teacher.complete_proto(), student.complete_proto(), source, settings, show)
-    trained = distill.trained(student, result)
-    content: dict[str, Any] = {
-        "steps": len(result.losses),
-        "seconds": round(result.seconds, 1),
-        "device": result.device,
-    }
-    content |= {"first_loss": result.losses[0], "last_loss": result.losses[-1], "losses": dict(result.kinds)}
-    if options.eval:
-        content["metric"] = options.metric
-        content |= _evaluated(options, {"teacher": teacher, "student": student, "distilled": trained})
-    trained.save(options.output, overwrite=options.force)
-    if not _write_json(options, content):
-        for key, value in content.items():
-            out.print(f"{key}: {value}", highlight=False)
-        out.print(f"wrote {options.output}", highlight=False, soft_wrap=True)
-
-
-def _evaluated(options: argparse.Namespace, models: dict[str, Model]) -> dict[str, float]:
-    from cpd_onnx.metrics import evaluate
-
-    teacher = models["teacher"]
-    source = _source(options.eval, teacher)
-    assert source is not None
-    compared = options.metric in ("mse", "cosine")
-    reference = teacher.complete_proto() if compared else None
-    return {
-        name: evaluate(m.complete_proto(), source, options.metric, reference=reference) for name, m in models.items()
-    }
-
-
-def _demo(options: argparse.Namespace) -> None:
-    _require_json_free(options)
-    kind, fraction = options.target
-    with _progress() as progress:
-        task = progress.add_task("", total=None)
-        content = demo.run(
-            kind, fraction, epochs=options.epochs, out=options.out, overwrite=options.force,
-            observer=lambda what: progress.update(task, description=what),
-        )  # fmt: skip  # as above
-    if not _write_json(options, content):
-        out.print(demo.table(content))
-        for line in demo.lines(content):
-            out.print(line, highlight=False, soft_wrap=True)
-
-
-def _progress() -> Progress:
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        console=err,
-        transient=True,
-        disable=not err.is_terminal,
-    )
-
-
-def _require_json_free(options: argparse.Namespace) -> None:
-    if options.json and options.json != "-":
-        require_free(Path(options.json), overwrite=getattr(options, "force", False))
+        model.save(paths[0], overwrite=overwrite)
+    except BaseException:
+        if not was_there:
+            paths[1].unlink(missing_ok=True)
+        raise
 
 
 def _write_json(options: argparse.Namespace, content: dict[str, Any]) -> bool:
@@ -405,3 +528,9 @@ def _write_json(options: argparse.Namespace, content: dict[str, Any]) -> bool:
         return True
     write_atomically(Path(options.json), text.encode())
     return False
+
+
+def _progress(*columns: BarColumn) -> Progress:
+    """A line on a terminal that says what is being done; nothing elsewhere."""
+    shown = (SpinnerColumn(), TextColumn("{task.description}"), *columns, TimeElapsedColumn())
+    return Progress(*shown, console=err, transient=True, disable=not err.is_terminal)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, dataclass
 from importlib import resources, util
 from pathlib import Path
 from typing import Any
@@ -12,75 +12,120 @@ from typing import Any
 from rich.table import Table
 
 from cpd_onnx import report
-from cpd_onnx.cost import CostModel
+from cpd_onnx.cost import CostModel, Costs
 from cpd_onnx.data import ArraySource, open_source
-from cpd_onnx.errors import ModelError
+from cpd_onnx.errors import ModelError, TargetError
 from cpd_onnx.graph import Model, load, require_free
 from cpd_onnx.kept import Kept
 from cpd_onnx.metrics import evaluate
-from cpd_onnx.passes.allocate import Allocate
+from cpd_onnx.passes.allocate import KINDS
 from cpd_onnx.passes.comb import Comb
 from cpd_onnx.passes.prune import Prune
 from cpd_onnx.passes.score import Score
 from cpd_onnx.passes.verify import Verify, verify_files
-from cpd_onnx.pipeline import Pass
+from cpd_onnx.pipeline import Pass, make
 from cpd_onnx.pipeline import run as run_passes
 from cpd_onnx.runtime import latency_ratio
 from cpd_onnx.state import State
 
-SAY: Callable[[str], None] = lambda what: None  # noqa: E731  # a default that does nothing
+TARGET = ("macs", 0.2)
+EPOCHS = 20
+_BATCH = 64
+_FILES = ("digits.onnx", "digits_pruned.onnx", "digits_pruned.onnx.plan.json")
+_RECIPE: dict[str, Any] = {"batch_size": _BATCH, "lr": 3e-3, "shift": 1}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the demo does.
+
+    Attributes:
+        kind: of the target: "macs", "params" or "channels".
+        fraction: of it that may remain.
+        epochs: of training, for each of the three students.
+        seed: of the random choice of channels and of the training.
+
+    """
+
+    kind: str = TARGET[0]
+    fraction: float = TARGET[1]
+    epochs: int = EPOCHS
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class _Variant:
+    """A model of the table."""
+
+    name: str
+    model: Model
+    costs: Costs
+    accuracy: float
 
 
 def run(
-    kind: str, fraction: float, *, epochs: int, out: Path | None = None, overwrite: bool = False,
-    observer: Callable[[str], None] = SAY,
-) -> dict[str, Any]:  # fmt: skip  # one line an option
+    settings: Settings | None = None,
+    *,
+    out: Path | None = None,
+    overwrite: bool = False,
+    observer: Callable[[str], None] = lambda what: None,
+) -> dict[str, Any]:
     """Prune the embedded digits network and train it back.
 
-    Accuracies are those after the last epoch, on images that were never trained on. Without torch the training is left
-    out. Raises TargetError if the target cannot be met.
+    Accuracies are those of the last epoch, on images that were not trained on. Without torch the training is left out.
+    Raises TargetError if the target cannot be met.
     """
     started = time.perf_counter()
+    settings = settings or Settings()
+    if settings.kind not in KINDS:
+        raise TargetError(f"no target is called {settings.kind!r}: choose one of {', '.join(KINDS)}")
     _prepare(out, overwrite=overwrite)
-    folder = resources.files("cpd_onnx.models")
-    with resources.as_file(folder.joinpath("digits.onnx")) as path:
-        model = load(path)
-        train, test = (_digits(path.parent / f"digits_{part}.npz", model) for part in ("train", "test"))
-    rows: list[dict[str, Any]] = [_row("the original", model, model, test)]
+    with resources.as_file(resources.files("cpd_onnx.models")) as folder:
+        model = load(folder / "digits.onnx")
+        train, test = (_digits(folder / f"digits_{part}.npz", model) for part in ("train", "test"))
     observer("comb, prune, verify")
-    states = {score: _pruned(model, kind, fraction, score) for score in ("l2", "random")}
-    for score, state in states.items():
-        rows.append(_row(f"pruned ({score})", model, state.model, test, state))
-    trained = util.find_spec("torch") is not None
-    if trained:
-        rows += _trained(model, states, train, test, epochs, observer)
+    states = {score: _pruned(model, settings, score) for score in ("l2", "random")}
+    pruned = {score: (state.model, _allocation_costs(state)) for score, state in states.items()}
+    variants = [_variant("the original", (model, _costs(model)), test)]
+    variants += [_variant(f"pruned ({score})", made, test) for score, made in pruned.items()]
+    ours = variants[1]
+    is_trained = util.find_spec("torch") is not None
+    if is_trained:
+        students = {"the original, trained on": (model, variants[0].costs)}
+        students |= {f"pruned ({score}), distilled": made for score, made in pruned.items()}
+        variants += _trained(model, students, (train, test), settings, observer)
+        ours = variants[4]
     observer("latency")
-    smaller = rows[-2]["model"] if trained else states["l2"].model
-    seconds = latency_ratio([model, smaller], _feed(model, test), threads=1)
-    found = verify_files(model, smaller, states["l2"].need("plan", "prune"))
+    seconds = latency_ratio([v.model for v in variants], _feed(model, test), threads=1)
+    observer("verify")
+    found = verify_files(model, ours.model, states["l2"].need("plan", "prune"))
     content = {
-        "rows": [{k: v for k, v in row.items() if k != "model"} for row in rows],
-        "epochs": epochs if trained else 0,
-        "latency": {"before_ms": 1e3 * seconds[0], "after_ms": 1e3 * seconds[1], "batch": 64, "threads": 1},
-        "verification": report.comparison(found.comparison)
-        | {"is_replay": found.is_replay, "trained": len(found.trained)},
-        "torch": trained,
-        "seconds": time.perf_counter() - started,
+        "settings": asdict(settings),
+        "rows": [_row(variant, taken) for variant, taken in zip(variants, seconds, strict=True)],
+        "latency": {
+            "batch": _BATCH,
+            "threads": 1,
+            "before_ms": 1e3 * seconds[0],
+            "after_ms": 1e3 * seconds[variants.index(ours)],
+        },
+        "verification": report.comparison(found.comparison),
+        "trained_weights": len(found.trained),
+        "test_images": test.count,
+        "torch": is_trained,
     }
     if out is not None:
-        _save(out, model, smaller, states["l2"])
+        _save(out, model, ours.model, states["l2"])
         content["files"] = str(out)
-    return content
+    return content | {"seconds": time.perf_counter() - started}
 
 
 def table(content: dict[str, Any]) -> Table:
     """Accuracy and costs of each variant."""
-    made = Table("", "accuracy", "MACs", "parameters", "bytes", title="Handwritten digits, 797 test images")
-    for column in range(1, 5):
-        made.columns[column].justify = "right"
+    title = f"Handwritten digits, {content['test_images']} test images"
+    made = report.table_of(title, "", "accuracy", "MACs", "parameters", "file", "latency")
     for row in content["rows"]:
-        numbers = (report.count(row["macs"]), report.count(row["params"]), report.count(row["bytes"]))
-        made.add_row(row["name"], f"{100 * row['accuracy']:.2f} %", *numbers)
+        costs = (report.count(row["macs"]), report.count(row["params"]), f"{report.count(row['bytes'])}B")
+        made.add_row(row["name"], f"{100 * row['accuracy']:.2f} %", *costs, f"{row['latency_ms']:.2f} ms")
     return made
 
 
@@ -89,14 +134,18 @@ def lines(content: dict[str, Any]) -> list[str]:
     latency = content["latency"]
     ratio = latency["before_ms"] / latency["after_ms"]
     said = [
-        f"latency: {latency['before_ms']:.2f} -> {latency['after_ms']:.2f} ms, {ratio:.2f} times faster "
-        f"(onnxruntime, batch {latency['batch']}, one thread, interleaved, median)",
+        f"{ratio:.2f} times faster (onnxruntime, batch {latency['batch']}, one thread, interleaved, median)",
         report.proof_line(content["verification"]),
     ]
-    if not content["torch"]:
+    if content["torch"]:
         said.append(
-            "not trained: install torch (pip install 'cpd-onnx[torch]') to see distillation bring accuracy back"
+            f"distilled without labels, {content['settings']['epochs']} epochs: the values of "
+            f"{content['trained_weights']} weights were trained, the file still has the proven structure"
         )
+    else:
+        said.append("not trained: pip install 'cpd-onnx[torch]' to see distillation bring accuracy back")
+    if "files" in content:
+        said.append(f"wrote {', '.join(_FILES)} to {content['files']}")
     return [*said, f"{content['seconds']:.0f} s in all"]
 
 
@@ -109,9 +158,6 @@ def _prepare(out: Path | None, *, overwrite: bool) -> None:
         raise ModelError(f"cannot make folder {out}: {error.strerror}") from error
     for name in _FILES:
         require_free(out / name, overwrite=overwrite)
-
-
-_FILES = ("digits.onnx", "digits_pruned.onnx", "digits_pruned.onnx.plan.json")
 
 
 def _save(out: Path, model: Model, smaller: Model, state: State) -> None:
@@ -127,49 +173,52 @@ def _digits(path: Path, model: Model) -> ArraySource:
 
 
 def _feed(model: Model, source: ArraySource) -> dict[str, Any]:
-    batch = next(iter(source.batches(64)))
+    batch = next(iter(source.batches(_BATCH)))
     return {info.name: batch[info.name] for info in model.graph.input if info.name in batch}
 
 
-def _pruned(model: Model, kind: str, fraction: float, score: str) -> State:
-    amounts: dict[str, Any] = {kind: fraction}
-    allocation = replace(Allocate(), **amounts)
-    steps: list[Pass] = [Comb(), Score(score), allocation, Prune(), Verify()]
+def _pruned(model: Model, settings: Settings, score: str) -> State:
+    allocation = make("allocate", {settings.kind: settings.fraction})
+    steps: list[Pass] = [Comb(), Score(score, settings.seed), allocation, Prune(), Verify()]
     return run_passes(steps, model)
 
 
-def _row(name: str, original: Model, model: Model, test: ArraySource, state: State | None = None) -> dict[str, Any]:
-    accuracy = evaluate(model.complete_proto(), test, "top1")
-    costs = state.need("allocation", "allocate").after if state is not None else _costs(original)
-    sizes = {"macs": costs.macs, "params": costs.params, "bytes": len(model.serialize())}
-    return {"name": name, "accuracy": accuracy, **sizes, "model": model}
+def _allocation_costs(state: State) -> Costs:
+    costs: Costs = state.need("allocation", "allocate").after
+    return costs
 
 
-def _costs(model: Model) -> Any:
+def _costs(model: Model) -> Costs:
     combed = run_passes([Comb()], model).need("combed", "comb")
     return CostModel(combed).total(Kept(combed.atoms))
 
 
+def _variant(name: str, made: tuple[Model, Costs], test: ArraySource) -> _Variant:
+    model, costs = made
+    return _Variant(name, model, costs, evaluate(model.complete_proto(), test, "top1"))
+
+
+def _row(variant: _Variant, seconds: float) -> dict[str, Any]:
+    sizes = {"macs": variant.costs.macs, "params": variant.costs.params, "bytes": len(variant.model.serialize())}
+    return {"name": variant.name, "accuracy": variant.accuracy, **sizes, "latency_ms": 1e3 * seconds}
+
+
 def _trained(
-    model: Model,
-    states: dict[str, State],
-    train: ArraySource,
-    test: ArraySource,
-    epochs: int,
+    teacher: Model,
+    students: dict[str, tuple[Model, Costs]],
+    data: tuple[ArraySource, ArraySource],
+    settings: Settings,
     observer: Callable[[str], None],
-) -> list[dict[str, Any]]:
-    """The control, the random choice and ours, all with the same recipe and without labels; ours is last but one."""
+) -> list[_Variant]:
+    """The students after training against the teacher, all with the same recipe and without labels."""
     from cpd_onnx.passes import distill
 
-    options = distill.DistillOptions(epochs=epochs, batch_size=64, lr=3e-3, batch_norm="train", shift=1)
+    train, test = data
+    options = distill.DistillOptions(epochs=settings.epochs, seed=settings.seed, **_RECIPE)
     unlabelled = ArraySource({name: array for name, array in train.arrays.items() if name != "labels"})
-    rows = []
-    for name, student, state in (
-        ("the original, trained on", model, None),
-        ("pruned (l2), distilled", states["l2"].model, states["l2"]),
-        ("pruned (random), distilled", states["random"].model, states["random"]),
-    ):
+    variants = []
+    for name, (student, costs) in students.items():
         observer(f"distill: {name}")
-        result = distill.distill(model.complete_proto(), student.complete_proto(), unlabelled, options)
-        rows.append(_row(name, model, distill.trained(student, result), test, state))
-    return rows
+        result = distill.distill(teacher.complete_proto(), student.complete_proto(), unlabelled, options)
+        variants.append(_variant(name, (distill.trained(student, result), costs), test))
+    return variants

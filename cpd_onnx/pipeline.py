@@ -11,8 +11,10 @@ import importlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
+from cpd_onnx.errors import UnsupportedError
 from cpd_onnx.graph import Source, load
 from cpd_onnx.state import State
 
@@ -67,13 +69,22 @@ def make(name: str, options: Mapping[str, Any]) -> Pass:
     """A pass by name; ValueError if there is none or it does not know an option."""
     if name not in PASSES:
         raise ValueError(f"no pass is called {name!r}: there are {', '.join(PASSES)}")
-    cls = getattr(importlib.import_module(f"cpd_onnx.passes.{name}"), name.capitalize())
+    cls = getattr(_module(name), name.capitalize())
     known = [field.name for field in fields(cls)]
     for option in options:
         if option not in known:
             raise ValueError(f"pass {name!r} has no option {option!r}: it has {', '.join(known) or 'none'}")
     made: Pass = cls(**options)
     return made
+
+
+def _module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(f"cpd_onnx.passes.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise UnsupportedError(f"pass {name!r} needs torch: pip install 'cpd-onnx[torch]'") from error
 
 
 def run(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -101,7 +101,9 @@ def _check(content: Any, where: str) -> None:
 def _check_shapes(shapes: Any, where: str) -> None:
     if not isinstance(shapes, dict) or not all(isinstance(shape, list) for shape in shapes.values()):
         raise PlanError(f"{where}: 'input_shapes' should map names to lists of sizes")
-    if any(not isinstance(size, int) or isinstance(size, bool) or size < 1 for shape in shapes.values() for size in shape):
+    if any(
+        not isinstance(size, int) or isinstance(size, bool) or size < 1 for shape in shapes.values() for size in shape
+    ):
         raise PlanError(f"{where}: 'input_shapes' has sizes that are no positive integers")
 
 
@@ -118,9 +120,16 @@ def _check_group(group: Any, where: str) -> None:
 
 
 def make_plan(
-    combed: Combed, removed: list[list[int]], *, budget: Mapping[str, Any], before: Costs, after: Costs
+    combed: Combed,
+    removed: list[list[int]],
+    *,
+    budget: Mapping[str, Any],
+    before: Costs,
+    after: Costs,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> Plan:
     """Put on record what is removed, where it lies, and what is kept and why."""
+    shapes = {"input_shapes": {name: list(shape) for name, shape in input_shapes.items()}} if input_shapes else {}
     model, kept = combed.folded.model, Kept(combed.atoms)
     kept.remove(channels_of(combed, dict(enumerate(removed))))
     groups = [_group(combed, group, gone) for group, gone in zip(combed.groups, removed, strict=True)]
@@ -132,7 +141,7 @@ def make_plan(
         {
             "format": FORMAT,
             "version": VERSION,
-            "source": {"file": model.path.name if model.path else "", "sha256": sha256(model)},
+            "source": {"file": model.path.name if model.path else "", "sha256": sha256(model), **shapes},
             "groups": groups,
             "frozen": frozen,
             "removed": _removed(combed, kept),

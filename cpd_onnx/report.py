@@ -96,7 +96,9 @@ def kept_table(reasons: Sequence[Mapping[str, Any]], *, limit: int = 0) -> Table
     table = table_of("Kept, and why", "reason", "axes", "weights", "the largest")
     table.columns[3].justify = "left"
     for entry in reasons[: limit or None]:
-        largest = ", ".join(f"{e['tensor']} {e['dims']} axis {e['axis']}" for e in entry["largest"][: 1 if limit else None])
+        largest = ", ".join(
+            f"{e['tensor']} {e['dims']} axis {e['axis']}" for e in entry["largest"][: 1 if limit else None]
+        )
         table.add_row(entry["reason"], str(entry["axes"]), count(entry["weights"]), largest)
     if limit and len(reasons) > limit:
         table.add_row(f"… and {len(reasons) - limit} more, see 'inspect'", "", "", "")
@@ -142,7 +144,9 @@ def costs_table(content: Mapping[str, Any]) -> Table:
         before, after = content["before"][key], content["after"][key]
         table.add_row(name, count(before), count(after), share(after, before))
     sizes = content["bytes"]
-    table.add_row("file", f"{count(sizes['before'])}B", f"{count(sizes['after'])}B", share(sizes["after"], sizes["before"]))
+    table.add_row(
+        "file", f"{count(sizes['before'])}B", f"{count(sizes['after'])}B", share(sizes["after"], sizes["before"])
+    )
     return table
 
 

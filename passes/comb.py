@@ -214,10 +214,18 @@ class _Comber:
         node, bodies = scope.nodes[position], scope.bodies[position]
         if node.op_type == "If" and node.domain in ("", "ai.onnx"):
             self.branches(bodies, inputs, outputs)
+        elif node.op_type == "Scan" and scope.opset < 9 and node.domain in ("", "ai.onnx"):
+            self.give_up(inputs, outputs, "Scan had other inputs before opset 9")
+            self.freeze_captured(bodies["body"], "is used in a Scan of before opset 9")
         elif node.op_type in ("Loop", "Scan") and node.domain in ("", "ai.onnx"):
             self.rounds(node, bodies["body"], inputs, outputs)
         else:
             self.call(bodies["body"], inputs, outputs)
+
+    def freeze_captured(self, body: Scope, reason: str) -> None:
+        """Freeze all that a body which is not followed takes from outside."""
+        for name in body.consumers:
+            self.freeze(self.get(body, name), reason)
 
     def call(self, body: Scope, inputs: list[Tensor | None], outputs: list[Tensor]) -> None:
         for name, tensor in zip(body.inputs, inputs, strict=False):

@@ -53,7 +53,8 @@ class DistillOptions:
         temperature: softens the distributions that are compared.
         label_weight: share of the cross-entropy with the labels in the loss; 0 needs no labels.
         losses: output name -> "kl" or "mse", for outputs whose nature cannot be seen from their values.
-        batch_norm: "frozen" keeps BatchNormalization's stored statistics; "train" trains with those of the batch.
+        batch_norm: "frozen" keeps BatchNormalization's stored statistics; "train" trains with those of the batch;
+            "auto" does the latter where a batch has at least 16 samples.
         freeze: initializers that are not trained, by name.
         flip: mirror half of the images (rank-4 inputs, width last).
         shift: move images by up to so many pixels, zeros coming in.
@@ -73,7 +74,7 @@ class DistillOptions:
     temperature: float = 4.0
     label_weight: float = 0.0
     losses: Mapping[str, LossKind] = field(default_factory=dict)
-    batch_norm: BatchNormMode = "frozen"
+    batch_norm: BatchNormMode | Literal["auto"] = "auto"
     freeze: tuple[str, ...] = ()
     flip: bool = False
     shift: int = 0
@@ -110,6 +111,8 @@ class DistillResult:
     device: str
 
 
+_ENOUGH_FOR_STATISTICS = 16
+"""Samples in a batch from which on its own statistics are good enough to train with."""
 _CHECK_EVERY = 20
 """Updates between two looks at the losses; each look waits for the device."""
 
@@ -139,13 +142,20 @@ def distill(
     started = time.perf_counter()
     _check(teacher, student, batches, options)
     device = _device(options)
-    module = import_model(student, batch_norm=options.batch_norm).to(device)
+    feed = _Feed(batches, student, options, device)
+    module = import_model(student, batch_norm=_batch_norm(options, feed.size)).to(device)
     before = module.onnx_state()
     run = _Trainer(module, _teacher(teacher, device), options, [info.name for info in student.graph.output])
-    losses = run.train(_Feed(batches, student, options, device), progress)
+    losses = run.train(feed, progress)
     after = module.onnx_state()
     values = {name: value for name, value in after.items() if value.tobytes() != before[name].tobytes()}
     return DistillResult(values, tuple(losses), run.kinds, time.perf_counter() - started, str(device))
+
+
+def summary(result: DistillResult) -> dict[str, Any]:
+    """What training gave, without the values."""
+    losses = {"first_loss": result.losses[0], "last_loss": result.losses[-1], "losses": dict(result.kinds)}
+    return {"steps": len(result.losses), "seconds": round(result.seconds, 2), "device": result.device, **losses}
 
 
 def trained(student: Model, result: DistillResult) -> Model:
@@ -172,10 +182,7 @@ class Distill(DistillOptions):
             raise DataError("distillation needs data: give --data, or a source as `data`")
         options = DistillOptions(**{f.name: getattr(self, f.name) for f in fields(DistillOptions)})
         result = distill(state.original.complete_proto(), state.model.complete_proto(), state.data, options)
-        summary: dict[str, Any] = {"steps": len(result.losses)}
-        summary |= {"first_loss": result.losses[0], "last_loss": result.losses[-1]}
-        summary |= {"seconds": result.seconds, "device": result.device, "losses": dict(result.kinds)}
-        return replace(state, model=trained(state.model, result), distilled=summary)
+        return replace(state, model=trained(state.model, result), distilled=summary(result))
 
 
 def _check(teacher: ModelProto, student: ModelProto, batches: Source, options: DistillOptions) -> None:
@@ -196,12 +203,21 @@ def _check(teacher: ModelProto, student: ModelProto, batches: Source, options: D
         raise DataError(f"label weight {options.label_weight:g} needs an array {LABELS!r} in the data; there is none")
 
 
+def _batch_norm(options: DistillOptions, batch_size: int) -> BatchNormMode:
+    if options.batch_norm == "auto":
+        return "train" if batch_size >= _ENOUGH_FOR_STATISTICS else "frozen"
+    return options.batch_norm
+
+
 def _device(options: DistillOptions) -> torch.device:
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise CpdError(f"device {options.device!r} was asked for but torch finds no GPU; use 'auto' or 'cpu'")
-    if options.device != "auto":
+    if options.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
         return torch.device(options.device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    except RuntimeError as error:
+        raise CpdError(f"torch knows no device {options.device!r}; use 'auto', 'cpu' or 'cuda'") from error
 
 
 def _teacher(model: ModelProto, device: torch.device) -> Run:

@@ -29,8 +29,9 @@ def prune(combed: Combed, allocation: Allocation, input_shapes: Mapping[str, Seq
 def apply(source: Source, plan: Plan, input_shapes: Mapping[str, Sequence[int]] | None = None) -> Pruned:
     """Replay a plan on the model that it was made for.
 
-    Raises PlanError if it was made for another one.
+    The input shapes are the plan's unless others are given. Raises PlanError if it was made for another model.
     """
+    input_shapes = input_shapes or plan.input_shapes
     combed = comb(load(source), input_shapes)
     kept = Kept(combed.atoms)
     kept.remove(channels_of(combed, match(combed, plan)))
@@ -47,5 +48,12 @@ class Prune:
         """Fill in `edits` and `plan`; `model` becomes the pruned one."""
         combed, chosen = state.need("combed", "comb"), state.need("allocation", "allocate")
         pruned = prune(combed, chosen, state.input_shapes)
-        plan = make_plan(combed, chosen.removed, budget=state.budget, before=chosen.before, after=chosen.after)
+        plan = make_plan(
+            combed,
+            chosen.removed,
+            budget=state.budget,
+            before=chosen.before,
+            after=chosen.after,
+            input_shapes=state.input_shapes,
+        )
         return replace(state, model=pruned.model, edits=pruned.edits, plan=plan)

@@ -11,7 +11,7 @@ from onnx import ModelProto
 
 from cpd_onnx.compare import Comparison, compare, runs_needed, tolerance
 from cpd_onnx.data import Batch, Source, fixed_batch, inputs_of
-from cpd_onnx.errors import ProofError
+from cpd_onnx.errors import ProofError, UnsupportedError
 from cpd_onnx.graph import Array, Model, graphs_of
 from cpd_onnx.groups import QUANTIZED, Combed
 from cpd_onnx.kept import Kept
@@ -20,22 +20,26 @@ from cpd_onnx.passes.comb import comb
 from cpd_onnx.plan import Plan, channels_of, match
 from cpd_onnx.rewrite import rewrite
 from cpd_onnx.rules import FLOATS
-from cpd_onnx.runtime import open_model, working_feeds
+from cpd_onnx.runtime import execute, open_model, working_feeds
 from cpd_onnx.state import State
 
 
 def verify(combed: Combed, kept: Kept, pruned: Model, feeds: Iterable[Mapping[str, Array]] | None = None) -> Comparison:
     """Compare the pruned model with the masked original in onnxruntime, optimisations off.
 
-    Runs on random inputs if none are given. Raises UnsupportedError if onnxruntime cannot run the models, DataError if
-    the original gives NaN.
+    Runs on random inputs if none are given. Raises UnsupportedError if onnxruntime cannot run the original, ProofError
+    if it runs that but not the pruned model, DataError if the original gives NaN.
     """
-    models = (combed.folded.model, masked(combed, kept, pruned), pruned)
-    original, reference, smaller = (open_model(model, optimise=False) for model in models)
+    original = open_model(combed.folded.model, optimise=False)
     allowed = tolerance(combed)
-    if feeds is None:
-        feeds = working_feeds(combed.folded, original, runs_needed(allowed))
-    return compare(original, reference, smaller, feeds, allowed)
+    given = list(feeds if feeds is not None else working_feeds(combed.folded, original, runs_needed(allowed)))
+    for feed in given[:1]:
+        execute(original, feed)
+    try:
+        reference, smaller = (open_model(m, optimise=False) for m in (masked(combed, kept, pruned), pruned))
+        return compare(original, reference, smaller, given, allowed)
+    except UnsupportedError as error:
+        raise ProofError(f"onnxruntime runs the original but not what was made of it: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -101,10 +105,10 @@ def verify_files(
     Values of weights may have been trained since; nothing else may differ. Raises PlanError if the plan belongs to
     another original, ProofError if the file is something else or the mask check fails.
     """
-    combed = comb(original)
+    combed = comb(original, plan.input_shapes)
     kept = Kept(combed.atoms)
     kept.remove(channels_of(combed, match(combed, plan)))
-    replay = rewrite(combed, kept).model
+    replay = rewrite(combed, kept, plan.input_shapes).model
     trained = _trained(replay, pruned)
     comparison = proved(verify(combed, kept, replay, feeds))
     return FileVerification(not trained, trained, comparison)

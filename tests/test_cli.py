@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import jsonschema
@@ -11,9 +12,12 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+import cpd_onnx as cpd
 from cpd_onnx.cli import main
+from cpd_onnx.compare import Comparison
 from cpd_onnx.plan import schema
 
+from .models import from_text
 from .test_rules import model_of
 
 EXAMPLE = Path(__file__).parents[1] / "models" / "digits.onnx"
@@ -60,6 +64,21 @@ def test_inspect_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert content["costs"]["params"] == 8 * 27 + 8 + 5 * 72
 
 
+def test_json_shares_the_plans_words(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", folder / "model.onnx", "--json", "-") == 0
+    content = json.loads(capsys.readouterr().out)
+    properties = schema()["properties"]
+    for name in ("groups", "frozen"):
+        jsonschema.validate(content[name], {**properties[name], "$defs": schema()["$defs"]})
+    assert sum(entry["axes"] for entry in content["kept"]) >= len(content["frozen"])
+    assert content["group_costs"][0]["macs"] == content["costs"]["macs"]
+
+
+def test_inspect_marks_what_is_held(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", folder / "model.onnx", "--keep", "w*") == 0
+    assert "(held)" in capsys.readouterr().out
+
+
 def test_prune_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("prune", folder / "model.onnx", "-o", folder / "s.onnx", "--json", folder / "r.json") == 0
     content = json.loads((folder / "r.json").read_text())
@@ -84,7 +103,7 @@ def test_a_trained_file_is_told_from_a_tampered_one(folder: Path, capsys: pytest
     trained.graph.initializer[0].raw_data = np.ones(4 * 27, np.float32).tobytes()
     onnx.save(trained, small)
     assert run("verify", model, small) == 0
-    assert "1 weights trained since" in capsys.readouterr().out
+    assert "trained since: 1" in capsys.readouterr().out
     trained.graph.node[0].attribute[0].ints[0] = 0
     onnx.save(trained, small)
     assert run("verify", model, small) == 1
@@ -254,3 +273,174 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_operators(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("operators") == 0
     assert "com.microsoft::FusedConv" in capsys.readouterr().out
+
+
+def test_missing_operators(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("operators", "--missing") == 0
+    missing = capsys.readouterr().out.split()
+    assert "NonZero" in missing
+    assert not {"Conv", "If", "Constant"} & set(missing)
+
+
+@pytest.mark.parametrize("option", [["--plan", "out.onnx"], ["--plan", "model.onnx"], ["--json", "model.onnx"], ["--json", "out.onnx"]])
+def test_one_file_is_not_named_for_two_things(folder: Path, option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    before = (folder / "model.onnx").read_bytes()
+    assert run("prune", folder / "model.onnx", "-o", folder / "out.onnx", "--force", option[0], folder / option[1]) == 1
+    assert "two things" in capsys.readouterr().err
+    assert (folder / "model.onnx").read_bytes() == before
+    assert files(folder) == {"model.onnx"}
+
+
+def test_the_model_itself_is_replaced_only_with_force(folder: Path) -> None:
+    model = folder / "model.onnx"
+    before = model.read_bytes()
+    assert run("prune", model, "-o", model) == 1
+    assert model.read_bytes() == before
+    assert files(folder) == {"model.onnx"}
+    assert run("prune", model, "-o", model, "--force") == 0
+    assert model.stat().st_size < len(before)
+
+
+def test_nothing_is_left_where_the_disk_is_full(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: str, target: Path) -> None:
+        if Path(target).name == "out.onnx":
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", full)
+    assert run("prune", folder / "model.onnx", "-o", folder / "out.onnx") == 1
+    assert "No space left" in capsys.readouterr().err
+    assert files(folder) == {"model.onnx"}
+
+
+def test_nothing_is_written_if_the_proof_fails(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = Comparison(difference=0.3, tolerance=1e-4, noise=0.0, runs=2)
+    monkeypatch.setattr("cpd_onnx.passes.verify.verify", lambda *arguments: wrong)
+    assert run("prune", folder / "model.onnx", "-o", folder / "out.onnx") == 1
+    assert "differs from the masked original" in capsys.readouterr().err
+    assert files(folder) == {"model.onnx"}
+
+
+def test_no_verify_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("prune", folder / "model.onnx", "-o", folder / "out.onnx", "--no-verify") == 0
+    assert "not verified" in capsys.readouterr().out
+
+
+def test_data_is_used_for_the_proof(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = [d.dim_value for d in onnx.load(folder / "model.onnx").graph.input[0].type.tensor_type.shape.dim]
+    np.savez(folder / "data.npz", x=np.zeros([4, *shape[1:]], np.float32))
+    assert run("prune", folder / "model.onnx", "-o", folder / "out.onnx", "--data", folder / "data.npz", "--json", "-") == 0
+    assert json.loads(capsys.readouterr().out)["verification"]["runs"] == 2
+
+
+def test_input_shapes_are_part_of_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "(float[N, S, 6] x, float[6, 8] w, float[8, 5] v, int64[3] s) => (float[N, S, 5] y) { h = MatMul(x, w) r = Reshape(h, s) y = MatMul(r, v) }"
+    model, small, again = (tmp_path / f"{n}.onnx" for n in ("model", "small", "again"))
+    onnx.save(from_text(text, values={"s": [0, 0, 8]}), model)
+    assert run("prune", model, "-o", small, "--input-shape", "x:2,7,6") == 0
+    plan = tmp_path / "small.onnx.plan.json"
+    content = json.loads(plan.read_text())
+    jsonschema.validate(content, schema())
+    assert content["source"]["input_shapes"] == {"x": [2, 7, 6]}
+    assert run("apply", model, plan, "-o", again) == 0
+    assert again.read_bytes() == small.read_bytes()
+    assert run("verify", model, small) == 0
+    content["source"]["input_shapes"] = {"x": ["two"]}
+    plan.write_text(json.dumps(content))
+    assert run("verify", model, small) == 1
+    assert "no positive integers" in capsys.readouterr().err
+
+
+def test_external_data_stays_external(tmp_path: Path) -> None:
+    model = from_text("(float[2, 40] x, float[40, 80] w, float[80, 50] v) => (float[2, 50] y) { h = MatMul(x, w) y = MatMul(h, v) }")
+    source, small, again = (tmp_path / f"{n}.onnx" for n in ("big", "small", "again"))
+    onnx.save_model(model, source, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    (tmp_path / "small.onnx.data").write_text("mine")
+    assert run("prune", source, "-o", small) == 1
+    assert files(tmp_path) == {"big.onnx", "weights.bin", "small.onnx.data"}
+    assert run("prune", source, "-o", small, "--force") == 0
+    assert run("apply", source, tmp_path / "small.onnx.plan.json", "-o", again) == 0
+    assert (tmp_path / "again.onnx.data").read_bytes() == (tmp_path / "small.onnx.data").read_bytes()
+    assert run("verify", source, again, "--plan", tmp_path / "small.onnx.plan.json") == 0
+
+
+@pytest.mark.parametrize(
+    "option",
+    [["--score", "best"], ["--spread", "far"], ["--seed", "-1"], ["--seed", "x"], ["--input-shape", "x"], ["--input-shape", "x:0"], ["--unheard-of"]],
+)
+def test_values_that_no_option_takes_exit_with_two(folder: Path, option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run("prune", folder / "model.onnx", "-o", folder / "o.onnx", *option)
+    assert stopped.value.code == 2
+    assert "cpd-onnx" in capsys.readouterr().err
+    assert files(folder) == {"model.onnx"}
+
+
+@pytest.mark.parametrize("option", [["--epochs", "0"], ["--lr", "-1"], ["--lr", "nan"], ["--label-weight", "2"], ["--shift", "-1"], ["--metric", "best"]])
+def test_values_that_training_does_not_take_exit_with_two(folder: Path, option: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run("distill", folder / "model.onnx", folder / "model.onnx", "-o", folder / "o.onnx", "--data", "d.npz", *option)
+    assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--data", "nowhere.npz"], "no file"),
+        (["--data", "DATA", "--device", "abacus"], "knows no device"),
+        (["--data", "DATA", "--eval", "UNLABELLED"], "no array 'labels'"),
+        (["--data", "DATA", "--lr", "1e30"], "the loss became"),
+    ],
+)
+def test_distill_says_what_is_wrong(tmp_path: Path, arguments: list[str], match: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch")
+    data = EXAMPLE.with_name("digits_train.npz")
+    unlabelled = tmp_path / "images.npz"
+    np.savez(unlabelled, image=np.load(data)["image"][:64])
+    places = {"DATA": str(data), "UNLABELLED": str(unlabelled)}
+    assert run("distill", EXAMPLE, EXAMPLE, "-o", tmp_path / "out.onnx", "--steps", "3", *(places.get(a, a) for a in arguments)) == 1
+    said = capsys.readouterr().err
+    assert match in said
+    assert said.count("\n") == 1
+    assert files(tmp_path) == {"images.npz"}
+
+
+def test_models_of_another_signature_are_no_students(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch")
+    assert run("distill", EXAMPLE, folder / "model.onnx", "-o", folder / "o.onnx", "--data", EXAMPLE.with_name("digits_train.npz")) == 1
+    assert "model's inputs" in capsys.readouterr().err
+
+
+def test_interruption(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cpd_onnx.cli.comb", interrupted)
+    assert run("inspect", folder / "model.onnx") == 130
+    assert capsys.readouterr().err == "stopped\n"
+
+
+def test_verbose_shows_where_an_error_came_from(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--verbose", "inspect", folder / "nothing.onnx") == 1
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert said.splitlines()[-1].startswith("error: cannot read")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run("--version")
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"cpd-onnx {cpd.__version__}\n"
+
+
+def test_names_are_printed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = from_text("(float[2, 6] x, float[6, 8] w, float[8, 5] v) => (float[2, 5] y) { h = MatMul(x, w) y = MatMul(h, v) }")
+    for node in model.graph.node:
+        node.input[1] = f"[bold]{node.input[1]}:smile:"
+    for tensor in model.graph.initializer:
+        tensor.name = f"[bold]{tensor.name}:smile:"
+    onnx.save(model, tmp_path / "model.onnx")
+    assert run("inspect", tmp_path / "model.onnx") == 0
+    assert "[bold]w:smile:" in capsys.readouterr().out

@@ -176,10 +176,16 @@ def test_fixed_batch_size_is_fed() -> None:
 
 def test_batch_norm_statistics_move_only_if_asked() -> None:
     options = replace(FAST, steps=4)
-    frozen = distill(TEACHER, STUDENT, ArraySource(images()), options)
+    frozen = distill(TEACHER, STUDENT, ArraySource(images()), replace(options, batch_norm="frozen"))
     moving = distill(TEACHER, STUDENT, ArraySource(images()), replace(options, batch_norm="train"))
     assert {"bn.mean", "bn.var"} & set(frozen.values) == set()
     assert {"bn.mean", "bn.var"} <= set(moving.values)
+
+
+@pytest.mark.parametrize(("batch_size", "moves"), [(8, False), (16, True)])
+def test_batch_norm_statistics_move_by_themselves_where_batches_are_large(batch_size: int, moves: bool) -> None:
+    result = distill(TEACHER, STUDENT, ArraySource(images()), replace(FAST, steps=2, batch_size=batch_size))
+    assert ("bn.mean" in result.values) == moves
 
 
 def test_frozen_initializers_stay() -> None:

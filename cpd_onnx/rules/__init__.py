@@ -41,6 +41,6 @@ def supported_operators() -> list[str]:
 
 
 def unsupported_operators() -> list[str]:
-    """The operators of the standard domain, up to `LATEST_OPSET`, whose channels are kept for want of a rule, sorted."""
+    """Standard operators, up to `LATEST_OPSET`, whose channels are kept for want of a rule; sorted."""
     schemas = [s for s in defs.get_all_schemas_with_history() if not s.domain and s.since_version <= LATEST_OPSET]
     return sorted({s.name for s in schemas} - {name for domain, name in RULES if not domain} - _ENTERED)

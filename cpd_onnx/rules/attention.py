@@ -107,6 +107,7 @@ def attention(op: Op) -> None:
         op.unite(other[0], q[0])
         op.freeze(other[2 if q.rank == 4 else 1], "attends along this axis")
     _scale(op, heads)
+    op.freeze(q[0], "masks and caches share this axis")
     op.silence(q, q[-1])
     _mask(op, 3, heads)
     _caches(op, heads, (4, 5), (1, 2), q[0])
@@ -164,6 +165,7 @@ def multi_head_attention(op: Op) -> None:
     _mask(op, 5, heads)
     _caches(op, heads, (6, 7), (1, 2), q[0])
     _scale(op, heads)
+    op.freeze(q[0], "masks and caches share this axis")
     op.silence(q, q[-1])
     op.attribute_size("num_heads", heads.groups)
     op.set([q[0], _sequence(op, q, 1), op.atoms.product(heads.groups, heads.value_dim)])
@@ -186,6 +188,7 @@ def packed_attention(op: Op) -> None:
     freeze_rest(op, 3, but=(5,))
     _mask(op, 5, heads)
     _scale(op, heads)
+    op.freeze(x[0], "masks and caches share this axis")
     op.reduce(heads.dim)
 
     def hidden_sizes(keep: Any, old: Any) -> Any:
@@ -224,6 +227,7 @@ def group_query_attention(op: Op) -> None:
     if op.has(11):
         op.unite(op.input(11)[0], heads.queries)
     _scale(op, heads)
+    op.freeze(q[0], "masks and caches share this axis")
     op.silence(q, q[-1])
     op.attribute_size("num_heads", heads.queries)
     op.attribute_size("kv_num_heads", heads.groups)
@@ -260,6 +264,8 @@ def _rotary(op: Op, tables: tuple[int, int], positions: int) -> None:
             op.attribute_size("num_heads", heads)
     if op.get("rotary_embedding_dim", 0):
         op.attribute_size("rotary_embedding_dim", np.concatenate([pairs, pairs]))
+    op.freeze(x[0], "shares this axis with its angles")
+    op.freeze(x[2 if x.rank == 4 else 1], "shares this axis with its angles")
     for slot in tables:
         table = op.input(slot)
         for other in (table.axes or [])[:-1]:

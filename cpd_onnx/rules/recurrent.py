@@ -33,6 +33,8 @@ def recurrent(op: Op) -> None:
     for slot in (5, 6):
         if op.has(slot):
             _state(op, op.input(slot), batch, hidden, batch_first=bool(batch_first))
+    if op.has(4):
+        op.freeze(batch, "takes sequence lengths per sample")
     if op.has(7):
         _gated(op, op.input(7), 3, hidden)
     op.attribute_size("hidden_size", hidden)
@@ -84,6 +86,8 @@ def quantized_lstm(op: Op) -> None:
         scales, zeros = (op.input(slot).value if op.has(slot) else None for slot in (scale, scale + 1))
         op.recorder.quantized[id(tensor.value)] = Quantized(scales, zeros, 2)
     op.freeze(x[0], "runs along this axis in order")
+    if op.has(4):
+        op.freeze(x[1], "takes sequence lengths per sample")
     op.attribute_size("hidden_size", hidden)
     op.label(hidden, "hidden")
     directions = op.frozen(w.shape[0], "has this many directions")

@@ -1,0 +1,151 @@
+"""Imports point down, and torch is imported only where something is trained."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LAYERS = (
+    ("errors", "atoms", "version"),
+    ("graph", "data"),
+    ("evaluate", "contrib", "metrics"),
+    ("shapes",),
+    ("rules.api", "runtime"),
+    ("rules.elementwise",),
+    ("rules.attention", "rules.linear", "rules.norm", "rules.recurrent", "rules.reduce", "rules.shape"),
+    ("rules.quant",),
+    ("rules",),
+    ("groups",),
+    ("kept", "editing", "operands", "weights", "compare"),
+    ("cost", "arithmetic", "masking"),
+    ("rewrite", "plan"),
+    ("report",),
+    ("state",),
+    ("pipeline",),
+    ("",),
+    ("passes",),
+    ("passes.fold", "passes.comb", "passes.score", "passes.distill"),
+    ("passes.allocate",),
+    ("passes.prune", "passes.verify"),
+    ("testing", "demo"),
+    ("models",),
+    ("cli",),
+    ("__main__",),
+)
+"""Each module imports from the lines above its own; "" is the package itself, `torch.…` stands beside them all."""
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+TRAINS = ("torch", "passes.distill")
+"""Where torch is imported."""
+
+
+def modules() -> dict[str, Path]:
+    """The modules of the package by name, without `cpd_onnx.`."""
+    found = {}
+    for folder, prefix in ((ROOT / "cpd_onnx", ""), (ROOT / "passes", "passes.")):
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            if folder.name == "cpd_onnx" and parts[0] in ("passes", "models"):
+                continue  # reached through links
+            name = prefix + ".".join(parts)
+            found[name.removesuffix("__init__").removesuffix(".")] = path
+    return found
+
+
+MODULES = modules()
+
+
+def trains(name: str) -> bool:
+    return any(name == one or name.startswith(f"{one}.") for one in TRAINS)
+
+
+def imports(node: ast.AST, *, late: bool = False) -> Iterator[tuple[str, bool]]:
+    """Names that are imported, and whether only inside a function; imports for types alone are left out."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and getattr(child.test, "id", "") == "TYPE_CHECKING":
+            continue
+        if isinstance(child, ast.Import):
+            yield from ((alias.name, late) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, "imports are absolute"
+            for alias in child.names:
+                full = f"{child.module}.{alias.name}"
+                yield (full if full.removeprefix("cpd_onnx.") in MODULES else str(child.module)), late
+        yield from imports(child, late=late or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda))
+
+
+def own(name: str) -> str | None:
+    """The module of ours behind an imported name."""
+    if name == "cpd_onnx":
+        return ""
+    return name.removeprefix("cpd_onnx.") if name.startswith("cpd_onnx.") else None
+
+
+def test_every_module_has_a_layer() -> None:
+    beside = {name for name in MODULES if name.split(".")[0] == "torch"}
+    assert set(MODULES) - beside - set(LEVEL) == set()
+    assert set(LEVEL) - set(MODULES) == {"models"}
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_imports_point_down(name: str) -> None:
+    for imported, late in imports(ast.parse(MODULES[name].read_text())):
+        target = own(imported)
+        if target is None or late:
+            continue
+        if name.split(".")[0] == "torch":
+            assert target.split(".")[0] in ("torch", "errors"), f"{name} imports {target}"
+        elif target.split(".")[0] == "torch":
+            assert trains(name), f"{name} imports {target}"
+        else:
+            assert LEVEL[target] < LEVEL[name], f"{name} imports {target}"
+
+
+@pytest.mark.parametrize("name", sorted(name for name in MODULES if not trains(name)))
+def test_torch_is_not_imported(name: str) -> None:
+    for imported, late in imports(ast.parse(MODULES[name].read_text())):
+        target = own(imported)
+        assert imported.split(".")[0] != "torch", f"{name} imports torch"
+        assert late or target is None or not trains(target), f"{name} imports {target}, which imports torch"
+
+
+WITHOUT_TORCH = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "torch":
+            raise ModuleNotFoundError(f"No module named {name!r}", name="torch")
+
+sys.meta_path.insert(0, Refuse())
+from cpd_onnx.cli import main
+import cpd_onnx
+assert "torch" not in sys.modules
+try:
+    cpd_onnx.run("comb, distill", sys.argv[1])
+except cpd_onnx.UnsupportedError as error:
+    print(error, file=sys.stderr)
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def without_torch(*arguments: object) -> subprocess.CompletedProcess[str]:
+    model = ROOT / "models" / "digits.onnx"
+    line = [sys.executable, "-c", WITHOUT_TORCH, str(model), *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+def test_all_but_training_works_without_torch(tmp_path: Path) -> None:
+    model = ROOT / "models" / "digits.onnx"
+    done = without_torch("prune", model, "-o", tmp_path / "small.onnx")
+    assert (done.returncode, "verified" in done.stdout) == (0, True)
+    assert done.stderr == "pass 'distill' needs torch: pip install 'cpd-onnx[torch]'\n"
+    done = without_torch("distill", model, model, "-o", tmp_path / "out.onnx", "--data", model.with_name("digits_train.npz"))
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "error: distillation needs torch: pip install 'cpd-onnx[torch]'"
+    assert {p.name for p in tmp_path.iterdir()} == {"small.onnx", "small.onnx.plan.json"}

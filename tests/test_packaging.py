@@ -1,0 +1,123 @@
+"""What is installed: the packages that are listed are those that there are, with their data."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib import metadata, resources
+from pathlib import Path
+
+import pytest
+
+import cpd_onnx
+from cpd_onnx.rules import supported_operators, unsupported_operators
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SETUPTOOLS = PROJECT["tool"]["setuptools"]
+
+
+def packages() -> set[str]:
+    """Folders with an `__init__`, by the name under which they are imported."""
+    found = {"cpd_onnx"}
+    for folder in [ROOT / "cpd_onnx", ROOT / "passes", ROOT / "models"]:
+        base = () if folder.name == "cpd_onnx" else (folder.name,)
+        for init in folder.rglob("__init__.py"):
+            parts = init.parent.relative_to(folder).parts
+            if parts[:1] not in (("passes",), ("models",)):
+                found.add(".".join(("cpd_onnx", *base, *parts)))
+    return found
+
+
+def test_listed_packages_are_the_folders() -> None:
+    assert set(SETUPTOOLS["packages"]) == packages()
+    for name, folder in SETUPTOOLS["package-dir"].items():
+        link = ROOT / name.replace(".", "/")
+        assert link.is_symlink()
+        assert not link.readlink().is_absolute()
+        assert link.resolve() == ROOT / folder
+
+
+def test_files_that_are_no_code_are_there() -> None:
+    for name in ("py.typed", "plan.schema.json"):
+        assert name in SETUPTOOLS["package-data"]["cpd_onnx"]
+        assert resources.files("cpd_onnx").joinpath(name).is_file()
+    for name in ("digits.onnx", "digits_train.npz", "digits_test.npz"):
+        assert resources.files("cpd_onnx.models").joinpath(name).is_file()
+
+
+def test_models_are_those_of_the_manifest() -> None:
+    import hashlib
+
+    folder = ROOT / "models"
+    entries = json.loads((folder / "manifest.json").read_text())
+    assert set(entries) == {path.name for path in folder.glob("*.onnx")}
+    for name, entry in entries.items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == entry["sha256"]
+
+
+def test_version_and_command() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+", cpd_onnx.__version__)
+    assert PROJECT["project"]["scripts"] == {"cpd-onnx": "cpd_onnx.cli:entry"}
+    try:
+        assert metadata.version("cpd-onnx") == cpd_onnx.__version__
+    except metadata.PackageNotFoundError:
+        assert SETUPTOOLS["dynamic"]["version"] == {"attr": "cpd_onnx.version.__version__"}
+
+
+def test_public_names_exist() -> None:
+    assert all(hasattr(cpd_onnx, name) for name in cpd_onnx.__all__)
+    assert list(cpd_onnx.__all__) == sorted(cpd_onnx.__all__, key=lambda name: (not name.isupper(), name))
+
+
+@pytest.mark.parametrize("command", [["-m", "cpd_onnx"], ["-c", "from cpd_onnx.cli import entry; entry()"]])
+def test_it_starts(command: list[str]) -> None:
+    done = subprocess.run([sys.executable, *command, "--version"], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == f"cpd-onnx {cpd_onnx.__version__}\n"
+
+
+def test_passes_are_not_imported_from_their_folder() -> None:
+    done = subprocess.run([sys.executable, "-c", "import passes"], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert "import this package as cpd_onnx.passes" in done.stderr
+
+
+def test_wheel_holds_everything(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", minversion="77", reason="without network only an installed setuptools can build")
+    line = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)]
+    if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True, check=False).returncode:
+        pytest.skip("there is no pip to build with")
+    copied = tmp_path / "source"
+    copied.mkdir()
+    subprocess.run(line[:-1] + [str(ROOT), "--config-settings", f"--build-option=--build-base={copied}"], check=True, capture_output=True, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    for path in [*(ROOT / "passes").glob("*.py"), *(ROOT / "cpd_onnx").glob("*.py"), *(ROOT / "cpd_onnx/rules").glob("*.py")]:
+        inside = path.relative_to(ROOT).as_posix()
+        assert inside.replace("passes/", "cpd_onnx/passes/", 1) in names
+    assert {"cpd_onnx/py.typed", "cpd_onnx/plan.schema.json", "cpd_onnx/models/digits.onnx"} <= names
+    assert {name.split("/")[0] for name in names} == {"cpd_onnx", f"cpd_onnx-{cpd_onnx.__version__}.dist-info"}
+
+
+def commands() -> list[str]:
+    """The set-up commands of the README, the lines of its first block."""
+    return re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0].splitlines()
+
+
+def test_readme_has_two_commands_and_the_second_is_tested() -> None:
+    assert len(commands()) == 2
+    assert commands()[0].endswith("&& cpd-onnx demo")
+    assert commands()[1].endswith("&& pytest")
+    install, _, _ = commands()[1].partition(" && ")
+    assert install.removeprefix("pip install ") in (ROOT / ".ci" / "run").read_text()
+
+
+def test_readme_lists_the_operators_as_they_are() -> None:
+    text = (ROOT / "README.md").read_text()
+    missing = ", ".join(f"`{name}`" for name in unsupported_operators())
+    assert missing in " ".join(text.split())
+    assert f"{len(supported_operators())} operators have a rule" in text
