@@ -169,6 +169,7 @@ def _add_distill(commands: Any) -> None:
     training.add_argument("--flip", action="store_true", help="mirror half of the images")
     training.add_argument("--shift", type=_natural, default=0, help="move images by up to so many pixels")
     training.add_argument("--seed", type=_natural, default=0, help="of order and augmentation")
+    training.add_argument("--threads", type=_natural, default=0, help="of torch on the CPU (default: its own choice)")
     training.add_argument("--device", default="auto", help="auto, cpu or cuda (default: a GPU if there is one)")
     parser.add_argument("--eval", metavar="DATA", help="measure teacher, student and result on this data")
     parser.add_argument("--metric", choices=("top1", "miou", "mse", "cosine"), default="top1", help="default: top1")

@@ -32,7 +32,7 @@ TARGET = ("macs", 0.2)
 EPOCHS = 20
 _BATCH = 64
 _FILES = ("digits.onnx", "digits_pruned.onnx", "digits_pruned.onnx.plan.json")
-_RECIPE: dict[str, Any] = {"batch_size": _BATCH, "lr": 3e-3, "shift": 1}
+_RECIPE: dict[str, Any] = {"batch_size": _BATCH, "lr": 3e-3, "shift": 1, "threads": 1}
 
 
 @dataclass(frozen=True)

@@ -170,28 +170,30 @@ class Combed:
 
     def members(self, group: Group) -> list[Member]:
         """Where in the weights a group lies."""
-        rank = np.full(len(self.atoms), -1, np.int64)
-        rank[group.channels] = np.arange(len(group))
-        found: dict[tuple[int, int], Member] = {}
+        return self._members.get(group.id, [])
+
+    @cached_property
+    def _members(self) -> dict[int, list[Member]]:
+        """The members of all groups, found in one pass over the weights."""
+        owner, rank = (np.full(len(self.atoms), -1, np.int64) for _ in range(2))
+        for group in self.groups:
+            owner[group.channels], rank[group.channels] = group.id, np.arange(len(group))
+        found: dict[tuple[int, int, int], Member] = {}
         for number, weight in enumerate(self.weights):
             for axes in self.weight_axes(weight):
-                for axis, indices in enumerate(axes):
-                    if (number, axis) in found:
-                        continue
-                    listed = self._indices(indices, rank, len(group))
-                    if listed is not None:
-                        found[(number, axis)] = Member(weight, axis, listed)
-        return list(found.values())
-
-    def _indices(self, axis: Axis, rank: Axis, count: int) -> list[list[int]] | None:
-        places = rank[self.atoms.parts(axis)]
-        rows, columns = np.nonzero(places >= 0)
-        if not len(rows):
-            return None
-        listed: list[list[int]] = [[] for _ in range(count)]
-        for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
-            listed[places[row, column]].append(row)
-        return listed
+                for axis, atoms in enumerate(axes):
+                    parts = self.atoms.parts(atoms)
+                    owners = owner[parts]
+                    for index in (np.unique(owners[owners >= 0]) if parts.any() else np.zeros(0, np.int64)).tolist():
+                        if (index, number, axis) not in found:
+                            rows, columns = np.nonzero(owners == index)
+                            places = rank[parts[rows, columns]]
+                            listed = _listed(rows, places, len(self.groups[index]))
+                            found[(index, number, axis)] = Member(weight, axis, listed)
+        members: dict[int, list[Member]] = defaultdict(list)
+        for (index, _, _), member in found.items():
+            members[index].append(member)
+        return dict(members)
 
     def frozen(self) -> list[Frozen]:
         """The axes of trained weights with indices that are kept, and why."""
@@ -227,6 +229,14 @@ class Combed:
     def _only_interface(self, axes: list[Axis]) -> bool:
         reasons = [reason for axis in axes if len(axis) > 1 for reason in self.atoms.reasons(axis)]
         return all(reason.startswith("graph ") or reason in _NO_CHANNELS for reason in reasons)
+
+
+def _listed(rows: Axis, places: Axis, count: int) -> list[list[int]]:
+    """For each channel its rows, in order."""
+    listed: list[list[int]] = [[] for _ in range(count)]
+    for row, place in zip(rows.tolist(), places.tolist(), strict=True):
+        listed[place].append(row)
+    return listed
 
 
 def grouped(combed: Combed) -> list[Group]:
