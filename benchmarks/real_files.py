@@ -50,7 +50,9 @@ CASES = {
     "gtsrb": Case(
         "resnet20_gtsrb", "gtsrb", "top1", "macs=0.5", ("--batch-norm", "train", "--shift", "2", "--lr", "0.001")
     ),
-    "espnet": Case("espnet_p2_q8_camvid", "camvid", "miou", "macs=0.53", ("--flip", "--lr", "0.0005")),
+    "espnet": Case(
+        "espnet_p2_q8_camvid", "camvid", "miou", "macs=0.53", ("--flip", "--lr", "0.0005", "--batch-size", "4")
+    ),
 }
 
 
@@ -98,14 +100,14 @@ def command(*arguments: Any) -> Any:
     return json.loads(done.stdout) if "--json" in line else None
 
 
-def measure(case: Case, folder: Path, work: Path, steps: int) -> dict[str, Any]:
+def measure(case: Case, folder: Path, work: Path, training: list[Any]) -> dict[str, Any]:
     """All commands on one model."""
     import onnx
 
     original = folder / "onnx" / f"{case.model}.onnx"
     name = onnx.load(original, load_external_data=False).graph.input[0].name
     train, test = archives(folder, work, case, name)
-    result: dict[str, Any] = {"model": case.model, "target": case.target, "steps": steps, "recipe": list(case.recipe)}
+    result: dict[str, Any] = {"model": case.model, "target": case.target, "recipe": [*map(str, training), *case.recipe]}
     students = {"control": original}
     for score in ("l2", "random"):
         pruned = students[score] = work / f"{case.model}_{score}.onnx"
@@ -120,7 +122,7 @@ def measure(case: Case, folder: Path, work: Path, steps: int) -> dict[str, Any]:
     for key, student in students.items():
         out = work / f"{case.model}_{key}_distilled.onnx"
         trained = command(
-            "distill", original, student, "-o", out, "--data", train, "--steps", steps, *case.recipe,
+            "distill", original, student, "-o", out, "--data", train, *training, *case.recipe,
             "--eval", test, "--metric", case.metric, "--force", "--json", "-",
         )  # fmt: skip  # one command
         result |= {
@@ -141,6 +143,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=os.environ.get("CPD_DATA"), required="CPD_DATA" not in os.environ)
     parser.add_argument("--only", choices=CASES, action="append")
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 1 on a busy machine")
     parser.add_argument("--work", type=Path, help="folder for intermediate files (default: a temporary one)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "real_files.json")
     options = parser.parse_args()
@@ -148,12 +151,17 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     machine = {"cpus": os.cpu_count(), "machine": platform.machine(), "date": time.strftime("%Y-%m-%d")}
     versions = {name: metadata.version(name) for name in ("onnx", "onnxruntime", "torch", "numpy")}
+    describe = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(
+        describe, capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+    ).stdout.strip()
     results = json.loads(options.out.read_text())["results"] if options.out.exists() else {}
     for key in options.only or CASES:
-        results[key] = measure(CASES[key], Path(options.data), work, options.steps)
+        line = f"python benchmarks/real_files.py --data DATA --only {key} --steps {options.steps}"
+        training = ["--steps", options.steps, "--threads", options.threads]
+        results[key] = {"command": line, "commit": commit} | measure(CASES[key], Path(options.data), work, training)
         print(json.dumps(results[key], indent=1), flush=True)
         content = {
-            "command": "python benchmarks/real_files.py --data DATA",
             "machine": machine,
             "versions": versions,
             "results": results,

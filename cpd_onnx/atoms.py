@@ -352,10 +352,18 @@ def _compress(table: Axis) -> Axis:
     """Drop repeated parts of each row and move the empty places to its end."""
     if table.shape[1] == 1:
         return table
-    table = table.copy()
+    copied = False
     for column in range(1, table.shape[1]):
         seen = (table[:, :column] == table[:, column : column + 1]).any(1)
-        table[seen, column] = NOTHING
+        if seen.any():
+            table = table if copied else table.copy()
+            copied = True
+            table[seen, column] = NOTHING
+    empty = table == NOTHING
+    if not empty.any():
+        return table
+    if not (empty[:, :-1] & ~empty[:, 1:]).any():
+        return table[:, : max(1, int((~empty).sum(1).max()))]
     order = np.argsort(table == NOTHING, axis=1, kind="stable")
     table = np.take_along_axis(table, order, axis=1)
     width = max(1, int((table != NOTHING).sum(1).max(initial=0)))

@@ -180,7 +180,7 @@ def _add_distill(commands: Any) -> None:
 
 _TRAINING = (
     "epochs", "steps", "batch_size", "lr", "optimizer", "temperature", "label_weight", "batch_norm", "flip", "shift",
-    "seed", "device",
+    "seed", "threads", "device",
 )  # fmt: skip  # names of options, and of the fields that they go to
 
 

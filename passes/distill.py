@@ -61,7 +61,7 @@ class DistillOptions:
         seed: of order and augmentation.
         device: "auto" takes a GPU if there is one.
         mixed_precision: compute in bfloat16 where that is safe, on a GPU.
-        threads: of torch on the CPU; 0 leaves its choice. On a machine with other work, or for small models, 1 is fastest.
+        threads: of torch on the CPU; 0 leaves its choice. For small models, or on a busy machine, 1 is fastest.
     """
 
     epochs: int = 10

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -51,8 +53,6 @@ def test_files_that_are_no_code_are_there() -> None:
 
 
 def test_models_are_those_of_the_manifest() -> None:
-    import hashlib
-
     folder = ROOT / "models"
     entries = json.loads((folder / "manifest.json").read_text())
     assert set(entries) == {path.name for path in folder.glob("*.onnx")}
@@ -87,18 +87,21 @@ def test_passes_are_not_imported_from_their_folder() -> None:
 
 def test_wheel_holds_everything(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", minversion="77", reason="without network only an installed setuptools can build")
-    line = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)]
-    if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True, check=False).returncode:
-        pytest.skip("there is no pip to build with")
-    copied = tmp_path / "source"
-    copied.mkdir()
-    subprocess.run(line[:-1] + [str(ROOT), "--config-settings", f"--build-option=--build-base={copied}"], check=True, capture_output=True, cwd=tmp_path)
+    pytest.importorskip("pip", reason="there is no pip to build with")
+    source = tmp_path / "source"  # a copy, so that nothing is built in the tree
+    for name in ("cpd_onnx", "passes", "models"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    line = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)]
+    subprocess.run(line, check=True, capture_output=True, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    for path in [*(ROOT / "passes").glob("*.py"), *(ROOT / "cpd_onnx").glob("*.py"), *(ROOT / "cpd_onnx/rules").glob("*.py")]:
-        inside = path.relative_to(ROOT).as_posix()
-        assert inside.replace("passes/", "cpd_onnx/passes/", 1) in names
+    for folder, inside in (("cpd_onnx", "cpd_onnx"), ("passes", "cpd_onnx/passes"), ("models", "cpd_onnx/models")):
+        code = {path.relative_to(ROOT / folder).as_posix() for path in (ROOT / folder).rglob("*.py")}
+        wanted = {f"{inside}/{name}" for name in code if not name.startswith(("passes/", "models/"))}
+        assert wanted <= names
     assert {"cpd_onnx/py.typed", "cpd_onnx/plan.schema.json", "cpd_onnx/models/digits.onnx"} <= names
     assert {name.split("/")[0] for name in names} == {"cpd_onnx", f"cpd_onnx-{cpd_onnx.__version__}.dist-info"}
 
