@@ -140,6 +140,16 @@ class Model:
         apart = self.is_external or self.data_bytes() + self.proto.ByteSize() > PROTO_LIMIT
         return [target, *([target.with_name(target.name + ".data")] if apart else [])]
 
+    def defect(self) -> str | None:
+        """What onnx's checker has to say against the model, in one line; None if it is valid (or over 2 GiB)."""
+        if self.data_bytes() + self.proto.ByteSize() > PROTO_LIMIT:
+            return None
+        try:
+            onnx.checker.check_model(self.complete_proto(), full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError, TypeError) as error:
+            return (str(error) or type(error).__name__).strip().splitlines()[0][:300]
+        return None
+
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the model; weights go to `<name>.data` beside it if they came from such a file, or over 2 GiB.
 
@@ -194,8 +204,12 @@ def load(source: Source) -> Model:
         proto = gs.export_onnx(source)
     if not proto.graph.node and not proto.graph.output:
         raise ModelError(f"{path or 'the model'}: the graph is empty; is this an ONNX model?")
-    model = Model(proto, {}, path)
-    _detach(model, path.parent if path else None)
+    try:
+        model = Model(proto, {}, path)
+        _detach(model, path.parent if path else None)
+        model.names()
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{path or 'the model'} has names that are not text: export or copy it again") from error
     return model
 
 

@@ -153,7 +153,11 @@ def _table_size(folded: Folded, node: NodeProto, name: str) -> int:
 def latency_ratio(
     models: Sequence[Model], feed: Mapping[str, Array], *, seconds: float = 4.0, threads: int = 0
 ) -> list[float]:
-    """Median seconds of a run of each model, measured in interleaved rounds."""
+    """Median seconds of a run of each model, measured in interleaved rounds of changing order.
+
+    In a fixed order, what else the machine does in a rhythm would always meet the same model.
+    """
+    rng = np.random.default_rng(0)
     sessions = [open_model(model, threads=threads) for model in models]
     for session in sessions:
         for _ in range(3):
@@ -161,10 +165,10 @@ def latency_ratio(
     times: list[list[float]] = [[] for _ in sessions]
     end = time.perf_counter() + seconds
     while len(times[0]) < 10 or time.perf_counter() < end:
-        for session, taken in zip(sessions, times, strict=True):
+        for place in rng.permutation(len(sessions)):
             start = time.perf_counter()
-            session.run(None, dict(feed))
-            taken.append(time.perf_counter() - start)
+            sessions[place].run(None, dict(feed))
+            times[place].append(time.perf_counter() - start)
         if len(times[0]) >= 2000:
             break
     return [float(np.median(taken)) for taken in times]

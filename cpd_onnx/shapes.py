@@ -33,6 +33,8 @@ DIVISOR = 1 << 30
 """The same for one that divides."""
 _SMALL_FLOATS = 8
 """Float constants up to this many elements may be shape arithmetic (scales, bounds); larger ones are weights."""
+_MAX_DIM = 1 << 28
+"""No axis is longer; each index of it would take eight bytes."""
 _GUESSES = (37, 41)
 """Sizes for dimensions that depend on data (NonZero, TopK of a computed k): any would do."""
 _DATA_DEPENDENT_BODIES = {"If", "Loop", "Scan"}
@@ -275,7 +277,7 @@ class _Folder:
         return Folded(self.model, scope, tuple(self.uses), tuple(self.dims), self.unknown, batch)
 
     def weight(self, tensor: TensorProto) -> Value:
-        shape = tuple(tensor.dims)
+        shape = _sane(tuple(tensor.dims))
         value = Value(tensor.name, tensor.data_type, (shape, shape), weight=tensor.name, source=tensor)
         value.constants, value.moved = frozenset((tensor.name,)), True
         size = int(np.prod(shape, dtype=np.int64)) if shape else 1
@@ -298,6 +300,7 @@ class _Folder:
         # Recurrent states are (layers, batch, hidden).
         is_state = [d.dim_value > 0 for d in kind.shape.dim] == [True, False, True]
         dims = [self.bind(d, 0 if is_state else axis, rank, kind.elem_type) for axis, d in enumerate(kind.shape.dim)]
+        _sane(tuple(d[0] for d in dims))
         return Value(info.name, kind.elem_type, (tuple(d[0] for d in dims), tuple(d[1] for d in dims)))
 
     def bind(self, dim: onnx.TensorShapeProto.Dimension, axis: int, rank: int, dtype: int) -> tuple[int, int]:
@@ -744,7 +747,14 @@ def _dims(proto: TypeProto | None) -> tuple[int, tuple[int | None, ...] | None]:
 
 
 def _complete(shape: Sequence[int | None], binding: int) -> Shape:
-    return tuple(_GUESSES[binding] if d is None else d for d in shape)
+    return _sane(tuple(_GUESSES[binding] if d is None else d for d in shape))
+
+
+def _sane(shape: Shape) -> Shape:
+    """The shape, unless a damaged file made it absurd."""
+    if max(shape, default=0) > _MAX_DIM:
+        raise ModelError(f"a tensor of shape {list(shape)} is not credible: is the file damaged?")
+    return shape
 
 
 def _same_under_both(value: Value) -> bool:

@@ -78,7 +78,8 @@ def _summed(combed: Combed, summand: Magnitude, *, vectors: bool) -> Scores:
 
 
 def _add(totals: Scores, combed: Combed, weight: Weight, live: list[int], axes: list[Any], summand: Magnitude) -> None:
-    values = summand(dequantized(combed, weight).astype(np.float32, copy=False))
+    with np.errstate(over="ignore", invalid="ignore"):  # a weight that is no number stays, whatever else it is
+        values = summand(dequantized(combed, weight).astype(np.float32, copy=False))
     for axis in live:
         others = tuple(i for i in range(values.ndim) if i != axis)
         per_index = values.sum(axis=others, dtype=np.float64) if others else values.astype(np.float64)

@@ -90,7 +90,7 @@ def images(count: int = 192, dtype: Any = np.float32) -> Weights:
 
 TEACHER = network(weights_of())
 STUDENT = network(pruned(weights_of(), 10))
-FAST = DistillOptions(epochs=15, batch_size=32, lr=2e-2, temperature=2.0)
+FAST = DistillOptions(batch_norm="frozen", epochs=15, batch_size=32, lr=2e-2, temperature=2.0)
 
 
 def distance(student: ModelProto, values: Weights) -> float:
@@ -176,7 +176,7 @@ def test_fixed_batch_size_is_fed() -> None:
 
 def test_batch_norm_statistics_move_only_if_asked() -> None:
     options = replace(FAST, steps=4)
-    frozen = distill(TEACHER, STUDENT, ArraySource(images()), replace(options, batch_norm="frozen"))
+    frozen = distill(TEACHER, STUDENT, ArraySource(images()), options)
     moving = distill(TEACHER, STUDENT, ArraySource(images()), replace(options, batch_norm="train"))
     assert {"bn.mean", "bn.var"} & set(frozen.values) == set()
     assert {"bn.mean", "bn.var"} <= set(moving.values)
@@ -184,7 +184,7 @@ def test_batch_norm_statistics_move_only_if_asked() -> None:
 
 @pytest.mark.parametrize(("batch_size", "moves"), [(8, False), (16, True)])
 def test_batch_norm_statistics_move_by_themselves_where_batches_are_large(batch_size: int, moves: bool) -> None:
-    result = distill(TEACHER, STUDENT, ArraySource(images()), replace(FAST, steps=2, batch_size=batch_size))
+    result = distill(TEACHER, STUDENT, ArraySource(images()), replace(FAST, steps=2, batch_size=batch_size, batch_norm="auto"))
     assert ("bn.mean" in result.values) == moves
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import cpd_onnx
-from cpd_onnx.rules import supported_operators, unsupported_operators
+from cpd_onnx.rules import unsupported_operators
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -122,5 +122,4 @@ def test_readme_has_two_commands_and_the_second_is_tested() -> None:
 def test_readme_lists_the_operators_as_they_are() -> None:
     text = (ROOT / "README.md").read_text()
     missing = ", ".join(f"`{name}`" for name in unsupported_operators())
-    assert missing in " ".join(text.split())
-    assert f"{len(supported_operators())} operators have a rule" in text
+    assert f"{missing}\n" in text.replace(",\n", ", ")

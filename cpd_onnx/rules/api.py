@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
@@ -254,6 +255,8 @@ class Op:
     def unmerge(self, flat: Axis, sizes: Sequence[int]) -> list[Axis]:
         """Split a merged axis: each part takes what varies along it alone; parts that vary together get fresh atoms."""
         self.touched.append(flat)
+        if math.prod(sizes) != len(flat):
+            raise GiveUp(f"{self.name} divides an axis of {len(flat)} into {list(sizes)}")
         wide = [k for k, size in enumerate(sizes) if size != 1]
         parts: list[Axis] = [np.zeros(size, np.int64) for size in sizes]
         if len(wide) == 1:

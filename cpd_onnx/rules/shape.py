@@ -363,6 +363,8 @@ def gather(op: Op) -> None:
 def _gather_known(op: Op, axis: Axis, where: Array) -> list[Axis]:
     size = len(axis)
     positions = np.where(where < 0, where + size, where).astype(np.int64)
+    if positions.size and not 0 <= positions.min() <= positions.max() < size:
+        raise GiveUp(f"{op.name} takes positions that the axis of {size} has not")
     op.touched.append(axis)
     if where.ndim == 0:
         op.freeze(axis[positions.reshape(1)], "picks this index")

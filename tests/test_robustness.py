@@ -1,0 +1,150 @@
+"""Broken, odd and hostile files: one clear error or a valid result, nothing else."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+import cpd_onnx as cpd
+from cpd_onnx.graph import load
+from cpd_onnx.shapes import fold
+
+from .models import from_text
+from .test_rules import model_of
+
+
+def attempt(source: Path | ModelProto) -> str:
+    """What became of a model: an error's class, or 'pruned'."""
+    try:
+        cpd.run("comb, score, allocate, prune", source)
+    except cpd.CpdError as error:
+        assert "\n" not in str(error)
+        return type(error).__name__
+    return "pruned"
+
+
+@pytest.mark.parametrize("name", ["conv grouped", "heads", "lstm", "if"])
+def test_truncated_and_damaged_files(name: str, tmp_path: Path) -> None:
+    content = model_of(name).SerializeToString()
+    path, rng = tmp_path / "bad.onnx", random.Random(0)
+    outcomes = set()
+    for _ in range(60):
+        path.write_bytes(content[: rng.randrange(len(content))])
+        outcomes.add(attempt(path))
+    for _ in range(120):
+        damaged = bytearray(content)
+        for _ in range(rng.randint(1, 3)):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        path.write_bytes(bytes(damaged))
+        outcomes.add(attempt(path))
+    assert "ModelError" in outcomes
+    assert "pruned" in outcomes
+
+
+def simple(nodes: list[onnx.NodeProto], inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]) -> ModelProto:
+    graph = helper.make_graph(nodes, "g", inputs, outputs)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def info(name: str, shape: list[int | str] | None, kind: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, kind, shape)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        simple([helper.make_node("Relu", ["x"], ["y"])], [info("x", None)], [info("y", None)]),
+        simple([helper.make_node("Relu", ["x"], ["y"])], [info("x", [])], [info("y", [])]),
+        simple([helper.make_node("Identity", ["x"], ["y"])], [info("x", [2], TensorProto.STRING)], [info("y", [2], TensorProto.STRING)]),
+        simple([helper.make_node("Relu", ["x"], ["y"])], [info("x", [0, 3])], [info("y", [0, 3])]),
+        simple([helper.make_node("Strange", ["x"], ["y"], domain="no.such")], [info("x", [2])], [info("y", [2])]),
+        simple([helper.make_node("SequenceConstruct", ["x"], ["s"]), helper.make_node("SequenceLength", ["s"], ["y"])], [info("x", [2])], [info("y", [], TensorProto.INT64)]),
+    ],
+    ids=["unknown rank", "scalar", "strings", "empty axis", "unknown operator", "sequences"],
+)
+def test_models_without_channels_are_refused(model: ModelProto) -> None:
+    assert attempt(model) == "TargetError"
+
+
+def test_the_operator_without_a_rule_is_named() -> None:
+    with pytest.raises(cpd.TargetError, match="no.such::Strange"):
+        cpd.run("comb, score, allocate", simple([helper.make_node("Strange", ["x"], ["y"], domain="no.such")], [info("x", [2])], [info("y", [2])]))
+
+
+def test_weights_that_are_not_numbers() -> None:
+    model = model_of("conv")
+    tensor = model.graph.initializer[0]
+    tensor.CopyFrom(numpy_helper.from_array(np.full((8, 3, 3, 3), np.nan, np.float32), "w"))
+    state = cpd.run("comb, score, allocate, prune", model)
+    assert state.allocation is not None
+
+
+def test_a_huge_constant_is_not_made() -> None:
+    text = "(float[2] x, int64[2] n) => (float[2] y) { a = ConstantOfShape(n) s = ReduceSum(a) y = Add(x, s) }"
+    folded = fold(load(from_text(text, values={"n": [1 << 20, 1 << 20]})))
+    assert folded.scope.values["a"].value is None
+
+
+def test_dims_that_do_not_fit_the_data() -> None:
+    model = model_of("conv")
+    model.graph.initializer[0].dims[0] = 1 << 40
+    assert attempt(model) == "ModelError"
+
+
+def test_unsorted_nodes_are_followed() -> None:
+    model = model_of("conv")
+    nodes = [model.graph.node[1], model.graph.node[0]]
+    copies = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
+    del model.graph.node[:]
+    model.graph.node.extend(copies)
+    state = cpd.run("comb, score, allocate, prune", model)
+    assert [n.op_type for n in state.model.graph.node] == [n.op_type for n in copies]
+    assert [list(t.dims) for t in state.model.graph.initializer][0] == [4, 3, 3, 3]
+
+
+def test_recursive_function() -> None:
+    function = '<domain: "local", opset_import: ["": 17, "local": 1]> again (a) => (b) { b = local.again(a) }'
+    text = "(float[2, 4] x, float[4, 6] w, float[6, 3] v) => (float[2, 3] y) { h = MatMul(x, w) a = local.again(h) y = MatMul(a, v) }"
+    assert attempt(from_text(text, functions=function)) == "ModelError"
+
+
+@pytest.mark.parametrize("name", ["conv", "heads", "lstm", "if", "rotary", "attention grouped 3d"])
+def test_a_model_that_is_only_read_is_written_back_as_it_was(name: str, tmp_path: Path) -> None:
+    model = model_of(name)
+    model.metadata_props.add(key="k", value="v")
+    model.doc_string = "said"
+    model.graph.doc_string = "about"
+    model.graph.node[0].doc_string = "a node"
+    model.graph.value_info.append(info("nowhere", [1, 2]))
+    model.graph.quantization_annotation.add(tensor_name="w")
+    big = np.arange(4000, dtype=np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(big, "unused"))
+    source, target = tmp_path / "a.onnx", tmp_path / "b.onnx"
+    source.write_bytes(model.SerializeToString())
+    load(source).save(target)
+    assert target.read_bytes() == source.read_bytes()
+
+
+def test_external_file_that_is_too_short(tmp_path: Path) -> None:
+    model = model_of("conv")
+    path = tmp_path / "m.onnx"
+    onnx.save_model(model, path, save_as_external_data=True, location="m.data", size_threshold=0)
+    (tmp_path / "m.data").write_bytes(b"short")
+    with pytest.raises(cpd.ModelError, match="needs"):
+        load(path)
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    inside.mkdir()
+    outside.mkdir()
+    onnx.save_model(model_of("conv"), inside / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
+    (inside / "m.data").rename(outside / "m.data")
+    (inside / "m.data").symlink_to(outside / "m.data")
+    with pytest.raises(cpd.ModelError, match="links out"):
+        load(inside / "m.onnx")
