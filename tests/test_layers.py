@@ -117,21 +117,21 @@ def test_torch_is_not_imported(name: str) -> None:
 WITHOUT_TORCH = """
 import sys
 
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "torch":
-            raise ModuleNotFoundError(f"No module named {name!r}", name="torch")
-
-sys.meta_path.insert(0, Refuse())
+sys.modules["torch"] = None  # as if it were not installed
 from cpd_onnx.cli import main
 import cpd_onnx
-assert "torch" not in sys.modules
 try:
     cpd_onnx.run("comb, distill", sys.argv[1])
 except cpd_onnx.UnsupportedError as error:
     print(error, file=sys.stderr)
 sys.exit(main(sys.argv[2:]))
 """
+
+
+def test_torch_is_not_imported_before_it_is_needed() -> None:
+    script = "import sys, cpd_onnx, cpd_onnx.cli; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "False\n"
 
 
 def without_torch(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -149,3 +149,11 @@ def test_all_but_training_works_without_torch(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "error: distillation needs torch: pip install 'cpd-onnx[torch]'"
     assert {p.name for p in tmp_path.iterdir()} == {"small.onnx", "small.onnx.plan.json"}
+
+
+def test_the_demo_works_without_torch() -> None:
+    done = without_torch("demo")
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1)
+    assert "not trained: pip install 'cpd-onnx[torch]'" in done.stdout
+    assert "pruned (l2)" in done.stdout
+    assert "distilled" not in done.stdout
