@@ -23,8 +23,7 @@ def attempt(source: Path | ModelProto) -> str:
     try:
         cpd.run("comb, score, allocate, prune", source)
     except cpd.CpdError as error:
-        assert "\n" not in str(error)
-        return type(error).__name__
+        return "several lines" if "\n" in str(error) else type(error).__name__
     return "pruned"
 
 
@@ -42,8 +41,8 @@ def test_truncated_and_damaged_files(name: str, tmp_path: Path) -> None:
             damaged[rng.randrange(len(damaged))] = rng.randrange(256)
         path.write_bytes(bytes(damaged))
         outcomes.add(attempt(path))
-    assert "ModelError" in outcomes
-    assert "pruned" in outcomes
+    assert {"ModelError", "pruned"} <= outcomes
+    assert "several lines" not in outcomes
 
 
 def simple(nodes: list[onnx.NodeProto], inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]) -> ModelProto:
@@ -72,7 +71,7 @@ def test_models_without_channels_are_refused(model: ModelProto) -> None:
 
 
 def test_the_operator_without_a_rule_is_named() -> None:
-    with pytest.raises(cpd.TargetError, match="no.such::Strange"):
+    with pytest.raises(cpd.TargetError, match=r"no\.such::Strange"):
         cpd.run("comb, score, allocate", simple([helper.make_node("Strange", ["x"], ["y"], domain="no.such")], [info("x", [2])], [info("y", [2])]))
 
 
@@ -104,7 +103,7 @@ def test_unsorted_nodes_are_followed() -> None:
     model.graph.node.extend(copies)
     state = cpd.run("comb, score, allocate, prune", model)
     assert [n.op_type for n in state.model.graph.node] == [n.op_type for n in copies]
-    assert [list(t.dims) for t in state.model.graph.initializer][0] == [4, 3, 3, 3]
+    assert list(state.model.graph.initializer[0].dims) == [4, 3, 3, 3]
 
 
 def test_recursive_function() -> None:
