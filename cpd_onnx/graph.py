@@ -7,6 +7,9 @@ apart from the proto, so that copies of it are cheap and external data stays mem
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import math
+import mmap
 import os
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +23,7 @@ from google.protobuf.message import DecodeError
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from cpd_onnx.errors import ModelError
+from cpd_onnx.wire import detached, joined
 
 if TYPE_CHECKING:
     import onnx_graphsurgeon as gs
@@ -32,6 +36,10 @@ _DETACH_BYTES = 1024
 PROTO_LIMIT = 2**31 - 2**20
 """Bytes that one protobuf message may hold, with some room to spare."""
 _PACKED = {TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1, TensorProto.INT2, TensorProto.UINT2}
+_PLAIN: dict[int, np.dtype[Any]] = {
+    TensorProto.FLOAT: np.dtype("<f4"), TensorProto.INT64: np.dtype("<i8"), TensorProto.INT32: np.dtype("<i4"),
+}  # fmt: skip  # a table
+"""The commonest element types, as they lie in `raw_data`."""
 _DEFAULT_DOMAINS = ("", "ai.onnx")
 
 
@@ -44,11 +52,17 @@ class Model:
 
     """
 
-    def __init__(self, proto: ModelProto, data: dict[str, Array], path: Path | None = None) -> None:
-        """Take a proto whose main-graph initializers named in `data` hold no data of their own."""
+    def __init__(
+        self, proto: ModelProto, data: dict[str, Array], path: Path | None = None, content: memoryview | None = None
+    ) -> None:
+        """Take a proto whose main-graph initializers named in `data` hold no data of their own.
+
+        `content` is what was read from `path`.
+        """
         self.proto = proto
         self.path = path
         self._data = data
+        self._content = content
         self._initializers = {t.name: t for t in proto.graph.initializer}
 
     @property
@@ -71,6 +85,18 @@ class Model:
         proto = ModelProto()
         proto.CopyFrom(self.proto)
         return Model(proto, dict(self._data), self.path)
+
+    def sha256(self) -> str:
+        """SHA-256 of the file that it was read from, or of its serialized proto; data files follow in order."""
+        digest = hashlib.sha256()
+        if self._content is None:
+            digest.update(self.serialize())
+            return digest.hexdigest()
+        digest.update(self._content)
+        if self.is_external:
+            for tensor in self.graph.initializer:
+                digest.update(_bytes_of(self.array(tensor.name)) if tensor.dims else b"")
+        return digest.hexdigest()
 
     def has(self, name: str) -> bool:
         """Whether the main graph has an initializer of that name."""
@@ -121,7 +147,7 @@ class Model:
         for tensor in proto.graph.initializer:
             if tensor.name in self._data:
                 _clear_external(tensor)
-                tensor.raw_data = _raw_bytes(self._data[tensor.name])
+                tensor.raw_data = self._data[tensor.name].tobytes()
         return proto
 
     def data_bytes(self) -> int:
@@ -130,9 +156,21 @@ class Model:
 
     def serialize(self) -> bytes:
         """The whole model as one protobuf message."""
+        return b"".join(self._pieces())
+
+    def _pieces(self) -> Iterator[bytes | memoryview]:
+        """The message in pieces, none of which copies a large tensor."""
         if self.data_bytes() + self.proto.ByteSize() > PROTO_LIMIT:
             raise ModelError("the model is over 2 GiB and cannot be one message: save it with external data instead")
-        return bytes(self.complete_proto().SerializeToString())
+        proto = ModelProto()
+        proto.CopyFrom(self.proto)
+        data: dict[int, memoryview] = {}
+        for number, tensor in enumerate(proto.graph.initializer):
+            if tensor.name in self._data:
+                _clear_external(tensor)
+                tensor.raw_data = b""
+                data[number] = _bytes_of(self._data[tensor.name])
+        return joined(proto.SerializeToString(), data)
 
     def files(self, path: str | os.PathLike[str]) -> list[Path]:
         """The files that `save` writes for a path: the model, and its data where that lies apart."""
@@ -160,7 +198,9 @@ class Model:
         for file in (target, *beside):
             require_free(file, overwrite=overwrite)
         if not beside:
-            write_atomically(target, self.serialize())
+            with _replacing(target) as stream:
+                for piece in self._pieces():
+                    stream.write(piece)
             return
         side = beside[0]
         proto = ModelProto()
@@ -173,7 +213,7 @@ class Model:
                     continue
                 offset = -(-offset // 4096) * 4096
                 stream.seek(offset)
-                raw = _raw_bytes(self._data[tensor.name])
+                raw = _bytes_of(self._data[tensor.name])
                 stream.write(raw)
                 _point_to(tensor, side.name, offset, len(raw))
                 offset += len(raw)
@@ -187,10 +227,12 @@ def load(source: Source) -> Model:
     """
     if isinstance(source, Model):
         return source
-    path: Path | None = None
+    path, content = None, None
+    places: dict[int, tuple[int, int]] = {}
     if isinstance(source, str | os.PathLike):
         path = Path(source)
-        proto = _parse(path)
+        content = _mapped(path)
+        proto, places = _parse(path, content)
     elif isinstance(source, ModelProto):
         proto = ModelProto()
         proto.CopyFrom(source)
@@ -205,8 +247,8 @@ def load(source: Source) -> Model:
     if not proto.graph.node and not proto.graph.output:
         raise ModelError(f"{path or 'the model'}: the graph is empty; is this an ONNX model?")
     try:
-        model = Model(proto, {}, path)
-        _detach(model, path.parent if path else None)
+        model = Model(proto, {}, path, content)
+        _detach(model, content, places)
         model.names()
     except UnicodeDecodeError as error:
         raise ModelError(f"{path or 'the model'} has names that are not text: export or copy it again") from error
@@ -264,6 +306,9 @@ def element_type(data_type: int) -> np.dtype[Any]:
 
 def to_array(tensor: TensorProto) -> Array:
     """Values of a tensor whose data lies in the proto."""
+    kind = _PLAIN.get(tensor.data_type)
+    if kind is not None and (raw := tensor.raw_data) and len(raw) == math.prod(tensor.dims) * kind.itemsize:
+        return np.frombuffer(raw, kind).reshape(tuple(tensor.dims))
     try:
         return np.asarray(numpy_helper.to_array(tensor))
     except (ValueError, TypeError) as error:
@@ -320,27 +365,45 @@ def _replacing(path: Path) -> Iterator[Any]:
         raise
 
 
-def _parse(path: Path) -> ModelProto:
+def _mapped(path: Path) -> memoryview:
+    """The content of a file, memory-mapped where that can be done."""
     try:
-        content = path.read_bytes()
+        with path.open("rb") as stream:
+            try:
+                return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+            except (OSError, ValueError):  # not a regular file, or an empty one
+                return memoryview(stream.read())
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}; give the path of an .onnx file") from error
+
+
+def _parse(path: Path, content: memoryview) -> tuple[ModelProto, dict[int, tuple[int, int]]]:
+    """The message without its large tensors, and where in the content these lie."""
+    small, places = detached(content, _DETACH_BYTES) or (content, {})
     proto = ModelProto()
     try:
-        proto.ParseFromString(content)
+        proto.ParseFromString(small)
     except DecodeError as error:
         raise ModelError(f"{path} is not a whole ONNX file ({error}): export or copy it again") from error
-    return proto
+    return proto, places
 
 
-def _detach(model: Model, folder: Path | None) -> None:
-    """Move large tensors out of the proto and map external ones."""
-    for tensor in model.graph.initializer:
+def _detach(model: Model, content: memoryview | None, places: dict[int, tuple[int, int]]) -> None:
+    """Keep large tensors apart from the proto and map external ones."""
+    folder = model.path.parent if model.path else None
+    for number, tensor in enumerate(model.graph.initializer):
+        if number in places and content is not None:
+            start, end = places[number]
+            raw: npt.NDArray[np.uint8] = np.frombuffer(content, np.uint8, end - start, start)
+        else:
+            raw = np.frombuffer(tensor.raw_data, np.uint8)
         if tensor.data_location == TensorProto.EXTERNAL:
             model._data[tensor.name] = _map_external(tensor, folder)
-        elif tensor.data_type not in _PACKED and len(raw := tensor.raw_data) >= _DETACH_BYTES:
-            model._data[tensor.name] = _view(tensor, np.frombuffer(raw, np.uint8))
+        elif tensor.data_type not in _PACKED and len(raw) >= _DETACH_BYTES:
+            model._data[tensor.name] = _view(tensor, raw)
             tensor.ClearField("raw_data")
+        elif number in places:
+            tensor.raw_data = raw.tobytes()
     for tensor in _inner_tensors(model.proto):
         if tensor.data_location == TensorProto.EXTERNAL:
             values = _map_external(tensor, folder)
@@ -400,8 +463,9 @@ def _map_external(tensor: TensorProto, folder: Path | None) -> Array:
     return _view(tensor, np.asarray(raw))
 
 
-def _raw_bytes(values: Array) -> bytes:
-    return values.tobytes()
+def _bytes_of(values: Array) -> memoryview:
+    """The bytes of an array as they lie in `raw_data`."""
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
 
 
 def _clear_external(tensor: TensorProto) -> None:

@@ -184,7 +184,7 @@ class Combed:
                 for axis, atoms in enumerate(axes):
                     parts = self.atoms.parts(atoms)
                     owners = owner[parts]
-                    for index in (np.unique(owners[owners >= 0]) if parts.any() else np.zeros(0, np.int64)).tolist():
+                    for index in sorted(set(owners.ravel().tolist()) - {-1}) if parts.any() else ():
                         if (index, number, axis) not in found:
                             rows, columns = np.nonzero(owners == index)
                             places = rank[parts[rows, columns]]
@@ -252,6 +252,7 @@ def grouped(combed: Combed) -> list[Group]:
             if is_weight:
                 trained[primitives] = True
                 first[primitives] = np.minimum(first[primitives], position)
+    trained[NOTHING] = False
     live = np.flatnonzero(trained)
     if not len(live):
         return []
@@ -285,14 +286,13 @@ def _all_axes(combed: Combed) -> Iterator[tuple[Axis, bool]]:
 
 
 def _primitives(atoms: Atoms, axis: Axis, known: dict[int, list[Axis]]) -> list[Axis]:
-    """The primitives of an axis by their place in the composites (heads apart from dimensions).
+    """The primitives of an axis by their place in the composites (heads apart from dimensions); `NOTHING` too.
 
     Axes that are one array are computed once.
     """
     if id(axis) not in known:
         parts = atoms.parts(axis) if len(axis) > 1 else np.zeros((1, 1), np.int64)
-        columns = [np.unique(parts[:, column]) for column in range(parts.shape[1])]
-        known[id(axis)] = [c[c != NOTHING] for c in columns] if parts.any() else []
+        known[id(axis)] = [parts[:, column] for column in range(parts.shape[1])] if parts.any() else []
     return known[id(axis)]
 
 
@@ -307,7 +307,7 @@ def _hashed(position: int, column: int) -> np.uint64:
 def _kinds(combed: Combed) -> dict[int, str]:
     kinds: dict[int, str] = {}
     for axis, kind in combed.recorder.labels:
-        for primitive in np.unique(combed.atoms.parts(axis)).tolist():
+        for primitive in set(combed.atoms.parts(axis).ravel().tolist()):
             if kind != "heads" or primitive not in kinds:
                 kinds.setdefault(primitive, kind)
     return kinds

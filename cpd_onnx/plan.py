@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ import numpy as np
 
 from cpd_onnx.cost import Costs
 from cpd_onnx.errors import PlanError
-from cpd_onnx.graph import Model, require_free, write_atomically
+from cpd_onnx.graph import require_free, write_atomically
 from cpd_onnx.groups import Combed, Group
 from cpd_onnx.kept import Kept
 
@@ -141,7 +140,7 @@ def make_plan(
         {
             "format": FORMAT,
             "version": VERSION,
-            "source": {"file": model.path.name if model.path else "", "sha256": sha256(model), **shapes},
+            "source": {"file": model.path.name if model.path else "", "sha256": model.sha256(), **shapes},
             "groups": groups,
             "frozen": frozen,
             "removed": _removed(combed, kept),
@@ -168,7 +167,7 @@ def match(combed: Combed, plan: Plan) -> dict[int, list[int]]:
 
     Raises PlanError if it does not.
     """
-    actual = sha256(combed.folded.model)
+    actual = combed.folded.model.sha256()
     if plan.sha256 != actual:
         raise PlanError(
             f"the plan belongs to another file: it names sha256 {plan.sha256[:12]}…, this one has {actual[:12]}…"
@@ -179,19 +178,6 @@ def match(combed: Combed, plan: Plan) -> dict[int, list[int]]:
         if known is None or known.name != group["name"] or len(known) != group["size"]:
             raise PlanError(f"group {group['name']!r} of the plan is not in the model; was it made by another version?")
     return plan.removed
-
-
-def sha256(model: Model) -> str:
-    """SHA-256 of the file that the model came from, or of its serialized proto; data files follow in order."""
-    digest = hashlib.sha256()
-    if model.path is None:
-        digest.update(model.serialize())
-        return digest.hexdigest()
-    digest.update(model.path.read_bytes())
-    if model.is_external:
-        for tensor in model.graph.initializer:
-            digest.update(np.ascontiguousarray(model.array(tensor.name)).view(np.uint8).data if tensor.dims else b"")
-    return digest.hexdigest()
 
 
 def _group(combed: Combed, group: Group, removed: list[int]) -> dict[str, Any]:

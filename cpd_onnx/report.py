@@ -17,7 +17,7 @@ from cpd_onnx.cost import CostModel
 from cpd_onnx.graph import Model
 from cpd_onnx.groups import Combed, Frozen
 from cpd_onnx.kept import Kept
-from cpd_onnx.plan import groups_of, sha256
+from cpd_onnx.plan import groups_of
 from cpd_onnx.rules.api import KERNEL_EXTENT, TABLE_ROWS
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def inspection(combed: Combed, held: Sequence[int] = ()) -> dict[str, Any]:
     return {
         "format": INSPECT_FORMAT,
         "version": 1,
-        "source": {"file": model.path.name if model.path else "", "sha256": sha256(model)},
+        "source": {"file": model.path.name if model.path else "", "sha256": model.sha256()},
         "costs": asdict(costs.total(Kept(combed.atoms))),
         "prunable_fraction": combed.prunable_fraction(),
         "groups": groups_of(combed),
@@ -112,7 +112,7 @@ def result(state: State, seconds: float) -> dict[str, Any]:
     return {
         "format": RESULT_FORMAT,
         "version": 1,
-        "source": {"file": source.name if source else "", "sha256": sha256(state.original)},
+        "source": {"file": source.name if source else "", "sha256": state.original.sha256()},
         "budget": dict(state.budget),
         "before": asdict(allocation.before),
         "after": asdict(allocation.after),

@@ -7,7 +7,9 @@ and each element knows which constant it came from.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +21,7 @@ import numpy.typing as npt
 import onnx
 from onnx import GraphProto, NodeProto, TensorProto, TypeProto, ValueInfoProto, helper, numpy_helper, shape_inference
 
-from cpd_onnx import contrib
+from cpd_onnx import common, contrib
 from cpd_onnx.errors import ModelError
 from cpd_onnx.evaluate import EVALUATORS, MAX_ELEMENTS, MOVERS, Call, TooLarge
 from cpd_onnx.graph import Array, Model, attributes_of, bodies_of, to_array
@@ -89,7 +91,7 @@ class Value:
     @property
     def is_static(self) -> bool:
         """Whether the elements are known and the same whatever the sizes of the inputs."""
-        return self.values is not None and np.array_equal(*self.values)
+        return self.values is not None and (self.values[0] is self.values[1] or np.array_equal(*self.values))
 
     @property
     def is_made_weight(self) -> bool:
@@ -271,7 +273,8 @@ class _Folder:
             values[name] = Value(name, sparse.values.data_type, (tuple(sparse.dims),) * 2)
         for info in _real_inputs(self.model):
             values[info.name] = self.graph_input(info)
-        scope = self.scope("", graph, values, ())
+        with np.errstate(all="ignore"):
+            scope = self.scope("", graph, values, ())
         first = next((values[i.name].shapes for i in _real_inputs(self.model)), None)
         batch = first[0][0] if first and first[0] and first[0][0] != first[1][0] else 1
         return Folded(self.model, scope, tuple(self.uses), tuple(self.dims), self.unknown, batch)
@@ -280,8 +283,7 @@ class _Folder:
         shape = _sane(tuple(tensor.dims))
         value = Value(tensor.name, tensor.data_type, (shape, shape), weight=tensor.name, source=tensor)
         value.constants, value.moved = frozenset((tensor.name,)), True
-        size = int(np.prod(shape, dtype=np.int64)) if shape else 1
-        if size <= (_SMALL_FLOATS if tensor.data_type in _COMPUTABLE_TYPES else MAX_ELEMENTS):
+        if math.prod(shape) <= (_SMALL_FLOATS if tensor.data_type in _COMPUTABLE_TYPES else MAX_ELEMENTS):
             array = self.model.array(tensor.name) if self._is_main(tensor) else to_array(tensor)
             value.values = (array, array)
         return value
@@ -379,7 +381,8 @@ class _Folder:
         if (node.domain, node.op_type) in self.functions:
             return self.call(scope, position, node, inputs)
         attributes = attributes_of(node)
-        results = self.computed(scope, position, node, attributes, inputs) or self.inferred(node, attributes, inputs)
+        call = Call(attributes, self.opsets[""])
+        results = self.computed(scope, position, node, call, inputs) or self.inferred(node, call, inputs)
         parents = [v for v in inputs if v is not None]
         # ConstantOfShape, Range and Shape of constants count too: they depend on weights alone.
         if parents and all(v.constants is not None for v in parents):
@@ -397,7 +400,7 @@ class _Folder:
                 value = Value(name, attribute.t.data_type, (shape, shape), weight=name, source=attribute)
                 value.constants, value.moved = frozenset((name,)), True
                 limit = _SMALL_FLOATS if attribute.t.data_type in _COMPUTABLE_TYPES else MAX_ELEMENTS
-                if int(np.prod(shape, dtype=np.int64)) <= limit:
+                if math.prod(shape) <= limit:
                     array = to_array(attribute.t)
                     value.values = (array, array)
                 return value
@@ -411,25 +414,22 @@ class _Folder:
         return Value(name, TensorProto.STRING)
 
     def computed(
-        self, scope: Scope, position: int, node: NodeProto, attributes: dict[str, Any], inputs: list[Value | None]
+        self, scope: Scope, position: int, node: NodeProto, call: Call, inputs: list[Value | None]
     ) -> list[Value] | None:
         """The outputs by arithmetic, if all inputs are known."""
         if node.domain not in ("", "ai.onnx"):
             return None
-        call = Call(attributes, self.opsets[""])
         if node.op_type in ("Shape", "Size") and inputs[0] is not None and inputs[0].shapes is not None:
             return None if inputs[0].guessed else [self.shape_of(node, call, inputs[0])]
         function = EVALUATORS.get(node.op_type)
         present = [v for v in inputs if v is not None]
         if function is None or not present or any(v.values is None for v in present):
             return None
-        arrays = [[None if v is None else v.values[b] for v in inputs] for b in (0, 1)]  # type: ignore[index]  # checked
         same = all(v.is_static for v in present)
         try:
-            with np.errstate(all="ignore"):
-                first = function(call, *arrays[0])
-                second = first if same else function(call, *arrays[1])
-                leaves = self.moved(scope, position, node.op_type, function, call, inputs)
+            first = function(call, *[None if v is None else v.values[0] for v in inputs])  # type: ignore[index]  # checked
+            second = first if same else function(call, *[None if v is None else v.values[1] for v in inputs])  # type: ignore[index]
+            leaves = self.moved(scope, position, node.op_type, function, call, inputs)
         except (TooLarge, NotImplementedError, ValueError, IndexError, TypeError, ZeroDivisionError, OverflowError):
             return None
         tainted = any(v.from_shape for v in present)
@@ -439,7 +439,7 @@ class _Folder:
         made = []
         for index, name in enumerate(node.output):
             pair = (np.asarray(outputs[0][index]), np.asarray(outputs[1][index]))
-            dtype = helper.np_dtype_to_tensor_dtype(pair[0].dtype)
+            dtype = _tensor_type(pair[0].dtype)
             value = Value(name, dtype, (pair[0].shape, pair[1].shape), pair, from_shape=tainted)
             value.leaves = None if leaves is None else leaves[index]
             made.append(value)
@@ -522,11 +522,11 @@ class _Folder:
         self.dims.append(tuple(pair for code in codes for pair in self.dims[-2 - code]))
         return [np.full((1,) * rank, -1 - len(self.dims), np.int64)]
 
-    def inferred(self, node: NodeProto, attributes: dict[str, Any], inputs: list[Value | None]) -> list[Value]:
+    def inferred(self, node: NodeProto, call: Call, inputs: list[Value | None]) -> list[Value]:
         """The outputs by shape inference under both bindings."""
-        first = self.infer(node, attributes, inputs, 0)
+        first = self.infer(node, call, inputs, 0)
         is_dynamic = any(v is not None and not _same_under_both(v) for v in inputs)
-        second = self.infer(node, attributes, inputs, 1) if is_dynamic else first
+        second = self.infer(node, call, inputs, 1) if is_dynamic else first
         made = []
         for index, name in enumerate(node.output):
             (dtype, shape), (_, other) = first[index], second[index]
@@ -540,13 +540,18 @@ class _Folder:
         return made
 
     def infer(
-        self, node: NodeProto, attributes: dict[str, Any], inputs: list[Value | None], binding: int
+        self, node: NodeProto, call: Call, inputs: list[Value | None], binding: int
     ) -> list[tuple[int, tuple[int | None, ...] | None]]:
         nothing: list[tuple[int, tuple[int | None, ...] | None]] = [(0, None)] * len(node.output)
         domain = "" if node.domain == "ai.onnx" else node.domain
         shapes = [None if v is None or v.shapes is None else v.shapes[binding] for v in inputs]
         values = [None if v is None or v.values is None else v.values[binding] for v in inputs]
-        own = contrib.output_shapes((domain, node.op_type), attributes, shapes, values)
+        if not domain:
+            plain = common.output_shapes(node.op_type, call, shapes, values, len(node.output))
+            if plain is not None:
+                dtype = common.output_type(node.op_type, call, [v.dtype if v else 0 for v in inputs])
+                return [(dtype, shape) for shape in plain]
+        own = contrib.output_shapes((domain, node.op_type), call.attributes, shapes, values)
         if own is not None:
             kinds = [v.dtype for v in inputs[contrib.DATA_SLOT.get(node.op_type, 0) :] if v is not None]
             if node.op_type in contrib.FLOAT_OUTPUT:
@@ -722,6 +727,11 @@ def _all_inputs(node: NodeProto) -> set[str]:
             found |= _all_inputs(n) - inner
         found |= {o.name for o in body.output} - inner
     return found
+
+
+@functools.cache
+def _tensor_type(dtype: np.dtype[Any]) -> int:
+    return int(helper.np_dtype_to_tensor_dtype(dtype))
 
 
 def _type_proto(dtype: int, shape: Shape | None) -> TypeProto:

@@ -152,10 +152,17 @@ class _Allocator:
         if floor > target + tolerance:
             raise TargetError(self.unreachable(floor))
         low, high = 0.0, 1.0
+        few, many = least, self.counts(1.0)
         for _ in range(_STEPS):
             middle = (low + high) / 2
-            low, high = (middle, high) if self.cost(self.counts(middle)) <= target else (low, middle)
-        counts = self.between(self.counts(low), self.counts(high), target)
+            counts = self.counts(middle)
+            if self.cost(counts) <= target:
+                low, few = middle, counts
+            else:
+                high, many = middle, counts
+            if few == many:
+                break
+        counts = self.between(few, many, target)
         if counts == self.sizes and self.budget.fraction < 1:
             raise TargetError(
                 f"target {self.budget.kind}={self.budget.fraction:g} would remove nothing: the smallest step is larger"
@@ -266,7 +273,7 @@ def held_groups(combed: Combed, patterns: Sequence[str]) -> set[int]:
             if any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 used.add(pattern)
                 for axes in combed.weight_axes(weight):
-                    held.update(i for axis in axes for i in np.unique(owner[combed.atoms.parts(axis)]).tolist())
+                    held.update(i for axis in axes for i in owner[combed.atoms.parts(axis)].ravel().tolist())
     unused = [p for p in patterns if p not in used and not any(_matches(g.name, [p]) for g in combed.groups)]
     if unused:
         raise TargetError(f"--keep {unused[0]!r} matches no group, weight or node; see 'inspect' for their names")
@@ -294,7 +301,7 @@ def _outer_groups(combed: Combed) -> dict[int, list[tuple[int, ...]]]:
 
 
 def _note_rows(found: dict[int, set[tuple[int, ...]]], rows: Axis) -> None:
-    for row in np.unique(rows, axis=0).tolist():
+    for row in sorted(set(map(tuple, rows.tolist()))):
         groups = list(dict.fromkeys(g for g in row if g >= 0))
         for place, group in enumerate(groups[1:], start=1):
             found[group].add(tuple(groups[:place]))

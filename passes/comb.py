@@ -128,16 +128,14 @@ class _Comber:
         """Every axis of every input must have been carried, united, consumed or frozen."""
         carried = {id(axis): axis for axis in op.touched}
         carried |= {id(axis): axis for t in op.outputs for axis in t.axes or []}
-        settled: Axis | None = None
+        settled: set[int] | None = None
         for slot, tensor in enumerate(op.inputs):
             for number, axis in enumerate((tensor and tensor.axes) or []):
                 if id(axis) in carried or self.atoms.all_frozen(axis):
                     continue
                 if settled is None:
-                    settled = np.unique(
-                        np.concatenate([[NOTHING], *(self.atoms.parts(a).ravel() for a in carried.values())])
-                    )
-                if not np.isin(self.atoms.parts(axis), settled).all():
+                    settled = {NOTHING}.union(*(self.atoms.parts(a).ravel().tolist() for a in carried.values()))
+                if not settled.issuperset(self.atoms.parts(axis).ravel().tolist()):
                     reason = f"the rule of {op.name} does not account for axis {number} of input {slot}"
                     self.unaccounted.append(reason)
                     self.atoms.freeze(axis, reason)
@@ -384,10 +382,11 @@ class _Comber:
         axes = [a for t in found.tensors.values() for a in t.axes or []]
         axes += [a for w in found.weights for group in found.weight_axes(w) for a in group]
         for axis in axes:
-            if id(axis) in seen or len(axis) < 1:
+            if id(axis) in seen or len(axis) < 1 or (len(axis) == 1 and axis[0] == NOTHING):
                 continue
             seen.add(id(axis))
             parts = self.atoms.parts(axis)
-            for primitive in parts[0][parts[0] != NOTHING].tolist():
+            # What every index hangs on, the first and the last do too.
+            for primitive in set(parts[0].tolist()).intersection(parts[-1].tolist()) - {NOTHING}:
                 if bool((parts == primitive).any(axis=1).all()):
                     self.atoms.freeze(np.asarray([primitive]), "can only go as a whole")

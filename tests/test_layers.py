@@ -12,9 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    ("errors", "atoms", "version"),
+    ("errors", "atoms", "version", "wire"),
     ("graph", "data"),
     ("evaluate", "contrib", "metrics"),
+    ("common",),
     ("shapes",),
     ("rules.api", "runtime"),
     ("rules.elementwise",),

@@ -284,7 +284,7 @@ class Op:
             table.shape[axis], -1
         )
         uniform = bool((origins == origins[:, :1]).all())
-        return uniform and len(np.unique(origins[:, 0])) == len(origins)
+        return uniform and len(set(origins[:, 0].tolist())) == len(origins)
 
     def _tied(self, table: Axis, axis: int) -> list[Axis]:
         """Parts of an axis whose blocks share one fate index by index."""

@@ -1,0 +1,248 @@
+"""Output shapes of the commonest operators, in a tenth of the time that onnx's own inference takes for one node.
+
+Whatever is out of the ordinary (unknown sizes, automatic padding, ceiling mode, broadcasting by attribute) is left to
+onnx: a function here answers only where the answer is plain.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from onnx import TensorProto
+
+from cpd_onnx.evaluate import Call, axes_operand, slice_ranges
+from cpd_onnx.graph import Array
+
+Dims: TypeAlias = tuple[int, ...]
+Plain: TypeAlias = Callable[[Call, "Sequence[Dims]", "Sequence[Array | None]"], "Dims | None"]
+
+_FUNCTIONS: dict[str, Plain] = {}
+_TYPE_SLOT = {"Where": 1}
+_BOOLEAN = {"And", "Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "Not", "Or", "Xor"}
+_OPTIONAL_INPUTS = {"Clip"}
+"""Operators of which inputs after the first may be missing without a change of shape."""
+
+
+def output_shapes(
+    op_type: str, call: Call, shapes: Sequence[Dims | None], values: Sequence[Array | None], count: int
+) -> list[Dims] | None:
+    """Shapes of the `count` outputs of a node of the default domain; None where onnx has to be asked."""
+    function = _FUNCTIONS.get(op_type)
+    if op_type in _OPTIONAL_INPUTS:
+        shapes = shapes[:1]
+    if not shapes or None in shapes:
+        return None
+    try:
+        if op_type == "Split":
+            return _split(call, shapes, values, count)  # type: ignore[arg-type]  # without None
+        made = function(call, shapes, values) if function is not None and count == 1 else None  # type: ignore[arg-type]
+    except (IndexError, TypeError, ValueError, ZeroDivisionError):
+        return None
+    return None if made is None else [made]
+
+
+def output_type(op_type: str, call: Call, types: Sequence[int]) -> int:
+    """Element type of the outputs of those nodes, from that of the inputs."""
+    if op_type in _BOOLEAN:
+        return int(TensorProto.BOOL)
+    if op_type == "Cast":
+        return int(call.get("to"))
+    if op_type == "ConstantOfShape":
+        return int(call.attributes["value"].data_type) if "value" in call.attributes else int(TensorProto.FLOAT)
+    return types[_TYPE_SLOT.get(op_type, 0)]
+
+
+def _plain(*names: str) -> Callable[[Plain], Plain]:
+    def add(function: Plain) -> Plain:
+        for name in names:
+            _FUNCTIONS[name] = function
+        return function
+
+    return add
+
+
+@_plain(
+    "Abs", "BatchNormalization", "Cast", "Ceil", "Clip", "Cos", "Dropout", "Elu", "Erf", "Exp", "Floor", "Gelu",
+    "HardSigmoid", "HardSwish", "Identity", "InstanceNormalization", "IsInf", "IsNaN", "LRN", "LayerNormalization",
+    "LeakyRelu", "Log", "LogSoftmax", "Mish", "Neg", "Not", "PRelu", "Reciprocal", "Relu", "Selu", "Sigmoid", "Sign",
+    "Sin", "Softmax", "Softplus", "Sqrt", "Tanh",
+)  # fmt: skip  # a table
+def _same(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims:
+    return shapes[0]
+
+
+@_plain(
+    "Add", "And", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Min", "Mul", "Or", "Pow",
+    "Sub", "Sum", "Where", "Xor",
+)  # fmt: skip  # a table
+def _broadcast(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
+    return broadcast(*shapes) if call.opset >= 7 else None
+
+
+def broadcast(*shapes: Dims) -> Dims | None:
+    """The shape that several broadcast to, None if they do not."""
+    first = shapes[0]
+    if all(shape == first for shape in shapes):
+        return first
+    rank = max(map(len, shapes))
+    result = [1] * rank
+    for shape in shapes:
+        for axis, size in enumerate(shape, start=rank - len(shape)):
+            if size != 1:
+                if result[axis] not in (1, size):
+                    return None
+                result[axis] = size
+    return tuple(result)
+
+
+@_plain("MatMul")
+def _matmul(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
+    a, b = shapes
+    if len(a) < 2 or len(b) < 2 or a[-1] != b[-2]:
+        return None
+    batch = broadcast(a[:-2], b[:-2])
+    return None if batch is None else (*batch, a[-2], b[-1])
+
+
+@_plain("Gemm")
+def _gemm(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
+    a, b = (s[::-1] if call.get(t, 0) else s for s, t in zip(shapes, ("transA", "transB"), strict=False))
+    return (a[0], b[1]) if len(a) == len(b) == 2 and a[1] == b[0] else None
+
+
+@_plain("Conv", "MaxPool", "AveragePool")
+def _window(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
+    data, kernel = shapes[0], shapes[1] if len(shapes) > 1 else None
+    window = call.get("kernel_shape") or (kernel and kernel[2:])
+    if not window or call.get("auto_pad", "NOTSET") != "NOTSET" or call.get("ceil_mode", 0):
+        return None
+    rank = len(window)
+    pads, strides = call.get("pads") or [0] * (2 * rank), call.get("strides") or [1] * rank
+    dilations = call.get("dilations") or [1] * rank
+    if len(data) != rank + 2 or (kernel is not None and data[1] != kernel[1] * call.get("group", 1)):
+        return None
+    spans = [d * (w - 1) + 1 for w, d in zip(window, dilations, strict=True)]
+    sizes = [(data[2 + i] + pads[i] + pads[i + rank] - spans[i]) // strides[i] + 1 for i in range(rank)]
+    return (data[0], data[1] if kernel is None else kernel[0], *sizes) if min(sizes) > 0 else None
+
+
+@_plain("GlobalAveragePool", "GlobalMaxPool")
+def _global_pool(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
+    return (*shapes[0][:2], *[1] * (len(shapes[0]) - 2)) if len(shapes[0]) > 2 else None
+
+
+@_plain("ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum")
+def _reduce(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
+    if len(values) > 1 and values[1] is None:
+        return None
+    axes = axes_operand(call, values[1:])
+    if not axes:
+        return None
+    rank = len(shapes[0])
+    gone = {axis + rank if axis < 0 else axis for axis in axes}
+    if call.get("keepdims", 1):
+        return tuple(1 if axis in gone else size for axis, size in enumerate(shapes[0]))
+    return tuple(size for axis, size in enumerate(shapes[0]) if axis not in gone)
+
+
+@_plain("Transpose")
+def _transpose(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
+    perm = call.get("perm") or range(len(shapes[0]))[::-1]
+    return tuple(shapes[0][axis] for axis in perm) if len(perm) == len(shapes[0]) else None
+
+
+@_plain("Reshape")
+def _reshape(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
+    wanted = call.get("shape") if len(values) < 2 else values[1]
+    sizes = [-1] if wanted is None else [int(size) for size in wanted]
+    if wanted is None or (call.get("allowzero", 0) and 0 in sizes):
+        return None
+    sizes = [shapes[0][axis] if size == 0 else size for axis, size in enumerate(sizes)]
+    total = math.prod(shapes[0])
+    if sizes.count(-1) == 1:
+        rest = -math.prod(sizes)
+        sizes[sizes.index(-1)] = total // rest
+    return tuple(sizes) if math.prod(sizes) == total and min(sizes, default=0) >= 0 else None
+
+
+@_plain("Flatten")
+def _flatten(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
+    axis = call.get("axis", 1)
+    return (math.prod(shapes[0][:axis]), math.prod(shapes[0][axis:])) if 0 <= axis <= len(shapes[0]) else None
+
+
+@_plain("Concat")
+def _concat(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
+    rank = len(shapes[0])
+    axis = call.get("axis", 1) % rank
+    rest = {(*shape[:axis], *shape[axis + 1 :]) for shape in shapes}
+    if len(rest) > 1 or any(len(shape) != rank for shape in shapes):
+        return None
+    return (*shapes[0][:axis], sum(shape[axis] for shape in shapes), *shapes[0][axis + 1 :])
+
+
+@_plain("Gather")
+def _gather(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims:
+    axis = call.get("axis", 0) % len(shapes[0])
+    return (*shapes[0][:axis], *shapes[1], *shapes[0][axis + 1 :])
+
+
+@_plain("GatherElements")
+def _gather_elements(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims:
+    return shapes[1]
+
+
+@_plain("Unsqueeze")
+def _unsqueeze(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
+    axes = axes_operand(call, values[1:])
+    if not axes:
+        return None
+    rank = len(shapes[0]) + len(axes)
+    made, rest = {axis % rank for axis in axes}, iter(shapes[0])
+    return tuple(1 if axis in made else next(rest) for axis in range(rank)) if len(made) == len(axes) else None
+
+
+@_plain("Squeeze")
+def _squeeze(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
+    axes = axes_operand(call, values[1:])
+    if not axes:
+        return None
+    gone = {axis % len(shapes[0]) for axis in axes}
+    if any(shapes[0][axis] != 1 for axis in gone):
+        return None
+    return tuple(size for axis, size in enumerate(shapes[0]) if axis not in gone)
+
+
+@_plain("Expand")
+def _expand(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
+    return None if values[1] is None else broadcast(shapes[0], tuple(values[1].tolist()))
+
+
+@_plain("ConstantOfShape")
+def _constant_of_shape(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
+    return None if values[0] is None or min(values[0], default=0) < 0 else tuple(values[0].tolist())
+
+
+@_plain("Slice")
+def _slice(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
+    if call.opset >= 10 and any(value is None for value in values[1:]):
+        return None
+    sizes = list(shapes[0])
+    for axis, start, end, step in slice_ranges(call, len(sizes), values[1:]):
+        sizes[axis] = len(range(*slice(start, end if end > -(2**62) else None, step).indices(sizes[axis])))
+    return tuple(sizes)
+
+
+def _split(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None], count: int) -> list[Dims] | None:
+    axis = call.get("axis", 0) % len(shapes[0])
+    size = shapes[0][axis]
+    if len(values) > 1:
+        parts = None if values[1] is None else values[1].tolist()
+    else:
+        chunk = -(-size // count)
+        parts = call.get("split") or [min(chunk, size - index * chunk) for index in range(count)]
+    if parts is None or len(parts) != count or sum(parts) != size or min(parts) < 0:
+        return None
+    return [(*shapes[0][:axis], part, *shapes[0][axis + 1 :]) for part in parts]

@@ -1,0 +1,140 @@
+"""Large tensors in and out of a serialized model without copying them: a look at protobuf's wire format.
+
+`detached` gives a model's bytes without the raw data of its large initializers, and where that data lies; `joined` puts
+data back in. What lies between is a message without weights, which protobuf reads and writes in milliseconds.
+See https://protobuf.dev/programming-guides/encoding and onnx/onnx.proto for the field numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+Buffer: TypeAlias = "bytes | memoryview[int]"
+
+_GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+
+@dataclass(frozen=True, slots=True)
+class _Field:
+    number: int
+    kind: int
+    tag: int
+    start: int
+    end: int
+
+
+def detached(content: Buffer, least: int) -> tuple[bytes, dict[int, tuple[int, int]]] | None:
+    """A model's bytes without raw data of `least` bytes or more, and (start, end) of that data by initializer.
+
+    None where the bytes are not laid out as writers of ONNX files do it, or are no model at all.
+    """
+    try:
+        graph = _only(content, 0, len(content), _GRAPH)
+        if graph is None:
+            return None
+        places: dict[int, tuple[int, int]] = {}
+        parts: list[bytes] = []
+        done, number = graph.start, -1
+        for tensor in _fields(content, graph.start, graph.end):
+            number += tensor.number == _INITIALIZER
+            if tensor.number != _INITIALIZER or tensor.kind != _BYTES or tensor.end - tensor.start < least:
+                continue
+            raw = _only(content, tensor.start, tensor.end, _RAW_DATA)
+            if raw is None or raw.end - raw.start < least:
+                continue
+            places[number] = (raw.start, raw.end)
+            rest = bytes(content[tensor.start : raw.tag]) + bytes(content[raw.end : tensor.end])
+            parts += [bytes(content[done : tensor.tag]), _header(_INITIALIZER, len(rest)), rest]
+            done = tensor.end
+        body = b"".join([*parts, bytes(content[done : graph.end])])
+    except (IndexError, ValueError):
+        return None
+    head, tail = bytes(content[: graph.tag]), bytes(content[graph.end :])
+    return b"".join([head, _header(_GRAPH, len(body)), body, tail]), places
+
+
+def joined(content: bytes, data: Mapping[int, memoryview]) -> Iterator[Buffer]:
+    """The bytes of a model, in pieces, with the raw data of some initializers put where they have an empty one.
+
+    Raises ValueError if one of them has no raw data.
+    """
+    graph = _only(content, 0, len(content), _GRAPH)
+    if graph is None:
+        yield content
+        return
+    pieces: list[Buffer] = []
+    done, number = graph.start, -1
+    for tensor in _fields(content, graph.start, graph.end):
+        number += tensor.number == _INITIALIZER
+        if tensor.number != _INITIALIZER or number not in data:
+            continue
+        raw = _only(content, tensor.start, tensor.end, _RAW_DATA)
+        if raw is None or raw.start != raw.end:
+            raise ValueError(f"initializer {number} has no place for its data")
+        before, after = content[tensor.start : raw.tag], content[raw.end : tensor.end]
+        filled: list[Buffer] = [before, _header(_RAW_DATA, len(data[number])), data[number], after]
+        pieces += [content[done : tensor.tag], _header(_INITIALIZER, sum(map(len, filled))), *filled]
+        done = tensor.end
+    pieces.append(content[done : graph.end])
+    yield content[: graph.tag]
+    yield _header(_GRAPH, sum(map(len, pieces)))
+    yield from pieces
+    yield content[graph.end :]
+
+
+def _only(content: Buffer, start: int, end: int, number: int) -> _Field | None:
+    """The only field of that number in a message; None if there is none or several, which protobuf would merge."""
+    found = [field for field in _fields(content, start, end) if field.number == number]
+    return found[0] if len(found) == 1 and found[0].kind == _BYTES else None
+
+
+def _fields(content: Buffer, start: int, end: int) -> Iterator[_Field]:
+    """The fields of the message that lies in a range; raises ValueError or IndexError where it is not whole."""
+    at = start
+    while at < end:
+        tag = at
+        key, at = _varint(content, at)
+        kind = key & 7
+        if kind == _BYTES:
+            length, at = _varint(content, at)
+            after = at + length
+        elif kind == _VARINT:
+            _, after = _varint(content, at)
+        elif kind in (_FIXED64, _FIXED32):
+            after = at + (8 if kind == _FIXED64 else 4)
+        else:
+            raise ValueError(f"wire type {kind}")
+        if after > end:
+            raise ValueError("a field runs over the end of its message")
+        yield _Field(key >> 3, kind, tag, at, after)
+        at = after
+
+
+def _varint(content: Buffer, at: int) -> tuple[int, int]:
+    """A number of seven bits a byte, and the position after it."""
+    byte = content[at]
+    if byte < 0x80:
+        return byte, at + 1
+    value, shift = byte & 0x7F, 7
+    while True:
+        at += 1
+        byte = content[at]
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at + 1
+        shift += 7
+        if shift > 63:
+            raise ValueError("a number of more than ten bytes")
+
+
+def _header(number: int, length: int) -> bytes:
+    """Tag and length of a field of bytes."""
+    made, value = bytearray([number << 3 | _BYTES]), length
+    while value >= 0x80:
+        made.append(value & 0x7F | 0x80)
+        value >>= 7
+    made.append(value)
+    return bytes(made)
