@@ -87,7 +87,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "speed.json")
     options = parser.parse_args()
-    result: dict[str, Any] = {"command": "python benchmarks/speed.py --model MODEL", "machine": platform.processor() or platform.machine()}
+    result: dict[str, Any] = {
+        "command": "python benchmarks/speed.py --model MODEL",
+        "machine": platform.processor() or platform.machine(),
+    }
     if options.model:
         result["model"] = {options.model.name: end_to_end(options.model)}
     result["chain"] = {}

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from cpd_onnx.atoms import Atoms, Axis
 from cpd_onnx.groups import Combed, Group
 from cpd_onnx.kept import Kept
+
+_Term: TypeAlias = "tuple[float, tuple[Axis, ...]]"
+"""A factor, and the axes whose sizes it is multiplied by."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +57,13 @@ class CostModel:
             if tensor.value.is_made_weight:
                 self._prunable += [axis for axis in tensor.axes or [] if not combed.atoms.all_frozen(axis)]
 
-        self._sums = {
-            "macs": _Products(combed.atoms, [(factor / self._batch, axes) for factor, axes in self._work]),
-            "params": _Products(combed.atoms, [(1.0, axes) for axes, _ in self._weights]),
-            "channels": _Products(combed.atoms, [(1.0, (axis,)) for axis in self._prunable]),
+        lists: dict[str, list[_Term]] = {
+            "macs": [(factor / self._batch, axes) for factor, axes in self._work],
+            "params": [(1.0, axes) for axes, _ in self._weights],
+            "channels": [(1.0, (axis,)) for axis in self._prunable],
         }
+        self._sizes = _Sizes(combed.atoms, [axis for terms in lists.values() for _, axes in terms for axis in axes])
+        self._sums = {kind: self._sizes.laid_out(terms) for kind, terms in lists.items()}
 
     def total(self, kept: Kept) -> Costs:
         """Costs with the channels in `kept`."""
@@ -64,7 +71,8 @@ class CostModel:
 
     def cost(self, kind: str, kept: Kept) -> float:
         """One of the costs."""
-        return self._sums[kind].value(kept)
+        factors, places = self._sums[kind]
+        return float((factors * self._sizes.of(kept)[places].prod(axis=1)).sum())
 
     def of_groups(self, combed: Combed) -> dict[int, Costs]:
         """For each group by id, the costs of the nodes and weights that it runs through."""
@@ -82,31 +90,32 @@ class CostModel:
         return {g.id: Costs(macs[g.id], params[g.id], float(len(g))) for g in combed.groups}
 
 
-class _Products:
-    """A sum of factors times products of the sizes of axes, laid out so that one choice of channels takes no loop."""
+class _Sizes:
+    """The sizes of many axes at once, for one choice of channels after another."""
 
-    def __init__(self, atoms: Atoms, terms: Sequence[tuple[float, tuple[Axis, ...]]]) -> None:
-        terms = [(factor, group) for factor, group in terms if all(map(len, group))]
-        axes = {id(axis): axis for _, group in terms for axis in group}
-        places = {key: place for place, key in enumerate(axes)}
-        tables = [atoms.parts(axis) for axis in axes.values()]
+    def __init__(self, atoms: Atoms, axes: Sequence[Axis]) -> None:
+        known = {id(axis): axis for axis in axes if len(axis)}
+        self._places = {key: place for place, key in enumerate(known)}
+        tables = [atoms.parts(axis) for axis in known.values()]
         width = max((table.shape[1] for table in tables), default=1)
-        padded = [np.pad(table, ((0, 0), (0, width - table.shape[1]))) for table in tables]
-        self._parts = np.concatenate([np.zeros((0, width), np.int64), *padded])
-        self._starts = np.cumsum([0, *map(len, tables)])[:-1]
-        self._factors = np.asarray([factor for factor, _ in terms])
-        rank = max((len(group) for _, group in terms), default=0)
-        # The place after the last axis stands for a size of one.
-        self._places = np.full((len(terms), rank), len(axes), np.int64)
-        for row, (_, group) in enumerate(terms):
-            self._places[row, : len(group)] = [places[id(axis)] for axis in group]
+        self._starts = np.cumsum([0, *map(len, tables)])
+        self._parts = np.zeros((self._starts[-1], width), np.int64)
+        for start, table in zip(self._starts.tolist(), tables, strict=False):
+            self._parts[start : start + len(table), : table.shape[1]] = table
 
-    def value(self, kept: Kept) -> float:
-        """The sum for what is kept."""
-        if not len(self._factors):
-            return 0.0
-        sizes = np.add.reduceat(kept.stays(self._parts), self._starts, dtype=np.float64)
-        return float((self._factors * np.append(sizes, 1.0)[self._places].prod(axis=1)).sum())
+    def of(self, kept: Kept) -> npt.NDArray[np.float64]:
+        """Indices that stay on each axis; a one and a zero follow, for axes that are not there and empty ones."""
+        before = np.concatenate([[0.0], np.cumsum(kept.stays(self._parts), dtype=np.float64)])
+        return np.concatenate([np.diff(before[self._starts]), [1.0, 0.0]])
+
+    def laid_out(self, terms: Sequence[_Term]) -> tuple[npt.NDArray[np.float64], Axis]:
+        """Factors of terms, and the places of their axes, a row each."""
+        rank = max((len(axes) for _, axes in terms), default=0)
+        count = len(self._places)
+        places = np.full((len(terms), rank), count, np.int64)
+        for row, (_, axes) in enumerate(terms):
+            places[row, : len(axes)] = [self._places.get(id(axis), count + 1) for axis in axes]
+        return np.asarray([factor for factor, _ in terms]), places
 
 
 def group_owners(combed: Combed, groups: list[Group]) -> Axis:

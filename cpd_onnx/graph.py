@@ -13,6 +13,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -88,11 +89,11 @@ class Model:
 
     def sha256(self) -> str:
         """SHA-256 of the file that it was read from, or of its serialized proto; data files follow in order."""
-        digest = hashlib.sha256()
-        if self._content is None:
-            digest.update(self.serialize())
-            return digest.hexdigest()
-        digest.update(self._content)
+        return hashlib.sha256(self.serialize()).hexdigest() if self._content is None else self._file_sha256
+
+    @cached_property
+    def _file_sha256(self) -> str:
+        digest = hashlib.sha256(self._content or b"")
         if self.is_external:
             for tensor in self.graph.initializer:
                 digest.update(_bytes_of(self.array(tensor.name)) if tensor.dims else b"")

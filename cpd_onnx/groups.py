@@ -233,10 +233,12 @@ class Combed:
 
 def _listed(rows: Axis, places: Axis, count: int) -> list[list[int]]:
     """For each channel its rows, in order."""
-    listed: list[list[int]] = [[] for _ in range(count)]
-    for row, place in zip(rows.tolist(), places.tolist(), strict=True):
-        listed[place].append(row)
-    return listed
+    rows = rows[np.argsort(places, kind="stable")]
+    counts = np.bincount(places, minlength=count)
+    if counts.min() == counts.max():
+        listed: list[list[int]] = rows.reshape(count, -1).tolist()
+        return listed
+    return [part.tolist() for part in np.split(rows, np.cumsum(counts)[:-1])]
 
 
 def grouped(combed: Combed) -> list[Group]:

@@ -19,7 +19,7 @@ from cpd_onnx.state import State
 
 KINDS = ("channels", "macs", "params")
 SPREADS = ("uniform", "global")
-_STEPS = 40
+_STEPS = 24
 """Halvings of the search interval: finer than any group's channels."""
 _WIDE_KINDS = {"channels", "head_dim", "hidden"}
 """Kinds of groups whose width a multiple makes sense for; heads and groups are counts."""
@@ -140,6 +140,7 @@ class _Allocator:
         self.held = held_groups(combed, budget.keep)
         self.sizes = [len(group) for group in combed.groups]
         self.order = [np.argsort(score, kind="stable") for score in self.scores]
+        self.least_first = [g.channels[order] for g, order in zip(combed.groups, self.order, strict=True)]
         self.outer = _outer_groups(combed)
         self.sequence = _outer_first(self.outer, len(combed.groups))
         self.ranking = self.globally_ranked() if budget.spread == "global" else []
@@ -236,17 +237,16 @@ class _Allocator:
         return [sorted(order[: len(order) - n].tolist()) for order, n in zip(self.order, counts, strict=True)]
 
     def cost(self, counts: Sequence[int]) -> float:
-        self.apply(self.removed(counts))
+        self.apply(counts)
         return self.costs.cost(self.budget.kind, self.kept)
 
-    def apply(self, removed: list[list[int]]) -> None:
-        gone = [group.channels[r] for group, r in zip(self.combed.groups, removed, strict=True) if r]
+    def apply(self, counts: Sequence[int]) -> None:
+        gone = [channels[: len(channels) - n] for channels, n in zip(self.least_first, counts, strict=True)]
         self.kept.remove(np.concatenate(gone) if gone else np.zeros(0, np.int64))
 
     def result(self, counts: Sequence[int], notes: tuple[str, ...]) -> Allocation:
-        removed = self.removed(counts)
-        self.apply(removed)
-        return Allocation(removed, self.before, self.costs.total(self.kept), notes)
+        self.apply(counts)
+        return Allocation(self.removed(counts), self.before, self.costs.total(self.kept), notes)
 
     def unreachable(self, floor: float) -> str:
         kind, before = self.budget.kind, self.before.of(self.budget.kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -47,7 +48,10 @@ class Prune:
     def __call__(self, state: State) -> State:
         """Fill in `edits` and `plan`; `model` becomes the pruned one."""
         combed, chosen = state.need("combed", "comb"), state.need("allocation", "allocate")
-        pruned = prune(combed, chosen, state.input_shapes)
+        with ThreadPoolExecutor(1) as pool:
+            if combed.folded.model.path is not None:
+                pool.submit(combed.folded.model.sha256)  # the plan wants it; hashing a file leaves this thread free
+            pruned = prune(combed, chosen, state.input_shapes)
         plan = make_plan(
             combed,
             chosen.removed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeAlias
@@ -81,9 +82,11 @@ def _add(totals: Scores, combed: Combed, weight: Weight, live: list[int], axes: 
     with np.errstate(over="ignore", invalid="ignore"):  # a weight that is no number stays, whatever else it is
         values = summand(dequantized(combed, weight).astype(np.float32, copy=False))
     for axis in live:
-        others = tuple(i for i in range(values.ndim) if i != axis)
-        per_index = values.sum(axis=others, dtype=np.float64) if others else values.astype(np.float64)
+        # First the axes before, then those behind: so numpy runs along memory.
+        size, behind = values.shape[axis], math.prod(values.shape[axis + 1 :])
+        rows = values.reshape(-1, size * behind)
+        per_index = (rows.sum(axis=0) if len(rows) > 1 else rows).reshape(size, behind).sum(axis=1)
         parts = combed.atoms.parts(axes[axis])
         for column in range(parts.shape[1]):
-            np.add.at(totals, parts[:, column], per_index)
+            np.add.at(totals, parts[:, column], per_index.astype(np.float64))
     totals[0] = 0.0

@@ -282,8 +282,12 @@ def test_missing_operators(capsys: pytest.CaptureFixture[str]) -> None:
     assert not {"Conv", "If", "Constant"} & set(missing)
 
 
-@pytest.mark.parametrize("option", [["--plan", "out.onnx"], ["--plan", "model.onnx"], ["--json", "model.onnx"], ["--json", "out.onnx"]])
-def test_one_file_is_not_named_for_two_things(folder: Path, option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "option", [["--plan", "out.onnx"], ["--plan", "model.onnx"], ["--json", "model.onnx"], ["--json", "out.onnx"]]
+)
+def test_one_file_is_not_named_for_two_things(
+    folder: Path, option: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     before = (folder / "model.onnx").read_bytes()
     assert run("prune", folder / "model.onnx", "-o", folder / "out.onnx", "--force", option[0], folder / option[1]) == 1
     assert "two things" in capsys.readouterr().err
@@ -301,7 +305,9 @@ def test_the_model_itself_is_replaced_only_with_force(folder: Path) -> None:
     assert model.stat().st_size < len(before)
 
 
-def test_nothing_is_left_where_the_disk_is_full(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_left_where_the_disk_is_full(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(source: str, target: Path) -> None:
         if Path(target).name == "out.onnx":
             raise OSError(28, "No space left on device")
@@ -314,7 +320,9 @@ def test_nothing_is_left_where_the_disk_is_full(folder: Path, capsys: pytest.Cap
     assert files(folder) == {"model.onnx"}
 
 
-def test_nothing_is_written_if_the_proof_fails(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_written_if_the_proof_fails(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     wrong = Comparison(difference=0.3, tolerance=1e-4, noise=0.0, runs=2)
     monkeypatch.setattr("cpd_onnx.passes.verify.verify", lambda *arguments: wrong)
     assert run("prune", folder / "model.onnx", "-o", folder / "out.onnx") == 1
@@ -330,7 +338,10 @@ def test_no_verify_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_data_is_used_for_the_proof(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shape = [d.dim_value for d in onnx.load(folder / "model.onnx").graph.input[0].type.tensor_type.shape.dim]
     np.savez(folder / "data.npz", x=np.zeros([4, *shape[1:]], np.float32))
-    assert run("prune", folder / "model.onnx", "-o", folder / "out.onnx", "--data", folder / "data.npz", "--json", "-") == 0
+    assert (
+        run("prune", folder / "model.onnx", "-o", folder / "out.onnx", "--data", folder / "data.npz", "--json", "-")
+        == 0
+    )
     assert json.loads(capsys.readouterr().out)["verification"]["runs"] == 2
 
 
@@ -353,7 +364,9 @@ def test_input_shapes_are_part_of_the_plan(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_external_data_stays_external(tmp_path: Path) -> None:
-    model = from_text("(float[2, 40] x, float[40, 80] w, float[80, 50] v) => (float[2, 50] y) { h = MatMul(x, w) y = MatMul(h, v) }")
+    model = from_text(
+        "(float[2, 40] x, float[40, 80] w, float[80, 50] v) => (float[2, 50] y) { h = MatMul(x, w) y = MatMul(h, v) }"
+    )
     source, small, again = (tmp_path / f"{n}.onnx" for n in ("big", "small", "again"))
     onnx.save_model(model, source, save_as_external_data=True, location="weights.bin", size_threshold=0)
     (tmp_path / "small.onnx.data").write_text("mine")
@@ -367,9 +380,19 @@ def test_external_data_stays_external(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "option",
-    [["--score", "best"], ["--spread", "far"], ["--seed", "-1"], ["--seed", "x"], ["--input-shape", "x"], ["--input-shape", "x:0"], ["--unheard-of"]],
+    [
+        ["--score", "best"],
+        ["--spread", "far"],
+        ["--seed", "-1"],
+        ["--seed", "x"],
+        ["--input-shape", "x"],
+        ["--input-shape", "x:0"],
+        ["--unheard-of"],
+    ],
 )
-def test_values_that_no_option_takes_exit_with_two(folder: Path, option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_values_that_no_option_takes_exit_with_two(
+    folder: Path, option: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stopped:
         run("prune", folder / "model.onnx", "-o", folder / "o.onnx", *option)
     assert stopped.value.code == 2
@@ -377,10 +400,22 @@ def test_values_that_no_option_takes_exit_with_two(folder: Path, option: list[st
     assert files(folder) == {"model.onnx"}
 
 
-@pytest.mark.parametrize("option", [["--epochs", "0"], ["--lr", "-1"], ["--lr", "nan"], ["--label-weight", "2"], ["--shift", "-1"], ["--metric", "best"]])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--epochs", "0"],
+        ["--lr", "-1"],
+        ["--lr", "nan"],
+        ["--label-weight", "2"],
+        ["--shift", "-1"],
+        ["--metric", "best"],
+    ],
+)
 def test_values_that_training_does_not_take_exit_with_two(folder: Path, option: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        run("distill", folder / "model.onnx", folder / "model.onnx", "-o", folder / "o.onnx", "--data", "d.npz", *option)
+        run(
+            "distill", folder / "model.onnx", folder / "model.onnx", "-o", folder / "o.onnx", "--data", "d.npz", *option
+        )
     assert stopped.value.code == 2
 
 
@@ -393,13 +428,27 @@ def test_values_that_training_does_not_take_exit_with_two(folder: Path, option: 
         (["--data", "DATA", "--lr", "1e30"], "the loss became"),
     ],
 )
-def test_distill_says_what_is_wrong(tmp_path: Path, arguments: list[str], match: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_distill_says_what_is_wrong(
+    tmp_path: Path, arguments: list[str], match: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("torch")
     data = EXAMPLE.with_name("digits_train.npz")
     unlabelled = tmp_path / "images.npz"
     np.savez(unlabelled, image=np.load(data)["image"][:64])
     places = {"DATA": str(data), "UNLABELLED": str(unlabelled)}
-    assert run("distill", EXAMPLE, EXAMPLE, "-o", tmp_path / "out.onnx", "--steps", "3", *(places.get(a, a) for a in arguments)) == 1
+    assert (
+        run(
+            "distill",
+            EXAMPLE,
+            EXAMPLE,
+            "-o",
+            tmp_path / "out.onnx",
+            "--steps",
+            "3",
+            *(places.get(a, a) for a in arguments),
+        )
+        == 1
+    )
     said = capsys.readouterr().err
     assert match in said
     assert said.count("\n") == 1
@@ -408,7 +457,18 @@ def test_distill_says_what_is_wrong(tmp_path: Path, arguments: list[str], match:
 
 def test_models_of_another_signature_are_no_students(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torch")
-    assert run("distill", EXAMPLE, folder / "model.onnx", "-o", folder / "o.onnx", "--data", EXAMPLE.with_name("digits_train.npz")) == 1
+    assert (
+        run(
+            "distill",
+            EXAMPLE,
+            folder / "model.onnx",
+            "-o",
+            folder / "o.onnx",
+            "--data",
+            EXAMPLE.with_name("digits_train.npz"),
+        )
+        == 1
+    )
     assert "model's inputs" in capsys.readouterr().err
 
 
@@ -436,7 +496,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_names_are_printed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = from_text("(float[2, 6] x, float[6, 8] w, float[8, 5] v) => (float[2, 5] y) { h = MatMul(x, w) y = MatMul(h, v) }")
+    model = from_text(
+        "(float[2, 6] x, float[6, 8] w, float[8, 5] v) => (float[2, 5] y) { h = MatMul(x, w) y = MatMul(h, v) }"
+    )
     for node in model.graph.node:
         node.input[1] = f"[bold]{node.input[1]}:smile:"
     for tensor in model.graph.initializer:

@@ -184,7 +184,9 @@ def test_batch_norm_statistics_move_only_if_asked() -> None:
 
 @pytest.mark.parametrize(("batch_size", "moves"), [(8, False), (16, True)])
 def test_batch_norm_statistics_move_by_themselves_where_batches_are_large(batch_size: int, moves: bool) -> None:
-    result = distill(TEACHER, STUDENT, ArraySource(images()), replace(FAST, steps=2, batch_size=batch_size, batch_norm="auto"))
+    result = distill(
+        TEACHER, STUDENT, ArraySource(images()), replace(FAST, steps=2, batch_size=batch_size, batch_norm="auto")
+    )
     assert ("bn.mean" in result.values) == moves
 
 

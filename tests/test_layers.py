@@ -146,7 +146,9 @@ def test_all_but_training_works_without_torch(tmp_path: Path) -> None:
     done = without_torch("prune", model, "-o", tmp_path / "small.onnx")
     assert (done.returncode, "verified" in done.stdout) == (0, True)
     assert done.stderr == "pass 'distill' needs torch: pip install 'cpd-onnx[torch]'\n"
-    done = without_torch("distill", model, model, "-o", tmp_path / "out.onnx", "--data", model.with_name("digits_train.npz"))
+    done = without_torch(
+        "distill", model, model, "-o", tmp_path / "out.onnx", "--data", model.with_name("digits_train.npz")
+    )
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "error: distillation needs torch: pip install 'cpd-onnx[torch]'"
     assert {p.name for p in tmp_path.iterdir()} == {"small.onnx", "small.onnx.plan.json"}

@@ -81,7 +81,9 @@ def test_it_starts(command: list[str]) -> None:
 
 
 def test_passes_are_not_imported_from_their_folder() -> None:
-    done = subprocess.run([sys.executable, "-c", "import passes"], capture_output=True, text=True, check=False, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", "import passes"], capture_output=True, text=True, check=False, cwd=ROOT
+    )
     assert "import this package as cpd_onnx.passes" in done.stderr
 
 
@@ -93,7 +95,18 @@ def test_wheel_holds_everything(tmp_path: Path) -> None:
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    line = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)]
+    line = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(source),
+    ]
     subprocess.run(line, check=True, capture_output=True, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:

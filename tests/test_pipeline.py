@@ -27,7 +27,14 @@ from .test_rules import model_of
 TEXT = "comb, score{kind='l1'}, allocate{macs=0.5}, prune, verify"
 OPTIONS = st.dictionaries(
     st.sampled_from(["a", "b", "c_d"]),
-    st.one_of(st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.booleans(), st.none(), st.sampled_from(["", "x, y", "'"]), st.tuples(st.integers())),
+    st.one_of(
+        st.integers(),
+        st.floats(allow_nan=False, allow_infinity=False),
+        st.booleans(),
+        st.none(),
+        st.sampled_from(["", "x, y", "'"]),
+        st.tuples(st.integers()),
+    ),
 )
 
 
@@ -37,7 +44,20 @@ def test_text_says_what_it_was_made_from(steps: list[tuple[str, Mapping[str, Any
     assert parse(text) == steps
 
 
-@pytest.mark.parametrize("text", ["comb score", "comb{", "comb{kind}", "comb{kind=name}", "comb{1}", "comb{**{}}", "; comb", "comb,,score", "comb{a=__import__('os')}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "comb score",
+        "comb{",
+        "comb{kind}",
+        "comb{kind=name}",
+        "comb{1}",
+        "comb{**{}}",
+        "; comb",
+        "comb,,score",
+        "comb{a=__import__('os')}",
+    ],
+)
 def test_what_is_no_pipeline_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"options|not a pipeline"):
         parse(text)
@@ -97,7 +117,10 @@ def test_a_state_can_be_taken_further() -> None:
     assert further.model.serialize() == cpd.run(TEXT, model).model.serialize()
 
 
-@pytest.mark.parametrize(("text", "first"), [("score", "comb"), ("comb, allocate", "score"), ("comb, score, prune", "allocate"), ("comb, verify", "allocate")])
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [("score", "comb"), ("comb, allocate", "score"), ("comb, score, prune", "allocate"), ("comb, verify", "allocate")],
+)
 def test_passes_name_the_one_that_is_missing(text: str, first: str) -> None:
     with pytest.raises(ValueError, match=f"run the pass '{first}' first"):
         cpd.run(text, model_of("conv"))

@@ -45,7 +45,9 @@ def test_truncated_and_damaged_files(name: str, tmp_path: Path) -> None:
     assert "several lines" not in outcomes
 
 
-def simple(nodes: list[onnx.NodeProto], inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]) -> ModelProto:
+def simple(
+    nodes: list[onnx.NodeProto], inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]
+) -> ModelProto:
     graph = helper.make_graph(nodes, "g", inputs, outputs)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
@@ -59,10 +61,18 @@ def info(name: str, shape: list[int | str] | None, kind: int = TensorProto.FLOAT
     [
         simple([helper.make_node("Relu", ["x"], ["y"])], [info("x", None)], [info("y", None)]),
         simple([helper.make_node("Relu", ["x"], ["y"])], [info("x", [])], [info("y", [])]),
-        simple([helper.make_node("Identity", ["x"], ["y"])], [info("x", [2], TensorProto.STRING)], [info("y", [2], TensorProto.STRING)]),
+        simple(
+            [helper.make_node("Identity", ["x"], ["y"])],
+            [info("x", [2], TensorProto.STRING)],
+            [info("y", [2], TensorProto.STRING)],
+        ),
         simple([helper.make_node("Relu", ["x"], ["y"])], [info("x", [0, 3])], [info("y", [0, 3])]),
         simple([helper.make_node("Strange", ["x"], ["y"], domain="no.such")], [info("x", [2])], [info("y", [2])]),
-        simple([helper.make_node("SequenceConstruct", ["x"], ["s"]), helper.make_node("SequenceLength", ["s"], ["y"])], [info("x", [2])], [info("y", [], TensorProto.INT64)]),
+        simple(
+            [helper.make_node("SequenceConstruct", ["x"], ["s"]), helper.make_node("SequenceLength", ["s"], ["y"])],
+            [info("x", [2])],
+            [info("y", [], TensorProto.INT64)],
+        ),
     ],
     ids=["unknown rank", "scalar", "strings", "empty axis", "unknown operator", "sequences"],
 )
@@ -72,7 +82,10 @@ def test_models_without_channels_are_refused(model: ModelProto) -> None:
 
 def test_the_operator_without_a_rule_is_named() -> None:
     with pytest.raises(cpd.TargetError, match=r"no\.such::Strange"):
-        cpd.run("comb, score, allocate", simple([helper.make_node("Strange", ["x"], ["y"], domain="no.such")], [info("x", [2])], [info("y", [2])]))
+        cpd.run(
+            "comb, score, allocate",
+            simple([helper.make_node("Strange", ["x"], ["y"], domain="no.such")], [info("x", [2])], [info("y", [2])]),
+        )
 
 
 def test_weights_that_are_not_numbers() -> None:
@@ -142,7 +155,9 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     inside, outside = tmp_path / "in", tmp_path / "out"
     inside.mkdir()
     outside.mkdir()
-    onnx.save_model(model_of("conv"), inside / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
+    onnx.save_model(
+        model_of("conv"), inside / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0
+    )
     (inside / "m.data").rename(outside / "m.data")
     (inside / "m.data").symlink_to(outside / "m.data")
     with pytest.raises(cpd.ModelError, match="links out"):
