@@ -17,6 +17,7 @@ models not included; job and start together are what a person waits for. `--summ
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -139,9 +140,12 @@ def serve(tool: str) -> None:
         import torch_models  # noqa: F401  # the expensive imports
         import torch_pruning as tp  # noqa: F401
     elif tool == "ours":
+        import cpd_onnx.passes.prune
+        import cpd_onnx.passes.score
         import cpd_onnx.passes.verify  # noqa: F401
     else:
         import onnxsim as imported  # noqa: F401
+    gc.freeze()  # what was imported is not looked through again in each fork
     for line in sys.stdin:
         model, out = map(Path, json.loads(line))
         print(json.dumps(limited(tool, model, out)), flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ _NO_CHANNELS = {KERNEL_EXTENT, TABLE_ROWS}
 """Reasons of axes that hold no channels."""
 _MADE_UP = re.compile(r"^(onnx::|val_|_val|const|_*\d|\w*::\w*_\d+$)")
 """Initializer names that exporters invent; the node's name says more."""
+_WORD = (1 << 64) - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,13 +249,15 @@ def grouped(combed: Combed) -> list[Group]:
     signature = np.zeros(len(atoms), np.uint64)
     trained = np.zeros(len(atoms), np.bool_)
     first = np.full(len(atoms), np.iinfo(np.int64).max)
-    known: dict[int, list[Axis]] = {}
-    for position, (axis, is_weight) in enumerate(_all_axes(combed)):
-        for column, primitives in enumerate(_primitives(atoms, axis, known)):
-            signature[primitives] += _hashed(position, column)
-            if is_weight:
+    for seen in _all_axes(combed).values():
+        parts = atoms.parts(seen.axis) if len(seen.axis) > 1 else np.zeros((1, 1), np.int64)
+        for column in range(parts.shape[1] if parts.any() else 0):
+            primitives = parts[:, column]
+            # Of a primitive that comes several times, numpy adds to the first: a set is what is hashed.
+            signature[primitives] += np.uint64(sum(_hashed(p, column) for p in seen.positions) & _WORD)
+            if seen.trained is not None:
                 trained[primitives] = True
-                first[primitives] = np.minimum(first[primitives], position)
+                first[primitives] = np.minimum(first[primitives], seen.trained)
     trained[NOTHING] = False
     live = np.flatnonzero(trained)
     if not len(live):
@@ -272,38 +276,47 @@ def grouped(combed: Combed) -> list[Group]:
     return _uniquely_named(made)
 
 
-def _all_axes(combed: Combed) -> Iterator[tuple[Axis, bool]]:
-    """Every axis of every tensor, weights last and in order of use, and whether it is that of a trained matrix.
+@dataclass(slots=True)
+class _Seen:
+    """One axis array, the positions at which tensors have it, and the first at which a trained matrix does."""
+
+    axis: Axis
+    positions: list[int]
+    trained: int | None = None
+
+
+def _all_axes(combed: Combed) -> dict[int, _Seen]:
+    """The axes of all tensors, weights last and in order of use; those that are one array together.
 
     A channel that runs through vectors alone is a part of them that nobody looks at.
-    What is made of constants counts: some files make their weights by ConstantOfShape.
+    What is made of constants counts as trained: some files make their weights by ConstantOfShape.
     """
-    for tensor in combed.tensors.values():
-        for axis in tensor.axes or []:
-            yield axis, tensor.value.is_made_weight
-    for weight in combed.weights:
-        for axes in combed.weight_axes(weight):
-            for axis in axes:
-                yield axis, weight.is_trained and not weight.is_vector
+    found: dict[int, _Seen] = {}
+    position = 0
+    tensors = ((tensor.axes or [], tensor.value.is_made_weight) for tensor in combed.tensors.values())
+    weights = (
+        (axes, weight.is_trained and not weight.is_vector)
+        for weight in combed.weights
+        for axes in combed.weight_axes(weight)
+    )
+    for axes, is_trained in itertools.chain(tensors, weights):
+        for axis in axes:
+            seen = found.get(id(axis))
+            if seen is None:
+                seen = found[id(axis)] = _Seen(axis, [])
+            seen.positions.append(position)
+            if is_trained and seen.trained is None:
+                seen.trained = position
+            position += 1
+    return found
 
 
-def _primitives(atoms: Atoms, axis: Axis, known: dict[int, list[Axis]]) -> list[Axis]:
-    """The primitives of an axis by their place in the composites (heads apart from dimensions); `NOTHING` too.
-
-    Axes that are one array are computed once.
-    """
-    if id(axis) not in known:
-        parts = atoms.parts(axis) if len(axis) > 1 else np.zeros((1, 1), np.int64)
-        known[id(axis)] = [parts[:, column] for column in range(parts.shape[1])] if parts.any() else []
-    return known[id(axis)]
-
-
-def _hashed(position: int, column: int) -> np.uint64:
+def _hashed(position: int, column: int) -> int:
     """Sixty-four well mixed bits (splitmix64), the same in every run."""
-    z = (16 * position + column + 1) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-    z = (z ^ z >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-    return np.uint64(z ^ z >> 31)
+    z = (16 * position + column + 1) * 0x9E3779B97F4A7C15 & _WORD
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & _WORD
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & _WORD
+    return z ^ z >> 31
 
 
 def _kinds(combed: Combed) -> dict[int, str]:

@@ -386,6 +386,8 @@ class _Comber:
                 continue
             seen.add(id(axis))
             parts = self.atoms.parts(axis)
+            if parts.shape[1] == 1 and parts[0, 0] != parts[-1, 0]:
+                continue
             # What every index hangs on, the first and the last do too.
             for primitive in set(parts[0].tolist()).intersection(parts[-1].tolist()) - {NOTHING}:
                 if bool((parts == primitive).any(axis=1).all()):
