@@ -8,7 +8,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,16 +18,17 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 from cpd_onnx import demo, pipeline, report
 from cpd_onnx.data import Source, open_source
-from cpd_onnx.errors import CpdError, DataError, ModelError, UnsupportedError
+from cpd_onnx.errors import CpdError, DataError, ModelError, StoppedError, UnsupportedError
 from cpd_onnx.graph import Model, load, require_free, write_atomically
-from cpd_onnx.metrics import evaluate
+from cpd_onnx.kept import Kept
+from cpd_onnx.metrics import IGNORED, evaluate
 from cpd_onnx.passes.allocate import KINDS, SPREADS, Budget, held_groups
 from cpd_onnx.passes.comb import Comb, comb
 from cpd_onnx.passes.fold import Fold
 from cpd_onnx.passes.prune import Prune, apply
 from cpd_onnx.passes.score import SCORES, Score
 from cpd_onnx.passes.verify import Verify, data_feeds, verify_files
-from cpd_onnx.plan import Plan, load_plan
+from cpd_onnx.plan import Plan, channels_of, load_plan, match
 from cpd_onnx.rules import supported_operators, unsupported_operators
 from cpd_onnx.version import __version__
 
@@ -36,6 +37,7 @@ _PIPE_WIDTH = 120
 _KEPT_REASONS = 5
 """Reasons for keeping channels that `prune` tells."""
 _VERIFY_BATCHES = 2
+_LOSSES = ("kl", "dist", "mse", "cosine")
 
 
 def _console(*, stderr: bool = False) -> Console:
@@ -53,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
+    except StoppedError as error:
+        print(error, file=sys.stderr)
+        return 130
     except CpdError as error:
         if options.verbose:
             traceback.print_exc()
@@ -152,25 +157,60 @@ def _add_distill(commands: Any) -> None:
     training.add_argument("--batch-size", type=_positive, default=64, help="samples in an update (default: 64)")
     training.add_argument("--lr", type=_above_zero, default=1e-3, help="learning rate (default: 0.001)")
     training.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw", help="default: adamw")
-    training.add_argument("--temperature", type=_above_zero, default=4.0, help="softens scores (default: 4)")
+    training.add_argument("--warmup", type=_share, default=0.05, metavar="SHARE", help="of the steps (default: 0.05)")
+    training.add_argument("--weight-decay", type=_not_negative, default=1e-4, help="of matrices (default: 0.0001)")
+    training.add_argument("--clip-norm", type=_not_negative, default=1.0, help="of the gradient; 0: any (default: 1)")
+    training.add_argument("--ema", type=_share, default=0.0, metavar="DECAY", help="result is an average (default: 0)")
     training.add_argument(
+        "--batch-norm",
+        choices=("auto", "frozen", "train", "restore", "calibrate"),
+        default="auto",
+        help="stored statistics, those of the batch, also where they were folded into convolutions, or only estimated "
+        "anew without training (default: restore where batches have 16 samples, else frozen)",
+    )
+    training.add_argument("--freeze", action="append", default=[], metavar="NAME", help="do not train this initializer")
+    training.add_argument("--flip", action="store_true", help="mirror half of the images")
+    training.add_argument("--shift", type=_natural, default=0, help="move images by up to so many pixels")
+    training.add_argument("--seed", type=_natural, default=0, help="of order and augmentation")
+    training.add_argument("--threads", type=_natural, default=0, help="of torch on the CPU (default: its own choice)")
+    training.add_argument("--device", default="auto", help="auto, cpu or cuda (default: a GPU if there is one)")
+    training.add_argument("--mixed-precision", action="store_true", help="bfloat16 where that is safe, on a GPU")
+    loss = parser.add_argument_group("what is compared")
+    loss.add_argument("--temperature", type=_above_zero, default=4.0, help="softens scores (default: 4)")
+    loss.add_argument(
+        "--loss",
+        action="append",
+        default=[],
+        metavar="OUTPUT=KIND",
+        help=f"one of {', '.join(_LOSSES)} (default: seen from the teacher's answers)",
+    )
+    loss.add_argument("--weight", action="append", default=[], metavar="OUTPUT=NUMBER", help="in the loss (default: 1)")
+    loss.add_argument("--hidden", type=_natural, default=0, metavar="N", help="inner tensors compared too (default: 0)")
+    loss.add_argument("--hidden-weight", type=_not_negative, default=1.0, help="of these in the loss (default: 1)")
+    loss.add_argument("--plan", type=Path, help="says which channels are shared (default: STUDENT.plan.json)")
+    loss.add_argument(
         "--label-weight",
         type=_share,
         default=0.0,
         metavar="SHARE",
         help="of labels in the loss (default: 0, none needed)",
     )
-    training.add_argument(
-        "--batch-norm",
-        choices=("auto", "frozen", "train"),
-        default="auto",
-        help="train on statistics of the batch or stored ones (default: the former where batches have 16 samples)",
+    loss.add_argument("--ignore-label", type=int, default=IGNORED, help=f"of what does not count (default: {IGNORED})")
+    run = parser.add_argument_group("the run")
+    run.add_argument("--checkpoint", type=Path, help="default: OUTPUT.checkpoint, removed at the end")
+    run.add_argument("--checkpoint-seconds", type=_not_negative, default=300.0, help="between two (default: 300)")
+    run.add_argument("--resume", action="store_true", help="go on from the checkpoint")
+    run.add_argument("--log", type=Path, metavar="CSV", help="table of the losses")
+    run.add_argument("--tensorboard", type=Path, metavar="FOLDER", help="the same for TensorBoard")
+    run.add_argument("--watch", metavar="DATA", help="score the student on this data while it trains")
+    run.add_argument("--watch-every", type=_positive, default=100, metavar="STEPS", help="default: 100")
+    run.add_argument(
+        "--patience",
+        type=_natural,
+        default=0,
+        metavar="N",
+        help="stop after N scores without a new best; take that",
     )
-    training.add_argument("--flip", action="store_true", help="mirror half of the images")
-    training.add_argument("--shift", type=_natural, default=0, help="move images by up to so many pixels")
-    training.add_argument("--seed", type=_natural, default=0, help="of order and augmentation")
-    training.add_argument("--threads", type=_natural, default=0, help="of torch on the CPU (default: its own choice)")
-    training.add_argument("--device", default="auto", help="auto, cpu or cuda (default: a GPU if there is one)")
     parser.add_argument("--eval", metavar="DATA", help="measure teacher, student and result on this data")
     parser.add_argument("--metric", choices=("top1", "miou", "mse", "cosine"), default="top1", help="default: top1")
     _add_json(parser)
@@ -179,8 +219,9 @@ def _add_distill(commands: Any) -> None:
 
 
 _TRAINING = (
-    "epochs", "steps", "batch_size", "lr", "optimizer", "temperature", "label_weight", "batch_norm", "flip", "shift",
-    "seed", "threads", "device",
+    "epochs", "steps", "batch_size", "lr", "optimizer", "warmup", "weight_decay", "clip_norm", "ema", "temperature",
+    "label_weight", "ignore_label", "hidden", "hidden_weight", "batch_norm", "flip", "shift", "seed", "threads",
+    "device", "mixed_precision",
 )  # fmt: skip  # names of options, and of the fields that they go to
 
 
@@ -278,6 +319,13 @@ def _above_zero(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
     return value
 
 
@@ -386,11 +434,23 @@ def _distill(options: argparse.Namespace) -> None:
     for path in models["student"].files(options.output):
         require_free(path, overwrite=options.force)
     source = _source(options.data, models["student"])
-    settings = distill.DistillOptions(**{name: getattr(options, name) for name in _TRAINING})
-    accuracies = _evaluated(options, models, models["teacher"])
+    assert source is not None
+    settings = distill.DistillOptions(
+        **{name: getattr(options, name) for name in _TRAINING},
+        freeze=tuple(options.freeze),
+        losses=dict(_pairs(options.loss, _loss_kind)),
+        output_weights=dict(_pairs(options.weight, _not_negative)),
+    )
+    shared = _shared(options, models["teacher"]) if options.hidden else None
+    checkpoint = options.checkpoint or Path(f"{options.output}.checkpoint")
+    if checkpoint.exists() and not (options.resume or options.force):
+        raise CpdError(f"{checkpoint} holds an unfinished run: go on with --resume, or start anew with --force")
+    traces = distill.Traces(checkpoint, options.checkpoint_seconds, options.resume, options.log, options.tensorboard)
+    watched = _source(options.watch, models["student"])
+    accuracies = _evaluated(options, models, models["teacher"]) if is_first_process() else {}
     teacher, student = (model.complete_proto() for model in models.values())
     with _progress(BarColumn()) as progress:
-        task = progress.add_task("distill", total=None)
+        task = progress.add_task("distill", total=None, visible=is_first_process())
         result = distill.distill(
             teacher,
             student,
@@ -402,23 +462,63 @@ def _distill(options: argparse.Namespace) -> None:
                 completed=now.step,
                 description=f"distill, step {now.step} of {now.steps}, loss {now.loss:.4f}",
             ),
+            shared=shared,
+            watched=watched and distill.Watched(watched, options.metric, options.watch_every, options.patience),
+            traces=traces,
         )
+    if not is_first_process():
+        return
     made = distill.trained(models["student"], result)
     accuracies |= _evaluated(options, {"distilled": made}, models["teacher"])
     made.save(options.output, overwrite=options.force)
+    checkpoint.unlink(missing_ok=True)
     content = distill.summary(result) | {"output": str(options.output)}
     content |= {"metric": options.metric, **accuracies} if accuracies else {}
     if not _write_json(options, content):
         _print_distilled(content)
 
 
+def _pairs(texts: Sequence[str], read: Callable[[str], Any]) -> Iterator[tuple[str, Any]]:
+    """OUTPUT=VALUE options; the last = counts, names may hold others."""
+    for text in texts:
+        name, sign, value = text.rpartition("=")
+        if not sign or not name:
+            raise CpdError(f"{text!r} should be OUTPUT=VALUE")
+        try:
+            yield name, read(value)
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise CpdError(f"{text!r}: {error}") from error
+
+
+def _loss_kind(text: str) -> str:
+    if text not in _LOSSES:
+        raise ValueError(f"a loss is one of {', '.join(_LOSSES)}")
+    return text
+
+
+def _shared(options: argparse.Namespace, teacher: Model) -> Any:
+    """Inner tensors that both models have, from the plan beside the student."""
+    plan = load_plan(options.plan or _beside(options.student))
+    combed = comb(teacher, plan.input_shapes)
+    kept = Kept(combed.atoms)
+    kept.remove(channels_of(combed, match(combed, plan)))
+    return _distill_module().shared_tensors(combed, kept, options.hidden)
+
+
+def is_first_process() -> bool:
+    """Whether this is the only process of a training run, or the first one that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _print_distilled(content: dict[str, Any]) -> None:
-    loss = f"{content['first_loss']:.4f} -> {content['last_loss']:.4f}"
-    kinds = ", ".join(f"{name} by {kind}" for name, kind in content["losses"].items())
-    values = {
-        "loss": f"{loss} ({kinds})",
-        "steps": f"{content['steps']}, {content['seconds']:.1f} s on {content['device']}",
-    }
+    values = {"steps": f"{content['steps']}, {content['seconds']:.1f} s on {content['device']}"}
+    if content["steps"]:
+        kinds = ", ".join(f"{name} by {kind}" for name, kind in content["losses"].items())
+        values = {"loss": f"{content['first_loss']:.4f} -> {content['last_loss']:.4f} ({kinds})"} | values
+    if content["restored"]:
+        values["batch norms put back"] = f"{content['restored']}, and folded again"
+    if content["compared"]:
+        values["inner tensors compared"] = ", ".join(content["compared"])
     for name in ("teacher", "student", "distilled"):
         if name in content:
             values[f"{name} {content['metric']}"] = f"{content[name]:.4f}"

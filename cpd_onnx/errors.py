@@ -31,3 +31,7 @@ class UnsupportedError(CpdError):
 
 class ProofError(CpdError):
     """The pruned model does not do what the plan says."""
+
+
+class StoppedError(CpdError):
+    """The process was told to stop; what was done so far is kept and can be continued."""

@@ -18,20 +18,11 @@ import torch  # after the check for it
 from cpd_onnx.data import LABELS, ArraySource, Batch, FunctionSource, inputs_of
 from cpd_onnx.errors import CpdError, DataError, ModelError, UnsupportedError
 from cpd_onnx.metrics import evaluate
-from cpd_onnx.passes.distill import (
-    DistillOptions,
-    Progress,
-    augment,
-    class_axis,
-    distill,
-    divergence,
-    is_distribution,
-    kind_of,
-    label_loss,
-    relative_error,
-    schedule,
-)
+from cpd_onnx.passes.distill import DistillOptions, Progress, distill
 from cpd_onnx.torch import import_model, write_weights
+from cpd_onnx.training.feed import Augmentation, augment
+from cpd_onnx.training.loop import cosine
+from cpd_onnx.training.losses import class_axis, divergence, is_distribution, kind_of, label_loss, relative_error
 
 Array = npt.NDArray[Any]
 Weights = dict[str, Array]
@@ -143,7 +134,9 @@ def test_student_is_not_changed() -> None:
 def test_nan_stops_and_names_the_step() -> None:
     data = images()
     data["x"][:] = np.nan
-    with pytest.raises(CpdError, match=r"the loss became nan at step 1; lower the learning rate \(it was"):
+    with pytest.raises(
+        CpdError, match=r"the loss became nan at step 1, first in the data; lower the learning rate \(it was"
+    ):
         distill(TEACHER, STUDENT, ArraySource(data), replace(FAST, steps=3))
 
 
@@ -246,7 +239,7 @@ def test_missing_gpu_is_reported() -> None:
 def test_progress_is_told() -> None:
     seen: list[Progress] = []
     distill(TEACHER, STUDENT, ArraySource(images()), replace(FAST, steps=25), seen.append)
-    assert [(entry.step, entry.steps) for entry in seen] == [(20, 25), (25, 25)]
+    assert [(entry.step, entry.steps) for entry in seen] == [(step, 25) for step in range(1, 26)]
 
 
 def test_models_of_another_signature_are_refused() -> None:
@@ -323,7 +316,7 @@ def test_distribution_sums_to_one() -> None:
 
 
 def test_schedule_rises_and_falls() -> None:
-    rates = [schedule(step, 100, 0.1) for step in range(100)]
+    rates = [cosine(step, 100, 0.1) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[10] == 1.0
@@ -333,7 +326,7 @@ def test_schedule_rises_and_falls() -> None:
 def test_augmentation_moves_images_and_label_maps_alike() -> None:
     x = np.arange(6 * 25, dtype=np.float32).reshape(6, 1, 5, 5) + 1
     batch: Weights = {"x": x, LABELS: x[:, 0].astype(np.int64)}
-    result = augment(batch, {"x"}, DistillOptions(flip=True, shift=2), np.random.default_rng(0))
+    result = augment(batch, {"x"}, Augmentation(flip=True, shift=2), np.random.default_rng(0))
     moved, labels = result["x"][:, 0], result[LABELS]
     assert not np.array_equal(moved, x[:, 0])
     assert np.array_equal(labels == 255, moved == 0)

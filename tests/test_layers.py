@@ -30,6 +30,10 @@ LAYERS = (
     ("state",),
     ("pipeline",),
     ("",),
+    ("training",),
+    ("training.losses", "training.world", "training.folded"),
+    ("training.feed",),
+    ("training.loop",),
     ("passes",),
     ("passes.fold", "passes.comb", "passes.score", "passes.distill"),
     ("passes.allocate",),
@@ -41,7 +45,7 @@ LAYERS = (
 )
 """Each module imports from the lines above its own; "" is the package itself, `torch.…` stands beside them all."""
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-TRAINS = ("torch", "passes.distill")
+TRAINS = ("torch", "training", "passes.distill")
 """Where torch is imported."""
 
 

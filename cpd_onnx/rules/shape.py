@@ -107,7 +107,7 @@ def _regroup_run(op: Op, axes: list[Axis], sizes: list[int]) -> list[Axis]:
     made = {k: np.zeros(1, np.int64) for k, s in enumerate(sizes) if s == 1}
     if not axes or math.prod(sizes) == 0:
         return [made.get(k, op.frozen(s)) for k, s in enumerate(sizes)]
-    axes = _unrepeated(op, axes, [s for _, s in wide])
+    axes = _unrepeated(axes, [s for _, s in wide])
     inner, tail = _strip(op, axes[::-1], [s for _, s in wide][::-1])
     inner, tail = inner[::-1], tail[::-1]
     core_sizes = [core for core, _, _ in tail]
@@ -122,7 +122,7 @@ def _regroup_run(op: Op, axes: list[Axis], sizes: list[int]) -> list[Axis]:
     return [made[k] for k in range(len(sizes))]
 
 
-def _unrepeated(op: Op, axes: list[Axis], sizes: list[int]) -> list[Axis]:
+def _unrepeated(axes: list[Axis], sizes: list[int]) -> list[Axis]:
     """Divide a last axis that repeats each index, as merging with frozen axes makes it, into what it was merged of.
 
     GroupNorm as exporters write it merges channels with pixels; multiplied out they are many.
@@ -134,7 +134,7 @@ def _unrepeated(op: Op, axes: list[Axis], sizes: list[int]) -> list[Axis]:
             if 1 < times < len(last) and len(last) % times == 0:
                 rows = last.reshape(-1, times)
                 if (rows == rows[:, :1]).all():
-                    return [*axes[:-1], rows[:, 0].copy(), op.frozen(times, "repeats an index along this axis")]
+                    return [*axes[:-1], rows[:, 0].copy(), np.zeros(times, np.int64)]
     return axes
 
 

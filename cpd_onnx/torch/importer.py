@@ -192,7 +192,8 @@ class _Builder:
         return self.values[name]
 
     def _add(self, node: NodeProto) -> None:
-        """Import one node: bind its outputs' names to values."""
+        """Import one node: bind its outputs' names to values, and note on all calls that it takes what they are for."""
+        last = next(iter(reversed(self.graph.nodes)), None)
         inputs = [self._value(name) for name in node.input]
         results: Sequence[Value]
         if is_structural(node):
@@ -200,6 +201,8 @@ class _Builder:
         else:
             results = self._on_host(node, inputs) or self._call(node, inputs)
         self.values |= {name: result for name, result in zip(node.output, results, strict=False) if name}
+        for made in itertools.takewhile(lambda other: other is not last, reversed(self.graph.nodes)):
+            made.meta["onnx"] = title(node)
 
     # Nodes that name or choose values.
 

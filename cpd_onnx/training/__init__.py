@@ -1,0 +1,1 @@
+"""Training an imported model: batches, losses, normalisation, the loop, and several processes."""

@@ -1,0 +1,130 @@
+"""Training batches on a device: endless, shuffled anew in each pass, augmented, and this process's share of each."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from cpd_onnx.data import LABELS, Batch, Input, Source, fixed_batch, steps_per_pass
+from cpd_onnx.errors import DataError
+from cpd_onnx.metrics import IGNORED
+from cpd_onnx.torch.dtypes import to_torch
+from cpd_onnx.training.world import World
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What happens to images (inputs of rank 4) on their way: mirrored, moved by up to `shift` pixels."""
+
+    flip: bool = False
+    shift: int = 0
+
+    def __bool__(self) -> bool:
+        """Whether anything happens."""
+        return self.flip or self.shift > 0
+
+
+class Feed:
+    """Batches by step: the same step gives the same batch, whether or not the ones before were asked for."""
+
+    def __init__(
+        self,
+        source: Source,
+        inputs: Sequence[Input],
+        batch_size: int,
+        world: World,
+        *,
+        seed: int,
+        augmentation: Augmentation,
+    ) -> None:
+        """Find the batch size that fits the model, the data and the number of processes.
+
+        Raises:
+            DataError: there is none.
+        """
+        fixed = fixed_batch(inputs)
+        self.source, self.world, self.seed, self.augmentation = source, world, seed, augmentation
+        whole = fixed * world.size if fixed else min(batch_size, source.count or batch_size)
+        if source.count is not None and source.count < whole:
+            raise DataError(f"the model takes {whole} samples at a time but the data has only {source.count}")
+        if whole % world.size:
+            raise DataError(f"a batch of {whole} samples cannot be shared by {world.size} processes; choose a multiple")
+        self.size = whole
+        self.names = [entry.name for entry in inputs]
+        self.images = {entry.name for entry in inputs if entry.shape is not None and len(entry.shape) == 4}
+
+    @property
+    def per_pass(self) -> int | None:
+        """Full batches in one pass over the data; None if that is not known."""
+        return steps_per_pass(self.source, self.size)
+
+    def batches(self, start: int = 0) -> Iterator[tuple[list[Tensor], Tensor | None]]:
+        """Inputs in the order of the graph, and labels where there are any, from step `start` on."""
+        for step, batch in self._numbered(start):
+            if self.augmentation and self.images:
+                batch = augment(batch, self.images, self.augmentation, np.random.default_rng([self.seed, step]))
+            yield [self._tensor(batch[name]) for name in self.names], self._labels(batch)
+
+    def _numbered(self, start: int) -> Iterator[tuple[int, Batch]]:
+        """Full batches with the number of their step; passes that are over by then are not read again."""
+        passes = start // self.per_pass if self.per_pass else 0
+        step = passes * (self.per_pass or 0)
+        for number in itertools.count(passes):
+            before = step
+            for batch in self.source.batches(self.size, seed=self.seed + number):
+                if self._is_full(batch):
+                    if step >= start:
+                        yield step, batch
+                    step += 1
+            if step == before:
+                raise DataError(f"the data gave no batch of {self.size} samples in its pass {number + 1}")
+
+    def _is_full(self, batch: Batch) -> bool:
+        """Whether the batch has the wanted size; a source that does not know its length makes its own batches."""
+        sizes = [len(batch[name]) for name in self.names if batch[name].ndim]
+        if self.source.count is None:
+            return all(size >= self.world.size for size in sizes)
+        return all(size == self.size for size in sizes)
+
+    def _tensor(self, array: Array) -> Tensor:
+        if array.ndim and self.world.size > 1:
+            share = len(array) // self.world.size
+            array = array[self.world.rank * share : (self.world.rank + 1) * share]
+        return to_torch(array).to(self.world.device, non_blocking=True)
+
+    def _labels(self, batch: Batch) -> Tensor | None:
+        return self._tensor(batch[LABELS]).to(torch.int64) if LABELS in batch else None
+
+
+def augment(batch: Batch, images: set[str], options: Augmentation, generator: np.random.Generator) -> Batch:
+    """Mirror and move each sample's images [N, C, H, W], and its label map [N, H, W] if it has one, alike."""
+    count = next(len(batch[name]) for name in images)
+    flips = generator.random(count) < 0.5 if options.flip else np.zeros(count, bool)
+    moves = generator.integers(-options.shift, options.shift + 1, (count, 2))
+    result = dict(batch)
+    maps = {LABELS} if LABELS in batch and batch[LABELS].ndim == 3 else set()
+    for name in images | maps:
+        fill = IGNORED if name == LABELS else 0
+        samples = zip(batch[name], flips, moves, strict=True)
+        result[name] = np.stack([_moved(x[..., ::-1] if flip else x, move, fill) for x, flip, move in samples])
+    return result
+
+
+def _moved(x: Array, move: Array, fill: int) -> Array:
+    """Shift the last two axes by (down, right), filling what comes in."""
+    down, right = (int(step) for step in move)
+    height, width = x.shape[-2:]
+    result = np.full_like(x, fill)
+    target = (slice(max(down, 0), height + min(down, 0)), slice(max(right, 0), width + min(right, 0)))
+    source = (slice(max(-down, 0), height + min(-down, 0)), slice(max(-right, 0), width + min(-right, 0)))
+    result[(..., *target)] = x[(..., *source)]
+    return result

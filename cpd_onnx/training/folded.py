@@ -1,0 +1,182 @@
+"""Batch normalisations that an exporter folded into convolutions: put back for training, folded again at the end.
+
+The restored one starts as the identity that its own statistics make it (scale = standard deviation, bias = mean, as
+measured on data), so the function does not change; training then has what normalises each layer. Folding gives the
+convolution's own weight and bias new values, and the file keeps its nodes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
+from torch import Tensor
+
+from cpd_onnx.errors import CpdError
+from cpd_onnx.graph import load
+from cpd_onnx.shapes import fold as shapes_of
+from cpd_onnx.torch.module import OnnxModule
+from cpd_onnx.torch.operators.norm import BatchNorm
+
+Array = npt.NDArray[Any]
+
+EPSILON = 1e-5
+_AFTER = {
+    "Add", "Clip", "Concat", "Conv", "Elu", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "MaxPool", "Mish", "Mul",
+    "PRelu", "Relu", "Selu", "Sigmoid", "Softplus", "Swish", "Tanh",
+}  # fmt: skip  # a table
+"""What follows a convolution that was normalised; heads of detectors and maps of classes go elsewhere."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """One normalisation that was put back: the convolution's tensors, and the four of its own."""
+
+    weight: str
+    bias: str
+    scale: str
+    shift: str
+    mean: str
+    var: str
+
+
+def restore(model: ModelProto) -> tuple[ModelProto, tuple[Restored, ...]]:
+    """A copy of the model with a BatchNormalization behind each convolution that looks as if it had lost one.
+
+    That is one with a weight and a bias of its own, more than one pixel, and an activation, a sum or another
+    convolution behind it.
+    """
+    made = ModelProto()
+    made.CopyFrom(model)
+    graph = made.graph
+    uses = Counter(name for node in graph.node for name in node.input)
+    outputs = {info.name for info in graph.output}
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    pixels = _pixels(model)
+    found: list[Restored] = []
+    for node in list(graph.node):
+        own = len(node.input) == 3 and all(name in stored and uses[name] == 1 for name in node.input[1:])
+        followers = (
+            [n for n in graph.node if node.output and node.output[0] in n.input] if node.op_type == "Conv" else []
+        )
+        if not own or node.output[0] in outputs or not any(n.op_type in _AFTER for n in followers):
+            continue
+        if pixels.get(node.output[0], 0) > 1 and stored[node.input[1]].data_type == 1:
+            found.append(_insert(graph, node, followers, stored[node.input[1]].dims[0]))
+    return made, tuple(found)
+
+
+def _pixels(model: ModelProto) -> dict[str, int]:
+    """Product of the spatial sizes of the main graph's tensors, where they are known."""
+    values = shapes_of(load(model)).scope.values
+    return {name: int(np.prod(v.shape[2:])) for name, v in values.items() if v.shape is not None and len(v.shape) > 2}
+
+
+def _insert(graph: GraphProto, node: NodeProto, followers: Sequence[NodeProto], width: int) -> Restored:
+    name = node.output[0]
+    names = [f"{name}.restored.{part}" for part in ("scale", "shift", "mean", "var")]
+    # As these stand it is the identity.
+    starts = (np.ones(width), np.zeros(width), np.zeros(width), np.full(width, 1 - EPSILON))
+    graph.initializer.extend(
+        numpy_helper.from_array(array.astype(np.float32), tensor) for tensor, array in zip(names, starts, strict=True)
+    )
+    for follower in followers:
+        for slot, taken in enumerate(follower.input):
+            if taken == name:
+                follower.input[slot] = f"{name}.restored"
+    made = helper.make_node(
+        "BatchNormalization", [name, *names], [f"{name}.restored"], f"{node.name or name}.restored", epsilon=EPSILON
+    )
+    graph.node.insert(list(graph.node).index(node) + 1, made)
+    return Restored(node.input[1], node.input[2], *names)
+
+
+def measure(module: OnnxModule, restored: Sequence[Restored], batches: Iterable[Sequence[Tensor]]) -> None:
+    """Give restored normalisations the moments of what runs through them, and the affine map that undoes them.
+
+    Args:
+        module: the imported model, with normalisations that train.
+        restored: what `restore` put in.
+        batches: inputs in the order of the graph.
+    """
+    sums: dict[int, list[Tensor]] = {}
+
+    def note(layer: Any, arguments: tuple[Tensor, ...]) -> None:
+        x, mean = arguments[0].detach().double(), arguments[3]
+        axes = [axis for axis in range(x.ndim) if axis != 1]
+        count = torch.tensor(float(x.numel() // x.shape[1]))
+        new = [count, x.sum(axes), x.square().sum(axes)]
+        old = sums.get(id(mean))
+        sums[id(mean)] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
+
+    layers = [layer for layer in module.modules() if isinstance(layer, BatchNorm)]
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    module.eval()
+    with torch.no_grad():
+        for inputs in batches:
+            module(*inputs)
+        for entry in restored:
+            scale, shift, mean, var = (
+                _tensor(module, name) for name in (entry.scale, entry.shift, entry.mean, entry.var)
+            )
+            if id(mean) not in sums:
+                continue
+            count, total, squares = sums[id(mean)]
+            average = total / count
+            spread = (squares / count - average.square()).clamp(min=0)
+            mean.copy_(average)
+            var.copy_(spread)
+            scale.copy_((spread + EPSILON).sqrt())
+            shift.copy_(average)
+    for hook in hooks:
+        hook.remove()
+
+
+def _tensor(module: OnnxModule, name: str) -> Tensor:
+    found = getattr(module, module.names[name])
+    assert isinstance(found, Tensor)
+    return found
+
+
+def fold(values: Mapping[str, Array], restored: Sequence[Restored]) -> dict[str, Array]:
+    """The values without those of restored normalisations, which go into the convolutions' weights and biases."""
+    result = dict(values)
+    for entry in restored:
+        scale, shift, mean, var = (
+            result.pop(name).astype(np.float64) for name in (entry.scale, entry.shift, entry.mean, entry.var)
+        )
+        weight, bias = (result[name] for name in (entry.weight, entry.bias))
+        gain = scale / np.sqrt(var + EPSILON)
+        result[entry.weight] = (weight * gain.reshape(-1, *[1] * (weight.ndim - 1))).astype(weight.dtype)
+        result[entry.bias] = ((bias - mean) * gain + shift).astype(bias.dtype)
+    return result
+
+
+def calibrate(module: OnnxModule, batches: Iterable[Sequence[Tensor]]) -> None:
+    """Replace the statistics of all normalisations by their averages over batches; nothing else is trained.
+
+    Raises:
+        CpdError: the model has none, or there was no batch.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, BatchNorm)]
+    if not layers:
+        raise CpdError("the model has no BatchNormalization whose statistics could be estimated; train it instead")
+    module.train()
+    momenta = [layer.momentum for layer in layers]
+    count = 0
+    with torch.no_grad():
+        for count, inputs in enumerate(batches, start=1):
+            for layer in layers:
+                layer.momentum = 1.0 / count
+            module(*inputs)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+    module.eval()
+    if not count:
+        raise CpdError("the data gave no batch to estimate statistics from")

@@ -1,0 +1,514 @@
+"""The training loop: steps, schedule, checkpoints, logs, and what to say when the numbers go wrong."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy.typing as npt
+import torch
+from torch import Tensor, fx, nn
+
+from cpd_onnx.errors import CpdError, StoppedError
+from cpd_onnx.graph import write_atomically
+from cpd_onnx.torch.module import OnnxModule
+from cpd_onnx.training.feed import Feed
+from cpd_onnx.training.losses import Comparison
+from cpd_onnx.training.world import World
+
+Array = npt.NDArray[Any]
+Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
+_CHECKPOINT = "cpd-onnx/checkpoint 1"
+_CHECK_EVERY = 20
+"""Updates on a GPU between two looks at the losses; each look waits for the device."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the weights move.
+
+    Attributes:
+        steps: updates in all.
+        optimizer: "adamw", or "sgd" with Nesterov momentum 0.9.
+        lr: learning rate after the warm-up, from where it falls to zero along a cosine.
+        warmup: share of the steps in which the learning rate rises from zero.
+        weight_decay: on tensors of two axes or more.
+        clip_norm: largest norm of the gradient; 0 leaves it as it is.
+        ema: decay of the running average of the weights that is the result; 0 takes the last weights.
+        mixed_precision: compute in bfloat16 where that is safe, on a GPU.
+    """
+
+    steps: int
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-3
+    warmup: float = 0.05
+    weight_decay: float = 1e-4
+    clip_norm: float = 1.0
+    ema: float = 0.0
+    mixed_precision: bool = False
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where the training is: updates done, updates in all, and the loss of the last one."""
+
+    step: int
+    steps: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Judging the student on data of its own while it trains.
+
+    Attributes:
+        judge: from the module's tensors by their ONNX names to a number; larger is better.
+        every: updates between two judgements.
+        patience: judgements without a new best after which training stops; the best weights are the result. 0 trains
+            to the end and keeps the last.
+    """
+
+    judge: Callable[[Mapping[str, Array]], float]
+    every: int
+    patience: int = 0
+
+
+@dataclass(frozen=True)
+class Traces:
+    """What a run leaves behind while it goes on.
+
+    Attributes:
+        checkpoint: file from which `resume` goes on; written every `seconds` and when the process is told to stop.
+        seconds: between two checkpoints.
+        resume: go on from the checkpoint.
+        csv: table of step, learning rate and loss.
+        tensorboard: folder for TensorBoard.
+    """
+
+    checkpoint: Path | None = None
+    seconds: float = 300.0
+    resume: bool = False
+    csv: Path | None = None
+    tensorboard: Path | None = None
+
+
+@dataclass
+class _Best:
+    value: float = -math.inf
+    misses: int = 0
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Trainer:
+    """One run: the student, its teacher, how they are compared, and how the weights move."""
+
+    def __init__(
+        self,
+        module: OnnxModule,
+        teacher: Run,
+        comparison: Comparison,
+        schedule: Schedule,
+        world: World,
+        *,
+        freeze: Sequence[str] = (),
+    ) -> None:
+        """Take a module on the world's device; initializers in `freeze` are not trained.
+
+        Raises:
+            CpdError: there is nothing to train.
+        """
+        self.module, self.teacher, self.comparison = module, teacher, comparison
+        self.schedule, self.world = schedule, world
+        self.weights = _Weights(module, freeze)
+        self.optimizer = _optimizer(self.weights.masters, schedule)
+        self.average = [m.detach().clone() for m in self.weights.masters] if schedule.ema else []
+        self.forward = world.parallel(module)
+        self.losses: list[float] = []
+        self.best = _Best()
+        self.start = 0
+
+    def train(
+        self,
+        feed: Feed,
+        *,
+        traces: Traces | None = None,
+        identity: str = "",
+        held_out: HeldOut | None = None,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> list[float]:
+        """Run all steps; the losses of all of them, those before a checkpoint included.
+
+        Raises:
+            CpdError: the loss or a gradient became infinite or NaN, or the checkpoint is another run's.
+            StoppedError: the process was told to stop; a checkpoint was written.
+        """
+        traces = traces or Traces()
+        if traces.resume:
+            self._resume(traces.checkpoint, identity)
+        recent: list[Tensor] = []
+        each = 1 if self.world.device.type == "cpu" else _CHECK_EVERY
+        written = time.monotonic()
+        self.module.train()
+        with _told_to_stop(traces.checkpoint is not None) as stop, _log(traces, self) as log:
+            for step, (inputs, labels) in zip(
+                range(self.start, self.schedule.steps), feed.batches(self.start), strict=False
+            ):
+                rate = self.schedule.lr * cosine(step, self.schedule.steps, self.schedule.warmup)
+                recent.append(self._step(step, inputs, labels, rate))
+                done = step + 1
+                stopping = self.world.any(stop.is_set())
+                if len(recent) == each or done == self.schedule.steps or stopping:
+                    fresh = self._checked(recent, inputs, rate)
+                    log(len(self.losses), fresh, rate)
+                    self.losses += fresh
+                    recent.clear()
+                    if progress is not None:
+                        progress(Progress(done, self.schedule.steps, self.losses[-1]))
+                if held_out is not None and (done % held_out.every == 0 or done == self.schedule.steps):
+                    log.judged(done, value := self._judge(held_out))
+                    if held_out.patience and self._is_enough(value, held_out.patience):
+                        break
+                late = self.world.any(time.monotonic() - written > traces.seconds) if traces.checkpoint else False
+                if traces.checkpoint is not None and not recent and (stopping or late):
+                    self._write(traces.checkpoint, done, identity)
+                    written = time.monotonic()
+                if stopping and done < self.schedule.steps:
+                    raise StoppedError(
+                        f"told to stop after step {done} of {self.schedule.steps}: "
+                        f"{traces.checkpoint} holds all of it, go on with --resume"
+                    )
+        self._finish()
+        return self.losses
+
+    def _step(self, step: int, inputs: list[Tensor], labels: Tensor | None, rate: float) -> Tensor:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with torch.no_grad(), self._precision():
+            targets = self.teacher(inputs)
+        if not self.comparison.kinds:
+            self.comparison.choose(targets)
+            shared = self.world.shared((self.comparison.kinds, sorted(self.comparison.distributions)))
+            self.comparison.kinds, self.comparison.distributions = shared[0], set(shared[1])
+        with self._precision():
+            answers = self.forward(*inputs)
+        loss = self.comparison.loss(answers, targets, labels if self.comparison.label_weight else None)
+        self.module.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+        self.weights.gather()
+        value = loss.detach()
+        if self.world.device.type == "cpu" and not bool(value.isfinite()):
+            return value  # the weights as they were show where it came from
+        if self.schedule.clip_norm:
+            norm = nn.utils.clip_grad_norm_(self.weights.masters, self.schedule.clip_norm)
+            if self.world.device.type == "cpu" and not bool(norm.isfinite()):
+                raise CpdError(
+                    f"at step {step + 1} {self._bad_gradient()}; lower the learning rate (it was {rate:.1e})"
+                )
+        self.optimizer.step()
+        self.weights.scatter()
+        if self.average:
+            decay = min(self.schedule.ema, (1 + step) / (10 + step))
+            masters = [m.detach() for m in self.weights.masters]
+            torch._foreach_lerp_(self.average, masters, 1 - decay)
+        return value
+
+    def _bad_gradient(self) -> str:
+        named = self.module.onnx_parameters().items()
+        bad = [name for name, p in named if p.grad is not None and not _is_finite(p.grad)]
+        return f"the gradient of initializer {bad[0]!r} is not finite" if bad else "the gradient is too large"
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self.schedule.mixed_precision and self.world.device.type == "cuda":
+            return torch.autocast("cuda", torch.bfloat16)
+        return nullcontext()
+
+    def _checked(self, recent: Sequence[Tensor], inputs: Sequence[Tensor], rate: float) -> list[float]:
+        """The losses as numbers, if they are all finite."""
+        values: list[float] = self.world.mean(torch.stack(list(recent))).tolist()
+        for place, loss in enumerate(values):
+            if not math.isfinite(loss):
+                raise CpdError(
+                    f"the loss became {loss} at step {len(self.losses) + place + 1}, {culprit(self.module, inputs)}; "
+                    f"lower the learning rate (it was {rate:.1e}), or check that the data is finite and prepared as "
+                    "the model expects"
+                )
+        return values
+
+    def _judge(self, held_out: HeldOut) -> float:
+        with self._averaged():
+            value = held_out.judge(self.module.onnx_state()) if self.world.is_first else 0.0
+        self.module.train()
+        return float(self.world.shared(value))
+
+    def _is_enough(self, value: float, patience: int) -> bool:
+        """Note the best weights so far; whether there was no better one for too long."""
+        if value > self.best.value:
+            with self._averaged():
+                state = {name: tensor.detach().clone() for name, tensor in self.module.state_dict().items()}
+            self.best = _Best(value, 0, state)
+        else:
+            self.best.misses += 1
+        return self.best.misses >= patience
+
+    def _finish(self) -> None:
+        """Leave the resulting weights in the module."""
+        if self.best.state:
+            self.module.load_state_dict(self.best.state, strict=False)
+        elif self.average:
+            self.weights.put(self.average)
+        self.module.eval()
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The module with its running average, and then with its own weights again."""
+        own = [m.detach().clone() for m in self.weights.masters] if self.average else []
+        if own:
+            self.weights.put(self.average)
+        self.module.eval()
+        yield
+        if own:
+            self.weights.put(own)
+
+    # Checkpoints.
+
+    def _write(self, path: Path, step: int, identity: str) -> None:
+        if not self.world.is_first:
+            return
+        content = {
+            "format": _CHECKPOINT, "identity": identity, "step": step, "module": self.module.state_dict(),
+            "masters": [m.detach() for m in self.weights.masters], "optimizer": self.optimizer.state_dict(),
+            "average": self.average, "losses": self.losses, "kinds": dict(self.comparison.kinds),
+            "distributions": sorted(self.comparison.distributions), "random": torch.get_rng_state(),
+            "best": {"value": self.best.value, "misses": self.best.misses, "state": self.best.state},
+        }  # fmt: skip  # a table
+        stream = io.BytesIO()
+        torch.save(content, stream)
+        write_atomically(path, stream.getvalue())
+
+    def _resume(self, path: Path | None, identity: str) -> None:
+        content = read_checkpoint(path)
+        if content["identity"] != identity:
+            raise CpdError(f"{path} is the checkpoint of another run: the models, the data or the options differ")
+        self.module.load_state_dict(content["module"])
+        self.weights.put([tensor.to(self.world.device) for tensor in content["masters"]])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.average = [tensor.to(self.world.device) for tensor in content["average"]]
+        self.losses, self.start = list(content["losses"]), content["step"]
+        self.comparison.kinds = content["kinds"]
+        self.comparison.distributions = set(content["distributions"])
+        self.best = _Best(**content["best"])
+        torch.set_rng_state(content["random"])
+
+
+def read_checkpoint(path: Path | None) -> dict[str, Any]:
+    """The content of a checkpoint file; CpdError if it is none."""
+    if path is None or not path.is_file():
+        raise CpdError(f"there is no checkpoint {path} to resume from; start without --resume")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever unpickling a damaged file raises
+        raise CpdError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0][:200]}") from error
+    if not isinstance(content, dict) or content.get("format") != _CHECKPOINT:
+        raise CpdError(f"{path} is no checkpoint of this version; start without --resume")
+    return content
+
+
+# The schedule and the weights.
+
+
+def cosine(step: int, steps: int, warmup: float) -> float:
+    """Share of the learning rate at a step: a straight rise, then half a cosine down to zero.
+
+    >>> [round(cosine(step, 10, 0.2), 2) for step in (0, 1, 2, 6, 9)]
+    [0.5, 1.0, 1.0, 0.5, 0.04]
+    """
+    rising = math.ceil(steps * warmup)
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(steps - rising, 1)))
+
+
+class _Weights:
+    """The trained parameters and what the optimiser moves: the same tensors, or float32 copies of 16-bit ones."""
+
+    def __init__(self, module: OnnxModule, freeze: Sequence[str]) -> None:
+        named = module.onnx_parameters()
+        unknown = sorted(set(freeze) - set(module.names))
+        if unknown:
+            raise CpdError(f"the student has no initializer {unknown[0]!r} to freeze")
+        for name in freeze:
+            if name in named:
+                named.pop(name).requires_grad_(False)
+        if not named:
+            raise CpdError("the student has no trainable float initializers; there is nothing to distill")
+        self.parameters = list(named.values())
+        self.masters = [nn.Parameter(p.detach().float()) if _is_half(p) else p for p in self.parameters]
+
+    def gather(self) -> None:
+        """Give the copies their gradients."""
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if master is not parameter and parameter.grad is not None:
+                master.grad = parameter.grad.float()
+
+    def scatter(self) -> None:
+        """Round the copies into the parameters."""
+        with torch.no_grad():
+            for parameter, master in zip(self.parameters, self.masters, strict=True):
+                if master is not parameter:
+                    parameter.copy_(master)
+
+    def put(self, values: Sequence[Tensor]) -> None:
+        """Overwrite all, in their order."""
+        with torch.no_grad():
+            for master, value in zip(self.masters, values, strict=True):
+                master.copy_(value)
+        self.scatter()
+
+
+def _is_half(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.float16, torch.bfloat16)
+
+
+def _optimizer(parameters: Sequence[nn.Parameter], schedule: Schedule) -> torch.optim.Optimizer:
+    """The optimiser; vectors (biases, normalisation) are not decayed."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": schedule.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    if schedule.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=schedule.lr, momentum=0.9, nesterov=True)
+    return torch.optim.AdamW(groups, lr=schedule.lr)
+
+
+# What went wrong.
+
+
+class _Watch(fx.Interpreter):
+    """Runs a module node by node and notes the first whose result is not finite though its inputs were."""
+
+    found: fx.Node | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node and look at what it gives."""
+        result = super().run_node(n)
+        if self.found is None and n.op not in ("placeholder", "output") and not _is_finite(result):
+            self.found = n
+        return result
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return not value.is_floating_point() or bool(value.isfinite().all())
+    return all(map(_is_finite, value)) if isinstance(value, (tuple, list)) else True
+
+
+def culprit(module: OnnxModule, inputs: Sequence[Tensor]) -> str:
+    """Where the first number that is not finite stands: an input, a weight, a node, or behind the outputs."""
+    if not _is_finite(list(inputs)):
+        return "first in the data"
+    parameters = module.onnx_parameters()
+    for name, attribute in module.names.items():
+        tensor = getattr(module, attribute)
+        # A mask may hold infinite numbers by design.
+        bad = not _is_finite(tensor) if name in parameters else bool(tensor.isnan().any())
+        if bad:
+            return f"first in initializer {name!r}"
+    watch = _Watch(module)
+    with torch.no_grad():
+        watch.run(*inputs)
+    if watch.found is not None:
+        return f"first in {watch.found.meta.get('onnx', watch.found.name)}"
+    return "first in the comparison of the outputs"
+
+
+# Stopping and logging.
+
+
+@contextmanager
+def _told_to_stop(listen: bool) -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set; a second SIGINT interrupts at once."""
+    stop = threading.Event()
+    if not listen or threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Log:
+    """Losses and judgements, as a table and for TensorBoard."""
+
+    def __init__(self, table: Any, board: Any) -> None:
+        self.table, self.board = table, board
+
+    def __call__(self, done: int, losses: Sequence[float], rate: float) -> None:
+        for step, loss in enumerate(losses, start=done + 1):
+            if self.table is not None:
+                self.table.writerow([step, "loss", repr(loss), f"{rate:.6g}"])
+            if self.board is not None:
+                self.board.add_scalar("loss", loss, step)
+                self.board.add_scalar("learning rate", rate, step)
+
+    def judged(self, step: int, value: float) -> None:
+        """Note what the student scored on held-out data."""
+        if self.table is not None:
+            self.table.writerow([step, "held out", repr(value), ""])
+        if self.board is not None:
+            self.board.add_scalar("held out", value, step)
+
+
+@contextmanager
+def _log(traces: Traces, trainer: Trainer) -> Iterator[_Log]:
+    """The log of this run; after a checkpoint it goes on where that was written."""
+    if not trainer.world.is_first:
+        yield _Log(None, None)
+        return
+    board = _board(traces.tensorboard, trainer.start)
+    if traces.csv is None:
+        yield _Log(None, board)
+    else:
+        kept = _rows_until(traces.csv, trainer.start) if traces.resume else []
+        with traces.csv.open("w", newline="", buffering=1) as stream:
+            table = csv.writer(stream)
+            table.writerow(["step", "what", "value", "learning_rate"])
+            table.writerows(kept)
+            yield _Log(table, board)
+    if board is not None:
+        board.close()
+
+
+def _rows_until(path: Path, step: int) -> list[list[str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as stream:
+        return [row for row in csv.reader(stream) if row and row[0].isdigit() and int(row[0]) <= step]
+
+
+def _board(folder: Path | None, start: int) -> Any:
+    if folder is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise CpdError("logs for TensorBoard need it: pip install tensorboard") from error
+    return SummaryWriter(str(folder), purge_step=start or None)

@@ -1,0 +1,198 @@
+"""How a student's outputs are compared with its teacher's.
+
+Scores of classes are compared by the Kullback-Leibler divergence of softened distributions (Hinton et al., arXiv
+1503.02531) or by their correlations (DIST: Huang et al., NeurIPS 2022, arXiv 2205.10536); all else by squared error or
+by angle. Maps of classes (segmentation) are compared pixel by pixel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cpd_onnx.errors import CpdError, DataError, ModelError
+from cpd_onnx.metrics import IGNORED
+
+LossKind: TypeAlias = Literal["kl", "dist", "mse", "cosine"]
+LOSSES: tuple[LossKind, ...] = get_args(LossKind)
+_OF_CLASSES = ("kl", "dist")
+
+_SMALLEST = 1e-7
+"""Probability below which an output counts as this."""
+
+
+# What an output is.
+
+
+def class_axis(output: Tensor) -> int | None:
+    """Axis of the classes of an output that can be scores: the last of two; of four, 1 or 3, whichever is shorter."""
+    if output.ndim == 2:
+        axis = 1
+    elif output.ndim == 4:
+        axis = 1 if output.shape[1] <= output.shape[3] else 3
+    else:
+        return None
+    return axis if output.shape[axis] > 1 else None
+
+
+def kind_of(output: Tensor) -> LossKind:
+    """How to compare an output, seen from the teacher's values: several numbers in 0..1 that are no distribution are
+    independent probabilities, not scores of classes."""
+    axis = class_axis(output)
+    if axis is None or not output.is_floating_point():
+        return "mse"
+    independent = bool(((output >= 0) & (output <= 1)).all()) and not is_distribution(output, axis)
+    return "mse" if independent else "kl"
+
+
+def is_distribution(output: Tensor, axis: int) -> bool:
+    """Whether an output has gone through a softmax already."""
+    total = output.float().sum(axis)
+    return bool((output >= 0).all()) and bool(((total - 1).abs() < 1e-2).all())
+
+
+# Distances.
+
+
+def divergence(student: Tensor, teacher: Tensor, axis: int, temperature: float) -> Tensor:
+    """Kullback-Leibler divergence of softened distributions, summed over classes, averaged over all else, times T²."""
+    logs = (student.float() / temperature).log_softmax(axis)
+    target = (teacher.float() / temperature).log_softmax(axis)
+    return F.kl_div(logs, target, reduction="none", log_target=True).sum(axis).mean() * temperature**2
+
+
+def correlation_distance(student: Tensor, teacher: Tensor, axis: int, temperature: float) -> Tensor:
+    """DIST: one minus Pearson's correlation, over the classes of each sample and over the samples of each class."""
+    rows = [
+        (x.float() / temperature).softmax(axis).movedim(axis, -1).reshape(-1, x.shape[axis]) for x in (student, teacher)
+    ]
+    between = 1 - _correlation(rows[0], rows[1]).mean()
+    within = 1 - _correlation(rows[0].T, rows[1].T).mean()
+    return (between + within) * temperature**2
+
+
+def _correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson's correlation of each row of a with that of b."""
+    return F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1, eps=1e-8)
+
+
+def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared error in units of the teacher's mean square, so that outputs of all scales weigh the same."""
+    target = teacher.float()
+    return F.mse_loss(student.float(), target) / target.square().mean().clamp(min=1e-12)
+
+
+def angle(student: Tensor, teacher: Tensor) -> Tensor:
+    """One minus the cosine between the embeddings of each sample: over the last axis, over axis 1 of maps."""
+    axis = 1 if student.ndim == 4 else -1
+    return (1 - F.cosine_similarity(student.float(), teacher.float(), dim=axis)).mean()
+
+
+def label_loss(student: Tensor, labels: Tensor, axis: int, ignored: int = IGNORED) -> Tensor:
+    """Cross-entropy with labels, of which those equal to `ignored` do not count."""
+    logs = student.float().log_softmax(axis).movedim(axis, 1)
+    if logs.shape[:1] + logs.shape[2:] != labels.shape:
+        raise DataError(
+            f"labels have shape {list(labels.shape)} but the output {list(student.shape)}, with classes in axis {axis}"
+        )
+    if not bool((labels != ignored).any()):
+        return logs.sum() * 0.0
+    return F.nll_loss(logs, labels, ignore_index=ignored)
+
+
+def _shared(target: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    """The part of a teacher's tensor that the student has too."""
+    for axis, indices in kept.items():
+        target = target.index_select(axis, indices.to(target.device))
+    return target
+
+
+# All outputs together.
+
+
+@dataclass
+class Comparison:
+    """The loss of a model with several outputs, and of some of its inner tensors.
+
+    Attributes:
+        outputs: names of the outputs, in order.
+        wanted: how to compare some of them; the others are judged by the teacher's first answers.
+        weights: of outputs in the loss, one where nothing is said.
+        temperature: softens distributions.
+        label_weight: share of the labels in the loss.
+        ignored: label of what does not count.
+        hidden: for each tensor after the outputs, the teacher's indices that the student has, by axis.
+        hidden_weight: of all of these together, beside the outputs.
+        kinds: how each output is compared, once the first batch was seen.
+        distributions: outputs that have gone through a softmax.
+    """
+
+    outputs: Sequence[str]
+    wanted: Mapping[str, LossKind] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    temperature: float = 4.0
+    label_weight: float = 0.0
+    ignored: int = IGNORED
+    hidden: Sequence[Mapping[int, Tensor]] = ()
+    hidden_weight: float = 1.0
+    kinds: dict[str, LossKind] = field(default_factory=dict)
+    distributions: set[str] = field(default_factory=set)
+
+    def choose(self, targets: Sequence[Tensor]) -> None:
+        """Decide how each output is compared."""
+        for name, target in zip(self.outputs, targets, strict=False):
+            self.kinds[name] = self.wanted.get(name) or kind_of(target)
+            axis = class_axis(target)
+            if self.kinds[name] in _OF_CLASSES and axis is None:
+                shape = list(target.shape)
+                raise CpdError(f"output {name!r} has shape {shape}, no axis of classes; compare it by mse or cosine")
+            if axis is not None and is_distribution(target, axis):
+                self.distributions.add(name)
+
+    def loss(self, answers: Sequence[Tensor], targets: Sequence[Tensor], labels: Tensor | None) -> Tensor:
+        """The weighted mean over the outputs, and the labels' share."""
+        terms: list[Tensor] = []
+        weights: list[float] = []
+        labelled: Tensor | None = None
+        for name, answer, target in zip(self.outputs, answers, targets, strict=False):
+            if answer.shape != target.shape:
+                shapes = f"{list(answer.shape)} in the student, {list(target.shape)} in the teacher"
+                raise ModelError(f"output {name!r} has shape {shapes}; give a teacher of the same outputs")
+            weight = self.weights.get(name, 1.0)
+            if not answer.is_floating_point() or not weight:
+                continue
+            terms.append(weight * self._distance(name, answer, target))
+            weights.append(weight)
+            axis = class_axis(target)
+            if labels is not None and labelled is None and axis is not None and self.kinds[name] in _OF_CLASSES:
+                labelled = label_loss(self._scores(name, answer), labels, axis, self.ignored)
+        if not terms:
+            raise CpdError("no output is left to compare: none is float, or all have weight 0")
+        if labels is not None and labelled is None:
+            raise DataError("no output holds scores of classes that labels could be compared with; set label weight 0")
+        loss = torch.stack(terms).sum() / sum(weights)
+        if self.hidden:
+            count = len(self.outputs)
+            pairs = zip(answers[count:], targets[count:], self.hidden, strict=True)
+            loss = (
+                loss + self.hidden_weight * torch.stack([relative_error(a, _shared(t, k)) for a, t, k in pairs]).mean()
+            )
+        share = self.label_weight
+        return loss if labelled is None else (1 - share) * loss + share * labelled
+
+    def _distance(self, name: str, answer: Tensor, target: Tensor) -> Tensor:
+        kind, axis = self.kinds[name], class_axis(target)
+        if kind in _OF_CLASSES and axis is not None:
+            scores = [self._scores(name, output) for output in (answer, target)]
+            distance = divergence if kind == "kl" else correlation_distance
+            return distance(scores[0], scores[1], axis, self.temperature)
+        return angle(answer, target) if kind == "cosine" else relative_error(answer, target)
+
+    def _scores(self, name: str, output: Tensor) -> Tensor:
+        """Scores of classes; those of a distribution are its logarithms."""
+        return output.float().clamp(min=_SMALLEST).log() if name in self.distributions else output

@@ -1,0 +1,98 @@
+"""The processes of one training run: torch's own data parallelism, under torchrun, accelerate launch or nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cpd_onnx.errors import CpdError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all.
+
+    Attributes:
+        device: where its tensors live.
+        rank: its number.
+        size: how many there are.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and talks."""
+        return self.rank == 0
+
+    def shared(self, value: Any) -> Any:
+        """What the first process says."""
+        if self.size == 1:
+            return value
+        box = [value]
+        distributed.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Mean over all processes."""
+        if self.size > 1:
+            tensor = tensor.clone()
+            distributed.all_reduce(tensor)
+            tensor /= self.size
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up in some process."""
+        return flag if self.size == 1 else float(self.mean(torch.tensor(float(flag), device=self.device))) > 0
+
+    def parallel(self, module: nn.Module) -> nn.Module:
+        """The module with gradients averaged over all processes."""
+        if self.size == 1:
+            return module
+        ids = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=ids, static_graph=True)
+
+
+@contextmanager
+def world(device: str) -> Iterator[World]:
+    """Join the other processes that a launcher started, if it did.
+
+    Raises:
+        CpdError: torch does not know the device, or does not find it.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    chosen = _device(device)
+    if size == 1 or not distributed.is_available():
+        yield World(chosen)
+        return
+    if chosen == torch.device("cuda"):
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(chosen)
+    opened = not distributed.is_initialized()
+    if opened:
+        distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield World(chosen, distributed.get_rank(), distributed.get_world_size())
+    finally:
+        if opened:
+            distributed.destroy_process_group()
+
+
+def _device(name: str) -> torch.device:
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise CpdError(f"device {name!r} was asked for but torch finds no GPU; use 'auto' or 'cpu'")
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise CpdError(f"torch knows no device {name!r}; use 'auto', 'cpu' or 'cuda'") from error

@@ -1,0 +1,312 @@
+"""The training run: it can be stopped, killed and continued, watched, shared by processes, and says what went wrong."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+pytest.importorskip("torch")
+
+import torch  # after the check for it
+
+import cpd_onnx as cpd
+from cpd_onnx.cli import main
+from cpd_onnx.data import LABELS, ArraySource
+from cpd_onnx.errors import CpdError, StoppedError
+from cpd_onnx.metrics import evaluate, open_session
+from cpd_onnx.passes.distill import DistillResult, Progress, Traces, Watched, distill
+from cpd_onnx.torch import import_model, write_weights
+from cpd_onnx.training import folded
+from cpd_onnx.training.losses import angle, correlation_distance
+from tests.test_distill import FAST, STUDENT, TEACHER, images, network, weights_of
+
+OPTIONS = replace(FAST, epochs=1, steps=12, flip=True, shift=1, ema=0.9, threads=1)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def run(**more: Any) -> DistillResult:
+    options = more.pop("options", OPTIONS)
+    return distill(TEACHER, more.pop("student", STUDENT), ArraySource(images()), options, **more)
+
+
+def as_bytes(result: DistillResult) -> dict[str, bytes]:
+    return {name: value.tobytes() for name, value in result.values.items()}
+
+
+# Stopping and going on.
+
+
+def stop_at(step: int) -> Any:
+    """A progress callback that tells this process to stop."""
+
+    def tell(progress: Progress) -> None:
+        if progress.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return tell
+
+
+@pytest.mark.parametrize("mode", ["frozen", "train", "restore"])
+def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, mode: Any) -> None:
+    options, traces = replace(OPTIONS, batch_norm=mode), Traces(tmp_path / "run.checkpoint", csv=tmp_path / "log.csv")
+    whole = run(options=options)
+    with pytest.raises(StoppedError, match=r"after step 5 of 12: .*--resume"):
+        run(options=options, progress=stop_at(4), traces=traces)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    resumed = run(options=options, traces=replace(traces, resume=True))
+    assert as_bytes(resumed) == as_bytes(whole)
+    assert resumed.losses == whole.losses
+    with (tmp_path / "log.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [int(row["step"]) for row in rows] == list(range(1, 13))
+    assert [float(row["value"]) for row in rows] == list(whole.losses)
+
+
+def test_checkpoints_are_written_at_intervals(tmp_path: Path) -> None:
+    written: list[int] = []
+    path = tmp_path / "run.checkpoint"
+
+    def look(progress: Progress) -> None:
+        if path.exists():
+            written.append(torch.load(path, weights_only=True)["step"])
+
+    run(progress=look, traces=Traces(path, seconds=0))
+    assert written == list(range(1, 12))
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    traces = Traces(tmp_path / "run.checkpoint", seconds=0)
+    run(traces=traces)
+    with pytest.raises(CpdError, match="another run"):
+        run(options=replace(OPTIONS, lr=1e-4), traces=replace(traces, resume=True))
+    (tmp_path / "run.checkpoint").write_bytes(b"PK\x03\x04 damaged")
+    with pytest.raises(CpdError, match="cannot be read as a checkpoint"):
+        run(traces=replace(traces, resume=True))
+    with pytest.raises(CpdError, match=r"no checkpoint .* to resume from"):
+        run(traces=Traces(tmp_path / "none", resume=True))
+
+
+def on_disk(folder: Path) -> list[str]:
+    """A command line that trains the student, with its files in a folder."""
+    onnx.save(TEACHER, folder / "teacher.onnx")
+    onnx.save(STUDENT, folder / "student.onnx")
+    np.savez(folder / "data.npz", **images())
+    files = [folder / "teacher.onnx", folder / "student.onnx", "--data", folder / "data.npz"]
+    training = ["--steps", 40, "--batch-size", 32, "--threads", 1, "--batch-norm", "train", "--checkpoint-seconds", 0]
+    return ["distill", *map(str, [*files, *training])]
+
+
+def test_killed_at_any_moment_it_goes_on(tmp_path: Path) -> None:
+    command = on_disk(tmp_path)
+    assert main([*command, "-o", str(tmp_path / "whole.onnx")]) == 0
+    out, checkpoint = tmp_path / "killed.onnx", tmp_path / "killed.onnx.checkpoint"
+    line = [sys.executable, "-m", "cpd_onnx", *command, "-o", str(out)]
+    for _ in range(3):
+        resume = ["--resume"] if checkpoint.exists() else []
+        process = subprocess.Popen([*line, *resume], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before, end = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0, time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < end:
+            if checkpoint.exists() and checkpoint.stat().st_mtime_ns > before:
+                break
+        process.kill()
+        process.wait()
+        assert not out.exists() or process.returncode == 0
+    if not out.exists():
+        assert main([*command, "-o", str(out), "--resume"]) == 0
+    assert out.read_bytes() == (tmp_path / "whole.onnx").read_bytes()
+    assert not checkpoint.exists()
+
+
+def test_an_unfinished_run_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*on_disk(tmp_path), "-o", str(tmp_path / "out.onnx")]
+    (tmp_path / "out.onnx.checkpoint").write_bytes(b"something")
+    assert main(command) == 1
+    assert "holds an unfinished run: go on with --resume" in capsys.readouterr().err
+
+
+# What goes wrong.
+
+
+def test_the_node_where_the_numbers_break_is_named() -> None:
+    weights = weights_of()
+    model = network(weights, tail=("Log",))  # of negative numbers
+    with pytest.raises(CpdError, match=r"the loss became nan at step 1, first in node 't1' \(Log\)"):
+        distill(model, model, ArraySource(images()), replace(FAST, steps=2, losses={"t1": "mse"}, batch_norm="frozen"))
+
+
+def test_the_initializer_where_the_numbers_break_is_named() -> None:
+    student = write_weights(STUDENT, {"fc.b": np.full(4, np.nan, np.float32)})
+    with pytest.raises(CpdError, match=r"first in initializer 'fc\.b'"):
+        run(student=student, options=replace(OPTIONS, batch_norm="frozen"))
+
+
+# Batch normalisation.
+
+
+def folded_network() -> onnx.ModelProto:
+    """The network as exporters leave it: the normalisation has gone into the convolution."""
+    model = network(weights_of())
+    nodes = [n for n in model.graph.node if n.op_type != "BatchNormalization"]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    model.graph.node[1].input[0] = "c"
+    kept = [t for t in model.graph.initializer if not t.name.startswith("bn.")]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    return model
+
+
+def test_a_restored_normalisation_changes_nothing_until_it_trains() -> None:
+    model = folded_network()
+    made, restored = folded.restore(model)
+    assert [entry.weight for entry in restored] == ["conv.w"]
+    module = import_model(made, batch_norm="train")
+    batches = [[torch.from_numpy(images()["x"][start : start + 32])] for start in range(0, 192, 32)]
+    folded.measure(module, restored, batches)
+    state = module.onnx_state()
+    np.testing.assert_allclose(state[restored[0].scale] ** 2, state[restored[0].var] + folded.EPSILON, rtol=1e-5)
+    with torch.no_grad():
+        (answer,) = module(batches[0][0])
+    (expected,) = open_session(model).run(None, {"x": batches[0][0].numpy()})
+    np.testing.assert_allclose(answer.numpy(), expected, atol=1e-4)
+    back = write_weights(model, folded.fold(state, restored))
+    (again,) = open_session(back).run(None, {"x": batches[0][0].numpy()})
+    np.testing.assert_allclose(again, expected, atol=1e-4)
+
+
+def test_training_with_restored_normalisation_keeps_the_nodes() -> None:
+    teacher = folded_network()
+    student = write_weights(teacher, {"conv.w": weights_of()["conv.w"] * 0.3, "conv.b": weights_of()["conv.b"] + 1})
+    source = ArraySource(images())
+    result = distill(teacher, student, source, replace(FAST, batch_norm="restore", losses={"t0": "mse"}))
+    assert result.restored == 1
+    assert set(result.values) <= {t.name for t in student.graph.initializer}
+    before, after = (
+        evaluate(write_weights(student, values), source, "mse", reference=teacher) for values in ({}, result.values)
+    )
+    assert after < 0.1 * before
+
+
+def test_statistics_alone_are_estimated_anew() -> None:
+    moved = {"x": images()["x"] * 3 + 1}
+    result = distill(TEACHER, STUDENT, ArraySource(moved), replace(FAST, steps=6, batch_norm="calibrate"))
+    assert set(result.values) == {"bn.mean", "bn.var"}
+    assert result.losses == ()
+    session = open_session(with_output(STUDENT, "c"))
+    maps = session.run(["c"], moved)[0]
+    np.testing.assert_allclose(result.values["bn.mean"], maps.mean((0, 2, 3)), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(result.values["bn.var"], maps.var((0, 2, 3)), rtol=2e-2)
+    with pytest.raises(CpdError, match="no BatchNormalization"):
+        distill(folded_network(), folded_network(), ArraySource(moved), replace(FAST, steps=1, batch_norm="calibrate"))
+
+
+def with_output(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
+    made = onnx.ModelProto()
+    made.CopyFrom(model)
+    made.graph.output.append(helper.make_empty_tensor_value_info(name))
+    return made
+
+
+# What is compared.
+
+
+def test_correlations_ignore_scale_and_shift() -> None:
+    a = torch.randn(16, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).log_softmax(1)
+    assert float(correlation_distance(a, a, 1, 1.0)) == pytest.approx(0.0, abs=1e-6)
+    assert float(correlation_distance(a, a.flip(1), 1, 1.0)) > 0.3
+    rows, columns = a.softmax(1).numpy(), a.flip(0).softmax(1).numpy()
+    between = np.mean([np.corrcoef(x, y)[0, 1] for x, y in zip(rows, columns, strict=True)])
+    within = np.mean([np.corrcoef(x, y)[0, 1] for x, y in zip(rows.T, columns.T, strict=True)])
+    assert float(correlation_distance(a, a.flip(0), 1, 1.0)) == pytest.approx(2 - between - within, rel=1e-4)
+
+
+def test_angles_ignore_length() -> None:
+    a = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
+    assert float(angle(a, 5 * a)) == pytest.approx(0.0, abs=1e-6)
+    assert float(angle(a, -a)) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("kind", ["dist", "cosine"])
+def test_each_loss_trains(kind: Any) -> None:
+    losses = run(options=replace(FAST, losses={"t0": kind}, epochs=8)).losses
+    assert np.mean(losses[-6:]) < 0.5 * np.mean(losses[:6])
+
+
+def test_outputs_without_weight_do_not_count() -> None:
+    with pytest.raises(CpdError, match="all have weight 0"):
+        run(options=replace(OPTIONS, output_weights={"t0": 0.0}))
+
+
+def test_inner_tensors_are_compared_on_shared_channels() -> None:
+    model = cpd.load(Path(cpd.__file__).parent / "models" / "digits.onnx")
+    data = np.load(Path(cpd.__file__).parent / "models" / "digits_train.npz")
+    source = ArraySource(
+        {"image": data["image"][:128]} if "image" in data else {k: data[k][:128] for k in data if k != LABELS}
+    )
+    options = "hidden=2, steps=4, batch_size=32, threads=1"
+    state = cpd.run(f"comb, score, allocate{{macs=0.4}}, prune, distill{{{options}}}", model, data=source)
+    assert state.distilled is not None
+    names = state.distilled["compared"]
+    assert len(names) == 2
+    made = {name for node in model.graph.node for name in node.output}
+    assert set(names) <= made - {o.name for o in model.graph.output}
+
+
+# Watching.
+
+
+def test_training_stops_when_held_out_data_gains_nothing() -> None:
+    options = replace(FAST, steps=200, batch_norm="frozen", losses={"t0": "mse"})
+    watched = Watched(ArraySource(images(64)), "mse", every=3, patience=2)
+    assert len(run(student=TEACHER, options=options, watched=watched).losses) == 9
+
+
+def test_the_best_weights_are_the_result(tmp_path: Path) -> None:
+    source, traces = ArraySource(images(64)), Traces(csv=tmp_path / "log.csv")
+    watched = Watched(source, "mse", every=2, patience=3)
+    options = replace(FAST, steps=60, lr=0.5, clip_norm=0.0, batch_norm="frozen", losses={"t0": "mse"})
+    result = run(options=options, watched=watched, traces=traces)
+    with (tmp_path / "log.csv").open() as stream:
+        scores = [-float(row["value"]) for row in csv.DictReader(stream) if row["what"] == "held out"]
+    assert evaluate(write_weights(STUDENT, result.values), source, "mse", reference=TEACHER) == min(scores)
+    assert scores[-1] > min(scores)
+
+
+def test_the_average_is_the_result() -> None:
+    plain, averaged = (run(options=replace(FAST, steps=30, lr=0.05, ema=decay)) for decay in (0.0, 0.95))
+    assert plain.losses == averaged.losses
+    assert as_bytes(plain) != as_bytes(averaged)
+
+
+# Several processes.
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """Data parallel by torchrun with the gloo backend, at the same global batch."""
+    command = [*on_disk(tmp_path)]
+    command[command.index("--batch-norm") + 1] = "frozen"
+    assert main([*command, "-o", str(tmp_path / "one.onnx")]) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "cpd_onnx"]
+    line = [*launcher, *command, "--device", "cpu", "-o", str(tmp_path / "two.onnx")]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (onnx.load(tmp_path / name) for name in ("one.onnx", "two.onnx"))
+    for a, b in zip(one.graph.initializer, two.graph.initializer, strict=True):
+        x, y = numpy_helper.to_array(a), numpy_helper.to_array(b)
+        np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4, err_msg=a.name)
