@@ -133,12 +133,17 @@ def _attend(
     capped = cap * torch.tanh(raw / cap) if cap else raw
     biased = capped if bias is None else capped + bias
     precision = elem_dtype(options["softmax_precision"]) if "softmax_precision" in options else biased.dtype
-    weights = biased.to(precision).softmax(-1)
-    if bias is not None:  # a query that may see no key gets nothing
-        weights = weights.masked_fill(torch.isneginf(bias.amax(-1, keepdim=True)), 0.0)
-    weights = weights.to(q.dtype)
+    weights = _shares(biased.to(precision), bias).to(q.dtype)
     states = (raw, capped, biased, weights)
     return weights @ v, states[options.get("qk_matmul_output_mode", 0)]
+
+
+def _shares(scores: Tensor, bias: Tensor | None) -> Tensor:
+    """Softmax over the keys; a query that may see none gets nothing, and its gradient is zero instead of a NaN."""
+    if bias is None:
+        return scores.softmax(-1)
+    blind = torch.isneginf(bias.amax(-1, keepdim=True))
+    return scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
 
 
 @operator("RotaryEmbedding")

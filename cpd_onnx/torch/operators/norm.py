@@ -57,7 +57,7 @@ def batch_normalization(
         return [_normalised(x, (mean, var), (scale, bias), epsilon)]
     axes = [axis for axis in range(x.ndim) if axis != 1]
     batch_var, batch_mean = torch.var_mean(x, axes, correction=0)
-    result = _normalised(x, (batch_mean, batch_var), (scale, bias), epsilon)
+    result = F.batch_norm(x, None, None, scale.to(x.dtype), bias.to(x.dtype), True, 0.0, epsilon)
     running = [old * momentum + new * (1 - momentum) for old, new in ((mean, batch_mean), (var, batch_var))]
     return [result, *running][:outputs]
 
