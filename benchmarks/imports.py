@@ -1,0 +1,170 @@
+"""The torch import on every file: does it say what onnxruntime says, and does training lower the loss?
+
+    python benchmarks/imports.py --models ZOO [--models DATA/onnx] --out results/imports.jsonl
+
+For each file: outputs of the import and of onnxruntime on random inputs that the model accepts, compared at 1e-4
+relative in float32 (a difference below ten times what a nudge of the inputs by 1e-6 does counts as none, as in
+`verify`); then ten updates of a copy whose weights were disturbed by a tenth of their spread, towards the original on
+one batch: the loss after the last, over that before the first. Each file runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import re
+import time
+import traceback
+import warnings
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import cpd_onnx as cpd
+from cpd_onnx.compare import distance, tolerance
+from cpd_onnx.passes.comb import comb
+from cpd_onnx.runtime import execute, open_model, working_feeds
+from cpd_onnx.shapes import fold
+from cpd_onnx.torch import import_model
+from cpd_onnx.torch.dtypes import to_numpy, to_torch
+
+Result = dict[str, Any]
+STEPS = 10
+
+
+def check(path: Path) -> Result:
+    """Both questions, for one model."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    result: Result = {"status": "failed"}
+    started = time.perf_counter()
+    try:
+        model = cpd.load(path)
+        folded = fold(model)
+        session = open_model(model, optimise=False)
+        (feed,) = working_feeds(folded, session, 1)
+        expected = execute(session, feed)
+        try:
+            module = import_model(model.complete_proto())
+        except cpd.UnsupportedError as error:
+            return result | {"status": "refused", "reason": str(error)[:300]}
+        names = [i.name for i in model.graph.input if not model.has(i.name)]
+        inputs = [to_torch(feed[name]) for name in names]
+        with torch.no_grad():
+            outputs = [to_numpy(output) for output in module.eval()(*inputs)]
+        result["difference"] = max(distance(a, b, a) for a, b in zip(expected, outputs, strict=True))
+        allowed = tolerance(comb(folded))
+        if not result["difference"] <= allowed:
+            nudged = {n: (a * (1 + 1e-6)).astype(a.dtype) if a.dtype.kind == "f" else a for n, a in feed.items()}
+            again = execute(session, nudged)
+            result["noise"] = max(distance(a, b, a) for a, b in zip(expected, again, strict=True))
+        result["equal"] = bool(result["difference"] <= max(allowed, 10 * result.get("noise", 0.0)))
+        result |= trained(module, inputs, expected)
+        result["status"] = "equal" if result["equal"] else "differs"
+        if "loss" in result:
+            result["status"] += ", learns" if result["loss"] < 1 else ", does not learn"
+    except cpd.CpdError as error:
+        result |= {"status": "not run by onnxruntime", "reason": str(error)[:300]}
+    except Exception:  # a benchmark reports every defect and goes on
+        result["reason"] = traceback.format_exc()[-600:]
+    result["seconds"] = round(time.perf_counter() - started, 2)
+    return result
+
+
+def trained(module: Any, inputs: list[torch.Tensor], targets: list[np.ndarray]) -> Result:
+    """Loss after a few updates over the loss before, from disturbed weights; nothing where nothing trains."""
+    parameters = [p for p in module.parameters() if p.is_floating_point()]
+    wanted = [to_torch(t).float() for t in targets if t.dtype.kind == "f"]
+    if not parameters or not wanted:
+        return {"trains": False}
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in parameters:
+            spread = p.float().std().nan_to_num() if p.numel() > 1 else p.float().abs().mean()
+            p.add_((0.1 * spread * torch.randn(p.shape, generator=generator)).to(p.dtype))
+    scale = [t.square().mean().clamp(min=1e-12) for t in wanted]
+
+    def loss() -> torch.Tensor:
+        answers = [o for o in module(*inputs) if o.is_floating_point()]
+        terms = [
+            (a.float() - t)[t.isfinite()].square().mean() / s
+            for a, t, s in zip(answers, wanted, scale, strict=True)
+            if t.isfinite().any() and a.requires_grad
+        ]
+        return torch.stack(terms).mean()
+
+    if not any(o.requires_grad for o in module(*inputs)):
+        return {"trains": False}
+    best, first = float("inf"), float(loss())
+    start = [p.detach().clone() for p in parameters]
+    # The right step differs from model to model; training picks it, here the largest of three that works.
+    for rate in (1e-3, 1e-4, 1e-5):
+        with torch.no_grad():
+            for p, value in zip(parameters, start, strict=True):
+                p.copy_(value)
+        optimizer = torch.optim.Adam([p for p in parameters if p.dtype == torch.float32] or parameters, lr=rate)
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            loss().backward()
+            optimizer.step()
+        best = min(best, float(loss().detach()))
+        if best < first:
+            break
+    return {"trains": True, "first_loss": first, "loss": best / first if first > 0 else 0.0}
+
+
+def limited(path: Path, seconds: float) -> Result:
+    """As `check`, in a process that is stopped after some time."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(check(path)))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv() if receiver.poll(seconds) else {"status": "failed", "reason": "out of time"}
+    except EOFError:
+        return {"status": "failed", "reason": f"process died with {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
+
+
+def summary(results: list[Result]) -> str:
+    """Counts by folder and status."""
+    table: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for result in results:
+        table[Path(result["model"]).parent.name][result["status"]] += 1
+    columns = sorted({status for row in table.values() for status in row})
+    lines = [f"{'':14}" + "".join(f"{c:>26}" for c in columns)]
+    lines += [f"{folder:14}" + "".join(f"{row[c]:>26}" for c in columns) for folder, row in table.items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run what is not in the results yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, action="append", default=[])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "imports.jsonl")
+    parser.add_argument("--only", type=re.compile, default=re.compile(""))
+    parser.add_argument("--timeout", type=float, default=300)
+    parser.add_argument("--summary", action="store_true")
+    options = parser.parse_args()
+    known = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
+    done = {r["model"]: r for r in known}
+    for folder in [] if options.summary else options.models:
+        for path in sorted(folder.rglob("*.onnx"), key=lambda p: (p.parent, p.stat().st_size)):
+            name = f"{path.parent.name}/{path.name}"
+            if name in done or not options.only.search(name):
+                continue
+            done[name] = {"model": name} | limited(path, options.timeout)
+            print(json.dumps(done[name])[:300], flush=True)
+            options.out.write_text("".join(json.dumps(r) + "\n" for r in done.values()))
+    print(summary(list(done.values())))
+
+
+if __name__ == "__main__":
+    main()
