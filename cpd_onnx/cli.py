@@ -21,7 +21,7 @@ from cpd_onnx.data import Source, open_source
 from cpd_onnx.errors import CpdError, DataError, ModelError, StoppedError, UnsupportedError
 from cpd_onnx.graph import Model, load, require_free, write_atomically
 from cpd_onnx.kept import Kept
-from cpd_onnx.metrics import IGNORED, evaluate
+from cpd_onnx.metrics import IGNORED, METRICS, OF_TWO_MODELS, check_metric, evaluate
 from cpd_onnx.passes.allocate import KINDS, SPREADS, Budget, held_groups
 from cpd_onnx.passes.comb import Comb, comb
 from cpd_onnx.passes.fold import Fold
@@ -212,7 +212,9 @@ def _add_distill(commands: Any) -> None:
         help="stop after N scores without a new best; take that",
     )
     parser.add_argument("--eval", metavar="DATA", help="measure teacher, student and result on this data")
-    parser.add_argument("--metric", choices=("top1", "miou", "mse", "cosine"), default="top1", help="default: top1")
+    parser.add_argument(
+        "--metric", default="top1", help=f"one of {', '.join(METRICS)} or module:function (default: top1)"
+    )
     _add_json(parser)
     _add_force(parser)
     parser.set_defaults(run=_distill)
@@ -430,6 +432,7 @@ def _apply(options: argparse.Namespace) -> None:
 def _distill(options: argparse.Namespace) -> None:
     _require_outputs(options, options.output, reads=[options.teacher, options.student])
     distill = _distill_module()
+    check_metric(options.metric)
     models = {"teacher": load(options.teacher), "student": load(options.student)}
     for path in models["student"].files(options.output):
         require_free(path, overwrite=options.force)
@@ -541,7 +544,7 @@ def _evaluated(options: argparse.Namespace, models: dict[str, Model], teacher: M
     source = _source(options.eval, teacher)
     if source is None:
         return {}
-    reference = teacher.complete_proto() if options.metric in ("mse", "cosine") else None
+    reference = teacher.complete_proto() if options.metric in OF_TWO_MODELS else None
     return {
         name: evaluate(model.complete_proto(), source, options.metric, reference=reference)
         for name, model in models.items()

@@ -1,13 +1,15 @@
 """How good a model is: accuracy, mean intersection over union, or closeness to another model.
 
-onnxruntime runs the model and numpy counts.
+onnxruntime runs the model and torchmetrics counts; torch is imported when something is scored.
 """
 
 from __future__ import annotations
 
+import importlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -15,15 +17,20 @@ import onnxruntime as ort
 from onnx import ModelProto
 
 from cpd_onnx.data import LABELS, Batch, Source
-from cpd_onnx.errors import DataError
+from cpd_onnx.errors import DataError, UnsupportedError
 
 Array: TypeAlias = npt.NDArray[Any]
 Outputs: TypeAlias = list[Array]
-Metric: TypeAlias = Literal["top1", "miou", "mse", "cosine"]
 Model: TypeAlias = "ModelProto | ort.InferenceSession"
+Judge: TypeAlias = Callable[[Outputs, Outputs], float]
 
+METRICS = ("top1", "top5", "miou", "mse", "cosine")
+"""Names of metrics; `module:function` is one too."""
+OF_TWO_MODELS = ("mse", "cosine")
+"""Those that need a reference."""
 IGNORED = 255
 """The label of what does not count: void pixels."""
+_FUNCTION = re.compile(r"[\w.]+:\w+")
 
 
 @dataclass(frozen=True)
@@ -35,28 +42,39 @@ class Scored:
 
 
 def evaluate(
-    model: Model, source: Source, metric: Metric, *, reference: Model | None = None, batch_size: int = 64
+    model: Model, source: Source, metric: str, *, reference: Model | None = None, batch_size: int = 64
 ) -> float:
     """Score a model on data.
 
     Args:
         model: to be scored; a model whose batch size is fixed is fed with that one.
         source: the data, with labels unless there is a reference.
-        metric: "top1", the share of samples (of elements, for labels with more axes) whose largest output is at the
-            label; "miou", the mean intersection over union of the classes that occur, classes in axis 1 of the first
-            output; "mse" and "cosine", mean squared error and mean cosine similarity of all outputs of a sample.
-        reference: the model to compare with instead of the labels; for "top1" and "miou" its largest outputs count.
+        metric: "top1" or "top5", the share of samples (of elements, for labels with more axes) whose label is the
+            largest output, or among the five largest; "miou", the mean intersection over union of the classes that
+            occur or are predicted, classes in axis 1 of the first output; "mse" and "cosine", mean squared error and
+            mean cosine similarity of all outputs of a sample; or "module:function", called with the outputs and the
+            labels (or the reference's outputs) of a batch as lists of arrays, whose answers are averaged by sample.
+        reference: the model to compare with instead of the labels; for "top1", "top5" and "miou" its largest outputs
+            count.
         batch_size: samples at a time.
 
     Raises:
         DataError: there is nothing to compare with, or it does not fit.
+        UnsupportedError: torchmetrics is not installed.
     """
-    if metric not in _METRICS:
-        raise ValueError(f"metric {metric!r} is not one of {', '.join(_METRICS)}")
-    if metric in ("mse", "cosine") and reference is None:
+    check_metric(metric)
+    if metric in OF_TWO_MODELS and reference is None:
         raise DataError(f"metric {metric} compares two models; give the reference")
     scored = _compare(open_session(model), source, None if reference is None else open_session(reference), batch_size)
+    if _FUNCTION.fullmatch(metric):
+        return _by_function(scored, _function(metric))
     return _METRICS[metric](scored)
+
+
+def check_metric(metric: str) -> None:
+    """Raise DataError if there is no metric of that name."""
+    if metric not in METRICS and not _FUNCTION.fullmatch(metric):
+        raise DataError(f"no metric is called {metric!r}: choose one of {', '.join(METRICS)} or module:function")
 
 
 def open_session(model: Model) -> ort.InferenceSession:
@@ -103,63 +121,103 @@ def _compare(
 
 
 def _classes(scored: Scored) -> tuple[Array, Array]:
-    """Predicted and true classes, without those to be ignored, flattened."""
+    """Scores [N, classes, ...] and true classes [N, ...]."""
     scores, target = scored.outputs[0], scored.targets[0]
     if scores.ndim < 2:
         raise DataError(f"the first output has shape {list(scores.shape)}, no axis of classes; choose mse or cosine")
     if target.shape == scores.shape and target.dtype.kind == "f":
         target = target.argmax(1)
-    predicted = scores.argmax(1)
-    if predicted.shape != target.shape:
+    if scores.shape[:1] + scores.shape[2:] != target.shape:
         raise DataError(
             f"labels have shape {list(target.shape)} but the first output {list(scores.shape)} "
-            f"gives classes of shape {list(predicted.shape)}"
+            f"gives classes of shape {[*scores.shape[:1], *scores.shape[2:]]}"
         )
-    counts = target != IGNORED
-    return predicted[counts], target[counts].astype(np.int64)
+    outside = target[(target != IGNORED) & ((target < 0) | (target >= scores.shape[1]))]
+    if outside.size:
+        raise DataError(
+            f"label {outside[0]} is none of the {scores.shape[1]} classes; {IGNORED} is what does not count"
+        )
+    return scores.astype(np.float32), target.astype(np.int64)
+
+
+def _of_classes(scored: Iterator[Scored], make: Callable[[Any, int], Any]) -> float:
+    """A metric of torchmetrics' classification, made when the number of classes is known."""
+    torch, classification = _torch("torch"), _torch("torchmetrics.classification")
+    metric: Any = None
+    counted = 0
+    for batch in scored:
+        scores, target = _classes(batch)
+        metric = metric or make(classification, scores.shape[1])
+        metric.update(torch.from_numpy(scores), torch.from_numpy(target))
+        counted += int((target != IGNORED).sum())
+    _counted(counted)
+    return float(metric.compute())
 
 
 def _top1(scored: Iterator[Scored]) -> float:
-    right = total = 0
-    for batch in scored:
-        predicted, target = _classes(batch)
-        right += int((predicted == target).sum())
-        total += target.size
-    return right / _counted(total)
+    return _of_classes(scored, lambda of, n: of.MulticlassAccuracy(n, 1, "micro", ignore_index=IGNORED))
+
+
+def _top5(scored: Iterator[Scored]) -> float:
+    return _of_classes(scored, lambda of, n: of.MulticlassAccuracy(n, min(5, n), "micro", ignore_index=IGNORED))
 
 
 def _miou(scored: Iterator[Scored]) -> float:
-    confusion = np.zeros((0, 0), np.int64)
-    for batch in scored:
-        predicted, target = _classes(batch)
-        size = max(len(confusion), int(max(predicted.max(initial=-1), target.max(initial=-1))) + 1)
-        grown = np.zeros((size, size), np.int64)
-        grown[: len(confusion), : len(confusion)] = confusion
-        confusion = grown + np.bincount(target * size + predicted, minlength=size * size).reshape(size, size)
-    hits, occurring = confusion.diagonal(), confusion.sum(1) > 0
-    _counted(int(confusion.sum()))
-    unions = confusion.sum(0) + confusion.sum(1) - hits
-    return float((hits[occurring] / unions[occurring]).mean())
+    return _of_classes(scored, lambda of, n: of.MulticlassJaccardIndex(n, "macro", ignore_index=IGNORED))
 
 
 def _mse(scored: Iterator[Scored]) -> float:
-    total, count = 0.0, 0
+    torch, metric = _torch("torch"), _torch("torchmetrics").MeanSquaredError().double()
+    count = 0
     for batch in scored:
         for output, target in _pairs(batch):
-            total += float(((output - target) ** 2).sum())
+            metric.update(torch.from_numpy(output), torch.from_numpy(target))
             count += output.size
-    return total / _counted(count)
+    _counted(count)
+    return float(metric.compute())
 
 
 def _cosine(scored: Iterator[Scored]) -> float:
-    similarities: list[float] = []
+    torch, metric = _torch("torch"), _torch("torchmetrics").MeanMetric().double()
+    count = 0
     for batch in scored:
         pairs = _pairs(batch)
         a, b = (np.concatenate([pair[side].reshape(len(pair[0]), -1) for pair in pairs], 1) for side in (0, 1))
-        norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-        products = (a * b).sum(1)
-        similarities += np.where(norms > 0, products / np.where(norms > 0, norms, 1), 1.0).tolist()
-    return sum(similarities) / _counted(len(similarities))
+        similar = torch.nn.functional.cosine_similarity(torch.from_numpy(a), torch.from_numpy(b), dim=1, eps=1e-30)
+        metric.update(torch.where(torch.from_numpy((a == 0).all(1) | (b == 0).all(1)), 1.0, similar))
+        count += len(a)
+    _counted(count)
+    return float(metric.compute())
+
+
+def _by_function(scored: Iterator[Scored], function: Judge) -> float:
+    metric = _torch("torchmetrics").MeanMetric().double()
+    count = 0
+    for batch in scored:
+        size = len(batch.outputs[0])
+        metric.update(float(function(batch.outputs, batch.targets)), size)
+        count += size
+    _counted(count)
+    return float(metric.compute())
+
+
+def _function(text: str) -> Judge:
+    module, name = text.split(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise DataError(f"metric {text!r} cannot be imported: {error}; is the module on PYTHONPATH?") from error
+    if not callable(found):
+        raise DataError(f"metric {text!r} is a {type(found).__name__}, not a function of outputs and labels")
+    judge: Judge = found
+    return judge
+
+
+def _torch(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UnsupportedError(f"scoring a model needs {error.name}: pip install 'cpd-onnx[torch]'") from error
 
 
 def _pairs(scored: Scored) -> Sequence[tuple[Array, Array]]:
@@ -172,14 +230,14 @@ def _pairs(scored: Scored) -> Sequence[tuple[Array, Array]]:
     ]
 
 
-def _counted(total: int) -> int:
+def _counted(total: int) -> None:
     if total == 0:
         raise DataError("the data holds nothing to score")
-    return total
 
 
 _METRICS: dict[str, Callable[[Iterator[Scored]], float]] = {
     "top1": _top1,
+    "top5": _top5,
     "miou": _miou,
     "mse": _mse,
     "cosine": _cosine,

@@ -144,7 +144,7 @@ class Watched:
     """
 
     source: Source
-    metric: metrics.Metric = "top1"
+    metric: str = "top1"
     every: int = 100
     patience: int = 0
 
@@ -387,7 +387,7 @@ def _held_out(
     student: ModelProto, watched: Watched, teacher: ModelProto, restored: Sequence[folded.Restored]
 ) -> HeldOut:
     sign = -1.0 if watched.metric == "mse" else 1.0
-    reference = teacher if watched.metric in ("mse", "cosine") else None
+    reference = teacher if watched.metric in metrics.OF_TWO_MODELS else None
 
     def judge(state: Mapping[str, Array]) -> float:
         made = write_weights(student, folded.fold(state, restored))

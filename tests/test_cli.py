@@ -408,7 +408,6 @@ def test_values_that_no_option_takes_exit_with_two(
         ["--lr", "nan"],
         ["--label-weight", "2"],
         ["--shift", "-1"],
-        ["--metric", "best"],
     ],
 )
 def test_values_that_training_does_not_take_exit_with_two(folder: Path, option: list[str]) -> None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 import pytest
+
+pytest.importorskip("torchmetrics")
+
 from onnx import ModelProto, parser
 
 from cpd_onnx.data import LABELS, ArraySource, read_npz
@@ -62,12 +67,39 @@ def test_model_of_fixed_batch_size_is_filled_up() -> None:
     assert evaluate(model("N,2"), data, "mse", reference=model("2,2", 1.0, 2.0)) == pytest.approx(4.0)
 
 
+def test_top5_counts_the_five_largest() -> None:
+    scores = np.arange(8.0)[None].repeat(4, 0)
+    assert evaluate(model("N,8"), source(scores, [7, 3, 2, 0]), "top5") == 0.5
+    assert evaluate(model("N,2"), source(SCORES, [0, 0, 0, 0]), "top5") == 1.0
+
+
+def wins(outputs: list[Array], labels: list[Array]) -> float:
+    """A metric of a user's own: the share of samples whose first score is the larger."""
+    assert len(outputs[0]) == len(labels[0])
+    return float((outputs[0][:, 0] > outputs[0][:, 1]).mean())
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_a_function_is_a_metric(batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "my_metrics", SimpleNamespace(wins=wins, number=3))
+    result = evaluate(model("N,2"), source(SCORES, [0, 1, 1, 1]), "my_metrics:wins", batch_size=batch_size)
+    assert result == pytest.approx(0.5)
+    for name, message in (("my_metrics:number", "is a int"), ("no_such:f", "cannot be imported")):
+        with pytest.raises(DataError, match=message):
+            evaluate(model("N,2"), source(SCORES, [0, 1, 1, 1]), name)
+
+
+def test_labels_beyond_the_classes_are_refused() -> None:
+    with pytest.raises(DataError, match="label 7 is none of the 2 classes"):
+        evaluate(model("N,2"), source(SCORES, [0, 7, 1, 1]), "top1")
+
+
 def test_miou_is_the_mean_over_the_classes_that_occur() -> None:
     predicted = np.array([[0, 0, 1], [2, 1, 1]])
     scores = np.moveaxis(np.eye(4)[predicted], -1, 0)[None]
     labels = np.array([[[0, 1, 1], [0, 1, 255]]])
     # class 0: 1 of 3 (two true, two predicted, one common); class 1: 2 of 3; class 2 is predicted but never true
-    assert evaluate(model("N,4,2,3"), source(scores, labels), "miou") == pytest.approx((1 / 3 + 2 / 3) / 2)
+    assert evaluate(model("N,4,2,3"), source(scores, labels), "miou") == pytest.approx((1 / 3 + 2 / 3) / 3)
 
 
 def test_miou_adds_up_over_batches() -> None:
@@ -100,8 +132,8 @@ def test_what_cannot_be_compared_is_refused() -> None:
         evaluate(model("N"), source([1.0, 2.0], [0, 1]), "top1")
     with pytest.raises(DataError, match="nothing to score"):
         evaluate(model("N,2"), source(SCORES, [255] * 4), "miou")
-    with pytest.raises(ValueError, match="f1"):
-        evaluate(model("N,2"), source(SCORES), "f1")  # type: ignore[arg-type]  # what the check is for
+    with pytest.raises(DataError, match="no metric is called 'f1'"):
+        evaluate(model("N,2"), source(SCORES), "f1")
 
 
 def test_example_model_is_what_its_manifest_says() -> None:
