@@ -38,6 +38,7 @@ LAYERS = (
     ("passes.fold", "passes.comb", "passes.score", "passes.distill"),
     ("passes.allocate",),
     ("passes.prune", "passes.verify"),
+    ("passes.interleave",),
     ("testing", "demo"),
     ("models",),
     ("cli",),
@@ -45,7 +46,7 @@ LAYERS = (
 )
 """Each module imports from the lines above its own; "" is the package itself, `torch.…` stands beside them all."""
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-TRAINS = ("torch", "training", "passes.distill")
+TRAINS = ("torch", "training", "passes.distill", "passes.interleave")
 """Where torch is imported."""
 
 

@@ -642,3 +642,11 @@ def test_new_tensors_are_made_on_the_device_of_the_inputs(name: str) -> None:
     outputs = module(*(to_torch(x).to("meta") for x in feed.values()))
     expected = session_of(model).run(None, feed)
     assert [tuple(output.shape) for output in outputs] == [output.shape for output in expected]
+
+
+def test_what_is_written_leaves_all_but_the_data_as_it_was() -> None:
+    model = _tensor_model(TensorProto.FLOAT, np.array([1.0, 2.0, 3.0], np.float32))
+    expected = ModelProto.FromString(model.SerializeToString())
+    expected.graph.initializer[0].raw_data = np.array([4.0, 5.0, 6.0], np.float32).tobytes()
+    made = write_weights(model, {"layer.0/weight:0": np.array([4.0, 5.0, 6.0], np.float32)})
+    assert made.SerializeToString() == expected.SerializeToString()

@@ -24,9 +24,13 @@ import torch  # after the check for it
 import cpd_onnx as cpd
 from cpd_onnx.cli import main
 from cpd_onnx.data import LABELS, ArraySource
-from cpd_onnx.errors import CpdError, StoppedError
+from cpd_onnx.errors import CpdError, StoppedError, TargetError
 from cpd_onnx.metrics import evaluate, open_session
+from cpd_onnx.passes import interleave
 from cpd_onnx.passes.distill import DistillResult, Progress, Traces, Watched, distill
+from cpd_onnx.passes.interleave import Interleave
+from cpd_onnx.passes.score import score
+from cpd_onnx.passes.verify import verify_files
 from cpd_onnx.torch import import_model, write_weights
 from cpd_onnx.training import folded
 from cpd_onnx.training.losses import angle, correlation_distance
@@ -310,3 +314,58 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     for a, b in zip(one.graph.initializer, two.graph.initializer, strict=True):
         x, y = numpy_helper.to_array(a), numpy_helper.to_array(b)
         np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4, err_msg=a.name)
+
+
+# Pruning and training in turns.
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_rounds_share_one_plan(tmp_path: Path, rounds: int) -> None:
+    folder = Path(cpd.__file__).parent / "models"
+    data = {k: v[:256] for k, v in np.load(folder / "digits_train.npz").items() if k != LABELS}
+    told: list[int] = []
+    step = Interleave(macs=0.4, rounds=rounds, steps=12, batch_size=32, threads=1, lr=3e-3)
+    model = cpd.load(folder / "digits.onnx")
+    start = cpd.State(model, model, data=ArraySource(data))
+    state = step.run(start, lambda number, result: told.append(len(result.losses)))
+    assert told == [12 // rounds] * rounds
+    assert state.plan is not None
+    assert state.allocation is not None
+    assert state.allocation.after.macs == pytest.approx(0.4 * state.allocation.before.macs, rel=0.05)
+    found = verify_files(model, state.model, state.plan)
+    assert not found.is_replay
+    assert found.comparison.passed
+    assert state.distilled is not None
+    assert state.distilled["rounds"] == rounds
+
+
+def test_what_went_stays_away_and_what_was_trained_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second round sees the values of the first, in a model of the original size."""
+    seen: list[Any] = []
+    monkeypatch.setattr(interleave, "score", lambda combed, *a, **k: seen.append(combed) or score(combed, *a, **k))
+    folder = Path(cpd.__file__).parent / "models"
+    data = {k: v[:64] for k, v in np.load(folder / "digits_train.npz").items() if k != LABELS}
+    model = cpd.load(folder / "digits.onnx")
+    state = Interleave(channels=0.5, rounds=2, steps=6, batch_size=32, threads=1, lr=1e-2).run(
+        cpd.State(model, model, data=ArraySource(data))
+    )
+    first, second = (combed.folded.model for combed in seen)
+    changed = 0
+    for tensor in model.graph.initializer:
+        before, after = first.array(tensor.name), second.array(tensor.name)
+        assert before.shape == after.shape == model.array(tensor.name).shape
+        changed += int((before != after).sum())
+    assert changed > 1000
+    assert state.allocation is not None
+    assert all(len(set(gone)) == len(gone) for gone in state.allocation.removed)
+
+
+def test_rounds_are_a_pass(tmp_path: Path) -> None:
+    folder = Path(cpd.__file__).parent / "models"
+    data = {k: v[:64] for k, v in np.load(folder / "digits_train.npz").items() if k != LABELS}
+    text = "interleave{macs=0.5, rounds=2, steps=4, batch_size=32, threads=1}"
+    state = cpd.run(text, folder / "digits.onnx", data=ArraySource(data))
+    assert state.distilled is not None
+    assert state.distilled["steps"] == 4
+    with pytest.raises(TargetError, match="0 rounds make no sense"):
+        cpd.run("interleave{rounds=0}", folder / "digits.onnx", data=ArraySource(data))

@@ -86,6 +86,6 @@ def _store(tensor: TensorProto, name: str, value: Array) -> None:
     if old.tobytes() == value.tobytes():
         return
     fresh = numpy_helper.from_array(np.ascontiguousarray(value).reshape(value.shape), tensor.name)
-    fresh.doc_string = tensor.doc_string
-    fresh.metadata_props.extend(tensor.metadata_props)
-    tensor.CopyFrom(fresh)
+    for content in ("float_data", "int32_data", "int64_data", "double_data", "uint64_data"):
+        tensor.ClearField(content)
+    tensor.raw_data = fresh.raw_data

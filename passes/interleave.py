@@ -1,0 +1,152 @@
+"""Interleave: score, remove a little, distill, and again, until the target is met (Schmitt et al., ITSC 2024).
+
+The rounds share one plan. After each, the trained values are put back into a model of the original size, where the
+next round scores them; channels that went stay away. So the file at the end is what its plan makes of the original,
+with trained weights, however many rounds there were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from cpd_onnx.errors import DataError, TargetError
+from cpd_onnx.graph import Model, load, to_array
+from cpd_onnx.groups import Combed
+from cpd_onnx.kept import Kept
+from cpd_onnx.passes.allocate import Allocate, Allocation, allocate
+from cpd_onnx.passes.comb import comb
+from cpd_onnx.passes.distill import DistillOptions, DistillResult, distill, shared_tensors, summary, trained
+from cpd_onnx.passes.prune import prune
+from cpd_onnx.passes.score import Scores, score
+from cpd_onnx.plan import make_plan
+from cpd_onnx.state import State
+from cpd_onnx.torch import write_weights
+from cpd_onnx.weights import weight_array
+
+Array = npt.NDArray[Any]
+
+_GONE = -1.0
+"""Score of channels that went in an earlier round: below all others, which are no less than zero."""
+
+
+@dataclass(frozen=True)
+class Interleave(DistillOptions):
+    """Prune in rounds with distillation between them; epochs and steps are those of all rounds together.
+
+    The options are those of `Allocate`, `Score` and `DistillOptions`, and the number of `rounds`.
+    """
+
+    channels: float | None = None
+    macs: float | None = None
+    params: float | None = None
+    spread: str = "uniform"
+    multiple: int = 1
+    keep: tuple[str, ...] = ()
+    score: str = "l2"
+    rounds: int = 4
+    name: ClassVar[str] = "interleave"
+
+    def __call__(self, state: State) -> State:
+        """Fill in everything from `combed` to `distilled`; `model` becomes the pruned and trained one."""
+        return self.run(state)
+
+    def run(self, state: State, observer: Callable[[int, DistillResult], None] | None = None) -> State:
+        """As a pass; the observer is told the number of each round and what training gave."""
+        if state.data is None:
+            raise DataError("distillation needs data: give --data, or a source as `data`")
+        if self.rounds < 1:
+            raise TargetError(f"{self.rounds} rounds make no sense: give 1 or more")
+        target = Allocate(self.channels, self.macs, self.params, self.spread, self.multiple, self.keep).budget
+        combed = comb(state.model, state.input_shapes)
+        teacher = state.original.complete_proto()
+        large = state.model
+        removed: list[list[int]] = [[] for _ in combed.groups]
+        results: list[DistillResult] = []
+        for number in range(1, self.rounds + 1):
+            now = comb(large, state.input_shapes)
+            share = 1 - (1 - target.fraction) * number / self.rounds
+            scores = _without(score(now, self.score, seed=self.seed), removed)
+            chosen = _joined(allocate(now, scores, replace(target, fraction=share)), removed)
+            removed = chosen.removed
+            kept = Kept(now.atoms)
+            kept.remove(chosen.channels(now))
+            pruned = prune(now, chosen, state.input_shapes)
+            shared = shared_tensors(now, kept, self.hidden) if self.hidden else None
+            result = distill(teacher, pruned.model.complete_proto(), state.data, self._options(number), shared=shared)
+            results.append(result)
+            small = trained(pruned.model, result)
+            large = _enlarged(now, kept, small)
+            if observer is not None:
+                observer(number, result)
+        words = {"kind": target.kind, "target": target.fraction, "spread": target.spread, "rounds": self.rounds}
+        words |= {"multiple": target.multiple, "keep": list(target.keep), "score": self.score, "seed": self.seed}
+        final = prune(combed, chosen, state.input_shapes)
+        plan = make_plan(
+            combed, removed, budget=words, before=chosen.before, after=chosen.after, input_shapes=state.input_shapes
+        )
+        distilled = summary(results[-1]) | {
+            "steps": sum(len(r.losses) for r in results),
+            "seconds": round(sum(r.seconds for r in results), 2),
+            "first_loss": results[0].losses[0] if results[0].losses else None,
+            "rounds": self.rounds,
+        }
+        return replace(
+            state, model=small, combed=combed, allocation=chosen, edits=final.edits, plan=plan, budget=words,
+            distilled=distilled,
+        )  # fmt: skip
+
+    def _options(self, number: int) -> DistillOptions:
+        """This round's share of the training; each has an order of the data of its own."""
+        options = DistillOptions(**{f.name: getattr(self, f.name) for f in fields(DistillOptions)})
+        if self.steps is not None:
+            done, then = ((self.steps * n) // self.rounds for n in (number - 1, number))
+            return replace(options, steps=max(1, then - done), seed=self.seed + 1000 * (number - 1))
+        return replace(options, epochs=max(1, self.epochs // self.rounds), seed=self.seed + 1000 * (number - 1))
+
+
+def _without(scores: list[Scores], removed: list[list[int]]) -> list[Scores]:
+    """The scores with those of channels that are gone below all others."""
+    made = []
+    for values, gone in zip(scores, removed, strict=True):
+        lowered = values.copy()
+        lowered[gone] = _GONE
+        made.append(lowered)
+    return made
+
+
+def _joined(chosen: Allocation, removed: list[list[int]]) -> Allocation:
+    """The allocation, and what went before."""
+    both = [sorted({*now, *before}) for now, before in zip(chosen.removed, removed, strict=True)]
+    return replace(chosen, removed=both)
+
+
+def _enlarged(combed: Combed, kept: Kept, small: Model) -> Model:
+    """The model that was combed with the values of the pruned one where it still has them."""
+    values: dict[str, Array] = {}
+    for weight in combed.weights:
+        if weight.scope.address or weight.scope.function or not weight.is_trained:
+            continue
+        axes = next(combed.weight_axes(weight))
+        places = [np.flatnonzero(kept.mask(axis)) for axis in axes]
+        new = _value(small, weight.value.name)
+        if new is None or new.shape != tuple(map(len, places)):
+            continue
+        full = np.array(weight_array(combed.folded.model, weight))
+        full[np.ix_(*places)] = new
+        values[weight.value.name] = full
+    return load(write_weights(combed.folded.model.complete_proto(), values))
+
+
+def _value(model: Model, name: str) -> Array | None:
+    """A tensor that the main graph stores, as an initializer or in a Constant node."""
+    if model.has(name):
+        return model.array(name)
+    node = next((n for n in model.graph.node if n.op_type == "Constant" and name in n.output), None)
+    if node is None or node.attribute[0].name != "value":
+        return None
+    return to_array(node.attribute[0].t)
