@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,6 +31,7 @@ from cpd_onnx.passes.score import SCORES, Score
 from cpd_onnx.passes.verify import Verify, data_feeds, verify_files
 from cpd_onnx.plan import Plan, channels_of, load_plan, match
 from cpd_onnx.rules import supported_operators, unsupported_operators
+from cpd_onnx.state import State
 from cpd_onnx.version import __version__
 
 _PIPE_WIDTH = 120
@@ -89,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     _add_apply(commands)
     _add_distill(commands)
+    _add_compress(commands)
     _add_demo(commands)
     _add_operators(commands)
     return parser
@@ -109,12 +112,8 @@ def _add_prune(commands: Any) -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
     _add_target(parser, "channels", 0.5)
-    parser.add_argument("--score", choices=SCORES, default="l2", help="how channels are ranked (default: l2)")
+    _add_choice(parser)
     parser.add_argument("--seed", type=_natural, default=0, help="of the random score")
-    parser.add_argument(
-        "--spread", choices=SPREADS, default="uniform", help="the same share from each group, or all channels compete"
-    )
-    parser.add_argument("--multiple", type=int, default=1, help="widths that remain are multiples of this")
     _add_keep(parser)
     parser.add_argument("--data", help=f"inputs for the proof: {_DATA} (default: random)")
     parser.add_argument("--plan", type=Path, help="where the plan goes (default: OUTPUT.plan.json)")
@@ -151,6 +150,58 @@ def _add_distill(commands: Any) -> None:
     parser.add_argument("student", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--data", required=True, help=f"training inputs: {_DATA}")
+    _add_training(parser)
+    loss = _add_comparison(parser)
+    loss.add_argument("--plan", type=Path, help="says which channels are shared (default: STUDENT.plan.json)")
+    run = parser.add_argument_group("the run")
+    run.add_argument("--checkpoint", type=Path, help="default: OUTPUT.checkpoint, removed at the end")
+    run.add_argument("--checkpoint-seconds", type=_not_negative, default=300.0, help="between two (default: 300)")
+    run.add_argument("--resume", action="store_true", help="go on from the checkpoint")
+    run.add_argument("--log", type=Path, metavar="CSV", help="table of the losses")
+    run.add_argument("--tensorboard", type=Path, metavar="FOLDER", help="the same for TensorBoard")
+    run.add_argument("--watch", metavar="DATA", help="score the student on this data while it trains")
+    run.add_argument("--watch-every", type=_positive, default=100, metavar="STEPS", help="default: 100")
+    run.add_argument(
+        "--patience",
+        type=_natural,
+        default=0,
+        metavar="N",
+        help="stop after N scores without a new best; take that",
+    )
+    _add_evaluation(parser)
+    _add_json(parser)
+    _add_force(parser)
+    parser.set_defaults(run=_distill)
+
+
+def _add_compress(commands: Any) -> None:
+    parser = commands.add_parser("compress", help="prune and distill in turns until the target is met, and prove it")
+    parser.add_argument("model", type=Path)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    _add_target(parser, "macs", 0.5)
+    parser.add_argument("--rounds", type=_positive, default=4, help="of pruning and distilling (default: 4)")
+    parser.add_argument("--data", required=True, help=f"training inputs: {_DATA}")
+    _add_choice(parser)
+    _add_keep(parser)
+    parser.add_argument("--plan", type=Path, help="where the plan goes (default: OUTPUT.plan.json)")
+    _add_training(parser)
+    _add_comparison(parser)
+    _add_evaluation(parser)
+    _add_input_shape(parser)
+    _add_json(parser)
+    _add_force(parser)
+    parser.set_defaults(run=_compress)
+
+
+def _add_choice(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--score", choices=SCORES, default="l2", help="how channels are ranked (default: l2)")
+    parser.add_argument(
+        "--spread", choices=SPREADS, default="uniform", help="the same share from each group, or all channels compete"
+    )
+    parser.add_argument("--multiple", type=int, default=1, help="widths that remain are multiples of this")
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=_positive, default=10, help="passes over the data (default: 10)")
     training.add_argument("--steps", type=_positive, help="updates in all, instead of epochs")
@@ -175,6 +226,9 @@ def _add_distill(commands: Any) -> None:
     training.add_argument("--threads", type=_natural, default=0, help="of torch on the CPU (default: its own choice)")
     training.add_argument("--device", default="auto", help="auto, cpu or cuda (default: a GPU if there is one)")
     training.add_argument("--mixed-precision", action="store_true", help="bfloat16 where that is safe, on a GPU")
+
+
+def _add_comparison(parser: argparse.ArgumentParser) -> Any:
     loss = parser.add_argument_group("what is compared")
     loss.add_argument("--temperature", type=_above_zero, default=4.0, help="softens scores (default: 4)")
     loss.add_argument(
@@ -187,7 +241,6 @@ def _add_distill(commands: Any) -> None:
     loss.add_argument("--weight", action="append", default=[], metavar="OUTPUT=NUMBER", help="in the loss (default: 1)")
     loss.add_argument("--hidden", type=_natural, default=0, metavar="N", help="inner tensors compared too (default: 0)")
     loss.add_argument("--hidden-weight", type=_not_negative, default=1.0, help="of these in the loss (default: 1)")
-    loss.add_argument("--plan", type=Path, help="says which channels are shared (default: STUDENT.plan.json)")
     loss.add_argument(
         "--label-weight",
         type=_share,
@@ -196,28 +249,14 @@ def _add_distill(commands: Any) -> None:
         help="of labels in the loss (default: 0, none needed)",
     )
     loss.add_argument("--ignore-label", type=int, default=IGNORED, help=f"of what does not count (default: {IGNORED})")
-    run = parser.add_argument_group("the run")
-    run.add_argument("--checkpoint", type=Path, help="default: OUTPUT.checkpoint, removed at the end")
-    run.add_argument("--checkpoint-seconds", type=_not_negative, default=300.0, help="between two (default: 300)")
-    run.add_argument("--resume", action="store_true", help="go on from the checkpoint")
-    run.add_argument("--log", type=Path, metavar="CSV", help="table of the losses")
-    run.add_argument("--tensorboard", type=Path, metavar="FOLDER", help="the same for TensorBoard")
-    run.add_argument("--watch", metavar="DATA", help="score the student on this data while it trains")
-    run.add_argument("--watch-every", type=_positive, default=100, metavar="STEPS", help="default: 100")
-    run.add_argument(
-        "--patience",
-        type=_natural,
-        default=0,
-        metavar="N",
-        help="stop after N scores without a new best; take that",
-    )
-    parser.add_argument("--eval", metavar="DATA", help="measure teacher, student and result on this data")
+    return loss
+
+
+def _add_evaluation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--eval", metavar="DATA", help="measure the models on this data")
     parser.add_argument(
         "--metric", default="top1", help=f"one of {', '.join(METRICS)} or module:function (default: top1)"
     )
-    _add_json(parser)
-    _add_force(parser)
-    parser.set_defaults(run=_distill)
 
 
 _TRAINING = (
@@ -438,12 +477,7 @@ def _distill(options: argparse.Namespace) -> None:
         require_free(path, overwrite=options.force)
     source = _source(options.data, models["student"])
     assert source is not None
-    settings = distill.DistillOptions(
-        **{name: getattr(options, name) for name in _TRAINING},
-        freeze=tuple(options.freeze),
-        losses=dict(_pairs(options.loss, _loss_kind)),
-        output_weights=dict(_pairs(options.weight, _not_negative)),
-    )
+    settings = distill.DistillOptions(**_training(options))
     shared = _shared(options, models["teacher"]) if options.hidden else None
     checkpoint = options.checkpoint or Path(f"{options.output}.checkpoint")
     if checkpoint.exists() and not (options.resume or options.force):
@@ -479,6 +513,59 @@ def _distill(options: argparse.Namespace) -> None:
     content |= {"metric": options.metric, **accuracies} if accuracies else {}
     if not _write_json(options, content):
         _print_distilled(content)
+
+
+def _compress(options: argparse.Namespace) -> None:
+    started = time.perf_counter()
+    plan_path = options.plan or _beside(options.output)
+    _require_outputs(options, options.output, plan_path, reads=[options.model])
+    check_metric(options.metric)
+    _distill_module()
+    from cpd_onnx.passes.interleave import Interleave
+
+    model = load(options.model)
+    for path in model.files(options.output):
+        require_free(path, overwrite=options.force)
+    kind, fraction = options.target
+    chosen = {name: getattr(options, name) for name in ("spread", "multiple", "score", "rounds")}
+    step = Interleave(**_training(options), **chosen, keep=tuple(options.keep), **{kind: fraction})
+    state = State(model, model, dict(options.input_shape), _source(options.data, model))
+    rounds: list[dict[str, Any]] = []
+    with _progress(BarColumn()) as progress:
+        task = progress.add_task("comb", total=None)
+        state = step.run(
+            state,
+            lambda number, result: rounds.append({"round": number, "seconds": round(result.seconds, 2)}),
+            lambda now: progress.update(
+                task,
+                total=now.steps,
+                completed=now.step,
+                description=f"round {len(rounds) + 1} of {step.rounds}, step {now.step}, loss {now.loss:.4f}",
+            ),
+        )
+    plan = state.need("plan", "interleave")
+    found = verify_files(model, state.model, plan)
+    _write_both(state.model, plan, (options.output, plan_path), overwrite=options.force)
+    state = replace(state, verification=found.comparison)
+    content = report.result(state, time.perf_counter() - started)
+    content |= {"output": str(options.output), "plan": str(plan_path), "training": state.distilled, "rounds": rounds}
+    content["bytes"] = {"before": report.size_of(model, options.model)}
+    content["bytes"]["after"] = report.size_of(state.model, options.output)
+    accuracies = _evaluated(options, {"original": model, "compressed": state.model}, model)
+    content |= {"metric": options.metric, **accuracies} if accuracies else {}
+    if not _write_json(options, content):
+        _print_pruned(content)
+        for name, value in accuracies.items():
+            out.print(f"{name} {options.metric} {value:.4f}")
+
+
+def _training(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `DistillOptions` that the command line gives."""
+    return {name: getattr(options, name) for name in _TRAINING} | {
+        "freeze": tuple(options.freeze),
+        "losses": dict(_pairs(options.loss, _loss_kind)),
+        "output_weights": dict(_pairs(options.weight, _not_negative)),
+    }
 
 
 def _pairs(texts: Sequence[str], read: Callable[[str], Any]) -> Iterator[tuple[str, Any]]:

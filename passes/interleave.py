@@ -26,6 +26,7 @@ from cpd_onnx.passes.score import Scores, score
 from cpd_onnx.plan import make_plan
 from cpd_onnx.state import State
 from cpd_onnx.torch import write_weights
+from cpd_onnx.training.loop import Progress
 from cpd_onnx.weights import weight_array
 
 Array = npt.NDArray[Any]
@@ -55,8 +56,13 @@ class Interleave(DistillOptions):
         """Fill in everything from `combed` to `distilled`; `model` becomes the pruned and trained one."""
         return self.run(state)
 
-    def run(self, state: State, observer: Callable[[int, DistillResult], None] | None = None) -> State:
-        """As a pass; the observer is told the number of each round and what training gave."""
+    def run(
+        self,
+        state: State,
+        observer: Callable[[int, DistillResult], None] | None = None,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> State:
+        """As a pass; the observer is told the number of each round and what training gave, `progress` each step."""
         if state.data is None:
             raise DataError("distillation needs data: give --data, or a source as `data`")
         if self.rounds < 1:
@@ -77,7 +83,8 @@ class Interleave(DistillOptions):
             kept.remove(chosen.channels(now))
             pruned = prune(now, chosen, state.input_shapes)
             shared = shared_tensors(now, kept, self.hidden) if self.hidden else None
-            result = distill(teacher, pruned.model.complete_proto(), state.data, self._options(number), shared=shared)
+            options = self._options(number)
+            result = distill(teacher, pruned.model.complete_proto(), state.data, options, progress, shared=shared)
             results.append(result)
             small = trained(pruned.model, result)
             large = _enlarged(now, kept, small)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -369,3 +370,21 @@ def test_rounds_are_a_pass(tmp_path: Path) -> None:
     assert state.distilled["steps"] == 4
     with pytest.raises(TargetError, match="0 rounds make no sense"):
         cpd.run("interleave{rounds=0}", folder / "digits.onnx", data=ArraySource(data))
+
+
+def test_compress_does_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(cpd.__file__).parent / "models"
+    arrays = dict(np.load(folder / "digits_train.npz"))
+    np.savez(tmp_path / "few.npz", **{k: v[:128] for k, v in arrays.items()})
+    out = tmp_path / "small.onnx"
+    training = ["--data", tmp_path / "few.npz", "--eval", tmp_path / "few.npz", "--epochs", 2, "--threads", 1]
+    command = ["compress", folder / "digits.onnx", "-o", out, "--target", "macs=0.5", "--rounds", 2, *training]
+    assert main([*map(str, command), "--json", "-"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["after"]["macs"] / content["before"]["macs"] == pytest.approx(0.5, abs=0.03)
+    assert [entry["round"] for entry in content["rounds"]] == [1, 2]
+    assert content["verification"]["passed"]
+    assert 0 < content["compressed"] <= 1
+    assert main(["verify", str(folder / "digits.onnx"), str(out)]) == 0
+    assert main([*map(str, command)]) == 1
+    assert "exists" in capsys.readouterr().err
