@@ -17,8 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from cpd_onnx import demo, pipeline, report
-from cpd_onnx.data import Source, open_source
+from cpd_onnx import demo, pipeline, recipe, report
+from cpd_onnx.data import ImageOptions, Source, open_source
 from cpd_onnx.errors import CpdError, DataError, ModelError, StoppedError, UnsupportedError
 from cpd_onnx.graph import Model, load, require_free, write_atomically
 from cpd_onnx.kept import Kept
@@ -54,8 +54,12 @@ err = _console(stderr=True)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, or 1 for what the user can act on."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     try:
+        if getattr(options, "recipe", None) is not None:
+            options.command.set_defaults(**recipe.read(options.recipe, options.command))
+            options = parser.parse_args(arguments)
         options.run(options)
     except StoppedError as error:
         print(error, file=sys.stderr)
@@ -116,6 +120,7 @@ def _add_prune(commands: Any) -> None:
     parser.add_argument("--seed", type=_natural, default=0, help="of the random score")
     _add_keep(parser)
     parser.add_argument("--data", help=f"inputs for the proof: {_DATA} (default: random)")
+    _add_images(parser)
     parser.add_argument("--plan", type=Path, help="where the plan goes (default: OUTPUT.plan.json)")
     parser.add_argument("--no-verify", action="store_true", help="do not run the models to compare them")
     _add_input_shape(parser)
@@ -130,6 +135,7 @@ def _add_verify(commands: Any) -> None:
     parser.add_argument("pruned", type=Path)
     parser.add_argument("--plan", type=Path, help="default: PRUNED.plan.json")
     parser.add_argument("--data", help=f"inputs to compare on: {_DATA} (default: random)")
+    _add_images(parser)
     _add_json(parser)
     _add_force(parser, "overwrite the JSON file")
     parser.set_defaults(run=_verify)
@@ -149,7 +155,8 @@ def _add_distill(commands: Any) -> None:
     parser.add_argument("teacher", type=Path)
     parser.add_argument("student", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--data", required=True, help=f"training inputs: {_DATA}")
+    parser.add_argument("--data", help=f"training inputs: {_DATA}")
+    _add_images(parser)
     _add_training(parser)
     loss = _add_comparison(parser)
     loss.add_argument("--plan", type=Path, help="says which channels are shared (default: STUDENT.plan.json)")
@@ -169,6 +176,7 @@ def _add_distill(commands: Any) -> None:
         help="stop after N scores without a new best; take that",
     )
     _add_evaluation(parser)
+    _add_recipe(parser)
     _add_json(parser)
     _add_force(parser)
     parser.set_defaults(run=_distill)
@@ -180,7 +188,8 @@ def _add_compress(commands: Any) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     _add_target(parser, "macs", 0.5)
     parser.add_argument("--rounds", type=_positive, default=4, help="of pruning and distilling (default: 4)")
-    parser.add_argument("--data", required=True, help=f"training inputs: {_DATA}")
+    parser.add_argument("--data", help=f"training inputs: {_DATA}")
+    _add_images(parser)
     _add_choice(parser)
     _add_keep(parser)
     parser.add_argument("--plan", type=Path, help="where the plan goes (default: OUTPUT.plan.json)")
@@ -188,9 +197,22 @@ def _add_compress(commands: Any) -> None:
     _add_comparison(parser)
     _add_evaluation(parser)
     _add_input_shape(parser)
+    _add_recipe(parser)
     _add_json(parser)
     _add_force(parser)
     parser.set_defaults(run=_compress)
+
+
+def _add_images(parser: argparse.ArgumentParser) -> None:
+    images = parser.add_argument_group("images of a folder", "(pixels * scale - mean) / std, in the model's layout")
+    images.add_argument("--image-mean", type=_numbers, default=(0.0,), metavar="M,M,M", help="default: 0")
+    images.add_argument("--image-std", type=_numbers, default=(1.0,), metavar="S,S,S", help="default: 1")
+    images.add_argument("--image-scale", type=_above_zero, default=1 / 255, help="of pixels of 0..255 (default: 1/255)")
+    images.add_argument("--image-order", choices=("RGB", "BGR"), default="RGB", help="default: RGB")
+    images.add_argument("--image-size", type=_height_width, metavar="H,W", help="where the model leaves it free")
+    images.add_argument(
+        "--image-resize", type=_positive, metavar="N", help="shorter side, then the middle (default: squeeze)"
+    )
 
 
 def _add_choice(parser: argparse.ArgumentParser) -> None:
@@ -250,6 +272,13 @@ def _add_comparison(parser: argparse.ArgumentParser) -> Any:
     )
     loss.add_argument("--ignore-label", type=int, default=IGNORED, help=f"of what does not count (default: {IGNORED})")
     return loss
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--recipe", type=Path, help="take options from this file, as it is written to OUTPUT.recipe.toml"
+    )
+    parser.set_defaults(command=parser)
 
 
 def _add_evaluation(parser: argparse.ArgumentParser) -> None:
@@ -344,6 +373,20 @@ def _shape(text: str) -> tuple[str, tuple[int, ...]]:
     return name, shape
 
 
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NUMBER,NUMBER,…") from error
+
+
+def _height_width(text: str) -> tuple[int, int]:
+    sizes = [_positive(part) for part in text.split(",")]
+    if len(sizes) != 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHT,WIDTH")
+    return sizes[0], sizes[1]
+
+
 def _natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
@@ -412,7 +455,7 @@ def _prune(options: argparse.Namespace) -> None:
         state = pipeline.run(
             steps,
             model,
-            data=_source(options.data, model),
+            data=_source(options.data, model, options),
             input_shapes=dict(options.input_shape),
             observer=lambda name, when: progress.update(task, description=name),
         )
@@ -444,7 +487,7 @@ def _verify(options: argparse.Namespace) -> None:
     plan = options.plan or _beside(options.pruned)
     _require_outputs(options, reads=[options.original, options.pruned, plan])
     original = load(options.original)
-    source = _source(options.data, original)
+    source = _source(options.data, original, options)
     feeds = None if source is None else data_feeds(original, source, _VERIFY_BATCHES)
     found = verify_files(original, load(options.pruned), load_plan(plan), feeds)
     content = {"is_replay": found.is_replay, "trained": list(found.trained), **report.comparison(found.comparison)}
@@ -469,21 +512,20 @@ def _apply(options: argparse.Namespace) -> None:
 
 
 def _distill(options: argparse.Namespace) -> None:
-    _require_outputs(options, options.output, reads=[options.teacher, options.student])
+    _require_outputs(options, options.output, _recipe_path(options), reads=[options.teacher, options.student])
     distill = _distill_module()
     check_metric(options.metric)
     models = {"teacher": load(options.teacher), "student": load(options.student)}
     for path in models["student"].files(options.output):
         require_free(path, overwrite=options.force)
-    source = _source(options.data, models["student"])
-    assert source is not None
+    source = _required_source(models["student"], options)
     settings = distill.DistillOptions(**_training(options))
     shared = _shared(options, models["teacher"]) if options.hidden else None
     checkpoint = options.checkpoint or Path(f"{options.output}.checkpoint")
     if checkpoint.exists() and not (options.resume or options.force):
         raise CpdError(f"{checkpoint} holds an unfinished run: go on with --resume, or start anew with --force")
     traces = distill.Traces(checkpoint, options.checkpoint_seconds, options.resume, options.log, options.tensorboard)
-    watched = _source(options.watch, models["student"])
+    watched = _source(options.watch, models["student"], options)
     accuracies = _evaluated(options, models, models["teacher"]) if is_first_process() else {}
     teacher, student = (model.complete_proto() for model in models.values())
     with _progress(BarColumn()) as progress:
@@ -508,6 +550,7 @@ def _distill(options: argparse.Namespace) -> None:
     made = distill.trained(models["student"], result)
     accuracies |= _evaluated(options, {"distilled": made}, models["teacher"])
     made.save(options.output, overwrite=options.force)
+    recipe.write(_recipe_path(options), options, overwrite=options.force)
     checkpoint.unlink(missing_ok=True)
     content = distill.summary(result) | {"output": str(options.output)}
     content |= {"metric": options.metric, **accuracies} if accuracies else {}
@@ -518,7 +561,7 @@ def _distill(options: argparse.Namespace) -> None:
 def _compress(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     plan_path = options.plan or _beside(options.output)
-    _require_outputs(options, options.output, plan_path, reads=[options.model])
+    _require_outputs(options, options.output, plan_path, _recipe_path(options), reads=[options.model])
     check_metric(options.metric)
     _distill_module()
     from cpd_onnx.passes.interleave import Interleave
@@ -529,7 +572,7 @@ def _compress(options: argparse.Namespace) -> None:
     kind, fraction = options.target
     chosen = {name: getattr(options, name) for name in ("spread", "multiple", "score", "rounds")}
     step = Interleave(**_training(options), **chosen, keep=tuple(options.keep), **{kind: fraction})
-    state = State(model, model, dict(options.input_shape), _source(options.data, model))
+    state = State(model, model, dict(options.input_shape), _required_source(model, options))
     rounds: list[dict[str, Any]] = []
     with _progress(BarColumn()) as progress:
         task = progress.add_task("comb", total=None)
@@ -546,6 +589,7 @@ def _compress(options: argparse.Namespace) -> None:
     plan = state.need("plan", "interleave")
     found = verify_files(model, state.model, plan)
     _write_both(state.model, plan, (options.output, plan_path), overwrite=options.force)
+    recipe.write(_recipe_path(options), options, overwrite=options.force)
     state = replace(state, verification=found.comparison)
     content = report.result(state, time.perf_counter() - started)
     content |= {"output": str(options.output), "plan": str(plan_path), "training": state.distilled, "rounds": rounds}
@@ -628,7 +672,7 @@ def _distill_module() -> ModuleType:
 
 def _evaluated(options: argparse.Namespace, models: dict[str, Model], teacher: Model) -> dict[str, float]:
     """What the models score on the data for that, by name; nothing where there is no such data."""
-    source = _source(options.eval, teacher)
+    source = _source(options.eval, teacher, options)
     if source is None:
         return {}
     reference = teacher.complete_proto() if options.metric in OF_TWO_MODELS else None
@@ -673,8 +717,25 @@ def _read(path: Path, shapes: Sequence[tuple[str, tuple[int, ...]]] = ()) -> Mod
     return model
 
 
-def _source(data: str | None, model: Model) -> Source | None:
-    return None if data is None else open_source(data, model.proto)
+def _source(data: str | None, model: Model, options: argparse.Namespace) -> Source | None:
+    images = ImageOptions(
+        options.image_mean, options.image_std, options.image_scale, options.image_order, options.image_size,
+        options.image_resize,
+    )  # fmt: skip  # the fields in order
+    return None if data is None else open_source(data, model.proto, images)
+
+
+def _required_source(model: Model, options: argparse.Namespace) -> Source:
+    source = _source(options.data, model, options)
+    if source is None:
+        raise DataError(f"training needs inputs: give --data, {_DATA}")
+    return source
+
+
+def _recipe_path(options: argparse.Namespace) -> Path:
+    """Where the options that made a file are put on record."""
+    output: Path = options.output
+    return output.with_name(f"{output.name}.recipe.toml")
 
 
 def _beside(path: Path) -> Path:

@@ -146,6 +146,7 @@ class ImageOptions:
         scale: factor on pixels of 0..255; ignored for integer inputs, which get the pixels.
         order: "RGB" or "BGR"; models of one channel get grey images.
         size: height and width, needed only where the model leaves them free.
+        resize: length of the shorter side, of which the middle is then cut out; None squeezes images to the size.
     """
 
     mean: tuple[float, ...] = (0.0,)
@@ -153,6 +154,7 @@ class ImageOptions:
     scale: float = 1 / 255
     order: Literal["RGB", "BGR"] = "RGB"
     size: tuple[int, int] | None = None
+    resize: int | None = None
 
 
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"})
@@ -190,10 +192,12 @@ class ImageFolder:
         height, width, channels, first = self.layout
         try:
             with image.open(path) as file:
-                grey = file.convert("L" if channels == 1 else "RGB").resize((width, height), image.Resampling.BILINEAR)
+                whole = file.convert("L" if channels == 1 else "RGB")
+                box = _middle(whole.size, (width, height), self.options.resize)
+                part = whole.resize((width, height), image.Resampling.BILINEAR, box)
         except (OSError, image.DecompressionBombError) as error:
             raise DataError(f"image {str(path)!r} cannot be read: {error}; repair or remove it") from error
-        pixels = np.asarray(grey).reshape(height, width, channels)
+        pixels = np.asarray(part).reshape(height, width, channels)
         if self.options.order == "BGR":
             pixels = pixels[..., ::-1]
         values = pixels.astype(self.entry.dtype)
@@ -201,6 +205,17 @@ class ImageFolder:
             mean, std = (np.asarray(vector, np.float64) for vector in (self.options.mean, self.options.std))
             values = ((pixels * self.options.scale - mean) / std).astype(self.entry.dtype)
         return np.ascontiguousarray(values.transpose(2, 0, 1) if first else values)
+
+
+def _middle(size: tuple[int, int], wanted: tuple[int, int], resize: int | None) -> tuple[float, ...] | None:
+    """The part of an image (left, upper, right, lower) that becomes the input; None for all of it."""
+    if resize is None:
+        return None
+    zoom = resize / min(size)
+    if any(part > round(whole * zoom) for part, whole in zip(wanted, size, strict=True)):
+        raise DataError(f"a shorter side of {resize} is too small to cut {wanted[0]} by {wanted[1]} out of {size}")
+    starts = [(whole - part / zoom) / 2 for part, whole in zip(wanted, size, strict=True)]
+    return (*(max(0.0, s) for s in starts), *(w - max(0.0, s) for s, w in zip(starts, size, strict=True)))
 
 
 def image_layout(entry: Input, options: ImageOptions) -> tuple[int, int, int, bool]:
@@ -345,7 +360,7 @@ def open_source(data: str | Path | Source, model: ModelProto, images: ImageOptio
 
 
 def read_npz(path: Path) -> dict[str, Array]:
-    """Arrays of an .npz file.
+    """Arrays of an .npz file; those of an uncompressed one (numpy.savez) stay on disk until they are used.
 
     Raises:
         DataError: there is no such file, or it holds something else.
@@ -353,10 +368,33 @@ def read_npz(path: Path) -> dict[str, Array]:
     if not path.is_file():
         raise DataError(f"there is no file {str(path)!r}")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+        with zipfile.ZipFile(path) as archive:
+            members = [member for member in archive.infolist() if member.filename.endswith(".npy")]
+            if all(member.compress_type == zipfile.ZIP_STORED for member in members) and members:
+                return {member.filename.removesuffix(".npy"): _mapped(path, archive, member) for member in members}
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise DataError(f"{str(path)!r} cannot be read as .npz: {error}; write it with numpy.savez") from error
+
+
+def _mapped(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Array:
+    """An array of an uncompressed archive, mapped from the file: only what a batch takes is read."""
+    with archive.open(member) as stream:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(stream)
+        start = stream.tell()
+        if dtype.hasobject:
+            raise ValueError(f"array {member.filename!r} holds Python objects")
+        if fortran or 0 in shape or not shape:
+            stream.seek(0)
+            return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))
+    with path.open("rb") as file:
+        file.seek(member.header_offset + 26)
+        name, extra = np.frombuffer(file.read(4), "<u2").tolist()
+    offset = member.header_offset + 30 + name + extra + start
+    return np.memmap(path, dtype, "r", offset, shape)
 
 
 def _open_folder(folder: Path, inputs: Sequence[Input], images: ImageOptions | None) -> ImageFolder:

@@ -23,6 +23,7 @@ from cpd_onnx.data import (
     fixed_batch,
     inputs_of,
     open_source,
+    read_npz,
     steps_per_pass,
 )
 from cpd_onnx.errors import DataError
@@ -287,3 +288,41 @@ def test_random_data_needs_a_shape() -> None:
     proto.graph.input[0].type.tensor_type.ClearField("shape")
     with pytest.raises(DataError, match="'x' has no shape"):
         RandomSource(inputs_of(proto))
+
+
+def test_the_middle_is_cut_out(tmp_path: Path) -> None:
+    free, pixels = model("float[N,3,H,W] x"), np.zeros((40, 80, 3), np.uint8)
+    pixels[:, 20:60] = 255  # the middle square of a wide image
+    image_module = pytest.importorskip("PIL.Image")
+    image_module.fromarray(pixels).save(tmp_path / "wide.png")
+    (batch,) = open_source(tmp_path, free, ImageOptions(size=(20, 20), resize=20)).batches(1)
+    (values,) = batch.values()
+    assert values[..., 2:-2, 2:-2].min() == 1.0
+    (squeezed,) = open_source(tmp_path, free, ImageOptions(size=(20, 20))).batches(1)
+    assert next(iter(squeezed.values())).min() == 0.0
+    with pytest.raises(DataError, match="too small to cut"):
+        list(open_source(tmp_path, free, ImageOptions(size=(20, 20), resize=10)).batches(1))
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_archives_are_read_as_numpy_reads_them(tmp_path: Path, save: Any) -> None:
+    arrays = {
+        "x": np.random.default_rng(0).normal(size=(7, 2, 3)).astype(np.float32),
+        "labels": np.arange(7),
+        "scale": np.float32(3.0),
+        "fortran": np.asfortranarray(np.arange(42.0).reshape(7, 6)),
+        "empty": np.zeros((7, 0)),
+    }
+    save(tmp_path / "a.npz", **arrays)
+    found = read_npz(tmp_path / "a.npz")
+    assert list(found) == list(arrays)
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(found[name], array)
+        assert found[name].dtype == array.dtype
+    assert isinstance(found["x"], np.memmap) == (save is np.savez)
+
+
+def test_archives_of_objects_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.array([{}, {}], dtype=object))
+    with pytest.raises(DataError, match="cannot be read as"):
+        read_npz(tmp_path / "a.npz")

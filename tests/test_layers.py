@@ -24,7 +24,7 @@ LAYERS = (
     ("rules",),
     ("groups",),
     ("kept", "editing", "operands", "weights", "compare"),
-    ("cost", "arithmetic", "masking"),
+    ("cost", "arithmetic", "masking", "recipe"),
     ("rewrite", "plan"),
     ("report",),
     ("state",),

@@ -1,0 +1,91 @@
+"""Recipes: the options of a command as a TOML file, written beside what it made and read again to repeat it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cpd_onnx.errors import CpdError
+from cpd_onnx.graph import require_free, write_atomically
+from cpd_onnx.version import __version__
+
+_NOT_OPTIONS = {"help", "recipe", "output", "force", "json", "resume", "checkpoint", "verbose", "plan"}
+"""What is said anew each time: where things go, and what becomes of what is there."""
+
+
+def read(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """Defaults for the options of a command.
+
+    Raises CpdError if the file is no recipe for it.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CpdError(f"cannot read recipe {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise CpdError(f"{path} is no TOML file: {error}") from error
+    known = {action.dest: action for action in _options(parser)}
+    content.pop("made_by", None)
+    values = {}
+    for key, value in content.items():
+        action = known.get(key.replace("-", "_"))
+        if action is None:
+            raise CpdError(f"{path}: this command has no option {key!r}")
+        values[action.dest] = _checked(path, key, value, action)
+    return values
+
+
+def write(path: Path, options: argparse.Namespace, *, overwrite: bool) -> None:
+    """Put the options of a command on record."""
+    require_free(path, overwrite=overwrite)
+    lines = [f'made_by = "cpd-onnx {__version__}"']
+    for action in _options(options.command):
+        value = getattr(options, action.dest)
+        if value is not None:
+            lines.append(f"{action.dest.replace('_', '-')} = {_toml(value, action)}")
+    write_atomically(path, ("\n".join(lines) + "\n").encode())
+
+
+def _options(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    return (a for a in parser._actions if a.option_strings and a.dest not in _NOT_OPTIONS)
+
+
+def _checked(path: Path, key: str, value: Any, action: argparse.Action) -> Any:
+    """A value as the command line would have it; texts are read as there."""
+    read_text = action.type if callable(action.type) else lambda text: text
+    try:
+        found = [read_text(v) if isinstance(v, str) else v for v in value] if isinstance(value, list) else (
+            read_text(value) if isinstance(value, str) else value
+        )  # fmt: skip
+        if not isinstance(value, (str, list, bool)) and callable(action.type):
+            found = read_text(str(value))
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        raise CpdError(f"{path}: {key} = {value!r}: {error}") from error
+    if action.choices is not None and found not in action.choices:
+        raise CpdError(f"{path}: {key} = {value!r}: choose one of {', '.join(map(str, action.choices))}")
+    is_flag, is_list = action.nargs == 0, isinstance(action.default, list)
+    if isinstance(found, bool) != is_flag or isinstance(found, list) != is_list:
+        wanted = "true or false" if is_flag else "a list" if is_list else "one value"
+        raise CpdError(f"{path}: {key} = {value!r}: it should be {wanted}")
+    return found
+
+
+def _toml(value: Any, action: argparse.Action) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(v, action) for v in value) + "]"
+    if isinstance(value, tuple):
+        named = len(value) == 2 and isinstance(value[0], str)
+        shape = named and isinstance(value[1], tuple)
+        text = f"{value[0]}:{','.join(map(str, value[1]))}" if shape else (
+            f"{value[0]}={value[1]:g}" if named else ",".join(map(repr, value))
+        )  # fmt: skip
+        return json.dumps(text, ensure_ascii=False)
+    return json.dumps(str(value), ensure_ascii=False)
