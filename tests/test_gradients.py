@@ -10,7 +10,8 @@ import pytest
 
 pytest.importorskip("torch")
 
-import torch  # after the check for it
+import onnx.parser  # after the check for it
+import torch
 from onnx import NodeProto
 
 from cpd_onnx.torch import import_model
@@ -115,3 +116,20 @@ def test_every_operator_that_has_a_gradient_is_checked() -> None:
     left = known - set(CASES) - set(NO_GRADIENT)
     print(sorted(left))
     assert len(set(CASES) - set(NO_GRADIENT)) >= 110
+
+
+def test_a_row_that_is_masked_whole_has_no_gradient() -> None:
+    """Softmax, IsNaN, Where: as exporters write attention with masks that may hide everything."""
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[2,3] x, bool[2,3] seen) => (float[2,3] y) '
+        "<float low = {-inf}, float zero = {0}> "
+        "{ s = Where(seen, x, low) p = Softmax(s) n = IsNaN(p) y = Where(n, zero, p) }"
+    )
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    (y,) = import_model(model)(x, torch.tensor([[True, False, True], [False, False, False]]))
+    assert y[1].tolist() == [0.0, 0.0, 0.0]
+    (y[0, 0] + y[1].sum()).backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+    assert float(x.grad[0, 0]) > 0
+    assert x.grad[1].tolist() == [0.0, 0.0, 0.0]

@@ -650,3 +650,11 @@ def test_what_is_written_leaves_all_but_the_data_as_it_was() -> None:
     expected.graph.initializer[0].raw_data = np.array([4.0, 5.0, 6.0], np.float32).tobytes()
     made = write_weights(model, {"layer.0/weight:0": np.array([4.0, 5.0, 6.0], np.float32)})
     assert made.SerializeToString() == expected.SerializeToString()
+
+
+def test_regions_may_be_none() -> None:
+    function = OPERATORS["", "RoiAlign"].function
+    empty = function(
+        torch.ones(1, 3, 8, 8), torch.zeros(0, 4), torch.zeros(0), opset=16, output_height=2, output_width=5
+    )
+    assert empty.shape == (0, 3, 2, 5)

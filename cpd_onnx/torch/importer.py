@@ -59,6 +59,9 @@ class Weight:
     array: Array
 
 
+_MASKERS = {"Add", "Where", "Sub", "Max", "Sum"}
+"""Operators that put a mask of minus infinity onto scores."""
+
 Value: TypeAlias = fx.Node | Host | Weight | None
 
 
@@ -130,6 +133,7 @@ class _Builder:
         self.names: dict[str, str] = {}
         self.values: dict[str, Value] = {"": None}
         self.nodes: dict[str, fx.Node] = {}
+        self._makers = {name: node.op_type for node in proto.node for name in node.output}
         self.taken = {"meta", *dir(OnnxModule), *dir(nn.Module())}
         self.like: fx.Node | None = None
         self._structural: dict[str, Callable[[NodeProto, Sequence[Value]], Sequence[Value]]] = {
@@ -339,6 +343,7 @@ class _Builder:
             "outputs": lambda: len(node.output),
             "like": lambda: self.like,
             "input_type": lambda: self._input_type(node),
+            "masked": lambda: self._makers.get(node.input[0]) in _MASKERS,
         }
         return {name: makers[name]() for name in found.reserved}
 

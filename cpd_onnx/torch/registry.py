@@ -7,7 +7,8 @@ names are not attributes; the importer fills them in:
 * `opset`: the version of the operator set that the model imports, for behaviour that changed;
 * `outputs`: how many outputs the node lists;
 * `like`: a tensor on the device to create new tensors on, or None;
-* `input_type`: the torch type of the node's first input.
+* `input_type`: the torch type of the node's first input;
+* `masked`: whether the node's first input comes from an operator that can add a mask to it.
 
 Whether a function gives one tensor or several is read from its return annotation (`Tensor`, or a tuple or list).
 """
@@ -25,7 +26,7 @@ from typing_extensions import Unpack
 Function = TypeVar("Function", bound=Callable[..., Any])
 Key = tuple[str, str]
 
-RESERVED = frozenset({"opset", "outputs", "like", "input_type"})
+RESERVED = frozenset({"opset", "outputs", "like", "input_type", "masked"})
 DEFAULT_DOMAINS = frozenset({"", "ai.onnx"})
 
 

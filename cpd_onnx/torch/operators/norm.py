@@ -195,10 +195,17 @@ def _from_axis(x: Tensor, axis: int | None, opset: int) -> tuple[Tensor, int]:
 
 
 @operator("Softmax")
-def softmax(x: Tensor, *, opset: int, axis: int | None = None) -> Tensor:
-    """Exponentials that sum to one along an axis."""
+def softmax(x: Tensor, *, opset: int, masked: bool, axis: int | None = None) -> Tensor:
+    """Exponentials that sum to one along an axis.
+
+    Where all are masked by minus infinity the result is NaN, as the standard has it, and graphs put something in its
+    place; the gradient there is zero.
+    """
     flat, dim = _from_axis(x, axis, opset)
-    return flat.softmax(dim).reshape(x.shape)
+    if not masked or not flat.requires_grad:
+        return flat.softmax(dim).reshape(x.shape)
+    blind = torch.isneginf(flat.amax(dim, keepdim=True))
+    return flat.masked_fill(blind, 0.0).softmax(dim).masked_fill(blind, torch.nan).reshape(x.shape)
 
 
 @operator("LogSoftmax")

@@ -122,7 +122,7 @@ def roi_align(x: Tensor, rois: Tensor, batch: Tensor, *, opset: int, **options: 
     for image, start, span in zip(x[batch.long()], corners[:, :2], spans, strict=True):
         weights = [_samples(image, axis, (start[axis], span[axis]), bins[axis], options) for axis in (0, 1)]
         results.append(_pooled(image, weights[1], weights[0], options.get("mode", "avg")))
-    return torch.stack(results)
+    return torch.stack(results) if results else x.new_zeros((0, x.shape[1], bins[1], bins[0]))
 
 
 def _samples(image: Tensor, axis: int, window: tuple[Tensor, Tensor], bins: int, options: Regions) -> Tensor:
