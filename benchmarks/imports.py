@@ -93,7 +93,7 @@ def trained(module: Any, inputs: list[torch.Tensor], targets: list[np.ndarray]) 
         terms = [
             (a.float() - t)[t.isfinite()].square().mean() / s
             for a, t, s in zip(answers, wanted, scale, strict=True)
-            if t.isfinite().any() and a.requires_grad
+            if a.shape == t.shape and t.isfinite().any() and a.requires_grad  # detectors find more or fewer things
         ]
         return torch.stack(terms).mean()
 

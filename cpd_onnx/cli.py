@@ -520,7 +520,7 @@ def _distill(options: argparse.Namespace) -> None:
         require_free(path, overwrite=options.force)
     source = _required_source(models["student"], options)
     settings = distill.DistillOptions(**_training(options))
-    shared = _shared(options, models["teacher"]) if options.hidden else None
+    overlap = _overlap(options, models["teacher"])
     checkpoint = options.checkpoint or Path(f"{options.output}.checkpoint")
     if checkpoint.exists() and not (options.resume or options.force):
         raise CpdError(f"{checkpoint} holds an unfinished run: go on with --resume, or start anew with --force")
@@ -541,7 +541,7 @@ def _distill(options: argparse.Namespace) -> None:
                 completed=now.step,
                 description=f"distill, step {now.step} of {now.steps}, loss {now.loss:.4f}",
             ),
-            shared=shared,
+            overlap=overlap,
             watched=watched and distill.Watched(watched, options.metric, options.watch_every, options.patience),
             traces=traces,
         )
@@ -630,13 +630,16 @@ def _loss_kind(text: str) -> str:
     return text
 
 
-def _shared(options: argparse.Namespace, teacher: Model) -> Any:
-    """Inner tensors that both models have, from the plan beside the student."""
-    plan = load_plan(options.plan or _beside(options.student))
+def _overlap(options: argparse.Namespace, teacher: Model) -> Any:
+    """What both models have, from the plan beside the student; nothing where there is none and none is needed."""
+    path = options.plan or _beside(options.student)
+    if not path.exists() and options.plan is None and not options.hidden:
+        return None
+    plan = load_plan(path)
     combed = comb(teacher, plan.input_shapes)
     kept = Kept(combed.atoms)
     kept.remove(channels_of(combed, match(combed, plan)))
-    return _distill_module().shared_tensors(combed, kept, options.hidden)
+    return _distill_module().overlap_of(combed, kept, options.hidden)
 
 
 def is_first_process() -> bool:

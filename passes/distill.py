@@ -28,7 +28,7 @@ from cpd_onnx.groups import Combed
 from cpd_onnx.kept import Kept
 from cpd_onnx.rules import FLOATS
 from cpd_onnx.state import State
-from cpd_onnx.torch import BatchNormMode, import_model, write_weights
+from cpd_onnx.torch import BatchNormMode, OnnxModule, import_model, write_weights
 from cpd_onnx.torch.dtypes import to_numpy, to_torch
 from cpd_onnx.training import folded
 from cpd_onnx.training.feed import Augmentation, Feed
@@ -39,6 +39,21 @@ from cpd_onnx.training.world import World, world
 Array: TypeAlias = npt.NDArray[Any]
 Shared: TypeAlias = Mapping[str, Mapping[int, Array]]
 """Inner tensors to compare by name: for each axis that shrank, the teacher's indices that stay."""
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What a teacher and its pruned student have in common.
+
+    Attributes:
+        tensors: inner tensors to compare.
+        filters: weight name -> the teacher's indices on its first axis that stay.
+
+    """
+
+    tensors: Shared = field(default_factory=dict)
+    filters: Mapping[str, Array] = field(default_factory=dict)
+
 
 _ENOUGH_FOR_STATISTICS = 16
 """Samples in a batch from which on its own statistics are good enough to train with."""
@@ -156,7 +171,7 @@ def distill(  # noqa: PLR0913  # what comes after the options is said by name, a
     options: DistillOptions | None = None,
     progress: Callable[[Progress], None] | None = None,
     *,
-    shared: Shared | None = None,
+    overlap: Overlap | None = None,
     watched: Watched | None = None,
     traces: Traces | None = None,
 ) -> DistillResult:
@@ -168,7 +183,8 @@ def distill(  # noqa: PLR0913  # what comes after the options is said by name, a
         batches: training data; labels are used only with a label weight.
         options: see `DistillOptions`.
         progress: called now and then.
-        shared: inner tensors to compare, as `shared_tensors` chooses them; needed for `options.hidden`.
+        overlap: what the models have in common, see `overlap_of`; needed for `options.hidden`, and good for restored
+            normalisations.
         watched: data to judge the student on while it trains.
         traces: checkpoint and logs.
 
@@ -182,7 +198,8 @@ def distill(  # noqa: PLR0913  # what comes after the options is said by name, a
     options = options or DistillOptions()
     started = time.perf_counter()
     _check(teacher, student, batches, options)
-    hidden = dict(itertools.islice((shared or {}).items(), options.hidden)) if options.hidden else {}
+    overlap = overlap or Overlap()
+    hidden = dict(itertools.islice(overlap.tensors.items(), options.hidden))
     with world(options.device) as here, _threads(options.threads):
         torch.manual_seed(options.seed)
         feed = _feed(batches, student, options, here)
@@ -204,7 +221,7 @@ def distill(  # noqa: PLR0913  # what comes after the options is said by name, a
             losses: list[float] = []
         else:
             if restored:
-                folded.measure(module, restored, (inputs for inputs, _ in itertools.islice(feed.batches(), _MEASURED)))
+                _begin(module, restored, teacher, feed, overlap)
             trainer = Trainer(
                 module, _teacher(_with_outputs(teacher, hidden), here), comparison, _schedule(feed, options), here,
                 freeze=options.freeze,
@@ -256,17 +273,27 @@ class Distill(DistillOptions):
         if state.data is None:
             raise DataError("distillation needs data: give --data, or a source as `data`")
         options = DistillOptions(**{f.name: getattr(self, f.name) for f in fields(DistillOptions)})
-        shared: Shared = {}
-        if options.hidden and state.combed is not None and state.allocation is not None:
+        overlap = None
+        if state.combed is not None and state.allocation is not None:
             kept = Kept(state.combed.atoms)
             kept.remove(state.allocation.channels(state.combed))
-            shared = shared_tensors(state.combed, kept, options.hidden)
+            overlap = overlap_of(state.combed, kept, options.hidden)
         teacher, student = state.original.complete_proto(), state.model.complete_proto()
-        result = distill(teacher, student, state.data, options, shared=shared)
+        result = distill(teacher, student, state.data, options, overlap=overlap)
         return replace(state, model=trained(state.model, result), distilled=summary(result))
 
 
-def shared_tensors(combed: Combed, kept: Kept, count: int) -> dict[str, dict[int, Array]]:
+def overlap_of(combed: Combed, kept: Kept, hidden: int = 0) -> Overlap:
+    """What is common to a model and what remains of it, with so many inner tensors."""
+    filters = {
+        weight.value.name: np.flatnonzero(kept.mask(next(combed.weight_axes(weight))[0]))
+        for weight in combed.weights
+        if weight.is_trained and not weight.scope.address and len(weight.shape) > 2
+    }
+    return Overlap(_shared_tensors(combed, kept, hidden) if hidden else {}, filters)
+
+
+def _shared_tensors(combed: Combed, kept: Kept, count: int) -> dict[str, dict[int, Array]]:
     """Up to `count` inner tensors, evenly spread over the depth of the network, that lost channels but not all sense.
 
     For each group of channels the last tensor that it runs through is a candidate: behind the sum and the activation.
@@ -364,6 +391,24 @@ def _indices(kept: Mapping[int, Array]) -> dict[int, Tensor]:
     return {axis: torch.from_numpy(indices) for axis, indices in kept.items()}
 
 
+def _begin(
+    module: OnnxModule, restored: Sequence[folded.Restored], teacher: ModelProto, feed: Feed, overlap: Overlap
+) -> None:
+    """Start restored normalisations with the moments that the teacher has in the same places, where these are known."""
+    batches = [inputs for inputs, _ in itertools.islice(feed.batches(), _MEASURED)]
+    own = folded.measure(module, restored, batches)
+    wanted: dict[str, folded.Moments] = {}
+    proto, there = folded.restore(teacher)
+    common = {entry.weight for entry in restored} & set(overlap.filters)
+    if common and common <= {entry.weight for entry in there}:
+        original = import_model(proto, batch_norm="train").to(feed.world.device)
+        for name, moments in folded.measure(original, there, batches).items():
+            if name in common:
+                kept = torch.from_numpy(overlap.filters[name]).to(feed.world.device)
+                wanted[name] = folded.Moments(moments.mean[kept], moments.var[kept])
+    folded.begin(module, restored, own, wanted)
+
+
 def _teacher(model: ModelProto, here: World) -> Run:
     """The teacher as a function without gradients: in torch, or in onnxruntime where torch lacks an operator."""
     try:
@@ -405,6 +450,6 @@ def _identity(teacher: ModelProto, student: ModelProto, options: DistillOptions,
 
 
 __all__ = [
-    "Distill", "DistillOptions", "DistillResult", "Progress", "Traces", "Watched", "distill", "shared_tensors",
+    "Distill", "DistillOptions", "DistillResult", "Overlap", "Progress", "Traces", "Watched", "distill", "overlap_of",
     "summary", "trained",
 ]  # fmt: skip  # Progress and Traces are what callers need of the training loop

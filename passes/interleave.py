@@ -20,7 +20,7 @@ from cpd_onnx.groups import Combed
 from cpd_onnx.kept import Kept
 from cpd_onnx.passes.allocate import Allocate, Allocation, allocate
 from cpd_onnx.passes.comb import comb
-from cpd_onnx.passes.distill import DistillOptions, DistillResult, distill, shared_tensors, summary, trained
+from cpd_onnx.passes.distill import DistillOptions, DistillResult, distill, overlap_of, summary, trained
 from cpd_onnx.passes.prune import prune
 from cpd_onnx.passes.score import Scores, score
 from cpd_onnx.plan import make_plan
@@ -82,9 +82,9 @@ class Interleave(DistillOptions):
             kept = Kept(now.atoms)
             kept.remove(chosen.channels(now))
             pruned = prune(now, chosen, state.input_shapes)
-            shared = shared_tensors(now, kept, self.hidden) if self.hidden else None
+            overlap = overlap_of(now, kept, self.hidden)
             options = self._options(number)
-            result = distill(teacher, pruned.model.complete_proto(), state.data, options, progress, shared=shared)
+            result = distill(teacher, pruned.model.complete_proto(), state.data, options, progress, overlap=overlap)
             results.append(result)
             small = trained(pruned.model, result)
             large = _enlarged(now, kept, small)

@@ -28,7 +28,7 @@ from cpd_onnx.data import LABELS, ArraySource
 from cpd_onnx.errors import CpdError, StoppedError, TargetError
 from cpd_onnx.metrics import evaluate, open_session
 from cpd_onnx.passes import interleave
-from cpd_onnx.passes.distill import DistillResult, Progress, Traces, Watched, distill
+from cpd_onnx.passes.distill import DistillResult, Overlap, Progress, Traces, Watched, distill
 from cpd_onnx.passes.interleave import Interleave
 from cpd_onnx.passes.score import score
 from cpd_onnx.passes.verify import verify_files
@@ -183,9 +183,10 @@ def test_a_restored_normalisation_changes_nothing_until_it_trains() -> None:
     assert [entry.weight for entry in restored] == ["conv.w"]
     module = import_model(made, batch_norm="train")
     batches = [[torch.from_numpy(images()["x"][start : start + 32])] for start in range(0, 192, 32)]
-    folded.measure(module, restored, batches)
+    own = folded.measure(module, restored, batches)
+    folded.begin(module, restored, own, {})
     state = module.onnx_state()
-    np.testing.assert_allclose(state[restored[0].scale] ** 2, state[restored[0].var] + folded.EPSILON, rtol=1e-5)
+    np.testing.assert_allclose((state["conv.w"] ** 2).sum((1, 2, 3)), 1.0, rtol=1e-5)
     with torch.no_grad():
         (answer,) = module(batches[0][0])
     (expected,) = open_session(model).run(None, {"x": batches[0][0].numpy()})
@@ -206,6 +207,30 @@ def test_training_with_restored_normalisation_keeps_the_nodes() -> None:
         evaluate(write_weights(student, values), source, "mse", reference=teacher) for values in ({}, result.values)
     )
     assert after < 0.1 * before
+
+
+def test_a_pruned_network_starts_with_the_moments_of_its_original() -> None:
+    """Of 16 channels 10 are left, in another size; after the start they have the original's mean and spread."""
+    teacher, kept = folded_network(), np.array([0, 2, 3, 5, 6, 8, 9, 11, 13, 15])
+    weights = weights_of()
+    student = onnx.ModelProto.FromString(teacher.SerializeToString())
+    small = {
+        "conv.w": weights["conv.w"][kept] * 3,
+        "conv.b": weights["conv.b"][kept] - 2,
+        "fc.w": weights["fc.w"][:, kept],
+    }
+    for tensor in student.graph.initializer:
+        if tensor.name in small:
+            tensor.CopyFrom(numpy_helper.from_array(small[tensor.name], tensor.name))
+    overlap = Overlap(filters={"conv.w": kept})
+    options = replace(FAST, batch_norm="restore", steps=1, lr=1e-12, weight_decay=0.0)
+    result = distill(teacher, student, ArraySource(images()), options, overlap=overlap)
+    maps = [
+        open_session(with_output(model, "c")).run(["c"], images())[0]
+        for model in (teacher, write_weights(student, result.values))
+    ]
+    np.testing.assert_allclose(maps[1].mean((0, 2, 3)), maps[0][:, kept].mean((0, 2, 3)), atol=0.1)
+    np.testing.assert_allclose(maps[1].std((0, 2, 3)), maps[0][:, kept].std((0, 2, 3)), rtol=0.1)
 
 
 def test_statistics_alone_are_estimated_anew() -> None:

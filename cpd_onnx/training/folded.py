@@ -1,8 +1,9 @@
 """Batch normalisations that an exporter folded into convolutions: put back for training, folded again at the end.
 
-The restored one starts as the identity that its own statistics make it (scale = standard deviation, bias = mean, as
-measured on data), so the function does not change; training then has what normalises each layer. Folding gives the
-convolution's own weight and bias new values, and the file keeps its nodes.
+The restored one takes away the moments of what runs through it, as measured on data, and gives those that the original
+has in the same place: for an unpruned network the function does not change, a pruned one has activations of the right
+mean and spread again before the first update. Folding gives the convolution's own weight and bias new values, and the
+file keeps its nodes.
 """
 
 from __future__ import annotations
@@ -97,8 +98,18 @@ def _insert(graph: GraphProto, node: NodeProto, followers: Sequence[NodeProto], 
     return Restored(node.input[1], node.input[2], *names)
 
 
-def measure(module: OnnxModule, restored: Sequence[Restored], batches: Iterable[Sequence[Tensor]]) -> None:
-    """Give restored normalisations the moments of what runs through them, and the affine map that undoes them.
+@dataclass(frozen=True)
+class Moments:
+    """Mean and variance of what runs through a normalisation [channels]."""
+
+    mean: Tensor
+    var: Tensor
+
+
+def measure(
+    module: OnnxModule, restored: Sequence[Restored], batches: Iterable[Sequence[Tensor]]
+) -> dict[str, Moments]:
+    """Moments of what restored normalisations get, by the names of the convolutions' weights.
 
     Args:
         module: the imported model, with normalisations that train.
@@ -121,21 +132,56 @@ def measure(module: OnnxModule, restored: Sequence[Restored], batches: Iterable[
     with torch.no_grad():
         for inputs in batches:
             module(*inputs)
+    for hook in hooks:
+        hook.remove()
+    found = {}
+    for entry in restored:
+        if id(_tensor(module, entry.mean)) in sums:
+            count, total, squares = sums[id(_tensor(module, entry.mean))]
+            found[entry.weight] = Moments(total / count, (squares / count - (total / count).square()).clamp(min=0))
+    return found
+
+
+def begin(
+    module: OnnxModule, restored: Sequence[Restored], own: Mapping[str, Moments], wanted: Mapping[str, Moments]
+) -> None:
+    """Set restored normalisations: they take away their own moments and give the wanted ones.
+
+    With a network's own moments wanted, the function stays as it was. With those of its original, a pruned network has
+    activations of the original's mean and spread from the first step on, as one has whose normalisations were not
+    folded. The filters before them are brought to a common size, which a normalisation takes no notice of.
+    """
+    with torch.no_grad():
         for entry in restored:
+            if entry.weight not in own:
+                continue
+            mine, target = own[entry.weight], wanted.get(entry.weight, own[entry.weight])
             scale, shift, mean, var = (
                 _tensor(module, name) for name in (entry.scale, entry.shift, entry.mean, entry.var)
             )
-            if id(mean) not in sums:
-                continue
-            count, total, squares = sums[id(mean)]
-            average = total / count
-            spread = (squares / count - average.square()).clamp(min=0)
-            mean.copy_(average)
-            var.copy_(spread)
-            scale.copy_((spread + EPSILON).sqrt())
-            shift.copy_(average)
-    for hook in hooks:
-        hook.remove()
+            size = _shrink(_tensor(module, entry.weight), _tensor(module, entry.bias))
+            mean.copy_(mine.mean / size)
+            var.copy_(mine.var / size.square())
+            spread = (mine.var / size.square() + EPSILON).sqrt()
+            # A channel that says nothing is not blown up.
+            gain = torch.where(mine.var > EPSILON * target.var, (target.var / mine.var).sqrt(), 1.0)
+            scale.copy_(spread * size * gain)
+            shift.copy_(target.mean)
+
+
+def _shrink(weight: Tensor, bias: Tensor) -> Tensor:
+    """Give each filter the size that trained ones have beside a normalisation, and say by how much it was larger.
+
+    Folding made them larger or smaller. The normalisation behind takes no notice, but how fast they learn depends on
+    it: an update of Adam is of one size whatever the weights'.
+    """
+    axes = tuple(range(1, weight.ndim))
+    inputs = weight[0].numel()
+    size = (weight.double().square().mean(axes) * inputs).sqrt()
+    size = torch.where(size > 0, size, 1.0)
+    weight.copy_(weight / size.reshape(-1, *[1] * (weight.ndim - 1)))
+    bias.copy_(bias / size)
+    return size
 
 
 def _tensor(module: OnnxModule, name: str) -> Tensor:

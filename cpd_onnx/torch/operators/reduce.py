@@ -63,6 +63,9 @@ def _norm1(x: Tensor, axes: Axes, keep: bool) -> Tensor:
 
 
 def _norm2(x: Tensor, axes: Axes, keep: bool) -> Tensor:
+    if x.is_floating_point():  # its gradient at zero is zero, where that of a root is infinite
+        norm: Tensor = torch.linalg.vector_norm(x, 2, axes, keepdim=keep)
+        return norm
     return _total(x * x, axes, keep).sqrt().to(x.dtype)
 
 
