@@ -88,16 +88,18 @@ def trained(module: Any, inputs: list[torch.Tensor], targets: list[np.ndarray]) 
             p.add_((0.1 * spread * torch.randn(p.shape, generator=generator)).to(p.dtype))
     scale = [t.square().mean().clamp(min=1e-12) for t in wanted]
 
-    def loss() -> torch.Tensor:
+    def distances() -> list[torch.Tensor]:
         answers = [o for o in module(*inputs) if o.is_floating_point()]
-        terms = [
+        return [
             (a.float() - t)[t.isfinite()].square().mean() / s
             for a, t, s in zip(answers, wanted, scale, strict=True)
             if a.shape == t.shape and t.isfinite().any() and a.requires_grad  # detectors find more or fewer things
         ]
-        return torch.stack(terms).mean()
 
-    if not any(o.requires_grad for o in module(*inputs)):
+    def loss() -> torch.Tensor:
+        return torch.stack(distances() or [torch.zeros((), requires_grad=True)]).mean()
+
+    if not distances():
         return {"trains": False}
     best, first = float("inf"), float(loss())
     start = [p.detach().clone() for p in parameters]
