@@ -41,6 +41,7 @@ LAYERS = (
     ("passes.interleave",),
     ("testing", "demo"),
     ("models",),
+    ("options",),
     ("cli",),
     ("__main__",),
 )
