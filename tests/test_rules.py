@@ -65,6 +65,7 @@ TABLE: list[tuple[str, int, str, list[str], dict[str, Any]]] = [
     ("slice backwards", 17, f"{MLP}, int64[1] s, int64[1] e, int64[1] t, int64[1] u) => (float[2, 4, 5] y) {{ h = MatMul(x, w) a = Slice(h, s, e, t, u) y = MatMul(a, v) }}", ["12: v.0 w.1"], {"s": -1, "e": -(2**62), "t": -1, "u": -1}),
     ("slice old", 9, f"{MLP.replace('12, 5', '6, 5')}) => (float[2, 4, 5] y) {{ h = MatMul(x, w) a = Slice <axes = [2], starts = [6], ends = [2147483647]>(h) y = MatMul(a, v) }}", ["6: v.0 w.1", "6: w.1"], {}),
     ("gather channels", 17, f"{MLP.replace('12, 5', '4, 5')}, int64[4] i) => (float[2, 4, 5] y) {{ h = MatMul(x, w) a = Gather <axis = -1>(h, i) y = MatMul(a, v) }}", ["4: v.0 w.1", "8: w.1"], {"i": [3, 1, -1, 7]}),
+    ("lookup that reshapes", 17, "(float[1, 4] x, float[4, 6] w, int64[1] flat, int64[1, 6, 1, 1] p, float[5, 6, 1, 1] v) => (float[1, 5, 1, 1] y) { h = MatMul(x, w) r = Reshape(h, flat) a = Gather(r, p) y = Conv(a, v) }", ["6: v.1 w.1"], {"flat": -1, "p": [0, 1, 2, -3, 4, 5]}),
     ("embedding", 17, "(int64[2, 4] x, float[9, 6] w, float[6, 5] v) => (float[2, 4, 5] y) { a = Gather(w, x) y = MatMul(a, v) }", ["6: v.0 w.1"], {}),
     ("pad channels", 17, f"{HEAD.replace('[5, 8', '[5, 12')}, int64[8] p) => (float[2, 5, 8, 8] y) {{ h = {CONV}(x, w) a = Pad(h, p) y = {CONV}(a, v) }}", ["4: v.1", "8: v.1 w.0"], {"p": [0, 2, 0, 0, 0, 2, 0, 0]}),
     ("expand", 17, f"{MLP}, float[1] o, int64[1] n) => (float[2, 4, 5] y) {{ h = MatMul(x, w) e = Expand(o, n) a = Mul(h, e) y = MatMul(a, v) }}", ["12: v.0 w.1"], {"n": 12}),

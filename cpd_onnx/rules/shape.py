@@ -366,7 +366,8 @@ def gather(op: Op) -> None:
     where = indices.value.value if indices.value.is_static else None
     axes = x.axes or []
     picked: list[Axis]
-    if op.atoms.all_frozen(x[axis]) or where is None or where.ndim > 1:
+    is_row = where is not None and (where.ndim < 2 or (not x.is_constant and max(where.shape) == where.size > 1))
+    if op.atoms.all_frozen(x[axis]) or where is None or not is_row:
         if x.is_constant and not op.atoms.all_frozen(x[axis]):
             op.atoms.freeze(x[axis], TABLE_ROWS)
         op.freeze(x[axis], "looks up along this axis by index")
@@ -378,23 +379,24 @@ def gather(op: Op) -> None:
 
 
 def _gather_known(op: Op, axis: Axis, where: Array) -> list[Axis]:
-    size = len(axis)
-    positions = np.where(where < 0, where + size, where).astype(np.int64)
+    """Positions along one axis of the indices; others of size one come with them (a reshape written as a lookup)."""
+    size, row = len(axis), where.reshape(-1)
+    positions = np.where(row < 0, row + size, row).astype(np.int64)
     if positions.size and not 0 <= positions.min() <= positions.max() < size:
         raise GiveUp(f"{op.name} takes positions that the axis of {size} has not")
     op.touched.append(axis)
     if where.ndim == 0:
-        op.freeze(axis[positions.reshape(1)], "picks this index")
+        op.freeze(axis[positions], "picks this index")
 
     def rewrite(keep: Keep, old: Array) -> Array:
         mask = keep.mask(axis)
-        kept = positions[mask[positions]] if where.ndim else positions
-        new = positions_after(mask, kept)
-        negative = where[mask[positions]] < 0 if where.ndim else where < 0
-        return np.asarray(np.where(negative, new - int(mask.sum()), new), old.dtype)
+        stays = mask[positions] if where.ndim else np.ones(1, np.bool_)
+        new = positions_after(mask, positions[stays])
+        made = np.where(row[stays] < 0, new - int(mask.sum()), new)
+        return np.asarray(made, old.dtype).reshape([len(made) if n == row.size else 1 for n in where.shape])
 
     op.demand(1, [axis], rewrite)
-    return [axis[positions]] if where.ndim else []
+    return [axis[positions] if n == row.size else np.zeros(1, np.int64) for n in where.shape]
 
 
 @rule("GatherElements")
