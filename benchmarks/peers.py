@@ -27,7 +27,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -177,7 +176,7 @@ def _job(tool: str, model: Path, out: Path, sender: Any) -> None:
     try:
         TOOLS[tool](model, out, sender.send)
     except BaseException as error:  # what a tool raises is its result
-        sender.send({"error": f"{type(error).__name__}: {str(error)[:200]}", "where": traceback.format_exc()[-300:]})
+        sender.send({"error": f"{type(error).__name__}: {str(error)[:200]}"})
 
 
 def weights(path: Path) -> int:

@@ -224,7 +224,20 @@ def fused_conv(
     return activated
 
 
+class Transposed(TypedDict, total=False):
+    """Attributes of onnxruntime's FusedMatMul."""
+
+    alpha: float
+    transA: int
+    transB: int
+    transBatchA: int
+    transBatchB: int
+
+
 @operator("FusedMatMul", domain="com.microsoft")
-def fused_matmul(a: Tensor, b: Tensor, *, alpha: float = 1.0, transA: int = 0, transB: int = 0) -> Tensor:
-    """Multiply alpha A B, with A and B transposed on request."""
-    return alpha * torch.matmul(a.mT if transA else a, b.mT if transB else b)
+def fused_matmul(a: Tensor, b: Tensor, **options: Unpack[Transposed]) -> Tensor:
+    """Multiply alpha A B, with the last two axes swapped, or the first moved before the last, on request."""
+    a = a.movedim(0, -2) if options.get("transBatchA") else a
+    b = b.movedim(0, -2) if options.get("transBatchB") else b
+    a, b = a.mT if options.get("transA") else a, b.mT if options.get("transB") else b
+    return options.get("alpha", 1.0) * torch.matmul(a, b)

@@ -66,7 +66,8 @@ def _normalised(x: Tensor, moments: tuple[Tensor, Tensor], affine: tuple[Tensor,
     """Apply per-channel moments and an affine map; in the fast way where all types agree."""
     (mean, var), (scale, bias) = moments, affine
     widened = x.dtype in _HALF and mean.dtype == torch.float32
-    if mean.dtype == scale.dtype and (mean.dtype == x.dtype or widened):
+    is_computed = mean.requires_grad or var.requires_grad  # torch has no gradient for statistics
+    if mean.dtype == scale.dtype and (mean.dtype == x.dtype or widened) and not is_computed:
         return F.batch_norm(x, mean, var, scale, bias, False, 0.0, epsilon)
     gain = scale / torch.sqrt(var + epsilon)
     shape = (-1, *[1] * (x.ndim - 2))
