@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import re
 import time
 import traceback
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from isolation import limited
 
 import cpd_onnx as cpd
 from cpd_onnx.passes.comb import comb
@@ -62,22 +64,6 @@ def check(path: Path, *, permute: bool) -> Result:
     return result
 
 
-def limited(path: Path, seconds: float, *, permute: bool) -> Result:
-    """As `check`, in a process that is stopped after some time."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=lambda: sender.send(check(path, permute=permute)))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv() if receiver.poll(seconds) else {"status": "failed", "reason": "out of time"}
-    except EOFError:
-        return {"status": "failed", "reason": f"process died with {process.exitcode}"}
-    finally:
-        process.kill()
-        process.join()
-
-
 def models(folders: list[Path]) -> Iterator[Path]:
     """All ONNX files, smallest first in each folder."""
     for folder in folders:
@@ -117,7 +103,9 @@ def main() -> None:
         name = f"{path.parent.name}/{path.name}"
         if name in done or not options.only.search(name):
             continue
-        done[name] = {"model": name} | limited(path, options.timeout, permute=not options.no_permutation)
+        done[name] = {"model": name} | limited(
+            partial(check, path, permute=not options.no_permutation), options.timeout
+        )
         print(json.dumps(done[name])[:400], flush=True)
         options.out.write_text("".join(json.dumps(r) + "\n" for r in done.values()))
     print(summary(list(done.values())))

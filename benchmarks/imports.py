@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import re
 import time
 import traceback
 import warnings
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from isolation import limited
 
 import cpd_onnx as cpd
 from cpd_onnx.compare import distance, tolerance
@@ -119,22 +120,6 @@ def trained(module: Any, inputs: list[torch.Tensor], targets: list[np.ndarray]) 
     return {"trains": True, "first_loss": first, "loss": best / first if first > 0 else 0.0}
 
 
-def limited(path: Path, seconds: float) -> Result:
-    """As `check`, in a process that is stopped after some time."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=lambda: sender.send(check(path)))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv() if receiver.poll(seconds) else {"status": "failed", "reason": "out of time"}
-    except EOFError:
-        return {"status": "failed", "reason": f"process died with {process.exitcode}"}
-    finally:
-        process.kill()
-        process.join()
-
-
 def summary(results: list[Result]) -> str:
     """Counts by folder and status."""
     table: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
@@ -162,7 +147,7 @@ def main() -> None:
             name = f"{path.parent.name}/{path.name}"
             if name in done or not options.only.search(name):
                 continue
-            done[name] = {"model": name} | limited(path, options.timeout)
+            done[name] = {"model": name} | limited(partial(check, path), options.timeout)
             print(json.dumps(done[name])[:300], flush=True)
             options.out.write_text("".join(json.dumps(r) + "\n" for r in done.values()))
     print(summary(list(done.values())))

@@ -45,9 +45,14 @@ class Comparison:
     effect: float = 0.0
 
     @property
+    def allowed(self) -> float:
+        """The tolerance, or what rounding explains where that is more."""
+        return max(self.tolerance, _MARGIN * self.noise)
+
+    @property
     def passed(self) -> bool:
-        """Whether the difference is within the tolerance, or no more than rounding explains."""
-        return self.difference <= max(self.tolerance, _MARGIN * self.noise)
+        """Whether the difference is no more than is allowed."""
+        return self.difference <= self.allowed
 
 
 def compare(

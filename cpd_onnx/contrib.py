@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+from cpd_onnx.common import broadcast
 from cpd_onnx.graph import Array
 
 Dims: TypeAlias = tuple[int, ...]
@@ -187,11 +188,7 @@ def _known(shape: Dims | None) -> Dims:
 
 
 def _broadcast(a: Dims | None, b: Dims | None) -> Dims | None:
-    if a is None or b is None:
-        return None
-    longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
-    shorter = (1,) * (len(longer) - len(shorter)) + shorter
-    return tuple(max(x, y) for x, y in zip(longer, shorter, strict=True))
+    return None if a is None or b is None else broadcast(a, b)
 
 
 def _matmul(a: Dims, b: Dims) -> Dims | None:

@@ -352,7 +352,7 @@ def open_source(data: str | Path | Source, model: ModelProto, images: ImageOptio
     elif Path(data).suffix == ".npz":
         source = ArraySource(read_npz(Path(data)))
     elif re.fullmatch(r"[\w.]+:\w+", str(data)):
-        source = FunctionSource(_function(str(data)), inputs)
+        source = FunctionSource(imported(str(data), "that yields dictionaries"), inputs)
     else:
         raise DataError(f"{str(data)!r} is no data: give an .npz file, a folder of images or module:function")
     check_source(source, inputs)
@@ -404,15 +404,16 @@ def _open_folder(folder: Path, inputs: Sequence[Input], images: ImageOptions | N
     return ImageFolder(folder, inputs[0], images)
 
 
-def _function(text: str) -> Callable[..., Iterable[Mapping[str, Array]]]:
+def imported(text: str, what: str) -> Callable[..., Any]:
+    """The function that "module:function" names; DataError, which says what it should be, if there is none."""
     module, name = text.split(":")
     try:
         function = getattr(importlib.import_module(module), name)
     except (ModuleNotFoundError, AttributeError) as error:
         raise DataError(f"{text!r} cannot be imported: {error}; is the module on PYTHONPATH?") from error
     if not callable(function):
-        raise DataError(f"{text!r} is a {type(function).__name__}, not a function that yields dictionaries")
-    result: Callable[..., Iterable[Mapping[str, Array]]] = function
+        raise DataError(f"{text!r} is a {type(function).__name__}, not a function {what}")
+    result: Callable[..., Any] = function
     return result
 
 

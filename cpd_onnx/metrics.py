@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 from onnx import ModelProto
 
-from cpd_onnx.data import LABELS, Batch, Source
+from cpd_onnx.data import LABELS, Batch, Source, imported
 from cpd_onnx.errors import DataError, UnsupportedError
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -67,7 +67,7 @@ def evaluate(
         raise DataError(f"metric {metric} compares two models; give the reference")
     scored = _compare(open_session(model), source, None if reference is None else open_session(reference), batch_size)
     if _FUNCTION.fullmatch(metric):
-        return _by_function(scored, _function(metric))
+        return _by_function(scored, imported(metric, "of outputs and labels"))
     return _METRICS[metric](scored)
 
 
@@ -199,18 +199,6 @@ def _by_function(scored: Iterator[Scored], function: Judge) -> float:
         count += size
     _counted(count)
     return float(metric.compute())
-
-
-def _function(text: str) -> Judge:
-    module, name = text.split(":")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise DataError(f"metric {text!r} cannot be imported: {error}; is the module on PYTHONPATH?") from error
-    if not callable(found):
-        raise DataError(f"metric {text!r} is a {type(found).__name__}, not a function of outputs and labels")
-    judge: Judge = found
-    return judge
 
 
 def _torch(module: str) -> Any:

@@ -32,7 +32,7 @@ from cpd_onnx.torch import BatchNormMode, OnnxModule, import_model, write_weight
 from cpd_onnx.torch.dtypes import to_numpy, to_torch
 from cpd_onnx.training import folded
 from cpd_onnx.training.feed import Augmentation, Feed
-from cpd_onnx.training.loop import HeldOut, Progress, Run, Schedule, Traces, Trainer
+from cpd_onnx.training.loop import HeldOut, Optimization, Progress, Run, Traces, Trainer
 from cpd_onnx.training.losses import Comparison, LossKind
 from cpd_onnx.training.world import World, world
 
@@ -62,19 +62,13 @@ _MEASURED = 20
 
 
 @dataclass(frozen=True)
-class DistillOptions:
-    """How to train.
+class DistillOptions(Optimization):
+    """How to train; how the weights move is said in `Optimization`.
 
     Attributes:
         epochs: passes over the data.
         steps: updates in all; takes the place of `epochs`.
         batch_size: samples in an update, of all processes together; a model that fixes its batch size gets that one.
-        optimizer: "adamw", or "sgd" with Nesterov momentum 0.9.
-        lr: learning rate after the warm-up, from where it falls to zero along a cosine.
-        warmup: share of the steps in which the learning rate rises from zero.
-        weight_decay: on tensors of two axes or more.
-        clip_norm: largest norm of the gradient; 0 leaves it as it is.
-        ema: decay of the running average of the weights that is the result; 0 takes the last weights.
         temperature: softens the distributions that are compared.
         label_weight: share of the cross-entropy with the labels in the loss; 0 needs no labels.
         ignore_label: label of what does not count.
@@ -91,7 +85,6 @@ class DistillOptions:
         shift: move images by up to so many pixels, zeros coming in.
         seed: of order and augmentation.
         device: "auto" takes a GPU if there is one.
-        mixed_precision: compute in bfloat16 where that is safe, on a GPU.
         threads: of torch on the CPU; 0 leaves its choice. For small models, or on a busy machine, 1 is fastest.
 
     """
@@ -99,12 +92,6 @@ class DistillOptions:
     epochs: int = 10
     steps: int | None = None
     batch_size: int = 64
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: float = 1e-3
-    warmup: float = 0.05
-    weight_decay: float = 1e-4
-    clip_norm: float = 1.0
-    ema: float = 0.0
     temperature: float = 4.0
     label_weight: float = 0.0
     ignore_label: int = metrics.IGNORED
@@ -118,7 +105,6 @@ class DistillOptions:
     shift: int = 0
     seed: int = 0
     device: str = "auto"
-    mixed_precision: bool = False
     threads: int = 0
 
 
@@ -210,7 +196,7 @@ def distill(  # noqa: PLR0913  # what comes after the options is said by name, a
             trained_proto, restored = folded.restore(trained_proto)
         live: BatchNormMode = "frozen" if mode == "frozen" else "train"
         module = import_model(trained_proto, batch_norm=live).to(here.device)
-        before = import_model(student).onnx_state()
+        before = module.onnx_state()
         comparison = Comparison(
             [info.name for info in student.graph.output], options.losses, options.output_weights, options.temperature,
             options.label_weight, options.ignore_label, [_indices(kept) for kept in hidden.values()],
@@ -223,11 +209,12 @@ def distill(  # noqa: PLR0913  # what comes after the options is said by name, a
             if restored:
                 _begin(module, restored, teacher, feed, overlap)
             trainer = Trainer(
-                module, _teacher(_with_outputs(teacher, hidden), here), comparison, _schedule(feed, options), here,
+                module, _teacher(_with_outputs(teacher, hidden), here), comparison, options, here,
                 freeze=options.freeze,
             )  # fmt: skip
             losses = trainer.train(
                 feed,
+                _steps(feed, options),
                 traces=traces,
                 identity=_identity(teacher, student, options, here),
                 held_out=None if watched is None else _held_out(student, watched, teacher, restored),
@@ -364,11 +351,6 @@ def _steps(feed: Feed, options: DistillOptions) -> int:
     if feed.per_pass is None:
         raise DataError("the data does not say how long it is; say how many steps to train")
     return feed.per_pass * options.epochs
-
-
-def _schedule(feed: Feed, options: DistillOptions) -> Schedule:
-    shared = {f.name for f in fields(Schedule)} - {"steps"}
-    return Schedule(_steps(feed, options), **{name: getattr(options, name) for name in shared})
 
 
 def _batch_norm(options: DistillOptions, batch_size: int) -> str:

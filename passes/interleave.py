@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from cpd_onnx.cost import CostModel
 from cpd_onnx.errors import DataError, TargetError
-from cpd_onnx.graph import Model, load, to_array
+from cpd_onnx.graph import Model, load
 from cpd_onnx.groups import Combed
 from cpd_onnx.kept import Kept
 from cpd_onnx.passes.allocate import Allocate, Allocation, allocate
@@ -25,7 +26,7 @@ from cpd_onnx.passes.prune import prune
 from cpd_onnx.passes.score import Scores, score
 from cpd_onnx.plan import make_plan
 from cpd_onnx.state import State
-from cpd_onnx.torch import write_weights
+from cpd_onnx.torch import read_weights, write_weights
 from cpd_onnx.training.loop import Progress
 from cpd_onnx.weights import weight_array
 
@@ -36,18 +37,12 @@ _GONE = -1.0
 
 
 @dataclass(frozen=True)
-class Interleave(DistillOptions):
+class Interleave(DistillOptions, Allocate):
     """Prune in rounds with distillation between them; epochs and steps are those of all rounds together.
 
     The options are those of `Allocate`, `Score` and `DistillOptions`, and the number of `rounds`.
     """
 
-    channels: float | None = None
-    macs: float | None = None
-    params: float | None = None
-    spread: str = "uniform"
-    multiple: int = 1
-    keep: tuple[str, ...] = ()
     score: str = "l2"
     rounds: int = 4
     name: ClassVar[str] = "interleave"
@@ -67,32 +62,31 @@ class Interleave(DistillOptions):
             raise DataError("distillation needs data: give --data, or a source as `data`")
         if self.rounds < 1:
             raise TargetError(f"{self.rounds} rounds make no sense: give 1 or more")
-        target = Allocate(self.channels, self.macs, self.params, self.spread, self.multiple, self.keep).budget
-        combed = comb(state.model, state.input_shapes)
+        target = self.budget
+        combed = now = comb(state.model, state.input_shapes)
         teacher = state.original.complete_proto()
-        large = state.model
         removed: list[list[int]] = [[] for _ in combed.groups]
         results: list[DistillResult] = []
         for number in range(1, self.rounds + 1):
-            now = comb(large, state.input_shapes)
             share = 1 - (1 - target.fraction) * number / self.rounds
             scores = _without(score(now, self.score, seed=self.seed), removed)
             chosen = _joined(allocate(now, scores, replace(target, fraction=share)), removed)
             removed = chosen.removed
             kept = Kept(now.atoms)
             kept.remove(chosen.channels(now))
+            chosen = replace(chosen, after=CostModel(now).total(kept))
             pruned = prune(now, chosen, state.input_shapes)
             overlap = overlap_of(now, kept, self.hidden)
             options = self._options(number)
             result = distill(teacher, pruned.model.complete_proto(), state.data, options, progress, overlap=overlap)
             results.append(result)
             small = trained(pruned.model, result)
-            large = _enlarged(now, kept, small)
             if observer is not None:
                 observer(number, result)
+            if number < self.rounds:
+                now = comb(_enlarged(now, kept, small), state.input_shapes)
         words = {"kind": target.kind, "target": target.fraction, "spread": target.spread, "rounds": self.rounds}
         words |= {"multiple": target.multiple, "keep": list(target.keep), "score": self.score, "seed": self.seed}
-        final = prune(combed, chosen, state.input_shapes)
         plan = make_plan(
             combed, removed, budget=words, before=chosen.before, after=chosen.after, input_shapes=state.input_shapes
         )
@@ -103,7 +97,7 @@ class Interleave(DistillOptions):
             "rounds": self.rounds,
         }
         return replace(
-            state, model=small, combed=combed, allocation=chosen, edits=final.edits, plan=plan, budget=words,
+            state, model=small, combed=combed, allocation=chosen, edits=pruned.edits, plan=plan, budget=words,
             distilled=distilled,
         )  # fmt: skip
 
@@ -135,25 +129,16 @@ def _joined(chosen: Allocation, removed: list[list[int]]) -> Allocation:
 def _enlarged(combed: Combed, kept: Kept, small: Model) -> Model:
     """The model that was combed with the values of the pruned one where it still has them."""
     values: dict[str, Array] = {}
+    trained_values = read_weights(small.complete_proto())
     for weight in combed.weights:
         if weight.scope.address or weight.scope.function or not weight.is_trained:
             continue
         axes = next(combed.weight_axes(weight))
         places = [np.flatnonzero(kept.mask(axis)) for axis in axes]
-        new = _value(small, weight.value.name)
+        new = trained_values.get(weight.value.name)
         if new is None or new.shape != tuple(map(len, places)):
             continue
         full = np.array(weight_array(combed.folded.model, weight))
         full[np.ix_(*places)] = new
         values[weight.value.name] = full
     return load(write_weights(combed.folded.model.complete_proto(), values))
-
-
-def _value(model: Model, name: str) -> Array | None:
-    """A tensor that the main graph stores, as an initializer or in a Constant node."""
-    if model.has(name):
-        return model.array(name)
-    node = next((n for n in model.graph.node if n.op_type == "Constant" and name in n.output), None)
-    if node is None or node.attribute[0].name != "value":
-        return None
-    return to_array(node.attribute[0].t)

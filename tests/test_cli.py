@@ -13,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper
 
 import cpd_onnx as cpd
+from cpd_onnx import report
 from cpd_onnx.cli import main
 from cpd_onnx.compare import Comparison
 from cpd_onnx.plan import schema
@@ -505,3 +506,10 @@ def test_names_are_printed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFix
     onnx.save(model, tmp_path / "model.onnx")
     assert run("inspect", tmp_path / "model.onnx") == 0
     assert "[bold]w:smile:" in capsys.readouterr().out
+
+
+def test_a_difference_that_only_rounding_explains_is_told_as_such() -> None:
+    """Not as if it were within the tolerance."""
+    plain, rounded = Comparison(2e-7, 1e-4, 1e-8, 2, 1.0), Comparison(1.4e-4, 1e-4, 3e-5, 2, 1.0)
+    assert "(allowed 1e-04) on" in report.proof_line(report.comparison(plain))
+    assert "1.4e-04 (allowed 3e-04, what rounding does here) on" in report.proof_line(report.comparison(rounded))

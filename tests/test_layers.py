@@ -14,8 +14,9 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("errors", "atoms", "version", "wire"),
     ("graph", "data"),
-    ("evaluate", "contrib", "metrics"),
+    ("evaluate", "metrics"),
     ("common",),
+    ("contrib",),
     ("shapes",),
     ("rules.api", "runtime"),
     ("rules.elementwise",),

@@ -34,11 +34,10 @@ _CHECK_EVERY = 20
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Optimization:
     """How the weights move.
 
     Attributes:
-        steps: updates in all.
         optimizer: "adamw", or "sgd" with Nesterov momentum 0.9.
         lr: learning rate after the warm-up, from where it falls to zero along a cosine.
         warmup: share of the steps in which the learning rate rises from zero.
@@ -48,7 +47,6 @@ class Schedule:
         mixed_precision: compute in bfloat16 where that is safe, on a GPU.
     """
 
-    steps: int
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: float = 1e-3
     warmup: float = 0.05
@@ -117,7 +115,7 @@ class Trainer:
         module: OnnxModule,
         teacher: Run,
         comparison: Comparison,
-        schedule: Schedule,
+        schedule: Optimization,
         world: World,
         *,
         freeze: Sequence[str] = (),
@@ -140,13 +138,14 @@ class Trainer:
     def train(
         self,
         feed: Feed,
+        steps: int,
         *,
         traces: Traces | None = None,
         identity: str = "",
         held_out: HeldOut | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> list[float]:
-        """Run all steps; the losses of all of them, those before a checkpoint included.
+        """Run so many steps; the losses of all of them, those before a checkpoint included.
 
         Raises:
             CpdError: the loss or a gradient became infinite or NaN, or the checkpoint is another run's.
@@ -160,21 +159,19 @@ class Trainer:
         written = time.monotonic()
         self.module.train()
         with _told_to_stop(traces.checkpoint is not None) as stop, _log(traces, self) as log:
-            for step, (inputs, labels) in zip(
-                range(self.start, self.schedule.steps), feed.batches(self.start), strict=False
-            ):
-                rate = self.schedule.lr * cosine(step, self.schedule.steps, self.schedule.warmup)
+            for step, (inputs, labels) in zip(range(self.start, steps), feed.batches(self.start), strict=False):
+                rate = self.schedule.lr * cosine(step, steps, self.schedule.warmup)
                 recent.append(self._step(step, inputs, labels, rate))
                 done = step + 1
                 stopping = self.world.any(stop.is_set())
-                if len(recent) == each or done == self.schedule.steps or stopping:
+                if len(recent) == each or done == steps or stopping:
                     fresh = self._checked(recent, inputs, rate)
                     log(len(self.losses), fresh, rate)
                     self.losses += fresh
                     recent.clear()
                     if progress is not None:
-                        progress(Progress(done, self.schedule.steps, self.losses[-1]))
-                if held_out is not None and (done % held_out.every == 0 or done == self.schedule.steps):
+                        progress(Progress(done, steps, self.losses[-1]))
+                if held_out is not None and (done % held_out.every == 0 or done == steps):
                     log.judged(done, value := self._judge(held_out))
                     if held_out.patience and self._is_enough(value, held_out.patience):
                         break
@@ -182,9 +179,9 @@ class Trainer:
                 if traces.checkpoint is not None and not recent and (stopping or late):
                     self._write(traces.checkpoint, done, identity)
                     written = time.monotonic()
-                if stopping and done < self.schedule.steps:
+                if stopping and done < steps:
                     raise StoppedError(
-                        f"told to stop after step {done} of {self.schedule.steps}: "
+                        f"told to stop after step {done} of {steps}: "
                         f"{traces.checkpoint} holds all of it, go on with --resume"
                     )
         self._finish()
@@ -379,7 +376,7 @@ def _is_half(tensor: Tensor) -> bool:
     return tensor.dtype in (torch.float16, torch.bfloat16)
 
 
-def _optimizer(parameters: Sequence[nn.Parameter], schedule: Schedule) -> torch.optim.Optimizer:
+def _optimizer(parameters: Sequence[nn.Parameter], schedule: Optimization) -> torch.optim.Optimizer:
     """The optimiser; vectors (biases, normalisation) are not decayed."""
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": schedule.weight_decay},
