@@ -182,45 +182,58 @@ def distill(  # noqa: PLR0913  # what comes after the options is said by name, a
 
     """
     options = options or DistillOptions()
-    started = time.perf_counter()
     _check(teacher, student, batches, options)
-    overlap = overlap or Overlap()
-    hidden = dict(itertools.islice(overlap.tensors.items(), options.hidden))
     with world(options.device) as here, _threads(options.threads):
-        torch.manual_seed(options.seed)
-        feed = _feed(batches, student, options, here)
-        mode = _batch_norm(options, feed.size // here.size)
-        restored: tuple[folded.Restored, ...] = ()
-        trained_proto = _with_outputs(student, hidden)
-        if mode == "restore":
-            trained_proto, restored = folded.restore(trained_proto)
-        live: BatchNormMode = "frozen" if mode == "frozen" else "train"
-        module = import_model(trained_proto, batch_norm=live).to(here.device)
-        before = module.onnx_state()
-        comparison = Comparison(
-            [info.name for info in student.graph.output], options.losses, options.output_weights, options.temperature,
-            options.label_weight, options.ignore_label, [_indices(kept) for kept in hidden.values()],
-            options.hidden_weight,
-        )  # fmt: skip  # the fields in order
-        if mode == "calibrate":
-            folded.calibrate(module, (inputs for inputs, _ in itertools.islice(feed.batches(), _steps(feed, options))))
-            losses: list[float] = []
-        else:
-            if restored:
-                _begin(module, restored, teacher, feed, overlap)
-            trainer = Trainer(
-                module, _teacher(_with_outputs(teacher, hidden), here), comparison, options, here,
-                freeze=options.freeze,
-            )  # fmt: skip
-            losses = trainer.train(
-                feed,
-                _steps(feed, options),
-                traces=traces,
-                identity=_identity(teacher, student, options, here),
-                held_out=None if watched is None else _held_out(student, watched, teacher, restored),
-                progress=progress,
-            )
-        after = folded.fold(module.onnx_state(), restored)
+        return _distill(teacher, student, batches, options, progress, overlap or Overlap(), watched, traces, here)
+
+
+def _distill(  # noqa: PLR0913, PLR0917  # what `distill` takes, and this process's place
+    teacher: ModelProto,
+    student: ModelProto,
+    batches: Source,
+    options: DistillOptions,
+    progress: Callable[[Progress], None] | None,
+    overlap: Overlap,
+    watched: Watched | None,
+    traces: Traces | None,
+    here: World,
+) -> DistillResult:
+    started = time.perf_counter()
+    hidden = dict(itertools.islice(overlap.tensors.items(), options.hidden))
+    torch.manual_seed(options.seed)
+    feed = _feed(batches, student, options, here)
+    mode = _batch_norm(options, feed.size // here.size)
+    restored: tuple[folded.Restored, ...] = ()
+    trained_proto = _with_outputs(student, hidden)
+    if mode == "restore":
+        trained_proto, restored = folded.restore(trained_proto)
+    live: BatchNormMode = "frozen" if mode == "frozen" else "train"
+    module = import_model(trained_proto, batch_norm=live).to(here.device)
+    before = module.onnx_state()
+    comparison = Comparison(
+        [info.name for info in student.graph.output], options.losses, options.output_weights, options.temperature,
+        options.label_weight, options.ignore_label, [_indices(kept) for kept in hidden.values()],
+        options.hidden_weight,
+    )  # fmt: skip  # the fields in order
+    if mode == "calibrate":
+        folded.calibrate(module, (inputs for inputs, _ in itertools.islice(feed.batches(), _steps(feed, options))))
+        losses: list[float] = []
+    else:
+        if restored:
+            _begin(module, restored, teacher, feed, overlap)
+        trainer = Trainer(
+            module, _teacher(_with_outputs(teacher, hidden), here), comparison, options, here,
+            freeze=options.freeze,
+        )  # fmt: skip
+        losses = trainer.train(
+            feed,
+            _steps(feed, options),
+            traces=traces,
+            identity=_identity(teacher, student, options, here),
+            held_out=None if watched is None else _held_out(student, watched, teacher, restored),
+            progress=progress,
+        )
+    after = folded.fold(module.onnx_state(), restored)
     values = {name: value for name, value in after.items() if value.tobytes() != before[name].tobytes()}
     seconds = time.perf_counter() - started
     return DistillResult(

@@ -15,6 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from cpd_onnx.errors import CpdError
 
 
+_THREADS_OF_GLOO = 2
+"""Exchanges that gloo has under way at once, at most."""
+
+
 @dataclass(frozen=True)
 class World:
     """This process among all.
@@ -82,6 +86,10 @@ def world(device: str) -> Iterator[World]:
         distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield World(chosen, distributed.get_rank(), distributed.get_world_size())
+        # DDP never frees its group, whose threads drop the tensors of the last exchanges some time after these are
+        # over; a process that ends before that aborts. A barrier has no tensors, and is over after those.
+        for _ in range(_THREADS_OF_GLOO):
+            distributed.barrier()
     finally:
         if opened:
             distributed.destroy_process_group()
