@@ -180,11 +180,9 @@ def _distill(options: argparse.Namespace) -> None:
     source = _required_source(models["student"], options)
     settings = distill.DistillOptions(**_training(options))
     overlap = _overlap(options, models["teacher"])
-    checkpoint = options.checkpoint or Path(f"{options.output}.checkpoint")
-    if checkpoint.exists() and not (options.resume or options.force):
-        raise CpdError(f"{checkpoint} holds an unfinished run: go on with --resume, or start anew with --force")
-    traces = distill.Traces(checkpoint, options.checkpoint_seconds, options.resume, options.log, options.tensorboard)
-    watched = _source(options.watch, models["student"], options)
+    checkpoint = _checkpoint(options)
+    _require_new_run(options, checkpoint)
+    watched = _watched(options, models["student"])
     accuracies = _evaluated(options, models, models["teacher"]) if is_first_process() else {}
     teacher, student = (model.complete_proto() for model in models.values())
     with _progress(BarColumn()) as progress:
@@ -201,8 +199,8 @@ def _distill(options: argparse.Namespace) -> None:
                 description=f"distill, step {now.step} of {now.steps}, loss {now.loss:.4f}",
             ),
             overlap=overlap,
-            watched=watched and distill.Watched(watched, options.metric, options.watch_every, options.patience),
-            traces=traces,
+            watched=watched,
+            traces=_traces(options),
         )
     if not is_first_process():
         return
@@ -223,7 +221,7 @@ def _compress(options: argparse.Namespace) -> None:
     _require_outputs(options, options.output, plan_path, _recipe_path(options), reads=[options.model])
     check_metric(options.metric)
     _distill_module()
-    from cpd_onnx.passes.interleave import Interleave
+    from cpd_onnx.passes.interleave import Interleave, of_round
 
     model = load(options.model)
     for path in model.files(options.output):
@@ -232,9 +230,13 @@ def _compress(options: argparse.Namespace) -> None:
     chosen = {name: getattr(options, name) for name in ("spread", "multiple", "score", "rounds")}
     step = Interleave(**_training(options), **chosen, keep=tuple(options.keep), **{kind: fraction})
     state = State(model, model, dict(options.input_shape), _required_source(model, options))
+    traces = _traces(options)
+    paths = [of_round(traces, number).checkpoint for number in range(1, step.rounds + 1)]
+    checkpoints = [path for path in paths if path is not None]
+    _require_new_run(options, *checkpoints)
     rounds: list[dict[str, Any]] = []
     with _progress(BarColumn()) as progress:
-        task = progress.add_task("comb", total=None)
+        task = progress.add_task("comb", total=None, visible=is_first_process())
         state = step.run(
             state,
             lambda number, result: rounds.append({"round": number, "seconds": round(result.seconds, 2)}),
@@ -244,11 +246,17 @@ def _compress(options: argparse.Namespace) -> None:
                 completed=now.step,
                 description=f"round {len(rounds) + 1} of {step.rounds}, step {now.step}, loss {now.loss:.4f}",
             ),
+            watched=_watched(options, model),
+            traces=traces,
         )
+    if not is_first_process():
+        return
     plan = state.need("plan", "interleave")
     found = verify_files(model, state.model, plan)
     _write_both(state.model, plan, (options.output, plan_path), overwrite=options.force)
     recipe.write(_recipe_path(options), options, overwrite=options.force)
+    for path in checkpoints:
+        path.unlink(missing_ok=True)
     state = replace(state, verification=found.comparison)
     content = report.result(state, time.perf_counter() - started)
     content |= {"output": str(options.output), "plan": str(plan_path), "training": state.distilled, "rounds": rounds}
@@ -260,6 +268,33 @@ def _compress(options: argparse.Namespace) -> None:
         _print_pruned(content)
         for name, value in accuracies.items():
             out.print(f"{name} {options.metric} {value:.4f}")
+
+
+def _checkpoint(options: argparse.Namespace) -> Path:
+    path: Path | None = options.checkpoint
+    return path or Path(f"{options.output}.checkpoint")
+
+
+def _traces(options: argparse.Namespace) -> Any:
+    """What the run leaves behind while it goes on."""
+    return _distill_module().Traces(
+        _checkpoint(options), options.checkpoint_seconds, options.resume, options.log, options.tensorboard
+    )
+
+
+def _require_new_run(options: argparse.Namespace, *checkpoints: Path) -> None:
+    """Refuse to lose what an unfinished run has done."""
+    for path in checkpoints:
+        if path.exists() and not (options.resume or options.force):
+            raise CpdError(f"{path} holds an unfinished run: go on with --resume, or start anew with --force")
+
+
+def _watched(options: argparse.Namespace, model: Model) -> Any:
+    """The data to judge the student on while it trains, if any."""
+    source = _source(options.watch, model, options)
+    if source is None:
+        return None
+    return _distill_module().Watched(source, options.metric, options.watch_every, options.patience)
 
 
 def _training(options: argparse.Namespace) -> dict[str, Any]:

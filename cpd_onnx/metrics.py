@@ -77,12 +77,13 @@ def check_metric(metric: str) -> None:
         raise DataError(f"no metric is called {metric!r}: choose one of {', '.join(METRICS)} or module:function")
 
 
-def open_session(model: Model) -> ort.InferenceSession:
-    """Load a model into onnxruntime on the CPU; a session is passed on."""
+def open_session(model: Model, threads: int = 0) -> ort.InferenceSession:
+    """Load a model into onnxruntime on the CPU, for so many threads; a session is passed on."""
     if isinstance(model, ort.InferenceSession):
         return model
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = threads
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 

@@ -94,21 +94,7 @@ def _add_distill(commands: Any) -> None:
     _add_training(parser)
     loss = _add_comparison(parser)
     loss.add_argument("--plan", type=Path, help="says which channels are shared (default: STUDENT.plan.json)")
-    run = parser.add_argument_group("the run")
-    run.add_argument("--checkpoint", type=Path, help="default: OUTPUT.checkpoint, removed at the end")
-    run.add_argument("--checkpoint-seconds", type=not_negative, default=300.0, help="between two (default: 300)")
-    run.add_argument("--resume", action="store_true", help="go on from the checkpoint")
-    run.add_argument("--log", type=Path, metavar="CSV", help="table of the losses")
-    run.add_argument("--tensorboard", type=Path, metavar="FOLDER", help="the same for TensorBoard")
-    run.add_argument("--watch", metavar="DATA", help="score the student on this data while it trains")
-    run.add_argument("--watch-every", type=_positive, default=100, metavar="STEPS", help="default: 100")
-    run.add_argument(
-        "--patience",
-        type=_natural,
-        default=0,
-        metavar="N",
-        help="stop after N scores without a new best; take that",
-    )
+    _add_run(parser)
     _add_evaluation(parser)
     _add_recipe(parser)
     _add_json(parser)
@@ -129,6 +115,7 @@ def _add_compress(commands: Any) -> None:
     parser.add_argument("--plan", type=Path, help="where the plan goes (default: OUTPUT.plan.json)")
     _add_training(parser)
     _add_comparison(parser)
+    _add_run(parser)
     _add_evaluation(parser)
     _add_input_shape(parser)
     _add_recipe(parser)
@@ -181,7 +168,16 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     training.add_argument("--seed", type=_natural, default=0, help="of order and augmentation")
     training.add_argument("--threads", type=_natural, default=0, help="of torch on the CPU (default: its own choice)")
     training.add_argument("--device", default="auto", help="auto, cpu or cuda (default: a GPU if there is one)")
-    training.add_argument("--mixed-precision", action="store_true", help="bfloat16 where that is safe, on a GPU")
+    training.add_argument("--mixed-precision", action="store_true", help="bfloat16 where that is safe")
+    training.add_argument(
+        "--teacher-runtime",
+        choices=("auto", "onnxruntime", "torch"),
+        default="auto",
+        help="what runs the teacher (default: onnxruntime on the CPU, torch on a GPU)",
+    )
+    training.add_argument(
+        "--teacher-cache", type=Path, metavar="FILE", help="keep the teacher's answers, ask once about each sample"
+    )
 
 
 def _add_comparison(parser: argparse.ArgumentParser) -> Any:
@@ -208,6 +204,24 @@ def _add_comparison(parser: argparse.ArgumentParser) -> Any:
     return loss
 
 
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    run = parser.add_argument_group("the run")
+    run.add_argument("--checkpoint", type=Path, help="default: OUTPUT.checkpoint, removed at the end")
+    run.add_argument("--checkpoint-seconds", type=not_negative, default=300.0, help="between two (default: 300)")
+    run.add_argument("--resume", action="store_true", help="go on from the checkpoint")
+    run.add_argument("--log", type=Path, metavar="CSV", help="table of the losses, one for each round")
+    run.add_argument("--tensorboard", type=Path, metavar="FOLDER", help="the same for TensorBoard")
+    run.add_argument("--watch", metavar="DATA", help="score the student on this data while it trains")
+    run.add_argument("--watch-every", type=_positive, default=100, metavar="STEPS", help="default: 100")
+    run.add_argument(
+        "--patience",
+        type=_natural,
+        default=0,
+        metavar="N",
+        help="stop after N scores without a new best; take that",
+    )
+
+
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe", type=Path, help="take options from this file, as it is written to OUTPUT.recipe.toml"
@@ -225,7 +239,8 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
 TRAINING = (
     "epochs", "steps", "batch_size", "lr", "optimizer", "warmup", "weight_decay", "clip_norm", "ema", "temperature",
     "label_weight", "ignore_label", "hidden", "hidden_weight", "batch_norm", "flip", "shift", "seed", "threads",
-    "device", "mixed_precision",
+    "device", "mixed_precision", "teacher_runtime",
+    "teacher_cache",
 )  # fmt: skip
 """Names of options, and of the fields of `DistillOptions` that they go to."""
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
@@ -31,6 +32,7 @@ from cpd_onnx.state import State
 from cpd_onnx.torch import BatchNormMode, OnnxModule, import_model, write_weights
 from cpd_onnx.torch.dtypes import to_numpy, to_torch
 from cpd_onnx.training import folded
+from cpd_onnx.training.cache import AnswerCache
 from cpd_onnx.training.feed import Augmentation, Feed
 from cpd_onnx.training.loop import HeldOut, Optimization, Progress, Run, Traces, Trainer
 from cpd_onnx.training.losses import Comparison, LossKind
@@ -86,6 +88,9 @@ class DistillOptions(Optimization):
         seed: of order and augmentation.
         device: "auto" takes a GPU if there is one.
         threads: of torch on the CPU; 0 leaves its choice. For small models, or on a busy machine, 1 is fastest.
+        teacher_runtime: what runs the teacher: "torch" or "onnxruntime" (on the CPU); "auto" takes the faster one for
+            the device, and the other one where that lacks an operator.
+        teacher_cache: file of the teacher's answers, so that each sample is asked about once; without augmentation.
 
     """
 
@@ -106,6 +111,8 @@ class DistillOptions(Optimization):
     seed: int = 0
     device: str = "auto"
     threads: int = 0
+    teacher_runtime: Literal["auto", "onnxruntime", "torch"] = "auto"
+    teacher_cache: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -182,58 +189,45 @@ def distill(  # noqa: PLR0913  # what comes after the options is said by name, a
 
     """
     options = options or DistillOptions()
-    _check(teacher, student, batches, options)
-    with world(options.device) as here, _threads(options.threads):
-        return _distill(teacher, student, batches, options, progress, overlap or Overlap(), watched, traces, here)
-
-
-def _distill(  # noqa: PLR0913, PLR0917  # what `distill` takes, and this process's place
-    teacher: ModelProto,
-    student: ModelProto,
-    batches: Source,
-    options: DistillOptions,
-    progress: Callable[[Progress], None] | None,
-    overlap: Overlap,
-    watched: Watched | None,
-    traces: Traces | None,
-    here: World,
-) -> DistillResult:
     started = time.perf_counter()
+    _check(teacher, student, batches, options)
+    overlap = overlap or Overlap()
     hidden = dict(itertools.islice(overlap.tensors.items(), options.hidden))
-    torch.manual_seed(options.seed)
-    feed = _feed(batches, student, options, here)
-    mode = _batch_norm(options, feed.size // here.size)
-    restored: tuple[folded.Restored, ...] = ()
-    trained_proto = _with_outputs(student, hidden)
-    if mode == "restore":
-        trained_proto, restored = folded.restore(trained_proto)
-    live: BatchNormMode = "frozen" if mode == "frozen" else "train"
-    module = import_model(trained_proto, batch_norm=live).to(here.device)
-    before = module.onnx_state()
-    comparison = Comparison(
-        [info.name for info in student.graph.output], options.losses, options.output_weights, options.temperature,
-        options.label_weight, options.ignore_label, [_indices(kept) for kept in hidden.values()],
-        options.hidden_weight,
-    )  # fmt: skip  # the fields in order
-    if mode == "calibrate":
-        folded.calibrate(module, (inputs for inputs, _ in itertools.islice(feed.batches(), _steps(feed, options))))
-        losses: list[float] = []
-    else:
-        if restored:
-            _begin(module, restored, teacher, feed, overlap)
-        trainer = Trainer(
-            module, _teacher(_with_outputs(teacher, hidden), here), comparison, options, here,
-            freeze=options.freeze,
-        )  # fmt: skip
-        losses = trainer.train(
-            feed,
-            _steps(feed, options),
-            traces=traces,
-            identity=_identity(teacher, student, options, here),
-            held_out=None if watched is None else _held_out(student, watched, teacher, restored),
-            progress=progress,
-        )
-    after = folded.fold(module.onnx_state(), restored)
+    with world(options.device) as here, _threads(options.threads):
+        torch.manual_seed(options.seed)
+        feed = _feed(batches, student, options, here)
+        mode = _batch_norm(options, feed.size // here.size)
+        restored: tuple[folded.Restored, ...] = ()
+        trained_proto = _with_outputs(student, hidden)
+        if mode == "restore":
+            trained_proto, restored = folded.restore(trained_proto)
+        live: BatchNormMode = "frozen" if mode == "frozen" else "train"
+        module = _placed(import_model(trained_proto, batch_norm=live), here)
+        before = module.onnx_state()
+        comparison = Comparison(
+            [info.name for info in student.graph.output], options.losses, options.output_weights, options.temperature,
+            options.label_weight, options.ignore_label, [_indices(kept) for kept in hidden.values()],
+            options.hidden_weight,
+        )  # fmt: skip  # the fields in order
+        if mode == "calibrate":
+            folded.calibrate(module, (inputs for inputs, _ in itertools.islice(feed.batches(), _steps(feed, options))))
+            losses: list[float] = []
+        else:
+            if restored:
+                _begin(module, restored, teacher, feed, overlap)
+            trainer = Trainer(
+                module, _teacher(_with_outputs(teacher, hidden), options, here), comparison, options, here,
+                freeze=options.freeze,
+            )  # fmt: skip
+            losses = trainer.train(
+                feed,
+                _steps(feed, options),
+                traces=traces,
+                identity=_identity(teacher, student, options, here),
+                held_out=None if watched is None else _held_out(student, watched, teacher, restored),
+                progress=progress,
+            )
+        after = folded.fold(module.onnx_state(), restored)
     values = {name: value for name, value in after.items() if value.tobytes() != before[name].tobytes()}
     seconds = time.perf_counter() - started
     return DistillResult(
@@ -337,6 +331,8 @@ def _check(teacher: ModelProto, student: ModelProto, batches: Source, options: D
         if unknown:
             raise CpdError(f"{what} are given for {unknown}, but the model's outputs are {outputs[1]}")
     check_source(batches, inputs)
+    if options.teacher_cache is not None and (options.flip or options.shift):
+        raise CpdError("a cache needs the same images again and again: leave out the augmentation, or the cache")
     if options.label_weight and LABELS not in next(iter(batches.batches(1))):
         raise DataError(f"label weight {options.label_weight:g} needs an array {LABELS!r} in the data; there is none")
 
@@ -404,18 +400,40 @@ def _begin(
     folded.begin(module, restored, own, wanted)
 
 
-def _teacher(model: ModelProto, here: World) -> Run:
-    """The teacher as a function without gradients: in torch, or in onnxruntime where torch lacks an operator."""
+def _teacher(model: ModelProto, options: DistillOptions, here: World) -> Run:
+    """The teacher as a function without gradients."""
+    answer = _running(model, options, here)
+    return answer if options.teacher_cache is None else AnswerCache(options.teacher_cache, answer, _digest(model))
+
+
+def _running(model: ModelProto, options: DistillOptions, here: World) -> Run:
+    """The teacher in torch or onnxruntime."""
+    makers: dict[str, Callable[[ModelProto, World], Run]] = {"torch": _in_torch, "onnxruntime": _in_onnxruntime}
+    if options.teacher_runtime != "auto":
+        return makers[options.teacher_runtime](model, here)
+    first, second = ("onnxruntime", "torch") if here.device.type == "cpu" else ("torch", "onnxruntime")
     try:
-        module = import_model(model)
-    except UnsupportedError:
-        return _in_onnxruntime(model, here)
-    module.to(here.device).eval().requires_grad_(False)
+        return makers[first](model, here)
+    except CpdError:
+        return makers[second](model, here)
+
+
+def _in_torch(model: ModelProto, here: World) -> Run:
+    module = _placed(import_model(model), here).eval().requires_grad_(False)
     return lambda inputs: module(*inputs)
 
 
+def _placed(module: OnnxModule, here: World) -> OnnxModule:
+    """The module on the device, with the channels of filters innermost, as convolutions like them best."""
+    placed: OnnxModule = module.to(here.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return placed
+
+
 def _in_onnxruntime(model: ModelProto, here: World) -> Run:
-    session = metrics.open_session(model)
+    try:
+        session = metrics.open_session(model, torch.get_num_threads())
+    except Exception as error:  # onnxruntime's exceptions have no common base
+        raise UnsupportedError(f"onnxruntime cannot load the teacher: {str(error).splitlines()[0][:300]}") from error
     names = [entry.name for entry in inputs_of(model)]
     return lambda inputs: [
         to_torch(output).to(here.device)
@@ -438,10 +456,14 @@ def _held_out(
 
 def _identity(teacher: ModelProto, student: ModelProto, options: DistillOptions, here: World) -> str:
     """What tells this run from another: the models, the options, the number of processes."""
-    digest = hashlib.sha256(repr((replace(options, device="", threads=0), here.size)).encode())
+    digest = hashlib.sha256(repr((replace(options, device="", threads=0, teacher_cache=None), here.size)).encode())
     for model in (teacher, student):
-        digest.update(model.SerializeToString(deterministic=True))
+        digest.update(_digest(model))
     return digest.hexdigest()
+
+
+def _digest(model: ModelProto) -> bytes:
+    return hashlib.sha256(model.SerializeToString(deterministic=True)).digest()
 
 
 __all__ = [

@@ -21,13 +21,22 @@ from cpd_onnx.groups import Combed
 from cpd_onnx.kept import Kept
 from cpd_onnx.passes.allocate import Allocate, Allocation, allocate
 from cpd_onnx.passes.comb import comb
-from cpd_onnx.passes.distill import DistillOptions, DistillResult, distill, overlap_of, summary, trained
+from cpd_onnx.passes.distill import (
+    DistillOptions,
+    DistillResult,
+    Progress,
+    Traces,
+    Watched,
+    distill,
+    overlap_of,
+    summary,
+    trained,
+)
 from cpd_onnx.passes.prune import prune
 from cpd_onnx.passes.score import Scores, score
 from cpd_onnx.plan import make_plan
 from cpd_onnx.state import State
 from cpd_onnx.torch import read_weights, write_weights
-from cpd_onnx.training.loop import Progress
 from cpd_onnx.weights import weight_array
 
 Array = npt.NDArray[Any]
@@ -56,8 +65,14 @@ class Interleave(DistillOptions, Allocate):
         state: State,
         observer: Callable[[int, DistillResult], None] | None = None,
         progress: Callable[[Progress], None] | None = None,
+        *,
+        watched: Watched | None = None,
+        traces: Traces | None = None,
     ) -> State:
-        """As a pass; the observer is told the number of each round and what training gave, `progress` each step."""
+        """As a pass; the observer is told the number of each round and what training gave, `progress` each step.
+
+        The files of `traces` are made for each round, see `of_round`.
+        """
         if state.data is None:
             raise DataError("distillation needs data: give --data, or a source as `data`")
         if self.rounds < 1:
@@ -78,7 +93,10 @@ class Interleave(DistillOptions, Allocate):
             pruned = prune(now, chosen, state.input_shapes)
             overlap = overlap_of(now, kept, self.hidden)
             options = self._options(number)
-            result = distill(teacher, pruned.model.complete_proto(), state.data, options, progress, overlap=overlap)
+            result = distill(
+                teacher, pruned.model.complete_proto(), state.data, options, progress,
+                overlap=overlap, watched=watched, traces=traces and of_round(traces, number),
+            )  # fmt: skip  # what and how
             results.append(result)
             small = trained(pruned.model, result)
             if observer is not None:
@@ -108,6 +126,18 @@ class Interleave(DistillOptions, Allocate):
             done, then = ((self.steps * n) // self.rounds for n in (number - 1, number))
             return replace(options, steps=max(1, then - done), seed=self.seed + 1000 * (number - 1))
         return replace(options, epochs=max(1, self.epochs // self.rounds), seed=self.seed + 1000 * (number - 1))
+
+
+def of_round(traces: Traces, number: int) -> Traces:
+    """The files of one round, its number in their names; a round that has no checkpoint yet starts anew.
+
+    A finished round leaves the checkpoint of its last step, so that resuming passes over it.
+    """
+    checkpoint, table, board = (
+        path and path.with_name(f"{path.name}.{number}") for path in (traces.checkpoint, traces.csv, traces.tensorboard)
+    )
+    resume = traces.resume and checkpoint is not None and checkpoint.exists()
+    return replace(traces, checkpoint=checkpoint, csv=table, tensorboard=board, resume=resume)
 
 
 def _without(scores: list[Scores], removed: list[list[int]]) -> list[Scores]:

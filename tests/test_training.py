@@ -23,17 +23,21 @@ pytest.importorskip("torch")
 import torch  # after the check for it
 
 import cpd_onnx as cpd
+from cpd_onnx import metrics
 from cpd_onnx.cli import main
 from cpd_onnx.data import LABELS, ArraySource
 from cpd_onnx.errors import CpdError, StoppedError, TargetError
+from cpd_onnx.graph import load
 from cpd_onnx.metrics import evaluate, open_session
 from cpd_onnx.passes import interleave
 from cpd_onnx.passes.distill import DistillResult, Overlap, Progress, Traces, Watched, distill
 from cpd_onnx.passes.interleave import Interleave
 from cpd_onnx.passes.score import score
 from cpd_onnx.passes.verify import verify_files
+from cpd_onnx.state import State
 from cpd_onnx.torch import import_model, write_weights
 from cpd_onnx.training import folded
+from cpd_onnx.training.cache import AnswerCache
 from cpd_onnx.training.losses import angle, correlation_distance
 from tests.test_distill import FAST, STUDENT, TEACHER, images, network, weights_of
 
@@ -413,3 +417,100 @@ def test_compress_does_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["verify", str(folder / "digits.onnx"), str(out)]) == 0
     assert main([*map(str, command)]) == 1
     assert "exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("round_", [1, 2])
+def test_stopped_rounds_go_on_to_the_same_bytes(tmp_path: Path, round_: int) -> None:
+    model = load(TEACHER)
+    step = Interleave(macs=0.5, rounds=2, steps=12, batch_size=32, threads=1)
+    state = State(model, model, {}, ArraySource(images()))
+    whole = step.run(state).model.complete_proto().SerializeToString(deterministic=True)
+    traces = Traces(tmp_path / "run", csv=tmp_path / "log.csv")
+    rounds: list[int] = []
+
+    def stop(progress: Progress) -> None:
+        if len(rounds) == round_ - 1 and progress.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(StoppedError, match="after step 4 of 6"):
+        step.run(state, lambda number, _: rounds.append(number), stop, traces=traces)
+    steps: list[int] = []
+    resumed = step.run(state, progress=lambda now: steps.append(now.step), traces=replace(traces, resume=True))
+    assert resumed.model.complete_proto().SerializeToString(deterministic=True) == whole
+    assert steps == ([5, 6, *range(1, 7)] if round_ == 1 else [5, 6])
+    assert all((tmp_path / f"log.csv.{number}").read_text().count("loss") == 6 for number in (1, 2))
+
+
+# Who runs the teacher, and how often.
+
+
+def test_the_teacher_in_onnxruntime_and_torch_teach_the_same() -> None:
+    a, b = (run(options=replace(OPTIONS, teacher_runtime=runtime)) for runtime in ("onnxruntime", "torch"))
+    np.testing.assert_allclose(a.losses, b.losses, rtol=1e-4)
+
+
+def test_what_one_runtime_lacks_the_other_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no such kernel")
+
+    expected = run(options=replace(OPTIONS, teacher_runtime="torch"))
+    monkeypatch.setattr(metrics, "open_session", fail)
+    assert as_bytes(run()) == as_bytes(expected)
+    with pytest.raises(CpdError, match="onnxruntime cannot load the teacher: no such kernel"):
+        run(options=replace(OPTIONS, teacher_runtime="onnxruntime"))
+
+
+def test_answers_in_a_cache_are_asked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    ask = metrics.run
+
+    def count(session: Any, batch: Any) -> Any:
+        asked.append(len(next(iter(batch.values()))))
+        return ask(session, batch)
+
+    monkeypatch.setattr(metrics, "run", count)
+    path, samples = tmp_path / "answers", len(next(iter(images().values())))
+    plain = replace(OPTIONS, flip=False, shift=0, epochs=3, steps=None, batch_size=32)
+    without = run(options=plain)
+    assert sum(asked) == 3 * samples
+    asked.clear()
+    cached = run(options=replace(plain, teacher_cache=path))
+    assert sum(asked) == samples
+    np.testing.assert_allclose(cached.losses, without.losses, rtol=1e-4)
+    asked.clear()
+    again = run(options=replace(plain, teacher_cache=path))
+    assert not asked
+    assert as_bytes(again) == as_bytes(cached)
+
+
+def test_a_cache_of_changing_images_or_no_cache_at_all_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CpdError, match="leave out the augmentation"):
+        run(options=replace(OPTIONS, teacher_cache=tmp_path / "answers"))
+    (tmp_path / "text").write_text("not a table of answers " * 100)
+    with pytest.raises(CpdError, match="does not serve as a cache"):
+        run(options=replace(OPTIONS, flip=False, shift=0, teacher_cache=tmp_path / "text"))
+
+
+def test_a_cache_tells_questions_apart(tmp_path: Path) -> None:
+    def sums(inputs: Any) -> Any:
+        return [inputs[0].sum(1), inputs[0].sum()]  # the second has no row per sample
+
+    cache = AnswerCache(tmp_path / "answers", sums, b"sums")
+    x = torch.arange(6.0).reshape(3, 2)
+    for _ in range(2):
+        assert [a.tolist() for a in cache([x])] == [[1.0, 5.0, 9.0], 15.0]
+        assert [a.tolist() for a in cache([x[:1]])] == [[1.0], 1.0]
+    rows = AnswerCache(tmp_path / "answers", lambda inputs: [2 * inputs[0]], b"twice")
+    assert torch.equal(rows([x])[0], 2 * x)
+    assert torch.equal(rows([x.flip(0)])[0], 2 * x.flip(0))
+    assert torch.equal(rows([x[1:]])[0], 2 * x[1:])
+    assert torch.equal(rows([x.int()])[0], 2 * x.int())
+
+
+def test_mixed_precision_trains_and_keeps_the_file_in_float32() -> None:
+    options = replace(FAST, steps=60, mixed_precision=True, batch_norm="train")
+    result, exact = run(options=options), run(options=replace(options, mixed_precision=False))
+    assert {value.dtype for value in result.values.values()} == {np.dtype(np.float32)}
+    assert as_bytes(result) != as_bytes(exact)
+    assert result.losses[-1] < 0.7 * result.losses[0]
+    assert result.losses[-1] == pytest.approx(exact.losses[-1], rel=0.2)

@@ -99,7 +99,8 @@ class Feed:
         if array.ndim and self.world.size > 1:
             share = len(array) // self.world.size
             array = array[self.world.rank * share : (self.world.rank + 1) * share]
-        return to_torch(array).to(self.world.device, non_blocking=True)
+        tensor = to_torch(array).to(self.world.device, non_blocking=True)
+        return tensor.to(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
     def _labels(self, batch: Batch) -> Tensor | None:
         return self._tensor(batch[LABELS]).to(torch.int64) if LABELS in batch else None

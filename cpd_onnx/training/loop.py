@@ -44,7 +44,7 @@ class Optimization:
         weight_decay: on tensors of two axes or more.
         clip_norm: largest norm of the gradient; 0 leaves it as it is.
         ema: decay of the running average of the weights that is the result; 0 takes the last weights.
-        mixed_precision: compute in bfloat16 where that is safe, on a GPU.
+        mixed_precision: compute in bfloat16 where that is safe.
     """
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -86,7 +86,8 @@ class Traces:
     """What a run leaves behind while it goes on.
 
     Attributes:
-        checkpoint: file from which `resume` goes on; written every `seconds` and when the process is told to stop.
+        checkpoint: file from which `resume` goes on; written every `seconds`, when the process is told to stop, and at
+            the end.
         seconds: between two checkpoints.
         resume: go on from the checkpoint.
         csv: table of step, learning rate and loss.
@@ -184,6 +185,8 @@ class Trainer:
                         f"told to stop after step {done} of {steps}: "
                         f"{traces.checkpoint} holds all of it, go on with --resume"
                     )
+        if traces.checkpoint is not None and self.start < steps:
+            self._write(traces.checkpoint, steps, identity)
         self._finish()
         return self.losses
 
@@ -225,8 +228,8 @@ class Trainer:
         return f"the gradient of initializer {bad[0]!r} is not finite" if bad else "the gradient is too large"
 
     def _precision(self) -> AbstractContextManager[Any]:
-        if self.schedule.mixed_precision and self.world.device.type == "cuda":
-            return torch.autocast("cuda", torch.bfloat16)
+        if self.schedule.mixed_precision:
+            return torch.autocast(self.world.device.type, torch.bfloat16)
         return nullcontext()
 
     def _checked(self, recent: Sequence[Tensor], inputs: Sequence[Tensor], rate: float) -> list[float]:

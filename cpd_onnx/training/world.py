@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cpd_onnx.errors import CpdError
 
-
 _THREADS_OF_GLOO = 2
 """Exchanges that gloo has under way at once, at most."""
 

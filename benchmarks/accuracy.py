@@ -1,0 +1,229 @@
+"""Accuracy of real trained models after pruning and distilling through the command line, labels unused.
+
+    python benchmarks/accuracy.py --data DATA [--only resnet56] [--peer-python PYTHON] [--steps N] [--out FILE]
+
+DATA is a folder with `onnx/` and `load.py`, which decodes CIFAR-10, GTSRB and CamVid. For each model and target: our
+choice of channels and a random one; and once the unpruned control. All of them are trained by the same recipe, with
+the original as teacher; what counts is the accuracy after the last step, on test images that were not trained on.
+
+With PYTHON, one that has torch and torch-pruning, the CIFAR-10 ResNet-56 is also rebuilt there, pruned by torch-pruning
+to the same MACs and exported (`benchmarks/torch_pruning_resnet.py`); what comes out is trained by the same recipe, and so
+is the file that torch-pruning's author published for 2.55 times fewer MACs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from cpd_onnx.cost import CostModel
+from cpd_onnx.graph import load
+from cpd_onnx.kept import Kept
+from cpd_onnx.passes.comb import comb
+
+HERE = Path(__file__).parent
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CAMVID = ((110.33139, 108.40919, 105.03353), (72.125206, 72.68849, 69.902596))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, its data, and how it is trained.
+
+    Attributes:
+        targets: shares of the MACs that may remain.
+        published: a pruned file of someone else to train beside ours.
+    """
+
+    model: str
+    data: str
+    metric: str
+    targets: tuple[float, ...]
+    steps: int
+    recipe: tuple[str, ...]
+    published: str | None = None
+
+
+_SMALL_IMAGES = ("--batch-size", "64", "--lr", "0.002", "--shift", "2", "--mixed-precision")
+CASES = {
+    "resnet56": Case(
+        "resnet56_jpeg_cifar10", "cifar10", "top1", (0.476, 0.392), 1200,
+        (*_SMALL_IMAGES, "--batch-norm", "train", "--flip"), "resnet56_vainf_groupsl_pruned2.55x_cifar10",
+    ),
+    "gtsrb": Case(
+        "resnet20_gtsrb", "gtsrb", "top1", (0.5, 0.25), 1000, (*_SMALL_IMAGES, "--batch-norm", "train")
+    ),
+    "gtsrb_bnfold": Case("resnet20_gtsrb_bnfold", "gtsrb", "top1", (0.5, 0.25), 1000, _SMALL_IMAGES),
+    "vit": Case(
+        "vit_cifar10_smmk47", "cifar10", "top1", (0.5,), 1000,
+        ("--batch-size", "64", "--lr", "0.0005", "--shift", "2", "--flip", "--mixed-precision"),
+    ),
+    "espnet": Case(
+        "espnet_p2_q8_camvid", "camvid", "miou", (0.53,), 300,
+        ("--batch-size", "4", "--lr", "0.001", "--flip", "--batch-norm", "train", "--mixed-precision"),
+    ),
+}  # fmt: skip  # a table
+
+
+def images(folder: Path, name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels and labels."""
+    spec = importlib.util.spec_from_file_location("load", folder / "load.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    x, y = getattr(module, name)(split)
+    return x, y
+
+
+def prepared(x: np.ndarray, name: str) -> np.ndarray:
+    """As the models were trained: channels first, normalised."""
+    if name == "camvid":
+        mean, std = (np.float32(v) for v in CAMVID)
+        values = (x[..., ::-1].astype(np.float32) - mean) / std / 255
+    else:
+        mean, std = (np.float32(v) for v in IMAGENET)
+        values = (x.astype(np.float32) / 255 - mean) / std
+    return np.ascontiguousarray(values.transpose(0, 3, 1, 2))
+
+
+def archives(folder: Path, work: Path, data: str, name: str) -> tuple[Path, Path]:
+    """All training images, without labels, and all test images with them."""
+    train, test = work / f"{data}_train_{name}.npz", work / f"{data}_test_{name}.npz"
+    for path, split in ((train, "train"), (test, "test")):
+        if not path.exists():
+            x, y = images(folder, data, split)
+            np.savez(path, **{name: prepared(x, data)}, **({"labels": y} if path == test else {}))
+    return train, test
+
+
+def command(*arguments: Any) -> Any:
+    """Run `cpd-onnx` and read the JSON that it prints."""
+    line = [sys.executable, "-m", "cpd_onnx", *map(str, arguments)]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(line[2:])}: {done.stderr}")
+    return json.loads(done.stdout) if "--json" in line else None
+
+
+def macs(path: Path) -> int:
+    """Multiply-accumulates of one sample."""
+    combed = comb(load(path))
+    return int(CostModel(combed).total(Kept(combed.atoms)).macs)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One case, with the places of its files."""
+
+    case: Case
+    folder: Path
+    work: Path
+    training: tuple[Any, ...]
+    peer: Path | None
+    found: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def original(self) -> Path:
+        """The dense model."""
+        return self.folder / "onnx" / f"{self.case.model}.onnx"
+
+    def students(self) -> Iterator[tuple[str, Path]]:
+        """All models to train, by name: the control first."""
+        yield "control", self.original
+        for target in self.case.targets:
+            for score in ("l2", "random"):
+                path = self.work / f"{self.case.model}_{score}_{target}.onnx"
+                command("prune", self.original, "-o", path, "--target", f"macs={target}", "--score", score, "--force")
+                yield f"{score} {target}", path
+            if self.peer is not None and self.case.published:
+                path = self.work / f"{self.case.model}_torch-pruning_{target}.onnx"
+                script = HERE / "torch_pruning_resnet.py"
+                done = subprocess.run(
+                    [self.peer, script, self.original, str(target), path], capture_output=True, text=True, check=False
+                )
+                if done.returncode:
+                    raise RuntimeError(done.stderr[-2000:])
+                yield f"torch-pruning {target}", path
+        if self.peer is not None and self.case.published:
+            yield "torch-pruning, published", self.folder / "onnx" / f"{self.case.published}.onnx"
+
+    def measure(self) -> Iterator[dict[str, Any]]:
+        """Train each of them; the results so far, again and again."""
+        name = onnx.load(self.original, load_external_data=False).graph.input[0].name
+        train, test = archives(self.folder, self.work, self.case.data, name)
+        dense = macs(self.original)
+        result: dict[str, Any] = {"model": self.case.model, "data": self.case.data, "metric": self.case.metric}
+        result |= {"recipe": [*map(str, self.training)], "students": {}}
+        for key, student in self.students():
+            trained = command(
+                "distill", self.original, student, "-o", self.work / f"{student.stem}_distilled.onnx", "--data", train,
+                *self.training, "--eval", test, "--metric", self.case.metric, "--force", "--json", "-",
+            )  # fmt: skip  # one command
+            result["dense"] = trained["teacher"]
+            result["students"][key] = {
+                "fewer_macs": round(dense / macs(student), 3),
+                "before": trained["student"], "after": trained["distilled"], "seconds": trained["seconds"],
+            }  # fmt: skip  # a table
+            print(key, result["students"][key], flush=True)
+            yield result
+
+
+def table(results: dict[str, Any]) -> Iterator[str]:
+    """The results as lines of Markdown."""
+    yield "| model, data | student | fewer MACs | before training | after | change |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for entry in results.values():
+        for key, student in entry["students"].items():
+            name = f"{entry['model']}, {entry['metric']} {100 * entry['dense']:.1f}" if key == "control" else ""
+            yield (
+                f"| {name} | {key} | {student['fewer_macs']:.2f}x | {100 * student['before']:.1f} "
+                f"| {100 * student['after']:.1f} | {100 * (student['after'] - entry['dense']):+.1f} |"
+            )
+
+
+def main() -> None:
+    """Run what was asked for and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=os.environ.get("CPD_DATA"), required="CPD_DATA" not in os.environ)
+    parser.add_argument("--only", choices=CASES, action="append")
+    parser.add_argument("--steps", type=int, help="of training (default: the case's own)")
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 1 on a busy machine")
+    parser.add_argument("--peer-python", type=Path, help="a Python that has torch and torch-pruning")
+    parser.add_argument("--work", type=Path, help="folder for intermediate files (default: a temporary one)")
+    parser.add_argument("--table", action="store_true", help="print what was measured before, and run nothing")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "accuracy.json")
+    options = parser.parse_args()
+    content = json.loads(options.out.read_text()) if options.out.exists() else {"results": {}}
+    if options.table:
+        print("\n".join(table(content["results"])))
+        return
+    work = options.work or Path(tempfile.mkdtemp())
+    work.mkdir(parents=True, exist_ok=True)
+    content["machine"] = {"cpus": os.cpu_count(), "machine": platform.machine(), "date": time.strftime("%Y-%m-%d")}
+    content["versions"] = {name: metadata.version(name) for name in ("onnx", "onnxruntime", "torch", "numpy")}
+    for key in options.only or CASES:
+        case = CASES[key]
+        training = ("--steps", options.steps or case.steps, "--threads", options.threads, *case.recipe)
+        for result in Run(case, Path(options.data), work, training, options.peer_python).measure():
+            content["results"][key] = result
+            options.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
