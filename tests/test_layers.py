@@ -32,7 +32,7 @@ LAYERS = (
     ("pipeline",),
     ("",),
     ("training",),
-    ("training.losses", "training.world", "training.folded"),
+    ("training.losses", "training.cache", "training.world", "training.folded"),
     ("training.feed",),
     ("training.loop",),
     ("passes",),

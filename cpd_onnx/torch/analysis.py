@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from onnx import (
 from cpd_onnx.torch import host
 from cpd_onnx.torch.dtypes import is_float
 from cpd_onnx.torch.registry import DEFAULT_DOMAINS, find
+from cpd_onnx.torch.weights import bodies_of, graph_weights, graphs_of
 
 Array = npt.NDArray[Any]
 
@@ -58,19 +60,6 @@ def title(node: NodeProto) -> str:
     """Name a node and its operator, for messages."""
     domain = "" if node.domain in DEFAULT_DOMAINS else f"{node.domain}."
     return f"node {node.name or next(iter(node.output), '')!r} ({domain}{node.op_type})"
-
-
-def bodies_of(node: NodeProto) -> dict[str, GraphProto]:
-    """Graphs that a node holds as attributes."""
-    return {attribute.name: attribute.g for attribute in node.attribute if attribute.type == AttributeProto.GRAPH}
-
-
-def graphs_of(graph: GraphProto) -> Iterator[GraphProto]:
-    """The graph and all bodies in it."""
-    yield graph
-    for node in graph.node:
-        for body in bodies_of(node).values():
-            yield from graphs_of(body)
 
 
 def attributes_of(node: NodeProto) -> dict[str, Any]:
@@ -170,6 +159,20 @@ def shape_values(graph: GraphProto) -> set[str]:
     return numbers - tensors
 
 
+def trainable_anywhere(graph: GraphProto) -> set[str]:
+    """Names of the tensors that training may change: of the graph, and of its bodies where no other has that name."""
+    parts = list(graphs_of(graph))
+    defined = Counter(name for part in parts for name in _defined(part))
+    inner = {name for part in parts[1:] for name in trainable(part, graph_weights(part))}
+    return trainable(graph, graph_weights(graph)) | {name for name in inner if defined[name] == 1}
+
+
+def _defined(graph: GraphProto) -> Iterator[str]:
+    yield from (info.name for info in graph.input)
+    yield from (tensor.name for tensor in graph.initializer)
+    yield from (name for node in graph.node for name in node.output)
+
+
 def trainable(graph: GraphProto, weights: Mapping[str, Array]) -> set[str]:
     """Names of the stored tensors that training may change.
 
@@ -194,6 +197,48 @@ def trainable(graph: GraphProto, weights: Mapping[str, Array]) -> set[str]:
             elif weights[source].size > 1 or slot in found.weights:
                 wanted.add(source)
     return {name for name in wanted - frozen if _is_weight(weights[name])}
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """How the stored integers of a weight become floats: by the DequantizeLinear of this node."""
+
+    node: NodeProto
+
+    @property
+    def scale(self) -> str:
+        """Name of the scale."""
+        return str(self.node.input[1])
+
+    @property
+    def zero_point(self) -> str:
+        """Name of the zero point; empty for none."""
+        return str(self.node.input[2]) if len(self.node.input) > 2 else ""
+
+
+_INTEGERS = {np.dtype(kind) for kind in ("int8", "uint8", "int16", "uint16", "int32")}
+
+
+def quantised(graph: GraphProto, weights: Mapping[str, Array]) -> dict[str, Quantised]:
+    """Stored integers that only DequantizeLinear nodes use, all of them alike, with stored scales and zero points."""
+    users: dict[str, list[NodeProto | None]] = {}
+    for node in graph.node:
+        for slot, name in enumerate(node.input):
+            users.setdefault(name, []).append(node if node.op_type == "DequantizeLinear" and slot == 0 else None)
+        for body in bodies_of(node).values():
+            for name in free_names(body):
+                users.setdefault(name, []).append(None)
+    found = {}
+    for tensor in graph.initializer:
+        nodes = users.get(tensor.name, [])
+        first = nodes[0] if nodes else None
+        if first is None or weights[tensor.name].dtype not in _INTEGERS:
+            continue
+        operands = [name for name in first.input[1:] if name]
+        alike = all(n is not None and n.input == first.input and n.attribute == first.attribute for n in nodes)
+        if alike and all(name in weights for name in operands) and is_float(weights[operands[0]].dtype):
+            found[tensor.name] = Quantised(first)
+    return found
 
 
 def _is_weight(array: Array) -> bool:
@@ -228,7 +273,7 @@ def infer_types(model: ModelProto) -> dict[str, ValueType]:
     infos: dict[str, TypeProto] = {}
     for _ in range(_ROUNDS):
         infos = _inferred(skeleton)
-        found = [info for node in graph.node for info in _reshaped(node, infos)]
+        found = [info for node in graph.node for info in [*_reshaped(node, infos), *_contributed(node, infos)]]
         if not found:
             break
         graph.value_info.extend(found)
@@ -266,6 +311,38 @@ def _reshaped(node: NodeProto, types: Mapping[str, TypeProto]) -> list[ValueInfo
         return []
     rank = operand.shape.dim[0].dim_value
     return [helper.make_tensor_value_info(node.output[0], done.tensor_type.elem_type, [None] * rank)]
+
+
+_CONTRIB = "com.microsoft"
+_RANKS = {"EmbedLayerNormalization": 3, "DynamicQuantizeLSTM": 4}
+"""Rank of what these operators of onnxruntime give; that of the others is their first tensor's."""
+_FIRST_TENSOR = {"QLinearConcat": 2}
+_TYPED_LIKE = {
+    "EmbedLayerNormalization": 2, "QuantizeLinear": 2, "DequantizeLinear": 1, "QLinearConcat": 2,
+    "MatMulIntegerToFloat": 2, "QGemm": 1,
+}  # fmt: skip  # a table
+"""The input whose type the output has, where it is not the first."""
+_SUM = 3
+"""The output that is the sum before a normalisation."""
+
+
+def _contributed(node: NodeProto, types: Mapping[str, TypeProto]) -> list[ValueInfoProto]:
+    """Type and rank of the outputs of an operator of onnxruntime's own, which shape inference does not know."""
+    if node.domain != _CONTRIB:
+        return []
+    like = node.input[_FIRST_TENSOR.get(node.op_type, 0)]
+    typed = _TYPED_LIKE.get(node.op_type, 0)
+    if node.op_type == "QGemm" and len(node.input) > 7:
+        typed = 0
+    if like not in types or typed >= len(node.input) or node.input[typed] not in types:
+        return []
+    shape = types[like].tensor_type
+    rank = _RANKS.get(node.op_type, len(shape.shape.dim) if shape.HasField("shape") else None)
+    kind = types[node.input[typed]].tensor_type.elem_type
+    names = [name for index, name in enumerate(node.output) if index in (0, _SUM) and name and name not in types]
+    if rank is None or not kind:
+        return []
+    return [helper.make_tensor_value_info(name, kind, [None] * rank) for name in names]
 
 
 def _value_type(tensor_type: TypeProto.Tensor) -> ValueType:

@@ -25,25 +25,27 @@ from torch import fx, nn
 from cpd_onnx.errors import ModelError, UnsupportedError
 from cpd_onnx.torch import control, host, operators
 from cpd_onnx.torch.analysis import (
+    Quantised,
     ValueType,
     attributes_of,
-    bodies_of,
     expand,
     free_names,
     infer_types,
     is_structural,
     opset_of,
+    quantised,
     shape_values,
     title,
-    trainable,
+    trainable_anywhere,
     unsupported,
 )
 from cpd_onnx.torch.dtypes import elem_dtype, to_torch, torch_dtype
 from cpd_onnx.torch.host import Host
-from cpd_onnx.torch.module import OnnxModule
+from cpd_onnx.torch.module import OnnxModule, Quantisation
+from cpd_onnx.torch.operators import quant
 from cpd_onnx.torch.operators.generate import as_numbers, as_tensor
 from cpd_onnx.torch.registry import DEFAULT_DOMAINS, Operator, find
-from cpd_onnx.torch.weights import constant_value, graph_weights
+from cpd_onnx.torch.weights import bodies_of, constant_value, graph_weights, graphs_of
 
 Array = npt.NDArray[Any]
 BatchNormMode = Literal["frozen", "train"]
@@ -76,6 +78,7 @@ class _Facts:
         trainable: stored tensors that become parameters.
         numbers: values of the main graph that serve only to say shapes.
         uses: how many nodes of the main graph use a value.
+        quantised: stored integers that are trained as floats.
     """
 
     opset: int
@@ -84,6 +87,7 @@ class _Facts:
     trainable: Container[str]
     numbers: Container[str]
     uses: Mapping[str, int]
+    quantised: Mapping[str, Quantised]
 
 
 def import_model(model: ModelProto, *, batch_norm: BatchNormMode = "frozen") -> OnnxModule:
@@ -106,7 +110,10 @@ def import_model(model: ModelProto, *, batch_norm: BatchNormMode = "frozen") -> 
     uses = Counter(name for node in graph.node for name in node.input)
     weights = graph_weights(graph)
     live = batch_norm == "train"
-    facts = _Facts(opset_of(model), live, infer_types(model), trainable(graph, weights), shape_values(graph), uses)
+    facts = _Facts(
+        opset_of(model), live, infer_types(model), trainable_anywhere(graph), shape_values(graph), uses,
+        quantised(graph, weights),
+    )  # fmt: skip  # the fields in order
     return _Builder(graph, facts).module()
 
 
@@ -131,6 +138,7 @@ class _Builder:
         self.graph = fx.Graph()
         self.root: dict[str, Any] = {}
         self.names: dict[str, str] = {}
+        self.quantisations: dict[str, Quantisation] = {}
         self.values: dict[str, Value] = {"": None}
         self.nodes: dict[str, fx.Node] = {}
         self._makers = {name: node.op_type for node in proto.node for name in node.output}
@@ -150,16 +158,27 @@ class _Builder:
         self._declare_inputs([info.name for info in self.proto.input if info.name not in stored])
         for name, array in graph_weights(self.proto, nodes=False).items():
             self._declare_weight(name, array)
+        for name, how in self.facts.quantised.items():
+            self._declare_quantised(name, how)
+        for name, array in self._of_bodies(self.proto).items():
+            self._declare_weight(name, array)
         self._add_all()
-        return OnnxModule(self.root, self.graph, self.names)
+        return OnnxModule(self.root, self.graph, self.names, self.quantisations)
 
     def body(self, captured: Sequence[str]) -> fx.GraphModule:
-        """Import a body as a module; what it takes from outside are further inputs. Its own tensors do not train."""
+        """Import a body as a module; what it takes from outside, and what it trains, are further inputs."""
         self._declare_inputs([*(info.name for info in self.proto.input), *captured])
         for name, array in graph_weights(self.proto, nodes=False).items():
-            self.values[name] = Weight(name, array)
+            self.values.setdefault(name, Weight(name, array))
         self._add_all()
         return fx.GraphModule(self.root, self.graph)
+
+    def _of_bodies(self, graph: GraphProto) -> dict[str, Array]:
+        """Tensors in the bodies of a graph's nodes that become parameters of the whole module."""
+        bodies = [body for node in graph.node for body in bodies_of(node).values()]
+        inner = [part for body in bodies for part in graphs_of(body)]
+        stored = {name: array for part in inner for name, array in graph_weights(part).items()}
+        return {name: array for name, array in stored.items() if name in self.facts.trainable}
 
     def _add_all(self) -> None:
         for node in self.proto.node:
@@ -183,6 +202,20 @@ class _Builder:
         except UnsupportedError:
             return
         self.names[name] = self._hold(name, nn.Parameter(tensor) if name in self.facts.trainable else tensor)
+
+    def _declare_quantised(self, name: str, how: Quantised) -> None:
+        """Hold stored integers as the floats that they stand for, to be trained, if these say the same integers."""
+        scale, zero = self.names.get(how.scale), self.names.get(how.zero_point)
+        if name not in self.names or scale is None or (how.zero_point and zero is None):
+            return
+        stored: torch.Tensor = self.root[self.names[name]]
+        zero = zero or self._hold("constant", torch.zeros((), dtype=stored.dtype))
+        options = {key: value for key, value in attributes_of(how.node).items() if key in ("axis", "block_size")}
+        operands = self.root[scale], self.root[zero]
+        values = quant.dequantize_linear(stored, *operands, **options)
+        if torch.equal(quant.quantize_linear(values, *operands, **options), stored):
+            self.root[self.names[name]] = nn.Parameter(values)
+            self.quantisations[name] = Quantisation(scale, zero, options)
 
     def _hold(self, name: str, value: Any) -> str:
         attribute = identifier(name, self.taken)
@@ -212,6 +245,8 @@ class _Builder:
 
     def _constant(self, node: NodeProto, inputs: Sequence[Value]) -> Sequence[Value]:
         name, array = node.output[0], constant_value(node)
+        if name in self.values:  # trained, and given to the body that it stands in
+            return [self.values[name]]
         if array is None:
             raise UnsupportedError(f"{title(node)}: only dense tensors of numbers can be imported into torch")
         if name in self.facts.trainable:
@@ -228,7 +263,7 @@ class _Builder:
 
     def _in_place(self, body: GraphProto) -> Sequence[Value]:
         for name, array in graph_weights(body, nodes=False).items():
-            self.values[name] = Weight(name, array)
+            self.values.setdefault(name, Weight(name, array))
         for node in body.node:
             self._add(node)
         return [self._value(info.name) for info in body.output]
@@ -248,7 +283,8 @@ class _Builder:
         """A body as a module, and the values of this graph that it is called with."""
         builder = _Builder(body, self.facts)
         captured: dict[str, fx.Node | None] = {}
-        for name in free_names(body):
+        trained = [name for part in graphs_of(body) for name in graph_weights(part)]
+        for name in [*free_names(body), *(name for name in trained if name in self.facts.trainable)]:
             value = self._value(name)
             if self._is_constant(value):
                 builder.values[name] = value
@@ -322,6 +358,10 @@ class _Builder:
         arguments = [
             self._numbers(value) if slot in found.host else self._tensor(value) for slot, value in enumerate(inputs)
         ]
+        if found.function is quant.dequantize_linear:
+            both = self._rounded(inputs, arguments, attributes_of(node))
+            if both is not None:
+                return [both]
         attributes = attributes_of(node)
         if self.facts.live and found.live is not None and self._owns_statistics(node, found):
             module = self._hold(node.name or node.op_type, found.live(attributes))
@@ -330,6 +370,24 @@ class _Builder:
         if found.many:
             return self._outputs(node, found.function, tuple(arguments), keywords)
         return [self.graph.call_function(found.function, tuple(arguments), keywords)]
+
+    def _rounded(
+        self, inputs: Sequence[Value], arguments: Sequence[Any], attributes: Mapping[str, Any]
+    ) -> fx.Node | None:
+        """One call for what was quantised and becomes floats again in the same way; None if it is something else."""
+        value = inputs[0]
+        if isinstance(value, Weight) and value.name in self.quantisations:
+            how = self.quantisations[value.name]
+            operands = arguments[0], *(self.graph.get_attr(attribute) for attribute in (how.scale, how.zero_point))
+            return self.graph.call_function(quant.fake_quantize, operands, dict(how.options))
+        made = isinstance(value, fx.Node) and value.target is quant.quantize_linear
+        if not made or len(arguments) < 3 or arguments[2] is None:
+            return None
+        assert isinstance(value, fx.Node)
+        plain = not {"output_dtype", "precision"} & (set(attributes) | set(value.kwargs))
+        if not plain or value.args[1:] != tuple(arguments[1:]) or {**value.kwargs, **attributes} != value.kwargs:
+            return None
+        return self.graph.call_function(quant.fake_quantize, value.args, dict(value.kwargs))
 
     def _owns_statistics(self, node: NodeProto, found: Operator) -> bool:
         """Whether a normalisation's statistics are stored tensors that nobody else uses."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy.typing as npt
@@ -12,32 +13,58 @@ from torch import fx, nn
 
 from cpd_onnx.errors import ModelError
 from cpd_onnx.torch.dtypes import to_numpy, to_torch
+from cpd_onnx.torch.operators.quant import dequantize_linear, quantize_linear
 
 Array = npt.NDArray[Any]
 
 _NAMES = "onnx_names"
+_QUANTISATIONS = "onnx_quantisations"
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """How a parameter becomes the integers that the file stores.
+
+    Attributes:
+        scale: attribute of the module.
+        zero_point: another one.
+        options: `axis` and `block_size`, as of QuantizeLinear.
+    """
+
+    scale: str
+    zero_point: str
+    options: Mapping[str, int]
 
 
 class OnnxModule(fx.GraphModule):
     """A generated module whose parameters and buffers are the tensors that the ONNX file stores.
 
-    Trainable tensors are parameters, all others buffers, in ONNX layout and type. Attribute names are the ONNX names
-    made into Python identifiers; `names` maps one to the other. Call it with tensors in the order of the graph's
+    Trainable tensors are parameters, all others buffers, in ONNX layout and type; stored integers that a
+    DequantizeLinear makes floats of are parameters too, and floats. Attribute names are the ONNX names made into Python
+    identifiers; `names` maps one to the other. Call it with tensors in the order of the graph's
     inputs; it returns a tuple in the order of the graph's outputs.
     """
 
-    def __init__(self, root: Mapping[str, Any], graph: fx.Graph, names: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        root: Mapping[str, Any],
+        graph: fx.Graph,
+        names: Mapping[str, str],
+        quantisations: Mapping[str, Quantisation] | None = None,
+    ) -> None:
         """Build the module from what `import_model` collected.
 
         Args:
             root: attribute -> parameter, tensor or submodule that the graph refers to.
             graph: what the module computes.
             names: ONNX name -> attribute, for the tensors that the file stores.
+            quantisations: ONNX name -> how its parameter becomes integers.
         """
         super().__init__(dict(root), graph, "OnnxModule")
         if self.graph.eliminate_dead_code():
             self.recompile()
         self.meta[_NAMES] = dict(names)
+        self.meta[_QUANTISATIONS] = dict(quantisations or {})
         stored = set(names.values())
         for attribute, value in root.items():
             if isinstance(value, torch.Tensor):
@@ -55,7 +82,7 @@ class OnnxModule(fx.GraphModule):
 
     def onnx_state(self) -> dict[str, Array]:
         """Copy of all tensors by their ONNX names, as numpy arrays of the file's types and shapes."""
-        return {name: to_numpy(getattr(self, attribute)) for name, attribute in self.names.items()}
+        return {name: to_numpy(self._as_stored(name)) for name in self.names}
 
     def load_onnx_state(self, values: Mapping[str, Array]) -> None:
         """Overwrite tensors in place.
@@ -70,7 +97,24 @@ class OnnxModule(fx.GraphModule):
             if tuple(target.shape) != value.shape:
                 raise ModelError(f"tensor {name!r} has shape {list(target.shape)}, its new value {list(value.shape)}")
             with torch.no_grad():
-                target.copy_(to_torch(value))
+                target.copy_(self._from_stored(name, to_torch(value)))
+
+    def _as_stored(self, name: str) -> torch.Tensor:
+        """A tensor in the type of the file."""
+        tensor: torch.Tensor = getattr(self, self.names[name])
+        how = self.meta[_QUANTISATIONS].get(name)
+        if how is None:
+            return tensor
+        operands = getattr(self, how.scale), getattr(self, how.zero_point)
+        return quantize_linear(tensor.detach(), *operands, **how.options)
+
+    def _from_stored(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """What the module holds for a value of the file."""
+        how = self.meta[_QUANTISATIONS].get(name)
+        if how is None:
+            return value
+        operands = getattr(self, how.scale), getattr(self, how.zero_point)
+        return dequantize_linear(value.to(operands[0].device), *operands, **how.options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OnnxModule:
         """Copy the module with the tensors that its graph does not refer to, which fx leaves behind."""

@@ -7,11 +7,24 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from cpd_onnx.errors import ModelError
 
 Array = npt.NDArray[Any]
+
+
+def bodies_of(node: NodeProto) -> dict[str, GraphProto]:
+    """Graphs that a node holds as attributes."""
+    return {attribute.name: attribute.g for attribute in node.attribute if attribute.type == AttributeProto.GRAPH}
+
+
+def graphs_of(graph: GraphProto) -> Iterator[GraphProto]:
+    """The graph and all bodies in it."""
+    yield graph
+    for node in graph.node:
+        for body in bodies_of(node).values():
+            yield from graphs_of(body)
 
 
 def read_weights(model: ModelProto) -> dict[str, Array]:
@@ -68,11 +81,12 @@ def _constants(graph: GraphProto) -> Iterator[NodeProto]:
 
 
 def _places(model: ModelProto) -> Iterator[tuple[str, TensorProto]]:
-    for tensor in model.graph.initializer:
-        yield tensor.name, tensor
-    for node in _constants(model.graph):
-        if node.attribute[0].name == "value":
-            yield node.output[0], node.attribute[0].t
+    """Where tensors are stored, by name; the main graph has the last word."""
+    for graph in reversed(list(graphs_of(model.graph))):
+        yield from ((tensor.name, tensor) for tensor in graph.initializer)
+        for node in _constants(graph):
+            if node.attribute[0].name == "value":
+                yield node.output[0], node.attribute[0].t
 
 
 def _store(tensor: TensorProto, name: str, value: Array) -> None:

@@ -3,6 +3,7 @@
 from cpd_onnx.torch.operators import (
     attention,
     elementwise,
+    fused,
     generate,
     indexing,
     linear,
@@ -22,6 +23,7 @@ from cpd_onnx.torch.operators import (
 __all__ = [
     "attention",
     "elementwise",
+    "fused",
     "generate",
     "indexing",
     "linear",

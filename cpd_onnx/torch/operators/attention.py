@@ -155,15 +155,23 @@ def rotary_embedding(
     y = split_heads(x, options["num_heads"]) if packed else x
     if positions is not None:
         cosines, sines = cosines[positions], sines[positions]
-    cosines, sines = cosines.unsqueeze(1), sines.unsqueeze(1)
-    rotated = options.get("rotary_embedding_dim") or y.shape[-1]
-    turned, rest = y[..., :rotated], y[..., rotated:]
-    interleaved = options.get("interleaved", 0)
+    angles = cosines.unsqueeze(1), sines.unsqueeze(1)
+    result = rotate(y, angles, bool(options.get("interleaved", 0)), options.get("rotary_embedding_dim", 0))
+    return merge_heads(result) if packed else result
+
+
+def rotate(x: Tensor, angles: tuple[Tensor, Tensor], interleaved: bool, size: int = 0) -> Tensor:
+    """Rotate pairs of the first `size` features (of all, for 0) of x by angles given as cosines and sines.
+
+    A pair is a feature and the next one, or the one half of them further on.
+    """
+    cosines, sines = angles
+    size = size or 2 * cosines.shape[-1]
+    turned, rest = x[..., :size], x[..., size:]
     a, b = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)
     parts = (cosines * a - sines * b, sines * a + cosines * b)
     joined = torch.stack(parts, -1).flatten(-2) if interleaved else torch.cat(parts, -1)
-    result = torch.cat([joined, rest], -1)
-    return merge_heads(result) if packed else result
+    return torch.cat([joined, rest], -1)
 
 
 @operator("LinearAttention")
@@ -194,26 +202,3 @@ def linear_attention(
         seen = state.repeat_interleave(q_heads // heads, 1)
         results.append(scale * torch.einsum("bhd,bhdm->bhm", queries[:, :, step], seen))
     return merge_heads(torch.stack(results, 2)).to(q.dtype), state.to(q.dtype if past is None else past.dtype)
-
-
-class MultiHead(TypedDict, total=False):
-    """Attributes of onnxruntime's MultiHeadAttention."""
-
-    num_heads: int
-    scale: float
-    unidirectional: int
-    mask_filter_value: float
-
-
-@operator("MultiHeadAttention", domain="com.microsoft")
-def multi_head_attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, **options: Unpack[MultiHead]
-) -> Tensor:
-    """Attention of packed q, k and v [N, T, heads * size], after adding a bias to each."""
-    heads = options["num_heads"]
-    if bias is not None:
-        parts = torch.split(bias, [q.shape[2], k.shape[2], v.shape[2]])
-        q, k, v = (x + part for x, part in zip((q, k, v), parts, strict=True))
-    q, k, v = (split_heads(x, heads) for x in (q, k, v))
-    causal, scale = bool(options.get("unidirectional", 0)), options.get("scale") or None
-    return merge_heads(F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale))

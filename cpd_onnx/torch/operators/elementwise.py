@@ -267,27 +267,3 @@ def max_of(*inputs: Tensor) -> Tensor:
 def min_of(*inputs: Tensor) -> Tensor:
     """Take the smallest of all inputs."""
     return functools.reduce(torch.minimum, inputs)
-
-
-# Activations that onnxruntime's graph optimiser writes into its own domain.
-
-_ORT = "com.microsoft"
-register("Gelu", F.gelu, domain=_ORT)
-
-
-@operator("QuickGelu", domain=_ORT)
-def quick_gelu(x: Tensor, *, alpha: float = 1.702) -> Tensor:
-    """x sigmoid(alpha x)."""
-    return x * torch.sigmoid(alpha * x)
-
-
-@operator("FastGelu", domain=_ORT)
-def fast_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Gelu by tanh, of x + bias."""
-    return F.gelu(x if bias is None else x + bias, approximate="tanh")
-
-
-@operator("BiasGelu", domain=_ORT)
-def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """Gelu of x + bias."""
-    return F.gelu(x + bias)

@@ -25,7 +25,7 @@ def gather(x: Tensor, indices: Tensor, *, axis: int = 0) -> Tensor:
     """Pick slices along an axis; the indices' shape takes the axis's place."""
     axis = axis % x.ndim
     picked = x.index_select(axis, _wrapped(indices, x.shape[axis]).reshape(-1))
-    return picked.reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+    return picked.reshape([*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]])
 
 
 @operator("GatherElements")
@@ -45,7 +45,9 @@ def gather_nd(x: Tensor, indices: Tensor, *, batch_dims: int = 0) -> Tensor:
     if batch_dims == 0:
         return x[_tuple_index(x.shape, indices)]
     flat_x, flat_indices = x.flatten(0, batch_dims - 1), indices.flatten(0, batch_dims - 1)
-    picked = torch.stack([gather_nd(one, index) for one, index in zip(flat_x, flat_indices, strict=True)])
+    count = flat_x.shape[0]
+    samples = torch.arange(count, device=x.device).reshape(count, *[1] * (flat_indices.ndim - 2))
+    picked = flat_x[(samples, *_tuple_index(flat_x.shape[1:], flat_indices))]
     return picked.reshape(*x.shape[:batch_dims], *picked.shape[1:])
 
 

@@ -145,16 +145,6 @@ def rms_normalization(x: Tensor, scale: Tensor, **attributes: Unpack[LayerNorm])
 register("SimplifiedLayerNormalization", rms_normalization, weights=(1,))
 
 
-@operator("SkipLayerNormalization", domain="com.microsoft", weights=(2, 3, 4))
-def skip_layer_normalization(
-    x: Tensor, skip: Tensor, *affine: Tensor | None, outputs: int, epsilon: float = 1e-12
-) -> list[Tensor | None]:
-    """Layer normalisation of x + skip (+ bias), which is the fourth output."""
-    scale, shift, bias = (*affine, None, None)[:3]
-    total = x + skip if bias is None else x + skip + bias
-    return [F.layer_norm(total, total.shape[-1:], scale, shift, epsilon), None, None, total][:outputs]
-
-
 @operator("MeanVarianceNormalization")
 def mean_variance_normalization(x: Tensor, *, axes: Sequence[int] = (0, 2, 3)) -> Tensor:
     """Bring to zero mean and unit variance over these axes."""

@@ -1,6 +1,8 @@
 """Quantisation: integers and floats side by side.
 
-Integers carry no gradient: what lies before a QuantizeLinear does not train.
+Integers carry no gradient. Where a DequantizeLinear directly follows its QuantizeLinear, or a stored tensor, the two
+are one function of floats with the straight-through gradient: that of clipping (Bengio et al., arXiv 1308.3432). What
+lies before any other QuantizeLinear does not train.
 """
 
 from __future__ import annotations
@@ -9,10 +11,12 @@ from typing import TypedDict
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from typing_extensions import Unpack
 
 from cpd_onnx.torch.dtypes import elem_dtype
 from cpd_onnx.torch.operators.linear import Window, conv
+from cpd_onnx.torch.operators.recurrent import Recurrent, lstm
 from cpd_onnx.torch.registry import operator
 
 _FLOAT8 = {torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz}
@@ -45,6 +49,10 @@ def _to_integers(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.round().clamp(limits.min, limits.max).to(dtype)
 
 
+_ORT = "com.microsoft"
+
+
+@operator("QuantizeLinear", domain=_ORT, frozen=(1, 2))
 @operator("QuantizeLinear", frozen=(1, 2))
 def quantize_linear(
     x: Tensor, scale: Tensor, zero_point: Tensor | None = None, **options: Unpack[Quantisation]
@@ -62,6 +70,7 @@ def quantize_linear(
     return _to_integers(rounded, dtype)
 
 
+@operator("DequantizeLinear", domain=_ORT, frozen=(1, 2))
 @operator("DequantizeLinear", frozen=(1, 2))
 def dequantize_linear(
     x: Tensor, scale: Tensor, zero_point: Tensor | None = None, **options: Unpack[Quantisation]
@@ -72,6 +81,21 @@ def dequantize_linear(
     if zero_point is not None:
         values = values - _spread(zero_point, x, options).float()
     return (values * _spread(scale, x, options).float()).to(dtype)
+
+
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None = None, **options: Unpack[Quantisation]
+) -> Tensor:
+    """What is left of x after QuantizeLinear and DequantizeLinear; the gradient is one within the range, else zero."""
+    integers = quantize_linear(x.detach(), scale, zero_point, **options)
+    seen = dequantize_linear(integers, scale, zero_point, **options)
+    if not x.requires_grad:
+        return seen
+    limits = torch.finfo(integers.dtype) if integers.dtype in _FLOAT8 else torch.iinfo(integers.dtype)
+    step = _spread(scale, x, options).to(x.dtype)
+    centre = 0.0 if zero_point is None else _spread(zero_point, x, options).to(x.dtype)
+    clipped = torch.minimum(torch.maximum(x, (limits.min - centre) * step), (limits.max - centre) * step)
+    return seen + (clipped - clipped.detach())
 
 
 @operator("DynamicQuantizeLinear")
@@ -136,3 +160,165 @@ def qlinear_conv(*inputs: Tensor, **window: Unpack[GroupedWindow]) -> Tensor:
     if ratio.numel() > 1:
         ratio = ratio.reshape(-1, *[1] * (x.ndim - 2))
     return _to_integers((result * ratio).round() + y_zero.double(), y_zero.dtype)
+
+
+# Operators of onnxruntime's own domain on quantised tensors: a tensor, its scale and its zero point, and again.
+
+
+def _floats(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """What quantised numbers stand for; scale and zero point are single, or one per index of the last axis."""
+    return _centred(x, zero_point, -1).float() * scale
+
+
+def _quantised(values: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """The numbers that stand for values; uint8 where no zero point says the type."""
+    point = torch.zeros((), dtype=torch.uint8) if zero_point is None else zero_point
+    return _to_integers((values / scale).round() + point.float(), point.dtype)
+
+
+@operator("QLinearAdd", domain=_ORT, frozen=(1, 4, 6))
+def qlinear_add(*inputs: Tensor) -> Tensor:
+    """Sum of two quantised tensors, quantised."""
+    total = _floats(*inputs[:3]) + _floats(*inputs[3:6])
+    return _quantised(total, inputs[6], inputs[7] if len(inputs) > 7 else None)
+
+
+@operator("QLinearMul", domain=_ORT, frozen=(1, 4, 6))
+def qlinear_mul(*inputs: Tensor) -> Tensor:
+    """Product of two quantised tensors, quantised."""
+    product = _floats(*inputs[:3]) * _floats(*inputs[3:6])
+    return _quantised(product, inputs[6], inputs[7] if len(inputs) > 7 else None)
+
+
+@operator("QLinearConcat", domain=_ORT, frozen=(0,))
+def qlinear_concat(scale: Tensor, zero_point: Tensor, *inputs: Tensor, axis: int) -> Tensor:
+    """Quantised tensors one behind the other, quantised alike."""
+    parts = [_floats(*inputs[start : start + 3]) for start in range(0, len(inputs), 3)]
+    return _quantised(torch.cat(parts, axis), scale, zero_point)
+
+
+@operator("QLinearGlobalAveragePool", domain=_ORT, frozen=(1, 3))
+def qlinear_global_average_pool(*inputs: Tensor, channels_last: int = 0) -> Tensor:
+    """Mean over all spatial axes, quantised."""
+    values = _floats(*inputs[:3])
+    axes = range(1, values.ndim - 1) if channels_last else range(2, values.ndim)
+    return _quantised(values.mean(list(axes), keepdim=True), inputs[3], inputs[4])
+
+
+@operator("QLinearLeakyRelu", domain=_ORT, frozen=(1, 3))
+def qlinear_leaky_relu(*inputs: Tensor, alpha: float = 0.01) -> Tensor:
+    """Leaky ReLU, quantised."""
+    return _quantised(F.leaky_relu(_floats(*inputs[:3]), alpha), inputs[3], inputs[4] if len(inputs) > 4 else None)
+
+
+@operator("QLinearSigmoid", domain=_ORT, frozen=(1, 3))
+def qlinear_sigmoid(*inputs: Tensor) -> Tensor:
+    """Sigmoid, quantised."""
+    return _quantised(_floats(*inputs[:3]).sigmoid(), inputs[3], inputs[4] if len(inputs) > 4 else None)
+
+
+class QuantisedGemm(TypedDict, total=False):
+    """Attributes of QGemm."""
+
+    alpha: float
+    transA: int
+    transB: int
+
+
+@operator("QGemm", domain=_ORT, frozen=(1, 4, 7))
+def qgemm(*inputs: Tensor | None, **options: Unpack[QuantisedGemm]) -> Tensor:
+    """Product of quantised matrices plus an int32 bias; quantised if the result's scale is given, else float."""
+    a, a_scale, a_zero, b, b_scale, b_zero, bias, y_scale, y_zero = (*inputs, *[None] * 3)[:9]
+    assert a is not None
+    assert b is not None
+    assert a_scale is not None
+    assert b_scale is not None
+    left = _centred(a, a_zero, -2)
+    right = _centred(b, b_zero, 0 if options.get("transB") else 1)
+    product = (left.T if options.get("transA") else left) @ (right.T if options.get("transB") else right)
+    product = product if bias is None else product + bias.double()
+    values = product * (options.get("alpha", 1.0) * a_scale.double() * b_scale.double())
+    return values.float() if y_scale is None else _quantised(values, y_scale.double(), y_zero)
+
+
+@operator("MatMulIntegerToFloat", domain=_ORT, frozen=(2, 3), weights=(6,))
+def matmul_integer_to_float(a: Tensor, b: Tensor, *more: Tensor | None) -> Tensor:
+    """Product of quantised matrices as floats, plus a float bias; `more` are scales, zero points and bias."""
+    a_scale, b_scale, a_zero, b_zero, bias = (*more, None, None, None)[:5]
+    product = _centred(a, a_zero, -2) @ _centred(b, b_zero, -1)
+    assert a_scale is not None
+    assert b_scale is not None
+    result = (product * (a_scale.double() * b_scale.double())).to(a_scale.dtype)
+    return result if bias is None else result + bias
+
+
+def rounded_to_range(x: Tensor) -> Tensor:
+    """x as DynamicQuantizeLinear sees it; the gradient is that of x."""
+    integers, scale, zero_point = dynamic_quantize_linear(x.detach())
+    seen = (integers.float() - zero_point.float()) * scale
+    return x + (seen - x).detach()
+
+
+@operator("DynamicQuantizeMatMul", domain=_ORT, frozen=(2,), weights=(4,))
+def dynamic_quantize_matmul(a: Tensor, b: Tensor, *more: Tensor | None) -> Tensor:
+    """Product of a, quantised on its way, and a quantised matrix; `more` are its scale, zero point and a bias."""
+    scale, zero_point, bias = (*more, None, None)[:3]
+    assert scale is not None
+    result = rounded_to_range(a) @ _floats(b, scale, zero_point)
+    return result if bias is None else result + bias
+
+
+class Blocks(TypedDict, total=False):
+    """Attributes of MatMulNBits."""
+
+    K: int
+    N: int
+    accuracy_level: int
+    bits: int
+    block_size: int
+
+
+@operator("MatMulNBits", domain=_ORT, frozen=(2, 3), weights=(5,))
+def matmul_n_bits(a: Tensor, packed: Tensor, scales: Tensor, *more: Tensor | None, **options: Unpack[Blocks]) -> Tensor:
+    """Product of a [..., K] and a matrix [N, K] of few bits in blocks; `more` are zero points, order and a bias."""
+    points, order, bias = (*more, None, None, None)[:3]
+    bits, rows, columns = options.get("bits", 4), options["N"], options["K"]
+    values = _unpacked(packed.reshape(rows, -1), bits)
+    blocks = values.reshape(rows, -1, options["block_size"])
+    count = blocks.shape[1]
+    if points is None:
+        centre: Tensor | float = float(1 << (bits - 1))
+    elif points.is_floating_point():
+        centre = points.reshape(rows, count, 1)
+    else:
+        centre = _unpacked(points.reshape(rows, -1), bits)[:, :count].unsqueeze(2)
+    flat, scale = (blocks - centre), scales.reshape(rows, count, 1)
+    matrix = (flat * scale).reshape(rows, -1)[:, :columns]
+    if order is not None:
+        matrix = flat.reshape(rows, -1)[:, :columns] * scale.squeeze(2)[:, order.long()]
+    result = a @ matrix.to(a.dtype).T
+    return result if bias is None else result + bias
+
+
+def _unpacked(packed: Tensor, bits: int) -> Tensor:
+    """Numbers of so many bits, the lowest ones of each byte first, as floats [rows, numbers]."""
+    shifts = torch.arange(0, 8, bits, device=packed.device, dtype=torch.uint8)
+    return ((packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(1).float()
+
+
+@operator("DynamicQuantizeLSTM", domain=_ORT, frozen=(8, 9, 10, 11))
+def dynamic_quantize_lstm(
+    x: Tensor, w: Tensor, r: Tensor, *more: Tensor | None, outputs: int, **options: Unpack[Recurrent]
+) -> list[Tensor]:
+    """LSTM with quantised weights [directions, input, gates], whose inputs and states are quantised on their way."""
+    w_scale, w_zero, r_scale, r_zero = more[5:9]
+    weights = [_per_direction(w, w_scale, w_zero), _per_direction(r, r_scale, r_zero)]
+    return lstm((x, *weights, *more[:5]), outputs, options, rounded_to_range)
+
+
+def _per_direction(weight: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> Tensor:
+    """Quantised weights [directions, in, gates] as floats [directions, gates, in]; a scale per direction or gate."""
+    assert scale is not None
+    shape = (weight.shape[0], 1, -1)
+    point = 0.0 if zero_point is None else zero_point.float().reshape(shape)
+    return ((weight.float() - point) * scale.reshape(shape)).mT

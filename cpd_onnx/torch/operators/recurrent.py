@@ -69,11 +69,26 @@ def _activation(function: Callable[..., Tensor], keywords: dict[str, float], cli
     return lambda x: function(x, **keywords)
 
 
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
 @operator("LSTM", weights=(1, 2, 3, 7))
-def lstm(
+def long_short_term_memory(
     x: Tensor, w: Tensor, r: Tensor, *more: Tensor | None, outputs: int, **options: Unpack[Recurrent]
 ) -> list[Tensor]:
     """Long short-term memory; gates in the order input, output, forget, cell."""
+    return lstm((x, w, r, *more), outputs, options)
+
+
+def lstm(
+    inputs: Sequence[Tensor | None], outputs: int, options: Recurrent, seen: Callable[[Tensor], Tensor] = _as_it_is
+) -> list[Tensor]:
+    """LSTM whose products are with what `seen` makes of inputs and states."""
+    x, w, r, *more = inputs
+    assert x is not None
+    assert w is not None
+    assert r is not None
     bias, lengths, hidden, cell, peephole = (*more, *[None] * 5)[:5]
     activations = list(_activations(options, ("Sigmoid", "Tanh", "Tanh")))
     p = torch.zeros(w.shape[0], 3 * r.shape[2], dtype=x.dtype, device=x.device) if peephole is None else peephole
@@ -84,7 +99,7 @@ def lstm(
 
         def step(pre: Tensor, state: State) -> State:
             h, c = state
-            i, o, f, g = (pre + h @ r[direction].T).chunk(4, -1)
+            i, o, f, g = (pre + seen(h) @ r[direction].T).chunk(4, -1)
             i = gate(i + p_i * c)
             f = 1 - i if options.get("input_forget") else gate(f + p_f * c)
             c = f * c + i * squash(g)
@@ -92,7 +107,7 @@ def lstm(
 
         return step
 
-    return _run(x, (w, bias), (lengths, (hidden, cell)), make, options)[:outputs]
+    return _run(seen(x), (w, bias), (lengths, (hidden, cell)), make, options)[:outputs]
 
 
 @operator("GRU", weights=(1, 2, 3))
