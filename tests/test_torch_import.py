@@ -268,6 +268,71 @@ BODIES = {
     " { s = Shape(x) hw = Slice(s,a,b) f = Cast<to=1>(hw) m = Mul(f,k) l = Floor(m) i = Cast<to=7>(l)"
     " nc = Slice(s,o,a) t = Concat<axis=0>(nc,i) y = Resize<mode='linear'>(x,,,t) }",
 }
+MS = "com.microsoft."
+QDQ = "<float s = {0.05}, uint8 z = {120}, float t = {0.0213}> { a = QuantizeLinear(x,s,z)"
+BODIES |= {
+    "gather one": "(float[3,4] x) => (y) <int64 i = {2}> { v = ReduceMax<axes=[1],keepdims=0>(x) y = Gather(v,i) }",
+    "gather nd batched": "(float[2,3,4] x) => (y) <int64[2,2,1] i = {0,2,-1,0}> { y = GatherND<batch_dims=1>(x,i) }",
+    "fused gemm": "(float[3,4] a, float[5,4] b, float[5] c) => (y) {"
+    f" y = {MS}FusedGemm<transB=1,activation='LeakyRelu',activation_alpha=0.2>(a,b,c) }}",
+    "transpose matmul": f"(float[4,3] a, float[4,5] b) => (y) {{ y = {MS}TransposeMatMul<transA=1,alpha=0.5>(a,b) }}",
+    "quick gelu": f"(float[3,4] x) => (y) {{ y = {MS}QuickGelu<alpha=1.1>(x) }}",
+    "bias gelu": f"(float[3,4] x, float[4] b) => (y) {{ y = {MS}BiasGelu(x,b) }}",
+    "skip layer norm sum": "(float[2,3,4] x, float[2,3,4] s, float[4] a, float[4] b, float[4] c) => (y, t) {"
+    f" y, m, v, t = {MS}SkipLayerNormalization<epsilon=0.01>(x,s,a,b,c) }}",
+    "skip rms norm": "(float[2,3,4] x, float[2,3,4] s, float[4] a) => (y, t) {"
+    f" y, m, v, t = {MS}SkipSimplifiedLayerNormalization(x,s,a) }}",
+    "embed": "(float[9,8] w, float[5,8] p, float[2,8] k, float[8] a, float[8] b) => (y, m, t)"
+    " <int32[2,3] i = {0,8,4,1,1,2}, int32[2,3] s = {0,1,1,0,0,1}, int32[2,3] c = {1,1,0,1,0,0}>"
+    f" {{ y, m, t = {MS}EmbedLayerNormalization<epsilon=0.01>(i,s,w,p,k,a,b,c) }}",
+    "fused attention": "(float[2,3,8] x, float[8,24] w, float[24] b) => (y) <int32[2] m = {3,2}> {"
+    f" y = {MS}Attention<num_heads=2>(x,w,b,m) }}",
+    "fused attention causal": "(float[2,3,8] x, float[8,24] w, float[24] b, float[2,2,2,2,4] p) => (y, q) {"
+    f" y, q = {MS}Attention<num_heads=2,unidirectional=1>(x,w,b,,p) }}",
+    "fused attention masked": "(float[2,3,8] x, float[8,20] w, float[20] b, float[1,1,3,3] e) => (y)"
+    " <int32[2,3] m = {1,1,0,1,0,1}> {"
+    f" y = {MS}Attention<num_heads=2,qkv_hidden_sizes=[8,8,4],scale=0.3>(x,w,b,m,,e) }}",
+    "multi head": "(float[2,3,8] q, float[2,5,8] k, float[2,5,8] v, float[24] b, float[2,2,3,5] e) => (y)"
+    f" <int32[2] m = {{5,3}}> {{ y = {MS}MultiHeadAttention<num_heads=2>(q,k,v,b,m,e) }}",
+    "multi head causal": "(float[2,3,8] q, float[2,3,8] k, float[2,3,8] v) => (y) {"
+    f" y = {MS}MultiHeadAttention<num_heads=2,unidirectional=1>(q,k,v) }}",
+    "multi head past": "(float[2,3,8] q, float[2,3,8] k, float[2,3,8] v, float[2,2,4,4] c, float[2,2,4,4] d)"
+    f" => (y, n, o) {{ y, n, o = {MS}MultiHeadAttention<num_heads=2>(q,k,v,,,,c,d) }}",
+    "grouped query": "(float[2,3,64] q, float[2,3,32] k, float[2,3,32] v, float[8,8] c, float[8,8] d) => (y, n, o)"
+    " <int32[2] l = {2,2}, int32 t = {3}> { y, n, o ="
+    f" {MS}GroupQueryAttention<num_heads=4,kv_num_heads=2,do_rotary=1,softcap=5.0>(q,k,v,,,l,t,c,d) }}",
+    "grouped query window": "(float[2,5,32] q, float[2,5,16] k, float[2,5,16] v) => (y, n, o)"
+    " <int32[2] l = {4,4}, int32 t = {5}> { y, n, o ="
+    f" {MS}GroupQueryAttention<num_heads=4,kv_num_heads=2,local_window_size=2,scale=0.4>(q,k,v,,,l,t) }}",
+    "fused rotary": "(float[2,3,8] x, float[7,2] c, float[7,2] d) => (y) <int64[2,3] p = {0,1,2,4,5,6}> {"
+    f" y = {MS}RotaryEmbedding<num_heads=2>(x,p,c,d) }}",
+    "fused rotary interleaved": "(float[2,2,3,4] x, float[7,2] c, float[7,2] d) => (y) <int64[1] p = {2}> {"
+    f" y = {MS}RotaryEmbedding<interleaved=1>(x,p,c,d) }}",
+    "qlinear add": f"(float[3,4] x) => (y) {QDQ} q = {MS}QLinearAdd(a,s,z,a,s,z,t,z) y = DequantizeLinear(q,t,z) }}",
+    "qlinear mul": f"(float[3,4] x) => (y) {QDQ} q = {MS}QLinearMul(a,s,z,a,s,z,t,z) y = DequantizeLinear(q,t,z) }}",
+    "qlinear concat": "(float[3,4] x) => (y)"
+    f" {QDQ} q = {MS}QLinearConcat<axis=1>(t,z,a,s,z,a,s,z) y = DequantizeLinear(q,t,z) }}",
+    "qlinear pool": "(float[2,3,4,4] x) => (y)"
+    f" {QDQ} q = {MS}QLinearGlobalAveragePool(a,s,z,t,z) y = DequantizeLinear(q,t,z) }}",
+    "qlinear leaky relu": "(float[3,4] x) => (y)"
+    f" {QDQ} q = {MS}QLinearLeakyRelu<alpha=0.3>(a,s,z,t,z) y = DequantizeLinear(q,t,z) }}",
+    "qlinear sigmoid": f"(float[3,4] x) => (y) {QDQ} q = {MS}QLinearSigmoid(a,s,z,t,z) y = DequantizeLinear(q,t,z) }}",
+    "qgemm": "(float[3,4] x, float[5,4] w) => (y, v) <float s = {0.05}, uint8 z = {120}, float t = {0.02},"
+    " int8 o = {3}, float u = {0.3}, int32[5] c = {9,-8,700,1,0}> { a = QuantizeLinear(x,s,z) b = QuantizeLinear(w,t,o)"
+    f" y = {MS}QGemm<transB=1>(a,s,z,b,t,o,c) q = {MS}QGemm<transB=1,alpha=0.5>(a,s,z,b,t,o,c,u,z)"
+    " v = DequantizeLinear(q,u,z) }",
+    "integer product": "(float[3,4] x, float[4,5] w, float[5] e) => (y) <float s = {0.05}, uint8 z = {120},"
+    " float t = {0.02}, int8 o = {3}> { a = QuantizeLinear(x,s,z) b = QuantizeLinear(w,t,o)"
+    f" y = {MS}MatMulIntegerToFloat(a,b,s,t,z,o,e) }}",
+    "dynamic product": "(float[3,4] x, float[4,5] w, float[5] e) => (y) <float t = {0.02}, int8 o = {3}> {"
+    f" b = QuantizeLinear(w,t,o) y = {MS}DynamicQuantizeMatMul(x,b,t,o,e) }}",
+    "four bits": "(float[3,32] x) => (y) <uint8[2,2,8] w = {18,52,86,120,154,188,222,255,1,35,69,103,137,171,205,239,"
+    "16,50,84,118,152,186,220,254,3,37,71,105,139,173,207,241}, float[4] s = {0.1,0.2,0.3,0.4}, uint8[2] z = {135,104}>"
+    f" {{ a = {MS}MatMulNBits<K=32,N=2,bits=4,block_size=16>(x,w,s)"
+    f" b = {MS}MatMulNBits<K=32,N=2,bits=4,block_size=16>(x,w,s,z) y = Add(a,b) }}",
+    "other domain": "(float[3,4] x) => (y) <float s = {0.05}, uint8 z = {120}> {"
+    f" q = {MS}QuantizeLinear(x,s,z) y = {MS}DequantizeLinear(q,s,z) }}",
+}
 BODIES |= {name.lower(): f"(float[2,3,4] x) => (y) {{ y = {name}(x) }}" for name in UNARY}
 BODIES["mod"] = "(float[2,3] x, float[3] z) => (y) { y = Mod<fmod=1>(x,z) }"
 BODIES |= {name.lower(): f"(float[2,3,4] x, float[3,1] z) => (y) {{ a = Abs(x) y = {name}(a,z) }}" for name in BINARY}
@@ -395,6 +460,89 @@ def test_gradient_flows_into_a_body() -> None:
     gradient = module.onnx_parameters()["w"].grad
     assert gradient is not None
     assert gradient.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_tensors_of_bodies_train_and_are_written_back() -> None:
+    model = parse("""(float[3] x, bool c) => (y) { y = If(c) <
+        then_branch = a () => (float[3] p) <float[3] w = {1,2,3}> { p = Mul(x,w) },
+        else_branch = b () => (float[3] q) { v = Constant<value = float[3] {4,5,6}>() z = If(c) <
+            then_branch = d () => (float[3] s) { s = Neg(v) },
+            else_branch = e () => (float[3] t) <float[3] u = {7,8,9}> { t = Mul(u,v) }> q = Add(x,z) }> }""")
+    module = import_model(model)
+    assert set(module.onnx_parameters()) == {"w", "v", "u"}
+    assert write_weights(model, module.onnx_state()) == model
+    x = np.ones(3, np.float32)
+    for choice, reached in ((True, {"w"}), (False, {"u", "v"})):
+        feed = {"x": x, "c": np.asarray(choice)}
+        module.zero_grad()
+        module(*map(to_torch, feed.values()))[0].sum().backward()
+        gradients = {name: p.grad for name, p in module.onnx_parameters().items() if p.grad is not None}
+        assert set(gradients) == reached
+        with torch.no_grad():
+            for name in reached:
+                module.onnx_parameters()[name].mul_(2.0)
+        written = write_weights(model, module.onnx_state())
+        assert_same(call(module, feed), session_of(written).run(None, feed), 1e-6)
+
+
+def test_tensors_of_bodies_with_the_same_name_stay_apart() -> None:
+    model = parse("""(float[3] x, bool c) => (y) { y = If(c) <
+        then_branch = a () => (float[3] p) <float[3] w = {1,2,3}> { p = Mul(x,w) },
+        else_branch = b () => (float[3] q) <float[3] w = {4,5,6}> { q = Mul(x,w) }> }""")
+    module = import_model(model)
+    assert module.onnx_parameters() == {}
+    for choice in (True, False):
+        feed = {"x": np.ones(3, np.float32), "c": np.asarray(choice)}
+        assert_same(call(module, feed), session_of(model).run(None, feed), 1e-6)
+
+
+# Quantised models.
+
+QDQ_LAYER = """(float[2,3] x) => (y) <float s = {0.05}, uint8 z = {120}, int8[4,3] w = {9,-9,100,-128,127,3,0,1,2,50,60,70},
+    float[4] t = {0.01,0.02,0.03,0.04}, int8[4] o = {0,0,0,0}, int32[4] b = {100,-200,3000,4}, float[4] u = {0.0005,
+    0.001,0.0015,0.002}> { q = QuantizeLinear(x,s,z) d = DequantizeLinear(q,s,z) v = DequantizeLinear<axis=0>(w,t,o)
+    c = DequantizeLinear<axis=0>(b,u) y = Gemm<transB=1>(d,v,c) }"""
+
+
+def test_quantised_weights_train_and_come_back_as_integers() -> None:
+    model = parse(QDQ_LAYER)
+    module = import_model(model)
+    assert set(module.onnx_parameters()) == {"w", "b"}
+    assert write_weights(model, module.onnx_state()) == model
+    feed = feed_of(model)
+    assert_same(call(module, feed), session_of(model).run(None, feed), 1e-6)
+    optimiser = torch.optim.SGD(module.parameters(), lr=0.05)
+    module(*map(to_torch, feed.values()))[0].square().sum().backward()
+    optimiser.step()
+    state = module.onnx_state()
+    assert [state[name].dtype for name in "wb"] == [np.int8, np.int32]
+    written = write_weights(model, state)
+    assert written != model
+    assert_same(call(module, feed), session_of(written).run(None, feed), 1e-6)
+    other = import_model(model)
+    other.load_onnx_state(state)
+    assert all(np.array_equal(value, state[name]) for name, value in other.onnx_state().items())
+
+
+def test_gradients_pass_through_rounding_but_not_beyond_the_range() -> None:
+    module = import_model(parse(QDQ_LAYER))
+    x = torch.tensor([[0.31, -0.2, 0.0], [100.0, -100.0, 1.0]], requires_grad=True)
+    module(x)[0][:, 3].sum().backward()
+    expected = torch.tensor([50.0, 60.0, 70.0]) * 0.04
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, torch.stack([expected, expected * torch.tensor([0.0, 0.0, 1.0])]))
+
+
+def test_integers_that_something_else_uses_too_do_not_train() -> None:
+    model = parse(QDQ_LAYER.replace("=> (y)", "=> (y, k)").replace("y = Gemm", "k = Identity(w) y = Gemm"))
+    assert set(import_model(model).onnx_parameters()) == {"b"}
+
+
+def test_integers_whose_floats_say_others_do_not_train() -> None:
+    model = parse(QDQ_LAYER.replace("int32[4] b = {100,-200,3000,4}", "int32[4] b = {100,-200,2147483647,4}"))
+    assert set(import_model(model).onnx_parameters()) == {"w"}
+    model = parse(QDQ_LAYER.replace("float[4] t = {0.01,", "float[4] t = {0.0,"))
+    assert set(import_model(model).onnx_parameters()) == {"b"}
 
 
 def test_loop_without_rounds_gives_the_state_back() -> None:

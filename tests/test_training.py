@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
 pytest.importorskip("torch")
 
@@ -514,3 +515,35 @@ def test_mixed_precision_trains_and_keeps_the_file_in_float32() -> None:
     assert as_bytes(result) != as_bytes(exact)
     assert result.losses[-1] < 0.7 * result.losses[0]
     assert result.losses[-1] == pytest.approx(exact.losses[-1], rel=0.2)
+
+
+# Quantised models.
+
+
+class _Calibration(CalibrationDataReader):
+    """A few batches for onnxruntime's quantiser."""
+
+    def __init__(self) -> None:
+        self.batches = iter([images(64)])
+
+    def get_next(self) -> Any:
+        return next(self.batches, None)
+
+
+def test_a_pruned_int8_model_learns_and_stays_int8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    onnx.save(TEACHER, tmp_path / "float.onnx")
+    np.savez(tmp_path / "data.npz", **images())
+    int8, small, out = (str(tmp_path / f"{name}.onnx") for name in ("int8", "small", "out"))
+    quantize_static(tmp_path / "float.onnx", int8, _Calibration(), per_channel=True)
+    assert main(["prune", int8, "-o", small, "--target", "channels=0.7"]) == 0
+    training = ["--steps", "60", "--batch-size", "32", "--lr", "0.02", "--threads", "1", "--batch-norm", "frozen"]
+    data = ["--data", str(tmp_path / "data.npz"), "--eval", str(tmp_path / "data.npz"), "--metric", "mse"]
+    capsys.readouterr()
+    assert main(["distill", int8, small, "-o", out, *data, *training, "--json", "-"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["distilled"] < 0.5 * scores["student"]
+    assert main(["verify", int8, out, "--plan", f"{small}.plan.json"]) == 0
+    before, after = (onnx.load(path).graph for path in (small, out))
+    changed = {a.data_type for a, b in zip(before.initializer, after.initializer, strict=True) if a != b}
+    assert changed == {TensorProto.INT8, TensorProto.INT32}
+    assert before.node == after.node

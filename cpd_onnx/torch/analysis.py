@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -183,7 +184,7 @@ def trainable(graph: GraphProto, weights: Mapping[str, Array]) -> set[str]:
     wanted: set[str] = set()
     frozen: set[str] = set()
     alias = {name: name for name in weights}
-    for node in graph.node:
+    for node in itertools.chain.from_iterable(part.node for part in graphs_of(graph)):
         if node.op_type == "Identity" and node.input[0] in alias:
             alias[node.output[0]] = alias[node.input[0]]
             continue
@@ -220,9 +221,16 @@ _INTEGERS = {np.dtype(kind) for kind in ("int8", "uint8", "int16", "uint16", "in
 
 
 def quantised(graph: GraphProto, weights: Mapping[str, Array]) -> dict[str, Quantised]:
-    """Stored integers that only DequantizeLinear nodes use, all of them alike, with stored scales and zero points."""
+    """Stored integers that only DequantizeLinear nodes use, all of them alike, with stored scales and zero points.
+
+    What these make of them may not be frozen.
+    """
     users: dict[str, list[NodeProto | None]] = {}
+    fixed: set[str] = set()
     for node in graph.node:
+        operator = find(node.domain, node.op_type)
+        held = () if operator is None else (*operator.frozen, *operator.host)
+        fixed |= {node.input[slot] for slot in held if slot < len(node.input)}
         for slot, name in enumerate(node.input):
             users.setdefault(name, []).append(node if node.op_type == "DequantizeLinear" and slot == 0 else None)
         for body in bodies_of(node).values():
@@ -236,6 +244,7 @@ def quantised(graph: GraphProto, weights: Mapping[str, Array]) -> dict[str, Quan
             continue
         operands = [name for name in first.input[1:] if name]
         alike = all(n is not None and n.input == first.input and n.attribute == first.attribute for n in nodes)
+        alike = alike and not any(n is not None and n.output[0] in fixed for n in nodes)
         if alike and all(name in weights for name in operands) and is_float(weights[operands[0]].dtype):
             found[tensor.name] = Quantised(first)
     return found
