@@ -104,16 +104,23 @@ def trained(module: Any, inputs: list[torch.Tensor], targets: list[np.ndarray]) 
         return {"trains": False}
     best, first = float("inf"), float(loss())
     start = [p.detach().clone() for p in parameters]
-    # The right step differs from model to model; training picks it, here the largest of three that works.
-    for rate in (1e-3, 1e-4, 1e-5):
+    # The right step differs from model to model; training picks it, here the largest of four that works.
+    for rate in (1e-3, 1e-4, 1e-5, 1e-6):
         with torch.no_grad():
             for p, value in zip(parameters, start, strict=True):
                 p.copy_(value)
-        optimizer = torch.optim.Adam([p for p in parameters if p.dtype == torch.float32] or parameters, lr=rate)
+        # As in `distill`, the optimiser moves float32 copies of 16-bit weights.
+        moved = [torch.nn.Parameter(p.detach().float()) if p.dtype.itemsize == 2 else p for p in parameters]
+        optimizer = torch.optim.Adam(moved, lr=rate)
         for _ in range(STEPS):
-            optimizer.zero_grad()
+            module.zero_grad()
             loss().backward()
+            for p, copy in zip(parameters, moved, strict=True):
+                copy.grad = None if p.grad is None else p.grad.to(copy.dtype)
             optimizer.step()
+            with torch.no_grad():
+                for p, copy in zip(parameters, moved, strict=True):
+                    p.copy_(copy)
         best = min(best, float(loss().detach()))
         if best < first:
             break
