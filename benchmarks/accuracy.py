@@ -2,8 +2,8 @@
 
     python benchmarks/accuracy.py --data DATA [--only resnet56] [--peer-python PYTHON] [--steps N] [--out FILE]
 
-DATA is a folder with `onnx/` and `load.py`, which decodes CIFAR-10, GTSRB and CamVid. For each model and target: our
-choice of channels and a random one; and once the unpruned control. All of them are trained by the same recipe, with
+DATA is a folder with `onnx/` and `load.py`, which decodes CIFAR-10, GTSRB and CamVid. For each model and target: channels
+chosen by the Fisher score, by magnitude and by chance; and once the unpruned control. All of them are trained by the same recipe, with
 the original as teacher; what counts is the accuracy after the last step, on test images that were not trained on.
 
 With PYTHON, one that has torch and torch-pruning, the CIFAR-10 ResNet-56 is also rebuilt there, pruned by torch-pruning
@@ -18,12 +18,13 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,14 @@ CASES = {
 }  # fmt: skip  # a table
 
 
+CHOICES = {
+    "fisher": ("--score", "fisher", "--spread", "global", "--samples", "512"),
+    "l2": ("--score", "l2"),
+    "random": ("--score", "random"),
+}
+"""How channels are chosen, by name."""
+
+
 def images(folder: Path, name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Pixels and labels."""
     spec = importlib.util.spec_from_file_location("load", folder / "load.py")
@@ -100,16 +109,6 @@ def prepared(x: np.ndarray, name: str) -> np.ndarray:
         mean, std = (np.float32(v) for v in IMAGENET)
         values = (x.astype(np.float32) / 255 - mean) / std
     return np.ascontiguousarray(values.transpose(0, 3, 1, 2))
-
-
-def archives(folder: Path, work: Path, data: str, name: str) -> tuple[Path, Path]:
-    """All training images, without labels, and all test images with them."""
-    train, test = work / f"{data}_train_{name}.npz", work / f"{data}_test_{name}.npz"
-    for path, split in ((train, "train"), (test, "test")):
-        if not path.exists():
-            x, y = images(folder, data, split)
-            np.savez(path, **{name: prepared(x, data)}, **({"labels": y} if path == test else {}))
-    return train, test
 
 
 def command(*arguments: Any) -> Any:
@@ -136,7 +135,23 @@ class Run:
     work: Path
     training: tuple[Any, ...]
     peer: Path | None
-    found: dict[str, Any] = field(default_factory=dict)
+    wanted: re.Pattern[str]
+
+    @property
+    def train(self) -> Path:
+        """The training images."""
+        return self.archives()[0]
+
+    def archives(self) -> tuple[Path, Path]:
+        """All training images, without labels, and all test images with them."""
+        name = onnx.load(self.original, load_external_data=False).graph.input[0].name
+        train, test = (self.work / f"{self.case.data}_{split}_{name}.npz" for split in ("train", "test"))
+        for path, split in ((train, "train"), (test, "test")):
+            if not path.exists():
+                x, y = images(self.folder, self.case.data, split)
+                labels = {"labels": y} if path == test else {}
+                np.savez(path, **{name: prepared(x, self.case.data)}, **labels)
+        return train, test
 
     @property
     def original(self) -> Path:
@@ -147,10 +162,11 @@ class Run:
         """All models to train, by name: the control first."""
         yield "control", self.original
         for target in self.case.targets:
-            for score in ("l2", "random"):
-                path = self.work / f"{self.case.model}_{score}_{target}.onnx"
-                command("prune", self.original, "-o", path, "--target", f"macs={target}", "--score", score, "--force")
-                yield f"{score} {target}", path
+            for name, choice in CHOICES.items():
+                path = self.work / f"{self.case.model}_{name.replace(' ', '_')}_{target}.onnx"
+                data = ["--data", self.train] if "fisher" in choice else []
+                command("prune", self.original, "-o", path, "--target", f"macs={target}", *choice, *data, "--force")
+                yield f"{name} {target}", path
             if self.peer is not None and self.case.published:
                 path = self.work / f"{self.case.model}_torch-pruning_{target}.onnx"
                 script = HERE / "torch_pruning_resnet.py"
@@ -163,14 +179,15 @@ class Run:
         if self.peer is not None and self.case.published:
             yield "torch-pruning, published", self.folder / "onnx" / f"{self.case.published}.onnx"
 
-    def measure(self) -> Iterator[dict[str, Any]]:
-        """Train each of them; the results so far, again and again."""
-        name = onnx.load(self.original, load_external_data=False).graph.input[0].name
-        train, test = archives(self.folder, self.work, self.case.data, name)
+    def measure(self, known: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Train each of them; the results so far, those known included, again and again."""
+        train, test = self.archives()
         dense = macs(self.original)
         result: dict[str, Any] = {"model": self.case.model, "data": self.case.data, "metric": self.case.metric}
-        result |= {"recipe": [*map(str, self.training)], "students": {}}
+        result |= {"recipe": [*map(str, self.training)], "students": known.get("students", {})}
         for key, student in self.students():
+            if not self.wanted.search(key):
+                continue
             trained = command(
                 "distill", self.original, student, "-o", self.work / f"{student.stem}_distilled.onnx", "--data", train,
                 *self.training, "--eval", test, "--metric", self.case.metric, "--force", "--json", "-",
@@ -202,6 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=os.environ.get("CPD_DATA"), required="CPD_DATA" not in os.environ)
     parser.add_argument("--only", choices=CASES, action="append")
+    parser.add_argument("--students", type=re.compile, default=re.compile(""), help="train only these")
     parser.add_argument("--steps", type=int, help="of training (default: the case's own)")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 1 on a busy machine")
     parser.add_argument("--peer-python", type=Path, help="a Python that has torch and torch-pruning")
@@ -220,7 +238,8 @@ def main() -> None:
     for key in options.only or CASES:
         case = CASES[key]
         training = ("--steps", options.steps or case.steps, "--threads", options.threads, *case.recipe)
-        for result in Run(case, Path(options.data), work, training, options.peer_python).measure():
+        run = Run(case, Path(options.data), work, training, options.peer_python, options.students)
+        for result in run.measure(content["results"].get(key, {})):
             content["results"][key] = result
             options.out.write_text(json.dumps(content, indent=1) + "\n")
 

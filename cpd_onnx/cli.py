@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from cpd_onnx import demo, pipeline, recipe, report
+from cpd_onnx.bench import Setting, bench
 from cpd_onnx.data import ImageOptions, Source, open_source
 from cpd_onnx.errors import CpdError, DataError, ModelError, StoppedError, UnsupportedError
 from cpd_onnx.graph import Model, load, require_free, write_atomically
@@ -28,7 +29,7 @@ from cpd_onnx.passes.allocate import Budget, held_groups
 from cpd_onnx.passes.comb import Comb, comb
 from cpd_onnx.passes.fold import Fold
 from cpd_onnx.passes.prune import Prune, apply
-from cpd_onnx.passes.score import Score
+from cpd_onnx.passes.score import Score, scorer_of
 from cpd_onnx.passes.verify import Verify, data_feeds, verify_files
 from cpd_onnx.plan import Plan, channels_of, load_plan, match
 from cpd_onnx.rules import supported_operators, unsupported_operators
@@ -101,12 +102,17 @@ def _prune(options: argparse.Namespace) -> None:
     _require_outputs(options, options.output, plan_path, reads=[options.model])
     kind, fraction = options.target
     Budget(kind, fraction, options.spread, options.multiple)
+    scorer_of(options.score)
     started = time.perf_counter()
     model = _read(options.model, options.input_shape)
     for path in model.files(options.output):
         require_free(path, overwrite=options.force)
     wish = {kind: fraction, "spread": options.spread, "multiple": options.multiple, "keep": tuple(options.keep)}
-    steps: list[pipeline.Pass] = [Fold(), Comb(), Score(options.score, options.seed)]
+    steps: list[pipeline.Pass] = [
+        Fold(),
+        Comb(),
+        Score(options.score, options.seed, options.samples, options.score_labels),
+    ]
     steps += [pipeline.make("allocate", wish), Prune()]
     steps += [] if options.no_verify else [Verify()]
     with _progress() as progress:
@@ -220,6 +226,7 @@ def _compress(options: argparse.Namespace) -> None:
     plan_path = options.plan or _beside(options.output)
     _require_outputs(options, options.output, plan_path, _recipe_path(options), reads=[options.model])
     check_metric(options.metric)
+    scorer_of(options.score)
     _distill_module()
     from cpd_onnx.passes.interleave import Interleave, of_round
 
@@ -228,6 +235,7 @@ def _compress(options: argparse.Namespace) -> None:
         require_free(path, overwrite=options.force)
     kind, fraction = options.target
     chosen = {name: getattr(options, name) for name in ("spread", "multiple", "score", "rounds")}
+    chosen |= {"samples": options.samples, "score_labels": options.score_labels}
     step = Interleave(**_training(options), **chosen, keep=tuple(options.keep), **{kind: fraction})
     state = State(model, model, dict(options.input_shape), _required_source(model, options))
     traces = _traces(options)
@@ -379,6 +387,29 @@ def _evaluated(options: argparse.Namespace, models: dict[str, Model], teacher: M
     }
 
 
+def _bench(options: argparse.Namespace) -> None:
+    _require_outputs(options, reads=options.models)
+    first = _read(options.models[0], options.input_shape)
+    source = _source(options.data, first, options)
+    feed = None if source is None else next(iter(data_feeds(first, source, 1)))
+    settings = [
+        Setting(batch, threads, provider)
+        for provider in options.provider or [Setting.provider]
+        for threads in options.threads
+        for batch in options.batch
+    ]
+    found = bench(
+        options.models,
+        settings=settings,
+        seconds=options.seconds,
+        input_shapes=dict(options.input_shape),
+        feed=feed,
+    )
+    if not _write_json(options, found.as_json()):
+        out.print(report.timings_table(found.timings))
+        out.print(report.profiles_table(found))
+
+
 def _demo(options: argparse.Namespace) -> None:
     _require_outputs(options)
     kind, fraction = options.target
@@ -403,7 +434,7 @@ def _operators(options: argparse.Namespace) -> None:
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "inspect": _inspect, "prune": _prune, "verify": _verify, "apply": _apply, "distill": _distill,
-    "compress": _compress, "demo": _demo, "operators": _operators,
+    "compress": _compress, "bench": _bench, "demo": _demo, "operators": _operators,
 }  # fmt: skip  # a table
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from cpd_onnx import demo
 from cpd_onnx.metrics import IGNORED, METRICS
 from cpd_onnx.passes.allocate import KINDS, SPREADS
-from cpd_onnx.passes.score import SCORES
+from cpd_onnx.passes.score import SAMPLES, SCORERS
 from cpd_onnx.version import __version__
 
 LOSSES = ("kl", "dist", "mse", "cosine")
@@ -30,6 +30,7 @@ def command_line() -> argparse.ArgumentParser:
     _add_apply(commands)
     _add_distill(commands)
     _add_compress(commands)
+    _add_bench(commands)
     _add_demo(commands)
     _add_operators(commands)
     return parser
@@ -124,6 +125,28 @@ def _add_compress(commands: Any) -> None:
     parser.set_defaults(run="compress")
 
 
+def _add_bench(commands: Any) -> None:
+    parser = commands.add_parser("bench", help="how long onnxruntime takes for models, side by side")
+    parser.add_argument(
+        "models", type=Path, nargs="+", metavar="MODEL", help="the first is what the others count against"
+    )
+    parser.add_argument("--batch", type=_counts, default=(None,), metavar="N,N", help="samples at a time")
+    parser.add_argument("--threads", type=_counts, default=(1,), metavar="N,N", help="of an operator (default: 1)")
+    parser.add_argument(
+        "--provider",
+        action="append",
+        default=[],
+        help="of onnxruntime; may be repeated (default: the CPU's)",
+    )
+    parser.add_argument("--seconds", type=_above_zero, default=4.0, help="for each setting (default: 4)")
+    parser.add_argument("--data", help=f"inputs: {DATA} (default: random)")
+    _add_images(parser)
+    _add_input_shape(parser)
+    _add_json(parser)
+    _add_force(parser, "overwrite the JSON file")
+    parser.set_defaults(run="bench")
+
+
 def _add_images(parser: argparse.ArgumentParser) -> None:
     images = parser.add_argument_group("images of a folder", "(pixels * scale - mean) / std, in the model's layout")
     images.add_argument("--image-mean", type=_numbers, default=(0.0,), metavar="M,M,M", help="default: 0")
@@ -137,7 +160,13 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_choice(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--score", choices=SCORES, default="l2", help="how channels are ranked (default: l2)")
+    parser.add_argument(
+        "--score", default="l2", help=f"ranks channels: {', '.join(SCORERS)} or module:function (default: l2)"
+    )
+    parser.add_argument(
+        "--samples", type=_positive, default=SAMPLES, help=f"that a score looks at (default: {SAMPLES})"
+    )
+    parser.add_argument("--score-labels", action="store_true", help="ask for their labels, not for the model's answers")
     parser.add_argument(
         "--spread", choices=SPREADS, default="uniform", help="the same share from each group, or all channels compete"
     )
@@ -336,6 +365,10 @@ def _height_width(text: str) -> tuple[int, int]:
     if len(sizes) != 2:
         raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHT,WIDTH")
     return sizes[0], sizes[1]
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(_positive(part) for part in text.split(","))
 
 
 def _natural(text: str) -> int:

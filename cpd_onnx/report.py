@@ -21,6 +21,7 @@ from cpd_onnx.plan import groups_of
 from cpd_onnx.rules.api import KERNEL_EXTENT, TABLE_ROWS
 
 if TYPE_CHECKING:
+    from cpd_onnx.bench import Bench, Timing
     from cpd_onnx.state import State
 
 INSPECT_FORMAT = "cpd-onnx/inspect"
@@ -28,6 +29,8 @@ RESULT_FORMAT = "cpd-onnx/result"
 _NO_CHANNELS = (KERNEL_EXTENT, TABLE_ROWS)
 """Reasons of axes that hold no channels: told last, or not at all."""
 _EXAMPLES = 3
+_LONGEST = 4
+"""Operators of which `bench` says how much of the time they take."""
 
 
 def inspection(combed: Combed, held: Sequence[int] = ()) -> dict[str, Any]:
@@ -147,6 +150,31 @@ def costs_table(content: Mapping[str, Any]) -> Table:
     table.add_row(
         "file", f"{count(sizes['before'])}B", f"{count(sizes['after'])}B", share(sizes["after"], sizes["before"])
     )
+    return table
+
+
+def timings_table(timings: Sequence[Timing]) -> Table:
+    """One row a model and setting."""
+    columns = ("model", "provider", "batch", "threads", "p50 ms", "p90 ms", "p99 ms", "samples/s", "of the first")
+    table = table_of("Latency", *columns)
+    for timing in timings:
+        place = timing.setting
+        numbers = (f"{value:.2f}" for value in (timing.p50, timing.p90, timing.p99))
+        table.add_row(
+            timing.model, place.provider.removesuffix("ExecutionProvider"), str(place.batch or ""),
+            str(place.threads or ""), *numbers, f"{timing.per_second:.0f}", f"{100 * timing.ratio:.1f} %",
+        )  # fmt: skip  # a row
+    return table
+
+
+def profiles_table(found: Bench) -> Table:
+    """One row a model: its memory, and the operators that take longest."""
+    table = table_of("Memory, and where the time goes", "model", "peak MiB", "operators")
+    table.columns[2].justify = "left"
+    for name, profile in found.profiles.items():
+        total = sum(profile.values()) or 1.0
+        longest = [f"{op} {100 * spent / total:.0f} %" for op, spent in list(profile.items())[:_LONGEST]]
+        table.add_row(name, f"{found.memory[name]:.1f}", ", ".join(longest))
     return table
 
 

@@ -19,23 +19,32 @@ from cpd_onnx.shapes import Folded, Value
 
 Feed: TypeAlias = dict[str, Array]
 
+_CPU = "CPUExecutionProvider"
 _OTHER_SIZES = (512, 576, 256, 224, 128, 64, 640, 16000, 1)
 """Sizes of open dimensions that models insist on, commonest first."""
 _INDEX_CARRIERS = {"Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten", "Slice", "Transpose", "Clip"}
 
 
-def open_model(model: Model, *, optimise: bool = True, threads: int = 0) -> ort.InferenceSession:
-    """Load a model into onnxruntime on the CPU.
+def open_model(
+    model: Model, *, optimise: bool = True, threads: int = 0, provider: str = _CPU, profile: Path | None = None
+) -> ort.InferenceSession:
+    """Load a model into onnxruntime, on the CPU unless another provider is named; `profile` is where a trace goes.
 
-    Raises UnsupportedError if onnxruntime does not take the model.
+    Raises UnsupportedError if onnxruntime does not take the model or has no such provider.
     """
+    if provider not in ort.get_available_providers():
+        known = ", ".join(ort.get_available_providers())
+        raise UnsupportedError(f"onnxruntime has no provider {provider!r} here: choose one of {known}")
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_quant_qdq", "1")
-    providers = ["CPUExecutionProvider"]
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    providers = list(dict.fromkeys([provider, _CPU]))
     try:
         if model.data_bytes() + model.proto.ByteSize() <= PROTO_LIMIT:
             return ort.InferenceSession(model.serialize(), options, providers=providers)
@@ -153,12 +162,19 @@ def _table_size(folded: Folded, node: NodeProto, name: str) -> int:
 def latency_ratio(
     models: Sequence[Model], feed: Mapping[str, Array], *, seconds: float = 4.0, threads: int = 0
 ) -> list[float]:
-    """Median seconds of a run of each model, measured in interleaved rounds of changing order.
+    """Median seconds of a run of each model, measured in interleaved rounds."""
+    sessions = [open_model(model, threads=threads) for model in models]
+    return [float(np.median(taken)) for taken in interleaved(sessions, feed, seconds)]
+
+
+def interleaved(
+    sessions: Sequence[ort.InferenceSession], feed: Mapping[str, Array], seconds: float
+) -> list[list[float]]:
+    """Seconds of each run of each session, in interleaved rounds of changing order, after three that do not count.
 
     In a fixed order, what else the machine does in a rhythm would always meet the same model.
     """
     rng = np.random.default_rng(0)
-    sessions = [open_model(model, threads=threads) for model in models]
     for session in sessions:
         for _ in range(3):
             execute(session, feed)
@@ -171,4 +187,4 @@ def latency_ratio(
             times[place].append(time.perf_counter() - start)
         if len(times[0]) >= 2000:
             break
-    return [float(np.median(taken)) for taken in times]
+    return times

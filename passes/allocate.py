@@ -14,7 +14,7 @@ from cpd_onnx.cost import CostModel, Costs, group_owners
 from cpd_onnx.errors import TargetError
 from cpd_onnx.groups import Combed
 from cpd_onnx.kept import Kept
-from cpd_onnx.passes.score import Scores
+from cpd_onnx.passes.score import Scores, scorer_of
 from cpd_onnx.state import State
 
 KINDS = ("channels", "macs", "params")
@@ -81,14 +81,17 @@ class Allocation:
         return np.concatenate([np.zeros(0, np.int64), *gone]).astype(np.int64)
 
 
-def allocate(combed: Combed, scores: Sequence[Scores], budget: Budget) -> Allocation:
+def allocate(combed: Combed, scores: Sequence[Scores], budget: Budget, *, is_loss: bool = False) -> Allocation:
     """Choose the channels to remove, at least one stays in each group.
+
+    Where all channels compete, they are ranked by their score over the mean of their group; or, if the scores estimate
+    what the model loses with a channel, by the loss for what it saves.
 
     Raises TargetError if the budget cannot be met, with what stands in the way.
     """
     if not combed.groups:
         raise TargetError(f"nothing can be pruned in this model: {why_nothing(combed)}")
-    return _Allocator(combed, scores, budget).run()
+    return _Allocator(combed, scores, budget, is_loss=is_loss).run()
 
 
 def why_nothing(combed: Combed) -> str:
@@ -126,14 +129,16 @@ class Allocate:
     def __call__(self, state: State) -> State:
         """Fill in `allocation`."""
         budget = self.budget
-        allocation = allocate(state.need("combed", "comb"), state.need("scores", "score"), budget)
+        is_loss = bool(state.score) and scorer_of(state.score["score"]).is_loss
+        allocation = allocate(state.need("combed", "comb"), state.need("scores", "score"), budget, is_loss=is_loss)
         words = {"kind": budget.kind, "target": budget.fraction, "spread": budget.spread}
         words |= {"multiple": budget.multiple, "keep": list(budget.keep)}
         return replace(state, allocation=allocation, budget=words | dict(state.score))
 
 
 class _Allocator:
-    def __init__(self, combed: Combed, scores: Sequence[Scores], budget: Budget) -> None:
+    def __init__(self, combed: Combed, scores: Sequence[Scores], budget: Budget, *, is_loss: bool) -> None:
+        self.is_loss = is_loss
         self.combed, self.scores, self.budget = combed, list(scores), budget
         self.costs, self.kept = CostModel(combed), Kept(combed.atoms)
         self.before = self.costs.total(self.kept)
@@ -220,13 +225,18 @@ class _Allocator:
         return int(min(size, max(1, round(wish))))
 
     def globally_ranked(self) -> list[int]:
-        """Group of each channel, the least important channel first; scores are relative to their group's mean."""
+        """Group of each channel, the least important channel first."""
         pairs = []
         for index, (score, order) in enumerate(zip(self.scores, self.order, strict=True)):
             if index not in self.held:
-                mean = float(score.mean()) or 1.0
-                pairs += [(float(value) / mean, index) for value in score[order]]
+                unit = (self.price(index) if self.is_loss else float(score.mean())) or 1.0
+                pairs += [(float(value) / unit, index) for value in score[order]]
         return [index for _, index in sorted(pairs)]
+
+    def price(self, index: int) -> float:
+        """What one channel of a group costs."""
+        fewer = [size - (place == index and size > 1) for place, size in enumerate(self.sizes)]
+        return self.before.of(self.budget.kind) - self.cost(fewer)
 
     def global_counts(self, ratio: float) -> list[int]:
         gone = np.bincount(self.ranking[: round((1 - ratio) * len(self.ranking))], minlength=len(self.sizes))

@@ -33,7 +33,7 @@ from cpd_onnx.passes.distill import (
     trained,
 )
 from cpd_onnx.passes.prune import prune
-from cpd_onnx.passes.score import Scores, score
+from cpd_onnx.passes.score import SAMPLES, Scores, score, scorer_of
 from cpd_onnx.plan import make_plan
 from cpd_onnx.state import State
 from cpd_onnx.torch import read_weights, write_weights
@@ -53,6 +53,8 @@ class Interleave(DistillOptions, Allocate):
     """
 
     score: str = "l2"
+    samples: int = SAMPLES
+    score_labels: bool = False
     rounds: int = 4
     name: ClassVar[str] = "interleave"
 
@@ -84,8 +86,10 @@ class Interleave(DistillOptions, Allocate):
         results: list[DistillResult] = []
         for number in range(1, self.rounds + 1):
             share = 1 - (1 - target.fraction) * number / self.rounds
-            scores = _without(score(now, self.score, seed=self.seed), removed)
-            chosen = _joined(allocate(now, scores, replace(target, fraction=share)), removed)
+            asked = {"samples": self.samples, "labels": self.score_labels, "seed": self.seed}
+            scores = _without(score(now, self.score, data=state.data, **asked), removed)
+            is_loss = scorer_of(self.score).is_loss
+            chosen = _joined(allocate(now, scores, replace(target, fraction=share), is_loss=is_loss), removed)
             removed = chosen.removed
             kept = Kept(now.atoms)
             kept.remove(chosen.channels(now))

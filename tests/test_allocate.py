@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from onnx import ModelProto
@@ -10,7 +12,7 @@ import cpd_onnx as cpd
 from cpd_onnx.groups import Combed
 from cpd_onnx.passes.allocate import Allocation, Budget, allocate
 from cpd_onnx.passes.comb import comb
-from cpd_onnx.passes.score import score
+from cpd_onnx.passes.score import SCORERS, Scorer, score, scorer
 
 from .models import from_text
 from .test_rules import model_of
@@ -110,14 +112,61 @@ def test_senseless_budget(options: dict[str, object]) -> None:
         Budget(**options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("kind", "expected"), [("l1", [4.0, 12.0]), ("l2", [np.sqrt(8.0), np.sqrt(50.0)])])
-def test_magnitude_by_hand(kind: str, expected: list[float]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("l1", [4.0, 12.0]),
+        ("l2", [np.sqrt(8.0), np.sqrt(50.0)]),
+        ("lamp", [8 / 58, 1.0]),
+        ("fpgm", [np.sqrt(25 + 4 + 25)] * 2),
+        ("bn", [np.sqrt(8.0), np.sqrt(50.0)]),
+    ],
+)
+def test_score_by_hand(kind: str, expected: list[float]) -> None:
     values = {"w": [[2, -3], [0, 0]], "v": [[-2, 0], [-4, -5]]}
     model = from_text(
         "(float[4, 2] x, float[2, 2] w, float[2, 2] v) => (float[4, 2] y) { a = MatMul(x, w) y = MatMul(a, v) }",
         values=values,
     )
     assert score(comb(model), kind)[0] == pytest.approx(expected)
+
+
+def test_scale_of_a_normalisation() -> None:
+    model = from_text(
+        "(float[1, 2, 4, 4] x, float[3, 2, 1, 1] w, float[3] s, float[3] b, float[3] m, float[3] v, float[2, 3, 1, 1] u)"
+        " => (float[1, 2, 4, 4] y) { a = Conv(x, w) c = BatchNormalization(a, s, b, m, v) y = Conv(c, u) }",
+        values={"s": [0.5, -2.0, 0.1], "b": [9, 9, 9], "m": [9, 9, 9], "v": [9, 9, 9]},
+    )
+    assert score(comb(model), "bn")[0] == pytest.approx([0.5, 2.0, 0.1])
+
+
+def test_scores_that_estimate_the_loss_compete_by_what_they_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two groups with the same scores: the one whose channels cost more loses more."""
+    monkeypatch.setitem(
+        SCORERS, "flat", Scorer(lambda q: [1 + np.arange(len(g)) / 99 for g in q.combed.groups], "", is_loss=True)
+    )
+    state = cpd.run("comb, score{kind='flat'}, allocate{macs=0.6, spread='global'}", wide())
+    combed, allocation = state.combed, state.allocation
+    assert combed is not None
+    assert allocation is not None
+    left = {g.name: 1 - len(r) / len(g) for g, r in zip(combed.groups, allocation.removed, strict=True)}
+    assert left["u"] < left["w"]
+    assert left["u"] < left["t"]
+
+
+def test_a_score_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import numpy as np\ndef last(question): return [np.arange(len(g)) for g in question.combed.groups]\n"
+        "def wrong(question): return [np.arange(3)]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    state = cpd.run("comb, score{kind='mine:last'}, allocate{channels=0.5}", wide())
+    assert state.allocation is not None
+    assert state.allocation.removed[0] == list(range(24))
+    with pytest.raises(cpd.TargetError, match="one number per channel"):
+        score(comb(wide()), "mine:wrong")
+    with pytest.raises(ValueError, match="already"):
+        scorer("l2", source="")
 
 
 def test_random_score_follows_the_seed() -> None:
@@ -128,8 +177,8 @@ def test_random_score_follows_the_seed() -> None:
 
 
 def test_unknown_score() -> None:
-    with pytest.raises(cpd.TargetError, match="l1, l2, random"):
-        score(comb(wide()), "fisher")
+    with pytest.raises(cpd.TargetError, match=r"l1, l2, lamp, .*module:function"):
+        score(comb(wide()), "guess")
 
 
 def test_least_important_channels_go() -> None:

@@ -382,7 +382,6 @@ def test_external_data_stays_external(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "option",
     [
-        ["--score", "best"],
         ["--spread", "far"],
         ["--seed", "-1"],
         ["--seed", "x"],

@@ -25,7 +25,7 @@ LAYERS = (
     ("rules",),
     ("groups",),
     ("kept", "editing", "operands", "weights", "compare"),
-    ("cost", "arithmetic", "masking", "recipe"),
+    ("cost", "arithmetic", "masking", "recipe", "bench"),
     ("rewrite", "plan"),
     ("report",),
     ("state",),
@@ -37,7 +37,7 @@ LAYERS = (
     ("training.loop",),
     ("passes",),
     ("passes.fold", "passes.comb", "passes.score", "passes.distill"),
-    ("passes.allocate",),
+    ("passes.allocate", "passes.gradients"),
     ("passes.prune", "passes.verify"),
     ("passes.interleave",),
     ("testing", "demo"),
@@ -48,7 +48,7 @@ LAYERS = (
 )
 """Each module imports from the lines above its own; "" is the package itself, `torch.…` stands beside them all."""
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-TRAINS = ("torch", "training", "passes.distill", "passes.interleave")
+TRAINS = ("torch", "training", "passes.distill", "passes.gradients", "passes.interleave")
 """Where torch is imported."""
 
 
