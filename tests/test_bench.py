@@ -55,7 +55,9 @@ def test_what_cannot_be_measured_is_said(files: list[Path], tmp_path: Path) -> N
         bench(files[:1], settings=[Setting(provider="Abacus")], seconds=0.1)
     with pytest.raises(cpd.UnsupportedError, match="failed to run"):
         bench([files[0], files[2]], seconds=0.1)
-    onnx.save(from_text(FIXED.replace("] x", "] z").replace("(x", "(z")), other := tmp_path / "other.onnx")
+    renamed = from_text(FIXED)
+    renamed.graph.input[0].name = renamed.graph.node[0].input[0] = "z"
+    onnx.save(renamed, other := tmp_path / "other.onnx")
     with pytest.raises(cpd.DataError, match=r"other.onnx takes inputs \['z'\], but large.onnx takes \['x'\]"):
         bench([files[0], other], seconds=0.1)
 
