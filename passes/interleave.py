@@ -37,6 +37,7 @@ from cpd_onnx.passes.score import SAMPLES, Scores, score, scorer_of
 from cpd_onnx.plan import make_plan
 from cpd_onnx.state import State
 from cpd_onnx.torch import read_weights, write_weights
+from cpd_onnx.training.world import world
 from cpd_onnx.weights import weight_array
 
 Array = npt.NDArray[Any]
@@ -79,6 +80,18 @@ class Interleave(DistillOptions, Allocate):
             raise DataError("distillation needs data: give --data, or a source as `data`")
         if self.rounds < 1:
             raise TargetError(f"{self.rounds} rounds make no sense: give 1 or more")
+        with world(self.device):  # once for all rounds: processes that part do not find each other again
+            return self._rounds(state, observer, progress, watched, traces)
+
+    def _rounds(
+        self,
+        state: State,
+        observer: Callable[[int, DistillResult], None] | None,
+        progress: Callable[[Progress], None] | None,
+        watched: Watched | None,
+        traces: Traces | None,
+    ) -> State:
+        assert state.data is not None
         target = self.budget
         combed = now = comb(state.model, state.input_shapes)
         teacher = state.original.complete_proto()

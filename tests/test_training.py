@@ -347,6 +347,21 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4, err_msg=a.name)
 
 
+def test_two_processes_go_through_rounds_together(tmp_path: Path) -> None:
+    folder = Path(cpd.__file__).parent / "models"
+    arrays = dict(np.load(folder / "digits_train.npz"))
+    np.savez(tmp_path / "few.npz", **{k: v[:64] for k, v in arrays.items()})
+    training = ["--data", tmp_path / "few.npz", "--steps", 4, "--batch-size", 32, "--threads", 1, "--device", "cpu"]
+    command = ["compress", folder / "digits.onnx", "-o", tmp_path / "two.onnx", "--rounds", 2, *training]
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "cpd_onnx"]
+    done = subprocess.run(
+        [*line, *map(str, command)], capture_output=True, text=True, check=False, timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip  # one command
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert main(["verify", str(folder / "digits.onnx"), str(tmp_path / "two.onnx")]) == 0
+
+
 # Pruning and training in turns.
 
 
