@@ -111,7 +111,7 @@ def _add_compress(commands: Any) -> None:
     parser.add_argument("--rounds", type=_positive, default=4, help="of pruning and distilling (default: 4)")
     parser.add_argument("--data", help=f"training inputs: {DATA}")
     _add_images(parser)
-    _add_choice(parser)
+    _add_choice(parser, "fisher", "global")
     _add_keep(parser)
     parser.add_argument("--plan", type=Path, help="where the plan goes (default: OUTPUT.plan.json)")
     _add_training(parser)
@@ -159,16 +159,19 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_choice(parser: argparse.ArgumentParser) -> None:
+def _add_choice(parser: argparse.ArgumentParser, score: str = "l2", spread: str = "uniform") -> None:
     parser.add_argument(
-        "--score", default="l2", help=f"ranks channels: {', '.join(SCORERS)} or module:function (default: l2)"
+        "--score", default=score, help=f"ranks channels: {', '.join(SCORERS)} or module:function (default: {score})"
     )
     parser.add_argument(
         "--samples", type=_positive, default=SAMPLES, help=f"that a score looks at (default: {SAMPLES})"
     )
     parser.add_argument("--score-labels", action="store_true", help="ask for their labels, not for the model's answers")
     parser.add_argument(
-        "--spread", choices=SPREADS, default="uniform", help="the same share from each group, or all channels compete"
+        "--spread",
+        choices=SPREADS,
+        default=spread,
+        help=f"the same share from each group, or all channels compete (default: {spread})",
     )
     parser.add_argument("--multiple", type=int, default=1, help="widths that remain are multiples of this")
 

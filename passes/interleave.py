@@ -53,7 +53,8 @@ class Interleave(DistillOptions, Allocate):
     The options are those of `Allocate`, `Score` and `DistillOptions`, and the number of `rounds`.
     """
 
-    score: str = "l2"
+    spread: str = "global"
+    score: str = "fisher"
     samples: int = SAMPLES
     score_labels: bool = False
     rounds: int = 4
