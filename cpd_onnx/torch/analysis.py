@@ -161,17 +161,16 @@ def shape_values(graph: GraphProto) -> set[str]:
 
 
 def trainable_anywhere(graph: GraphProto) -> set[str]:
-    """Names of the tensors that training may change: of the graph, and of its bodies where no other has that name."""
+    """Names of the tensors that training may change, of the graph and its bodies: those that mean one tensor only."""
     parts = list(graphs_of(graph))
     defined = Counter(name for part in parts for name in _defined(part))
-    inner = {name for part in parts[1:] for name in trainable(part, graph_weights(part))}
-    return trainable(graph, graph_weights(graph)) | {name for name in inner if defined[name] == 1}
+    names = {name for part in parts for name in trainable(part, graph_weights(part))}
+    return {name for name in names if defined[name] == 1}
 
 
-def _defined(graph: GraphProto) -> Iterator[str]:
-    yield from (info.name for info in graph.input)
-    yield from (tensor.name for tensor in graph.initializer)
-    yield from (name for node in graph.node for name in node.output)
+def _defined(graph: GraphProto) -> set[str]:
+    stored = {entry.name for entries in (graph.input, graph.initializer) for entry in entries}
+    return stored | {name for node in graph.node for name in node.output}
 
 
 def trainable(graph: GraphProto, weights: Mapping[str, Array]) -> set[str]:
