@@ -24,7 +24,7 @@ _SMALLEST = 1e-7
 """Probability below which one counts as this."""
 _TEMPERATURE = 4.0
 """Softens distributions, as in distillation: a trained network is sure of most answers, and what it is sure of tells
-nothing. On the embedded example at 90 % of the channels the error of the logits is 0.23 instead of 0.97 without."""
+nothing."""
 _LOOKED_AT = 16
 """Samples from which the nature of the outputs is seen."""
 
@@ -53,8 +53,9 @@ def changes(question: Question) -> Iterator[Scores]:
         if weight.value.name in parameters and not weight.is_vector and not weight.scope.function
     ]
     generator = torch.Generator().manual_seed(question.seed)
-    size = fixed_batch(inputs) or 1
-    first = next(iter(source.batches(fixed_batch(inputs) or _LOOKED_AT, seed=question.seed)))
+    fixed = fixed_batch(inputs)
+    size = fixed or 1
+    first = next(iter(source.batches(fixed or _LOOKED_AT, seed=question.seed)))
     with torch.no_grad():
         seen = module(*(to_torch(first[entry.name]) for entry in inputs))
     axes = [class_axis(answer) if kind_of(answer) == "kl" else None for answer in seen]

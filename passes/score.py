@@ -21,7 +21,6 @@ from cpd_onnx.data import Source, imported
 from cpd_onnx.errors import DataError, TargetError, UnsupportedError
 from cpd_onnx.graph import Array
 from cpd_onnx.groups import Combed, Weight
-from cpd_onnx.shapes import Use
 from cpd_onnx.state import State
 from cpd_onnx.weights import dequantized
 
@@ -160,14 +159,10 @@ def batch_norm_scale(question: Question) -> list[Scores]:
     combed = question.combed
     totals = np.zeros(len(combed.atoms))
     for weight in combed.weights:
-        if any(_is_scale(use.use) for use in weight.uses):
+        if id(weight.value) in combed.recorder.scales:
             add_per_channel(totals, combed, weight, np.abs(dequantized(combed, weight)))
     pairs = zip(combed.groups, l2(question), strict=True)
     return [totals[group.channels] if totals[group.channels].any() else magnitude for group, magnitude in pairs]
-
-
-def _is_scale(use: Use) -> bool:
-    return use.slot == 1 and use.scope.nodes[use.node].op_type == "BatchNormalization"
 
 
 @scorer("fpgm", source="He et al., Filter Pruning via Geometric Median, CVPR 2019, over all coupled layers")

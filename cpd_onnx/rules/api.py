@@ -136,6 +136,7 @@ class Recorder:
             are moved about before): where they are zero, nothing passes.
         silenced: for nodes that multiply two activations and sum, the (slot, axis) whose zeros let nothing pass.
         quantized: integer weights by the id of their value.
+        scales: ids of the values that batch normalisations multiply channels with.
         sensitive: nodes whose result depends on which indices are there, beyond what zeros would add.
         positions: values that count along an axis.
 
@@ -147,6 +148,7 @@ class Recorder:
     kernels: dict[str, set[int]] = field(default_factory=dict)
     silenced: dict[tuple[str, int], set[tuple[int, int]]] = field(default_factory=dict)
     quantized: dict[int, Quantized] = field(default_factory=dict)
+    scales: set[int] = field(default_factory=set)
     sensitive: set[tuple[str, int]] = field(default_factory=set)
     positions: list[tuple[Scope, str, Axis]] = field(default_factory=list)
 

@@ -15,6 +15,7 @@ def batch_norm(op: Op) -> None:
     """Four vectors on axis 1."""
     x = op.input(0)
     _vectors(op, x, 1 if x.rank > 1 else 0, range(1, 5))
+    op.recorder.scales.add(id(op.input(1).value))
     if op.get("training_mode", 0) or (op.opset < 14 and len(op.outputs) > 1):
         for axis in [x[0], *(x.axes or [])[2:]]:
             op.reduce(axis)

@@ -72,6 +72,16 @@ _ACTIVATIONS: dict[str, Any] = {
 }
 
 
+def _without_activation(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes of the operator that an activation was fused into."""
+    return {key: value for key, value in attributes.items() if not key.startswith("activation")}
+
+
+def _activated(x: Tensor, name: str, parameters: Sequence[float]) -> Tensor:
+    result: Tensor = _ACTIVATIONS[name](x, *parameters)
+    return result
+
+
 @operator("FusedConv", domain=_ORT, weights=(1, 2))
 def fused_conv(
     x: Tensor,
@@ -81,11 +91,9 @@ def fused_conv(
     **attributes: Unpack[FusedActivation],
 ) -> Tensor:
     """Convolve, add a residual, activate."""
-    window = {key: value for key, value in attributes.items() if not key.startswith("activation")}
-    result = conv(x, weight, bias, **window)  # type: ignore[arg-type]  # the keys left are Conv's
+    result = conv(x, weight, bias, **_without_activation(attributes))
     result = result if residual is None else result + residual
-    activated: Tensor = _ACTIVATIONS[attributes.get("activation", "")](result, *attributes.get("activation_params", ()))
-    return activated
+    return _activated(result, attributes.get("activation", ""), attributes.get("activation_params", ()))
 
 
 class FusedGemm(TypedDict, total=False):
@@ -103,12 +111,10 @@ class FusedGemm(TypedDict, total=False):
 @operator("FusedGemm", domain=_ORT, weights=(1, 2))
 def fused_gemm(a: Tensor, b: Tensor, c: Tensor | None = None, **attributes: Unpack[FusedGemm]) -> Tensor:
     """Gemm and an activation, whose parameters count if they are given."""
-    product = {key: value for key, value in attributes.items() if not key.startswith("activation")}
-    result = gemm(a, b, c, **product)  # type: ignore[arg-type]  # the keys left are Gemm's
+    result = gemm(a, b, c, **_without_activation(attributes))
     keys = ("activation_alpha", "activation_beta")
     parameters = [attributes[key] for key in keys if key in attributes]  # type: ignore[literal-required]  # two of them
-    activated: Tensor = _ACTIVATIONS[attributes.get("activation", "")](result, *parameters)
-    return activated
+    return _activated(result, attributes.get("activation", ""), parameters)
 
 
 class Transposed(TypedDict, total=False):
