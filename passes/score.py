@@ -190,6 +190,41 @@ def at_random(question: Question) -> list[Scores]:
     return [generator.random(len(group)) for group in question.combed.groups]
 
 
+# From activations.
+
+
+@scorer(
+    "activation",
+    source="mean square of Molchanov et al.'s activations, ICLR 2017, where they are consumed",
+    needs_data=True,
+)
+def activation(question: Question) -> list[Scores]:
+    """Energy at the inputs of the consumers, relative to the tensor's: what is zero there does nothing."""
+    from cpd_onnx.passes import activations
+
+    return activations.summed(question, activations.energy)
+
+
+@scorer(
+    "wanda",
+    source="Sun et al., A Simple and Effective Pruning Approach for LLMs, ICLR 2024, by channel",
+    needs_data=True,
+)
+def wanda(question: Question) -> list[Scores]:
+    """Activations times the absolute weights that consume them."""
+    from cpd_onnx.passes import activations
+
+    return activations.summed(question, activations.reach)
+
+
+@scorer("variance", source="An et al., FLAP, AAAI 2024: weighted input feature variance", needs_data=True)
+def variance(question: Question) -> list[Scores]:
+    """Variance of the activations times the squared weights that consume them: a bias can do what is constant."""
+    from cpd_onnx.passes import activations
+
+    return activations.summed(question, activations.fluctuation)
+
+
 # From gradients.
 
 

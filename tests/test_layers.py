@@ -37,7 +37,7 @@ LAYERS = (
     ("training.loop",),
     ("passes",),
     ("passes.fold", "passes.comb", "passes.score", "passes.distill"),
-    ("passes.allocate", "passes.gradients"),
+    ("passes.activations", "passes.allocate", "passes.gradients"),
     ("passes.prune", "passes.verify"),
     ("passes.interleave",),
     ("testing", "demo"),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
@@ -124,6 +125,15 @@ class Quantized:
     axis: int
 
 
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """What a node multiplies and sums over: a tensor, the axis of the sum, and its atoms as the node sees them."""
+
+    value: Value
+    axis: int
+    atoms: Axis
+
+
 @dataclass(eq=False)
 class Recorder:
     """What the rules of a whole model leave behind, beside the atoms.
@@ -135,6 +145,9 @@ class Recorder:
         kernels: weights that multiply and are summed over, and along which of their axes (`EVERY_AXIS` where they
             are moved about before): where they are zero, nothing passes.
         silenced: for nodes that multiply two activations and sum, the (slot, axis) whose zeros let nothing pass.
+        products: for each sum of products its factors, without those that never leave their node. Index meets index
+            along the axis of the sum; a weight that works in groups has fewer of them there, and as many blocks on its
+            first axis as there are groups.
         quantized: integer weights by the id of their value.
         scales: ids of the values that batch normalisations multiply channels with.
         sensitive: nodes whose result depends on which indices are there, beyond what zeros would add.
@@ -147,6 +160,7 @@ class Recorder:
     labels: list[tuple[Axis, str]] = field(default_factory=list)
     kernels: dict[str, set[int]] = field(default_factory=dict)
     silenced: dict[tuple[str, int], set[tuple[int, int]]] = field(default_factory=dict)
+    products: list[tuple[Factor, ...]] = field(default_factory=list)
     quantized: dict[int, Quantized] = field(default_factory=dict)
     scales: set[int] = field(default_factory=set)
     sensitive: set[tuple[str, int]] = field(default_factory=set)
@@ -321,6 +335,7 @@ class Op:
 
     def multiply_and_sum(self, factors: Sequence[tuple[Tensor, Axis]]) -> None:
         """Sum a product over an axis of each factor: where a weight among them is zero, nothing passes."""
+        self.product(factors)
         weights = [(tensor, axis) for tensor, axis in factors if tensor.value.moved]
         for tensor, axis in weights:
             is_direct = tensor.value.weight is not None and type(tensor) is Tensor
@@ -329,6 +344,22 @@ class Op:
                 self.recorder.kernels.setdefault(name, set()).update(places)
         if not weights:
             self.silence(*factors[0])
+
+    def product(self, factors: Sequence[tuple[Tensor, Axis]]) -> None:
+        """Put on record that inputs are multiplied with one another and summed over an axis of each."""
+        found = [
+            Factor(own.value, place, axis)
+            for tensor, axis in factors
+            for own, place in itertools.islice(self._places(tensor, axis), 1)
+        ]
+        if found:
+            self.recorder.products.append(tuple(found))
+
+    def _places(self, tensor: Tensor, axis: Axis) -> Iterator[tuple[Tensor, int]]:
+        """The inputs that are this tensor, perhaps in another view, and where they have the axis."""
+        for own in self.inputs:
+            if own is not None and own.value is tensor.value:
+                yield from ((own, place) for place, atoms in enumerate(own.axes or []) if atoms is axis)
 
     def silence(self, tensor: Tensor, axis: Axis) -> None:
         """An input is multiplied by others and summed over an axis: where it is zero there, nothing passes."""

@@ -109,6 +109,7 @@ def attention(op: Op) -> None:
     _scale(op, heads)
     op.freeze(q[0], "masks and caches share this axis")
     op.silence(q, q[-1])
+    op.product([(q, q[-1]), (k, k[-1])])
     _mask(op, 3, heads)
     _caches(op, heads, (4, 5), (1, 2), q[0])
     if op.has(6):
@@ -167,6 +168,7 @@ def multi_head_attention(op: Op) -> None:
     _scale(op, heads)
     op.freeze(q[0], "masks and caches share this axis")
     op.silence(q, q[-1])
+    op.product([(q, q[-1]), (k, k[-1])])
     op.attribute_size("num_heads", heads.groups)
     op.set([q[0], _sequence(op, q, 1), op.atoms.product(heads.groups, heads.value_dim)])
     _cost(op, heads, len(q[0]), q.shape[1], k.shape[2 if k.rank == 4 else 1])
@@ -229,6 +231,7 @@ def group_query_attention(op: Op) -> None:
     _scale(op, heads)
     op.freeze(q[0], "masks and caches share this axis")
     op.silence(q, q[-1])
+    op.product([(q, q[-1])])
     op.attribute_size("num_heads", heads.queries)
     op.attribute_size("kv_num_heads", heads.groups)
     op.set([q[0], _sequence(op, q, 1), query])

@@ -78,7 +78,7 @@ def convolution(op: Op, slots: _Slots) -> None:
         op.unite(w[1], inner)
         out = w[0]
         op.unite(out, op.atoms.product(groups, outer))
-        _grouped(op, groups, w, 1)
+        _grouped(op, groups, (x, w), 1)
     _finish(op, slots, x, w, out)
 
 
@@ -96,14 +96,15 @@ def conv_transpose(op: Op) -> None:
         op.unite(w[0], x[1])
         op.unite(w[1], outer)
         out = op.atoms.product(groups, outer)
-        _grouped(op, groups, w, 0)
+        _grouped(op, groups, (x, w), 0)
     _finish(op, _Slots(), x, w, out)
 
 
-def _grouped(op: Op, groups: Axis, w: Tensor, inputs: int) -> None:
+def _grouped(op: Op, groups: Axis, factors: tuple[Tensor, Tensor], inputs: int) -> None:
+    x, w = factors
     op.attribute_size("group", groups)
     op.label(groups, "groups")
-    op.multiply_and_sum([(w, w[inputs])])
+    op.multiply_and_sum([(w, w[inputs]), (x, x[1])])
 
 
 def _freeze_spatial(op: Op, x: Tensor, w: Tensor) -> None:
