@@ -12,7 +12,7 @@ import platform
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class Timing:
     """What one model took under one setting; times in milliseconds.
 
     Attributes:
+        p10: a tenth of the runs took less.
         per_second: samples per second at the median.
         runs: how many runs were timed.
         ratio: of its median to that of the first model.
@@ -56,6 +57,7 @@ class Timing:
 
     model: str
     setting: Setting
+    p10: float
     p50: float
     p90: float
     p99: float
@@ -70,15 +72,18 @@ class Bench:
 
     Attributes:
         timings: by setting, and in the order of the models.
-        memory: model -> mebibytes that a fresh process takes more at most while it loads and runs it; 0 where the
-            system does not say.
-        profiles: model -> operator -> milliseconds in one run, the longest first, one thread.
+        memory: model -> mebibytes of main memory that a fresh process takes more at most while it loads and runs it;
+            0 where the system does not say.
+        profiles: model -> operator -> milliseconds in one run, the longest first. Taking a profile takes time too, a
+            microsecond or so a node. Of a provider beside the processor, it sees how long starting its kernels takes.
+        profiled: batch and provider of memory and profiles, which are taken on one thread.
         machine: what it was measured on.
     """
 
     timings: tuple[Timing, ...]
     memory: Mapping[str, float] = field(default_factory=dict)
     profiles: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    profiled: Setting = field(default_factory=lambda: Setting(threads=1))
     machine: Mapping[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
@@ -98,8 +103,8 @@ def bench(
 
     Args:
         paths: the files; the first one is what the others are compared with.
-        settings: each is measured for `seconds`.
-        seconds: of measuring, at least ten rounds.
+        settings: each is measured for `seconds`; memory and profiles under the first one, on one thread.
+        seconds: of measuring; at least ten rounds, and at most two thousand.
         input_shapes: sizes of inputs that the first file leaves open.
         feed: inputs; random ones that the first model accepts if there are none.
 
@@ -116,16 +121,14 @@ def bench(
     timings = [
         t for setting in settings for t in _timings(models, _batched(inputs, free, setting.batch), setting, seconds)
     ]
+    profiled = replace(settings[0], threads=1)
+    fed = _batched(inputs, free, profiled.batch)
     return Bench(
         tuple(timings),
-        {name: _memory(path, inputs) for name, path in zip(models, paths, strict=True)},
-        {name: _profile(model, inputs) for name, model in models.items()},
-        {
-            "cpus": os.cpu_count(),
-            "processor": _processor(),
-            "system": platform.platform(),
-            "onnxruntime": ort.__version__,
-        },
+        {name: _memory(path, fed, profiled.provider) for name, path in zip(models, paths, strict=True)},
+        {name: _profile(model, fed, profiled.provider) for name, model in models.items()},
+        profiled,
+        _machine(),
     )
 
 
@@ -168,16 +171,16 @@ def _timings(
     times = [np.array(taken) * 1e3 for taken in interleaved(sessions, feed, seconds)]
     samples = next((len(array) for array in feed.values() if array.ndim), 1)
     for name, taken in zip(models, times, strict=True):
-        p50, p90, p99 = (float(p) for p in np.percentile(taken, (50, 90, 99)))
+        p10, p50, p90, p99 = (float(p) for p in np.percentile(taken, (10, 50, 90, 99)))
         ratio = p50 / float(np.median(times[0]))
-        yield Timing(name, setting, p50, p90, p99, samples / p50 * 1e3, len(taken), ratio)
+        yield Timing(name, setting, p10, p50, p90, p99, samples / p50 * 1e3, len(taken), ratio)
 
 
-def _memory(path: Path, feed: Mapping[str, Array]) -> float:
+def _memory(path: Path, feed: Mapping[str, Array], provider: str) -> float:
     """Mebibytes that a process of its own takes more for a model."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    child = context.Process(target=_weigh, args=(path, dict(feed), theirs))
+    child = context.Process(target=_weigh, args=(path, dict(feed), provider, theirs))
     child.start()
     theirs.close()
     try:
@@ -188,10 +191,10 @@ def _memory(path: Path, feed: Mapping[str, Array]) -> float:
         child.join()
 
 
-def _weigh(path: Path, feed: dict[str, Array], pipe: Any) -> None:
+def _weigh(path: Path, feed: dict[str, Array], provider: str, pipe: Any) -> None:
     """In a child: load and run, and send by how much the peak is above what was there before, in mebibytes."""
     before = _kilobytes("VmRSS")
-    execute(open_model(load(path), threads=1), feed)
+    execute(open_model(path, threads=1, provider=provider), feed)
     pipe.send((_kilobytes("VmHWM") - before) / _KILO)
 
 
@@ -207,25 +210,31 @@ def _kilobytes(name: str) -> int:
     return next((int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), 0)
 
 
-def _profile(model: Model, feed: Mapping[str, Array]) -> dict[str, float]:
-    """Milliseconds by operator in one run, on one thread, the longest first."""
+def _profile(model: Model, feed: Mapping[str, Array], provider: str) -> dict[str, float]:
+    """Milliseconds by operator in one run, on one thread, the longest first; a first run does not count."""
     with tempfile.TemporaryDirectory() as folder:
-        session = open_model(model, threads=1, profile=Path(folder) / "trace")
-        for _ in range(_PROFILED):
+        session = open_model(model, threads=1, provider=provider, profile=Path(folder) / "trace")
+        for _ in range(1 + _PROFILED):
             execute(session, feed)
         events = json.loads(Path(session.end_profiling()).read_text())
-    total: dict[str, float] = defaultdict(float)
+    spent: dict[tuple[str, str], list[float]] = defaultdict(list)
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            total[event["args"]["op_name"]] += event["dur"] / 1e3 / _PROFILED
+            spent[event["args"]["op_name"], event["name"]].append(event["dur"] / 1e3)
+    total: dict[str, float] = defaultdict(float)
+    for (operator, _), times in spent.items():
+        total[operator] += sum(times[len(times) // (1 + _PROFILED) :]) / _PROFILED
     return dict(sorted(total.items(), key=lambda pair: -pair[1]))
 
 
 def _machine() -> dict[str, Any]:
     """What it is measured on."""
     return {
-        "cpus": os.cpu_count(), "processor": _processor(), "system": platform.platform(), "onnxruntime": ort.__version__
-    }  # fmt: skip  # a table
+        "cpus": os.cpu_count(),
+        "processor": _processor(),
+        "system": platform.platform(),
+        "onnxruntime": ort.__version__,
+    }
 
 
 def _processor() -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from cpd_onnx import demo, pipeline, recipe, report
+from cpd_onnx import demo, pipeline, plots, recipe, report
 from cpd_onnx.bench import Setting, bench
 from cpd_onnx.data import ImageOptions, Source, open_source
 from cpd_onnx.errors import CpdError, DataError, ModelError, StoppedError, UnsupportedError
@@ -389,6 +389,8 @@ def _evaluated(options: argparse.Namespace, models: dict[str, Model], teacher: M
 
 def _bench(options: argparse.Namespace) -> None:
     _require_outputs(options, reads=options.models)
+    if options.plot is not None:
+        plots.require(options.plot)
     first = _read(options.models[0], options.input_shape)
     source = _source(options.data, first, options)
     feed = None if source is None else next(iter(data_feeds(first, source, 1)))
@@ -405,9 +407,14 @@ def _bench(options: argparse.Namespace) -> None:
         input_shapes=dict(options.input_shape),
         feed=feed,
     )
+    if options.plot is not None:
+        plots.bench(found, options.plot, overwrite=options.force)
     if not _write_json(options, found.as_json()):
         out.print(report.timings_table(found.timings))
         out.print(report.profiles_table(found))
+        out.print(report.memory_table(found.memory))
+        if options.plot is not None:
+            out.print(f"wrote {options.plot}", soft_wrap=True)
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -482,9 +489,8 @@ def _require_outputs(options: argparse.Namespace, *paths: Path, reads: Sequence[
 
     Only the model that is written may, with --force, replace one that is read.
     """
-    written = (
-        [*paths, *([Path(options.json)] if options.json not in (None, "-") else [])] if "json" in options else [*paths]
-    )
+    beside = [getattr(options, name, None) for name in ("json", "plot")]
+    written = [*paths, *(Path(name) for name in beside if name not in (None, "-"))]
     for place, path in enumerate(written):
         require_free(path, overwrite=options.force)
         others = [*written[:place], *(reads if place or not paths else ())]

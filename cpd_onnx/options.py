@@ -10,6 +10,7 @@ from cpd_onnx import demo
 from cpd_onnx.metrics import IGNORED, METRICS
 from cpd_onnx.passes.allocate import KINDS, SPREADS
 from cpd_onnx.passes.score import SAMPLES, SCORERS
+from cpd_onnx.plots import SUFFIXES
 from cpd_onnx.version import __version__
 
 LOSSES = ("kl", "dist", "mse", "cosine")
@@ -142,8 +143,9 @@ def _add_bench(commands: Any) -> None:
     parser.add_argument("--data", help=f"inputs: {DATA} (default: random)")
     _add_images(parser)
     _add_input_shape(parser)
+    _add_plot(parser)
     _add_json(parser)
-    _add_force(parser, "overwrite the JSON file")
+    _add_force(parser)
     parser.set_defaults(run="bench")
 
 
@@ -331,6 +333,10 @@ def _add_input_shape(parser: argparse.ArgumentParser) -> None:
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON ('-': to standard output)")
+
+
+def _add_plot(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plot", type=Path, metavar="FILE", help=f"draw the result: {', '.join(SUFFIXES)}")
 
 
 def _add_force(parser: argparse.ArgumentParser, what: str = "overwrite files that exist") -> None:

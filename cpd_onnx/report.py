@@ -29,8 +29,8 @@ RESULT_FORMAT = "cpd-onnx/result"
 _NO_CHANNELS = (KERNEL_EXTENT, TABLE_ROWS)
 """Reasons of axes that hold no channels: told last, or not at all."""
 _EXAMPLES = 3
-_LONGEST = 4
-"""Operators of which `bench` says how much of the time they take."""
+_LONGEST = 8
+"""Operators of which `bench` says how much time they take."""
 
 
 def inspection(combed: Combed, held: Sequence[int] = ()) -> dict[str, Any]:
@@ -167,15 +167,43 @@ def timings_table(timings: Sequence[Timing]) -> Table:
     return table
 
 
-def profiles_table(found: Bench) -> Table:
-    """One row a model: its memory, and the operators that take longest."""
-    table = table_of("Memory, and where the time goes", "model", "peak MiB", "operators")
-    table.columns[2].justify = "left"
-    for name, profile in found.profiles.items():
-        total = sum(profile.values()) or 1.0
-        longest = [f"{op} {100 * spent / total:.0f} %" for op, spent in list(profile.items())[:_LONGEST]]
-        table.add_row(name, f"{found.memory[name]:.1f}", ", ".join(longest))
+def memory_table(memory: Mapping[str, float]) -> Table:
+    """One row a model."""
+    table = table_of("Memory", "model", "peak MiB", "of the first")
+    first = next(iter(memory.values()), 0.0)
+    for name, mebibytes in memory.items():
+        table.add_row(name, f"{mebibytes:.1f}", share(mebibytes, first))
     return table
+
+
+def profiles_table(found: Bench) -> Table:
+    """One row an operator, one column a model: milliseconds in one run, and what that is of the first model's."""
+    place = found.profiled
+    batch = f", batch {place.batch}" if place.batch else ""
+    provider = place.provider.removesuffix("ExecutionProvider")
+    table = table_of(f"Where the time goes, ms ({provider}{batch}, one thread)", "operator", *found.profiles)
+    for operator, spent in longest(found.profiles, _LONGEST):
+        first, *others = spent
+        table.add_row(operator, f"{first:.3f}", *(f"{each:.3f} ({share(each, first)})" for each in others))
+    return table
+
+
+def longest(profiles: Mapping[str, Mapping[str, float]], limit: int) -> list[tuple[str, list[float]]]:
+    """What each model spends on the operators that take longest in any of them, on the others, and on all.
+
+    >>> longest({"a": {"Conv": 3.0, "Relu": 1.0}, "b": {"Conv": 1.0, "Add": 0.5, "Relu": 0.25}}, 1)
+    [('Conv', [3.0, 1.0]), ('the others', [1.0, 0.75]), ('all', [4.0, 1.75])]
+    """
+    most: dict[str, float] = defaultdict(float)
+    for profile in profiles.values():
+        for operator, spent in profile.items():
+            most[operator] = max(most[operator], spent)
+    names = sorted(most, key=lambda operator: -most[operator])
+    shown, rest = names[:limit], names[limit:]
+    rows = [(name, [profile.get(name, 0.0) for profile in profiles.values()]) for name in shown]
+    if rest:
+        rows.append(("the others", [sum(p.get(name, 0.0) for name in rest) for p in profiles.values()]))
+    return [*rows, ("all", [sum(profile.values()) for profile in profiles.values()])]
 
 
 def values_table(values: Mapping[str, str]) -> Table:

@@ -26,11 +26,11 @@ _INDEX_CARRIERS = {"Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatt
 
 
 def open_model(
-    model: Model, *, optimise: bool = True, threads: int = 0, provider: str = _CPU, profile: Path | None = None
+    model: Model | Path, *, optimise: bool = True, threads: int = 0, provider: str = _CPU, profile: Path | None = None
 ) -> ort.InferenceSession:
     """Load a model into onnxruntime, on the CPU unless another provider is named; `profile` is where a trace goes.
 
-    Raises UnsupportedError if onnxruntime does not take the model or has no such provider.
+    Raises UnsupportedError if onnxruntime does not take the model, has no such provider, or cannot start it.
     """
     if provider not in ort.get_available_providers():
         known = ", ".join(ort.get_available_providers())
@@ -44,18 +44,26 @@ def open_model(
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
-    providers = list(dict.fromkeys([provider, _CPU]))
     try:
-        if model.data_bytes() + model.proto.ByteSize() <= PROTO_LIMIT:
-            return ort.InferenceSession(model.serialize(), options, providers=providers)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.onnx"
-            model.save(path)
-            return ort.InferenceSession(str(path), options, providers=providers)
+        session = _session(model, options, list(dict.fromkeys([provider, _CPU])))
     except Exception as error:  # onnxruntime raises classes of its own that share no base but Exception
         if not type(error).__module__.startswith("onnxruntime"):
             raise
         raise UnsupportedError(f"onnxruntime cannot run the model: {_first_line(error)}") from error
+    if provider not in session.get_providers():  # it falls back to the CPU in silence
+        raise UnsupportedError(f"onnxruntime lists provider {provider!r} but cannot start it: are its libraries there?")
+    return session
+
+
+def _session(model: Model | Path, options: ort.SessionOptions, providers: list[str]) -> ort.InferenceSession:
+    if isinstance(model, Path):
+        return ort.InferenceSession(str(model), options, providers=providers)
+    if model.data_bytes() + model.proto.ByteSize() <= PROTO_LIMIT:
+        return ort.InferenceSession(model.serialize(), options, providers=providers)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        model.save(path)
+        return ort.InferenceSession(str(path), options, providers=providers)
 
 
 def execute(session: ort.InferenceSession, feed: Mapping[str, Array]) -> list[Array]:
@@ -171,6 +179,8 @@ def interleaved(
     sessions: Sequence[ort.InferenceSession], feed: Mapping[str, Array], seconds: float
 ) -> list[list[float]]:
     """Seconds of each run of each session, in interleaved rounds of changing order, after three that do not count.
+
+    At least ten rounds are run, and at most two thousand.
 
     In a fixed order, what else the machine does in a rhythm would always meet the same model.
     """

@@ -244,7 +244,7 @@ def _observed(question: Question, factors: Sequence[Factor]) -> dict[tuple[int, 
 
 
 def _computed(question: Question, values: Sequence[Value]) -> dict[int, Array]:
-    """Weights that the graph itself transposes, scales or puts together before they are used, by the id of the value."""
+    """Weights that the graph itself transposes or scales before they are used, by the id of the value."""
     ids = {value.name: id(value) for value in values}
     arrays = next(batches(question, list(ids))) if ids else {}
     return {ids[name]: array for name, array in arrays.items()}

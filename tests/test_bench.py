@@ -10,7 +10,8 @@ import onnx
 import pytest
 
 import cpd_onnx as cpd
-from cpd_onnx.bench import Setting, bench
+from cpd_onnx import report, runtime
+from cpd_onnx.bench import Bench, Setting, bench
 from cpd_onnx.cli import main
 
 from .models import from_text
@@ -39,13 +40,44 @@ def test_models_are_measured_side_by_side(files: list[Path]) -> None:
         assert first.ratio == 1.0
         assert other.ratio == pytest.approx(other.p50 / first.p50)
         assert other.ratio < 0.5
-        assert first.p50 <= first.p90 <= first.p99
+        assert first.p10 <= first.p50 <= first.p90 <= first.p99
         assert first.runs == other.runs >= 10
         assert first.per_second == pytest.approx(1e3 * (first.setting.batch or 0) / first.p50)
     assert found.timings[2].p50 > 2 * found.timings[0].p50
     assert next(iter(found.profiles["large.onnx"])) in ("Conv", "FusedConv")
     assert sum(found.profiles["large.onnx"].values()) > sum(found.profiles["small.onnx"].values())
     assert min(found.memory.values()) > 0
+    assert found.profiled == Setting(1, 1)
+    assert found.machine["onnxruntime"]
+
+
+def test_profiles_and_memory_are_those_of_the_first_setting(files: list[Path]) -> None:
+    found = [bench(files[:1], settings=[Setting(batch, 2)], seconds=0.05) for batch in (1, 32)]
+    assert [one.profiled for one in found] == [Setting(1, 1), Setting(32, 1)]
+    few, many = (sum(one.profiles["large.onnx"].values()) for one in found)
+    assert many > 4 * few
+    assert found[1].memory["large.onnx"] > found[0].memory["large.onnx"]
+
+
+def test_a_provider_that_does_not_start_is_said(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fallen:
+        def get_providers(self) -> list[str]:
+            return ["CPUExecutionProvider"]
+
+    monkeypatch.setattr(runtime.ort, "get_available_providers", lambda: ["Abacus", "CPUExecutionProvider"])
+    monkeypatch.setattr(runtime, "_session", lambda *_: Fallen())
+    with pytest.raises(cpd.UnsupportedError, match="lists provider 'Abacus' but cannot start it"):
+        runtime.open_model(files[0], provider="Abacus")
+
+
+def test_time_by_operator_reads_side_by_side() -> None:
+    profiles = {"a": {"Conv": 4.0, "Relu": 1.0}, "b": {"Conv": 1.0, "Relu": 1.5}}
+    table = report.profiles_table(Bench((), {}, profiles, Setting(8, 1)))
+    rows = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert str(table.title) == "Where the time goes, ms (CPU, batch 8, one thread)"
+    assert rows == [
+        ("Conv", "4.000", "1.000 (25.0 %)"), ("Relu", "1.000", "1.500 (150.0 %)"), ("all", "5.000", "2.500 (50.0 %)")
+    ]  # fmt: skip  # rows
 
 
 def test_what_cannot_be_measured_is_said(files: list[Path], tmp_path: Path) -> None:
@@ -83,4 +115,5 @@ def test_command(files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixtur
     content = json.loads(capsys.readouterr().out)
     assert len(content["timings"]) == 4
     assert content["machine"]["onnxruntime"]
+    assert main([*line, "--json", str(tmp_path / "data.npz"), "--plot", str(tmp_path / "figure.gif")]) == 1
     assert main(["bench", str(tmp_path / "none.onnx")]) == 1

@@ -28,6 +28,7 @@ LAYERS = (
     ("cost", "arithmetic", "masking", "recipe", "bench"),
     ("rewrite", "plan"),
     ("report",),
+    ("plots",),
     ("state",),
     ("pipeline",),
     ("",),
