@@ -122,15 +122,23 @@ def consumers(question: Question) -> Iterator[Consumed]:
     """
     combed = question.combed
     products = [p for p in combed.recorder.products if any(not combed.atoms.all_frozen(f.atoms) for f in p)]
-    factors = [f for product in products for f in product if _is_visible(combed, f.value)]
-    moments = _observed(question, [f for f in factors if f.value.constants is None])
-    made = _computed(question, [f.value for f in factors if _is_computed(combed, f.value)])
+    carried = [f for product in products for f in _activations(product) if _is_visible(combed, f.value)]
+    moments = _observed(question, carried)
+    made = _computed(question, [f.value for product in products for f in product if _is_computed(combed, f.value)])
     for product in products:
-        for factor in product:
+        for factor in _activations(product):
             own = moments.get(_key(factor))
             if own is not None and not combed.atoms.all_frozen(factor.atoms):
                 others = [_side(combed, other, moments, made) for other in product if other is not factor]
                 yield _consumed(factor, own, others)
+
+
+def _activations(product: Sequence[Factor]) -> list[Factor]:
+    """The factors that carry something: what depends on the inputs; else what is made of constants (of positions, say).
+
+    In a product with an activation, what is made of constants is a weight.
+    """
+    return [f for f in product if f.value.constants is None] or [f for f in product if not f.value.moved]
 
 
 def _key(factor: Factor) -> tuple[int, int]:
@@ -143,7 +151,7 @@ def _is_visible(combed: Combed, value: Value) -> bool:
 
 
 def _is_computed(combed: Combed, value: Value) -> bool:
-    return value.constants is not None and id(value) not in combed.weight_of
+    return value.constants is not None and id(value) not in combed.weight_of and _is_visible(combed, value)
 
 
 @dataclass(frozen=True, eq=False)

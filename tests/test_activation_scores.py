@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from onnx import ModelProto
 
 import cpd_onnx as cpd
 from cpd_onnx.cli import main
-from cpd_onnx.data import ArraySource
+from cpd_onnx.data import ArraySource, inputs_of
 from cpd_onnx.groups import Combed
 from cpd_onnx.passes import activations
 from cpd_onnx.passes.comb import comb
@@ -23,6 +24,7 @@ from cpd_onnx.state import State
 
 from .models import from_text
 
+DATA = Path(os.environ.get("CPD_DATA", Path(__file__).parents[2] / "shared" / "data")) / "onnx"
 KINDS = ("activation", "wanda", "variance")
 DIGITS = Path(cpd.__file__).parent / "models"
 RNG = np.random.default_rng(0)
@@ -193,6 +195,35 @@ def test_heads_and_their_dimensions() -> None:
         assert dims[1] == 0 < np.delete(dims, 1).min(), kind
     heads = score(combed, "wanda", data=ArraySource(feed), samples=4)[kinds.index("heads")]
     assert heads[1] < heads[0]
+
+
+def test_channels_of_constants_are_seen() -> None:
+    """A small network that turns positions into a bias carries channels, though no input reaches it."""
+    model = from_text(
+        "(float[N, 5] x, float[4, 2] p, float[2, 8] w, float[8, 5] v) => (float[N, 5] y)"
+        " { a = MatMul(p, w) b = Relu(a) c = MatMul(b, v) d = ReduceSum<keepdims=0>(c) y = Add(x, d) }"
+    )
+    combed = comb(model)
+    scores = score(combed, "activation", data=ArraySource({"x": normal(4, 5)}), samples=4)
+    (found,) = (values for values in scores if len(values) == 8)
+    hidden = np.maximum(combed.folded.model.array("p") @ combed.folded.model.array("w"), 0)
+    np.testing.assert_allclose(found, (hidden**2).mean(0) / (hidden**2).mean(), rtol=1e-5)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the folder of real models is not there")
+@pytest.mark.parametrize("name", ["resnet20_jpeg_cifar10", "vit_cifar10_smmk47", "twinlitenet_qdq_int8"])
+def test_real_models(name: str) -> None:
+    """Every group of a trained network is seen; what is tested here are composites, residuals, groups and QDQ."""
+    combed = comb(DATA / f"{name}.onnx")
+    (entry,) = inputs_of(combed.folded.model.proto)
+    shape = [size if isinstance(size, int) else 2 for size in entry.shape or ()]
+    data = ArraySource({entry.name: np.random.default_rng(0).normal(size=shape).astype(entry.dtype)})
+    seen = np.zeros(len(combed.atoms), np.bool_)
+    for consumed in activations.consumers(Question(combed, data, 2)):
+        seen[combed.atoms.parts(consumed.channels)] = True
+        assert len({len(consumed.channels), len(consumed.own.energy), len(consumed.absolute)}) == 1
+        assert np.isfinite(consumed.own.energy).all()
+    assert all(seen[group.channels].all() for group in combed.groups)
 
 
 def test_what_is_not_seen_is_scored_by_its_weights() -> None:
