@@ -36,6 +36,8 @@ _BATCH = 16
 CHUNK_BYTES = 1 << 28
 """What the tensors that one run gives back may take together, one tensor at least."""
 _ITEM = 4
+_LARGEST = float(np.finfo(np.float32).max)
+"""Of all scores, with room to add them up."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,12 +106,13 @@ def summed(question: Question, measure: Measure) -> list[Scores]:
     """
     combed = question.combed
     totals, is_seen = np.zeros(len(combed.atoms)), np.zeros(len(combed.atoms), np.bool_)
-    for consumed in consumers(question):
-        values = np.nan_to_num(measure(consumed), nan=np.inf, posinf=np.inf)  # what overflows is not unimportant
-        parts = combed.atoms.parts(consumed.channels)
-        for column in range(parts.shape[1]):
-            np.add.at(totals, parts[:, column], values)
-        is_seen[parts] = True
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows, or is no number, stays
+        for consumed in consumers(question):
+            values = np.nan_to_num(measure(consumed), nan=_LARGEST, posinf=_LARGEST)
+            parts = combed.atoms.parts(consumed.channels)
+            for column in range(parts.shape[1]):
+                np.add.at(totals, parts[:, column], values)
+            is_seen[parts] = True
     totals[NOTHING], is_seen[NOTHING] = 0.0, False
     pairs = zip(combed.groups, l2(question), strict=True)
     return [totals[g.channels] if is_seen[g.channels].any() else magnitude for g, magnitude in pairs]

@@ -82,6 +82,15 @@ def test_a_dead_channel_goes_first(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_what_overflows_stays(kind: str) -> None:
+    bias = [np.inf, 0, 0, 5]
+    model = from_text(MLP, values={"w": W.tolist(), "b": bias, "v": V.tolist()})
+    (values,) = score(comb(model), kind, data=ArraySource({"x": X}), samples=len(X))
+    assert values.argmax() == 0
+    assert np.isfinite(values).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_order_of_the_samples_does_not_matter(kind: str) -> None:
     combed = comb(mlp())
     found = [
@@ -195,6 +204,21 @@ def test_heads_and_their_dimensions() -> None:
         assert dims[1] == 0 < np.delete(dims, 1).min(), kind
     heads = score(combed, "wanda", data=ArraySource(feed), samples=4)[kinds.index("heads")]
     assert heads[1] < heads[0]
+
+
+def test_queries_and_keys_meet_in_fused_attention() -> None:
+    model = from_text(
+        "(float[N, 5, 8] x, float[8, 8] q, float[8, 8] k, float[8, 8] v, float[8, 8] o) => (float[N, 5, 8] y)"
+        " { a = MatMul(x, q) b = MatMul(x, k) c = MatMul(x, v)"
+        " d = com.microsoft.MultiHeadAttention<num_heads=2>(a, b, c) y = MatMul(d, o) }"
+    )
+    combed = comb(model)
+    feed = data_of(combed)
+    queries, keys = (np.square(_run(combed, feed, name)).mean((0, 1)) for name in "ab")
+    pairs = [c for c in activations.consumers(Question(combed, ArraySource(feed), 6)) if not (c.met == 1).all()]
+    for consumed, own, other in zip(pairs, (queries, keys), (keys, queries), strict=True):
+        np.testing.assert_allclose(consumed.own.energy, own, rtol=1e-4)
+        np.testing.assert_allclose(consumed.met, other, rtol=1e-4)
 
 
 def test_channels_of_constants_are_seen() -> None:
