@@ -101,6 +101,37 @@ def fixed_batch(inputs: Sequence[Input]) -> int | None:
     return fixed[0] if fixed else None
 
 
+def _prescribed(model: ModelProto, source: Source) -> int | None:
+    """Samples at a time if the model says how many; a source that does not count its samples yields whole feeds."""
+    return None if source.count is None else fixed_batch(inputs_of(model))
+
+
+def calibration_batch(model: ModelProto, source: Source, samples: int, wish: int = 16) -> int:
+    """Samples in a batch of `calibration`."""
+    return _prescribed(model, source) or min(wish, samples)
+
+
+def calibration(model: ModelProto, source: Source, samples: int, *, batch: int = 16, seed: int = 0) -> Iterator[Batch]:
+    """Feeds for a model, without labels, until so many samples were given; whole batches where it prescribes a size.
+
+    Raises:
+        DataError: the source does not fit the model, or has too few samples for one batch.
+    """
+    inputs = inputs_of(model)
+    check_source(source, inputs)
+    prescribed, seen = _prescribed(model, source), 0
+    for rows in source.batches(calibration_batch(model, source, samples, batch), seed=seed):
+        feed = {entry.name: rows[entry.name] for entry in inputs}
+        count = next((len(array) for array in feed.values() if array.ndim), 1)
+        if prescribed in (None, count):
+            yield feed
+            seen += count
+        if seen >= samples:
+            return
+    if not seen:
+        raise DataError("the data has no whole batch of samples to look at")
+
+
 # Sources.
 
 

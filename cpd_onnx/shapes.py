@@ -696,7 +696,7 @@ def topological(nodes: Sequence[NodeProto], known: set[str], where: str) -> list
 
     Raises ModelError where there is no such order.
     """
-    needs = [_all_inputs(node) for node in nodes]
+    needs = [all_inputs(node) for node in nodes]
     waiting, done, order = list(range(len(nodes))), set(known) | {""}, []
     while waiting:
         later = []
@@ -717,14 +717,14 @@ def topological(nodes: Sequence[NodeProto], known: set[str], where: str) -> list
     return order
 
 
-def _all_inputs(node: NodeProto) -> set[str]:
+def all_inputs(node: NodeProto) -> set[str]:
     """Inputs of a node and what its bodies take from outside."""
     found = set(node.input)
     for body in bodies_of(node).values():
         inner = {v.name for v in body.input} | {t.name for t in body.initializer}
         inner.update(name for n in body.node for name in n.output)
         for n in body.node:
-            found |= _all_inputs(n) - inner
+            found |= all_inputs(n) - inner
         found |= {o.name for o in body.output} - inner
     return found
 

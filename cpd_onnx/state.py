@@ -37,6 +37,7 @@ class State:
         edits: what differs between original and pruned file.
         plan: the same on record.
         verification: outcome of the proof.
+        repaired: summary of the repair, if there was one.
         distilled: summary of the training, if there was one.
 
     """
@@ -54,6 +55,7 @@ class State:
     edits: tuple[Edit, ...] = ()
     plan: Plan | None = None
     verification: Comparison | None = None
+    repaired: Mapping[str, Any] | None = None
     distilled: Mapping[str, Any] | None = None
 
     def need(self, attribute: str, maker: str) -> Any:

@@ -18,8 +18,7 @@ import numpy as np
 from onnx import helper
 
 from cpd_onnx.atoms import NOTHING, Axis
-from cpd_onnx.data import Batch, check_source, fixed_batch, inputs_of
-from cpd_onnx.errors import DataError
+from cpd_onnx.data import calibration, calibration_batch
 from cpd_onnx.graph import Array
 from cpd_onnx.groups import Combed
 from cpd_onnx.passes.score import Scores, l2
@@ -31,8 +30,6 @@ from cpd_onnx.weights import dequantized
 if TYPE_CHECKING:
     from cpd_onnx.passes.score import Question
 
-_BATCH = 16
-"""Samples at a time where the model leaves that free."""
 CHUNK_BYTES = 1 << 28
 """What the tensors that one run gives back may take together, one tensor at least."""
 _ITEM = 4
@@ -263,7 +260,9 @@ def _computed(question: Question, values: Sequence[Value]) -> dict[int, Array]:
 
 def _chunks(question: Question, values: Sequence[Value]) -> Iterator[list[str]]:
     """Names of values that may be held together."""
-    batch, names, held = _batch_size(question), list[str](), 0
+    assert question.data is not None
+    batch = calibration_batch(question.combed.folded.model.proto, question.data, question.samples)
+    names, held = list[str](), 0
     for value in values:
         first, second = value.shapes or ((), ())
         is_batched = bool(first) and first[0] != second[0]
@@ -287,36 +286,9 @@ def batches(question: Question, names: Sequence[str]) -> Iterator[dict[str, Arra
     wanted = [name for name in names if name not in fed]
     del model.graph.output[:]
     model.graph.output.extend(helper.make_tensor_value_info(name, values[name].dtype, None) for name in wanted)
-    session, is_empty = open_model(model) if wanted else None, True
-    for feed in _feeds(question):
-        is_empty = False
+    session = open_model(model) if wanted else None
+    assert question.data is not None
+    proto = question.combed.folded.model.proto
+    for feed in calibration(proto, question.data, question.samples, seed=question.seed):
         found = execute(session, feed) if session is not None else []
         yield {name: feed[name] for name in names if name in fed} | dict(zip(wanted, found, strict=True))
-    if is_empty:
-        raise DataError("the data has no whole batch of samples to score with")
-
-
-def _prescribed(question: Question) -> int | None:
-    """Samples at a time if the model says how many; a source that does not count its samples yields whole feeds."""
-    assert question.data is not None
-    return None if question.data.count is None else fixed_batch(inputs_of(question.combed.folded.model.proto))
-
-
-def _batch_size(question: Question) -> int:
-    return _prescribed(question) or min(_BATCH, question.samples)
-
-
-def _feeds(question: Question) -> Iterator[Batch]:
-    """Batches for onnxruntime, whole ones where the model prescribes their size, until enough samples were seen."""
-    source, inputs = question.data, inputs_of(question.combed.folded.model.proto)
-    assert source is not None
-    check_source(source, inputs)
-    prescribed, seen = _prescribed(question), 0
-    for batch in source.batches(_batch_size(question), seed=question.seed):
-        feed = {entry.name: batch[entry.name] for entry in inputs}
-        count = next((len(array) for array in feed.values() if array.ndim), 1)
-        if prescribed in (None, count):
-            yield feed
-            seen += count
-        if seen >= question.samples:
-            return

@@ -225,6 +225,19 @@ def variance(question: Question) -> list[Scores]:
     return activations.summed(question, activations.fluctuation)
 
 
+@scorer(
+    "reconstruction",
+    source="Frantar and Alistarh, Optimal Brain Compression, NeurIPS 2022, for channels; after He et al., ICCV 2017",
+    needs_data=True,
+    is_loss=True,
+)
+def reconstruction(question: Question) -> list[Scores]:
+    """What least squares cannot make up for when a channel goes, over all its consumers."""
+    from cpd_onnx.passes.reconstruction import losses
+
+    return losses(question)
+
+
 # From gradients.
 
 

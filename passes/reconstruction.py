@@ -1,0 +1,250 @@
+"""By how much least squares fails to make up for each channel, from onnxruntime alone.
+
+A channel is looked at where it is consumed: by weights that multiply it and sum. What their best fit loses when it
+goes, the others doing what they can, is a closed formula of the inputs' second moments: W' [(H^-1)cc]^-1 W, the optimal
+brain surgeon's (Hassibi and Stork 1992; for blocks of weights Frantar and Alistarh, NeurIPS 2022). Channels are taken
+away one after the other, the least first, and moments and weights follow; the errors are relative to the spread of
+what is computed there, or of the sum that it goes into, and are added up over all consumers of a channel.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from cpd_onnx.atoms import Axis
+from cpd_onnx.cost import group_owners
+from cpd_onnx.data import calibration
+from cpd_onnx.fitting import MAX_FEATURES, Matrix, Moments, Sampler
+from cpd_onnx.graph import Array
+from cpd_onnx.groups import Combed
+from cpd_onnx.passes.score import Scores, l2
+from cpd_onnx.rules.api import Factor
+from cpd_onnx.stepwise import Stepwise
+from cpd_onnx.units import Unit, units_of
+
+if TYPE_CHECKING:
+    from cpd_onnx.passes.score import Question
+
+_RIDGE = 1e-3
+_ROWS = 1 << 14
+_STEPS = 48
+"""Steps in which a group is taken apart, at least; small ones go channel by channel."""
+_BATCH = 32
+
+
+@dataclass(eq=False)
+class _Consumer:
+    """Where some channels of a group are multiplied and summed.
+
+    Attributes:
+        inverse: of the features' moments [groups, features, features].
+        matrix: what they are multiplied with [groups, features, outputs].
+        spread: variance of what is computed, or of the sum that it goes into, times its channels.
+        features: of each channel [channels, features of one].
+    """
+
+    inverse: Matrix
+    matrix: Matrix
+    spread: float
+    features: Axis
+
+    def losses(self, channels: Sequence[int]) -> Scores:
+        """What is lost with each of some channels."""
+        places = self.features[list(channels)]
+        blocks = self.inverse[:, places[:, :, None], places[:, None, :]]
+        rows = self.matrix[:, places]
+        return np.asarray((rows * np.linalg.solve(blocks, rows)).sum(axis=(0, 2, 3)) / self.spread)
+
+    def remove(self, channels: Sequence[int]) -> None:
+        """Take channels away; the others' weights take over what they can."""
+        places = self.features[list(channels)].ravel()
+        block = np.linalg.inv(self.inverse[:, places[:, None], places[None]])
+        columns = self.inverse[:, :, places] @ block
+        self.matrix -= columns @ self.matrix[:, places]
+        self.inverse -= columns @ self.inverse[:, places]
+        self.inverse[:, places] = 0.0
+        self.inverse[:, :, places] = 0.0
+        self.inverse[:, places, places] = 1.0
+        self.matrix[:, places] = 0.0
+
+
+def losses(question: Question) -> list[Scores]:
+    """What is lost with each channel once all lesser ones of its group are gone, as a share of what is computed.
+
+    Groups that no weight or product is seen to consume get their channels' shares of the squared magnitude.
+
+    Raises:
+        DataError: the data does not fit the model, or holds no samples.
+        UnsupportedError: onnxruntime does not run the model, or some piece of it.
+    """
+    combed = question.combed
+    found = _Observer(question).run()
+    scores = []
+    for group, magnitude in zip(combed.groups, l2(question), strict=True):
+        consumers = found.get(group.id, [])
+        squares = np.square(np.nan_to_num(magnitude, nan=np.inf, posinf=1e150))
+        scores.append(_taken_apart(consumers, len(group)) if consumers else squares / (squares.sum() or 1.0))
+    return scores
+
+
+def _taken_apart(consumers: Sequence[_Consumer], count: int) -> Scores:
+    """Take channels away until one is left, a few at a time; what each costs is never less than what went before."""
+    alive, worst = list(range(count)), 0.0
+    scores = np.zeros(count)
+    while len(alive) > 1:
+        each = np.sum([consumer.losses(alive) for consumer in consumers], axis=0)
+        order = np.argsort(each, kind="stable")[: max(1, min(len(alive) - 1, count // _STEPS))]
+        for place in order.tolist():
+            worst = max(worst, float(each[place]))
+            scores[alive[place]] = worst
+        gone = [alive[place] for place in order.tolist()]
+        for consumer in consumers:
+            consumer.remove(gone)
+        alive = [channel for channel in alive if channel not in set(gone)]
+    # What is computed cannot lose more than itself, so the last channel costs more than any before it.
+    scores[alive] = worst + len(consumers)
+    return scores + np.finfo(np.float64).tiny * np.argsort(np.argsort(scores, kind="stable"))
+
+
+Looks = Callable[[], None]
+
+
+@dataclass(eq=False)
+class _Observer:
+    """Goes through the model once and looks at what comes by."""
+
+    question: Question
+    found: dict[int, list[_Consumer]] = field(default_factory=lambda: defaultdict(list))
+
+    def __post_init__(self) -> None:
+        combed, question = self.question.combed, self.question
+        assert question.data is not None
+        self.combed: Combed = combed
+        self.owner = group_owners(combed, combed.groups)
+        self.rank = np.zeros(len(combed.atoms), np.int64)
+        for group in combed.groups:
+            self.rank[group.channels] = np.arange(len(group))
+        proto = combed.folded.model.proto
+        self.feeds = list(calibration(proto, question.data, question.samples, batch=_BATCH, seed=question.seed))
+        self.sampler = Sampler(_ROWS, question.seed)
+        self.makers = {n: p for p, node in enumerate(combed.folded.scope.nodes) for n in node.output}
+
+    def run(self) -> dict[int, list[_Consumer]]:
+        """For each group by id its consumers, taken in."""
+        units = [(unit, self.channels(unit)) for unit in units_of(self.combed.folded).found]
+        looks: list[tuple[int, int, Looks]] = []
+        wanted: list[str] = []
+        for unit, channels in units:
+            if channels:
+                wanted += [unit.data, unit.target]
+                looks.append((self.makers[unit.target], len(looks), self.look_at_unit(unit, channels)))
+        for left, right in self.meetings():
+            wanted += [left.value.name, right.value.name]
+            position = max(self.makers.get(f.value.name, 0) for f in (left, right))
+            looks.append((position, len(looks), self.look_at_meeting(left, right)))
+        self.steps = Stepwise(self.combed.folded, self.combed.folded.model, self.feeds, wanted)
+        for position, _, look in sorted(looks, key=lambda entry: entry[:2]):
+            self.steps.after(position)
+            look()
+        return self.found
+
+    # Weights.
+
+    def channels(self, unit: Unit) -> dict[int, Axis]:
+        """For each group that a unit consumes, the features of its channels."""
+        tensor = self.combed.tensors.get(("", unit.data))
+        if tensor is None or tensor.axes is None or self.combed.atoms.all_frozen(tensor.axes[unit.linear.in_axis]):
+            return {}
+        groups, features, _ = unit.matrix(self.combed.folded.model).shape
+        return self.features(tensor.axes[unit.linear.in_axis], groups, features, unit.linear.taps)
+
+    def features(self, axis: Axis, blocks: int, features: int, taps: int) -> dict[int, Axis]:
+        """Features by group and channel [channels, features of one], where all blocks and channels have alike.
+
+        A channel that takes whole blocks takes what they compute too: nothing of it is left to be lost.
+        """
+        parts = self.combed.atoms.parts(axis)
+        found: dict[int, Axis] = {}
+        inner = features // taps
+        for index in sorted(set(self.owner[parts].ravel().tolist()) - {-1}):
+            rows, columns = np.nonzero(self.owner[parts] == index)
+            channel = self.rank[parts[rows, columns]]
+            count = len(self.combed.groups[index])
+            each = np.bincount(channel, minlength=count)
+            if features > MAX_FEATURES or each.min() != each.max() or len(axis) != blocks * inner:
+                continue
+            places = rows[np.argsort(channel, kind="stable")].reshape(count, -1)
+            if blocks > 1:
+                if each[0] % blocks:
+                    continue
+                by_block = np.sort(places, axis=1).reshape(count, blocks, -1) - np.arange(blocks)[:, None] * inner
+                if (by_block != by_block[:, :1]).any():
+                    continue
+                places = by_block[:, 0]
+            found[index] = (places[:, :, None] * taps + np.arange(taps)).reshape(count, -1)
+        return found
+
+    def look_at_unit(self, unit: Unit, channels: dict[int, Axis]) -> Looks:
+        def look() -> None:
+            data, targets = self.steps.tensor(unit.data), self.steps.tensor(unit.target)
+            rows, aims = self.sampler.rows(unit.linear, data, targets)
+            inverse = np.asarray(np.linalg.inv(Moments(rows, _RIDGE, centred=True).gram), np.float64)
+            matrix = unit.matrix(self.combed.folded.model) * unit.gain.reshape(len(rows), 1, -1)
+            spread = float(aims.var(dtype=np.float64)) * aims.shape[0] * aims.shape[2]
+            for index, features in channels.items():
+                self.enter(index, _Consumer(inverse.copy(), matrix.copy(), spread, features))
+            self.steps.release(unit.data)
+            self.steps.release(unit.target)
+
+        return look
+
+    def enter(self, index: int, consumer: _Consumer) -> None:
+        if np.isfinite(consumer.spread) and consumer.spread > 0 and np.isfinite(consumer.inverse).all():
+            self.found[index].append(consumer)
+
+    # Products of two activations.
+
+    def meetings(self) -> Iterator[tuple[Factor, Factor]]:
+        """Pairs of activations that are multiplied and summed over channels, as queries and keys are."""
+        scope = self.combed.folded.scope
+        for product in self.combed.recorder.products:
+            moving = [f for f in product if f.value.constants is None]
+            seen = all(scope.values.get(f.value.name) is f.value and f.value.shape is not None for f in moving)
+            if len(moving) == 2 and len(product) == 2 and seen and not self.combed.atoms.all_frozen(moving[0].atoms):
+                yield moving[0], moving[1]
+
+    def look_at_meeting(self, left: Factor, right: Factor) -> Looks:
+        def look() -> None:
+            pairs = zip(self.steps.tensor(left.value.name), self.steps.tensor(right.value.name), strict=True)
+            gram = np.sum([_met(a, left.axis, b, right.axis) for a, b in pairs], axis=0)
+            if gram.ndim == 2:
+                size = len(gram)
+                gram += _RIDGE * np.trace(gram) / size * np.eye(size)
+                spread = float(gram.sum())
+                channels = self.features(left.atoms, 1, size, 1)
+                for index, features in channels.items() if spread > 0 else ():
+                    self.enter(index, _Consumer(np.linalg.inv(gram)[None], np.ones((1, size, 1)), spread, features))
+            self.steps.release(left.value.name)
+            self.steps.release(right.value.name)
+
+        return look
+
+
+def _met(left: Array, i: int, right: Array, j: int) -> npt.NDArray[np.float64]:
+    """Moments of the summands of a product, over all pairs of rows: (A'A) * (B'B), summed over what is in front.
+
+    What is the same for all of the second factor does not count: the softmax behind takes no notice. Where the two do
+    not have the same axes in front, the result has no axes.
+    """
+    a, b = (np.moveaxis(np.asarray(x, np.float64), axis, -1) for x, axis in ((left, i), (right, j)))
+    if a.ndim < 2 or a.ndim != b.ndim or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-1]:
+        return np.zeros(())
+    b = b - b.mean(axis=-2, keepdims=True)
+    products = (a.swapaxes(-1, -2) @ a) * (b.swapaxes(-1, -2) @ b)
+    return np.asarray(products.reshape(-1, *products.shape[-2:]).sum(axis=0))

@@ -1,0 +1,247 @@
+"""Repair, the pieces that it is made of, and the score that looks ahead to it."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from cpd_onnx.data import ArraySource
+from cpd_onnx.errors import DataError
+from cpd_onnx.graph import Model, load
+from cpd_onnx.kept import Kept
+from cpd_onnx.linear import linear_of
+from cpd_onnx.passes.allocate import Budget, allocate
+from cpd_onnx.passes.comb import comb
+from cpd_onnx.passes.prune import prune
+from cpd_onnx.passes.repair import RepairOptions, repair
+from cpd_onnx.passes.score import score
+from cpd_onnx.pipeline import run
+from cpd_onnx.runtime import execute, open_model
+from cpd_onnx.stepwise import Stepwise
+from cpd_onnx.units import units_of
+
+
+def model_of(text: str, **weights: np.ndarray) -> Model:
+    """A model from ONNX text, with initializers."""
+    proto = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> {text}')
+    proto.graph.initializer.extend(numpy_helper.from_array(v.astype(np.float32), k) for k, v in weights.items())
+    return load(proto)
+
+
+def made(model: Model, feed: dict[str, np.ndarray]) -> np.ndarray:
+    return execute(open_model(model), feed)[0]
+
+
+LINEAR = {
+    "conv": ("Conv", (6, 4, 3, 3), {}, (2, 4, 7, 8)),
+    "strided, padded, dilated": ("Conv", (6, 4, 3, 2), {"strides": [2, 1], "pads": [1, 0, 2, 1], "dilations": [1, 2]}, (2, 4, 9, 8)),
+    "grouped": ("Conv", (6, 2, 3, 3), {"group": 2, "pads": [1, 1, 1, 1]}, (2, 4, 7, 8)),
+    "depthwise": ("Conv", (4, 1, 3, 3), {"group": 4}, (2, 4, 7, 8)),
+    "same upper": ("Conv", (6, 4, 3, 2), {"auto_pad": "SAME_UPPER", "strides": [2, 3]}, (2, 4, 7, 8)),
+    "same lower": ("Conv", (6, 4, 4, 2), {"auto_pad": "SAME_LOWER", "strides": [2, 1]}, (2, 4, 7, 8)),
+    "one axis": ("Conv", (6, 4, 3), {"pads": [2, 1]}, (2, 4, 9)),
+    "three axes": ("Conv", (3, 2, 1, 2, 2), {}, (2, 2, 3, 4, 4)),
+    "transposed": ("ConvTranspose", (4, 6, 3, 3), {"strides": [2, 2], "pads": [1, 1, 1, 1], "output_padding": [1, 1]}, (2, 4, 5, 6)),
+    "transposed, cut": ("ConvTranspose", (4, 6, 2, 2), {"strides": [2, 2], "pads": [2, 1, 1, 2]}, (2, 4, 5, 6)),
+    "transposed, grouped, dilated": ("ConvTranspose", (4, 3, 3, 2), {"group": 2, "dilations": [2, 1], "strides": [1, 3]}, (2, 4, 5, 6)),
+    "gemm": ("Gemm", (5, 6), {}, (7, 5)),
+    "gemm, both turned": ("Gemm", (6, 5), {"transA": 1, "transB": 1}, (5, 7)),
+    "matmul": ("MatMul", (5, 6), {}, (2, 3, 7, 5)),
+}  # fmt: skip  # a table
+
+
+@pytest.mark.parametrize("case", LINEAR)
+def test_a_linear_operator_is_rows_times_its_matrix(case):
+    operator, shape, attributes, data = LINEAR[case]
+    rng = np.random.default_rng(0)
+    weight, x = (rng.standard_normal(s).astype(np.float32) for s in (shape, data))
+    node = helper.make_node(operator, ["x", "w"], ["y"], **attributes)
+    info = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ("x", "y")]
+    graph = helper.make_graph([node], "g", info[:1], info[1:], [numpy_helper.from_array(weight, "w")])
+    y = made(load(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)), {"x": x})
+    linear = linear_of(node, shape)
+    places = np.arange(linear.count(y.shape))[::2]
+    got = linear.rows(x, places) @ linear.matrix(weight)
+    np.testing.assert_allclose(got, linear.targets(y, places), atol=1e-4)
+    np.testing.assert_array_equal(linear.weight(linear.matrix(weight)), weight)
+
+
+RESIDUAL = """g (float[N, 3, 6, 6] x) => (float[N, 5] y)
+{
+  a = Conv <pads = [1, 1, 1, 1]> (x, w0, b0)
+  r = Relu(a)
+  c = Conv <pads = [1, 1, 1, 1]> (r, w1)
+  n = BatchNormalization(c, s, t, m, v)
+  d = Relu(n)
+  e = Conv (d, w2, b2)
+  f = Add(e, r)
+  h = Relu(f)
+  p = GlobalAveragePool(h)
+  q = Flatten(p)
+  wt = Transpose <perm = [1, 0]> (w3)
+  z = MatMul(q, wt)
+  y = Add(z, b3)
+}"""
+
+
+def residual(seed: int = 0) -> Model:
+    rng = np.random.default_rng(seed)
+    shapes = {
+        "w0": (8, 3, 3, 3), "b0": (8,), "w1": (12, 8, 3, 3), "s": (12,), "t": (12,), "m": (12,), "w2": (8, 12, 1, 1),
+        "b2": (8,), "w3": (5, 8), "b3": (5,),
+    }  # fmt: skip  # a table
+    weights = {k: rng.standard_normal(v) * 0.4 for k, v in shapes.items()}
+    return model_of(RESIDUAL, **weights, v=np.full(12, 1.3))
+
+
+def inputs(count: int = 64, seed: int = 1) -> dict[str, np.ndarray]:
+    return {"x": np.random.default_rng(seed).standard_normal((count, 3, 6, 6)).astype(np.float32)}
+
+
+def pruned(model: Model, kind: str = "l2", budget: Budget | None = None, data: ArraySource | None = None):
+    combed = comb(model)
+    chosen = allocate(combed, score(combed, kind, data=data), budget or Budget("channels", 0.5))
+    kept = Kept(combed.atoms)
+    kept.remove(chosen.channels(combed))
+    return combed, kept, prune(combed, chosen).model
+
+
+def test_units_know_what_becomes_of_their_product():
+    model = residual()
+    units = {unit.weight: unit for unit in units_of(comb(model).folded).found}
+    assert list(units) == ["w0", "w1", "w2", "w3"]
+    assert (units["w0"].target, units["w0"].bias.name, units["w0"].rectified) == ("a", "b0", True)
+    assert (units["w1"].target, units["w1"].bias.name, units["w1"].other) == ("n", "t", None)
+    np.testing.assert_allclose(units["w1"].gain, model.array("s") / np.sqrt(1.3 + 1e-5), rtol=1e-6)
+    assert (units["w2"].target, units["w2"].other, units["w2"].rectified) == ("f", "r", True)
+    assert (units["w3"].end, units["w3"].flipped, units["w3"].bias.name) == ("y", True, "b3")
+
+
+def test_a_weight_that_others_use_too_or_that_is_no_float_is_left():
+    text = "g (float[N, 4] x) => (float[N, 4] y) { a = MatMul(x, w) b = Relu(a) y = MatMul(b, w) }"
+    found = units_of(comb(model_of(text, w=np.eye(4))).folded)
+    assert (found.found, found.left) == ([], {"w": "is used several times"})
+
+
+def test_channels_that_others_can_make_up_for_cost_nothing():
+    """Of twelve hidden units six are sums of two others: least squares gives the function back whole."""
+    rng = np.random.default_rng(0)
+    first = rng.standard_normal((4, 6))
+    mixed = np.concatenate([first, first[:, :3] + first[:, 3:], first[:, [0, 2, 4]] - first[:, [1, 3, 5]]], axis=1)
+    text = "g (float[N, 4] x) => (float[N, 3] y) { a = MatMul(x, w0) y = MatMul(a, w1) }"
+    model = model_of(text, w0=mixed, w1=rng.standard_normal((12, 3)))
+    feed = {"x": rng.standard_normal((200, 4)).astype(np.float32)}
+    combed, kept, small = pruned(model, "reconstruction", data=ArraySource(feed))
+    fixed = repair(combed, kept, small, ArraySource(feed), RepairOptions(ridge=1e-9))
+    want = made(model, feed)
+    assert np.abs(made(small, feed) - want).max() > 0.1
+    np.testing.assert_allclose(made(fixed.model, feed), want, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["l2", "reconstruction"])
+def test_repair_brings_outputs_nearer_on_images_it_has_not_seen(kind):
+    model, data = residual(), ArraySource(inputs())
+    combed, kept, small = pruned(model, kind, data=data)
+    fixed = repair(combed, kept, small, data)
+    unseen = inputs(seed=2)
+    errors = [float(np.square(made(m, unseen) - made(model, unseen)).mean()) for m in (small, fixed.model)]
+    assert errors[1] < 0.3 * errors[0]
+    assert all(fit.after < fit.before for fit in fixed.fits)
+    assert {fit.weight for fit in fixed.fits} >= {"w1", "w2", "w3"}
+
+
+def test_repair_changes_values_and_nothing_else():
+    model, data = residual(), ArraySource(inputs())
+    combed, kept, small = pruned(model)
+    before = small.serialize()
+    fixed = repair(combed, kept, small, data).model
+    assert small.serialize() == before
+    blank = []
+    for each in (small, fixed):
+        proto = each.complete_proto()
+        for tensor in proto.graph.initializer:
+            tensor.ClearField("raw_data")
+            tensor.ClearField("float_data")
+        blank.append(proto.SerializeToString())
+    assert blank[0] == blank[1]
+    assert fixed.serialize() == repair(combed, kept, small, data).model.serialize()
+
+
+def test_a_model_that_lost_nothing_is_left_as_it_is():
+    model, data = residual(), ArraySource(inputs())
+    combed = comb(model)
+    kept = Kept(combed.atoms)
+    fixed = repair(combed, kept, model.copy(), data)
+    assert fixed.fits == ()
+    assert fixed.model.serialize() == model.serialize()
+
+
+def test_the_last_branch_makes_up_for_what_the_shortcut_lacks(monkeypatch):
+    text = """g (float[N, 10] x) => (float[N, 10] y)
+    { a = MatMul(x, w0) b = Relu(a) r = MatMul(b, w1) c = MatMul(x, w2) d = Relu(c) e = MatMul(d, w3) y = Add(e, r) }"""
+    rng = np.random.default_rng(0)
+    shapes = {"w0": (10, 16), "w1": (16, 10), "w2": (10, 16), "w3": (16, 10)}
+    model = model_of(text, **{k: rng.standard_normal(v) for k, v in shapes.items()})
+    feed = {"x": rng.standard_normal((512, 10)).astype(np.float32)}
+    combed, kept, small = pruned(model)
+
+    def error() -> float:
+        fixed = repair(combed, kept, small, ArraySource(feed)).model
+        return float(np.square(made(fixed, feed) - made(model, feed)).mean())
+
+    with_shortcut = error()
+    monkeypatch.setattr("cpd_onnx.units.SUMS", set())
+    assert with_shortcut < 0.9 * error()
+
+
+@pytest.mark.parametrize("held", [0, 1 << 30])
+def test_a_model_run_piece_by_piece_gives_what_it_gives_as_a_whole(held):
+    model = residual()
+    folded = comb(model).folded
+    feeds = [inputs(3, seed) for seed in (0, 1)]
+    steps = Stepwise(folded, model, feeds, ["f"], held_bytes=held)
+    for position in range(len(folded.scope.nodes)):
+        steps.after(position)
+    for feed, got in zip(feeds, steps.tensor("f"), strict=True):
+        proto = model.complete_proto()
+        proto.graph.output.append(helper.make_tensor_value_info("f", TensorProto.FLOAT, None))
+        np.testing.assert_allclose(got, execute(open_model(load(proto)), feed)[1], atol=1e-5)
+    steps.release("f")
+    with pytest.raises(KeyError):
+        steps.tensor("a")
+
+
+def test_pieces_read_the_weights_when_they_run():
+    model = residual()
+    folded = comb(model).folded
+    steps = Stepwise(folded, model, [inputs(2)])
+    steps.after(1)
+    model.set_array("w1", np.zeros_like(model.array("w1")))
+    steps.after(2)
+    assert not steps.tensor("c")[0].any()
+
+
+def test_queries_and_keys_are_scored_by_what_their_product_loses():
+    rng = np.random.default_rng(0)
+    text = """g (float[N, 5, 6] x) => (float[N, 5, 6] y)
+    { q = MatMul(x, wq) k = MatMul(x, wk) t = Transpose <perm = [0, 2, 1]> (k) s = MatMul(q, t)
+      a = Softmax <axis = -1> (s) y = MatMul(a, x) }"""
+    wq, wk = rng.standard_normal((6, 4)), rng.standard_normal((6, 4))
+    wk[:, 2] = 0  # what meets nothing does nothing
+    wq[:, 1] *= 5
+    data = ArraySource({"x": rng.standard_normal((32, 5, 6)).astype(np.float32)})
+    (scores,) = score(comb(model_of(text, wq=wq, wk=wk)), "reconstruction", data=data)
+    assert np.argmin(scores) == 2
+    assert np.argmax(scores) == 1
+
+
+def test_as_passes():
+    data = ArraySource(inputs())
+    text = "comb, score{kind='reconstruction'}, allocate{macs=0.5,spread='global'}, prune, verify, repair"
+    state = run(text, residual(), data=data)
+    assert state.verification is not None
+    assert state.repaired["fitted"]
+    with pytest.raises(DataError, match="a repair looks at samples"):
+        run("comb, score, allocate, prune, repair", residual())
