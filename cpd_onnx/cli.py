@@ -20,12 +20,12 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from cpd_onnx import demo, pipeline, recipe, report
 from cpd_onnx.bench import Setting, bench
 from cpd_onnx.data import ImageOptions, Source, open_source
-from cpd_onnx.errors import CpdError, DataError, ModelError, StoppedError, UnsupportedError
+from cpd_onnx.errors import CpdError, DataError, ModelError, StoppedError, TargetError, UnsupportedError
 from cpd_onnx.graph import Model, load, require_free, write_atomically
 from cpd_onnx.kept import Kept
 from cpd_onnx.metrics import OF_TWO_MODELS, check_metric, evaluate
 from cpd_onnx.options import DATA, LOSSES, TRAINING, command_line, not_negative
-from cpd_onnx.passes.allocate import Budget, held_groups
+from cpd_onnx.passes.allocate import KINDS, Allocate
 from cpd_onnx.passes.comb import Comb, comb
 from cpd_onnx.passes.fold import Fold
 from cpd_onnx.passes.prune import Prune, apply
@@ -34,6 +34,7 @@ from cpd_onnx.passes.verify import Verify, data_feeds, verify_files
 from cpd_onnx.plan import Plan, channels_of, load_plan, match
 from cpd_onnx.rules import supported_operators, unsupported_operators
 from cpd_onnx.state import State
+from cpd_onnx.widths import held_groups
 
 _PIPE_WIDTH = 120
 """Columns of tables that no terminal shows."""
@@ -100,20 +101,20 @@ def _inspect(options: argparse.Namespace) -> None:
 def _prune(options: argparse.Namespace) -> None:
     plan_path = options.plan or _beside(options.output)
     _require_outputs(options, options.output, plan_path, reads=[options.model])
-    kind, fraction = options.target
-    Budget(kind, fraction, options.spread, options.multiple)
+    step = pipeline.make("allocate", _wish(options))
+    assert isinstance(step, Allocate)
+    _ = step.budget  # refuses what makes no sense before the work starts
     scorer_of(options.score)
     started = time.perf_counter()
     model = _read(options.model, options.input_shape)
     for path in model.files(options.output):
         require_free(path, overwrite=options.force)
-    wish = {kind: fraction, "spread": options.spread, "multiple": options.multiple, "keep": tuple(options.keep)}
     steps: list[pipeline.Pass] = [
         Fold(),
         Comb(),
         Score(options.score, options.seed, options.samples, options.score_labels),
     ]
-    steps += [pipeline.make("allocate", wish), Prune()]
+    steps += [step, Prune()]
     steps += [] if options.no_verify else [Verify()]
     with _progress() as progress:
         task = progress.add_task("read", total=None)
@@ -233,10 +234,8 @@ def _compress(options: argparse.Namespace) -> None:
     model = load(options.model)
     for path in model.files(options.output):
         require_free(path, overwrite=options.force)
-    kind, fraction = options.target
-    chosen = {name: getattr(options, name) for name in ("spread", "multiple", "score", "rounds")}
-    chosen |= {"samples": options.samples, "score_labels": options.score_labels}
-    step = Interleave(**_training(options), **chosen, keep=tuple(options.keep), **{kind: fraction})
+    chosen = {name: getattr(options, name) for name in ("score", "rounds", "samples", "score_labels")}
+    step = Interleave(**_training(options), **chosen, **_wish(options))
     state = State(model, model, dict(options.input_shape), _required_source(model, options))
     traces = _traces(options)
     paths = [of_round(traces, number).checkpoint for number in range(1, step.rounds + 1)]
@@ -276,6 +275,17 @@ def _compress(options: argparse.Namespace) -> None:
         _print_pruned(content)
         for name, value in accuracies.items():
             out.print(f"{name} {options.metric} {value:.4f}")
+
+
+def _wish(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of `Allocate` that the command line gives."""
+    kind, fraction = options.target
+    if kind not in KINDS:
+        raise TargetError(f"no target is called {kind!r}: choose one of {', '.join(KINDS)}")
+    names = ("spread", "multiple", "min_share", "max_share")
+    return {kind: fraction, **{name: getattr(options, name) for name in names}, "keep": tuple(options.keep)} | {
+        "widths": tuple(options.width)
+    }
 
 
 def _checkpoint(options: argparse.Namespace) -> Path:

@@ -171,9 +171,24 @@ def _add_choice(parser: argparse.ArgumentParser, score: str = "l2", spread: str 
         "--spread",
         choices=SPREADS,
         default=spread,
-        help=f"the same share from each group, or all channels compete (default: {spread})",
+        help="the same share from each group; all channels compete; those of like groups do; or the widths that do the "
+        f"least damage (default: {spread})",
     )
     parser.add_argument("--multiple", type=int, default=1, help="widths that remain are multiples of this")
+    parser.add_argument(
+        "--min-share", type=_share, default=0.0, metavar="SHARE", help="of each group that stays at least (default: 0)"
+    )
+    parser.add_argument(
+        "--max-share", type=_share, default=1.0, metavar="SHARE", help="of each group that stays at most (default: 1)"
+    )
+    parser.add_argument(
+        "--width",
+        type=_bounds,
+        action="append",
+        default=[],
+        metavar="PATTERN=LOW..HIGH",
+        help="shares of single groups that may stay, as in 'layer1.*=0.25..1'; may be repeated",
+    )
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
@@ -354,6 +369,18 @@ def _shape(text: str) -> tuple[str, tuple[int, ...]]:
     if not name or min(shape) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME:SIZE,SIZE,… with sizes above 0")
     return name, shape
+
+
+def _bounds(text: str) -> tuple[str, tuple[float, float]]:
+    name, _, shares = text.rpartition("=")
+    low, dots, high = shares.partition("..")
+    try:
+        bounds = _share(low), _share(high if dots else low)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=LOW..HIGH") from error
+    if not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=LOW..HIGH")
+    return name, bounds
 
 
 def _numbers(text: str) -> tuple[float, ...]:

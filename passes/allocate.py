@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from cpd_onnx.atoms import NOTHING, Axis
-from cpd_onnx.cost import CostModel, Costs, group_owners
+from cpd_onnx.cost import CostModel, Costs, Floats, group_owners
 from cpd_onnx.errors import TargetError
 from cpd_onnx.groups import Combed
 from cpd_onnx.kept import Kept
+from cpd_onnx.knapsack import solve
 from cpd_onnx.passes.score import Scores, scorer_of
 from cpd_onnx.state import State
+from cpd_onnx.widths import Limits, Shares, allowed_widths
 
-KINDS = ("channels", "macs", "params")
-SPREADS = ("uniform", "global")
+KINDS = ("channels", "macs", "params", "bytes")
+SPREADS = ("uniform", "global", "isomorphic", "optimal")
 _STEPS = 24
 """Halvings of the search interval: finer than any group's channels."""
-_WIDE_KINDS = {"channels", "head_dim", "hidden"}
-"""Kinds of groups whose width a multiple makes sense for; heads and groups are counts."""
+_TOLERANCE = 0.02
+"""Share of the original by which a target may be missed without a note."""
+_CORRECTIONS = 4
+"""Times that the optimum's target is lowered where single channels cost other than the mean of their group."""
+_LEAST_SHARE = 1e-6
+"""Of a group's importance: what is taken for nothing."""
 
 
 @dataclass(frozen=True)
@@ -30,19 +35,19 @@ class Budget:
     """What may remain.
 
     Attributes:
-        kind: "channels", "macs" or "params".
+        kind: "channels", "macs", "params" or "bytes" (of the file).
         fraction: of the original that may remain, 0 to 1.
-        spread: "uniform" removes the same share from each group, "global" lets all channels compete.
-        multiple: widths that remain are multiples of this, where a group has that many channels.
-        keep: patterns (with * and ?) of groups, weights and nodes that are not touched.
+        spread: "uniform" removes the same share from each group, "global" lets all channels compete, "isomorphic" those
+            of groups that do the same in different places (each such class loses the same share), "optimal" takes the
+            widths with the least damage.
+        limits: which widths are allowed.
 
     """
 
     kind: str = "channels"
     fraction: float = 0.5
     spread: str = "uniform"
-    multiple: int = 1
-    keep: tuple[str, ...] = ()
+    limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
@@ -54,8 +59,52 @@ class Budget:
             )
         if self.spread not in SPREADS:
             raise TargetError(f"no spread is called {self.spread!r}: choose one of {', '.join(SPREADS)}")
-        if self.multiple < 1:
-            raise TargetError(f"a width multiple of {self.multiple} makes no sense: give 1 or more")
+
+    def as_words(self) -> dict[str, Any]:
+        """The same in the plan's words."""
+        limits = self.limits
+        words: dict[str, Any] = {"kind": self.kind, "target": self.fraction, "spread": self.spread}
+        words |= {"multiple": limits.multiple, "keep": list(limits.keep)}
+        if limits.shares != Limits.shares:
+            words["shares"] = list(limits.shares)
+        return words | ({"widths": {name: list(shares) for name, shares in limits.of}} if limits.of else {})
+
+
+@dataclass(frozen=True, eq=False)
+class Curves:
+    """What the model loses with the channels of each group.
+
+    Attributes:
+        damage: for each group, at r, the damage without its r least important channels; r = 0 … size - 1. It starts at
+            nothing and does not fall. Groups are compared by it as it is.
+    """
+
+    damage: tuple[Floats, ...]
+
+    def check(self, combed: Combed) -> None:
+        """Raise ValueError where a curve is not that of its group."""
+        if [len(curve) for curve in self.damage] != [len(group) for group in combed.groups]:
+            raise ValueError("a damage curve has one number for each of 0 … size - 1 channels that go")
+        if any(curve[0] != 0 or bool((np.diff(curve) < 0).any()) for curve in self.damage):
+            raise ValueError("a damage curve starts at 0 and does not fall")
+
+
+def curves_of(scores: Sequence[Scores], *, is_loss: bool) -> Curves:
+    """Damage that scores tell: the losses of the channels that go, summed.
+
+    Scores that are no losses are importances. What passes through the layers is multiplied from one to the next, so the
+    share of the importance that stays counts by its logarithm: half of a group does as much as half of another, and to
+    take the last channels does more than any cost can save.
+    """
+    made = []
+    for score in scores:
+        ascending = np.sort(np.maximum(np.asarray(score, np.float64), 0.0), kind="stable")
+        gone = np.concatenate([[0.0], np.cumsum(ascending)])
+        if not is_loss:
+            share = gone / gone[-1] if gone[-1] else np.arange(len(gone)) / len(ascending)
+            gone = -np.log(np.maximum(1 - share, _LEAST_SHARE))
+        made.append(np.maximum.accumulate(gone[:-1] - gone[0]))
+    return Curves(tuple(made))
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,17 +130,27 @@ class Allocation:
         return np.concatenate([np.zeros(0, np.int64), *gone]).astype(np.int64)
 
 
-def allocate(combed: Combed, scores: Sequence[Scores], budget: Budget, *, is_loss: bool = False) -> Allocation:
+def allocate(
+    combed: Combed,
+    scores: Sequence[Scores],
+    budget: Budget,
+    *,
+    is_loss: bool = False,
+    curves: Curves | None = None,
+) -> Allocation:
     """Choose the channels to remove, at least one stays in each group.
 
-    Where all channels compete, they are ranked by their score over the mean of their group; or, if the scores estimate
-    what the model loses with a channel, by the loss for what it saves.
+    Where channels compete, they are ranked by their score over the mean of their group; or, if the scores estimate
+    what the model loses with a channel, by the loss for what it saves. The spread "optimal" goes by damage curves, see
+    `curves_of`; others may be given.
 
     Raises TargetError if the budget cannot be met, with what stands in the way.
     """
     if not combed.groups:
         raise TargetError(f"nothing can be pruned in this model: {why_nothing(combed)}")
-    return _Allocator(combed, scores, budget, is_loss=is_loss).run()
+    if curves is not None:
+        curves.check(combed)
+    return _Allocator(combed, scores, budget, is_loss=is_loss, curves=curves).run()
 
 
 def why_nothing(combed: Combed) -> str:
@@ -107,14 +166,21 @@ def why_nothing(combed: Combed) -> str:
 
 @dataclass(frozen=True)
 class Allocate:
-    """Choose the channels that go; give one of `channels`, `macs`, `params` the fraction that may remain."""
+    """Choose the channels that go; give one of `channels`, `macs`, `params`, `bytes` the fraction that may remain.
+
+    `widths` are bounds by pattern, as in [("layer1.*", (0.25, 1.0))]; the rest are the fields of `Budget` and `Limits`.
+    """
 
     channels: float | None = None
     macs: float | None = None
     params: float | None = None
+    bytes: float | None = None
     spread: str = "uniform"
     multiple: int = 1
     keep: tuple[str, ...] = ()
+    min_share: float = 0.0
+    max_share: float = 1.0
+    widths: Sequence[tuple[str, Shares]] = ()
     name: ClassVar[str] = "allocate"
 
     @property
@@ -124,41 +190,72 @@ class Allocate:
         if len(given) > 1:
             raise TargetError(f"give one target, not {' and '.join(given)}")
         kind, fraction = next(iter(given.items()), ("channels", 0.5))
-        return Budget(kind, fraction, self.spread, self.multiple, tuple(self.keep))
+        of = tuple((pattern, (float(low), float(high))) for pattern, (low, high) in self.widths)
+        limits = Limits(tuple(self.keep), self.multiple, (self.min_share, self.max_share), of)
+        return Budget(kind, fraction, self.spread, limits)
 
     def __call__(self, state: State) -> State:
         """Fill in `allocation`."""
         budget = self.budget
         is_loss = bool(state.score) and scorer_of(state.score["score"]).is_loss
-        allocation = allocate(state.need("combed", "comb"), state.need("scores", "score"), budget, is_loss=is_loss)
-        words = {"kind": budget.kind, "target": budget.fraction, "spread": budget.spread}
-        words |= {"multiple": budget.multiple, "keep": list(budget.keep)}
-        return replace(state, allocation=allocation, budget=words | dict(state.score))
+        combed, scores = state.need("combed", "comb"), state.need("scores", "score")
+        allocation = allocate(combed, scores, budget, is_loss=is_loss, curves=state.curves)
+        return replace(state, allocation=allocation, budget=budget.as_words() | dict(state.score))
 
 
 class _Allocator:
-    def __init__(self, combed: Combed, scores: Sequence[Scores], budget: Budget, *, is_loss: bool) -> None:
+    def __init__(
+        self, combed: Combed, scores: Sequence[Scores], budget: Budget, *, is_loss: bool, curves: Curves | None = None
+    ) -> None:
         self.is_loss = is_loss
         self.combed, self.scores, self.budget = combed, list(scores), budget
         self.costs, self.kept = CostModel(combed), Kept(combed.atoms)
         self.before = self.costs.total(self.kept)
-        self.held = held_groups(combed, budget.keep)
+        self.full = self.costs.cost(budget.kind, self.kept)
+        self.widths = allowed_widths(combed, budget.limits)
         self.sizes = [len(group) for group in combed.groups]
         self.order = [np.argsort(score, kind="stable") for score in self.scores]
         self.least_first = [g.channels[order] for g, order in zip(combed.groups, self.order, strict=True)]
         self.outer = _outer_groups(combed)
         self.sequence = _outer_first(self.outer, len(combed.groups))
-        self.ranking = self.globally_ranked() if budget.spread == "global" else []
+        self.curves = curves
+        self.rankings = [self.ranked(groups) for groups in self.competing()]
 
     def run(self) -> Allocation:
-        target = self.budget.fraction * self.before.of(self.budget.kind)
-        least = self.counts(0.0)
-        floor = self.cost(least)
-        tolerance = 0.02 * self.before.of(self.budget.kind)
+        target = self.budget.fraction * self.full
+        floor, tolerance = self.cost(self.widths.least), _TOLERANCE * self.full
         if floor > target + tolerance:
             raise TargetError(self.unreachable(floor))
+        counts = self.optimal(target) if self.budget.spread == "optimal" else self.searched(target)
+        if counts == self.sizes and self.budget.fraction < 1:
+            raise TargetError(
+                f"target {self.budget.kind}={self.budget.fraction:g} would remove nothing: the smallest step is larger"
+            )
+        reached = self.cost(counts)
+        notes = []
+        if abs(reached - target) > tolerance:
+            bounds = "the bounds of the widths" if counts == self.widths.most else "whole channels"
+            notes.append(f"{self.budget.kind}={reached / self.full:.3f} is the nearest that {bounds} allow")
+        return self.result(counts, tuple(notes))
+
+    def optimal(self, target: float) -> list[int]:
+        """The widths with the least damage."""
+        curves = self.curves or curves_of(self.scores, is_loss=self.is_loss)
+        allowed = self.widths.allowed
+        damage = [c[n - w] for c, n, w in zip(curves.damage, self.sizes, allowed, strict=True)]
+        cost, asked = self.costs.in_widths(self.budget.kind), target
+        for _ in range(_CORRECTIONS):
+            counts = solve(allowed, damage, cost, asked)
+            over = self.cost(counts) - target
+            if over <= 0.1 * _TOLERANCE * self.full:
+                break
+            asked -= over
+        return counts
+
+    def searched(self, target: float) -> list[int]:
+        """The widths that one number gives, which is searched for by halving."""
         low, high = 0.0, 1.0
-        few, many = least, self.counts(1.0)
+        few, many = self.counts(0.0), self.counts(1.0)
         for _ in range(_STEPS):
             middle = (low + high) / 2
             counts = self.counts(middle)
@@ -168,17 +265,7 @@ class _Allocator:
                 high, many = middle, counts
             if few == many:
                 break
-        counts = self.between(few, many, target)
-        if counts == self.sizes and self.budget.fraction < 1:
-            raise TargetError(
-                f"target {self.budget.kind}={self.budget.fraction:g} would remove nothing: the smallest step is larger"
-            )
-        reached = self.cost(counts)
-        notes = []
-        if abs(reached - target) > tolerance:
-            share = reached / self.before.of(self.budget.kind)
-            notes.append(f"{self.budget.kind}={share:.3f} is the nearest that whole channels allow")
-        return self.result(counts, tuple(notes))
+        return self.between(few, many, target)
 
     def between(self, low: list[int], high: list[int], target: float) -> list[int]:
         """Of two neighbouring choices, take the second for as many groups as the target allows."""
@@ -203,45 +290,48 @@ class _Allocator:
 
     def counts(self, ratio: float) -> list[int]:
         """Channels that stay in each group for a share of what may stay."""
-        if self.budget.spread == "global":
-            return self.global_counts(ratio)
+        if self.rankings:
+            return self.ranked_counts(ratio)
         kept = list(self.sizes)
         for index in self.sequence:
-            if index in self.held:
+            if index in self.widths.held:
                 continue
             already = min(
                 (np.prod([kept[o] / self.sizes[o] for o in outer]) for outer in self.outer[index]), default=1.0
             )
             share = min(1.0, ratio / float(already)) if already else 1.0
-            kept[index] = self.rounded(index, share * self.sizes[index])
+            kept[index] = self.widths.nearest(index, share * self.sizes[index])
         return kept
 
-    def rounded(self, index: int, wish: float) -> int:
-        size, multiple = self.sizes[index], self.budget.multiple
-        if multiple > 1 and self.combed.groups[index].kind in _WIDE_KINDS:
-            if size <= multiple:
-                return size
-            wish = max(multiple, round(wish / multiple) * multiple)
-        return int(min(size, max(1, round(wish))))
+    def competing(self) -> list[list[int]]:
+        """The groups whose channels compete, in classes that each lose the same share."""
+        free = [index for index in range(len(self.sizes)) if index not in self.widths.held]
+        if self.budget.spread == "global":
+            return [free]
+        classes: dict[Any, list[int]] = {}
+        for index in free if self.budget.spread == "isomorphic" else []:
+            classes.setdefault(self.combed.dependency(self.combed.groups[index]), []).append(index)
+        return list(classes.values())
 
-    def globally_ranked(self) -> list[int]:
-        """Group of each channel, the least important channel first."""
+    def ranked(self, groups: Sequence[int]) -> list[int]:
+        """Group of each channel of some groups, the least important channel first."""
         pairs = []
-        for index, (score, order) in enumerate(zip(self.scores, self.order, strict=True)):
-            if index not in self.held:
-                unit = (self.price(index) if self.is_loss else float(score.mean())) or 1.0
-                pairs += [(float(value) / unit, index) for value in score[order]]
+        for index in groups:
+            score, order = self.scores[index], self.order[index]
+            unit = (self.price(index) if self.is_loss else float(score.mean())) or 1.0
+            pairs += [(float(value) / unit, index) for value in score[order]]
         return [index for _, index in sorted(pairs)]
 
     def price(self, index: int) -> float:
         """What one channel of a group costs."""
         fewer = [size - (place == index and size > 1) for place, size in enumerate(self.sizes)]
-        return self.before.of(self.budget.kind) - self.cost(fewer)
+        return self.full - self.cost(fewer)
 
-    def global_counts(self, ratio: float) -> list[int]:
-        gone = np.bincount(self.ranking[: round((1 - ratio) * len(self.ranking))], minlength=len(self.sizes))
-        kept = [size - int(g) for size, g in zip(self.sizes, gone, strict=True)]
-        return [k if i in self.held else self.rounded(i, k) for i, k in enumerate(kept)]
+    def ranked_counts(self, ratio: float) -> list[int]:
+        gone = np.zeros(len(self.sizes), np.int64)
+        for ranking in self.rankings:
+            gone += np.bincount(ranking[: round((1 - ratio) * len(ranking))], minlength=len(self.sizes))
+        return [self.widths.nearest(i, size - int(g)) for i, (size, g) in enumerate(zip(self.sizes, gone, strict=True))]
 
     def removed(self, counts: Sequence[int]) -> list[list[int]]:
         return [sorted(order[: len(order) - n].tolist()) for order, n in zip(self.order, counts, strict=True)]
@@ -259,39 +349,18 @@ class _Allocator:
         return Allocation(self.removed(counts), self.before, self.costs.total(self.kept), notes)
 
     def unreachable(self, floor: float) -> str:
-        kind, before = self.budget.kind, self.before.of(self.budget.kind)
-        least = f"with the least that may stay, {floor / before:.3f} remain"
+        kind, limits = self.budget.kind, self.budget.limits
+        least = f"with the least that may stay, {floor / self.full:.3f} remain"
         why = f"target {kind}={self.budget.fraction:g} cannot be reached: {least}"
-        if self.held:
-            return f"{why}; {len(self.held)} groups are held by --keep"
-        if self.budget.multiple > 1:
-            return f"{why}; widths are multiples of {self.budget.multiple}"
+        if self.widths.held:
+            return f"{why}; {len(self.widths.held)} groups are held by --keep"
+        if limits.multiple > 1:
+            return f"{why}; widths are multiples of {limits.multiple}"
+        if limits.shares[0] > 0 or limits.of:
+            return f"{why}; shares of groups have lower bounds"
         frozen = sorted(self.combed.frozen(), key=lambda f: -f.indices)
         reasons = {reason: None for f in frozen for reason in f.reasons}
         return f"{why}; kept are: {'; '.join(list(reasons)[:3])}"
-
-
-def held_groups(combed: Combed, patterns: Sequence[str]) -> set[int]:
-    """Groups that a keep pattern names, by their own name, a weight or a node."""
-    owner = group_owners(combed, combed.groups)
-    held = {g.id for g in combed.groups if _matches(g.name, patterns)}
-    used = set()
-    for weight in combed.weights if patterns else []:
-        nodes = [u.use.scope.nodes[u.use.node] for u in weight.uses]
-        names = [weight.name, *(n.name for n in nodes), *(o for n in nodes for o in n.output)]
-        for pattern in patterns:
-            if any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                used.add(pattern)
-                for axes in combed.weight_axes(weight):
-                    held.update(i for axis in axes for i in owner[combed.atoms.parts(axis)].ravel().tolist())
-    unused = [p for p in patterns if p not in used and not any(_matches(g.name, [p]) for g in combed.groups)]
-    if unused:
-        raise TargetError(f"--keep {unused[0]!r} matches no group, weight or node; see 'inspect' for their names")
-    return held - {-1}
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _outer_groups(combed: Combed) -> dict[int, list[tuple[int, ...]]]:

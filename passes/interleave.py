@@ -121,8 +121,7 @@ class Interleave(DistillOptions, Allocate):
                 observer(number, result)
             if number < self.rounds:
                 now = comb(_enlarged(now, kept, small), state.input_shapes)
-        words = {"kind": target.kind, "target": target.fraction, "spread": target.spread, "rounds": self.rounds}
-        words |= {"multiple": target.multiple, "keep": list(target.keep), "score": self.score, "seed": self.seed}
+        words = target.as_words() | {"rounds": self.rounds, "score": self.score, "seed": self.seed}
         plan = make_plan(
             combed, removed, budget=words, before=chosen.before, after=chosen.after, input_shapes=state.input_shapes
         )

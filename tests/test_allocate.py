@@ -10,7 +10,7 @@ from onnx import ModelProto
 
 import cpd_onnx as cpd
 from cpd_onnx.groups import Combed
-from cpd_onnx.passes.allocate import Allocation, Budget, allocate
+from cpd_onnx.passes.allocate import Allocate, Allocation, allocate
 from cpd_onnx.passes.comb import comb
 from cpd_onnx.passes.score import SCORERS, Scorer, score, scorer
 
@@ -29,7 +29,7 @@ def wide() -> ModelProto:
 
 def chosen(model: ModelProto, kind: str, fraction: float, **options: object) -> tuple[Combed, Allocation]:
     combed = comb(model)
-    return combed, allocate(combed, score(combed), Budget(kind, fraction, **options))  # type: ignore[arg-type]
+    return combed, allocate(combed, score(combed), Allocate(**{kind: fraction}, **options).budget)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("spread", ["uniform", "global"])
@@ -44,7 +44,7 @@ def test_target_is_met_within_two_percent(kind: str, fraction: float, spread: st
 def test_costs_are_those_of_the_pruned_file() -> None:
     state = cpd.run("comb, score, allocate{macs=0.4}, prune", wide())
     again = comb(state.model.complete_proto())
-    before = allocate(again, score(again), Budget("channels", 0.9)).before
+    before = allocate(again, score(again), Allocate(channels=0.9).budget).before
     assert state.allocation is not None
     assert (before.macs, before.params) == (state.allocation.after.macs, state.allocation.after.params)
 
@@ -105,11 +105,19 @@ def test_keep_that_matches_nothing_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"kind": "latency"}, {"fraction": 0.0}, {"fraction": 1.5}, {"spread": "odd"}, {"multiple": 0}]
+    "options",
+    [
+        {"macs": 0.0},
+        {"macs": 1.5},
+        {"macs": 0.5, "params": 0.5},
+        {"min_share": 0.9, "max_share": 0.5},
+        {"spread": "odd"},
+        {"multiple": 0},
+    ],
 )
 def test_senseless_budget(options: dict[str, object]) -> None:
     with pytest.raises(cpd.TargetError):
-        Budget(**options)  # type: ignore[arg-type]
+        _ = Allocate(**options).budget  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
