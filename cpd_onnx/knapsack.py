@@ -1,13 +1,15 @@
 """Which width each group gets, so that a budget is met with the least damage: a multiple-choice knapsack.
 
 Damage is a sum over the groups, but what a width costs depends on the other groups' widths (a convolution costs the
-product of two). So the cost is linearised around the present widths, the knapsack that results is solved by HiGHS, and
-this is done again around its answer, in steps small enough for the line to hold, until nothing gets better. What the
-linear cost got wrong, exchanges of one or two groups on the true cost mend.
+product of two). So the cost is linearised around the present widths, the knapsack that results is solved but for one
+step (Sinha and Zoltners, The Multiple-Choice Knapsack Problem, Operations Research 1979), and this is done again around
+the answer, in steps small enough for the line to hold, until nothing gets better. What the linear cost got wrong, and
+what is left of the budget, exchanges of one or two groups on the true cost mend.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,8 +17,6 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array, vstack
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Counts: TypeAlias = npt.NDArray[np.int64]
@@ -34,9 +34,6 @@ _ROUNDS = 8
 _EXCHANGES = 200
 _TRIED = 32
 """Exchanges of two groups whose true cost is looked at in one round, best first."""
-_GAP = 1e-4
-_NODES = 400
-"""Relative gap and number of branches at which HiGHS stops; a limit of time would not give the same answer twice."""
 _EPSILON = 1e-9
 
 
@@ -145,33 +142,51 @@ def _at_target(problem: _Problem, chosen: Counts, target: float) -> Counts:
 
 
 def _linear(problem: _Problem, chosen: Counts, target: float) -> Counts:
-    """The best choice near the present one if the cost were a sum over the groups."""
+    """A choice near the present one that is optimal, but for the last step, if the cost were a sum over the groups.
+
+    From the cheapest widths on, the step is taken that spares the most damage for what it costs. Only steps along the
+    lower convex hull of a group's (cost, damage) are looked at, so that they come in order.
+    """
     change = problem.moves(chosen)
     reach = np.abs(np.log(problem.width / problem.width[chosen][problem.owner])) <= math.log(_REACH) + _EPSILON
     place = np.arange(len(problem.width)) - chosen[problem.owner]
-    allowed = reach | (np.abs(place) <= 1)
-    scale = max(float(np.abs(change).max()), _EPSILON)
-    every = np.ones(len(problem.width))
-    groups = len(problem.starts)
-    once = csr_array((every, (problem.owner, np.arange(len(every)))), shape=(groups, len(every)))
-    rows = vstack([once, csr_array(change[None, :] / scale)], format="csr")
-    room = (target - problem.cost_of(chosen)) / scale
-    found = milp(
-        problem.harm,
-        integrality=every,
-        bounds=Bounds(0, allowed.astype(float)),
-        constraints=LinearConstraint(rows, [*[1.0] * groups, -np.inf], [*[1.0] * groups, room]),
-        options={"mip_rel_gap": _GAP, "node_limit": _NODES},
-    )
-    if found.x is None:
-        return _first_of(problem, np.where(allowed, change, np.inf))
-    return _first_of(problem, -found.x)
+    near = reach | (np.abs(place) <= 1)
+    after = np.empty_like(chosen)
+    steps: list[tuple[float, int, int, float]] = []
+    for group, choices in enumerate(np.split(np.arange(len(near)), problem.starts[1:])):
+        hull = _hull(choices[near[choices]].tolist(), change, problem.harm)
+        after[group] = hull[0]
+        for order, (low, high) in enumerate(itertools.pairwise(hull)):
+            price = float(change[high] - change[low])
+            spared = float(problem.harm[low] - problem.harm[high])
+            steps.append((-spared / max(price, _EPSILON * target), order, high, price))
+    room = target - problem.cost_of(chosen) - float(change[after].sum())
+    full: set[int] = set()
+    for _, _, high, price in sorted(steps):
+        group = int(problem.owner[high])
+        if group in full or price > room:
+            full.add(group)
+            continue
+        after[group], room = high, room - price
+    return after
 
 
-def _first_of(problem: _Problem, value: Floats) -> Counts:
-    """For each group the choice of the smallest value."""
-    order = np.lexsort((np.arange(len(value)), value, problem.owner))
-    return np.asarray(order[problem.starts])
+def _hull(choices: Sequence[int], cost: Floats, harm: Floats) -> list[int]:
+    """The choices on the lower convex hull, the cheapest one first."""
+    hull: list[int] = []
+    for choice in sorted(choices, key=lambda c: (cost[c], harm[c])):
+        if hull and harm[choice] >= harm[hull[-1]]:
+            continue
+        while len(hull) > 1 and _is_above(hull[-2], hull[-1], choice, cost, harm):
+            hull.pop()
+        hull.append(choice)
+    return hull
+
+
+def _is_above(first: int, middle: int, last: int, cost: Floats, harm: Floats) -> bool:
+    """Whether the middle one of three choices is not below the line through the others."""
+    left = (harm[middle] - harm[first]) * (cost[last] - cost[first])
+    return bool(left >= (harm[last] - harm[first]) * (cost[middle] - cost[first]))
 
 
 def _polished(problem: _Problem, chosen: Counts, target: float) -> Counts:

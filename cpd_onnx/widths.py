@@ -13,14 +13,14 @@ import numpy.typing as npt
 
 from cpd_onnx.cost import group_owners
 from cpd_onnx.errors import TargetError
-from cpd_onnx.groups import Combed
+from cpd_onnx.groups import Combed, Group
 
 Counts: TypeAlias = npt.NDArray[np.int64]
 Shares: TypeAlias = tuple[float, float]
 """The smallest and the largest share of a group's channels that may stay."""
 
-_WIDE_KINDS = {"channels", "head_dim", "hidden"}
-"""Kinds of groups whose width a multiple makes sense for; heads and groups are counts."""
+_COUNTED = {"heads", "groups"}
+"""Kinds of groups that are counts, not widths."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,17 @@ def allowed_widths(combed: Combed, limits: Limits, multiples: Mapping[int, int] 
         if group.id in held:
             allowed.append(np.asarray([len(group)]))
             continue
-        multiple = limits.multiple if group.kind in _WIDE_KINDS else 1
+        multiple = limits.multiple if is_width(combed, group) else 1
         multiple = math.lcm(multiple, (multiples or {}).get(group.id, 1))
         allowed.append(_between(len(group), multiple, shares[group.id]))
     return Widths(tuple(allowed), frozenset(held))
+
+
+def is_width(combed: Combed, group: Group) -> bool:
+    """Whether multiples make sense for a group: it is no count of heads, or of groups with several channels each."""
+    if group.kind not in _COUNTED:
+        return True
+    return group.kind == "groups" and all(len(m.indices[0]) == 1 for m in combed.members(group))
 
 
 def _between(size: int, multiple: int, shares: Shares) -> Counts:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from cpd_onnx.atoms import NOTHING, Axis
+from cpd_onnx.bench import Setting
 from cpd_onnx.cost import CostModel, Costs, Floats, group_owners
 from cpd_onnx.errors import TargetError
 from cpd_onnx.groups import Combed
 from cpd_onnx.kept import Kept
 from cpd_onnx.knapsack import solve
+from cpd_onnx.latency import Clock, CostTable, load_table, measure_table
 from cpd_onnx.passes.score import Scores, scorer_of
 from cpd_onnx.state import State
 from cpd_onnx.widths import Limits, Shares, allowed_widths
 
-KINDS = ("channels", "macs", "params", "bytes")
+KINDS = ("channels", "macs", "params", "bytes", "latency")
 SPREADS = ("uniform", "global", "isomorphic", "optimal")
 _STEPS = 24
 """Halvings of the search interval: finer than any group's channels."""
@@ -26,6 +30,10 @@ _TOLERANCE = 0.02
 """Share of the original by which a target may be missed without a note."""
 _CORRECTIONS = 4
 """Times that the optimum's target is lowered where single channels cost other than the mean of their group."""
+_ROUNDS = 5
+"""Allocations that are measured for a latency target."""
+_NEAR = 0.02
+"""A measured latency that near to its target will do."""
 _LEAST_SHARE = 1e-6
 """Of a group's importance: what is taken for nothing."""
 
@@ -35,7 +43,7 @@ class Budget:
     """What may remain.
 
     Attributes:
-        kind: "channels", "macs", "params" or "bytes" (of the file).
+        kind: "channels", "macs", "params", "bytes" (of the file) or "latency" (median time of a run).
         fraction: of the original that may remain, 0 to 1.
         spread: "uniform" removes the same share from each group, "global" lets all channels compete, "isomorphic" those
             of groups that do the same in different places (each such class loses the same share), "optimal" takes the
@@ -115,7 +123,9 @@ class Allocation:
         removed: for each group the positions (in `Group.channels`) that go, sorted.
         before: costs of the original.
         after: costs of what remains.
-        notes: what kept the target from being met exactly, if anything did.
+        notes: what kept the target from being met exactly, if anything did, and what was measured.
+        latency: where that was the target: share of the original's time that was asked for, predicted and, unless a
+            cost table was given, measured.
 
     """
 
@@ -123,6 +133,7 @@ class Allocation:
     before: Costs
     after: Costs
     notes: tuple[str, ...] = field(default=())
+    latency: Mapping[str, float] = field(default_factory=dict)
 
     def channels(self, combed: Combed) -> Axis:
         """The primitive atoms that go."""
@@ -137,12 +148,13 @@ def allocate(
     *,
     is_loss: bool = False,
     curves: Curves | None = None,
+    table: CostTable | None = None,
 ) -> Allocation:
     """Choose the channels to remove, at least one stays in each group.
 
     Where channels compete, they are ranked by their score over the mean of their group; or, if the scores estimate
     what the model loses with a channel, by the loss for what it saves. The spread "optimal" goes by damage curves, see
-    `curves_of`; others may be given.
+    `curves_of`; others may be given. Latency is what `table` says.
 
     Raises TargetError if the budget cannot be met, with what stands in the way.
     """
@@ -150,7 +162,66 @@ def allocate(
         raise TargetError(f"nothing can be pruned in this model: {why_nothing(combed)}")
     if curves is not None:
         curves.check(combed)
-    return _Allocator(combed, scores, budget, is_loss=is_loss, curves=curves).run()
+    if budget.kind == "latency" and table is None:
+        raise ValueError("a latency target needs a cost table")
+    return _Allocator(combed, scores, budget, is_loss=is_loss, curves=curves, table=table).run()
+
+
+def allocate_on_the_clock(
+    choose: Callable[[Budget], Allocation], budget: Budget, table: CostTable, clock: Clock
+) -> Allocation:
+    """Allocate for a latency, measure what comes out beside the original, correct the target, and again.
+
+    `choose` is `allocate` with all but its budget given. Of the rounds the one that came nearest counts.
+    """
+    asked, tried = budget.fraction, list[tuple[float, float]]()
+    best: Allocation | None = None
+    for _ in range(_ROUNDS):
+        try:
+            chosen = choose(replace(budget, fraction=asked))
+        except TargetError:
+            if best is None:
+                raise
+            break
+        measured = clock.ratio(chosen.channels(clock.combed))
+        chosen = replace(chosen, latency={**chosen.latency, "target": budget.fraction, "measured": measured})
+        if best is None or _miss(chosen) < _miss(best):
+            best = chosen
+        if _miss(chosen) <= _NEAR:
+            break
+        tried.append((asked, measured))
+        asked = _next_to_ask(tried, budget.fraction)
+    assert best is not None
+    return replace(best, notes=tuple(_latency_notes(best, table)))
+
+
+def _next_to_ask(tried: Sequence[tuple[float, float]], target: float) -> float:
+    """What to ask for, so that the target is measured: along the line through the two that came nearest."""
+    near = sorted(tried, key=lambda pair: abs(pair[1] - target))[:2]
+    asked, measured = near[0]
+    slope = measured / asked
+    if len(near) > 1 and near[0][0] != near[1][0]:
+        slope = (measured - near[1][1]) / (asked - near[1][0])
+    slope = min(max(slope, 0.5), 2.0)
+    return min(1.0, max(asked + (target - measured) / slope, asked / 2))
+
+
+def _miss(chosen: Allocation) -> float:
+    """By what share the measured latency is not the target."""
+    return abs(chosen.latency["measured"] / chosen.latency["target"] - 1)
+
+
+def _latency_notes(chosen: Allocation, table: CostTable) -> Iterator[str]:
+    found, setting = chosen.latency, table.setting
+    where = f"onnxruntime, {setting.provider}, threads: {setting.threads}"
+    if "measured" not in found:
+        yield f"latency {found['predicted']:.3f} by the cost table ({where}), not measured here"
+    else:
+        yield f"latency {found['measured']:.3f} measured ({where}), {found['predicted']:.3f} predicted"
+        if _miss(chosen) > _TOLERANCE:
+            yield f"latency={found['measured']:.3f} is the nearest that was found to {found['target']:g}"
+    if table.unattributed > _TOLERANCE:
+        yield f"{table.unattributed:.0%} of the time is in kernels that come and go: the cost table takes it for fixed"
 
 
 def why_nothing(combed: Combed) -> str:
@@ -166,7 +237,10 @@ def why_nothing(combed: Combed) -> str:
 
 @dataclass(frozen=True)
 class Allocate:
-    """Choose the channels that go; give one of `channels`, `macs`, `params`, `bytes` the fraction that may remain.
+    """Choose the channels that go; one of `channels`, `macs`, `params`, `bytes`, `latency` is the share that remains.
+
+    The spread is "uniform" if none is given, and "optimal" for latency. That is measured on this machine, under the
+    `latency_` options, until it is met; or predicted by a cost table made elsewhere, the file `cost_table`.
 
     `widths` are bounds by pattern, as in [("layer1.*", (0.25, 1.0))]; the rest are the fields of `Budget` and `Limits`.
     """
@@ -175,13 +249,19 @@ class Allocate:
     macs: float | None = None
     params: float | None = None
     bytes: float | None = None
-    spread: str = "uniform"
+    latency: float | None = None
+    spread: str | None = None
     multiple: int = 1
     keep: tuple[str, ...] = ()
     min_share: float = 0.0
     max_share: float = 1.0
     widths: Sequence[tuple[str, Shares]] = ()
+    latency_threads: int = 1
+    latency_batch: int | None = None
+    latency_provider: str = Setting.provider
+    cost_table: str | os.PathLike[str] | None = None
     name: ClassVar[str] = "allocate"
+    usual_spread: ClassVar[str] = "uniform"
 
     @property
     def budget(self) -> Budget:
@@ -192,27 +272,87 @@ class Allocate:
         kind, fraction = next(iter(given.items()), ("channels", 0.5))
         of = tuple((pattern, (float(low), float(high))) for pattern, (low, high) in self.widths)
         limits = Limits(tuple(self.keep), self.multiple, (self.min_share, self.max_share), of)
-        return Budget(kind, fraction, self.spread, limits)
+        spread = self.spread or ("optimal" if kind == "latency" else self.usual_spread)
+        return Budget(kind, fraction, spread, limits)
+
+    def chooser(self, combed: Combed, input_shapes: Mapping[str, Sequence[int]] | None = None) -> Chooser:
+        """What allocates under this budget; for a latency target it measures or reads the cost table first."""
+        if self.budget.kind != "latency":
+            return Chooser(self.budget)
+        if self.cost_table is not None:
+            table = load_table(Path(self.cost_table))
+            table.require(combed.folded.model)
+            return Chooser(self.budget, table)
+        setting = Setting(self.latency_batch, self.latency_threads, self.latency_provider)
+        clock = Clock(combed, setting, input_shapes)
+        return Chooser(self.budget, measure_table(clock), clock)
 
     def __call__(self, state: State) -> State:
         """Fill in `allocation`."""
         budget = self.budget
         is_loss = bool(state.score) and scorer_of(state.score["score"]).is_loss
         combed, scores = state.need("combed", "comb"), state.need("scores", "score")
-        allocation = allocate(combed, scores, budget, is_loss=is_loss, curves=state.curves)
-        return replace(state, allocation=allocation, budget=budget.as_words() | dict(state.score))
+        chooser = self.chooser(combed, state.input_shapes)
+        allocation = chooser(combed, scores, is_loss=is_loss, curves=state.curves)
+        words = budget.as_words() | ({"latency": dict(allocation.latency)} if allocation.latency else {})
+        return replace(state, allocation=allocation, budget=words | dict(state.score))
+
+
+@dataclass(frozen=True, eq=False)
+class Chooser:
+    """Allocates under a budget, again and again for what becomes of a model in rounds.
+
+    Attributes:
+        table: what latency is predicted by, where that is the target.
+        clock: what it is measured with, if it is.
+    """
+
+    budget: Budget
+    table: CostTable | None = None
+    clock: Clock | None = None
+
+    def __call__(
+        self,
+        combed: Combed,
+        scores: Sequence[Scores],
+        fraction: float | None = None,
+        *,
+        is_loss: bool = False,
+        curves: Curves | None = None,
+    ) -> Allocation:
+        """Choose the channels that go; `fraction` is what may remain, if not that of the budget."""
+        budget = self.budget if fraction is None else replace(self.budget, fraction=fraction)
+
+        def choose(wish: Budget) -> Allocation:
+            return allocate(combed, scores, wish, is_loss=is_loss, curves=curves, table=self.table)
+
+        if self.table is None:
+            return choose(budget)
+        if self.clock is not None:
+            return allocate_on_the_clock(choose, budget, self.table, self.clock)
+        chosen = choose(budget)
+        return replace(chosen, notes=(*chosen.notes, *_latency_notes(chosen, self.table)))
 
 
 class _Allocator:
     def __init__(
-        self, combed: Combed, scores: Sequence[Scores], budget: Budget, *, is_loss: bool, curves: Curves | None = None
+        self,
+        combed: Combed,
+        scores: Sequence[Scores],
+        budget: Budget,
+        *,
+        is_loss: bool,
+        curves: Curves | None,
+        table: CostTable | None,
     ) -> None:
         self.is_loss = is_loss
         self.combed, self.scores, self.budget = combed, list(scores), budget
-        self.costs, self.kept = CostModel(combed), Kept(combed.atoms)
+        more = {"latency": table.terms(combed)} if table is not None else {}
+        self.costs, self.kept = CostModel(combed, more), Kept(combed.atoms)
         self.before = self.costs.total(self.kept)
         self.full = self.costs.cost(budget.kind, self.kept)
-        self.widths = allowed_widths(combed, budget.limits)
+        multiples = table.multiples(combed) if table is not None else None
+        self.widths = allowed_widths(combed, budget.limits, multiples)
         self.sizes = [len(group) for group in combed.groups]
         self.order = [np.argsort(score, kind="stable") for score in self.scores]
         self.least_first = [g.channels[order] for g, order in zip(combed.groups, self.order, strict=True)]
@@ -346,7 +486,11 @@ class _Allocator:
 
     def result(self, counts: Sequence[int], notes: tuple[str, ...]) -> Allocation:
         self.apply(counts)
-        return Allocation(self.removed(counts), self.before, self.costs.total(self.kept), notes)
+        allocation = Allocation(self.removed(counts), self.before, self.costs.total(self.kept), notes)
+        if self.budget.kind != "latency":
+            return allocation
+        predicted = self.costs.cost("latency", self.kept) / self.full
+        return replace(allocation, latency={"target": self.budget.fraction, "predicted": predicted})
 
     def unreachable(self, floor: float) -> str:
         kind, limits = self.budget.kind, self.budget.limits

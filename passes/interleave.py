@@ -19,7 +19,7 @@ from cpd_onnx.errors import DataError, TargetError
 from cpd_onnx.graph import Model, load
 from cpd_onnx.groups import Combed
 from cpd_onnx.kept import Kept
-from cpd_onnx.passes.allocate import Allocate, Allocation, allocate
+from cpd_onnx.passes.allocate import Allocate, Allocation
 from cpd_onnx.passes.comb import comb
 from cpd_onnx.passes.distill import (
     DistillOptions,
@@ -53,12 +53,12 @@ class Interleave(DistillOptions, Allocate):
     The options are those of `Allocate`, `Score` and `DistillOptions`, and the number of `rounds`.
     """
 
-    spread: str = "global"
     score: str = "fisher"
     samples: int = SAMPLES
     score_labels: bool = False
     rounds: int = 4
     name: ClassVar[str] = "interleave"
+    usual_spread: ClassVar[str] = "global"
 
     def __call__(self, state: State) -> State:
         """Fill in everything from `combed` to `distilled`; `model` becomes the pruned and trained one."""
@@ -95,6 +95,7 @@ class Interleave(DistillOptions, Allocate):
         assert state.data is not None
         target = self.budget
         combed = now = comb(state.model, state.input_shapes)
+        chooser = self.chooser(combed, state.input_shapes)
         teacher = state.original.complete_proto()
         removed: list[list[int]] = [[] for _ in combed.groups]
         results: list[DistillResult] = []
@@ -103,7 +104,7 @@ class Interleave(DistillOptions, Allocate):
             asked = {"samples": self.samples, "labels": self.score_labels, "seed": self.seed}
             scores = _without(score(now, self.score, data=state.data, **asked), removed)
             is_loss = scorer_of(self.score).is_loss
-            chosen = _joined(allocate(now, scores, replace(target, fraction=share), is_loss=is_loss), removed)
+            chosen = _joined(chooser(now, scores, share, is_loss=is_loss), removed)
             removed = chosen.removed
             kept = Kept(now.atoms)
             kept.remove(chosen.channels(now))
@@ -121,7 +122,8 @@ class Interleave(DistillOptions, Allocate):
                 observer(number, result)
             if number < self.rounds:
                 now = comb(_enlarged(now, kept, small), state.input_shapes)
-        words = target.as_words() | {"rounds": self.rounds, "score": self.score, "seed": self.seed}
+        words = target.as_words() | ({"latency": dict(chosen.latency)} if chosen.latency else {})
+        words |= {"rounds": self.rounds, "score": self.score, "seed": self.seed}
         plan = make_plan(
             combed, removed, budget=words, before=chosen.before, after=chosen.after, input_shapes=state.input_shapes
         )

@@ -27,7 +27,7 @@ LAYERS = (
     ("kept", "editing", "operands", "weights", "compare"),
     ("cost", "arithmetic", "masking", "recipe", "bench", "knapsack"),
     ("rewrite", "plan", "widths"),
-    ("report",),
+    ("report", "latency"),
     ("state",),
     ("pipeline",),
     ("",),
