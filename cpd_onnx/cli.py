@@ -23,6 +23,7 @@ from cpd_onnx.data import ImageOptions, Source, open_source
 from cpd_onnx.errors import CpdError, DataError, ModelError, StoppedError, TargetError, UnsupportedError
 from cpd_onnx.graph import Model, load, require_free, write_atomically
 from cpd_onnx.kept import Kept
+from cpd_onnx.latency import Clock, measure_table
 from cpd_onnx.metrics import OF_TWO_MODELS, check_metric, evaluate
 from cpd_onnx.options import DATA, LOSSES, TRAINING, command_line, not_negative
 from cpd_onnx.passes.allocate import KINDS, Allocate
@@ -282,7 +283,10 @@ def _wish(options: argparse.Namespace) -> dict[str, Any]:
     kind, fraction = options.target
     if kind not in KINDS:
         raise TargetError(f"no target is called {kind!r}: choose one of {', '.join(KINDS)}")
-    names = ("spread", "multiple", "min_share", "max_share")
+    names = [
+        "spread", "multiple", "min_share", "max_share", "latency_threads", "latency_batch", "latency_provider",
+        "cost_table",
+    ]  # fmt: skip  # a table
     return {kind: fraction, **{name: getattr(options, name) for name in names}, "keep": tuple(options.keep)} | {
         "widths": tuple(options.width)
     }
@@ -420,6 +424,24 @@ def _bench(options: argparse.Namespace) -> None:
         out.print(report.profiles_table(found))
 
 
+def _latency(options: argparse.Namespace) -> None:
+    _require_outputs(options, options.output, reads=[options.model])
+    shapes = dict(options.input_shape)
+    combed = comb(_read(options.model, options.input_shape), shapes)
+    setting = Setting(options.latency_batch, options.latency_threads, options.latency_provider)
+    with _progress(BarColumn()) as progress:
+        task = progress.add_task("measure", total=None)
+        table = measure_table(
+            Clock(combed, setting, shapes),
+            seed=options.seed,
+            observer=lambda done, of: progress.update(task, completed=done, total=of),
+        )
+    table.save(options.output)
+    if not _write_json(options, table.as_json()):
+        out.print(report.latency_table(table))
+        out.print(f"wrote {options.output}", soft_wrap=True)
+
+
 def _demo(options: argparse.Namespace) -> None:
     _require_outputs(options)
     kind, fraction = options.target
@@ -444,7 +466,7 @@ def _operators(options: argparse.Namespace) -> None:
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "inspect": _inspect, "prune": _prune, "verify": _verify, "apply": _apply, "distill": _distill,
-    "compress": _compress, "bench": _bench, "demo": _demo, "operators": _operators,
+    "compress": _compress, "bench": _bench, "latency": _latency, "demo": _demo, "operators": _operators,
 }  # fmt: skip  # a table
 
 

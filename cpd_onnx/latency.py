@@ -64,8 +64,8 @@ _SLOW = 1.5
 """A group stays whole if its fastest smaller widths are that much slower, for their work, than where it was whole."""
 _SHRINK = 0.05
 """Share of the whole time by which what a group says is mixed with what all groups say."""
-_PROFILED_SECONDS, _LEAST_RUNS, _MOST_RUNS = 0.12, 6, 60
-"""How long each model runs under the profiler."""
+_WATCHED_SECONDS, _LEAST_RUNS, _MOST_RUNS = 0.12, 5, 60
+"""How long each model runs under the profiler, and again without it."""
 _FITTED_AXES = 3
 """Axes of a kernel all products of which are fitted; of more, only the product of all."""
 
@@ -113,7 +113,7 @@ class CostTable:
         sha256: of the model.
         setting: under what conditions it was measured.
         ms: a run of the original, without the profiler.
-        rest: milliseconds in kernels that are not there at all widths.
+        rest: milliseconds between kernels, and in those that are not there at all widths.
         unattributed: share of the kernels' time that no axis accounts for.
         groups: which widths are worth looking at.
         kernels: what each kernel takes.
@@ -153,10 +153,13 @@ class CostTable:
                 f"this one has {model.sha256()[:12]}…"
             )
 
+    def as_json(self) -> dict[str, Any]:
+        """The same as plain values, with format and version."""
+        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+
     def save(self, path: Path) -> None:
         """Write the table as JSON."""
-        content = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+        write_atomically(path, (json.dumps(self.as_json(), indent=1) + "\n").encode())
 
 
 def load_table(path: Path) -> CostTable:
@@ -209,19 +212,35 @@ class Clock:
         times = interleaved([self._original, self.session(self.pruned(channels))], self.feed, seconds)
         return float(np.median(times[1]) / np.median(times[0]))
 
-    def profile(self, model: Model) -> tuple[_Times, float]:
-        """What each kernel of a model takes with the shapes that it sees, and the original's milliseconds meanwhile."""
+    def profile(self, model: Model) -> tuple[_Times, float, float]:
+        """What each kernel of a model takes with the shapes that it sees; milliseconds of the model and the original.
+
+        The profiler slows each kernel by about as much: by so much that without it they take what the model takes when
+        nobody looks.
+        """
         with tempfile.TemporaryDirectory() as folder:
             session = self.session(model, Path(folder) / "trace")
-            meanwhile: list[float] = []
-            until = time.perf_counter() + _PROFILED_SECONDS
-            while len(meanwhile) < _LEAST_RUNS or (len(meanwhile) < _MOST_RUNS and time.perf_counter() < until):
-                execute(session, self.feed)
-                start = time.perf_counter()
-                execute(self._original, self.feed)
-                meanwhile.append(1e3 * (time.perf_counter() - start))
+            _, first = self._in_turns(session)
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-        return _kernels(events, len(meanwhile)), _typical(meanwhile, len(meanwhile))
+        taken, meanwhile = self._in_turns(session)
+        speed = _typical(meanwhile, len(meanwhile)) / _typical(first, len(first))
+        kernels = _kernels(events, len(first))
+        ms = _typical(taken, len(taken))
+        watching = _watching([speed * kernel.ms for kernel in kernels.values()], ms)
+        times = {name: replace(k, ms=max(0.0, speed * k.ms - watching)) for name, k in kernels.items()}
+        return times, ms, _typical(meanwhile, len(meanwhile))
+
+    def _in_turns(self, session: ort.InferenceSession) -> tuple[list[float], list[float]]:
+        """Milliseconds of some runs of a model, and of the original in between; the first one warms up."""
+        execute(session, self.feed)
+        taken: list[list[float]] = [[], []]
+        until = time.perf_counter() + _WATCHED_SECONDS
+        while len(taken[0]) < _LEAST_RUNS or (len(taken[0]) < _MOST_RUNS and time.perf_counter() < until):
+            for each, ms in zip((session, self._original), taken, strict=True):
+                start = time.perf_counter()
+                execute(each, self.feed)
+                ms.append(1e3 * (time.perf_counter() - start))
+        return taken[0], taken[1]
 
 
 def measure_table(clock: Clock, *, seed: int = 0, observer: Observer | None = None) -> CostTable:
@@ -248,9 +267,18 @@ def measure_table(clock: Clock, *, seed: int = 0, observer: Observer | None = No
         widths = [_nearest(g.size, g.multiple, s) for g, s in zip(groups, shares, strict=True)]
         fitted.append(made.add(np.asarray(widths)))
     kernels, unknown = _fitted(made, fitted)
-    rest = max(0.0, sum(kernel.ms for kernel in made.times[0].values()) - sum(kernel.ms for kernel in kernels))
+    names = {kernel.name for kernel in kernels}
+    known = [sum(k.ms for name, k in made.times[s].items() if name in names) for s in fitted]
+    rest = max(0.0, float(np.median([made.ms[s] - accounted for s, accounted in zip(fitted, known, strict=True)])))
     return CostTable(
-        combed.folded.model.sha256(), clock.setting, made.ms, rest, unknown, tuple(groups), tuple(kernels), _machine()
+        combed.folded.model.sha256(),
+        clock.setting,
+        made.ms[0],
+        rest,
+        unknown,
+        tuple(groups),
+        tuple(kernels),
+        _machine(),
     )
 
 
@@ -307,6 +335,15 @@ def _typical(ms: Sequence[float], runs: int) -> float:
     return float(each[: max(1, len(each) // 2)].mean())
 
 
+def _watching(kernels: Sequence[float], ms: float) -> float:
+    """Milliseconds that the profiler adds to each kernel: without them the kernels take what the whole model takes."""
+    low, high = 0.0, max(kernels, default=0.0)
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(max(0.0, each - middle) for each in kernels) > ms else (low, middle)
+    return low
+
+
 class _Samples:
     """The models that were measured: widths of the groups, kernels, and sizes of all axes, one row each."""
 
@@ -318,16 +355,19 @@ class _Samples:
         self.widths: list[npt.NDArray[np.int64]] = []
         self.times: list[_Times] = []
         self.rows: list[list[int]] = []
-        self.ms = 0.0
+        self.ms: list[float] = []
+        self.original = 0.0
         self._known: dict[Any, tuple[int, ...]] = {}
 
     def add(self, widths: npt.NDArray[np.int64]) -> int:
         """Measure one choice of widths; its number."""
         gone = np.concatenate([order[width:] for order, width in zip(self.order, widths.tolist(), strict=True)])
         model = self.clock.pruned(gone) if len(gone) else self.combed.folded.model
-        times, meanwhile = self.clock.profile(model)
-        self.ms = self.ms if self.times else meanwhile
-        self.times.append({k: replace(t, ms=t.ms * self.ms / meanwhile) for k, t in times.items()})
+        times, ms, meanwhile = self.clock.profile(model)
+        self.original = self.original or meanwhile
+        speed = self.original / meanwhile
+        self.times.append({name: replace(kernel, ms=speed * kernel.ms) for name, kernel in times.items()})
+        self.ms.append(speed * ms)
         self.kept.remove(gone)
         self.rows.append([self.kept.count(axis) for _, axis in self.axes])
         self.widths.append(widths)
@@ -461,7 +501,6 @@ def _terms(sizes: npt.NDArray[np.int64], ms: Floats) -> tuple[list[tuple[float, 
     chosen += [combination for rank in ranks for combination in itertools.combinations(range(count), rank)]
     columns = np.column_stack([sizes[:, list(c)].astype(float).prod(axis=1) for c in chosen])
     scale = columns.max(axis=0)
-    relative = 1 / np.maximum(ms, 0.2 * max(float(ms.max()), 1e-6))
-    factors, _ = nnls(columns / scale * relative[:, None], ms * relative)
+    factors, _ = nnls(columns / scale, ms)
     error = float(np.sqrt(np.mean((columns / scale @ factors - ms) ** 2)) / max(float(ms.mean()), 1e-9))
     return [(float(f), c) for f, c in zip(factors / scale, chosen, strict=True) if f > 0], round(error, 4)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cpd_onnx import demo
+from cpd_onnx.bench import Setting
 from cpd_onnx.metrics import IGNORED, METRICS
 from cpd_onnx.passes.allocate import KINDS, SPREADS
 from cpd_onnx.passes.score import SAMPLES, SCORERS
@@ -31,6 +33,7 @@ def command_line() -> argparse.ArgumentParser:
     _add_distill(commands)
     _add_compress(commands)
     _add_bench(commands)
+    _add_table(commands)
     _add_demo(commands)
     _add_operators(commands)
     return parser
@@ -52,6 +55,7 @@ def _add_prune(commands: Any) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     _add_target(parser, "channels", 0.5)
     _add_choice(parser)
+    _add_latency(parser)
     parser.add_argument("--seed", type=_natural, default=0, help="of the random score")
     _add_keep(parser)
     parser.add_argument("--data", help=f"inputs for the proof: {DATA} (default: random)")
@@ -112,6 +116,7 @@ def _add_compress(commands: Any) -> None:
     parser.add_argument("--data", help=f"training inputs: {DATA}")
     _add_images(parser)
     _add_choice(parser, "fisher", "global")
+    _add_latency(parser)
     _add_keep(parser)
     parser.add_argument("--plan", type=Path, help="where the plan goes (default: OUTPUT.plan.json)")
     _add_training(parser)
@@ -170,9 +175,8 @@ def _add_choice(parser: argparse.ArgumentParser, score: str = "l2", spread: str 
     parser.add_argument(
         "--spread",
         choices=SPREADS,
-        default=spread,
         help="the same share from each group; all channels compete; those of like groups do; or the widths that do the "
-        f"least damage (default: {spread})",
+        f"least damage (default: {spread}; optimal for latency)",
     )
     parser.add_argument("--multiple", type=int, default=1, help="widths that remain are multiples of this")
     parser.add_argument(
@@ -189,6 +193,37 @@ def _add_choice(parser: argparse.ArgumentParser, score: str = "l2", spread: str 
         metavar="PATTERN=LOW..HIGH",
         help="shares of single groups that may stay, as in 'layer1.*=0.25..1'; may be repeated",
     )
+
+
+def _add_latency(parser: argparse.ArgumentParser, *, with_table: bool = True) -> None:
+    latency = parser.add_argument_group("latency", "how it is measured, with onnxruntime")
+    latency.add_argument(
+        "--latency-threads",
+        type=_natural,
+        default=1,
+        metavar="N",
+        help="of an operator; 0: its own choice (default: 1)",
+    )
+    latency.add_argument(
+        "--latency-batch", type=_positive, metavar="N", help="samples at a time (default: the model's)"
+    )
+    latency.add_argument("--latency-provider", default=Setting.provider, help="of onnxruntime (default: the CPU's)")
+    if with_table:
+        latency.add_argument(
+            "--cost-table", type=Path, metavar="FILE", help="made by 'latency' elsewhere; nothing is measured here"
+        )
+
+
+def _add_table(commands: Any) -> None:
+    parser = commands.add_parser("latency", help="measure where a model's time goes, as a cost table for 'prune'")
+    parser.add_argument("model", type=Path)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--seed", type=_natural, default=0, help="of the widths that are measured")
+    _add_latency(parser, with_table=False)
+    _add_input_shape(parser)
+    _add_json(parser)
+    _add_force(parser)
+    parser.set_defaults(run="latency")
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
@@ -313,13 +348,13 @@ DATA = ".npz, folder of images or module:function"
 """What data may be."""
 
 
-def _add_target(parser: argparse.ArgumentParser, kind: str, fraction: float) -> None:
+def _add_target(parser: argparse.ArgumentParser, kind: str, fraction: float, kinds: Sequence[str] = KINDS) -> None:
     parser.add_argument(
         "--target",
         type=_target,
         default=(kind, fraction),
         metavar="KIND=FRACTION",
-        help=f"what may remain of {', '.join(KINDS)} (default: {kind}={fraction:g})",
+        help=f"what may remain of {', '.join(kinds)} (default: {kind}={fraction:g})",
     )
 
 

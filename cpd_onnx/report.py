@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -22,6 +23,7 @@ from cpd_onnx.rules.api import KERNEL_EXTENT, TABLE_ROWS
 
 if TYPE_CHECKING:
     from cpd_onnx.bench import Bench, Timing
+    from cpd_onnx.latency import CostTable
     from cpd_onnx.state import State
 
 INSPECT_FORMAT = "cpd-onnx/inspect"
@@ -164,6 +166,18 @@ def timings_table(timings: Sequence[Timing]) -> Table:
             timing.model, place.provider.removesuffix("ExecutionProvider"), str(place.batch or ""),
             str(place.threads or ""), *numbers, f"{timing.per_second:.0f}", f"{100 * timing.ratio:.1f} %",
         )  # fmt: skip  # a row
+    return table
+
+
+def latency_table(found: CostTable) -> Table:
+    """One row for each multiple that some groups' widths should be of, with what the others would cost these groups."""
+    multiples = sorted({multiple for group in found.groups for multiple in group.slowdown})
+    title = f"{found.ms:.2f} ms; time for the same work, by what the widths are multiples of"
+    table = table_of(title, "fast at multiples of", "groups", *(str(m) for m in multiples))
+    for fast in sorted({group.multiple for group in found.groups}):
+        groups = [group for group in found.groups if group.multiple == fast]
+        seen = ([g.slowdown[m] for g in groups if m in g.slowdown] for m in multiples)
+        table.add_row(str(fast), str(len(groups)), *(f"{median(values):.2f}" if values else "" for values in seen))
     return table
 
 

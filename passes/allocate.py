@@ -350,7 +350,7 @@ class _Allocator:
         more = {"latency": table.terms(combed)} if table is not None else {}
         self.costs, self.kept = CostModel(combed, more), Kept(combed.atoms)
         self.before = self.costs.total(self.kept)
-        self.full = self.costs.cost(budget.kind, self.kept)
+        self.full = self.costs.cost(budget.kind, self.kept) if table is None else table.ms
         multiples = table.multiples(combed) if table is not None else None
         self.widths = allowed_widths(combed, budget.limits, multiples)
         self.sizes = [len(group) for group in combed.groups]
@@ -382,7 +382,11 @@ class _Allocator:
         """The widths with the least damage."""
         curves = self.curves or curves_of(self.scores, is_loss=self.is_loss)
         allowed = self.widths.allowed
-        damage = [c[n - w] for c, n, w in zip(curves.damage, self.sizes, allowed, strict=True)]
+        weights = [1.0] * len(allowed) if self.curves or self.is_loss else self.weights()
+        damage = [
+            weight * curve[size - widths]
+            for weight, curve, size, widths in zip(weights, curves.damage, self.sizes, allowed, strict=True)
+        ]
         cost, asked = self.costs.in_widths(self.budget.kind), target
         for _ in range(_CORRECTIONS):
             counts = solve(allowed, damage, cost, asked)
@@ -391,6 +395,17 @@ class _Allocator:
                 break
             asked -= over
         return counts
+
+    def weights(self) -> list[float]:
+        """How much the damage of each group counts where scores are no losses.
+
+        Where time is to be saved, that of groups with much work counts more, so that little work is lost for it.
+        """
+        if self.budget.kind != "latency":
+            return [1.0] * len(self.sizes)
+        work = self.costs.of_groups(self.combed)
+        mean = float(np.mean([costs.macs for costs in work.values()])) or 1.0
+        return [(1 + work[group.id].macs / mean) / 2 for group in self.combed.groups]
 
     def searched(self, target: float) -> list[int]:
         """The widths that one number gives, which is searched for by halving."""
@@ -465,7 +480,7 @@ class _Allocator:
     def price(self, index: int) -> float:
         """What one channel of a group costs."""
         fewer = [size - (place == index and size > 1) for place, size in enumerate(self.sizes)]
-        return self.full - self.cost(fewer)
+        return self.cost(self.sizes) - self.cost(fewer)
 
     def ranked_counts(self, ratio: float) -> list[int]:
         gone = np.zeros(len(self.sizes), np.int64)
