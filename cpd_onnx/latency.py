@@ -209,7 +209,11 @@ class Clock:
 
     def ratio(self, channels: npt.NDArray[np.int64], seconds: float = 2.0) -> float:
         """Median time of the model without some primitive atoms over that of the original, in interleaved rounds."""
-        times = interleaved([self._original, self.session(self.pruned(channels))], self.feed, seconds)
+        return self.ratio_of(self.pruned(channels), seconds)
+
+    def ratio_of(self, model: Model, seconds: float = 2.0) -> float:
+        """The same of any model that takes the original's inputs."""
+        times = interleaved([self._original, self.session(model)], self.feed, seconds)
         return float(np.median(times[1]) / np.median(times[0]))
 
     def profile(self, model: Model) -> tuple[_Times, float, float]:
@@ -258,7 +262,7 @@ def measure_table(clock: Clock, *, seed: int = 0, observer: Observer | None = No
     for _ in range(_TURNS):
         shares = rng.uniform(*_SHARES, len(combed.groups))
         for multiple in MULTIPLES:
-            turns[multiple].append(made.add(np.asarray(_strict(combed, multiple, shares))))
+            turns[multiple].append(made.add(np.asarray(list(_strict(combed, multiple, shares)))))
     groups = _fast_widths(made, turns)
     fitted = [0]
     for _ in range(_SAMPLES):

@@ -34,6 +34,8 @@ _ROUNDS = 5
 """Allocations that are measured for a latency target."""
 _NEAR = 0.02
 """A measured latency that near to its target will do."""
+_SECONDS, _TIMED_ROUNDS = 2.0, 40
+"""For which, and in so many rounds, each of them is timed at least."""
 _LEAST_SHARE = 1e-6
 """Of a group's importance: what is taken for nothing."""
 
@@ -183,7 +185,7 @@ def allocate_on_the_clock(
             if best is None:
                 raise
             break
-        measured = clock.ratio(chosen.channels(clock.combed))
+        measured = clock.ratio(chosen.channels(clock.combed), max(_SECONDS, _TIMED_ROUNDS * 1.5e-3 * table.ms))
         chosen = replace(chosen, latency={**chosen.latency, "target": budget.fraction, "measured": measured})
         if best is None or _miss(chosen) < _miss(best):
             best = chosen
