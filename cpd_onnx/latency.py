@@ -136,6 +136,13 @@ class CostTable:
             raise ValueError("the cost table has other groups than the model")
         return {g.id: known[(g.name, len(g))] for g in combed.groups}
 
+    def finer(self, halvings: int) -> CostTable:
+        """The same with multiples halved so many times, for targets that need narrower widths than the fast ones.
+
+        Groups that should stay whole then have the fastest of their smaller widths.
+        """
+        return replace(self, groups=tuple(_halved(group, halvings) for group in self.groups)) if halvings else self
+
     def terms(self, combed: Combed) -> list[Term]:
         """Milliseconds as a sum over products of axes."""
         axes = {(path, name): tensor.axes or [] for (path, name), tensor in combed.tensors.items()}
@@ -160,6 +167,13 @@ class CostTable:
     def save(self, path: Path) -> None:
         """Write the table as JSON."""
         write_atomically(path, (json.dumps(self.as_json(), indent=1) + "\n").encode())
+
+
+def _halved(group: GroupWidths, halvings: int) -> GroupWidths:
+    multiple = group.multiple
+    if multiple == group.size and group.slowdown:
+        multiple, halvings = min(group.slowdown, key=group.slowdown.__getitem__), halvings - 1
+    return replace(group, multiple=max(1, multiple >> halvings))
 
 
 def load_table(path: Path) -> CostTable:
@@ -264,7 +278,8 @@ def measure_table(clock: Clock, *, seed: int = 0, observer: Observer | None = No
         for multiple in MULTIPLES:
             turns[multiple].append(made.add(np.asarray(list(_strict(combed, multiple, shares)))))
     groups = _fast_widths(made, turns)
-    fitted = [0]
+    least = [_nearest(g.size, g.multiple, 0.0) for g in groups]
+    fitted = [0, made.add(np.asarray(least))]
     for _ in range(_SAMPLES):
         share = rng.uniform(_LEAST_SHARE, 1.0)
         shares = np.clip(share + rng.uniform(-0.4, 0.4, len(groups)), _LEAST_SHARE, 1.0)
@@ -376,7 +391,7 @@ class _Samples:
         self.rows.append([self.kept.count(axis) for _, axis in self.axes])
         self.widths.append(widths)
         if self.observer is not None:
-            self.observer(len(self.times), 1 + _TURNS * len(MULTIPLES) + _SAMPLES)
+            self.observer(len(self.times), 2 + _TURNS * len(MULTIPLES) + _SAMPLES)
         return len(self.times) - 1
 
     def places(self, name: str) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,8 +33,13 @@ _CORRECTIONS = 4
 """Times that the optimum's target is lowered where single channels cost other than the mean of their group."""
 _ROUNDS = 5
 """Allocations that are measured for a latency target."""
+_MORE = 0.04
+"""By how much more is asked for if the table takes a target to be out of reach."""
 _NEAR = 0.02
 """A measured latency that near to its target will do."""
+_HALVINGS = 3
+"""Of the multiples at which kernels are fast, for targets out of reach there."""
+_TOO_WIDE = "the widths at which kernels are fast do not go that low: finer ones were taken"
 _SECONDS, _TIMED_ROUNDS = 2.0, 40
 """For which, and in so many rounds, each of them is timed at least."""
 _LEAST_SHARE = 1e-6
@@ -174,17 +180,23 @@ def allocate_on_the_clock(
 ) -> Allocation:
     """Allocate for a latency, measure what comes out beside the original, correct the target, and again.
 
-    `choose` is `allocate` with all but its budget given. Of the rounds the one that came nearest counts.
+    `choose` is `allocate` with all but its budget given. Of the rounds the one that came nearest counts. What the table
+    takes to be out of reach may not be: then more is asked for first.
+
+    Raises TargetError if the target is out of reach.
     """
     asked, tried = budget.fraction, list[tuple[float, float]]()
     best: Allocation | None = None
-    for _ in range(_ROUNDS):
+    refused: TargetError | None = None
+    while len(tried) < _ROUNDS and asked <= 1:
         try:
             chosen = choose(replace(budget, fraction=asked))
-        except TargetError:
-            if best is None:
-                raise
-            break
+        except TargetError as error:
+            refused = refused or error
+            if best is not None:
+                break
+            asked += _MORE
+            continue
         measured = clock.ratio(chosen.channels(clock.combed), max(_SECONDS, _TIMED_ROUNDS * 1.5e-3 * table.ms))
         chosen = replace(chosen, latency={**chosen.latency, "target": budget.fraction, "measured": measured})
         if best is None or _miss(chosen) < _miss(best):
@@ -193,8 +205,10 @@ def allocate_on_the_clock(
             break
         tried.append((asked, measured))
         asked = _next_to_ask(tried, budget.fraction)
+    if refused is not None and (best is None or best.latency["measured"] > budget.fraction + _TOLERANCE):
+        raise refused
     assert best is not None
-    return replace(best, notes=tuple(_latency_notes(best, table)))
+    return replace(best, notes=(*(n for n in best.notes if n == _TOO_WIDE), *_latency_notes(best, table)))
 
 
 def _next_to_ask(tried: Sequence[tuple[float, float]], target: float) -> float:
@@ -325,11 +339,18 @@ class Chooser:
         """Choose the channels that go; `fraction` is what may remain, if not that of the budget."""
         budget = self.budget if fraction is None else replace(self.budget, fraction=fraction)
 
-        def choose(wish: Budget) -> Allocation:
-            return allocate(combed, scores, wish, is_loss=is_loss, curves=curves, table=self.table)
-
         if self.table is None:
-            return choose(budget)
+            return allocate(combed, scores, budget, is_loss=is_loss, curves=curves)
+        table = self.table
+
+        def choose(wish: Budget) -> Allocation:
+            """At widths that are fast or, if the target is out of reach there, at finer ones."""
+            for halvings in range(_HALVINGS):
+                with contextlib.suppress(TargetError):
+                    found = allocate(combed, scores, wish, is_loss=is_loss, curves=curves, table=table.finer(halvings))
+                    return replace(found, notes=(*found.notes, *([_TOO_WIDE] if halvings else [])))
+            return allocate(combed, scores, wish, is_loss=is_loss, curves=curves, table=table.finer(_HALVINGS))
+
         if self.clock is not None:
             return allocate_on_the_clock(choose, budget, self.table, self.clock)
         chosen = choose(budget)
@@ -407,7 +428,7 @@ class _Allocator:
             return [1.0] * len(self.sizes)
         work = self.costs.of_groups(self.combed)
         mean = float(np.mean([costs.macs for costs in work.values()])) or 1.0
-        return [(1 + work[group.id].macs / mean) / 2 for group in self.combed.groups]
+        return [(1 + 3 * work[group.id].macs / mean) / 4 for group in self.combed.groups]
 
     def searched(self, target: float) -> list[int]:
         """The widths that one number gives, which is searched for by halving."""
