@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,25 @@ def test_the_clock_corrects_the_table(combed: Combed, table: CostTable) -> None:
 def test_a_target_out_of_reach(combed: Combed, table: CostTable) -> None:
     with pytest.raises(cpd.TargetError, match=r"latency=0.001 cannot be reached"):
         Chooser(Allocate(latency=0.001).budget, table)(combed, score(combed))
+
+
+def test_finer_widths_where_the_fast_ones_do_not_go_that_low(combed: Combed, table: CostTable) -> None:
+    least = CostModel(combed, {"latency": table.terms(combed)}).in_widths("latency")(np.asarray([[16, 16, 16]]))[0]
+    chosen = Chooser(Allocate(latency=0.6 * least / table.ms).budget, table)(combed, score(combed))
+    widths = [len(g) - len(r) for g, r in zip(combed.groups, chosen.removed, strict=True)]
+    assert min(widths) < 16
+    assert all(width % 2 == 0 for width in widths)
+    assert any("finer ones" in note for note in chosen.notes)
+
+
+def test_the_clock_tries_what_the_table_takes_to_be_out_of_reach(combed: Combed, table: CostTable) -> None:
+    slow = replace(table, rest=0.4 * table.ms)
+    clock, scores, budget = MadeUp(combed, Setting()), score(combed), Allocate(latency=0.4).budget
+    with pytest.raises(cpd.TargetError, match="cannot be reached"):
+        Chooser(budget, slow)(combed, scores)
+    assert Chooser(budget, slow, clock)(combed, scores).latency["measured"] == pytest.approx(0.4, abs=0.04)
+    with pytest.raises(cpd.TargetError, match=r"latency=0.05 cannot be reached"):
+        Chooser(Allocate(latency=0.05).budget, slow, clock)(combed, scores)
 
 
 def test_latency_needs_a_table(combed: Combed) -> None:
