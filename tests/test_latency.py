@@ -117,7 +117,7 @@ def test_a_target_out_of_reach(combed: Combed, table: CostTable) -> None:
 
 def test_finer_widths_where_the_fast_ones_do_not_go_that_low(combed: Combed, table: CostTable) -> None:
     least = CostModel(combed, {"latency": table.terms(combed)}).in_widths("latency")(np.asarray([[16, 16, 16]]))[0]
-    chosen = Chooser(Allocate(latency=0.6 * least / table.ms).budget, table)(combed, score(combed))
+    chosen = Chooser(Allocate(latency=0.85 * least / table.ms).budget, table)(combed, score(combed))
     widths = [len(g) - len(r) for g, r in zip(combed.groups, chosen.removed, strict=True)]
     assert min(widths) < 16
     assert all(width % 2 == 0 for width in widths)
