@@ -20,20 +20,24 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from cpd_onnx import demo, pipeline, plots, recipe, report
 from cpd_onnx.bench import Setting, bench
 from cpd_onnx.data import ImageOptions, Source, open_source
-from cpd_onnx.errors import CpdError, DataError, ModelError, StoppedError, UnsupportedError
+from cpd_onnx.errors import CpdError, DataError, ModelError, StoppedError, TargetError, UnsupportedError
 from cpd_onnx.graph import Model, load, require_free, write_atomically
 from cpd_onnx.kept import Kept
+from cpd_onnx.latency import Clock, measure_table
 from cpd_onnx.metrics import OF_TWO_MODELS, check_metric, evaluate
 from cpd_onnx.options import DATA, LOSSES, TRAINING, command_line, not_negative
-from cpd_onnx.passes.allocate import Budget, held_groups
+from cpd_onnx.passes.allocate import KINDS, Allocate
 from cpd_onnx.passes.comb import Comb, comb
 from cpd_onnx.passes.fold import Fold
+from cpd_onnx.passes.iterate import Iterate
 from cpd_onnx.passes.prune import Prune, apply
+from cpd_onnx.passes.repair import Repair
 from cpd_onnx.passes.score import Score, scorer_of
 from cpd_onnx.passes.verify import Verify, data_feeds, verify_files
 from cpd_onnx.plan import Plan, channels_of, load_plan, match
 from cpd_onnx.rules import supported_operators, unsupported_operators
 from cpd_onnx.state import State
+from cpd_onnx.widths import held_groups
 
 _PIPE_WIDTH = 120
 """Columns of tables that no terminal shows."""
@@ -100,21 +104,11 @@ def _inspect(options: argparse.Namespace) -> None:
 def _prune(options: argparse.Namespace) -> None:
     plan_path = options.plan or _beside(options.output)
     _require_outputs(options, options.output, plan_path, reads=[options.model])
-    kind, fraction = options.target
-    Budget(kind, fraction, options.spread, options.multiple)
-    scorer_of(options.score)
+    steps = _pruning(options)
     started = time.perf_counter()
     model = _read(options.model, options.input_shape)
     for path in model.files(options.output):
         require_free(path, overwrite=options.force)
-    wish = {kind: fraction, "spread": options.spread, "multiple": options.multiple, "keep": tuple(options.keep)}
-    steps: list[pipeline.Pass] = [
-        Fold(),
-        Comb(),
-        Score(options.score, options.seed, options.samples, options.score_labels),
-    ]
-    steps += [pipeline.make("allocate", wish), Prune()]
-    steps += [] if options.no_verify else [Verify()]
     with _progress() as progress:
         task = progress.add_task("read", total=None)
         state = pipeline.run(
@@ -134,6 +128,35 @@ def _prune(options: argparse.Namespace) -> None:
         _print_pruned(content)
 
 
+def _pruning(options: argparse.Namespace) -> list[pipeline.Pass]:
+    """The passes of `prune`: with data, channels are chosen by what a repair cannot make up for, and repaired."""
+    has_data = options.data is not None
+    repairs = has_data if options.repair is None else options.repair
+    if repairs and not has_data:
+        raise DataError(f"a repair looks at samples: give --data, {DATA}")
+    kind = options.score or ("reconstruction" if has_data else "l2")
+    wish = _wish(options)
+    if kind == "reconstruction" and wish["spread"] is None and options.target[0] != "latency":
+        wish["spread"] = "global"
+    step = pipeline.make("allocate", wish)
+    assert isinstance(step, Allocate)
+    _ = step.budget  # refuses what makes no sense before the work starts
+    scorer_of(kind)
+    proof: list[pipeline.Pass] = [] if options.no_verify else [Verify()]
+    if options.rounds > 1:
+        chosen = {"score": kind, "samples": options.samples, "score_labels": options.score_labels}
+        return [
+            Iterate(
+                **wish, **chosen, seed=options.seed, rounds=options.rounds, repair=repairs,
+                repair_samples=options.repair_samples,
+            ),
+            *proof,
+        ]  # fmt: skip  # its options
+    repair = [Repair(samples=options.repair_samples, seed=options.seed)] if repairs else []
+    score = Score(kind, options.seed, options.samples, options.score_labels)
+    return [Fold(), Comb(), score, step, Prune(), *proof, *repair]
+
+
 def _print_pruned(content: dict[str, Any]) -> None:
     out.print(report.costs_table(content))
     if any(entry["weights"] for entry in content["kept"]):
@@ -144,6 +167,8 @@ def _print_pruned(content: dict[str, Any]) -> None:
     )
     for note in content["notes"]:
         out.print(f"note: {note}", soft_wrap=True)
+    if content["repaired"] is not None:
+        out.print(report.repair_line(content["repaired"]), soft_wrap=True)
     out.print(report.proof_line(content["verification"]), soft_wrap=True)
     out.print(f"wrote {content['output']} and {content['plan']}", soft_wrap=True)
 
@@ -233,10 +258,11 @@ def _compress(options: argparse.Namespace) -> None:
     model = load(options.model)
     for path in model.files(options.output):
         require_free(path, overwrite=options.force)
-    kind, fraction = options.target
-    chosen = {name: getattr(options, name) for name in ("spread", "multiple", "score", "rounds")}
-    chosen |= {"samples": options.samples, "score_labels": options.score_labels}
-    step = Interleave(**_training(options), **chosen, keep=tuple(options.keep), **{kind: fraction})
+    chosen = {
+        name: getattr(options, name)
+        for name in ("score", "rounds", "samples", "score_labels", "repair", "repair_samples")
+    }
+    step = Interleave(**_training(options), **chosen, **_wish(options))
     state = State(model, model, dict(options.input_shape), _required_source(model, options))
     traces = _traces(options)
     paths = [of_round(traces, number).checkpoint for number in range(1, step.rounds + 1)]
@@ -276,6 +302,20 @@ def _compress(options: argparse.Namespace) -> None:
         _print_pruned(content)
         for name, value in accuracies.items():
             out.print(f"{name} {options.metric} {value:.4f}")
+
+
+def _wish(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of `Allocate` that the command line gives."""
+    kind, fraction = options.target
+    if kind not in KINDS:
+        raise TargetError(f"no target is called {kind!r}: choose one of {', '.join(KINDS)}")
+    names = [
+        "spread", "multiple", "min_share", "max_share", "latency_threads", "latency_batch", "latency_provider",
+        "cost_table",
+    ]  # fmt: skip  # a table
+    return {kind: fraction, **{name: getattr(options, name) for name in names}, "keep": tuple(options.keep)} | {
+        "widths": tuple(options.width)
+    }
 
 
 def _checkpoint(options: argparse.Namespace) -> Path:
@@ -417,6 +457,24 @@ def _bench(options: argparse.Namespace) -> None:
             out.print(f"wrote {options.plot}", soft_wrap=True)
 
 
+def _latency(options: argparse.Namespace) -> None:
+    _require_outputs(options, options.output, reads=[options.model])
+    shapes = dict(options.input_shape)
+    combed = comb(_read(options.model, options.input_shape), shapes)
+    setting = Setting(options.latency_batch, options.latency_threads, options.latency_provider)
+    with _progress(BarColumn()) as progress:
+        task = progress.add_task("measure", total=None)
+        table = measure_table(
+            Clock(combed, setting, shapes),
+            seed=options.seed,
+            observer=lambda done, of: progress.update(task, completed=done, total=of),
+        )
+    table.save(options.output)
+    if not _write_json(options, table.as_json()):
+        out.print(report.latency_table(table))
+        out.print(f"wrote {options.output}", soft_wrap=True)
+
+
 def _demo(options: argparse.Namespace) -> None:
     _require_outputs(options)
     kind, fraction = options.target
@@ -441,7 +499,7 @@ def _operators(options: argparse.Namespace) -> None:
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "inspect": _inspect, "prune": _prune, "verify": _verify, "apply": _apply, "distill": _distill,
-    "compress": _compress, "bench": _bench, "demo": _demo, "operators": _operators,
+    "compress": _compress, "bench": _bench, "latency": _latency, "demo": _demo, "operators": _operators,
 }  # fmt: skip  # a table
 
 

@@ -305,6 +305,13 @@ def element_type(data_type: int) -> np.dtype[Any]:
     return np.dtype(helper.tensor_dtype_to_np_dtype(data_type))
 
 
+def element_bytes(data_type: int) -> float:
+    """Bytes that an element of an ONNX type takes in a file; 0 for strings, whose length is their own."""
+    if data_type in _PACKED:
+        return 0.25 if data_type in (TensorProto.INT2, TensorProto.UINT2) else 0.5
+    return 0.0 if data_type in (TensorProto.STRING, TensorProto.UNDEFINED) else float(element_type(data_type).itemsize)
+
+
 def to_array(tensor: TensorProto) -> Array:
     """Values of a tensor whose data lies in the proto."""
     kind = _PLAIN.get(tensor.data_type)

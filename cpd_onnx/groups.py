@@ -197,6 +197,18 @@ class Combed:
             members[index].append(member)
         return dict(members)
 
+    def dependency(self, group: Group) -> tuple[tuple[str, int, int], ...]:
+        """The shape of a group's dependency: (operator, input slot, axis) of each weight that it runs through, sorted.
+
+        Groups of one shape do the same in different places (Fang et al., Isomorphic Pruning, ECCV 2024).
+        """
+        slots = {
+            (use.use.scope.path, use.use.node, use.use.slot, member.axis): use.use.scope.nodes[use.use.node].op_type
+            for member in self.members(group)
+            for use in member.weight.uses
+        }
+        return tuple(sorted((operator, slot, axis) for (_, _, slot, axis), operator in slots.items()))
+
     def frozen(self) -> list[Frozen]:
         """The axes of trained weights with indices that are kept, and why."""
         found: dict[tuple[str, int], Frozen] = {}

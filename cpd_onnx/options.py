@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from cpd_onnx import demo
+from cpd_onnx.bench import Setting
 from cpd_onnx.metrics import IGNORED, METRICS
 from cpd_onnx.passes.allocate import KINDS, SPREADS
+from cpd_onnx.passes.repair import SAMPLES as REPAIR_SAMPLES
 from cpd_onnx.passes.score import SAMPLES, SCORERS
 from cpd_onnx.plots import SUFFIXES
 from cpd_onnx.version import __version__
@@ -32,6 +35,7 @@ def command_line() -> argparse.ArgumentParser:
     _add_distill(commands)
     _add_compress(commands)
     _add_bench(commands)
+    _add_table(commands)
     _add_demo(commands)
     _add_operators(commands)
     return parser
@@ -52,10 +56,13 @@ def _add_prune(commands: Any) -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
     _add_target(parser, "channels", 0.5)
-    _add_choice(parser)
-    parser.add_argument("--seed", type=_natural, default=0, help="of the random score")
+    _add_choice(parser, None)
+    _add_latency(parser)
+    _add_repair(parser)
+    parser.add_argument("--rounds", type=_positive, default=1, help="of scoring, pruning and repairing (default: 1)")
+    parser.add_argument("--seed", type=_natural, default=0, help="of everything random")
     _add_keep(parser)
-    parser.add_argument("--data", help=f"inputs for the proof: {DATA} (default: random)")
+    parser.add_argument("--data", help=f"inputs that scores, repair and proof look at: {DATA} (default: none)")
     _add_images(parser)
     parser.add_argument("--plan", type=Path, help="where the plan goes (default: OUTPUT.plan.json)")
     parser.add_argument("--no-verify", action="store_true", help="do not run the models to compare them")
@@ -113,6 +120,8 @@ def _add_compress(commands: Any) -> None:
     parser.add_argument("--data", help=f"training inputs: {DATA}")
     _add_images(parser)
     _add_choice(parser, "fisher", "global")
+    _add_repair(parser)
+    _add_latency(parser)
     _add_keep(parser)
     parser.add_argument("--plan", type=Path, help="where the plan goes (default: OUTPUT.plan.json)")
     _add_training(parser)
@@ -161,21 +170,81 @@ def _add_images(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_choice(parser: argparse.ArgumentParser, score: str = "l2", spread: str = "uniform") -> None:
+def _add_repair(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--score", default=score, help=f"ranks channels: {', '.join(SCORERS)} or module:function (default: {score})"
+        "--repair",
+        action=argparse.BooleanOptionalAction,
+        help="fit what is left to the original by least squares (default: where there is data)",
     )
     parser.add_argument(
-        "--samples", type=_positive, default=SAMPLES, help=f"that a score looks at (default: {SAMPLES})"
+        "--repair-samples",
+        type=_positive,
+        default=REPAIR_SAMPLES,
+        help=f"that a repair looks at (default: {REPAIR_SAMPLES})",
+    )
+
+
+def _add_choice(parser: argparse.ArgumentParser, score: str | None, spread: str = "uniform") -> None:
+    usual = score or "reconstruction with data, else l2"
+    parser.add_argument(
+        "--score", default=score, help=f"ranks channels: {', '.join(SCORERS)} or module:function (default: {usual})"
+    )
+    parser.add_argument(
+        "--samples", type=_positive, help=f"that a score looks at (default: {SAMPLES}; reconstruction 512)"
     )
     parser.add_argument("--score-labels", action="store_true", help="ask for their labels, not for the model's answers")
     parser.add_argument(
         "--spread",
         choices=SPREADS,
-        default=spread,
-        help=f"the same share from each group, or all channels compete (default: {spread})",
+        help="the same share from each group; all channels compete; those of like groups do; or the widths that do the "
+        f"least damage (default: {spread}; optimal for latency)",
     )
     parser.add_argument("--multiple", type=int, default=1, help="widths that remain are multiples of this")
+    parser.add_argument(
+        "--min-share", type=_share, default=0.0, metavar="SHARE", help="of each group that stays at least (default: 0)"
+    )
+    parser.add_argument(
+        "--max-share", type=_share, default=1.0, metavar="SHARE", help="of each group that stays at most (default: 1)"
+    )
+    parser.add_argument(
+        "--width",
+        type=_bounds,
+        action="append",
+        default=[],
+        metavar="PATTERN=LOW..HIGH",
+        help="shares of single groups that may stay, as in 'layer1.*=0.25..1'; may be repeated",
+    )
+
+
+def _add_latency(parser: argparse.ArgumentParser, *, with_table: bool = True) -> None:
+    latency = parser.add_argument_group("latency", "how it is measured, with onnxruntime")
+    latency.add_argument(
+        "--latency-threads",
+        type=_natural,
+        default=1,
+        metavar="N",
+        help="of an operator; 0: its own choice (default: 1)",
+    )
+    latency.add_argument(
+        "--latency-batch", type=_positive, metavar="N", help="samples at a time (default: the model's)"
+    )
+    latency.add_argument("--latency-provider", default=Setting.provider, help="of onnxruntime (default: the CPU's)")
+    if with_table:
+        latency.add_argument(
+            "--cost-table", type=Path, metavar="FILE", help="made by 'latency' elsewhere; nothing is measured here"
+        )
+
+
+def _add_table(commands: Any) -> None:
+    parser = commands.add_parser("latency", help="measure where a model's time goes, as a cost table for 'prune'")
+    parser.add_argument("model", type=Path)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--seed", type=_natural, default=0, help="of the widths that are measured")
+    _add_latency(parser, with_table=False)
+    _add_input_shape(parser)
+    _add_json(parser)
+    _add_force(parser)
+    parser.set_defaults(run="latency")
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
@@ -300,13 +369,13 @@ DATA = ".npz, folder of images or module:function"
 """What data may be."""
 
 
-def _add_target(parser: argparse.ArgumentParser, kind: str, fraction: float) -> None:
+def _add_target(parser: argparse.ArgumentParser, kind: str, fraction: float, kinds: Sequence[str] = KINDS) -> None:
     parser.add_argument(
         "--target",
         type=_target,
         default=(kind, fraction),
         metavar="KIND=FRACTION",
-        help=f"what may remain of {', '.join(KINDS)} (default: {kind}={fraction:g})",
+        help=f"what may remain of {', '.join(kinds)} (default: {kind}={fraction:g})",
     )
 
 
@@ -360,6 +429,18 @@ def _shape(text: str) -> tuple[str, tuple[int, ...]]:
     if not name or min(shape) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME:SIZE,SIZE,… with sizes above 0")
     return name, shape
+
+
+def _bounds(text: str) -> tuple[str, tuple[float, float]]:
+    name, _, shares = text.rpartition("=")
+    low, dots, high = shares.partition("..")
+    try:
+        bounds = _share(low), _share(high if dots else low)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=LOW..HIGH") from error
+    if not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=LOW..HIGH")
+    return name, bounds
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -82,10 +82,17 @@ def _toml(value: Any, action: argparse.Action) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_toml(v, action) for v in value) + "]"
     if isinstance(value, tuple):
-        named = len(value) == 2 and isinstance(value[0], str)
-        shape = named and isinstance(value[1], tuple)
-        text = f"{value[0]}:{','.join(map(str, value[1]))}" if shape else (
-            f"{value[0]}={value[1]:g}" if named else ",".join(map(repr, value))
-        )  # fmt: skip
-        return json.dumps(text, ensure_ascii=False)
+        return json.dumps(_tuple_text(value), ensure_ascii=False)
     return json.dumps(str(value), ensure_ascii=False)
+
+
+def _tuple_text(value: tuple[Any, ...]) -> str:
+    """As it is said on the command line: NAME:SIZE,SIZE, NAME=LOW..HIGH, NAME=NUMBER or values with commas."""
+    if len(value) != 2 or not isinstance(value[0], str):
+        return ",".join(map(repr, value))
+    name, content = value
+    if not isinstance(content, tuple):
+        return f"{name}={content:g}"
+    if all(isinstance(part, int) for part in content):
+        return f"{name}:{','.join(map(str, content))}"
+    return f"{name}={'..'.join(map(repr, content))}"

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -22,6 +23,7 @@ from cpd_onnx.rules.api import KERNEL_EXTENT, TABLE_ROWS
 
 if TYPE_CHECKING:
     from cpd_onnx.bench import Bench, Timing
+    from cpd_onnx.latency import CostTable
     from cpd_onnx.state import State
 
 INSPECT_FORMAT = "cpd-onnx/inspect"
@@ -126,6 +128,7 @@ def result(state: State, seconds: float) -> dict[str, Any]:
         "notes": list(allocation.notes),
         "edits": [asdict(edit) for edit in state.edits],
         "verification": None if state.verification is None else comparison(state.verification),
+        "repaired": None if state.repaired is None else dict(state.repaired),
         "seconds": round(seconds, 3),
     }
 
@@ -173,6 +176,18 @@ def memory_table(memory: Mapping[str, float]) -> Table:
     first = next(iter(memory.values()), 0.0)
     for name, mebibytes in memory.items():
         table.add_row(name, f"{mebibytes:.1f}", share(mebibytes, first))
+    return table
+
+
+def latency_table(found: CostTable) -> Table:
+    """One row for each multiple that some groups' widths should be of, with what the others would cost these groups."""
+    multiples = sorted({multiple for group in found.groups for multiple in group.slowdown})
+    title = f"{found.ms:.2f} ms; time for the same work, by what the widths are multiples of"
+    table = table_of(title, "fast at multiples of", "groups", *(str(m) for m in multiples))
+    for fast in sorted({group.multiple for group in found.groups}):
+        groups = [group for group in found.groups if group.multiple == fast]
+        seen = ([g.slowdown[m] for g in groups if m in g.slowdown] for m in multiples)
+        table.add_row(str(fast), str(len(groups)), *(f"{median(values):.2f}" if values else "" for values in seen))
     return table
 
 
@@ -226,6 +241,17 @@ def proof_line(found: Mapping[str, Any] | None) -> str:
         f"(allowed {allowed}) on {found['runs']} sets of inputs; "
         f"they change the outputs by {found['effect']:.2g} before any training"
     )
+
+
+def repair_line(found: Mapping[str, Any]) -> str:
+    """What a repair did, in one sentence."""
+    fits, left = found["fitted"], found["left"]
+    line = f"repaired: {len(fits)} weights fitted to the original"
+    if fits:
+        before, after = (100 * median(fit[key] for fit in fits) for key in ("before", "after"))
+        line += f", median error {before:.1f} % of the spread -> {after:.1f} %"
+    reasons = ", ".join(sorted(set(left.values())))
+    return f"{line}; {len(left)} left: what {reasons}" if left else line
 
 
 def count(number: float) -> str:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from cpd_onnx.compare import Comparison
     from cpd_onnx.data import Source
     from cpd_onnx.groups import Combed
-    from cpd_onnx.passes.allocate import Allocation
+    from cpd_onnx.passes.allocate import Allocation, Curves
     from cpd_onnx.plan import Plan
     from cpd_onnx.rewrite import Edit
     from cpd_onnx.shapes import Folded
@@ -32,6 +32,7 @@ class State:
         combed: the coupled channels of `original`.
         score: name of the score, and its seed.
         scores: one array per group.
+        curves: damage by group, where a pass has measured it; the scores tell it otherwise.
         budget: what was asked for, in the plan's words.
         allocation: which channels go.
         edits: what differs between original and pruned file.
@@ -50,6 +51,7 @@ class State:
     combed: Combed | None = None
     score: Mapping[str, Any] = field(default_factory=dict)
     scores: Sequence[Any] | None = None
+    curves: Curves | None = None
     budget: Mapping[str, Any] = field(default_factory=dict)
     allocation: Allocation | None = None
     edits: tuple[Edit, ...] = ()

@@ -2,27 +2,48 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 
 from cpd_onnx.atoms import NOTHING, Axis
-from cpd_onnx.cost import CostModel, Costs, group_owners
+from cpd_onnx.bench import Setting
+from cpd_onnx.cost import CostModel, Costs, Floats, group_owners
 from cpd_onnx.errors import TargetError
 from cpd_onnx.groups import Combed
 from cpd_onnx.kept import Kept
+from cpd_onnx.knapsack import solve
+from cpd_onnx.latency import Clock, CostTable, load_table, measure_table
 from cpd_onnx.passes.score import Scores, scorer_of
 from cpd_onnx.state import State
+from cpd_onnx.widths import Limits, Shares, allowed_widths
 
-KINDS = ("channels", "macs", "params")
-SPREADS = ("uniform", "global")
+KINDS = ("channels", "macs", "params", "bytes", "latency")
+SPREADS = ("uniform", "global", "isomorphic", "optimal")
 _STEPS = 24
 """Halvings of the search interval: finer than any group's channels."""
-_WIDE_KINDS = {"channels", "head_dim", "hidden"}
-"""Kinds of groups whose width a multiple makes sense for; heads and groups are counts."""
+_TOLERANCE = 0.02
+"""Share of the original by which a target may be missed without a note."""
+_CORRECTIONS = 4
+"""Times that the optimum's target is lowered where single channels cost other than the mean of their group."""
+_ROUNDS = 5
+"""Allocations that are measured for a latency target."""
+_MORE = 0.04
+"""By how much more is asked for if the table takes a target to be out of reach."""
+_NEAR = 0.02
+"""A measured latency that near to its target will do."""
+_HALVINGS = 3
+"""Of the multiples at which kernels are fast, for targets out of reach there."""
+_TOO_WIDE = "the widths at which kernels are fast do not go that low: finer ones were taken"
+_SECONDS, _TIMED_ROUNDS = 2.0, 40
+"""For which, and in so many rounds, each of them is timed at least."""
+_LEAST_SHARE = 1e-6
+"""Of a group's importance: what is taken for nothing."""
 
 
 @dataclass(frozen=True)
@@ -30,19 +51,19 @@ class Budget:
     """What may remain.
 
     Attributes:
-        kind: "channels", "macs" or "params".
+        kind: "channels", "macs", "params", "bytes" (of the file) or "latency" (median time of a run).
         fraction: of the original that may remain, 0 to 1.
-        spread: "uniform" removes the same share from each group, "global" lets all channels compete.
-        multiple: widths that remain are multiples of this, where a group has that many channels.
-        keep: patterns (with * and ?) of groups, weights and nodes that are not touched.
+        spread: "uniform" removes the same share from each group, "global" lets all channels compete, "isomorphic" those
+            of groups that do the same in different places (each such class loses the same share), "optimal" takes the
+            widths with the least damage.
+        limits: which widths are allowed.
 
     """
 
     kind: str = "channels"
     fraction: float = 0.5
     spread: str = "uniform"
-    multiple: int = 1
-    keep: tuple[str, ...] = ()
+    limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
@@ -54,8 +75,52 @@ class Budget:
             )
         if self.spread not in SPREADS:
             raise TargetError(f"no spread is called {self.spread!r}: choose one of {', '.join(SPREADS)}")
-        if self.multiple < 1:
-            raise TargetError(f"a width multiple of {self.multiple} makes no sense: give 1 or more")
+
+    def as_words(self) -> dict[str, Any]:
+        """The same in the plan's words."""
+        limits = self.limits
+        words: dict[str, Any] = {"kind": self.kind, "target": self.fraction, "spread": self.spread}
+        words |= {"multiple": limits.multiple, "keep": list(limits.keep)}
+        if limits.shares != Limits.shares:
+            words["shares"] = list(limits.shares)
+        return words | ({"widths": {name: list(shares) for name, shares in limits.of}} if limits.of else {})
+
+
+@dataclass(frozen=True, eq=False)
+class Curves:
+    """What the model loses with the channels of each group.
+
+    Attributes:
+        damage: for each group, at r, the damage without its r least important channels; r = 0 … size - 1. It starts at
+            nothing and does not fall. Groups are compared by it as it is.
+    """
+
+    damage: tuple[Floats, ...]
+
+    def check(self, combed: Combed) -> None:
+        """Raise ValueError where a curve is not that of its group."""
+        if [len(curve) for curve in self.damage] != [len(group) for group in combed.groups]:
+            raise ValueError("a damage curve has one number for each of 0 … size - 1 channels that go")
+        if any(curve[0] != 0 or bool((np.diff(curve) < 0).any()) for curve in self.damage):
+            raise ValueError("a damage curve starts at 0 and does not fall")
+
+
+def curves_of(scores: Sequence[Scores], *, is_loss: bool) -> Curves:
+    """Damage that scores tell: the losses of the channels that go, summed.
+
+    Scores that are no losses are importances. What passes through the layers is multiplied from one to the next, so the
+    share of the importance that stays counts by its logarithm: half of a group does as much as half of another, and to
+    take the last channels does more than any cost can save.
+    """
+    made = []
+    for score in scores:
+        ascending = np.sort(np.maximum(np.asarray(score, np.float64), 0.0), kind="stable")
+        gone = np.concatenate([[0.0], np.cumsum(ascending)])
+        if not is_loss:
+            share = gone / gone[-1] if gone[-1] else np.arange(len(gone)) / len(ascending)
+            gone = -np.log(np.maximum(1 - share, _LEAST_SHARE))
+        made.append(np.maximum.accumulate(gone[:-1] - gone[0]))
+    return Curves(tuple(made))
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +131,9 @@ class Allocation:
         removed: for each group the positions (in `Group.channels`) that go, sorted.
         before: costs of the original.
         after: costs of what remains.
-        notes: what kept the target from being met exactly, if anything did.
+        notes: what kept the target from being met exactly, if anything did, and what was measured.
+        latency: where that was the target: share of the original's time that was asked for, predicted and, unless a
+            cost table was given, measured.
 
     """
 
@@ -74,6 +141,7 @@ class Allocation:
     before: Costs
     after: Costs
     notes: tuple[str, ...] = field(default=())
+    latency: Mapping[str, float] = field(default_factory=dict)
 
     def channels(self, combed: Combed) -> Axis:
         """The primitive atoms that go."""
@@ -81,17 +149,95 @@ class Allocation:
         return np.concatenate([np.zeros(0, np.int64), *gone]).astype(np.int64)
 
 
-def allocate(combed: Combed, scores: Sequence[Scores], budget: Budget, *, is_loss: bool = False) -> Allocation:
+def allocate(
+    combed: Combed,
+    scores: Sequence[Scores],
+    budget: Budget,
+    *,
+    is_loss: bool = False,
+    curves: Curves | None = None,
+    table: CostTable | None = None,
+) -> Allocation:
     """Choose the channels to remove, at least one stays in each group.
 
-    Where all channels compete, they are ranked by their score over the mean of their group; or, if the scores estimate
-    what the model loses with a channel, by the loss for what it saves.
+    Where channels compete, they are ranked by their score over the mean of their group; or, if the scores estimate
+    what the model loses with a channel, by the loss for what it saves. The spread "optimal" goes by damage curves, see
+    `curves_of`; others may be given. Latency is what `table` says.
 
     Raises TargetError if the budget cannot be met, with what stands in the way.
     """
     if not combed.groups:
         raise TargetError(f"nothing can be pruned in this model: {why_nothing(combed)}")
-    return _Allocator(combed, scores, budget, is_loss=is_loss).run()
+    if curves is not None:
+        curves.check(combed)
+    if budget.kind == "latency" and table is None:
+        raise ValueError("a latency target needs a cost table")
+    return _Allocator(combed, scores, budget, is_loss=is_loss, curves=curves, table=table).run()
+
+
+def allocate_on_the_clock(
+    choose: Callable[[Budget], Allocation], budget: Budget, table: CostTable, clock: Clock
+) -> Allocation:
+    """Allocate for a latency, measure what comes out beside the original, correct the target, and again.
+
+    `choose` is `allocate` with all but its budget given. Of the rounds the one that came nearest counts. What the table
+    takes to be out of reach may not be: then more is asked for first.
+
+    Raises TargetError if the target is out of reach.
+    """
+    asked, tried = budget.fraction, list[tuple[float, float]]()
+    best: Allocation | None = None
+    refused: TargetError | None = None
+    while len(tried) < _ROUNDS and asked <= 1:
+        try:
+            chosen = choose(replace(budget, fraction=asked))
+        except TargetError as error:
+            refused = refused or error
+            if best is not None:
+                break
+            asked += _MORE
+            continue
+        measured = clock.ratio(chosen.channels(clock.combed), max(_SECONDS, _TIMED_ROUNDS * 1.5e-3 * table.ms))
+        chosen = replace(chosen, latency={**chosen.latency, "target": budget.fraction, "measured": measured})
+        if best is None or _miss(chosen) < _miss(best):
+            best = chosen
+        if _miss(chosen) <= _NEAR:
+            break
+        tried.append((asked, measured))
+        asked = _next_to_ask(tried, budget.fraction)
+    if refused is not None and (best is None or best.latency["measured"] > budget.fraction + _TOLERANCE):
+        raise refused
+    assert best is not None
+    return replace(best, notes=(*(n for n in best.notes if n == _TOO_WIDE), *_latency_notes(best, table)))
+
+
+def _next_to_ask(tried: Sequence[tuple[float, float]], target: float) -> float:
+    """What to ask for, so that the target is measured: along the line through the two that came nearest."""
+    near = sorted(tried, key=lambda pair: abs(pair[1] - target))[:2]
+    asked, measured = near[0]
+    slope = measured / asked
+    if len(near) > 1 and near[0][0] != near[1][0]:
+        slope = (measured - near[1][1]) / (asked - near[1][0])
+    slope = min(max(slope, 0.5), 2.0)
+    return min(1.0, max(asked + (target - measured) / slope, asked / 2))
+
+
+def _miss(chosen: Allocation) -> float:
+    """By what share the measured latency is not the target."""
+    return abs(chosen.latency["measured"] / chosen.latency["target"] - 1)
+
+
+def _latency_notes(chosen: Allocation, table: CostTable) -> Iterator[str]:
+    found, setting = chosen.latency, table.setting
+    where = f"onnxruntime, {setting.provider}, threads: {setting.threads}"
+    if "measured" not in found:
+        yield f"latency {found['predicted']:.3f} by the cost table ({where}), not measured here"
+    else:
+        yield f"latency {found['measured']:.3f} measured ({where}), {found['predicted']:.3f} predicted"
+        if _miss(chosen) > _TOLERANCE:
+            yield f"latency={found['measured']:.3f} is the nearest that was found to {found['target']:g}"
+    if table.unattributed > _TOLERANCE:
+        yield f"{table.unattributed:.0%} of the time is in kernels that come and go: the cost table takes it for fixed"
 
 
 def why_nothing(combed: Combed) -> str:
@@ -107,15 +253,31 @@ def why_nothing(combed: Combed) -> str:
 
 @dataclass(frozen=True)
 class Allocate:
-    """Choose the channels that go; give one of `channels`, `macs`, `params` the fraction that may remain."""
+    """Choose the channels that go; one of `channels`, `macs`, `params`, `bytes`, `latency` is the share that remains.
+
+    The spread is "uniform" if none is given, and "optimal" for latency. That is measured on this machine, under the
+    `latency_` options, until it is met; or predicted by a cost table made elsewhere, the file `cost_table`.
+
+    `widths` are bounds by pattern, as in [("layer1.*", (0.25, 1.0))]; the rest are the fields of `Budget` and `Limits`.
+    """
 
     channels: float | None = None
     macs: float | None = None
     params: float | None = None
-    spread: str = "uniform"
+    bytes: float | None = None
+    latency: float | None = None
+    spread: str | None = None
     multiple: int = 1
     keep: tuple[str, ...] = ()
+    min_share: float = 0.0
+    max_share: float = 1.0
+    widths: Sequence[tuple[str, Shares]] = ()
+    latency_threads: int = 1
+    latency_batch: int | None = None
+    latency_provider: str = Setting.provider
+    cost_table: str | os.PathLike[str] | None = None
     name: ClassVar[str] = "allocate"
+    usual_spread: ClassVar[str] = "uniform"
 
     @property
     def budget(self) -> Budget:
@@ -124,41 +286,154 @@ class Allocate:
         if len(given) > 1:
             raise TargetError(f"give one target, not {' and '.join(given)}")
         kind, fraction = next(iter(given.items()), ("channels", 0.5))
-        return Budget(kind, fraction, self.spread, self.multiple, tuple(self.keep))
+        of = tuple((pattern, (float(low), float(high))) for pattern, (low, high) in self.widths)
+        limits = Limits(tuple(self.keep), self.multiple, (self.min_share, self.max_share), of)
+        spread = self.spread or ("optimal" if kind == "latency" else self.usual_spread)
+        return Budget(kind, fraction, spread, limits)
+
+    def chooser(self, combed: Combed, input_shapes: Mapping[str, Sequence[int]] | None = None) -> Chooser:
+        """What allocates under this budget; for a latency target it measures or reads the cost table first."""
+        if self.budget.kind != "latency":
+            return Chooser(self.budget)
+        if self.cost_table is not None:
+            table = load_table(Path(self.cost_table))
+            table.require(combed.folded.model)
+            return Chooser(self.budget, table)
+        setting = Setting(self.latency_batch, self.latency_threads, self.latency_provider)
+        clock = Clock(combed, setting, input_shapes)
+        return Chooser(self.budget, measure_table(clock), clock)
 
     def __call__(self, state: State) -> State:
         """Fill in `allocation`."""
         budget = self.budget
         is_loss = bool(state.score) and scorer_of(state.score["score"]).is_loss
-        allocation = allocate(state.need("combed", "comb"), state.need("scores", "score"), budget, is_loss=is_loss)
-        words = {"kind": budget.kind, "target": budget.fraction, "spread": budget.spread}
-        words |= {"multiple": budget.multiple, "keep": list(budget.keep)}
+        combed, scores = state.need("combed", "comb"), state.need("scores", "score")
+        chooser = self.chooser(combed, state.input_shapes)
+        allocation = chooser(combed, scores, is_loss=is_loss, curves=state.curves)
+        words = budget.as_words() | ({"latency": dict(allocation.latency)} if allocation.latency else {})
         return replace(state, allocation=allocation, budget=words | dict(state.score))
 
 
+@dataclass(frozen=True, eq=False)
+class Chooser:
+    """Allocates under a budget, again and again for what becomes of a model in rounds.
+
+    Attributes:
+        table: what latency is predicted by, where that is the target.
+        clock: what it is measured with, if it is.
+    """
+
+    budget: Budget
+    table: CostTable | None = None
+    clock: Clock | None = None
+
+    def __call__(
+        self,
+        combed: Combed,
+        scores: Sequence[Scores],
+        fraction: float | None = None,
+        *,
+        is_loss: bool = False,
+        curves: Curves | None = None,
+    ) -> Allocation:
+        """Choose the channels that go; `fraction` is what may remain, if not that of the budget."""
+        budget = self.budget if fraction is None else replace(self.budget, fraction=fraction)
+
+        if self.table is None:
+            return allocate(combed, scores, budget, is_loss=is_loss, curves=curves)
+        table = self.table
+
+        def choose(wish: Budget) -> Allocation:
+            """At widths that are fast or, if the target is out of reach there, at finer ones."""
+            for halvings in range(_HALVINGS):
+                with contextlib.suppress(TargetError):
+                    found = allocate(combed, scores, wish, is_loss=is_loss, curves=curves, table=table.finer(halvings))
+                    return replace(found, notes=(*found.notes, *([_TOO_WIDE] if halvings else [])))
+            return allocate(combed, scores, wish, is_loss=is_loss, curves=curves, table=table.finer(_HALVINGS))
+
+        if self.clock is not None:
+            return allocate_on_the_clock(choose, budget, self.table, self.clock)
+        chosen = choose(budget)
+        return replace(chosen, notes=(*chosen.notes, *_latency_notes(chosen, self.table)))
+
+
 class _Allocator:
-    def __init__(self, combed: Combed, scores: Sequence[Scores], budget: Budget, *, is_loss: bool) -> None:
+    def __init__(
+        self,
+        combed: Combed,
+        scores: Sequence[Scores],
+        budget: Budget,
+        *,
+        is_loss: bool,
+        curves: Curves | None,
+        table: CostTable | None,
+    ) -> None:
         self.is_loss = is_loss
         self.combed, self.scores, self.budget = combed, list(scores), budget
-        self.costs, self.kept = CostModel(combed), Kept(combed.atoms)
+        more = {"latency": table.terms(combed)} if table is not None else {}
+        self.costs, self.kept = CostModel(combed, more), Kept(combed.atoms)
         self.before = self.costs.total(self.kept)
-        self.held = held_groups(combed, budget.keep)
+        self.full = self.costs.cost(budget.kind, self.kept) if table is None else table.ms
+        multiples = table.multiples(combed) if table is not None else None
+        self.widths = allowed_widths(combed, budget.limits, multiples)
         self.sizes = [len(group) for group in combed.groups]
         self.order = [np.argsort(score, kind="stable") for score in self.scores]
         self.least_first = [g.channels[order] for g, order in zip(combed.groups, self.order, strict=True)]
         self.outer = _outer_groups(combed)
         self.sequence = _outer_first(self.outer, len(combed.groups))
-        self.ranking = self.globally_ranked() if budget.spread == "global" else []
+        self.curves = curves
+        self.rankings = [self.ranked(groups) for groups in self.competing()]
 
     def run(self) -> Allocation:
-        target = self.budget.fraction * self.before.of(self.budget.kind)
-        least = self.counts(0.0)
-        floor = self.cost(least)
-        tolerance = 0.02 * self.before.of(self.budget.kind)
+        target = self.budget.fraction * self.full
+        floor, tolerance = self.cost(self.widths.least), _TOLERANCE * self.full
         if floor > target + tolerance:
             raise TargetError(self.unreachable(floor))
+        counts = self.optimal(target) if self.budget.spread == "optimal" else self.searched(target)
+        if counts == self.sizes and self.budget.fraction < 1:
+            raise TargetError(
+                f"target {self.budget.kind}={self.budget.fraction:g} would remove nothing: the smallest step is larger"
+            )
+        reached = self.cost(counts)
+        notes = []
+        if abs(reached - target) > tolerance:
+            bounds = "the bounds of the widths" if counts == self.widths.most else "whole channels"
+            notes.append(f"{self.budget.kind}={reached / self.full:.3f} is the nearest that {bounds} allow")
+        return self.result(counts, tuple(notes))
+
+    def optimal(self, target: float) -> list[int]:
+        """The widths with the least damage."""
+        curves = self.curves or curves_of(self.scores, is_loss=self.is_loss)
+        allowed = self.widths.allowed
+        weights = [1.0] * len(allowed) if self.curves or self.is_loss else self.weights()
+        damage = [
+            weight * curve[size - widths]
+            for weight, curve, size, widths in zip(weights, curves.damage, self.sizes, allowed, strict=True)
+        ]
+        cost, asked = self.costs.in_widths(self.budget.kind), target
+        for _ in range(_CORRECTIONS):
+            counts = solve(allowed, damage, cost, asked)
+            over = self.cost(counts) - target
+            if over <= 0.1 * _TOLERANCE * self.full:
+                break
+            asked -= over
+        return counts
+
+    def weights(self) -> list[float]:
+        """How much the damage of each group counts where scores are no losses.
+
+        Where time is to be saved, that of groups with much work counts more, so that little work is lost for it.
+        """
+        if self.budget.kind != "latency":
+            return [1.0] * len(self.sizes)
+        work = self.costs.of_groups(self.combed)
+        mean = float(np.mean([costs.macs for costs in work.values()])) or 1.0
+        return [(1 + 3 * work[group.id].macs / mean) / 4 for group in self.combed.groups]
+
+    def searched(self, target: float) -> list[int]:
+        """The widths that one number gives, which is searched for by halving."""
         low, high = 0.0, 1.0
-        few, many = least, self.counts(1.0)
+        few, many = self.counts(0.0), self.counts(1.0)
         for _ in range(_STEPS):
             middle = (low + high) / 2
             counts = self.counts(middle)
@@ -168,17 +443,7 @@ class _Allocator:
                 high, many = middle, counts
             if few == many:
                 break
-        counts = self.between(few, many, target)
-        if counts == self.sizes and self.budget.fraction < 1:
-            raise TargetError(
-                f"target {self.budget.kind}={self.budget.fraction:g} would remove nothing: the smallest step is larger"
-            )
-        reached = self.cost(counts)
-        notes = []
-        if abs(reached - target) > tolerance:
-            share = reached / self.before.of(self.budget.kind)
-            notes.append(f"{self.budget.kind}={share:.3f} is the nearest that whole channels allow")
-        return self.result(counts, tuple(notes))
+        return self.between(few, many, target)
 
     def between(self, low: list[int], high: list[int], target: float) -> list[int]:
         """Of two neighbouring choices, take the second for as many groups as the target allows."""
@@ -203,45 +468,48 @@ class _Allocator:
 
     def counts(self, ratio: float) -> list[int]:
         """Channels that stay in each group for a share of what may stay."""
-        if self.budget.spread == "global":
-            return self.global_counts(ratio)
+        if self.rankings:
+            return self.ranked_counts(ratio)
         kept = list(self.sizes)
         for index in self.sequence:
-            if index in self.held:
+            if index in self.widths.held:
                 continue
             already = min(
                 (np.prod([kept[o] / self.sizes[o] for o in outer]) for outer in self.outer[index]), default=1.0
             )
             share = min(1.0, ratio / float(already)) if already else 1.0
-            kept[index] = self.rounded(index, share * self.sizes[index])
+            kept[index] = self.widths.nearest(index, share * self.sizes[index])
         return kept
 
-    def rounded(self, index: int, wish: float) -> int:
-        size, multiple = self.sizes[index], self.budget.multiple
-        if multiple > 1 and self.combed.groups[index].kind in _WIDE_KINDS:
-            if size <= multiple:
-                return size
-            wish = max(multiple, round(wish / multiple) * multiple)
-        return int(min(size, max(1, round(wish))))
+    def competing(self) -> list[list[int]]:
+        """The groups whose channels compete, in classes that each lose the same share."""
+        free = [index for index in range(len(self.sizes)) if index not in self.widths.held]
+        if self.budget.spread == "global":
+            return [free]
+        classes: dict[Any, list[int]] = {}
+        for index in free if self.budget.spread == "isomorphic" else []:
+            classes.setdefault(self.combed.dependency(self.combed.groups[index]), []).append(index)
+        return list(classes.values())
 
-    def globally_ranked(self) -> list[int]:
-        """Group of each channel, the least important channel first."""
+    def ranked(self, groups: Sequence[int]) -> list[int]:
+        """Group of each channel of some groups, the least important channel first."""
         pairs = []
-        for index, (score, order) in enumerate(zip(self.scores, self.order, strict=True)):
-            if index not in self.held:
-                unit = (self.price(index) if self.is_loss else float(score.mean())) or 1.0
-                pairs += [(float(value) / unit, index) for value in score[order]]
+        for index in groups:
+            score, order = self.scores[index], self.order[index]
+            unit = (self.price(index) if self.is_loss else float(score.mean())) or 1.0
+            pairs += [(float(value) / unit, index) for value in score[order]]
         return [index for _, index in sorted(pairs)]
 
     def price(self, index: int) -> float:
         """What one channel of a group costs."""
         fewer = [size - (place == index and size > 1) for place, size in enumerate(self.sizes)]
-        return self.before.of(self.budget.kind) - self.cost(fewer)
+        return self.cost(self.sizes) - self.cost(fewer)
 
-    def global_counts(self, ratio: float) -> list[int]:
-        gone = np.bincount(self.ranking[: round((1 - ratio) * len(self.ranking))], minlength=len(self.sizes))
-        kept = [size - int(g) for size, g in zip(self.sizes, gone, strict=True)]
-        return [k if i in self.held else self.rounded(i, k) for i, k in enumerate(kept)]
+    def ranked_counts(self, ratio: float) -> list[int]:
+        gone = np.zeros(len(self.sizes), np.int64)
+        for ranking in self.rankings:
+            gone += np.bincount(ranking[: round((1 - ratio) * len(ranking))], minlength=len(self.sizes))
+        return [self.widths.nearest(i, size - int(g)) for i, (size, g) in enumerate(zip(self.sizes, gone, strict=True))]
 
     def removed(self, counts: Sequence[int]) -> list[list[int]]:
         return [sorted(order[: len(order) - n].tolist()) for order, n in zip(self.order, counts, strict=True)]
@@ -256,42 +524,25 @@ class _Allocator:
 
     def result(self, counts: Sequence[int], notes: tuple[str, ...]) -> Allocation:
         self.apply(counts)
-        return Allocation(self.removed(counts), self.before, self.costs.total(self.kept), notes)
+        allocation = Allocation(self.removed(counts), self.before, self.costs.total(self.kept), notes)
+        if self.budget.kind != "latency":
+            return allocation
+        predicted = self.costs.cost("latency", self.kept) / self.full
+        return replace(allocation, latency={"target": self.budget.fraction, "predicted": predicted})
 
     def unreachable(self, floor: float) -> str:
-        kind, before = self.budget.kind, self.before.of(self.budget.kind)
-        least = f"with the least that may stay, {floor / before:.3f} remain"
+        kind, limits = self.budget.kind, self.budget.limits
+        least = f"with the least that may stay, {floor / self.full:.3f} remain"
         why = f"target {kind}={self.budget.fraction:g} cannot be reached: {least}"
-        if self.held:
-            return f"{why}; {len(self.held)} groups are held by --keep"
-        if self.budget.multiple > 1:
-            return f"{why}; widths are multiples of {self.budget.multiple}"
+        if self.widths.held:
+            return f"{why}; {len(self.widths.held)} groups are held by --keep"
+        if limits.multiple > 1:
+            return f"{why}; widths are multiples of {limits.multiple}"
+        if limits.shares[0] > 0 or limits.of:
+            return f"{why}; shares of groups have lower bounds"
         frozen = sorted(self.combed.frozen(), key=lambda f: -f.indices)
         reasons = {reason: None for f in frozen for reason in f.reasons}
         return f"{why}; kept are: {'; '.join(list(reasons)[:3])}"
-
-
-def held_groups(combed: Combed, patterns: Sequence[str]) -> set[int]:
-    """Groups that a keep pattern names, by their own name, a weight or a node."""
-    owner = group_owners(combed, combed.groups)
-    held = {g.id for g in combed.groups if _matches(g.name, patterns)}
-    used = set()
-    for weight in combed.weights if patterns else []:
-        nodes = [u.use.scope.nodes[u.use.node] for u in weight.uses]
-        names = [weight.name, *(n.name for n in nodes), *(o for n in nodes for o in n.output)]
-        for pattern in patterns:
-            if any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                used.add(pattern)
-                for axes in combed.weight_axes(weight):
-                    held.update(i for axis in axes for i in owner[combed.atoms.parts(axis)].ravel().tolist())
-    unused = [p for p in patterns if p not in used and not any(_matches(g.name, [p]) for g in combed.groups)]
-    if unused:
-        raise TargetError(f"--keep {unused[0]!r} matches no group, weight or node; see 'inspect' for their names")
-    return held - {-1}
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _outer_groups(combed: Combed) -> dict[int, list[tuple[int, ...]]]:

@@ -28,7 +28,7 @@ Scores: TypeAlias = npt.NDArray[np.float64]
 Summand: TypeAlias = Callable[[Array], Array]
 
 SAMPLES = 64
-"""Samples that a score looks at."""
+"""Samples that a score looks at, unless it says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,14 @@ class Scorer:
         needs_data: whether it looks at samples.
         is_loss: whether the numbers estimate what the model loses with the channel, so that groups compare as they are;
             otherwise they are relative to the group's mean.
+        samples: that it looks at where nobody says how many.
     """
 
     function: Callable[[Question], list[Scores]]
     source: str
     needs_data: bool = False
     is_loss: bool = False
+    samples: int = SAMPLES
 
 
 SCORERS: dict[str, Scorer] = {}
@@ -73,7 +75,7 @@ SCORERS: dict[str, Scorer] = {}
 
 
 def scorer(
-    name: str, *, source: str, needs_data: bool = False, is_loss: bool = False
+    name: str, *, source: str, needs_data: bool = False, is_loss: bool = False, samples: int = SAMPLES
 ) -> Callable[[Callable[[Question], list[Scores]]], Callable[[Question], list[Scores]]]:
     """Enter a function into the table of scores; see `Scorer`.
 
@@ -84,26 +86,27 @@ def scorer(
         raise ValueError(f"there is a score {name!r} already")
 
     def enter(function: Callable[[Question], list[Scores]]) -> Callable[[Question], list[Scores]]:
-        SCORERS[name] = Scorer(function, source, needs_data, is_loss)
+        SCORERS[name] = Scorer(function, source, needs_data, is_loss, samples)
         return function
 
     return enter
 
 
-def score(combed: Combed, kind: str = "l2", **more: Any) -> list[Scores]:
+def score(combed: Combed, kind: str = "l2", *, samples: int | None = None, **more: Any) -> list[Scores]:
     """One number per coupled channel, for each group in order; small is unimportant.
 
     Args:
         combed: the model.
         kind: a name in `SCORERS`.
+        samples: that are looked at; None leaves that to the score.
         more: further fields of `Question`.
 
     Raises:
         TargetError: no score has that name, or it gives something else.
         DataError: it needs data and there is none.
     """
-    question = Question(combed, **more)
     found = scorer_of(kind)
+    question = Question(combed, samples=samples or found.samples, **more)
     if found.needs_data and question.data is None:
         raise DataError(f"score {kind!r} looks at samples: give --data, or a source as `data`")
     scores = [np.asarray(values, np.float64) for values in found.function(question)]
@@ -230,6 +233,7 @@ def variance(question: Question) -> list[Scores]:
     source="Frantar and Alistarh, Optimal Brain Compression, NeurIPS 2022, for channels; after He et al., ICCV 2017",
     needs_data=True,
     is_loss=True,
+    samples=512,
 )
 def reconstruction(question: Question) -> list[Scores]:
     """What least squares cannot make up for when a channel goes, over all its consumers."""
@@ -280,7 +284,7 @@ class Score:
 
     kind: str = "l2"
     seed: int = 0
-    samples: int = SAMPLES
+    samples: int | None = None
     labels: bool = False
     name: ClassVar[str] = "score"
 
@@ -290,7 +294,7 @@ class Score:
         scores = score(state.need("combed", "comb"), self.kind, data=state.data, **more)
         words = {"score": self.kind, "seed": self.seed}
         if scorer_of(self.kind).needs_data:
-            words |= {"samples": self.samples, "labels": self.labels}
+            words |= {"samples": self.samples or scorer_of(self.kind).samples, "labels": self.labels}
         return replace(state, scores=scores, score=words)
 
 

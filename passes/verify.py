@@ -46,7 +46,8 @@ def verify(combed: Combed, kept: Kept, pruned: Model, feeds: Iterable[Mapping[st
 class Verify:
     """Prove that the pruned model computes what the masked original computes.
 
-    `batches` batches of the data are used where there is data, random inputs otherwise.
+    Where weights have been given other values since, that is shown of what the plan makes of the original, and that
+    nothing else differs. `batches` batches of the data are used where there is data, random inputs otherwise.
     """
 
     batches: int = 2
@@ -55,9 +56,12 @@ class Verify:
     def __call__(self, state: State) -> State:
         """Fill in `verification`; raises ProofError if the proof fails."""
         combed, chosen = state.need("combed", "comb"), state.need("allocation", "allocate")
+        feeds = None if state.data is None else data_feeds(state.original, state.data, self.batches)
+        if state.repaired is not None or state.distilled is not None:
+            plan = state.need("plan", "prune")
+            return replace(state, verification=verify_files(state.original, state.model, plan, feeds).comparison)
         kept = Kept(combed.atoms)
         kept.remove(chosen.channels(combed))
-        feeds = None if state.data is None else data_feeds(state.original, state.data, self.batches)
         return replace(state, verification=proved(verify(combed, kept, state.model, feeds)))
 
 

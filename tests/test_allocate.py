@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 from onnx import ModelProto
 
 import cpd_onnx as cpd
+from cpd_onnx.cost import CostModel
 from cpd_onnx.groups import Combed
-from cpd_onnx.passes.allocate import Allocation, Budget, allocate
+from cpd_onnx.kept import Kept
+from cpd_onnx.passes.allocate import SPREADS, Allocate, Allocation, Curves, allocate, curves_of
 from cpd_onnx.passes.comb import comb
 from cpd_onnx.passes.score import SCORERS, Scorer, score, scorer
 
@@ -29,11 +32,11 @@ def wide() -> ModelProto:
 
 def chosen(model: ModelProto, kind: str, fraction: float, **options: object) -> tuple[Combed, Allocation]:
     combed = comb(model)
-    return combed, allocate(combed, score(combed), Budget(kind, fraction, **options))  # type: ignore[arg-type]
+    return combed, allocate(combed, score(combed), Allocate(**{kind: fraction}, **options).budget)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("spread", ["uniform", "global"])
-@pytest.mark.parametrize("kind", ["channels", "macs", "params"])
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("kind", ["channels", "macs", "params", "bytes"])
 @pytest.mark.parametrize("fraction", [0.75, 0.5, 0.25])
 def test_target_is_met_within_two_percent(kind: str, fraction: float, spread: str) -> None:
     _, allocation = chosen(wide(), kind, fraction, spread=spread)
@@ -41,10 +44,114 @@ def test_target_is_met_within_two_percent(kind: str, fraction: float, spread: st
     assert allocation.notes == ()
 
 
+@pytest.mark.parametrize("spread", SPREADS)
+def test_bounds_are_held(spread: str) -> None:
+    options = {"spread": spread, "min_share": 0.4, "max_share": 0.9, "widths": [("u", (0.75, 1.0))]}
+    combed, allocation = chosen(wide(), "macs", 0.5, **options)
+    left = {g.name: 1 - len(r) / len(g) for g, r in zip(combed.groups, allocation.removed, strict=True)}
+    assert 0.4 <= left["w"] <= 0.9
+    assert 0.75 <= left["u"] <= 1
+    assert 0.4 <= left["t"] <= 0.9
+
+
+def test_bounds_that_cannot_be_held_are_named() -> None:
+    with pytest.raises(cpd.TargetError, match="lower bounds"):
+        chosen(wide(), "macs", 0.2, min_share=0.8)
+    with pytest.raises(cpd.TargetError, match=r"--width 'no\*' matches no group"):
+        chosen(wide(), "macs", 0.5, widths=[("no*", (0.5, 1.0))])
+
+
+def test_bytes_are_those_of_the_file() -> None:
+    model = cpd.load(Path(__file__).parents[1] / "models" / "digits.onnx")
+    state = cpd.run("comb, score, allocate{bytes=0.5}, prune", model)
+    assert state.allocation is not None
+    before, after = len(model.serialize()), len(state.model.serialize())
+    assert state.allocation.before.bytes == pytest.approx(before, rel=0.01)
+    assert state.allocation.after.bytes == pytest.approx(after, rel=0.01)
+    assert after / before == pytest.approx(0.5, abs=0.02)
+
+
+def damage_of(combed: Combed, allocation: Allocation) -> float:
+    curves = curves_of(score(combed), is_loss=False)
+    return sum(float(c[len(r)]) for c, r in zip(curves.damage, allocation.removed, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["macs", "params"])
+def test_the_optimum_does_the_least_damage(kind: str) -> None:
+    found = {spread: damage_of(*chosen(wide(), kind, 0.4, spread=spread)) for spread in SPREADS}
+    assert found["optimal"] == min(found.values())
+    assert found["optimal"] < 0.95 * found["uniform"]
+
+
+def test_the_optimum_is_that_of_trying_all() -> None:
+    model = from_text(
+        "(float[1, 3, 8, 8] x, float[7, 3, 3, 3] w, float[9, 7, 3, 3] u, float[6, 9, 1, 1] t, float[2, 6, 1, 1] v)"
+        " => (float[1, 2, 4, 4] y) { a = Conv(x, w) b = Conv(a, u) c = Conv(b, t) y = Conv(c, v) }"
+    )
+    combed, allocation = chosen(model, "macs", 0.5, spread="optimal")
+    curves = curves_of(score(combed), is_loss=False).damage
+    cost = CostModel(combed).in_widths("macs")
+    every = np.array(list(itertools.product(*(range(1, len(g) + 1) for g in combed.groups))))
+    damage = sum(curve[len(curve) - every[:, k]] for k, curve in enumerate(curves))
+    least = damage[cost(every) <= 0.5 * allocation.before.macs].min()
+    assert damage_of(combed, allocation) == pytest.approx(least)
+
+
+def test_costs_in_widths_are_those_of_channels() -> None:
+    combed = comb(model_of("attention 4d"))
+    for kind in ("macs", "params", "channels", "bytes"):
+        costs, kept = CostModel(combed), Kept(combed.atoms)
+        kept.remove(np.concatenate([group.channels[: len(group) // 2] for group in combed.groups]))
+        widths = np.asarray([[len(group) - len(group) // 2 for group in combed.groups]])
+        assert costs.in_widths(kind)(widths)[0] == pytest.approx(costs.cost(kind, kept))
+
+
+def test_curves_from_outside() -> None:
+    combed = comb(wide())
+    steep = [np.arange(len(g)) * (100.0 if g.name == "u" else 1.0) for g in combed.groups]
+    budget = Allocate(macs=0.5, spread="optimal").budget
+    allocation = allocate(combed, score(combed), budget, curves=Curves(tuple(steep)))
+    removed = {g.name: len(r) for g, r in zip(combed.groups, allocation.removed, strict=True)}
+    assert removed["u"] == 0
+    assert allocation.after.macs / allocation.before.macs == pytest.approx(0.5, abs=0.02)
+    for wrong in (steep[:2], [curve[1:] for curve in steep], [1 + curve for curve in steep]):
+        with pytest.raises(ValueError, match="damage curve"):
+            allocate(combed, score(combed), budget, curves=Curves(tuple(wrong)))
+
+
+def test_groups_that_do_the_same_compete_among_themselves() -> None:
+    """Two blocks alike, one of them ten times as strong, and a group of another kind, which loses its share."""
+    text = (
+        "(float[1, 3, 9, 9] x, float[16, 3, 3, 3] w, float[20, 16, 1, 1] a, float[16, 20, 1, 1] b, float[20, 16, 1, 1] c,"
+        " float[16, 20, 1, 1] d, float[16, 4] v) => (float[1, 4] y) { s = Conv(x, w) h = Conv(s, a) i = Relu(h)"
+        " j = Conv(i, b) k = Add(s, j) l = Conv(k, c) m = Relu(l) n = Conv(m, d) o = Add(k, n)"
+        " p = GlobalAveragePool(o) f = Flatten(p) y = MatMul(f, v) }"
+    )
+    combed = comb(from_text(text))
+    by_name = {group.name: group for group in combed.groups}
+    assert combed.dependency(by_name["a"]) == combed.dependency(by_name["c"]) != combed.dependency(by_name["w"])
+    scores = [
+        np.linspace(1, 2, len(g)) if g.name != "c" else np.r_[np.zeros(15), np.full(5, 9.0)] for g in combed.groups
+    ]
+    allocation = allocate(combed, scores, Allocate(channels=0.5, spread="isomorphic").budget)
+    left = {g.name: 1 - len(r) / len(g) for g, r in zip(combed.groups, allocation.removed, strict=True)}
+    assert left["c"] < left["a"]
+    assert (left["a"] + left["c"]) / 2 == pytest.approx(left["w"], abs=0.05)
+
+
+def test_a_multiple_holds_for_depthwise_convolutions() -> None:
+    model = from_text(
+        "(float[1, 3, 8, 8] x, float[20, 3, 3, 3] w, float[20, 1, 3, 3] d, float[2, 20, 1, 1] v) => (float[1, 2, 4, 4] y)"
+        " { a = Conv(x, w) b = Conv<group=20>(a, d) y = Conv(b, v) }"
+    )
+    _, allocation = chosen(model, "channels", 0.6, multiple=8)
+    assert [len(removed) for removed in allocation.removed] == [12]
+
+
 def test_costs_are_those_of_the_pruned_file() -> None:
     state = cpd.run("comb, score, allocate{macs=0.4}, prune", wide())
     again = comb(state.model.complete_proto())
-    before = allocate(again, score(again), Budget("channels", 0.9)).before
+    before = allocate(again, score(again), Allocate(channels=0.9).budget).before
     assert state.allocation is not None
     assert (before.macs, before.params) == (state.allocation.after.macs, state.allocation.after.params)
 
@@ -105,11 +212,19 @@ def test_keep_that_matches_nothing_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"kind": "latency"}, {"fraction": 0.0}, {"fraction": 1.5}, {"spread": "odd"}, {"multiple": 0}]
+    "options",
+    [
+        {"macs": 0.0},
+        {"macs": 1.5},
+        {"macs": 0.5, "params": 0.5},
+        {"min_share": 0.9, "max_share": 0.5},
+        {"spread": "odd"},
+        {"multiple": 0},
+    ],
 )
 def test_senseless_budget(options: dict[str, object]) -> None:
     with pytest.raises(cpd.TargetError):
-        Budget(**options)  # type: ignore[arg-type]
+        _ = Allocate(**options).budget  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def test_bad_files_get_one_clear_line(
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (["--target", "latency=0.5"], "channels, macs, params"),
+        (["--target", "speed=0.5"], "channels, macs, params, bytes, latency"),
         (["--target", "macs=0"], "above 0"),
         (["--keep", "nothing*"], "matches no group"),
         (["--multiple", "0"], "1 or more"),

@@ -7,6 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from cpd_onnx.cli import main
 from cpd_onnx.data import ArraySource
 from cpd_onnx.errors import DataError
 from cpd_onnx.graph import Model, load
@@ -245,3 +246,32 @@ def test_as_passes():
     assert state.repaired["fitted"]
     with pytest.raises(DataError, match="a repair looks at samples"):
         run("comb, score, allocate, prune, repair", residual())
+
+
+def test_rounds_repair_each_and_are_proved_at_the_end():
+    data, model = ArraySource(inputs()), residual()
+    state = run("iterate{macs=0.5,rounds=2,repair_samples=64}, verify", model, data=data)
+    assert state.budget["rounds"] == 2
+    assert state.verification.passed
+    assert state.allocation.after.macs <= 0.55 * state.allocation.before.macs
+    left = next(iter(state.model.graph.initializer)).dims[0]
+    assert left == 8 - len(state.allocation.removed[0])
+
+
+def test_prune_with_data_repairs_unless_told_otherwise(tmp_path, capsys):
+    residual().save(tmp_path / "model.onnx")
+    np.savez(tmp_path / "data.npz", **inputs())
+    common = ["prune", str(tmp_path / "model.onnx"), "--target", "macs=0.5", "--data", str(tmp_path / "data.npz")]
+    assert main([*common, "-o", str(tmp_path / "fixed.onnx")]) == 0
+    assert "weights fitted to the original" in capsys.readouterr().out
+    assert main([*common, "-o", str(tmp_path / "raw.onnx"), "--no-repair"]) == 0
+    assert main([*common, "-o", str(tmp_path / "twice.onnx"), "--rounds", "2"]) == 0
+    unseen = inputs(seed=2)
+    want = made(residual(), unseen)
+    errors = [np.square(made(load(tmp_path / f"{n}.onnx"), unseen) - want).mean() for n in ("fixed", "raw", "twice")]
+    assert max(errors[0], errors[2]) < 0.5 * errors[1]
+    for name in ("fixed", "raw", "twice"):
+        assert main(["verify", str(tmp_path / "model.onnx"), str(tmp_path / f"{name}.onnx")]) == 0
+    capsys.readouterr()
+    assert main(["prune", str(tmp_path / "model.onnx"), "-o", str(tmp_path / "x.onnx"), "--repair"]) == 1
+    assert "a repair looks at samples: give --data" in capsys.readouterr().err

@@ -30,7 +30,7 @@ from cpd_onnx.data import LABELS, ArraySource
 from cpd_onnx.errors import CpdError, StoppedError, TargetError
 from cpd_onnx.graph import load
 from cpd_onnx.metrics import evaluate, open_session
-from cpd_onnx.passes import interleave
+from cpd_onnx.passes import iterate
 from cpd_onnx.passes.distill import DistillResult, Overlap, Progress, Traces, Watched, distill
 from cpd_onnx.passes.interleave import Interleave
 from cpd_onnx.passes.score import score
@@ -388,7 +388,7 @@ def test_rounds_share_one_plan(tmp_path: Path, rounds: int) -> None:
 def test_what_went_stays_away_and_what_was_trained_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second round sees the values of the first, in a model of the original size."""
     seen: list[Any] = []
-    monkeypatch.setattr(interleave, "score", lambda combed, *a, **k: seen.append(combed) or score(combed, *a, **k))
+    monkeypatch.setattr(iterate, "score", lambda combed, *a, **k: seen.append(combed) or score(combed, *a, **k))
     folder = Path(cpd.__file__).parent / "models"
     data = {k: v[:64] for k, v in np.load(folder / "digits_train.npz").items() if k != LABELS}
     model = cpd.load(folder / "digits.onnx")

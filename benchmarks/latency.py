@@ -1,0 +1,190 @@
+"""Half of the latency, asked of ten architectures: what is predicted, what is measured, what work is left.
+
+    python benchmarks/latency.py --models ZOO/torchscript [--peer-python TORCH] [--out FILE] [--table]
+
+For each model a cost table is measured, the channels are chosen by `l2` with the default spread for a latency target,
+and the model that comes out is timed beside the original anew, for longer than the allocation did. "gain" is the
+speed-up in latency over that in MACs: at 1, the multiply-accumulates that went are paid back in time. onnxruntime on the
+CPU, one thread; the models have random weights and small inputs, and take --batch samples where they leave that open.
+
+TORCH is a Python with what made the models (benchmarks/zoo) and torch-pruning: it prunes each by the same share of all
+layers, at several shares and with round_to as it is and at 8, and exports them; they are timed beside the same original.
+"peer" is what it leaves of the multiply-accumulates at the latency that ours was measured at, between two shares by a
+straight line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from cpd_onnx.cost import CostModel
+from cpd_onnx.errors import CpdError
+from cpd_onnx.graph import load
+from cpd_onnx.kept import Kept
+from cpd_onnx.latency import Clock
+from cpd_onnx.passes.allocate import Allocate
+from cpd_onnx.passes.comb import comb
+from cpd_onnx.passes.score import score
+
+ARCHITECTURES = (
+    "resnet50", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "convnext_tiny", "vit_16", "swin_t",
+    "segformer", "yolov8_like", "unet_transpose", "bert",
+)  # fmt: skip  # a table
+
+
+def measure(path: Path, target: float, batch: int | None, seconds: float, python: str | None) -> dict[str, Any]:
+    """One row."""
+    combed = comb(load(path))
+    scores = score(combed)
+    started = time.perf_counter()
+    try:
+        chooser = Allocate(latency=target, latency_batch=batch).chooser(combed)
+    except CpdError:  # it takes a fixed number of samples
+        chooser = Allocate(latency=target).chooser(combed)
+    tabled = time.perf_counter()
+    chosen = chooser(combed, scores)
+    done = time.perf_counter()
+    clock, table = chooser.clock, chooser.table
+    assert clock is not None
+    assert table is not None
+    latency = clock.ratio(chosen.channels(combed), seconds)
+    macs = chosen.after.macs / chosen.before.macs
+    inputs = {name: list(array.shape) for name, array in clock.feed.items()}
+    row = {
+        "inputs": inputs, "ms": table.ms, "asked": target, "predicted": chosen.latency["predicted"],
+        "in the loop": chosen.latency["measured"], "measured": latency, "macs": macs, "gain": macs / latency,
+        "table seconds": tabled - started, "loop seconds": done - tabled, "notes": list(chosen.notes),
+    }  # fmt: skip  # a row
+    if python is not None:
+        row["peer"] = peer(python, path.name.split(".")[0], clock, latency, chosen.before.macs)
+    return row
+
+
+PEER_SECONDS = 30
+PEER = """
+import json, sys, warnings
+sys.path.insert(0, sys.argv[1])
+import torch, torch_pruning as tp
+from torch import nn
+from torch_models import all_nets
+warnings.simplefilter("ignore")
+torch.set_num_threads(1)
+name, folder, batch = sys.argv[2], sys.argv[3], int(sys.argv[4])
+net = next(n for n in all_nets() if n.name == name)
+for round_to in (None, 8):
+    for ratio in (0.15, 0.3, 0.45, 0.6):
+        torch.manual_seed(0)
+        module, inputs = net.make().eval(), net.args(batch=batch)
+        with torch.no_grad():
+            found = module(*inputs)
+        ends = {s for o in (found if isinstance(found, (tuple, list)) else [found]) for s in (o.shape[1], o.shape[-1])}
+        heads = [m for m in module.modules() if (isinstance(m, nn.Linear) and m.out_features in ends)
+                 or (isinstance(m, nn.Conv2d) and m.out_channels in ends)]
+        importance = tp.importance.MagnitudeImportance(p=2)
+        try:
+            tp.pruner.MagnitudePruner(module, inputs, importance=importance, pruning_ratio=ratio, round_to=round_to,
+                                      ignored_layers=heads).step()
+            path = f"{folder}/{round_to}-{ratio}.onnx"
+            torch.onnx.export(module, inputs, path, dynamo=False, opset_version=17, input_names=list(net.inputs))
+            print(json.dumps([round_to, ratio, path]), flush=True)
+        except Exception as error:
+            print(json.dumps([round_to, ratio, {"error": f"{type(error).__name__}: {str(error)[:100]}"}]), flush=True)
+            break
+"""
+
+
+def peer(python: str, name: str, clock: Clock, latency: float, before: float) -> dict[str, Any]:
+    """What torch-pruning leaves of the multiply-accumulates at a latency, by its rounding of widths."""
+    found: dict[str, list[tuple[float, float]]] = {"None": [(1.0, 1.0)], "8": [(1.0, 1.0)]}
+    result: dict[str, Any] = {}
+    batch = next(len(array) for array in clock.feed.values())
+    with tempfile.TemporaryDirectory() as folder:
+        command = [python, "-c", PEER, str(Path(__file__).parent / "zoo"), name, folder, str(batch)]
+        try:
+            done = subprocess.run(command, capture_output=True, timeout=PEER_SECONDS, check=False).stdout
+        except subprocess.TimeoutExpired as late:
+            done = late.stdout or b""
+        lines = done.decode().splitlines()
+        for round_to, _, path in (json.loads(line) for line in lines if line.startswith("[")):
+            if isinstance(path, dict):
+                result[f"round_to={round_to}"] = path
+                continue
+            combed = comb(load(path))
+            samples = batch / combed.folded.batch if clock.setting.batch is not None else 1  # its batch is fixed
+            macs = CostModel(combed).total(Kept(combed.atoms)).macs / samples / before
+            try:
+                found[str(round_to)].append((clock.ratio_of(load(path), 1.0), macs))
+            except CpdError as error:
+                result[f"round_to={round_to}"] = {"error": str(error)[:100]}
+    for round_to, points in found.items():
+        points.sort()
+        if len(points) > 1:
+            macs = float(np.interp(latency, *zip(*points, strict=True))) if points[0][0] <= latency else None
+            result[f"round_to={round_to}"] = {"macs": macs, "points": points}
+    return result
+
+
+def show(content: dict[str, Any]) -> None:
+    print("| model | ms | asked | predicted | measured | MACs left | gain | peer, peer at 8 | table + loop, s |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name, row in content["rows"].items():
+        if "error" in row:
+            print(f"| {name} | {row['error']} |")
+            continue
+        cells = (f"{row[key]:.3f}" for key in ("asked", "predicted", "measured", "macs"))
+        seconds = f"{row['table seconds']:.0f} + {row['loop seconds']:.0f}"
+        peers = (row.get("peer", {}).get(f"round_to={n}", {}).get("macs") for n in (None, 8))
+        told = ", ".join("-" if macs is None else f"{macs:.3f}" for macs in peers)
+        print(f"| {name} | {row['ms']:.2f} | {' | '.join(cells)} | {row['gain']:.2f} | {told} | {seconds} |")
+    rows = [row for row in content["rows"].values() if "error" not in row]
+    missed = [abs(row["measured"] / row["asked"] - 1) for row in rows]
+    print(f"\nwithin 5 %: {sum(m <= 0.05 for m in missed)} of {len(content['rows'])}; ", end="")
+    print(f"gain in the median: {statistics.median(row['gain'] for row in rows):.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, help="folder of exported models")
+    parser.add_argument("--peer-python", help="one with torch-pruning")
+    parser.add_argument("--names", nargs="*", default=ARCHITECTURES)
+    parser.add_argument("--target", type=float, default=0.5)
+    parser.add_argument("--batch", type=int, default=8, help="where the model leaves it open (default: 8)")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of timing at the end (default: 6)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "latency.json")
+    parser.add_argument("--table", action="store_true", help="only print what is in the file")
+    options = parser.parse_args()
+    if options.table:
+        show(json.loads(options.out.read_text()))
+        return
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    machine = {"cpus": os.cpu_count(), "system": platform.platform(), "onnxruntime": ort.__version__}
+    content: dict[str, Any] = {
+        "command": f"python benchmarks/latency.py {' '.join(sys.argv[1:])}", "machine": machine, "commit": commit,
+        "rows": {},
+    }  # fmt: skip  # a record
+    for name in options.names:
+        path = next(iter(sorted(options.models.glob(f"{name}.*onnx"), key=lambda p: len(p.name))))
+        try:
+            content["rows"][name] = measure(path, options.target, options.batch, options.seconds, options.peer_python)
+        except CpdError as error:
+            content["rows"][name] = {"error": str(error)}
+        options.out.write_text(json.dumps(content, indent=1) + "\n")
+        print(name, json.dumps(content["rows"][name]), file=sys.stderr)
+    show(content)
+
+
+if __name__ == "__main__":
+    main()

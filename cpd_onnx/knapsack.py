@@ -1,0 +1,228 @@
+"""Which width each group gets, so that a budget is met with the least damage: a multiple-choice knapsack.
+
+Damage is a sum over the groups, but what a width costs depends on the other groups' widths (a convolution costs the
+product of two). So the cost is linearised around the present widths, the knapsack that results is solved but for one
+step (Sinha and Zoltners, The Multiple-Choice Knapsack Problem, Operations Research 1979), and this is done again around
+the answer, in steps small enough for the line to hold, until nothing gets better. What the linear cost got wrong, and
+what is left of the budget, exchanges of one or two groups on the true cost mend.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Floats: TypeAlias = npt.NDArray[np.float64]
+Counts: TypeAlias = npt.NDArray[np.int64]
+Cost: TypeAlias = Callable[[Counts], Floats]
+
+_CHOICES = 16
+"""Widths of a group that are looked at together; then those around the one that was taken."""
+
+_STEP = 0.85
+"""Share of the present cost that one step on the way to the target leaves."""
+_REACH = 2.0
+"""Factor by which a step may change a width, where a group has widths that near."""
+_ROUNDS = 8
+"""Linearisations at the target."""
+_EXCHANGES = 200
+_TRIED = 32
+"""Exchanges of two groups whose true cost is looked at in one round, best first."""
+_EPSILON = 1e-9
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """The choices of all groups in one row: whose they are, how wide, what they do; `starts` is where groups begin."""
+
+    owner: Counts
+    width: Counts
+    harm: Floats
+    starts: Counts
+    cost: Cost
+
+    def cost_of(self, chosen: Counts) -> float:
+        """Cost of one choice for each group."""
+        return float(self.cost(self.width[None, chosen])[0])
+
+    def damage_of(self, chosen: Counts) -> float:
+        """Summed damage of one choice for each group."""
+        return float(self.harm[chosen].sum())
+
+    def moves(self, chosen: Counts) -> Floats:
+        """How the cost changes if one group takes another choice, for all of them."""
+        rows = np.repeat(self.width[None, chosen], len(self.width), axis=0)
+        rows[np.arange(len(rows)), self.owner] = self.width
+        return self.cost(rows) - self.cost_of(chosen)
+
+
+def solve(widths: Sequence[Counts], damage: Sequence[Floats], cost: Cost, target: float) -> list[int]:
+    """Widths that cost at most `target` with little damage; the cheapest ones if none are that cheap.
+
+    Args:
+        widths: for each group those that it may have, ascending.
+        damage: for each group what each of these widths does, falling with the width, not negative.
+        cost: from rows of widths, a column for each group, to what they cost; grows with each width.
+        target: what the widths may cost.
+    """
+    least, most = ([int(w[place]) for w in widths] for place in (0, -1))
+    for extreme, enough in ((most, True), (least, False)):
+        if (float(cost(np.asarray([extreme]))[0]) <= target) == enough:
+            return extreme
+    scale = max(float(np.max(harm)) for harm in damage) or 1.0
+    harms = [harm / scale for harm in damage]
+    looked_at = [_spaced(0, len(w) - 1) for w in widths]
+    found = [len(w) - 1 for w in widths]
+    while True:
+        problem = _problem(widths, harms, looked_at, cost)
+        chosen = problem.starts + np.asarray(
+            [int(np.searchsorted(at, place)) for at, place in zip(looked_at, found, strict=True)]
+        )
+        chosen = _polished(problem, _at_target(problem, _descended(problem, chosen, target), target), target)
+        rows = list(zip(looked_at, (chosen - problem.starts).tolist(), strict=True))
+        found = [int(at[row]) for at, row in rows]
+        finer = [
+            _spaced(int(at[max(row - 1, 0)]), int(at[min(row + 1, len(at) - 1)]), int(at[row])) for at, row in rows
+        ]
+        if all(np.isin(new, old).all() for new, old in zip(finer, looked_at, strict=True)):
+            return [int(w[place]) for w, place in zip(widths, found, strict=True)]
+        looked_at = finer
+
+
+def _spaced(first: int, last: int, present: int | None = None) -> Counts:
+    """Some of the whole numbers from first to last, both and the present one among them."""
+    places = np.linspace(first, last, min(_CHOICES, last - first + 1)).round()
+    return np.unique(np.append(places, first if present is None else present)).astype(np.int64)
+
+
+def _problem(widths: Sequence[Counts], harms: Sequence[Floats], looked_at: Sequence[Counts], cost: Cost) -> _Problem:
+    lengths = [len(at) for at in looked_at]
+    return _Problem(
+        np.repeat(np.arange(len(lengths)), lengths),
+        np.concatenate([w[at] for w, at in zip(widths, looked_at, strict=True)]),
+        np.concatenate([harm[at] for harm, at in zip(harms, looked_at, strict=True)]),
+        np.cumsum([0, *lengths])[:-1],
+        cost,
+    )
+
+
+def _descended(problem: _Problem, chosen: Counts, target: float) -> Counts:
+    """From a choice that costs too much to one near the target, in steps small enough for the line to hold."""
+    while (now := problem.cost_of(chosen)) > target / _STEP:
+        after = _linear(problem, chosen, _STEP * now)
+        if problem.cost_of(after) >= now * (1 - _EPSILON):
+            break
+        chosen = after
+    return chosen
+
+
+def _at_target(problem: _Problem, chosen: Counts, target: float) -> Counts:
+    """The best choice within the target that linearisations around one another find."""
+    best, asked = problem.starts, target
+    if problem.cost_of(chosen) <= target:
+        best = chosen
+    least = problem.damage_of(best)
+    for _ in range(_ROUNDS):
+        after = _linear(problem, chosen, asked)
+        cost, damage = problem.cost_of(after), problem.damage_of(after)
+        if cost <= target and damage < least:
+            best, least = after, damage
+        settled = bool((after == chosen).all())
+        if settled and cost <= target:
+            break
+        asked -= max(0.0, cost - target)
+        chosen = after
+    return best
+
+
+def _linear(problem: _Problem, chosen: Counts, target: float) -> Counts:
+    """A choice near the present one that is optimal, but for the last step, if the cost were a sum over the groups.
+
+    From the cheapest widths on, the step is taken that spares the most damage for what it costs. Only steps along the
+    lower convex hull of a group's (cost, damage) are looked at, so that they come in order.
+    """
+    change = problem.moves(chosen)
+    reach = np.abs(np.log(problem.width / problem.width[chosen][problem.owner])) <= math.log(_REACH) + _EPSILON
+    place = np.arange(len(problem.width)) - chosen[problem.owner]
+    near = reach | (np.abs(place) <= 1)
+    after = np.empty_like(chosen)
+    steps: list[tuple[float, int, int, float]] = []
+    for group, choices in enumerate(np.split(np.arange(len(near)), problem.starts[1:])):
+        hull = _hull(choices[near[choices]].tolist(), change, problem.harm)
+        after[group] = hull[0]
+        for order, (low, high) in enumerate(itertools.pairwise(hull)):
+            price = float(change[high] - change[low])
+            spared = float(problem.harm[low] - problem.harm[high])
+            steps.append((-spared / max(price, _EPSILON * target), order, high, price))
+    room = target - problem.cost_of(chosen) - float(change[after].sum())
+    full: set[int] = set()
+    for _, _, high, price in sorted(steps):
+        group = int(problem.owner[high])
+        if group in full or price > room:
+            full.add(group)
+            continue
+        after[group], room = high, room - price
+    return after
+
+
+def _hull(choices: Sequence[int], cost: Floats, harm: Floats) -> list[int]:
+    """The choices on the lower convex hull, the cheapest one first."""
+    hull: list[int] = []
+    for choice in sorted(choices, key=lambda c: (cost[c], harm[c])):
+        if hull and harm[choice] >= harm[hull[-1]]:
+            continue
+        while len(hull) > 1 and _is_above(hull[-2], hull[-1], choice, cost, harm):
+            hull.pop()
+        hull.append(choice)
+    return hull
+
+
+def _is_above(first: int, middle: int, last: int, cost: Floats, harm: Floats) -> bool:
+    """Whether the middle one of three choices is not below the line through the others."""
+    left = (harm[middle] - harm[first]) * (cost[last] - cost[first])
+    return bool(left >= (harm[last] - harm[first]) * (cost[middle] - cost[first]))
+
+
+def _polished(problem: _Problem, chosen: Counts, target: float) -> Counts:
+    """Exchange the choice of one group or two while that lessens the damage within the target."""
+    for _ in range(_EXCHANGES):
+        change = problem.moves(chosen)
+        gain = problem.harm[chosen][problem.owner] - problem.harm
+        room = target - problem.cost_of(chosen)
+        better = np.flatnonzero((gain > _EPSILON) & (change <= room))
+        if len(better):
+            chosen = _moved(problem, chosen, int(better[np.argmax(gain[better])]))
+            continue
+        pair = _exchange(problem, chosen, change, gain, target)
+        if pair is None:
+            break
+        chosen = pair
+    return chosen
+
+
+def _exchange(problem: _Problem, chosen: Counts, change: Floats, gain: Floats, target: float) -> Counts | None:
+    """Widen one group and narrow another, if that lessens the damage within the target."""
+    room = target - problem.cost_of(chosen)
+    wider, narrower = np.flatnonzero(gain > _EPSILON), np.flatnonzero(change < 0)
+    net = gain[wider][:, None] + gain[narrower][None, :]
+    fits = change[wider][:, None] + change[narrower][None, :] <= room
+    other = problem.owner[wider][:, None] != problem.owner[narrower][None, :]
+    rows, columns = np.nonzero((net > _EPSILON) & fits & other)
+    best = np.argsort(-net[rows, columns], kind="stable")[:_TRIED]
+    for row, column in zip(rows[best].tolist(), columns[best].tolist(), strict=True):
+        tried = _moved(problem, _moved(problem, chosen, int(wider[row])), int(narrower[column]))
+        if problem.cost_of(tried) <= target:
+            return tried
+    return None
+
+
+def _moved(problem: _Problem, chosen: Counts, choice: int) -> Counts:
+    after = chosen.copy()
+    after[problem.owner[choice]] = choice
+    return after

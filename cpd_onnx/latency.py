@@ -1,0 +1,525 @@
+"""Latency as a cost: where the time of a model goes under onnxruntime, as a function of its widths.
+
+The model is its own benchmark, so that fusions, layouts and threads count as they are, and nothing is known here about
+operators. It is pruned to several dozen random widths, and each time onnxruntime's profiler tells what each kernel took
+and what shapes it saw. A size in these shapes that changes as an axis of the model does is that axis, rounded up to
+whole blocks of the kernel or not. So each kernel is known to depend on certain axes, and its time is fitted, with
+factors that are not negative, by products of their sizes.
+
+Kernels are fast at some widths only: a convolution may take twice as long at 63 channels as at 64. So the first of
+these widths are, in turn, multiples of 1, 2, 4, … and of no more, at about the same shares: what a group's kernels take
+in each turn, compared with their share of the original's work, says which multiple its widths should be of. Only such
+widths are looked at further.
+
+While a model runs, so does the original in between: what else the machine does then slows both, and is divided out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import platform
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+from scipy.optimize import nnls
+
+from cpd_onnx.bench import Setting
+from cpd_onnx.cost import Floats, Term
+from cpd_onnx.errors import DataError, TargetError, UnsupportedError
+from cpd_onnx.graph import Array, Model, write_atomically
+from cpd_onnx.groups import Combed, Group
+from cpd_onnx.kept import Kept
+from cpd_onnx.rewrite import rewrite
+from cpd_onnx.runtime import execute, interleaved, open_model, working_feeds
+from cpd_onnx.widths import is_width
+
+FORMAT = "cpd-onnx/latency"
+VERSION = 1
+MULTIPLES = (1, 2, 4, 8, 16, 32)
+"""Of which widths are tried."""
+
+_BLOCKS = (1, 2, 4, 8, 16, 32, 64)
+"""To whose multiples a kernel may round a width up."""
+_TURNS = 3
+"""Times that each multiple is tried."""
+_SAMPLES = 20
+"""Widths that the kernels' times are fitted to."""
+_SHARES = (0.3, 0.95)
+"""Of each group's channels that stay when multiples are compared."""
+_LEAST_SHARE = 0.2
+"""Of the widths that times are fitted to."""
+_NEARLY = 1.06
+"""A multiple this near to the fastest one is as good."""
+_SLOW = 1.5
+"""A group stays whole if its fastest smaller widths are that much slower, for their work, than where it was whole."""
+_SHRINK = 0.05
+"""Share of the whole time by which what a group says is mixed with what all groups say."""
+_WATCHED_SECONDS, _LEAST_RUNS, _MOST_RUNS = 0.12, 5, 60
+"""How long each model runs under the profiler, and again without it."""
+_FITTED_AXES = 3
+"""Axes of a kernel all products of which are fitted; of more, only the product of all."""
+
+Observer: TypeAlias = Callable[[int, int], None]
+"""Called with the number of models that have been measured, and how many it will be."""
+_Times: TypeAlias = "dict[str, _Kernel]"
+_Axis: TypeAlias = tuple[str, str, int]
+"""Scope path, name of the tensor, number of the axis."""
+
+
+@dataclass(frozen=True)
+class KernelCost:
+    """What one kernel takes.
+
+    Attributes:
+        name: as onnxruntime has it.
+        operator: likewise.
+        ms: in the original.
+        error: root of the mean squared difference of fit and measurement, relative to the mean.
+        terms: milliseconds, and the axes (scope path, tensor, number) whose sizes they are multiplied by.
+    """
+
+    name: str
+    operator: str
+    ms: float
+    error: float
+    terms: tuple[tuple[float, tuple[_Axis, ...]], ...]
+
+
+@dataclass(frozen=True)
+class GroupWidths:
+    """Which multiples a group's widths should be of; `slowdown` is what each multiple costs, relative to its work."""
+
+    name: str
+    size: int
+    multiple: int
+    slowdown: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """What a model takes on one machine for any widths.
+
+    Attributes:
+        sha256: of the model.
+        setting: under what conditions it was measured.
+        ms: a run of the original, without the profiler.
+        rest: milliseconds between kernels, and in those that are not there at all widths.
+        unattributed: share of the kernels' time that no axis accounts for.
+        groups: which widths are worth looking at.
+        kernels: what each kernel takes.
+        machine: what it was measured on.
+    """
+
+    sha256: str
+    setting: Setting
+    ms: float
+    rest: float
+    unattributed: float
+    groups: tuple[GroupWidths, ...]
+    kernels: tuple[KernelCost, ...]
+    machine: Mapping[str, Any] = field(default_factory=dict)
+
+    def multiples(self, combed: Combed) -> dict[int, int]:
+        """For each group the multiple of its widths, by id; ValueError if the groups are not those of the table."""
+        known = {(g.name, g.size): g.multiple for g in self.groups}
+        if set(known) != {(g.name, len(g)) for g in combed.groups}:
+            raise ValueError("the cost table has other groups than the model")
+        return {g.id: known[(g.name, len(g))] for g in combed.groups}
+
+    def finer(self, halvings: int) -> CostTable:
+        """The same with multiples halved so many times, for targets that need narrower widths than the fast ones.
+
+        Groups that should stay whole then have the fastest of their smaller widths.
+        """
+        return replace(self, groups=tuple(_halved(group, halvings) for group in self.groups)) if halvings else self
+
+    def terms(self, combed: Combed) -> list[Term]:
+        """Milliseconds as a sum over products of axes."""
+        axes = {(path, name): tensor.axes or [] for (path, name), tensor in combed.tensors.items()}
+        made: list[Term] = [(self.rest, ())]
+        for kernel in self.kernels:
+            for ms, places in kernel.terms:
+                made.append((ms, tuple(axes[(path, name)][number] for path, name, number in places)))
+        return made
+
+    def require(self, model: Model) -> None:
+        """Raise DataError if the table is of another model."""
+        if self.sha256 != model.sha256():
+            raise DataError(
+                f"the cost table belongs to another file: it names sha256 {self.sha256[:12]}…, "
+                f"this one has {model.sha256()[:12]}…"
+            )
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as plain values, with format and version."""
+        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+
+    def save(self, path: Path) -> None:
+        """Write the table as JSON."""
+        write_atomically(path, (json.dumps(self.as_json(), indent=1) + "\n").encode())
+
+
+def _halved(group: GroupWidths, halvings: int) -> GroupWidths:
+    multiple = group.multiple
+    if multiple == group.size and group.slowdown:
+        multiple, halvings = min(group.slowdown, key=group.slowdown.__getitem__), halvings - 1
+    return replace(group, multiple=max(1, multiple >> halvings))
+
+
+def load_table(path: Path) -> CostTable:
+    """Read a cost table; raises DataError if the file is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if (content["format"], content["version"]) != (FORMAT, VERSION):
+            raise DataError(f"{path} is no {FORMAT} of version {VERSION}")
+        kernels = tuple(
+            KernelCost(**{**k, "terms": tuple((float(ms), tuple(map(tuple, axes))) for ms, axes in k["terms"])})
+            for k in content["kernels"]
+        )
+        groups = tuple(
+            GroupWidths(**{**g, "slowdown": {int(m): s for m, s in g["slowdown"].items()}}) for g in content["groups"]
+        )
+        names = ("sha256", "ms", "rest", "unattributed", "machine")
+        return CostTable(
+            **{name: content[name] for name in names},
+            setting=Setting(**content["setting"]),
+            groups=groups,
+            kernels=kernels,
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is no cost table: {type(error).__name__}: {error}") from error
+
+
+class Clock:
+    """Measures models pruned to any channels beside the original."""
+
+    def __init__(
+        self, combed: Combed, setting: Setting, input_shapes: Mapping[str, Sequence[int]] | None = None
+    ) -> None:
+        """Open the original; raises UnsupportedError if onnxruntime does not run it so."""
+        self.combed, self.setting, self._shapes = combed, setting, input_shapes
+        self.feed = _feed(combed, setting.batch)
+        self._original = self.session(combed.folded.model)
+
+    def pruned(self, channels: npt.NDArray[np.int64]) -> Model:
+        """The model without some primitive atoms."""
+        kept = Kept(self.combed.atoms)
+        kept.remove(channels)
+        return rewrite(self.combed, kept, self._shapes).model
+
+    def session(self, model: Model, profile: Path | None = None) -> ort.InferenceSession:
+        """Open a model under the setting."""
+        return open_model(model, threads=self.setting.threads, provider=self.setting.provider, profile=profile)
+
+    def ratio(self, channels: npt.NDArray[np.int64], seconds: float = 2.0) -> float:
+        """Median time of the model without some primitive atoms over that of the original, in interleaved rounds."""
+        return self.ratio_of(self.pruned(channels), seconds)
+
+    def ratio_of(self, model: Model, seconds: float = 2.0) -> float:
+        """The same of any model that takes the original's inputs."""
+        times = interleaved([self._original, self.session(model)], self.feed, seconds)
+        return float(np.median(times[1]) / np.median(times[0]))
+
+    def profile(self, model: Model) -> tuple[_Times, float, float]:
+        """What each kernel of a model takes with the shapes that it sees; milliseconds of the model and the original.
+
+        The profiler slows each kernel by about as much: by so much that without it they take what the model takes when
+        nobody looks.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            session = self.session(model, Path(folder) / "trace")
+            _, first = self._in_turns(session)
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+        taken, meanwhile = self._in_turns(session)
+        speed = _typical(meanwhile, len(meanwhile)) / _typical(first, len(first))
+        kernels = _kernels(events, len(first))
+        ms = _typical(taken, len(taken))
+        watching = _watching([speed * kernel.ms for kernel in kernels.values()], ms)
+        times = {name: replace(k, ms=max(0.0, speed * k.ms - watching)) for name, k in kernels.items()}
+        return times, ms, _typical(meanwhile, len(meanwhile))
+
+    def _in_turns(self, session: ort.InferenceSession) -> tuple[list[float], list[float]]:
+        """Milliseconds of some runs of a model, and of the original in between; the first one warms up."""
+        execute(session, self.feed)
+        taken: list[list[float]] = [[], []]
+        until = time.perf_counter() + _WATCHED_SECONDS
+        while len(taken[0]) < _LEAST_RUNS or (len(taken[0]) < _MOST_RUNS and time.perf_counter() < until):
+            for each, ms in zip((session, self._original), taken, strict=True):
+                start = time.perf_counter()
+                execute(each, self.feed)
+                ms.append(1e3 * (time.perf_counter() - start))
+        return taken[0], taken[1]
+
+
+def measure_table(clock: Clock, *, seed: int = 0, observer: Observer | None = None) -> CostTable:
+    """Measure what a model takes as a function of its widths.
+
+    Raises TargetError if it has no groups, UnsupportedError if onnxruntime does not run it.
+    """
+    combed = clock.combed
+    if not combed.groups:
+        raise TargetError("nothing can be pruned in this model, so its time cannot be less")
+    made = _Samples(clock, observer)
+    rng = np.random.default_rng(seed)
+    made.add(np.asarray([len(g) for g in combed.groups]))
+    turns: dict[int, list[int]] = defaultdict(list)
+    for _ in range(_TURNS):
+        shares = rng.uniform(*_SHARES, len(combed.groups))
+        for multiple in MULTIPLES:
+            turns[multiple].append(made.add(np.asarray(list(_strict(combed, multiple, shares)))))
+    groups = _fast_widths(made, turns)
+    least = [_nearest(g.size, g.multiple, 0.0) for g in groups]
+    fitted = [0, made.add(np.asarray(least))]
+    for _ in range(_SAMPLES):
+        share = rng.uniform(_LEAST_SHARE, 1.0)
+        shares = np.clip(share + rng.uniform(-0.4, 0.4, len(groups)), _LEAST_SHARE, 1.0)
+        widths = [_nearest(g.size, g.multiple, s) for g, s in zip(groups, shares, strict=True)]
+        fitted.append(made.add(np.asarray(widths)))
+    kernels, unknown = _fitted(made, fitted)
+    names = {kernel.name for kernel in kernels}
+    known = [sum(k.ms for name, k in made.times[s].items() if name in names) for s in fitted]
+    rest = max(0.0, float(np.median([made.ms[s] - accounted for s, accounted in zip(fitted, known, strict=True)])))
+    return CostTable(
+        combed.folded.model.sha256(),
+        clock.setting,
+        made.ms[0],
+        rest,
+        unknown,
+        tuple(groups),
+        tuple(kernels),
+        _machine(),
+    )
+
+
+def _machine() -> dict[str, Any]:
+    return {"cpus": os.cpu_count(), "system": platform.platform(), "onnxruntime": ort.__version__}
+
+
+def _feed(combed: Combed, batch: int | None) -> dict[str, Array]:
+    """Inputs that the model accepts, with so many samples if it leaves their number open."""
+    folded = combed.folded
+    feed = next(working_feeds(folded, open_model(folded.model, threads=1), 1))
+    if batch is None:
+        return feed
+    shapes = {name: folded.scope.values[name].shapes for name in feed}
+    free = [n for n, s in shapes.items() if s and s[0] and len({shape[0] for shape in s}) > 1]
+    if not free:
+        raise UnsupportedError(f"the model takes a fixed number of samples at a time: leave out the batch of {batch}")
+    return {name: np.resize(x, (batch, *x.shape[1:])) if name in free else x for name, x in feed.items()}
+
+
+# What the profiler says.
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """One kernel in one model: its operator, milliseconds in a run, and all sizes in its shapes."""
+
+    operator: str
+    ms: float
+    sizes: tuple[int, ...]
+
+
+def _kernels(events: Sequence[Mapping[str, Any]], runs: int) -> _Times:
+    """Kernels by name, of so many runs."""
+    taken: dict[str, list[float]] = defaultdict(list)
+    about: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            name, facts = event["name"].removesuffix("_kernel_time"), event["args"]
+            taken[name].append(event["dur"] / 1e3)
+            shapes = [*facts.get("input_type_shape", []), *facts.get("output_type_shape", [])]
+            about[name] = (facts["op_name"], tuple(n for typed in shapes for dims in typed.values() for n in dims))
+    return {name: _Kernel(about[name][0], _typical(ms, runs), about[name][1]) for name, ms in taken.items()}
+
+
+def _typical(ms: Sequence[float], runs: int) -> float:
+    """Milliseconds in a run of what runs once or, in a loop, several times in each; the faster half counts.
+
+    The other runs warm up or meet with something else that the machine does.
+    """
+    each = (
+        np.sort(np.asarray(ms[len(ms) % runs :]).reshape(runs, -1).sum(axis=1)) if len(ms) >= runs else np.asarray(ms)
+    )
+    return float(each[: max(1, len(each) // 2)].mean())
+
+
+def _watching(kernels: Sequence[float], ms: float) -> float:
+    """Milliseconds that the profiler adds to each kernel: without them the kernels take what the whole model takes."""
+    low, high = 0.0, max(kernels, default=0.0)
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(max(0.0, each - middle) for each in kernels) > ms else (low, middle)
+    return low
+
+
+class _Samples:
+    """The models that were measured: widths of the groups, kernels, and sizes of all axes, one row each."""
+
+    def __init__(self, clock: Clock, observer: Observer | None) -> None:
+        self.clock, self.combed, self.observer = clock, clock.combed, observer
+        self.order = [np.random.default_rng(g.id).permutation(g.channels) for g in self.combed.groups]
+        self.kept = Kept(self.combed.atoms)
+        self.axes = list(_variable_axes(self.combed))
+        self.widths: list[npt.NDArray[np.int64]] = []
+        self.times: list[_Times] = []
+        self.rows: list[list[int]] = []
+        self.ms: list[float] = []
+        self.original = 0.0
+        self._known: dict[Any, tuple[int, ...]] = {}
+
+    def add(self, widths: npt.NDArray[np.int64]) -> int:
+        """Measure one choice of widths; its number."""
+        gone = np.concatenate([order[width:] for order, width in zip(self.order, widths.tolist(), strict=True)])
+        model = self.clock.pruned(gone) if len(gone) else self.combed.folded.model
+        times, ms, meanwhile = self.clock.profile(model)
+        self.original = self.original or meanwhile
+        speed = self.original / meanwhile
+        self.times.append({name: replace(kernel, ms=speed * kernel.ms) for name, kernel in times.items()})
+        self.ms.append(speed * ms)
+        self.kept.remove(gone)
+        self.rows.append([self.kept.count(axis) for _, axis in self.axes])
+        self.widths.append(widths)
+        if self.observer is not None:
+            self.observer(len(self.times), 2 + _TURNS * len(MULTIPLES) + _SAMPLES)
+        return len(self.times) - 1
+
+    def places(self, name: str) -> tuple[int, ...]:
+        """Places of the axes that a kernel's sizes follow, each once; from all models that have the kernel."""
+        having = [s for s, times in enumerate(self.times) if name in times]
+        seen = [self.times[s][name].sizes for s in having]
+        if len({len(sizes) for sizes in seen}) != 1:
+            return ()
+        sizes = np.asarray(seen).reshape(len(seen), -1)
+        varying = np.unique(sizes[:, (sizes != sizes[:1]).any(axis=0)], axis=1)
+        rows = np.asarray(self.rows)[having]
+        found = dict.fromkeys(self._place(rows, column, tuple(having)) for column in varying.T)
+        return tuple(place for place in found if place is not None)
+
+    def _place(self, rows: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], having: tuple[int, ...]) -> int | None:
+        """The first axis that is as long as the sizes say in all models, rounded up to blocks or not."""
+        key = (having, tuple(sizes.tolist()))
+        if key not in self._known:
+            matches = (np.flatnonzero((-(-rows // b) * b == sizes[:, None]).all(axis=0)) for b in _BLOCKS)
+            self._known[key] = next((tuple(m[:1].tolist()) for m in matches if len(m)), ())
+        return next(iter(self._known[key]), None)
+
+
+def _variable_axes(combed: Combed) -> Iterator[tuple[_Axis, npt.NDArray[np.int64]]]:
+    """All axes of tensors that channels can go from, each array once."""
+    seen: set[int] = set()
+    for (path, name), tensor in combed.tensors.items():
+        for number, axis in enumerate(tensor.axes or []):
+            if id(axis) not in seen and not combed.atoms.all_frozen(axis):
+                seen.add(id(axis))
+                yield (path, name, number), axis
+
+
+# Which widths are fast.
+
+
+def _strict(combed: Combed, multiple: int, shares: Floats) -> Iterator[int]:
+    """Widths near shares of the groups that are multiples of one number and of no higher one that is tried."""
+    for group, share in zip(combed.groups, shares, strict=True):
+        step = multiple if multiple == MULTIPLES[-1] else 2 * multiple
+        widths = [*range(multiple, len(group), step)] or [len(group)]
+        yield _closest(widths, share * len(group))
+
+
+def _nearest(size: int, multiple: int, share: float) -> int:
+    widths = [*range(multiple, size, multiple), size]
+    return _closest(widths, share * size)
+
+
+def _closest(widths: Sequence[int], wish: float) -> int:
+    return widths[int(np.argmin(np.abs(np.asarray(widths) - wish)))]
+
+
+def _fast_widths(made: _Samples, turns: Mapping[int, Sequence[int]]) -> list[GroupWidths]:
+    """For each group the smallest multiple at which its kernels are about as fast as at any, for the work they do."""
+    count = len(made.combed.groups)
+    owners = _owners(made)
+    took, work = np.zeros((len(MULTIPLES), count + 1)), np.zeros((len(MULTIPLES), count + 1))
+    original = made.times[0]
+    for row, multiple in enumerate(MULTIPLES):
+        for sample in turns[multiple]:
+            for name, kernel in made.times[sample].items():
+                took[row, [*_groups(made, owners, name), count]] += kernel.ms
+            for name, kernel in original.items():
+                places = list(made.places(name))
+                left = np.prod(np.asarray(made.rows[sample])[places] / np.asarray(made.rows[0])[places])
+                work[row, [*_groups(made, owners, name), count]] += kernel.ms * left
+    mixed = _SHRINK * work[:, count]
+    slowdown = (took[:, :count] + (mixed * took[:, count] / work[:, count])[:, None]) / (
+        work[:, :count] + mixed[:, None]
+    )
+    return [_group_widths(made.combed, group, slowdown[:, group.id]) for group in made.combed.groups]
+
+
+def _group_widths(combed: Combed, group: Group, slowdown: Floats) -> GroupWidths:
+    """The multiple for one group; where all smaller widths are slow, its size."""
+    size = len(group)
+    possible = {m: round(float(s), 3) for m, s in zip(MULTIPLES, slowdown, strict=True) if m < size}
+    if not possible or not is_width(combed, group):
+        return GroupWidths(group.name, size, 1, possible)
+    least = min(possible.values())
+    if least > _SLOW * float(slowdown.min()):
+        return GroupWidths(group.name, size, size, possible)
+    good = [multiple for multiple, slow in possible.items() if slow <= _NEARLY * least]
+    return GroupWidths(group.name, size, good[0], possible)
+
+
+def _owners(made: _Samples) -> list[tuple[int, ...]]:
+    """The groups that each axis hangs on."""
+    owner = np.full(len(made.combed.atoms), -1, np.int64)
+    for group in made.combed.groups:
+        owner[group.channels] = group.id
+    parts = (owner[made.combed.atoms.parts(axis)].ravel().tolist() for _, axis in made.axes)
+    return [tuple(sorted(set(found) - {-1})) for found in parts]
+
+
+def _groups(made: _Samples, owners: Sequence[tuple[int, ...]], name: str) -> list[int]:
+    return sorted({group for place in made.places(name) for group in owners[place]})
+
+
+# How long kernels take.
+
+
+def _fitted(made: _Samples, samples: Sequence[int]) -> tuple[list[KernelCost], float]:
+    """What each kernel takes, and the share of the time of those that are not there in all models."""
+    costs, known = [], 0.0
+    total = sum(kernel.ms for sample in samples for kernel in made.times[sample].values())
+    for name, kernel in made.times[0].items():
+        if not all(name in made.times[sample] for sample in samples):
+            continue
+        places = made.places(name)
+        taken = np.asarray([made.times[sample][name].ms for sample in samples])
+        terms, error = _terms(np.asarray(made.rows)[list(samples)][:, list(places)], taken)
+        axes = [made.axes[place][0] for place in places]
+        named = tuple((ms, tuple(axes[k] for k in chosen)) for ms, chosen in terms)
+        costs.append(KernelCost(name, kernel.operator, kernel.ms, error, named))
+        known += float(taken.sum())
+    return costs, max(0.0, 1 - known / total)
+
+
+def _terms(sizes: npt.NDArray[np.int64], ms: Floats) -> tuple[list[tuple[float, tuple[int, ...]]], float]:
+    """Milliseconds as a sum of products of sizes, with factors that are not negative, and the relative error."""
+    count = sizes.shape[1]
+    chosen: list[tuple[int, ...]] = [()]
+    ranks = range(1, count + 1) if count <= _FITTED_AXES else (1, count)
+    chosen += [combination for rank in ranks for combination in itertools.combinations(range(count), rank)]
+    columns = np.column_stack([sizes[:, list(c)].astype(float).prod(axis=1) for c in chosen])
+    scale = columns.max(axis=0)
+    factors, _ = nnls(columns / scale, ms)
+    error = float(np.sqrt(np.mean((columns / scale @ factors - ms) ** 2)) / max(float(ms.mean()), 1e-9))
+    return [(float(f), c) for f, c in zip(factors / scale, chosen, strict=True) if f > 0], round(error, 4)
