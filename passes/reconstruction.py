@@ -9,6 +9,7 @@ what is computed there, or of the sum that it goes into, and are added up over a
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ _ROWS = 1 << 14
 _STEPS = 48
 """Steps in which a group is taken apart, at least; small ones go channel by channel."""
 _BATCH = 32
+_LEAST = 1e-6
+"""Share of what is computed that counts as nothing."""
 
 
 @dataclass(eq=False)
@@ -47,26 +50,35 @@ class _Consumer:
         matrix: what they are multiplied with [groups, features, outputs].
         spread: variance of what is computed, or of the sum that it goes into, times its channels.
         features: of each channel [channels, features of one].
+        lost: share of the spread that is lost already.
     """
 
     inverse: Matrix
     matrix: Matrix
     spread: float
     features: Axis
+    lost: float = 0.0
+
+    @property
+    def left(self) -> float:
+        """Share of the spread that is computed still."""
+        return max(1.0 - self.lost, _LEAST)
 
     def losses(self, channels: Sequence[int]) -> Scores:
-        """What is lost with each of some channels."""
+        """What is lost with each of some channels, as a share of what is left."""
         places = self.features[list(channels)]
         blocks = self.inverse[:, places[:, :, None], places[:, None, :]]
         rows = self.matrix[:, places]
-        return np.asarray((rows * np.linalg.solve(blocks, rows)).sum(axis=(0, 2, 3)) / self.spread)
+        return np.asarray((rows * np.linalg.solve(blocks, rows)).sum(axis=(0, 2, 3)) / self.spread / self.left)
 
     def remove(self, channels: Sequence[int]) -> None:
         """Take channels away; the others' weights take over what they can."""
         places = self.features[list(channels)].ravel()
         block = np.linalg.inv(self.inverse[:, places[:, None], places[None]])
+        rows = self.matrix[:, places]
+        self.lost += float((rows * (block @ rows)).sum() / self.spread)
         columns = self.inverse[:, :, places] @ block
-        self.matrix -= columns @ self.matrix[:, places]
+        self.matrix -= columns @ rows
         self.inverse -= columns @ self.inverse[:, places]
         self.inverse[:, places] = 0.0
         self.inverse[:, :, places] = 0.0
@@ -94,21 +106,26 @@ def losses(question: Question) -> list[Scores]:
 
 
 def _taken_apart(consumers: Sequence[_Consumer], count: int) -> Scores:
-    """Take channels away until one is left, a few at a time; what each costs is never less than what went before."""
-    alive, worst = list(range(count)), 0.0
-    scores = np.zeros(count)
+    """Take channels away until one is left, a few at a time; what each costs is never less than what went before.
+
+    What is left of a signal is multiplied from layer to layer, so what counts is the logarithm of the share that is.
+    """
+    alive, worst, scores = list(range(count)), 0.0, np.zeros(count)
     while len(alive) > 1:
         each = np.sum([consumer.losses(alive) for consumer in consumers], axis=0)
-        order = np.argsort(each, kind="stable")[: max(1, min(len(alive) - 1, count // _STEPS))]
-        for place in order.tolist():
-            worst = max(worst, float(each[place]))
-            scores[alive[place]] = worst
-        gone = [alive[place] for place in order.tolist()]
+        order = np.argsort(each, kind="stable")[: max(1, min(len(alive) - 1, count // _STEPS))].tolist()
+        gone = [alive[place] for place in order]
+        before = sum(math.log(consumer.left) for consumer in consumers)
         for consumer in consumers:
             consumer.remove(gone)
+        damage = before - sum(math.log(consumer.left) for consumer in consumers)
+        share = each[order] / (each[order].sum() or 1.0)
+        for channel, part in zip(gone, share.tolist(), strict=True):
+            worst = max(worst, damage * part)
+            scores[channel] = worst
         alive = [channel for channel in alive if channel not in set(gone)]
-    # What is computed cannot lose more than itself, so the last channel costs more than any before it.
-    scores[alive] = worst + len(consumers)
+    # With the last channel all is lost.
+    scores[alive] = worst - sum(math.log(_LEAST) for _ in consumers)
     return scores + np.finfo(np.float64).tiny * np.argsort(np.argsort(scores, kind="stable"))
 
 
