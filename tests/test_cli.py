@@ -159,10 +159,13 @@ def test_bad_files_get_one_clear_line(
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (["--target", "latency=0.5"], "channels, macs, params"),
+        (["--target", "energy=0.5"], "channels, macs, params, bytes, latency"),
         (["--target", "macs=0"], "above 0"),
         (["--keep", "nothing*"], "matches no group"),
         (["--multiple", "0"], "1 or more"),
+        (["--min-share", "0.9", "--max-share", "0.1"], "in order"),
+        (["--width", "nothing*=0.5..1"], "matches no group"),
+        (["--target", "latency=0.5", "--cost-table", "nowhere.json"], "is no cost table"),
         (["--input-shape", "z:1,3"], "inputs are"),
         (["--data", "nowhere.npz"], "no file"),
     ],
