@@ -136,8 +136,8 @@ def _pruning(options: argparse.Namespace) -> list[pipeline.Pass]:
         raise DataError(f"a repair looks at samples: give --data, {DATA}")
     kind = options.score or ("reconstruction" if has_data else "l2")
     wish = _wish(options)
-    if kind == "reconstruction" and wish["spread"] is None and options.target[0] != "latency":
-        wish["spread"] = "global"
+    if kind == "reconstruction" and wish["spread"] is None:
+        wish["spread"] = "optimal"
     step = pipeline.make("allocate", wish)
     assert isinstance(step, Allocate)
     _ = step.budget  # refuses what makes no sense before the work starts

@@ -42,7 +42,7 @@ class Settings:
     """What the demo does.
 
     Attributes:
-        kind: of the target: "macs", "params" or "channels".
+        kind: of the target, as in `Budget`.
         fraction: of it that may remain.
         epochs: of training, for each of the three students.
         seed: of the random choice of channels and of the training.

@@ -292,7 +292,7 @@ def measure_table(clock: Clock, *, seed: int = 0, observer: Observer | None = No
     return CostTable(
         combed.folded.model.sha256(),
         clock.setting,
-        made.ms[0],
+        made.original,
         rest,
         unknown,
         tuple(groups),

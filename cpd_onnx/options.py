@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -369,13 +368,13 @@ DATA = ".npz, folder of images or module:function"
 """What data may be."""
 
 
-def _add_target(parser: argparse.ArgumentParser, kind: str, fraction: float, kinds: Sequence[str] = KINDS) -> None:
+def _add_target(parser: argparse.ArgumentParser, kind: str, fraction: float) -> None:
     parser.add_argument(
         "--target",
         type=_target,
         default=(kind, fraction),
         metavar="KIND=FRACTION",
-        help=f"what may remain of {', '.join(kinds)} (default: {kind}={fraction:g})",
+        help=f"what may remain of {', '.join(KINDS)} (default: {kind}={fraction:g})",
     )
 
 

@@ -373,7 +373,9 @@ class _Allocator:
         more = {"latency": table.terms(combed)} if table is not None else {}
         self.costs, self.kept = CostModel(combed, more), Kept(combed.atoms)
         self.before = self.costs.total(self.kept)
-        self.full = self.costs.cost(budget.kind, self.kept) if table is None else table.ms
+        self.full = self.costs.cost(budget.kind, self.kept)
+        if table is not None:
+            self.full = min(self.full, table.ms)  # what the fit leaves out at full width is not there to be saved
         multiples = table.multiples(combed) if table is not None else None
         self.widths = allowed_widths(combed, budget.limits, multiples)
         self.sizes = [len(group) for group in combed.groups]

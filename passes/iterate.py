@@ -64,7 +64,7 @@ class Iterate(Allocate):
     repair: bool = True
     repair_samples: int = REPAIR_SAMPLES
     name: ClassVar[str] = "iterate"
-    usual_spread: ClassVar[str] = "global"
+    usual_spread: ClassVar[str] = "optimal"
 
     def __call__(self, state: State) -> State:
         """Fill in everything from `combed` to `repaired`; `model` becomes the pruned one."""

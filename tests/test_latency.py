@@ -47,7 +47,11 @@ class MadeUp(Clock):
             slow = 3 if out % 4 or (into % 4 and into > 3) else 1
             times[f"kernel of {name}"] = latency._Kernel("Conv", 0.01 + 0.002 * blocks * slow, tuple(sizes))
         total = sum(kernel.ms for kernel in times.values())
-        return times, total, 1.0
+        return (
+            times,
+            total,
+            self.profile(self.combed.folded.model)[1] if model is not self.combed.folded.model else total,
+        )
 
     def ratio(self, channels: np.ndarray, seconds: float = 2.0) -> float:
         """The model takes 0.05 milliseconds that no kernel tells of."""
