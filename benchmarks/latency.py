@@ -1,11 +1,12 @@
 """Half of the latency, asked of ten architectures: what is predicted, what is measured, what work is left.
 
-    python benchmarks/latency.py --models ZOO/torchscript [--peer-python TORCH] [--out FILE] [--table]
+    python benchmarks/latency.py --models ZOO/full [--peer-python TORCH] [--out FILE] [--table]
 
 For each model a cost table is measured, the channels are chosen by `l2` with the default spread for a latency target,
 and the model that comes out is timed beside the original anew, for longer than the allocation did. "gain" is the
 speed-up in latency over that in MACs: at 1, the multiply-accumulates that went are paid back in time. onnxruntime on the
-CPU, one thread; the models have random weights and small inputs, and take --batch samples where they leave that open.
+CPU, one thread; the models have random weights, inputs of the size that they were published with, and take --batch
+samples at a time.
 
 TORCH is a Python with what made the models (benchmarks/zoo) and torch-pruning: it prunes each by the same share of all
 layers, at several shares and with round_to as it is and at 8, and exports them; they are timed beside the same original.
@@ -40,8 +41,8 @@ from cpd_onnx.passes.comb import comb
 from cpd_onnx.passes.score import score
 
 ARCHITECTURES = (
-    "resnet50", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "convnext_tiny", "vit_16", "swin_t",
-    "segformer", "yolov8_like", "unet_transpose", "bert",
+    "resnet50", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "convnext_tiny", "vit_s_16", "swin_t",
+    "segformer_b0", "yolov8_like", "unet_transpose", "bert_base",
 )  # fmt: skip  # a table
 
 
@@ -73,17 +74,17 @@ def measure(path: Path, target: float, batch: int | None, seconds: float, python
     return row
 
 
-PEER_SECONDS = 30
+PEER_SECONDS = 240
 PEER = """
 import json, sys, warnings
 sys.path.insert(0, sys.argv[1])
 import torch, torch_pruning as tp
 from torch import nn
-from torch_models import all_nets
+from torch_models import full_size_nets
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
 name, folder, batch = sys.argv[2], sys.argv[3], int(sys.argv[4])
-net = next(n for n in all_nets() if n.name == name)
+net = next(n for n in full_size_nets() if n.name == name)
 for round_to in (None, 8):
     for ratio in (0.15, 0.3, 0.45, 0.6):
         torch.manual_seed(0)
@@ -161,7 +162,7 @@ def main() -> None:
     parser.add_argument("--peer-python", help="one with torch-pruning")
     parser.add_argument("--names", nargs="*", default=ARCHITECTURES)
     parser.add_argument("--target", type=float, default=0.5)
-    parser.add_argument("--batch", type=int, default=8, help="where the model leaves it open (default: 8)")
+    parser.add_argument("--batch", type=int, default=1, help="samples at a time (default: 1)")
     parser.add_argument("--seconds", type=float, default=6.0, help="of timing at the end (default: 6)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "latency.json")
     parser.add_argument("--table", action="store_true", help="only print what is in the file")

@@ -2,7 +2,9 @@
 
 Environment: pip install torch torchvision transformers timm onnx==1.23.2 onnxruntime==1.31.1 onnxscript
 
-    python export_torch.py --out DIR [--only REGEX] [--exporter torchscript|dynamo]
+    python export_torch.py --out DIR [--only REGEX] [--exporter torchscript|dynamo] [--sizes small|full]
+
+The full sizes are ten architectures as they were published, with a free batch axis, in the subfolder `full`.
 """
 
 import re
@@ -14,7 +16,7 @@ from pathlib import Path
 import common
 import torch
 from perturb import perturb
-from torch_models import Net, all_nets
+from torch_models import Net, all_nets, full_size_nets
 
 DEFAULT = {"torchscript": 17, "dynamo": 20}
 # further opsets: exporter -> opset -> names
@@ -60,6 +62,12 @@ def export(net: Net, path: Path, exporter: str, opset: int) -> None:
         write(net, model, path, opset, False)
 
 
+def _full_size(net: Net, path: Path) -> None:
+    """Build and export one model; how long it takes does not depend on its weights."""
+    torch.manual_seed(0)
+    _torchscript(net, net.make().eval(), path, DEFAULT["torchscript"], True)
+
+
 def _torchscript(net: Net, model: torch.nn.Module, path: Path, opset: int, dynamic: bool) -> None:
     """Export by tracing, or by scripting where the model needs control flow."""
     axes = {name: {0: "batch"} for name in net.inputs} if dynamic else None
@@ -82,9 +90,15 @@ def _dynamo(net: Net, model: torch.nn.Module, path: Path, opset: int, dynamic: b
 
 def main() -> None:
     """Export what the command line asks for."""
-    args = common.arguments(__doc__, exporter=list(DEFAULT))
+    args = common.arguments(__doc__, exporter=list(DEFAULT), sizes=["small", "full"])
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    if args.sizes == "full":
+        jobs_of = ((net, lambda path, net=net: _full_size(net, path)) for net in full_size_nets())
+        common.run(
+            (common.Job(n.name, n.family, b) for n, b in jobs_of), args, exporter="full", version=torch.__version__
+        )
+        return
     for net in all_nets():
         for exporter in [args.exporter] if args.exporter else DEFAULT:
             if exporter in net.exporters:

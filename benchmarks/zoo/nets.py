@@ -138,18 +138,19 @@ class YoloHead(nn.Module):
 class YoloV8Like(nn.Module):
     """CSP backbone, path aggregation neck, DFL head."""
 
-    def __init__(self, classes: int = 6) -> None:
+    def __init__(self, classes: int = 6, widths: Sequence[int] = (16, 32, 48, 64, 96)) -> None:
         """Build three levels."""
         super().__init__()
-        self.stem = nn.Sequential(conv_bn(3, 16, s=2), conv_bn(16, 32, s=2), C2f(32, 32, 1, shortcut=True))
-        self.p3 = nn.Sequential(conv_bn(32, 48, s=2), C2f(48, 48, 2, shortcut=True))
-        self.p4 = nn.Sequential(conv_bn(48, 64, s=2), C2f(64, 64, 2, shortcut=True))
-        self.p5 = nn.Sequential(conv_bn(64, 96, s=2), C2f(96, 96, 1, shortcut=True), SPPF(96))
+        a, b, c, d, e = widths
+        self.stem = nn.Sequential(conv_bn(3, a, s=2), conv_bn(a, b, s=2), C2f(b, b, 1, shortcut=True))
+        self.p3 = nn.Sequential(conv_bn(b, c, s=2), C2f(c, c, 2, shortcut=True))
+        self.p4 = nn.Sequential(conv_bn(c, d, s=2), C2f(d, d, 2, shortcut=True))
+        self.p5 = nn.Sequential(conv_bn(d, e, s=2), C2f(e, e, 1, shortcut=True), SPPF(e))
         self.up = nn.Upsample(scale_factor=2, mode="nearest")
-        self.n4, self.n3 = C2f(96 + 64, 64, 1), C2f(64 + 48, 48, 1)
-        self.d3, self.d4 = conv_bn(48, 48, s=2), conv_bn(64, 64, s=2)
-        self.o4, self.o5 = C2f(48 + 64, 64, 1), C2f(64 + 96, 96, 1)
-        self.head = YoloHead((48, 64, 96), classes)
+        self.n4, self.n3 = C2f(e + d, d, 1), C2f(d + c, c, 1)
+        self.d3, self.d4 = conv_bn(c, c, s=2), conv_bn(d, d, s=2)
+        self.o4, self.o5 = C2f(c + d, d, 1), C2f(d + e, e, 1)
+        self.head = YoloHead((c, d, e), classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Detect."""

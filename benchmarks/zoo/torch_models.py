@@ -472,6 +472,31 @@ def home_made_nets() -> Iterator[Net]:
     yield Net("cond", "control", nets.Cond, VECTOR)
 
 
+SENTENCE: dict[str, Spec] = {"input_ids": ("ids", (1, 128)), "attention_mask": ("mask", (1, 128))}
+FULL_SIZE = ("resnet50", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "convnext_tiny", "swin_t")
+
+
+def full_size_nets() -> Iterator[Net]:
+    """List architectures at the widths, depths and inputs that they were published with, for measurements of time."""
+    for name in FULL_SIZE:
+        yield Net(name, name, lambda n=name: getattr(torchvision.models, n)(weights=None), image(224))
+    vit = lambda: torchvision.models.VisionTransformer(224, 16, 12, 6, 384, 1536)  # noqa: E731  # as ViT-S/16
+    yield Net("vit_s_16", "vit", vit, image(224))
+    pixels: dict[str, Spec] = {"pixel_values": ("image", (1, 3, 512, 512))}
+    yield Net(
+        "segformer_b0", "segmentation",
+        lambda: Call(transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig()).eval(), list(pixels), LOGITS),
+        pixels,
+    )  # fmt: skip
+    yield Net("yolov8_like", "yolo", lambda: nets.YoloV8Like(80, (16, 32, 64, 128, 256)), image(320))
+    yield Net("unet_transpose", "unet", lambda: nets.UNet(transpose=True, widths=(32, 64, 128, 256)), image(256))
+    yield Net(
+        "bert_base", "bert",
+        lambda: Call(transformers.BertModel(transformers.BertConfig(**EAGER)).eval(), list(SENTENCE), HIDDEN),
+        SENTENCE,
+    )  # fmt: skip
+
+
 def all_nets() -> Iterator[Net]:
     """List everything, each with the exporters that take it."""
     for net in (*torchvision_nets(), *home_made_nets(), *transformers_nets(), *timm_nets()):
