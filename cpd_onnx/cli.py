@@ -22,17 +22,19 @@ from cpd_onnx.bench import Setting, bench
 from cpd_onnx.data import ImageOptions, Source, open_source
 from cpd_onnx.errors import CpdError, DataError, ModelError, StoppedError, TargetError, UnsupportedError
 from cpd_onnx.graph import Model, load, require_free, write_atomically
+from cpd_onnx.groups import Combed
 from cpd_onnx.kept import Kept
 from cpd_onnx.latency import Clock, measure_table
 from cpd_onnx.metrics import OF_TWO_MODELS, check_metric, evaluate
 from cpd_onnx.options import DATA, LOSSES, TRAINING, command_line, not_negative
+from cpd_onnx.passes import sensitivity
 from cpd_onnx.passes.allocate import KINDS, Allocate
 from cpd_onnx.passes.comb import Comb, comb
 from cpd_onnx.passes.fold import Fold
 from cpd_onnx.passes.iterate import Iterate
 from cpd_onnx.passes.prune import Prune, apply
 from cpd_onnx.passes.repair import Repair
-from cpd_onnx.passes.score import Score, scorer_of
+from cpd_onnx.passes.score import Score, score, scorer_of
 from cpd_onnx.passes.verify import Verify, data_feeds, verify_files
 from cpd_onnx.plan import Plan, channels_of, load_plan, match
 from cpd_onnx.rules import supported_operators, unsupported_operators
@@ -89,8 +91,19 @@ def entry() -> None:
 
 def _inspect(options: argparse.Namespace) -> None:
     _require_outputs(options, reads=[options.model])
-    combed = comb(_read(options.model, options.input_shape), dict(options.input_shape))
+    if options.plot is not None:
+        plots.require(options.plot)
+    if options.sensitivity != (options.data is not None) or (options.plot and not options.sensitivity):
+        raise DataError(f"sensitivity is measured on samples: give --sensitivity and --data, {DATA}")
+    model = _read(options.model, options.input_shape)
+    combed = comb(model, dict(options.input_shape))
     content = report.inspection(combed, sorted(held_groups(combed, options.keep)))
+    found = _sensitivity(combed, options) if options.sensitivity else {}
+    if found:
+        content["sensitivity"] = {"error": sensitivity.ERROR, "groups": sensitivity.as_json(found)}
+    if options.plot and found:
+        curves = {name: [(p.width, p.error) for p in points] for name, points in found.items()}
+        plots.sensitivity(curves, options.plot, error_name=sensitivity.ERROR, overwrite=options.force)
     if _write_json(options, content):
         return
     out.print(f"{options.model.name}: {report.costs_line(content['costs'])}", soft_wrap=True)
@@ -99,6 +112,22 @@ def _inspect(options: argparse.Namespace) -> None:
     out.print(f"{100 * content['prunable_fraction']:.1f} % of the weights lie on a prunable axis")
     for operator, node in content["without_rule"].items():
         out.print(f"no rule for {operator} (at {node}): its channels are kept", soft_wrap=True)
+    if found:
+        out.print(report.sensitivity_table(content["sensitivity"]))
+
+
+def _sensitivity(combed: Combed, options: argparse.Namespace) -> dict[str, tuple[sensitivity.Point, ...]]:
+    """The errors of the outputs at some widths of each group."""
+    source = _source(options.data, combed.folded.model, options)
+    assert source is not None
+    chosen = sensitivity.SensitivityOptions(options.shares, options.score, options.samples, options.repair)
+    with _progress(BarColumn()) as progress:
+        task = progress.add_task("score", total=len(combed.groups))
+        scores = score(combed, options.score, data=source)
+        return sensitivity.sensitivity(
+            combed, scores, source, chosen,
+            observer=lambda group: progress.update(task, advance=1, description=group.name),
+        )  # fmt: skip  # what and how
 
 
 def _prune(options: argparse.Namespace) -> None:

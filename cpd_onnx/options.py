@@ -12,6 +12,8 @@ from cpd_onnx.metrics import IGNORED, METRICS
 from cpd_onnx.passes.allocate import KINDS, SPREADS
 from cpd_onnx.passes.repair import SAMPLES as REPAIR_SAMPLES
 from cpd_onnx.passes.score import SAMPLES, SCORERS
+from cpd_onnx.passes.sensitivity import SAMPLES as SENSITIVITY_SAMPLES
+from cpd_onnx.passes.sensitivity import SHARES
 from cpd_onnx.plots import SUFFIXES
 from cpd_onnx.version import __version__
 
@@ -44,9 +46,33 @@ def _add_inspect(commands: Any) -> None:
     parser = commands.add_parser("inspect", help="show the coupled channels, and what is kept and why")
     parser.add_argument("model", type=Path)
     _add_keep(parser)
+    measured = parser.add_argument_group("sensitivity", "what the outputs lose with the channels of each group alone")
+    measured.add_argument("--sensitivity", action="store_true", help="measure it, at some widths of each group")
+    measured.add_argument("--data", help=f"inputs that it is measured on: {DATA}")
+    measured.add_argument(
+        "--score", default="reconstruction", help="says which channels go first (default: reconstruction)"
+    )
+    measured.add_argument(
+        "--samples", type=_positive, default=SENSITIVITY_SAMPLES, help=f"default: {SENSITIVITY_SAMPLES}"
+    )
+    measured.add_argument(
+        "--shares",
+        type=_shares,
+        default=SHARES,
+        metavar="S,S",
+        help=f"of the channels that stay (default: {','.join(f'{share:g}' for share in SHARES)}; 0 is one channel)",
+    )
+    measured.add_argument(
+        "--repair",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="fit what consumes the group anew before it is measured (default: yes)",
+    )
+    _add_plot(measured)
+    _add_images(parser)
     _add_input_shape(parser)
     _add_json(parser)
-    _add_force(parser, "overwrite the JSON file")
+    _add_force(parser)
     parser.set_defaults(run="inspect")
 
 
@@ -403,7 +429,7 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the result as JSON ('-': to standard output)")
 
 
-def _add_plot(parser: argparse.ArgumentParser) -> None:
+def _add_plot(parser: Any) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help=f"draw the result: {', '.join(SUFFIXES)}")
 
 
@@ -492,3 +518,7 @@ def _share(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a share from 0 to 1")
     return value
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    return tuple(_share(part) for part in text.split(","))

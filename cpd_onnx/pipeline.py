@@ -21,7 +21,19 @@ from cpd_onnx.state import State
 if TYPE_CHECKING:
     from cpd_onnx.data import Source as DataSource
 
-PASSES = ("fold", "comb", "score", "allocate", "prune", "verify", "repair", "iterate", "distill", "interleave")
+PASSES = (
+    "fold",
+    "comb",
+    "score",
+    "sensitivity",
+    "allocate",
+    "prune",
+    "verify",
+    "repair",
+    "iterate",
+    "distill",
+    "interleave",
+)
 """Names of the passes; pass `x` is class `X` of `cpd_onnx.passes.x`."""
 
 _STEP = re.compile(r"\s*([a-z_]+)\s*(?:\{([^{}]*)\})?\s*(?:,|$)")

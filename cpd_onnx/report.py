@@ -94,6 +94,17 @@ def groups_table(content: Mapping[str, Any]) -> Table:
     return table
 
 
+def sensitivity_table(content: Mapping[str, Any]) -> Table:
+    """One row a group: what is lost at each of its widths."""
+    most = max(len(entry["points"]) for entry in content["groups"])
+    table = table_of(f"Sensitivity: {content['error']}, at each width", "group", *[""] * (most - 1))
+    for entry in content["groups"]:
+        full, *points = entry["points"]
+        cells = [f"{point['error']:.3g} at {point['width']}" for point in points]
+        table.add_row(f"{entry['group']} ({full['width']})", *cells)
+    return table
+
+
 def kept_table(reasons: Sequence[Mapping[str, Any]], *, limit: int = 0) -> Table:
     """One row a reason; with a limit only the first ones, and only those of channels."""
     if limit:

@@ -8,7 +8,7 @@ residual), what that lacks is made up for as well. There are no gradients, no la
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
@@ -84,7 +84,15 @@ class Repaired:
     left: Mapping[str, str] = field(default_factory=dict)
 
 
-def repair(combed: Combed, kept: Kept, pruned: Model, data: Source, options: RepairOptions | None = None) -> Repaired:
+def repair(
+    combed: Combed,
+    kept: Kept,
+    pruned: Model,
+    data: Source,
+    options: RepairOptions | None = None,
+    *,
+    only: Container[str] | None = None,
+) -> Repaired:
     """Fit the weights of a pruned model to the original.
 
     Args:
@@ -93,6 +101,7 @@ def repair(combed: Combed, kept: Kept, pruned: Model, data: Source, options: Rep
         pruned: the model without the rest; it is not changed.
         data: samples; labels do not matter.
         options: see there.
+        only: weights that may be fitted; None stands for all.
 
     Raises:
         DataError: the data does not fit the model or there is none.
@@ -101,7 +110,7 @@ def repair(combed: Combed, kept: Kept, pruned: Model, data: Source, options: Rep
     chosen = options or RepairOptions()
     proto = combed.folded.model.proto
     feeds = list(calibration(proto, data, chosen.samples, batch=_BATCH, seed=chosen.seed))
-    return _Repairer(combed, kept, pruned, feeds, chosen).run()
+    return _Repairer(combed, kept, pruned, feeds, chosen, only).run()
 
 
 @dataclass(frozen=True)
@@ -132,12 +141,19 @@ def summary(made: Repaired) -> dict[str, object]:
 
 class _Repairer:
     def __init__(
-        self, combed: Combed, kept: Kept, pruned: Model, feeds: Sequence[Feed], options: RepairOptions
+        self,
+        combed: Combed,
+        kept: Kept,
+        pruned: Model,
+        feeds: Sequence[Feed],
+        options: RepairOptions,
+        only: Container[str] | None,
     ) -> None:
         self.combed, self.kept, self.options = combed, kept, options
         self.model = pruned.copy()
         found = units_of(combed.folded, self.model)
-        self.units, self.left = found.found, dict(found.left)
+        self.units = [unit for unit in found.found if only is None or unit.weight in only]
+        self.left = {name: why for name, why in found.left.items() if only is None or name in only}
         self.makers = {name: p for p, node in enumerate(combed.folded.scope.nodes) for name in node.output}
         self.old = Stepwise(combed.folded, combed.folded.model, feeds, [unit.target for unit in self.units])
         self.new = Stepwise(combed.folded, self.model, feeds)

@@ -42,7 +42,7 @@ LAYERS = (
     ("passes.fold", "passes.comb", "passes.score", "passes.distill"),
     ("passes.activations", "passes.allocate", "passes.gradients", "passes.reconstruction", "passes.repair"),
     ("passes.prune", "passes.verify"),
-    ("passes.iterate",),
+    ("passes.iterate", "passes.sensitivity"),
     ("passes.interleave",),
     ("testing", "demo"),
     ("models",),

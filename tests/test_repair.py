@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import onnx
 import pytest
@@ -18,6 +20,7 @@ from cpd_onnx.passes.comb import comb
 from cpd_onnx.passes.prune import prune
 from cpd_onnx.passes.repair import RepairOptions, repair
 from cpd_onnx.passes.score import score
+from cpd_onnx.passes.sensitivity import SensitivityOptions, curves_of, sensitivity
 from cpd_onnx.pipeline import run
 from cpd_onnx.runtime import execute, open_model
 from cpd_onnx.stepwise import Stepwise
@@ -275,3 +278,42 @@ def test_prune_with_data_repairs_unless_told_otherwise(tmp_path, capsys):
     capsys.readouterr()
     assert main(["prune", str(tmp_path / "model.onnx"), "-o", str(tmp_path / "x.onnx"), "--repair"]) == 1
     assert "a repair looks at samples: give --data" in capsys.readouterr().err
+
+
+def test_sensitivity_is_the_error_with_one_group_alone_pruned(tmp_path):
+    model, data = residual(), ArraySource(inputs())
+    combed = comb(model)
+    scores = score(combed, "reconstruction", data=data)
+    found = sensitivity(combed, scores, data, SensitivityOptions(shares=(0.5, 0.0)))
+    assert {name: [p.width for p in points] for name, points in found.items()} == {"w0": [8, 4, 1], "w1": [12, 6, 1]}
+    for points in found.values():
+        errors = [p.error for p in points]
+        assert errors[0] == 0.0
+        assert errors == sorted(errors)
+    raw = sensitivity(combed, scores, data, SensitivityOptions(shares=(0.5, 0.0), repair=False))
+    assert raw["w1"][1].error > 1.2 * found["w1"][1].error
+    curves = curves_of(combed, found)
+    curves.check(combed)
+    assert curves.damage[1][6] == found["w1"][1].error
+
+
+def test_measured_sensitivity_can_choose_the_widths():
+    text = "comb, sensitivity, allocate{macs=0.5,spread='optimal'}, prune, verify, repair"
+    state = run(text, residual(), data=ArraySource(inputs()))
+    assert state.curves is not None
+    assert state.repaired["fitted"]
+
+
+def test_inspect_measures_and_draws_sensitivity(tmp_path, capsys):
+    residual().save(tmp_path / "model.onnx")
+    np.savez(tmp_path / "data.npz", **inputs())
+    common = ["inspect", str(tmp_path / "model.onnx"), "--data", str(tmp_path / "data.npz")]
+    plot, told = tmp_path / "plot.svg", tmp_path / "told.json"
+    assert main([*common, "--sensitivity", "--shares", "0.5,0", "--plot", str(plot), "--json", str(told)]) == 0
+    content = json.loads(told.read_text())["sensitivity"]
+    assert [entry["group"] for entry in content["groups"]] == ["w0", "w1"]
+    assert "squared error" in content["error"]
+    assert "w0" in plot.read_text()
+    assert "at 6" in capsys.readouterr().out
+    assert main(common) == 1
+    assert "give --sensitivity and --data" in capsys.readouterr().err

@@ -1,0 +1,167 @@
+"""Sensitivity: the error of the outputs when one group alone loses channels, at some of its widths.
+
+Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, with what consumes the group fitted anew before it is
+measured (`repair`), since that is how it would be pruned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+
+from cpd_onnx.data import Source, calibration
+from cpd_onnx.errors import DataError
+from cpd_onnx.graph import Array, Model
+from cpd_onnx.groups import Combed, Group
+from cpd_onnx.kept import Kept
+from cpd_onnx.passes.allocate import Curves
+from cpd_onnx.passes.repair import RepairOptions, repair
+from cpd_onnx.passes.score import Scores, score
+from cpd_onnx.rewrite import rewrite
+from cpd_onnx.runtime import Feed, execute, open_model
+from cpd_onnx.state import State
+
+SHARES = (0.75, 0.5, 0.25, 0.0)
+"""Shares of a group's channels that are left to it, at least one channel."""
+SAMPLES = 64
+ERROR = "squared error of the outputs over their variance"
+
+
+@dataclass(frozen=True)
+class Point:
+    """The error at one width."""
+
+    width: int
+    error: float
+
+
+@dataclass(frozen=True)
+class SensitivityOptions:
+    """What is measured.
+
+    Attributes:
+        shares: of each group's channels that stay, one point each.
+        score: says which channels go first.
+        samples: that are looked at.
+        repair: whether the weights that consume the group are fitted anew.
+        seed: of the choice of samples.
+    """
+
+    shares: tuple[float, ...] = SHARES
+    score: str = "reconstruction"
+    samples: int = SAMPLES
+    repair: bool = True
+    seed: int = 0
+
+
+def sensitivity(
+    combed: Combed,
+    scores: Sequence[Scores],
+    data: Source,
+    options: SensitivityOptions | None = None,
+    *,
+    observer: Callable[[Group], None] | None = None,
+) -> dict[str, tuple[Point, ...]]:
+    """For each group by name, the error of the outputs at some of its widths, the full one first.
+
+    Args:
+        combed: the model.
+        scores: of all groups; the least go first.
+        data: samples; labels do not matter.
+        options: see there.
+        observer: told of each group before it is measured.
+
+    Raises:
+        DataError: the data does not fit the model or there is none.
+        UnsupportedError: onnxruntime does not run the model.
+    """
+    chosen = options or SensitivityOptions()
+    proto = combed.folded.model.proto
+    feeds = list(calibration(proto, data, chosen.samples, seed=chosen.seed))
+    wanted = list(_outputs(combed.folded.model, feeds))
+    found: dict[str, tuple[Point, ...]] = {}
+    for group, values in zip(combed.groups, scores, strict=True):
+        if observer is not None:
+            observer(group)
+        order = np.argsort(values, kind="stable")
+        points = [Point(len(group), 0.0)]
+        for width in _widths(len(group), chosen.shares):
+            kept = Kept(combed.atoms)
+            kept.remove(group.channels[order[: len(group) - width]])
+            small = rewrite(combed, kept).model
+            if chosen.repair:
+                consumers = {member.weight.value.name for member in combed.members(group)}
+                fitting = RepairOptions(samples=chosen.samples, seed=chosen.seed)
+                small = repair(combed, kept, small, data, fitting, only=consumers).model
+            points.append(Point(width, _error(wanted, _outputs(small, feeds))))
+        found[group.name] = tuple(points)
+    return found
+
+
+def _widths(size: int, shares: Iterable[float]) -> list[int]:
+    """Widths below the full one, the widest first."""
+    return sorted({max(1, round(share * size)) for share in shares} - {size}, reverse=True)
+
+
+def _outputs(model: Model, feeds: Sequence[Feed]) -> Iterator[list[Array]]:
+    session = open_model(model)
+    for feed in feeds:
+        yield [np.asarray(array, np.float64) for array in execute(session, feed) if array.dtype.kind == "f"]
+
+
+def _error(wanted: Iterable[Sequence[Array]], made: Iterable[Sequence[Array]]) -> float:
+    """Mean squared error over the variance of each output, the mean over the outputs.
+
+    An output whose size depends on the data counts as wholly wrong where it came out in another size.
+    """
+    squares: dict[int, list[tuple[float, float, float, int]]] = {}
+    for want, made_ in zip(wanted, made, strict=True):
+        for place, (a, b) in enumerate(zip(want, made_, strict=True)):
+            wrong = float(np.square(a - b).sum()) if a.shape == b.shape else float(np.square(a - a.mean()).sum())
+            squares.setdefault(place, []).append((wrong, float(a.sum()), float(np.square(a).sum()), a.size))
+    errors = []
+    for rows in squares.values():
+        wrong, total, square, count = np.sum(rows, axis=0).tolist()
+        spread = square - total**2 / max(1, count)
+        errors.append(wrong / spread if spread > 0 else 0.0)
+    return float(np.mean(errors)) if errors else 0.0
+
+
+def curves_of(combed: Combed, found: Mapping[str, Sequence[Point]]) -> Curves:
+    """The measured errors as damage for the spread "optimal", between the points by straight lines."""
+    damage = []
+    for group in combed.groups:
+        points = found[group.name]
+        gone = [len(group) - point.width for point in points]
+        line = np.interp(np.arange(len(group)), gone, [point.error for point in points])
+        damage.append(np.maximum.accumulate(line))
+    return Curves(tuple(damage))
+
+
+def as_json(found: Mapping[str, Sequence[Point]]) -> list[dict[str, Any]]:
+    """The same as plain values."""
+    return [
+        {"group": name, "points": [{"width": point.width, "error": point.error} for point in points]}
+        for name, points in found.items()
+    ]
+
+
+@dataclass(frozen=True)
+class Sensitivity(SensitivityOptions):
+    """Measure what each group's channels do to the outputs, for an allocation with the spread "optimal"."""
+
+    name: ClassVar[str] = "sensitivity"
+
+    def __call__(self, state: State) -> State:
+        """Fill in `scores` if nobody has, and `curves`."""
+        if state.data is None:
+            raise DataError("sensitivity is measured on samples: give --data, or a source as `data`")
+        combed = state.need("combed", "comb")
+        scores = state.scores
+        if scores is None:
+            scores = score(combed, self.score, data=state.data, seed=self.seed)
+        found = sensitivity(combed, scores, state.data, self)
+        return replace(state, scores=scores, curves=curves_of(combed, found))
