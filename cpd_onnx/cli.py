@@ -288,9 +288,8 @@ def _compress(options: argparse.Namespace) -> None:
     for path in model.files(options.output):
         require_free(path, overwrite=options.force)
     chosen = {
-        name: getattr(options, name)
-        for name in ("score", "rounds", "samples", "score_labels", "repair", "repair_samples")
-    }
+        name: getattr(options, name) for name in ("score", "rounds", "samples", "score_labels", "repair_samples")
+    } | {"repair": options.repair is not False}
     step = Interleave(**_training(options), **chosen, **_wish(options))
     state = State(model, model, dict(options.input_shape), _required_source(model, options))
     traces = _traces(options)

@@ -430,6 +430,7 @@ def test_compress_does_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert [entry["round"] for entry in content["rounds"]] == [1, 2]
     assert content["verification"]["passed"]
     assert 0 < content["compressed"] <= 1
+    assert content["repaired"]["fitted"]
     assert main(["verify", str(folder / "digits.onnx"), str(out)]) == 0
     assert main([*map(str, command)]) == 1
     assert "exists" in capsys.readouterr().err
