@@ -55,18 +55,6 @@ class Interleave(DistillOptions, Iterate):
         """
         if state.data is None:
             raise DataError("distillation needs data: give --data, or a source as `data`")
-        with world(self.device):  # once for all rounds: processes that part do not find each other again
-            return self._rounds(state, observer, progress, watched, traces)
-
-    def _rounds(
-        self,
-        state: State,
-        observer: Callable[[int, DistillResult], None] | None,
-        progress: Callable[[Progress], None] | None,
-        watched: Watched | None,
-        traces: Traces | None,
-    ) -> State:
-        assert state.data is not None
         data, teacher = state.data, state.original.complete_proto()
         results: list[DistillResult] = []
 
@@ -79,9 +67,10 @@ class Interleave(DistillOptions, Iterate):
             results.append(result)
             if observer is not None:
                 observer(made.number, result)
-            return trained(made.small, result)
+            return trained(made.small, replace(result, values=here.shared(result.values)))
 
-        state = self.in_rounds(state, tuned)
+        with world(self.device) as here:  # once for all rounds: processes that part do not find each other again
+            state = self.in_rounds(state, tuned, here.shared)
         distilled = summary(results[-1]) | {
             "steps": sum(len(r.losses) for r in results),
             "seconds": round(sum(r.seconds for r in results), 2),

@@ -70,8 +70,16 @@ class Iterate(Allocate):
         """Fill in everything from `combed` to `repaired`; `model` becomes the pruned one."""
         return self.in_rounds(state, lambda made: made.small)
 
-    def in_rounds(self, state: State, tuned: Callable[[Round], Model]) -> State:
-        """Go through the rounds; `tuned` gives other weights to what each has made."""
+    def in_rounds(
+        self,
+        state: State,
+        tuned: Callable[[Round], Model],
+        shared: Callable[[Allocation], Allocation] = lambda chosen: chosen,
+    ) -> State:
+        """Go through the rounds; `tuned` gives other weights to what each has made.
+
+        Where several processes go together, rounding may let them choose differently: `shared` is what the first says.
+        """
         if self.rounds < 1:
             raise TargetError(f"{self.rounds} rounds make no sense: give 1 or more")
         if self.repair and state.data is None:
@@ -85,7 +93,7 @@ class Iterate(Allocate):
             asked = {"labels": self.score_labels, "seed": self.seed}
             scores = score(now, self.score, samples=self.samples, data=state.data, **asked)
             share = 1 - (1 - target.fraction) * number / self.rounds
-            chosen = _joined(chooser(now, _without(scores, removed), share, is_loss=is_loss), removed)
+            chosen = shared(_joined(chooser(now, _without(scores, removed), share, is_loss=is_loss), removed))
             removed = chosen.removed
             kept = Kept(now.atoms)
             kept.remove(chosen.channels(now))
