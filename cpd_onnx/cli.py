@@ -26,7 +26,7 @@ from cpd_onnx.groups import Combed
 from cpd_onnx.kept import Kept
 from cpd_onnx.latency import Clock, measure_table
 from cpd_onnx.metrics import OF_TWO_MODELS, check_metric, evaluate
-from cpd_onnx.options import DATA, LOSSES, TRAINING, command_line, not_negative
+from cpd_onnx.options import DATA, LOSSES, SYNTHETIC, TRAINING, command_line, not_negative
 from cpd_onnx.passes import sensitivity
 from cpd_onnx.passes.allocate import KINDS, Allocate
 from cpd_onnx.passes.comb import Comb, comb
@@ -38,6 +38,8 @@ from cpd_onnx.passes.score import Score, score, scorer_of
 from cpd_onnx.passes.verify import Verify, data_feeds, verify_files
 from cpd_onnx.plan import Plan, channels_of, load_plan, match
 from cpd_onnx.rules import supported_operators, unsupported_operators
+from cpd_onnx.runtime import Synthetic
+from cpd_onnx.shapes import fold
 from cpd_onnx.state import State
 from cpd_onnx.widths import held_groups
 
@@ -549,6 +551,8 @@ def _source(data: str | None, model: Model, options: argparse.Namespace) -> Sour
         options.image_mean, options.image_std, options.image_scale, options.image_order, options.image_size,
         options.image_resize,
     )  # fmt: skip  # the fields in order
+    if data == SYNTHETIC:
+        return Synthetic(fold(model, dict(getattr(options, "input_shape", ()))))
     return None if data is None else open_source(data, model.proto, images)
 
 

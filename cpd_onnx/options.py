@@ -141,10 +141,10 @@ def _add_compress(commands: Any) -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
     _add_target(parser, "macs", 0.5)
-    parser.add_argument("--rounds", type=_positive, default=4, help="of pruning and distilling (default: 4)")
+    parser.add_argument("--rounds", type=_positive, default=1, help="of pruning and distilling (default: 1)")
     parser.add_argument("--data", help=f"training inputs: {DATA}")
     _add_images(parser)
-    _add_choice(parser, "fisher", "global")
+    _add_choice(parser, "reconstruction", "optimal")
     _add_repair(parser)
     _add_latency(parser)
     _add_keep(parser)
@@ -222,7 +222,7 @@ def _add_choice(parser: argparse.ArgumentParser, score: str | None, spread: str 
         "--spread",
         choices=SPREADS,
         help="the same share from each group; all channels compete; those of like groups do; or the widths that do the "
-        f"least damage (default: {spread}; optimal for latency)",
+        f"least damage (default: {spread}; optimal for latency and with reconstruction)",
     )
     parser.add_argument("--multiple", type=int, default=1, help="widths that remain are multiples of this")
     parser.add_argument(
@@ -390,7 +390,9 @@ def _add_operators(commands: Any) -> None:
     parser.set_defaults(run="operators")
 
 
-DATA = ".npz, folder of images or module:function"
+SYNTHETIC = "synthetic"
+"""Stands for data where there is none."""
+DATA = f".npz, folder of images, module:function, or {SYNTHETIC!r}"
 """What data may be."""
 
 

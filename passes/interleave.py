@@ -31,10 +31,7 @@ class Interleave(DistillOptions, Iterate):
     The options are those of `Iterate` and `DistillOptions`.
     """
 
-    score: str = "fisher"
-    rounds: int = 4
     name: ClassVar[str] = "interleave"
-    usual_spread: ClassVar[str] = "global"
 
     def __call__(self, state: State) -> State:
         """Fill in everything from `combed` to `distilled`; `model` becomes the pruned and trained one."""

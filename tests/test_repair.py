@@ -22,7 +22,7 @@ from cpd_onnx.passes.repair import RepairOptions, repair
 from cpd_onnx.passes.score import score
 from cpd_onnx.passes.sensitivity import SensitivityOptions, curves_of, sensitivity
 from cpd_onnx.pipeline import run
-from cpd_onnx.runtime import execute, open_model
+from cpd_onnx.runtime import Synthetic, execute, open_model
 from cpd_onnx.stepwise import Stepwise
 from cpd_onnx.units import units_of
 
@@ -317,3 +317,30 @@ def test_inspect_measures_and_draws_sensitivity(tmp_path, capsys):
     assert "at 6" in capsys.readouterr().out
     assert main(common) == 1
     assert "give --sensitivity and --data" in capsys.readouterr().err
+
+
+def test_synthetic_images_look_like_normalised_ones():
+    folded = comb(residual()).folded
+    source = Synthetic(folded)
+    first, again, other = (next(source.batches(256, seed=seed))["x"] for seed in (1, 1, 2))
+    assert first.shape == (256, *inputs()["x"].shape[1:])
+    assert first.dtype == np.float32
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+    assert abs(first.mean()) < 0.2
+    assert 0.7 < first.std() < 1.5
+    neighbours = np.corrcoef(first[..., 1:].ravel(), first[..., :-1].ravel())[0, 1]
+    channels = np.corrcoef(first[:, 0].ravel(), first[:, 1].ravel())[0, 1]
+    assert neighbours > 0.5
+    assert channels > 0.6
+
+
+def test_without_data_synthetic_inputs_serve(tmp_path):
+    residual().save(tmp_path / "model.onnx")
+    common = ["prune", str(tmp_path / "model.onnx"), "--target", "macs=0.5", "--data", "synthetic"]
+    assert main([*common, "-o", str(tmp_path / "a.onnx")]) == 0
+    assert main([*common, "-o", str(tmp_path / "b.onnx"), "--no-repair", "--score", "l2"]) == 0
+    unseen = inputs(seed=3)
+    want = made(residual(), unseen)
+    errors = [float(np.square(made(load(tmp_path / f"{n}.onnx"), unseen) - want).mean()) for n in "ab"]
+    assert errors[0] < 0.7 * errors[1]
