@@ -52,33 +52,39 @@ class Moments:
     """Means and products of features, group by group.
 
     Attributes:
-        mean: of each feature [groups, 1, features]; zero where the fit has no constant.
-        gram: mean products of what is left, with the ridge on the diagonal [groups, features, features].
-        ridge: what was added there [groups, 1, 1].
+        mean: of each feature [groups, 1, features]; zero where a fit has no constant.
+        gram: mean products of what is left [groups, features, features].
     """
 
-    def __init__(self, rows: npt.NDArray[np.float32], ridge: float, *, centred: bool) -> None:
-        """Take rows [groups, rows, features]; the ridge is a share of the mean square of a feature."""
+    def __init__(self, rows: npt.NDArray[np.float32], *, centred: bool) -> None:
+        """Take rows [groups, rows, features]."""
         groups, self._count, features = rows.shape
         self._rows = rows
         self.mean: Matrix = np.zeros((groups, 1, features))
         if centred:
             self.mean = rows.mean(axis=1, keepdims=True, dtype=np.float64)
-        gram = (rows.swapaxes(1, 2) @ rows).astype(np.float64) / self._count
-        gram -= self.mean.swapaxes(1, 2) @ self.mean
-        size = np.trace(gram, axis1=1, axis2=2) / max(1, features)
-        self.ridge: Matrix = ridge * np.maximum(size, np.finfo(np.float32).tiny)[:, None, None]
-        self.gram: Matrix = gram + self.ridge * np.eye(features)
+        self.gram: Matrix = (rows.swapaxes(1, 2) @ rows).astype(np.float64) / self._count
+        self.gram -= self.mean.swapaxes(1, 2) @ self.mean
 
-    def fit(self, aims: Array, start: Matrix) -> tuple[Matrix, Matrix]:
+    def lift(self, ridge: float) -> Matrix:
+        """A share of the mean square of a feature [groups, 1, 1]."""
+        size = np.trace(self.gram, axis1=1, axis2=2) / max(1, self.gram.shape[1])
+        return np.asarray(ridge * np.maximum(size, np.finfo(np.float32).tiny)[:, None, None])
+
+    def lifted(self, ridge: float) -> Matrix:
+        """The products with that on their diagonal, so that they can be inverted."""
+        return np.asarray(self.gram + self.lift(ridge) * np.eye(self.gram.shape[1]))
+
+    def fit(self, aims: Array, start: Matrix, ridge: float) -> tuple[Matrix, Matrix]:
         """The matrix and the constant that come nearest to the aims, held to where they start by the ridge.
 
         Args:
             aims: [groups, rows, outputs].
             start: [groups, features, outputs].
+            ridge: how strongly, as a share of the mean square of a feature.
         """
         middle = aims.mean(axis=1, keepdims=True, dtype=np.float64) if self.mean.any() else np.zeros((len(aims), 1, 1))
         cross = (self._rows.swapaxes(1, 2) @ np.asarray(aims, np.float32)).astype(np.float64) / self._count
         cross -= self.mean.swapaxes(1, 2) * middle
-        fitted = np.linalg.solve(self.gram, cross + self.ridge * start)
+        fitted = np.linalg.solve(self.lifted(ridge), cross + self.lift(ridge) * start)
         return fitted, middle - self.mean @ fitted

@@ -174,8 +174,8 @@ class Synthetic:
 
     Images have the spectrum of natural ones, whose amplitudes fall as one over the frequency (Field 1987; networks
     learn from such noise: Baradad et al., NeurIPS 2021), channels that mostly agree, and a brightness and contrast of
-    their own; over all of them the mean is about 0 and the standard deviation about 1, as of images that were normalised.
-    All else is drawn as `random_feed` does.
+    their own; over all of them the mean is about 0 and the standard deviation about 1, as of normalised images. All
+    else is drawn as `random_feed` does.
     """
 
     count = 4096

@@ -211,7 +211,7 @@ class _Observer:
         def look() -> None:
             data, targets = self.steps.tensor(unit.data), self.steps.tensor(unit.target)
             rows, aims = self.sampler.rows(unit.linear, data, targets)
-            inverse = np.asarray(np.linalg.inv(Moments(rows, _RIDGE, centred=True).gram), np.float64)
+            inverse = np.asarray(np.linalg.inv(Moments(rows, centred=True).lifted(_RIDGE)), np.float64)
             matrix = unit.matrix(self.combed.folded.model) * unit.gain.reshape(len(rows), 1, -1)
             spread = float(aims.var(dtype=np.float64)) * aims.shape[0] * aims.shape[2]
             for index, features in channels.items():

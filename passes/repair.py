@@ -31,6 +31,11 @@ SAMPLES = 512
 _BATCH = 32
 _SILENT = 1e-6
 """A factor below which nothing passes, so that nothing can be said of what comes before."""
+_STRONGER = 10.0
+"""From one ridge to the next that is tried."""
+_MOST_TRIED = 4
+_CHECKED = 8
+"""One in so many rows is kept from the fit, to see whether it is one."""
 _GOOD = 1e-5
 """Relative error of what needs no repair."""
 
@@ -42,7 +47,8 @@ class RepairOptions:
     Attributes:
         samples: that are looked at.
         rows: places in them that one fit looks at, about.
-        ridge: how strongly weights are held to what they were, as a share of the mean square of a feature.
+        ridge: how strongly weights are held to what they were at least, as a share of the mean square of a feature;
+            more where that is better on rows that the fit does not see.
         rounds: of asking anew for what a rectifier cuts off anyway; 0 fits what goes into it.
         seed: of the choice of samples and rows.
     """
@@ -61,7 +67,7 @@ class Fit:
     Attributes:
         weight: its name.
         target: tensor whose values in the original were aimed at.
-        before, after: root mean square error over the spread of the target, on the rows of the fit.
+        before, after: root mean square error over the spread of the target, on rows that the fit did not see.
     """
 
     weight: str
@@ -189,10 +195,13 @@ def _kept(array: Array, masks: Sequence[Mask]) -> Array:
 
 
 class _Problem:
-    """One weight, its rows, and what it should make of them."""
+    """One weight, its rows, and what it should make of them: most to fit, the last ones, of other samples, to check."""
 
     def __init__(self, unit: Unit, model: Model, rows: Array, wanted: Array, options: RepairOptions) -> None:
-        self.unit, self.model, self.rows, self.wanted, self.options = unit, model, rows, wanted, options
+        self.unit, self.model, self.options = unit, model, options
+        cut = rows.shape[1] - rows.shape[1] // _CHECKED
+        self.rows, self.wanted = rows[:, :cut], wanted[:, :cut]
+        self.check = (rows[:, cut:], wanted[:, cut:]) if cut < rows.shape[1] else (rows, wanted)
         self.start: Matrix = unit.matrix(model)
         self.gain, self.shift = (v.reshape(len(rows), 1, -1) for v in (unit.gain, unit.shift))
         # What reaches the target hardly or not at all stays as it is.
@@ -218,25 +227,31 @@ class _Problem:
         return Fit(self.unit.weight, self.unit.target, before, after)
 
     def fitted(self) -> tuple[Matrix, Matrix]:
-        moments = Moments(self.rows, self.options.ridge, centred=self.unit.bias is not None)
-        fitted, constant = self.once(moments, self.wanted)
+        moments, ridge = Moments(self.rows, centred=self.unit.bias is not None), self.options.ridge
+        fitted, constant = self.once(moments, self.wanted, ridge)
+        for _ in range(_MOST_TRIED - 1):
+            stronger = self.once(moments, self.wanted, ridge * _STRONGER)
+            if not self.error(*stronger) < self.error(fitted, constant):
+                break
+            (fitted, constant), ridge = stronger, ridge * _STRONGER
         for _ in range(self.options.rounds if self.unit.rectified else 0):
             # What is cut off may be anything below zero.
-            aims = np.where(self.wanted > 0, self.wanted, np.minimum(self.made(fitted, constant), 0))
-            fitted, constant = self.once(moments, aims)
+            aims = np.where(self.wanted > 0, self.wanted, np.minimum(self.made(self.rows, fitted, constant), 0))
+            fitted, constant = self.once(moments, aims, ridge)
         return fitted, constant
 
-    def once(self, moments: Moments, aims: Array) -> tuple[Matrix, Matrix]:
+    def once(self, moments: Moments, aims: Array, ridge: float) -> tuple[Matrix, Matrix]:
         """The fit to some aims, which lie behind gain and shift."""
-        fitted, constant = moments.fit((aims - self.shift) / np.where(self.speaks, self.gain, 1.0), self.start)
+        fitted, constant = moments.fit((aims - self.shift) / np.where(self.speaks, self.gain, 1.0), self.start, ridge)
         return np.where(self.speaks, fitted, self.start), np.where(self.speaks, constant, 0.0)
 
-    def made(self, matrix: Matrix, constant: Matrix) -> Array:
-        product = self.rows @ matrix.astype(np.float32) + constant.astype(np.float32)
+    def made(self, rows: Array, matrix: Matrix, constant: Matrix) -> Array:
+        product = rows @ matrix.astype(np.float32) + constant.astype(np.float32)
         return np.asarray(product * self.gain.astype(np.float32) + self.shift.astype(np.float32))
 
     def error(self, matrix: Matrix, constant: Matrix) -> float:
-        """Root mean square, behind the rectifier if there is one."""
+        """Root mean square on the rows to check, behind the rectifier if there is one."""
+        rows, wanted = self.check
         floor = 0.0 if self.unit.rectified else -np.inf
-        made, wanted = np.maximum(self.made(matrix, constant), floor), np.maximum(self.wanted, floor)
-        return float(np.sqrt(np.square(made - wanted).mean()))
+        made = np.maximum(self.made(rows, matrix, constant), floor)
+        return float(np.sqrt(np.square(made - np.maximum(wanted, floor)).mean()))

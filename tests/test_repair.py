@@ -344,3 +344,15 @@ def test_without_data_synthetic_inputs_serve(tmp_path):
     want = made(residual(), unseen)
     errors = [float(np.square(made(load(tmp_path / f"{n}.onnx"), unseen) - want).mean()) for n in "ab"]
     assert errors[0] < 0.7 * errors[1]
+
+
+def test_few_samples_do_not_make_it_worse():
+    """With fewer rows than features a plain fit says anything about what it has not seen."""
+    text = "g (float[N, 96] x) => (float[N, 4] y) { a = MatMul(x, w0) b = Relu(a) y = MatMul(b, w1) }"
+    rng = np.random.default_rng(0)
+    model = model_of(text, w0=rng.standard_normal((96, 128)), w1=rng.standard_normal((128, 4)))
+    few, many = ({"x": rng.standard_normal((n, 96)).astype(np.float32)} for n in (48, 1000))
+    combed, kept, small = pruned(model, "l2", Budget("channels", 0.75))
+    fixed = repair(combed, kept, small, ArraySource(few)).model
+    errors = [float(np.square(made(m, many) - made(model, many)).mean()) for m in (small, fixed)]
+    assert errors[1] <= errors[0]
