@@ -3,8 +3,8 @@
     python benchmarks/accuracy.py --data DATA [--only resnet56] [--peer-python PYTHON] [--steps N] [--out FILE]
 
 DATA is a folder with `onnx/` and `load.py`, which decodes CIFAR-10, GTSRB and CamVid. For each model and target: channels
-chosen by the Fisher score, by magnitude and by chance; and once the unpruned control. All of them are trained by the same recipe, with
-the original as teacher; what counts is the accuracy after the last step, on test images that were not trained on.
+chosen by reconstruction and repaired, as `prune --data` does, and without repair by the Fisher score, by magnitude and by
+chance; and once the unpruned control. All of them are trained by the same recipe, with the original as teacher; what counts is the accuracy after the last step, on test images that were not trained on.
 
 With PYTHON, one that has torch and torch-pruning, the CIFAR-10 ResNet-56 is also rebuilt there, pruned by torch-pruning
 to the same MACs and exported (`benchmarks/torch_pruning_resnet.py`); what comes out is trained by the same recipe, and so
@@ -82,11 +82,12 @@ CASES = {
 
 
 CHOICES = {
-    "fisher": ("--score", "fisher", "--spread", "global", "--samples", "512"),
+    "reconstruction, repaired": ("--data",),
+    "fisher": ("--score", "fisher", "--spread", "global", "--samples", "512", "--no-repair", "--data"),
     "l2": ("--score", "l2"),
     "random": ("--score", "random"),
 }
-"""How channels are chosen, by name."""
+"""How channels are chosen, by name: options of `prune`, the last of which may want the training images."""
 
 
 def images(folder: Path, name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -163,8 +164,8 @@ class Run:
         yield "control", self.original
         for target in self.case.targets:
             for name, choice in CHOICES.items():
-                path = self.work / f"{self.case.model}_{name.replace(' ', '_')}_{target}.onnx"
-                data = ["--data", self.train] if "fisher" in choice else []
+                path = self.work / f"{self.case.model}_{name.replace(', ', '_').replace(' ', '_')}_{target}.onnx"
+                data = [self.train] if choice[-1] == "--data" else []
                 command("prune", self.original, "-o", path, "--target", f"macs={target}", *choice, *data, "--force")
                 yield f"{name} {target}", path
             if self.peer is not None and self.case.published:
