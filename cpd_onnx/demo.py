@@ -1,4 +1,4 @@
-"""The embedded example: comb, prune, distill, verify, with an unpruned control and random pruning beside it."""
+"""The embedded example: comb, prune, repair, distill, verify, with an unpruned control and random pruning beside it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from cpd_onnx.metrics import run as run_session
 from cpd_onnx.passes.allocate import KINDS
 from cpd_onnx.passes.comb import Comb
 from cpd_onnx.passes.prune import Prune
+from cpd_onnx.passes.repair import Repair
 from cpd_onnx.passes.score import Score
 from cpd_onnx.passes.verify import Verify, verify_files
 from cpd_onnx.pipeline import Pass, make
@@ -72,7 +73,7 @@ def run(
     overwrite: bool = False,
     observer: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
-    """Prune the embedded digits network and train it back.
+    """Prune the embedded digits network, repair it and train it back.
 
     Accuracies are those of the last epoch, on images that were not trained on. Without torch the training is left out.
     Raises TargetError if the target cannot be met.
@@ -85,22 +86,30 @@ def run(
     with resources.as_file(resources.files("cpd_onnx.models")) as folder:
         model = load(folder / "digits.onnx")
         train, test = (_digits(folder / f"digits_{part}.npz", model) for part in ("train", "test"))
-    observer("comb, prune, verify")
-    states = {score: _pruned(model, settings, score) for score in ("l2", "random")}
-    pruned = {score: (state.model, _allocation_costs(state)) for score, state in states.items()}
-    variants = [_variant("the original", (model, _costs(model)), test)]
-    variants += [_variant(f"pruned ({score})", made, test) for score, made in pruned.items()]
+    observer("comb, prune, verify, repair")
+    unlabelled = ArraySource({name: array for name, array in train.arrays.items() if name != LABELS})
+    state, chance = (_pruned(model, settings, score, unlabelled) for score in ("reconstruction", "random"))
+    costs = state.need("allocation", "allocate").after
+    by_chance = (chance.model, chance.need("allocation", "allocate").after)
+    variants = [
+        _variant("the original", (model, _costs(model)), test),
+        _variant("pruned and repaired", (state.model, costs), test),
+        _variant("random channels", by_chance, test),
+    ]
     ours = variants[1]
     is_trained = util.find_spec("torch") is not None
     if is_trained:
-        students = {"the original, trained on": (model, variants[0].costs)}
-        students |= {f"pruned ({score}), distilled": made for score, made in pruned.items()}
-        variants += _trained(model, students, (train, test), settings, observer)
+        students = {
+            "the original, trained on": (model, variants[0].costs),
+            "pruned, repaired, distilled": (state.model, costs),
+            "random channels, distilled": by_chance,
+        }
+        variants += _trained(model, students, (unlabelled, test), settings, observer)
         ours = variants[4]
     observer("latency")
     seconds = latency_ratio([v.model for v in variants], _feed(model, test), threads=1)
     observer("verify")
-    found = verify_files(model, ours.model, states["l2"].need("plan", "prune"))
+    found = verify_files(model, ours.model, state.need("plan", "prune"))
     content = {
         "settings": asdict(settings),
         "rows": [_row(variant, taken) for variant, taken in zip(variants, seconds, strict=True)],
@@ -116,7 +125,7 @@ def run(
         "torch": is_trained,
     }
     if out is not None:
-        _save(out, model, ours.model, states["l2"])
+        _save(out, model, ours.model, state)
         content["files"] = str(out)
     return content | {"seconds": time.perf_counter() - started}
 
@@ -179,15 +188,12 @@ def _feed(model: Model, source: ArraySource) -> dict[str, Any]:
     return {info.name: batch[info.name] for info in model.graph.input if info.name in batch}
 
 
-def _pruned(model: Model, settings: Settings, score: str) -> State:
-    allocation = make("allocate", {settings.kind: settings.fraction})
-    steps: list[Pass] = [Comb(), Score(score, settings.seed), allocation, Prune(), Verify()]
-    return run_passes(steps, model)
-
-
-def _allocation_costs(state: State) -> Costs:
-    costs: Costs = state.need("allocation", "allocate").after
-    return costs
+def _pruned(model: Model, settings: Settings, score: str, data: ArraySource) -> State:
+    """By reconstruction with the repair, as `prune --data` does it; by chance without."""
+    repairs = score == "reconstruction"
+    wish = {settings.kind: settings.fraction, "spread": "optimal" if repairs else "uniform"}
+    steps: list[Pass] = [Comb(), Score(score, settings.seed), make("allocate", wish), Prune(), Verify()]
+    return run_passes([*steps, Repair()] if repairs else steps, model, data=data)
 
 
 def _costs(model: Model) -> Costs:
@@ -218,9 +224,8 @@ def _trained(
     """The students after training against the teacher, all with the same recipe and without labels."""
     from cpd_onnx.passes import distill
 
-    train, test = data
+    unlabelled, test = data
     options = distill.DistillOptions(epochs=settings.epochs, seed=settings.seed, **_RECIPE)
-    unlabelled = ArraySource({name: array for name, array in train.arrays.items() if name != "labels"})
     variants = []
     for name, (student, costs) in students.items():
         observer(f"distill: {name}")

@@ -4,14 +4,15 @@ A channel is looked at where it is consumed: by weights that multiply it and sum
 goes, the others doing what they can, is a closed formula of the inputs' second moments: W' [(H^-1)cc]^-1 W, the optimal
 brain surgeon's (Hassibi and Stork 1992; for blocks of weights Frantar and Alistarh, NeurIPS 2022). Channels are taken
 away one after the other, the least first, and moments and weights follow; the errors are relative to the spread of
-what is computed there, or of the sum that it goes into, and are added up over all consumers of a channel.
+what is computed there, or of the sum that it goes into, and are added up over all consumers of a channel. Groups that
+meet in a consumer (the branches of a concatenation) are taken apart together: each may be spared for the other's sake,
+both may not.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpd_onnx.atoms import Axis
-from cpd_onnx.cost import group_owners
+from cpd_onnx.cost import CostModel, group_owners
 from cpd_onnx.data import calibration
 from cpd_onnx.fitting import MAX_FEATURES, Matrix, Moments, Sampler
 from cpd_onnx.graph import Array
@@ -43,20 +44,20 @@ _LEAST = 1e-6
 
 @dataclass(eq=False)
 class _Consumer:
-    """Where some channels of a group are multiplied and summed.
+    """Where channels are multiplied and summed.
 
     Attributes:
         inverse: of the features' moments [groups, features, features].
         matrix: what they are multiplied with [groups, features, outputs].
         spread: variance of what is computed, or of the sum that it goes into, times its channels.
-        features: of each channel [channels, features of one].
+        features: of each channel of each group, by its id [channels, features of one].
         lost: share of the spread that is lost already.
     """
 
     inverse: Matrix
     matrix: Matrix
     spread: float
-    features: Axis
+    features: dict[int, Axis]
     lost: float = 0.0
 
     @property
@@ -64,16 +65,19 @@ class _Consumer:
         """Share of the spread that is computed still."""
         return max(1.0 - self.lost, _LEAST)
 
-    def losses(self, channels: Sequence[int]) -> Scores:
+    def losses(self, group: int, channels: Sequence[int]) -> Scores:
         """What is lost with each of some channels, as a share of what is left."""
-        places = self.features[list(channels)]
+        places = self.features[group][list(channels)]
         blocks = self.inverse[:, places[:, :, None], places[:, None, :]]
         rows = self.matrix[:, places]
         return np.asarray((rows * np.linalg.solve(blocks, rows)).sum(axis=(0, 2, 3)) / self.spread / self.left)
 
-    def remove(self, channels: Sequence[int]) -> None:
-        """Take channels away; the others' weights take over what they can."""
-        places = self.features[list(channels)].ravel()
+    def remove(self, channels: Sequence[tuple[int, int]]) -> None:
+        """Take channels away, given with their groups; the others' weights take over what they can."""
+        found = [self.features[group][channel] for group, channel in channels if group in self.features]
+        if not found:
+            return
+        places = np.unique(np.concatenate(found))  # of heads and their dimensions both may go
         block = np.linalg.inv(self.inverse[:, places[:, None], places[None]])
         rows = self.matrix[:, places]
         self.lost += float((rows * (block @ rows)).sum() / self.spread)
@@ -96,37 +100,75 @@ def losses(question: Question) -> list[Scores]:
         UnsupportedError: onnxruntime does not run the model, or some piece of it.
     """
     combed = question.combed
-    found = _Observer(question).run()
+    consumers = _Observer(question).run()
+    prices = CostModel(combed).of_groups(combed)
     scores = []
-    for group, magnitude in zip(combed.groups, l2(question), strict=True):
-        consumers = found.get(group.id, [])
+    for magnitude in l2(question):
         squares = np.square(np.nan_to_num(magnitude, nan=np.inf, posinf=1e150))
-        scores.append(_taken_apart(consumers, len(group)) if consumers else squares / (squares.sum() or 1.0))
+        scores.append(squares / (squares.sum() or 1.0))
+    for together in _components(consumers):
+        groups = sorted({group for consumer in together for group in consumer.features})
+        sizes = {group: len(combed.groups[group]) for group in groups}
+        each = {group: max(1.0, prices[group].macs / size) for group, size in sizes.items()}
+        for group, values in _taken_apart(together, sizes, each).items():
+            scores[group] = values
     return scores
 
 
-def _taken_apart(consumers: Sequence[_Consumer], count: int) -> Scores:
-    """Take channels away until one is left, a few at a time; what each costs is never less than what went before.
+def _components(consumers: Sequence[_Consumer]) -> list[list[_Consumer]]:
+    """Consumers in lots that have no group in common."""
+    lots: list[tuple[set[int], list[_Consumer]]] = []
+    for consumer in consumers:
+        groups, members = set(consumer.features), [consumer]
+        for lot in [lot for lot in lots if lot[0] & groups]:
+            lots.remove(lot)
+            groups, members = groups | lot[0], [*lot[1], *members]
+        lots.append((groups, members))
+    return [members for _, members in lots]
 
-    What is left of a signal is multiplied from layer to layer, so what counts is the logarithm of the share that is.
+
+def _taken_apart(
+    consumers: Sequence[_Consumer], sizes: Mapping[int, int], prices: Mapping[int, float]
+) -> dict[int, Scores]:
+    """Take channels away, a few at a time and by the loss for what they cost, until each group has one left.
+
+    What is left of a signal is multiplied from layer to layer, so what counts is the logarithm of the share that is. In
+    a group, no channel is worth less than one that went before it.
     """
-    alive, worst, scores = list(range(count)), 0.0, np.zeros(count)
-    while len(alive) > 1:
-        each = np.sum([consumer.losses(alive) for consumer in consumers], axis=0)
-        order = np.argsort(each, kind="stable")[: max(1, min(len(alive) - 1, count // _STEPS))].tolist()
-        gone = [alive[place] for place in order]
+    alive = {group: list(range(size)) for group, size in sizes.items()}
+    scores, worst = {group: np.zeros(size) for group, size in sizes.items()}, dict.fromkeys(sizes, 0.0)
+    step = max(1, sum(sizes.values()) // _STEPS)
+    while any(len(channels) > 1 for channels in alive.values()):
+        gone, shares = _cheapest(consumers, alive, prices, step)
         before = sum(math.log(consumer.left) for consumer in consumers)
         for consumer in consumers:
             consumer.remove(gone)
         damage = before - sum(math.log(consumer.left) for consumer in consumers)
-        share = each[order] / (each[order].sum() or 1.0)
-        for channel, part in zip(gone, share.tolist(), strict=True):
-            worst = max(worst, damage * part)
-            scores[channel] = worst
-        alive = [channel for channel in alive if channel not in set(gone)]
-    # With the last channel all is lost.
-    scores[alive] = worst - sum(math.log(_LEAST) for _ in consumers)
-    return scores + np.finfo(np.float64).tiny * np.argsort(np.argsort(scores, kind="stable"))
+        for (group, channel), share in zip(gone, shares.tolist(), strict=True):
+            worst[group] = max(worst[group], damage * share)
+            scores[group][channel] = worst[group]
+            alive[group].remove(channel)
+    for group, values in scores.items():
+        # With the last channel all is lost.
+        values[alive[group]] = worst[group] - sum(math.log(_LEAST) for c in consumers if group in c.features)
+        values += np.finfo(np.float64).tiny * np.argsort(np.argsort(values, kind="stable"))
+    return scores
+
+
+def _cheapest(
+    consumers: Sequence[_Consumer], alive: Mapping[int, list[int]], prices: Mapping[int, float], count: int
+) -> tuple[list[tuple[int, int]], Scores]:
+    """The channels, with their groups, that lose least for what they cost, and each one's share of the loss."""
+    offered: list[tuple[float, int, int, float]] = []
+    for group, channels in alive.items():
+        each = np.sum([c.losses(group, channels) for c in consumers if group in c.features], axis=0)
+        order = np.argsort(each, kind="stable")[: len(channels) - 1]
+        offered += [
+            (float(each[k]) / prices[group], group, channels[k], float(each[k])) for k in order[:count].tolist()
+        ]
+    taken = sorted(offered)[:count]
+    losses = np.array([max(entry[3], 0.0) for entry in taken])
+    return [(group, channel) for _, group, channel, _ in taken], losses / (losses.sum() or 1.0)
 
 
 Looks = Callable[[], None]
@@ -137,7 +179,7 @@ class _Observer:
     """Goes through the model once and looks at what comes by."""
 
     question: Question
-    found: dict[int, list[_Consumer]] = field(default_factory=lambda: defaultdict(list))
+    found: list[_Consumer] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         combed, question = self.question.combed, self.question
@@ -152,8 +194,8 @@ class _Observer:
         self.sampler = Sampler(_ROWS, question.seed)
         self.makers = {n: p for p, node in enumerate(combed.folded.scope.nodes) for n in node.output}
 
-    def run(self) -> dict[int, list[_Consumer]]:
-        """For each group by id its consumers, taken in."""
+    def run(self) -> list[_Consumer]:
+        """All consumers of channels."""
         units = [(unit, self.channels(unit)) for unit in units_of(self.combed.folded).found]
         looks: list[tuple[int, int, Looks]] = []
         wanted: list[str] = []
@@ -214,16 +256,15 @@ class _Observer:
             inverse = np.asarray(np.linalg.inv(Moments(rows, centred=True).lifted(_RIDGE)), np.float64)
             matrix = unit.matrix(self.combed.folded.model) * unit.gain.reshape(len(rows), 1, -1)
             spread = float(aims.var(dtype=np.float64)) * aims.shape[0] * aims.shape[2]
-            for index, features in channels.items():
-                self.enter(index, _Consumer(inverse.copy(), matrix.copy(), spread, features))
+            self.enter(_Consumer(inverse, matrix, spread, channels))
             self.steps.release(unit.data)
             self.steps.release(unit.target)
 
         return look
 
-    def enter(self, index: int, consumer: _Consumer) -> None:
+    def enter(self, consumer: _Consumer) -> None:
         if np.isfinite(consumer.spread) and consumer.spread > 0 and np.isfinite(consumer.inverse).all():
-            self.found[index].append(consumer)
+            self.found.append(consumer)
 
     # Products of two activations.
 
@@ -245,8 +286,8 @@ class _Observer:
                 gram += _RIDGE * np.trace(gram) / size * np.eye(size)
                 spread = float(gram.sum())
                 channels = self.features(left.atoms, 1, size, 1)
-                for index, features in channels.items() if spread > 0 else ():
-                    self.enter(index, _Consumer(np.linalg.inv(gram)[None], np.ones((1, size, 1)), spread, features))
+                if spread > 0 and channels:
+                    self.enter(_Consumer(np.linalg.inv(gram)[None], np.ones((1, size, 1)), spread, channels))
             self.steps.release(left.value.name)
             self.steps.release(right.value.name)
 

@@ -268,7 +268,8 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = json.loads(capsys.readouterr().out)
     accuracy = {row["name"]: row["accuracy"] for row in content["rows"]}
     assert accuracy["the original"] > 0.99
-    assert accuracy["pruned (l2), distilled"] > accuracy["pruned (l2)"]
+    assert accuracy["pruned, repaired, distilled"] > accuracy["random channels"]
+    assert accuracy["pruned and repaired"] > accuracy["random channels"]
     assert content["verification"]["passed"]
     assert files(tmp_path / "d") == {"digits.onnx", "digits_pruned.onnx", "digits_pruned.onnx.plan.json"}
     assert run("verify", tmp_path / "d" / "digits.onnx", tmp_path / "d" / "digits_pruned.onnx") == 0

@@ -169,5 +169,5 @@ def test_the_demo_works_without_torch() -> None:
     done = without_torch("demo")
     assert (done.returncode, done.stderr.count("\n")) == (0, 1)
     assert "not trained: pip install 'cpd-onnx[torch]'" in done.stdout
-    assert "pruned (l2)" in done.stdout
+    assert "pruned and repaired" in done.stdout
     assert "distilled" not in done.stdout

@@ -356,3 +356,27 @@ def test_few_samples_do_not_make_it_worse():
     fixed = repair(combed, kept, small, ArraySource(few)).model
     errors = [float(np.square(made(m, many) - made(model, many)).mean()) for m in (small, fixed)]
     assert errors[1] <= errors[0]
+
+
+def test_branches_that_can_stand_in_for_each_other_do_not_both_go():
+    """Two concatenated branches compute the same: each alone may be spared, but not both."""
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((6, 8))
+    text = """g (float[N, 6] x) => (float[N, 3] y)
+    { a = MatMul(x, w0) p = Relu(a) b = MatMul(x, w1) q = Relu(b) c = Concat <axis = 1> (p, q) y = MatMul(c, w2) }"""
+    mixing = rng.standard_normal((8, 8)) * 0.05 + np.eye(8)
+    model = model_of(text, w0=weights, w1=weights @ mixing, w2=rng.standard_normal((16, 3)))
+    data = ArraySource({"x": rng.standard_normal((400, 6)).astype(np.float32)})
+    combed = comb(model)
+    scores = score(combed, "reconstruction", data=data)
+    chosen = allocate(combed, scores, Budget("macs", 0.5, "optimal"), is_loss=True)
+    left = sum(len(group) - len(gone) for group, gone in zip(combed.groups, chosen.removed, strict=True))
+    assert left == pytest.approx(8, abs=1)
+    # What either branch alone could do without is nearly all of it; what both could is half.
+    cheap = sum(int((values < 0.1 * np.median(np.concatenate(scores))).sum()) for values in scores)
+    assert cheap <= 8
+    kept = Kept(combed.atoms)
+    kept.remove(chosen.channels(combed))
+    fixed = repair(combed, kept, prune(combed, chosen).model, data).model
+    want = made(model, data.arrays)
+    assert np.square(made(fixed, data.arrays) - want).mean() < 0.05 * want.var()
