@@ -173,7 +173,7 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     machine = {"cpus": os.cpu_count(), "system": platform.platform(), "onnxruntime": ort.__version__}
     content: dict[str, Any] = {
-        "command": f"python benchmarks/latency.py {' '.join(sys.argv[1:])}", "machine": machine, "commit": commit,
+        "command": f"python benchmarks/latency.py {' '.join(Path(word).name for word in sys.argv[1:])}", "machine": machine, "commit": commit,
         "rows": {},
     }  # fmt: skip  # a record
     for name in options.names:

@@ -224,7 +224,7 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     content |= {
         "machine": {"cpus": os.cpu_count(), "system": platform.platform(), "onnxruntime": ort.__version__},
-        "commit": commit, "command": f"python benchmarks/without_training.py {' '.join(sys.argv[1:])}",
+        "commit": commit, "command": f"python benchmarks/without_training.py {' '.join(Path(word).name for word in sys.argv[1:])}",
     }  # fmt: skip  # a record
     with tempfile.TemporaryDirectory() as folder:
         for name in options.only or (WITH_SCORES if options.scores else CASES):
