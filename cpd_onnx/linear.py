@@ -110,6 +110,8 @@ RECTIFIERS: set[Key] = {("", "Relu")}
 """Operators that cut off what is below zero."""
 TRANSPOSES: set[Key] = {("", "Transpose")}
 """Operators that turn a matrix round, when they have a matrix and no attribute that says otherwise."""
+IDENTITIES: set[Key] = {("", "Identity")}
+"""Operators that hand on what they take: exporters put them behind constants that several nodes share."""
 SUMS: set[Key] = {("", "Add")}
 """Operators that add two tensors."""
 

@@ -12,7 +12,7 @@ from onnx import NodeProto, TensorProto
 from cpd_onnx.editing import Editor
 from cpd_onnx.fitting import Matrix
 from cpd_onnx.graph import Array, Model
-from cpd_onnx.linear import AFFINE, RECTIFIERS, SUMS, TRANSPOSES, Linear, Vector, key_of, linear_of
+from cpd_onnx.linear import AFFINE, IDENTITIES, RECTIFIERS, SUMS, TRANSPOSES, Linear, Vector, key_of, linear_of
 from cpd_onnx.shapes import Folded, Use
 
 
@@ -168,7 +168,12 @@ class _Finder:
         return Unit(position, linear, node.input[0], name, flipped, gain, shift, bias, end, target, other, rectified)
 
     def constant(self, name: str) -> Array | None:
-        return self.model.array(name) if self.model.has(name) else None
+        while not self.model.has(name):
+            maker = self.makers.get(name)
+            if maker is None or key_of(self.node(maker)) not in IDENTITIES:
+                return None
+            name = self.node(maker).input[0]
+        return self.model.array(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         value = self.scope.values.get(name)
@@ -176,7 +181,9 @@ class _Finder:
 
     def editable(self, name: str, count: int) -> Bias | None:
         """The constant as something that may be changed, if it has one number for each output and one user."""
-        if self.uses[name] != 1 or self.model.tensor(name).data_type != TensorProto.FLOAT:
+        if not self.model.has(name) or self.uses[name] != 1:
+            return None
+        if self.model.tensor(name).data_type != TensorProto.FLOAT:
             return None
         return Bias(name, np.ones(count)) if self.model.array(name).size == count else None
 

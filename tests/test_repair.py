@@ -380,3 +380,16 @@ def test_branches_that_can_stand_in_for_each_other_do_not_both_go():
     fixed = repair(combed, kept, prune(combed, chosen).model, data).model
     want = made(model, data.arrays)
     assert np.square(made(fixed, data.arrays) - want).mean() < 0.05 * want.var()
+
+
+def test_a_bias_that_others_share_is_read_and_left_alone():
+    """Exporters give equal constants one initializer and put an Identity before the other users."""
+    text = """g (float[N, 6] x) => (float[N, 4] y)
+    { s = Identity(b) a = Gemm(x, w0, b) p = Relu(a) c = Gemm(p, w1, s) q = Relu(c) y = MatMul(q, w2) }"""
+    rng = np.random.default_rng(0)
+    shapes = {"w0": (6, 12), "w1": (12, 12), "w2": (12, 4)}
+    model = model_of(text, **{k: rng.standard_normal(v) for k, v in shapes.items()}, b=np.full(12, 0.5))
+    found = units_of(comb(model).folded)
+    assert ([unit.weight for unit in found.found], found.left) == (["w0", "w1", "w2"], {})
+    assert [unit.bias for unit in found.found] == [None, None, None]
+    np.testing.assert_array_equal(found.found[1].shift, np.full(12, 0.5))
