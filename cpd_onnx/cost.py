@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from cpd_onnx.atoms import NOTHING, Atoms, Axis
 from cpd_onnx.graph import element_bytes
-from cpd_onnx.groups import Combed, Group
+from cpd_onnx.groups import Combed
 from cpd_onnx.kept import Kept
 
 Floats: TypeAlias = npt.NDArray[np.float64]
@@ -99,9 +99,7 @@ class CostModel:
 
     def of_groups(self, combed: Combed) -> dict[int, Costs]:
         """For each group by id, the costs of the nodes and weights that it runs through."""
-        owner = np.full(len(combed.atoms), -1, np.int64)
-        for group in combed.groups:
-            owner[group.channels] = group.id
+        owner, _ = combed.owners
         macs: dict[int, float] = defaultdict(float)
         params: dict[int, float] = defaultdict(float)
         stored: dict[int, float] = defaultdict(float)
@@ -138,8 +136,7 @@ class WidthCost:
         place_of[used] = np.arange(len(used))
         place_of[sizes.count :] = len(used), len(used) + 1
         self._places = place_of[self._places]
-        owner = group_owners(combed, combed.groups)
-        owner[owner < 0] = count
+        owner = np.where(combed.owners[0] < 0, count, combed.owners[0])
         axis, parts = sizes.rows(used)
         groups = np.sort(np.where(parts == NOTHING, count, owner[parts]), axis=1)
         groups[:, 1:][groups[:, 1:] == groups[:, :-1]] = count
@@ -196,14 +193,6 @@ class _Sizes:
         for row, (_, axes) in enumerate(terms):
             places[row, : len(axes)] = [self._places.get(id(axis), count + 1) for axis in axes]
         return np.asarray([factor for factor, _ in terms]), places
-
-
-def group_owners(combed: Combed, groups: list[Group]) -> Axis:
-    """For each atom the id of its group, -1 where it has none."""
-    owner = np.full(len(combed.atoms), -1, np.int64)
-    for group in groups:
-        owner[group.channels] = group.id
-    return owner
 
 
 def _owners(combed: Combed, owner: Axis, axes: tuple[Axis, ...] | list[Axis]) -> set[int]:

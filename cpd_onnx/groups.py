@@ -175,11 +175,17 @@ class Combed:
         return self._members.get(group.id, [])
 
     @cached_property
-    def _members(self) -> dict[int, list[Member]]:
-        """The members of all groups, found in one pass over the weights."""
+    def owners(self) -> tuple[Axis, Axis]:
+        """For each atom the id of its group and its place in it, -1 where it has none; do not write into them."""
         owner, rank = (np.full(len(self.atoms), -1, np.int64) for _ in range(2))
         for group in self.groups:
             owner[group.channels], rank[group.channels] = group.id, np.arange(len(group))
+        return owner, rank
+
+    @cached_property
+    def _members(self) -> dict[int, list[Member]]:
+        """The members of all groups, found in one pass over the weights."""
+        owner, rank = self.owners
         found: dict[tuple[int, int, int], Member] = {}
         for number, weight in enumerate(self.weights):
             for axes in self.weight_axes(weight):

@@ -481,9 +481,7 @@ def _group_widths(combed: Combed, group: Group, slowdown: Floats) -> GroupWidths
 
 def _owners(made: _Samples) -> list[tuple[int, ...]]:
     """The groups that each axis hangs on."""
-    owner = np.full(len(made.combed.atoms), -1, np.int64)
-    for group in made.combed.groups:
-        owner[group.channels] = group.id
+    owner, _ = made.combed.owners
     parts = (owner[made.combed.atoms.parts(axis)].ravel().tolist() for _, axis in made.axes)
     return [tuple(sorted(set(found) - {-1})) for found in parts]
 

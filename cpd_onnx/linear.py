@@ -103,17 +103,21 @@ class Affine:
 
 Constants: TypeAlias = "Callable[[str], Array | None]"
 """The values of a constant by name, None for what is none."""
-_MakeAffine: TypeAlias = "Callable[[NodeProto, str, int, Constants], Affine | None]"
+_MakeAffine: TypeAlias = "Callable[[NodeProto, str, tuple[int, int], Constants], Affine | None]"
 AFFINE: dict[Key, _MakeAffine] = {}
-"""From a node, the name of its input, that input's channel axis counted from the end, and the constants."""
+"""From a node, the name of its input, that input's channel axis counted from the front and from the end, and the
+constants."""
 RECTIFIERS: set[Key] = {("", "Relu")}
 """Operators that cut off what is below zero."""
-TRANSPOSES: set[Key] = {("", "Transpose")}
-"""Operators that turn a matrix round, when they have a matrix and no attribute that says otherwise."""
 IDENTITIES: set[Key] = {("", "Identity")}
 """Operators that hand on what they take: exporters put them behind constants that several nodes share."""
 SUMS: set[Key] = {("", "Add")}
 """Operators that add two tensors."""
+
+
+def is_transpose(node: NodeProto) -> bool:
+    """Whether a node turns a matrix round, if it gets one."""
+    return key_of(node) == ("", "Transpose") and list(attributes_of(node).get("perm", [1, 0])) == [1, 0]
 
 
 def affine(*names: str, domain: str = "") -> Callable[[_MakeAffine], _MakeAffine]:
@@ -128,10 +132,10 @@ def affine(*names: str, domain: str = "") -> Callable[[_MakeAffine], _MakeAffine
 
 
 @affine("BatchNormalization")
-def _batch_norm(node: NodeProto, name: str, axis: int, constants: Constants) -> Affine | None:
+def _batch_norm(node: NodeProto, name: str, axis: tuple[int, int], constants: Constants) -> Affine | None:
     given = [constants(other) for other in node.input[1:5]]
     found = [array.astype(np.float64) for array in given if array is not None]
-    if len(found) < 4 or node.input[0] != name or attributes_of(node).get("training_mode", 0):
+    if len(found) < 4 or node.input[0] != name or axis[0] != 1 or attributes_of(node).get("training_mode", 0):
         return None
     scale, shift, mean, var = found
     factor = scale / np.sqrt(var + attributes_of(node).get("epsilon", 1e-5))
@@ -139,15 +143,15 @@ def _batch_norm(node: NodeProto, name: str, axis: int, constants: Constants) -> 
 
 
 @affine("Add")
-def _add(node: NodeProto, name: str, axis: int, constants: Constants) -> Affine | None:
+def _add(node: NodeProto, name: str, axis: tuple[int, int], constants: Constants) -> Affine | None:
     other = node.input[1] if node.input[0] == name else node.input[0]
-    vector = _along(constants(other), axis)
+    vector = _along(constants(other), axis[1])
     return None if vector is None else Affine(np.ones(1), vector, other)
 
 
 @affine("Mul")
-def _mul(node: NodeProto, name: str, axis: int, constants: Constants) -> Affine | None:
-    vector = _along(constants(node.input[1] if node.input[0] == name else node.input[0]), axis)
+def _mul(node: NodeProto, name: str, axis: tuple[int, int], constants: Constants) -> Affine | None:
+    vector = _along(constants(node.input[1] if node.input[0] == name else node.input[0]), axis[1])
     return None if vector is None else Affine(vector, np.zeros(1))
 
 

@@ -155,6 +155,11 @@ class Scope:
                     found.setdefault(name, []).append(Use(scope, position, slot))
         return found
 
+    @cached_property
+    def makers(self) -> dict[str, int]:
+        """The position of the node of this graph that makes each name."""
+        return {name: position for position, node in enumerate(self.nodes) for name in node.output}
+
     def walk(self) -> Iterable[Scope]:
         """This scope and all inside it."""
         yield self

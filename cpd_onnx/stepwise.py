@@ -54,7 +54,6 @@ class Stepwise:
         self._editor = Editor(model)
         self._limit, self._threads = held_bytes, threads
         self._done = 0
-        self._makers = {name: p for p, node in enumerate(self._scope.nodes) for name in node.output}
         self._wanted = Counter(wanted)
         self._last: dict[str, int] = {}
         self._is_constant = [self._made_of_constants(node) for node in self._scope.nodes]
@@ -120,7 +119,7 @@ class Stepwise:
                 continue
             nodes[position] = self._node(position)
             for name in sorted(all_inputs(nodes[position]) - {""}):
-                maker = self._makers.get(name)
+                maker = self._scope.makers.get(name)
                 if self._model.has(name):
                     weights[name] = None
                 elif maker is not None and self._is_constant[maker]:

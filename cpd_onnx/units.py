@@ -12,7 +12,18 @@ from onnx import NodeProto, TensorProto
 from cpd_onnx.editing import Editor
 from cpd_onnx.fitting import Matrix
 from cpd_onnx.graph import Array, Model
-from cpd_onnx.linear import AFFINE, IDENTITIES, RECTIFIERS, SUMS, TRANSPOSES, Linear, Vector, key_of, linear_of
+from cpd_onnx.linear import (
+    AFFINE,
+    IDENTITIES,
+    LINEAR,
+    RECTIFIERS,
+    SUMS,
+    Linear,
+    Vector,
+    is_transpose,
+    key_of,
+    linear_of,
+)
 from cpd_onnx.shapes import Folded, Use
 
 
@@ -93,7 +104,6 @@ class _Finder:
     def __init__(self, folded: Folded, model: Model) -> None:
         self.model, self.scope = model, folded.scope
         self.editor = Editor(model)
-        self.makers = {name: p for p, node in enumerate(self.scope.nodes) for name in node.output}
         self.uses = Counter(name for uses in self.scope.consumers.values() for name in self._names(uses))
         self.result = Units()
 
@@ -109,6 +119,8 @@ class _Finder:
             source = self.source(node.input[1]) if len(node.input) > 1 else None
             if source is not None:
                 self.enter(position, node, *source)
+            elif len(node.input) > 1 and key_of(node) in LINEAR and self.lies_in_a_node(node.input[1]):
+                self.result.left[node.input[1]] = "lies in a Constant node"
         return self.result
 
     def node(self, position: int) -> NodeProto:
@@ -118,11 +130,15 @@ class _Finder:
         """The initializer that a weight comes from, and whether it is transposed on the way."""
         if self.model.has(name):
             return name, False
-        maker = self.makers.get(name)
+        maker = self.scope.makers.get(name)
         node = None if maker is None else self.node(maker)
-        if node is None or key_of(node) not in TRANSPOSES or self.uses[name] != 1 or not self.model.has(node.input[0]):
+        if node is None or not is_transpose(node) or self.uses[name] != 1 or not self.model.has(node.input[0]):
             return None
         return (node.input[0], True) if len(self.model.tensor(node.input[0]).dims) == 2 else None
+
+    def lies_in_a_node(self, name: str) -> bool:
+        value = self.scope.values.get(name)
+        return value is not None and value.weight is not None
 
     def enter(self, position: int, node: NodeProto, name: str, flipped: bool) -> None:
         shape = list(self.model.tensor(name).dims)
@@ -152,10 +168,10 @@ class _Finder:
             shift = shift + array.astype(np.float64).ravel()
             bias = self.editable(own, count)
         rank = len(self.shape(end))
-        axis = linear.out_axis - rank if linear.out_axis >= 0 else linear.out_axis
+        axis = linear.out_axis % max(1, rank) - rank
         while (follower := self.only_user(end)) is not None:
             make = AFFINE.get(key_of(follower))
-            step = make(follower, end, axis, self.constant) if make is not None else None
+            step = make(follower, end, (axis + rank, axis), self.constant) if make is not None else None
             if step is None or self.shape(follower.output[0]) != self.shape(end):
                 break
             end = follower.output[0]
@@ -169,7 +185,7 @@ class _Finder:
 
     def constant(self, name: str) -> Array | None:
         while not self.model.has(name):
-            maker = self.makers.get(name)
+            maker = self.scope.makers.get(name)
             if maker is None or key_of(self.node(maker)) not in IDENTITIES:
                 return None
             name = self.node(maker).input[0]
@@ -201,6 +217,6 @@ class _Finder:
             return end, None
         other = user.input[1] if user.input[0] == end else user.input[0]
         value = self.scope.values.get(other)
-        if value is None or value.constants is not None or self.makers.get(other, -1) >= position:
+        if value is None or value.constants is not None or self.scope.makers.get(other, -1) >= position:
             return end, None
         return (user.output[0], other) if self.shape(other) == self.shape(end) != () else (end, None)

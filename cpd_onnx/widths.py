@@ -11,7 +11,6 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from cpd_onnx.cost import group_owners
 from cpd_onnx.errors import TargetError
 from cpd_onnx.groups import Combed, Group
 
@@ -119,7 +118,7 @@ def held_groups(combed: Combed, patterns: Sequence[str], option: str = "--keep")
 
     Raises TargetError, naming the option, if a pattern names nothing.
     """
-    owner = group_owners(combed, combed.groups)
+    owner, _ = combed.owners
     held = {g.id for g in combed.groups if _matches(g.name, patterns)}
     used = set()
     for weight in combed.weights if patterns else []:

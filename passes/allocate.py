@@ -13,7 +13,7 @@ import numpy as np
 
 from cpd_onnx.atoms import NOTHING, Axis
 from cpd_onnx.bench import Setting
-from cpd_onnx.cost import CostModel, Costs, Floats, group_owners
+from cpd_onnx.cost import CostModel, Costs, Floats
 from cpd_onnx.errors import TargetError
 from cpd_onnx.groups import Combed
 from cpd_onnx.kept import Kept
@@ -552,7 +552,7 @@ def _outer_groups(combed: Combed) -> dict[int, list[tuple[int, ...]]]:
 
     Where heads and head dimension share an axis, heads are outer: they take the wanted share, the rest follows.
     """
-    owner = group_owners(combed, combed.groups)
+    owner, _ = combed.owners
     found: dict[int, set[tuple[int, ...]]] = {group.id: set() for group in combed.groups}
     for weight in combed.weights:
         for axes in combed.weight_axes(weight):

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpd_onnx.atoms import Axis
-from cpd_onnx.cost import CostModel, group_owners
+from cpd_onnx.cost import CostModel
 from cpd_onnx.data import calibration
 from cpd_onnx.fitting import MAX_FEATURES, Matrix, Moments, Sampler
 from cpd_onnx.graph import Array
@@ -185,14 +185,11 @@ class _Observer:
         combed, question = self.question.combed, self.question
         assert question.data is not None
         self.combed: Combed = combed
-        self.owner = group_owners(combed, combed.groups)
-        self.rank = np.zeros(len(combed.atoms), np.int64)
-        for group in combed.groups:
-            self.rank[group.channels] = np.arange(len(group))
+        self.owner, self.rank = combed.owners
         proto = combed.folded.model.proto
         self.feeds = list(calibration(proto, question.data, question.samples, batch=_BATCH, seed=question.seed))
         self.sampler = Sampler(_ROWS, question.seed)
-        self.makers = {n: p for p, node in enumerate(combed.folded.scope.nodes) for n in node.output}
+        self.makers = combed.folded.scope.makers
 
     def run(self) -> list[_Consumer]:
         """All consumers of channels."""

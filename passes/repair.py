@@ -160,7 +160,7 @@ class _Repairer:
         found = units_of(combed.folded, self.model)
         self.units = [unit for unit in found.found if only is None or unit.weight in only]
         self.left = {name: why for name, why in found.left.items() if only is None or name in only}
-        self.makers = {name: p for p, node in enumerate(combed.folded.scope.nodes) for name in node.output}
+        self.makers = combed.folded.scope.makers
         self.old = Stepwise(combed.folded, combed.folded.model, feeds, [unit.target for unit in self.units])
         self.new = Stepwise(combed.folded, self.model, feeds)
         self.sampler = Sampler(options.rows, options.seed)

@@ -393,3 +393,25 @@ def test_a_bias_that_others_share_is_read_and_left_alone():
     assert ([unit.weight for unit in found.found], found.left) == (["w0", "w1", "w2"], {})
     assert [unit.bias for unit in found.found] == [None, None, None]
     np.testing.assert_array_equal(found.found[1].shift, np.full(12, 0.5))
+
+
+def test_a_transposition_that_turns_nothing_is_none():
+    text = "g (float[N, 6] x) => (float[N, 6] y) { t = Transpose <perm = [0, 1]> (w) y = MatMul(x, t) }"
+    assert units_of(comb(model_of(text, w=np.eye(6))).folded).found == []
+
+
+def test_a_normalisation_over_tokens_is_no_scale_of_channels():
+    """Its axis is the second, which is that of the channels only where there are two."""
+    vectors = "s = Identity(a) n = BatchNormalization(m, s, b, c, d)"
+    weights = dict(zip("abcd", (np.full(6, 2.0), np.zeros(6), np.zeros(6), np.ones(6)), strict=True))
+    for shape, target in (("N, 6, 6", "m"), ("N, 6", "n")):
+        text = f"g (float[{shape}] x) => (float[{shape}] y) {{ m = MatMul(x, w) {vectors} y = Relu(n) }}"
+        (unit,) = units_of(comb(model_of(text, w=np.eye(6), **weights)).folded).found
+        assert unit.target == target
+
+
+def test_a_weight_in_a_constant_node_is_left_and_named():
+    text = """g (float[N, 2] x) => (float[N, 2] y)
+    { w = Constant <value = float[2, 2] {1.0, 2.0, 3.0, 4.0}> () y = MatMul(x, w) }"""
+    found = units_of(comb(model_of(text)).folded)
+    assert (found.found, found.left) == ([], {"w": "lies in a Constant node"})
