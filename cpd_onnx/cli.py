@@ -21,7 +21,8 @@ from cpd_onnx import demo, pipeline, plots, recipe, report
 from cpd_onnx.bench import Setting, bench
 from cpd_onnx.data import ImageOptions, Source, open_source
 from cpd_onnx.errors import CpdError, DataError, ModelError, StoppedError, TargetError, UnsupportedError
-from cpd_onnx.graph import Model, load, require_free, write_atomically
+from cpd_onnx.files import locked, replacing, require_free, write_atomically
+from cpd_onnx.graph import Model, load
 from cpd_onnx.groups import Combed
 from cpd_onnx.kept import Kept
 from cpd_onnx.latency import Clock, measure_table
@@ -44,6 +45,8 @@ from cpd_onnx.state import State
 from cpd_onnx.widths import held_groups
 
 _PIPE_WIDTH = 120
+_LINE = 1000
+"""Characters of a complaint."""
 """Columns of tables that no terminal shows."""
 _KEPT_REASONS = 5
 """Reasons for keeping channels that `prune` tells."""
@@ -72,15 +75,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StoppedError as error:
         print(error, file=sys.stderr)
         return 130
-    except CpdError as error:
+    except (CpdError, MemoryError) as error:
         if options.verbose:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        complaint = str(error) if isinstance(error, CpdError) else "there is not enough memory for this model"
+        print(f"error: {_one_line(complaint)}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if options.verbose:
+            traceback.print_exc()
+        what = _one_line(f"{type(error).__name__}: {error}")
+        print(f"error: a defect of ours, {what}; please report it, with what --verbose prints", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def _one_line(text: str) -> str:
+    """The text without line breaks, and not without end."""
+    line = " ".join(text.split())
+    return line if len(line) <= _LINE else f"{line[: _LINE - 1]}…"
 
 
 def entry() -> None:
@@ -138,8 +154,6 @@ def _prune(options: argparse.Namespace) -> None:
     steps = _pruning(options)
     started = time.perf_counter()
     model = _read(options.model, options.input_shape)
-    for path in model.files(options.output):
-        require_free(path, overwrite=options.force)
     with _progress() as progress:
         task = progress.add_task("read", total=None)
         state = pipeline.run(
@@ -237,8 +251,6 @@ def _distill(options: argparse.Namespace) -> None:
     distill = _distill_module()
     check_metric(options.metric)
     models = {"teacher": load(options.teacher), "student": load(options.student)}
-    for path in models["student"].files(options.output):
-        require_free(path, overwrite=options.force)
     source = _required_source(models["student"], options)
     settings = distill.DistillOptions(**_training(options))
     overlap = _overlap(options, models["teacher"])
@@ -287,8 +299,6 @@ def _compress(options: argparse.Namespace) -> None:
     from cpd_onnx.passes.interleave import Interleave, of_round
 
     model = load(options.model)
-    for path in model.files(options.output):
-        require_free(path, overwrite=options.force)
     chosen = {
         name: getattr(options, name) for name in ("score", "rounds", "samples", "score_labels", "repair_samples")
     } | {"repair": options.repair is not False}
@@ -589,15 +599,11 @@ def _require_outputs(options: argparse.Namespace, *paths: Path, reads: Sequence[
 
 
 def _write_both(model: Model, plan: Plan, paths: tuple[Path, Path], *, overwrite: bool) -> None:
-    """Write the model and its plan; if one cannot be written, the other is not left alone."""
-    was_there = paths[1].exists()
-    plan.save(paths[1], overwrite=overwrite)
-    try:
+    """Write the model and its plan; if one cannot be written, neither is, and what was there stays."""
+    require_free(paths[1], overwrite=overwrite)
+    with locked(paths[0].parent), replacing(paths[1]) as stream:
+        stream.write(plan.dumps().encode())
         model.save(paths[0], overwrite=overwrite)
-    except BaseException:
-        if not was_there:
-            paths[1].unlink(missing_ok=True)
-        raise
 
 
 def _write_json(options: argparse.Namespace, content: dict[str, Any]) -> bool:

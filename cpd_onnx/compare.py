@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import onnxruntime as ort
 from onnx import TensorProto
 
 from cpd_onnx.errors import DataError
 from cpd_onnx.graph import Array
 from cpd_onnx.groups import Combed
-from cpd_onnx.runtime import Feed, execute
+from cpd_onnx.runtime import Feed, Runner, execute_all
 
 TOLERANCES = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 1e-1}
 """Largest relative difference by the narrowest float type of the weights; quantised models get `QUANTIZED`."""
@@ -56,29 +55,30 @@ class Comparison:
 
 
 def compare(
-    original: ort.InferenceSession,
-    reference: ort.InferenceSession,
-    other: ort.InferenceSession,
-    feeds: Iterable[Mapping[str, Array]],
+    plain: Sequence[Sequence[Array]],
+    reference: Runner,
+    other: Runner,
+    feeds: Sequence[Mapping[str, Array]],
     allowed: float,
 ) -> Comparison:
-    """Run three models: `other` should equal `reference`; `original` gives the scale of the outputs.
+    """Run two models: `other` should equal `reference`.
 
-    Raises DataError if the original gives NaN or there are no inputs.
+    `plain` is what the original gives for each of the inputs: the scale of the outputs. Raises DataError if there is
+    NaN in it, or there are no inputs.
     """
-    is_quantized = allowed == QUANTIZED
-    differences, noise, effect = [], 0.0, 0.0
-    for feed in feeds:
-        outputs = [execute(session, feed) for session in (original, reference, other)]
-        if any(o.dtype.kind == "f" and np.isnan(o).any() for o in outputs[0]):
-            raise DataError("the original gives NaN on the inputs that were tried: give real data with --data")
-        triples = list(zip(*outputs, strict=True))
-        differences.append(max((distance(b, c, a, rms=is_quantized) for a, b, c in triples), default=0.0))
-        effect = max([effect, *(distance(a, c, a) for a, _, c in triples)])
-        nudged = execute(reference, _nudged(feed))
-        noise = max([noise, *(distance(b, n, a) for (a, b, _), n in zip(triples, nudged, strict=True))])
-    if not differences:
+    if not feeds:
         raise DataError("there is no input to compare on")
+    if any(o.dtype.kind == "f" and np.isnan(o).any() for outputs in plain for o in outputs):
+        raise DataError("the original gives NaN on the inputs that were tried: give real data with --data")
+    is_quantized = allowed == QUANTIZED
+    expected = execute_all(reference, [*feeds, *map(_nudged, feeds)])
+    found = zip(plain, expected[: len(feeds)], execute_all(other, feeds), expected[len(feeds) :], strict=True)
+    differences, noise, effect = [], 0.0, 0.0
+    for outputs in found:
+        quadruples = list(zip(*outputs, strict=True))
+        differences.append(max((distance(b, c, a, rms=is_quantized) for a, b, c, _ in quadruples), default=0.0))
+        effect = max([effect, *(distance(a, c, a) for a, _, c, _ in quadruples)])
+        noise = max([noise, *(distance(b, n, a) for a, b, _, n in quadruples)])
     difference = float(np.median(differences)) if is_quantized else max(differences)
     return Comparison(difference, allowed, noise, len(differences), effect)
 

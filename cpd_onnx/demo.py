@@ -16,7 +16,8 @@ from cpd_onnx import report
 from cpd_onnx.cost import CostModel, Costs
 from cpd_onnx.data import LABELS, ArraySource, open_source
 from cpd_onnx.errors import ModelError, TargetError
-from cpd_onnx.graph import Model, load, require_free
+from cpd_onnx.files import require_free
+from cpd_onnx.graph import Model, load
 from cpd_onnx.kept import Kept
 from cpd_onnx.metrics import open_session
 from cpd_onnx.metrics import run as run_session

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from onnx import AttributeProto, GraphProto, NodeProto, helper
 
-from cpd_onnx.graph import Array, Model, replace_values
+from cpd_onnx.graph import Array, Lazy, Model, replace_values
 from cpd_onnx.groups import Weight
 from cpd_onnx.shapes import Scope
 
@@ -40,7 +40,7 @@ class Editor:
             self._makers[scope.path] = {n.output[0]: n for n in nodes if n.op_type == "Constant"}
         return self._makers[scope.path][name]
 
-    def added(self, wish: str, array: Array) -> str:
+    def added(self, wish: str, array: Array | Lazy) -> str:
         """A new initializer in the main graph, which all subgraphs see."""
         name, number = wish, 1
         while name in self.names:
@@ -52,10 +52,14 @@ class Editor:
             self.model.graph.input.append(helper.make_tensor_value_info(name, kind, array.shape))
         return name
 
-    def replace(self, weight: Weight, array: Array) -> None:
+    def replace(self, weight: Weight, values: Array | Lazy) -> None:
         """Put new values where a weight lies."""
         name, scope = weight.value.name, weight.scope
         source = weight.value.source
+        if not scope.address and not isinstance(source, AttributeProto):
+            self.model.set_array(name, values)
+            return
+        array = values.make() if isinstance(values, Lazy) else values
         if isinstance(source, AttributeProto):
             attribute = next(a for a in self.maker(scope, name).attribute if a.name == source.name)
             if attribute.name == "value":
@@ -63,7 +67,5 @@ class Editor:
             else:
                 fresh = array.tolist() if array.ndim else array.item()
                 attribute.CopyFrom(helper.make_attribute(attribute.name, fresh))
-        elif not scope.address:
-            self.model.set_array(name, array)
         else:
             replace_values(next(t for t in self.graph(scope).initializer if t.name == name), array)

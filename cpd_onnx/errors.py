@@ -29,6 +29,10 @@ class UnsupportedError(CpdError):
     """The model needs something that this step does not support."""
 
 
+class EndlessError(UnsupportedError):
+    """A run of the model took longer than anybody waits."""
+
+
 class ProofError(CpdError):
     """The pruned model does not do what the plan says."""
 

@@ -1,18 +1,20 @@
 """An ONNX model as it lies in the file: the proto without its large tensors, and the tensors beside it.
 
 The proto is the truth and is edited in place; what is not edited is written back as it was read. Weights are kept
-apart from the proto, so that copies of it are cheap and external data stays memory-mapped until somebody asks.
+apart from the proto, so that copies of it are cheap. They are looked at where they lie, mapped into memory; those of a
+large model are read, or computed, when somebody asks, one at a time, and not kept.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import math
-import mmap
 import os
-import tempfile
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -23,7 +25,8 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from cpd_onnx.errors import ModelError
+from cpd_onnx.errors import CpdError, ModelError
+from cpd_onnx.files import Stored, locked, replacing, require_free, write_atomically
 from cpd_onnx.wire import detached, joined
 
 if TYPE_CHECKING:
@@ -34,7 +37,13 @@ Source: TypeAlias = "str | os.PathLike[str] | ModelProto | gs.Graph | Model"
 
 _DETACH_BYTES = 1024
 """Tensors from this size on are held outside the proto."""
-PROTO_LIMIT = 2**31 - 2**20
+_LARGE_BYTES = 1 << 28
+"""Weights of models from this size on are read one by one."""
+_LAZY_BYTES = 1 << 16
+"""Of these, tensors from this size on; smaller ones are read at once."""
+_ALIGNMENT = 4096
+"""Of tensors in data files."""
+_PROTO_LIMIT = 2**31 - 2**20
 """Bytes that one protobuf message may hold, with some room to spare."""
 _PACKED = {TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1, TensorProto.INT2, TensorProto.UINT2}
 _PLAIN: dict[int, np.dtype[Any]] = {
@@ -42,6 +51,26 @@ _PLAIN: dict[int, np.dtype[Any]] = {
 }  # fmt: skip  # a table
 """The commonest element types, as they lie in `raw_data`."""
 _DEFAULT_DOMAINS = ("", "ai.onnx")
+
+
+@dataclass(frozen=True, eq=False)
+class Lazy:
+    """A tensor whose values are read or computed each time that they are asked for.
+
+    Attributes:
+        dtype: of the elements.
+        shape: sizes of the axes.
+        make: gives the values.
+    """
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    make: Callable[[], Array]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the values take."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Model:
@@ -54,16 +83,16 @@ class Model:
     """
 
     def __init__(
-        self, proto: ModelProto, data: dict[str, Array], path: Path | None = None, content: memoryview | None = None
+        self, proto: ModelProto, data: dict[str, Array | Lazy], path: Path | None = None, file: Stored | None = None
     ) -> None:
         """Take a proto whose main-graph initializers named in `data` hold no data of their own.
 
-        `content` is what was read from `path`.
+        `file` is what was read from `path`.
         """
         self.proto = proto
         self.path = path
         self._data = data
-        self._content = content
+        self._file = file
         self._initializers = {t.name: t for t in proto.graph.initializer}
 
     @property
@@ -89,15 +118,13 @@ class Model:
 
     def sha256(self) -> str:
         """SHA-256 of the file that it was read from, or of its serialized proto; data files follow in order."""
-        return hashlib.sha256(self.serialize()).hexdigest() if self._content is None else self._file_sha256
+        return self._sha256 if self._file is not None else _digest(self._pieces())
 
     @cached_property
-    def _file_sha256(self) -> str:
-        digest = hashlib.sha256(self._content or b"")
-        if self.is_external:
-            for tensor in self.graph.initializer:
-                digest.update(_bytes_of(self.array(tensor.name)) if tensor.dims else b"")
-        return digest.hexdigest()
+    def _sha256(self) -> str:
+        assert self._file is not None
+        apart = [t.name for t in self.graph.initializer if t.dims] if self.is_external else []
+        return _digest(itertools.chain(self._file.chunks(), (_bytes_of(self.array(name)) for name in apart)))
 
     def has(self, name: str) -> bool:
         """Whether the main graph has an initializer of that name."""
@@ -110,11 +137,14 @@ class Model:
 
     def array(self, name: str) -> Array:
         """Values of a main-graph initializer; do not write into it."""
-        if name in self._data:
-            return self._data[name]
-        return to_array(self._initializers[name])
+        found = self.lazily(name)
+        return found.make() if isinstance(found, Lazy) else found
 
-    def set_array(self, name: str, values: Array) -> None:
+    def lazily(self, name: str) -> Array | Lazy:
+        """The same, but not read yet where the model is large."""
+        return self._data[name] if name in self._data else to_array(self._initializers[name])
+
+    def set_array(self, name: str, values: Array | Lazy) -> None:
         """Replace the values (and dims) of a main-graph initializer; the element type must stay."""
         tensor = self._initializers[name]
         if values.dtype != element_type(tensor.data_type):
@@ -122,15 +152,20 @@ class Model:
         if name in self._data:
             del tensor.dims[:]
             tensor.dims.extend(values.shape)
-            self._data[name] = np.ascontiguousarray(values)
+            self._data[name] = values if isinstance(values, Lazy) else np.ascontiguousarray(values)
         else:
-            replace_values(tensor, values)
+            replace_values(tensor, values.make() if isinstance(values, Lazy) else values)
 
-    def add_initializer(self, name: str, values: Array) -> None:
+    def add_initializer(self, name: str, values: Array | Lazy) -> None:
         """Append an initializer to the main graph."""
         tensor = self.graph.initializer.add()
-        tensor.CopyFrom(numpy_helper.from_array(values, name))
         self._initializers[name] = tensor
+        if isinstance(values, Lazy):
+            tensor.name, tensor.data_type = name, helper.np_dtype_to_tensor_dtype(values.dtype)
+            tensor.dims.extend(values.shape)
+            self._data[name] = values
+        else:
+            tensor.CopyFrom(numpy_helper.from_array(values, name))
 
     def names(self) -> set[str]:
         """All value names in use, of subgraphs too."""
@@ -148,7 +183,7 @@ class Model:
         for tensor in proto.graph.initializer:
             if tensor.name in self._data:
                 _clear_external(tensor)
-                tensor.raw_data = self._data[tensor.name].tobytes()
+                tensor.raw_data = self.array(tensor.name).tobytes()
         return proto
 
     def data_bytes(self) -> int:
@@ -161,27 +196,32 @@ class Model:
 
     def _pieces(self) -> Iterator[bytes | memoryview]:
         """The message in pieces, none of which copies a large tensor."""
-        if self.data_bytes() + self.proto.ByteSize() > PROTO_LIMIT:
+        if self.is_over_limit:
             raise ModelError("the model is over 2 GiB and cannot be one message: save it with external data instead")
         proto = ModelProto()
         proto.CopyFrom(self.proto)
-        data: dict[int, memoryview] = {}
+        lengths: dict[int, int] = {}
         for number, tensor in enumerate(proto.graph.initializer):
             if tensor.name in self._data:
                 _clear_external(tensor)
                 tensor.raw_data = b""
-                data[number] = _bytes_of(self._data[tensor.name])
-        return joined(proto.SerializeToString(), data)
+                lengths[number] = self._data[tensor.name].nbytes
+        for piece in joined(proto.SerializeToString(), lengths):
+            yield _bytes_of(self.array(proto.graph.initializer[piece].name)) if isinstance(piece, int) else piece
 
-    def files(self, path: str | os.PathLike[str]) -> list[Path]:
-        """The files that `save` writes for a path: the model, and its data where that lies apart."""
-        target = Path(path)
-        apart = self.is_external or self.data_bytes() + self.proto.ByteSize() > PROTO_LIMIT
-        return [target, *([target.with_name(target.name + ".data")] if apart else [])]
+    @property
+    def lies_apart(self) -> bool:
+        """Whether `save` writes weights to a file of their own: as they came from one, or over 2 GiB."""
+        return self.is_external or self.is_over_limit
+
+    @property
+    def is_over_limit(self) -> bool:
+        """Whether the model cannot be one protobuf message."""
+        return bool(self.data_bytes() + self.proto.ByteSize() > _PROTO_LIMIT)
 
     def defect(self) -> str | None:
         """What onnx's checker has to say against the model, in one line; None if it is valid (or over 2 GiB)."""
-        if self.data_bytes() + self.proto.ByteSize() > PROTO_LIMIT:
+        if self.is_over_limit:
             return None
         try:
             onnx.checker.check_model(self.complete_proto(), full_check=True)
@@ -190,35 +230,56 @@ class Model:
         return None
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write the model; weights go to `<name>.data` beside it if they came from such a file, or over 2 GiB.
+        """Write the model, whole or not at all.
+
+        Weights go to a file beside it if they came from one, or over 2 GiB. Its name holds the start of the SHA-256 of
+        what is in it, so that the data of an older model is there until the new model has taken its place.
 
         Raises ModelError if a file is there and `overwrite` is not set, or the folder cannot be written.
-        Each file appears complete or not at all.
         """
-        target, *beside = self.files(path)
-        for file in (target, *beside):
-            require_free(file, overwrite=overwrite)
-        if not beside:
-            with _replacing(target) as stream:
+        target = Path(path)
+        require_free(target, overwrite=overwrite)
+        if not self.lies_apart:
+            with replacing(target) as stream:
                 for piece in self._pieces():
                     stream.write(piece)
             return
-        side = beside[0]
+        with locked(target.parent):
+            proto, side = self._save_data(target)
+            write_atomically(target, proto.SerializeToString())
+            for file in target.parent.iterdir():  # of older models, and of runs that were killed
+                if re.fullmatch(re.escape(target.name) + r"\.[0-9a-f]{8}\.data", file.name) and file.name != side:
+                    file.unlink(missing_ok=True)
+
+    def _save_data(self, target: Path) -> tuple[ModelProto, str]:
+        """Write the data file of a model; the proto that points to it, and its name."""
         proto = ModelProto()
         proto.CopyFrom(self.proto)
-        # Mapped source data may be the very file that is replaced, so the data file is complete before it moves.
-        with _replacing(side) as stream:
+        apart = [tensor for tensor in proto.graph.initializer if tensor.name in self._data]
+        digest, places = hashlib.sha256(), list[tuple[int, int]]()
+
+        def side() -> Path:
+            return target.with_name(f"{target.name}.{digest.hexdigest()[:8]}.data")
+
+        with replacing(side) as stream:
             offset = 0
-            for tensor in proto.graph.initializer:
-                if tensor.name not in self._data:
-                    continue
-                offset = -(-offset // 4096) * 4096
-                stream.seek(offset)
-                raw = _bytes_of(self._data[tensor.name])
-                stream.write(raw)
-                _point_to(tensor, side.name, offset, len(raw))
-                offset += len(raw)
-        write_atomically(target, proto.SerializeToString())
+            for tensor in apart:
+                raw, gap = _bytes_of(self.array(tensor.name)), -offset % _ALIGNMENT
+                for piece in (bytes(gap), raw):
+                    digest.update(piece)
+                    stream.write(piece)
+                places.append((offset + gap, len(raw)))
+                offset += gap + len(raw)
+        for tensor, place in zip(apart, places, strict=True):
+            _point_to(tensor, side().name, *place)
+        return proto, side().name
+
+
+def _digest(pieces: Iterable[bytes | memoryview]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def load(source: Source) -> Model:
@@ -228,12 +289,12 @@ def load(source: Source) -> Model:
     """
     if isinstance(source, Model):
         return source
-    path, content = None, None
+    path, file = None, None
     places: dict[int, tuple[int, int]] = {}
     if isinstance(source, str | os.PathLike):
         path = Path(source)
-        content = _mapped(path)
-        proto, places = _parse(path, content)
+        file = Stored(path)
+        proto, places = _parse(path, file.content)
     elif isinstance(source, ModelProto):
         proto = ModelProto()
         proto.CopyFrom(source)
@@ -248,12 +309,26 @@ def load(source: Source) -> Model:
     if not proto.graph.node and not proto.graph.output:
         raise ModelError(f"{path or 'the model'}: the graph is empty; is this an ONNX model?")
     try:
-        model = Model(proto, {}, path, content)
-        _detach(model, content, places)
+        model = Model(proto, {}, path, file)
+        _detach(model, file, places)
         model.names()
     except UnicodeDecodeError as error:
         raise ModelError(f"{path or 'the model'} has names that are not text: export or copy it again") from error
     return model
+
+
+@contextlib.contextmanager
+def blaming(model: Model) -> Iterator[None]:
+    """Raise ModelError for what fails inside because the model is not valid ONNX; else it goes on as it is."""
+    try:
+        yield
+    except CpdError:
+        raise
+    except Exception as error:
+        reason = "it has names that are not text" if isinstance(error, UnicodeError) else model.defect()
+        if reason is None:
+            raise
+        raise ModelError(f"the model is not valid ONNX: {reason}") from error
 
 
 def graphs_of(graph: GraphProto) -> Iterator[GraphProto]:
@@ -301,8 +376,13 @@ def drop_attribute(node: NodeProto, name: str) -> None:
 
 
 def element_type(data_type: int) -> np.dtype[Any]:
-    """The numpy type of an ONNX element type."""
-    return np.dtype(helper.tensor_dtype_to_np_dtype(data_type))
+    """The numpy type of an ONNX element type; ModelError if there is none of that number."""
+    try:
+        return np.dtype(helper.tensor_dtype_to_np_dtype(data_type))
+    except KeyError as error:
+        raise ModelError(
+            f"element type {data_type} is not known: export the model for onnx {onnx.__version__}"
+        ) from error
 
 
 def element_bytes(data_type: int) -> float:
@@ -319,7 +399,7 @@ def to_array(tensor: TensorProto) -> Array:
         return np.frombuffer(raw, kind).reshape(tuple(tensor.dims))
     try:
         return np.asarray(numpy_helper.to_array(tensor))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise ModelError(f"tensor {tensor.name!r}: its data does not fit dims {list(tensor.dims)} ({error})") from error
 
 
@@ -333,58 +413,6 @@ def replace_values(tensor: TensorProto, values: Array) -> None:
     tensor.raw_data = made.raw_data
 
 
-def require_free(path: Path, *, overwrite: bool) -> None:
-    """Raise ModelError where writing to `path` would lose a file or has no folder to go to."""
-    if path.is_dir():
-        raise ModelError(f"{path} is a folder: name a file")
-    if path.exists() and not overwrite:
-        raise ModelError(f"{path} exists: choose another name or allow overwriting with --force")
-    if not path.parent.is_dir():
-        raise ModelError(f"folder {path.parent} does not exist: create it first")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that appears whole or not at all."""
-    with _replacing(path) as stream:
-        stream.write(content)
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Any]:
-    """A stream to a temporary neighbour that takes the place of `path` when all went well."""
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    except OSError as error:
-        raise ModelError(f"cannot write to folder {path.parent}: {error.strerror}") from error
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except OSError as error:
-        Path(name).unlink(missing_ok=True)
-        raise ModelError(f"cannot write {path}: {error.strerror}") from error
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _mapped(path: Path) -> memoryview:
-    """The content of a file, memory-mapped where that can be done."""
-    try:
-        with path.open("rb") as stream:
-            try:
-                return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
-            except (OSError, ValueError):  # not a regular file, or an empty one
-                return memoryview(stream.read())
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}; give the path of an .onnx file") from error
-
-
 def _parse(path: Path, content: memoryview) -> tuple[ModelProto, dict[int, tuple[int, int]]]:
     """The message without its large tensors, and where in the content these lie."""
     small, places = detached(content, _DETACH_BYTES) or (content, {})
@@ -396,27 +424,84 @@ def _parse(path: Path, content: memoryview) -> tuple[ModelProto, dict[int, tuple
     return proto, places
 
 
-def _detach(model: Model, content: memoryview | None, places: dict[int, tuple[int, int]]) -> None:
-    """Keep large tensors apart from the proto and map external ones."""
-    folder = model.path.parent if model.path else None
+def _detach(model: Model, file: Stored | None, places: dict[int, tuple[int, int]]) -> None:
+    """Keep large tensors apart from the proto, and look at external ones where they lie."""
+    reader = _Reader(model, file)
     for number, tensor in enumerate(model.graph.initializer):
-        if number in places and content is not None:
-            start, end = places[number]
-            raw: npt.NDArray[np.uint8] = np.frombuffer(content, np.uint8, end - start, start)
-        else:
-            raw = np.frombuffer(tensor.raw_data, np.uint8)
+        start, end = places.get(number, (0, len(tensor.raw_data)))
+        if min(tensor.dims, default=0) < 0:
+            raise ModelError(f"tensor {tensor.name!r}: dims {list(tensor.dims)} are negative")
         if tensor.data_location == TensorProto.EXTERNAL:
-            model._data[tensor.name] = _map_external(tensor, folder)
-        elif tensor.data_type not in _PACKED and len(raw) >= _DETACH_BYTES:
-            model._data[tensor.name] = _view(tensor, raw)
+            model._data[tensor.name] = reader.external(tensor)
+        elif tensor.data_type not in _PACKED and end - start >= _DETACH_BYTES:
+            _require_bytes(tensor, end - start)
+            if number in places:
+                assert file is not None
+                model._data[tensor.name] = reader.array(tensor, file, start)
+            else:
+                model._data[tensor.name] = to_array(tensor)
             tensor.ClearField("raw_data")
         elif number in places:
-            tensor.raw_data = raw.tobytes()
+            assert file is not None
+            tensor.raw_data = file.read(start, end - start).tobytes()
     for tensor in _inner_tensors(model.proto):
         if tensor.data_location == TensorProto.EXTERNAL:
-            values = _map_external(tensor, folder)
+            found = reader.external(tensor)
             _clear_external(tensor)
-            tensor.raw_data = values.tobytes()
+            tensor.raw_data = (found.make() if isinstance(found, Lazy) else found).tobytes()
+
+
+class _Reader:
+    """Makes arrays of what lies in the files of a model."""
+
+    def __init__(self, model: Model, file: Stored | None) -> None:
+        self._folder = model.path.parent if model.path else None
+        apart = (t for t in model.graph.initializer if t.data_location == TensorProto.EXTERNAL)
+        whole = (file.size if file else 0) + sum(_wanted_bytes(tensor) for tensor in apart)
+        self._is_large = whole > _LARGE_BYTES
+        self._files: dict[Path, Stored] = {}
+
+    def array(self, tensor: TensorProto, file: Stored, start: int) -> Array | Lazy:
+        """A tensor from a position of a file on."""
+        dtype, shape, length = element_type(tensor.data_type), tuple(tensor.dims), _wanted_bytes(tensor)
+        if not self._is_large:
+            return np.frombuffer(file.content, np.uint8, length, start).view(dtype).reshape(shape)
+
+        def read() -> Array:
+            return file.read(start, length).view(dtype).reshape(shape)
+
+        return Lazy(dtype, shape, read) if length >= _LAZY_BYTES else read()
+
+    def external(self, tensor: TensorProto) -> Array | Lazy:
+        """A tensor in a data file, which must be a regular one inside the model's folder."""
+        folder = self._folder
+        if folder is None:
+            raise ModelError(f"tensor {tensor.name!r} lies in an external file: load the model from its path")
+        info = {e.key: e.value for e in tensor.external_data}
+        location = info.get("location", "")
+        if not location or "\0" in location or Path(location).is_absolute() or ".." in Path(location).parts:
+            raise ModelError(f"tensor {tensor.name!r}: external location {location!r} leaves the model's folder")
+        base, real = folder.resolve(), (folder / location).resolve()
+        if not real.is_relative_to(base):
+            raise ModelError(f"tensor {tensor.name!r}: external location {location!r} links out of the model's folder")
+        if not _is_file(real):
+            raise ModelError(f"tensor {tensor.name!r}: external data file {folder / location} is missing")
+        if tensor.data_type in _PACKED:
+            raise ModelError(f"tensor {tensor.name!r}: external data of 4-bit types is not supported; embed it")
+        wanted = _wanted_bytes(tensor)
+        try:
+            offset, length = int(info.get("offset", 0)), int(info.get("length", wanted))
+        except ValueError as error:
+            raise ModelError(f"tensor {tensor.name!r}: external offset and length must be integers") from error
+        file = self._files.get(real) or self._files.setdefault(real, Stored(real))
+        if offset < 0 or length != wanted or offset + length > file.size:
+            raise ModelError(
+                f"tensor {tensor.name!r}: needs {wanted} bytes at offset {offset} of {location}, "
+                f"which has {file.size} (declared length {length})"
+            )
+        if wanted == 0:
+            return np.zeros(tuple(tensor.dims), element_type(tensor.data_type))
+        return self.array(tensor, file, offset)
 
 
 def _inner_tensors(proto: ModelProto) -> Iterator[TensorProto]:
@@ -431,44 +516,23 @@ def _inner_tensors(proto: ModelProto) -> Iterator[TensorProto]:
             yield from (a.t for a in node.attribute if a.HasField("t"))
 
 
-def _view(tensor: TensorProto, raw: npt.NDArray[np.uint8]) -> Array:
-    dtype, shape = element_type(tensor.data_type), tuple(tensor.dims)
-    wanted = int(np.prod(shape, dtype=object)) * dtype.itemsize
-    if min(shape, default=1) < 0 or wanted != raw.nbytes:
-        raise ModelError(f"tensor {tensor.name!r}: dims {list(shape)} need {wanted} bytes, the file has {raw.nbytes}")
-    return raw.view(dtype).reshape(shape)
+def _wanted_bytes(tensor: TensorProto) -> int:
+    """Bytes that a tensor of its dims takes, but for those of less than a byte an element."""
+    return int(math.prod(tensor.dims) * element_type(tensor.data_type).itemsize)
 
 
-def _map_external(tensor: TensorProto, folder: Path | None) -> Array:
-    """Memory-map a tensor's data file, which must be a regular file inside the model's folder."""
-    if folder is None:
-        raise ModelError(f"tensor {tensor.name!r} lies in an external file: load the model from its path")
-    info = {e.key: e.value for e in tensor.external_data}
-    location = info.get("location", "")
-    base, real = folder.resolve(), (folder / location).resolve()
-    if not location or Path(location).is_absolute() or ".." in Path(location).parts:
-        raise ModelError(f"tensor {tensor.name!r}: external location {location!r} leaves the model's folder")
-    if not real.is_relative_to(base):
-        raise ModelError(f"tensor {tensor.name!r}: external location {location!r} links out of the model's folder")
-    if not real.is_file():
-        raise ModelError(f"tensor {tensor.name!r}: external data file {folder / location} is missing")
-    if tensor.data_type in _PACKED:
-        raise ModelError(f"tensor {tensor.name!r}: external data of 4-bit types is not supported; embed it")
-    dtype = element_type(tensor.data_type)
-    wanted = int(np.prod(tuple(tensor.dims), dtype=object)) * dtype.itemsize
+def _require_bytes(tensor: TensorProto, there: int) -> None:
+    """Raise ModelError where a tensor has more or less bytes than its dims need."""
+    wanted = _wanted_bytes(tensor)
+    if wanted != there:
+        raise ModelError(f"tensor {tensor.name!r}: dims {list(tensor.dims)} need {wanted} bytes, the file has {there}")
+
+
+def _is_file(path: Path) -> bool:
     try:
-        offset, length = int(info.get("offset", 0)), int(info.get("length", wanted))
-    except ValueError as error:
-        raise ModelError(f"tensor {tensor.name!r}: external offset and length must be integers") from error
-    if offset < 0 or length != wanted or offset + length > real.stat().st_size:
-        raise ModelError(
-            f"tensor {tensor.name!r}: needs {wanted} bytes at offset {offset} of {location}, "
-            f"which has {real.stat().st_size} (declared length {length})"
-        )
-    if wanted == 0:
-        return np.zeros(tuple(tensor.dims), dtype)
-    raw = np.memmap(real, np.uint8, "r", offset, (length,))
-    return _view(tensor, np.asarray(raw))
+        return path.is_file()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def _bytes_of(values: Array) -> memoryview:

@@ -6,6 +6,10 @@ and what shapes it saw. A size in these shapes that changes as an axis of the mo
 whole blocks of the kernel or not. So each kernel is known to depend on certain axes, and its time is fitted, with
 factors that are not negative, by products of their sizes.
 
+onnxruntime may run a node as another kernel where its widths are no whole blocks, and convert layouts in between.
+Kernels whose names start as that of a node, or of what it makes, are therefore taken for one; the time of those that
+still come and go is fitted as a whole, by the multiply-accumulates of the model.
+
 Kernels are fast at some widths only: a convolution may take twice as long at 63 channels as at 64. So the first of
 these widths are, in turn, multiples of 1, 2, 4, … and of no more, at about the same shares: what a group's kernels take
 in each turn, compared with their share of the original's work, says which multiple its widths should be of. Only such
@@ -18,6 +22,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import platform
 import tempfile
@@ -36,7 +41,8 @@ from scipy.optimize import nnls
 from cpd_onnx.bench import Setting
 from cpd_onnx.cost import Floats, Term
 from cpd_onnx.errors import DataError, TargetError, UnsupportedError
-from cpd_onnx.graph import Array, Model, write_atomically
+from cpd_onnx.files import write_atomically
+from cpd_onnx.graph import Array, Model
 from cpd_onnx.groups import Combed, Group
 from cpd_onnx.kept import Kept
 from cpd_onnx.rewrite import rewrite
@@ -66,6 +72,8 @@ _SHRINK = 0.05
 """Share of the whole time by which what a group says is mixed with what all groups say."""
 _WATCHED_SECONDS, _LEAST_RUNS, _MOST_RUNS = 0.12, 5, 60
 """How long each model runs under the profiler, and again without it."""
+_OTHERS = "others"
+"""The name of all kernels that are not there in all models."""
 _FITTED_AXES = 3
 """Axes of a kernel all products of which are fitted; of more, only the product of all."""
 
@@ -209,6 +217,8 @@ class Clock:
         """Open the original; raises UnsupportedError if onnxruntime does not run it so."""
         self.combed, self.setting, self._shapes = combed, setting, input_shapes
         self.feed = _feed(combed, setting.batch)
+        named = [node for node in combed.folded.scope.nodes if node.name and node.output]
+        self._nodes = {name: node.name for node in named for name in (node.name, *node.output) if name}
         self._original = self.session(combed.folded.model)
 
     def pruned(self, channels: npt.NDArray[np.int64]) -> Model:
@@ -242,7 +252,7 @@ class Clock:
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         taken, meanwhile = self._in_turns(session)
         speed = _typical(meanwhile, len(meanwhile)) / _typical(first, len(first))
-        kernels = _kernels(events, len(first))
+        kernels = _kernels(events, len(first), self._nodes)
         ms = _typical(taken, len(taken))
         watching = _watching([speed * kernel.ms for kernel in kernels.values()], ms)
         times = {name: replace(k, ms=max(0.0, speed * k.ms - watching)) for name, k in kernels.items()}
@@ -287,7 +297,7 @@ def measure_table(clock: Clock, *, seed: int = 0, observer: Observer | None = No
         fitted.append(made.add(np.asarray(widths)))
     kernels, unknown = _fitted(made, fitted)
     names = {kernel.name for kernel in kernels}
-    known = [sum(k.ms for name, k in made.times[s].items() if name in names) for s in fitted]
+    known = [sum(k.ms for name, k in made.times[s].items() if {name, _OTHERS} & names) for s in fitted]
     rest = max(0.0, float(np.median([made.ms[s] - accounted for s, accounted in zip(fitted, known, strict=True)])))
     return CostTable(
         combed.folded.model.sha256(),
@@ -330,8 +340,8 @@ class _Kernel:
     sizes: tuple[int, ...]
 
 
-def _kernels(events: Sequence[Mapping[str, Any]], runs: int) -> _Times:
-    """Kernels by name, of so many runs."""
+def _kernels(events: Sequence[Mapping[str, Any]], runs: int, nodes: Mapping[str, str]) -> _Times:
+    """Kernels by name, or by that of the node that they are made of, of so many runs."""
     taken: dict[str, list[float]] = defaultdict(list)
     about: dict[str, tuple[str, tuple[int, ...]]] = {}
     for event in events:
@@ -340,7 +350,21 @@ def _kernels(events: Sequence[Mapping[str, Any]], runs: int) -> _Times:
             taken[name].append(event["dur"] / 1e3)
             shapes = [*facts.get("input_type_shape", []), *facts.get("output_type_shape", [])]
             about[name] = (facts["op_name"], tuple(n for typed in shapes for dims in typed.values() for n in dims))
-    return {name: _Kernel(about[name][0], _typical(ms, runs), about[name][1]) for name, ms in taken.items()}
+    found: _Times = {}
+    for name, ms in taken.items():
+        operator, sizes = about[name]
+        node = _node_of(name, nodes)
+        before = found.get(node, _Kernel(operator, 0.0, ()))
+        found[node] = _Kernel(before.operator, before.ms + _typical(ms, runs), (*before.sizes, *sizes))
+    return found
+
+
+def _node_of(kernel: str, nodes: Mapping[str, str]) -> str:
+    """The node whose name, or that of whose output, is the longest start of a kernel's name; else that name."""
+    start = kernel
+    while start and start not in nodes:
+        start = start.rpartition("_")[0]
+    return nodes.get(start, kernel)
 
 
 def _typical(ms: Sequence[float], runs: int) -> float:
@@ -396,21 +420,25 @@ class _Samples:
 
     def places(self, name: str) -> tuple[int, ...]:
         """Places of the axes that a kernel's sizes follow, each once; from all models that have the kernel."""
-        having = [s for s, times in enumerate(self.times) if name in times]
-        seen = [self.times[s][name].sizes for s in having]
-        if len({len(sizes) for sizes in seen}) != 1:
-            return ()
-        sizes = np.asarray(seen).reshape(len(seen), -1)
-        varying = np.unique(sizes[:, (sizes != sizes[:1]).any(axis=0)], axis=1)
-        rows = np.asarray(self.rows)[having]
-        found = dict.fromkeys(self._place(rows, column, tuple(having)) for column in varying.T)
+        forms: dict[int, list[int]] = defaultdict(list)  # it may see more tensors in one model than in another
+        for sample, times in enumerate(self.times):
+            if name in times:
+                forms[len(times[name].sizes)].append(sample)
+        found: dict[int | None, None] = {}
+        for having in forms.values():
+            sizes = np.asarray([self.times[s][name].sizes for s in having]).reshape(len(having), -1)
+            varying = np.unique(sizes[:, (sizes != sizes[:1]).any(axis=0)], axis=1)
+            rows = np.asarray(self.rows)[having]
+            found |= dict.fromkeys(self._place(rows, column, tuple(having)) for column in varying.T)
         return tuple(place for place in found if place is not None)
 
     def _place(self, rows: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], having: tuple[int, ...]) -> int | None:
         """The first axis that is as long as the sizes say in all models, rounded up to blocks or not."""
         key = (having, tuple(sizes.tolist()))
         if key not in self._known:
-            matches = (np.flatnonzero((-(-rows // b) * b == sizes[:, None]).all(axis=0)) for b in _BLOCKS)
+            column = sizes[:, None]
+            rounded = (((-(-rows // b) * b == column) | (rows == column)).all(axis=0) for b in _BLOCKS)
+            matches = map(np.flatnonzero, rounded)
             self._known[key] = next((tuple(m[:1].tolist()) for m in matches if len(m)), ())
         return next(iter(self._known[key]), None)
 
@@ -494,9 +522,10 @@ def _groups(made: _Samples, owners: Sequence[tuple[int, ...]], name: str) -> lis
 
 
 def _fitted(made: _Samples, samples: Sequence[int]) -> tuple[list[KernelCost], float]:
-    """What each kernel takes, and the share of the time of those that are not there in all models."""
-    costs, known = [], 0.0
-    total = sum(kernel.ms for sample in samples for kernel in made.times[sample].values())
+    """What each kernel takes, those that are not there in all models as one; the share of their time that is fixed."""
+    costs = []
+    others = np.asarray([sum(kernel.ms for kernel in made.times[sample].values()) for sample in samples])
+    total = float(others.sum())
     for name, kernel in made.times[0].items():
         if not all(name in made.times[sample] for sample in samples):
             continue
@@ -506,8 +535,27 @@ def _fitted(made: _Samples, samples: Sequence[int]) -> tuple[list[KernelCost], f
         axes = [made.axes[place][0] for place in places]
         named = tuple((ms, tuple(axes[k] for k in chosen)) for ms, chosen in terms)
         costs.append(KernelCost(name, kernel.operator, kernel.ms, error, named))
-        known += float(taken.sum())
-    return costs, max(0.0, 1 - known / total)
+        others = others - taken
+    if others.sum() <= _SHRINK * total:
+        return costs, max(0.0, float(others.sum()) / total)
+    work, counts = _work(made, samples)
+    factors, _ = nnls(np.column_stack([np.ones(len(samples)), counts / counts[0]]), others)
+    error = float(np.sqrt(np.mean((factors[0] + factors[1] * counts / counts[0] - others) ** 2)) / others.mean())
+    shares = tuple((float(factors[1] * factor / counts[0]), axes) for factor, axes in work)
+    costs.append(KernelCost(_OTHERS, "", float(others[0]), round(error, 4), ((float(factors[0]), ()), *shares)))
+    return costs, float(factors[0]) * len(samples) / total
+
+
+def _work(made: _Samples, samples: Sequence[int]) -> tuple[list[tuple[float, tuple[_Axis, ...]]], Floats]:
+    """The multiply-accumulates of the model as a sum of products of axes, and what they come to in some samples."""
+    place = {id(axis): number for number, (_, axis) in enumerate(made.axes)}
+    terms, total = [], np.zeros(len(samples))
+    for cost in made.combed.recorder.costs:
+        places = [place[id(axis)] for axis in cost.axes if id(axis) in place]
+        fixed = cost.factor * math.prod(len(axis) for axis in cost.axes if id(axis) not in place)
+        terms.append((float(fixed), tuple(made.axes[number][0] for number in places)))
+        total += fixed * np.asarray(made.rows, float)[list(samples)][:, places].prod(axis=1)
+    return terms, total
 
 
 def _terms(sizes: npt.NDArray[np.int64], ms: Floats) -> tuple[list[tuple[float, tuple[int, ...]]], float]:

@@ -7,17 +7,19 @@ gathered before it, spread again behind it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from onnx import NodeProto, helper
 
 from cpd_onnx.atoms import Axis, Mask
 from cpd_onnx.editing import Editor
-from cpd_onnx.graph import Array, Model, element_type
+from cpd_onnx.graph import Array, Lazy, Model, element_type
 from cpd_onnx.groups import Combed, Weight
 from cpd_onnx.kept import Kept
 from cpd_onnx.rules.api import EVERY_AXIS
 from cpd_onnx.shapes import Scope
-from cpd_onnx.weights import constant_of, weight_array
+from cpd_onnx.weights import constant_of, weight_lazily
 
 
 def masked(combed: Combed, kept: Kept, pruned: Model) -> Model:
@@ -46,15 +48,12 @@ class _Masker(Editor):
 
     def silence(self, weight: Weight) -> None:
         """Zero a weight at the deleted indices, for each user as it sees them."""
-        original = weight_array(self.combed.folded.model, weight)
+        original = weight_lazily(self.combed.folded.model, weight)
         for number, use in enumerate(weight.uses):
             if not any(map(self.kept.touches, use.axes)):
                 continue
-            stays = np.ones(original.shape, np.bool_)
-            for axis in self.summed(weight):
-                atoms = use.axes[axis]
-                stays &= self.kept.mask(atoms).reshape([-1 if i == axis else 1 for i in range(original.ndim)])
-            array = np.where(stays, original, zero_of(self.combed, weight)).astype(original.dtype)
+            masks = {axis: self.kept.mask(use.axes[axis]) for axis in self.summed(weight)}
+            array = _silenced(original, masks, zero_of(self.combed, weight))
             if number == 0 or use.axes is weight.uses[0].axes:
                 self.replace(weight, array)
             else:
@@ -165,6 +164,16 @@ class _Masker(Editor):
             name, number = f"{wish}_{number}", number + 1
         self.names.add(name)
         return name
+
+
+def _silenced(array: Array | Lazy, masks: Mapping[int, Mask], zero: Array) -> Array | Lazy:
+    """A weight with zero where the mask of some axis says so; of one that is not read yet, once it is."""
+    if isinstance(array, Lazy):
+        return Lazy(array.dtype, array.shape, lambda: np.asarray(_silenced(array.make(), masks, zero)))
+    stays = np.ones([1] * array.ndim, np.bool_)
+    for axis, mask in masks.items():
+        stays = stays & mask.reshape([-1 if i == axis else 1 for i in range(array.ndim)])
+    return np.where(stays, array, zero.astype(array.dtype))
 
 
 def _spread(mask: Mask) -> Array:

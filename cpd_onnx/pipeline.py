@@ -14,8 +14,8 @@ from dataclasses import fields
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
-from cpd_onnx.errors import CpdError, ModelError, UnsupportedError
-from cpd_onnx.graph import Source, load
+from cpd_onnx.errors import UnsupportedError
+from cpd_onnx.graph import Source, blaming, load
 from cpd_onnx.state import State
 
 if TYPE_CHECKING:
@@ -99,19 +99,6 @@ def _module(name: str) -> ModuleType:
         raise UnsupportedError(f"pass {name!r} needs torch: pip install 'cpd-onnx[torch]'") from error
 
 
-def _done(step: Pass, state: State) -> State:
-    """The state with a pass done; what fails on a model that is not valid ONNX is the model's fault."""
-    try:
-        return step(state)
-    except CpdError:
-        raise
-    except Exception as error:  # ours if the model is valid: then it goes on as it is
-        reason = "it has names that are not text" if isinstance(error, UnicodeError) else state.original.defect()
-        if reason is None:
-            raise
-        raise ModelError(f"the model is not valid ONNX: {reason}") from error
-
-
 def run(
     passes: str | Iterable[Pass],
     source: Source | State,
@@ -133,7 +120,8 @@ def run(
     for step in steps:
         if observer:
             observer(step.name, "start")
-        state = _done(step, state)
+        with blaming(state.original):
+            state = step(state)
         if observer:
             observer(step.name, "end")
     return state

@@ -13,7 +13,7 @@ import numpy as np
 
 from cpd_onnx.cost import Costs
 from cpd_onnx.errors import PlanError
-from cpd_onnx.graph import require_free, write_atomically
+from cpd_onnx.files import require_free, write_atomically
 from cpd_onnx.groups import Combed, Group
 from cpd_onnx.kept import Kept
 
@@ -95,6 +95,8 @@ def _check(content: Any, where: str) -> None:
         raise PlanError(f"{where}: 'groups' should be a list")
     for group in groups:
         _check_group(group, where)
+    if len({group["id"] for group in groups}) < len(groups):
+        raise PlanError(f"{where}: a group is named twice")
 
 
 def _check_shapes(shapes: Any, where: str) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from cpd_onnx.errors import UnsupportedError
-from cpd_onnx.graph import require_free, write_atomically
+from cpd_onnx.files import require_free, write_atomically
 from cpd_onnx.report import longest
 
 if TYPE_CHECKING:

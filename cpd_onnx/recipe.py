@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cpd_onnx.errors import CpdError
-from cpd_onnx.graph import require_free, write_atomically
+from cpd_onnx.files import require_free, write_atomically
 from cpd_onnx.version import __version__
 
 _NOT_OPTIONS = {"help", "recipe", "output", "force", "json", "resume", "checkpoint", "verbose", "plan"}

@@ -151,7 +151,7 @@ def comparison(found: Comparison) -> dict[str, Any]:
 
 def size_of(model: Model, path: Path) -> int:
     """Bytes that a model takes at its path, with its data where that lies apart."""
-    return path.stat().st_size + (model.data_bytes() if len(model.files(path)) > 1 else 0)
+    return path.stat().st_size + (model.data_bytes() if model.lies_apart else 0)
 
 
 def costs_table(content: Mapping[str, Any]) -> Table:

@@ -13,13 +13,13 @@ from onnx import AttributeProto, NodeProto, ValueInfoProto, helper
 from cpd_onnx.arithmetic import Arithmetic
 from cpd_onnx.editing import Editor
 from cpd_onnx.errors import ProofError
-from cpd_onnx.graph import Array, Model, drop_attribute, set_attribute
+from cpd_onnx.graph import Array, Lazy, Model, drop_attribute, set_attribute
 from cpd_onnx.groups import Combed, Weight
 from cpd_onnx.kept import Kept
 from cpd_onnx.operands import elements, operand_value
 from cpd_onnx.rules.api import DROP, Demand
 from cpd_onnx.shapes import DIVISOR, SCALED, Folded, Scope, Use, Value, fold
-from cpd_onnx.weights import weight_array
+from cpd_onnx.weights import weight_lazily
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,12 @@ def rewrite(combed: Combed, kept: Kept, input_shapes: Any = None) -> Pruned:
 class _Variants:
     """The versions of one weight that its users want."""
 
-    arrays: list[Array] = field(default_factory=list)
+    arrays: list[Array | Lazy] = field(default_factory=list)
     uses: list[list[Use]] = field(default_factory=list)
 
-    def add(self, use: Use, array: Array) -> None:
+    def add(self, use: Use, array: Array | Lazy) -> None:
         for known, uses in zip(self.arrays, self.uses, strict=True):
-            if known is array or (known.shape == array.shape and known.tobytes() == array.tobytes()):
+            if _same(known, array):
                 uses.append(use)
                 return
         self.arrays.append(array)
@@ -181,7 +181,7 @@ class _Rewriter(Editor):
             if variants is None:
                 continue
             if weight.value.name in outputs and not weight.scope.address:
-                variants.arrays.insert(0, weight_array(self.combed.folded.model, weight))
+                variants.arrays.insert(0, weight_lazily(self.combed.folded.model, weight))
                 variants.uses.insert(0, [])
             self.store(weight, variants)
 
@@ -190,8 +190,8 @@ class _Rewriter(Editor):
         edited = any((id(u.use.scope), u.use.node, u.use.slot) in self.operands for u in weight.uses)
         if not edited and not any(self.kept.touches(axis) for axes in self.combed.weight_axes(weight) for axis in axes):
             return None
-        original = weight_array(self.combed.folded.model, weight)
-        sliced: dict[bytes, Array] = {}
+        original = weight_lazily(self.combed.folded.model, weight)
+        sliced: dict[bytes, Array | Lazy] = {}
         found = _Variants()
         for use in weight.uses:
             key = (id(use.use.scope), use.use.node, use.use.slot)
@@ -206,7 +206,7 @@ class _Rewriter(Editor):
         return found
 
     def store(self, weight: Weight, variants: _Variants) -> None:
-        old = weight_array(self.combed.folded.model, weight)
+        old = weight_lazily(self.combed.folded.model, weight)
         if not _same(old, variants.arrays[0]):
             self.replace(weight, variants.arrays[0])
             if tuple(old.shape) != tuple(variants.arrays[0].shape):
@@ -378,14 +378,27 @@ class _Rewriter(Editor):
         return f"{node.op_type} {node.name or node.output[0]!r} input {use.slot}"
 
 
-def _compressed(array: Array, masks: Sequence[Array]) -> Array:
+def _compressed(array: Array | Lazy, masks: Sequence[Array]) -> Array | Lazy:
+    """What masks leave of an array: of one that is not read yet, once it is."""
+    if not isinstance(array, Lazy):
+        return _cut(array, masks)
+    if all(mask.all() for mask in masks):
+        return array
+    shape = tuple(int(np.count_nonzero(mask)) for mask in masks)
+    return Lazy(array.dtype, shape, lambda: _cut(array.make(), masks))
+
+
+def _cut(array: Array, masks: Sequence[Array]) -> Array:
     for axis, mask in enumerate(masks):
         if not mask.all():
             array = np.compress(mask, array, axis=axis)
     return array
 
 
-def _same(a: Array, b: Array) -> bool:
+def _same(a: Array | Lazy, b: Array | Lazy) -> bool:
+    """Whether two arrays are equal; those that are not read yet, whether they are one."""
+    if isinstance(a, Lazy) or isinstance(b, Lazy):
+        return a is b
     return a.shape == b.shape and (a is b or a.tobytes() == b.tobytes())
 
 

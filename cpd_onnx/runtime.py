@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import onnxruntime as ort
 from onnx import NodeProto, TensorProto
 
-from cpd_onnx.errors import UnsupportedError
-from cpd_onnx.graph import PROTO_LIMIT, Array, Model, element_type
+from cpd_onnx.errors import EndlessError, UnsupportedError
+from cpd_onnx.graph import Array, Model, element_type
 from cpd_onnx.shapes import Folded, Value
 
 Feed: TypeAlias = dict[str, Array]
+
+RUN_SECONDS = 600.0
+"""How long one run may take."""
 
 _CPU = "CPUExecutionProvider"
 _OTHER_SIZES = (512, 576, 256, 224, 128, 64, 640, 16000, 1)
@@ -60,7 +64,7 @@ def open_model(
 def _session(model: Model | Path, options: ort.SessionOptions, providers: list[str]) -> ort.InferenceSession:
     if isinstance(model, Path):
         return ort.InferenceSession(str(model), options, providers=providers)
-    if model.data_bytes() + model.proto.ByteSize() <= PROTO_LIMIT:
+    if not model.is_over_limit:
         return ort.InferenceSession(model.serialize(), options, providers=providers)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
@@ -68,17 +72,38 @@ def _session(model: Model | Path, options: ort.SessionOptions, providers: list[s
         return ort.InferenceSession(str(path), options, providers=providers)
 
 
-def execute(session: ort.InferenceSession, feed: Mapping[str, Array]) -> list[Array]:
+class Runner(Protocol):
+    """What runs a model: a session of onnxruntime, or what takes its place."""
+
+    def run(self, names: None, feed: Any, limits: Any = None, /) -> Sequence[Any]:
+        """All outputs."""
+
+
+def execute_all(session: Runner, feeds: Sequence[Mapping[str, Array]]) -> list[list[Array]]:
+    """All outputs for each of some inputs."""
+    at_once = getattr(session, "run_all", None)
+    return at_once(feeds) if at_once is not None else [execute(session, feed) for feed in feeds]
+
+
+def execute(session: Runner, feed: Mapping[str, Array]) -> list[Array]:
     """All outputs of one run.
 
-    Raises UnsupportedError if the run fails.
+    Raises UnsupportedError if the run fails, EndlessError if it takes longer than `RUN_SECONDS`.
     """
+    limits = ort.RunOptions()
+    timer = threading.Timer(RUN_SECONDS, setattr, (limits, "terminate", True))
+    timer.daemon = True
+    timer.start()
     try:
-        return [np.asarray(output) for output in session.run(None, dict(feed))]
+        return [np.asarray(output) for output in session.run(None, dict(feed), limits)]
     except Exception as error:  # as above
         if not type(error).__module__.startswith("onnxruntime"):
             raise
+        if limits.terminate:
+            raise EndlessError(f"a run of the model did not end within {RUN_SECONDS:g} s") from error
         raise UnsupportedError(f"onnxruntime failed to run the model: {_first_line(error)}") from error
+    finally:
+        timer.cancel()
 
 
 def _first_line(error: Exception) -> str:
@@ -99,7 +124,7 @@ def random_feed(folded: Folded, seed: int = 0, binding: int = 0) -> Feed:
     return feed
 
 
-def working_feeds(folded: Folded, session: ort.InferenceSession, count: int = 2) -> Iterator[Feed]:
+def working_feeds(folded: Folded, session: Runner, count: int = 2) -> Iterator[Feed]:
     """Random inputs that the model accepts: where it fails at the usual sizes, others are tried.
 
     Raises UnsupportedError with onnxruntime's first complaint if it accepts none.
@@ -107,6 +132,8 @@ def working_feeds(folded: Folded, session: ort.InferenceSession, count: int = 2)
     feed = random_feed(folded)
     try:
         execute(session, feed)
+    except EndlessError:
+        raise
     except UnsupportedError as first:
         for size in _OTHER_SIZES:
             feed = {name: _resized(folded, name, array, size) for name, array in feed.items()}

@@ -19,7 +19,17 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import GraphProto, NodeProto, TensorProto, TypeProto, ValueInfoProto, helper, numpy_helper, shape_inference
+from onnx import (
+    FunctionProto,
+    GraphProto,
+    NodeProto,
+    TensorProto,
+    TypeProto,
+    ValueInfoProto,
+    helper,
+    numpy_helper,
+    shape_inference,
+)
 
 from cpd_onnx import common, contrib
 from cpd_onnx.errors import ModelError
@@ -37,6 +47,8 @@ _SMALL_FLOATS = 8
 """Float constants up to this many elements may be shape arithmetic (scales, bounds); larger ones are weights."""
 _MAX_DIM = 1 << 28
 """No axis is longer; each index of it would take eight bytes."""
+_MOST_CALLED = 200_000
+"""Nodes in functions that are looked at, each as often as it is called."""
 _GUESSES = (37, 41)
 """Sizes for dimensions that depend on data (NonZero, TopK of a computed k): any would do."""
 _DATA_DEPENDENT_BODIES = {"If", "Loop", "Scan"}
@@ -267,6 +279,7 @@ class _Folder:
         self.opset_ids = [helper.make_opsetid(d, v) for d, v in self.opsets.items()]
         self.functions = {(f.domain, f.name): f for f in model.proto.functions}
         self.depth = 0
+        _require_few_calls(model, self.functions)
 
     def run(self) -> Folded:
         graph = self.model.graph
@@ -763,6 +776,28 @@ def _dims(proto: TypeProto | None) -> tuple[int, tuple[int | None, ...] | None]:
 
 def _complete(shape: Sequence[int | None], binding: int) -> Shape:
     return _sane(tuple(_GUESSES[binding] if d is None else d for d in shape))
+
+
+def _require_few_calls(model: Model, functions: Mapping[tuple[str, str], FunctionProto]) -> None:
+    """Raise ModelError where functions that call functions come to more nodes than anybody can look at."""
+    known: dict[tuple[str, str], int] = {}
+
+    def inside(nodes: Iterable[NodeProto]) -> int:
+        bodies = (body.node for node in nodes for body in bodies_of(node).values())
+        return sum(called((node.domain, node.op_type)) for node in nodes) + sum(map(inside, bodies))
+
+    def called(key: tuple[str, str]) -> int:
+        if key in functions and key not in known:
+            known[key] = 0  # where it calls itself, the depth of the calls stops it
+            known[key] = len(functions[key].node) + inside(functions[key].node)
+        return known.get(key, 0)
+
+    try:
+        count = inside(model.graph.node)
+    except RecursionError as error:
+        raise ModelError("subgraphs or functions nest too deep (recursive function?)") from error
+    if count > _MOST_CALLED:
+        raise ModelError(f"functions that call functions come to {count:,} nodes, more than {_MOST_CALLED:,}")
 
 
 def _sane(shape: Shape) -> Shape:

@@ -1,4 +1,4 @@
-"""Run a model piece by piece over some batches, so that weights can be changed on the way.
+"""Run a model piece by piece over some batches, so that weights can be changed on the way, or need not all be there.
 
 Each node runs once. Between two pieces the tensors that later nodes take are held, in memory as far as they fit into a
 limit and in files beyond it.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
@@ -17,10 +18,14 @@ from cpd_onnx.editing import Editor
 from cpd_onnx.errors import UnsupportedError
 from cpd_onnx.graph import Array, Model
 from cpd_onnx.runtime import Feed, execute, open_model
-from cpd_onnx.shapes import Folded, all_inputs
+from cpd_onnx.shapes import Folded, all_inputs, fold
 
 HELD_BYTES = 1 << 30
 """Bytes of tensors that are held in memory."""
+PIECE_BYTES = 1 << 26
+"""Bytes of weights that one piece of a large model has, if it is not a single node."""
+_ENTERING_BYTES = 1 << 20
+"""Weights of a large model from this size on are inputs of their piece, which onnxruntime does not copy."""
 
 
 class Stepwise:
@@ -38,7 +43,7 @@ class Stepwise:
         wanted: Iterable[str] = (),
         *,
         held_bytes: int = HELD_BYTES,
-        threads: int = 0,
+        entering_bytes: int | None = None,
     ) -> None:
         """Stand before the first node.
 
@@ -48,11 +53,12 @@ class Stepwise:
             feeds: inputs, one dictionary for each batch.
             wanted: tensors that are held until they are released as often as they are named here.
             held_bytes: tensors beyond so many bytes go to files.
-            threads: of onnxruntime; 0 leaves its choice.
+            entering_bytes: weights from so many bytes on are inputs of the pieces instead of parts of them.
         """
+        self._entering = entering_bytes
         self._scope, self._model = folded.scope, model
         self._editor = Editor(model)
-        self._limit, self._threads = held_bytes, threads
+        self._limit = held_bytes
         self._done = 0
         self._wanted = Counter(wanted)
         self._last: dict[str, int] = {}
@@ -98,18 +104,22 @@ class Stepwise:
         self._wanted[name] -= 1
 
     def _run(self, piece: Sequence[int], outputs: Sequence[str]) -> None:
-        part, inputs = self._part(piece, outputs)
-        session = open_model(part, threads=self._threads)
+        part, inputs, entering = self._part(piece, outputs)
+        session = open_model(part, optimise=self._entering is None)
+        weights = {name: self._model.array(name) for name in entering}
         made: list[list[Array]] = [[] for _ in outputs]
         for batch in range(self._batches):
-            feed = {name: np.asarray(self._held[name][batch]) for name in inputs}
+            feed = {name: np.asarray(self._held[name][batch]) for name in inputs} | weights
             for arrays, array in zip(made, execute(session, feed), strict=True):
                 arrays.append(array)
         for name, arrays in zip(outputs, made, strict=True):
             self._hold(name, arrays)
 
-    def _part(self, piece: Sequence[int], outputs: Sequence[str]) -> tuple[Model, list[str]]:
-        """Some nodes as a model of their own, with all that is computed from weights, and the names of its inputs."""
+    def _part(self, piece: Sequence[int], outputs: Sequence[str]) -> tuple[Model, list[str], list[str]]:
+        """Some nodes as a model of their own, with all that is computed from weights.
+
+        Also the names of its inputs, and of the weights that enter as such.
+        """
         nodes: dict[int, NodeProto] = {}
         waiting, inputs, weights = list(piece), dict[str, None](), dict[str, None]()
         inside = set(piece)
@@ -133,14 +143,20 @@ class Stepwise:
         part.graph.name = "part"
         part.graph.node.extend(nodes[position] for position in sorted(nodes))
         made = Model(part, {})
+        entering = [name for name in weights if self._enters(name)]
         for name in weights:
-            made.add_initializer(name, self._model.array(name))
-            if part.ir_version < 4:
-                tensor = self._model.tensor(name)
+            tensor = self._model.tensor(name)
+            if name not in entering:
+                made.add_initializer(name, self._model.array(name))
+            if part.ir_version < 4 or name in entering:
                 part.graph.input.append(helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
         part.graph.input.extend(self._described(name) for name in inputs)
         part.graph.output.extend(self._described(name) for name in outputs)
-        return made, list(inputs)
+        return made, list(inputs), entering
+
+    def _enters(self, name: str) -> bool:
+        values = self._model.lazily(name)
+        return self._entering is not None and values.nbytes >= self._entering and values.dtype.kind in "fiu"
 
     def _described(self, name: str) -> ValueInfoProto:
         """Name and element type; the shape is what the arrays have."""
@@ -154,6 +170,41 @@ class Stepwise:
         if held + sum(a.nbytes for a in arrays) > self._limit:
             arrays = [_in_file(array) for array in arrays]
         self._held[name] = arrays
+
+
+class Piecewise:
+    """A large model that is run piece by piece, each weight read when the piece that it is in runs.
+
+    Takes the place of a session of onnxruntime, optimisations off.
+    """
+
+    def __init__(self, model: Model) -> None:
+        """Take the model."""
+        self._folded = fold(model)
+        self._outputs = [output.name for output in model.graph.output]
+
+    def run(self, names: None, feed: Feed, limits: Any = None) -> list[Array]:
+        """All outputs."""
+        return self.run_all([feed])[0]
+
+    def run_all(self, feeds: Sequence[Feed]) -> list[list[Array]]:
+        """All outputs for each of some inputs, each weight read once for all of them."""
+        model = self._folded.model
+        steps = Stepwise(self._folded, model, feeds, self._outputs, entering_bytes=_ENTERING_BYTES)
+        for position in self._ends():
+            steps.after(position)
+        return [list(outputs) for outputs in zip(*(steps.tensor(name) for name in self._outputs), strict=True)]
+
+    def _ends(self) -> Iterator[int]:
+        """The last nodes of the pieces."""
+        model, nodes, taken = self._folded.model, self._folded.scope.nodes, 0
+        for position, node in enumerate(nodes):
+            weights = sum(model.lazily(name).nbytes for name in all_inputs(node) if model.has(name))
+            if position and taken + weights > PIECE_BYTES:
+                yield position - 1
+                taken = 0
+            taken += weights
+        yield len(nodes) - 1
 
 
 def _in_file(array: Array) -> Array:

@@ -21,7 +21,7 @@ from cpd_onnx.passes.comb import comb
 from cpd_onnx.passes.prune import prune
 from cpd_onnx.passes.score import score
 from cpd_onnx.passes.verify import verify
-from cpd_onnx.runtime import open_model, working_feeds
+from cpd_onnx.runtime import execute_all, open_model, working_feeds
 from cpd_onnx.weights import weight_array
 
 
@@ -67,8 +67,8 @@ def permutation_oracle(source: Source, *, seed: int = 0) -> Outcome:
     permuted = _permuted(combed, image)
     original, other = (open_model(m, optimise=False) for m in (combed.folded.model, permuted))
     allowed = tolerance(combed)
-    feeds = working_feeds(combed.folded, original, runs_needed(allowed))
-    found = compare(original, original, other, feeds, allowed)
+    feeds = list(working_feeds(combed.folded, original, runs_needed(allowed)))
+    found = compare(execute_all(original, feeds), original, other, feeds, allowed)
     return Outcome(found.passed, found.difference, groups)
 
 

@@ -5,16 +5,22 @@ from __future__ import annotations
 import numpy as np
 from onnx import TensorProto, helper
 
-from cpd_onnx.graph import Array, Model, to_array
+from cpd_onnx.graph import Array, Lazy, Model, to_array
 from cpd_onnx.groups import Combed, Weight
 from cpd_onnx.shapes import Value
 
 
 def weight_array(model: Model, weight: Weight) -> Array:
     """Values of a weight; do not write into them."""
+    found = weight_lazily(model, weight)
+    return found.make() if isinstance(found, Lazy) else found
+
+
+def weight_lazily(model: Model, weight: Weight) -> Array | Lazy:
+    """The same, but not read yet where the model is large."""
     source = weight.value.source
     if isinstance(source, TensorProto):
-        return model.array(source.name) if not weight.scope.address and model.has(source.name) else to_array(source)
+        return model.lazily(source.name) if not weight.scope.address and model.has(source.name) else to_array(source)
     assert source is not None
     if source.name == "value":
         return to_array(source.t)

@@ -56,31 +56,36 @@ def detached(content: Buffer, least: int) -> tuple[bytes, dict[int, tuple[int, i
     return b"".join([head, _header(_GRAPH, len(body)), body, tail]), places
 
 
-def joined(content: bytes, data: Mapping[int, memoryview]) -> Iterator[Buffer]:
-    """The bytes of a model, in pieces, with the raw data of some initializers put where they have an empty one.
+def joined(content: bytes, lengths: Mapping[int, int]) -> Iterator[bytes | int]:
+    """The bytes of a model, in pieces, with raw data of given lengths put where some initializers have an empty one.
 
+    A piece that is a number stands for the raw data of the initializer of that number, which is not looked at here.
     Raises ValueError if one of them has no raw data.
     """
     graph = _only(content, 0, len(content), _GRAPH)
     if graph is None:
         yield content
         return
-    pieces: list[Buffer] = []
+    pieces: list[bytes | int] = []
+    size = 0
     done, number = graph.start, -1
     for tensor in _fields(content, graph.start, graph.end):
         number += tensor.number == _INITIALIZER
-        if tensor.number != _INITIALIZER or number not in data:
+        if tensor.number != _INITIALIZER or number not in lengths:
             continue
         raw = _only(content, tensor.start, tensor.end, _RAW_DATA)
         if raw is None or raw.start != raw.end:
             raise ValueError(f"initializer {number} has no place for its data")
-        before, after = content[tensor.start : raw.tag], content[raw.end : tensor.end]
-        filled: list[Buffer] = [before, _header(_RAW_DATA, len(data[number])), data[number], after]
-        pieces += [content[done : tensor.tag], _header(_INITIALIZER, sum(map(len, filled))), *filled]
+        length = lengths[number]
+        before = content[tensor.start : raw.tag] + _header(_RAW_DATA, length)
+        after = content[raw.end : tensor.end]
+        start = content[done : tensor.tag] + _header(_INITIALIZER, len(before) + length + len(after)) + before
+        pieces += [start, number, after]
+        size += len(start) + length + len(after)
         done = tensor.end
     pieces.append(content[done : graph.end])
     yield content[: graph.tag]
-    yield _header(_GRAPH, sum(map(len, pieces)))
+    yield _header(_GRAPH, size + graph.end - done)
     yield from pieces
     yield content[graph.end :]
 

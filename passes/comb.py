@@ -11,7 +11,7 @@ from onnx import NodeProto, TensorProto
 
 from cpd_onnx.atoms import NOTHING, Atoms, Axis
 from cpd_onnx.evaluate import Call
-from cpd_onnx.graph import Source, attributes_of, load
+from cpd_onnx.graph import Source, attributes_of, blaming, load
 from cpd_onnx.groups import Combed, Weight, WeightUse, grouped
 from cpd_onnx.operands import hold_what_cannot_be_edited
 from cpd_onnx.rules import FLOATS, POSITION_CARRIERS, POSITION_USERS, RULES, GiveUp, Op, Recorder, Tensor
@@ -28,8 +28,9 @@ def comb(source: Source | Folded, input_shapes: Mapping[str, Sequence[int]] | No
 
     Raises ModelError if the graph is cyclic or uses values that nobody makes.
     """
-    folded = source if isinstance(source, Folded) else fold(load(source), input_shapes)
-    return _Comber(folded).run()
+    model = source.model if isinstance(source, Folded) else load(source)
+    with blaming(model):
+        return _Comber(source if isinstance(source, Folded) else fold(model, input_shapes)).run()
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
+import numpy as np
 from onnx import ModelProto
 
 from cpd_onnx.compare import Comparison, compare, runs_needed, tolerance
@@ -20,8 +22,12 @@ from cpd_onnx.passes.comb import comb
 from cpd_onnx.plan import Plan, channels_of, match
 from cpd_onnx.rewrite import rewrite
 from cpd_onnx.rules import FLOATS
-from cpd_onnx.runtime import execute, open_model, working_feeds
+from cpd_onnx.runtime import Runner, execute_all, open_model, working_feeds
 from cpd_onnx.state import State
+from cpd_onnx.stepwise import Piecewise
+
+_PIECEWISE_BYTES = 1 << 28
+"""Models with more bytes of weights are run piece by piece, and what is made of them."""
 
 
 def verify(combed: Combed, kept: Kept, pruned: Model, feeds: Iterable[Mapping[str, Array]] | None = None) -> Comparison:
@@ -30,14 +36,16 @@ def verify(combed: Combed, kept: Kept, pruned: Model, feeds: Iterable[Mapping[st
     Runs on random inputs if none are given. Raises UnsupportedError if onnxruntime cannot run the original, ProofError
     if it runs that but not the pruned model, DataError if the original gives NaN.
     """
-    original = open_model(combed.folded.model, optimise=False)
+    runner: Callable[[Model], Runner] = partial(open_model, optimise=False)
+    if combed.folded.model.data_bytes() > _PIECEWISE_BYTES:  # models that may be larger than memory
+        runner = Piecewise
+    original = runner(combed.folded.model)
     allowed = tolerance(combed)
     given = list(feeds if feeds is not None else working_feeds(combed.folded, original, runs_needed(allowed)))
-    for feed in given[:1]:
-        execute(original, feed)
+    plain = execute_all(original, given)
     try:
-        reference, smaller = (open_model(m, optimise=False) for m in (masked(combed, kept, pruned), pruned))
-        return compare(original, reference, smaller, given, allowed)
+        reference, smaller = (runner(model) for model in (masked(combed, kept, pruned), pruned))
+        return compare(plain, reference, smaller, given, allowed)
     except UnsupportedError as error:
         raise ProofError(f"onnxruntime runs the original but not what was made of it: {error}") from error
 
@@ -131,7 +139,7 @@ def _trained(replay: Model, pruned: Model) -> tuple[str, ...]:
             raise ProofError(
                 f"the file is not what the plan makes of the original: initializer {name!r} has other dims or type"
             )
-        if replay.array(name).tobytes() != pruned.array(name).tobytes():
+        if not _equal(replay.array(name), pruned.array(name)):
             changed.append(name)
     structures = [_without_values(model) for model in (replay, pruned)]
     if structures[0] != structures[1]:
@@ -143,6 +151,12 @@ def _trained(replay: Model, pruned: Model) -> tuple[str, ...]:
             f"the file is not what the plan makes of the original: constant {integers[0]!r} has other values"
         )
     return tuple(changed)
+
+
+def _equal(a: Array, b: Array) -> bool:
+    """Whether all bytes of two arrays of one type and shape are the same."""
+    left, right = (np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (a, b))
+    return np.array_equal(left, right)
 
 
 def _dequantised(model: Model) -> set[str]:

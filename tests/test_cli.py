@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -375,12 +376,16 @@ def test_external_data_stays_external(tmp_path: Path) -> None:
     source, small, again = (tmp_path / f"{n}.onnx" for n in ("big", "small", "again"))
     onnx.save_model(model, source, save_as_external_data=True, location="weights.bin", size_threshold=0)
     (tmp_path / "small.onnx.data").write_text("mine")
-    assert run("prune", source, "-o", small) == 1
-    assert files(tmp_path) == {"big.onnx", "weights.bin", "small.onnx.data"}
-    assert run("prune", source, "-o", small, "--force") == 0
+    assert run("prune", source, "-o", small) == 0
+    assert (tmp_path / "small.onnx.data").read_text() == "mine"
     assert run("apply", source, tmp_path / "small.onnx.plan.json", "-o", again) == 0
-    assert (tmp_path / "again.onnx.data").read_bytes() == (tmp_path / "small.onnx.data").read_bytes()
+    (first,), (second,) = (list(tmp_path.glob(f"{name}.onnx.????????.data")) for name in ("small", "again"))
+    assert first.read_bytes() == second.read_bytes()
+    assert first.suffixes[-2] == second.suffixes[-2] == f".{hashlib.sha256(first.read_bytes()).hexdigest()[:8]}"
     assert run("verify", source, again, "--plan", tmp_path / "small.onnx.plan.json") == 0
+    assert run("prune", source, "-o", small, "--force", "--target", "macs=0.7") == 0
+    assert not first.exists()
+    assert len(list(tmp_path.glob("small.onnx.????????.data"))) == 1
 
 
 @pytest.mark.parametrize(

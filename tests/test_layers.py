@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("errors", "atoms", "version", "wire"),
+    ("files",),
     ("graph", "data"),
     ("evaluate", "metrics"),
     ("common",),

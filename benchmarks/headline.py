@@ -1,0 +1,243 @@
+"""Accuracy against measured latency: ours, chance, torch-pruning, and a narrower network trained from scratch.
+
+    python benchmarks/headline.py --data DATA [--peer-python TORCH] [--work FOLDER] [--out FILE] [--plot FILE]
+    python benchmarks/headline.py --table
+
+DATA is a folder with `load.py`, which decodes GTSRB (43 classes of traffic signs). ResNet-18 with its published widths is
+trained there on all labels (benchmarks/torch_resnet18.py) and exported. For each share of its latency (onnxruntime, one
+thread, one image at a time):
+
+* ours: `cpd-onnx prune --target latency=SHARE --data IMAGES`, 512 images without labels, repaired;
+* chance: the same target with `--score random --spread uniform`, without images; for the first share;
+* torch-pruning: by L2 over coupled channels, the same share of all layers, in multiples of 8, exported; the widest one
+  that is no slower than ours;
+* from scratch: ResNet-18 with all widths cut alike, in multiples of 8, the widest one that is no slower than ours,
+  trained with labels like the dense model and as long.
+
+All but the last are then trained by the same `cpd-onnx distill`, the dense model as teacher, no labels; so is the dense
+model itself, the control. In the end all of them are timed beside the dense model, in turns. Accuracy is that after the
+last step, on all test images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accuracy import HERE, command, images, macs, prepared
+
+from cpd_onnx.data import ArraySource
+from cpd_onnx.graph import load
+from cpd_onnx.metrics import evaluate
+from cpd_onnx.runtime import interleaved, open_model
+
+SHARES = (0.232, 0.5, 0.12)
+"""Of the latency; the first is the paper's 4.31 times faster."""
+EPOCHS, STEPS = 10, 500
+RECIPE = (
+    "--batch-size",
+    "64",
+    "--lr",
+    "0.002",
+    "--shift",
+    "2",
+    "--mixed-precision",
+    "--batch-norm",
+    "train",
+    "--teacher-runtime",
+    "torch",
+)
+SECONDS = 4.0
+COLOURS = {"ours": "C0", "chance": "0.6", "torch-pruning": "C1", "from scratch": "C2", "control": "0.2"}
+
+
+class Run:
+    """The dense model with its data, and what is made of it in one folder."""
+
+    def __init__(self, options: argparse.Namespace, work: Path) -> None:
+        self.options, self.work = options, work
+        self.train, self.test = (self._archive(split) for split in ("train", "test"))
+        with np.load(self.test) as archive:
+            self.tested = ArraySource(dict(archive))
+            self.feed = {"input": archive["input"][:1]}
+        self.dense = self.network("dense", sys.executable, "train", self.train, "--epochs", options.epochs)
+        self.session = open_model(load(self.dense), threads=1)
+
+    def _archive(self, split: str) -> Path:
+        path = self.work / f"gtsrb_{split}.npz"
+        if not path.exists():
+            x, y = images(self.options.data, "gtsrb", split)
+            np.savez(path, input=prepared(x, "gtsrb"), labels=y)
+        return path
+
+    def network(self, name: str, python: Any, *arguments: Any) -> Path:
+        """What benchmarks/torch_resnet18.py makes under a name, once."""
+        path = self.work / f"{name}.onnx"
+        if not path.exists():
+            job, source, *rest = arguments
+            script = [python, HERE / "torch_resnet18.py", job, source, path.with_suffix(""), *rest]
+            script += ["--threads", self.options.threads]
+            done = subprocess.run([str(word) for word in script], capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(done.stderr[-2000:])
+        return path
+
+    def seconds(self, path: Path, seconds: float = SECONDS) -> float:
+        """Share of the dense model's time that a file takes."""
+        times = interleaved([self.session, open_model(load(path), threads=1)], self.feed, seconds)
+        return float(np.median(times[1]) / np.median(times[0]))
+
+    def widest(self, make: Callable[[float], Path], latency: float) -> Path:
+        """Of models cut by a share of their widths, in sixty-fourths, the widest that is no slower; by halving."""
+        low, high = 1, 64
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.seconds(make(middle / 64), 1.0) <= latency else (low, middle)
+        return make(low / 64)
+
+    def students(self) -> Iterator[tuple[str, float, Path]]:
+        """Models that the dense one teaches: kind, share of the latency that was asked for, file."""
+        for share in self.options.shares:
+            ours = self.pruned("ours", share, "--samples", 512, "--data", self.train)
+            yield "ours", share, ours
+            if self.options.peer_python:
+                yield "torch-pruning", share, self.widest(self.peer, self.seconds(ours))
+            if share == self.options.shares[0]:
+                yield "chance", share, self.pruned("chance", share, "--score", "random", "--spread", "uniform")
+        yield "control", 1.0, self.dense
+
+    def pruned(self, kind: str, share: float, *chosen: Any) -> Path:
+        """A model pruned by the command line to a share of the latency, at one image a time."""
+        path = self.work / f"{kind}_{share}.onnx"
+        if not path.exists():
+            target = ("--target", f"latency={share}", "--latency-batch", 1)
+            command("prune", self.dense, "-o", path, *target, *chosen)
+        return path
+
+    def peer(self, share: float) -> Path:
+        """The dense model pruned by torch-pruning."""
+        python, weights = self.options.peer_python, self.dense.with_suffix(".pt")
+        return self.network(f"torch-pruning_{share}", python, "prune", weights, "--share", share)
+
+    def narrow(self, share: float, epochs: int = 0) -> Path:
+        """ResNet-18 with a share of its widths, trained for some epochs."""
+        chosen = ("--share", share, "--epochs", epochs)
+        return self.network(f"scratch_{share}_{epochs}", sys.executable, "train", self.train, *chosen)
+
+    def scored(self, path: Path) -> float:
+        """Accuracy on all test images."""
+        return round(evaluate(load(path).complete_proto(), self.tested, "top1"), 4)
+
+    def measured(self, path: Path) -> dict[str, Any]:
+        """What a trained file costs."""
+        latency = self.seconds(path)
+        return {
+            "latency": round(latency, 4), "speedup": round(1 / latency, 3), "bytes": path.stat().st_size,
+            "macs": round(macs(path) / macs(self.dense), 4),
+        }  # fmt: skip  # a row
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """One row after the other."""
+        distilling = ("--data", self.train, "--steps", self.options.steps, "--threads", self.options.threads, *RECIPE)
+        for kind, share, student in self.students():
+            out, started = self.work / f"{kind}_{share}_distilled.onnx", time.perf_counter()
+            if not out.exists():
+                command("distill", self.dense, student, "-o", out, *distilling)
+            yield {
+                "kind": kind, "asked": share, "before": self.scored(student), "top1": self.scored(out),
+                "training_seconds": round(time.perf_counter() - started), **self.measured(out),
+            }  # fmt: skip  # a row
+            if kind == "ours" and self.options.scratch:
+                sized = self.widest(self.narrow, self.seconds(student))
+                started = time.perf_counter()
+                path = self.narrow(float(sized.stem.split("_")[1]), self.options.epochs)
+                seconds = round(time.perf_counter() - started)
+                yield {
+                    "kind": "from scratch", "asked": share, "top1": self.scored(path), "training_seconds": seconds,
+                    **self.measured(path),
+                }  # fmt: skip  # a row
+
+
+def show(content: dict[str, Any]) -> None:
+    dense = content["dense"]
+    print(f"dense: {100 * dense:.2f}\n\n| | asked | speed-up | MACs left | before training | top-1 | change |")
+    print("|---|---|---|---|---|---|---|")
+    for row in content["rows"]:
+        before = f"{100 * row['before']:.1f}" if "before" in row else ""
+        figures = f"{row['speedup']:.2f}x | {row['macs']:.3f} | {before} | {100 * row['top1']:.2f}"
+        print(f"| {row['kind']} | {row['asked']:g} | {figures} | {100 * (row['top1'] - dense):+.2f} |")
+
+
+def draw(content: dict[str, Any], path: Path) -> None:
+    """Accuracy against speed-up, a line for each kind."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({"svg.hashsalt": "cpd-onnx", "font.size": 9, "axes.grid": True, "grid.color": "0.9"}):
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        axes.axhline(100 * content["dense"], color="0.2", linewidth=0.8, linestyle=":", label="dense")
+        for kind, colour in COLOURS.items():
+            points = sorted((row["speedup"], 100 * row["top1"]) for row in content["rows"] if row["kind"] == kind)
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colour, label=kind)
+        axes.set_xlabel("times faster in onnxruntime (one thread, one image at a time)")
+        axes.set_ylabel("top-1 on GTSRB, percent")
+        axes.legend(frameon=False)
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else {})
+
+
+def main() -> None:
+    """Run what was asked for and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--peer-python", help="one with torch and torch-pruning")
+    parser.add_argument("--work", type=Path, help="folder for intermediate files, which are not made again")
+    parser.add_argument("--shares", type=float, nargs="*", default=SHARES)
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of the dense model")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of each student")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--no-scratch", dest="scratch", action="store_false")
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--table", action="store_true", help="print what was measured before, and run nothing")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "headline.json")
+    options = parser.parse_args()
+    if options.table:
+        content = json.loads(options.out.read_text())
+        show(content)
+        if options.plot:
+            draw(content, options.plot)
+        return
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    content = {
+        "machine": {"cpus": os.cpu_count(), "system": platform.platform()}, "commit": commit,
+        "command": f"python benchmarks/headline.py {' '.join(Path(word).name for word in sys.argv[1:])}",
+        "versions": {name: metadata.version(name) for name in ("onnx", "onnxruntime", "torch", "numpy")},
+    }  # fmt: skip  # a record
+    with tempfile.TemporaryDirectory() as folder:
+        work = options.work or Path(folder)
+        work.mkdir(parents=True, exist_ok=True)
+        run = Run(options, work)
+        content |= {"recipe": [f"{options.steps} steps", *RECIPE], "dense": run.scored(run.dense), "rows": []}
+        for row in run.rows():
+            content["rows"].append(row)
+            options.out.write_text(json.dumps(content, indent=1) + "\n")
+            print(row, file=sys.stderr, flush=True)
+    show(content)
+    if options.plot:
+        draw(content, options.plot)
+
+
+if __name__ == "__main__":
+    main()

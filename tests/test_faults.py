@@ -1,0 +1,131 @@
+"""Faults while files are written: the old file or the new one, whole, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from cpd_onnx.cli import main
+from cpd_onnx.graph import load
+from cpd_onnx.passes.verify import verify_files
+from cpd_onnx.plan import load_plan
+
+WIDTH = 600
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A model of some megabytes with its weights in a file of their own."""
+    rng = np.random.default_rng(0)
+    nodes, tensors = [], []
+    for number in range(6):
+        weight = rng.standard_normal((WIDTH, WIDTH), np.float32)
+        tensors.append(numpy_helper.from_array(weight, f"w{number}"))
+        nodes.append(helper.make_node("MatMul", [f"x{number}", f"w{number}"], [f"x{number + 1}"]))
+    inputs = [helper.make_tensor_value_info("x0", TensorProto.FLOAT, [1, WIDTH])]
+    outputs = [helper.make_tensor_value_info("x6", TensorProto.FLOAT, [1, WIDTH])]
+    graph = helper.make_graph(nodes, "g", inputs, outputs, tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    path = tmp_path / "source" / "model.onnx"
+    path.parent.mkdir()
+    onnx.save_model(model, path, save_as_external_data=True, location="model.data")
+    return path
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Start something in a process of its own, without output."""
+    child = os.fork()
+    if child:
+        return child
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    code = 70
+    try:
+        code = int(work() or 0)
+    finally:
+        os._exit(code)
+
+
+def prune(source: Path, out: Path, target: float) -> int:
+    """Through the command line, over what is there."""
+    return main(["prune", str(source), "-o", str(out), "--target", f"macs={target}", "--no-verify", "--force"])
+
+
+def is_whole(source: Path, out: Path) -> bool:
+    """Whether model, data and plan are there, of one run, and nothing else is."""
+    model = onnx.load(out, load_external_data=False)
+    onnx.checker.check_model(str(out), full_check=True)
+    (data,) = {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"}
+    assert {file.name for file in out.parent.iterdir()} == {out.name, data, f"{out.name}.plan.json"}
+    return verify_files(load(source), load(out), load_plan(f"{out}.plan.json")).is_replay
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_killed_at_any_moment(source: Path, tmp_path: Path, kind: signal.Signals) -> None:
+    out = tmp_path / "out" / "small.onnx"
+    out.parent.mkdir()
+    assert prune(source, out, 0.5) == 0
+    started = time.perf_counter()
+    assert os.waitpid(in_child(lambda: prune(source, out, 0.6)), 0)[1] == 0
+    whole, rng = time.perf_counter() - started, np.random.default_rng(kind)
+    for number in range(12):
+        child = in_child(lambda number=number: prune(source, out, (0.4, 0.5, 0.6)[number % 3]))
+        time.sleep(float(rng.uniform(0, 1.1 * whole)))
+        os.kill(child, kind)
+        os.waitpid(child, 0)
+        leftovers = [file for file in out.parent.iterdir() if file.suffix == ".data"]
+        model = onnx.load(out)  # with all of its data
+        assert len(model.graph.initializer) == 6
+        assert load_plan(f"{out}.plan.json").content["groups"]
+        assert not list(out.parent.glob("*.part"))
+        assert len(leftovers) <= 2
+    assert prune(source, out, 0.5) == 0
+    assert is_whole(source, out)
+
+
+def test_a_full_disk_leaves_the_old_files(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "small.onnx"
+    out.parent.mkdir()
+    assert prune(source, out, 0.5) == 0
+    before = {file.name: file.read_bytes() for file in out.parent.iterdir()}
+
+    def limited() -> int:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+        return prune(source, out, 0.8)
+
+    assert os.waitstatus_to_exitcode(os.waitpid(in_child(limited), 0)[1]) == 1
+    assert {file.name: file.read_bytes() for file in out.parent.iterdir()} == before
+
+
+def test_runs_that_write_one_output(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "small.onnx"
+    out.parent.mkdir()
+    for _ in range(3):
+        children = [in_child(lambda target=target: prune(source, out, target)) for target in (0.4, 0.5, 0.6, 0.7)]
+        assert {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children} == {0}
+        assert is_whole(source, out)
+
+
+def test_a_model_may_take_the_place_of_what_it_was_made_of(source: Path) -> None:
+    original = load(source)
+    before = {t.name: original.array(t.name).copy() for t in original.graph.initializer}
+    assert prune(source, source, 0.5) == 0
+    small = load(source)
+    assert small.data_bytes() < 0.6 * original.data_bytes()
+    assert all(np.array_equal(original.array(name), values) for name, values in before.items())
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="a folder that nobody can write to")
+def test_a_folder_that_cannot_be_written(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prune", str(source), "-o", "/proc/small.onnx"]) == 1
+    assert "cannot write" in capsys.readouterr().err
