@@ -28,7 +28,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -139,34 +138,30 @@ class Run:
         """Accuracy on all test images."""
         return round(evaluate(load(path).complete_proto(), self.tested, "top1"), 4)
 
-    def measured(self, path: Path) -> dict[str, Any]:
-        """What a trained file costs."""
-        latency = self.seconds(path)
-        return {
-            "latency": round(latency, 4), "speedup": round(1 / latency, 3), "bytes": path.stat().st_size,
-            "macs": round(macs(path) / macs(self.dense), 4),
-        }  # fmt: skip  # a row
-
     def rows(self) -> Iterator[dict[str, Any]]:
         """One row after the other."""
         distilling = ("--data", self.train, "--steps", self.options.steps, "--threads", self.options.threads, *RECIPE)
         for kind, share, student in self.students():
-            out, started = self.work / f"{kind}_{share}_distilled.onnx", time.perf_counter()
+            out = self.work / f"{kind}_{share}_distilled.onnx"
             if not out.exists():
                 command("distill", self.dense, student, "-o", out, *distilling)
-            yield {
-                "kind": kind, "asked": share, "before": self.scored(student), "top1": self.scored(out),
-                "training_seconds": round(time.perf_counter() - started), **self.measured(out),
-            }  # fmt: skip  # a row
+            yield {"kind": kind, "asked": share, "before": self.scored(student), **self.trained(out)}
             if kind == "ours" and self.options.scratch:
                 sized = self.widest(self.narrow, self.seconds(student))
-                started = time.perf_counter()
                 path = self.narrow(float(sized.stem.split("_")[1]), self.options.epochs)
-                seconds = round(time.perf_counter() - started)
-                yield {
-                    "kind": "from scratch", "asked": share, "top1": self.scored(path), "training_seconds": seconds,
-                    **self.measured(path),
-                }  # fmt: skip  # a row
+                yield {"kind": "from scratch", "asked": share, **self.trained(path)}
+
+    def trained(self, path: Path) -> dict[str, Any]:
+        """What a trained file is worth."""
+        left = round(macs(path) / macs(self.dense), 4)
+        return {"file": path.name, "top1": self.scored(path), "macs": left, "bytes": path.stat().st_size}
+
+    def timed(self, rows: list[dict[str, Any]]) -> None:
+        """Time all models in turns, and put their share of the dense model's time into the rows."""
+        sessions = [self.session, *(open_model(load(self.work / row["file"]), threads=1) for row in rows)]
+        times = [float(np.median(taken)) for taken in interleaved(sessions, self.feed, SECONDS * len(sessions))]
+        for row, taken in zip(rows, times[1:], strict=True):
+            row |= {"latency": round(taken / times[0], 4), "speedup": round(times[0] / taken, 3)}
 
 
 def show(content: dict[str, Any]) -> None:
@@ -210,6 +205,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--no-scratch", dest="scratch", action="store_false")
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--again", action="store_true", help="only time the models of --work and --out again")
     parser.add_argument("--table", action="store_true", help="print what was measured before, and run nothing")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "headline.json")
     options = parser.parse_args()
@@ -229,11 +225,16 @@ def main() -> None:
         work = options.work or Path(folder)
         work.mkdir(parents=True, exist_ok=True)
         run = Run(options, work)
-        content |= {"recipe": [f"{options.steps} steps", *RECIPE], "dense": run.scored(run.dense), "rows": []}
-        for row in run.rows():
-            content["rows"].append(row)
-            options.out.write_text(json.dumps(content, indent=1) + "\n")
-            print(row, file=sys.stderr, flush=True)
+        if options.again:
+            content = json.loads(options.out.read_text())
+        else:
+            content |= {"recipe": [f"{options.steps} steps", *RECIPE], "dense": run.scored(run.dense), "rows": []}
+            for row in run.rows():
+                content["rows"].append(row)
+                options.out.write_text(json.dumps(content, indent=1) + "\n")
+                print(row, file=sys.stderr, flush=True)
+        run.timed(content["rows"])
+        options.out.write_text(json.dumps(content, indent=1) + "\n")
     show(content)
     if options.plot:
         draw(content, options.plot)

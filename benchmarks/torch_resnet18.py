@@ -109,7 +109,8 @@ def main() -> None:
         network = ResNet18(options.classes, options.share)
         with np.load(options.source) as archive:
             images, labels = torch.from_numpy(archive["input"]), torch.from_numpy(archive["labels"].astype(np.int64))
-        trained(network, images, labels, options.epochs)
+        if options.epochs:
+            trained(network, images, labels, options.epochs)
     else:
         import torch_pruning as tp
 

@@ -25,7 +25,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from cpd_onnx.errors import CpdError, ModelError
+from cpd_onnx.errors import CpdError, ModelError, ProofError
 from cpd_onnx.files import Stored, locked, replacing, require_free, write_atomically
 from cpd_onnx.wire import detached, joined
 
@@ -322,9 +322,9 @@ def blaming(model: Model) -> Iterator[None]:
     """Raise ModelError for what fails inside because the model is not valid ONNX; else it goes on as it is."""
     try:
         yield
-    except CpdError:
-        raise
     except Exception as error:
+        if isinstance(error, CpdError) and not isinstance(error, ProofError):
+            raise
         reason = "it has names that are not text" if isinstance(error, UnicodeError) else model.defect()
         if reason is None:
             raise
@@ -429,8 +429,7 @@ def _detach(model: Model, file: Stored | None, places: dict[int, tuple[int, int]
     reader = _Reader(model, file)
     for number, tensor in enumerate(model.graph.initializer):
         start, end = places.get(number, (0, len(tensor.raw_data)))
-        if min(tensor.dims, default=0) < 0:
-            raise ModelError(f"tensor {tensor.name!r}: dims {list(tensor.dims)} are negative")
+        _require_sizes(tensor)
         if tensor.data_location == TensorProto.EXTERNAL:
             model._data[tensor.name] = reader.external(tensor)
         elif tensor.data_type not in _PACKED and end - start >= _DETACH_BYTES:
@@ -445,6 +444,7 @@ def _detach(model: Model, file: Stored | None, places: dict[int, tuple[int, int]
             assert file is not None
             tensor.raw_data = file.read(start, end - start).tobytes()
     for tensor in _inner_tensors(model.proto):
+        _require_sizes(tensor)  # onnxruntime would not survive it
         if tensor.data_location == TensorProto.EXTERNAL:
             found = reader.external(tensor)
             _clear_external(tensor)
@@ -514,6 +514,11 @@ def _inner_tensors(proto: ModelProto) -> Iterator[TensorProto]:
     for function in proto.functions:
         for node in function.node:
             yield from (a.t for a in node.attribute if a.HasField("t"))
+
+
+def _require_sizes(tensor: TensorProto) -> None:
+    if min(tensor.dims, default=0) < 0:
+        raise ModelError(f"tensor {tensor.name!r}: dims {list(tensor.dims)} are negative")
 
 
 def _wanted_bytes(tensor: TensorProto) -> int:

@@ -110,11 +110,16 @@ class _Comber:
         marks = len(self.recorder.demands), len(self.recorder.costs)
         try:
             rule(op)
-        except GiveUp as reason:
-            del self.recorder.demands[marks[0] :], self.recorder.costs[marks[1] :]
-            self.give_up(inputs, outputs, str(reason))
+        except GiveUp as given:
+            reason = str(given)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            reason = f"{op.name} has inputs or attributes that make no sense to its rule ({error})"
+            self.unaccounted.append(reason)
+        else:
+            self.account(op)
             return
-        self.account(op)
+        del self.recorder.demands[marks[0] :], self.recorder.costs[marks[1] :]
+        self.give_up(inputs, outputs, reason)
 
     def is_arithmetic(self, inputs: list[Tensor | None], outputs: list[Tensor]) -> bool:
         """Whether this computes sizes or indices from what is never pruned."""
@@ -252,6 +257,9 @@ class _Comber:
         chosen = [bodies[taken]] if taken and len(set(shapes)) > 1 else list(bodies.values())
         for body in chosen:
             self.sweep(body)
+        for body in bodies.values():
+            if body not in chosen and any(v.weight is not None and v.shape for v in body.values.values()):
+                self.freeze_captured(body, "meets a weight in a branch of an If that never runs and gives other shapes")
         for index, tensor in enumerate(outputs):
             results = [self.result(body, body.outputs[index]) for body in chosen]
             self.same(tensor, results, "takes different shapes in the branches of an If")

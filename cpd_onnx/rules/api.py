@@ -17,6 +17,8 @@ from cpd_onnx.evaluate import Call
 from cpd_onnx.graph import Array
 from cpd_onnx.shapes import Scope, Shape, Value
 
+_MOST_AXES = 1 << 10
+
 
 class GiveUp(Exception):
     """A rule cannot follow the channels here: all axes of the node are frozen, with this reason."""
@@ -192,8 +194,11 @@ class Op:
         return self.call.opset
 
     def get(self, attribute: str, default: Any = None) -> Any:
-        """Attribute value or the default."""
-        return self.call.get(attribute, default)
+        """Attribute value or the default; gives up on an axis that no tensor has, which some kernels wrap around."""
+        value = self.call.get(attribute, default)
+        if attribute == "axis" and isinstance(value, int) and abs(value) > _MOST_AXES:
+            raise GiveUp(f"{self.name} goes along axis {value}")
+        return value
 
     def has(self, slot: int) -> bool:
         """Whether the input is there."""

@@ -1,0 +1,162 @@
+"""Random graphs through the oracles, and damaged files through the whole pipeline: the long run of tests/test_fuzz.py.
+
+    python benchmarks/fuzz.py [--graphs 20000] [--damaged 100000] [--data DATA] [--first SEED] [--out FILE]
+
+Graphs (tests/graphs.py): operators with rules in random topologies, valid by onnx's checker. Each is folded, combed,
+pruned at random and compared with the masked original in onnxruntime, and its channels are permuted.
+
+Damage (tests/damage.py) is done to such graphs, to the files in DATA/onnx of less than 1.5 MB and to the light models of
+the onnx package: attributes, inputs, tensors, types and bytes are changed. Each file must be pruned and proved, or be
+refused with one line, within a minute.
+
+Workers are processes; one that dies is a crash of the file that it had. Whatever goes wrong is printed with its seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import onnx
+from accuracy import HERE
+
+import cpd_onnx as cpd
+from cpd_onnx import runtime
+from cpd_onnx.testing import mask_oracle, permutation_oracle
+
+sys.path.insert(0, str(HERE.parent))
+from tests.damage import damaged
+from tests.graphs import seeded
+
+CHUNK, SECONDS, SMALL = 50, 60, 1_500_000
+
+
+class TooSlowError(Exception):
+    """A minute is over."""
+
+
+def alarm(*_: object) -> None:
+    raise TooSlowError
+
+
+def graph_outcome(seed: int, work: Path, data: Path | None) -> str:
+    """What became of the graph of a seed."""
+    model = seeded(seed)
+    onnx.checker.check_model(model, full_check=True)
+    try:
+        outcomes = [oracle(model, seed=seed) for oracle in (mask_oracle, permutation_oracle)]
+    except cpd.TargetError:
+        return "nothing to prune"
+    return "proved" if all(outcome.passed for outcome in outcomes) else "WRONG"
+
+
+@cache
+def originals(data: Path | None) -> list[bytes]:
+    """Files to damage."""
+    light = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
+    files = [*sorted(light.glob("*.onnx")), *(sorted((data / "onnx").glob("*.onnx")) if data else [])]
+    real = [file.read_bytes() for file in files if file.stat().st_size < SMALL]
+    return [*real, *(seeded(seed).SerializeToString() for seed in range(max(40, len(real))))]
+
+
+def damage_outcome(seed: int, work: Path, data: Path | None) -> str:
+    """What became of the damaged file of a seed."""
+    path, rng, files = work / f"{os.getpid()}.onnx", random.Random(seed), originals(data)
+    path.write_bytes(damaged(files[seed % len(files)], rng))
+    try:
+        cpd.run("comb, score, allocate, prune, verify", path)
+    except cpd.ProofError as error:
+        return f"NOT PROVED, nothing written: {error}"
+    except cpd.CpdError as error:
+        return "refused" if "\n" not in str(error) else f"SEVERAL LINES: {error}"
+    return "proved"
+
+
+def chunk(
+    outcome: Callable[[int, Path, Path | None], str], seeds: range, work: Path, data: Path | None, log: Path
+) -> None:
+    """Write one line for each seed, before and after."""
+    runtime.RUN_SECONDS = SECONDS / 4
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(1, 2)
+    signal.signal(signal.SIGALRM, alarm)
+    with log.open("w", encoding="utf-8") as stream:
+        for seed in seeds:
+            stream.write(f"{seed} CRASH: the process died\n")
+            stream.flush()
+            signal.alarm(SECONDS)
+            try:
+                found = outcome(seed, work, data)
+            except TooSlowError:
+                found = "SLOW"
+            except Exception as error:
+                found = f"CRASH: {type(error).__name__}: {error}"
+            signal.alarm(0)
+            stream.write(f"{seed} {' '.join(found.split())[:300]}\n")
+
+
+def run(
+    kind: str, outcome: Callable[[int, Path, Path | None], str], seeds: range, data: Path | None, cores: int
+) -> Counter[str]:
+    """All seeds, in processes of so many at a time; what became of them, and what went wrong printed."""
+    counts: Counter[str] = Counter()
+    waiting, running = list(seeds), list[tuple[multiprocessing.Process, range, Path, float]]()
+    with tempfile.TemporaryDirectory() as folder:
+        while waiting or running:
+            while waiting and len(running) < cores:
+                part = range(waiting[0], min(waiting[0] + CHUNK, seeds.stop))
+                del waiting[: len(part)]
+                log = Path(folder) / f"{part.start}.log"
+                made = multiprocessing.Process(target=chunk, args=(outcome, part, Path(folder), data, log))
+                made.start()
+                running.append((made, part, log, time.monotonic() + 2 * SECONDS * CHUNK))
+            time.sleep(0.05)
+            for entry in [e for e in running if not e[0].is_alive() or time.monotonic() > e[3]]:
+                entry[0].kill()
+                entry[0].join()
+                running.remove(entry)
+                lines = dict(line.split(" ", 1) for line in entry[2].read_text("utf-8").splitlines())
+                for seed, found in lines.items():
+                    counts[found.split(":")[0]] += 1
+                    if found[:3].isupper():
+                        print(kind, seed, found, flush=True)
+                waiting[:0] = entry[1][len(lines) :]
+    return counts
+
+
+def main() -> None:
+    """Run what was asked for and write the counts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--graphs", type=int, default=20_000)
+    parser.add_argument("--damaged", type=int, default=100_000)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--first", type=int, default=0, help="seed")
+    parser.add_argument("--cores", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "fuzz.json")
+    options = parser.parse_args()
+    content = {"machine": {"cpus": os.cpu_count(), "system": platform.platform()}, "first": options.first}
+    for kind, outcome, count in (
+        ("graphs", graph_outcome, options.graphs),
+        ("damaged", damage_outcome, options.damaged),
+    ):
+        started = time.perf_counter()
+        counts = run(kind, outcome, range(options.first, options.first + count), options.data, options.cores)
+        content[kind] = {"seconds": round(time.perf_counter() - started), **dict(sorted(counts.items()))}
+        print(kind, content[kind])
+        options.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

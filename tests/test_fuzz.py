@@ -1,0 +1,56 @@
+"""Random graphs and random damage, a short run of each; `benchmarks/fuzz.py` has the long one."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import onnx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from onnx import ModelProto
+
+import cpd_onnx as cpd
+from cpd_onnx.testing import mask_oracle, permutation_oracle
+
+from .damage import damaged
+from .graphs import models, seeded
+
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
+
+
+def is_right(model: ModelProto, seed: int = 0) -> bool:
+    """Whether a valid model is pruned right; where nothing can go, there is nothing to be wrong."""
+    onnx.checker.check_model(model, full_check=True)
+    for oracle in (mask_oracle, permutation_oracle):
+        try:
+            if not oracle(model, seed=seed).passed:
+                return False
+        except cpd.TargetError:
+            continue
+    return True
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=SLOW)
+@given(models())
+def test_drawn_graphs(model: ModelProto) -> None:
+    assert is_right(model)
+
+
+@pytest.mark.parametrize("start", range(0, 80, 20))
+def test_seeded_graphs(start: int) -> None:
+    assert [seed for seed in range(start, start + 20) if not is_right(seeded(seed), seed)] == []
+
+
+@pytest.mark.parametrize("start", range(0, 400, 50))
+def test_damaged_files(start: int, tmp_path: Path) -> None:
+    """Each is refused with one line, or pruned and proved."""
+    path, outcomes = tmp_path / "model.onnx", []
+    for seed in range(start, start + 50):
+        path.write_bytes(damaged(seeded(seed % 10).SerializeToString(), random.Random(seed)))
+        try:
+            cpd.run("comb, score, allocate, prune, verify", path)
+        except cpd.CpdError as error:
+            outcomes.append(str(error))
+    assert 5 < len(outcomes) < 50
+    assert not [line for line in outcomes if "defect of ours" in line]
