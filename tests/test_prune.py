@@ -14,6 +14,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import cpd_onnx as cpd
 from cpd_onnx.graph import attributes_of
+from cpd_onnx.passes.comb import comb
 from cpd_onnx.passes.prune import apply
 from cpd_onnx.state import State
 
@@ -247,6 +248,26 @@ def test_functions_are_entered() -> None:
     text = "(float[2, 4, 6] x, float[6, 12] w, float[12] s, float[12, 5] v) => (float[2, 4, 5] y) { h = MatMul(x, w) a = local.twice(h, s) y = MatMul(a, v) }"
     state = pruned(from_text(text, functions=function))
     assert shapes(state) == {"w": [6, 6], "s": [6], "v": [6, 5]}
+
+
+def test_a_weight_in_a_branch_that_never_runs_keeps_what_it_meets() -> None:
+    text = """(float[2, 4] x, float[4, 6] w, float[6, 3] v) => (float[2, 3] y) { h = MatMul(x, w) q = Constant <value = bool {1}>()
+        a = If(q) <then_branch = t () => (float[2, 6] p) { p = Relu(h) }, else_branch = e () => (float[1, 6] r)
+        { k = Constant <value = float[1, 6] {1, 2, 3, 4, 5, 6}>() s = Add(h, k) r = Identity(k) }> y = MatMul(a, v) }"""
+    combed = comb(from_text(text))
+    assert combed.groups == []
+    assert any("branch of an If that never runs" in reason for f in combed.frozen() for reason in f.reasons)
+
+
+def test_an_operator_whose_rule_fails_is_kept() -> None:
+    text = "(float[2, 4] x, float[4, 8] u, float[8, 3] v) => (float[2, 3] y) { h = MatMul(x, u) n = Softmax <axis = 9223372036854775807> (h) y = MatMul(n, v) }"
+    combed = comb(from_text(text))
+    assert combed.groups == []
+    assert any("goes along axis" in reason for f in combed.frozen() for reason in f.reasons)
+    swapped = "(float[3, 2, 4] x, float[1, 5, 4] w, float[1, 5, 5] r, float[5, 3] v) => (y) { s, l = RNN <hidden_size = 5> (x, w, v, r) y = MatMul(s, v) }"
+    combed = comb(from_text(swapped))
+    assert combed.unaccounted
+    assert combed.groups == []
 
 
 def test_external_data(tmp_path: Path) -> None:
