@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,11 +15,15 @@ import numpy as np
 from cpd_onnx.cost import Costs
 from cpd_onnx.errors import PlanError
 from cpd_onnx.files import require_free, write_atomically
+from cpd_onnx.graph import Model
 from cpd_onnx.groups import Combed, Group
 from cpd_onnx.kept import Kept
+from cpd_onnx.version import __version__
 
 FORMAT = "cpd-onnx/plan"
 VERSION = 1
+_STAMP = "cpd-onnx."
+"""What the keys of our entries in a model's metadata start with."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,21 @@ class Plan:
     def dumps(self) -> str:
         """The document as text, the same for the same plan."""
         return json.dumps(self.content, indent=1) + "\n"
+
+    def stamp(self, model: Model) -> None:
+        """Note in a model's metadata where it comes from: tool, source and plan; nothing where nothing was removed."""
+        if not any(self.removed.values()):
+            return
+        entries = {
+            "tool": str(self.content.get("made_by", "")),
+            "source.sha256": self.sha256,
+            "plan.sha256": hashlib.sha256(self.dumps().encode()).hexdigest(),
+        }
+        properties = model.proto.metadata_props
+        for old in [entry for entry in properties if entry.key.startswith(_STAMP)]:  # of what this was made from
+            properties.remove(old)
+        for key, value in entries.items():
+            properties.add(key=f"{_STAMP}{key}", value=value)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the document; raises ModelError if the file exists and `overwrite` is not set."""
@@ -142,6 +162,7 @@ def make_plan(
         {
             "format": FORMAT,
             "version": VERSION,
+            "made_by": f"cpd-onnx {__version__}",
             "source": {"file": model.path.name if model.path else "", "sha256": model.sha256(), **shapes},
             "groups": groups,
             "frozen": frozen,

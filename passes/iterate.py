@@ -114,6 +114,7 @@ class Iterate(Allocate):
         plan = make_plan(
             original, removed, budget=words, before=chosen.before, after=chosen.after, input_shapes=state.input_shapes
         )
+        plan.stamp(small)
         return replace(
             state, model=small, combed=original, allocation=chosen, edits=pruned.edits, plan=plan, budget=words,
             repaired=repaired,

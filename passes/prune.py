@@ -36,7 +36,9 @@ def apply(source: Source, plan: Plan, input_shapes: Mapping[str, Sequence[int]] 
     combed = comb(load(source), input_shapes)
     kept = Kept(combed.atoms)
     kept.remove(channels_of(combed, match(combed, plan)))
-    return rewrite(combed, kept, input_shapes)
+    pruned = rewrite(combed, kept, input_shapes)
+    plan.stamp(pruned.model)
+    return pruned
 
 
 @dataclass(frozen=True)
@@ -60,4 +62,5 @@ class Prune:
             after=chosen.after,
             input_shapes=state.input_shapes,
         )
+        plan.stamp(pruned.model)
         return replace(state, model=pruned.model, edits=pruned.edits, plan=plan)

@@ -121,6 +121,7 @@ def verify_files(
     kept = Kept(combed.atoms)
     kept.remove(channels_of(combed, match(combed, plan)))
     replay = rewrite(combed, kept, plan.input_shapes).model
+    plan.stamp(replay)
     trained = _trained(replay, pruned)
     comparison = proved(verify(combed, kept, replay, feeds))
     return FileVerification(not trained, trained, comparison)

@@ -395,6 +395,50 @@ def test_plans_that_do_not_belong(folder: Path) -> None:
     assert told("null")
 
 
+def test_tampering_with_the_pair(folder: Path) -> None:
+    """A change of the original, of the plan, or of anything but the values of trained weights is seen."""
+    original, small, plan = folder / "a.onnx", folder / "small.onnx", folder / "small.onnx.plan.json"
+    original.write_bytes(net().SerializeToString())
+    assert limited(["prune", str(original), "-o", str(small)], folder)[0] == 0
+    assert limited(["verify", str(original), str(small)], folder)[0] == 0
+    content, words = small.read_bytes(), plan.read_text()
+
+    def told() -> str:
+        code, said = limited(["verify", str(original), str(small)], folder)
+        assert code == 1
+        assert "Traceback" not in said
+        return said
+
+    def with_change(change: Callable[[ModelProto], object]) -> str:
+        model = ModelProto.FromString(content)
+        change(model)
+        small.write_bytes(model.SerializeToString())
+        said = told()
+        small.write_bytes(content)
+        return said
+
+    for change in (
+        lambda m: m.metadata_props[-1].__setattr__("value", "0" * 64),
+        lambda m: m.metadata_props.add(key="who", value="me"),
+        lambda m: m.graph.node[0].__setattr__("name", "another"),
+        lambda m: m.graph.output[0].__setattr__("name", "h"),
+        lambda m: m.opset_import[0].__setattr__("version", 16),
+        lambda m: m.graph.initializer.add().CopyFrom(m.graph.initializer[0]),
+    ):
+        assert "not what the plan makes" in with_change(change)
+    changed_plan = json.loads(words)
+    changed_plan["groups"][0]["removed"] = changed_plan["groups"][0]["removed"][1:]
+    plan.write_text(json.dumps(changed_plan))
+    assert "not what the plan makes" in told()
+    changed_plan = json.loads(words)
+    changed_plan["budget"]["target"] = 0.99
+    plan.write_text(json.dumps(changed_plan))
+    assert "not what the plan makes" in told()
+    plan.write_text(words)
+    original.write_bytes(net(v=np.ones((8, 4), "f")).SerializeToString())
+    assert "sha256" in told()
+
+
 def test_data_that_is_hostile(folder: Path) -> None:
     model, data = folder / "m.onnx", folder / "d.npz"
     model.write_bytes(net().SerializeToString())
