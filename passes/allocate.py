@@ -110,7 +110,8 @@ def curves_of(scores: Sequence[Scores], *, is_loss: bool) -> Curves:
 
     Scores that are no losses are importances. What passes through the layers is multiplied from one to the next, so the
     share of the importance that stays counts by its logarithm: half of a group does as much as half of another, and to
-    take the last channels does more than any cost can save.
+    take the last channels does more than any cost can save. Its square is what counts, so that the first channels cost
+    little and shares come out alike, as far as nothing speaks against it.
     """
     made = []
     for score in scores:
@@ -118,7 +119,7 @@ def curves_of(scores: Sequence[Scores], *, is_loss: bool) -> Curves:
         gone = np.concatenate([[0.0], np.cumsum(ascending)])
         if not is_loss:
             share = gone / gone[-1] if gone[-1] else np.arange(len(gone)) / len(ascending)
-            gone = -np.log(np.maximum(1 - share, _LEAST_SHARE))
+            gone = np.square(np.log(np.maximum(1 - share, _LEAST_SHARE)))
         made.append(np.maximum.accumulate(gone[:-1] - gone[0]))
     return Curves(tuple(made))
 
@@ -422,15 +423,14 @@ class _Allocator:
         return counts
 
     def weights(self) -> list[float]:
-        """How much the damage of each group counts where scores are no losses.
+        """How much the damage of each group counts where scores are no losses: mostly as what it costs.
 
-        Where time is to be saved, that of groups with much work counts more, so that little work is lost for it.
+        A group that runs through many layers, as a residual stage does, saves much and harms each of them.
         """
-        if self.budget.kind != "latency":
-            return [1.0] * len(self.sizes)
-        work = self.costs.of_groups(self.combed)
-        mean = float(np.mean([costs.macs for costs in work.values()])) or 1.0
-        return [(1 + 3 * work[group.id].macs / mean) / 4 for group in self.combed.groups]
+        kind = "macs" if self.budget.kind == "latency" else self.budget.kind
+        costs = self.costs.of_groups(self.combed)
+        mean = float(np.mean([cost.of(kind) for cost in costs.values()])) or 1.0
+        return [(1 + 3 * costs[group.id].of(kind) / mean) / 4 for group in self.combed.groups]
 
     def searched(self, target: float) -> list[int]:
         """The widths that one number gives, which is searched for by halving."""

@@ -43,6 +43,7 @@ def verify(combed: Combed, kept: Kept, pruned: Model, feeds: Iterable[Mapping[st
     allowed = tolerance(combed)
     given = list(feeds if feeds is not None else working_feeds(combed.folded, original, runs_needed(allowed)))
     plain = execute_all(original, given)
+    del original  # what it holds is not needed twice
     try:
         reference, smaller = (runner(model) for model in (masked(combed, kept, pruned), pruned))
         return compare(plain, reference, smaller, given, allowed)

@@ -78,7 +78,11 @@ def damage_of(combed: Combed, allocation: Allocation) -> float:
 
 @pytest.mark.parametrize("kind", ["macs", "params"])
 def test_the_optimum_does_the_least_damage(kind: str) -> None:
-    found = {spread: damage_of(*chosen(wide(), kind, 0.4, spread=spread)) for spread in SPREADS}
+    combed = comb(wide())
+    scores = score(combed)
+    curves = curves_of(scores, is_loss=False)
+    budgets = {spread: Allocate(**{kind: 0.4}, spread=spread).budget for spread in SPREADS}  # type: ignore[arg-type]
+    found = {s: damage_of(combed, allocate(combed, scores, budget, curves=curves)) for s, budget in budgets.items()}
     assert found["optimal"] == min(found.values())
     assert found["optimal"] < 0.95 * found["uniform"]
 
@@ -88,13 +92,32 @@ def test_the_optimum_is_that_of_trying_all() -> None:
         "(float[1, 3, 8, 8] x, float[7, 3, 3, 3] w, float[9, 7, 3, 3] u, float[6, 9, 1, 1] t, float[2, 6, 1, 1] v)"
         " => (float[1, 2, 4, 4] y) { a = Conv(x, w) b = Conv(a, u) c = Conv(b, t) y = Conv(c, v) }"
     )
-    combed, allocation = chosen(model, "macs", 0.5, spread="optimal")
-    curves = curves_of(score(combed), is_loss=False).damage
+    combed = comb(model)
+    made = curves_of(score(combed), is_loss=False)
+    allocation = allocate(combed, score(combed), Allocate(macs=0.5, spread="optimal").budget, curves=made)
+    curves = made.damage
     cost = CostModel(combed).in_widths("macs")
     every = np.array(list(itertools.product(*(range(1, len(g) + 1) for g in combed.groups))))
     damage = sum(curve[len(curve) - every[:, k]] for k, curve in enumerate(curves))
     least = damage[cost(every) <= 0.5 * allocation.before.macs].min()
     assert damage_of(combed, allocation) == pytest.approx(least)
+
+
+def test_what_many_layers_share_is_not_what_goes_first() -> None:
+    """Of a residual stage with blocks of its width, importances alike, all groups lose about the same share."""
+    blocks = "".join(
+        f" h{i} = Conv(s{i}, a{i}) i{i} = Relu(h{i}) j{i} = Conv(i{i}, b{i}) s{i + 1} = Add(s{i}, j{i})"
+        for i in range(4)
+    )
+    weights = ", ".join(f"float[32, 32, 1, 1] a{i}, float[32, 32, 1, 1] b{i}" for i in range(4))
+    ends = "p = GlobalAveragePool(s4) f = Flatten(p) y = MatMul(f, v)"
+    text = f"(float[1, 3, 9, 9] x, float[32, 3, 3, 3] w, {weights}, float[32, 4] v) => (float[1, 4] y) {{ s0 = Conv(x, w) {blocks} {ends} }}"
+    combed = comb(from_text(text))
+    alike = [np.ones(len(group)) for group in combed.groups]
+    allocation = allocate(combed, alike, Allocate(macs=0.5, spread="optimal").budget)
+    left = [1 - len(removed) / 32 for removed in allocation.removed]
+    assert len(left) == 5
+    assert max(left) - min(left) < 0.3
 
 
 def test_costs_in_widths_are_those_of_channels() -> None:
