@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,14 @@ class Plan:
         return {name: list(shape) for name, shape in self.content["source"].get("input_shapes", {}).items()}
 
     def dumps(self) -> str:
-        """The document as text, the same for the same plan."""
-        return json.dumps(self.content, indent=1) + "\n"
+        """The document as text, the same for the same plan; a line for each group and each tensor."""
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
+        return (
+            "{\n" + ",\n".join(f" {json.dumps(key)}: {_lines(value)}" for key, value in self.content.items()) + "\n}\n"
+        )
 
     def stamp(self, model: Model) -> None:
         """Note in a model's metadata where it comes from: tool, source and plan; nothing where nothing was removed."""
@@ -75,6 +82,16 @@ class Plan:
         """Write the document; raises ModelError if the file exists and `overwrite` is not set."""
         require_free(Path(path), overwrite=overwrite)
         write_atomically(Path(path), self.dumps().encode())
+
+
+def _lines(value: Any) -> str:
+    """JSON with a line for each entry; all in all the encoder of C, which indents nothing, is ten times as fast."""
+    if isinstance(value, list) and value:
+        return "[\n" + ",\n".join(f"  {json.dumps(entry)}" for entry in value) + "\n ]"
+    if isinstance(value, Mapping) and any(isinstance(entry, Mapping) for entry in value.values()):
+        entries = (f"  {json.dumps(key)}: {json.dumps(entry)}" for key, entry in value.items())
+        return "{\n" + ",\n".join(entries) + "\n }"
+    return json.dumps(value)
 
 
 def schema() -> dict[str, Any]:
