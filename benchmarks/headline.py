@@ -97,13 +97,19 @@ class Run:
         times = interleaved([self.session, open_model(load(path), threads=1)], self.feed, seconds)
         return float(np.median(times[1]) / np.median(times[0]))
 
-    def widest(self, make: Callable[[float], Path], latency: float) -> Path:
-        """Of models cut by a share of their widths, in sixty-fourths, the widest that is no slower; by halving."""
-        low, high = 1, 64
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.seconds(make(middle / 64), 1.0) <= latency else (low, middle)
-        return make(low / 64)
+    def widest(self, kind: str, make: Callable[[float], Path], asked: float, ours: Path) -> float:
+        """Of models cut by a share of their widths, in sixty-fourths, the widest no slower than ours; by halving, once."""
+        notes = self.work / "widest.json"
+        known = json.loads(notes.read_text()) if notes.exists() else {}
+        key = f"{kind} {asked}"
+        if key not in known:
+            latency, low, high = self.seconds(ours), 1, 64
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (middle, high) if self.seconds(make(middle / 64), 1.0) <= latency else (low, middle)
+            notes.write_text(json.dumps(known | {key: low / 64}))
+            return low / 64
+        return float(known[key])
 
     def students(self) -> Iterator[tuple[str, float, Path]]:
         """Models that the dense one teaches: kind, share of the latency that was asked for, file."""
@@ -111,7 +117,7 @@ class Run:
             ours = self.pruned("ours", share, "--samples", 512, "--data", self.train)
             yield "ours", share, ours
             if self.options.peer_python:
-                yield "torch-pruning", share, self.widest(self.peer, self.seconds(ours))
+                yield "torch-pruning", share, self.peer(self.widest("torch-pruning", self.peer, share, ours))
             if share == self.options.shares[0]:
                 yield "chance", share, self.pruned("chance", share, "--score", "random", "--spread", "uniform")
                 yield "control", 1.0, self.dense
@@ -147,8 +153,7 @@ class Run:
                 command("distill", self.dense, student, "-o", out, *distilling)
             yield {"kind": kind, "asked": share, "before": self.scored(student), **self.trained(out)}
             if kind == "ours" and self.options.scratch:
-                sized = self.widest(self.narrow, self.seconds(student))
-                path = self.narrow(float(sized.stem.split("_")[1]), self.options.epochs)
+                path = self.narrow(self.widest("from scratch", self.narrow, share, student), self.options.epochs)
                 yield {"kind": "from scratch", "asked": share, **self.trained(path)}
 
     def trained(self, path: Path) -> dict[str, Any]:

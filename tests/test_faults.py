@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,8 @@ from cpd_onnx.passes.verify import verify_files
 from cpd_onnx.plan import load_plan
 
 WIDTH = 600
+KILLS = int(os.environ.get("CPD_KILLS", "12"))
+"""By each of three signals."""
 
 
 @pytest.fixture
@@ -78,7 +82,7 @@ def test_killed_at_any_moment(source: Path, tmp_path: Path, kind: signal.Signals
     started = time.perf_counter()
     assert os.waitpid(in_child(lambda: prune(source, out, 0.6)), 0)[1] == 0
     whole, rng = time.perf_counter() - started, np.random.default_rng(kind)
-    for number in range(12):
+    for number in range(KILLS):
         child = in_child(lambda number=number: prune(source, out, (0.4, 0.5, 0.6)[number % 3]))
         time.sleep(float(rng.uniform(0, 1.1 * whole)))
         os.kill(child, kind)
@@ -105,6 +109,31 @@ def test_a_full_disk_leaves_the_old_files(source: Path, tmp_path: Path) -> None:
 
     assert os.waitstatus_to_exitcode(os.waitpid(in_child(limited), 0)[1]) == 1
     assert {file.name: file.read_bytes() for file in out.parent.iterdir()} == before
+
+
+@pytest.mark.parametrize("kilobytes", [64, 2500, 4500])
+def test_a_small_disk(source: Path, tmp_path: Path, kilobytes: int) -> None:
+    """A file system of so many kilobytes: the plan does not fit, or the data, or the new data beside the old."""
+    out, script = tmp_path / "out", tmp_path / "script"
+    out.mkdir()
+    command = f"{sys.executable} -m cpd_onnx prune {source} -o {out}/small.onnx --no-verify"
+    script.write_text(
+        f"mount -t tmpfs -o size={kilobytes}k tmpfs {out} || exit 99\n"
+        f"{command} --target macs=0.4; echo code $?; ls -A {out}; cat {out}/small.onnx* | sha256sum\n"
+        f"{command} --target macs=0.6 --force; echo code $?; ls -A {out}; cat {out}/small.onnx* | sha256sum\n"
+    )
+    done = subprocess.run(["unshare", "-rm", "sh", str(script)], capture_output=True, text=True, check=False)
+    if done.returncode == 99 or "unshare" in done.stderr:
+        pytest.skip("no file systems can be mounted here")
+    first, second = (part.splitlines() for part in done.stdout.split("code ")[1:])
+    fits = kilobytes > 2500
+    assert (first[0], second[0]) == (("0", "1") if fits else ("1", "1")), done.stdout
+    assert second[1:-1] == first[1:-1] or fits
+    assert done.stderr.count("No space left on device") == (1 if fits else 2)
+    assert "Traceback" not in done.stderr
+    files = [line for line in first[1:-1] if line.startswith((".", "small"))]
+    assert len(files) == (3 if fits else 0)
+    assert first[-1] == second[-1]  # the old files, byte for byte
 
 
 def test_runs_that_write_one_output(source: Path, tmp_path: Path) -> None:
