@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import threadpool_limits
 
 from cpd_onnx.graph import Array
 from cpd_onnx.linear import Linear
@@ -17,6 +19,12 @@ MAX_FEATURES = 8192
 """Features beyond which nothing is fitted: their moments alone would take a gigabyte."""
 _ELEMENTS = 1 << 26
 """Numbers in the rows of one fit."""
+
+
+def one_thread() -> AbstractContextManager[object]:
+    """Linear algebra on one thread: on several the last bits of its sums would depend on how many there are."""
+    limits: AbstractContextManager[object] = threadpool_limits(limits=1, user_api="blas")
+    return limits
 
 
 class Sampler:

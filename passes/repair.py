@@ -17,7 +17,7 @@ import numpy as np
 from cpd_onnx.atoms import Mask
 from cpd_onnx.data import Source, calibration
 from cpd_onnx.errors import DataError
-from cpd_onnx.fitting import MAX_FEATURES, Matrix, Moments, Sampler
+from cpd_onnx.fitting import MAX_FEATURES, Matrix, Moments, Sampler, one_thread
 from cpd_onnx.graph import Array, Model
 from cpd_onnx.groups import Combed
 from cpd_onnx.kept import Kept
@@ -116,7 +116,8 @@ def repair(
     chosen = options or RepairOptions()
     proto = combed.folded.model.proto
     feeds = list(calibration(proto, data, chosen.samples, batch=_BATCH, seed=chosen.seed))
-    return _Repairer(combed, kept, pruned, feeds, chosen, only).run()
+    with one_thread():
+        return _Repairer(combed, kept, pruned, feeds, chosen, only).run()
 
 
 @dataclass(frozen=True)

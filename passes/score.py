@@ -237,9 +237,11 @@ def variance(question: Question) -> list[Scores]:
 )
 def reconstruction(question: Question) -> list[Scores]:
     """What least squares cannot make up for when a channel goes, over all its consumers."""
+    from cpd_onnx.fitting import one_thread
     from cpd_onnx.passes.reconstruction import losses
 
-    return losses(question)
+    with one_thread():
+        return losses(question)
 
 
 # From gradients.

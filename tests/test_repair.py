@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -415,3 +419,27 @@ def test_a_weight_in_a_constant_node_is_left_and_named():
     { w = Constant <value = float[2, 2] {1.0, 2.0, 3.0, 4.0}> () y = MatMul(x, w) }"""
     found = units_of(comb(model_of(text)).folded)
     assert (found.found, found.left) == ([], {"w": "lies in a Constant node"})
+
+
+@pytest.mark.parametrize("score", ["reconstruction", "l2"])
+def test_the_same_bytes_whatever_the_threads(tmp_path: Path, score: str) -> None:
+    """With data, in processes with other seeds of hashes and numbers of threads."""
+    model = Path(__file__).parents[1] / "models" / "digits.onnx"
+    made = []
+    for threads in ("1", "2", "3"):
+        out = tmp_path / f"{threads}.onnx"
+        line = [sys.executable, "-m", "cpd_onnx", "prune", str(model), "-o", str(out), "--data", "synthetic"]
+        line += [
+            "--samples",
+            "64",
+            "--repair-samples",
+            "64",
+            "--score",
+            score,
+            "--json",
+            str(tmp_path / f"{threads}.json"),
+        ]
+        settings = {"PYTHONHASHSEED": threads, "OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
+        subprocess.run(line, env={**os.environ, **settings}, check=True)
+        made.append((out.read_bytes(), Path(f"{out}.plan.json").read_bytes()))
+    assert made[0] == made[1] == made[2]
