@@ -165,7 +165,7 @@ def _prune(options: argparse.Namespace) -> None:
         )
     before = report.size_of(model, options.model)
     plan = state.need("plan", "prune")
-    _write_both(state.model, plan, (options.output, plan_path), overwrite=options.force)
+    _write_both(options, state.model, plan, plan_path)
     content = report.result(state, time.perf_counter() - started)
     content |= {"output": str(options.output), "plan": str(plan_path)}
     content["bytes"] = {"before": before, "after": report.size_of(state.model, options.output)}
@@ -242,7 +242,7 @@ def _verify(options: argparse.Namespace) -> None:
 def _apply(options: argparse.Namespace) -> None:
     _require_outputs(options, options.output, reads=[options.model, options.plan])
     pruned = apply(load(options.model), load_plan(options.plan))
-    pruned.model.save(options.output, overwrite=options.force)
+    pruned.model.save(options.output, overwrite=options.force, weights=options.weights)
     out.print(f"wrote {options.output}", soft_wrap=True)
 
 
@@ -280,7 +280,7 @@ def _distill(options: argparse.Namespace) -> None:
         return
     made = distill.trained(models["student"], result)
     accuracies |= _evaluated(options, {"distilled": made}, models["teacher"])
-    made.save(options.output, overwrite=options.force)
+    made.save(options.output, overwrite=options.force, weights=options.weights)
     recipe.write(_recipe_path(options), options, overwrite=options.force)
     checkpoint.unlink(missing_ok=True)
     content = distill.summary(result) | {"output": str(options.output)}
@@ -325,16 +325,17 @@ def _compress(options: argparse.Namespace) -> None:
         )
     if not is_first_process():
         return
+    before = report.size_of(model, options.model)
     plan = state.need("plan", "interleave")
     found = verify_files(model, state.model, plan)
-    _write_both(state.model, plan, (options.output, plan_path), overwrite=options.force)
+    _write_both(options, state.model, plan, plan_path)
     recipe.write(_recipe_path(options), options, overwrite=options.force)
     for path in checkpoints:
         path.unlink(missing_ok=True)
     state = replace(state, verification=found.comparison)
     content = report.result(state, time.perf_counter() - started)
     content |= {"output": str(options.output), "plan": str(plan_path), "training": state.distilled, "rounds": rounds}
-    content["bytes"] = {"before": report.size_of(model, options.model)}
+    content["bytes"] = {"before": before}
     content["bytes"]["after"] = report.size_of(state.model, options.output)
     accuracies = _evaluated(options, {"original": model, "compressed": state.model}, model)
     content |= {"metric": options.metric, **accuracies} if accuracies else {}
@@ -598,12 +599,12 @@ def _require_outputs(options: argparse.Namespace, *paths: Path, reads: Sequence[
             raise ModelError(f"{path} is named for two things: choose another name")
 
 
-def _write_both(model: Model, plan: Plan, paths: tuple[Path, Path], *, overwrite: bool) -> None:
+def _write_both(options: argparse.Namespace, model: Model, plan: Plan, plan_path: Path) -> None:
     """Write the model and its plan; if one cannot be written, neither is, and what was there stays."""
-    require_free(paths[1], overwrite=overwrite)
-    with locked(paths[0].parent), replacing(paths[1]) as stream:
+    require_free(plan_path, overwrite=options.force)
+    with locked(options.output.parent), replacing(plan_path) as stream:
         stream.write(plan.dumps().encode())
-        model.save(paths[0], overwrite=overwrite)
+        model.save(options.output, overwrite=options.force, weights=options.weights)
 
 
 def _write_json(options: argparse.Namespace, content: dict[str, Any]) -> bool:

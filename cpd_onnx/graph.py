@@ -50,6 +50,8 @@ _PLAIN: dict[int, np.dtype[Any]] = {
     TensorProto.FLOAT: np.dtype("<f4"), TensorProto.INT64: np.dtype("<i8"), TensorProto.INT32: np.dtype("<i4"),
 }  # fmt: skip  # a table
 """The commonest element types, as they lie in `raw_data`."""
+PLACES = ("as-is", "inside", "beside")
+"""Where a model's weights may go."""
 _DEFAULT_DOMAINS = ("", "ai.onnx")
 
 
@@ -210,11 +212,6 @@ class Model:
             yield _bytes_of(self.array(proto.graph.initializer[piece].name)) if isinstance(piece, int) else piece
 
     @property
-    def lies_apart(self) -> bool:
-        """Whether `save` writes weights to a file of their own: as they came from one, or over 2 GiB."""
-        return self.is_external or self.is_over_limit
-
-    @property
     def is_over_limit(self) -> bool:
         """Whether the model cannot be one protobuf message."""
         return bool(self.data_bytes() + self.proto.ByteSize() > _PROTO_LIMIT)
@@ -229,17 +226,23 @@ class Model:
             return (str(error) or type(error).__name__).strip().splitlines()[0][:300]
         return None
 
-    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False, weights: str = PLACES[0]) -> None:
         """Write the model, whole or not at all.
 
-        Weights go to a file beside it if they came from one, or over 2 GiB. Its name holds the start of the SHA-256 of
-        what is in it, so that the data of an older model is there until the new model has taken its place.
+        Args:
+            path: where to.
+            overwrite: whether a file that is there may go.
+            weights: one of `PLACES`; "as-is" is beside the model where they came from a file of their own, or over
+                2 GiB. The name of that file holds the start of the SHA-256 of what is in it, so that the data of an
+                older model is there until the new model has taken its place.
 
-        Raises ModelError if a file is there and `overwrite` is not set, or the folder cannot be written.
+        Raises:
+            ModelError: a file is there, the folder cannot be written, or the model is too large for one file.
         """
         target = Path(path)
         require_free(target, overwrite=overwrite)
-        if not self.lies_apart:
+        lies_apart = self.is_external or self.is_over_limit
+        if weights == "inside" or (weights == "as-is" and not lies_apart):
             with replacing(target) as stream:
                 for piece in self._pieces():
                     stream.write(piece)

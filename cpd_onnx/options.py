@@ -8,6 +8,7 @@ from typing import Any
 
 from cpd_onnx import demo
 from cpd_onnx.bench import Setting
+from cpd_onnx.graph import PLACES
 from cpd_onnx.metrics import IGNORED, METRICS
 from cpd_onnx.passes.allocate import KINDS, SPREADS
 from cpd_onnx.passes.repair import SAMPLES as REPAIR_SAMPLES
@@ -79,7 +80,7 @@ def _add_inspect(commands: Any) -> None:
 def _add_prune(commands: Any) -> None:
     parser = commands.add_parser("prune", help="remove channels, prove the result, write it and its plan")
     parser.add_argument("model", type=Path)
-    parser.add_argument("-o", "--output", type=Path, required=True)
+    _add_output(parser)
     _add_target(parser, "channels", 0.5)
     _add_choice(parser, None)
     _add_latency(parser)
@@ -113,7 +114,7 @@ def _add_apply(commands: Any) -> None:
     parser = commands.add_parser("apply", help="replay a plan, bit for bit")
     parser.add_argument("model", type=Path)
     parser.add_argument("plan", type=Path)
-    parser.add_argument("-o", "--output", type=Path, required=True)
+    _add_output(parser)
     _add_force(parser)
     parser.set_defaults(run="apply")
 
@@ -122,7 +123,7 @@ def _add_distill(commands: Any) -> None:
     parser = commands.add_parser("distill", help="fine-tune a pruned model against its original, without labels")
     parser.add_argument("teacher", type=Path)
     parser.add_argument("student", type=Path)
-    parser.add_argument("-o", "--output", type=Path, required=True)
+    _add_output(parser)
     parser.add_argument("--data", help=f"training inputs: {DATA}")
     _add_images(parser)
     _add_training(parser)
@@ -139,7 +140,7 @@ def _add_distill(commands: Any) -> None:
 def _add_compress(commands: Any) -> None:
     parser = commands.add_parser("compress", help="prune and distill in turns until the target is met, and prove it")
     parser.add_argument("model", type=Path)
-    parser.add_argument("-o", "--output", type=Path, required=True)
+    _add_output(parser)
     _add_target(parser, "macs", 0.5)
     parser.add_argument("--rounds", type=_positive, default=1, help="of pruning and distilling (default: 1)")
     parser.add_argument("--data", help=f"training inputs: {DATA}")
@@ -424,6 +425,16 @@ def _add_input_shape(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME:1,3,224,224",
         help="sizes of an input that the file leaves open; may be repeated",
+    )
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument(
+        "--weights",
+        choices=PLACES,
+        default=PLACES[0],
+        help="where they go: as the original has them, inside the file (below 2 GiB), or beside it (default: as-is)",
     )
 
 

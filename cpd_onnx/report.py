@@ -150,8 +150,9 @@ def comparison(found: Comparison) -> dict[str, Any]:
 
 
 def size_of(model: Model, path: Path) -> int:
-    """Bytes that a model takes at its path, with its data where that lies apart."""
-    return path.stat().st_size + (model.data_bytes() if model.lies_apart else 0)
+    """Bytes that a model takes at its path, with its weights where they cannot be in that file."""
+    here = path.stat().st_size
+    return here if here >= model.data_bytes() else here + model.data_bytes()
 
 
 def costs_table(content: Mapping[str, Any]) -> Table:

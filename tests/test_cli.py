@@ -388,6 +388,30 @@ def test_external_data_stays_external(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("small.onnx.????????.data"))) == 1
 
 
+def test_weights_go_where_they_are_wanted(tmp_path: Path) -> None:
+    text = (
+        "(float[2, 40] x, float[40, 80] w, float[80, 50] v) => (float[2, 50] y) { h = MatMul(x, w) y = MatMul(h, v) }"
+    )
+    source, plain = tmp_path / "big.onnx", tmp_path / "plain.onnx"
+    onnx.save_model(from_text(text), source, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    made = {}
+    for place in ("as-is", "inside", "beside"):
+        out, back, report_file = tmp_path / f"{place}.onnx", tmp_path / f"{place}_back.onnx", tmp_path / f"{place}.json"
+        assert run("prune", source, "-o", out, "--weights", place, "--json", report_file) == 0
+        assert len(list(tmp_path.glob(f"{place}.onnx.????????.data"))) == (place != "inside")
+        assert run("verify", source, out) == 0
+        assert run("apply", source, f"{out}.plan.json", "-o", back, "--weights", "inside") == 0
+        made[place] = (back.read_bytes(), json.loads(report_file.read_text())["bytes"]["after"])
+    assert (tmp_path / "inside.onnx").read_bytes() == made["inside"][0]
+    assert made["as-is"][0] == made["inside"][0] == made["beside"][0]
+    assert max(size for _, size in made.values()) < 1.2 * min(size for _, size in made.values())
+    onnx.save_model(from_text(text), plain)
+    assert run("prune", plain, "-o", tmp_path / "apart.onnx", "--weights", "beside") == 0
+    (data,) = tmp_path.glob("apart.onnx.*.data")
+    assert data.stat().st_size > 4 * 40 * 40
+    assert run("verify", plain, tmp_path / "apart.onnx") == 0
+
+
 @pytest.mark.parametrize(
     "option",
     [
