@@ -41,7 +41,7 @@ def complaint(path: Path) -> str | None:
     try:
         open_model(path)
     except cpd.CpdError as error:
-        return str(error)
+        return str(error).replace(f"{path.parent}/", "")
     return None
 
 

@@ -241,15 +241,16 @@ class Model:
         """
         target = Path(path)
         require_free(target, overwrite=overwrite)
-        lies_apart = self.is_external or self.is_over_limit
-        if weights == "inside" or (weights == "as-is" and not lies_apart):
-            with replacing(target) as stream:
-                for piece in self._pieces():
-                    stream.write(piece)
-            return
+        lies_apart = weights == "beside" or (weights == "as-is" and (self.is_external or self.is_over_limit))
         with locked(target.parent):
-            proto, side = self._save_data(target)
-            write_atomically(target, proto.SerializeToString())
+            side = ""
+            if lies_apart:
+                proto, side = self._save_data(target)
+                write_atomically(target, proto.SerializeToString())
+            else:
+                with replacing(target) as stream:
+                    for piece in self._pieces():
+                        stream.write(piece)
             for file in target.parent.iterdir():  # of older models, and of runs that were killed
                 if re.fullmatch(re.escape(target.name) + r"\.[0-9a-f]{8}\.data", file.name) and file.name != side:
                     file.unlink(missing_ok=True)

@@ -410,6 +410,8 @@ def test_weights_go_where_they_are_wanted(tmp_path: Path) -> None:
     (data,) = tmp_path.glob("apart.onnx.*.data")
     assert data.stat().st_size > 4 * 40 * 40
     assert run("verify", plain, tmp_path / "apart.onnx") == 0
+    assert run("prune", plain, "-o", tmp_path / "apart.onnx", "--weights", "inside", "--force") == 0
+    assert not data.exists()
 
 
 @pytest.mark.parametrize(
