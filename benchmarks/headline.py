@@ -16,7 +16,7 @@ thread, one image at a time):
   trained with labels like the dense model and as long.
 
 All but the last are then trained by the same `cpd-onnx distill`, the dense model as teacher, no labels; so is the dense
-model itself, the control. In the end all of them are timed beside the dense model, in turns. Accuracy is that after the
+model itself, the control. In the end each of them is timed in turns with the dense model. Accuracy is that after the
 last step, on all test images.
 
 --segmentation takes the trained ESPNet of DATA on CamVid instead, whose source code is not there: ours by `cpd-onnx compress
@@ -170,11 +170,10 @@ class Run:
         return {"file": path.name, "top1": self.scored(path), "macs": left, "bytes": path.stat().st_size}
 
     def timed(self, rows: list[dict[str, Any]]) -> None:
-        """Time all models in turns, and put their share of the dense model's time into the rows."""
-        sessions = [self.session, *(open_model(load(self.work / row["file"]), threads=1) for row in rows)]
-        times = [float(np.median(taken)) for taken in interleaved(sessions, self.feed, SECONDS * len(sessions))]
-        for row, taken in zip(rows, times[1:], strict=True):
-            row |= {"latency": round(taken / times[0], 4), "speedup": round(times[0] / taken, 3)}
+        """Time each model in turns with the dense one, and put its share of that one's time into its row."""
+        for row in rows:
+            latency = self.seconds(self.work / row["file"])
+            row |= {"latency": round(latency, 4), "speedup": round(1 / latency, 3)}
 
 
 def segmentation(options: argparse.Namespace, work: Path) -> dict[str, Any]:

@@ -433,7 +433,7 @@ def _detach(model: Model, file: Stored | None, places: dict[int, tuple[int, int]
     reader = _Reader(model, file)
     for number, tensor in enumerate(model.graph.initializer):
         start, end = places.get(number, (0, len(tensor.raw_data)))
-        _require_sizes(tensor)
+        _require_sizes(tensor, end - start)
         if tensor.data_location == TensorProto.EXTERNAL:
             model._data[tensor.name] = reader.external(tensor)
         elif tensor.data_type not in _PACKED and end - start >= _DETACH_BYTES:
@@ -520,9 +520,15 @@ def _inner_tensors(proto: ModelProto) -> Iterator[TensorProto]:
             yield from (a.t for a in node.attribute if a.HasField("t"))
 
 
-def _require_sizes(tensor: TensorProto) -> None:
-    if min(tensor.dims, default=0) < 0:
-        raise ModelError(f"tensor {tensor.name!r}: dims {list(tensor.dims)} are negative")
+def _require_sizes(tensor: TensorProto, elsewhere: int = 0) -> None:
+    """Raise ModelError where dims are negative, or far beyond the data, of which some bytes may lie elsewhere."""
+    dims = list(tensor.dims)
+    if min(dims, default=0) < 0:
+        raise ModelError(f"tensor {tensor.name!r}: dims {dims} are negative")
+    lists = (tensor.float_data, tensor.int32_data, tensor.int64_data, tensor.double_data, tensor.uint64_data)
+    stored = elsewhere + len(tensor.raw_data) + len(tensor.string_data) + sum(map(len, lists))
+    if tensor.data_location != TensorProto.EXTERNAL and math.prod(dims) > 8 * stored:
+        raise ModelError(f"tensor {tensor.name!r}: there is not enough data for dims {dims}")
 
 
 def _wanted_bytes(tensor: TensorProto) -> int:

@@ -58,9 +58,10 @@ def mask_oracle(source: Source, *, fraction: float = 0.5, seed: int = 0) -> Outc
 def permutation_oracle(source: Source, *, seed: int = 0) -> Outcome:
     """Permute the channels of each group in all its members: no output may change.
 
-    Coupled channels are symmetries of the network, so a single missed coupling shows. Each group has a permutation of
-    its own; an index that occurs several times on an axis (the gates of an LSTM, the halves of a gated unit) goes
-    occurrence by occurrence.
+    Coupled channels are symmetries of the network, so a single missed coupling shows. Only where single positions are
+    picked from an axis that holds a channel several times (a Gather behind a bidirectional LSTM), it sees one that is
+    none. Each group has a permutation of its own; an index that occurs several times on an axis (the gates of an LSTM,
+    the halves of a gated unit) goes occurrence by occurrence.
     """
     combed = comb(load(source))
     image, groups = _permutation(combed, np.random.default_rng(seed))

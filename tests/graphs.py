@@ -508,7 +508,8 @@ def recurrence(b: Builder, x: str) -> str | None:
     b.shapes[turned] = (n, t, 1 + both, size)
     out = b.reshape(turned, (n, t, (1 + both) * size))
     b.shapes.pop(turned)
-    return out
+    # Positions of an axis that holds each channel twice are no symmetry, as the permutation oracle takes them for.
+    return b.matmul(out, b.width()) if both else out
 
 
 @block(3)

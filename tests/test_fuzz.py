@@ -31,7 +31,7 @@ def is_right(model: ModelProto, seed: int = 0) -> bool:
     return True
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=25, deadline=None, suppress_health_check=SLOW, derandomize=True)
 @given(models())
 def test_drawn_graphs(model: ModelProto) -> None:
     assert is_right(model)

@@ -137,6 +137,8 @@ MODELS: dict[str, Callable[[], ModelProto]] = {
     "a loop without end": lambda: loop(1 << 62),
     "dims that overflow": lambda: net(w=raw("w", [1 << 62, 1 << 62], b"")),
     "dims beyond the data": lambda: net(w=raw("w", [1 << 40, 8], bytes(128))),
+    "long dims beyond little data": lambda: net(w=raw("w", [1 << 28, 8], bytes(128))),
+    "dims without data": lambda: net(w=TensorProto(name="w", dims=[4, 1 << 27], data_type=TensorProto.FLOAT)),
     "negative dims": lambda: net(w=raw("w", [-4, -8], bytes(128))),
     "more data than dims": lambda: net(w=raw("w", [4, 8], bytes(4096))),
     "half an element": lambda: net(w=raw("w", [4, 8], bytes(127))),
