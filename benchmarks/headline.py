@@ -193,7 +193,9 @@ def segmentation(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     looks = ("--samples", SEGMENTATION_SAMPLES, "--repair-samples", SEGMENTATION_SAMPLES)
     if not files["ours"].exists():
         command("compress", dense, "-o", files["ours"], "--target", f"latency={SEGMENTATION_SHARE}", *looks, *training)
-    if not files["control"].exists():
+    if not options.control:
+        del files["control"]
+    elif not files["control"].exists():
         command("distill", dense, dense, "-o", files["control"], *training)
     with np.load(test) as archive:
         tested = ArraySource(dict(archive))
@@ -251,6 +253,7 @@ def main() -> None:
     parser.add_argument("--no-scratch", dest="scratch", action="store_false")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--segmentation", action="store_true", help="ESPNet on CamVid instead")
+    parser.add_argument("--no-control", dest="control", action="store_false", help="with --segmentation")
     parser.add_argument("--again", action="store_true", help="only time the models of --work and --out again")
     parser.add_argument("--table", action="store_true", help="print what was measured before, and run nothing")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "headline.json")

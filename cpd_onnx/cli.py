@@ -24,20 +24,19 @@ from cpd_onnx.errors import CpdError, DataError, ModelError, StoppedError, Targe
 from cpd_onnx.files import locked, replacing, require_free, write_atomically
 from cpd_onnx.graph import Model, load
 from cpd_onnx.groups import Combed
-from cpd_onnx.kept import Kept
 from cpd_onnx.latency import Clock, measure_table
 from cpd_onnx.metrics import OF_TWO_MODELS, check_metric, evaluate
 from cpd_onnx.options import DATA, LOSSES, SYNTHETIC, TRAINING, command_line, not_negative
 from cpd_onnx.passes import sensitivity
 from cpd_onnx.passes.allocate import KINDS, Allocate
-from cpd_onnx.passes.comb import Comb, comb
+from cpd_onnx.passes.comb import Comb, comb, planned
 from cpd_onnx.passes.fold import Fold
 from cpd_onnx.passes.iterate import Iterate
 from cpd_onnx.passes.prune import Prune, apply
 from cpd_onnx.passes.repair import Repair
 from cpd_onnx.passes.score import Score, score, scorer_of
 from cpd_onnx.passes.verify import Verify, data_feeds, verify_files
-from cpd_onnx.plan import Plan, channels_of, load_plan, match
+from cpd_onnx.plan import Plan, load_plan
 from cpd_onnx.rules import supported_operators, unsupported_operators
 from cpd_onnx.runtime import Synthetic
 from cpd_onnx.shapes import fold
@@ -45,9 +44,9 @@ from cpd_onnx.state import State
 from cpd_onnx.widths import held_groups
 
 _PIPE_WIDTH = 120
+"""Columns of tables that no terminal shows."""
 _LINE = 1000
 """Characters of a complaint."""
-"""Columns of tables that no terminal shows."""
 _KEPT_REASONS = 5
 """Reasons for keeping channels that `prune` tells."""
 _VERIFY_BATCHES = 2
@@ -418,10 +417,7 @@ def _overlap(options: argparse.Namespace, teacher: Model) -> Any:
     path = options.plan or _beside(options.student)
     if not path.exists() and options.plan is None and not options.hidden:
         return None
-    plan = load_plan(path)
-    combed = comb(teacher, plan.input_shapes)
-    kept = Kept(combed.atoms)
-    kept.remove(channels_of(combed, match(combed, plan)))
+    combed, kept = planned(teacher, load_plan(path))
     return _distill_module().overlap_of(combed, kept, options.hidden)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from onnx import AttributeProto, GraphProto, NodeProto, helper
 
-from cpd_onnx.graph import Array, Lazy, Model, replace_values
+from cpd_onnx.graph import Array, Lazy, Model, made, replace_values
 from cpd_onnx.groups import Weight
 from cpd_onnx.shapes import Scope
 
@@ -59,7 +59,7 @@ class Editor:
         if not scope.address and not isinstance(source, AttributeProto):
             self.model.set_array(name, values)
             return
-        array = values.make() if isinstance(values, Lazy) else values
+        array = made(values)
         if isinstance(source, AttributeProto):
             attribute = next(a for a in self.maker(scope, name).attribute if a.name == source.name)
             if attribute.name == "value":

@@ -75,6 +75,18 @@ class Lazy:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+def made(values: Array | Lazy) -> Array:
+    """The values, read or computed now if they were not yet."""
+    return values.make() if isinstance(values, Lazy) else values
+
+
+def later(values: Array | Lazy, shape: Iterable[int], function: Callable[[Array], Array]) -> Array | Lazy:
+    """What a function makes of values, now or, if they are not read yet, once they are; `shape` is what it gives."""
+    if isinstance(values, Lazy):
+        return Lazy(values.dtype, tuple(shape), lambda: function(values.make()))
+    return function(values)
+
+
 class Model:
     """A model proto and its tensors.
 
@@ -139,8 +151,7 @@ class Model:
 
     def array(self, name: str) -> Array:
         """Values of a main-graph initializer; do not write into it."""
-        found = self.lazily(name)
-        return found.make() if isinstance(found, Lazy) else found
+        return made(self.lazily(name))
 
     def lazily(self, name: str) -> Array | Lazy:
         """The same, but not read yet where the model is large."""
@@ -156,7 +167,7 @@ class Model:
             tensor.dims.extend(values.shape)
             self._data[name] = values if isinstance(values, Lazy) else np.ascontiguousarray(values)
         else:
-            replace_values(tensor, values.make() if isinstance(values, Lazy) else values)
+            replace_values(tensor, made(values))
 
     def add_initializer(self, name: str, values: Array | Lazy) -> None:
         """Append an initializer to the main graph."""
@@ -452,7 +463,7 @@ def _detach(model: Model, file: Stored | None, places: dict[int, tuple[int, int]
         if tensor.data_location == TensorProto.EXTERNAL:
             found = reader.external(tensor)
             _clear_external(tensor)
-            tensor.raw_data = (found.make() if isinstance(found, Lazy) else found).tobytes()
+            tensor.raw_data = made(found).tobytes()
 
 
 class _Reader:

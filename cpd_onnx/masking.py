@@ -8,13 +8,14 @@ gathered before it, spread again behind it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 from onnx import NodeProto, helper
 
 from cpd_onnx.atoms import Axis, Mask
 from cpd_onnx.editing import Editor
-from cpd_onnx.graph import Array, Lazy, Model, element_type
+from cpd_onnx.graph import Array, Model, element_type, later
 from cpd_onnx.groups import Combed, Weight
 from cpd_onnx.kept import Kept
 from cpd_onnx.rules.api import EVERY_AXIS
@@ -53,7 +54,8 @@ class _Masker(Editor):
             if not any(map(self.kept.touches, use.axes)):
                 continue
             masks = {axis: self.kept.mask(use.axes[axis]) for axis in self.summed(weight)}
-            array = _silenced(original, masks, zero_of(self.combed, weight))
+            zero = zero_of(self.combed, weight)
+            array = later(original, original.shape, partial(_silenced, masks=masks, zero=zero))
             if number == 0 or use.axes is weight.uses[0].axes:
                 self.replace(weight, array)
             else:
@@ -166,10 +168,8 @@ class _Masker(Editor):
         return name
 
 
-def _silenced(array: Array | Lazy, masks: Mapping[int, Mask], zero: Array) -> Array | Lazy:
-    """A weight with zero where the mask of some axis says so; of one that is not read yet, once it is."""
-    if isinstance(array, Lazy):
-        return Lazy(array.dtype, array.shape, lambda: np.asarray(_silenced(array.make(), masks, zero)))
+def _silenced(array: Array, masks: Mapping[int, Mask], zero: Array) -> Array:
+    """A weight with zero where the mask of some axis says so."""
     stays = np.ones([1] * array.ndim, np.bool_)
     for axis, mask in masks.items():
         stays = stays & mask.reshape([-1 if i == axis else 1 for i in range(array.ndim)])

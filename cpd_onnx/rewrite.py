@@ -13,7 +13,7 @@ from onnx import AttributeProto, NodeProto, ValueInfoProto, helper
 from cpd_onnx.arithmetic import Arithmetic
 from cpd_onnx.editing import Editor
 from cpd_onnx.errors import ProofError
-from cpd_onnx.graph import Array, Lazy, Model, drop_attribute, set_attribute
+from cpd_onnx.graph import Array, Lazy, Model, drop_attribute, later, set_attribute
 from cpd_onnx.groups import Combed, Weight
 from cpd_onnx.kept import Kept
 from cpd_onnx.operands import elements, operand_value
@@ -380,12 +380,9 @@ class _Rewriter(Editor):
 
 def _compressed(array: Array | Lazy, masks: Sequence[Array]) -> Array | Lazy:
     """What masks leave of an array: of one that is not read yet, once it is."""
-    if not isinstance(array, Lazy):
-        return _cut(array, masks)
     if all(mask.all() for mask in masks):
         return array
-    shape = tuple(int(np.count_nonzero(mask)) for mask in masks)
-    return Lazy(array.dtype, shape, lambda: _cut(array.make(), masks))
+    return later(array, (int(np.count_nonzero(mask)) for mask in masks), lambda values: _cut(values, masks))
 
 
 def _cut(array: Array, masks: Sequence[Array]) -> Array:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import numpy as np
 from onnx import TensorProto, helper
 
-from cpd_onnx.graph import Array, Lazy, Model, to_array
+from cpd_onnx.graph import Array, Lazy, Model, made, to_array
 from cpd_onnx.groups import Combed, Weight
 from cpd_onnx.shapes import Value
 
 
 def weight_array(model: Model, weight: Weight) -> Array:
     """Values of a weight; do not write into them."""
-    found = weight_lazily(model, weight)
-    return found.make() if isinstance(found, Lazy) else found
+    return made(weight_lazily(model, weight))
 
 
 def weight_lazily(model: Model, weight: Weight) -> Array | Lazy:

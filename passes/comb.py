@@ -13,7 +13,9 @@ from cpd_onnx.atoms import NOTHING, Atoms, Axis
 from cpd_onnx.evaluate import Call
 from cpd_onnx.graph import Source, attributes_of, blaming, load
 from cpd_onnx.groups import Combed, Weight, WeightUse, grouped
+from cpd_onnx.kept import Kept
 from cpd_onnx.operands import hold_what_cannot_be_edited
+from cpd_onnx.plan import Plan, channels_of, match
 from cpd_onnx.rules import FLOATS, POSITION_CARRIERS, POSITION_USERS, RULES, GiveUp, Op, Recorder, Tensor
 from cpd_onnx.shapes import Folded, Scope, Use, Value, fold, taken_branch
 from cpd_onnx.state import State
@@ -31,6 +33,14 @@ def comb(source: Source | Folded, input_shapes: Mapping[str, Sequence[int]] | No
     model = source.model if isinstance(source, Folded) else load(source)
     with blaming(model):
         return _Comber(source if isinstance(source, Folded) else fold(model, input_shapes)).run()
+
+
+def planned(source: Source, plan: Plan, input_shapes: Mapping[str, Sequence[int]] | None = None) -> tuple[Combed, Kept]:
+    """The model that a plan was made for, and what the plan leaves of it; PlanError if it was made for another."""
+    combed = comb(source, input_shapes or plan.input_shapes)
+    kept = Kept(combed.atoms)
+    kept.remove(channels_of(combed, match(combed, plan)))
+    return combed, kept
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from cpd_onnx.graph import Source, load
+from cpd_onnx.graph import Source
 from cpd_onnx.groups import Combed
 from cpd_onnx.kept import Kept
 from cpd_onnx.passes.allocate import Allocation
-from cpd_onnx.passes.comb import comb
-from cpd_onnx.plan import Plan, channels_of, make_plan, match
+from cpd_onnx.passes.comb import planned
+from cpd_onnx.plan import Plan, make_plan
 from cpd_onnx.rewrite import Pruned, rewrite
 from cpd_onnx.state import State
 
@@ -33,10 +33,7 @@ def apply(source: Source, plan: Plan, input_shapes: Mapping[str, Sequence[int]] 
     The input shapes are the plan's unless others are given. Raises PlanError if it was made for another model.
     """
     input_shapes = input_shapes or plan.input_shapes
-    combed = comb(load(source), input_shapes)
-    kept = Kept(combed.atoms)
-    kept.remove(channels_of(combed, match(combed, plan)))
-    pruned = rewrite(combed, kept, input_shapes)
+    pruned = rewrite(*planned(source, plan, input_shapes), input_shapes)
     plan.stamp(pruned.model)
     return pruned
 

@@ -18,8 +18,8 @@ from cpd_onnx.graph import Array, Model, graphs_of
 from cpd_onnx.groups import QUANTIZED, Combed
 from cpd_onnx.kept import Kept
 from cpd_onnx.masking import masked
-from cpd_onnx.passes.comb import comb
-from cpd_onnx.plan import Plan, channels_of, match
+from cpd_onnx.passes.comb import planned
+from cpd_onnx.plan import Plan
 from cpd_onnx.rewrite import rewrite
 from cpd_onnx.rules import FLOATS
 from cpd_onnx.runtime import Runner, execute_all, open_model, working_feeds
@@ -118,9 +118,7 @@ def verify_files(
     Values of weights may have been trained since; nothing else may differ. Raises PlanError if the plan belongs to
     another original, ProofError if the file is something else or the mask check fails.
     """
-    combed = comb(original, plan.input_shapes)
-    kept = Kept(combed.atoms)
-    kept.remove(channels_of(combed, match(combed, plan)))
+    combed, kept = planned(original, plan)
     replay = rewrite(combed, kept, plan.input_shapes).model
     plan.stamp(replay)
     trained = _trained(replay, pruned)
