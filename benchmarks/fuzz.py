@@ -1,15 +1,16 @@
 """Random graphs through the oracles, and damaged files through the whole pipeline: the long run of tests/test_fuzz.py.
 
-    python benchmarks/fuzz.py [--graphs 20000] [--damaged 100000] [--data DATA] [--first SEED] [--out FILE]
+    python benchmarks/fuzz.py [--graphs 20000] [--damaged 100000] [--data DATA] [--out FILE]
 
 Graphs (tests/graphs.py): operators with rules in random topologies, valid by onnx's checker. Each is folded, combed,
 pruned at random and compared with the masked original in onnxruntime, and its channels are permuted.
 
 Damage (tests/damage.py) is done to such graphs, to the files in DATA/onnx of less than 1.5 MB and to the light models of
 the onnx package: attributes, inputs, tensors, types and bytes are changed. Each file must be pruned and proved, or be
-refused with one line, within a minute.
+refused with one line, within a minute of the processor's time.
 
 Workers are processes; one that dies is a crash of the file that it had. Whatever goes wrong is printed with its seed.
+A run goes on where the last one stopped, after the seeds that the results name.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -91,28 +92,28 @@ def chunk(
     runtime.RUN_SECONDS = SECONDS / 4
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(1, 2)
-    signal.signal(signal.SIGALRM, alarm)
+    signal.signal(signal.SIGPROF, alarm)
     with log.open("w", encoding="utf-8") as stream:
         for seed in seeds:
             stream.write(f"{seed} CRASH: the process died\n")
             stream.flush()
-            signal.alarm(SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of the processor: others may be at work
             try:
                 found = outcome(seed, work, data)
             except TooSlowError:
                 found = "SLOW"
             except Exception as error:
                 found = f"CRASH: {type(error).__name__}: {error}"
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             stream.write(f"{seed} {' '.join(found.split())[:300]}\n")
 
 
 def run(
-    kind: str, outcome: Callable[[int, Path, Path | None], str], seeds: range, data: Path | None, cores: int
-) -> Counter[str]:
-    """All seeds, in processes of so many at a time; what became of them, and what went wrong printed."""
-    counts: Counter[str] = Counter()
+    outcome: Callable[[int, Path, Path | None], str], seeds: range, data: Path | None, cores: int
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """All seeds, in processes of so many at a time: how many were done and what became of them, in order."""
     waiting, running = list(seeds), list[tuple[multiprocessing.Process, range, Path, float]]()
+    done: dict[int, dict[str, str]] = {}
     with tempfile.TemporaryDirectory() as folder:
         while waiting or running:
             while waiting and len(running) < cores:
@@ -128,34 +129,41 @@ def run(
                 entry[0].join()
                 running.remove(entry)
                 lines = dict(line.split(" ", 1) for line in entry[2].read_text("utf-8").splitlines())
-                for seed, found in lines.items():
-                    counts[found.split(":")[0]] += 1
-                    if found[:3].isupper():
-                        print(kind, seed, found, flush=True)
+                done[entry[1].start] = lines
                 waiting[:0] = entry[1][len(lines) :]
-    return counts
+            first = min([*waiting[:1], *(part.start for _, part, _, _ in running)], default=seeds.stop)
+            for start in sorted(start for start in done if start < first):
+                yield len(done[start]), done.pop(start)
 
 
 def main() -> None:
-    """Run what was asked for and write the counts."""
+    """Go on from the results that there are to so many seeds, and write the counts now and then."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--graphs", type=int, default=20_000)
     parser.add_argument("--damaged", type=int, default=100_000)
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--first", type=int, default=0, help="seed")
     parser.add_argument("--cores", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=HERE / "results" / "fuzz.json")
     options = parser.parse_args()
-    content = {"machine": {"cpus": os.cpu_count(), "system": platform.platform()}, "first": options.first}
+    content = json.loads(options.out.read_text()) if options.out.exists() else {}
+    originals(options.data)  # the processes have them from here
+    content["machine"] = {"cpus": os.cpu_count(), "system": platform.platform()}
     for kind, outcome, count in (
         ("graphs", graph_outcome, options.graphs),
         ("damaged", damage_outcome, options.damaged),
     ):
-        started = time.perf_counter()
-        counts = run(kind, outcome, range(options.first, options.first + count), options.data, options.cores)
-        content[kind] = {"seconds": round(time.perf_counter() - started), **dict(sorted(counts.items()))}
-        print(kind, content[kind])
-        options.out.write_text(json.dumps(content, indent=1) + "\n")
+        entry = content.setdefault(kind, {"seeds": 0, "seconds": 0.0, "outcomes": {}, "wrong": []})
+        last = time.perf_counter()
+        for number, found in run(outcome, range(entry["seeds"], count), options.data, options.cores):
+            counts = Counter(entry["outcomes"]) + Counter(said.split(":")[0] for said in found.values())
+            wrong = [f"{seed} {said}" for seed, said in found.items() if said[:3].isupper()]
+            print(*(f"{kind} {line}" for line in wrong), sep="\n", end="\n" if wrong else "", flush=True)
+            now = time.perf_counter()
+            entry |= {"seeds": entry["seeds"] + number, "seconds": round(entry["seconds"] + now - last, 1)}
+            entry |= {"outcomes": dict(sorted(counts.items())), "wrong": [*entry["wrong"], *wrong]}
+            options.out.write_text(json.dumps(content, indent=1) + "\n")
+            last = now
+        print(kind, entry)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,8 @@ TOLERANCES = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 1e-1}
 QUANTIZED = 5e-2
 """Median over the inputs of the root mean square instead: where sums are taken in another order, rounding may fall to
 the other side, which deep networks amplify."""
+_PIECE = 1 << 20
+"""Elements that are compared at a time."""
 _NUDGE = 1e-6
 """Relative change of float inputs, of the size of a few roundings, that shows how much a model amplifies them."""
 _MARGIN = 10.0
@@ -52,6 +54,12 @@ class Comparison:
     def passed(self) -> bool:
         """Whether the difference is no more than is allowed."""
         return self.difference <= self.allowed
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from cpd_onnx import report  # which stands above
+
+        return report.as_html(report.comparison_table(self))
 
 
 def compare(
@@ -92,13 +100,46 @@ def distance(expected: Array, got: Array, scale_of: Array, *, rms: bool = False)
         return float("inf")
     if expected.dtype.kind not in "fiub" or not expected.size:
         return 0.0 if np.array_equal(expected, got) else float("inf")
-    a, b, c = (array.astype(np.float64) for array in (expected, got, scale_of))
-    finite = np.isfinite(a)
-    if not finite.any() or not np.array_equal(finite, np.isfinite(b)):
+    apart, size, scale = _Extent(), _Extent(), _Extent()
+    for a, b in zip(_pieces(expected), _pieces(got), strict=True):
+        finite = np.isfinite(a)
+        if not np.array_equal(finite, np.isfinite(b)):
+            return float("inf")
+        size.add(a[finite])
+        apart.add(a[finite] - b[finite])
+    if not size.count:
         return float("inf")
-    size = _size(np.concatenate([a[finite], c[np.isfinite(c)]]), rms=False) if not rms else _size(a[finite], rms=True)
-    apart = _size(a[finite] - b[finite], rms=rms)
-    return apart / size if size > 0 else (0.0 if apart == 0 else float("inf"))
+    for c in () if rms else _pieces(scale_of):
+        scale.add(c[np.isfinite(c)])
+    if rms:
+        return _ratio(apart.rms, size.rms)
+    return _ratio(apart.largest, max(size.largest, scale.largest))
+
+
+class _Extent:
+    """How large some numbers are, which are seen a piece at a time: outputs can be large."""
+
+    def __init__(self) -> None:
+        self.largest, self.squares, self.count = 0.0, 0.0, 0
+
+    def add(self, values: Array) -> None:
+        if values.size:
+            self.largest = max(self.largest, float(np.abs(values).max()))
+            self.squares += float(np.square(values).sum())
+            self.count += values.size
+
+    @property
+    def rms(self) -> float:
+        return float(np.sqrt(self.squares / self.count)) if self.count else 0.0
+
+
+def _pieces(array: Array) -> Iterator[Array]:
+    flat = array.reshape(-1)
+    return (flat[start : start + _PIECE].astype(np.float64) for start in range(0, flat.size, _PIECE))
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else (0.0 if part == 0 else float("inf"))
 
 
 def tolerance(combed: Combed) -> float:
@@ -114,10 +155,6 @@ def tolerance(combed: Combed) -> float:
 def runs_needed(allowed: float) -> int:
     """Sets of random inputs to try."""
     return 5 if allowed == QUANTIZED else 2
-
-
-def _size(values: Array, *, rms: bool) -> float:
-    return float(np.sqrt(np.mean(values**2))) if rms else float(np.abs(values).max())
 
 
 def _nudged(feed: Mapping[str, Array]) -> Feed:

@@ -5,14 +5,18 @@ Each takes a model as `cpd_onnx.load` does and returns an `Outcome`.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from onnx import NodeProto
 
 from cpd_onnx.atoms import NOTHING, Atoms, Axis
 from cpd_onnx.compare import compare, runs_needed, tolerance
 from cpd_onnx.editing import Editor
-from cpd_onnx.graph import Array, Model, Source, load
+from cpd_onnx.evaluate import EVALUATORS, Call
+from cpd_onnx.graph import Array, Model, Source, attributes_of, load
 from cpd_onnx.groups import Combed, Weight
 from cpd_onnx.kept import Kept
 from cpd_onnx.masking import zero_of
@@ -22,6 +26,7 @@ from cpd_onnx.passes.prune import prune
 from cpd_onnx.passes.score import score
 from cpd_onnx.passes.verify import verify
 from cpd_onnx.runtime import execute_all, open_model, working_feeds
+from cpd_onnx.shapes import Scope
 from cpd_onnx.weights import weight_array
 
 
@@ -58,10 +63,10 @@ def mask_oracle(source: Source, *, fraction: float = 0.5, seed: int = 0) -> Outc
 def permutation_oracle(source: Source, *, seed: int = 0) -> Outcome:
     """Permute the channels of each group in all its members: no output may change.
 
-    Coupled channels are symmetries of the network, so a single missed coupling shows. Only where single positions are
-    picked from an axis that holds a channel several times (a Gather behind a bidirectional LSTM), it sees one that is
-    none. Each group has a permutation of its own; an index that occurs several times on an axis (the gates of an LSTM,
-    the halves of a gated unit) goes occurrence by occurrence.
+    Coupled channels are symmetries of the network, so a single missed coupling shows. Groups of which some channels
+    stand on places that are picked or filled up otherwise than those of the rest are none, and stay as they are. Each
+    group has a permutation of its own; an index that occurs several times on an axis (the gates of an LSTM, the halves
+    of a gated unit) goes occurrence by occurrence.
     """
     combed = comb(load(source))
     image, groups = _permutation(combed, np.random.default_rng(seed))
@@ -102,20 +107,71 @@ def _permutation(combed: Combed, rng: np.random.Generator) -> tuple[Axis, int]:
     if combed.groups and (image == np.arange(len(image))).all():
         order = combed.groups[0].channels
         image[order] = np.roll(order, 1)
-    owner = np.full(len(combed.atoms), -1, np.int64)
-    for group in combed.groups:
-        owner[group.channels] = group.id
+    axes, moves = _axes(combed), list(_moves(combed))
+    _leave(combed, image, _filled(combed))
     stuck = True
     while stuck:
         stuck = False
-        for axis in _axes(combed):
+        for axis in axes:
             if _order(combed.atoms, axis, image) is None:
-                parts = combed.atoms.parts(axis)
-                for index in set(np.unique(owner[parts[parts != NOTHING]]).tolist()) - {-1}:
-                    channels = combed.groups[index].channels
-                    stuck |= bool((image[channels] != channels).any())
-                    image[channels] = channels
+                stuck |= _leave(combed, image, combed.atoms.parts(axis))
+        for axis, result, picked in moves:
+            here, there = (_order(combed.atoms, a, image) for a in (axis, result))
+            if here is None or there is None or not np.array_equal(here[picked], picked[there]):
+                stuck |= _leave(combed, image, combed.atoms.parts(axis))
     return image, sum(bool((image[g.channels] != g.channels).any()) for g in combed.groups)
+
+
+def _leave(combed: Combed, image: Axis, atoms: Axis) -> bool:
+    """Put the groups of some atoms back in their places; whether one was elsewhere."""
+    owner, moved = combed.owners[0], False
+    for index in set(np.unique(owner[atoms[atoms != NOTHING]]).tolist()) - {-1}:
+        channels = combed.groups[index].channels
+        moved |= bool((image[channels] != channels).any())
+        image[channels] = channels
+    return moved
+
+
+def _axes_of(combed: Combed, scope: Scope, name: str) -> list[Axis]:
+    tensor = combed.tensors.get((scope.path, name))
+    return (tensor and tensor.axes) or []
+
+
+def _nodes(combed: Combed, *operators: str) -> Iterator[tuple[Scope, NodeProto]]:
+    for scope in combed.folded.scope.walk():
+        yield from ((scope, node) for node in scope.nodes if node.op_type in operators and not node.domain)
+
+
+def _filled(combed: Combed) -> Axis:
+    """Atoms that lie on places which padding fills up as well: what is put there cannot change places with others."""
+    found = [np.zeros(0, np.int64)]
+    for scope, node in _nodes(combed, "Pad"):
+        for pair in zip(*(_axes_of(combed, scope, name) for name in (node.input[0], node.output[0])), strict=False):
+            before, after = (np.bincount(combed.atoms.parts(a).ravel(), minlength=len(combed.atoms)) for a in pair)
+            found.append(np.flatnonzero(before != after))
+    return np.concatenate(found)
+
+
+def _moves(combed: Combed) -> Iterator[tuple[Axis, Axis, Axis]]:
+    """For what picks places of an axis: the axis, that of the result, and where each of its places comes from.
+
+    An axis may hold a channel several times. A channel of which the first and the second place are picked does not
+    change places with one of which only the first is.
+    """
+    for scope, node in _nodes(combed, "Gather", "Slice", "Split"):
+        known = [scope.lookup(name) if name else None for name in node.input]
+        operands = [None if value is None or value.values is None else value.values[0] for value in known[1:]]
+        call = Call(attributes_of(node), combed.folded.model.opset)
+        axes = _axes_of(combed, scope, node.input[0])
+        for number, axis in enumerate(axes):
+            places = np.arange(len(axis)).reshape([-1 if other == number else 1 for other in range(len(axes))])
+            with contextlib.suppress(ValueError, IndexError, TypeError):  # it picks along another axis
+                results = EVALUATORS[node.op_type](call, places, *operands)
+                results = results if isinstance(results, tuple) else (results,)
+                for name, picked in zip(node.output, results, strict=False):
+                    result = _axes_of(combed, scope, name)[number]
+                    if picked.size == len(result) == picked.shape[number]:
+                        yield axis, result, picked.ravel()
 
 
 def _axes(combed: Combed) -> list[Axis]:
