@@ -187,6 +187,7 @@ class Combed:
         """The members of all groups, found in one pass over the weights."""
         owner, rank = self.owners
         found: dict[tuple[int, int, int], Member] = {}
+        shared: dict[tuple[bytes, bytes], list[list[int]]] = {}
         for number, weight in enumerate(self.weights):
             for axes in self.weight_axes(weight):
                 for axis, atoms in enumerate(axes):
@@ -196,8 +197,10 @@ class Combed:
                         if (index, number, axis) not in found:
                             rows, columns = np.nonzero(owners == index)
                             places = rank[parts[rows, columns]]
-                            listed = _listed(rows, places, len(self.groups[index]))
-                            found[(index, number, axis)] = Member(weight, axis, listed)
+                            key = (rows.tobytes(), places.tobytes())  # most members have the same ones
+                            if key not in shared:
+                                shared[key] = _listed(rows, places, len(self.groups[index]))
+                            found[(index, number, axis)] = Member(weight, axis, shared[key])
         members: dict[int, list[Member]] = defaultdict(list)
         for (index, _, _), member in found.items():
             members[index].append(member)

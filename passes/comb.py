@@ -154,7 +154,8 @@ class _Comber:
                 if not settled.issuperset(self.atoms.parts(axis).ravel().tolist()):
                     reason = f"the rule of {op.name} does not account for axis {number} of input {slot}"
                     self.unaccounted.append(reason)
-                    self.atoms.freeze(axis, reason)
+                    for other in (*op.inputs, *op.outputs):  # what else it says cannot be relied on
+                        self.freeze(other, reason)
 
     def give_up(self, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor], reason: str) -> None:
         for tensor in (*inputs, *outputs):

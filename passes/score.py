@@ -10,7 +10,7 @@ Scores are functions in a table, and users add theirs:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeAlias
 
@@ -29,6 +29,8 @@ Summand: TypeAlias = Callable[[Array], Array]
 
 SAMPLES = 64
 """Samples that a score looks at, unless it says otherwise."""
+_BLOCK = 1 << 22
+"""Bytes of a weight that are looked at together."""
 
 
 @dataclass(frozen=True)
@@ -312,26 +314,35 @@ def _summed(combed: Combed, summand: Summand, *, vectors: bool) -> Scores:
     totals = np.zeros(len(combed.atoms))
     for weight in combed.weights:
         if weight.is_trained and weight.is_vector == vectors and not weight.scope.function and _is_live(combed, weight):
-            with np.errstate(over="ignore", invalid="ignore"):  # a weight that is no number stays, whatever else it is
-                values = summand(dequantized(combed, weight).astype(np.float32, copy=False))
-            add_per_channel(totals, combed, weight, values)
+            values = dequantized(combed, weight)
+            for rows in _blocks(values):
+                with np.errstate(over="ignore", invalid="ignore"):  # what is no number stays, whatever else it is
+                    summed = summand(values[rows].astype(np.float32, copy=False))
+                add_per_channel(totals, combed, weight, summed, rows)
     return totals
+
+
+def _blocks(values: Array) -> Iterator[slice]:
+    """Rows that are looked at together: what is made of a large weight need not be as large."""
+    step = max(1, _BLOCK * max(1, len(values)) // max(1, values.nbytes)) if values.ndim else 1
+    return (slice(start, start + step) for start in range(0, len(values), step)) if values.ndim else iter([slice(None)])
 
 
 def _is_live(combed: Combed, weight: Weight) -> bool:
     return any(not combed.atoms.all_frozen(axis) for axes in combed.weight_axes(weight) for axis in axes)
 
 
-def add_per_channel(totals: Scores, combed: Combed, weight: Weight, values: Array) -> None:
-    """Add numbers in the shape of a weight to the totals of the primitive atoms that they lie on."""
+def add_per_channel(totals: Scores, combed: Combed, weight: Weight, values: Array, rows: slice = slice(None)) -> None:
+    """Add numbers in the shape of a weight, or of some rows of it, to the totals of the primitive atoms they lie on."""
     for axes in combed.weight_axes(weight):
-        for place, axis in enumerate(axes):
+        for place, whole in enumerate(axes):
+            axis = whole[rows] if place == 0 else whole
             if combed.atoms.all_frozen(axis):
                 continue
             # First the axes before, then those behind: so numpy runs along memory.
             size, behind = values.shape[place], math.prod(values.shape[place + 1 :])
-            rows = values.reshape(-1, size * behind)
-            per_index = (rows.sum(axis=0) if len(rows) > 1 else rows).reshape(size, behind).sum(axis=1)
+            flat = values.reshape(-1, size * behind)
+            per_index = (flat.sum(axis=0) if len(flat) > 1 else flat).reshape(size, behind).sum(axis=1)
             parts = combed.atoms.parts(axis)
             for column in range(parts.shape[1]):
                 np.add.at(totals, parts[:, column], per_index.astype(np.float64))

@@ -88,9 +88,9 @@ def proved(found: Comparison) -> Comparison:
 def data_feeds(model: Model, source: Source, batches: int) -> Iterator[Batch]:
     """The first batches of a source, without labels."""
     inputs = inputs_of(model.proto)
-    size = fixed_batch(inputs) or 2
-    for batch in itertools.islice(source.batches(size), batches):
-        if all(len(array) == size for array in batch.values() if array.ndim):
+    size = None if source.count is None else fixed_batch(inputs)  # whole feeds are as large as they are
+    for batch in itertools.islice(source.batches(size or 2), batches):
+        if size is None or all(len(array) == size for array in batch.values() if array.ndim):
             yield {entry.name: batch[entry.name] for entry in inputs}
 
 

@@ -306,8 +306,13 @@ def test_kind_of_output_is_seen_from_its_values(make: Callable[[], Any], kind: s
 
 
 def test_class_axis_is_the_shorter_one() -> None:
-    shapes = [(2, 3), (2, 4, 8, 9), (2, 8, 9, 4), (2, 8, 9)]
-    assert [class_axis(torch.zeros(shape)) for shape in shapes] == [1, 1, 3, None]
+    shapes = [(2, 3), (2, 4, 8, 9), (2, 8, 9, 4), (2, 8, 9), (2, 8, 1), (2,)]
+    assert [class_axis(torch.zeros(shape)) for shape in shapes] == [1, 1, 3, 2, None, None]
+
+
+def test_three_axes_are_features_unless_they_are_a_distribution() -> None:
+    scores = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(1))
+    assert [kind_of(x) for x in (scores, scores.softmax(2))] == ["mse", "kl"]
 
 
 def test_distribution_sums_to_one() -> None:

@@ -30,9 +30,9 @@ _SMALLEST = 1e-7
 
 
 def class_axis(output: Tensor) -> int | None:
-    """Axis of the classes of an output that can be scores: the last of two; of four, 1 or 3, whichever is shorter."""
-    if output.ndim == 2:
-        axis = 1
+    """Axis of the classes of an output that can be scores: the last of two or three; of four, 1 or 3, the shorter."""
+    if output.ndim in (2, 3):
+        axis = output.ndim - 1
     elif output.ndim == 4:
         axis = 1 if output.shape[1] <= output.shape[3] else 3
     else:
@@ -42,9 +42,12 @@ def class_axis(output: Tensor) -> int | None:
 
 def kind_of(output: Tensor) -> LossKind:
     """How to compare an output, seen from the teacher's values: several numbers in 0..1 that are no distribution are
-    independent probabilities, not scores of classes."""
+    independent probabilities, not scores of classes; with three axes they are features unless they are a distribution.
+    """
     axis = class_axis(output)
     if axis is None or not output.is_floating_point():
+        return "mse"
+    if output.ndim == 3 and not is_distribution(output, axis):
         return "mse"
     independent = bool(((output >= 0) & (output <= 1)).all()) and not is_distribution(output, axis)
     return "mse" if independent else "kl"
