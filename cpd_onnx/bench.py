@@ -90,6 +90,12 @@ class Bench:
         """The same as plain values."""
         return asdict(self)
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from cpd_onnx import report  # which stands above
+
+        return report.as_html(report.timings_table(self.timings), report.memory_table(self.memory))
+
 
 def bench(
     paths: Sequence[Path],
@@ -128,7 +134,7 @@ def bench(
         {name: _memory(path, fed, profiled.provider) for name, path in zip(models, paths, strict=True)},
         {name: _profile(model, fed, profiled.provider) for name, model in models.items()},
         profiled,
-        _machine(),
+        machine(),
     )
 
 
@@ -227,8 +233,8 @@ def _profile(model: Model, feed: Mapping[str, Array], provider: str) -> dict[str
     return dict(sorted(total.items(), key=lambda pair: -pair[1]))
 
 
-def _machine() -> dict[str, Any]:
-    """What it is measured on."""
+def machine() -> dict[str, Any]:
+    """What something is measured on."""
     return {
         "cpus": os.cpu_count(),
         "processor": _processor(),

@@ -277,25 +277,49 @@ def _image_module() -> Any:
 
 
 class FunctionSource:
-    """A function that yields dictionaries, each one a whole feed; it is called anew for every pass.
+    """A function that yields whole feeds, as `as_batch` reads them; it is called anew for every pass.
 
     It decides about batch size and order; it gets the seed if it has a parameter of that name.
     """
 
     count = None
 
-    def __init__(self, function: Callable[..., Iterable[Mapping[str, Array]]], inputs: Sequence[Input]) -> None:
-        """Take the function, and the inputs that its dictionaries are compared with."""
-        self.function, self.inputs = function, tuple(inputs)
+    def __init__(
+        self, function: Callable[..., Iterable[Any]], inputs: Sequence[Input], length: int | None = None
+    ) -> None:
+        """Take the function, the inputs that its feeds are compared with, and how many a pass has, if that is known."""
+        self.function, self.inputs, self.length = function, tuple(inputs), length
 
     def batches(self, size: int, *, seed: int | None = None) -> Iterator[Batch]:
         """Pass on what the function yields, checked."""
         code = getattr(self.function, "__code__", None)
         takes_seed = code is not None and "seed" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         for batch in self.function(seed=seed) if takes_seed else self.function():
-            arrays = {name: np.asarray(value) for name, value in batch.items()}
+            arrays = as_batch(batch, self.inputs)
             check_batch(arrays, self.inputs)
             yield arrays
+
+
+def as_batch(given: Any, inputs: Sequence[Input]) -> Batch:
+    """The batch that a function or a loader yields: arrays by input name, or the array of the only input.
+
+    Either may come in a pair with the labels. Tensors of torch do as well as arrays.
+
+    Raises:
+        DataError: it is something else.
+    """
+    feed, *labels = given if isinstance(given, (tuple, list)) and given else (given,)
+    if len(labels) > 1 or (len(inputs) != 1 and not isinstance(feed, Mapping)):
+        names = ", ".join(repr(entry.name) for entry in inputs)
+        raise DataError(f"the data yields a {type(given).__name__}: yield dictionaries with arrays for {names}")
+    named = dict(feed) if isinstance(feed, Mapping) else {inputs[0].name: feed}
+    if labels:
+        named[LABELS] = labels[0]
+    return {name: _to_array(value) for name, value in named.items()}
+
+
+def _to_array(value: Any) -> Array:
+    return np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
 
 
 @dataclass(frozen=True)
@@ -493,4 +517,6 @@ def _check_array(array: Array, entry: Input) -> None:
 
 def steps_per_pass(source: Source, size: int) -> int | None:
     """Full batches in one pass, at least one; None where the source does not know its length."""
-    return None if source.count is None else max(math.floor(source.count / size), 1)
+    if source.count is None:
+        return source.length if isinstance(source, FunctionSource) else None
+    return max(math.floor(source.count / size), 1)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import resources, util
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
-from cpd_onnx import report
+from cpd_onnx import compression, manifest, report
+from cpd_onnx.bench import Bench, Setting, bench
 from cpd_onnx.cost import CostModel, Costs
 from cpd_onnx.data import LABELS, ArraySource, open_source
 from cpd_onnx.errors import ModelError, TargetError
@@ -24,10 +25,9 @@ from cpd_onnx.metrics import run as run_session
 from cpd_onnx.passes.allocate import KINDS
 from cpd_onnx.passes.comb import Comb
 from cpd_onnx.passes.prune import Prune
-from cpd_onnx.passes.repair import Repair
 from cpd_onnx.passes.score import Score
-from cpd_onnx.passes.verify import Verify, verify_files
-from cpd_onnx.pipeline import Pass, make
+from cpd_onnx.passes.verify import Verify
+from cpd_onnx.pipeline import make
 from cpd_onnx.pipeline import run as run_passes
 from cpd_onnx.runtime import latency_ratio
 from cpd_onnx.state import State
@@ -35,6 +35,8 @@ from cpd_onnx.state import State
 TARGET = ("macs", 0.2)
 EPOCHS = 20
 _BATCH = 64
+_SECONDS = 2.0
+"""For which the files are timed for the report."""
 _FILES = ("digits.onnx", "digits_pruned.onnx", "digits_pruned.onnx.plan.json")
 _RECIPE: dict[str, Any] = {"batch_size": _BATCH, "lr": 3e-3, "shift": 1, "threads": 1}
 
@@ -74,10 +76,12 @@ def run(
     overwrite: bool = False,
     observer: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
-    """Prune the embedded digits network, repair it and train it back.
+    """Compress the embedded digits network: pruned, repaired and, where there is torch, distilled.
 
-    Accuracies are those of the last epoch, on images that were not trained on. Without torch the training is left out.
-    Raises TargetError if the target cannot be met.
+    Accuracies are those of the last epoch, on images that were not trained on. `report` of what is given back is the
+    content of a report, with latency, memory and operators measured on the files that were written to `out`, if any.
+
+    Raises TargetError if the target cannot be met, ModelError if a file is in the way.
     """
     started = time.perf_counter()
     settings = settings or Settings()
@@ -87,31 +91,28 @@ def run(
     with resources.as_file(resources.files("cpd_onnx.models")) as folder:
         model = load(folder / "digits.onnx")
         train, test = (_digits(folder / f"digits_{part}.npz", model) for part in ("train", "test"))
-    observer("comb, prune, verify, repair")
     unlabelled = ArraySource({name: array for name, array in train.arrays.items() if name != LABELS})
-    state, chance = (_pruned(model, settings, score, unlabelled) for score in ("reconstruction", "random"))
-    costs = state.need("allocation", "allocate").after
+    is_trained = compression.can_train()
+    observer("comb, prune, repair" + (", distill" if is_trained else ""))
+    made = _compressed(model, settings, unlabelled)
+    chance = _at_random(model, settings)
     by_chance = (chance.model, chance.need("allocation", "allocate").after)
+    costs = made.state.need("allocation", "prune").after
+    untrained = made.untrained if made.untrained is not None else made.state.model
     variants = [
         _variant("the original", (model, _costs(model)), test),
-        _variant("pruned and repaired", (state.model, costs), test),
+        _variant("pruned and repaired", (untrained, costs), test),
         _variant("random channels", by_chance, test),
     ]
-    ours = variants[1]
-    is_trained = util.find_spec("torch") is not None
     if is_trained:
-        students = {
-            "the original, trained on": (model, variants[0].costs),
-            "pruned, repaired, distilled": (state.model, costs),
-            "random channels, distilled": by_chance,
-        }
+        variants.append(_variant("pruned, repaired, distilled", (made.state.model, costs), test))
+        students = {"random channels, distilled": by_chance, "the original, trained on": (model, variants[0].costs)}
         variants += _trained(model, students, (unlabelled, test), settings, observer)
-        ours = variants[4]
+    ours = variants[3] if is_trained else variants[1]
     observer("latency")
     seconds = latency_ratio([v.model for v in variants], _feed(model, test), threads=1)
-    observer("verify")
-    found = verify_files(model, ours.model, state.need("plan", "prune"))
-    content = {
+    found = made.found
+    content: dict[str, Any] = {
         "settings": asdict(settings),
         "rows": [_row(variant, taken) for variant, taken in zip(variants, seconds, strict=True)],
         "latency": {
@@ -125,10 +126,34 @@ def run(
         "test_images": test.count,
         "torch": is_trained,
     }
+    timed = None
     if out is not None:
-        _save(out, model, ours.model, state)
+        timed = _save(out, made, _feed(model, test))
         content["files"] = str(out)
+    content["report"] = _report(made, variants, timed, settings, test.count)
     return content | {"seconds": time.perf_counter() - started}
+
+
+def _report(
+    made: compression.Compressed, variants: Sequence[_Variant], timed: Bench | None, settings: Settings, samples: int
+) -> dict[str, Any]:
+    """The content of the report; the controls are told in its notes."""
+    scores = {variant.name: variant.accuracy for variant in variants}
+    names = {
+        "the original": "original",
+        "pruned and repaired": "pruned and repaired",
+        "pruned, repaired, distilled": "distilled",
+    }
+    values = {short: scores.pop(name) for name, short in names.items() if name in scores}
+    content = compression.content(
+        made,
+        bench=timed,
+        accuracy={"metric": "top1", "on": "labels", "samples": samples, "values": values},
+        bytes={"before": len(variants[0].model.serialize()), "after": len(made.state.model.serialize())},
+        provenance=manifest.provenance([], settings.seed),
+    )
+    content["notes"] += [f"control: {name}: {100 * score:.2f} %" for name, score in scores.items()]
+    return content
 
 
 def table(content: dict[str, Any]) -> Table:
@@ -156,8 +181,6 @@ def lines(content: dict[str, Any]) -> list[str]:
         )
     else:
         said.append("not trained: pip install 'cpd-onnx[torch]' to see distillation bring accuracy back")
-    if "files" in content:
-        said.append(f"wrote {', '.join(_FILES)} to {content['files']}")
     return [*said, f"{content['seconds']:.0f} s in all"]
 
 
@@ -172,10 +195,12 @@ def _prepare(out: Path | None, *, overwrite: bool) -> None:
         require_free(out / name, overwrite=overwrite)
 
 
-def _save(out: Path, model: Model, smaller: Model, state: State) -> None:
-    for name, each in zip(_FILES, (model, smaller), strict=False):
+def _save(out: Path, made: compression.Compressed, feed: Mapping[str, Any]) -> Bench:
+    """Write the files, and time both."""
+    for name, each in zip(_FILES, (made.state.original, made.state.model), strict=False):
         each.save(out / name, overwrite=True)
-    state.need("plan", "prune").save(out / _FILES[2], overwrite=True)
+    made.state.need("plan", "prune").save(out / _FILES[2], overwrite=True)
+    return bench([out / name for name in _FILES[:2]], settings=[Setting(_BATCH, 1)], seconds=_SECONDS, feed=feed)
 
 
 def _digits(path: Path, model: Model) -> ArraySource:
@@ -189,12 +214,17 @@ def _feed(model: Model, source: ArraySource) -> dict[str, Any]:
     return {info.name: batch[info.name] for info in model.graph.input if info.name in batch}
 
 
-def _pruned(model: Model, settings: Settings, score: str, data: ArraySource) -> State:
-    """By reconstruction with the repair, as `prune --data` does it; by chance without."""
-    repairs = score == "reconstruction"
-    wish = {settings.kind: settings.fraction, "spread": "optimal" if repairs else "uniform"}
-    steps: list[Pass] = [Comb(), Score(score, settings.seed), make("allocate", wish), Prune(), Verify()]
-    return run_passes([*steps, Repair()] if repairs else steps, model, data=data)
+def _compressed(model: Model, settings: Settings, data: ArraySource) -> compression.Compressed:
+    """As `compress --data` does it."""
+    wish = {settings.kind: settings.fraction, "spread": "optimal"}
+    training = {"epochs": settings.epochs, "seed": settings.seed, **_RECIPE} if compression.can_train() else None
+    return compression.compress(compression.step_of(wish, training), State(model, model, {}, data))
+
+
+def _at_random(model: Model, settings: Settings) -> State:
+    """Channels by chance, nothing repaired."""
+    wish = {settings.kind: settings.fraction}
+    return run_passes([Comb(), Score("random", settings.seed), make("allocate", wish), Prune(), Verify()], model)
 
 
 def _costs(model: Model) -> Costs:

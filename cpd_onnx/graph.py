@@ -13,6 +13,7 @@ import itertools
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,9 +32,10 @@ from cpd_onnx.wire import detached, joined
 
 if TYPE_CHECKING:
     import onnx_graphsurgeon as gs
+    import onnx_ir
 
 Array: TypeAlias = npt.NDArray[Any]
-Source: TypeAlias = "str | os.PathLike[str] | ModelProto | gs.Graph | Model"
+Source: TypeAlias = "str | os.PathLike[str] | ModelProto | gs.Graph | onnx_ir.Model | Model"
 
 _DETACH_BYTES = 1024
 """Tensors from this size on are held outside the proto."""
@@ -123,6 +125,12 @@ class Model:
     def is_external(self) -> bool:
         """Whether some initializer lies in a file of its own."""
         return any(t.data_location == TensorProto.EXTERNAL for t in self.graph.initializer)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from cpd_onnx import report  # which stands above
+
+        return report.as_html(report.model_table(self))
 
     def copy(self) -> Model:
         """Copy that can be edited without touching this one; tensors are shared until replaced."""
@@ -298,7 +306,7 @@ def _digest(pieces: Iterable[bytes | memoryview]) -> str:
 
 
 def load(source: Source) -> Model:
-    """Read a model from a path, a ModelProto, an onnx-graphsurgeon graph, or pass a Model through.
+    """Read a model from a path, a ModelProto, an onnx-graphsurgeon graph or an onnx-ir model, or pass a Model through.
 
     Raises ModelError for a file that is missing, broken, or whose external data is missing or leaves its folder.
     """
@@ -314,13 +322,7 @@ def load(source: Source) -> Model:
         proto = ModelProto()
         proto.CopyFrom(source)
     else:
-        import onnx_graphsurgeon as gs
-
-        if not isinstance(source, gs.Graph):
-            raise TypeError(
-                f"a model is a path, a ModelProto or an onnx_graphsurgeon.Graph, not {type(source).__name__}"
-            )
-        proto = gs.export_onnx(source)
+        proto = _exported(source)
     if not proto.graph.node and not proto.graph.output:
         raise ModelError(f"{path or 'the model'}: the graph is empty; is this an ONNX model?")
     try:
@@ -330,6 +332,43 @@ def load(source: Source) -> Model:
     except UnicodeDecodeError as error:
         raise ModelError(f"{path or 'the model'} has names that are not text: export or copy it again") from error
     return model
+
+
+def in_form_of(source: Source, model: Model) -> Any:
+    """The model as an object of the kind that `load` took: a Model for a path; it must be below 2 GiB for others."""
+    if isinstance(source, str | os.PathLike | Model):
+        return model
+    proto = model.complete_proto()
+    if isinstance(source, ModelProto):
+        return proto
+    if _is_of_onnx_ir(source):
+        return sys.modules["onnx_ir"].from_proto(proto)
+    import onnx_graphsurgeon as gs
+
+    return gs.import_onnx(proto)
+
+
+def _is_of_onnx_ir(source: Any) -> bool:
+    """Whether it is a model of onnx-ir, which somebody must have imported then."""
+    library = sys.modules.get("onnx_ir")
+    return library is not None and isinstance(source, library.Model)
+
+
+def _exported(source: Any) -> ModelProto:
+    """The proto of a model that another library holds."""
+    if _is_of_onnx_ir(source):
+        library = sys.modules["onnx_ir"]
+        proto: ModelProto = library.to_proto(library.external_data.load_to_model(source.clone()))
+        return proto
+    import onnx_graphsurgeon as gs
+
+    if not isinstance(source, gs.Graph):
+        raise TypeError(
+            "a model is a path, a ModelProto, an onnx_graphsurgeon.Graph or an onnx_ir.Model, "
+            f"not {type(source).__name__}"
+        )
+    made: ModelProto = gs.export_onnx(source)
+    return made
 
 
 @contextlib.contextmanager

@@ -8,7 +8,9 @@ from typing import Any
 
 from cpd_onnx import demo
 from cpd_onnx.bench import Setting
+from cpd_onnx.deploy import LEVELS
 from cpd_onnx.graph import PLACES
+from cpd_onnx.halves import HALVES
 from cpd_onnx.metrics import IGNORED, METRICS
 from cpd_onnx.passes.allocate import KINDS, SPREADS
 from cpd_onnx.passes.repair import SAMPLES as REPAIR_SAMPLES
@@ -16,6 +18,10 @@ from cpd_onnx.passes.score import SAMPLES, SCORERS
 from cpd_onnx.passes.sensitivity import SAMPLES as SENSITIVITY_SAMPLES
 from cpd_onnx.passes.sensitivity import SHARES
 from cpd_onnx.plots import SUFFIXES
+from cpd_onnx.profiles import profile_names
+from cpd_onnx.quantize import CALIBRATIONS
+from cpd_onnx.quantize import SAMPLES as CALIBRATED
+from cpd_onnx.sources import SYNTHETIC
 from cpd_onnx.version import __version__
 
 LOSSES = ("kl", "dist", "mse", "cosine")
@@ -36,10 +42,14 @@ def command_line() -> argparse.ArgumentParser:
     _add_apply(commands)
     _add_distill(commands)
     _add_compress(commands)
+    _add_sweep(commands)
+    _add_reproduce(commands)
+    _add_deploy(commands)
     _add_bench(commands)
     _add_table(commands)
     _add_demo(commands)
     _add_operators(commands)
+    _add_completion(commands)
     return parser
 
 
@@ -115,6 +125,7 @@ def _add_apply(commands: Any) -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("plan", type=Path)
     _add_output(parser)
+    _add_json(parser)
     _add_force(parser)
     parser.set_defaults(run="apply")
 
@@ -138,27 +149,142 @@ def _add_distill(commands: Any) -> None:
 
 
 def _add_compress(commands: Any) -> None:
-    parser = commands.add_parser("compress", help="prune and distill in turns until the target is met, and prove it")
+    parser = commands.add_parser(
+        "compress", help="all in one go: prune, repair, distill, prove, measure; with a report, a recipe and a manifest"
+    )
     parser.add_argument("model", type=Path)
     _add_output(parser)
     _add_target(parser, "macs", 0.5)
     parser.add_argument("--rounds", type=_positive, default=1, help="of pruning and distilling (default: 1)")
-    parser.add_argument("--data", help=f"training inputs: {DATA}")
-    _add_images(parser)
-    _add_choice(parser, "reconstruction", "optimal")
-    _add_repair(parser)
-    _add_latency(parser)
-    _add_keep(parser)
+    parser.add_argument("--like", type=Path, metavar="PLAN", help="remove what this plan removes, choose nothing")
+    _add_compression(parser)
     parser.add_argument("--plan", type=Path, help="where the plan goes (default: OUTPUT.plan.json)")
-    _add_training(parser)
-    _add_comparison(parser)
+    parser.add_argument(
+        "--report",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure, and write OUTPUT.report.html, .md and .json (default: yes)",
+    )
     _add_run(parser)
-    _add_evaluation(parser)
-    _add_input_shape(parser)
     _add_recipe(parser)
     _add_json(parser)
     _add_force(parser)
     parser.set_defaults(run="compress")
+
+
+def _add_compression(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", help=f"inputs to choose, repair and train with: {DATA} (default: none)")
+    _add_images(parser)
+    _add_choice(parser, None, "optimal with data, else uniform")
+    _add_repair(parser)
+    parser.add_argument(
+        "--distill",
+        action=argparse.BooleanOptionalAction,
+        help="train against the original (default: where there is data, and torch)",
+    )
+    parser.add_argument(
+        "--sensitivity",
+        action=argparse.BooleanOptionalAction,
+        help="show in the report what the outputs lose with each group (default: with data, up to 200 groups)",
+    )
+    _add_latency(parser)
+    _add_keep(parser)
+    _add_training(parser)
+    _add_comparison(parser)
+    _add_evaluation(parser)
+    _add_input_shape(parser)
+
+
+def _add_sweep(commands: Any) -> None:
+    parser = commands.add_parser(
+        "sweep", help="compress to several targets by the same scores, time all of them in turns, pick one"
+    )
+    parser.add_argument("model", type=Path)
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="where the files go")
+    parser.add_argument("--weights", choices=PLACES, default=PLACES[0], help="where they go (default: as-is)")
+    parser.add_argument(
+        "--targets", type=_targets, required=True, metavar="KIND=FRACTION,…", help="as in latency=0.7,0.5,0.3"
+    )
+    parser.add_argument(
+        "--most-lost", type=not_negative, metavar="NUMBER", help="pick the fastest that loses no more of the metric"
+    )
+    parser.add_argument("--jobs", type=_positive, help="models that are made at a time (default: one a core)")
+    parser.add_argument(
+        "--executor",
+        metavar="MODULE:FUNCTION",
+        help="gives a concurrent.futures.Executor that makes them elsewhere, with the same folders",
+    )
+    _add_compression(parser)
+    _add_recipe(parser)
+    _add_json(parser)
+    _add_force(parser)
+    parser.set_defaults(run="sweep")
+
+
+def _add_reproduce(commands: Any) -> None:
+    parser = commands.add_parser("reproduce", help="repeat the run of a manifest, and compare every byte")
+    parser.add_argument("manifest", type=Path)
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="where the files go")
+    parser.add_argument("--model", type=Path, help="the original, where it is not where it was")
+    parser.add_argument("--data", type=Path, help="the data, likewise")
+    parser.add_argument("--cost-table", dest="cost-table", type=Path, help="the cost table, likewise")
+    _add_json(parser)
+    _add_force(parser)
+    parser.set_defaults(run="reproduce")
+
+
+def _add_deploy(commands: Any) -> None:
+    parser = commands.add_parser(
+        "deploy", help="make a model ready for its target: sizes, opset, int8 or half floats, .ort; each step compared"
+    )
+    parser.add_argument("model", type=Path)
+    _add_output(parser)
+    _add_profile(parser, "its batch, opset and IR version, and how it quantises; says what it objects to")
+    parser.add_argument(
+        "--fix",
+        type=_sizes,
+        action="append",
+        default=[],
+        metavar="NAME=SIZE,SIZE",
+        help="shape of an input, or size of a symbolic axis; may be repeated",
+    )
+    parser.add_argument("--batch", type=_positive, metavar="N", help="samples at a time, for good")
+    parser.add_argument("--opset", type=_positive, metavar="N", help="convert to this operator set")
+    parser.add_argument("--ort", type=Path, metavar="FILE", help="write it in onnxruntime's own format too")
+    parser.add_argument(
+        "--ort-level",
+        choices=LEVELS,
+        default="extended",
+        help="how far onnxruntime optimises that; all: for processors like this one only (default: extended)",
+    )
+    int8 = parser.add_argument_group("int8", "QuantizeLinear and DequantizeLinear, by onnxruntime's quantiser")
+    int8.add_argument("--int8", action="store_true", help="quantise weights and activations; needs --data")
+    int8.add_argument("--data", help=f"inputs to calibrate and compare on: {DATA} (default: random, to compare only)")
+    int8.add_argument("--samples", type=_positive, metavar="N", help=f"to calibrate on (default: {CALIBRATED})")
+    int8.add_argument("--calibration", choices=CALIBRATIONS, help=f"default: {CALIBRATIONS[0]}")
+    int8.add_argument("--per-tensor", action="store_true", help="one scale for each weight, not for each channel")
+    int8.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="nodes, weights, tensors or operators that stay float (* and ? allowed); may be repeated",
+    )
+    int8.add_argument("--seed", type=_natural, default=0, help="of the choice of samples")
+    half = parser.add_argument_group("half floats")
+    half.add_argument("--half", choices=HALVES, help="bfloat16 is stored only, as onnxruntime cannot compute with it")
+    half.add_argument("--storage-only", action="store_true", help="store float16, compute in float32")
+    _add_images(parser)
+    _add_evaluation(parser)
+    _add_json(parser)
+    _add_force(parser)
+    parser.set_defaults(run="deploy", command=parser)
+
+
+def _add_profile(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--profile", metavar="NAME|FILE.toml", help=f"target, {', '.join(profile_names())} or yours: {what}"
+    )
 
 
 def _add_bench(commands: Any) -> None:
@@ -225,7 +351,8 @@ def _add_choice(parser: argparse.ArgumentParser, score: str | None, spread: str 
         help="the same share from each group; all channels compete; those of like groups do; or the widths that do the "
         f"least damage (default: {spread}; optimal for latency and with reconstruction)",
     )
-    parser.add_argument("--multiple", type=int, default=1, help="widths that remain are multiples of this")
+    parser.add_argument("--multiple", type=int, help="widths that remain are multiples of this (default: 1)")
+    _add_profile(parser, "sets --multiple; says what the target objects to")
     parser.add_argument(
         "--min-share", type=_share, default=0.0, metavar="SHARE", help="of each group that stays at least (default: 0)"
     )
@@ -388,11 +515,17 @@ def _add_demo(commands: Any) -> None:
 def _add_operators(commands: Any) -> None:
     parser = commands.add_parser("operators", help="list the operators that channels are followed through")
     parser.add_argument("--missing", action="store_true", help="the standard operators that they are not")
+    _add_json(parser)
+    _add_force(parser, "overwrite the JSON file")
     parser.set_defaults(run="operators")
 
 
-SYNTHETIC = "synthetic"
-"""Stands for data where there is none."""
+def _add_completion(commands: Any) -> None:
+    parser = commands.add_parser("completion", help="print what a shell reads to complete commands and options")
+    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    parser.set_defaults(run="completion")
+
+
 DATA = f".npz, folder of images, module:function, or {SYNTHETIC!r}"
 """What data may be."""
 
@@ -458,6 +591,13 @@ def _target(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(f"{text!r} is not KIND=FRACTION, as in macs=0.5") from error
 
 
+def _targets(text: str) -> tuple[tuple[str, float], ...]:
+    """One kind for all, or each with its own."""
+    kind, sign, fractions = text.partition("=")
+    parts = fractions.split(",") if sign else []
+    return tuple(_target(part if "=" in part else f"{kind}={part}") for part in parts or [text])
+
+
 def _shape(text: str) -> tuple[str, tuple[int, ...]]:
     name, _, sizes = text.rpartition(":")
     try:
@@ -467,6 +607,13 @@ def _shape(text: str) -> tuple[str, tuple[int, ...]]:
     if not name or min(shape) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME:SIZE,SIZE,… with sizes above 0")
     return name, shape
+
+
+def _sizes(text: str) -> tuple[str, tuple[int, ...]]:
+    name, _, sizes = text.rpartition("=")
+    if not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=SIZE,SIZE,…")
+    return name, tuple(_positive(size) for size in sizes.split(","))
 
 
 def _bounds(text: str) -> tuple[str, tuple[float, float]]:

@@ -83,6 +83,12 @@ class Plan:
         require_free(Path(path), overwrite=overwrite)
         write_atomically(Path(path), self.dumps().encode())
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from cpd_onnx import report  # which stands above
+
+        return report.as_html(report.plan_table(self))
+
 
 def _lines(value: Any) -> str:
     """JSON with a line for each entry; all in all the encoder of C, which indents nothing, is ten times as fast."""

@@ -23,15 +23,23 @@ def read(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     Raises CpdError if the file is no recipe for it.
     """
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        return parsed(path.read_text(encoding="utf-8"), parser, path)
     except OSError as error:
         raise CpdError(f"cannot read recipe {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise CpdError(f"{path} is no TOML file: {error}") from error
+
+
+def parsed(content: str, parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
+    """The same from the text of a recipe, which lies at `path`."""
+    try:
+        said = tomllib.loads(content)
+    except tomllib.TOMLDecodeError as error:
         raise CpdError(f"{path} is no TOML file: {error}") from error
     known = {action.dest: action for action in _options(parser)}
-    content.pop("made_by", None)
+    said.pop("made_by", None)
     values = {}
-    for key, value in content.items():
+    for key, value in said.items():
         action = known.get(key.replace("-", "_"))
         if action is None:
             raise CpdError(f"{path}: this command has no option {key!r}")
@@ -39,15 +47,22 @@ def read(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     return values
 
 
-def write(path: Path, options: argparse.Namespace, *, overwrite: bool) -> None:
-    """Put the options of a command on record."""
+def write(
+    path: Path, options: argparse.Namespace, *, overwrite: bool, command: argparse.ArgumentParser | None = None
+) -> None:
+    """Put the options of a command on record; those that another one has too, if that is given."""
     require_free(path, overwrite=overwrite)
+    write_atomically(path, text(options, command).encode())
+
+
+def text(options: argparse.Namespace, command: argparse.ArgumentParser | None = None) -> str:
+    """What `write` writes."""
     lines = [f'made_by = "cpd-onnx {__version__}"']
-    for action in _options(options.command):
-        value = getattr(options, action.dest)
+    for action in _options(command or options.command):
+        value = getattr(options, action.dest, None)
         if value is not None:
             lines.append(f"{action.dest.replace('_', '-')} = {_toml(value, action)}")
-    write_atomically(path, ("\n".join(lines) + "\n").encode())
+    return "\n".join(lines) + "\n"
 
 
 def _options(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:

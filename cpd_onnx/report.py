@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from html import escape
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from cpd_onnx.cost import CostModel
 from cpd_onnx.graph import Model
 from cpd_onnx.groups import Combed, Frozen
 from cpd_onnx.kept import Kept
-from cpd_onnx.plan import groups_of
+from cpd_onnx.plan import Plan, groups_of
 from cpd_onnx.rules.api import KERNEL_EXTENT, TABLE_ROWS
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ INSPECT_FORMAT = "cpd-onnx/inspect"
 RESULT_FORMAT = "cpd-onnx/result"
 _NO_CHANNELS = (KERNEL_EXTENT, TABLE_ROWS)
 """Reasons of axes that hold no channels: told last, or not at all."""
+FEW_REASONS = 5
+"""For keeping channels: how many are told where space is short."""
 _EXAMPLES = 3
 _LONGEST = 8
 """Operators of which `bench` says how much time they take."""
@@ -240,6 +243,91 @@ def values_table(values: Mapping[str, str]) -> Table:
         table.add_row(name, value)
     table.show_header = False
     return table
+
+
+def model_table(model: Model) -> Table:
+    """What a file holds, in a few rows."""
+    shapes = {
+        kind: ", ".join(f"{i.name} {_dims(i)}" for i in entries if not model.has(i.name))
+        for kind, entries in (("inputs", model.graph.input), ("outputs", model.graph.output))
+    }
+    return values_table({
+        "model": str(model.path or model.graph.name), "opset": str(model.opset),
+        "nodes": str(len(model.graph.node)), "initializers": str(len(model.graph.initializer)), **shapes,
+    })  # fmt: skip  # a table
+
+
+def _dims(entry: Any) -> str:
+    """The shape of an input or output, as the file has it."""
+    dims = entry.type.tensor_type.shape.dim
+    return f"[{', '.join(dim.dim_param or str(dim.dim_value or '?') for dim in dims)}]"
+
+
+def plan_table(plan: Plan) -> Table:
+    """What a plan takes away, in a few rows."""
+    content, removed = plan.content, plan.removed
+    asked = " ".join(f"{content['budget'].get(name)}" for name in ("kind", "target", "spread"))
+    costs = {
+        name: f"{count(content['before'][key])} -> {count(content['after'][key])}"
+        for name, key in (("MACs", "macs"), ("parameters", "params"))
+    }
+    return values_table({
+        "plan for": f"{content['source'].get('file', '')} ({plan.sha256[:12]}…)", "asked for": asked, **costs,
+        "groups pruned": f"{sum(map(bool, removed.values()))} of {len(removed)}",
+        "channels removed": str(sum(map(len, removed.values()))),
+    })  # fmt: skip  # a table
+
+
+def comparison_table(found: Comparison) -> Table:
+    """A comparison in a few rows."""
+    return values_table({
+        "outcome": "passed" if found.passed else "failed", "difference": f"{found.difference:.2g}",
+        "allowed": f"{found.allowed:.2g}", "by rounding alone": f"{found.noise:.2g}",
+        "by the removal itself": f"{found.effect:.2g}", "sets of inputs": str(found.runs),
+    })  # fmt: skip  # a table
+
+
+def state_table(state: State) -> Table:
+    """How far a model has come, in a few rows."""
+    values = {"model": str(state.original.path or state.original.graph.name)}
+    if state.combed is not None:
+        values["groups"] = str(len(state.combed.groups))
+    if state.allocation is not None:
+        before, after = state.allocation.before, state.allocation.after
+        values["MACs"] = f"{count(before.macs)} -> {count(after.macs)}"
+        values["parameters"] = f"{count(before.params)} -> {count(after.params)}"
+    if state.plan is not None:
+        values["edits"] = str(len(state.edits))
+        values["proof"] = proof_line(None if state.verification is None else comparison(state.verification))
+    if state.repaired is not None:
+        values["repair"] = repair_line(state.repaired)
+    if state.distilled is not None:
+        values["training"] = f"{state.distilled['steps']} steps"
+    return values_table(values)
+
+
+def as_html(*tables: Table) -> str:
+    """Tables for a notebook, with everything escaped.
+
+    >>> as_html(values_table({"a<b": "1"}))
+    '<table><tr><td style="text-align: left">a&lt;b</td><td style="text-align: right">1</td></tr></table>'
+    """
+    return "".join(map(_html, tables))
+
+
+def _html(table: Table) -> str:
+    places = [f' style="text-align: {column.justify}"' for column in table.columns]
+    heads = [str(column.header) for column in table.columns] if table.show_header else []
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    drawn = [_row("th", heads, places)] if heads else []
+    drawn += [_row("td", map(str, row), places) for row in rows]
+    caption = f"<caption>{escape(str(table.title))}</caption>" if table.title else ""
+    return f"<table>{caption}{''.join(drawn)}</table>"
+
+
+def _row(kind: str, cells: Iterable[str], places: Sequence[str]) -> str:
+    found = (f"<{kind}{place}>{escape(cell)}</{kind}>" for cell, place in zip(cells, places, strict=True))
+    return f"<tr>{''.join(found)}</tr>"
 
 
 def proof_line(found: Mapping[str, Any] | None) -> str:

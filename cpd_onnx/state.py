@@ -70,3 +70,9 @@ class State:
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the model as it is now; raises ModelError if the file exists and `overwrite` is not set."""
         self.model.save(path, overwrite=overwrite)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from cpd_onnx import report  # which stands above
+
+        return report.as_html(report.state_table(self))

@@ -127,6 +127,7 @@ class DistillResult:
         device: where it ran.
         restored: normalisations that were put back for the training.
         compared: inner tensors that were compared.
+        judged: updates done, and what the student then scored on held-out data.
 
     """
 
@@ -137,6 +138,7 @@ class DistillResult:
     device: str
     restored: int = 0
     compared: tuple[str, ...] = ()
+    judged: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -212,6 +214,7 @@ def distill(  # noqa: PLR0913  # what comes after the options is said by name, a
         if mode == "calibrate":
             folded.calibrate(module, (inputs for inputs, _ in itertools.islice(feed.batches(), _steps(feed, options))))
             losses: list[float] = []
+            judged: list[tuple[int, float]] = []
         else:
             if restored:
                 _begin(module, restored, teacher, feed, overlap)
@@ -227,11 +230,12 @@ def distill(  # noqa: PLR0913  # what comes after the options is said by name, a
                 held_out=None if watched is None else _held_out(student, watched, teacher, restored),
                 progress=progress,
             )
+            judged = trainer.judged
         after = folded.fold(module.onnx_state(), restored)
     values = {name: value for name, value in after.items() if value.tobytes() != before[name].tobytes()}
     seconds = time.perf_counter() - started
     return DistillResult(
-        values, tuple(losses), comparison.kinds, seconds, str(here.device), len(restored), tuple(hidden)
+        values, tuple(losses), comparison.kinds, seconds, str(here.device), len(restored), tuple(hidden), tuple(judged)
     )
 
 

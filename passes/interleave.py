@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from cpd_onnx.errors import DataError
 from cpd_onnx.graph import Model
@@ -40,15 +40,16 @@ class Interleave(DistillOptions, Iterate):
     def run(
         self,
         state: State,
-        observer: Callable[[int, DistillResult], None] | None = None,
+        observer: Callable[[Round, DistillResult], None] | None = None,
         progress: Callable[[Progress], None] | None = None,
         *,
         watched: Watched | None = None,
         traces: Traces | None = None,
+        **known: Any,
     ) -> State:
-        """As a pass; the observer is told the number of each round and what training gave, `progress` each step.
+        """As a pass; the observer is told of each round and what training gave, `progress` of each step.
 
-        The files of `traces` are made for each round, see `of_round`.
+        The files of `traces` are made for each round, see `of_round`; `known` goes to `in_rounds`.
         """
         if state.data is None:
             raise DataError("distillation needs data: give --data, or a source as `data`")
@@ -63,11 +64,11 @@ class Interleave(DistillOptions, Iterate):
             )  # fmt: skip  # what and how
             results.append(result)
             if observer is not None:
-                observer(made.number, result)
+                observer(made, result)
             return trained(made.small, replace(result, values=here.shared(result.values)))
 
         with world(self.device) as here:  # once for all rounds: processes that part do not find each other again
-            state = self.in_rounds(state, tuned, here.shared)
+            state = self.in_rounds(state, tuned, here.shared, **known)
         distilled = summary(results[-1]) | {
             "steps": sum(len(r.losses) for r in results),
             "seconds": round(sum(r.seconds for r in results), 2),

@@ -7,24 +7,29 @@ other weights, however many rounds there were.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from cpd_onnx.cost import CostModel
-from cpd_onnx.errors import DataError, TargetError
-from cpd_onnx.graph import Model
+from cpd_onnx.cost import CostModel, Costs
+from cpd_onnx.data import Source
+from cpd_onnx.errors import CpdError, DataError, TargetError
+from cpd_onnx.files import write_atomically
+from cpd_onnx.graph import Model, load
 from cpd_onnx.groups import Combed
 from cpd_onnx.kept import Kept
-from cpd_onnx.passes.allocate import Allocate, Allocation
+from cpd_onnx.passes.allocate import Allocate, Allocation, Chooser
 from cpd_onnx.passes.comb import comb
 from cpd_onnx.passes.prune import prune
 from cpd_onnx.passes.repair import SAMPLES as REPAIR_SAMPLES
 from cpd_onnx.passes.repair import RepairOptions, repair, summary
 from cpd_onnx.passes.score import Scores, score, scorer_of
-from cpd_onnx.plan import make_plan
+from cpd_onnx.plan import Plan, make_plan, match
 from cpd_onnx.state import State
 from cpd_onnx.weights import weight_array
 
@@ -47,6 +52,66 @@ class Round:
     combed: Combed
     kept: Kept
     small: Model
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """How far a round is before its weights are tuned.
+
+    Attributes:
+        chosen: what goes.
+        model: pruned and, if that is wanted, repaired; None where that is to be done again.
+        repaired: summary of the repair.
+    """
+
+    chosen: Allocation
+    model: Model | None
+    repaired: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Files with the stages of a run, so that one that was stopped goes on with what it has chosen and repaired.
+
+    Attributes:
+        path: what their names start with; the number of the round follows.
+        identity: what tells this run from others.
+    """
+
+    path: Path
+    identity: str
+
+    def files(self, number: int) -> tuple[Path, Path]:
+        """The files of one round: what was chosen, and the model."""
+        words, model = (self.path.with_name(f"{self.path.name}.{number}.{kind}") for kind in ("json", "onnx"))
+        return words, model
+
+    def save(self, number: int, stage: Stage) -> None:
+        """Write a stage; without its model where that is too large for one file."""
+        words, place = self.files(number)
+        if stage.model is not None and not stage.model.is_over_limit:
+            stage.model.save(place, overwrite=True, weights="inside")
+        content = {"identity": self.identity, "chosen": asdict(stage.chosen), "repaired": stage.repaired}
+        write_atomically(words, json.dumps(content).encode())
+
+    def load(self, number: int) -> Stage | None:
+        """Read a stage, if there is one; raises CpdError if it is that of another run."""
+        words, place = self.files(number)
+        if not words.exists():
+            return None
+        content = json.loads(words.read_text("utf-8"))
+        if content["identity"] != self.identity:
+            raise CpdError(f"{words} is of a run with another model or other options: start anew with --force")
+        chosen = content["chosen"]
+        costs = {name: Costs(**chosen[name]) for name in ("before", "after")}
+        allocation = Allocation(**chosen | costs | {"notes": tuple(chosen["notes"])})
+        return Stage(allocation, load(place) if place.exists() else None, content["repaired"])
+
+    def discard(self, rounds: int) -> None:
+        """Remove the files."""
+        for number in range(1, rounds + 1):
+            for file in self.files(number):
+                file.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -74,51 +139,98 @@ class Iterate(Allocate):
         self,
         state: State,
         tuned: Callable[[Round], Model],
-        shared: Callable[[Allocation], Allocation] = lambda chosen: chosen,
+        shared: Callable[[Any], Any] = lambda said: said,
+        *,
+        given: Plan | None = None,
+        stages: Stages | None = None,
     ) -> State:
         """Go through the rounds; `tuned` gives other weights to what each has made.
 
         Where several processes go together, rounding may let them choose differently: `shared` is what the first says.
+        A plan that is `given` is carried out, in one round, instead of choosing anything. What `stages` has on record
+        is not done again.
         """
-        if self.rounds < 1:
-            raise TargetError(f"{self.rounds} rounds make no sense: give 1 or more")
-        if self.repair and state.data is None:
-            raise DataError("a repair looks at samples: give --data, or a source as `data`")
+        self._check(state, given)
         original = now = comb(state.model, state.input_shapes)
-        chooser = self.chooser(original, state.input_shapes)
-        target, is_loss = self.budget, scorer_of(self.score).is_loss
-        removed: list[list[int]] = [[] for _ in original.groups]
-        repaired: dict[str, object] | None = None
+        choose = _Choice(self, state, original, given)
         for number in range(1, self.rounds + 1):
-            asked = {"labels": self.score_labels, "seed": self.seed}
-            scores = score(now, self.score, samples=self.samples, data=state.data, **asked)
-            share = 1 - (1 - target.fraction) * number / self.rounds
-            chosen = shared(_joined(chooser(now, _without(scores, removed), share, is_loss=is_loss), removed))
-            removed = chosen.removed
+            stage = stages.load(number) if stages else None
+            chosen = shared(stage.chosen if stage else choose(now, number))
             kept = Kept(now.atoms)
             kept.remove(chosen.channels(now))
-            chosen = replace(chosen, after=CostModel(now).total(kept))
             pruned = prune(now, chosen, state.input_shapes)
-            small = pruned.model
-            if self.repair:
-                assert state.data is not None
-                options = RepairOptions(samples=self.repair_samples, seed=self.seed)
-                made = repair(original, kept, small, state.data, options)
-                small, repaired = made.model, summary(made)
-            small = tuned(Round(number, now, kept, small))
+            if stage is None or stage.model is None:
+                stage = self._repaired(state.data, (original, kept), Stage(chosen, pruned.model))
+                if stages:
+                    stages.save(number, stage)
+            assert stage.model is not None
+            small, repaired = tuned(Round(number, now, kept, stage.model)), stage.repaired
+            choose.removed = chosen.removed
             if number < self.rounds:
                 now = comb(_enlarged(now, kept, small), state.input_shapes)
-        words: dict[str, Any] = target.as_words()
-        words |= {"latency": dict(chosen.latency)} if chosen.latency else {}
-        words |= {"rounds": self.rounds, "score": self.score, "seed": self.seed}
-        plan = make_plan(
-            original, removed, budget=words, before=chosen.before, after=chosen.after, input_shapes=state.input_shapes
-        )
+        plan = given or self._plan(original, chosen, state)
         plan.stamp(small)
         return replace(
-            state, model=small, combed=original, allocation=chosen, edits=pruned.edits, plan=plan, budget=words,
-            repaired=repaired,
+            state, model=small, combed=original, allocation=chosen, edits=pruned.edits, plan=plan,
+            budget=plan.content["budget"], repaired=repaired,
         )  # fmt: skip
+
+    def _check(self, state: State, given: Plan | None) -> None:
+        if self.rounds < 1:
+            raise TargetError(f"{self.rounds} rounds make no sense: give 1 or more")
+        if given is not None and self.rounds > 1:
+            raise TargetError(f"a plan is carried out in one round, not in {self.rounds}")
+        if self.repair and state.data is None:
+            raise DataError("a repair looks at samples: give --data, or a source as `data`")
+
+    def _repaired(self, data: Source | None, of: tuple[Combed, Kept], stage: Stage) -> Stage:
+        """The stage with the model's weights fitted to the original, if that is wanted."""
+        if not self.repair:
+            return stage
+        assert data is not None
+        assert stage.model is not None
+        options = RepairOptions(samples=self.repair_samples, seed=self.seed)
+        made = repair(*of, stage.model, data, options)
+        return replace(stage, model=made.model, repaired=summary(made))
+
+    def _plan(self, original: Combed, chosen: Allocation, state: State) -> Plan:
+        words: dict[str, Any] = self.budget.as_words()
+        words |= {"latency": dict(chosen.latency)} if chosen.latency else {}
+        words |= {"rounds": self.rounds, "score": self.score, "seed": self.seed}
+        costs = {"before": chosen.before, "after": chosen.after}
+        return make_plan(original, chosen.removed, budget=words, input_shapes=state.input_shapes, **costs)
+
+
+class _Choice:
+    """What goes in each round, by score and budget, or as a plan says.
+
+    What it takes to choose, a cost table perhaps, is made when something is chosen first.
+    """
+
+    def __init__(self, options: Iterate, state: State, original: Combed, given: Plan | None) -> None:
+        self.options, self.state, self.original, self.given = options, state, original, given
+        self.removed: list[list[int]] = [[] for _ in original.groups]
+
+    @cached_property
+    def chooser(self) -> Chooser:
+        return self.options.chooser(self.original, self.state.input_shapes)
+
+    def __call__(self, now: Combed, number: int) -> Allocation:
+        """The channels that are gone after this round; costs are those of the model as it is now, and of the rest."""
+        options = self.options
+        if self.given is not None:
+            removed, whole = match(now, self.given), CostModel(now).total(Kept(now.atoms))
+            chosen = Allocation([removed[group.id] for group in now.groups], whole, whole)
+        else:
+            asked = {"labels": options.score_labels, "seed": options.seed}
+            scores = score(now, options.score, samples=options.samples, data=self.state.data, **asked)
+            share = 1 - (1 - self.chooser.budget.fraction) * number / options.rounds
+            is_loss = scorer_of(options.score).is_loss
+            found = self.chooser(now, _without(scores, self.removed), share, is_loss=is_loss)
+            chosen = _joined(found, self.removed)
+        kept = Kept(now.atoms)
+        kept.remove(chosen.channels(now))
+        return replace(chosen, after=CostModel(now).total(kept))
 
 
 def _without(scores: list[Scores], removed: list[list[int]]) -> list[Scores]:

@@ -101,6 +101,15 @@ def sensitivity(
     return found
 
 
+def distance(original: Model, model: Model, data: Source, samples: int = SAMPLES) -> float:
+    """`ERROR` of a model whose outputs should be the original's, on so many samples.
+
+    Raises DataError if the data does not fit, UnsupportedError if onnxruntime does not run a model.
+    """
+    feeds = list(calibration(original.proto, data, samples))
+    return _error(_outputs(original, feeds), _outputs(model, feeds))
+
+
 def _widths(size: int, shares: Iterable[float]) -> list[int]:
     """Widths below the full one, the widest first."""
     return sorted({max(1, round(share * size)) for share in shares} - {size}, reverse=True)

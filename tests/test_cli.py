@@ -272,7 +272,9 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert accuracy["pruned, repaired, distilled"] > accuracy["random channels"]
     assert accuracy["pruned and repaired"] > accuracy["random channels"]
     assert content["verification"]["passed"]
-    assert files(tmp_path / "d") == {"digits.onnx", "digits_pruned.onnx", "digits_pruned.onnx.plan.json"}
+    models = {"digits.onnx", "digits_pruned.onnx", "digits_pruned.onnx.plan.json"}
+    assert files(tmp_path / "d") == models | {"report.html", "report.md", "report.json"}
+    assert list(content["report"]["accuracy"]["values"]) == ["original", "pruned and repaired", "distilled"]
     assert run("verify", tmp_path / "d" / "digits.onnx", tmp_path / "d" / "digits_pruned.onnx") == 0
 
 

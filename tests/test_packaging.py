@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from importlib import metadata, resources
@@ -21,6 +22,8 @@ from cpd_onnx.rules import unsupported_operators
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
+IS_UNPACKED = (ROOT / "PKG-INFO").exists()
+"""Whether this is a source distribution, which has no links."""
 
 
 def packages() -> set[str]:
@@ -37,7 +40,7 @@ def packages() -> set[str]:
 
 def test_listed_packages_are_the_folders() -> None:
     assert set(SETUPTOOLS["packages"]) == packages()
-    for name, folder in SETUPTOOLS["package-dir"].items():
+    for name, folder in SETUPTOOLS["package-dir"].items() if not IS_UNPACKED else ():
         link = ROOT / name.replace(".", "/")
         assert link.is_symlink()
         assert not link.readlink().is_absolute()
@@ -45,8 +48,8 @@ def test_listed_packages_are_the_folders() -> None:
 
 
 def test_files_that_are_no_code_are_there() -> None:
-    for name in ("py.typed", "plan.schema.json"):
-        assert name in SETUPTOOLS["package-data"]["cpd_onnx"]
+    for name in ("py.typed", "plan.schema.json", "report.schema.json", "templates/report.html"):
+        assert {name, f"{Path(name).parent}/*"} & set(SETUPTOOLS["package-data"]["cpd_onnx"])
         assert resources.files("cpd_onnx").joinpath(name).is_file()
     for name in ("digits.onnx", "digits_train.npz", "digits_test.npz"):
         assert resources.files("cpd_onnx.models").joinpath(name).is_file()
@@ -115,8 +118,41 @@ def test_wheel_holds_everything(tmp_path: Path) -> None:
         code = {path.relative_to(ROOT / folder).as_posix() for path in (ROOT / folder).rglob("*.py")}
         wanted = {f"{inside}/{name}" for name in code if not name.startswith(("passes/", "models/"))}
         assert wanted <= names
-    assert {"cpd_onnx/py.typed", "cpd_onnx/plan.schema.json", "cpd_onnx/models/digits.onnx"} <= names
+    templates = {f"cpd_onnx/templates/{path.name}" for path in (ROOT / "cpd_onnx" / "templates").iterdir()}
+    schemas = {"cpd_onnx/plan.schema.json", "cpd_onnx/report.schema.json"}
+    assert {"cpd_onnx/py.typed", "cpd_onnx/models/digits.onnx"} | schemas | templates <= names
     assert {name.split("/")[0] for name in names} == {"cpd_onnx", f"cpd_onnx-{cpd_onnx.__version__}.dist-info"}
+
+
+def repository() -> set[str]:
+    """Files that belong to the project, links aside: those of a source distribution where this is one."""
+    listed = sorted(ROOT.glob("*.egg-info/SOURCES.txt")) if IS_UNPACKED else []
+    if listed:
+        return {line for line in listed[0].read_text().split("\n") if line and ".egg-info" not in line}
+    command = ["git", "ls-files", "-co", "--exclude-standard"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        pytest.skip("neither a repository nor a source distribution")
+    return {name for name in done.stdout.splitlines() if (ROOT / name).is_file() and not (ROOT / name).is_symlink()}
+
+
+def test_source_distribution_is_the_repository(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools", minversion="77", reason="without network only an installed setuptools can build")
+    wanted, source = repository(), tmp_path / "source"
+    for name in wanted:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    for name, folder in SETUPTOOLS["package-dir"].items():  # as git has them
+        (source / name.replace(".", "/")).symlink_to(f"../{folder}")
+    line = [sys.executable, "-c", "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"]
+    subprocess.run([*line, str(tmp_path)], check=True, capture_output=True, cwd=source)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as stream:
+        entries = {Path(entry.name).as_posix().partition("/")[2]: entry for entry in stream if not entry.isdir()}
+    made = {name for name in entries if ".egg-info/" in name} | {"PKG-INFO", "setup.cfg"}
+    assert set(entries) - made == wanted
+    assert all(entry.isfile() for entry in entries.values())
 
 
 def commands() -> list[str]:

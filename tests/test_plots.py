@@ -91,7 +91,7 @@ def test_what_cannot_be_drawn_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(ValueError, match="points"):
         plots.sensitivity({"layer": []}, tmp_path / "b.svg", error_name="error", overwrite=False)
     monkeypatch.setattr(plots.util, "find_spec", lambda name: None)
-    with pytest.raises(cpd.UnsupportedError, match=r"pip install 'cpd-onnx\[plot\]'"):
+    with pytest.raises(cpd.UnsupportedError, match=r"pip install 'cpd-onnx\[report\]'"):
         plots.require(tmp_path / "b.svg")
 
 

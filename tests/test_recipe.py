@@ -24,7 +24,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def compress(folder: Path, name: str, *options: object) -> int:
-    return main([*map(str, ["compress", MODELS / "digits.onnx", "-o", folder / name, *options])])
+    return main([*map(str, ["compress", MODELS / "digits.onnx", "-o", folder / name, "--no-report", *options])])
 
 
 def test_a_recipe_repeats_a_run(folder: Path) -> None:
@@ -63,7 +63,9 @@ def test_what_is_wrong_with_a_recipe(folder: Path, text: str, message: str, caps
 
 
 def test_training_needs_data(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert compress(folder, "a.onnx") == 1
+    assert compress(folder, "a.onnx", "--distill") == 1
     assert "training needs inputs: give --data" in capsys.readouterr().err
+    assert compress(folder, "a.onnx", "--repair") == 1
+    assert "a repair needs inputs: give --data" in capsys.readouterr().err
     assert compress(folder, "a.onnx", "--recipe", folder / "none.toml") == 1
     assert "cannot read recipe" in capsys.readouterr().err

@@ -28,7 +28,7 @@ from cpd_onnx.training.world import World
 Array = npt.NDArray[Any]
 Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
-_CHECKPOINT = "cpd-onnx/checkpoint 1"
+_CHECKPOINT = "cpd-onnx/checkpoint 2"
 _CHECK_EVERY = 20
 """Updates on a GPU between two looks at the losses; each look waits for the device."""
 
@@ -133,6 +133,7 @@ class Trainer:
         self.average = [m.detach().clone() for m in self.weights.masters] if schedule.ema else []
         self.forward = world.parallel(module)
         self.losses: list[float] = []
+        self.judged: list[tuple[int, float]] = []
         self.best = _Best()
         self.start = 0
 
@@ -173,7 +174,8 @@ class Trainer:
                     if progress is not None:
                         progress(Progress(done, steps, self.losses[-1]))
                 if held_out is not None and (done % held_out.every == 0 or done == steps):
-                    log.judged(done, value := self._judge(held_out))
+                    self.judged.append((done, value := self._judge(held_out)))
+                    log.judged(done, value)
                     if held_out.patience and self._is_enough(value, held_out.patience):
                         break
                 late = self.world.any(time.monotonic() - written > traces.seconds) if traces.checkpoint else False
@@ -287,7 +289,7 @@ class Trainer:
         content = {
             "format": _CHECKPOINT, "identity": identity, "step": step, "module": self.module.state_dict(),
             "masters": [m.detach() for m in self.weights.masters], "optimizer": self.optimizer.state_dict(),
-            "average": self.average, "losses": self.losses, "kinds": dict(self.comparison.kinds),
+            "average": self.average, "losses": self.losses, "judged": self.judged, "kinds": dict(self.comparison.kinds),
             "distributions": sorted(self.comparison.distributions), "random": torch.get_rng_state(),
             "best": {"value": self.best.value, "misses": self.best.misses, "state": self.best.state},
         }  # fmt: skip  # a table
@@ -304,6 +306,7 @@ class Trainer:
         self.optimizer.load_state_dict(content["optimizer"])
         self.average = [tensor.to(self.world.device) for tensor in content["average"]]
         self.losses, self.start = list(content["losses"]), content["step"]
+        self.judged = list(content["judged"])
         self.comparison.kinds = content["kinds"]
         self.comparison.distributions = set(content["distributions"])
         self.best = _Best(**content["best"])

@@ -1,0 +1,207 @@
+"""Pruning and quantising together: accuracy, file size and latency of four trained models.
+
+    python benchmarks/int8.py --data DATA [--only gtsrb] [--work FOLDER] [--distill]
+    python benchmarks/int8.py --data DATA --work FOLDER --time
+    python benchmarks/int8.py --table
+
+DATA is a folder with `onnx/` and `load.py`, as `without_training.py` takes it, whose cases these are: half of the MACs
+(ESPNet 0.53), no training, 512 unlabelled images (ESPNet 64) for pruning, repair and calibration; all test images count.
+
+Each model is measured as it is, pruned (`cpd-onnx prune --data`), quantised (`cpd-onnx deploy --int8 --data`), and pruned,
+then quantised. One is also quantised first and pruned then, by L2, because nothing is fitted to weights of eight bits, and
+pruned to widths that are multiples of 8 (`--profile avx2`; multiples of 16 cannot reach half of its MACs).
+With --distill that model is trained too, for a few updates: pruned, trained, quantised beside pruned, quantised, trained.
+
+Latency: one thread, one sample (or as many as the model takes) at a time, all files of a model in turns, in changing
+order; medians of the processor's time of that thread, which other jobs do not add to, and of the time by the clock. --time
+takes the times of the files in FOLDER once more and leaves the rest. A run that was stopped goes on with those files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accuracy import HERE, command, images, macs, prepared
+from without_training import CASES, Case, calibration, tested
+
+from cpd_onnx.bench import machine
+from cpd_onnx.data import fixed_batch, inputs_of
+from cpd_onnx.graph import load
+from cpd_onnx.metrics import evaluate
+from cpd_onnx.runtime import execute, open_model
+
+BOTH_ORDERS = "gtsrb"
+"""The model that is also quantised first, and trained."""
+SECONDS = 20.0
+"""Of timing for each model."""
+RECIPE = ("--steps", 300, "--batch-size", 64, "--lr", 0.001, "--shift", 2, "--threads", 1)
+WAYS = {
+    "pruned": ("dense", "prune", ()),
+    "int8": ("dense", "deploy", ()),
+    "pruned, int8": ("pruned", "deploy", ()),
+    "int8, pruned": ("int8", "prune", ("--score", "l2", "--no-repair")),
+    "pruned in eights": ("dense", "prune", ("--profile", "avx2")),
+    "pruned in eights, int8": ("pruned in eights", "deploy", ()),
+    "pruned, distilled": ("pruned", "distill", ()),
+    "pruned, distilled, int8": ("pruned, distilled", "deploy", ()),
+    "pruned, int8, distilled": ("pruned, int8", "distill", ()),
+}
+"""From what a file is made, by which command, with which options besides the usual ones."""
+USUAL = ("pruned", "int8", "pruned, int8")
+
+
+def ways(name: str, *, distill: bool) -> list[str]:
+    more = [way for way in WAYS if way not in USUAL and (distill or "distilled" not in way)]
+    return [*USUAL, *(more if name == BOTH_ORDERS else [])]
+
+
+def made(way: str, files: dict[str, Path], case: Case, archive: Path, training: Path | None) -> float:
+    """Make one file through the command line; seconds that it took."""
+    source, verb, options = WAYS[way]
+    out, started = file_of(case, files["dense"].parent, way), time.perf_counter()
+    wish: tuple[Any, ...] = ("--data", archive, "--samples", case.samples)
+    if verb == "prune":
+        wish = (*wish, "--target", f"macs={case.target}", "--repair-samples", case.samples)
+    if verb == "deploy":
+        wish = (*wish, "--int8")
+    if verb == "distill":
+        wish = ("--data", training, *RECIPE)
+        command(verb, files["dense"], files[source], "-o", out, *wish, "--force")
+    else:
+        command(verb, files[source], "-o", out, *wish, *options, "--force")
+    files[way] = out
+    return time.perf_counter() - started
+
+
+def rows(
+    name: str, folder: Path, work: Path, known: dict[str, Any], *, distill: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """One row a file, also those that are known and whose files are there; what it takes in time once all are made."""
+    case = CASES[name]
+    original = folder / "onnx" / f"{case.model}.onnx"
+    (entry,) = inputs_of(load(original).proto)
+    test = tested(case, folder, entry.name, None)
+    archive, training = work / f"{case.model}_calibration.npz", None
+    np.savez(archive, **{entry.name: calibration(case, folder, entry.name)})
+    if distill and name == BOTH_ORDERS:
+        training = work / f"{case.model}_train.npz"
+        np.savez(training, **{entry.name: prepared(images(folder, case.data, "train")[0], case.data)})
+    files = {"dense": file_of(case, work, "dense")}
+    files["dense"].write_bytes(original.read_bytes())
+    found: dict[str, dict[str, Any]] = {}
+    for way in ["dense", *ways(name, distill=distill)]:
+        if way in known and file_of(case, work, way).exists():
+            files[way], found[way] = file_of(case, work, way), known[way]
+            continue
+        seconds = 0.0 if way == "dense" else made(way, files, case, archive, training)
+        scored = evaluate(load(files[way]).complete_proto(), test, case.metric)
+        found[way] = {
+            case.metric: round(scored, 4),
+            "macs": round(macs(files[way]) / macs(original), 4),
+            "bytes": files[way].stat().st_size,
+            "seconds": round(seconds, 1),
+        }
+        print(name, way, found[way], file=sys.stderr, flush=True)
+    times = timed(files, {entry.name: next(test.batches(fixed_batch([entry]) or 1))[entry.name]})
+    for way, row in found.items():
+        yield way, row | times[way]
+
+
+def timed(files: dict[str, Path], feed: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Medians of each file, in rounds of changing order; three runs of each do not count."""
+    rng = np.random.default_rng(0)
+    sessions = {way: open_model(load(path), threads=1) for way, path in files.items()}
+    for session in [*sessions.values()] * 3:
+        execute(session, feed)
+    taken: dict[str, list[tuple[float, float]]] = {way: [] for way in files}
+    end = time.perf_counter() + SECONDS
+    while time.perf_counter() < end or len(taken["dense"]) < 10:
+        for way in rng.permutation(list(sessions)):
+            start = time.thread_time(), time.perf_counter()
+            sessions[way].run(None, feed)
+            taken[way].append((time.thread_time() - start[0], time.perf_counter() - start[1]))
+    middle = {way: np.median(np.array(times), axis=0) for way, times in taken.items()}
+    return {
+        way: {
+            "cpu_ms": round(1e3 * float(cpu), 3), "of_dense": round(float(cpu / middle["dense"][0]), 3),
+            "clock_ms": round(1e3 * float(clock), 3), "runs": len(taken[way]),
+        }
+        for way, (cpu, clock) in middle.items()
+    }  # fmt: skip  # a table
+
+
+def again(name: str, folder: Path, work: Path, case: dict[str, Any]) -> dict[str, Any]:
+    """The rows with their times taken once more."""
+    files = {way: file_of(CASES[name], work, way) for way in case}
+    (entry,) = inputs_of(load(files["dense"]).proto)
+    test = tested(CASES[name], folder, entry.name, 64)
+    times = timed(files, {entry.name: next(test.batches(fixed_batch([entry]) or 1))[entry.name]})
+    return {way: row | times[way] for way, row in case.items()}
+
+
+def file_of(case: Case, work: Path, way: str) -> Path:
+    return work / f"{case.model}_{way.replace(', ', '_').replace(' ', '-')}.onnx"
+
+
+def show(content: dict[str, Any]) -> None:
+    print(
+        "| model | how | accuracy | change | file, kB | of dense | CPU ms | of dense |\n|---|---|---|---|---|---|---|---|"
+    )
+    for name, case in content["cases"].items():
+        metric = CASES[name].metric
+        dense = case["dense"]
+        for way, row in case.items():
+            change = "" if way == "dense" else f"{100 * (row[metric] - dense[metric]):+.1f}"
+            cells = (
+                name, way, f"{100 * row[metric]:.1f}", change, f"{row['bytes'] / 1e3:.0f}",
+                f"{row['bytes'] / dense['bytes']:.2f}", f"{row['cpu_ms']:.2f}", f"{row['of_dense']:.2f}",
+            )  # fmt: skip  # a row
+            print(f"| {' | '.join(cells)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--only", choices=CASES, action="append")
+    parser.add_argument("--work", type=Path, help="folder for the files that are made (default: none are kept)")
+    parser.add_argument("--distill", action="store_true", help=f"train {BOTH_ORDERS} too")
+    parser.add_argument("--time", action="store_true", help="take the times of the files in --work again, nothing else")
+    parser.add_argument("--table", action="store_true", help="print what was measured before, and run nothing")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "int8.json")
+    options = parser.parse_args()
+    content = json.loads(options.out.read_text()) if options.out.exists() else {"cases": {}}
+    if options.table:
+        show(content)
+        return
+    if options.data is None:
+        parser.error("give --data, or --table")
+    if options.time and options.work is None:
+        parser.error("--time needs the files of an earlier run: give --work")
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    line = f"python benchmarks/int8.py {' '.join(Path(word).name for word in sys.argv[1:])}"
+    content |= {"machine": machine(), "commit": commit, "timed_by" if options.time else "command": line}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.only or (content["cases"] if options.time else CASES):
+            work = options.work or Path(folder)
+            content["cases"][name] = (
+                again(name, options.data, work, content["cases"][name])
+                if options.time
+                else dict(rows(name, options.data, work, content["cases"].get(name, {}), distill=options.distill))
+            )
+            content.setdefault("load_average_while_timed", {})[name] = round(os.getloadavg()[0], 1)
+            options.out.write_text(json.dumps(content, indent=1) + "\n")
+    show(content)
+
+
+if __name__ == "__main__":
+    main()

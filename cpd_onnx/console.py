@@ -1,0 +1,232 @@
+"""What the commands share: how options become arguments, where files go, and the two streams."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from cpd_onnx import sources
+from cpd_onnx.data import ImageOptions, Source
+from cpd_onnx.errors import CpdError, DataError, ModelError, TargetError, UnsupportedError
+from cpd_onnx.files import locked, replacing, require_free, write_atomically
+from cpd_onnx.graph import Model, load
+from cpd_onnx.metrics import OF_TWO_MODELS, evaluate
+from cpd_onnx.options import DATA, LOSSES, TRAINING, not_negative
+from cpd_onnx.passes.allocate import KINDS
+from cpd_onnx.plan import Plan
+from cpd_onnx.profiles import load_profile, problems
+
+_PIPE_WIDTH = 120
+"""Columns of tables that no terminal shows."""
+
+
+def _console(*, stderr: bool = False) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
+    return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
+
+
+out = _console()
+err = _console(stderr=True)
+
+
+# What commands share: files.
+
+
+def read_model(path: Path, shapes: Sequence[tuple[str, tuple[int, ...]]] = ()) -> Model:
+    """Load a model; a shape for an input that it has not is an error."""
+    model = load(path)
+    known = {info.name for info in model.graph.input}
+    for name, _ in shapes:
+        if name not in known:
+            raise DataError(f"--input-shape names {name!r}, but the inputs are {', '.join(sorted(known))}")
+    return model
+
+
+def source_of(data: str | None, model: Model, options: argparse.Namespace) -> Source | None:
+    """Where samples for a model come from, if data is named."""
+    images = ImageOptions(
+        options.image_mean, options.image_std, options.image_scale, options.image_order, options.image_size,
+        options.image_resize,
+    )  # fmt: skip  # the fields in order
+    shapes = dict(getattr(options, "input_shape", ()))
+    return None if data is None else sources.source_of(data, model, shapes, images)
+
+
+def required_source(model: Model, options: argparse.Namespace) -> Source:
+    """The same for `--data`; raises DataError if there is none."""
+    source = source_of(options.data, model, options)
+    if source is None:
+        raise DataError(f"training needs inputs: give --data, {DATA}")
+    return source
+
+
+def recipe_path_of(options: argparse.Namespace) -> Path:
+    """Where the options that made a file are put on record."""
+    output: Path = options.output
+    return output.with_name(f"{output.name}.recipe.toml")
+
+
+def plan_path_of(path: Path) -> Path:
+    """Where the plan of a file lies."""
+    return path.with_name(f"{path.name}.plan.json")
+
+
+def require_outputs(options: argparse.Namespace, *paths: Path, reads: Sequence[Path] = ()) -> None:
+    """Refuse before the work starts: files that are there, folders that are not, one file for two things.
+
+    Only the model that is written may, with --force, replace one that is read.
+    """
+    beside = [getattr(options, name, None) for name in ("json", "plot")]
+    written = [*paths, *(Path(name) for name in beside if name not in (None, "-"))]
+    for place, path in enumerate(written):
+        require_free(path, overwrite=options.force)
+        others = [*written[:place], *(reads if place or not paths else ())]
+        if any(path.absolute() == other.absolute() for other in others):
+            raise ModelError(f"{path} is named for two things: choose another name")
+
+
+def write_both(options: argparse.Namespace, model: Model, plan: Plan, plan_path: Path) -> None:
+    """Write the model and its plan; if one cannot be written, neither is, and what was there stays."""
+    require_free(plan_path, overwrite=options.force)
+    with locked(options.output.parent), replacing(plan_path) as stream:
+        stream.write(plan.dumps().encode())
+        model.save(options.output, overwrite=options.force, weights=options.weights)
+
+
+def write_json(options: argparse.Namespace, content: dict[str, Any]) -> bool:
+    """Write the result as JSON if asked to; whether that went to standard output."""
+    if not options.json:
+        return False
+    text = json.dumps(content, indent=1) + "\n"
+    if options.json == "-":
+        sys.stdout.write(text)
+        return True
+    write_atomically(Path(options.json), text.encode())
+    return False
+
+
+def progress_line(*columns: BarColumn) -> Progress:
+    """A line on a terminal that says what is being done; nothing elsewhere."""
+    shown = (SpinnerColumn(), TextColumn("{task.description}"), *columns, TimeElapsedColumn())
+    return Progress(*shown, console=err, transient=True, disable=not err.is_terminal)
+
+
+# What they share: options.
+
+
+def wish_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of `Allocate` that the command line gives."""
+    kind, fraction = options.target
+    if kind not in KINDS:
+        raise TargetError(f"no target is called {kind!r}: choose one of {', '.join(KINDS)}")
+    names = [
+        "spread", "multiple", "min_share", "max_share", "latency_threads", "latency_batch", "latency_provider",
+        "cost_table",
+    ]  # fmt: skip  # a table
+    wish = {kind: fraction, **{name: getattr(options, name) for name in names}, "keep": tuple(options.keep)} | {
+        "widths": tuple(options.width)
+    }
+    if wish["multiple"] is None:
+        wish["multiple"] = 1 if options.profile is None else load_profile(options.profile).multiple
+    return wish
+
+
+def objections(options: argparse.Namespace, model: Model) -> list[str]:
+    """What the target of `--profile` objects to in a model; nothing where none is named."""
+    if options.profile is None:
+        return []
+    profile = load_profile(options.profile)
+    return [f"{profile.name} objects: {sentence}" for sentence in problems(model, profile)]
+
+
+def training_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `DistillOptions` that the command line gives."""
+    return {name: getattr(options, name) for name in TRAINING} | {
+        "freeze": tuple(options.freeze),
+        "losses": dict(_pairs(options.loss, _loss_kind)),
+        "output_weights": dict(_pairs(options.weight, not_negative)),
+    }
+
+
+def _pairs(texts: Sequence[str], read: Callable[[str], Any]) -> Iterator[tuple[str, Any]]:
+    """OUTPUT=VALUE options; the last = counts, names may hold others."""
+    for text in texts:
+        name, sign, value = text.rpartition("=")
+        if not sign or not name:
+            raise CpdError(f"{text!r} should be OUTPUT=VALUE")
+        try:
+            yield name, read(value)
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise CpdError(f"{text!r}: {error}") from error
+
+
+def _loss_kind(text: str) -> str:
+    if text not in LOSSES:
+        raise ValueError(f"a loss is one of {', '.join(LOSSES)}")
+    return text
+
+
+def checkpoint_of(options: argparse.Namespace) -> Path:
+    """Where a run that is stopped leaves what it has done."""
+    path: Path | None = options.checkpoint
+    return path or Path(f"{options.output}.checkpoint")
+
+
+def traces_of(options: argparse.Namespace) -> Any:
+    """What the run leaves behind while it goes on."""
+    return distill_module().Traces(
+        checkpoint_of(options), options.checkpoint_seconds, options.resume, options.log, options.tensorboard
+    )
+
+
+def require_new_run(options: argparse.Namespace, *checkpoints: Path) -> None:
+    """Refuse to lose what an unfinished run has done."""
+    for path in checkpoints:
+        if path.exists() and not (options.resume or options.force):
+            raise CpdError(f"{path} holds an unfinished run: go on with --resume, or start anew with --force")
+
+
+def watched_on(options: argparse.Namespace, model: Model) -> Any:
+    """The data to judge the student on while it trains, if any."""
+    source = source_of(options.watch, model, options)
+    if source is None:
+        return None
+    return distill_module().Watched(source, options.metric, options.watch_every, options.patience)
+
+
+def evaluated(options: argparse.Namespace, models: dict[str, Model], teacher: Model) -> dict[str, float]:
+    """What the models score on the data for that, by name; nothing where there is no such data."""
+    source = source_of(options.eval, teacher, options)
+    if source is None:
+        return {}
+    reference = teacher.complete_proto() if options.metric in OF_TWO_MODELS else None
+    return {
+        name: evaluate(model.complete_proto(), source, options.metric, reference=reference)
+        for name, model in models.items()
+    }
+
+
+def distill_module() -> ModuleType:
+    """`cpd_onnx.passes.distill`; raises UnsupportedError if there is no torch."""
+    try:
+        from cpd_onnx.passes import distill
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise UnsupportedError("distillation needs torch: pip install 'cpd-onnx[torch]'") from error
+    return distill
+
+
+def is_first_process() -> bool:
+    """Whether this is the only process of a training run, or the first one that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
