@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -52,10 +52,12 @@ _SAMPLES = 256
 """Samples on which answers are compared with the original's, where there is nothing better."""
 _SENSITIVITY = sensitivity.SensitivityOptions((0.5, 0.0), samples=32, repair=False)
 """What the report shows of it: two widths of each group, nothing fitted anew."""
+_FEW = 8
+"""Samples where so many take too long."""
+_PATIENCE = 60.0
+"""Seconds, about, that it may take without being asked for."""
 _WORTH = 0.6
 """Of the share of work that went, what should be gone of the time."""
-_MOST_GROUPS = 200
-"""Groups up to which that is measured unless it is asked for."""
 
 
 @dataclass(frozen=True)
@@ -281,12 +283,17 @@ def _worse(accuracy: Mapping[str, Any] | None, label_weight: float) -> Iterator[
 def _sensitivity(
     options: argparse.Namespace, made: compression.Compressed, source: Source | None
 ) -> dict[str, Any] | None:
-    combed = made.state.need("combed", "prune")
-    wanted = len(combed.groups) <= _MOST_GROUPS if options.sensitivity is None else options.sensitivity
-    if source is None or not wanted:
+    """What the outputs lose with each group: on fewer samples, or not at all, where that takes long."""
+    if source is None or options.sensitivity is False:
         return None
-    scores = score(combed, "l2")
-    found = sensitivity.sensitivity(combed, scores, source, _SENSITIVITY)
+    combed, original = made.state.need("combed", "prune"), made.state.original
+    started = time.perf_counter()
+    sensitivity.distance(original, original, source, _FEW)
+    whole = len(combed.groups) * (time.perf_counter() - started)  # two runs of the model for two widths
+    if whole > _PATIENCE and not options.sensitivity:
+        return None
+    samples = _SENSITIVITY.samples if whole * _SENSITIVITY.samples / _FEW <= _PATIENCE else _FEW
+    found = sensitivity.sensitivity(combed, score(combed, "l2"), source, replace(_SENSITIVITY, samples=samples))
     return {"error": sensitivity.ERROR, "groups": sensitivity.as_json(found)}
 
 

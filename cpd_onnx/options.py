@@ -185,7 +185,7 @@ def _add_compression(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sensitivity",
         action=argparse.BooleanOptionalAction,
-        help="show in the report what the outputs lose with each group (default: with data, up to 200 groups)",
+        help="show in the report what the outputs lose with each group (default: with data, if it takes a minute)",
     )
     _add_latency(parser)
     _add_keep(parser)
