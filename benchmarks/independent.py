@@ -3,7 +3,8 @@
     python benchmarks/independent.py ORIGINAL SMALL [--data TEST.npz --metric top1|miou] [--seconds 6]
 
 Prints JSON: for both files size, what the test data says (labels in `labels`; 255 does not count), the median
-milliseconds of a run (in turns, one thread), and whether onnx's full check and onnxruntime accept them.
+milliseconds of a run (in turns, one thread). onnx's checker, its full check where the original passes that, and
+onnxruntime must accept both.
 """
 
 from __future__ import annotations
@@ -25,6 +26,14 @@ TYPES = {
 }
 FREE = 64
 """Size of a free axis of images, rounded up to what detectors divide by."""
+
+
+def is_valid(path: Path) -> bool:
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError):
+        return False
+    return True
 
 
 def opened(path: Path) -> ort.InferenceSession:
@@ -89,8 +98,9 @@ def main() -> None:
     parser.add_argument("--metric", choices=("top1", "miou"), default="top1")
     parser.add_argument("--seconds", type=float, default=6.0)
     options = parser.parse_args()
+    is_full = is_valid(options.files[0])  # what the original does not pass is not asked of the other
     for path in options.files:
-        onnx.checker.check_model(str(path), full_check=True)
+        onnx.checker.check_model(str(path), full_check=is_full)
     sessions = [opened(path) for path in options.files]
     arrays = dict(np.load(options.data)) if options.data else {}
     names = [entry.name for entry in sessions[0].get_inputs()]

@@ -243,6 +243,8 @@ def test_distill_writes_into_the_same_initializers(tmp_path: Path, capsys: pytes
             data,
             "--steps",
             30,
+            "--threads",
+            1,
             "--batch-norm",
             "train",
             "--lr",

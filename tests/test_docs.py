@@ -278,6 +278,8 @@ def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     run = Run(page, tmp_path)
     if "distill" in page.read_text() or "import torch" in page.read_text():
         pytest.importorskip("torch")
+    for name in [Path(block.file).stem for block in blocks(page.read_text()) if block.file]:
+        monkeypatch.delitem(sys.modules, name, raising=False)  # another test may have a module of that name
     before = set(sys.modules)
     tables = [(table, dict(table)) for table in (RULES, SCORERS)]
     monkeypatch.chdir(tmp_path)
