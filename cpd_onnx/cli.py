@@ -15,7 +15,7 @@ from rich.progress import BarColumn
 
 from cpd_onnx import cli_deploy, demo, pipeline, plots, recipe, report
 from cpd_onnx.bench import Setting, bench
-from cpd_onnx.cli_compress import can_draw, compress, write_page
+from cpd_onnx.cli_compress import compress, page_kinds, write_page
 from cpd_onnx.cli_reproduce import reproduce
 from cpd_onnx.cli_sweep import sweep
 from cpd_onnx.console import (
@@ -371,7 +371,7 @@ def _latency(options: argparse.Namespace) -> None:
 def _demo(options: argparse.Namespace) -> None:
     require_outputs(options)
     folder = options.out or Path(tempfile.mkdtemp(prefix="cpd-onnx-demo-"))
-    pages = [folder / f"report.{kind}" for kind in ("json", *(("md", "html") if can_draw() else ()))]
+    pages = [folder / f"report.{kind}" for kind in page_kinds()]
     if options.out is not None and options.out.is_dir():
         require_outputs(options, *pages)
     kind, fraction = options.target

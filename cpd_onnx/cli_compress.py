@@ -1,4 +1,4 @@
-"""What `compress` and `reproduce` do."""
+"""What `compress` does."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import util
 from pathlib import Path
@@ -18,7 +18,6 @@ from cpd_onnx import compression, manifest, recipe, report
 from cpd_onnx.bench import Bench, Setting, bench
 from cpd_onnx.console import (
     checkpoint_of,
-    evaluated,
     is_first_process,
     objections,
     out,
@@ -28,6 +27,7 @@ from cpd_onnx.console import (
     recipe_path_of,
     require_new_run,
     require_outputs,
+    scored,
     source_of,
     traces_of,
     training_of,
@@ -79,8 +79,7 @@ def _places(options: argparse.Namespace) -> _Places:
         output: Path = options.output
         return output.with_name(f"{output.name}.{ending}")
 
-    kinds = ["json", *(["html", "md"] if can_draw() else [])] if options.report else []
-    pages = tuple(beside(f"report.{kind}") for kind in kinds)
+    pages = tuple(beside(f"report.{kind}") for kind in (page_kinds() if options.report else ()))
     plan = options.plan or plan_path_of(options.output)
     return _Places(options.output, plan, recipe_path_of(options), manifest.place_of(options.output), pages)
 
@@ -88,6 +87,11 @@ def _places(options: argparse.Namespace) -> _Places:
 def can_draw() -> bool:
     """Whether there is what makes pages and figures, the extra "report"."""
     return all(util.find_spec(name) for name in ("jinja2", "matplotlib"))
+
+
+def page_kinds() -> tuple[str, ...]:
+    """The forms that a report can be written in here."""
+    return ("json", "md", "html") if can_draw() else ("json",)
 
 
 def compress(options: argparse.Namespace) -> None:
@@ -193,17 +197,17 @@ def _reported(
     """The report; what cannot be measured is said in its notes."""
     model, small = made.state.original, made.state.model
     notes: list[str] = []
-    timed: Bench | None = None
-    found: dict[str, Any] | None = None
+    found: Bench | None = None
+    lost: dict[str, Any] | None = None
     if options.report:
         try:
-            timed = _timed(options, source, model)
+            found = timed(options, source, model, [options.output], _BENCH_SECONDS)
         except CpdError as error:
             notes.append(f"latency was not measured: {error}")
-        found = _sensitivity(options, made, source)
+        lost = _sensitivity(options, made, source)
     bytes_ = {"before": report.size_of(model, options.model), "after": report.size_of(small, options.output)}
     content = compression.content(
-        made, bench=timed, accuracy=_accuracy(options, made, source), sensitivity=found, bytes=bytes_,
+        made, bench=found, accuracy=_accuracy(options, made, source), sensitivity=lost, bytes=bytes_,
         advice=compression.advice(data=options.data, has_labels=options.eval is not None),
     )  # fmt: skip  # a table
     content["notes"] += [
@@ -217,14 +221,16 @@ def _reported(
     return content
 
 
-def _timed(options: argparse.Namespace, source: Source | None, model: Model) -> Bench:
-    """Both files side by side, under the conditions that a latency target has."""
+def timed(
+    options: argparse.Namespace, source: Source | None, model: Model, others: Iterable[Path], seconds: float
+) -> Bench:
+    """The original and what was made of it side by side, under the conditions that a latency target has."""
     if model.is_over_limit:
         raise UnsupportedError("the model is over 2 GiB; 'cpd-onnx bench' loads it all the same")
     feed = None if source is None else next(calibration(model.proto, source, 1, batch=options.latency_batch or 1))
     setting = Setting(options.latency_batch, options.latency_threads, options.latency_provider)
     return bench(
-        [options.model, options.output], settings=[setting], seconds=_BENCH_SECONDS,
+        [options.model, *others], settings=[setting], seconds=seconds,
         input_shapes=dict(options.input_shape), feed=feed,
     )  # fmt: skip  # what and how
 
@@ -244,9 +250,10 @@ def _accuracy(
         models["distilled"] = small
     if options.eval is not None:
         data = source_of(options.eval, original, options)
+        assert data is not None
         on = "the original's answers" if options.metric in OF_TWO_MODELS else "labels"
-        values = evaluated(options, models, original)
-        return {"metric": options.metric, "on": on, "samples": data.count if data else None, "values": values}
+        values = scored(options, data, models, original)
+        return {"metric": options.metric, "on": on, "samples": data.count, "values": values}
     if source is None:
         return None
     values = {name: sensitivity.distance(original, model, source, _SAMPLES) for name, model in models.items()}

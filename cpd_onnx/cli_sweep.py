@@ -15,10 +15,10 @@ from rich.progress import BarColumn
 from rich.table import Table
 
 from cpd_onnx import compression, manifest, plots, recipe, report
-from cpd_onnx.bench import Bench, Setting, bench
-from cpd_onnx.cli_compress import can_draw, choice_of, compressed, write_page
+from cpd_onnx.bench import Bench
+from cpd_onnx.cli_compress import can_draw, choice_of, compressed, page_kinds, timed, write_page
 from cpd_onnx.console import out, progress_line, read_model, require_outputs, source_of, write_json
-from cpd_onnx.data import Source, calibration, imported
+from cpd_onnx.data import Source, imported
 from cpd_onnx.errors import CpdError, TargetError
 from cpd_onnx.graph import Model
 from cpd_onnx.options import command_line
@@ -71,7 +71,7 @@ def sweep(options: argparse.Namespace) -> None:
     targets = _targets(options.targets)
     options.target = next(iter(targets.values()))
     files = {name: folder / f"{name}.onnx" for name in targets}
-    pages = [folder / f"sweep.{kind}" for kind in ("json", *(("html", "md", "svg") if can_draw() else ()))]
+    pages = [folder / f"sweep.{kind}" for kind in (*page_kinds(), *(["svg"] if can_draw() else []))]
     folder.mkdir(parents=True, exist_ok=True)
     require_outputs(options, *files.values(), *pages, reads=[options.model])
     executor = _executor(options)
@@ -85,13 +85,7 @@ def sweep(options: argparse.Namespace) -> None:
         for content in _made(options, files, plans, executor):
             made.append(content)
             line.update(task, advance=1)
-    found = bench(
-        [options.model, *files.values()],
-        settings=[Setting(options.latency_batch, options.latency_threads, options.latency_provider)],
-        seconds=_SECONDS * (1 + len(files)),
-        input_shapes=dict(options.input_shape),
-        feed=None if source is None else next(calibration(model.proto, source, 1, batch=options.latency_batch or 1)),
-    )
+    found = timed(options, source, model, files.values(), _SECONDS * (1 + len(files)))
     content = _content(options, _points(options, files, made, found), made, found)
     for path in pages:
         if path.suffix == ".svg":
@@ -99,7 +93,7 @@ def sweep(options: argparse.Namespace) -> None:
         else:
             write_page(path, content)
     if not write_json(options, content):
-        _show(content, pages)
+        _show(content, [path for path in pages if path.suffix != ".svg" or content["sweep"]["metric"] is not None])
 
 
 def _targets(said: Sequence[tuple[str, float]]) -> dict[str, tuple[str, float]]:
@@ -219,8 +213,8 @@ def _content(
     dense = Point("the original", options.model, whole, None, **costs, ms=found.timings[0].p50, ratio=1.0)
     pairs = zip(points, made, strict=True)
     return {
-        "format": compression.REPORT_FORMAT,
-        "version": 1,
+        "format": report.REPORT_FORMAT,
+        "version": report.REPORT_VERSION,
         "title": options.model.name,
         "source": first["source"],
         "sweep": {

@@ -27,7 +27,6 @@ from cpd_onnx.state import State
 if TYPE_CHECKING:
     from cpd_onnx.passes.distill import DistillResult, Progress, Traces, Watched
 
-REPORT_FORMAT = "cpd-onnx/report"
 _NO_DATA = (
     "no data: the channels went by their weights alone and nothing was fitted to make up for them. With --data, some "
     "hundred unlabelled inputs, those go that the rest can make up for, the rest is fitted to the original, and "
@@ -212,8 +211,8 @@ def content(
     proof = report.comparison(made.found.comparison)
     proof |= {"is_replay": made.found.is_replay, "trained": len(made.found.trained)}
     return {
-        "format": REPORT_FORMAT,
-        "version": 1,
+        "format": report.REPORT_FORMAT,
+        "version": report.REPORT_VERSION,
         "title": source.name if source else "",
         "source": {"file": source.name if source else "", "sha256": plan.sha256},
         "budget": dict(plan.content["budget"]),

@@ -207,8 +207,11 @@ def watched_on(options: argparse.Namespace, model: Model) -> Any:
 def evaluated(options: argparse.Namespace, models: dict[str, Model], teacher: Model) -> dict[str, float]:
     """What the models score on the data for that, by name; nothing where there is no such data."""
     source = source_of(options.eval, teacher, options)
-    if source is None:
-        return {}
+    return {} if source is None else scored(options, source, models, teacher)
+
+
+def scored(options: argparse.Namespace, source: Source, models: dict[str, Model], teacher: Model) -> dict[str, float]:
+    """What the models score on some data, by name."""
     reference = teacher.complete_proto() if options.metric in OF_TWO_MODELS else None
     return {
         name: evaluate(model.complete_proto(), source, options.metric, reference=reference)

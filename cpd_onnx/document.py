@@ -13,13 +13,12 @@ from importlib import resources, util
 from typing import TYPE_CHECKING, Any
 
 from cpd_onnx.errors import UnsupportedError
+from cpd_onnx.report import REPORT_FORMAT, REPORT_VERSION
 from cpd_onnx.sections import Page, Picture, page
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-FORMAT = "cpd-onnx/report"
-VERSION = 1
 _SPECIAL = re.compile(r"([\\`*_\[\]<|~$&])")
 """What Markdown takes for more than a letter."""
 _NUMBERED = re.compile(r"^(\d+)([.)])(?=\s|$)")
@@ -57,8 +56,11 @@ def markdown(content: Mapping[str, Any]) -> str:
 def check(content: Mapping[str, Any]) -> None:
     """Raise ValueError where the content says that it is something else than a report of this version."""
     given = content.get("format"), content.get("version")
-    if given != (FORMAT, VERSION):
-        raise ValueError(f"a report has format {FORMAT!r} and version {VERSION}, not {given[0]!r} and {given[1]!r}")
+    wanted = REPORT_FORMAT, REPORT_VERSION
+    if given != wanted:
+        raise ValueError(
+            f"a report has format {wanted[0]!r} and version {wanted[1]}, not {given[0]!r} and {given[1]!r}"
+        )
 
 
 def schema() -> dict[str, Any]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 INSPECT_FORMAT = "cpd-onnx/inspect"
 RESULT_FORMAT = "cpd-onnx/result"
+REPORT_FORMAT, REPORT_VERSION = "cpd-onnx/report", 1
 _NO_CHANNELS = (KERNEL_EXTENT, TABLE_ROWS)
 """Reasons of axes that hold no channels: told last, or not at all."""
 FEW_REASONS = 5

@@ -275,8 +275,10 @@ def test_a_sweep_makes_all_and_picks_one(folder: Path, importable: str, capsys: 
     assert run(*asked) == 1
 
 
-def test_a_sweep_is_made_in_processes(folder: Path) -> None:
+def test_a_sweep_is_made_in_processes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("sweep", "digits.onnx", "-o", "out", "--targets", "macs=0.6,0.3", "--jobs", 2) == 0
+    written = capsys.readouterr().out.split("wrote ")[1].split(", ")
+    assert all((folder / name.strip()).exists() for name in written)
     names = ("macs=0.6.onnx", "macs=0.3.onnx")
     assert all((folder / "out" / name).exists() for name in names)
     assert run("prune", "digits.onnx", "-o", "a.onnx", "--target", "macs=0.3") == 0
