@@ -386,8 +386,9 @@ def _demo(options: argparse.Namespace) -> None:
     for page in pages:
         write_page(page, content["report"])
     if not write_json(options, content):
+        to_read = next((page for page in pages if page.suffix == ".html"), pages[0])
         out.print(demo.table(content))
-        for line in (*demo.lines(content), f"a report to read: {pages[-1]}"):
+        for line in (*demo.lines(content), f"a report to read: {to_read}"):
             out.print(line, soft_wrap=True)
 
 

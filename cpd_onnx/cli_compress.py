@@ -91,7 +91,7 @@ def can_draw() -> bool:
 
 def page_kinds() -> tuple[str, ...]:
     """The forms that a report can be written in here."""
-    return ("json", "md", "html") if can_draw() else ("json",)
+    return ("json", "html", "md") if can_draw() else ("json",)
 
 
 def compress(options: argparse.Namespace) -> None:
