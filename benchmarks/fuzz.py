@@ -6,8 +6,8 @@ Graphs (tests/graphs.py): operators with rules in random topologies, valid by on
 pruned at random and compared with the masked original in onnxruntime, and its channels are permuted.
 
 Damage (tests/damage.py) is done to such graphs, to the files in DATA/onnx of less than 1.5 MB and to the light models of
-the onnx package: attributes, inputs, tensors, types and bytes are changed. Each file must be pruned and proved, or be
-refused with one line, within a minute of the processor's time.
+the onnx package: attributes, inputs, tensors, types and bytes are changed. Those that take long to run have their turn
+less often. Each file must be pruned and proved, or be refused with one line, within a minute of the processor's time.
 
 Workers are processes; one that dies is a crash of the file that it had. Whatever goes wrong is printed with its seed.
 A run goes on where the last one stopped, after the seeds that the results name.
@@ -31,7 +31,7 @@ from functools import cache
 from pathlib import Path
 
 import onnx
-from accuracy import HERE
+from accuracy import HERE, macs
 
 import cpd_onnx as cpd
 from cpd_onnx import runtime
@@ -42,6 +42,8 @@ from tests.damage import damaged
 from tests.graphs import seeded
 
 CHUNK, SECONDS, SMALL = 50, 60, 1_500_000
+LONG, TURNS = 5e7, 10
+"""Multiply-accumulates from which on a file takes long, and how many turns the others have for one of its."""
 
 
 class TooSlowError(Exception):
@@ -65,11 +67,13 @@ def graph_outcome(seed: int, work: Path, data: Path | None) -> str:
 
 @cache
 def originals(data: Path | None) -> list[bytes]:
-    """Files to damage."""
+    """Files to damage, in turns."""
     light = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
     files = [*sorted(light.glob("*.onnx")), *(sorted((data / "onnx").glob("*.onnx")) if data else [])]
-    real = [file.read_bytes() for file in files if file.stat().st_size < SMALL]
-    return [*real, *(seeded(seed).SerializeToString() for seed in range(max(40, len(real))))]
+    small = [file for file in files if file.stat().st_size < SMALL]
+    turns = {file: 1 if macs(file) > LONG else TURNS for file in small}
+    real = [file.read_bytes() for number in range(TURNS) for file in small if number < turns[file]]
+    return [*real, *(seeded(seed).SerializeToString() for seed in range(len(real)))]
 
 
 def damage_outcome(seed: int, work: Path, data: Path | None) -> str:

@@ -32,7 +32,7 @@ _REACH = 2.0
 _ROUNDS = 8
 """Linearisations at the target."""
 _EXCHANGES = 200
-_TRIED = 32
+_TRIED = 128
 """Exchanges of two groups whose true cost is looked at in one round, best first."""
 _EPSILON = 1e-9
 
@@ -207,19 +207,26 @@ def _polished(problem: _Problem, chosen: Counts, target: float) -> Counts:
 
 
 def _exchange(problem: _Problem, chosen: Counts, change: Floats, gain: Floats, target: float) -> Counts | None:
-    """Widen one group and narrow another, if that lessens the damage within the target."""
-    room = target - problem.cost_of(chosen)
+    """Widen one group and narrow another, if that lessens the damage within the target.
+
+    What both change together is at least what they change one by one, less what one changes of the other's change.
+    """
+    now = problem.cost_of(chosen)
     wider, narrower = np.flatnonzero(gain > _EPSILON), np.flatnonzero(change < 0)
     net = gain[wider][:, None] + gain[narrower][None, :]
-    fits = change[wider][:, None] + change[narrower][None, :] <= room
+    more, less = change[wider][:, None], change[narrower][None, :]
+    fits = more + less + more * less / now <= target - now
     other = problem.owner[wider][:, None] != problem.owner[narrower][None, :]
     rows, columns = np.nonzero((net > _EPSILON) & fits & other)
     best = np.argsort(-net[rows, columns], kind="stable")[:_TRIED]
-    for row, column in zip(rows[best].tolist(), columns[best].tolist(), strict=True):
-        tried = _moved(problem, _moved(problem, chosen, int(wider[row])), int(narrower[column]))
-        if problem.cost_of(tried) <= target:
-            return tried
-    return None
+    if not len(best):
+        return None
+    pairs = [
+        _moved(problem, _moved(problem, chosen, int(wider[row])), int(narrower[column]))
+        for row, column in zip(rows[best], columns[best], strict=True)
+    ]
+    good = np.flatnonzero(problem.cost(problem.width[np.stack(pairs)]) <= target)
+    return pairs[int(good[0])] if len(good) else None
 
 
 def _moved(problem: _Problem, chosen: Counts, choice: int) -> Counts:

@@ -29,8 +29,16 @@ _STEPS = 24
 """Halvings of the search interval: finer than any group's channels."""
 _TOLERANCE = 0.02
 """Share of the original by which a target may be missed without a note."""
-_CORRECTIONS = 4
-"""Times that the optimum's target is lowered where single channels cost other than the mean of their group."""
+_CORRECTIONS = 6
+"""Times that the optimum is looked for again: where single channels cost other than the mean of their group its target
+is lowered, and where scores are no losses its weights follow what is left."""
+_EVENNESS = 1.5
+"""Power of what groups lose: at 1 the widths with the most work for their cost are taken, however uneven; the higher,
+the more alike are shares."""
+_TOGETHER = 1.5
+"""Power of the work that runs through a group: above 1, since layers that share channels are harmed together."""
+_LEAST_WEIGHT = 0.05
+"""Of a group, where 1 is the mean."""
 _ROUNDS = 5
 """Allocations that are measured for a latency target."""
 _MORE = 0.04
@@ -110,8 +118,8 @@ def curves_of(scores: Sequence[Scores], *, is_loss: bool) -> Curves:
 
     Scores that are no losses are importances. What passes through the layers is multiplied from one to the next, so the
     share of the importance that stays counts by its logarithm: half of a group does as much as half of another, and to
-    take the last channels does more than any cost can save. Its square is what counts, so that the first channels cost
-    little and shares come out alike, as far as nothing speaks against it.
+    take the last channels does more than any cost can save. A power of it is what counts, so that the first channels
+    cost little and shares come out alike, as far as nothing speaks against it.
     """
     made = []
     for score in scores:
@@ -119,7 +127,7 @@ def curves_of(scores: Sequence[Scores], *, is_loss: bool) -> Curves:
         gone = np.concatenate([[0.0], np.cumsum(ascending)])
         if not is_loss:
             share = gone / gone[-1] if gone[-1] else np.arange(len(gone)) / len(ascending)
-            gone = np.square(np.log(np.maximum(1 - share, _LEAST_SHARE)))
+            gone = (-np.log(np.maximum(1 - share, _LEAST_SHARE))) ** _EVENNESS
         made.append(np.maximum.accumulate(gone[:-1] - gone[0]))
     return Curves(tuple(made))
 
@@ -407,30 +415,33 @@ class _Allocator:
     def optimal(self, target: float) -> list[int]:
         """The widths with the least damage."""
         curves = self.curves or curves_of(self.scores, is_loss=self.is_loss)
-        allowed = self.widths.allowed
-        weights = [1.0] * len(allowed) if self.curves or self.is_loss else self.weights()
-        damage = [
-            weight * curve[size - widths]
-            for weight, curve, size, widths in zip(weights, curves.damage, self.sizes, allowed, strict=True)
-        ]
-        cost, asked = self.costs.in_widths(self.budget.kind), target
+        allowed, follows = self.widths.allowed, self.curves is None and not self.is_loss
+        cost, asked, counts = self.costs.in_widths(self.budget.kind), target, self.sizes
+        weights = self.weights(counts) if follows else np.ones(len(counts))
         for _ in range(_CORRECTIONS):
-            counts = solve(allowed, damage, cost, asked)
+            damage = [
+                weight * curve[size - widths]
+                for weight, curve, size, widths in zip(weights, curves.damage, self.sizes, allowed, strict=True)
+            ]
+            before, counts = counts, solve(allowed, damage, cost, asked)
             over = self.cost(counts) - target
-            if over <= 0.1 * _TOLERANCE * self.full:
+            if over <= 0.1 * _TOLERANCE * self.full and (not follows or counts == before):
                 break
-            asked -= over
+            asked -= max(0.0, over)
+            if follows:
+                weights = (weights + self.weights(counts)) / 2
         return counts
 
-    def weights(self) -> list[float]:
-        """How much the damage of each group counts where scores are no losses: mostly as what it costs.
+    def weights(self, counts: Sequence[int]) -> Floats:
+        """How much the damage of each group counts where scores are no losses: by the work that is left in it.
 
-        A group that runs through many layers, as a residual stage does, saves much and harms each of them.
+        A group that runs through many layers, as a residual stage does, saves much and harms each of them and what they
+        do together. So it counts more than they do by themselves.
         """
-        kind = "macs" if self.budget.kind == "latency" else self.budget.kind
-        costs = self.costs.of_groups(self.combed)
-        mean = float(np.mean([cost.of(kind) for cost in costs.values()])) or 1.0
-        return [(1 + 3 * costs[group.id].of(kind) / mean) / 4 for group in self.combed.groups]
+        work = self.costs.in_widths("macs" if self.budget.kind == "latency" else self.budget.kind)
+        fewer = np.asarray(counts) - np.eye(len(counts), dtype=np.int64)
+        through = (work(np.asarray([counts])) - work(fewer)) * counts
+        return np.asarray((through / (through.mean() or 1.0)) ** _TOGETHER + _LEAST_WEIGHT)
 
     def searched(self, target: float) -> list[int]:
         """The widths that one number gives, which is searched for by halving."""

@@ -87,24 +87,25 @@ def test_the_optimum_does_the_least_damage(kind: str) -> None:
     assert found["optimal"] < 0.95 * found["uniform"]
 
 
-def test_the_optimum_is_that_of_trying_all() -> None:
+@pytest.mark.parametrize("target", [0.3, 0.4, 0.5, 0.6, 0.7])
+def test_the_optimum_is_that_of_trying_all(target: float) -> None:
     model = from_text(
         "(float[1, 3, 8, 8] x, float[7, 3, 3, 3] w, float[9, 7, 3, 3] u, float[6, 9, 1, 1] t, float[2, 6, 1, 1] v)"
         " => (float[1, 2, 4, 4] y) { a = Conv(x, w) b = Conv(a, u) c = Conv(b, t) y = Conv(c, v) }"
     )
     combed = comb(model)
     made = curves_of(score(combed), is_loss=False)
-    allocation = allocate(combed, score(combed), Allocate(macs=0.5, spread="optimal").budget, curves=made)
+    allocation = allocate(combed, score(combed), Allocate(macs=target, spread="optimal").budget, curves=made)
     curves = made.damage
     cost = CostModel(combed).in_widths("macs")
     every = np.array(list(itertools.product(*(range(1, len(g) + 1) for g in combed.groups))))
     damage = sum(curve[len(curve) - every[:, k]] for k, curve in enumerate(curves))
-    least = damage[cost(every) <= 0.5 * allocation.before.macs].min()
+    least = damage[cost(every) <= target * allocation.before.macs].min()
     assert damage_of(combed, allocation) == pytest.approx(least)
 
 
 def test_what_many_layers_share_is_not_what_goes_first() -> None:
-    """Of a residual stage with blocks of its width, importances alike, all groups lose about the same share."""
+    """Of a residual stage with blocks of its width, importances alike, the stage loses less, and no block much."""
     blocks = "".join(
         f" h{i} = Conv(s{i}, a{i}) i{i} = Relu(h{i}) j{i} = Conv(i{i}, b{i}) s{i + 1} = Add(s{i}, j{i})"
         for i in range(4)
@@ -117,7 +118,8 @@ def test_what_many_layers_share_is_not_what_goes_first() -> None:
     allocation = allocate(combed, alike, Allocate(macs=0.5, spread="optimal").budget)
     left = [1 - len(removed) / 32 for removed in allocation.removed]
     assert len(left) == 5
-    assert max(left) - min(left) < 0.3
+    assert left[0] > max(left[1:]) > min(left[1:]) > 0.5
+    assert max(left[1:]) - min(left[1:]) < 0.1
 
 
 def test_costs_in_widths_are_those_of_channels() -> None:
