@@ -42,7 +42,7 @@ from tests.damage import damaged
 from tests.graphs import seeded
 
 CHUNK, SECONDS, SMALL = 50, 60, 1_500_000
-LONG, TURNS = 5e7, 10
+LONG, TURNS = 5e7, 40
 """Multiply-accumulates from which on a file takes long, and how many turns the others have for one of its."""
 
 
@@ -70,9 +70,9 @@ def originals(data: Path | None) -> list[bytes]:
     """Files to damage, in turns."""
     light = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
     files = [*sorted(light.glob("*.onnx")), *(sorted((data / "onnx").glob("*.onnx")) if data else [])]
-    small = [file for file in files if file.stat().st_size < SMALL]
+    small = {file: file.read_bytes() for file in files if file.stat().st_size < SMALL}
     turns = {file: 1 if macs(file) > LONG else TURNS for file in small}
-    real = [file.read_bytes() for number in range(TURNS) for file in small if number < turns[file]]
+    real = [content for number in range(TURNS) for file, content in small.items() if number < turns[file]]
     return [*real, *(seeded(seed).SerializeToString() for seed in range(len(real)))]
 
 

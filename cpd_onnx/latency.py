@@ -8,7 +8,7 @@ factors that are not negative, by products of their sizes.
 
 onnxruntime may run a node as another kernel where its widths are no whole blocks, and convert layouts in between.
 Kernels whose names start as that of a node, or of what it makes, are therefore taken for one; the time of those that
-still come and go is fitted as a whole, by the multiply-accumulates of the model.
+still come and go is fitted as a whole, by the multiply-accumulates of the model and the elements of its tensors.
 
 Kernels are fast at some widths only: a convolution may take twice as long at 63 channels as at 64. So the first of
 these widths are, in turn, multiples of 1, 2, 4, … and of no more, at about the same shares: what a group's kernels take
@@ -38,6 +38,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 from scipy.optimize import nnls
 
+from cpd_onnx.atoms import Axis
 from cpd_onnx.bench import Setting
 from cpd_onnx.cost import Floats, Term
 from cpd_onnx.errors import DataError, TargetError, UnsupportedError
@@ -151,14 +152,21 @@ class CostTable:
         """
         return replace(self, groups=tuple(_halved(group, halvings) for group in self.groups)) if halvings else self
 
+    def loosened(self, combed: Combed) -> CostTable:
+        """The same with what no width seems to change shrinking with the multiply-accumulates of the model."""
+        fixed = self.rest + sum(ms for kernel in self.kernels for ms, axes in kernel.terms if not axes)
+        kernels = tuple(replace(k, terms=tuple(term for term in k.terms if term[1])) for k in self.kernels)
+        work = _terms_of(combed, [(cost.factor, cost.axes) for cost in combed.recorder.costs])
+        whole = sum(factor * math.prod(len(_axis_of(combed, axis)) for axis in axes) for factor, axes in work)
+        shrinking = tuple((fixed * factor / whole, axes) for factor, axes in work) if whole else ()
+        return replace(self, rest=0.0, kernels=(*kernels, KernelCost(_OTHERS, "", fixed, 0.0, shrinking)))
+
     def terms(self, combed: Combed) -> list[Term]:
         """Milliseconds as a sum over products of axes."""
-        axes = {(path, name): tensor.axes or [] for (path, name), tensor in combed.tensors.items()}
-        made: list[Term] = [(self.rest, ())]
-        for kernel in self.kernels:
-            for ms, places in kernel.terms:
-                made.append((ms, tuple(axes[(path, name)][number] for path, name, number in places)))
-        return made
+        kernels = (
+            (ms, tuple(_axis_of(combed, axis) for axis in axes)) for kernel in self.kernels for ms, axes in kernel.terms
+        )
+        return [(self.rest, ()), *kernels]
 
     def require(self, model: Model) -> None:
         """Raise DataError if the table is of another model."""
@@ -418,6 +426,12 @@ class _Samples:
             self.observer(len(self.times), 2 + _TURNS * len(MULTIPLES) + _SAMPLES)
         return len(self.times) - 1
 
+    def sum(self, terms: Sequence[tuple[float, tuple[_Axis, ...]]]) -> Floats:
+        """What a sum of products of axes comes to in each model."""
+        place = {name: number for number, (name, _) in enumerate(self.axes)}
+        rows = np.asarray(self.rows, float)
+        return np.asarray(sum(factor * rows[:, [place[a] for a in axes]].prod(axis=1) for factor, axes in terms))
+
     def places(self, name: str) -> tuple[int, ...]:
         """Places of the axes that a kernel's sizes follow, each once; from all models that have the kernel."""
         forms: dict[int, list[int]] = defaultdict(list)  # it may see more tensors in one model than in another
@@ -441,6 +455,23 @@ class _Samples:
             matches = map(np.flatnonzero, rounded)
             self._known[key] = next((tuple(m[:1].tolist()) for m in matches if len(m)), ())
         return next(iter(self._known[key]), None)
+
+
+def _axis_of(combed: Combed, axis: _Axis) -> Axis:
+    path, name, number = axis
+    return (combed.tensors[(path, name)].axes or [])[number]
+
+
+def _terms_of(
+    combed: Combed, products: Sequence[tuple[float, Sequence[Axis]]]
+) -> list[tuple[float, tuple[_Axis, ...]]]:
+    """A sum of products of axes, those that channels can go from by name, alike ones as one."""
+    names = {id(axis): name for name, axis in _variable_axes(combed)}
+    terms: dict[tuple[_Axis, ...], float] = defaultdict(float)
+    for factor, axes in products:
+        fixed = math.prod(len(axis) for axis in axes if id(axis) not in names)
+        terms[tuple(names[id(axis)] for axis in axes if id(axis) in names)] += factor * fixed
+    return [(factor, axes) for axes, factor in terms.items() if factor]
 
 
 def _variable_axes(combed: Combed) -> Iterator[tuple[_Axis, npt.NDArray[np.int64]]]:
@@ -538,24 +569,17 @@ def _fitted(made: _Samples, samples: Sequence[int]) -> tuple[list[KernelCost], f
         others = others - taken
     if others.sum() <= _SHRINK * total:
         return costs, max(0.0, float(others.sum()) / total)
-    work, counts = _work(made, samples)
-    factors, _ = nnls(np.column_stack([np.ones(len(samples)), counts / counts[0]]), others)
-    error = float(np.sqrt(np.mean((factors[0] + factors[1] * counts / counts[0] - others) ** 2)) / others.mean())
-    shares = tuple((float(factors[1] * factor / counts[0]), axes) for factor, axes in work)
-    costs.append(KernelCost(_OTHERS, "", float(others[0]), round(error, 4), ((float(factors[0]), ()), *shares)))
-    return costs, float(factors[0]) * len(samples) / total
-
-
-def _work(made: _Samples, samples: Sequence[int]) -> tuple[list[tuple[float, tuple[_Axis, ...]]], Floats]:
-    """The multiply-accumulates of the model as a sum of products of axes, and what they come to in some samples."""
-    place = {id(axis): number for number, (_, axis) in enumerate(made.axes)}
-    terms, total = [], np.zeros(len(samples))
-    for cost in made.combed.recorder.costs:
-        places = [place[id(axis)] for axis in cost.axes if id(axis) in place]
-        fixed = cost.factor * math.prod(len(axis) for axis in cost.axes if id(axis) not in place)
-        terms.append((float(fixed), tuple(made.axes[number][0] for number in places)))
-        total += fixed * np.asarray(made.rows, float)[list(samples)][:, places].prod(axis=1)
-    return terms, total
+    work = _terms_of(made.combed, [(cost.factor, cost.axes) for cost in made.combed.recorder.costs])
+    moved = _terms_of(made.combed, [(1.0, tensor.axes) for tensor in made.combed.tensors.values() if tensor.axes])
+    sums = [(terms, made.sum(terms)[list(samples)]) for terms in (work, moved) if terms]
+    columns = np.column_stack([np.ones(len(samples)), *(counts / counts[0] for _, counts in sums)])
+    (fixed, *factors), _ = nnls(columns, others)
+    error = float(np.sqrt(np.mean((columns @ [fixed, *factors] - others) ** 2)) / others.mean())
+    shares = [
+        (ms * f / counts[0], axes) for f, (terms, counts) in zip(factors, sums, strict=True) if f for ms, axes in terms
+    ]
+    costs.append(KernelCost(_OTHERS, "", float(others[0]), round(error, 4), ((float(fixed), ()), *shares)))
+    return costs, float(fixed) * len(samples) / total
 
 
 def _terms(sizes: npt.NDArray[np.int64], ms: Floats) -> tuple[list[tuple[float, tuple[int, ...]]], float]:

@@ -39,7 +39,7 @@ _TOGETHER = 1.5
 """Power of the work that runs through a group: above 1, since layers that share channels are harmed together."""
 _LEAST_WEIGHT = 0.05
 """Of a group, where 1 is the mean."""
-_ROUNDS = 5
+_ROUNDS = 8
 """Allocations that are measured for a latency target."""
 _MORE = 0.04
 """By how much more is asked for if the table takes a target to be out of reach."""
@@ -185,26 +185,31 @@ def allocate(
 
 
 def allocate_on_the_clock(
-    choose: Callable[[Budget], Allocation], budget: Budget, table: CostTable, clock: Clock
+    choose: Callable[[Budget, CostTable], Allocation], budget: Budget, table: CostTable, clock: Clock
 ) -> Allocation:
     """Allocate for a latency, measure what comes out beside the original, correct the target, and again.
 
-    `choose` is `allocate` with all but its budget given. Of the rounds the one that came nearest counts. What the table
-    takes to be out of reach may not be: then more is asked for first.
+    `choose` is `allocate` with all but its budget and table given. Of the rounds the one that came nearest counts. What
+    the table takes to be out of reach may not be: then more is asked for first, and from there on what it takes to be
+    fixed is taken to shrink with the model.
 
     Raises TargetError if the target is out of reach.
     """
     asked, tried = budget.fraction, list[tuple[float, float]]()
     best: Allocation | None = None
     refused: TargetError | None = None
+    known = table
     while len(tried) < _ROUNDS and asked <= 1:
         try:
-            chosen = choose(replace(budget, fraction=asked))
+            chosen = choose(replace(budget, fraction=asked), known)
         except TargetError as error:
             refused = refused or error
-            if best is not None:
+            if best is None:
+                asked += _MORE
+                continue
+            if known is not table:
                 break
-            asked += _MORE
+            known, asked, tried = table.loosened(clock.combed), budget.fraction, []
             continue
         measured = clock.ratio(chosen.channels(clock.combed), max(_SECONDS, _TIMED_ROUNDS * 1.5e-3 * table.ms))
         chosen = replace(chosen, latency={**chosen.latency, "target": budget.fraction, "measured": measured})
@@ -350,9 +355,8 @@ class Chooser:
 
         if self.table is None:
             return allocate(combed, scores, budget, is_loss=is_loss, curves=curves)
-        table = self.table
 
-        def choose(wish: Budget) -> Allocation:
+        def choose(wish: Budget, table: CostTable) -> Allocation:
             """At widths that are fast or, if the target is out of reach there, at finer ones."""
             for halvings in range(_HALVINGS):
                 with contextlib.suppress(TargetError):
@@ -362,7 +366,7 @@ class Chooser:
 
         if self.clock is not None:
             return allocate_on_the_clock(choose, budget, self.table, self.clock)
-        chosen = choose(budget)
+        chosen = choose(budget, self.table)
         return replace(chosen, notes=(*chosen.notes, *_latency_notes(chosen, self.table)))
 
 

@@ -138,6 +138,17 @@ def test_the_clock_tries_what_the_table_takes_to_be_out_of_reach(combed: Combed,
         Chooser(Allocate(latency=0.05).budget, slow, clock)(combed, scores)
 
 
+def test_what_the_table_takes_to_be_fixed_is_corrected(combed: Combed, table: CostTable) -> None:
+    """A kernel that no width seems to change: the first choice that is in reach takes less than predicted, so more is."""
+    blind = tuple(
+        replace(kernel, terms=((kernel.ms, ()),)) if kernel.name == "kernel of t" else kernel
+        for kernel in table.kernels
+    )
+    wish = Allocate(latency=0.5, min_share=0.5).budget
+    found = Chooser(wish, replace(table, kernels=blind), MadeUp(combed, Setting()))(combed, score(combed))
+    assert found.latency["measured"] == pytest.approx(0.5, abs=0.02)
+
+
 def test_latency_needs_a_table(combed: Combed) -> None:
     with pytest.raises(ValueError, match="cost table"):
         Chooser(Allocate(latency=0.5).budget)(combed, score(combed))
