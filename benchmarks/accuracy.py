@@ -121,6 +121,12 @@ def command(*arguments: Any) -> Any:
     return json.loads(done.stdout) if "--json" in line else None
 
 
+def commit() -> str:
+    """The version of the code that is measured."""
+    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=HERE)
+    return done.stdout.strip()
+
+
 def macs(path: Path) -> int:
     """Multiply-accumulates of one sample."""
     combed = comb(load(path))

@@ -31,7 +31,7 @@ from functools import cache
 from pathlib import Path
 
 import onnx
-from accuracy import HERE, macs
+from accuracy import HERE, commit, macs
 
 import cpd_onnx as cpd
 from cpd_onnx import runtime
@@ -42,7 +42,7 @@ from tests.damage import damaged
 from tests.graphs import seeded
 
 CHUNK, SECONDS, SMALL = 50, 60, 1_500_000
-LONG, TURNS = 5e7, 40
+LONG, TURNS = 2e7, 40
 """Multiply-accumulates from which on a file takes long, and how many turns the others have for one of its."""
 
 
@@ -93,7 +93,7 @@ def chunk(
     outcome: Callable[[int, Path, Path | None], str], seeds: range, work: Path, data: Path | None, log: Path
 ) -> None:
     """Write one line for each seed, before and after."""
-    runtime.RUN_SECONDS = SECONDS / 4
+    runtime.RUN_SECONDS = SECONDS / 20
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(1, 2)
     signal.signal(signal.SIGPROF, alarm)
@@ -151,7 +151,7 @@ def main() -> None:
     options = parser.parse_args()
     content = json.loads(options.out.read_text()) if options.out.exists() else {}
     originals(options.data)  # the processes have them from here
-    content["machine"] = {"cpus": os.cpu_count(), "system": platform.platform()}
+    content |= {"machine": {"cpus": os.cpu_count(), "system": platform.platform()}, "commit": commit()}
     for kind, outcome, count in (
         ("graphs", graph_outcome, options.graphs),
         ("damaged", damage_outcome, options.damaged),

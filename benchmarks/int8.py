@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accuracy import HERE, command, images, macs, prepared
+from accuracy import HERE, command, commit, images, macs, prepared
 from without_training import CASES, Case, calibration, tested
 
 from cpd_onnx.bench import machine
@@ -187,9 +186,8 @@ def main() -> None:
         parser.error("give --data, or --table")
     if options.time and options.work is None:
         parser.error("--time needs the files of an earlier run: give --work")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     line = f"python benchmarks/int8.py {' '.join(Path(word).name for word in sys.argv[1:])}"
-    content |= {"machine": machine(), "commit": commit, "timed_by" if options.time else "command": line}
+    content |= {"machine": machine(), "commit": commit(), "timed_by" if options.time else "command": line}
     with tempfile.TemporaryDirectory() as folder:
         for name in options.only or (content["cases"] if options.time else CASES):
             work = options.work or Path(folder)

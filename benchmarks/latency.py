@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from accuracy import commit
 
 from cpd_onnx.cost import CostModel
 from cpd_onnx.errors import CpdError
@@ -170,10 +171,9 @@ def main() -> None:
     if options.table:
         show(json.loads(options.out.read_text()))
         return
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     machine = {"cpus": os.cpu_count(), "system": platform.platform(), "onnxruntime": ort.__version__}
     content: dict[str, Any] = {
-        "command": f"python benchmarks/latency.py {' '.join(Path(word).name for word in sys.argv[1:])}", "machine": machine, "commit": commit,
+        "command": f"python benchmarks/latency.py {' '.join(Path(word).name for word in sys.argv[1:])}", "machine": machine, "commit": commit(),
         "rows": {},
     }  # fmt: skip  # a record
     for name in options.names:

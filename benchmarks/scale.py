@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accuracy import HERE
+from accuracy import HERE, commit
 from onnx import NodeProto, TensorProto, helper
 
 LAYER_BYTES = 12 * 4
@@ -198,7 +198,7 @@ def main() -> None:
     if options.table:
         show(content)
         return
-    content["machine"] = {"cpus": os.cpu_count(), "system": platform.platform()}
+    content |= {"machine": {"cpus": os.cpu_count(), "system": platform.platform()}, "commit": commit()}
     for size in options.sizes or ([] if options.nodes else list(WIDTHS)):
         content["sizes"][str(size)] = row(options.work, size)
         options.out.write_text(json.dumps(content, indent=1) + "\n")

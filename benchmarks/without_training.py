@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from accuracy import HERE, command, images, macs, prepared
+from accuracy import HERE, command, commit, images, macs, prepared
 
 from cpd_onnx.data import ArraySource, Source
 from cpd_onnx.errors import CpdError
@@ -225,10 +225,9 @@ def main() -> None:
     if options.table:
         show(content)
         return
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     content |= {
         "machine": {"cpus": os.cpu_count(), "system": platform.platform(), "onnxruntime": ort.__version__},
-        "commit": commit, "command": f"python benchmarks/without_training.py {' '.join(Path(word).name for word in sys.argv[1:])}",
+        "commit": commit(), "command": f"python benchmarks/without_training.py {' '.join(Path(word).name for word in sys.argv[1:])}",
     }  # fmt: skip  # a record
     with tempfile.TemporaryDirectory() as folder:
         for name in options.only or (WITH_SCORES if options.scores else CASES):

@@ -30,17 +30,9 @@ _INDEX_CARRIERS = {"Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatt
 
 
 def open_model(
-    model: Model | Path,
-    *,
-    optimise: bool = True,
-    threads: int = 0,
-    provider: str = _CPU,
-    profile: Path | None = None,
-    denormal_as_zero: bool = False,
+    model: Model | Path, *, optimise: bool = True, threads: int = 0, provider: str = _CPU, profile: Path | None = None
 ) -> ort.InferenceSession:
     """Load a model into onnxruntime, on the CPU unless another provider is named; `profile` is where a trace goes.
-
-    CPUs take a hundred times as long for numbers next to zero, denormal ones, which onnxruntime may take for zeros.
 
     Raises UnsupportedError if onnxruntime does not take the model, has no such provider, or cannot start it.
     """
@@ -55,8 +47,6 @@ def open_model(
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_quant_qdq", "1")
-    if denormal_as_zero:
-        options.add_session_config_entry("session.set_denormal_as_zero", "1")
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)

@@ -400,6 +400,8 @@ class _Folder:
             return self.call(scope, position, node, inputs)
         attributes = attributes_of(node)
         call = Call(attributes, self.opsets[""])
+        if node.op_type == "Resize" and node.domain in ("", "ai.onnx"):
+            _require_scales(node, inputs[2 if call.opset > 10 else 1 :])
         results = self.computed(scope, position, node, call, inputs) or self.inferred(node, call, inputs)
         parents = [v for v in inputs if v is not None]
         # ConstantOfShape, Range and Shape of constants count too: they depend on weights alone.
@@ -805,6 +807,15 @@ def _sane(shape: Shape) -> Shape:
     if max(shape, default=0) > _MAX_DIM:
         raise ModelError(f"a tensor of shape {list(shape)} is not credible: is the file damaged?")
     return shape
+
+
+def _require_scales(node: NodeProto, inputs: Sequence[Value | None]) -> None:
+    """Refuse scales that make a size below zero: onnxruntime ends the whole process at the next Slice."""
+    if inputs and inputs[0] is not None and inputs[0].values is not None:
+        scales = inputs[0].values[0].ravel().tolist()
+        if not all(scale > 0 for scale in scales):
+            name = node.name or node.output[0]
+            raise ModelError(f"node {name!r} resizes by {scales}, not all above zero: is the file damaged?")
 
 
 def _same_under_both(value: Value) -> bool:

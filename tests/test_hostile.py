@@ -110,6 +110,12 @@ def loop(count: int) -> ModelProto:
 
 
 HUGE = 1 << 40
+
+
+def resize(name: str) -> NodeProto:
+    return helper.make_node("Resize", ["c", "", "f"], [name])
+
+
 SUM = (node("ReduceSum", "big", "s"), node("Add", "h s", "z"))
 MODELS: dict[str, Callable[[], ModelProto]] = {
     "constant of terabytes": lambda: net(node("ConstantOfShape", "n", "big"), *SUM, n=ints(HUGE)),
@@ -128,7 +134,11 @@ MODELS: dict[str, Callable[[], ModelProto]] = {
         node("OneHot", "i d p", "big"), *SUM, i=ints(1), d=ints(HUGE)[0], p=np.asarray([0, 1], "f")
     ),
     "resized to terabytes": lambda: net(
-        node("Resize", "c  f", "big"), *SUM, c=np.ones((1, 1, 4, 4), "f"), f=np.asarray([1, 1, 1e6, 1e6], "f")
+        resize("big"), *SUM, c=np.ones((1, 1, 4, 4), "f"), f=np.asarray([1, 1, 1e6, 1e6], "f")
+    ),
+    "resized to less than nothing": lambda: net(
+        resize("r"), node("Slice", "r a b a", "big"), *SUM,
+        c=np.ones((1, 1, 4, 4), "f"), f=np.asarray([-1e-12, 1, 2, 2], "f"), a=ints(0), b=ints(1),
     ),
     "doubled fifty times": lambda: doubled(50),
     "nested thirty deep": lambda: nested(30),
