@@ -444,7 +444,7 @@ class _Allocator:
         """
         work = self.costs.in_widths("macs" if self.budget.kind == "latency" else self.budget.kind)
         fewer = np.asarray(counts) - np.eye(len(counts), dtype=np.int64)
-        through = (work(np.asarray([counts])) - work(fewer)) * counts
+        through = np.maximum(work(np.asarray([counts])) - work(fewer), 0.0) * counts
         return np.asarray((through / (through.mean() or 1.0)) ** _TOGETHER + _LEAST_WEIGHT)
 
     def searched(self, target: float) -> list[int]:

@@ -12,6 +12,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import cpd_onnx as cpd
 from cpd_onnx.graph import load
+from cpd_onnx.passes.comb import comb
 from cpd_onnx.shapes import fold
 
 from .models import from_text
@@ -162,3 +163,16 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
     (inside / "m.data").symlink_to(outside / "m.data")
     with pytest.raises(cpd.ModelError, match="links out"):
         load(inside / "m.onnx")
+
+
+def test_axes_that_are_too_long_to_follow_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A damaged file merged two axes to so many places that the machine ran out of memory."""
+    text = (
+        "(float[2, 3] x, float[3, 24] w, float[24, 5] v) => (float[2, 5] y) <int64[3] s = {2, 6, 4}, int64[2] f = {2, 24}>"
+        " { a = MatMul(x, w) b = Reshape(a, s) c = Transpose <perm = [0, 2, 1]> (b) d = Reshape(c, f) y = MatMul(d, v) }"
+    )
+    assert comb(from_text(text)).groups
+    monkeypatch.setattr("cpd_onnx.rules.shape._MOST_MERGED", 8)
+    combed = comb(from_text(text))
+    assert not combed.groups
+    assert any("merges axes to 24 places" in reason for frozen in combed.frozen() for reason in frozen.reasons)

@@ -17,6 +17,9 @@ from cpd_onnx.rules.api import DROP, TABLE_ROWS, GiveUp, Keep, Op, Rewrite, Tens
 _FAR = 2**31 - 1
 """Slice ends from this on mean 'to the end' in every exporter."""
 
+_MOST_MERGED = 1 << 23
+"""Places of merged axes that are followed one by one; each takes some hundred bytes."""
+
 
 @rule("Reshape")
 def reshape(op: Op) -> None:
@@ -112,6 +115,8 @@ def _regroup_run(op: Op, axes: list[Axis], sizes: list[int]) -> list[Axis]:
     inner, tail = inner[::-1], tail[::-1]
     core_sizes = [core for core, _, _ in tail]
     core_axes, head = _strip(op, inner, core_sizes)
+    if (merged := math.prod(map(len, core_axes))) > _MOST_MERGED:
+        raise GiveUp(f"{op.name} merges axes to {merged:,} places")
     flat = op.atoms.product(*core_axes) if core_axes else np.zeros(1, np.int64)
     parts = op.unmerge(flat, [core for core, _, _ in head])
     for part, (_, before, cold), (_, after, cold_too), (k, _) in zip(parts, head, tail, wide, strict=True):
