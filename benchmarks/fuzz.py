@@ -86,15 +86,17 @@ def originals(data: Path | None) -> list[tuple[bytes, bool]]:
 def damage_outcome(seed: int, work: Path, data: Path | None) -> str:
     """What became of the damaged file of a seed."""
     path, rng, files = work / f"{os.getpid()}.onnx", random.Random(seed), originals(data)
-    content, is_long = files[seed % len(files)]
+    turn, place = divmod(seed, len(files))
+    content, is_long = files[place]
+    is_proved = not is_long or turn % PROVED == 0
     path.write_bytes(damaged(content, rng))
     try:
-        cpd.run("comb, score, allocate, prune" + ("" if is_long and seed % PROVED else ", verify"), path)
+        cpd.run("comb, score, allocate, prune" + (", verify" if is_proved else ""), path)
     except cpd.ProofError as error:
         return f"NOT PROVED, nothing written: {error}"
     except cpd.CpdError as error:
         return "refused" if "\n" not in str(error) else f"SEVERAL LINES: {error}"
-    return "pruned" if is_long and seed % PROVED else "proved"
+    return "proved" if is_proved else "pruned"
 
 
 def chunk(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 import threading
 import time
@@ -26,6 +27,8 @@ RUN_SECONDS = 600.0
 _CPU = "CPUExecutionProvider"
 _OTHER_SIZES = (512, 576, 256, 224, 128, 64, 640, 16000, 1)
 """Sizes of open dimensions that models insist on, commonest first."""
+_MOST_FED = 1 << 26
+"""Elements of an input up to which another size is tried."""
 _INDEX_CARRIERS = {"Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten", "Slice", "Transpose", "Clip"}
 
 
@@ -136,7 +139,10 @@ def working_feeds(folded: Folded, session: Runner, count: int = 2) -> Iterator[F
         raise
     except UnsupportedError as first:
         for size in _OTHER_SIZES:
-            feed = {name: _resized(folded, name, array, size) for name, array in feed.items()}
+            shapes = {name: _resized(folded, name, array, size) for name, array in feed.items()}
+            if max(map(math.prod, shapes.values()), default=0) > _MOST_FED:
+                continue
+            feed = {name: np.resize(array, shapes[name]) for name, array in feed.items()}
             with contextlib.suppress(UnsupportedError):
                 execute(session, feed)
                 break
@@ -148,11 +154,10 @@ def working_feeds(folded: Folded, session: Runner, count: int = 2) -> Iterator[F
         feed = {name: _again(folded, name, array, rng) for name, array in feed.items()}
 
 
-def _resized(folded: Folded, name: str, array: Array, size: int) -> Array:
-    """An input with its open sizes, the batch apart, set to another size."""
+def _resized(folded: Folded, name: str, array: Array, size: int) -> list[int]:
+    """The shape of an input with its open sizes, the batch apart, set to another size."""
     first, second = folded.scope.values[name].shapes or ((), ())
-    dims = [size if a != b and a != folded.batch else d for a, b, d in zip(first, second, array.shape, strict=True)]
-    return np.resize(array, dims)
+    return [size if a != b and a != folded.batch else d for a, b, d in zip(first, second, array.shape, strict=True)]
 
 
 def _again(folded: Folded, name: str, array: Array, rng: np.random.Generator) -> Array:

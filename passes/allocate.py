@@ -13,7 +13,7 @@ import numpy as np
 
 from cpd_onnx.atoms import NOTHING, Axis
 from cpd_onnx.bench import Setting
-from cpd_onnx.cost import CostModel, Costs, Floats
+from cpd_onnx.cost import CostModel, Costs, Floats, WidthCost
 from cpd_onnx.errors import TargetError
 from cpd_onnx.groups import Combed
 from cpd_onnx.kept import Kept
@@ -421,7 +421,8 @@ class _Allocator:
         curves = self.curves or curves_of(self.scores, is_loss=self.is_loss)
         allowed, follows = self.widths.allowed, self.curves is None and not self.is_loss
         cost, asked, counts = self.costs.in_widths(self.budget.kind), target, self.sizes
-        weights = self.weights(counts) if follows else np.ones(len(counts))
+        work = self.costs.in_widths("macs") if self.budget.kind == "latency" else cost
+        weights = _weights(work, counts) if follows else np.ones(len(counts))
         for _ in range(_CORRECTIONS):
             damage = [
                 weight * curve[size - widths]
@@ -433,19 +434,8 @@ class _Allocator:
                 break
             asked -= max(0.0, over)
             if follows:
-                weights = (weights + self.weights(counts)) / 2
+                weights = (weights + _weights(work, counts)) / 2
         return counts
-
-    def weights(self, counts: Sequence[int]) -> Floats:
-        """How much the damage of each group counts where scores are no losses: by the work that is left in it.
-
-        A group that runs through many layers, as a residual stage does, saves much and harms each of them and what they
-        do together. So it counts more than they do by themselves.
-        """
-        work = self.costs.in_widths("macs" if self.budget.kind == "latency" else self.budget.kind)
-        fewer = np.asarray(counts) - np.eye(len(counts), dtype=np.int64)
-        through = np.maximum(work(np.asarray([counts])) - work(fewer), 0.0) * counts
-        return np.asarray((through / (through.mean() or 1.0)) ** _TOGETHER + _LEAST_WEIGHT)
 
     def searched(self, target: float) -> list[int]:
         """The widths that one number gives, which is searched for by halving."""
@@ -560,6 +550,17 @@ class _Allocator:
         frozen = sorted(self.combed.frozen(), key=lambda f: -f.indices)
         reasons = {reason: None for f in frozen for reason in f.reasons}
         return f"{why}; kept are: {'; '.join(list(reasons)[:3])}"
+
+
+def _weights(work: WidthCost, counts: Sequence[int]) -> Floats:
+    """How much the damage of each group counts where scores are no losses: by the work that is left in it.
+
+    A group that runs through many layers, as a residual stage does, saves much and harms each of them and what they do
+    together. So it counts more than they do by themselves.
+    """
+    fewer = np.asarray(counts) - np.eye(len(counts), dtype=np.int64)
+    through = np.maximum(work(np.asarray([counts])) - work(fewer), 0.0) * counts
+    return np.asarray((through / (through.mean() or 1.0)) ** _TOGETHER + _LEAST_WEIGHT)
 
 
 def _outer_groups(combed: Combed) -> dict[int, list[tuple[int, ...]]]:

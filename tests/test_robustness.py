@@ -13,6 +13,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 import cpd_onnx as cpd
 from cpd_onnx.graph import load
 from cpd_onnx.passes.comb import comb
+from cpd_onnx.runtime import open_model, working_feeds
 from cpd_onnx.shapes import fold
 
 from .models import from_text
@@ -176,3 +177,19 @@ def test_axes_that_are_too_long_to_follow_are_kept(monkeypatch: pytest.MonkeyPat
     combed = comb(from_text(text))
     assert not combed.groups
     assert any("merges axes to 24 places" in reason for frozen in combed.frozen() for reason in frozen.reasons)
+
+
+def test_inputs_of_gigabytes_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A damaged file of three open sizes was given sixteen thousand of each."""
+    model = from_text("(float[N, 3, H, W] x) => (float[N, 3, a, b] y) <int64[4] s = {1, 3, 1, 1}> { y = Expand(x, s) }")
+    tried: list[int] = []
+
+    def refuse(session: object, feed: dict[str, np.ndarray]) -> None:
+        tried.append(feed["x"].size)
+        raise cpd.UnsupportedError("no")
+
+    monkeypatch.setattr("cpd_onnx.runtime.execute", refuse)
+    with pytest.raises(cpd.UnsupportedError, match="--input-shape"):
+        next(working_feeds(fold(load(model)), open_model(load(model))))
+    assert len(tried) > 5
+    assert max(tried) < 1 << 26
