@@ -16,6 +16,8 @@ True
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -29,6 +31,11 @@ NOTHING = 0
 
 _WIDTH = 6
 """Parts that a composite can hold; beyond that the last ones move together, which is coarser and still sound."""
+
+_MOST_BYTES = 1 << 30
+"""Memory for indices that are followed one by one; a quarter of it is for one axis at most."""
+_INDEX_BYTES, _ATOM_BYTES, _COMPOSITE_BYTES = 8, 33, 128
+"""What an index takes that is written down once more, that gets an atom of its own, or a composite one."""
 
 
 class Atoms:
@@ -50,6 +57,7 @@ class Atoms:
         self._known: dict[int, tuple[Axis, Axis]] | None = None
         self._reasons: dict[str, int] = {}
         self._cold: dict[tuple[int, int], Axis] = {}
+        self._bytes = 0
         self._texts: dict[int, str] = {NOTHING: "of size one"}
         self._allocate(1)
         self._frozen[NOTHING] = True
@@ -62,19 +70,20 @@ class Atoms:
         """Make `count` new primitive atoms; a single one would empty its axis and is frozen, unless it may."""
         if count == 1 and not may_vanish:
             return np.zeros(1, np.int64)
-        return self._allocate(count)
+        return self._allocate(count) if self._has_room(count, _ATOM_BYTES) else self._too_long(count)
 
     def frozen(self, count: int, reason: str) -> Axis:
         """An axis of `count` indices that are never deleted; the same array for the same reason."""
         key = (count, self.reason_atom(reason))
         if key not in self._cold:
-            self._cold[key] = np.full(count, key[1], np.int64)
+            self._cold[key] = np.broadcast_to(np.int64(key[1]), count)
         return self._cold[key]
 
     def freeze(self, axis: Axis, reason: str) -> None:
         """Never delete any index of `axis`, the parts of composites included."""
-        live = self.parts(axis)
-        live = live[live != NOTHING]
+        table = self.parts(axis)
+        table = table[:1] if is_uniform(axis) else table
+        live = table[table != NOTHING]
         self._changed()
         self._parent[live] = self.reason_atom(reason)
 
@@ -93,6 +102,7 @@ class Atoms:
 
     def all_frozen(self, axis: Axis) -> bool:
         """Whether no index of the axis can be deleted."""
+        axis = axis[:1] if is_uniform(axis) else axis
         if not len(axis):
             return True
         # The first index tells most axes apart at once.
@@ -106,12 +116,14 @@ class Atoms:
 
     def reasons(self, axis: Axis) -> list[str]:
         """Why the frozen indices of an axis are kept, without repetition."""
-        roots = self._root_parts(axis)
+        roots = self._root_parts(axis[:1] if is_uniform(axis) else axis)
         frozen = roots[self._frozen[roots] & (roots != NOTHING)]
         return [self._texts[atom] for atom in sorted(set(frozen.tolist()))]
 
     def find(self, axis: Axis) -> Axis:
         """The representative of each atom."""
+        if is_uniform(axis):
+            return np.broadcast_to(self.find(axis[:1]), len(axis))
         parent = self._parent
         root = parent[axis]
         above = parent[root]
@@ -145,6 +157,9 @@ class Atoms:
             self._known = {}
 
     def _parts_now(self, axis: Axis) -> Axis:
+        if is_uniform(axis):
+            table = self._parts_now(axis[:1])
+            return np.broadcast_to(table, (len(axis), table.shape[1]))
         roots = self.find(np.asarray(axis, np.int64))
         if not self._rows or not self._row[roots].any():
             return np.where(self._frozen[roots], NOTHING, roots)[:, None]
@@ -170,10 +185,33 @@ class Atoms:
 
     def product(self, *axes: Axis) -> Axis:
         """The axis that merging `axes`, row-major, gives; frozen factors drop out."""
+        count = math.prod(map(len, axes))
+        if all(is_uniform(axis) and self.all_frozen(axis) for axis in axes):
+            return np.broadcast_to(axes[0][0], count)
+        if not self._has_room(count, _COMPOSITE_BYTES):
+            return self._too_long(count, *axes)
         merged = np.asarray(axes[0], np.int64)
         for axis in axes[1:]:
             merged = self._product(merged, np.asarray(axis, np.int64))
         return merged
+
+    def joined(self, axes: Sequence[Axis]) -> Axis:
+        """The axis that `axes`, one after another, give."""
+        count = sum(map(len, axes))
+        return np.concatenate(axes) if self._has_room(count, _INDEX_BYTES) else self._too_long(count, *axes)
+
+    def stretched(self, axis: Axis, count: int) -> Axis:
+        """The atoms of an axis over and over until there are `count`."""
+        if is_uniform(axis):
+            return np.broadcast_to(axis[0], count)
+        return np.resize(axis, count) if self._has_room(count, _INDEX_BYTES) else self._too_long(count, axis)
+
+    def repeated(self, axis: Axis, times: int) -> Axis:
+        """Each atom of an axis several times in a row."""
+        count = len(axis) * times
+        if is_uniform(axis):
+            return np.broadcast_to(axis[0], count)
+        return np.repeat(axis, times) if self._has_room(count, _INDEX_BYTES) else self._too_long(count, axis)
 
     def unite(self, left: Axis, right: Axis) -> None:
         """Give the two axes, index by index, the same fate."""
@@ -181,6 +219,8 @@ class Atoms:
             raise ValueError(f"axes of {left.shape} and {right.shape} indices cannot be united")
         if left is right or not len(left):
             return
+        if is_uniform(left) and is_uniform(right):
+            left, right = left[:1], right[:1]
         left, right = self.find(left.ravel()), self.find(right.ravel())
         if _same(left, right):
             return
@@ -206,6 +246,22 @@ class Atoms:
     def deleted(self, axis: Axis, gone: Mask) -> Mask:
         """Which indices go when the primitives marked in `gone` (length `len(self)`) go."""
         return np.asarray(gone[self.parts(axis)].any(axis=1))
+
+    def _has_room(self, count: int, each: int) -> bool:
+        """Whether `count` more indices may take `each` bytes; if so, they count as taken."""
+        taken = count * each
+        if taken > _MOST_BYTES // 4 or self._bytes + taken > _MOST_BYTES:
+            return False
+        self._bytes += taken
+        return True
+
+    def _too_long(self, count: int, *axes: Axis) -> Axis:
+        """Freeze axes and give what they would become: one frozen axis of `count` indices."""
+        reason = f"leads to an axis of {count:,} indices, which are too many to follow one by one"
+        for axis in axes:
+            if not self.all_frozen(axis):
+                self.freeze(axis, reason)
+        return self.frozen(count, reason)
 
     def _allocate(self, count: int) -> Axis:
         start, self._size = self._size, self._size + count
@@ -339,6 +395,11 @@ class Atoms:
             chosen[0] = True
         self._row[one[chosen]] = self._allocate_rows(many[chosen])
         return chosen
+
+
+def is_uniform(axis: Axis) -> bool:
+    """Whether an axis of several indices is laid out as one atom, as frozen ones are."""
+    return axis.strides == (0,) and len(axis) > 1
 
 
 def _same(left: Axis, right: Axis) -> bool:

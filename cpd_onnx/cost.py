@@ -132,9 +132,8 @@ class WidthCost:
         self.factors, self._places = terms
         count = len(combed.groups)
         used = np.unique(self._places[self._places < sizes.count])
-        place_of = np.full(sizes.count + 2, -1, np.int64)
+        place_of = np.full(sizes.count + 1, len(used), np.int64)
         place_of[used] = np.arange(len(used))
-        place_of[sizes.count :] = len(used), len(used) + 1
         self._places = place_of[self._places]
         owner = np.where(combed.owners[0] < 0, count, combed.owners[0])
         axis, parts = sizes.rows(used)
@@ -156,15 +155,15 @@ class WidthCost:
         left = np.column_stack([widths / self._full, np.ones(len(widths))])
         counted = self._counts * left[:, self._groups].prod(axis=2)
         sizes = np.add.reduceat(counted, self._starts, axis=1) if len(self._starts) else counted
-        sizes = np.column_stack([sizes, np.ones(len(widths)), np.zeros(len(widths))])
+        sizes = np.column_stack([sizes, np.ones(len(widths))])
         return np.asarray(sizes[:, self._places].prod(axis=2) @ self.factors)
 
 
 class _Sizes:
-    """The sizes of many axes at once, for one choice of channels after another."""
+    """The sizes of the axes that can shrink, all at once, for one choice of channels after another."""
 
     def __init__(self, atoms: Atoms, axes: Sequence[Axis]) -> None:
-        known = {id(axis): axis for axis in axes if len(axis)}
+        known = {id(axis): axis for axis in axes if not atoms.all_frozen(axis)}
         self.count = len(known)
         self._places = {key: place for place, key in enumerate(known)}
         tables = [atoms.parts(axis) for axis in known.values()]
@@ -175,9 +174,9 @@ class _Sizes:
             self._parts[start : start + len(table), : table.shape[1]] = table
 
     def of(self, kept: Kept) -> Floats:
-        """Indices that stay on each axis; a one and a zero follow, for axes that are not there and empty ones."""
+        """Indices that stay on each axis; a one follows, for axes that are not there."""
         before = np.concatenate([[0.0], np.cumsum(kept.stays(self._parts), dtype=np.float64)])
-        return np.concatenate([np.diff(before[self._starts]), [1.0, 0.0]])
+        return np.concatenate([np.diff(before[self._starts]), [1.0]])
 
     def rows(self, places: Axis) -> tuple[Axis, Axis]:
         """For each index of some axes the place of its axis, and its primitives."""
@@ -186,13 +185,14 @@ class _Sizes:
         return which[chosen], self._parts[chosen]
 
     def laid_out(self, terms: Sequence[Term]) -> _Sum:
-        """Factors of terms, and the places of their axes, a row each."""
+        """Factors of terms, what never shrinks multiplied in, and the places of their other axes, a row each."""
         rank = max((len(axes) for _, axes in terms), default=0)
-        count = len(self._places)
-        places = np.full((len(terms), rank), count, np.int64)
-        for row, (_, axes) in enumerate(terms):
-            places[row, : len(axes)] = [self._places.get(id(axis), count + 1) for axis in axes]
-        return np.asarray([factor for factor, _ in terms]), places
+        factors, places = np.zeros(len(terms)), np.full((len(terms), rank), self.count, np.int64)
+        for row, (factor, axes) in enumerate(terms):
+            shrinking = [self._places[id(axis)] for axis in axes if id(axis) in self._places]
+            places[row, : len(shrinking)] = shrinking
+            factors[row] = factor * math.prod(len(axis) for axis in axes if id(axis) not in self._places)
+        return factors, places
 
 
 def _owners(combed: Combed, owner: Axis, axes: tuple[Axis, ...] | list[Axis]) -> set[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cpd_onnx.atoms import Atoms, Axis, Mask
+from cpd_onnx.atoms import Atoms, Axis, Mask, is_uniform
 
 
 class Kept:
@@ -36,7 +36,9 @@ class Kept:
         """True where the index stays."""
         known = self._masks.get(id(axis))
         if known is None:
-            known = self._masks[id(axis)] = (axis, self.stays(self._atoms.parts(axis)))
+            parts = self._atoms.parts(axis)
+            mask = self.stays(parts[:1] if is_uniform(axis) else parts)
+            known = self._masks[id(axis)] = (axis, np.broadcast_to(mask, len(axis)))
         return known[1]
 
     def count(self, axis: Axis) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -173,10 +175,48 @@ def test_axes_that_are_too_long_to_follow_are_kept(monkeypatch: pytest.MonkeyPat
         " { a = MatMul(x, w) b = Reshape(a, s) c = Transpose <perm = [0, 2, 1]> (b) d = Reshape(c, f) y = MatMul(d, v) }"
     )
     assert comb(from_text(text)).groups
-    monkeypatch.setattr("cpd_onnx.rules.shape._MOST_MERGED", 8)
+    monkeypatch.setattr("cpd_onnx.atoms._MOST_BYTES", 10_000)
     combed = comb(from_text(text))
     assert not combed.groups
-    assert any("merges axes to 24 places" in reason for frozen in combed.frozen() for reason in frozen.reasons)
+    assert any("an axis of 24 indices" in reason for frozen in combed.frozen() for reason in frozen.reasons)
+
+
+MATRICES = "float[4, 8] w, float[8, 4] v"
+KERNELS = "float[8, 4, 1] w, float[4, 8, 1] v"
+LONG = {
+    "rows": f"(float[N, 4] x, {MATRICES}) => (float[N, 4] y) {{ a = MatMul(x, w) b = Relu(a) y = MatMul(b, v) }}",
+    "pixels": f"(float[1, 4, N] x, {KERNELS}) => (float[1, 4, N] y) {{ a = Conv(x, w) b = Relu(a) y = Conv(b, v) }}",
+    "merged": "(float[1, 4, H, H] x, float[8, 4, 1, 1] w, float[4, 8, 1] v) => (float[1, 4, N] y)"
+    " <int64[3] s = {0, 0, -1}> { a = Conv(x, w) b = Reshape(a, s) y = Conv(b, v) }",
+    "divided": f"(float[N, 4] x, {MATRICES}) => (float[H, H, 4] y) <int64[3] s = {{H, H, 4}}>"
+    " { a = MatMul(x, w) b = MatMul(a, v) y = Reshape(b, s) }",
+    "joined": f"(float[M, 4] x, {MATRICES}) => (float[N, 4] y)"
+    " { a = MatMul(x, w) b = Concat <axis = 0> (a, a, a, a) y = MatMul(b, v) }",
+    "padded": f"(float[M, 4] x, {MATRICES}) => (float[q, 4] y) <int64[4] s = {{0, 0, M, 0}}>"
+    " { a = MatMul(x, w) b = Pad(a, s) y = MatMul(b, v) }",
+    "sliced": f"(float[N, 4] x, {MATRICES}) => (float[q, 4] y) <int64[1] s = {{1}}, int64[1] e = {{M}}, int64[1] k = {{0}}>"
+    " { a = MatMul(x, w) b = Slice(a, s, e, k) y = MatMul(b, v) }",
+    "stretched": f"(float[1, 4] x, {MATRICES}) => (float[N, 4] y) <int64[2] s = {{N, 8}}>"
+    " { a = MatMul(x, w) b = Expand(a, s) y = MatMul(b, v) }",
+    "flattened": f"(float[1, 4, M] x, {KERNELS}) => (float[1, q] y) {{ a = Conv(x, w) b = Conv(a, v) y = Flatten(b) }}",
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_axes_of_a_quarter_of_a_billion_indices_take_no_memory(name: str) -> None:
+    """Each index of an axis took some hundred bytes, and some of the time each."""
+    text = LONG[name]
+    for letter, size in {"N": 1 << 28, "M": 1 << 26, "H": 1 << 14}.items():
+        text = re.sub(rf"\b{letter}\b", str(size), text)
+    model = from_text(text)
+    tracemalloc.start()
+    try:
+        done = cpd.run("comb, score{kind='l1'}, allocate, prune", model)
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+    finally:
+        tracemalloc.stop()
+    weight = next(tensor for tensor in done.model.proto.graph.initializer if tensor.name == "w")
+    assert weight.dims[0 if "Conv" in text else 1] < 8
 
 
 def test_inputs_of_gigabytes_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto
 
-from cpd_onnx.atoms import Atoms, Axis, Mask
+from cpd_onnx.atoms import NOTHING, Atoms, Axis, Mask, is_uniform
 from cpd_onnx.evaluate import Call
 from cpd_onnx.graph import Array
 from cpd_onnx.shapes import Scope, Shape, Value
@@ -279,10 +279,13 @@ class Op:
         if math.prod(sizes) != len(flat):
             raise GiveUp(f"{self.name} divides an axis of {len(flat)} into {list(sizes)}")
         wide = [k for k, size in enumerate(sizes) if size != 1]
-        parts: list[Axis] = [np.zeros(size, np.int64) for size in sizes]
+        parts: list[Axis] = [np.broadcast_to(np.int64(NOTHING), size) for size in sizes]
         if len(wide) == 1:
             parts[wide[0]] = flat
             return parts
+        if is_uniform(flat):
+            self.freeze(flat, "splits an axis that can only go as a whole")
+            return [self.atoms.stretched(flat, size) if k in wide else parts[k] for k, size in enumerate(sizes)]
         fate, table = self.atoms.canonical(flat).reshape(sizes), flat.reshape(sizes)
         varying = [k for k in wide if bool((np.diff(fate, axis=k) != 0).any())]
         if not varying:
@@ -320,7 +323,7 @@ class Op:
     def along(self, axis: Axis, size: int, why: str) -> Axis:
         """Freeze an axis and give its atoms, with their reason, to an axis of another size."""
         self.freeze(axis, why)
-        return np.resize(axis, size) if len(axis) else self.frozen(size, why)
+        return self.atoms.stretched(axis, size) if len(axis) else self.frozen(size, why)
 
     def sizes(self, output: int = 0) -> Shape:
         """Shape of an output; raises GiveUp if it is not known."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from cpd_onnx.rules.api import GiveUp, Op, rule
 from cpd_onnx.rules.elementwise import MICROSOFT, broadcast, freeze_rest
 from cpd_onnx.rules.linear import stands_for
@@ -63,7 +61,7 @@ def quantized_concat(op: Op) -> None:
     out = list(parts[0].axes or [])
     for position in range(parts[0].rank):
         if position == axis:
-            out[position] = np.concatenate([p[position] for p in parts])
+            out[position] = op.atoms.joined([p[position] for p in parts])
             continue
         for other in parts[1:]:
             op.unite(parts[0][position], other[position])

@@ -9,16 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cpd_onnx.atoms import Axis
+from cpd_onnx.atoms import Axis, is_uniform
 from cpd_onnx.evaluate import axes_operand, slice_ranges
 from cpd_onnx.graph import Array
 from cpd_onnx.rules.api import DROP, TABLE_ROWS, GiveUp, Keep, Op, Rewrite, Tensor, positions_after, rule
 
 _FAR = 2**31 - 1
 """Slice ends from this on mean 'to the end' in every exporter."""
-
-_MOST_MERGED = 1 << 23
-"""Places of merged axes that are followed one by one; each takes some hundred bytes."""
 
 
 @rule("Reshape")
@@ -115,14 +112,12 @@ def _regroup_run(op: Op, axes: list[Axis], sizes: list[int]) -> list[Axis]:
     inner, tail = inner[::-1], tail[::-1]
     core_sizes = [core for core, _, _ in tail]
     core_axes, head = _strip(op, inner, core_sizes)
-    if (merged := math.prod(map(len, core_axes))) > _MOST_MERGED:
-        raise GiveUp(f"{op.name} merges axes to {merged:,} places")
     flat = op.atoms.product(*core_axes) if core_axes else np.zeros(1, np.int64)
     parts = op.unmerge(flat, [core for core, _, _ in head])
     for part, (_, before, cold), (_, after, cold_too), (k, _) in zip(parts, head, tail, wide, strict=True):
         part = part if cold is None else cold
-        part = np.tile(part, before)
-        part = np.repeat(part, after)
+        part = op.atoms.stretched(part, len(part) * before) if before > 1 else part
+        part = op.atoms.repeated(part, after) if after > 1 else part
         made[k] = part if cold_too is None else cold_too
     return [made[k] for k in range(len(sizes))]
 
@@ -133,7 +128,7 @@ def _unrepeated(axes: list[Axis], sizes: list[int]) -> list[Axis]:
     GroupNorm as exporters write it merges channels with pixels; multiplied out they are many.
     """
     last = axes[-1]
-    if len(last) > 1 and last[0] == last[1]:
+    if len(last) > 1 and not is_uniform(last) and last[0] == last[1]:
         for first in range(1, len(sizes)):
             times = math.prod(sizes[first:])
             if 1 < times < len(last) and len(last) % times == 0:
@@ -158,14 +153,14 @@ def _strip(op: Op, axes: list[Axis], sizes: list[int]) -> tuple[list[Axis], list
         if cold > 1 and cold % size == 0:
             cold //= size
             assert like is not None
-            result.append((1, 1, np.resize(like, size)))
+            result.append((1, 1, op.atoms.stretched(like, size)))
         elif cold > 1 and size % cold == 0:
             result.append((size // cold, cold, None))
             cold = 1
         else:
             if cold > 1:
                 assert like is not None
-                axes = [np.resize(like, cold), *axes]
+                axes = [op.atoms.stretched(like, cold), *axes]
                 cold = 1
             result.append((size, 1, None))
     return axes, result
@@ -193,7 +188,7 @@ def depth_to_space(op: Op) -> None:
 def space_to_depth(op: Op) -> None:
     """The channels, once for each place in a block."""
     x, block = op.input(0), op.get("blocksize") ** 2
-    op.set([x[0], np.tile(x[1], block), *_spatial(op, x)])
+    op.set([x[0], op.atoms.stretched(x[1], len(x[1]) * block), *_spatial(op, x)])
 
 
 def _spatial(op: Op, x: Tensor) -> list[Axis]:
@@ -210,7 +205,7 @@ def concat(op: Op) -> None:
     out = list(parts[0].axes or [])
     for position in range(parts[0].rank):
         if position == axis:
-            out[position] = np.concatenate([part[position] for part in parts])
+            out[position] = op.atoms.joined([part[position] for part in parts])
             continue
         for other in parts[1:]:
             op.unite(parts[0][position], other[position])
@@ -280,7 +275,7 @@ def slice_(op: Op) -> None:
         if op.atoms.all_frozen(x[axis]):
             if y.shape is None:
                 raise GiveUp(f"the output shape of {op.name} is not known")
-            out[axis] = np.resize(x[axis], y.shape[axis])
+            out[axis] = op.atoms.stretched(x[axis], y.shape[axis])
             continue
         out[axis] = _sliced(op, x[axis], slot, (start, end, step))
         op.touched.append(x[axis])
@@ -531,7 +526,7 @@ def pad(op: Op) -> None:
     for place, axis in enumerate(axes):
         if op.atoms.all_frozen(x[axis]) or pads is None:
             op.freeze(x[axis], "pads this axis by an amount computed from data")
-            out[axis] = np.resize(x[axis], shape[axis]) if len(x[axis]) else op.frozen(shape[axis])
+            out[axis] = op.atoms.stretched(x[axis], shape[axis]) if len(x[axis]) else op.frozen(shape[axis])
             continue
         low, high = pads[place], pads[place + len(axes)]
         if op.get("mode", "constant") != "constant" and (low or high):
@@ -573,7 +568,7 @@ def _padded(op: Op, axis: Axis, place: int, count: int, widths: tuple[int, int])
         return made
 
     op.demand(slot, [axis, *new], rewrite)
-    return np.concatenate([new[0], body, new[1]])
+    return op.atoms.joined([new[0], body, new[1]])
 
 
 @rule("Expand")
@@ -631,7 +626,7 @@ def tile(op: Op) -> None:
             out.append(_new_axis(op, size, other))
             counted.append(out[-1])
             continue
-        out.append(np.resize(axis, size))
+        out.append(op.atoms.stretched(axis, size))
         counted.append(np.zeros(0, np.int64))
     op.set(out)
     op.demand_sizes(1, counted)
