@@ -67,7 +67,12 @@ class Atoms:
         return self._size
 
     def fresh(self, count: int, *, may_vanish: bool = False) -> Axis:
-        """Make `count` new primitive atoms; a single one would empty its axis and is frozen, unless it may."""
+        """Make `count` new primitive atoms; a single one would empty its axis and is frozen, unless it may.
+
+        Raises ValueError if the count is below zero.
+        """
+        if count < 0:
+            raise ValueError(f"there is no axis of {count} indices")
         if count == 1 and not may_vanish:
             return np.zeros(1, np.int64)
         return self._allocate(count) if self._has_room(count, _ATOM_BYTES) else self._too_long(count)
@@ -186,6 +191,8 @@ class Atoms:
     def product(self, *axes: Axis) -> Axis:
         """The axis that merging `axes`, row-major, gives; frozen factors drop out."""
         count = math.prod(map(len, axes))
+        if not count:
+            return np.zeros(0, np.int64)
         if all(is_uniform(axis) and self.all_frozen(axis) for axis in axes):
             return np.broadcast_to(axes[0][0], count)
         if not self._has_room(count, _COMPOSITE_BYTES):

@@ -142,7 +142,7 @@ def _reduce(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) 
         return None
     rank = len(shapes[0])
     gone = {axis + rank if axis < 0 else axis for axis in axes}
-    if call.get("keepdims", 1):
+    if call.get("keepdims", 1) == 1:
         return tuple(1 if axis in gone else size for axis, size in enumerate(shapes[0]))
     return tuple(size for axis, size in enumerate(shapes[0]) if axis not in gone)
 

@@ -145,7 +145,7 @@ def _ratio(part: float, whole: float) -> float:
 def tolerance(combed: Combed) -> float:
     """What the narrowest number format in the model allows."""
     activations = {t.value.dtype for t in combed.tensors.values()}
-    if activations & {TensorProto.INT8, TensorProto.UINT8}:
+    if combed.recorder.is_rounding or activations & {TensorProto.INT8, TensorProto.UINT8}:
         return QUANTIZED
     names: dict[int, str] = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
     kinds = {weight.value.dtype for weight in combed.weights if weight.is_float and weight.size > 1}

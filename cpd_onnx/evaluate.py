@@ -246,7 +246,7 @@ def _reduction(function: Callable[..., Any]) -> Evaluator:
         axes = axes_operand(call, operands)
         if not axes and call.get("noop_with_empty_axes", 0):
             return data
-        result = function(data, axis=tuple(axes) if axes else None, keepdims=bool(call.get("keepdims", 1)))
+        result = function(data, axis=tuple(axes) if axes else None, keepdims=call.get("keepdims", 1) == 1)
         return np.asarray(result).astype(data.dtype)
 
     return reduced

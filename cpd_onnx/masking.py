@@ -186,6 +186,6 @@ def zero_of(combed: Combed, weight: Weight) -> Array:
     quantized = combed.recorder.quantized.get(id(weight.value))
     value = quantized.zero_point if quantized is not None else None
     found = constant_of(combed, value) if value is not None else None
-    if quantized is None or found is None or found.size == 1:
-        return np.zeros(()) if found is None else found.reshape(())
-    return found.reshape([-1 if i == quantized.axis else 1 for i in range(len(weight.shape))])
+    if quantized is None or found is None:
+        return np.zeros(())
+    return quantized.aligned(found, weight.shape)

@@ -16,7 +16,7 @@ import numpy as np
 from cpd_onnx.atoms import Atoms, Axis
 from cpd_onnx.groups import Combed
 from cpd_onnx.rules.api import Demand
-from cpd_onnx.shapes import Value
+from cpd_onnx.shapes import Scope, Use, Value
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +49,55 @@ def elements(demand: Demand, value: Value) -> Iterator[Element]:
 
 def hold_what_cannot_be_edited(combed: Combed) -> None:
     """Freeze, or unite, the axes whose sizes stand where they cannot be rewritten one by one."""
+    _hold_numbers_of_inputs(combed)
     while _one_round(combed):
         pass
+
+
+def is_number(combed: Combed, use: Use) -> bool:
+    """Whether a slot takes sizes as numbers to compute with, so that what is made of them is not known beforehand.
+
+    Demands apart, which name sizes or positions.
+    """
+    made = [use.scope.values.get(output) for output in use.scope.nodes[use.node].output]
+    return not all(v is not None and v.values is not None for v in made) and use.key not in combed.recorder.demanded
+
+
+def _hold_numbers_of_inputs(combed: Combed) -> None:
+    """Freeze what numbers are computed from that depend on the sizes of the inputs too, as a count of all elements.
+
+    They belong to the function and must stay as they are, but cannot be written down.
+    """
+    for scope in combed.folded.scope.walk():
+        for name, value in scope.values.items():
+            if not value.from_shape or value.values is None or value.is_static or scope.function:
+                continue
+            for use in scope.consumers.get(name, []):
+                if is_number(combed, use):
+                    node = use.scope.nodes[use.node]
+                    reason = f"{node.op_type} {node.name or node.output[0]!r} computes with a number made of this size"
+                    for axis in _sizes_in(combed, scope, name):
+                        _freeze(combed.atoms, axis, reason)
+                    break
+
+
+def _sizes_in(combed: Combed, scope: Scope, name: str) -> Iterator[Axis]:
+    """The axes of whose sizes a value is computed."""
+    todo, seen = [name], {name}
+    while todo:
+        value = scope.lookup(todo[-1])
+        maker = scope.makers.get(todo.pop())
+        if value is None or not value.from_shape:
+            continue
+        leaves = np.full(1, -1) if value.leaves is None else value.leaves.ravel()
+        for leaf in leaves[leaves < -1].tolist():
+            for source, number in combed.folded.dims[-2 - leaf]:
+                tensor = combed.tensor_of.get(id(source))
+                if tensor is not None and tensor.axes is not None:
+                    yield tensor.axes[number]
+        if maker is not None and (leaves >= -1).any():
+            todo += set(scope.nodes[maker].input) - seen
+            seen.update(scope.nodes[maker].input)
 
 
 def _one_round(combed: Combed) -> bool:

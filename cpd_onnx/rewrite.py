@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from onnx import AttributeProto, NodeProto, ValueInfoProto, helper
+from onnx import AttributeProto, NodeProto, TensorShapeProto, ValueInfoProto, helper
 
 from cpd_onnx.arithmetic import Arithmetic
 from cpd_onnx.editing import Editor
@@ -16,7 +16,7 @@ from cpd_onnx.errors import ProofError
 from cpd_onnx.graph import Array, Lazy, Model, drop_attribute, later, set_attribute
 from cpd_onnx.groups import Combed, Weight
 from cpd_onnx.kept import Kept
-from cpd_onnx.operands import elements, operand_value
+from cpd_onnx.operands import elements, is_number, operand_value
 from cpd_onnx.rules.api import DROP, Demand
 from cpd_onnx.shapes import DIVISOR, SCALED, Folded, Scope, Use, Value, fold
 from cpd_onnx.weights import weight_lazily
@@ -78,8 +78,6 @@ class _Rewriter(Editor):
         self.edits: list[Edit] = []
         self.operands: dict[tuple[int, int, int], Array] = {}
         self.leaves: dict[Use, Array] = {}
-        demands = (d for d in combed.recorder.demands if isinstance(d.slot, int))
-        self.demanded = {(d.scope.path, d.node, d.slot) for d in demands}
         self.pins: list[tuple[Demand, Value]] = []
 
     def run(self) -> Pruned:
@@ -225,18 +223,12 @@ class _Rewriter(Editor):
             if scope.function:
                 continue
             graph = self.graph(scope)
-            stale = []
             for info in (*graph.value_info, *graph.input, *graph.output):
                 axes, before = self.axes_of(scope, info), info.SerializeToString()
-                if axes is not None and not self.redescribe(info, axes):
-                    stale.append(info)
-                    self.log(
-                        "shape", f"{scope.path}:{info.name}", "dropped: it had another number of axes than the tensor"
-                    )
-                elif info.SerializeToString() != before:
+                if axes is not None:
+                    self.redescribe(info, axes)
+                if info.SerializeToString() != before:
                     self.log("shape", f"{scope.path}:{info.name}", f"sizes of the axes {list(axes or [])}")
-            for info in stale:
-                graph.value_info.remove(info)
 
     def axes_of(self, scope: Scope, info: ValueInfoProto) -> Sequence[Any] | None:
         """New sizes of a described tensor, None where they are those of old."""
@@ -250,19 +242,19 @@ class _Rewriter(Editor):
             return list(self.maker(scope, info.name).attribute[0].t.dims)
         return None
 
-    def redescribe(self, info: ValueInfoProto, sizes: Sequence[int | None]) -> bool:
-        """Whether the entry could be corrected."""
+    def redescribe(self, info: ValueInfoProto, sizes: Sequence[int | None]) -> None:
+        """Correct the entry, or replace it if it has another number of axes than the tensor."""
         dims = info.type.tensor_type.shape.dim
         if not info.type.tensor_type.HasField("shape"):
-            return True
+            return
         if len(dims) != len(sizes):
-            return False
+            del dims[:]
+            dims.extend(TensorShapeProto.Dimension(dim_value=size) for size in sizes)
         for dim, size in zip(dims, sizes, strict=True):
             if size is not None and dim.dim_value != size:
                 if not dim.HasField("dim_value") and not dim.HasField("dim_param"):
                     continue
                 dim.dim_value = size
-        return True
 
     # What follows from the pruned model's own arithmetic.
 
@@ -338,8 +330,7 @@ class _Rewriter(Editor):
         """Whether a slot takes a number for its value, not for the size or position that it names."""
         if use.scope.function or self.node(use.scope, use.node).input[use.slot] != name:
             return False
-        made = [use.scope.values.get(output) for output in use.scope.nodes[use.node].output]
-        return not all(v is not None and v.values is not None for v in made) and use.key not in self.demanded
+        return is_number(self.combed, use)
 
     def derived(self) -> Iterator[tuple[Scope, str, Value]]:
         for scope in self.combed.folded.scope.walk():

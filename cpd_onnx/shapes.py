@@ -400,8 +400,8 @@ class _Folder:
             return self.call(scope, position, node, inputs)
         attributes = attributes_of(node)
         call = Call(attributes, self.opsets[""])
-        if node.op_type == "Resize" and node.domain in ("", "ai.onnx"):
-            _require_scales(node, inputs[2 if call.opset > 10 else 1 :])
+        if node.domain in ("", "ai.onnx") and node.op_type in _DEADLY:
+            _DEADLY[node.op_type](node, call, inputs)
         results = self.computed(scope, position, node, call, inputs) or self.inferred(node, call, inputs)
         parents = [v for v in inputs if v is not None]
         # ConstantOfShape, Range and Shape of constants count too: they depend on weights alone.
@@ -468,8 +468,9 @@ class _Folder:
     def shape_of(self, node: NodeProto, call: Call, value: Value) -> Value:
         assert value.shapes is not None
         arrays = [np.asarray(s, np.int64) for s in value.shapes]
-        leaves = None
         if node.op_type == "Size":
+            leaves = np.asarray(-2 - len(self.dims), np.int64)
+            self.dims.append(tuple((value, axis) for axis in range(len(arrays[0]))))
             arrays = [np.asarray(a.prod(), np.int64) for a in arrays]
         else:
             part = slice(call.get("start", 0), call.get("end"))
@@ -619,6 +620,7 @@ class _Folder:
     def body_node(self, scope: Scope, position: int, node: NodeProto, inputs: list[Value | None]) -> list[Value]:
         """If, Loop, Scan: sweep the bodies; outputs are what all branches or rounds agree on."""
         bodies = bodies_of(node)
+        _require_bodies(node, bodies)
         made: dict[str, Scope] = {}
         label = node.name or node.output[0]
         for name, graph in bodies.items():
@@ -804,18 +806,50 @@ def _require_few_calls(model: Model, functions: Mapping[tuple[str, str], Functio
 
 def _sane(shape: Shape) -> Shape:
     """The shape, unless a damaged file made it absurd."""
-    if max(shape, default=0) > _MAX_DIM:
+    if max(shape, default=0) > _MAX_DIM or min(shape, default=0) < 0:
         raise ModelError(f"a tensor of shape {list(shape)} is not credible: is the file damaged?")
     return shape
 
 
-def _require_scales(node: NodeProto, inputs: Sequence[Value | None]) -> None:
+def _require_bodies(node: NodeProto, bodies: Mapping[str, GraphProto]) -> None:
+    """Raise ModelError where subgraphs are missing, or have not the inputs and outputs that the node calls for."""
+    attributes, given, made = attributes_of(node), len(node.input), len(node.output)
+    wanted = {"If": ("then_branch", "else_branch")}.get(node.op_type, ("body",))
+    fits = all(name in bodies for name in wanted)
+    if node.op_type == "If":
+        fits = fits and given == 1 and all(len(bodies[name].output) >= made for name in wanted)
+    elif node.op_type == "Loop":
+        fits = fits and given >= 2 and len(bodies["body"].input) <= given and len(bodies["body"].output) > made
+    else:
+        scans = attributes.get("num_scan_inputs", 0)
+        axes = [(name, attributes.get(f"scan_{name}_axes")) for name in ("input", "output")]
+        count = {"input": scans, "output": made - (given - scans)}
+        fits = fits and 0 < scans <= given and len(bodies["body"].output) >= made
+        fits = fits and all(found is None or len(found) == count[name] for name, found in axes)
+    if not fits:
+        name = node.name or (node.output[0] if made else "")
+        raise ModelError(f"the subgraphs of {node.op_type} {name!r} do not fit its inputs and outputs")
+
+
+def _require_scales(node: NodeProto, call: Call, inputs: Sequence[Value | None]) -> None:
     """Refuse scales that make a size below zero: onnxruntime ends the whole process at the next Slice."""
-    if inputs and inputs[0] is not None and inputs[0].values is not None:
-        scales = inputs[0].values[0].ravel().tolist()
+    given = inputs[2 if call.opset > 10 else 1 :]
+    if given and given[0] is not None and given[0].values is not None:
+        scales = given[0].values[0].ravel().tolist()
         if not all(scale > 0 for scale in scales):
             name = node.name or node.output[0]
             raise ModelError(f"node {name!r} resizes by {scales}, not all above zero: is the file damaged?")
+
+
+def _require_batch_dims(node: NodeProto, call: Call, _inputs: Sequence[Value | None]) -> None:
+    """Refuse axes counted from the end: the shape inference of onnx and onnxruntime reads what is not its own."""
+    if call.get("batch_dims", 0) < 0:
+        name = node.name or node.output[0]
+        raise ModelError(f"node {name!r} has {call.get('batch_dims')} batch axes: is the file damaged?")
+
+
+_DEADLY = {"GatherND": _require_batch_dims, "Resize": _require_scales}
+"""Checks of what onnx or onnxruntime would not survive."""
 
 
 def _same_under_both(value: Value) -> bool:

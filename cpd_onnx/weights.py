@@ -36,7 +36,7 @@ def dequantized(combed: Combed, weight: Weight) -> Array:
     for value, function in ((quantized.zero_point, np.subtract), (quantized.scale, np.multiply)):
         number = None if value is None else constant_of(combed, value)
         if number is not None:
-            found = function(found, _aligned(number.astype(np.float32), found.ndim, quantized.axis))
+            found = function(found, quantized.aligned(number.astype(np.float32), found.shape))
     return found
 
 
@@ -44,9 +44,3 @@ def constant_of(combed: Combed, value: Value) -> Array | None:
     """The array of a value that is a weight or known, None otherwise."""
     weight = combed.weight_of.get(id(value))
     return weight_array(combed.folded.model, weight) if weight is not None else value.value
-
-
-def _aligned(number: Array, rank: int, axis: int) -> Array:
-    if number.ndim != 1 or number.size == 1:
-        return number
-    return number.reshape([-1 if i == axis else 1 for i in range(rank)])

@@ -212,6 +212,18 @@ MODELS: dict[str, Callable[[], ModelProto]] = {
     "a kernel of another size": lambda: net(node("Unsqueeze", "h n", "u"), node("Conv", "u k", "z", kernel_shape=[5]), n=ints(2), k=np.ones((8, 8, 1), "f")),
     "a convolution that pads terabytes": lambda: net(node("Unsqueeze", "h n", "u"), node("Conv", "u k", "z", pads=[HUGE, HUGE]), n=ints(2), k=np.ones((8, 8, 1), "f")),
     "a normalisation of another width": lambda: net(node("BatchNormalization", "h a a a a", "z"), a=np.ones(5, "f")),
+    "a convolution that cuts more than there is": lambda: net(node("Unsqueeze", "h n", "u"), node("Conv", "u k", "z", pads=[-9, -9]), n=ints(2), k=np.ones((8, 8, 1), "f")),
+    "batch axes counted from the end": lambda: net(node("GatherND", "h n", "z", batch_dims=-2), n=ints(0)[:, None]),
+    "scales of another length": lambda: net(
+        node("DequantizeLinear", "q s", "d", axis=1), node("MatMul", "h d", "z"), q=np.ones((8, 8), np.int8), s=np.ones(3, "f")
+    ),
+    "branches that give nothing": lambda: net(
+        node("If", "b", "z", then_branch=helper.make_graph([], "t", [], []), else_branch=helper.make_graph([], "e", [], [])),
+        b=np.asarray(True),
+    ),
+    "a scan of more than there is": lambda: net(
+        node("Scan", "h", "z", num_scan_inputs=7, body=helper.make_graph([], "b", [], [info("s", [8])]))
+    ),
     "an If without branches": lambda: net(node("If", "b", "z"), b=np.asarray(True)),
     "a Loop without body": lambda: net(node("Loop", "n b h", "z"), n=ints(3)[0], b=np.asarray(True)),
     "a sparse weight of terabytes": lambda: changed(

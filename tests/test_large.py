@@ -41,7 +41,7 @@ def prunable(count: int) -> list[int]:
     while len(found) < count:
         seed += 1
         try:
-            cpd.run("comb, score, allocate", seeded(seed))
+            cpd.run("comb, score, allocate", seeded(seed, is_common=True))
             found.append(seed)
         except cpd.TargetError:
             continue
@@ -61,7 +61,11 @@ def test_the_same_bytes(tmp_path: Path, request: pytest.FixtureRequest, is_apart
     source = {seed: tmp_path / f"{seed}.onnx" for seed in seeds}
     for seed, path in source.items():
         onnx.save_model(
-            seeded(seed), path, save_as_external_data=is_apart, location=f"{path.name}.data", size_threshold=0
+            seeded(seed, is_common=True),
+            path,
+            save_as_external_data=is_apart,
+            location=f"{path.name}.data",
+            size_threshold=0,
         )
     before = {}
     for seed, path in source.items():
@@ -81,7 +85,7 @@ def test_pieces_compute_what_the_whole_does(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for seed in range(20):
         path = tmp_path / "m.onnx"
-        onnx.save_model(seeded(seed), path)
+        onnx.save_model(seeded(seed, is_common=True), path)
         model = load(path)
         shape = [d.dim_value or 2 for d in model.graph.input[0].type.tensor_type.shape.dim]
         feeds = [{"x": rng.standard_normal(shape).astype(np.float32)} for _ in range(2)]

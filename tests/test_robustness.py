@@ -13,10 +13,12 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import cpd_onnx as cpd
+from cpd_onnx.compare import QUANTIZED, tolerance
 from cpd_onnx.graph import load
 from cpd_onnx.passes.comb import comb
 from cpd_onnx.runtime import open_model, working_feeds
 from cpd_onnx.shapes import fold
+from cpd_onnx.weights import dequantized
 
 from .models import from_text
 from .test_rules import model_of
@@ -233,3 +235,90 @@ def test_inputs_of_gigabytes_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> N
         next(working_feeds(fold(load(model)), open_model(load(model))))
     assert len(tried) > 5
     assert max(tried) < 1 << 26
+
+
+MANY = 900_000_000_000
+ATTENTION = {
+    "packed": f"y = com.microsoft.Attention<num_heads = {MANY}>(a, p)",
+    "packed in odd sizes": f"y = com.microsoft.Attention<num_heads = 1, qkv_hidden_sizes = [{MANY}, {MANY}, 16]>(a, p)",
+    "apart": f"y = com.microsoft.MultiHeadAttention<num_heads = {MANY}>(a, a, a)",
+    "grouped": f"y = com.microsoft.GroupQueryAttention<num_heads = {MANY}, kv_num_heads = 1>(a, a, a)",
+    "rotated": f"y = com.microsoft.RotaryEmbedding<num_heads = 2, rotary_embedding_dim = {MANY}>(a, k, c, c)",
+    "rotated beyond the heads": "y = com.microsoft.RotaryEmbedding<num_heads = 2, rotary_embedding_dim = 12>(a, k, c, c)",
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_heads_that_no_tensor_has(name: str) -> None:
+    """Room was made for each, or less than none was, so that other axes got the atoms of these."""
+    weights = "float[16, 16] w, float[16, 48] p, float[4, 8] c, int64[4] k"
+    combed = comb(
+        from_text(f"(float[1, 4, 16] x, {weights}) => (float[1, 4, 16] y) {{ a = MatMul(x, w) {ATTENTION[name]} }}")
+    )
+    assert not combed.groups
+    assert any("joins axes of" in r or "make no sense" in r for frozen in combed.frozen() for r in frozen.reasons)
+
+
+def test_a_description_with_other_axes_is_opened() -> None:
+    """That of an input which names a weight was looked for among the inner tensors."""
+    text = "(float[2, 4] x, float[4, 8] w, float[8, 3] v) => (float[2, 3] y) { h = MatMul(x, w) y = MatMul(h, v) }"
+    model = from_text(text)
+    model.graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, [4, 8, 1]))
+    model.graph.value_info.append(helper.make_tensor_value_info("h", TensorProto.FLOAT, [2, 8, 1]))
+    pruned = cpd.run("comb, score, allocate, prune", model).model.proto
+    described = {info.name: info.type.tensor_type.shape.dim for info in (*pruned.graph.input, *pruned.graph.value_info)}
+    assert [dim.dim_value for dim in described["w"]] == list(pruned.graph.initializer[0].dims)
+    assert len(described["h"]) == 2
+    onnx.checker.check_model(pruned)
+
+
+def test_only_one_keeps_reduced_axes() -> None:
+    """Runtimes drop the axis for any other number; the columns of a square would then be divided by those of others."""
+    text = (
+        "(float[2, 3] x, float[3, 2] w, float[2, 4] v) => (float[2, 4] y)"
+        " { a = MatMul(x, w) b = ReduceL2<axes = [1], keepdims = 7>(a) c = Div(a, b) y = MatMul(c, v) }"
+    )
+    with pytest.raises(cpd.TargetError, match="graph input 'x'"):
+        cpd.run("comb, score, allocate, prune, verify", from_text(text))
+
+
+@pytest.mark.parametrize("batch", ["n", "2"])
+def test_a_count_of_elements_stays_what_it_was(batch: str) -> None:
+    """Divided by, it is part of the function: written down where it is known, else what it counts is kept."""
+    text = (
+        f"(float[{batch}, 4] x, float[4, 8] w, float[8, 3] v) => (float[{batch}, 3] y)"
+        " { a = MatMul(x, w) s = Size(a) t = Cast<to = 1>(s) b = Div(a, t) y = MatMul(b, v) }"
+    )
+    if batch == "n":
+        with pytest.raises(cpd.TargetError, match="computes with a number made of this size"):
+            cpd.run("comb, score, allocate, prune, verify", from_text(text))
+    else:
+        done = cpd.run("comb, score, allocate, prune, verify", from_text(text)).verification
+        assert done is not None
+        assert done.passed
+
+
+def test_weights_scaled_in_blocks_are_scored() -> None:
+    """The scales, one for two rows, were laid along the axis as if there were one for each row."""
+    text = (
+        "(float[2, 4] x, int8[4, 6] q, float[2, 6] s, float[6, 3] v) => (float[2, 3] y)"
+        " { w = DequantizeLinear<axis = 0, block_size = 2>(q, s) a = MatMul(x, w) y = MatMul(a, v) }"
+    )
+    combed = comb(from_text(text, opset=21))
+    weight = next(w for w in combed.weights if w.name == "q")
+    arrays = {t.name: numpy_helper.to_array(t) for t in combed.folded.model.graph.initializer}
+    assert np.array_equal(dequantized(combed, weight), arrays["q"] * np.repeat(arrays["s"], 2, axis=0))
+    assert cpd.run("comb, score, allocate, prune, verify", from_text(text, opset=21)).verification
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [
+        "(float[2, 16] x, uint8[8, 1, 8] q, float[8] s) => (float[2, 8] y)"
+        " { y = com.microsoft.MatMulNBits<K = 16, N = 8, bits = 4, block_size = 16, accuracy_level = 4>(x, q, s) }",
+        "(float[2, 4] x, uint8[4, 8] q, float[8] s) => (float[2, 8] y) { y = com.microsoft.DynamicQuantizeMatMul(x, q, s) }",
+    ],
+)
+def test_operators_that_round_inside_are_compared_like_quantised_ones(graph: str) -> None:
+    """Nothing in the graph is of integers, but sums in another order may round to the other side."""
+    assert tolerance(comb(from_text(graph))) == QUANTIZED

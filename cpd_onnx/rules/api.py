@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -119,12 +120,39 @@ class Cost:
 class Quantized:
     """What an integer weight stands for: (weight - zero_point) * scale, both per index of `axis` or single numbers.
 
-    None stands for a scale of one and a zero point of zero.
+    None stands for a scale of one and a zero point of zero. Where `block` is not 0, there is one number for each so
+    many indices of `axis`, for all indices of the other axes.
     """
 
     scale: Value | None
     zero_point: Value | None
     axis: int
+    block: int = 0
+
+    def aligned(self, numbers: Array, shape: Shape) -> Array:
+        """Scales or zero points so that they broadcast against a weight of a shape."""
+        if numbers.size == 1:
+            return numbers.reshape(())
+        if self.block:
+            return np.take(numbers, np.arange(shape[self.axis]) // self.block, axis=self.axis)
+        if numbers.ndim == 2 and len(shape) == 3:  # recurrent weights, per direction and gate
+            return numbers[:, None]
+        if numbers.ndim > 1:
+            return numbers
+        axis = self.axis if numbers.size == shape[self.axis] else 0
+        return numbers.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+
+    def fits(self, shape: Shape) -> bool:
+        """Whether there is a number for each element of a weight of a shape."""
+        for value in (self.scale, self.zero_point):
+            if value is not None and value.shape is not None:
+                try:
+                    numbers = self.aligned(np.broadcast_to(np.int8(0), value.shape), shape)
+                    if np.broadcast_shapes(numbers.shape, shape) != shape:
+                        return False
+                except (IndexError, ValueError):
+                    return False
+        return True
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,6 +182,7 @@ class Recorder:
         scales: ids of the values that batch normalisations multiply channels with.
         sensitive: nodes whose result depends on which indices are there, beyond what zeros would add.
         positions: values that count along an axis.
+        is_rounding: whether some node rounds activations to integers inside.
 
     """
 
@@ -167,6 +196,12 @@ class Recorder:
     scales: set[int] = field(default_factory=set)
     sensitive: set[tuple[str, int]] = field(default_factory=set)
     positions: list[tuple[Scope, str, Axis]] = field(default_factory=list)
+    is_rounding: bool = False
+
+    @cached_property
+    def demanded(self) -> set[tuple[str, int, int]]:
+        """The input slots among the demands, as `Use.key` has them; to be asked for when all nodes have been seen."""
+        return {(d.scope.path, d.node, d.slot) for d in self.demands if isinstance(d.slot, int)}
 
 
 @dataclass(eq=False)

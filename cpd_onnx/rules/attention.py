@@ -38,7 +38,7 @@ def _heads(op: Op, counts: tuple[int, int], dim: int, value_dim: int | None = No
     shared = op.atoms.fresh(groups)
     if dim % block:
         raise GiveUp(f"{op.name} has heads of {dim}, not a multiple of {block}")
-    size = np.repeat(op.atoms.fresh(dim // block), block)
+    size = op.atoms.repeated(op.atoms.fresh(dim // block), block)
     heads = op.atoms.product(shared, op.atoms.fresh(queries // groups))
     made = _Heads(shared, heads, size, size if value_dim is None else op.atoms.fresh(value_dim))
     op.label(made.groups, "heads")
@@ -160,7 +160,7 @@ def multi_head_attention(op: Op) -> None:
             _merged(op, tensor, heads.groups, dim)
     if op.has(3):
         sizes = [op.atoms.product(heads.groups, dim) for dim in (heads.dim, heads.dim, heads.value_dim)]
-        op.unite(op.input(3)[0], np.concatenate(sizes))
+        op.unite(op.input(3)[0], op.atoms.joined(sizes))
         op.silence(op.input(3), op.input(3)[0])
     freeze_rest(op, 4, but=(5, 6, 7))
     _mask(op, 5, heads)
@@ -184,7 +184,7 @@ def packed_attention(op: Op) -> None:
     heads = _heads(op, (count, count), sizes[0] // count, sizes[2] // count)
     parts = [op.atoms.product(heads.groups, dim) for dim in (heads.dim, heads.dim, heads.value_dim)]
     op.contract(x, 2, w, 0)
-    op.unite(w[1], np.concatenate(parts))
+    op.unite(w[1], op.atoms.joined(parts))
     if op.has(2):
         op.unite(op.input(2)[0], w[1])
     freeze_rest(op, 3, but=(5,))
@@ -216,7 +216,7 @@ def group_query_attention(op: Op) -> None:
     if op.get("do_rotary", 0):
         op.freeze(heads.dim, "rotates this axis")
     shared, query = op.atoms.product(heads.groups, heads.dim), op.atoms.product(heads.queries, heads.dim)
-    op.unite(q[2], np.concatenate([query, shared, shared]) if packed else query)
+    op.unite(q[2], op.atoms.joined([query, shared, shared]) if packed else query)
     for slot in (1, 2):
         if op.has(slot):
             tensor = op.input(slot)
@@ -256,8 +256,8 @@ def _rotary(op: Op, tables: tuple[int, int], positions: int) -> None:
     dim = x.shape[3] if x.rank == 4 else x.shape[2] // count if count else 2 * width
     turned = op.get("rotary_embedding_dim", 0) or dim
     pairs = op.atoms.fresh(turned // 2)
-    axis = np.repeat(pairs, 2) if op.get("interleaved", 0) else np.tile(pairs, 2)
-    axis = np.concatenate([axis, op.atoms.fresh(dim - turned)])
+    axis = op.atoms.repeated(pairs, 2) if op.get("interleaved", 0) else op.atoms.joined([pairs, pairs])
+    axis = op.atoms.joined([axis, op.atoms.fresh(dim - turned)])
     if x.rank == 4:
         op.unite(x[3], axis)
     else:
@@ -266,7 +266,7 @@ def _rotary(op: Op, tables: tuple[int, int], positions: int) -> None:
         if count:
             op.attribute_size("num_heads", heads)
     if op.get("rotary_embedding_dim", 0):
-        op.attribute_size("rotary_embedding_dim", np.concatenate([pairs, pairs]))
+        op.attribute_size("rotary_embedding_dim", op.atoms.joined([pairs, pairs]))
     op.freeze(x[0], "shares this axis with its angles")
     op.freeze(x[2 if x.rank == 4 else 1], "shares this axis with its angles")
     for slot in tables:

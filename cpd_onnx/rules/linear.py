@@ -7,8 +7,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from cpd_onnx.atoms import Axis
 from cpd_onnx.rules.api import KERNEL_EXTENT, GiveUp, Op, Quantized, Tensor, rule
 from cpd_onnx.rules.elementwise import MICROSOFT, broadcast, freeze_rest
@@ -147,7 +145,10 @@ def stands_for(op: Op, w: Tensor, scale: int, zero_point: int, axis: int) -> Non
         tensor.value if 0 <= slot < len(op.inputs) and (tensor := op.inputs[slot]) is not None else None
         for slot in (scale, zero_point)
     )
-    op.recorder.quantized[id(w.value)] = Quantized(scales, zeros, axis % max(1, w.rank))
+    means = Quantized(scales, zeros, axis % max(1, w.rank), op.get("block_size", 0))
+    if not means.fits(w.shape):
+        raise GiveUp(f"{op.name} has scales or zero points that do not fit weights of shape {list(w.shape)}")
+    op.recorder.quantized[id(w.value)] = means
 
 
 @rule("Gemm")
@@ -218,6 +219,7 @@ def qlinear_matmul(op: Op) -> None:
 def dynamic_quantize_matmul(op: Op) -> None:
     """Quantises A over all its elements, then MatMul; B's scale, zero point and the bias are per column."""
     a, b = op.input(0), op.input(1)
+    op.recorder.is_rounding = True
     for axis in a.axes or []:
         op.reduce(axis)
     matrix_product(op, a, b)
@@ -239,13 +241,14 @@ def matmul_integer_to_float(op: Op) -> None:
 def matmul_nbits(op: Op) -> None:
     """Weights packed in blocks along K: K stays, N (rows of the packed tensors) can shrink."""
     a, rows, width = op.input(0), op.atoms.fresh(op.get("N")), op.get("N")
+    op.recorder.is_rounding |= op.get("accuracy_level", 0) == 4
     op.freeze(a[-1], "packs its weights in blocks along this axis")
     for slot in range(1, len(op.inputs)):
         if not op.has(slot):
             continue
         tensor = op.input(slot)
         if tensor.rank and tensor.shape[0] % width == 0:
-            op.unite(tensor[0], np.repeat(rows, tensor.shape[0] // width))
+            op.unite(tensor[0], op.atoms.repeated(rows, tensor.shape[0] // width))
         for axis in (tensor.axes or [])[1:]:
             op.freeze(axis, "packs its weights in blocks along this axis")
     op.attribute_size("N", rows)

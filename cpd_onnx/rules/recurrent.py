@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from cpd_onnx.atoms import Axis
-from cpd_onnx.rules.api import Op, Quantized, Tensor, rule
+from cpd_onnx.rules.api import Op, Tensor, rule
 from cpd_onnx.rules.elementwise import MICROSOFT
+from cpd_onnx.rules.linear import stands_for
 
 _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 
@@ -50,7 +49,7 @@ def recurrent(op: Op) -> None:
 
 def _gated(op: Op, tensor: Tensor, blocks: int, hidden: Axis) -> None:
     op.freeze(tensor[0], "has this many directions")
-    op.unite(tensor[1], np.tile(hidden, blocks))
+    op.unite(tensor[1], op.atoms.stretched(hidden, len(hidden) * blocks))
 
 
 def _state(op: Op, tensor: Tensor, batch: Axis, hidden: Axis, *, batch_first: bool) -> None:
@@ -64,9 +63,10 @@ def quantized_lstm(op: Op) -> None:
     """As LSTM with integer W (directions, in, 4 x hidden) and R, and scales and zero points behind the peepholes."""
     x, w, r = op.input(0), op.input(1), op.input(2)
     hidden = op.atoms.fresh(r.shape[1])
-    gates = np.tile(hidden, 4)
+    gates = op.atoms.stretched(hidden, len(hidden) * 4)
     op.contract(x, 2, w, 1)
     # X is quantised over all its elements.
+    op.recorder.is_rounding = True
     op.reduce(x[2])
     op.unite(r[1], hidden)
     op.multiply_and_sum([(r, r[1])])
@@ -83,8 +83,7 @@ def quantized_lstm(op: Op) -> None:
             _state(op, op.input(slot), x[1], hidden, batch_first=False)
     _scales(op, gates)
     for tensor, scale in ((w, 8), (r, 10)):
-        scales, zeros = (op.input(slot).value if op.has(slot) else None for slot in (scale, scale + 1))
-        op.recorder.quantized[id(tensor.value)] = Quantized(scales, zeros, 2)
+        stands_for(op, tensor, scale, scale + 1, 2)
     op.freeze(x[0], "runs along this axis in order")
     if op.has(4):
         op.freeze(x[1], "takes sequence lengths per sample")

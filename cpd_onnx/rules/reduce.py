@@ -30,7 +30,7 @@ def reduction(op: Op) -> None:
     reduced = {a % x.rank for a in axes} if axes else set(range(x.rank))
     for axis in reduced:
         op.reduce(x[axis])
-    keep = op.get("keepdims", 1)
+    keep = op.get("keepdims", 1) == 1
     out = [_ONE if i in reduced else axis for i, axis in enumerate(x.axes or []) if keep or i not in reduced]
     op.set(out)
 
@@ -42,7 +42,7 @@ def argument(op: Op) -> None:
     axis = op.get("axis", 0) % x.rank
     op.freeze(x[axis], "returns positions on this axis")
     out = list(x.axes or [])
-    out[axis : axis + 1] = [_ONE] if op.get("keepdims", 1) else []
+    out[axis : axis + 1] = [_ONE] if op.get("keepdims", 1) == 1 else []
     op.set(out)
 
 

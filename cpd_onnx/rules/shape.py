@@ -180,7 +180,7 @@ def depth_to_space(op: Op) -> None:
     x, block = op.input(0), op.get("blocksize") ** 2
     channels = op.atoms.fresh(x.shape[1] // block)
     crd = op.get("mode", "DCR") == "CRD"
-    op.unite(x[1], np.repeat(channels, block) if crd else np.tile(channels, block))
+    op.unite(x[1], op.atoms.repeated(channels, block) if crd else op.atoms.stretched(channels, x.shape[1]))
     op.set([x[0], channels, *_spatial(op, x)])
 
 
@@ -311,7 +311,7 @@ def _sliced(op: Op, axis: Axis, slot: int, span: tuple[int, int, int]) -> Axis:
         return axis[positions]
     if step > 1 and size % step == 0 and 0 <= start < step and (end >= size or (end == -1 and start < step - 1)):
         blocks = op.atoms.fresh(size // step)
-        op.unite(axis, np.repeat(blocks, step))
+        op.unite(axis, op.atoms.repeated(blocks, step))
         _demand_slice(op, axis, slot, _strided, start, end)
         return axis[positions]
     op.freeze(axis, f"takes every {step}th index")

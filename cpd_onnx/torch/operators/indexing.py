@@ -126,16 +126,16 @@ def top_k(x: Tensor, count: Numbers | None = None, **attributes: Unpack[Top]) ->
 def arg_max(x: Tensor, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0) -> Tensor:
     """Index of the largest element, the first or last of equal ones."""
     if not select_last_index:
-        return x.argmax(axis, keepdim=bool(keepdims))
-    return x.shape[axis] - 1 - x.flip(axis).argmax(axis, keepdim=bool(keepdims))
+        return x.argmax(axis, keepdim=keepdims == 1)
+    return x.shape[axis] - 1 - x.flip(axis).argmax(axis, keepdim=keepdims == 1)
 
 
 @operator("ArgMin")
 def arg_min(x: Tensor, *, axis: int = 0, keepdims: int = 1, select_last_index: int = 0) -> Tensor:
     """Index of the smallest element, the first or last of equal ones."""
     if not select_last_index:
-        return x.argmin(axis, keepdim=bool(keepdims))
-    return x.shape[axis] - 1 - x.flip(axis).argmin(axis, keepdim=bool(keepdims))
+        return x.argmin(axis, keepdim=keepdims == 1)
+    return x.shape[axis] - 1 - x.flip(axis).argmin(axis, keepdim=keepdims == 1)
 
 
 @operator("NonZero")

@@ -90,7 +90,7 @@ def _reduction(name: str, function: Reduction) -> None:
         if not dims and noop_with_empty_axes:
             return _without_reduction(name, x)
         dims = dims or list(range(x.ndim))
-        return function(x, dims, bool(keepdims)) if dims else _without_reduction(name, x)
+        return function(x, dims, keepdims == 1) if dims else _without_reduction(name, x)
 
     compute.__name__ = compute.__qualname__ = name.lower()
     register(name, compute, host=(1,))
