@@ -689,7 +689,7 @@ class _Folder:
                     (*s[:axis], length, *s[axis:])
                     for s, length in zip(inner.shapes, self.rounds(node, inputs), strict=True)
                 )
-                value.guessed = True
+                value.guessed = is_loop or inner.guessed or inputs[-1] is None or inputs[-1].guessed
             made.append(value)
         return made
 
@@ -697,8 +697,10 @@ class _Folder:
     def rounds(node: NodeProto, inputs: list[Value | None]) -> tuple[int, int]:
         """Length of what a Loop or Scan stacks: known for Scan, for Loop a stand-in unless its count is known."""
         if node.op_type == "Scan":
-            last = inputs[-1]
-            return (last.shapes[0][0], last.shapes[1][0]) if last and last.shapes else _GUESSES
+            last, axis = inputs[-1], (attributes_of(node).get("scan_input_axes") or [0])[-1]
+            if last is None or last.shapes is None or not -len(last.shapes[0]) <= axis < len(last.shapes[0]):
+                return _GUESSES
+            return (last.shapes[0][axis], last.shapes[1][axis])
         count = inputs[0]
         if count is not None and count.values is not None and 0 < int(count.values[0].item()) < MAX_ELEMENTS:
             return (int(count.values[0].item()), int(count.values[1].item()))

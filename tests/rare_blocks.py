@@ -59,7 +59,7 @@ def channels(shape: Shape) -> int:
 
 @rare(2, 3, 4)
 def function_of_each(b: Builder, x: str) -> str | None:
-    free = ["Cos", "Asinh", "Round", "Floor", "Ceil", "Sign", "Shrink", "Dropout"]
+    free = ["Cos", "Asinh", "Round" if b.opset >= 11 else "Sign", "Floor", "Ceil", "Sign", "Shrink", "Dropout"]
     bounded = ["Acos", "Asin", "Atanh", "Sinh", "Cosh", "Tan", "Exp"]
     above = ["Log", "Reciprocal", "Acosh"]
     kind, shape = b.choices.pick((*free, *bounded, *above)), b.shapes[x]

@@ -66,7 +66,8 @@ def regroup(op: Op) -> list[Axis]:
     x, y = op.input(0), op.outputs[0].value
     if y.shapes is None or y.guessed:
         raise GiveUp(f"the output shape of {op.name} is not known")
-    assert x.value.shapes is not None
+    if x.value.shapes is None:
+        raise GiveUp(f"the shape of input 0 of {op.name} is not known")
     out: list[Axis] = []
     for before, after in _runs(x.value.shapes, y.shapes):
         sizes = [y.shapes[0][i] for i in after]
@@ -652,7 +653,15 @@ def resize(op: Op) -> None:
         op.demand_sizes(3, [out[a] for a in axes])
 
 
-@rule("Shape", "Size")
+@rule("Size")
+def size_(op: Op) -> None:
+    """A number that others compute with; where it is not known beforehand, it cannot be put back to what it was."""
+    if op.outputs[0].value.values is None:
+        raise GiveUp(f"the number that {op.name} gives is not known")
+    shape_(op)
+
+
+@rule("Shape")
 def shape_(op: Op) -> None:
     """Sizes, which follow by themselves."""
     for axis in (op.inputs[0].axes if op.inputs[0] is not None else None) or []:
