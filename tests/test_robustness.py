@@ -322,3 +322,27 @@ def test_weights_scaled_in_blocks_are_scored() -> None:
 def test_operators_that_round_inside_are_compared_like_quantised_ones(graph: str) -> None:
     """Nothing in the graph is of integers, but sums in another order may round to the other side."""
     assert tolerance(comb(from_text(graph))) == QUANTIZED
+
+
+def test_a_scan_is_as_long_as_the_axis_that_it_goes_along() -> None:
+    """Its length was taken from the first axis, and stood for unknown everywhere."""
+    body = from_text(
+        "(float[4] x_state, float[4] x_token) => (float[4] x_next, float[4] out)"
+        " { x_next = Add(x_state, x_token) out = Tanh(x_next) }"
+    ).graph
+    model = from_text(
+        "(float[5, 3, 6] x, float[6, 4] w, float[4, 2] v, float[3, 4] z) => (float[5, 3, 2] y)"
+        " { a = MatMul(x, w) y = MatMul(a, v) }"
+    )
+    scan = helper.make_node(
+        "Scan", ["z", "a"], ["last", "c"], body=body, num_scan_inputs=1, scan_input_axes=[0], scan_output_axes=[0]
+    )
+    turned = helper.make_node("Transpose", ["a"], ["u"], perm=[1, 0, 2])
+    along = helper.make_node(
+        "Scan", ["z", "u"], ["end", "d"], body=body, num_scan_inputs=1, scan_input_axes=[1], scan_output_axes=[1]
+    )
+    for at, node in enumerate((scan, turned, along), start=1):
+        model.graph.node.insert(at, node)
+    values = fold(load(model)).scope.values
+    assert [values[name].shape for name in ("c", "d")] == [(5, 3, 4), (3, 5, 4)]
+    assert not values["d"].guessed
