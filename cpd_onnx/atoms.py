@@ -17,6 +17,7 @@ True
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -69,9 +70,9 @@ class Atoms:
     def fresh(self, count: int, *, may_vanish: bool = False) -> Axis:
         """Make `count` new primitive atoms; a single one would empty its axis and is frozen, unless it may.
 
-        Raises ValueError if the count is below zero.
+        Raises ValueError if the count is below zero, TypeError if it is no whole number.
         """
-        if count < 0:
+        if operator.index(count) < 0:
             raise ValueError(f"there is no axis of {count} indices")
         if count == 1 and not may_vanish:
             return np.zeros(1, np.int64)

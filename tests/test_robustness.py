@@ -243,6 +243,7 @@ ATTENTION = {
     "packed in odd sizes": f"y = com.microsoft.Attention<num_heads = 1, qkv_hidden_sizes = [{MANY}, {MANY}, 16]>(a, p)",
     "apart": f"y = com.microsoft.MultiHeadAttention<num_heads = {MANY}>(a, a, a)",
     "grouped": f"y = com.microsoft.GroupQueryAttention<num_heads = {MANY}, kv_num_heads = 1>(a, a, a)",
+    "a fraction": "y = com.microsoft.MultiHeadAttention<num_heads = 1e-30>(a, a, a)",
     "rotated": f"y = com.microsoft.RotaryEmbedding<num_heads = 2, rotary_embedding_dim = {MANY}>(a, k, c, c)",
     "rotated beyond the heads": "y = com.microsoft.RotaryEmbedding<num_heads = 2, rotary_embedding_dim = 12>(a, k, c, c)",
 }
@@ -346,3 +347,16 @@ def test_a_scan_is_as_long_as_the_axis_that_it_goes_along() -> None:
     values = fold(load(model)).scope.values
     assert [values[name].shape for name in ("c", "d")] == [(5, 3, 4), (3, 5, 4)]
     assert not values["d"].guessed
+
+
+@pytest.mark.parametrize("wide", [2, 3])
+def test_positions_in_images_of_another_size_keep_the_channels(wide: int) -> None:
+    """They count through all channels: in wider images they are places of other channels."""
+    pools = f"p, i = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(h) u = MaxUnpool<kernel_shape = [2, {wide}], strides = [2, {wide}]>(p, i)"
+    combed = comb(
+        from_text(
+            "(float[1, 3, 4, 4] x, float[6, 3, 1, 1] w, float[5, 6, 1, 1] v) => (float[1, 5, 4, q] y)"
+            f" {{ h = Conv(x, w) {pools} y = Conv(u, v) }}"
+        )
+    )
+    assert [len(group) for group in combed.groups] == ([6] if wide == 2 else [])
