@@ -582,7 +582,9 @@ def _require_sizes(tensor: TensorProto, elsewhere: int = 0) -> None:
 
 
 def _wanted_bytes(tensor: TensorProto) -> int:
-    """Bytes that a tensor of its dims takes, but for those of less than a byte an element."""
+    """Bytes that a tensor of its dims takes, but for those of less than a byte an element; ModelError for strings."""
+    if tensor.data_type == TensorProto.STRING:
+        raise ModelError(f"tensor {tensor.name!r}: strings cannot lie in raw data")
     return int(math.prod(tensor.dims) * element_type(tensor.data_type).itemsize)
 
 

@@ -155,6 +155,7 @@ MODELS: dict[str, Callable[[], ModelProto]] = {
     "unknown element type": lambda: net(w=raw("w", [4, 8], bytes(128), 77)),
     "no element type": lambda: net(w=raw("w", [4, 8], bytes(128), 0)),
     "strings as weights": lambda: net(w=helper.make_tensor("w", TensorProto.STRING, [4, 8], [b"a"] * 32)),
+    "long strings as weights": lambda: net(w=raw("w", [64, 64], bytes(1 << 15), TensorProto.STRING)),
     "integers as weights": lambda: net(w=np.ones((4, 8), np.int64)),
     "weights that are no numbers": lambda: net(w=np.full((4, 8), np.nan, "f")),
     "endless weights": lambda: net(w=np.full((4, 8), np.inf, "f")),
