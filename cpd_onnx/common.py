@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from operator import index
 from typing import TypeAlias
 
 from onnx import TensorProto
@@ -38,9 +39,9 @@ def output_shapes(
         if op_type == "Split":
             return _split(call, shapes, values, count)  # type: ignore[arg-type]  # without None
         made = function(call, shapes, values) if function is not None and count == 1 else None  # type: ignore[arg-type]
+        return None if made is None else [tuple(map(index, made))]
     except (IndexError, TypeError, ValueError, ZeroDivisionError):
         return None
-    return None if made is None else [made]
 
 
 def output_type(op_type: str, call: Call, types: Sequence[int]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from operator import index
 from typing import Any, TypeAlias
 
 from cpd_onnx.common import broadcast
@@ -25,14 +26,16 @@ def output_shapes(
     operator: tuple[str, str], attributes: dict[str, Any], shapes: Shapes, values: Sequence[Array | None]
 ) -> list[Dims | None] | None:
     """Shapes of the outputs of an operator (domain, type), or None if onnx's own inference has to do."""
-    if operator == ("", "MaxUnpool") and len(values) > 2 and values[2] is not None:
-        return [tuple(values[2].tolist())]
-    function = _FUNCTIONS.get(operator)
-    if function is None:
-        return None
+    function, found = _FUNCTIONS.get(operator), list[Dims | None]()
     try:
-        return function(attributes, shapes)
-    except (TypeError, IndexError, KeyError, ValueError):
+        if operator == ("", "MaxUnpool") and len(values) > 2 and values[2] is not None:
+            found = [tuple(values[2].tolist())]
+        elif function is None:
+            return None
+        else:
+            found = function(attributes, shapes)
+        return [None if dims is None else tuple(map(index, dims)) for dims in found]
+    except (ArithmeticError, LookupError, TypeError, ValueError):
         return []
 
 

@@ -360,3 +360,22 @@ def test_positions_in_images_of_another_size_keep_the_channels(wide: int) -> Non
         )
     )
     assert [len(group) for group in combed.groups] == ([6] if wide == 2 else [])
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        "Attention<num_heads = 1e-30>(x, w, b)",
+        "Attention<num_heads = [3, 4]>(x, w, b)",
+        "Attention<num_heads = 0>(x, w, b)",
+        "Attention<num_heads = 2, qkv_hidden_sizes = [0.5, 0.5, 0.5]>(x, w, b)",
+        "QLinearConcat<axis = 0>(b, b, s, b, b)",
+        "QLinearConcat<axis = 0.5>(b, b, x, b, b)",
+        "MatMulNBits<K = 16, N = 0.5, bits = 4, block_size = 16>(x, w, b)",
+        "MatMulNBits<K = 16, N = [5, 1], bits = 4, block_size = 16>(x, w, b)",
+    ],
+)
+def test_attributes_of_other_types_are_no_shapes(node: str) -> None:
+    """Sizes that were fractions or lists went on into the arithmetic of the channels."""
+    text = "(float[1, 4, 16] x, float[16, 48] w, float[48] b, float s) => (float[1, 4, q] y)"
+    assert not comb(from_text(f"{text} {{ y = com.microsoft.{node} }}")).groups
