@@ -845,12 +845,34 @@ def _require_scales(node: NodeProto, call: Call, inputs: Sequence[Value | None])
 
 def _require_batch_dims(node: NodeProto, call: Call, _inputs: Sequence[Value | None]) -> None:
     """Refuse axes counted from the end: the shape inference of onnx and onnxruntime reads what is not its own."""
-    if call.get("batch_dims", 0) < 0:
-        name = node.name or node.output[0]
-        raise ModelError(f"node {name!r} has {call.get('batch_dims')} batch axes: is the file damaged?")
+    _require_number(node, call, "batch_dims", 0, range(1 << 10))
 
 
-_DEADLY = {"GatherND": _require_batch_dims, "Resize": _require_scales}
+def _require_groups(node: NodeProto, call: Call, _inputs: Sequence[Value | None]) -> None:
+    """Refuse what onnxruntime divides by."""
+    _require_number(node, call, "group", 1, range(1, _MAX_DIM))
+
+
+def _require_heads(node: NodeProto, call: Call, inputs: Sequence[Value | None]) -> None:
+    """Refuse heads that have no channels: onnxruntime divides by how many each has."""
+    for value, name in zip(inputs, ("q_num_heads", "kv_num_heads"), strict=False):
+        if value is not None and value.shapes is not None and len(value.shapes[0]) == 3:
+            _require_number(node, call, name, 0, range(1, value.shapes[0][2] + 1))
+
+
+def _require_number(node: NodeProto, call: Call, name: str, default: int, among: range) -> None:
+    found = call.get(name, default)
+    if not isinstance(found, int) or found not in among:
+        where = node.name or node.output[0]
+        raise ModelError(f"node {where!r} has {name} {found!r}, which makes no sense: is the file damaged?")
+
+
+_DEADLY = {
+    "Attention": _require_heads,
+    "ConvTranspose": _require_groups,
+    "GatherND": _require_batch_dims,
+    "Resize": _require_scales,
+}
 """Checks of what onnx or onnxruntime would not survive."""
 
 

@@ -215,6 +215,18 @@ MODELS: dict[str, Callable[[], ModelProto]] = {
     "a normalisation of another width": lambda: net(node("BatchNormalization", "h a a a a", "z"), a=np.ones(5, "f")),
     "a convolution that cuts more than there is": lambda: net(node("Unsqueeze", "h n", "u"), node("Conv", "u k", "z", pads=[-9, -9]), n=ints(2), k=np.ones((8, 8, 1), "f")),
     "batch axes counted from the end": lambda: net(node("GatherND", "h n", "z", batch_dims=-2), n=ints(0)[:, None]),
+    "a transposed convolution of no groups": lambda: net(
+        node("Unsqueeze", "h n", "u"), node("ConvTranspose", "u k", "z", group=0), n=ints(2), k=np.ones((8, 8, 1), "f")
+    ),
+    "attention without heads": lambda: net(
+        node("Unsqueeze", "h n", "u"), node("Attention", "u u u", "z", q_num_heads=0, kv_num_heads=0), n=ints(2), opset=23
+    ),
+    "attention of more heads than channels": lambda: net(
+        node("Unsqueeze", "h n", "u"), node("Attention", "u u u", "z", q_num_heads=1 << 40, kv_num_heads=1), n=ints(2), opset=23
+    ),
+    "depth to space by so much that nothing is left": lambda: net(
+        node("Unsqueeze", "h n", "u"), node("DepthToSpace", "u", "z", blocksize=1 << 40), n=ints(2, 3)
+    ),
     "scales of another length": lambda: net(
         node("DequantizeLinear", "q s", "d", axis=1), node("MatMul", "h d", "z"), q=np.ones((8, 8), np.int8), s=np.ones(3, "f")
     ),
