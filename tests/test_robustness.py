@@ -379,3 +379,20 @@ def test_attributes_of_other_types_are_no_shapes(node: str) -> None:
     """Sizes that were fractions or lists went on into the arithmetic of the channels."""
     text = "(float[1, 4, 16] x, float[16, 48] w, float[48] b, float s) => (float[1, 4, q] y)"
     assert not comb(from_text(f"{text} {{ y = com.microsoft.{node} }}")).groups
+
+
+def test_a_split_without_any_sizes_gets_them_when_it_is_uneven() -> None:
+    """The last piece is smaller by itself only where the count of pieces is named."""
+    text = (
+        "(float[2, 4] x, float[4, 6] w, float[3, 2] v, float[3, 2] u) => (float[2, 2] y, float[2, 2] z)"
+        " { a = MatMul(x, w) b, c = Split<axis = 1>(a) y = MatMul(b, v) z = MatMul(c, u) }"
+    )
+    uneven = 0
+    for seed in range(8):
+        steps = f"comb, score{{kind='random', seed={seed}}}, allocate{{channels=0.6}}, prune"
+        graph = cpd.run(steps, from_text(text, opset=18)).model.graph
+        dims = {tensor.name: tensor.dims[0] for tensor in graph.initializer}
+        split = next(node for node in graph.node if node.op_type == "Split")
+        uneven += dims["u"] < dims["v"]
+        assert len(split.input) == 1 + (dims["u"] != dims["v"])
+    assert uneven

@@ -240,7 +240,7 @@ def _demand_pieces(op: Op, pieces: list[Axis]) -> None:
 
     def default(keep: Keep) -> bool:
         counts = [keep.count(piece) for piece in pieces]
-        if op.opset < 18:
+        if "num_outputs" not in op.call.attributes:
             return len(set(counts)) == 1
         chunk = -(-sum(counts) // len(counts))
         return all(c == min(chunk, sum(counts) - i * chunk) for i, c in enumerate(counts))
