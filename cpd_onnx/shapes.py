@@ -400,8 +400,8 @@ class _Folder:
             return self.call(scope, position, node, inputs)
         attributes = attributes_of(node)
         call = Call(attributes, self.opsets[""])
-        if node.domain in ("", "ai.onnx") and node.op_type in _DEADLY:
-            _DEADLY[node.op_type](node, call, inputs)
+        if (check := _DEADLY.get(("" if node.domain == "ai.onnx" else node.domain, node.op_type))) is not None:
+            check(node, call, inputs)
         results = self.computed(scope, position, node, call, inputs) or self.inferred(node, call, inputs)
         parents = [v for v in inputs if v is not None]
         # ConstantOfShape, Range and Shape of constants count too: they depend on weights alone.
@@ -867,11 +867,20 @@ def _require_number(node: NodeProto, call: Call, name: str, default: int, among:
         raise ModelError(f"node {where!r} has {name} {found!r}, which makes no sense: is the file damaged?")
 
 
+def _require_five(node: NodeProto, _call: Call, inputs: Sequence[Value | None]) -> None:
+    """Refuse fewer inputs than onnxruntime makes its table of when it opens the model."""
+    if len(inputs) < 5:
+        where = node.name or node.output[0]
+        raise ModelError(f"node {where!r} has {len(inputs)} inputs instead of 5: is the file damaged?")
+
+
 _DEADLY = {
-    "Attention": _require_heads,
-    "ConvTranspose": _require_groups,
-    "GatherND": _require_batch_dims,
-    "Resize": _require_scales,
+    ("", "Attention"): _require_heads,
+    ("", "ConvTranspose"): _require_groups,
+    ("", "GatherND"): _require_batch_dims,
+    ("", "Resize"): _require_scales,
+    ("com.microsoft", "QLinearLeakyRelu"): _require_five,
+    ("com.microsoft", "QLinearSigmoid"): _require_five,
 }
 """Checks of what onnx or onnxruntime would not survive."""
 

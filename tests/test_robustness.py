@@ -396,3 +396,11 @@ def test_a_split_without_any_sizes_gets_them_when_it_is_uneven() -> None:
         uneven += dims["u"] < dims["v"]
         assert len(split.input) == 1 + (dims["u"] != dims["v"])
     assert uneven
+
+
+@pytest.mark.parametrize("operator", ["QLinearSigmoid", "QLinearLeakyRelu"])
+def test_operators_without_all_that_their_table_is_made_of_are_refused(operator: str) -> None:
+    """Onnxruntime ends the process when it opens the model."""
+    text = f"(uint8[2, 4] x, float s, uint8 z) => (uint8[2, 4] y) {{ y = com.microsoft.{operator}(x, s, z, s) }}"
+    with pytest.raises(cpd.ModelError, match="4 inputs instead of 5"):
+        comb(from_text(text))
