@@ -839,8 +839,7 @@ def _require_scales(node: NodeProto, call: Call, inputs: Sequence[Value | None])
     if given and given[0] is not None and given[0].values is not None:
         scales = given[0].values[0].ravel().tolist()
         if not all(scale > 0 for scale in scales):
-            name = node.name or node.output[0]
-            raise ModelError(f"node {name!r} resizes by {scales}, not all above zero: is the file damaged?")
+            raise _damaged(node, f"resizes by {scales}, not all above zero")
 
 
 def _require_batch_dims(node: NodeProto, call: Call, _inputs: Sequence[Value | None]) -> None:
@@ -863,15 +862,18 @@ def _require_heads(node: NodeProto, call: Call, inputs: Sequence[Value | None]) 
 def _require_number(node: NodeProto, call: Call, name: str, default: int, among: range) -> None:
     found = call.get(name, default)
     if not isinstance(found, int) or found not in among:
-        where = node.name or node.output[0]
-        raise ModelError(f"node {where!r} has {name} {found!r}, which makes no sense: is the file damaged?")
+        raise _damaged(node, f"has {name} {found!r}, which makes no sense")
 
 
 def _require_five(node: NodeProto, _call: Call, inputs: Sequence[Value | None]) -> None:
     """Refuse fewer inputs than onnxruntime makes its table of when it opens the model."""
     if len(inputs) < 5:
-        where = node.name or node.output[0]
-        raise ModelError(f"node {where!r} has {len(inputs)} inputs instead of 5: is the file damaged?")
+        raise _damaged(node, f"has {len(inputs)} inputs instead of 5")
+
+
+def _damaged(node: NodeProto, what: str) -> ModelError:
+    """The error that says what is wrong with a node."""
+    return ModelError(f"node {node.name or node.output[0]!r} {what}: is the file damaged?")
 
 
 _DEADLY = {
