@@ -264,16 +264,29 @@ class _Comber:
         """Unite the results of both branches, or follow the only one that runs."""
         taken = taken_branch(inputs[0].value if inputs[0] is not None else None)
         shapes = [tuple(getattr(b.lookup(name), "shape", None) for name in b.outputs) for b in bodies.values()]
-        # A branch that never runs is followed too, so that the file stays consistent, unless it gives other shapes.
-        chosen = [bodies[taken]] if taken and len(set(shapes)) > 1 else list(bodies.values())
-        for body in chosen:
-            self.sweep(body)
-        for body in bodies.values():
-            if body not in chosen and any(v.weight is not None and v.shape for v in body.values.values()):
-                self.freeze_captured(body, "meets a weight in a branch of an If that never runs and gives other shapes")
+        if not taken or len(set(shapes)) == 1:
+            runs, rest = list(bodies.values()), []
+        else:
+            runs, rest = [bodies[taken]], [body for key, body in bodies.items() if key != taken]
+        # A branch that never runs is followed too, as far as it has shapes: the file stays consistent.
+        for body in [*runs, *rest]:
+            if body in runs or all(getattr(body.lookup(name), "shape", None) is not None for name in body.outputs):
+                self.sweep(body)
+            elif any(v is not None and v.weight is not None and v.shape for v in map(body.lookup, body.consumers)):
+                self.freeze_captured(body, "meets a weight in a branch of an If that never runs and has no shapes")
         for index, tensor in enumerate(outputs):
-            results = [self.result(body, body.outputs[index]) for body in chosen]
+            results = [self.result(body, body.outputs[index]) for body in runs]
             self.same(tensor, results, "takes different shapes in the branches of an If")
+            for other in (self.result(body, body.outputs[index]) for body in rest):
+                self.alike(tensor, other)
+
+    def alike(self, tensor: Tensor, other: Tensor | None) -> None:
+        """Make one of the axes that have equal sizes in two tensors of one rank, one of which is never there."""
+        if tensor.axes is None or other is None or other.axes is None or len(tensor.axes) != len(other.axes):
+            return
+        for left, right in zip(tensor.axes, other.axes, strict=True):
+            if len(left) == len(right):
+                self.atoms.unite(left, right)
 
     def result(self, body: Scope, name: str) -> Tensor | None:
         """An output of a body; a weight handed out as it is takes no slot where it could be edited."""

@@ -18,6 +18,7 @@ from cpd_onnx.graph import attributes_of
 from cpd_onnx.passes.comb import comb
 from cpd_onnx.passes.prune import apply
 from cpd_onnx.state import State
+from cpd_onnx.testing import mask_oracle
 
 from .models import from_text
 from .test_rules import NAMES, TABLE, model_of
@@ -262,10 +263,27 @@ def test_where_a_file_comes_from_is_in_its_metadata() -> None:
     }
 
 
-def test_a_weight_in_a_branch_that_never_runs_keeps_what_it_meets() -> None:
+@pytest.mark.parametrize(
+    "branch",
+    [
+        "(float[1, 6] r) { k = Constant <value = float[1, 6] {1, 2, 3, 4, 5, 6}>() s = Add(h, k) r = Identity(k) }",
+        "(float[1, 6] r) { r = Add(outer, outer) }",
+        "(float[1, 2, 6] r) { axes = Constant <value = int64[1] {0}>() r = Unsqueeze(h, axes) }",
+    ],
+)
+def test_a_branch_that_never_runs_goes_along_whatever_its_shape(branch: str) -> None:
+    """onnxruntime joins the shapes of both branches as it loads a model, whichever runs."""
+    text = f"""(float[2, 4] x, float[4, 6] w, float[6, 3] v, float[1, 6] outer) => (float[2, 3] y) {{ h = MatMul(x, w) q = Constant <value = bool {{1}}>()
+        a = If(q) <then_branch = t () => (float[2, 6] p) {{ p = Relu(h) }}, else_branch = e () => {branch}> y = MatMul(a, v) }}"""
+    model = from_text(text)
+    assert shapes(pruned(model))["w"] == [4, 3]
+    assert mask_oracle(model).passed
+
+
+def test_a_weight_in_a_branch_that_never_runs_and_has_no_shapes_keeps_what_it_meets() -> None:
     text = """(float[2, 4] x, float[4, 6] w, float[6, 3] v) => (float[2, 3] y) { h = MatMul(x, w) q = Constant <value = bool {1}>()
-        a = If(q) <then_branch = t () => (float[2, 6] p) { p = Relu(h) }, else_branch = e () => (float[1, 6] r)
-        { k = Constant <value = float[1, 6] {1, 2, 3, 4, 5, 6}>() s = Add(h, k) r = Identity(k) }> y = MatMul(a, v) }"""
+        a = If(q) <then_branch = t () => (float[2, 6] p) { p = Relu(h) }, else_branch = e () => (r)
+        { k = Constant <value = float[1, 6] {1, 2, 3, 4, 5, 6}>() s = Add(h, k) axes = Constant <value = int64[1] {1}>() r = Squeeze(s, axes) }> y = MatMul(a, v) }"""
     combed = comb(from_text(text))
     assert combed.groups == []
     assert any("branch of an If that never runs" in reason for f in combed.frozen() for reason in f.reasons)
