@@ -9,6 +9,7 @@ Or all in one go, with samples repaired and distilled as well:
 >>> cpd.compress("model.onnx", "train.npz", macs=0.5).save("small.onnx")  # doctest: +SKIP
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from cpd_onnx.errors import (
@@ -20,14 +21,14 @@ from cpd_onnx.errors import (
     TargetError,
     UnsupportedError,
 )
-from cpd_onnx.graph import Model, load
-from cpd_onnx.pipeline import run
-from cpd_onnx.plan import Plan, load_plan
-from cpd_onnx.state import State
 from cpd_onnx.version import __version__
 
 if TYPE_CHECKING:
     from cpd_onnx.api import compress, compressed
+    from cpd_onnx.graph import Model, load
+    from cpd_onnx.pipeline import run
+    from cpd_onnx.plan import Plan, load_plan
+    from cpd_onnx.state import State
 
 __all__ = [
     "CpdError",
@@ -49,14 +50,20 @@ __all__ = [
 ]
 
 
+_HOMES = {
+    "Model": "graph",
+    "Plan": "plan",
+    "State": "state",
+    "compress": "api",
+    "compressed": "api",
+    "load": "graph",
+    "load_plan": "plan",
+    "run": "pipeline",
+}
+"""The modules of names that are imported when they are asked for: their libraries take a second to load."""
+
+
 def __getattr__(name: str) -> Any:
-    """Functions that stand above all passes, imported when they are asked for."""
-    if name not in ("compress", "compressed"):
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from cpd_onnx import api
-
-    return getattr(api, name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return getattr(importlib.import_module(f"cpd_onnx.{_HOMES[name]}"), name)

@@ -100,11 +100,6 @@ def _one_line(text: str) -> str:
     return line if len(line) <= _LINE else f"{line[: _LINE - 1]}…"
 
 
-def entry() -> None:
-    """The `cpd-onnx` command."""
-    sys.exit(main())
-
-
 # What the commands do.
 
 

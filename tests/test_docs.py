@@ -60,7 +60,7 @@ HERE = "PYTHONPATH=. "
 SHIM = """#!{python}
 import sys
 sys.path.append({root!r})
-from cpd_onnx.cli import entry
+from cpd_onnx.__main__ import entry
 if __name__ == "__main__":  # not where processes of a pool read it again
     entry()
 """

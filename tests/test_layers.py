@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    ("errors", "atoms", "version", "wire", "svg"),
+    ("errors", "atoms", "version", "wire", "svg", "supervise"),
     ("files",),
     ("graph", "data"),
     ("evaluate", "metrics"),

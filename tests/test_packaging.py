@@ -65,7 +65,7 @@ def test_models_are_those_of_the_manifest() -> None:
 
 def test_version_and_command() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", cpd_onnx.__version__)
-    assert PROJECT["project"]["scripts"] == {"cpd-onnx": "cpd_onnx.cli:entry"}
+    assert PROJECT["project"]["scripts"] == {"cpd-onnx": "cpd_onnx.__main__:entry"}
     try:
         assert metadata.version("cpd-onnx") == cpd_onnx.__version__
     except metadata.PackageNotFoundError:
@@ -77,7 +77,7 @@ def test_public_names_exist() -> None:
     assert list(cpd_onnx.__all__) == sorted(cpd_onnx.__all__, key=lambda name: (not name.isupper(), name))
 
 
-@pytest.mark.parametrize("command", [["-m", "cpd_onnx"], ["-c", "from cpd_onnx.cli import entry; entry()"]])
+@pytest.mark.parametrize("command", [["-m", "cpd_onnx"], ["-c", "from cpd_onnx.__main__ import entry; entry()"]])
 def test_it_starts(command: list[str]) -> None:
     done = subprocess.run([sys.executable, *command, "--version"], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == f"cpd-onnx {cpd_onnx.__version__}\n"
