@@ -22,6 +22,7 @@ from cpd_onnx.console import (
     checkpoint_of,
     distill_module,
     evaluated,
+    fault_of,
     is_first_process,
     objections,
     out,
@@ -62,6 +63,8 @@ from cpd_onnx.widths import held_groups
 _LINE = 1000
 """Characters of a complaint."""
 _VERIFY_BATCHES = 2
+_MODELS = ("model", "original", "pruned", "teacher", "student")
+"""Arguments that are models."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,13 +88,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.verbose:
             traceback.print_exc()
+        fault = _fault(options)
         what = _one_line(f"{type(error).__name__}: {error}")
-        print(f"error: a defect of ours, {what}; please report it, with what --verbose prints", file=sys.stderr)
+        defect = f"a defect of ours, {what}; please report it, with what --verbose prints"
+        print(f"error: {_one_line(fault) if fault else defect}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def _fault(options: argparse.Namespace) -> str | None:
+    """What is wrong with the models that a command was given, if that is why it failed."""
+    given = vars(options)
+    try:
+        return fault_of(given.get("models") or [given[name] for name in _MODELS if given.get(name) is not None])
+    except Exception:  # what failed may fail here as well
+        return None
 
 
 def _one_line(text: str) -> str:

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +24,8 @@ from cpd_onnx.options import DATA, LOSSES, TRAINING, not_negative
 from cpd_onnx.passes.allocate import KINDS
 from cpd_onnx.plan import Plan
 from cpd_onnx.profiles import load_profile, problems
+from cpd_onnx.runtime import open_model, working_feeds
+from cpd_onnx.shapes import fold
 
 _PIPE_WIDTH = 120
 """Columns of tables that no terminal shows."""
@@ -50,6 +52,21 @@ def read_model(path: Path, shapes: Sequence[tuple[str, tuple[int, ...]]] = ()) -
         if name not in known:
             raise DataError(f"--input-shape names {name!r}, but the inputs are {', '.join(sorted(known))}")
     return model
+
+
+def fault_of(paths: Iterable[Path]) -> str | None:
+    """Why a model of these cannot be worked with: it is not valid ONNX, or onnxruntime does not run it."""
+    for path in paths:
+        try:
+            model = load(path)
+            defect = model.defect()
+            if defect is not None:
+                return f"{path} is not valid ONNX: {defect}"
+            if not model.is_over_limit:
+                next(working_feeds(fold(model), open_model(model)))
+        except CpdError as error:
+            return f"{path}: {error}"
+    return None
 
 
 def source_of(data: str | None, model: Model, options: argparse.Namespace) -> Source | None:

@@ -18,6 +18,7 @@ from onnx import ModelProto
 
 from cpd_onnx.data import LABELS, Batch, Source, imported
 from cpd_onnx.errors import DataError, UnsupportedError
+from cpd_onnx.runtime import execute, open_model
 
 Array: TypeAlias = npt.NDArray[Any]
 Outputs: TypeAlias = list[Array]
@@ -60,7 +61,7 @@ def evaluate(
 
     Raises:
         DataError: there is nothing to compare with, or it does not fit.
-        UnsupportedError: torchmetrics is not installed.
+        UnsupportedError: torchmetrics is not installed, or onnxruntime does not run a model.
     """
     check_metric(metric)
     if metric in OF_TWO_MODELS and reference is None:
@@ -81,10 +82,7 @@ def open_session(model: Model, threads: int = 0) -> ort.InferenceSession:
     """Load a model into onnxruntime on the CPU, for so many threads; a session is passed on."""
     if isinstance(model, ort.InferenceSession):
         return model
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return open_model(model, threads=threads)
 
 
 def run(session: ort.InferenceSession, batch: Batch) -> Outputs:
@@ -93,7 +91,7 @@ def run(session: ort.InferenceSession, batch: Batch) -> Outputs:
     count = max((len(batch[name]) for name in names if batch[name].ndim), default=1)
     fixed = _fixed_size(session) or count
     feed = {name: _filled(batch[name], fixed) for name in names}
-    outputs = [np.asarray(output) for output in session.run(None, feed)]
+    outputs = execute(session, feed)
     return outputs if fixed == count else [output[:count] for output in outputs]
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import onnxruntime as ort
-from onnx import NodeProto, TensorProto
+from onnx import ModelProto, NodeProto, TensorProto
 
 from cpd_onnx.errors import EndlessError, UnsupportedError
 from cpd_onnx.graph import Array, Model, element_type
@@ -33,7 +33,12 @@ _INDEX_CARRIERS = {"Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatt
 
 
 def open_model(
-    model: Model | Path, *, optimise: bool = True, threads: int = 0, provider: str = _CPU, profile: Path | None = None
+    model: Model | ModelProto | Path,
+    *,
+    optimise: bool = True,
+    threads: int = 0,
+    provider: str = _CPU,
+    profile: Path | None = None,
 ) -> ort.InferenceSession:
     """Load a model into onnxruntime, on the CPU unless another provider is named; `profile` is where a trace goes.
 
@@ -64,9 +69,13 @@ def open_model(
     return session
 
 
-def _session(model: Model | Path, options: ort.SessionOptions, providers: list[str]) -> ort.InferenceSession:
+def _session(
+    model: Model | ModelProto | Path, options: ort.SessionOptions, providers: list[str]
+) -> ort.InferenceSession:
     if isinstance(model, Path):
         return ort.InferenceSession(str(model), options, providers=providers)
+    if isinstance(model, ModelProto):
+        return ort.InferenceSession(model.SerializeToString(), options, providers=providers)
     if not model.is_over_limit:
         return ort.InferenceSession(model.serialize(), options, providers=providers)
     with tempfile.TemporaryDirectory() as folder:

@@ -34,7 +34,7 @@ from onnx import (
 from cpd_onnx import common, contrib
 from cpd_onnx.errors import ModelError
 from cpd_onnx.evaluate import EVALUATORS, MAX_ELEMENTS, MOVERS, Call, TooLarge
-from cpd_onnx.graph import Array, Model, attributes_of, bodies_of, to_array
+from cpd_onnx.graph import Array, Model, attributes_of, blaming, bodies_of, to_array
 
 Shape: TypeAlias = tuple[int, ...]
 Leaves: TypeAlias = npt.NDArray[np.int64]
@@ -220,8 +220,13 @@ def fold(model: Model, input_shapes: Mapping[str, Sequence[int]] | None = None) 
     """Infer all shapes and compute the shape arithmetic of a model.
 
     `input_shapes` fixes the shapes of inputs by name where the file leaves them open and the defaults do not fit.
-    Raises ModelError if the graph is cyclic or uses values that nobody makes.
+    Raises ModelError if the graph is cyclic, uses values that nobody makes or makes no sense otherwise.
     """
+    with blaming(model):
+        return _best_folded(model, input_shapes)
+
+
+def _best_folded(model: Model, input_shapes: Mapping[str, Sequence[int]] | None) -> Folded:
     best: Folded | None = None
     open_inputs = any(_open_dims(v) for v in _real_inputs(model))
     for profile in _PROFILES if open_inputs and not input_shapes else _PROFILES[:1]:
@@ -454,7 +459,7 @@ class _Folder:
             return None
         tainted = any(v.from_shape for v in present)
         outputs = [o if isinstance(o, tuple) else (o,) for o in (first, second)]
-        if any(o.size > MAX_ELEMENTS for o in outputs[0]):
+        if len(node.output) > len(outputs[0]) or any(o.size > MAX_ELEMENTS for o in outputs[0]):
             return None
         made = []
         for index, name in enumerate(node.output):

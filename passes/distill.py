@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cpd_onnx import metrics
 from cpd_onnx.data import LABELS, Source, check_source, inputs_of
-from cpd_onnx.errors import CpdError, DataError, ModelError, UnsupportedError
+from cpd_onnx.errors import CpdError, DataError, ModelError
 from cpd_onnx.graph import Model, load
 from cpd_onnx.groups import Combed
 from cpd_onnx.kept import Kept
@@ -434,10 +434,7 @@ def _placed(module: OnnxModule, here: World) -> OnnxModule:
 
 
 def _in_onnxruntime(model: ModelProto, here: World) -> Run:
-    try:
-        session = metrics.open_session(model, torch.get_num_threads())
-    except Exception as error:  # onnxruntime's exceptions have no common base
-        raise UnsupportedError(f"onnxruntime cannot load the teacher: {str(error).splitlines()[0][:300]}") from error
+    session = metrics.open_session(model, torch.get_num_threads())
     names = [entry.name for entry in inputs_of(model)]
     return lambda inputs: [
         to_torch(output).to(here.device)

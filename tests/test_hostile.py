@@ -492,3 +492,39 @@ def test_data_that_is_hostile(folder: Path) -> None:
     assert checked(command, folder)
     data.write_bytes(b"PK\x03\x04nothing")
     assert checked(command, folder)
+
+
+SENSELESS: dict[str, Callable[[], ModelProto]] = {
+    "two results of one": lambda: net(node("Concat", "i i", "s rest", axis=0), node("Reshape", "h s", "z"), i=ints(2)),
+    "one type for several": lambda: net(node("Cast", "h", "z", to=[1, 7])),
+    "channels in no whole groups": lambda: net(
+        node("Unsqueeze", "h last", "u"), node("Conv", "u k", "c", group=3), node("Squeeze", "c last", "z"),
+        last=ints(2), k=np.ones((8, 8, 1), "f"),
+    ),
+    "a shape that does not fit": lambda: net(
+        node("Shape", "x", "s"), node("Concat", "s more", "t", axis=0), node("Reshape", "h t", "r"),
+        node("Squeeze", "r last", "z"), more=ints(7), last=ints(2), inputs=[info("x", ["n", 4])], outputs=[info("y", None)],
+    ),
+    "windows of less than nothing": lambda: net(
+        node("Unsqueeze", "h last", "u"), node("MaxPool", "u", "c", kernel_shape=[-(1 << 63)]), node("Squeeze", "c last", "z"),
+        last=ints(2),
+    ),
+}  # fmt: skip  # one model each
+COMMANDS = {
+    "bench": "bench MODEL --seconds 0.1",
+    "deploy": "deploy MODEL -o OUT --opset 21",
+    "distill": "distill MODEL MODEL -o OUT --data synthetic --steps 2 --batch-size 2 --threads 1",
+    "inspect": "inspect MODEL --sensitivity --data synthetic --samples 8",
+    "latency": "latency MODEL -o OUT",
+    "prune": "prune MODEL -o OUT --data synthetic --samples 8 --score fisher",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("name", SENSELESS)
+def test_no_command_takes_a_model_without_sense_for_its_own_defect(name: str, command: str, folder: Path) -> None:
+    path = folder / "model.onnx"
+    path.write_bytes(SENSELESS[name]().SerializeToString())
+    words = {"MODEL": str(path), "OUT": str(folder / "out" / "made")}
+    said = checked([words.get(word, word) for word in COMMANDS[command].split()], folder)
+    assert "defect of ours" not in said
