@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
-from accuracy import HERE
+from accuracy import HERE, commit
 
 import cpd_onnx as cpd
 from cpd_onnx.cli import main as command_line
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "accepted.json")
     options = parser.parse_args()
     content = json.loads(options.out.read_text()) if options.out.exists() else {}
-    content["machine"] = {"cpus": os.cpu_count(), "system": platform.platform()}
+    content |= {"machine": {"cpus": os.cpu_count(), "system": platform.platform()}, "commit": commit()}
     files = [path for folder in options.models for path in sorted(folder.glob("*.onnx"))]
     with tempfile.TemporaryDirectory() as work:
         found = {path.name: outcome(path, Path(work)) for path in files}

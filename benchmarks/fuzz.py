@@ -1,6 +1,6 @@
-"""Random graphs through the oracles, and damaged files through the whole pipeline: the long run of tests/test_fuzz.py.
+"""Random graphs through the oracles, damaged files through the pipeline and all commands: the long run of tests/test_fuzz.py.
 
-    python benchmarks/fuzz.py [--graphs 20000] [--damaged 100000] [--data DATA] [--out FILE]
+    python benchmarks/fuzz.py [--graphs 20000] [--damaged 100000] [--commands 4000] [--data DATA] [--out FILE]
 
 Graphs (tests/graphs.py): operators with rules in random topologies, valid by onnx's checker. Each is folded, combed,
 pruned at random and compared with the masked original in onnxruntime, and its channels are permuted.
@@ -9,6 +9,9 @@ Damage (tests/damage.py) is done to such graphs, to the files in DATA/onnx of le
 the onnx package: attributes, inputs, tensors, types and bytes are changed. Each must be pruned and proved, or be
 refused with one line, within a minute of the processor's time; those that take long to run have their turn less often, and
 only some are proved.
+
+Of further such files (tests/commands.py) each goes through one of all commands, picked at random: it must succeed, or end
+in one line that is no defect of ours and leave nothing.
 
 Workers are processes; one that dies is a crash of the file that it had. Whatever goes wrong is printed with its seed.
 A run goes on where the last one stopped, after the seeds that the results name.
@@ -39,6 +42,7 @@ from cpd_onnx import runtime
 from cpd_onnx.testing import mask_oracle, permutation_oracle
 
 sys.path.insert(0, str(HERE.parent))
+from tests.commands import command_outcome
 from tests.damage import damaged
 from tests.graphs import seeded
 
@@ -48,8 +52,8 @@ LONG, LARGE, TURNS, PROVED = 2e7, 1_000_000, 40, 10
 many of its prunings one is proved."""
 
 
-class TooSlowError(Exception):
-    """A minute is over."""
+class TooSlowError(BaseException):
+    """A minute is over; no handler of the commands' takes it for theirs."""
 
 
 def alarm(*_: object) -> None:
@@ -99,6 +103,14 @@ def damage_outcome(seed: int, work: Path, data: Path | None) -> str:
     except cpd.CpdError as error:
         return "refused" if "\n" not in str(error) else f"SEVERAL LINES: {error}"
     return "proved" if is_proved else "pruned"
+
+
+def of_command(seed: int, work: Path, data: Path | None) -> str:
+    """What a command made of the damaged file of a seed."""
+    files = [content for content, is_long in originals(data) if not is_long]
+    folder = work / str(os.getpid())
+    folder.mkdir(exist_ok=True)
+    return command_outcome(files[seed % len(files)], seed, folder)
 
 
 def chunk(
@@ -157,6 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--graphs", type=int, default=20_000)
     parser.add_argument("--damaged", type=int, default=100_000)
+    parser.add_argument("--commands", type=int, default=4_000)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--cores", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=HERE / "results" / "fuzz.json")
@@ -167,6 +180,7 @@ def main() -> None:
     for kind, outcome, count in (
         ("graphs", graph_outcome, options.graphs),
         ("damaged", damage_outcome, options.damaged),
+        ("commands", of_command, options.commands),
     ):
         entry = content.setdefault(kind, {"seeds": 0, "seconds": 0.0, "outcomes": {}, "wrong": []})
         last = time.perf_counter()

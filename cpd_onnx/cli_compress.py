@@ -37,7 +37,7 @@ from cpd_onnx.console import (
     write_json,
 )
 from cpd_onnx.data import Source, calibration
-from cpd_onnx.errors import CpdError, UnsupportedError
+from cpd_onnx.errors import CpdError, ModelError, UnsupportedError
 from cpd_onnx.files import write_atomically
 from cpd_onnx.graph import Model
 from cpd_onnx.metrics import OF_TWO_MODELS, check_metric
@@ -118,19 +118,11 @@ def compressed(options: argparse.Namespace, *, called: str | None = None) -> dic
     step = _step(options, source)
     traces, stages = _left_behind(options, step, model)
     known = compression.Known(given, stages if is_first_process() else None, traces, watched_on(options, model))
-    with progress_line(BarColumn()) as line:
-        task = line.add_task("comb, score, prune", total=None, visible=is_first_process())
-        made = compression.compress(
-            step,
-            State(model, model, shapes, source),
-            known,
-            progress=lambda number, now: line.update(
-                task,
-                total=now.steps,
-                completed=now.step,
-                description=f"round {number} of {step.rounds}, step {now.step}, loss {now.loss:.4f}",
-            ),
-        )
+    try:
+        made = _made(step, State(model, model, shapes, source), known)
+    except ModelError:  # whoever goes on meets it again
+        _discard(step, stages, traces)
+        raise
     if not is_first_process():
         return None
     write_both(options, made.state.model, made.state.need("plan", step.name), places.plan)
@@ -142,6 +134,23 @@ def compressed(options: argparse.Namespace, *, called: str | None = None) -> dic
     _write_manifest(options, places, content)
     _discard(step, stages, traces)
     return content
+
+
+def _made(step: Iterate, state: State, known: compression.Known) -> compression.Compressed:
+    """The compressed model; a line shows how far it is."""
+    with progress_line(BarColumn()) as line:
+        task = line.add_task("comb, score, prune", total=None, visible=is_first_process())
+        return compression.compress(
+            step,
+            state,
+            known,
+            progress=lambda number, now: line.update(
+                task,
+                total=now.steps,
+                completed=now.step,
+                description=f"round {number} of {step.rounds}, step {now.step}, loss {now.loss:.4f}",
+            ),
+        )
 
 
 def choice_of(options: argparse.Namespace, source: Source | None) -> tuple[str, dict[str, Any]]:

@@ -14,6 +14,7 @@ import cpd_onnx as cpd
 from cpd_onnx.rules import RULES
 from cpd_onnx.testing import mask_oracle, permutation_oracle
 
+from .commands import command_outcome
 from .damage import damaged
 from .graphs import models, seeded
 
@@ -74,3 +75,11 @@ def test_damaged_files(start: int, tmp_path: Path) -> None:
             outcomes.append(str(error))
     assert 5 < len(outcomes) < 50
     assert not [line for line in outcomes if "defect of ours" in line]
+
+
+@pytest.mark.parametrize("start", range(0, 60, 20))
+def test_damaged_files_in_all_commands(start: int, tmp_path: Path) -> None:
+    """Each command succeeds, or says in one line what is wrong, and leaves nothing."""
+    outcomes = [command_outcome(seeded(s).SerializeToString(), s, tmp_path) for s in range(start, start + 20)]
+    assert [outcome for outcome in outcomes if outcome not in ("done", "refused")] == []
+    assert set(outcomes) == {"done", "refused"}
