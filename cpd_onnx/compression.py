@@ -22,6 +22,7 @@ from cpd_onnx.passes.score import scorer_of
 from cpd_onnx.passes.sensitivity import ERROR
 from cpd_onnx.passes.verify import FileVerification, verify_files
 from cpd_onnx.plan import Plan
+from cpd_onnx.runtime import open_model
 from cpd_onnx.state import State
 
 if TYPE_CHECKING:
@@ -152,6 +153,8 @@ def _compress(
     step: Iterate, state: State, known: Known, progress: Callable[[int, Progress], None] | None
 ) -> Compressed:
     started = time.perf_counter()
+    if not state.original.is_over_limit:
+        open_model(state.original, optimise=False)  # the proof needs it: better known before the training than after
     rounds: list[Round] = []
     results: list[DistillResult] = []
     if step.name == "interleave":

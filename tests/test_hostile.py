@@ -501,6 +501,7 @@ SENSELESS: dict[str, Callable[[], ModelProto]] = {
         node("Unsqueeze", "h last", "u"), node("Conv", "u k", "c", group=3), node("Squeeze", "c last", "z"),
         last=ints(2), k=np.ones((8, 8, 1), "f"),
     ),
+    "a constant of two": lambda: changed(lambda m: m.graph.node.append(node("Constant", "", "c d", value_float=1.0))),
     "a shape that does not fit": lambda: net(
         node("Shape", "x", "s"), node("Concat", "s more", "t", axis=0), node("Reshape", "h t", "r"),
         node("Squeeze", "r last", "z"), more=ints(7), last=ints(2), inputs=[info("x", ["n", 4])], outputs=[info("y", None)],
@@ -512,6 +513,7 @@ SENSELESS: dict[str, Callable[[], ModelProto]] = {
 }  # fmt: skip  # one model each
 COMMANDS = {
     "bench": "bench MODEL --seconds 0.1",
+    "compress": "compress MODEL -o OUT --data synthetic --samples 8 --repair-samples 8 --steps 2 --batch-size 2 --threads 1",
     "deploy": "deploy MODEL -o OUT --opset 21",
     "distill": "distill MODEL MODEL -o OUT --data synthetic --steps 2 --batch-size 2 --threads 1",
     "inspect": "inspect MODEL --sensitivity --data synthetic --samples 8",
