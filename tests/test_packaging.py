@@ -74,6 +74,7 @@ def test_version_and_command() -> None:
 
 def test_public_names_exist() -> None:
     assert all(hasattr(cpd_onnx, name) for name in cpd_onnx.__all__)
+    assert set(cpd_onnx.__all__) <= set(dir(cpd_onnx))
     assert list(cpd_onnx.__all__) == sorted(cpd_onnx.__all__, key=lambda name: (not name.isupper(), name))
 
 
