@@ -22,7 +22,8 @@ from cpd_onnx.passes.score import scorer_of
 from cpd_onnx.passes.sensitivity import ERROR
 from cpd_onnx.passes.verify import FileVerification, verify_files
 from cpd_onnx.plan import Plan
-from cpd_onnx.runtime import open_model
+from cpd_onnx.runtime import open_model, working_feeds
+from cpd_onnx.shapes import fold
 from cpd_onnx.state import State
 
 if TYPE_CHECKING:
@@ -153,8 +154,8 @@ def _compress(
     step: Iterate, state: State, known: Known, progress: Callable[[int, Progress], None] | None
 ) -> Compressed:
     started = time.perf_counter()
-    if not state.original.is_over_limit:
-        open_model(state.original, optimise=False)  # the proof needs it: better known before the training than after
+    if not state.original.is_over_limit:  # the proof runs it: better known before the training than after
+        next(working_feeds(fold(state.original, state.input_shapes), open_model(state.original, optimise=False)))
     rounds: list[Round] = []
     results: list[DistillResult] = []
     if step.name == "interleave":

@@ -325,6 +325,8 @@ def load(source: Source) -> Model:
         proto = _exported(source)
     if not proto.graph.node and not proto.graph.output:
         raise ModelError(f"{path or 'the model'}: the graph is empty; is this an ONNX model?")
+    if not proto.graph.output:
+        raise ModelError(f"{path or 'the model'}: the graph has no outputs: export the model again")
     try:
         model = Model(proto, {}, path, file)
         _detach(model, file, places)

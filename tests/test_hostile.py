@@ -502,6 +502,13 @@ SENSELESS: dict[str, Callable[[], ModelProto]] = {
         last=ints(2), k=np.ones((8, 8, 1), "f"),
     ),
     "a constant of two": lambda: changed(lambda m: m.graph.node.append(node("Constant", "", "c d", value_float=1.0))),
+    "no outputs": lambda: changed(lambda m: m.graph.ClearField("output")),
+    "a shape that does not fit, behind all weights": lambda: changed(
+        lambda m: m.graph.node.extend([
+            node("Shape", "x", "s"), node("Concat", "s more", "t", axis=0), node("Reshape", "y t", "r"),
+        ]),
+        more=ints(7), inputs=[info("x", ["n", 4])], outputs=[info("y", ["n", 4]), info("r", None)],
+    ),
     "a shape that does not fit": lambda: net(
         node("Shape", "x", "s"), node("Concat", "s more", "t", axis=0), node("Reshape", "h t", "r"),
         node("Squeeze", "r last", "z"), more=ints(7), last=ints(2), inputs=[info("x", ["n", 4])], outputs=[info("y", None)],
