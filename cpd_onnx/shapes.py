@@ -826,12 +826,13 @@ def _require_bodies(node: NodeProto, bodies: Mapping[str, GraphProto]) -> None:
     if node.op_type == "If":
         fits = fits and given == 1 and all(len(bodies[name].output) >= made for name in wanted)
     elif node.op_type == "Loop":
-        fits = fits and given >= 2 and len(bodies["body"].input) <= given and len(bodies["body"].output) > made
+        fits = fits and given >= 2 and len(bodies["body"].input) == given and len(bodies["body"].output) > made
     else:
         scans = attributes.get("num_scan_inputs", 0)
         axes = [(name, attributes.get(f"scan_{name}_axes")) for name in ("input", "output")]
         count = {"input": scans, "output": made - (given - scans)}
         fits = fits and 0 < scans <= given and len(bodies["body"].output) >= made
+        fits = fits and len(bodies["body"].input) in (given - 1, given)  # one less before opset 9
         fits = fits and all(found is None or len(found) == count[name] for name, found in axes)
     if not fits:
         name = node.name or (node.output[0] if made else "")
