@@ -96,8 +96,12 @@ def _sizes_in(combed: Combed, scope: Scope, name: str) -> Iterator[Axis]:
                 if tensor is not None and tensor.axes is not None:
                     yield tensor.axes[number]
         if maker is not None and (leaves >= -1).any():
-            todo += set(scope.nodes[maker].input) - seen
-            seen.update(scope.nodes[maker].input)
+            # A shape that an operator gives its output is no part of the elements.
+            named = combed.recorder.demanded
+            slots = enumerate(scope.nodes[maker].input)
+            inputs = {entry for slot, entry in slots if (scope.path, maker, slot) not in named}
+            todo += inputs - seen
+            seen |= inputs
 
 
 def _one_round(combed: Combed) -> bool:

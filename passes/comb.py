@@ -376,11 +376,11 @@ class _Comber:
 
     def hold_positions(self) -> None:
         """Freeze axes that somebody counts along, unless who uses the positions counts along the same axes."""
-        for scope, name, axis in self.recorder.positions:
-            if not self.atoms.all_frozen(axis) and not self.stays_a_position(scope, name):
+        for scope, name, axis, within in self.recorder.positions:
+            if not self.atoms.all_frozen(axis) and not self.stays_a_position(scope, name, within):
                 self.atoms.freeze(axis, f"is counted along by {name!r}")
 
-    def stays_a_position(self, scope: Scope, name: str) -> bool:
+    def stays_a_position(self, scope: Scope, name: str, within: Value | None) -> bool:
         waiting, seen = [name], {name}
         while waiting:
             taken = waiting.pop()
@@ -388,25 +388,14 @@ class _Comber:
                 return False
             for use in scope.consumers.get(taken, []):
                 node = use.scope.nodes[use.node]
-                if (node.op_type, use.slot) in POSITION_USERS and self.counts_alike(scope, name, use):
+                counts_alike = POSITION_USERS.get((node.op_type, use.slot))
+                if counts_alike is not None and counts_alike(within, use.scope.lookup(node.output[0])):
                     continue
                 if node.op_type not in POSITION_CARRIERS or use.scope is not scope:
                     return False
                 waiting += [made for made in node.output if made not in seen]
                 seen.update(node.output)
         return True
-
-    @staticmethod
-    def counts_alike(scope: Scope, name: str, use: Use) -> bool:
-        """Whether a node that puts values at positions makes the images that these were counted in."""
-        node, maker = use.scope.nodes[use.node], scope.makers.get(name)
-        if node.op_type != "MaxUnpool":
-            return True
-        images = None if maker is None else scope.lookup(scope.nodes[maker].input[0])
-        made = use.scope.lookup(node.output[0])
-        if images is None or made is None or images.shapes is None or made.shapes is None:
-            return False
-        return [shape[2:] for shape in images.shapes] == [shape[2:] for shape in made.shapes]
 
     def hold_ungrouped(self, found: Combed) -> None:
         """Freeze what is left on the weights' axes: parts of vectors that no matrix has to do with."""

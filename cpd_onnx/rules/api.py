@@ -181,7 +181,7 @@ class Recorder:
         quantized: integer weights by the id of their value.
         scales: ids of the values that batch normalisations multiply channels with.
         sensitive: nodes whose result depends on which indices are there, beyond what zeros would add.
-        positions: values that count along an axis.
+        positions: values that count along an axis, and what they are positions in, if not just in that axis.
         is_rounding: whether some node rounds activations to integers inside.
 
     """
@@ -195,7 +195,7 @@ class Recorder:
     quantized: dict[int, Quantized] = field(default_factory=dict)
     scales: set[int] = field(default_factory=set)
     sensitive: set[tuple[str, int]] = field(default_factory=set)
-    positions: list[tuple[Scope, str, Axis]] = field(default_factory=list)
+    positions: list[tuple[Scope, str, Axis, Value | None]] = field(default_factory=list)
     is_rounding: bool = False
 
     @cached_property
@@ -367,9 +367,9 @@ class Op:
             raise GiveUp(f"the output shape of {self.name} is not known")
         return shape
 
-    def positions(self, axis: Axis, output: int = 0) -> None:
-        """The values of an output count along an axis: they are others once it shrinks."""
-        self.recorder.positions.append((self.scope, self.outputs[output].value.name, axis))
+    def positions(self, axis: Axis, output: int = 0, within: Value | None = None) -> None:
+        """The values of an output count along an axis, `within` some images: they are others once it shrinks."""
+        self.recorder.positions.append((self.scope, self.outputs[output].value.name, axis, within))
 
     def contract(self, a: Tensor, i: int, b: Tensor, j: int) -> None:
         """Sum over axis i of `a` and axis j of `b`."""

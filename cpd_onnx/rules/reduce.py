@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from cpd_onnx.atoms import Axis
 from cpd_onnx.evaluate import axes_operand
 from cpd_onnx.rules.api import GiveUp, Op, rule
 from cpd_onnx.rules.elementwise import MICROSOFT, freeze_rest
+from cpd_onnx.shapes import Value
 
 _ONE = np.zeros(1, np.int64)
 POSITION_CARRIERS = {"Add", "Cast", "Expand", "Identity", "Mul", "Reshape", "Slice", "Squeeze", "Sub", "Unsqueeze"}
 """Operators through which positions may pass on their way to `POSITION_USERS`."""
-POSITION_USERS = {("MaxUnpool", 1), ("Shape", 0)}
-"""Operators and slots that take positions and count along the same axes as those who made them, or do not care."""
+
+
+def _in_alike_images(counted: Value | None, made: Value | None) -> bool:
+    """Whether an output has images as large as those in which positions were counted, if they were in any."""
+    if counted is None:
+        return True
+    if counted.shapes is None or made is None or made.shapes is None:
+        return False
+    return [shape[2:] for shape in counted.shapes] == [shape[2:] for shape in made.shapes]
+
+
+POSITION_USERS: dict[tuple[str, int], Callable[[Value | None, Value | None], bool]] = {
+    ("MaxUnpool", 1): _in_alike_images,
+    ("Shape", 0): lambda counted, made: True,
+}
+"""Operators and slots that take positions, and whether they count along the same axes as those who made them, or do not
+care: by what the positions are in, and the first output."""
 
 
 @rule(
@@ -85,7 +103,7 @@ def pool(op: Op) -> None:
     """Slide over the spatial axes; batch and channels pass. Indices of maxima count through all axes."""
     _slide(op)
     if len(op.outputs) > 1 and op.outputs[1].value.name:
-        op.positions(op.input(0)[1], 1)
+        op.positions(op.input(0)[1], 1, op.input(0).value)
 
 
 @rule("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
