@@ -185,6 +185,11 @@ class CostTable:
         write_atomically(path, (json.dumps(self.as_json(), indent=1) + "\n").encode())
 
 
+def _text(name: str | bytes) -> str:
+    """A name as a trace has it; one that is no text comes as bytes."""
+    return name.decode("utf-8", "replace") if isinstance(name, bytes) else name
+
+
 def _halved(group: GroupWidths, halvings: int) -> GroupWidths:
     multiple = group.multiple
     if multiple == group.size and group.slowdown:
@@ -226,7 +231,7 @@ class Clock:
         self.combed, self.setting, self._shapes = combed, setting, input_shapes
         self.feed = _feed(combed, setting.batch)
         named = [node for node in combed.folded.scope.nodes if node.name and node.output]
-        self._nodes = {name: node.name for node in named for name in (node.name, *node.output) if name}
+        self._nodes = {_text(name): _text(node.name) for node in named for name in (node.name, *node.output) if name}
         self._original = self.session(combed.folded.model)
 
     def pruned(self, channels: npt.NDArray[np.int64]) -> Model:
@@ -257,7 +262,7 @@ class Clock:
         with tempfile.TemporaryDirectory() as folder:
             session = self.session(model, Path(folder) / "trace")
             _, first = self._in_turns(session)
-            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+            events = json.loads(Path(session.end_profiling()).read_text("utf-8", "replace"))
         taken, meanwhile = self._in_turns(session)
         speed = _typical(meanwhile, len(meanwhile)) / _typical(first, len(first))
         kernels = _kernels(events, len(first), self._nodes)

@@ -189,3 +189,15 @@ def test_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert plan["budget"]["kind"] == "latency"
     assert plan["budget"]["spread"] == "optimal"
     assert plan["budget"]["latency"]["predicted"] == pytest.approx(0.7, abs=0.2)
+
+
+def test_a_name_that_is_no_text_is_no_matter(tmp_path: Path) -> None:
+    """onnxruntime takes it, so it is pruned and measured like another."""
+    model = from_text(
+        "(float[1, 8] x, float[8, 16] w, float[16, 4] v) => (float[1, 4] y) { [first] h = MatMul(x, w) y = MatMul(h, v) }"
+    )
+    content = model.SerializeToString()
+    assert content.count(b"first") == 1
+    (tmp_path / "odd.onnx").write_bytes(content.replace(b"first", b"f\xe4rst"))
+    assert main(["latency", str(tmp_path / "odd.onnx"), "-o", str(tmp_path / "table.json")]) == 0
+    assert load_table(tmp_path / "table.json").groups

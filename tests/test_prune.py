@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -345,3 +346,16 @@ def test_real_files(name: str) -> None:
     assert state.verification.passed
     assert state.combed is not None
     assert state.combed.unaccounted == []
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the folder of real models is not there")
+def test_real_files_stay_as_prunable_as_they_were() -> None:
+    """What guards against files that make no sense may not take channels from those that exporters write."""
+    results = Path(__file__).parents[1] / "benchmarks" / "results" / "breadth.jsonl"
+    measured = {
+        entry["model"]: entry.get("fraction", 0.0) for entry in map(json.loads, results.read_text().splitlines())
+    }
+    paths = [path for path in sorted(DATA.glob("*.onnx")) if f"onnx/{path.name}" in measured]
+    found = {path.name: comb(path).prunable_fraction() for path in paths}
+    assert {name: share for name, share in found.items() if share < measured[f"onnx/{name}"] - 1e-3} == {}
+    assert len(found) > 20

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
+from cpd_onnx.errors import UnsupportedError
 from cpd_onnx.torch.operators.linear import Window, pad_spatial, symmetric, window_pads, window_steps
 from cpd_onnx.torch.registry import operator
 
@@ -180,10 +181,20 @@ def max_unpool(
     return pad_spatial(result, [(0, want - size) for want, size in zip(output_shape[2:], sizes, strict=True)])
 
 
+def require_images(x: Tensor, batch: Tensor, kind: str) -> None:
+    """Raise UnsupportedError where regions lie in images that a batch does not have; waits for the device."""
+    odd = batch[(batch < 0) | (batch >= len(x))]
+    if len(odd):
+        raise UnsupportedError(
+            f"{kind} takes a region of image {odd[0].item():g} in a batch of {len(x)}: the model needs larger batches"
+        )
+
+
 @operator("MaxRoiPool")
 def max_roi_pool(x: Tensor, rois: Tensor, *, pooled_shape: Sequence[int], spatial_scale: float = 1.0) -> Tensor:
     """Take the largest elements of a grid over each region [batch index, x1, y1, x2, y2]; waits for the device."""
     results = []
+    require_images(x, rois[:, 0], "MaxRoiPool")
     for batch, *corners in rois.tolist():
         x1, y1, x2, y2 = (round(corner * spatial_scale) for corner in corners)
         region = x[int(batch), :, y1 : max(y2, y1) + 1, x1 : max(x2, x1) + 1]

@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 
 from cpd_onnx.torch.operators.generate import Numbers
 from cpd_onnx.torch.operators.linear import Window, pad_spatial, window_pads, window_steps
+from cpd_onnx.torch.operators.pooling import require_images
 from cpd_onnx.torch.registry import operator
 
 _MODES = {"linear": "bilinear", "cubic": "bicubic"}
@@ -113,6 +114,7 @@ class Regions(TypedDict, total=False):
 @operator("RoiAlign")
 def roi_align(x: Tensor, rois: Tensor, batch: Tensor, *, opset: int, **options: Unpack[Regions]) -> Tensor:
     """Average or maximum of bilinear samples on a grid over each region [x1, y1, x2, y2] of x [N, C, H, W]."""
+    require_images(x, batch, "RoiAlign")
     half = options.get("coordinate_transformation_mode", "half_pixel" if opset >= 16 else "") == "half_pixel"
     corners = rois * options.get("spatial_scale", 1.0) - (0.5 if half else 0.0)
     spans = corners[:, 2:] - corners[:, :2]
