@@ -59,7 +59,7 @@ def check(path: Path, *, permute: bool) -> Result:
     except cpd.CpdError as error:
         result |= {"status": "refused" if not isinstance(error, cpd.ProofError) else "disproved", "reason": str(error)}
     except Exception:  # a benchmark reports every defect and goes on
-        result["reason"] = traceback.format_exc()[-600:]
+        result |= {"status": "failed", "reason": traceback.format_exc()[-600:]}
     result["seconds"] = round(time.perf_counter() - started, 2)
     return result
 

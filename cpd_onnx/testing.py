@@ -159,8 +159,10 @@ def _moves(combed: Combed) -> Iterator[tuple[Axis, Axis, Axis]]:
     change places with one of which only the first is.
     """
     for scope, node in _nodes(combed, "Gather", "Slice", "Split"):
-        known = [scope.lookup(name) if name else None for name in node.input]
-        operands = [None if value is None or value.values is None else value.values[0] for value in known[1:]]
+        known = [scope.lookup(name) if name else None for name in node.input[1:]]
+        operands = [None if value is None or value.values is None else value.values[0] for value in known]
+        if any(name and operand is None for name, operand in zip(node.input[1:], operands, strict=True)):
+            continue  # computed from data: combing keeps the axis
         call = Call(attributes_of(node), combed.folded.model.opset)
         axes = _axes_of(combed, scope, node.input[0])
         for number, axis in enumerate(axes):

@@ -17,6 +17,7 @@ from cpd_onnx.testing import mask_oracle, permutation_oracle
 from .commands import command_outcome
 from .damage import damaged
 from .graphs import models, seeded
+from .models import from_text
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
@@ -48,6 +49,12 @@ def test_seeded_graphs(start: int) -> None:
 def test_channels_that_do_not_stand_alike_do_not_change_places(seed: int) -> None:
     """Padding fills up some of their places; of some the first is picked, of others the second."""
     assert is_right(seeded(seed, is_common=True), seed)
+
+
+def test_ranges_that_are_computed_do_not_stop_the_oracles() -> None:
+    end = "m = ReduceMax <keepdims = 1>(x) i = Cast <to = 7>(m) q = Mul(i, i) p = Add(q, one) end = Reshape(p, one)"
+    text = f"(float[2, 4] x, float[4, 5] u, float[5, 6] w, float[6, 3] v) => (float[rows, 3] y) {{ zero = Constant <value = int64[1] {{0}}>() one = Constant <value = int64[1] {{1}}>() {end} g = MatMul(x, u) h = MatMul(g, w) s = Slice(h, zero, end, zero) y = MatMul(s, v) }}"
+    assert is_right(from_text(text))
 
 
 def test_every_operator_with_a_rule_is_in_some_graph() -> None:
