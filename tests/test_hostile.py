@@ -536,10 +536,8 @@ SENSELESS: dict[str, Callable[[], ModelProto]] = {
 COMMANDS = {
     "bench": "bench MODEL --seconds 0.1",
     "compress": "compress MODEL -o OUT --data synthetic --samples 8 --repair-samples 8 --steps 2 --batch-size 2 --threads 1",
-    "deploy": "deploy MODEL -o OUT --opset 21",
     "distill": "distill MODEL MODEL -o OUT --data synthetic --steps 2 --batch-size 2 --threads 1",
     "inspect": "inspect MODEL --sensitivity --data synthetic --samples 8",
-    "latency": "latency MODEL -o OUT",
     "prune": "prune MODEL -o OUT --data synthetic --samples 8 --score fisher",
 }
 
