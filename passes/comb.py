@@ -263,21 +263,21 @@ class _Comber:
     def branches(self, bodies: dict[str, Scope], inputs: list[Tensor | None], outputs: list[Tensor]) -> None:
         """Unite the results of both branches, or follow the only one that runs."""
         taken = taken_branch(inputs[0].value if inputs[0] is not None else None)
-        shapes = [tuple(getattr(b.lookup(name), "shape", None) for name in b.outputs) for b in bodies.values()]
-        if not taken or len(set(shapes)) == 1:
-            runs, rest = list(bodies.values()), []
+        shapes = {key: tuple(getattr(b.lookup(name), "shape", None) for name in b.outputs) for key, b in bodies.items()}
+        if not taken or len(set(shapes.values())) == 1:
+            runs, rest = bodies, {}
         else:
-            runs, rest = [bodies[taken]], [body for key, body in bodies.items() if key != taken]
+            runs, rest = {taken: bodies[taken]}, {key: body for key, body in bodies.items() if key != taken}
         # A branch that never runs is followed too, as far as it has shapes: the file stays consistent.
-        for body in [*runs, *rest]:
-            if body in runs or all(getattr(body.lookup(name), "shape", None) is not None for name in body.outputs):
+        for key, body in (runs | rest).items():
+            if key in runs or None not in shapes[key]:
                 self.sweep(body)
             elif any(v is not None and v.weight is not None and v.shape for v in map(body.lookup, body.consumers)):
                 self.freeze_captured(body, "meets a weight in a branch of an If that never runs and has no shapes")
         for index, tensor in enumerate(outputs):
-            results = [self.result(body, body.outputs[index]) for body in runs]
+            results = [self.result(body, body.outputs[index]) for body in runs.values()]
             self.same(tensor, results, "takes different shapes in the branches of an If")
-            for other in (self.result(body, body.outputs[index]) for body in rest):
+            for other in (self.result(body, body.outputs[index]) for body in rest.values()):
                 self.alike(tensor, other)
 
     def alike(self, tensor: Tensor, other: Tensor | None) -> None:
