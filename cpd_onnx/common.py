@@ -6,22 +6,24 @@ onnx: a function here answers only where the answer is plain.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from operator import index
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from onnx import TensorProto
 
 from cpd_onnx.evaluate import Call, axes_operand, slice_ranges
 from cpd_onnx.graph import Array
+from cpd_onnx.sizes import floor, is_constant, largest, least, product, whole
 
-Dims: TypeAlias = tuple[int, ...]
+Dims: TypeAlias = tuple[Any, ...]
+"""A shape: whole numbers, or sizes that depend on the inputs."""
 Plain: TypeAlias = Callable[[Call, "Sequence[Dims]", "Sequence[Array | None]"], "Dims | None"]
 
 _FUNCTIONS: dict[str, Plain] = {}
 _TYPE_SLOT = {"Where": 1}
 _BOOLEAN = {"And", "Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "Not", "Or", "Xor"}
+_FAR = 2**31 - 1
+"""Slice ends from this on mean "to the end" in every exporter."""
 _OPTIONAL_INPUTS = {"Clip"}
 """Operators of which inputs after the first may be missing without a change of shape."""
 
@@ -39,9 +41,14 @@ def output_shapes(
         if op_type == "Split":
             return _split(call, shapes, values, count)  # type: ignore[arg-type]  # without None
         made = function(call, shapes, values) if function is not None and count == 1 else None  # type: ignore[arg-type]
-        return None if made is None else [tuple(map(index, made))]
-    except (IndexError, TypeError, ValueError, ZeroDivisionError):
+        return None if made is None else [tuple(None if size is None else whole(size) for size in made)]
+    except (IndexError, NotImplementedError, TypeError, ValueError, ZeroDivisionError):
         return None
+
+
+def _are_from(low: int, sizes: Sequence[Any]) -> bool:
+    """Whether no size that is a number is below a bound."""
+    return all(size >= low for size in sizes if is_constant(size))
 
 
 def output_type(op_type: str, call: Call, types: Sequence[int]) -> int:
@@ -126,7 +133,7 @@ def _window(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) 
         return None
     spans = [d * (w - 1) + 1 for w, d in zip(window, dilations, strict=True)]
     sizes = [(data[2 + i] + pads[i] + pads[i + rank] - spans[i]) // strides[i] + 1 for i in range(rank)]
-    return (data[0], data[1] if kernel is None else kernel[0], *sizes) if min(sizes) > 0 else None
+    return (data[0], data[1] if kernel is None else kernel[0], *sizes) if _are_from(1, sizes) else None
 
 
 @_plain("GlobalAveragePool", "GlobalMaxPool")
@@ -157,21 +164,23 @@ def _transpose(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None
 @_plain("Reshape")
 def _reshape(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
     wanted = call.get("shape") if len(values) < 2 else values[1]
-    sizes = [-1] if wanted is None else [int(size) for size in wanted]
+    sizes = [-1] if wanted is None else [whole(size) for size in wanted]
     if wanted is None or (call.get("allowzero", 0) and 0 in sizes):
         return None
     sizes = [shapes[0][axis] if size == 0 else size for axis, size in enumerate(sizes)]
-    total = math.prod(shapes[0])
+    total = product(shapes[0])
     if sizes.count(-1) == 1:
-        rest = -math.prod(sizes)
+        rest = -product(sizes)
         sizes[sizes.index(-1)] = total // rest
-    return tuple(sizes) if math.prod(sizes) == total and min(sizes, default=0) >= 0 else None
+    # Where sizes are open, that the elements are as many as before is what the operator demands.
+    fits = not all(map(is_constant, (total, *sizes))) or product(sizes) == total
+    return tuple(sizes) if fits and _are_from(0, sizes) else None
 
 
 @_plain("Flatten")
 def _flatten(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
     axis = call.get("axis", 1)
-    return (math.prod(shapes[0][:axis]), math.prod(shapes[0][axis:])) if 0 <= axis <= len(shapes[0]) else None
+    return (product(shapes[0][:axis]), product(shapes[0][axis:])) if 0 <= axis <= len(shapes[0]) else None
 
 
 @_plain("Concat")
@@ -223,7 +232,7 @@ def _expand(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) 
 
 @_plain("ConstantOfShape")
 def _constant_of_shape(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
-    return None if values[0] is None or min(values[0], default=0) < 0 else tuple(values[0].tolist())
+    return None if values[0] is None or not _are_from(0, values[0].tolist()) else tuple(values[0].tolist())
 
 
 @_plain("Slice")
@@ -232,7 +241,100 @@ def _slice(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -
         return None
     sizes = list(shapes[0])
     for axis, start, end, step in slice_ranges(call, len(sizes), values[1:]):
-        sizes[axis] = len(range(*slice(start, end if end > -(2**62) else None, step).indices(sizes[axis])))
+        if all(map(is_constant, (sizes[axis], start, end))):
+            sizes[axis] = len(range(*slice(start, end if end > -(2**62) else None, step).indices(sizes[axis])))
+        else:
+            first, last = (_place(position, sizes[axis]) for position in (start, end))
+            is_said = step > 0 and first is not None and last is not None
+            sizes[axis] = -(-largest(last - first, 0) // step) if is_said else None
+    return tuple(sizes)
+
+
+def _place(position: Any, size: Any) -> Any:
+    """Where a start or end of a slice lies on an axis of an open size; None if that cannot be said."""
+    if is_constant(position):
+        if position >= _FAR:
+            return size
+        return least(position, size) if position >= 0 else largest(size + position, 0)
+    return least(position, size) if least(position, 0) == 0 else None
+
+
+_OPEN: dict[str, Plain] = {}
+"""Functions for shapes with open sizes alone: of numbers onnx says more."""
+
+
+def open_shapes(
+    op_type: str, call: Call, shapes: Sequence[Dims | None], values: Sequence[Array | None]
+) -> list[Dims] | None:
+    """The shape of the first output of operators whose operands may hold open sizes; None where that is not plain."""
+    function = _OPEN.get(op_type)
+    if function is None or not shapes or shapes[0] is None:
+        return None
+    try:
+        made = function(call, shapes, values)  # type: ignore[arg-type]  # each looks at what it needs
+        return None if made is None else [tuple(map(whole, made))]
+    except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError, ZeroDivisionError):
+        return None
+
+
+def _open(*names: str) -> Callable[[Plain], Plain]:
+    def add(function: Plain) -> Plain:
+        for name in names:
+            _OPEN[name] = function
+        return function
+
+    return add
+
+
+@_open("Pad")
+def _pad(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims:
+    sizes = list(shapes[0])
+    pads = call.get("pads") if len(values) < 2 else values[1].tolist()  # type: ignore[union-attr]  # caught
+    axes = values[3].tolist() if len(values) > 3 and values[3] is not None else range(len(sizes))
+    for place, axis in enumerate(axes):
+        sizes[axis] = sizes[axis] + pads[place] + pads[place + len(axes)]
+    return tuple(sizes)
+
+
+@_open("Tile")
+def _tile(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims:
+    return tuple(size * times for size, times in zip(shapes[0], values[1].tolist(), strict=True))  # type: ignore[union-attr]  # caught
+
+
+@_open("Resize", "Upsample")
+def _resize(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
+    if call.get("keep_aspect_ratio_policy", "stretch") != "stretch":
+        return None
+    axes = call.get("axes") or range(len(shapes[0]))
+    given = [None if value is None else value.ravel().tolist() for value in values[1:]]
+    sizes = list(shapes[0])
+    if len(given) > 2 and given[2]:
+        wanted = [given[2][place] for place in range(len(axes))]
+    else:
+        scales: Sequence[Any] = call.get("scales") or (given[0] if len(given) == 1 else given[1]) or ()
+        wanted = [floor(sizes[axis] * scale) for axis, scale in zip(axes, scales, strict=True)]
+    for axis, size in zip(axes, wanted, strict=True):
+        sizes[axis] = size
+    return tuple(sizes)
+
+
+@_open("TopK")
+def _top_k(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims:
+    sizes, axis = list(shapes[0]), call.get("axis", -1)
+    sizes[axis] = call.get("k") if len(values) < 2 else values[1].ravel().tolist()[0]  # type: ignore[union-attr]  # caught
+    return tuple(sizes)
+
+
+@_open("Range")
+def _range(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims:
+    start, limit, step = (value.item() for value in values)  # type: ignore[union-attr]  # caught
+    return (largest(-((start - limit) // step), 0),)
+
+
+@_open("OneHot")
+def _one_hot(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims:
+    sizes, axis = list(shapes[0]), call.get("axis", -1) % (len(shapes[0]) + 1)
+    sizes.insert(axis, values[1].item())  # type: ignore[union-attr]  # caught
     return tuple(sizes)
 
 
@@ -241,9 +343,11 @@ def _split(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None], c
     size = shapes[0][axis]
     if len(values) > 1:
         parts = None if values[1] is None else values[1].tolist()
-    else:
+    elif "split" in call.attributes or is_constant(size):
         chunk = -(-size // count)
         parts = call.get("split") or [min(chunk, size - index * chunk) for index in range(count)]
-    if parts is None or len(parts) != count or sum(parts) != size or min(parts) < 0:
+    else:
+        return None
+    if parts is None or len(parts) != count or sum(parts) != size or not _are_from(0, parts):
         return None
     return [(*shapes[0][:axis], part, *shapes[0][axis + 1 :]) for part in parts]

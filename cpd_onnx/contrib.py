@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from operator import index
 from typing import Any, TypeAlias
 
 from cpd_onnx.common import broadcast
 from cpd_onnx.graph import Array
+from cpd_onnx.sizes import product, whole
 
-Dims: TypeAlias = tuple[int, ...]
+Dims: TypeAlias = tuple[Any, ...]
+"""A shape: whole numbers, or sizes that depend on the inputs."""
 Shapes: TypeAlias = Sequence["Dims | None"]
 ShapeFunction: TypeAlias = Callable[[dict[str, Any], Shapes], "list[Dims | None]"]
 
@@ -34,7 +34,7 @@ def output_shapes(
             return None
         else:
             found = function(attributes, shapes)
-        return [None if dims is None else tuple(map(index, dims)) for dims in found]
+        return [None if dims is None else tuple(map(whole, dims)) for dims in found]
     except (ArithmeticError, LookupError, TypeError, ValueError):
         return []
 
@@ -64,7 +64,7 @@ def _same(attributes: dict[str, Any], shapes: Shapes) -> list[Dims | None]:
 
 @_register("ai.onnx.ml", "ArrayFeatureExtractor")
 def _features(attributes: dict[str, Any], shapes: Shapes) -> list[Dims | None]:
-    return [(*(_known(shapes[0])[:-1] or (1,)), math.prod(_known(shapes[1])))]
+    return [(*(_known(shapes[0])[:-1] or (1,)), product(_known(shapes[1])))]
 
 
 @_register(MICROSOFT, "SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "SkipGroupNorm")

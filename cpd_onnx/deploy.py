@@ -230,7 +230,7 @@ def _sized(model: Model) -> Model:
     values = fold(model).scope.values
     for info in (*model.graph.output, *model.graph.value_info):
         value = values.get(info.name)
-        if value is None or value.shapes is None or value.shapes[0] != value.shapes[1]:
+        if value is None or value.shapes is None or value.extents is not None:
             continue
         dims = info.type.tensor_type.shape.dim
         if len(dims) != len(value.shapes[0]) or not info.type.HasField("tensor_type"):

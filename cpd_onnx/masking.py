@@ -28,6 +28,24 @@ def masked(combed: Combed, kept: Kept, pruned: Model) -> Model:
     return _Masker(combed, kept, pruned).run()
 
 
+def is_bound_to_sizes(combed: Combed, kept: Kept) -> bool:
+    """Whether the masked model would only run at the sizes that the model was combed at.
+
+    It does where masks lie along an axis of open size that holds channels, as when they are merged with the batch.
+    """
+    for scope in combed.folded.scope.walk():
+        for path, position in (*combed.recorder.sensitive, *combed.recorder.silenced):
+            if path != scope.path:
+                continue
+            node = scope.nodes[position]
+            for name in (*node.input, *node.output):
+                tensor, value = combed.tensors.get((path, name)), scope.lookup(name)
+                axes = (tensor and tensor.axes) or []
+                if value is not None and any(kept.touches(a) and not value.has_fixed(i) for i, a in enumerate(axes)):
+                    return True
+    return False
+
+
 class _Masker(Editor):
     def __init__(self, combed: Combed, kept: Kept, pruned: Model) -> None:
         super().__init__(combed.folded.model.copy())

@@ -17,7 +17,7 @@ from cpd_onnx.graph import Array, Lazy, Model, drop_attribute, later, set_attrib
 from cpd_onnx.groups import Combed, Weight
 from cpd_onnx.kept import Kept
 from cpd_onnx.operands import elements, is_number, operand_value
-from cpd_onnx.rules.api import DROP, Demand
+from cpd_onnx.rules.api import DROP, Demand, Tensor
 from cpd_onnx.shapes import DIVISOR, SCALED, Folded, Scope, Use, Value, fold
 from cpd_onnx.weights import weight_lazily
 
@@ -352,9 +352,22 @@ class _Rewriter(Editor):
                 expected = tuple(self.kept.count(axis) for axis in tensor.axes)
                 if value.shape != expected:
                     raise ProofError(f"tensor {name!r} came out as {list(value.shape)} instead of {list(expected)}")
+                self.check_open(name, tensor, value)
         if folded.unknown.keys() - self.combed.folded.unknown.keys():
             operator, node = next(iter(sorted(folded.unknown.items())))
             raise ProofError(f"{operator} {node!r} does not fit the pruned shapes")
+
+    def check_open(self, name: str, tensor: Tensor, now: Value) -> None:
+        """Axes of open sizes that lose nothing must be as long as before under all bindings."""
+        before = tensor.value
+        if before.extents is None or before.shapes is None or now.shapes is None:
+            return
+        for number, axis in enumerate(tensor.axes or []):
+            sizes = [[shape[number] for shape in shapes] for shapes in (before.shapes, now.shapes)]
+            if not self.kept.touches(axis) and sizes[0] != sizes[1]:
+                raise ProofError(
+                    f"axis {number} of tensor {name!r} depends on the size of the input otherwise than before"
+                )
 
     def log(self, what: str, where: str, change: str) -> None:
         self.edits.append(Edit(what, where, change))

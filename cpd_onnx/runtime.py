@@ -132,7 +132,7 @@ def random_feed(folded: Folded, seed: int = 0, binding: int = 0) -> Feed:
             continue
         if value.shapes is None:
             raise UnsupportedError(f"the shape of input {info.name!r} is not known: give it with --input-shape")
-        feed[info.name] = _random(folded, value, value.shapes[binding], rng)
+        feed[info.name] = random_array(folded, value, value.shapes[binding], rng)
     return feed
 
 
@@ -165,15 +165,20 @@ def working_feeds(folded: Folded, session: Runner, count: int = 2) -> Iterator[F
 
 def _resized(folded: Folded, name: str, array: Array, size: int) -> list[int]:
     """The shape of an input with its open sizes, the batch apart, set to another size."""
-    first, second = folded.scope.values[name].shapes or ((), ())
-    return [size if a != b and a != folded.batch else d for a, b, d in zip(first, second, array.shape, strict=True)]
+    value = folded.scope.values[name]
+    is_free = [not value.has_fixed(axis) and usual != folded.batch for axis, usual in enumerate(value.shape or ())]
+    return [size if free else old for free, old in zip(is_free, array.shape, strict=True)]
 
 
 def _again(folded: Folded, name: str, array: Array, rng: np.random.Generator) -> Array:
-    return _random(folded, folded.scope.values[name], array.shape, rng)
+    return random_array(folded, folded.scope.values[name], array.shape, rng)
 
 
-def _random(folded: Folded, value: Value, shape: Sequence[int], rng: np.random.Generator) -> Array:
+def random_array(folded: Folded, value: Value, shape: Sequence[int], rng: np.random.Generator) -> Array:
+    """An input at random: normal floats, indices within the table that they look up in, true.
+
+    Raises UnsupportedError for strings.
+    """
     dtype = element_type(value.dtype)
     if value.dtype == TensorProto.STRING:
         raise UnsupportedError(f"input {value.name!r} takes strings: give data")
@@ -235,7 +240,7 @@ class Synthetic:
         example, value = self._example[name], self._folded.scope.values[name]
         shape = (size, *example.shape[1:]) if example.ndim else ()
         if example.dtype.kind != "f" or example.ndim != 4:
-            return _random(self._folded, value, shape, rng)
+            return random_array(self._folded, value, shape, rng)
         channels = min((1, 3), key=lambda axis: example.shape[axis])
         rows = [extent for axis, extent in enumerate(shape) if axis not in (0, channels)]
         made = _natural(size, shape[channels], (rows[0], rows[1]), rng)

@@ -1,20 +1,24 @@
 """Shapes of all tensors, and the values of the small ones: what `fold` finds out.
 
-Every symbolic dimension is bound to two different sizes and the graph is inferred under both: what differs is
-dynamic, the rest is known. `value_info` in the file is not trusted. Shape arithmetic is computed element by element,
-and each element knows which constant it came from.
+Open dimensions are symbols, and sizes are expressions over them (`sizes`): what is a number there is the same whatever
+the model is fed. Beside that each symbol is bound to several numbers, which differ from symbol to symbol, and the graph
+is inferred under all of these bindings: operators whose shapes nobody here writes down as expressions are known by what
+they come to. `value_info` in the file is not trusted. Shape arithmetic is computed element by element, and each element
+knows which constant it came from.
 """
 
 from __future__ import annotations
 
+import ast
 import functools
 import itertools
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import operator
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,9 +39,25 @@ from cpd_onnx import common, contrib
 from cpd_onnx.errors import ModelError
 from cpd_onnx.evaluate import EVALUATORS, MAX_ELEMENTS, MOVERS, Call, TooLarge
 from cpd_onnx.graph import Array, Model, attributes_of, blaming, bodies_of, to_array
+from cpd_onnx.sizes import (
+    Bindings,
+    Expressions,
+    Extent,
+    Extents,
+    Size,
+    evaluated,
+    is_constant,
+    objects,
+    product,
+    symbol,
+    unknown,
+)
 
+T = TypeVar("T")
 Shape: TypeAlias = tuple[int, ...]
 Leaves: TypeAlias = npt.NDArray[np.int64]
+Numbers: TypeAlias = "tuple[int, ...]"
+"""What a symbol is bound to, a number for each binding."""
 
 SCALED = 1 << 31
 """Added to the code of a leaf that is a factor of the element, the rest of which depends on the inputs."""
@@ -49,8 +69,13 @@ _MAX_DIM = 1 << 28
 """No axis is longer; each index of it would take eight bytes."""
 _MOST_CALLED = 200_000
 """Nodes in functions that are looked at, each as often as it is called."""
-_GUESSES = (37, 41)
+_GUESSES = (37, 41, 43)
 """Sizes for dimensions that depend on data (NonZero, TopK of a computed k): any would do."""
+_ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
+}  # fmt: skip  # a table
+BINDINGS = range(len(_GUESSES))
+"""Each symbol is bound to so many numbers."""
 _DATA_DEPENDENT_BODIES = {"If", "Loop", "Scan"}
 _ZERO_KEEPING = MOVERS - {"Where"} | {"DequantizeLinear", "QuantizeLinear"}
 """Operators that leave the zeros of a weight zero."""
@@ -64,8 +89,11 @@ class Value:
     Attributes:
         name: its name.
         dtype: ONNX element type, 0 if unknown or not a tensor.
-        shapes: its shape under the two bindings, None if the rank is unknown.
-        values: its elements under the two bindings where they are known.
+        shapes: its shape under each of the bindings, None if the rank is unknown.
+        extents: the same as expressions, where some are no numbers.
+        values: its elements under each of the bindings where they are known.
+        expressions: the same as expressions, where some are no numbers and the shape is always the same.
+        is_open: whether the elements are known but depend on the sizes of the inputs.
         leaves: per element where it was moved from: use << 32 | element for one of a constant (or of anything else
             that is the same whatever the inputs), -2 - n for the size that `Folded.dims[n]` names, -1 for neither.
         weight: name of the initializer or Constant output that it is, if it is one.
@@ -79,8 +107,11 @@ class Value:
 
     name: str
     dtype: int = 0
-    shapes: tuple[Shape, Shape] | None = None
-    values: tuple[Array, Array] | None = None
+    shapes: tuple[Shape, ...] | None = None
+    extents: Extents | None = None
+    values: tuple[Array, ...] | None = None
+    expressions: Expressions | None = None
+    is_open: bool = False
     leaves: Leaves | None = None
     weight: str | None = None
     constants: frozenset[str] | None = None
@@ -103,7 +134,21 @@ class Value:
     @property
     def is_static(self) -> bool:
         """Whether the elements are known and the same whatever the sizes of the inputs."""
-        return self.values is not None and (self.values[0] is self.values[1] or np.array_equal(*self.values))
+        return self.values is not None and not self.is_open
+
+    @property
+    def sizes(self) -> Extents | None:
+        """The shape: a number for each axis that is as long whatever the inputs, an expression for the others."""
+        return self.extents if self.extents is not None or self.shapes is None else self.shapes[0]
+
+    @property
+    def holds_sizes(self) -> bool:
+        """Whether an operator may take it for a size, a count or a position that depends on the inputs."""
+        return self.is_open and self.expressions is not None and self.expressions.ndim < 2
+
+    def has_fixed(self, axis: int) -> bool:
+        """Whether an axis is as long whatever the inputs."""
+        return self.shapes is not None and (self.extents is None or is_constant(self.extents[axis]))
 
     @property
     def is_made_weight(self) -> bool:
@@ -113,7 +158,7 @@ class Value:
     def type(self, binding: int) -> TypeProto:
         """The type under a binding, as shape inference wants it."""
         if self._types is None:
-            shapes = self.shapes or (None, None)
+            shapes = self.shapes or (None,) * len(BINDINGS)
             self._types = [_type_proto(self.dtype, shape) for shape in shapes]
         return self._types[binding]
 
@@ -241,23 +286,45 @@ def _best_folded(model: Model, input_shapes: Mapping[str, Sequence[int]] | None)
 
 @dataclass(frozen=True)
 class _Profile:
-    """Two sizes for batch, sequence-like, image-like dimensions and samples of sound."""
+    """Numbers for batch, sequence-like, image-like dimensions and samples of sound.
 
-    batch: tuple[int, int]
-    sequence: tuple[int, int]
-    image: tuple[int, int]
-    sound: tuple[int, int] = (1792, 2816)
+    Each has a row for the first symbol of its kind, one for the second and so on; the last row is for all that follow.
+    """
+
+    batch: Sequence[Numbers]
+    sequence: Sequence[Numbers]
+    image: Sequence[Numbers]
+    sound: Sequence[Numbers] = ((1792, 2816, 3328),)
+
+    @cached_property
+    def frames(self) -> Sequence[Numbers]:
+        """What the second and third axes of three are bound to: frames of sound, points, tokens."""
+        return tuple(tuple(8 * number for number in row) for row in self.sequence)
+
+    @staticmethod
+    def row(kind: Sequence[Numbers], number: int) -> Numbers:
+        """What the symbol of that number is bound to."""
+        return kind[min(number, len(kind) - 1)]
 
 
+_BATCHES = ((2, 5, 7),)  # symbols of their own, but models that have several seldom run on different ones
+_SEQUENCES = ((14, 22, 5), (15, 26, 6), (13, 21, 4), (17, 19, 3))
+_IMAGES = ((64, 160, 32), (96, 224, 64))
 _PROFILES = (
-    _Profile((2, 3), (14, 22), (64, 96)),
-    _Profile((2, 3), (64, 96), (224, 256)),
-    _Profile((2, 3), (512, 768), (512, 640)),
-    _Profile((2, 3), (16000, 24000), (299, 331), (16000, 24000)),
+    _Profile(_BATCHES, _SEQUENCES, ((64, 161, 35), (96, 227, 67))),
+    _Profile(_BATCHES, _SEQUENCES, _IMAGES),
+    # Differently named symbols that must be equal, images that must be square.
+    _Profile(_BATCHES, _SEQUENCES[:1], _IMAGES[:1]),
+    _Profile(_BATCHES, ((64, 96, 80),), ((224, 256, 320), (256, 320, 224))),
+    _Profile(_BATCHES, ((64, 96, 80),), ((224, 256, 320),)),
+    _Profile(_BATCHES, ((512, 768, 640),), ((512, 640, 768),)),
+    _Profile(_BATCHES, ((16000, 24000, 20000),), ((299, 331, 363),), ((16000, 24000, 20000),)),
     # Detectors of speech take chunks of one size only.
-    _Profile((2, 3), (14, 22), (64, 96), (512, 512)),
-    _Profile((2, 3), (14, 22), (64, 96), (576, 576)),
+    _Profile(_BATCHES, _SEQUENCES[:1], _IMAGES[:1], ((512, 512, 512),)),
+    _Profile(_BATCHES, _SEQUENCES[:1], _IMAGES[:1], ((576, 576, 576),)),
 )
+"""Ways to bind symbols, of which the first that leaves no shape unknown is taken; many models want images whose sides
+are multiples of 32."""
 
 
 def _real_inputs(model: Model) -> list[ValueInfoProto]:
@@ -275,7 +342,10 @@ class _Folder:
         self.model = model
         self.profile = profile
         self.input_shapes = input_shapes
-        self.symbols: dict[str, tuple[int, int]] = {}
+        self.symbols: dict[str, Extent] = {}
+        self.bindings = Bindings()
+        self.counts: Counter[int] = Counter()
+        self.measured: dict[Numbers, Size] = {}
         self.uses: list[Use] = []
         self.dims: list[tuple[tuple[Value, int], ...]] = []
         self.unknown: dict[str, str] = {}
@@ -293,22 +363,21 @@ class _Folder:
             values[tensor.name] = self.weight(tensor)
         for sparse in graph.sparse_initializer:
             name = sparse.values.name
-            values[name] = Value(name, sparse.values.data_type, (tuple(sparse.dims),) * 2)
+            values[name] = Value(name, sparse.values.data_type, (tuple(sparse.dims),) * len(BINDINGS))
         for info in _real_inputs(self.model):
             values[info.name] = self.graph_input(info)
         with np.errstate(all="ignore"):
             scope = self.scope("", graph, values, ())
-        first = next((values[i.name].shapes for i in _real_inputs(self.model)), None)
-        batch = first[0][0] if first and first[0] and first[0][0] != first[1][0] else 1
+        first = next((values[i.name] for i in _real_inputs(self.model)), None)
+        batch = first.shape[0] if first is not None and first.shape and not first.has_fixed(0) else 1
         return Folded(self.model, scope, tuple(self.uses), tuple(self.dims), self.unknown, batch)
 
     def weight(self, tensor: TensorProto) -> Value:
         shape = _sane(tuple(tensor.dims))
-        value = Value(tensor.name, tensor.data_type, (shape, shape), weight=tensor.name, source=tensor)
+        value = Value(tensor.name, tensor.data_type, _always(shape), weight=tensor.name, source=tensor)
         value.constants, value.moved = frozenset((tensor.name,)), True
         if math.prod(shape) <= (_SMALL_FLOATS if tensor.data_type in _COMPUTABLE_TYPES else MAX_ELEMENTS):
-            array = self.model.array(tensor.name) if self._is_main(tensor) else to_array(tensor)
-            value.values = (array, array)
+            value.values = _always(self.model.array(tensor.name) if self._is_main(tensor) else to_array(tensor))
         return value
 
     def _is_main(self, tensor: TensorProto) -> bool:
@@ -319,47 +388,82 @@ class _Folder:
         if not info.type.HasField("tensor_type") or not kind.HasField("shape"):
             return Value(info.name, kind.elem_type)
         if info.name in self.input_shapes:
-            shape = tuple(self.input_shapes[info.name])
-            return Value(info.name, kind.elem_type, (shape, shape))
-        rank = len(kind.shape.dim)
+            return Value(info.name, kind.elem_type, _always(tuple(self.input_shapes[info.name])))
+        dims = list(kind.shape.dim)
         # Recurrent states are (layers, batch, hidden).
-        is_state = [d.dim_value > 0 for d in kind.shape.dim] == [True, False, True]
-        dims = [self.bind(d, 0 if is_state else axis, rank, kind.elem_type) for axis, d in enumerate(kind.shape.dim)]
-        _sane(tuple(d[0] for d in dims))
-        return Value(info.name, kind.elem_type, (tuple(d[0] for d in dims), tuple(d[1] for d in dims)))
+        is_state = [d.dim_value > 0 for d in dims] == [True, False, True]
+        extents = tuple(
+            self.bind(info, dim, 0 if is_state else axis, (info.name, axis)) for axis, dim in enumerate(dims)
+        )
+        return self.sized(Value(info.name, kind.elem_type), extents)
 
-    def bind(self, dim: onnx.TensorShapeProto.Dimension, axis: int, rank: int, dtype: int) -> tuple[int, int]:
+    def sized(self, value: Value, extents: Extents) -> Value:
+        """The value with a shape of known expressions."""
+        if all(map(is_constant, extents)):
+            value.shapes = _always(_sane(extents))  # type: ignore[arg-type]  # all numbers
+            return value
+        numbers = [[self.bindings.at(extent, binding) for extent in extents] for binding in BINDINGS]
+        value.shapes, value.extents = tuple(_sane(tuple(map(int, row))) for row in numbers), extents  # type: ignore[arg-type]  # of known symbols
+        return value
+
+    def bind(self, info: ValueInfoProto, dim: Any, axis: int, place: tuple[str, int]) -> Extent:
+        """The size of an input's axis; `axis` is what it seems to be, `place` where it is."""
         if dim.dim_value > 0:
-            return (dim.dim_value, dim.dim_value)
-        name = dim.dim_param
-        if not name:
-            return self.default_size(axis, rank, dtype)
+            return int(dim.dim_value)
+        name = dim.dim_param or "{}[{}]".format(*place)
         if name not in self.symbols:
-            self.symbols[name] = self.expression(name) or self.default_size(0 if "batch" in name else axis, rank, dtype)
+            kind = self.kind(0 if "batch" in name else axis, info)
+            found = self.expression(name, self.profile.sequence if "sequence" in name else kind)
+            if found is not None:
+                return found
+            self.symbols[name] = self.new_symbol(name, kind)
         return self.symbols[name]
 
-    def default_size(self, axis: int, rank: int, dtype: int) -> tuple[int, int]:
-        if axis == 0:
-            return self.profile.batch
-        if dtype not in _COMPUTABLE_TYPES:
-            return self.profile.sequence
-        if rank >= 4:
-            return self.profile.image
-        if rank == 2:
-            return self.profile.sound
-        frames = 8 if rank == 3 else 1
-        return (self.profile.sequence[0] * frames, self.profile.sequence[1] * frames)
+    def new_symbol(self, name: str, kind: Sequence[Numbers]) -> Extent:
+        """A symbol and what it is bound to; a number where the profile knows but one."""
+        row = self.profile.row(kind, self.counts[id(kind)])
+        self.counts[id(kind)] += 1
+        return row[0] if len(set(row)) == 1 else self.bindings.bind(symbol(name), row)
 
-    def expression(self, name: str) -> tuple[int, int] | None:
-        """Sizes of a sum of known symbols and numbers, as exporters of caches write ("past + 1")."""
-        if name in ("total_sequence_length", "past_sequence_length + sequence_length"):
-            terms = ["past_sequence_length", "sequence_length"]
-        elif re.search(r"[+]", name):
-            terms = [t.strip() for t in name.split("+")]
-        else:
-            return None
-        sizes = [self.symbols.get(t) or ((int(t), int(t)) if t.isdigit() else self.profile.sequence) for t in terms]
-        return (sum(s[0] for s in sizes), sum(s[1] for s in sizes))
+    def kind(self, axis: int, info: ValueInfoProto) -> Sequence[Numbers]:
+        """What a symbol may be bound to."""
+        profile, rank = self.profile, len(info.type.tensor_type.shape.dim)
+        if axis == 0:
+            return profile.batch
+        if info.type.tensor_type.elem_type not in _COMPUTABLE_TYPES:
+            return profile.sequence
+        if rank >= 4:
+            return profile.image
+        if rank == 2:
+            return profile.sound
+        return profile.frames if rank == 3 else profile.sequence
+
+    def expression(self, name: str, kind: Sequence[Numbers]) -> Extent | None:
+        """A size that is computed from other symbols, as exporters write ("past + 1", "8*height")."""
+        if name == "total_sequence_length":
+            name = "past_sequence_length + sequence_length"
+        try:
+            tree = ast.parse(name.strip(), mode="eval").body
+            return None if isinstance(tree, ast.Name) else self.parsed(tree, kind)
+        except (SyntaxError, ValueError, RecursionError, MemoryError, ZeroDivisionError):
+            return None  # a name like any other
+
+    def parsed(self, tree: ast.expr, kind: Sequence[Numbers]) -> Any:
+        """What an expression of symbols comes to; ValueError where it has other parts than exporters write."""
+        if isinstance(tree, ast.Constant) and isinstance(tree.value, int):
+            return tree.value
+        if isinstance(tree, ast.Name):
+            if tree.id not in self.symbols:
+                self.symbols[tree.id] = self.new_symbol(tree.id, kind)
+            return self.symbols[tree.id]
+        if isinstance(tree, ast.BinOp) and type(tree.op) in _ARITHMETIC:
+            factor = tree.left.value if isinstance(tree.left, ast.Constant) else 1
+            if (
+                isinstance(tree.op, ast.Mult) and isinstance(factor, int) and factor > 1
+            ):  # the product is of the usual size
+                kind = [tuple(max(1, number // factor) for number in row) for row in kind]
+            return _ARITHMETIC[type(tree.op)](self.parsed(tree.left, kind), self.parsed(tree.right, kind))
+        raise ValueError
 
     def scope(
         self,
@@ -407,7 +511,9 @@ class _Folder:
         call = Call(attributes, self.opsets[""])
         if (check := _DEADLY.get(("" if node.domain == "ai.onnx" else node.domain, node.op_type))) is not None:
             check(node, call, inputs)
-        results = self.computed(scope, position, node, call, inputs) or self.inferred(node, call, inputs)
+        results = self.computed(scope, position, node, call, inputs) or self.inferred(
+            scope, position, node, call, inputs
+        )
         parents = [v for v in inputs if v is not None]
         # ConstantOfShape, Range and Shape of constants count too: they depend on weights alone.
         if parents and all(v.constants is not None for v in parents):
@@ -422,18 +528,17 @@ class _Folder:
         for attribute in node.attribute:
             if attribute.name == "value":
                 shape = tuple(attribute.t.dims)
-                value = Value(name, attribute.t.data_type, (shape, shape), weight=name, source=attribute)
+                value = Value(name, attribute.t.data_type, _always(shape), weight=name, source=attribute)
                 value.constants, value.moved = frozenset((name,)), True
                 limit = _SMALL_FLOATS if attribute.t.data_type in _COMPUTABLE_TYPES else MAX_ELEMENTS
                 if math.prod(shape) <= limit:
-                    array = to_array(attribute.t)
-                    value.values = (array, array)
+                    value.values = _always(to_array(attribute.t))
                 return value
             if attribute.name in ("value_int", "value_ints", "value_float", "value_floats"):
                 kind = np.int64 if "int" in attribute.name else np.float32
                 array = np.asarray(helper.get_attribute_value(attribute), kind)
                 dtype = helper.np_dtype_to_tensor_dtype(array.dtype)
-                value = Value(name, dtype, (array.shape, array.shape), (array, array), weight=name)
+                value = Value(name, dtype, _always(array.shape), values=_always(array), weight=name)
                 value.constants, value.source, value.moved = frozenset((name,)), attribute, True
                 return value
         return Value(name, TensorProto.STRING)
@@ -452,39 +557,106 @@ class _Folder:
             return None
         same = all(v.is_static for v in present)
         try:
-            first = function(call, *[None if v is None else v.values[0] for v in inputs])  # type: ignore[index]  # checked
-            second = first if same else function(call, *[None if v is None else v.values[1] for v in inputs])  # type: ignore[index]
+            found = [
+                function(call, *[None if v is None else v.values[binding] for v in inputs])  # type: ignore[index]  # checked
+                for binding in (BINDINGS[:1] if same else BINDINGS)
+            ]
             leaves = self.moved(scope, position, node.op_type, function, call, inputs)
         except (TooLarge, NotImplementedError, ValueError, IndexError, TypeError, ZeroDivisionError, OverflowError):
             return None
-        tainted = any(v.from_shape for v in present)
-        outputs = [o if isinstance(o, tuple) else (o,) for o in (first, second)]
+        outputs = [o if isinstance(o, tuple) else (o,) for o in found]
         if len(node.output) > len(outputs[0]) or any(o.size > MAX_ELEMENTS for o in outputs[0]):
             return None
+        tainted, expressions = any(v.from_shape for v in present), [] if same else self.symbolic(node, call, inputs)
         made = []
         for index, name in enumerate(node.output):
-            pair = (np.asarray(outputs[0][index]), np.asarray(outputs[1][index]))
-            dtype = _tensor_type(pair[0].dtype)
-            value = Value(name, dtype, (pair[0].shape, pair[1].shape), pair, from_shape=tainted)
-            value.leaves = None if leaves is None else leaves[index]
+            arrays = tuple(np.asarray(output[index]) for output in outputs)
+            value = self.known(name, arrays if len(arrays) > 1 else _always(arrays[0]))
+            value.from_shape, value.leaves = tainted, None if leaves is None else leaves[index]
+            if not same:
+                said = expressions[index] if index < len(expressions) else None
+                place = (scope.path, position, index)
+                if any(array.shape != arrays[0].shape for array in arrays):
+                    self.open_shape(value, node, call, inputs, place)
+                else:
+                    self.open(value, said, place)
             made.append(value)
         return made
+
+    @staticmethod
+    def known(name: str, arrays: tuple[Array, ...]) -> Value:
+        return Value(name, _tensor_type(arrays[0].dtype), tuple(a.shape for a in arrays), values=arrays)
+
+    @staticmethod
+    def symbolic(node: NodeProto, call: Call, inputs: list[Value | None]) -> list[Expressions]:
+        """The outputs as expressions, none if the operator or an input has none."""
+        arrays, is_open = [], [v is not None and v.is_open for v in inputs]
+        for value in inputs:
+            if value is not None and value.is_open and value.expressions is None:
+                return []
+            arrays.append(None if value is None or value.value is None else _expressions(value))
+        kinds = {v.value.dtype.kind for v in inputs if v is not None and v.value is not None}
+        call = Call(call.attributes | {"is_whole": kinds <= set("iub")}, call.opset)
+        try:
+            return evaluated(node.op_type, call, arrays, is_open)
+        except (NotImplementedError, ValueError, IndexError, TypeError, ZeroDivisionError, OverflowError):
+            return []
+
+    def open(self, value: Value, found: Expressions | None, place: tuple[Any, ...]) -> None:
+        """Put the expressions of the elements on record; without any, each may depend on the inputs."""
+        assert value.shapes is not None
+        assert value.values is not None
+        if found is None or found.shape != value.shapes[0]:
+            found = np.empty(value.shapes[0], object)
+            for index in np.ndindex(found.shape):
+                numbers = tuple(array[index].item() for array in value.values)
+                found[index] = self.bindings.bind(unknown(*place, *index), numbers)
+        if any(isinstance(entry, Size) for entry in found.ravel().tolist()):
+            value.expressions, value.is_open = found, True
+
+    def open_shape(
+        self, value: Value, node: NodeProto, call: Call, inputs: list[Value | None], place: tuple[Any, ...]
+    ) -> None:
+        """Put the shape of a value that has another number of elements under each binding on record."""
+        value.is_open = True
+        if value.shapes is not None and len({*map(len, value.shapes)}) == 1:
+            sizes = self.inferred_sizes(node, call, inputs)
+            self.expressed(value, sizes[place[-1]] if place[-1] < len(sizes) else None, inputs, place)
+
+    def measure(self, place: tuple[Any, ...], numbers: Numbers, known: Iterable[Extent] = ()) -> Extent:
+        """The expression of a size of which only the numbers are known: one of those at hand that comes to them.
+
+        What is the same under all bindings is constant if nothing at hand is that depends on the inputs; sizes that
+        agree under all of them are one, since operators demand it.
+        """
+        alike = [e for e in known if all(self.bindings.at(e, binding) == numbers[binding] for binding in BINDINGS)]
+        if alike:
+            return min(alike, key=lambda extent: isinstance(extent, Size) and extent.is_unsaid)
+        if len(set(numbers)) == 1:
+            return numbers[0]
+        if numbers not in self.measured:
+            self.measured[numbers] = self.bindings.bind(unknown(*place), numbers)
+        return self.measured[numbers]
 
     def shape_of(self, node: NodeProto, call: Call, value: Value) -> Value:
         assert value.shapes is not None
         arrays = [np.asarray(s, np.int64) for s in value.shapes]
+        sizes = objects(np.asarray(value.sizes, object)) if value.extents is not None else None
         if node.op_type == "Size":
             leaves = np.asarray(-2 - len(self.dims), np.int64)
             self.dims.append(tuple((value, axis) for axis in range(len(arrays[0]))))
             arrays = [np.asarray(a.prod(), np.int64) for a in arrays]
+            sizes = None if sizes is None else _one(product(sizes.tolist()))
         else:
             part = slice(call.get("start", 0), call.get("end"))
+            sizes = None if sizes is None else sizes[part]
             leaves = -2 - len(self.dims) - np.arange(len(arrays[0]), dtype=np.int64)[part]
             self.dims += [((value, axis),) for axis in range(len(arrays[0]))]
             arrays = [a[part] for a in arrays]
-        pair = (arrays[0], arrays[1])
-        made = Value(node.output[0], TensorProto.INT64, (pair[0].shape, pair[1].shape), pair, from_shape=True)
-        made.leaves = leaves
+        made = self.known(node.output[0], tuple(arrays))
+        made.leaves, made.from_shape = leaves, True
+        if sizes is not None and any(isinstance(size, Size) for size in sizes.ravel().tolist()):
+            made.expressions, made.is_open = sizes, True
         return made
 
     def moved(
@@ -548,22 +720,59 @@ class _Folder:
         self.dims.append(tuple(pair for code in codes for pair in self.dims[-2 - code]))
         return [np.full((1,) * rank, -1 - len(self.dims), np.int64)]
 
-    def inferred(self, node: NodeProto, call: Call, inputs: list[Value | None]) -> list[Value]:
-        """The outputs by shape inference under both bindings."""
+    def inferred(
+        self, scope: Scope, position: int, node: NodeProto, call: Call, inputs: list[Value | None]
+    ) -> list[Value]:
+        """The outputs by shape inference under all bindings, and as expressions."""
         first = self.infer(node, call, inputs, 0)
-        is_dynamic = any(v is not None and not _same_under_both(v) for v in inputs)
-        second = self.infer(node, call, inputs, 1) if is_dynamic else first
+        is_dynamic = any(v is not None and not _is_the_same(v) for v in inputs)
+        rest = [self.infer(node, call, inputs, binding) if is_dynamic else first for binding in BINDINGS[1:]]
+        sizes = self.inferred_sizes(node, call, inputs) if is_dynamic else []
         made = []
         for index, name in enumerate(node.output):
-            (dtype, shape), (_, other) = first[index], second[index]
+            dtype = first[index][0]
+            shapes = [found[index][1] for found in (first, *rest)]
             value = Value(name, dtype)
-            if shape is not None and other is not None and len(shape) == len(other):
-                value.guessed = None in shape or None in other
-                value.shapes = (_complete(shape, 0), _complete(other, 1))
+            if all(shape is not None and len(shape) == len(shapes[0] or ()) for shape in shapes):
+                value.guessed = any(None in (shape or ()) for shape in shapes)
+                value.shapes = tuple(_complete(shape or (), binding) for binding, shape in enumerate(shapes))
+                if is_dynamic:
+                    place = (scope.path, position, index)
+                    self.expressed(value, sizes[index] if index < len(sizes) else None, inputs, place)
             elif name:
                 self.unknown.setdefault(f"{node.domain or 'ai.onnx'}::{node.op_type}", node.name or node.output[0])
             made.append(value)
         return made
+
+    def inferred_sizes(self, node: NodeProto, call: Call, inputs: list[Value | None]) -> Sequence[Any]:
+        """The shapes of the outputs as expressions where functions give them; none if there are none."""
+        shapes = [None if v is None else v.sizes for v in inputs]
+        values = [None if v is None else v.expressions if v.is_open else v.value for v in inputs]
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        plain = None
+        if not domain:
+            plain = common.output_shapes(node.op_type, call, shapes, values, len(node.output))
+            plain = plain or common.open_shapes(node.op_type, call, shapes, values)
+        return plain or contrib.output_shapes((domain, node.op_type), call.attributes, shapes, values) or []
+
+    def expressed(self, value: Value, sizes: Any, inputs: list[Value | None], place: tuple[Any, ...]) -> None:
+        """Give a value the expressions of its axes: those that were found where they come to its shape.
+
+        A size that nobody wrote down is one of an input, or constant if it is under all bindings. Where an operand
+        holds sizes, as a start or a count, that says nothing: the operator may take a minimum.
+        """
+        assert value.shapes is not None
+        known = [extent for v in inputs if v is not None for extent in v.sizes or () if not is_constant(extent)]
+        has_operands = any(v is not None and v.holds_sizes for v in inputs)
+        extents: list[Extent] = []
+        for axis, numbers in enumerate(zip(*value.shapes, strict=True)):
+            extent = sizes[axis] if sizes is not None and axis < len(sizes) else None
+            fits = extent is not None and all(self.bindings.at(extent, b) == numbers[b] for b in BINDINGS)
+            if not fits and has_operands and len(set(numbers)) == 1:
+                fits, extent = True, self.bindings.bind(unknown(*place, axis), numbers)
+            extents.append(extent if fits and extent is not None else self.measure((*place, axis), numbers, known))
+        if not all(map(is_constant, extents)):
+            value.extents = tuple(extents)
 
     def infer(
         self, node: NodeProto, call: Call, inputs: list[Value | None], binding: int
@@ -649,14 +858,15 @@ class _Folder:
         first_scan = len(graph.input) - scans
         for index, info in enumerate(graph.input):
             actual = outer[index] if index < len(outer) else None
-            shapes = actual.shapes if actual is not None else None
+            shapes, extents = (actual.shapes, actual.extents) if actual is not None else (None, None)
             if index >= first_scan and shapes is not None:
                 axis = (attributes.get("scan_input_axes") or [0] * scans)[index - first_scan]
-                shapes = tuple(_without(s, axis) for s in shapes)  # type: ignore[assignment]  # still two
+                shapes = tuple(_without(s, axis) for s in shapes)
+                extents = None if extents is None else _without(extents, axis)
             if node.op_type == "Loop" and index < 2:
-                shapes = ((), ())
+                shapes, extents = _always(()), None
             dtype = info.type.tensor_type.elem_type or (actual.dtype if actual is not None else 0)
-            made[info.name] = Value(info.name, dtype, shapes)
+            made[info.name] = Value(info.name, dtype, shapes, extents)
         return made
 
     def if_outputs(self, node: NodeProto, inputs: list[Value | None], made: dict[str, Scope]) -> list[Value]:
@@ -671,8 +881,23 @@ class _Folder:
             if source is None or not agree:
                 results.append(Value(name, source.dtype if source else 0))
                 continue
-            results.append(_renamed(source, name))
+            result = _renamed(source, name)
+            if taken is None:
+                result.values, result.expressions, result.is_open = None, None, False
+                self.agreed(result, [v for v in branches if v is not None], (made["then_branch"].path, index))
+            results.append(result)
         return results
+
+    def agreed(self, result: Value, branches: Sequence[Value], place: tuple[Any, ...]) -> None:
+        """Give what an If makes the sizes that both branches have; one on which they differ depends on the inputs."""
+        if all(value.extents is None for value in branches):
+            return
+        rows = zip(*(value.sizes or () for value in branches), strict=True)
+        numbers = zip(*(result.shapes or ()), strict=True)
+        result.extents = tuple(
+            extents[0] if len(set(extents)) == 1 else self.bindings.bind(unknown(*place, axis), found)
+            for axis, (extents, found) in enumerate(zip(rows, numbers, strict=True))
+        )
 
     def loop_outputs(self, node: NodeProto, graph: GraphProto, inputs: list[Value | None], body: Scope) -> list[Value]:
         is_loop = node.op_type == "Loop"
@@ -686,29 +911,32 @@ class _Folder:
             if index < states:
                 outer = inputs[index + (2 if is_loop else 0)]
                 if inner is not None and outer is not None and inner.shapes == outer.shapes:
-                    value.shapes = inner.shapes
+                    value.shapes, value.extents = inner.shapes, inner.extents or outer.extents
             elif inner is not None and inner.shapes is not None:
                 scan = index - states
                 axis = 0 if is_loop else (attributes.get("scan_output_axes") or [0] * len(node.output))[scan]
-                value.shapes = tuple(  # type: ignore[assignment]  # still two
-                    (*s[:axis], length, *s[axis:])
-                    for s, length in zip(inner.shapes, self.rounds(node, inputs), strict=True)
-                )
+                lengths = self.rounds(node, inputs)
+                shapes = zip(inner.shapes, lengths, strict=True)
+                value.shapes = tuple((*s[:axis], length, *s[axis:]) for s, length in shapes)
+                length = self.measure((body.path, index), lengths)
+                if not is_constant(length) or inner.extents is not None:
+                    sizes = inner.sizes or ()
+                    value.extents = (*sizes[:axis], length, *sizes[axis:])
                 value.guessed = is_loop or inner.guessed or inputs[-1] is None or inputs[-1].guessed
             made.append(value)
         return made
 
     @staticmethod
-    def rounds(node: NodeProto, inputs: list[Value | None]) -> tuple[int, int]:
+    def rounds(node: NodeProto, inputs: list[Value | None]) -> Numbers:
         """Length of what a Loop or Scan stacks: known for Scan, for Loop a stand-in unless its count is known."""
         if node.op_type == "Scan":
             last, axis = inputs[-1], (attributes_of(node).get("scan_input_axes") or [0])[-1]
             if last is None or last.shapes is None or not -len(last.shapes[0]) <= axis < len(last.shapes[0]):
                 return _GUESSES
-            return (last.shapes[0][axis], last.shapes[1][axis])
+            return tuple(shape[axis] for shape in last.shapes)
         count = inputs[0]
         if count is not None and count.values is not None and 0 < int(count.values[0].item()) < MAX_ELEMENTS:
-            return (int(count.values[0].item()), int(count.values[1].item()))
+            return tuple(int(array.item()) for array in count.values)
         return _GUESSES
 
 
@@ -893,13 +1121,32 @@ _DEADLY = {
 """Checks of what onnx or onnxruntime would not survive."""
 
 
-def _same_under_both(value: Value) -> bool:
-    if value.shapes is not None and value.shapes[0] != value.shapes[1]:
-        return False
-    return value.values is None or value.is_static
+def _is_the_same(value: Value) -> bool:
+    """Whether shape and elements are the same under all bindings."""
+    return value.extents is None and (value.shapes is None or value.shapes[0] == value.shapes[1]) and not value.is_open
 
 
-def _without(shape: Shape, axis: int) -> Shape:
+def _always(found: T) -> tuple[T, ...]:
+    """What is the same under all bindings."""
+    return (found,) * len(BINDINGS)
+
+
+def _one(entry: Any) -> Expressions:
+    """An array of a single object."""
+    made = np.empty((), object)
+    made[()] = entry
+    return made
+
+
+def _expressions(value: Value) -> Expressions:
+    """The elements of a value as expressions."""
+    if value.expressions is not None:
+        return value.expressions
+    assert value.value is not None
+    return objects(value.value)
+
+
+def _without(shape: tuple[T, ...], axis: int) -> tuple[T, ...]:
     axis %= max(1, len(shape))
     return (*shape[:axis], *shape[axis + 1 :])
 
@@ -908,7 +1155,7 @@ def _renamed(value: Value | None, name: str) -> Value:
     """The same tensor under the name that it has outside; its elements are known outside as inside."""
     if value is None:
         return Value(name)
-    return Value(name, value.dtype, value.shapes, value.values, from_shape=value.from_shape, guessed=value.guessed)
+    return replace(value, name=name, leaves=None, weight=None, constants=None, moved=False, source=None, _types=None)
 
 
 def _with_attributes(node: NodeProto, given: Mapping[str, onnx.AttributeProto]) -> NodeProto:

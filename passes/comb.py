@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from onnx import NodeProto, TensorProto
 
-from cpd_onnx.atoms import NOTHING, Atoms, Axis
+from cpd_onnx.atoms import NOTHING, Atoms, Axis, Mask
 from cpd_onnx.evaluate import Call
 from cpd_onnx.graph import Source, attributes_of, blaming, load
 from cpd_onnx.groups import Combed, Weight, WeightUse, grouped
@@ -41,6 +41,31 @@ def planned(source: Source, plan: Plan, input_shapes: Mapping[str, Sequence[int]
     kept = Kept(combed.atoms)
     kept.remove(channels_of(combed, match(combed, plan)))
     return combed, kept
+
+
+def at_sizes(combed: Combed, kept: Kept, shapes: Mapping[str, Sequence[int]]) -> tuple[Combed, Kept] | None:
+    """The same model combed at given sizes of its inputs, and the same channels there.
+
+    None if what is removed from the weights cannot be removed there: channels are coupled otherwise.
+    """
+    here = comb(combed.folded.model, shapes)
+    known = {(w.scope.path, w.value.name): w for w in combed.weights}
+    goes, stays = (np.zeros(len(here.atoms), np.bool_) for _ in range(2))
+    wanted: list[tuple[Axis, Mask]] = []
+    for weight in here.weights:
+        counterpart = known.get((weight.scope.path, weight.value.name))
+        uses = {use.use.key: use for use in counterpart.uses} if counterpart is not None else {}
+        for use in weight.uses:
+            if use.use.key not in uses:
+                continue
+            for there, axis in zip(uses[use.use.key].axes, use.axes, strict=True):
+                mask, parts = kept.mask(there), here.atoms.parts(axis)
+                goes[parts[~mask]], stays[parts[mask]] = True, True
+                wanted.append((axis, mask))
+    found = Kept(here.atoms)
+    goes[NOTHING] = False
+    found.remove(np.flatnonzero(goes & ~stays))
+    return (here, found) if all(np.array_equal(found.mask(axis), mask) for axis, mask in wanted) else None
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ def _in_alike_images(counted: Value | None, made: Value | None) -> bool:
     """Whether an output has images as large as those in which positions were counted, if they were in any."""
     if counted is None:
         return True
-    if counted.shapes is None or made is None or made.shapes is None:
+    if counted.sizes is None or made is None or made.sizes is None:
         return False
-    return [shape[2:] for shape in counted.shapes] == [shape[2:] for shape in made.shapes]
+    return counted.sizes[2:] == made.sizes[2:]
 
 
 POSITION_USERS: dict[tuple[str, int], Callable[[Value | None, Value | None], bool]] = {

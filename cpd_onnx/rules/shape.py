@@ -13,6 +13,8 @@ from cpd_onnx.atoms import Axis, is_uniform
 from cpd_onnx.evaluate import axes_operand, slice_ranges
 from cpd_onnx.graph import Array
 from cpd_onnx.rules.api import DROP, TABLE_ROWS, GiveUp, Keep, Op, Rewrite, Tensor, positions_after, rule
+from cpd_onnx.shapes import Value
+from cpd_onnx.sizes import divided, floor, is_constant, product
 
 _FAR = 2**31 - 1
 """Slice ends from this on mean 'to the end' in every exporter."""
@@ -44,13 +46,21 @@ def reshape_freely(op: Op) -> None:
 
 @rule("Squeeze")
 def squeeze(op: Op) -> None:
-    """As Reshape. Without axes all of size one go: they are written down once another axis shrinks to one."""
+    """As Reshape. Without axes all of size one go: they are written down once another axis shrinks to one.
+
+    They cannot be where an axis of open size may be one too: then two indices of each axis stay.
+    """
     op.hold(1)
     out = regroup(op)
     op.set(out)
     if op.has(1) or "axes" in op.call.attributes:
         return
     x = op.input(0)
+    if x.value.extents is not None:
+        for axis in out:
+            if not op.atoms.all_frozen(axis):
+                op.freeze(axis[[0, -1]], "would take this axis away if one index of it stayed")
+        return
     ones = [i for i, size in enumerate(x.shape) if size == 1]
 
     def axes(keep: Keep, old: Any) -> Any:
@@ -70,17 +80,50 @@ def regroup(op: Op) -> list[Axis]:
         raise GiveUp(f"the shape of input 0 of {op.name} is not known")
     out: list[Axis] = []
     for before, after in _runs(x.value.shapes, y.shapes):
-        sizes = [y.shapes[0][i] for i in after]
-        out += _regroup_run(op, [x[i] for i in before], sizes)
+        axes = [x[i] for i in before]
+        _hold_what_differs(op, x.value, y, axes, before, after)
+        out += _regroup_run(op, axes, [y.shapes[0][i] for i in after])
     return out
 
 
+def _hold_what_differs(op: Op, x: Value, y: Value, axes: list[Axis], before: range, after: range) -> None:
+    """Freeze the axes of a run that is divided otherwise at other sizes of the inputs.
+
+    Where both sides are products of the same sizes in the same order, the places of the indices follow from these
+    whatever they are.
+    """
+    if x.extents is None and y.extents is None:
+        return
+    assert x.sizes is not None
+    assert y.sizes is not None
+    old, new = ([sizes[i] for i in places] for sizes, places in ((x.sizes, before), (y.sizes, after)))
+    if not all(map(is_constant, (*old, *new))) and not _refine(old, new):
+        for axis in axes:
+            op.freeze(axis, "divides this axis otherwise at other sizes of the input")
+
+
+def _refine(old: list[Any], new: list[Any]) -> bool:
+    """Whether two lists of sizes are products of one list of factors in order, numbers that meet apart."""
+    left, right = [s for s in old[::-1] if s != 1], [s for s in new[::-1] if s != 1]
+    while left and right:
+        a, b = left.pop(), right.pop()
+        if a == b:
+            continue
+        if (rest := divided(a, b)) is not None and floor(rest) == rest:
+            left.append(rest)
+        elif (rest := divided(b, a)) is not None and floor(rest) == rest:
+            right.append(rest)
+        else:
+            return all(map(is_constant, (a, b, *left, *right))) and product((a, *left)) == product((b, *right))
+    return not left and not right
+
+
 def _runs(old: tuple[Sequence[int], ...], new: tuple[Sequence[int], ...]) -> list[tuple[range, range]]:
-    """The finest division of the axes into consecutive runs of equal size, under both bindings."""
+    """The finest division of the axes into consecutive runs of equal size, under all bindings."""
     runs, i, j = [], 0, 0
     while i < len(old[0]) or j < len(new[0]):
         start_i, start_j = i, j
-        left, right = [1, 1], [1, 1]
+        left, right = [1] * len(old), [1] * len(new)
         while True:
             take_left = i < len(old[0]) and (left[0] <= right[0] or j >= len(new[0]))
             if take_left:
@@ -226,6 +269,8 @@ def split(op: Op) -> None:
         sizes.append(output.value.shape[axis])
     if sum(sizes) != len(x[axis]):
         raise GiveUp(f"the pieces of {op.name} do not add up")
+    if not (x.value.has_fixed(axis) and all(output.value.has_fixed(axis) for output in op.outputs)):
+        op.freeze(x[axis], "splits this axis, whose size depends on the input")
     pieces = np.split(x[axis], np.cumsum(sizes)[:-1])
     for number, piece in enumerate(pieces):
         out = list(x.axes or [])
@@ -270,9 +315,11 @@ def slice_(op: Op) -> None:
         out = _sliced_blindly(op, x, y.shape)
         op.set(out)
         return
-    for slot, ((axis, start, end, step), other) in enumerate(zip(*ranges, strict=True)):
-        if other != (axis, start, end, step):
+    for slot, (axis, start, end, step) in enumerate(ranges):
+        if not (is_constant(start) and is_constant(end)):
             op.freeze(x[axis], "slices this axis by a range that depends on the input")
+        elif not x.value.has_fixed(axis):
+            op.freeze(x[axis], "slices this axis, whose size depends on the input")
         if op.atoms.all_frozen(x[axis]):
             if y.shape is None:
                 raise GiveUp(f"the output shape of {op.name} is not known")
@@ -283,12 +330,18 @@ def slice_(op: Op) -> None:
     op.set(out)
 
 
-def _known_ranges(op: Op, x: Tensor) -> list[list[tuple[int, int, int, int]]] | None:
-    """(axis, start, end, step) of each sliced axis under both bindings, None if they depend on data."""
-    operands = [None if t is None else t.value.values for t in op.inputs[1:]]
-    if op.opset >= 10 and any(t is not None and t.value.values is None for t in op.inputs[1:]):
+def _known_ranges(op: Op, x: Tensor) -> list[tuple[int, Any, Any, int]] | None:
+    """(axis, start, end, step) of each sliced axis, starts and ends as expressions; None if they depend on data.
+
+    Which axes are sliced must not depend on the inputs.
+    """
+    values = [None if t is None else t.value for t in op.inputs[1:]] if op.opset >= 10 else []
+    if any(v is not None and (v.value is None or (v.is_open and v.expressions is None)) for v in values):
         return None
-    return [slice_ranges(op.call, x.rank, [o and o[binding] for o in operands]) for binding in (0, 1)]
+    if any(v is not None and v.is_open for v in values[2:]):
+        return None
+    operands = [None if v is None else v.expressions if v.is_open else v.value for v in values]
+    return slice_ranges(op.call, x.rank, operands)
 
 
 def _sliced_blindly(op: Op, x: Tensor, shape: Sequence[int] | None) -> list[Axis]:
@@ -368,6 +421,7 @@ def gather(op: Op) -> None:
     axes = x.axes or []
     picked: list[Axis]
     is_row = where is not None and (where.ndim < 2 or (not x.is_constant and max(where.shape) == where.size > 1))
+    is_row = is_row and x.value.has_fixed(axis)
     if op.atoms.all_frozen(x[axis]) or where is None or not is_row:
         if x.is_constant and not op.atoms.all_frozen(x[axis]):
             op.atoms.freeze(x[axis], TABLE_ROWS)
@@ -530,24 +584,37 @@ def pad(op: Op) -> None:
             out[axis] = op.atoms.stretched(x[axis], shape[axis]) if len(x[axis]) else op.frozen(shape[axis])
             continue
         low, high = pads[place], pads[place + len(axes)]
+        if not (is_constant(low) and is_constant(high) and x.value.has_fixed(axis)):
+            out[axis] = op.along(x[axis], shape[axis], "pads this axis by an amount that depends on the input")
+            continue
         if op.get("mode", "constant") != "constant" and (low or high):
             op.freeze(x[axis], "pads this axis with copies of its own")
         out[axis] = _padded(op, x[axis], place, len(axes), (low, high))
     op.set(out)
 
 
-def _pads(op: Op, rank: int) -> tuple[list[int] | None, list[int]]:
-    """Pad widths (None if they depend on data or on sizes), and the axes that they are for."""
+def _pads(op: Op, rank: int) -> tuple[list[Any] | None, list[int]]:
+    """Pad widths (None if they depend on data), and the axes that they are for."""
     axes = axes_operand(op.call, [op.operand(3)] if op.has(3) else [])
     axes = list(range(rank)) if axes is None else [a % rank for a in axes]
     if not op.has(1):
         return list(op.get("pads", op.get("paddings", [0] * (2 * rank)))), axes
     value = op.inputs[1].value if op.inputs[1] else None
-    if value is None or value.values is None:
+    if value is None or value.value is None:
         return None, axes
-    first, second = (v.ravel().tolist() for v in value.values)
-    # A width that differs between the bindings belongs to a spatial axis; channels have fixed ones.
-    return [a if a == b else 0 for a, b in zip(first, second, strict=True)], axes
+    if not value.is_open:
+        return value.value.ravel().tolist(), axes
+    if value.expressions is None:
+        return None, axes
+    return value.expressions.ravel().tolist(), axes
+
+
+def _is_computed(op: Op, places: Sequence[int]) -> bool:
+    """Whether pad widths come out of arithmetic on sizes, so that zeros need not stay zeros."""
+    value = op.inputs[1].value if op.has(1) and op.inputs[1] is not None else None
+    if value is None or not value.from_shape:
+        return False
+    return value.leaves is None or bool((value.leaves.ravel()[list(places)] < 0).any())
 
 
 def _padded(op: Op, axis: Axis, place: int, count: int, widths: tuple[int, int]) -> Axis:
@@ -557,8 +624,7 @@ def _padded(op: Op, axis: Axis, place: int, count: int, widths: tuple[int, int])
     cut = (axis[: max(0, -low)], axis[len(axis) - max(0, -high) :])
     op.touched += [axis]
     new = tuple(op.atoms.fresh(max(0, w), may_vanish=True) for w in widths)
-    computed = op.inputs[1].value.from_shape if op.has(1) and op.inputs[1] is not None else False
-    if not (low or high or computed):
+    if not (low or high or _is_computed(op, (place, place + count))):
         return axis
     slot: int | str = 1 if op.has(1) else "pads" if "pads" in op.call.attributes else "paddings"
 
@@ -579,7 +645,7 @@ def expand(op: Op) -> None:
     if y.shapes is None or op.inputs[1] is None or op.inputs[1].value.value is None:
         raise GiveUp(f"the target shape of {op.name} is not known")
     op.hold(1)
-    stretched = [_new_axis(op, *sizes) for sizes in zip(*y.shapes, strict=True)]
+    stretched = [_new_axis(op, y, axis) for axis in range(len(y.shapes[0]))]
     out = broadcast_over(op, x, stretched)
     op.set(out)
     count = op.inputs[1].value.value.size
@@ -597,8 +663,9 @@ def broadcast_over(op: Op, x: Tensor, stretched: list[Axis]) -> list[Axis]:
     ]
 
 
-def _new_axis(op: Op, size: int, other: int) -> Axis:
-    return op.atoms.fresh(size) if size == other else op.frozen(size, "makes an axis that depends on the input")
+def _new_axis(op: Op, made: Value, axis: int) -> Axis:
+    size = (made.shape or ())[axis]
+    return op.atoms.fresh(size) if made.has_fixed(axis) else op.frozen(size, "makes an axis that depends on the input")
 
 
 @rule("ConstantOfShape")
@@ -608,7 +675,7 @@ def constant_of_shape(op: Op) -> None:
     if y.shapes is None or y.guessed or shape is None or shape.value.value is None:
         raise GiveUp(f"the shape of {op.name} is not known")
     op.hold(0)
-    out = [_new_axis(op, *sizes) for sizes in zip(*y.shapes, strict=True)]
+    out = [_new_axis(op, y, axis) for axis in range(len(y.shapes[0]))]
     op.set(out)
     if out:
         op.demand_sizes(0, out)
@@ -622,12 +689,12 @@ def tile(op: Op) -> None:
         raise GiveUp(f"the repeats of {op.name} are not known")
     op.hold(1)
     out, counted = [], []
-    for axis, size, other in zip(x.axes or [], *y.shapes, strict=True):
+    for place, axis in enumerate(x.axes or []):
         if len(axis) == 1:
-            out.append(_new_axis(op, size, other))
+            out.append(_new_axis(op, y, place))
             counted.append(out[-1])
             continue
-        out.append(op.atoms.stretched(axis, size))
+        out.append(op.atoms.stretched(axis, y.shapes[0][place]))
         counted.append(np.zeros(0, np.int64))
     op.set(out)
     op.demand_sizes(1, counted)
@@ -637,13 +704,13 @@ def tile(op: Op) -> None:
 def resize(op: Op) -> None:
     """Axes whose size stays pass (channels), the others are resampled."""
     x, y = op.input(0), op.outputs[0].value
-    if y.shapes is None or x.value.shapes is None or y.guessed:
+    if y.sizes is None or x.value.sizes is None or y.guessed:
         raise GiveUp(f"the output shape of {op.name} is not known")
     op.hold(1)
     out = []
     for position in range(x.rank):
-        same = all(a[position] == b[position] for a, b in zip(x.value.shapes, y.shapes, strict=True))
-        out.append(x[position] if same else op.along(x[position], y.shapes[0][position], "resamples this axis"))
+        same = x.value.sizes[position] == y.sizes[position]
+        out.append(x[position] if same else op.along(x[position], op.sizes()[position], "resamples this axis"))
     op.set(out)
     if op.has(3):
         axes = op.get("axes") or range(x.rank)

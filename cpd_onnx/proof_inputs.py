@@ -1,0 +1,347 @@
+"""Inputs for the proof: at sizes that the analysis did not use, reaching every branch that some input reaches.
+
+Where a model leaves sizes open, the proof runs at the least ones that it accepts, with a batch of one, and at unequal
+odd ones. Boolean inputs take both values. Which branches of an If and how many iterations of a Loop an input reaches
+is read from onnxruntime's profile of the original; inputs of other magnitudes, and the constants that the graph
+compares with, are tried for what is not reached.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import json
+import math
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cpd_onnx.editing import Editor
+from cpd_onnx.errors import UnsupportedError
+from cpd_onnx.graph import Array
+from cpd_onnx.runtime import Feed, Runner, execute, open_model, random_array, random_feed, working_feeds
+from cpd_onnx.shapes import Folded, Scope, Value, taken_branch
+from cpd_onnx.sizes import Bindings, Size, Term
+
+Assignment = dict[Term, int]
+"""Numbers for the symbols of a model's inputs."""
+
+_SMALL = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512)
+"""Sizes that are tried for the least one that a model accepts."""
+_BATCHES = (1, 4, 3)
+"""Batch sizes of the three runs; the analysis uses others for the first batch axis."""
+_STEPS = (1, 2, 4, 7, 8, 14, 16, 32, 64)
+"""Numbers that models want sizes to be multiples of."""
+_MOST_FED = 1 << 24
+"""Elements of an input up to which a size is tried."""
+_MAGNITUDES = (0.0, 1e-3, 30.0, 1e4)
+"""Factors of random inputs that are tried to reach a branch."""
+_MOST_VARIANTS = 48
+_MOST_EXTRA = 6
+"""Further inputs that are added to reach branches."""
+_COMPARISONS = {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"}
+_MARK = "cpd-mark"
+
+
+@dataclass(frozen=True)
+class ProofInputs:
+    """What a proof runs on.
+
+    Attributes:
+        feeds: the inputs.
+        unreached: branches and loop counts that none of them reaches, as (scope path, description).
+
+    """
+
+    feeds: tuple[Feed, ...]
+    unreached: tuple[tuple[str, str], ...] = ()
+
+
+def proof_inputs(folded: Folded, session: Runner, count: int = 2, *, observe: bool = True) -> ProofInputs:
+    """Random inputs at sizes that the analysis did not use, at least `count` of them.
+
+    `observe` says whether to look which branches they reach, for which the original is loaded once more. Raises
+    UnsupportedError with onnxruntime's first complaint if the model accepts none.
+    """
+    feeds = [*_at_other_sizes(folded, session)]
+    if len(feeds) < count:
+        feeds += working_feeds(folded, session, count - len(feeds))
+    feeds = [_with_flags(feed, number) for number, feed in enumerate(feeds)]
+    marks = Marks(folded) if observe else None
+    if marks is None or not marks.places:
+        return ProofInputs(tuple(feeds))
+    return _covering(folded, session, marks, feeds)
+
+
+# Sizes.
+
+
+def symbols_of(folded: Folded) -> dict[Term, bool]:
+    """The symbols of the inputs' sizes, and whether each is a batch."""
+    found: dict[Term, bool] = {}
+    for value in _fed(folded):
+        for axis, extent in enumerate(value.sizes or ()):
+            for monomial in extent.coefficients if isinstance(extent, Size) else ():
+                for term, _ in monomial:
+                    found[term] = found.get(term, False) or axis == 0 or "batch" in str(term)
+    return found
+
+
+def _fed(folded: Folded) -> Iterator[Value]:
+    for info in folded.model.graph.input:
+        value = folded.scope.values.get(info.name)
+        if value is not None and value.weight is None:
+            yield value
+
+
+def feed_at(folded: Folded, assignment: Assignment, seed: int) -> Feed | None:
+    """Random inputs of the sizes that an assignment gives; None if they are too large or below zero."""
+    rng, bindings = np.random.default_rng(seed), Bindings({term: (n,) for term, n in assignment.items()})
+    feed: Feed = {}
+    for value in _fed(folded):
+        if value.sizes is None:
+            raise UnsupportedError(f"the shape of input {value.name!r} is not known: give it with --input-shape")
+        shape = [bindings.at(extent, 0) for extent in value.sizes]
+        if any(size is None or size < 0 for size in shape) or math.prod(map(int, shape)) > _MOST_FED:  # type: ignore[arg-type]  # not None
+            return None
+        feed[value.name] = random_array(folded, value, [int(size) for size in shape], rng)  # type: ignore[arg-type]  # as above
+    return feed
+
+
+def empties(folded: Folded, assignment: Assignment) -> bool:
+    """Whether some tensor would have no elements: onnxruntime ends the process at a Reshape of one."""
+    bindings = Bindings({term: (n,) for term, n in assignment.items()})
+    extents = {e for scope in folded.scope.walk() for v in scope.values.values() for e in v.extents or ()}
+    sizes = (bindings.at(extent, 0) for extent in extents if isinstance(extent, Size))
+    return any(size is not None and size < 1 for size in sizes)
+
+
+def _at_other_sizes(folded: Folded, session: Runner) -> Iterator[Feed]:
+    """Up to three inputs: the least sizes, and unequal odd ones or odd multiples of what the model demands."""
+    symbols = symbols_of(folded)
+    if not symbols and not any(map(_is_number, random_feed(folded).values())):
+        return
+    free = [term for term, is_batch in symbols.items() if not is_batch]
+    batches = [term for term, is_batch in symbols.items() if is_batch]
+    least: Feed | None = None
+    size = 1
+    for size in _SMALL if free else (1,):
+        least = _accepted(folded, session, dict.fromkeys(free, size) | dict.fromkeys(batches, _BATCHES[0]), 0)
+        if least is not None:
+            yield least
+            break
+    for number, sizes in enumerate((_odd, _odd_reversed), start=1):
+        for assignment in sizes(free, size if least is not None else 1):
+            feed = _accepted(folded, session, assignment | dict.fromkeys(batches, _BATCHES[number]), number)
+            if feed is not None:
+                yield feed
+                break
+
+
+def _odd(free: Sequence[Term], least: int) -> Iterator[Assignment]:
+    """Sizes above the least that have no factor in common but the step, smallest step first; equal ones at last."""
+    yield from _multiples(free, least, (5, 7, 9, 11, 13))
+    yield from _multiples(free, least, (5,))
+
+
+def _odd_reversed(free: Sequence[Term], least: int) -> Iterator[Assignment]:
+    """The same, larger ones first."""
+    yield from _multiples(free, least, (9, 5, 11, 7, 13))
+    yield from _multiples(free, least, (7,))
+
+
+def _multiples(free: Sequence[Term], least: int, factors: Sequence[int]) -> Iterator[Assignment]:
+    if not free:
+        yield {}
+        return
+    for step in _STEPS:
+        base = max(0, -(-least // step) - factors[0])
+        base += base % 2  # sums with odd factors stay odd
+        yield {term: step * (base + factors[min(number, len(factors) - 1)]) for number, term in enumerate(free)}
+
+
+def _accepted(folded: Folded, session: Runner, assignment: Assignment, seed: int) -> Feed | None:
+    """Inputs of these sizes, if the original runs on them, perhaps with other numbers where a single one is wanted."""
+    feed = None if empties(folded, assignment) else feed_at(folded, assignment, seed)
+    if feed is None:
+        return None
+    changes = _integer_changes(_compared_with(folded)) if any(_is_number(array) for array in feed.values()) else ()
+    return next((f for f in (feed, *(_changed(feed, change) for change in changes)) if _runs(session, f)), None)
+
+
+def _is_number(array: Array) -> bool:
+    return array.size == 1 and array.dtype.kind in "iu"
+
+
+def _changed(feed: Feed, change: _Change) -> Feed:
+    return {name: change(array) for name, array in feed.items()}
+
+
+def _with_flags(feed: Feed, number: int) -> Feed:
+    """Boolean inputs all true, all false, and mixed in turn."""
+    made = dict(feed)
+    for name, array in feed.items():
+        if array.dtype == np.bool_ and number % 3:
+            mixed = np.random.default_rng(number).integers(0, 2, array.shape).astype(np.bool_)
+            made[name] = np.zeros_like(array) if number % 3 == 1 else mixed
+    return made
+
+
+# Branches.
+
+
+class Marks:
+    """The original with marked nodes in the bodies of If, Loop and Scan, by which a profile says what ran."""
+
+    def __init__(self, folded: Folded) -> None:
+        """Mark a copy of the model."""
+        self._folded = folded
+        self._editor = Editor(folded.model.copy())
+        self.places: dict[str, tuple[str, str, bool]] = {}
+        """By mark: scope path, what it is, and whether it is a loop."""
+        self._mark(folded.scope)
+
+    def _mark(self, scope: Scope) -> None:
+        for position, bodies in scope.bodies.items():
+            node = scope.nodes[position]
+            taken = None
+            if node.op_type == "If":
+                taken = taken_branch(scope.lookup(node.input[0]))
+            for name, body in bodies.items():
+                if body.function or (taken is not None and name != taken):
+                    continue  # functions have no graph of their own; a branch that no input reaches
+                self._mark_body(node.op_type, node.name or node.output[0], name, body)
+                self._mark(body)
+
+    def _mark_body(self, op_type: str, label: str, name: str, body: Scope) -> None:
+        graph = self._editor.graph(body)
+        marked = next((n for n in graph.node if n.op_type != "Constant" and _varies(body, n)), None)
+        if marked is None:
+            return  # nothing runs in it that could be seen
+        mark = f"{_MARK}-{len(self.places)}-"
+        marked.name = f"{mark}{marked.name}" if _MARK not in marked.name else f"{marked.name}{mark}"
+        what = f"the {name.replace('_', ' ')} of If {label!r}" if op_type == "If" else f"{op_type} {label!r}"
+        self.places[mark] = (body.path, what, op_type != "If")
+
+    def counts(self, feeds: Sequence[Mapping[str, Array]]) -> list[Counter[str]]:
+        """How often each mark runs, for each of some inputs that the model accepts."""
+        if not feeds:
+            return []
+        with tempfile.TemporaryDirectory() as folder:
+            session = open_model(self._editor.model, optimise=False, profile=Path(folder) / "runs")
+            for feed in feeds:
+                execute(session, feed)
+            events = json.loads(Path(session.end_profiling()).read_text())
+        starts = sorted(event["ts"] for event in events if event["name"] == "model_run")
+        found = [Counter[str]() for _ in feeds]
+        for event in events:
+            if event["cat"] == "Node" and _MARK in event["name"]:
+                run = bisect.bisect_right(starts, event["ts"]) - 1
+                found[run].update(mark for mark in self.places if mark in event["name"])
+        return found
+
+    def reached(self, counts: Counter[str]) -> set[str]:
+        """What an input reaches, in words; a loop is reached with no iteration and with several."""
+        found = set()
+        for mark, (_, what, is_loop) in self.places.items():
+            if not is_loop and counts[mark]:
+                found.add(what)
+            elif is_loop and counts[mark] != 1:
+                found.add(f"{what} with {'several iterations' if counts[mark] else 'no iteration'}")
+        return found
+
+    def wanted(self) -> dict[str, str]:
+        """All that may be reached, in words, with the paths of the scopes."""
+        found = {}
+        for path, what, is_loop in self.places.values():
+            for goal in (f"{what} with no iteration", f"{what} with several iterations") if is_loop else (what,):
+                found[goal] = path
+        return found
+
+
+def _varies(body: Scope, node: object) -> bool:
+    return any(name for name in getattr(node, "output", ()))
+
+
+def _covering(folded: Folded, session: Runner, marks: Marks, feeds: Sequence[Feed]) -> ProofInputs:
+    """The inputs, and others that reach what these do not."""
+    wanted, chosen = marks.wanted(), list(feeds)
+    missing = set(wanted).difference(*(marks.reached(counts) for counts in marks.counts(feeds)))
+    if missing:
+        variants = [feed for feed in _variants(folded, feeds) if _runs(session, feed)]
+        for feed, counts in zip(variants, marks.counts(variants), strict=True):
+            gained = missing & marks.reached(counts)
+            if gained and len(chosen) < len(feeds) + _MOST_EXTRA:
+                chosen.append(feed)
+                missing -= gained
+    return ProofInputs(tuple(chosen), tuple((wanted[goal], goal) for goal in sorted(missing)))
+
+
+def _runs(session: Runner, feed: Feed) -> bool:
+    with contextlib.suppress(UnsupportedError):
+        execute(session, feed)
+        return True
+    return False
+
+
+def _variants(folded: Folded, feeds: Sequence[Feed]) -> Iterator[Feed]:
+    """Inputs of other magnitudes and signs, and of numbers that the graph compares with."""
+    numbers = _compared_with(folded)
+    count = 0
+    for feed in feeds[:2]:
+        for change in (*_float_changes(numbers), *_integer_changes(numbers)):
+            changed = _changed(feed, change)
+            if any(changed[name] is not feed[name] for name in feed):
+                count += 1
+                yield changed
+            if count >= _MOST_VARIANTS:
+                return
+
+
+def _float_changes(numbers: Sequence[float]) -> Iterator[_Change]:
+    for factor in (*_MAGNITUDES, *(abs(n) * f for n in numbers if n for f in (10.0, 0.1))):
+        yield _Change("f", lambda array, factor=factor: array * factor)
+    yield _Change("f", lambda array: np.abs(array))
+    yield _Change("f", lambda array: -np.abs(array))
+
+
+def _integer_changes(numbers: Sequence[float]) -> Iterator[_Change]:
+    whole = sorted({int(n) + d for n in numbers if abs(n) < 2**31 and n == int(n) for d in (0, 1, -1)} | {0, 1, 3})
+    for number in whole:
+        yield _Change("iu", lambda array, number=number: np.full_like(array, number) if array.size == 1 else array)
+    for number in (False, True):
+        yield _Change("b", lambda array, number=number: np.full_like(array, number))
+
+
+class _Change:
+    """A change of the inputs of some kinds."""
+
+    def __init__(self, kinds: str, function: object) -> None:
+        self._kinds, self._function = kinds, function
+
+    def __call__(self, array: Array) -> Array:
+        """The changed input, or the same array if it is of another kind or the change does not fit its type."""
+        if array.dtype.kind not in self._kinds:
+            return array
+        with np.errstate(all="ignore"), contextlib.suppress(OverflowError, ValueError):
+            made = self._function(array)  # type: ignore[operator]  # a function
+            return made if made is array else np.asarray(made).astype(array.dtype)
+        return array
+
+
+def _compared_with(folded: Folded) -> list[float]:
+    """Constants with which nodes compare, of one element."""
+    found: set[float] = set()
+    for scope in folded.scope.walk():
+        for node in scope.nodes:
+            for name in node.input if node.op_type in _COMPARISONS else ():
+                value = scope.lookup(name)
+                if value is not None and value.is_static and value.value is not None and value.value.size == 1:
+                    number = float(value.value.item())
+                    if math.isfinite(number):
+                        found.add(number)
+    return sorted(found)
