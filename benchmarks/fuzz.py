@@ -1,9 +1,12 @@
 """Random graphs through the oracles, damaged files through the pipeline and all commands: the long run of tests/test_fuzz.py.
 
-    python benchmarks/fuzz.py [--graphs 20000] [--damaged 100000] [--commands 4000] [--data DATA] [--out FILE]
+    python benchmarks/fuzz.py [--graphs 20000] [--open 20000] [--damaged 100000] [--commands 4000] [--data DATA] [--out FILE]
 
 Graphs (tests/graphs.py): operators with rules in random topologies, valid by onnx's checker. Each is folded, combed,
 pruned at random and compared with the masked original in onnxruntime, and its channels are permuted.
+
+Graphs with open sizes (tests/open_graphs.py): shape arithmetic as exporters and people write it. Each is pruned and proved;
+the pruned file is then compared with the masked original at five sets of sizes that were not used for either.
 
 Damage (tests/damage.py) is done to such graphs, to the files in DATA/onnx of less than 1.5 MB and to the light models of
 the onnx package: attributes, inputs, tensors, types and bytes are changed. Each must be pruned and proved, or be
@@ -45,6 +48,7 @@ sys.path.insert(0, str(HERE.parent))
 from tests.commands import command_outcome
 from tests.damage import damaged
 from tests.graphs import seeded
+from tests.open_outcome import open_outcome
 
 CHUNK, SECONDS, SMALL = 50, 60, 1_500_000
 LONG, LARGE, TURNS, PROVED = 2e7, 1_000_000, 40, 10
@@ -87,6 +91,11 @@ def originals(data: Path | None) -> list[tuple[bytes, bool]]:
         if not turn or file not in long
     ]
     return [*real, *((seeded(seed).SerializeToString(), False) for seed in range(len(real)))]
+
+
+def of_open_graph(seed: int, work: Path, data: Path | None) -> str:
+    """What became of the graph with open sizes of a seed."""
+    return open_outcome(seed)
 
 
 def damage_outcome(seed: int, work: Path, data: Path | None) -> str:
@@ -168,6 +177,7 @@ def main() -> None:
     """Go on from the results that there are to so many seeds, and write the counts now and then."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--graphs", type=int, default=20_000)
+    parser.add_argument("--open", type=int, default=20_000)
     parser.add_argument("--damaged", type=int, default=100_000)
     parser.add_argument("--commands", type=int, default=4_000)
     parser.add_argument("--data", type=Path)
@@ -179,6 +189,7 @@ def main() -> None:
     content |= {"machine": {"cpus": os.cpu_count(), "system": platform.platform()}, "commit": commit()}
     for kind, outcome, count in (
         ("graphs", graph_outcome, options.graphs),
+        ("open", of_open_graph, options.open),
         ("damaged", damage_outcome, options.damaged),
         ("commands", of_command, options.commands),
     ):

@@ -1,0 +1,97 @@
+"""What becomes of a random graph with open sizes: pruned, proved, and compared at sizes that nobody here had used."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+from onnx import ModelProto
+
+import cpd_onnx as cpd
+from cpd_onnx.graph import Array
+from cpd_onnx.kept import Kept
+from cpd_onnx.masking import is_bound_to_sizes, masked
+from cpd_onnx.passes.allocate import Budget, allocate
+from cpd_onnx.passes.comb import at_sizes, comb
+from cpd_onnx.passes.prune import prune
+from cpd_onnx.passes.score import score
+from cpd_onnx.passes.verify import verify
+from cpd_onnx.proof_inputs import empties
+from cpd_onnx.runtime import Feed, Runner, execute, open_model
+from cpd_onnx.shapes import Folded
+from cpd_onnx.sizes import Term
+
+from .open_graphs import seeded
+
+BINDINGS, TRIES = 5, 30
+"""Sets of sizes to compare at, and how many are tried to find as many that the original accepts."""
+_SIZES = (1, 2, 3, 4, 5, 6, 8, 9, 10, 12, 16)
+_SYMBOLS = ("n", "n2", "h", "h2", "w", "t", "s")
+
+
+def open_outcome(seed: int) -> str:
+    """One word, in capitals where a file was written wrong, and what it is about."""
+    model = seeded(seed)
+    try:
+        session = open_model(model, optimise=False)
+    except cpd.UnsupportedError:
+        return "not a model"
+    combed = comb(cpd.load(model))
+    tried = list(_accepted(model, combed.folded, session, random.Random(seed)))
+    if not tried:
+        return "runs at none of these sizes"
+    try:
+        chosen = allocate(combed, score(combed, "random", seed=seed), Budget("channels", 0.5))
+    except cpd.TargetError:
+        return "nothing to prune"
+    pruned = prune(combed, chosen).model
+    kept = Kept(combed.atoms)
+    kept.remove(chosen.channels(combed))
+    found = verify(combed, kept, pruned)
+    if not found.passed:
+        return f"not written, {found.verdict}: {'; '.join(found.notes)} {found.difference:.1e}"
+    smaller, is_bound = open_model(pruned, optimise=False), is_bound_to_sizes(combed, kept)
+    reference = None if is_bound else open_model(masked(combed, kept, pruned), optimise=False)
+    for feed in tried:
+        shapes = {name: array.shape for name, array in feed.items()}
+        here = at_sizes(combed, kept, shapes) if is_bound else None
+        if is_bound and here is None:
+            return f"WRONG: other channels are coupled at {shapes}"
+        with_masks = reference or open_model(masked(*here, pruned), optimise=False)  # type: ignore[misc]  # not None
+        try:
+            found_here = execute(smaller, feed)
+        except cpd.UnsupportedError as error:
+            return f"WRONG: the pruned file fails at {shapes}: {error}"
+        if not all(map(_alike, execute(with_masks, feed), found_here)):
+            return f"WRONG at {shapes}"
+    return "right"
+
+
+def _accepted(model: ModelProto, folded: Folded, session: Runner, rng: random.Random) -> Iterator[Feed]:
+    """Inputs of random sizes on which the original runs, and gives the same twice."""
+    count = 0
+    for number in range(TRIES):
+        sizes = {name: rng.choice(_SIZES) for name in _SYMBOLS}
+        if empties(folded, {Term("symbol", (name,)): size for name, size in sizes.items()}):
+            continue
+        feed = {}
+        for info in model.graph.input:
+            shape = [sizes.get(dim.dim_param, dim.dim_value) for dim in info.type.tensor_type.shape.dim]
+            feed[info.name] = np.random.default_rng(number).standard_normal(shape).astype(np.float32)
+        try:
+            first, again = (execute(session, feed) for _ in range(2))
+        except cpd.UnsupportedError:
+            continue
+        if all(np.array_equal(a, b, equal_nan=True) for a, b in zip(first, again, strict=True)):
+            yield feed
+            count += 1
+        if count == BINDINGS:
+            return
+
+
+def _alike(expected: Array, got: Array) -> bool:
+    if expected.shape != got.shape:
+        return False
+    largest = float(np.abs(expected[np.isfinite(expected)]).max(initial=0.0))
+    return np.allclose(expected, got, rtol=1e-3, atol=1e-4 * (1 + largest), equal_nan=True)
