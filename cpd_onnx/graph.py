@@ -188,6 +188,13 @@ class Model:
         else:
             tensor.CopyFrom(numpy_helper.from_array(values, name))
 
+    def drop_initializer(self, name: str) -> None:
+        """Take an initializer out of the main graph."""
+        position = next(n for n, tensor in enumerate(self.graph.initializer) if tensor.name == name)
+        del self.graph.initializer[position]
+        self._data.pop(name, None)
+        self._initializers = {tensor.name: tensor for tensor in self.graph.initializer}
+
     def names(self) -> set[str]:
         """All value names in use, of subgraphs too."""
         used: set[str] = set()

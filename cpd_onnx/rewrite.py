@@ -28,7 +28,8 @@ class Edit:
 
     Attributes:
         what: "weight", "copy" (a constant that users came to need in different versions), "operand", "attribute",
-            "shape" (a value_info or an input entry of an initializer).
+            "shape" (a value_info or an input entry of an initializer), "evaluated" (a weight that the graph computed
+            from others, now an initializer), "gone" (a node or tensor that nothing uses any more for that).
         where: name of the tensor, or node and slot.
         change: what became of it, in words.
 
@@ -81,6 +82,7 @@ class _Rewriter(Editor):
         self.pins: list[tuple[Demand, Value]] = []
 
     def run(self) -> Pruned:
+        self.list_evaluated()
         for demand in self.combed.recorder.demands:
             value = operand_value(demand)
             if value is not None and value.weight is None and value.value is not None and not demand.scope.function:
@@ -94,6 +96,16 @@ class _Rewriter(Editor):
             pass
         self.check(fold(self.model, self.input_shapes))
         return Pruned(self.model, tuple(self.edits))
+
+    def list_evaluated(self) -> None:
+        """Put on record what was evaluated before channels were looked for."""
+        found = self.combed.folded.evaluated
+        if found is None:
+            return
+        for name, sources in found.weights.items():
+            self.log("evaluated", name, f"computed from {', '.join(sources)} -> initializer")
+        for what in (*found.nodes, *found.tensors):
+            self.log("gone", what, "serves only what was evaluated")
 
     # Operands and attributes.
 

@@ -12,7 +12,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -32,6 +32,7 @@ from onnx import (
 )
 
 from cpd_onnx import common, contrib
+from cpd_onnx.constants import Evaluated, evaluated
 from cpd_onnx.errors import ModelError
 from cpd_onnx.evaluate import EVALUATORS, MAX_ELEMENTS, MOVERS, Call, TooLarge
 from cpd_onnx.graph import Array, Model, attributes_of, blaming, bodies_of, to_array
@@ -199,12 +200,14 @@ class Folded:
     """What is known of a model's tensors.
 
     Attributes:
-        model: the model.
+        model: the model, with weights that the graph computed from others evaluated.
         scope: the main graph.
         uses: slots of constants, indexed by the upper half of leaf codes.
         dims: sizes that are elements of tensors, as products of (tensor, axis), indexed by -2 - leaf code.
         unknown: operators whose output shapes could not be inferred, "domain::op_type" to the first node's name.
         batch: size that the first binding gives to the leading dynamic dimension, 1 if it is fixed.
+        evaluated: what was evaluated, None if there was nothing.
+        source: the model as it was given, None if that is `model`.
 
     """
 
@@ -214,6 +217,13 @@ class Folded:
     dims: tuple[tuple[tuple[Value, int], ...], ...]
     unknown: Mapping[str, str]
     batch: int
+    evaluated: Evaluated | None = None
+    source: Model | None = None
+
+    @property
+    def original(self) -> Model:
+        """The model as it was given."""
+        return self.source or self.model
 
 
 def fold(model: Model, input_shapes: Mapping[str, Sequence[int]] | None = None) -> Folded:
@@ -223,7 +233,12 @@ def fold(model: Model, input_shapes: Mapping[str, Sequence[int]] | None = None) 
     Raises ModelError if the graph is cyclic, uses values that nobody makes or makes no sense otherwise.
     """
     with blaming(model):
-        return _best_folded(model, input_shapes)
+        found = _best_folded(model, input_shapes)
+        known = {v.name: (v.dtype, v.shape) for scope in found.scope.walk() for v in scope.values.values()}
+        made = evaluated(model, known)
+        if made is None:
+            return found
+        return replace(_best_folded(made.model, input_shapes), evaluated=made, source=model)
 
 
 def _best_folded(model: Model, input_shapes: Mapping[str, Sequence[int]] | None) -> Folded:

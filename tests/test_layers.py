@@ -16,7 +16,7 @@ LAYERS = (
     ("files",),
     ("graph", "data"),
     ("evaluate",),
-    ("common",),
+    ("common", "constants"),
     ("contrib",),
     ("shapes",),
     ("rules.api", "runtime"),
