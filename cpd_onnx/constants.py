@@ -246,6 +246,11 @@ def _in_order(constant: _Constant) -> Iterator[_Constant]:
     return (step for step in constant.steps() if step in constant.sources)
 
 
+def _stored(constant: _Constant) -> Iterator[str]:
+    """Names of the stored numbers that a constant is computed from, sizes and indices apart."""
+    return (step.name for step in constant.steps() if step.is_stored and step.dtype in _TRAINED)
+
+
 def _computed(model: Model, constant: _Constant) -> Array | None:
     """The value of a constant, None where onnxruntime does not run what makes it."""
     proto, feed = ModelProto(ir_version=model.proto.ir_version), {}
@@ -291,7 +296,7 @@ class _Writer:
 
     def run(self, arrays: Mapping[str, Array]) -> Evaluated:
         steps = list({id(step): step for result in self.results for step in result.steps()}.values())
-        weights = {result.name: tuple(sorted(source.name for source in result.sources)) for result in self.results}
+        weights = {result.name: tuple(sorted(_stored(result))) for result in self.results}
         nodes = {(id(step.graph), step.position): step for step in steps if step.node is not None}
         dead = [step for step in sorted(nodes.values(), key=self.place, reverse=True) if self.is_unused(step)]
         words = [f"{step.node.op_type} {step.node.name or step.name!r}" for step in reversed(dead) if step.node]

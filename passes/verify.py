@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
@@ -53,7 +53,9 @@ def verify(combed: Combed, kept: Kept, pruned: Model, feeds: Iterable[Mapping[st
         raise ProofError(f"onnxruntime runs the original but not what was made of it: {error}") from error
 
 
-def _require_same(evaluated: Runner, feeds: list[Mapping[str, Array]], plain: list[list[Array]], allowed: float) -> None:
+def _require_same(
+    evaluated: Runner, feeds: list[Mapping[str, Array]], plain: list[list[Array]], allowed: float
+) -> None:
     """Raise ProofError unless the model with weight arithmetic evaluated gives what the original gives."""
     found = execute_all(evaluated, feeds)
     pairs = (pair for ours, theirs in zip(found, plain, strict=True) for pair in zip(theirs, ours, strict=True))
