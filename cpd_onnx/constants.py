@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeAlias
@@ -25,7 +25,18 @@ import onnxruntime as ort
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from cpd_onnx.evaluate import MOVERS
-from cpd_onnx.graph import Array, Lazy, Model, bodies_of, element_bytes, element_type, graphs_of
+from cpd_onnx.graph import (
+    Array,
+    FunctionName,
+    Lazy,
+    Model,
+    bodies_of,
+    called_by,
+    element_bytes,
+    element_type,
+    functions_of,
+    graphs_of,
+)
 
 Known: TypeAlias = "Mapping[str, tuple[int, tuple[int, ...] | None]]"
 """Element type and shape of tensors by name."""
@@ -75,19 +86,15 @@ def evaluated(model: Model, known: Known) -> Evaluated | None:
     The same model gives the same bytes with one version of onnxruntime on one kind of processor.
     """
     results = {}
-    for constant in _Finder(model.graph, known, _functions(model)).wanted():
+    for constant in _Finder(model.graph, known, functions_of(model.proto)).wanted():
         array = _computed(model, constant)
         if array is not None:
             results[constant.name] = array
     if not results:
         return None
     copy = model.copy()
-    finder = _Finder(copy.graph, known, _functions(model))
+    finder = _Finder(copy.graph, known, functions_of(model.proto))
     return _Writer(copy, [c for c in finder.wanted() if c.name in results]).run(results)
-
-
-def _functions(model: Model) -> set[tuple[str, str]]:
-    return {(function.domain, function.name) for function in model.proto.functions}
 
 
 @dataclass(eq=False)
@@ -172,7 +179,7 @@ class _Finder:
 
     graph: GraphProto
     known: Known
-    functions: set[tuple[str, str]]
+    functions: Container[FunctionName]
     taken: dict[int, _Constant] = field(default_factory=dict)
     handed_out: set[int] = field(default_factory=set)
 
@@ -220,7 +227,7 @@ class _Finder:
         """Whether a node computes the same whatever the inputs of the model."""
         if node.op_type == "Constant" and node.domain in _DOMAINS:
             return True
-        if node.domain not in _DOMAINS or node.op_type in _LEFT_ALONE or (node.domain, node.op_type) in self.functions:
+        if node.domain not in _DOMAINS or node.op_type in _LEFT_ALONE or called_by(node) in self.functions:
             return False
         given = [name for name in node.input if name]
         return bool(given) and all(name in here for name in given) and not bodies_of(node)

@@ -92,11 +92,18 @@ def _quantized_global_pool(attributes: dict[str, Any], shapes: Shapes) -> list[D
     return [(*shape[:2], *[1] * (len(shape) - 2))]
 
 
-@_register(MICROSOFT, "FusedConv", "NhwcFusedConv")
+@_register(MICROSOFT, "FusedConv")
 def _conv(attributes: dict[str, Any], shapes: Shapes) -> list[Dims | None]:
     data, kernel = _known(shapes[0]), _known(shapes[1])
     window = attributes.get("kernel_shape") or list(kernel[2:])
     return [(data[0], kernel[0], *_windows(attributes, data[2:], window))]
+
+
+@_register(MICROSOFT, "NhwcFusedConv")
+def _conv_channels_last(attributes: dict[str, Any], shapes: Shapes) -> list[Dims | None]:
+    data, kernel = _known(shapes[0]), _known(shapes[1])
+    window = attributes.get("kernel_shape") or list(kernel[2:])
+    return [(data[0], *_windows(attributes, data[1:-1], window), kernel[0])]
 
 
 def _windows(attributes: dict[str, Any], sizes: Sequence[int], window: Sequence[int]) -> list[int]:

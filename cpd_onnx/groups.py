@@ -44,12 +44,14 @@ class Weight:
         value: the tensor; its name is unique in its scope.
         scope: the graph that holds it.
         uses: the slots that take it. Vectors have atoms of their own in each, others share theirs.
+        is_held: whether something that is not followed takes it as it is.
 
     """
 
     value: Value
     scope: Scope
     uses: list[WeightUse] = field(default_factory=list)
+    is_held: bool = False
 
     @property
     def name(self) -> str:

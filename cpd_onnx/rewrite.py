@@ -190,7 +190,7 @@ class _Rewriter(Editor):
             variants = self.variants(weight)
             if variants is None:
                 continue
-            if weight.value.name in outputs and not weight.scope.address:
+            if weight.is_held or (weight.value.name in outputs and not weight.scope.address):
                 variants.arrays.insert(0, weight_lazily(self.combed.folded.model, weight))
                 variants.uses.insert(0, [])
             self.store(weight, variants)

@@ -35,7 +35,17 @@ from cpd_onnx import common, contrib
 from cpd_onnx.constants import Evaluated, evaluated
 from cpd_onnx.errors import ModelError
 from cpd_onnx.evaluate import EVALUATORS, MAX_ELEMENTS, MOVERS, Call, TooLarge
-from cpd_onnx.graph import Array, Model, attributes_of, blaming, bodies_of, to_array
+from cpd_onnx.graph import (
+    Array,
+    FunctionName,
+    Model,
+    attributes_of,
+    blaming,
+    bodies_of,
+    called_by,
+    functions_of,
+    to_array,
+)
 
 Shape: TypeAlias = tuple[int, ...]
 Leaves: TypeAlias = npt.NDArray[np.int64]
@@ -297,7 +307,7 @@ class _Folder:
         self.opsets = {o.domain if o.domain != "ai.onnx" else "": o.version for o in model.proto.opset_import}
         self.opsets.setdefault("", 1)
         self.opset_ids = [helper.make_opsetid(d, v) for d, v in self.opsets.items()]
-        self.functions = {(f.domain, f.name): f for f in model.proto.functions}
+        self.functions = functions_of(model.proto)
         self.depth = 0
         _require_few_calls(model, self.functions)
 
@@ -416,7 +426,7 @@ class _Folder:
             return [self.constant(node)]
         if node.op_type in _DATA_DEPENDENT_BODIES and node.domain in ("", "ai.onnx"):
             return self.body_node(scope, position, node, inputs)
-        if (node.domain, node.op_type) in self.functions:
+        if called_by(node) in self.functions:
             return self.call(scope, position, node, inputs)
         attributes = attributes_of(node)
         call = Call(attributes, self.opsets[""])
@@ -617,7 +627,7 @@ class _Folder:
 
     def call(self, scope: Scope, position: int, node: NodeProto, inputs: list[Value | None]) -> list[Value]:
         """A call of a model-local function: its body with the arguments in place."""
-        function = self.functions[(node.domain, node.op_type)]
+        function = self.functions[called_by(node)]
         given = {a.name: a for a in node.attribute}
         given |= {a.name: a for a in function.attribute_proto if a.name not in given}
         arguments = itertools.zip_longest(function.input, inputs[: len(function.input)])
@@ -804,15 +814,15 @@ def _complete(shape: Sequence[int | None], binding: int) -> Shape:
     return _sane(tuple(_GUESSES[binding] if d is None else d for d in shape))
 
 
-def _require_few_calls(model: Model, functions: Mapping[tuple[str, str], FunctionProto]) -> None:
+def _require_few_calls(model: Model, functions: Mapping[FunctionName, FunctionProto]) -> None:
     """Raise ModelError where functions that call functions come to more nodes than anybody can look at."""
-    known: dict[tuple[str, str], int] = {}
+    known: dict[FunctionName, int] = {}
 
     def inside(nodes: Iterable[NodeProto]) -> int:
         bodies = (body.node for node in nodes for body in bodies_of(node).values())
-        return sum(called((node.domain, node.op_type)) for node in nodes) + sum(map(inside, bodies))
+        return sum(called(called_by(node)) for node in nodes) + sum(map(inside, bodies))
 
-    def called(key: tuple[str, str]) -> int:
+    def called(key: FunctionName) -> int:
         if key in functions and key not in known:
             known[key] = 0  # where it calls itself, the depth of the calls stops it
             known[key] = len(functions[key].node) + inside(functions[key].node)
@@ -927,17 +937,26 @@ def _renamed(value: Value | None, name: str) -> Value:
 
 
 def _with_attributes(node: NodeProto, given: Mapping[str, onnx.AttributeProto]) -> NodeProto:
-    """A function's node with references to the call's attributes resolved."""
-    if not any(a.ref_attr_name for a in node.attribute):
+    """A function's node with references to the call's attributes resolved, in its subgraphs too."""
+    if not _refers(node):
         return node
     made = NodeProto()
     made.CopyFrom(node)
     del made.attribute[:]
     for attribute in node.attribute:
         if not attribute.ref_attr_name:
-            made.attribute.append(attribute)
+            copied = made.attribute.add()
+            copied.CopyFrom(attribute)
+            inner = [_with_attributes(each, given) for each in attribute.g.node]
+            del copied.g.node[:]
+            copied.g.node.extend(inner)
         elif attribute.ref_attr_name in given:
             copied = made.attribute.add()
             copied.CopyFrom(given[attribute.ref_attr_name])
             copied.name = attribute.name
     return made
+
+
+def _refers(node: NodeProto) -> bool:
+    """Whether a node, or one inside it, takes an attribute of the function's call."""
+    return any(a.ref_attr_name or any(map(_refers, a.g.node)) for a in node.attribute)
