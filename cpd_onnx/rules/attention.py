@@ -16,7 +16,6 @@ from cpd_onnx.atoms import Axis
 from cpd_onnx.rules.api import GiveUp, Op, Tensor, rule
 from cpd_onnx.rules.elementwise import MICROSOFT, freeze_rest
 
-
 _GROUPED_INPUTS = 12
 """Inputs of GroupQueryAttention that are followed: up to the sinks of the heads."""
 
