@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnxruntime as ort
@@ -362,7 +362,7 @@ class _Writer:
             self.model.graph.input.append(helper.make_tensor_value_info(result.name, result.dtype, array.shape))
 
 
-def _without(entries: object, names: set[str]) -> None:
-    """Delete the entries of some names from a repeated field."""
-    for position in reversed([n for n, entry in enumerate(entries) if entry.name in names]):  # type: ignore[call-overload, var-annotated]  # protobuf's lists are of no common type
-        del entries[position]  # type: ignore[attr-defined]  # as above
+def _without(entries: Any, names: set[str]) -> None:
+    """Delete the entries of some names from a list of protobuf."""
+    for position in reversed([n for n, entry in enumerate(entries) if entry.name in names]):
+        del entries[position]

@@ -173,7 +173,11 @@ def make_plan(
     input_shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> Plan:
     """Put on record what is removed, where it lies, and what is kept and why."""
-    shapes = {"input_shapes": {name: list(shape) for name, shape in input_shapes.items()}} if input_shapes else {}
+    more: dict[str, Any] = {}
+    if input_shapes:
+        more["input_shapes"] = {name: list(shape) for name, shape in input_shapes.items()}
+    if combed.folded.evaluated is not None:
+        more["evaluated"] = {name: list(parts) for name, parts in combed.folded.evaluated.weights.items()}
     model, kept = combed.folded.original, Kept(combed.atoms)
     kept.remove(channels_of(combed, dict(enumerate(removed))))
     groups = [_group(combed, group, gone) for group, gone in zip(combed.groups, removed, strict=True)]
@@ -181,15 +185,12 @@ def make_plan(
         {"tensor": f.tensor, "axis": f.axis, "indices": f.indices, "of": f.of, "reason": "; ".join(f.reasons)}
         for f in combed.frozen()
     ]
-    evaluated = combed.folded.evaluated
-    weights = {name: list(sources) for name, sources in evaluated.weights.items()} if evaluated is not None else {}
     return Plan(
         {
             "format": FORMAT,
             "version": VERSION,
             "made_by": f"cpd-onnx {__version__}",
-            "source": {"file": model.path.name if model.path else "", "sha256": model.sha256(), **shapes},
-            **({"evaluated": weights} if weights else {}),
+            "source": {"file": model.path.name if model.path else "", "sha256": model.sha256(), **more},
             "groups": groups,
             "frozen": frozen,
             "removed": _removed(combed, kept),

@@ -56,6 +56,16 @@ def rewrite(combed: Combed, kept: Kept, input_shapes: Any = None) -> Pruned:
     return _Rewriter(combed, kept, input_shapes).run()
 
 
+def evaluation_of(folded: Folded) -> tuple[Edit, ...]:
+    """What was evaluated before channels were looked for, and what is gone since nothing uses it any more."""
+    found = folded.evaluated
+    if found is None:
+        return ()
+    gone = (Edit("gone", what, "served only what was evaluated") for what in (*found.nodes, *found.tensors))
+    made = (Edit("evaluated", name, f"{', '.join(sources)} -> {name}") for name, sources in found.weights.items())
+    return (*made, *gone)
+
+
 @dataclass(eq=False)
 class _Variants:
     """The versions of one weight that its users want."""
@@ -82,7 +92,7 @@ class _Rewriter(Editor):
         self.pins: list[tuple[Demand, Value]] = []
 
     def run(self) -> Pruned:
-        self.list_evaluated()
+        self.edits += evaluation_of(self.combed.folded)
         for demand in self.combed.recorder.demands:
             value = operand_value(demand)
             if value is not None and value.weight is None and value.value is not None and not demand.scope.function:
@@ -96,16 +106,6 @@ class _Rewriter(Editor):
             pass
         self.check(fold(self.model, self.input_shapes))
         return Pruned(self.model, tuple(self.edits))
-
-    def list_evaluated(self) -> None:
-        """Put on record what was evaluated before channels were looked for."""
-        found = self.combed.folded.evaluated
-        if found is None:
-            return
-        for name, sources in found.weights.items():
-            self.log("evaluated", name, f"computed from {', '.join(sources)} -> initializer")
-        for what in (*found.nodes, *found.tensors):
-            self.log("gone", what, "serves only what was evaluated")
 
     # Operands and attributes.
 

@@ -88,9 +88,15 @@ def test_what_is_kept_is_what_it_was(arithmetic: str) -> None:
 
 def test_a_plan_gives_the_same_bytes_again() -> None:
     state = cpd.run("comb, score, allocate{channels=0.5}, prune", norm(SIGMA))
-    assert state.plan.content["evaluated"] == {"f": ["p", "q", "w"]}
+    assert state.plan.content["source"]["evaluated"] == {"f": ["p", "q", "w"]}
     again = apply(norm(SIGMA), state.plan)
     assert again.model.serialize() == state.model.serialize()
+
+
+def test_rounds_list_what_was_evaluated() -> None:
+    state = cpd.run("iterate{channels=0.5, rounds=2, repair=False, score='l2'}", norm(SIGMA))
+    assert {edit.where for edit in state.edits if edit.what == "evaluated"} == {"f"}
+    assert apply(norm(SIGMA), state.plan).model.serialize() == state.model.serialize()
 
 
 @pytest.mark.parametrize("body", [CUT, SLICED], ids=["split", "sliced"])

@@ -36,7 +36,7 @@ def broadcasting(op: Op) -> None:
     """Unite equal axes, aligned on the right; below opset 7 on the axis that the node names."""
     tensors = [op.input(i) for i in range(len(op.inputs)) if op.has(i)]
     if op.opset < 7 and op.get("broadcast", 0) and "axis" in op.call.attributes:
-        op.set(legacy_broadcast(op, *tensors, op.get("axis")))
+        op.set(legacy_broadcast(op, op.input(0), op.input(1), op.get("axis")))
         return
     op.set(broadcast(op, [t.axes or [] for t in tensors]))
 
