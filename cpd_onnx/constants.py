@@ -197,12 +197,12 @@ class _Finder:
         return [constant for constant in results if id(constant) in chosen]
 
     def parts(self, source: _Constant, chosen: set[int]) -> set[int]:
-        """The parts that a buffer is cut into, if it is one that serves nothing else and they are no more than it."""
+        """The parts that a buffer is cut into, if it is one that serves nothing else and they are not much more."""
         if id(source) in self.taken or id(source) in self.handed_out:
             return set()
         parts = [constant for constant in self.taken.values() if source in constant.sources]
         there = frozenset[_Constant]().union(*(part.sources for part in parts))
-        fits = sum(part.bytes for part in parts) <= sum(each.bytes for each in there) + _FEWEST
+        fits = sum(part.bytes for part in parts) <= _GROWTH * sum(each.bytes for each in there)
         if len(parts) < 2 or not fits or any(part.dtype not in _TRAINED for part in parts):
             return set()
         known = all((part.is_cut and part.is_affordable) or id(part) in chosen for part in parts)
