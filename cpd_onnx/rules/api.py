@@ -37,6 +37,8 @@ class Keep(Protocol):
 
 KERNEL_EXTENT = "extent of a kernel"
 """Reason of the axes of a kernel that slide."""
+BLOCK_BYTES = "bytes of a block of numbers"
+"""Reason of the axis of packed weights that holds the numbers of one block."""
 TABLE_ROWS = "rows of a table that is looked up by index"
 """Reason of the first axis of an embedding."""
 _NO_ACTIVATIONS = "sums over this axis of weights, through which no activation runs"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cpd_onnx.atoms import Axis
-from cpd_onnx.rules.api import KERNEL_EXTENT, GiveUp, Op, Quantized, Tensor, rule
+from cpd_onnx.rules.api import BLOCK_BYTES, KERNEL_EXTENT, GiveUp, Op, Quantized, Tensor, rule
 from cpd_onnx.rules.elementwise import MICROSOFT, broadcast, freeze_rest
 
 
@@ -292,7 +292,8 @@ def _packed(op: Op, tensor: Tensor, rows: Axis, blocks: Axis) -> None:
         if place == 1 and each == 1 and len(axis) == len(blocks):
             op.unite(axis, blocks)
         else:
-            op.freeze(axis, _IN_BLOCKS)
+            op.atoms.freeze(axis, BLOCK_BYTES)
+            op.touched.append(axis)
 
 
 def matrix_product(op: Op, a: Tensor, b: Tensor) -> None:
