@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cpd_onnx.rules.api import TABLE_ROWS, GiveUp, Op, rule
+from cpd_onnx.rules.api import BLOCK_BYTES, TABLE_ROWS, GiveUp, Op, rule
 from cpd_onnx.rules.elementwise import MICROSOFT, broadcast, freeze_rest
 from cpd_onnx.rules.linear import stands_for
 
@@ -59,7 +59,9 @@ def gather_block_quantized(op: Op) -> None:
         op.freeze(x[1], "quantises this axis in blocks")
         freeze_rest(op, 3)
     else:
-        op.unite(x[1], op.atoms.repeated(blocks, stored))
+        parts = op.unmerge(x[1], [len(blocks), stored])
+        op.atoms.freeze(parts[1], BLOCK_BYTES)
+        op.unite(parts[0], blocks)
     op.set([*(indices.axes or []), op.atoms.repeated(blocks, block)[:width]])
 
 
