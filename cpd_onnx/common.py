@@ -74,8 +74,8 @@ def _plain(*names: str) -> Callable[[Plain], Plain]:
 @_plain(
     "Abs", "BatchNormalization", "Cast", "Ceil", "Clip", "Cos", "Dropout", "Elu", "Erf", "Exp", "Floor", "Gelu",
     "HardSigmoid", "HardSwish", "Identity", "InstanceNormalization", "IsInf", "IsNaN", "LRN", "LayerNormalization",
-    "LeakyRelu", "Log", "LogSoftmax", "Mish", "Neg", "Not", "PRelu", "Reciprocal", "Relu", "Selu", "Sigmoid", "Sign",
-    "Sin", "Softmax", "Softplus", "Sqrt", "Tanh",
+    "LeakyRelu", "Log", "LogSoftmax", "MeanVarianceNormalization", "Mish", "Neg", "Not", "PRelu", "Reciprocal", "Relu",
+    "Selu", "Sigmoid", "Sign", "Sin", "Softmax", "Softplus", "Sqrt", "Tanh",
 )  # fmt: skip  # a table
 def _same(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims:
     return shapes[0]

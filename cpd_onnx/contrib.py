@@ -14,7 +14,7 @@ Dims: TypeAlias = tuple[Any, ...]
 Shapes: TypeAlias = Sequence["Dims | None"]
 ShapeFunction: TypeAlias = Callable[[dict[str, Any], Shapes], "list[Dims | None]"]
 
-FLOAT_OUTPUT = {"EmbedLayerNormalization", "MatMulIntegerToFloat", "DequantizeLinear"}
+FLOAT_OUTPUT = {"EmbedLayerNormalization", "MatMulIntegerToFloat", "DequantizeLinear", "GatherBlockQuantized"}
 """Operators of com.microsoft whose result is float though their first input is not."""
 DATA_SLOT = {"QLinearConcat": 2}
 """Operators of com.microsoft whose first input is not the data that gives the result its type."""
@@ -92,11 +92,18 @@ def _quantized_global_pool(attributes: dict[str, Any], shapes: Shapes) -> list[D
     return [(*shape[:2], *[1] * (len(shape) - 2))]
 
 
-@_register(MICROSOFT, "FusedConv", "NhwcFusedConv")
+@_register(MICROSOFT, "FusedConv")
 def _conv(attributes: dict[str, Any], shapes: Shapes) -> list[Dims | None]:
     data, kernel = _known(shapes[0]), _known(shapes[1])
     window = attributes.get("kernel_shape") or list(kernel[2:])
     return [(data[0], kernel[0], *_windows(attributes, data[2:], window))]
+
+
+@_register(MICROSOFT, "NhwcFusedConv")
+def _conv_channels_last(attributes: dict[str, Any], shapes: Shapes) -> list[Dims | None]:
+    data, kernel = _known(shapes[0]), _known(shapes[1])
+    window = attributes.get("kernel_shape") or list(kernel[2:])
+    return [(data[0], *_windows(attributes, data[1:-1], window), kernel[0])]
 
 
 def _windows(attributes: dict[str, Any], sizes: Sequence[int], window: Sequence[int]) -> list[int]:
@@ -137,6 +144,18 @@ def _gemm(attributes: dict[str, Any], shapes: Shapes) -> list[Dims | None]:
 @_register(MICROSOFT, "MatMulNBits")
 def _matmul_nbits(attributes: dict[str, Any], shapes: Shapes) -> list[Dims | None]:
     return [(*_known(shapes[0])[:-1], attributes["N"])]
+
+
+@_register(MICROSOFT, "GatherBlockQuantized")
+def _gather_blocks(attributes: dict[str, Any], shapes: Shapes) -> list[Dims | None]:
+    table, indices, scales = list(_known(shapes[0])), _known(shapes[1]), _known(shapes[2])
+    axis = attributes.get("quantize_axis", 1) % len(table)
+    block, each = attributes.get("block_size", 128), 8 // attributes.get("bits", 4)
+    # Numbers of less than a byte lie in a type of their own, or several to a byte.
+    if -(-table[axis] // block) != scales[axis]:
+        table[axis] *= each
+    rows = attributes.get("gather_axis", 0) % len(table)
+    return [(*table[:rows], *indices, *table[rows + 1 :])]
 
 
 @_register(MICROSOFT, "Attention")

@@ -285,6 +285,7 @@ def lower_ir(model: Model, newest: int) -> Model:
         return model
     needed = helper.find_min_ir_version_for(list(model.proto.opset_import), ignore_unknown=True)
     needed = max(needed, 8 if model.proto.functions else 4)
+    needed = max(needed, 10 if any(function.overload for function in model.proto.functions) else 4)
     if needed > newest:
         raise UnsupportedError(f"the model needs IR version {needed}, which cannot become {newest}: lower its opset")
     lower = model.copy()

@@ -224,7 +224,7 @@ def _range(call: Call, start: Array, limit: Array, delta: Array) -> Array:
 def _cumsum(call: Call, data: Array, axis: Array) -> Array:
     if call.get("exclusive", 0) or call.get("reverse", 0):
         raise NotImplementedError
-    return np.cumsum(data, axis=int(axis), dtype=data.dtype)
+    return np.cumsum(data, axis=int(axis.item()), dtype=data.dtype)
 
 
 @evaluator("ScatterND")
@@ -260,7 +260,7 @@ for _name, _function in {
 
 @evaluator("Trilu")
 def _trilu(call: Call, data: Array, k: Array | None = None) -> Array:
-    offset = 0 if k is None else int(k)
+    offset = 0 if k is None else int(k.item())
     return np.triu(data, offset) if call.get("upper", 1) else np.tril(data, offset)
 
 

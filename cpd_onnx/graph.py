@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from cpd_onnx.errors import CpdError, ModelError, ProofError
 from cpd_onnx.files import Stored, locked, replacing, require_free, write_atomically
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     import onnx_ir
 
 Array: TypeAlias = npt.NDArray[Any]
+FunctionName: TypeAlias = tuple[str, str, str]
+"""Domain, name and overload."""
 Source: TypeAlias = "str | os.PathLike[str] | ModelProto | gs.Graph | onnx_ir.Model | Model"
 
 _DETACH_BYTES = 1024
@@ -187,6 +189,13 @@ class Model:
             self._data[name] = values
         else:
             tensor.CopyFrom(numpy_helper.from_array(values, name))
+
+    def drop_initializer(self, name: str) -> None:
+        """Take an initializer out of the main graph."""
+        position = next(n for n, tensor in enumerate(self.graph.initializer) if tensor.name == name)
+        del self.graph.initializer[position]
+        self._data.pop(name, None)
+        self._initializers = {tensor.name: tensor for tensor in self.graph.initializer}
 
     def names(self) -> set[str]:
         """All value names in use, of subgraphs too."""
@@ -398,6 +407,16 @@ def graphs_of(graph: GraphProto) -> Iterator[GraphProto]:
 def bodies_of(node: NodeProto) -> dict[str, GraphProto]:
     """The subgraphs of a node by attribute name."""
     return {a.name: a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH}
+
+
+def functions_of(proto: ModelProto) -> dict[FunctionName, FunctionProto]:
+    """The functions of a model; those of one name differ in their overload."""
+    return {(function.domain, function.name, function.overload): function for function in proto.functions}
+
+
+def called_by(node: NodeProto) -> FunctionName:
+    """The function that a node calls, if there is one of that name."""
+    return (node.domain, node.op_type, node.overload)
 
 
 def attributes_of(node: NodeProto) -> dict[str, Any]:

@@ -14,14 +14,14 @@ import numpy.typing as npt
 from onnx import TensorProto
 
 from cpd_onnx.atoms import NOTHING, Atoms, Axis, Mask
-from cpd_onnx.rules.api import FLOATS, KERNEL_EXTENT, TABLE_ROWS, Recorder, Tensor
+from cpd_onnx.rules.api import BLOCK_BYTES, FLOATS, KERNEL_EXTENT, TABLE_ROWS, Recorder, Tensor
 from cpd_onnx.shapes import Folded, Scope, Use, Value
 
 QUANTIZED = {
     TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT8E4M3FN,
     TensorProto.FLOAT8E5M2, TensorProto.FLOAT8E4M3FNUZ, TensorProto.FLOAT8E5M2FNUZ,
 }  # fmt: skip  # a table
-_NO_CHANNELS = {KERNEL_EXTENT, TABLE_ROWS}
+_NO_CHANNELS = {BLOCK_BYTES, KERNEL_EXTENT, TABLE_ROWS}
 """Reasons of axes that hold no channels."""
 _MADE_UP = re.compile(r"^(onnx::|val_|_val|const|_*\d|\w*::\w*_\d+$)")
 """Initializer names that exporters invent; the node's name says more."""
@@ -44,12 +44,14 @@ class Weight:
         value: the tensor; its name is unique in its scope.
         scope: the graph that holds it.
         uses: the slots that take it. Vectors have atoms of their own in each, others share theirs.
+        is_held: whether something that is not followed takes it as it is.
 
     """
 
     value: Value
     scope: Scope
     uses: list[WeightUse] = field(default_factory=list)
+    is_held: bool = False
 
     @property
     def name(self) -> str:

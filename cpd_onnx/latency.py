@@ -313,7 +313,7 @@ def measure_table(clock: Clock, *, seed: int = 0, observer: Observer | None = No
     known = [sum(k.ms for name, k in made.times[s].items() if {name, _OTHERS} & names) for s in fitted]
     rest = max(0.0, float(np.median([made.ms[s] - accounted for s, accounted in zip(fitted, known, strict=True)])))
     return CostTable(
-        combed.folded.model.sha256(),
+        combed.folded.original.sha256(),
         clock.setting,
         made.original,
         rest,

@@ -173,8 +173,12 @@ def make_plan(
     input_shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> Plan:
     """Put on record what is removed, where it lies, and what is kept and why."""
-    shapes = {"input_shapes": {name: list(shape) for name, shape in input_shapes.items()}} if input_shapes else {}
-    model, kept = combed.folded.model, Kept(combed.atoms)
+    more: dict[str, Any] = {}
+    if input_shapes:
+        more["input_shapes"] = {name: list(shape) for name, shape in input_shapes.items()}
+    if combed.folded.evaluated is not None:
+        more["evaluated"] = {name: list(parts) for name, parts in combed.folded.evaluated.weights.items()}
+    model, kept = combed.folded.original, Kept(combed.atoms)
     kept.remove(channels_of(combed, dict(enumerate(removed))))
     groups = [_group(combed, group, gone) for group, gone in zip(combed.groups, removed, strict=True)]
     frozen = [
@@ -186,7 +190,7 @@ def make_plan(
             "format": FORMAT,
             "version": VERSION,
             "made_by": f"cpd-onnx {__version__}",
-            "source": {"file": model.path.name if model.path else "", "sha256": model.sha256(), **shapes},
+            "source": {"file": model.path.name if model.path else "", "sha256": model.sha256(), **more},
             "groups": groups,
             "frozen": frozen,
             "removed": _removed(combed, kept),
@@ -213,7 +217,7 @@ def match(combed: Combed, plan: Plan) -> dict[int, list[int]]:
 
     Raises PlanError if it does not.
     """
-    actual = combed.folded.model.sha256()
+    actual = combed.folded.original.sha256()
     if plan.sha256 != actual:
         raise PlanError(
             f"the plan belongs to another file: it names sha256 {plan.sha256[:12]}…, this one has {actual[:12]}…"

@@ -19,7 +19,7 @@ from onnx import GraphProto, NodeProto, TensorProto
 
 from cpd_onnx.data import fixed_batch, inputs_of
 from cpd_onnx.errors import TargetError
-from cpd_onnx.graph import Model, graphs_of, made
+from cpd_onnx.graph import Model, called_by, functions_of, graphs_of, made
 
 DTYPES = ("float32", "float16", "bfloat16", "int8")
 """Element types that a target may want weights in."""
@@ -154,9 +154,9 @@ def _versions(model: Model, profile: Profile) -> Iterator[str]:
 
 def _operators(model: Model, profile: Profile) -> Iterator[str]:
     found: dict[str, list[NodeProto]] = defaultdict(list)
-    functions = {(function.domain, function.name) for function in model.proto.functions}
+    functions = functions_of(model.proto)
     for node in _all_nodes(model):
-        if (node.domain, node.op_type) not in functions:
+        if called_by(node) not in functions:
             found[operator_of(node)].append(node)
     for operator in sorted(found):
         lacks = any(fnmatch.fnmatchcase(operator, pattern) for pattern in profile.lacks)

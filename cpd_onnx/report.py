@@ -43,7 +43,7 @@ def inspection(combed: Combed, held: Sequence[int] = ()) -> dict[str, Any]:
     """What combing found, in the plan's words; `held` are the groups that the user wants to keep."""
     costs = CostModel(combed)
     per_group = costs.of_groups(combed)
-    model = combed.folded.model
+    model = combed.folded.original
     return {
         "format": INSPECT_FORMAT,
         "version": 1,

@@ -28,7 +28,8 @@ class Edit:
 
     Attributes:
         what: "weight", "copy" (a constant that users came to need in different versions), "operand", "attribute",
-            "shape" (a value_info or an input entry of an initializer).
+            "shape" (a value_info or an input entry of an initializer), "evaluated" (a weight that the graph computed
+            from others, now an initializer), "gone" (a node or tensor that nothing uses any more for that).
         where: name of the tensor, or node and slot.
         change: what became of it, in words.
 
@@ -53,6 +54,16 @@ def rewrite(combed: Combed, kept: Kept, input_shapes: Any = None) -> Pruned:
     Raises ProofError if the result does not have the shapes that the channels say it should (a defect of a rule).
     """
     return _Rewriter(combed, kept, input_shapes).run()
+
+
+def evaluation_of(folded: Folded) -> tuple[Edit, ...]:
+    """What was evaluated before channels were looked for, and what is gone since nothing uses it any more."""
+    found = folded.evaluated
+    if found is None:
+        return ()
+    gone = (Edit("gone", what, "served only what was evaluated") for what in (*found.nodes, *found.tensors))
+    made = (Edit("evaluated", name, f"{', '.join(sources)} -> {name}") for name, sources in found.weights.items())
+    return (*made, *gone)
 
 
 @dataclass(eq=False)
@@ -81,6 +92,7 @@ class _Rewriter(Editor):
         self.pins: list[tuple[Demand, Value]] = []
 
     def run(self) -> Pruned:
+        self.edits += evaluation_of(self.combed.folded)
         for demand in self.combed.recorder.demands:
             value = operand_value(demand)
             if value is not None and value.weight is None and value.value is not None and not demand.scope.function:
@@ -178,7 +190,7 @@ class _Rewriter(Editor):
             variants = self.variants(weight)
             if variants is None:
                 continue
-            if weight.value.name in outputs and not weight.scope.address:
+            if weight.is_held or (weight.value.name in outputs and not weight.scope.address):
                 variants.arrays.insert(0, weight_lazily(self.combed.folded.model, weight))
                 variants.uses.insert(0, [])
             self.store(weight, variants)

@@ -36,16 +36,27 @@ from onnx import (
 )
 
 from cpd_onnx import common, contrib
+from cpd_onnx.constants import Evaluated, evaluated
 from cpd_onnx.errors import ModelError
 from cpd_onnx.evaluate import EVALUATORS, MAX_ELEMENTS, MOVERS, Call, TooLarge
-from cpd_onnx.graph import Array, Model, attributes_of, blaming, bodies_of, to_array
+from cpd_onnx.graph import (
+    Array,
+    FunctionName,
+    Model,
+    attributes_of,
+    blaming,
+    bodies_of,
+    called_by,
+    functions_of,
+    to_array,
+)
 from cpd_onnx.sizes import (
     Bindings,
     Expressions,
     Extent,
     Extents,
     Size,
-    evaluated,
+    computed_sizes,
     is_constant,
     objects,
     product,
@@ -244,12 +255,14 @@ class Folded:
     """What is known of a model's tensors.
 
     Attributes:
-        model: the model.
+        model: the model, with weights that the graph computed from others evaluated.
         scope: the main graph.
         uses: slots of constants, indexed by the upper half of leaf codes.
         dims: sizes that are elements of tensors, as products of (tensor, axis), indexed by -2 - leaf code.
         unknown: operators whose output shapes could not be inferred, "domain::op_type" to the first node's name.
         batch: size that the first binding gives to the leading dynamic dimension, 1 if it is fixed.
+        evaluated: what was evaluated, None if there was nothing.
+        source: the model as it was given, None if that is `model`.
 
     """
 
@@ -259,6 +272,13 @@ class Folded:
     dims: tuple[tuple[tuple[Value, int], ...], ...]
     unknown: Mapping[str, str]
     batch: int
+    evaluated: Evaluated | None = None
+    source: Model | None = None
+
+    @property
+    def original(self) -> Model:
+        """The model as it was given."""
+        return self.source or self.model
 
 
 def fold(model: Model, input_shapes: Mapping[str, Sequence[int]] | None = None) -> Folded:
@@ -268,7 +288,12 @@ def fold(model: Model, input_shapes: Mapping[str, Sequence[int]] | None = None) 
     Raises ModelError if the graph is cyclic, uses values that nobody makes or makes no sense otherwise.
     """
     with blaming(model):
-        return _best_folded(model, input_shapes)
+        found = _best_folded(model, input_shapes)
+        known = {v.name: (v.dtype, v.shape) for scope in found.scope.walk() for v in scope.values.values()}
+        made = evaluated(model, known)
+        if made is None:
+            return found
+        return replace(_best_folded(made.model, input_shapes), evaluated=made, source=model)
 
 
 def _best_folded(model: Model, input_shapes: Mapping[str, Sequence[int]] | None) -> Folded:
@@ -352,7 +377,7 @@ class _Folder:
         self.opsets = {o.domain if o.domain != "ai.onnx" else "": o.version for o in model.proto.opset_import}
         self.opsets.setdefault("", 1)
         self.opset_ids = [helper.make_opsetid(d, v) for d, v in self.opsets.items()]
-        self.functions = {(f.domain, f.name): f for f in model.proto.functions}
+        self.functions = functions_of(model.proto)
         self.depth = 0
         _require_few_calls(model, self.functions)
 
@@ -505,7 +530,7 @@ class _Folder:
             return [self.constant(node)]
         if node.op_type in _DATA_DEPENDENT_BODIES and node.domain in ("", "ai.onnx"):
             return self.body_node(scope, position, node, inputs)
-        if (node.domain, node.op_type) in self.functions:
+        if called_by(node) in self.functions:
             return self.call(scope, position, node, inputs)
         attributes = attributes_of(node)
         call = Call(attributes, self.opsets[""])
@@ -598,7 +623,7 @@ class _Folder:
         kinds = {v.value.dtype.kind for v in inputs if v is not None and v.value is not None}
         call = Call(call.attributes | {"is_whole": kinds <= set("iub")}, call.opset)
         try:
-            return evaluated(node.op_type, call, arrays, is_open)
+            return computed_sizes(node.op_type, call, arrays, is_open)
         except (NotImplementedError, ValueError, IndexError, TypeError, ZeroDivisionError, OverflowError):
             return []
 
@@ -811,7 +836,7 @@ class _Folder:
 
     def call(self, scope: Scope, position: int, node: NodeProto, inputs: list[Value | None]) -> list[Value]:
         """A call of a model-local function: its body with the arguments in place."""
-        function = self.functions[(node.domain, node.op_type)]
+        function = self.functions[called_by(node)]
         given = {a.name: a for a in node.attribute}
         given |= {a.name: a for a in function.attribute_proto if a.name not in given}
         arguments = itertools.zip_longest(function.input, inputs[: len(function.input)])
@@ -1017,15 +1042,15 @@ def _complete(shape: Sequence[int | None], binding: int) -> Shape:
     return _sane(tuple(_GUESSES[binding] if d is None else d for d in shape))
 
 
-def _require_few_calls(model: Model, functions: Mapping[tuple[str, str], FunctionProto]) -> None:
+def _require_few_calls(model: Model, functions: Mapping[FunctionName, FunctionProto]) -> None:
     """Raise ModelError where functions that call functions come to more nodes than anybody can look at."""
-    known: dict[tuple[str, str], int] = {}
+    known: dict[FunctionName, int] = {}
 
     def inside(nodes: Iterable[NodeProto]) -> int:
         bodies = (body.node for node in nodes for body in bodies_of(node).values())
-        return sum(called((node.domain, node.op_type)) for node in nodes) + sum(map(inside, bodies))
+        return sum(called(called_by(node)) for node in nodes) + sum(map(inside, bodies))
 
-    def called(key: tuple[str, str]) -> int:
+    def called(key: FunctionName) -> int:
         if key in functions and key not in known:
             known[key] = 0  # where it calls itself, the depth of the calls stops it
             known[key] = len(functions[key].node) + inside(functions[key].node)
@@ -1159,17 +1184,26 @@ def _renamed(value: Value | None, name: str) -> Value:
 
 
 def _with_attributes(node: NodeProto, given: Mapping[str, onnx.AttributeProto]) -> NodeProto:
-    """A function's node with references to the call's attributes resolved."""
-    if not any(a.ref_attr_name for a in node.attribute):
+    """A function's node with references to the call's attributes resolved, in its subgraphs too."""
+    if not _refers(node):
         return node
     made = NodeProto()
     made.CopyFrom(node)
     del made.attribute[:]
     for attribute in node.attribute:
         if not attribute.ref_attr_name:
-            made.attribute.append(attribute)
+            copied = made.attribute.add()
+            copied.CopyFrom(attribute)
+            inner = [_with_attributes(each, given) for each in attribute.g.node]
+            del copied.g.node[:]
+            copied.g.node.extend(inner)
         elif attribute.ref_attr_name in given:
             copied = made.attribute.add()
             copied.CopyFrom(given[attribute.ref_attr_name])
             copied.name = attribute.name
     return made
+
+
+def _refers(node: NodeProto) -> bool:
+    """Whether a node, or one inside it, takes an attribute of the function's call."""
+    return any(a.ref_attr_name or any(map(_refers, a.g.node)) for a in node.attribute)

@@ -398,7 +398,9 @@ class Bindings:
 # Arithmetic on arrays of sizes, as nodes do it.
 
 
-def evaluated(op_type: str, call: Call, inputs: list[Expressions | None], is_open: list[bool]) -> list[Expressions]:
+def computed_sizes(
+    op_type: str, call: Call, inputs: list[Expressions | None], is_open: list[bool]
+) -> list[Expressions]:
     """The outputs of a node on arrays of sizes.
 
     `is_open` says which inputs hold sizes that are no numbers. Raises NotImplementedError where the operator has no

@@ -311,7 +311,7 @@ class Allocate:
             return Chooser(self.budget)
         if self.cost_table is not None:
             table = load_table(Path(self.cost_table))
-            table.require(combed.folded.model)
+            table.require(combed.folded.original)
             return Chooser(self.budget, table)
         setting = Setting(self.latency_batch, self.latency_threads, self.latency_provider)
         clock = Clock(combed, setting, input_shapes)

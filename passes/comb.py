@@ -11,13 +11,13 @@ from onnx import NodeProto, TensorProto
 
 from cpd_onnx.atoms import NOTHING, Atoms, Axis, Mask
 from cpd_onnx.evaluate import Call
-from cpd_onnx.graph import Source, attributes_of, blaming, load
+from cpd_onnx.graph import Source, attributes_of, blaming, bodies_of, load
 from cpd_onnx.groups import Combed, Weight, WeightUse, grouped
 from cpd_onnx.kept import Kept
 from cpd_onnx.operands import hold_what_cannot_be_edited
 from cpd_onnx.plan import Plan, channels_of, match
 from cpd_onnx.rules import FLOATS, POSITION_CARRIERS, POSITION_USERS, RULES, GiveUp, Op, Recorder, Tensor
-from cpd_onnx.shapes import Folded, Scope, Use, Value, fold, taken_branch
+from cpd_onnx.shapes import Folded, Scope, Use, Value, all_inputs, fold, taken_branch
 from cpd_onnx.state import State
 
 _UNPRUNABLE_TYPES = {TensorProto.BOOL, TensorProto.STRING, TensorProto.UNDEFINED}
@@ -92,6 +92,7 @@ class _Comber:
         self.shared: dict[int, list[Axis]] = {}
         self.without_rule: dict[str, str] = {}
         self.unaccounted: list[str] = []
+        self.held: set[int] = set()
 
     def run(self) -> Combed:
         scope = self.folded.scope
@@ -103,6 +104,8 @@ class _Comber:
         for name in scope.outputs:
             self.freeze(self.get(scope, name), f"graph output {name!r}")
             self.freeze_reported_sizes(scope, name)
+        for weight in self.weights.values():
+            weight.is_held = id(weight.value) in self.held
         found = Combed(self.folded, self.atoms, self.recorder, self.tensors, list(self.weights.values()))
         found.without_rule, found.unaccounted = self.without_rule, self.unaccounted
         self.hold_positions()
@@ -132,9 +135,12 @@ class _Comber:
             self.enter(scope, position, inputs, outputs)
             return
         domain = "" if node.domain == "ai.onnx" else node.domain
+        where = f"{domain}::{node.op_type}" if domain else node.op_type
+        if bodies_of(node):
+            for name in sorted(all_inputs(node) - set(node.input)):
+                self.hold(scope, name, f"operator {where} uses this in a subgraph that is not followed")
         rule = RULES.get((domain, node.op_type))
         if rule is None:
-            where = f"{domain}::{node.op_type}" if domain else node.op_type
             self.without_rule.setdefault(where, node.name or node.output[0])
             self.give_up(inputs, outputs, f"operator {where} has no rule")
             return
@@ -265,7 +271,14 @@ class _Comber:
     def freeze_captured(self, body: Scope, reason: str) -> None:
         """Freeze all that a body which is not followed takes from outside."""
         for name in body.consumers:
-            self.freeze(self.get(body, name), reason)
+            self.hold(body, name, reason)
+
+    def hold(self, scope: Scope, name: str, reason: str) -> None:
+        """Leave a tensor as it is for somebody who is not followed; a vector's other users may take another version."""
+        tensor = self.get(scope, name)
+        self.freeze(tensor, reason)
+        if tensor is not None and tensor.value.weight is not None:
+            self.held.add(id(tensor.value))
 
     def call(self, body: Scope, inputs: list[Tensor | None], outputs: list[Tensor]) -> None:
         for name, tensor in zip(body.inputs, inputs, strict=False):

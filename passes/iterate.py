@@ -30,6 +30,7 @@ from cpd_onnx.passes.repair import SAMPLES as REPAIR_SAMPLES
 from cpd_onnx.passes.repair import RepairOptions, repair, summary
 from cpd_onnx.passes.score import Scores, score, scorer_of
 from cpd_onnx.plan import Plan, make_plan, match
+from cpd_onnx.rewrite import evaluation_of
 from cpd_onnx.state import State
 from cpd_onnx.weights import weight_array
 
@@ -170,8 +171,9 @@ class Iterate(Allocate):
                 now = comb(_enlarged(now, kept, small), state.input_shapes)
         plan = given or self._plan(original, chosen, state)
         plan.stamp(small)
+        edits = pruned.edits if now is original else (*evaluation_of(original.folded), *pruned.edits)
         return replace(
-            state, model=small, combed=original, allocation=chosen, edits=pruned.edits, plan=plan,
+            state, model=small, combed=original, allocation=chosen, edits=edits, plan=plan,
             budget=plan.content["budget"], repaired=repaired,
         )  # fmt: skip
 

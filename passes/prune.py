@@ -48,8 +48,8 @@ class Prune:
         """Fill in `edits` and `plan`; `model` becomes the pruned one."""
         combed, chosen = state.need("combed", "comb"), state.need("allocation", "allocate")
         with ThreadPoolExecutor(1) as pool:
-            if combed.folded.model.path is not None:
-                pool.submit(combed.folded.model.sha256)  # the plan wants it; hashing a file leaves this thread free
+            if combed.folded.original.path is not None:
+                pool.submit(combed.folded.original.sha256)  # the plan wants it; hashing a file leaves this thread free
             pruned = prune(combed, chosen, state.input_shapes)
         plan = make_plan(
             combed,

@@ -139,7 +139,10 @@ def seeded(seed: int) -> ModelProto:
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, first)]
     last = b.conv("x", b.width(), b.pick(1, 3)) if kind == "map" else b.matmul("x", b.width())
     if b.random.random() < 0.2:  # a second input with symbols of its own
-        symbols = {"map": ("n", 3, b.pick("h", "h2"), b.pick("w", "h")), "tokens": (b.pick("n", "n2"), b.pick("t", "s"), 6)}[kind]
+        symbols = {
+            "map": ("n", 3, b.pick("h", "h2"), b.pick("w", "h")),
+            "tokens": (b.pick("n", "n2"), b.pick("t", "s"), 6),
+        }[kind]
         inputs.append(helper.make_tensor_value_info("y", TensorProto.FLOAT, symbols))
         b.made("y", kind, 3 if kind == "map" else 6, "m1")
         other = b.conv("y", b.width()) if kind == "map" else b.matmul("y", b.width())
@@ -246,17 +249,24 @@ def flat_and_back(b: Open, x: str) -> str | None:
     """[N, C, H, W] -> [N, C, HW] -> [N, C, H, W], by some of the ways there are."""
     kind, channels, mark = b.kinds[x]
     count = b.node("Mul", b.like(x, 2), b.like(x, 3))
-    flat = b.node("Reshape", x, b.pick(b.target(0, 0, -1), b.target(b.like(x, 0), channels, count), b.target(0, channels, -1)))
+    flat = b.node(
+        "Reshape", x, b.pick(b.target(0, 0, -1), b.target(b.like(x, 0), channels, count), b.target(0, channels, -1))
+    )
     if b.pick(True, False):
         flat = b.node(b.pick("Softmax", "Relu"), flat)
-    back = b.pick(b.target(b.like(x, 0), -1, b.like(x, 2), b.like(x, 3)), b.target(0, b.size(x, 1), b.like(x, 2), b.changed(b.like(x, 3))))
+    back = b.pick(
+        b.target(b.like(x, 0), -1, b.like(x, 2), b.like(x, 3)),
+        b.target(0, b.size(x, 1), b.like(x, 2), b.changed(b.like(x, 3))),
+    )
     return b.made(b.node("Reshape", flat, back), kind, channels, mark)
 
 
 @block("map")
 def to_tokens(b: Open, x: str) -> str | None:
     _, channels, mark = b.kinds[x]
-    flat = b.node("Reshape", x, b.pick(b.target(0, 0, -1), b.target(0, channels, -1), b.target(b.size(x, 0), b.size(x, 1), -1)))
+    flat = b.node(
+        "Reshape", x, b.pick(b.target(0, 0, -1), b.target(0, channels, -1), b.target(b.size(x, 0), b.size(x, 1), -1))
+    )
     return b.made(b.node("Transpose", flat, perm=[0, 2, 1]), "tokens", channels, f"{mark}t")
 
 
@@ -341,7 +351,7 @@ def sizes_as_numbers(b: Open, x: str) -> str | None:
 def cut_by_a_size(b: Open, x: str) -> str | None:
     """A slice of the channels or of an open axis, to where a size says."""
     kind, channels, mark = b.kinds[x]
-    axis = b.channel_axis(x) if b.pick(True, False, False) else b.pick(*[a for a in range(1, 4 if kind == "map" else 3)])
+    axis = b.channel_axis(x) if b.pick(True, False, False) else b.random.randint(1, 3 if kind == "map" else 2)
     limit = b.pick(b.ints(b.pick(1, 2, 8)), b.size(x, b.pick(0, 1, 2)), b.node("Div", b.size(x, axis), b.ints(2)))
     if b.pick(True, False):
         limit = b.node(b.pick("Min", "Max"), limit, b.pick(b.ints(8), b.size(x, b.pick(1, 2))))
@@ -364,7 +374,10 @@ def halves(b: Open, x: str) -> str | None:
         sizes = b.node("Concat", half, half, axis=0)
         b.nodes.append(helper.make_node("Split", [x, sizes], pieces, axis=axis, name=f"/{pieces[0]}"))
     else:
-        pieces = [b.node("Slice", x, b.ints(0), half, b.ints(axis)), b.node("Slice", x, half, b.ints(_FAR), b.ints(axis))]
+        pieces = [
+            b.node("Slice", x, b.ints(0), half, b.ints(axis)),
+            b.node("Slice", x, half, b.ints(_FAR), b.ints(axis)),
+        ]
     return b.made(b.node("Mul", pieces[0], b.node("Sigmoid", pieces[1])), kind, channels // 2, mark)
 
 
@@ -431,9 +444,16 @@ def statistics_of_groups(b: Open, x: str) -> str | None:
     kind, channels, mark = b.kinds[x]
     groups = b.pick(*[g for g in (1, 2, 4) if channels % g == 0])
     flat = b.node("Reshape", x, b.pick(b.ints(0, groups, -1), b.target(b.size(x, 0), groups, -1)))
-    normal = b.node("InstanceNormalization", flat, b.constant(np.ones(groups, np.float32)), b.constant(np.zeros(groups, np.float32)))
+    normal = b.node(
+        "InstanceNormalization", flat, b.constant(np.ones(groups, np.float32)), b.constant(np.zeros(groups, np.float32))
+    )
     back = b.node("Reshape", normal, b.pick(b.node("Shape", x), b.target(0, channels, b.size(x, 2), b.size(x, 3))))
-    return b.made(b.node("Mul", back, b.constant(b.rng.uniform(0.5, 1.5, (channels, 1, 1)).astype(np.float32))), kind, channels, mark)
+    return b.made(
+        b.node("Mul", back, b.constant(b.rng.uniform(0.5, 1.5, (channels, 1, 1)).astype(np.float32))),
+        kind,
+        channels,
+        mark,
+    )
 
 
 @block("map")
@@ -498,12 +518,17 @@ def attention(b: Open, x: str) -> str | None:
         mixed = b.node("Transpose", b.node("MatMul", shares, v), perm=[0, 2, 1, 3])
     else:  # heads and batch are one axis
         merged = b.node("Mul", batch, b.ints(heads))
-        turned = [b.node("Transpose", b.node("Reshape", p, b.target(batch, length, heads, each)), perm=[0, 2, 1, 3]) for p in parts]
+        turned = [
+            b.node("Transpose", b.node("Reshape", p, b.target(batch, length, heads, each)), perm=[0, 2, 1, 3])
+            for p in parts
+        ]
         q, k, v = (b.node("Reshape", p, b.target(b.pick(merged, -1), length, each)) for p in turned)
         shares = b.node("Softmax", b.node("MatMul", q, b.node("Transpose", k, perm=[0, 2, 1])), axis=-1)
         whole = b.node("Reshape", b.node("MatMul", shares, v), b.target(batch, heads, length, each))
         mixed = b.node("Transpose", whole, perm=[0, 2, 1, 3])
-    flat = b.node("Reshape", mixed, b.pick(b.target(batch, length, size), b.target(0, 0, -1), b.target(batch, -1, size)))
+    flat = b.node(
+        "Reshape", mixed, b.pick(b.target(batch, length, size), b.target(0, 0, -1), b.target(batch, -1, size))
+    )
     return b.matmul(b.made(flat, kind, size, mark), channels)
 
 
@@ -511,7 +536,9 @@ def attention(b: Open, x: str) -> str | None:
 def tokens_flat(b: Open, x: str) -> str | None:
     """[N, T, C] -> [N*T, C] and back."""
     kind, channels, mark = b.kinds[x]
-    flat = b.made(b.node("Reshape", x, b.pick(b.ints(-1, channels), b.target(-1, b.size(x, 2)))), "vector", channels, b.name("m"))
+    flat = b.made(
+        b.node("Reshape", x, b.pick(b.ints(-1, channels), b.target(-1, b.size(x, 2)))), "vector", channels, b.name("m")
+    )
     wide = b.matmul(flat, b.width())
     size = b.kinds[wide][1]
     back = b.target(b.like(x, 0), b.pick(b.like(x, 1), -1), size)
@@ -526,7 +553,9 @@ def to_map(b: Open, x: str) -> str | None:
     if b.pick(True, False):
         return b.made(b.node("Unsqueeze", turned, b.ints(3)), "map", channels, b.name("m"))
     half = b.node("Div", b.size(x, 1), b.ints(2))
-    return b.made(b.node("Reshape", turned, b.target(0, b.pick(0, channels), b.pick(half, -1), 2)), "map", channels, b.name("m"))
+    return b.made(
+        b.node("Reshape", turned, b.target(0, b.pick(0, channels), b.pick(half, -1), 2)), "map", channels, b.name("m")
+    )
 
 
 @block("tokens")
@@ -571,7 +600,9 @@ def recurrence(b: Open, x: str) -> str | None:
     size = b.pick(2, 3, 4)
     state = b.node("ConstantOfShape", b.target(1, b.size(x, 0), size))
     first = b.node("Transpose", x, perm=[1, 0, 2])
-    y = b.node("GRU", first, b.weight(1, 3 * size, channels), b.weight(1, 3 * size, size), "", "", state, hidden_size=size)
+    y = b.node(
+        "GRU", first, b.weight(1, 3 * size, channels), b.weight(1, 3 * size, size), "", "", state, hidden_size=size
+    )
     flat = b.node("Squeeze", y, b.ints(1))
     return b.made(b.node("Transpose", flat, perm=[1, 0, 2]), kind, size, mark)
 

@@ -17,7 +17,7 @@ LAYERS = (
     ("graph", "data"),
     ("evaluate",),
     ("sizes",),
-    ("common",),
+    ("common", "constants"),
     ("contrib",),
     ("shapes",),
     ("rules.api", "runtime"),

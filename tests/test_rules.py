@@ -196,6 +196,7 @@ ELSEWHERE = {
     (CONTRIB, "EmbedLayerNormalization"): GRAPHS,
     (CONTRIB, "GroupNorm"): "onnxruntime has it on GPUs alone",
     (CONTRIB, "MatMulNBits"): GRAPHS,
+    (CONTRIB, "GatherBlockQuantized"): "test_rare_operands.py",
     ("onnx.brevitas", "Quant"): "onnxruntime does not run it",
     ("onnx.brevitas", "BipolarQuant"): "onnxruntime does not run it",
     ("qonnx.custom_op.general", "Quant"): "onnxruntime does not run it",

@@ -37,8 +37,11 @@ class Keep(Protocol):
 
 KERNEL_EXTENT = "extent of a kernel"
 """Reason of the axes of a kernel that slide."""
+BLOCK_BYTES = "bytes of a block of numbers"
+"""Reason of the axis of packed weights that holds the numbers of one block."""
 TABLE_ROWS = "rows of a table that is looked up by index"
 """Reason of the first axis of an embedding."""
+_NO_ACTIVATIONS = "sums over this axis of weights, through which no activation runs"
 FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
 """Element types of trained weights."""
 EVERY_AXIS = -1
@@ -376,8 +379,18 @@ class Op:
         self.unite(a[i], b[j])
         self.multiply_and_sum([(a, a[i]), (b, b[j])])
 
+    @property
+    def is_weight_arithmetic(self) -> bool:
+        """Whether no activation enters."""
+        given = [tensor for tensor in self.inputs if tensor is not None]
+        return bool(given) and all(tensor.is_constant for tensor in given)
+
     def multiply_and_sum(self, factors: Sequence[tuple[Tensor, Axis]]) -> None:
         """Sum a product over an axis of each factor: where a weight among them is zero, nothing passes."""
+        if self.is_weight_arithmetic:
+            for _, axis in factors:
+                self.freeze(axis, _NO_ACTIVATIONS)
+            return
         self.product(factors)
         weights = [(tensor, axis) for tensor, axis in factors if tensor.value.moved]
         for tensor, axis in weights:
@@ -419,6 +432,9 @@ class Op:
         """The result depends on which indices of the axis are there, beyond what zeros would add."""
         self.touched.append(axis)
         if self.atoms.all_frozen(axis):
+            return
+        if self.is_weight_arithmetic:
+            self.freeze(axis, _NO_ACTIVATIONS)
             return
         if self.scope.function:
             self.freeze(axis, "reduces over this axis in a function that several nodes may call")

@@ -16,6 +16,9 @@ from cpd_onnx.atoms import Axis
 from cpd_onnx.rules.api import GiveUp, Op, Tensor, rule
 from cpd_onnx.rules.elementwise import MICROSOFT, freeze_rest
 
+_GROUPED_INPUTS = 12
+"""Inputs of GroupQueryAttention that are followed: up to the sinks of the heads."""
+
 
 @dataclass(frozen=True)
 class _Heads:
@@ -121,6 +124,12 @@ def attention(op: Op) -> None:
     _cost(op, heads, len(q[0]), len(query), len(key))
 
 
+def _no_scores(op: Op) -> None:
+    """Give up on the attention of onnxruntime where it hands out its scores, head by head."""
+    if any(tensor.value.name for tensor in op.outputs[3:]):
+        raise GiveUp(f"{op.name} hands out its scores")
+
+
 def _merged(op: Op, tensor: Tensor, heads: Axis, dim: Axis) -> None:
     op.unite(tensor[-1], op.atoms.product(heads, dim))
 
@@ -147,6 +156,7 @@ def multi_head_attention(op: Op) -> None:
     q, count = op.input(0), op.get("num_heads")
     if q.rank != 3 or not op.has(1) or not op.has(2):
         raise GiveUp(f"{op.name} takes packed queries, keys and values")
+    _no_scores(op)
     k, v = op.input(1), op.input(2)
     heads = _heads(op, (count, count), q.shape[2] // count, v.shape[3] if v.rank == 4 else v.shape[2] // count)
     _merged(op, q, heads.groups, heads.dim)
@@ -180,6 +190,8 @@ def packed_attention(op: Op) -> None:
     x, w, count = op.input(0), op.input(1), op.get("num_heads")
     if op.get("do_rotary", 0):
         raise GiveUp(f"{op.name} rotates its queries")
+    if op.has(4) or (len(op.outputs) > 1 and op.outputs[1].value.name):
+        raise GiveUp(f"{op.name} has a packed cache")
     sizes = op.get("qkv_hidden_sizes") or [w.shape[1] // 3] * 3
     heads = _heads(op, (count, count), sizes[0] // count, sizes[2] // count)
     parts = [op.atoms.product(heads.groups, dim) for dim in (heads.dim, heads.dim, heads.value_dim)]
@@ -200,8 +212,6 @@ def packed_attention(op: Op) -> None:
     op.demand("qkv_hidden_sizes", parts, hidden_sizes)
     op.attribute_size("num_heads", heads.groups)
     op.set([x[0], _sequence(op, x, 1), parts[2]])
-    if len(op.outputs) > 1 and op.outputs[1].value.name:
-        raise GiveUp(f"{op.name} writes a packed cache")
     op.cost(float(len(x[0]) * x.shape[1]), w[0], w[1])
     _cost(op, heads, len(x[0]), x.shape[1], x.shape[1])
 
@@ -211,6 +221,9 @@ def group_query_attention(op: Op) -> None:
     """Attention with fewer key heads; one head dimension for all; queries, keys and values may be packed in input 0."""
     q, counts = op.input(0), (op.get("num_heads"), op.get("kv_num_heads"))
     packed = not op.has(1)
+    _no_scores(op)
+    if len(op.inputs) > _GROUPED_INPUTS or packed == op.has(2):
+        raise GiveUp(f"{op.name} has inputs that its rule does not know")
     dim = q.shape[2] // (counts[0] + 2 * counts[1] if packed else counts[0])
     heads = _heads(op, counts, dim, block=8)
     if op.get("do_rotary", 0):

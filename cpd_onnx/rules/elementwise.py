@@ -29,14 +29,14 @@ def unary(op: Op) -> None:
 
 @rule(
     "Add", "And", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Div", "Equal", "Greater", "GreaterOrEqual",
-    "Less", "LessOrEqual", "Max", "Mean", "Min", "Mod", "Mul", "Or", "Pow", "PRelu", "Sub", "Sum", "Where", "Xor",
+    "Less", "LessOrEqual", "Max", "Mean", "Min", "Mod", "Mul", "Or", "Pow", "Sub", "Sum", "Where", "Xor",
 )  # fmt: skip  # a table
 @rule("BiasGelu", "FastGelu", domain=MICROSOFT)
 def broadcasting(op: Op) -> None:
     """Unite equal axes, aligned on the right; below opset 7 on the axis that the node names."""
     tensors = [op.input(i) for i in range(len(op.inputs)) if op.has(i)]
     if op.opset < 7 and op.get("broadcast", 0) and "axis" in op.call.attributes:
-        op.set(legacy_broadcast(op, *tensors))
+        op.set(legacy_broadcast(op, op.input(0), op.input(1), op.get("axis")))
         return
     op.set(broadcast(op, [t.axes or [] for t in tensors]))
 
@@ -69,12 +69,23 @@ def broadcast(op: Op, operands: Sequence[Sequence[Axis]]) -> list[Axis]:
     return result
 
 
-def legacy_broadcast(op: Op, left: Tensor, right: Tensor) -> list[Axis]:
-    """Opset 6 and below: the second input's axes start at `axis` of the first."""
-    start = op.get("axis") % left.rank
-    for offset, axis in enumerate(right.axes or []):
-        if len(axis) > 1:
-            op.unite(left[start + offset], axis)
+@rule("PRelu")
+def prelu(op: Op) -> None:
+    """Unite equal axes, aligned on the right; below opset 7 a vector of slopes lies on the channels."""
+    x, slope = op.input(0), op.input(1)
+    if op.opset < 7 and slope.rank == 1 and x.rank > 1:
+        op.set(legacy_broadcast(op, x, slope, 1))
+        return
+    op.set(broadcast(op, [x.axes or [], slope.axes or []]))
+
+
+def legacy_broadcast(op: Op, left: Tensor, right: Tensor, axis: int) -> list[Axis]:
+    """Opset 6 and below: the second input's axes start at an axis of the first."""
+    start = axis % left.rank
+    for offset, own in enumerate(right.axes or []):
+        op.touched.append(own)
+        if len(own) > 1:
+            op.unite(left[start + offset], own)
     return list(left.axes or [])
 
 

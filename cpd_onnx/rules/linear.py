@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cpd_onnx.atoms import Axis
-from cpd_onnx.rules.api import KERNEL_EXTENT, GiveUp, Op, Quantized, Tensor, rule
+from cpd_onnx.rules.api import BLOCK_BYTES, KERNEL_EXTENT, GiveUp, Op, Quantized, Tensor, rule
 from cpd_onnx.rules.elementwise import MICROSOFT, broadcast, freeze_rest
 
 
@@ -199,7 +199,7 @@ def matmul_integer(op: Op) -> None:
     """As MatMul on integers; B's zero point may be per column."""
     a, b = op.input(0), op.input(1)
     matrix_product(op, a, b)
-    _per_column(op, a[-2] if a.rank > 1 else a[-1], (2,))
+    _per_row(op, a, (2,))
     _per_column(op, b[-1], (3,))
     stands_for(op, b, -1, 3, -1)
 
@@ -209,9 +209,8 @@ def qlinear_matmul(op: Op) -> None:
     """As MatMul on integers with scales and zero points beside each tensor."""
     a, b = op.input(0), op.input(3)
     matrix_product(op, a, b)
-    _per_column(op, a[-2] if a.rank > 1 else a[-1], (1, 2))
+    _per_row(op, a, (1, 2, 6, 7))
     _per_column(op, b[-1], (4, 5))
-    freeze_rest(op, 6)
     stands_for(op, b, 4, 5, -1)
 
 
@@ -232,28 +231,69 @@ def matmul_integer_to_float(op: Op) -> None:
     """MatMul on integers, scaled back; scales, zero point and bias of B are per column."""
     a, b = op.input(0), op.input(1)
     matrix_product(op, a, b)
-    _per_column(op, a[-2], (2, 4))
+    _per_row(op, a, (2, 4))
     _per_column(op, b[-1], (3, 5, 6))
     stands_for(op, b, 3, 5, -1)
 
 
 @rule("MatMulNBits", domain=MICROSOFT)
 def matmul_nbits(op: Op) -> None:
-    """Weights packed in blocks along K: K stays, N (rows of the packed tensors) can shrink."""
-    a, rows, width = op.input(0), op.atoms.fresh(op.get("N")), op.get("N")
+    """Weights (N, K / block, bytes of a block): N can shrink index by index, K block by block.
+
+    Scales and zero points are numbers for each block, of rank one or two. Several zero points may share a byte; their
+    blocks go together.
+    """
+    a, block, count = op.input(0), op.get("block_size"), -(-op.get("K") // op.get("block_size"))
+    shared = _blocks_of_a_byte(op, count)
+    rows, bytes_ = op.atoms.fresh(op.get("N")), op.atoms.fresh(count // (shared or count))
+    blocks = op.atoms.repeated(bytes_, shared or count)
     op.recorder.is_rounding |= op.get("accuracy_level", 0) == 4
-    op.freeze(a[-1], "packs its weights in blocks along this axis")
-    for slot in range(1, len(op.inputs)):
-        if not op.has(slot):
-            continue
-        tensor = op.input(slot)
-        if tensor.rank and tensor.shape[0] % width == 0:
-            op.unite(tensor[0], op.atoms.repeated(rows, tensor.shape[0] // width))
-        for axis in (tensor.axes or [])[1:]:
-            op.freeze(axis, "packs its weights in blocks along this axis")
+    if not shared or len(a[-1]) != count * block or op.has(4):
+        for axis in (blocks, a[-1]):
+            op.freeze(axis, _IN_BLOCKS)
+    else:
+        op.unite(a[-1], op.atoms.repeated(blocks, block))
+        op.silence(a, a[-1])
+        op.attribute_size("K", a[-1])
+    _packed(op, op.input(1), rows, blocks)
+    _packed(op, op.input(2), rows, blocks)
+    if op.has(3):
+        _packed(op, op.input(3), rows, bytes_)
+    freeze_rest(op, 4, but=(5,))
+    if op.has(5):
+        op.unite(op.input(5)[0], rows)
     op.attribute_size("N", rows)
     op.set([*(a.axes or [])[:-1], rows])
-    op.cost(float(op.get("K")) * math.prod(a.shape[:-1]), rows)
+    op.cost(float(math.prod(a.shape[:-1])), rows, a[-1])
+
+
+_IN_BLOCKS = "packs its weights in blocks along this axis"
+
+
+def _blocks_of_a_byte(op: Op, blocks: int) -> int:
+    """How many of the blocks along K share an element of the zero points; 0 if some byte is not full."""
+    stored = math.prod(op.input(3).shape) if op.has(3) else op.get("N") * blocks
+    shared = op.get("N") * blocks // max(1, stored)
+    return shared if shared * stored == op.get("N") * blocks and blocks % max(1, shared) == 0 else 0
+
+
+def _packed(op: Op, tensor: Tensor, rows: Axis, blocks: Axis) -> None:
+    """Unite the axes of packed weights, or of their scales or zero points, with rows and blocks."""
+    if tensor.shape[0] % len(rows):
+        raise GiveUp(f"{op.name} has a tensor of shape {list(tensor.shape)} for {len(rows)} rows")
+    each = tensor.shape[0] // len(rows)
+    if each == len(blocks):
+        op.unite(tensor[0], op.atoms.product(rows, blocks))
+    elif each == 1 or op.atoms.all_frozen(blocks):
+        op.unite(tensor[0], op.atoms.repeated(rows, each))
+    else:
+        raise GiveUp(f"{op.name} has {each} numbers for {len(blocks)} blocks")
+    for place, axis in enumerate((tensor.axes or [])[1:], start=1):
+        if place == 1 and each == 1 and len(axis) == len(blocks):
+            op.unite(axis, blocks)
+        else:
+            op.atoms.freeze(axis, BLOCK_BYTES)
+            op.touched.append(axis)
 
 
 def matrix_product(op: Op, a: Tensor, b: Tensor) -> None:
@@ -293,12 +333,29 @@ class _View(Tensor):
 
 
 def _per_column(op: Op, column: Axis, slots: Sequence[int]) -> None:
+    """Numbers for each column of a matrix: a vector, or (…, 1, columns)."""
     for slot in slots:
-        if not op.has(slot):
-            continue
-        for axis in op.input(slot).axes or []:
-            if len(axis) > 1:
-                op.unite(axis, column)
+        axes = (op.input(slot).axes or []) if op.has(slot) else []
+        for back, axis in enumerate(reversed(axes)):
+            _one_each(op, axis, column if back == 0 else None)
+
+
+def _per_row(op: Op, a: Tensor, slots: Sequence[int]) -> None:
+    """Numbers for each row of a matrix: a vector, or (…, rows, 1)."""
+    for slot in slots:
+        axes = (op.input(slot).axes or []) if op.has(slot) else []
+        for place, axis in enumerate(axes):
+            is_row = a.rank > 1 and place == max(0, len(axes) - 2)
+            _one_each(op, axis, a[-2] if is_row else None)
+
+
+def _one_each(op: Op, axis: Axis, counted: Axis | None) -> None:
+    """An axis of numbers that has one for each index of another axis, or one for all."""
+    op.touched.append(axis)
+    if len(axis) > 1:
+        if counted is None:
+            raise GiveUp(f"{op.name} has numbers for each matrix of a batch")
+        op.unite(axis, counted)
 
 
 @rule("Einsum")
@@ -310,6 +367,8 @@ def einsum(op: Op) -> None:
     if not arrow:
         letters = re.sub(r"[^A-Za-z]", "", left)
         right = ("..." if "..." in left else "") + "".join(c for c in sorted(set(letters)) if letters.count(c) == 1)
+    if "..." in left and "..." not in right:
+        raise GiveUp(f"{op.name} sums over the axes of an ellipsis")
     tensors = [op.input(i) for i in range(len(terms))]
     found: dict[str, list[tuple[Tensor, Axis]]] = {}
     ellipses = []
@@ -350,5 +409,8 @@ def _join(op: Op, pairs: list[tuple[Tensor, Axis]]) -> Axis:
 
 
 def _sum_over(op: Op, pairs: list[tuple[Tensor, Axis]]) -> None:
-    op.multiply_and_sum(pairs)
+    """Sum over a letter; an operand that has one index of it gives the same factor to all."""
+    wide = [(tensor, axis) for tensor, axis in pairs if len(axis) > 1]
+    if wide:
+        op.multiply_and_sum(wide)
     op.touched.extend(axis for _, axis in pairs)

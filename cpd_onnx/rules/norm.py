@@ -12,16 +12,28 @@ from cpd_onnx.rules.elementwise import MICROSOFT, broadcast, freeze_rest
 
 @rule("BatchNormalization")
 def batch_norm(op: Op) -> None:
-    """Four vectors on axis 1."""
+    """Four vectors on axis 1; before opset 9 perhaps four tensors with a number for each element of a sample."""
     x = op.input(0)
-    _vectors(op, x, 1 if x.rank > 1 else 0, range(1, 5))
-    op.recorder.scales.add(id(op.input(1).value))
-    if op.get("training_mode", 0) or (op.opset < 14 and len(op.outputs) > 1):
+    if op.opset < 9 and op.get("spatial", 1) == 0:
+        for slot in range(1, 5):
+            for own, axis in zip(op.input(slot).axes or [], (x.axes or [])[1:], strict=True):
+                op.unite(own, axis)
+    else:
+        _vectors(op, x, 1 if x.rank > 1 else 0, range(1, 5))
+        op.recorder.scales.add(id(op.input(1).value))
+    if _is_training(op):
         for axis in [x[0], *(x.axes or [])[2:]]:
             op.reduce(axis)
     op.set(x.axes or [])
     for output in range(1, len(op.outputs)):
-        op.set([op.input(1)[0]], output)
+        op.set(op.input(1).axes or [], output)
+
+
+def _is_training(op: Op) -> bool:
+    """Whether a BatchNormalization takes its statistics from the batch."""
+    if op.opset >= 14:
+        return bool(op.get("training_mode", 0))
+    return op.get("is_test", 0) == 0 if op.opset < 7 else any(t.value.name for t in op.outputs[1:])
 
 
 @rule("InstanceNormalization")

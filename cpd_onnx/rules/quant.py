@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cpd_onnx.rules.api import GiveUp, Op, rule
+from cpd_onnx.rules.api import BLOCK_BYTES, TABLE_ROWS, GiveUp, Op, rule
 from cpd_onnx.rules.elementwise import MICROSOFT, broadcast, freeze_rest
 from cpd_onnx.rules.linear import stands_for
 
@@ -38,6 +38,31 @@ def _blocked(op: Op, slot: int, axis: int) -> None:
             op.freeze(scale[position], "quantises this axis in blocks")
         else:
             op.unite(x[position], scale[position])
+
+
+@rule("GatherBlockQuantized", domain=MICROSOFT)
+def gather_block_quantized(op: Op) -> None:
+    """Rows of a table whose last axis is quantised in blocks, several numbers to a byte: it shrinks block by block."""
+    x, indices, scales = op.input(0), op.input(1), op.input(2)
+    rows, axis = op.get("gather_axis", 0) % x.rank, op.get("quantize_axis", 1) % x.rank
+    if (rows, axis, x.rank) != (0, 1, 2):
+        raise GiveUp(f"{op.name} looks up along axis {rows} what is quantised along axis {axis}")
+    block, width = op.get("block_size", 128), op.sizes()[-1]
+    blocks = op.atoms.fresh(scales.shape[1])
+    for table in (x, scales):
+        op.atoms.freeze(table[0], TABLE_ROWS)
+        op.touched.append(table[0])
+    op.unite(scales[1], blocks)
+    stored = len(x[1]) // len(blocks)
+    if width != len(blocks) * block or stored * len(blocks) != len(x[1]) or op.has(3):
+        op.freeze(blocks, "quantises this axis in blocks")
+        op.freeze(x[1], "quantises this axis in blocks")
+        freeze_rest(op, 3)
+    else:
+        parts = op.unmerge(x[1], [len(blocks), stored])
+        op.atoms.freeze(parts[1], BLOCK_BYTES)
+        op.unite(parts[0], blocks)
+    op.set([*(indices.axes or []), op.atoms.repeated(blocks, block)[:width]])
 
 
 @rule("DynamicQuantizeLinear")

@@ -79,7 +79,7 @@ def softmax(op: Op) -> None:
 def cumulative(op: Op) -> None:
     """Order along the axis matters."""
     x, axis = op.input(0), op.static_operand(1)
-    op.freeze(x[int(axis) if axis is not None else 0], "runs along this axis in order")
+    op.freeze(x[int(axis.item()) if axis is not None else 0], "runs along this axis in order")
     op.set(x.axes or [])
 
 
@@ -91,6 +91,8 @@ def top_k(op: Op) -> None:
     op.freeze(x[axis], "chooses along this axis")
     freeze_rest(op, 1)
     for output, tensor in enumerate(op.outputs):
+        if not tensor.value.name:
+            continue
         if tensor.value.shape is None:
             raise GiveUp(f"the number of choices of {op.name} is not known")
         out = list(x.axes or [])

@@ -588,7 +588,8 @@ def pad(op: Op) -> None:
             out[axis] = op.along(x[axis], shape[axis], "pads this axis by an amount that depends on the input")
             continue
         if op.get("mode", "constant") != "constant" and (low or high):
-            op.freeze(x[axis], "pads this axis with copies of its own")
+            out[axis] = op.along(x[axis], shape[axis], "pads this axis with copies of its own")
+            continue
         out[axis] = _padded(op, x[axis], place, len(axes), (low, high))
     op.set(out)
 
@@ -685,6 +686,8 @@ def constant_of_shape(op: Op) -> None:
 def tile(op: Op) -> None:
     """Copies of an axis; an axis of size one stretches."""
     x, y = op.input(0), op.outputs[0].value
+    if op.opset < 6:
+        raise GiveUp(f"{op.name} had other inputs before opset 6")
     if y.shapes is None or y.guessed or op.inputs[1] is None or op.inputs[1].value.value is None:
         raise GiveUp(f"the repeats of {op.name} are not known")
     op.hold(1)
@@ -702,22 +705,54 @@ def tile(op: Op) -> None:
 
 @rule("Resize", "Upsample")
 def resize(op: Op) -> None:
-    """Axes whose size stays pass (channels), the others are resampled."""
+    """Axes that are taken as they are pass (channels), the others are resampled, even to the size that they have."""
     x, y = op.input(0), op.outputs[0].value
     if y.sizes is None or x.value.sizes is None or y.guessed:
         raise GiveUp(f"the output shape of {op.name} is not known")
     op.hold(1)
+    axes = [axis % x.rank for axis in op.get("axes") or range(x.rank)]
     out = []
     for position in range(x.rank):
         same = x.value.sizes[position] == y.sizes[position]
-        out.append(x[position] if same else op.along(x[position], op.sizes()[position], "resamples this axis"))
+        passes = same and (position not in axes or _is_left_alone(op, axes.index(position), len(axes)))
+        out.append(x[position] if passes else op.along(x[position], op.sizes()[position], "resamples this axis"))
     op.set(out)
     if op.has(3):
-        axes = op.get("axes") or range(x.rank)
         if op.get("keep_aspect_ratio_policy", "stretch") != "stretch":
             for axis in axes:
                 op.freeze(x[axis], "keeps the ratio of this axis to others")
         op.demand_sizes(3, [out[a] for a in axes])
+
+
+def _is_left_alone(op: Op, place: int, count: int) -> bool:
+    """Whether an axis that keeps its size, one of `count` that are resized, keeps its values.
+
+    It does unless its scale is another than one (8 x 1.12 makes 8 again) or sampling starts elsewhere.
+    """
+    mode = op.get("coordinate_transformation_mode", "half_pixel")
+    if mode == "tf_crop_and_resize" and not _is_whole(op, place, count):
+        return False
+    if mode == "tf_half_pixel_for_nn" and op.get("nearest_mode", "round_prefer_floor") not in _ROUND_DOWN:
+        return False
+    slot = 2 if op.opset > 10 else 1
+    if op.has(slot):
+        value = op.inputs[slot].value  # type: ignore[union-attr]  # it is there
+        scales = value.expressions if value.is_open else value.value
+        # An empty list stands for none.
+        return scales is not None and (scales.size != count or bool(scales[place] == 1))
+    scales = op.get("scales")
+    return bool(scales is None or scales[place] == 1)
+
+
+_ROUND_DOWN = {"floor", "round_prefer_floor"}
+
+
+def _is_whole(op: Op, place: int, count: int) -> bool:
+    """Whether the region of interest is the whole of an axis."""
+    roi = op.inputs[1].value if op.has(1) and op.inputs[1] is not None else None
+    if roi is None or not roi.is_static or roi.value is None or roi.value.size != 2 * count:
+        return False
+    return bool(roi.value[place] == 0 and roi.value[place + count] == 1)
 
 
 @rule("Size")
