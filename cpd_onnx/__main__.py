@@ -8,24 +8,18 @@ def entry() -> None:
     """The `cpd-onnx` command."""
     os.environ["PYTHONSAFEPATH"] = "1"  # processes that are started import nothing from the current folder
     try:
+        from cpd_onnx.loading import Start
         from cpd_onnx.streams import complain, open_closed_streams
         from cpd_onnx.supervise import supervised
-    except (ImportError, MemoryError, OSError) as error:  # where even these do not fit into memory
+
+        open_closed_streams()
+        start = Start()
+        code = supervised(start.run)
+    except (ImportError, MemoryError, OSError) as error:  # where not even these fit into memory, or no process
         sys.exit(f"error: cannot start: {' '.join(str(error).split()) or 'not enough memory'}")
-    open_closed_streams()
-    try:
-        code = supervised(_work)
-    except (OSError, MemoryError) as error:
-        complain(f"error: cannot start a process: {' '.join(str(error).split()) or 'not enough memory'}")
-        code = 1
+    if code and not start.is_done:  # the libraries ended the process, and had nothing to say
+        complain(start.COMPLAINT)
     sys.exit(code)
-
-
-def _work() -> int:
-    from cpd_onnx.loading import load_command  # the libraries are loaded by the process that uses them
-
-    main = load_command()
-    return 1 if main is None else main()
 
 
 if __name__ == "__main__":

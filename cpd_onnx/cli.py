@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import tempfile
 import time
@@ -34,6 +35,7 @@ from cpd_onnx.console import (
     require_new_run,
     require_outputs,
     required_source,
+    saying_what_is_left,
     source_of,
     traces_of,
     training_of,
@@ -65,6 +67,8 @@ from cpd_onnx.widths import held_groups
 
 _LINE = 1000
 """Characters of a complaint."""
+_NO_MEMORY = re.compile("can't allocate memory|bad_alloc|can't start new thread|failed to allocate", re.IGNORECASE)
+"""What libraries say in exceptions of other kinds when memory runs out."""
 _VERIFY_BATCHES = 2
 _MODELS = ("model", "original", "pruned", "teacher", "student")
 """Arguments that are models."""
@@ -136,10 +140,13 @@ def _complaint(error: Exception, options: argparse.Namespace | None) -> str:
 def _reason(error: Exception, options: argparse.Namespace | None) -> str:
     if isinstance(error, CpdError):
         return str(error)
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
         return "there is not enough memory for this model"
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    if isinstance(error, ImportError) or (isinstance(error, OSError) and "shared object" in str(error)):
+        return f"a library cannot be loaded, {error}: is it whole, and is there enough memory (ulimit -v)?"
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error)
+        return f"{error.filename}: {reason}" if error.filename is not None else reason
     fault = _fault(options) if options is not None else None
     if fault:
         return fault
@@ -331,30 +338,31 @@ def _distill(options: argparse.Namespace) -> None:
     watched = watched_on(options, models["student"])
     accuracies = evaluated(options, models, models["teacher"]) if is_first_process() else {}
     teacher, student = (model.complete_proto() for model in models.values())
-    with progress_line(BarColumn()) as progress:
-        task = progress.add_task("distill", total=None, visible=is_first_process())
-        result = distill.distill(
-            teacher,
-            student,
-            source,
-            settings,
-            lambda now: progress.update(
-                task,
-                total=now.steps,
-                completed=now.step,
-                description=f"distill, step {now.step} of {now.steps}, loss {now.loss:.4f}",
-            ),
-            overlap=overlap,
-            watched=watched,
-            traces=traces_of(options),
-        )
-    if not is_first_process():
-        return
-    made = distill.trained(models["student"], result)
-    accuracies |= evaluated(options, {"distilled": made}, models["teacher"])
-    with locked(options.output.parent), together():
-        made.save(options.output, overwrite=options.force, weights=options.weights)
-        recipe.write(recipe_path_of(options), options, overwrite=options.force)
+    with saying_what_is_left(lambda: [checkpoint]):
+        with progress_line(BarColumn()) as progress:
+            task = progress.add_task("distill", total=None, visible=is_first_process())
+            result = distill.distill(
+                teacher,
+                student,
+                source,
+                settings,
+                lambda now: progress.update(
+                    task,
+                    total=now.steps,
+                    completed=now.step,
+                    description=f"distill, step {now.step} of {now.steps}, loss {now.loss:.4f}",
+                ),
+                overlap=overlap,
+                watched=watched,
+                traces=traces_of(options),
+            )
+        if not is_first_process():
+            return
+        made = distill.trained(models["student"], result)
+        accuracies |= evaluated(options, {"distilled": made}, models["teacher"])
+        with locked(options.output.parent), together():
+            made.save(options.output, overwrite=options.force, weights=options.weights)
+            recipe.write(recipe_path_of(options), options, overwrite=options.force)
     checkpoint.unlink(missing_ok=True)
     content = distill.summary(result) | {"output": str(options.output)}
     content |= {"metric": options.metric, **accuracies} if accuracies else {}

@@ -30,6 +30,7 @@ from cpd_onnx.console import (
     require_apart,
     require_new_run,
     require_outputs,
+    saying_what_is_left,
     scored,
     source_of,
     traces_of,
@@ -40,7 +41,7 @@ from cpd_onnx.console import (
     write_json,
 )
 from cpd_onnx.data import Source, calibration
-from cpd_onnx.errors import CpdError, ModelError, StoppedError, UnsupportedError
+from cpd_onnx.errors import CpdError, ModelError, UnsupportedError
 from cpd_onnx.files import locked, together, write_atomically
 from cpd_onnx.graph import Model
 from cpd_onnx.metrics import OF_TWO_MODELS, check_metric
@@ -145,24 +146,13 @@ def compressed(options: argparse.Namespace, *, called: str | None = None) -> dic
 @contextlib.contextmanager
 def _leaving_no_more(step: Iterate, stages: Stages, traces: Any) -> Iterator[None]:
     """Where something fails inside, leave what `--resume` goes on from, if that can help, and say so."""
-    try:
-        yield
-    except ModelError as error:
-        if not isinstance(error.__cause__, OSError):  # whoever goes on meets it again, unless it was the disk
-            _discard(step, stages, traces)
-        _say_what_is_left(error, step, stages, traces)
-        raise
-    except (Exception, KeyboardInterrupt) as error:
-        if not isinstance(error, StoppedError):  # which says so itself
-            _say_what_is_left(error, step, stages, traces)
-        raise
-
-
-def _say_what_is_left(error: BaseException, step: Iterate, stages: Stages, traces: Any) -> None:
-    left = [path for path in _unfinished(step, stages, traces) if path.exists()]
-    if left:
-        names = ", ".join(path.name for path in left)
-        error.add_note(f"what was done so far is in {names}: go on with --resume, or start anew with --force")
+    with saying_what_is_left(lambda: _unfinished(step, stages, traces)):
+        try:
+            yield
+        except ModelError as error:
+            if not isinstance(error.__cause__, OSError):  # whoever goes on meets it again, unless it was the disk
+                _discard(step, stages, traces)
+            raise
 
 
 def _made(step: Iterate, state: State, known: compression.Known) -> compression.Compressed:

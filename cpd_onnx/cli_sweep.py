@@ -137,7 +137,7 @@ def _made(
 ) -> Iterator[dict[str, Any]]:
     """The report of each model, in order; they are made in other processes, or machines that see the same folders."""
     written = options.output / "sweep.recipe.toml"
-    command = command_line().parse_args(["compress", "", "-o", ""]).command
+    command = command_line().parse_args(["compress", "model", "-o", "output"]).command
     recipe.write(written, options, overwrite=options.force, command=command)
     fixed = ["--recipe", str(written), "--no-report", *(["--force"] if options.force else [])]
     fixed += ["--threads", "1"] if _jobs(options) > 1 and not options.threads else []  # or they stand in their way

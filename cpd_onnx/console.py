@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import json
 import os
@@ -18,7 +19,7 @@ from rich.text import Text
 
 from cpd_onnx import sources
 from cpd_onnx.data import IMAGE_SUFFIXES, ImageOptions, Source
-from cpd_onnx.errors import CpdError, DataError, ModelError, TargetError, UnsupportedError
+from cpd_onnx.errors import CpdError, DataError, ModelError, StoppedError, TargetError, UnsupportedError
 from cpd_onnx.files import is_same, locked, require_free, together, write_atomically
 from cpd_onnx.graph import Model, load
 from cpd_onnx.metrics import OF_TWO_MODELS, evaluate
@@ -137,20 +138,22 @@ def require_outputs(options: argparse.Namespace, *paths: Path, reads: Sequence[P
     """
     beside = [getattr(options, name, None) for name in ("json", "plot")]
     written = [*paths, *(Path(name) for name in beside if name not in (None, "-"))]
+    log, read = getattr(options, "log", None), [*reads, *_inputs(options)]
+    kept = [path for name in ("teacher_cache", "checkpoint") if (path := getattr(options, name, None)) is not None]
+    options.written = [*written, *([log] if log is not None else []), *kept]
+    for place, path in enumerate(options.written):
+        if any(is_same(path, other) for other in read) or _is_sample(path, read):
+            raise ModelError(f"{path} is named for two things, it is read and would be lost: choose another name")
+        if any(is_same(path, other) for other in options.written[:place]):
+            raise ModelError(f"{path} is named for two things: choose another name")
     for path in written:
         require_free(path, overwrite=options.force)
-    log = getattr(options, "log", None)
     if log is not None:
         require_free(log, overwrite=options.force or options.resume)
-    written += [log] if log is not None else []
-    written += _traces(options)
+    for path in kept:  # from an earlier run, perhaps
+        require_free(path, overwrite=True)
     if paths:
         _require_room(paths[0])
-    read = [*reads, *_inputs(options)]
-    for place, path in enumerate(written):
-        if any(is_same(path, other) for other in (*written[:place], *read)) or _is_sample(path, read):
-            raise ModelError(f"{path} is named for two things, and would be lost: choose another name")
-    options.written = written
 
 
 def require_apart(options: argparse.Namespace, *models: Model) -> None:
@@ -167,14 +170,6 @@ def _inputs(options: argparse.Namespace) -> Iterator[Path]:
         for path in value if isinstance(value, list) else [value]:
             if path is not None and str(path):
                 yield Path(path)
-
-
-def _traces(options: argparse.Namespace) -> list[Path]:
-    """What a run writes while it goes on, and may find there from before."""
-    caches = [path for name in ("teacher_cache", "checkpoint") if (path := getattr(options, name, None)) is not None]
-    for path in caches:
-        require_free(path, overwrite=True)
-    return caches
 
 
 def _require_room(path: Path) -> None:
@@ -294,6 +289,20 @@ def traces_of(options: argparse.Namespace) -> Any:
     return distill_module().Traces(
         checkpoint_of(options), options.checkpoint_seconds, options.resume, options.log, options.tensorboard
     )
+
+
+@contextlib.contextmanager
+def saying_what_is_left(unfinished: Callable[[], Iterable[Path]]) -> Iterator[None]:
+    """Where something fails inside, add to the error which files hold what was done until then, if any do."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        left = [path.name for path in unfinished() if path.exists()]
+        if left and not isinstance(error, StoppedError):  # which says so itself
+            error.add_note(
+                f"what was done so far is in {', '.join(left)}: go on with --resume, or start anew with --force"
+            )
+        raise
 
 
 def require_new_run(options: argparse.Namespace, *checkpoints: Path) -> None:

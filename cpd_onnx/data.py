@@ -15,6 +15,7 @@ import importlib
 import math
 import re
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -231,7 +232,7 @@ class ImageFolder:
         image = _image_module()
         height, width, channels, first = self.layout
         try:
-            with image.open(path, formats=_FORMATS) as file:
+            with warnings.catch_warnings(action="ignore"), image.open(path, formats=_FORMATS) as file:
                 whole = file.convert("L" if channels == 1 else "RGB")
                 box = _middle(whole.size, (width, height), self.options.resize)
                 part = whole.resize((width, height), image.Resampling.BILINEAR, box)

@@ -44,6 +44,8 @@ def supervised(work: Callable[[], int]) -> int:
     number = signal.Signals(os.WTERMSIG(status))
     if number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         return 128 + number
+    if number == signal.SIGALRM:  # nobody waited any longer, and says so
+        return 1
     complain(f"error: {_complaint(number)}; no file is left half-written")
     return 1
 

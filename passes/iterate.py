@@ -240,7 +240,7 @@ class _Choice:
         options = self.options
         if self.given is not None:
             removed, whole = match(now, self.given), CostModel(now).total(Kept(now.atoms))
-            chosen = Allocation([removed[group.id] for group in now.groups], whole, whole)
+            chosen = Allocation([removed.get(group.id, []) for group in now.groups], whole, whole)
         else:
             asked = {"labels": options.score_labels, "seed": options.seed}
             scores = score(now, options.score, samples=options.samples, data=self.state.data, **asked)
