@@ -1,19 +1,25 @@
 """The `cpd-onnx` command, also `python -m cpd_onnx`."""
 
+import os
 import sys
-
-from cpd_onnx.supervise import supervised
 
 
 def entry() -> None:
     """The `cpd-onnx` command."""
-    sys.exit(supervised(_work))
+    os.environ["PYTHONSAFEPATH"] = "1"  # processes that are started import nothing from the current folder
+    try:
+        from cpd_onnx.loading import Start
+        from cpd_onnx.streams import complain, open_closed_streams
+        from cpd_onnx.supervise import supervised
 
-
-def _work() -> int:
-    from cpd_onnx.cli import main  # the libraries are loaded by the process that uses them
-
-    return main()
+        open_closed_streams()
+        start = Start()
+        code = supervised(start.run)
+    except (ImportError, MemoryError, OSError) as error:  # where not even these fit into memory, or no process
+        sys.exit(f"error: cannot start: {' '.join(str(error).split()) or 'not enough memory'}")
+    if code and not start.is_done:  # the libraries ended the process, and had nothing to say
+        complain(start.COMPLAINT)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

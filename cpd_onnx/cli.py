@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import tempfile
 import time
@@ -13,7 +14,7 @@ from typing import Any
 
 from rich.progress import BarColumn
 
-from cpd_onnx import cli_deploy, demo, pipeline, plots, recipe, report
+from cpd_onnx import cli_deploy, demo, pipeline, plots, recipe, report, trust
 from cpd_onnx.bench import Setting, bench
 from cpd_onnx.cli_compress import compress, page_kinds, write_page
 from cpd_onnx.cli_reproduce import reproduce
@@ -30,9 +31,11 @@ from cpd_onnx.console import (
     progress_line,
     read_model,
     recipe_path_of,
+    require_apart,
     require_new_run,
     require_outputs,
     required_source,
+    saying_what_is_left,
     source_of,
     traces_of,
     training_of,
@@ -41,7 +44,8 @@ from cpd_onnx.console import (
     write_both,
     write_json,
 )
-from cpd_onnx.errors import CpdError, DataError, StoppedError
+from cpd_onnx.errors import CpdError, DataError, OutputError, StoppedError
+from cpd_onnx.files import locked, together
 from cpd_onnx.graph import Model, load
 from cpd_onnx.groups import Combed
 from cpd_onnx.latency import Clock, measure_table
@@ -58,45 +62,100 @@ from cpd_onnx.passes.score import Score, score, scorer_of
 from cpd_onnx.passes.verify import Verify, data_feeds, verify_files
 from cpd_onnx.plan import load_plan
 from cpd_onnx.rules import supported_operators, unsupported_operators
+from cpd_onnx.streams import PIPE_CLOSED, complain, flush_out, silence, write_out
 from cpd_onnx.widths import held_groups
 
 _LINE = 1000
 """Characters of a complaint."""
+_NO_MEMORY = re.compile("can't allocate memory|bad_alloc|can't start new thread|failed to allocate", re.IGNORECASE)
+"""What libraries say in exceptions of other kinds when memory runs out."""
 _VERIFY_BATCHES = 2
 _MODELS = ("model", "original", "pruned", "teacher", "student")
 """Arguments that are models."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code is 0, or 1 for what the user can act on."""
+    """Run one command; the exit code is 0, or 1 for what the user can act on.
+
+    It is 130 where a signal ended it, and 141, as of a program that SIGPIPE ends, where nobody reads what it prints.
+    """
+    stopped: SystemExit | None = None
+    try:
+        try:
+            code = _run(arguments)
+        except SystemExit as error:  # of the parser: a usage error, or --help
+            code, stopped = 1, error
+        flush_out()
+    except OutputError as error:
+        silence(sys.stdout)
+        if error.is_pipe:
+            return PIPE_CLOSED
+        complain(f"error: {error}")
+        return 1
+    if stopped is not None:
+        raise stopped
+    return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    options = None
+    try:
+        options = _parsed(arguments)
+        _COMMANDS[options.run](options)
+    except OutputError:
+        raise
+    except StoppedError as error:
+        complain(_one_line(str(error)))
+        return 130
+    except KeyboardInterrupt as error:
+        complain(_one_line("; ".join(["stopped", *getattr(error, "__notes__", ())])))
+        return 130
+    except Exception as error:
+        if getattr(options, "verbose", False):
+            _show_traceback(error)
+        complain(f"error: {_one_line(_complaint(error, options))}")
+        return 1
+    return 0
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, those of a recipe included."""
     parser = command_line()
     options = parser.parse_args(arguments)
-    try:
-        if getattr(options, "recipe", None) is not None:
-            options.command.set_defaults(**recipe.read(options.recipe, options.command))
-            options = parser.parse_args(arguments)
-        _COMMANDS[options.run](options)
-    except StoppedError as error:
-        print(error, file=sys.stderr)
-        return 130
-    except (CpdError, MemoryError) as error:
-        if options.verbose:
-            traceback.print_exc()
-        complaint = str(error) if isinstance(error, CpdError) else "there is not enough memory for this model"
-        print(f"error: {_one_line(complaint)}", file=sys.stderr)
-        return 1
-    except Exception as error:
-        if options.verbose:
-            traceback.print_exc()
-        fault = _fault(options)
-        what = _one_line(f"{type(error).__name__}: {error}")
-        defect = f"a defect of ours, {what}; please report it, with what --verbose prints"
-        print(f"error: {_one_line(fault) if fault else defect}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
+    if getattr(options, "recipe", None) is None:
+        return options
+    said = recipe.read(options.recipe, options.command)
+    options.command.set_defaults(**said)
+    options = parser.parse_args(arguments)
+    trust.take(options, said, options.recipe, options.trust)
+    return options
+
+
+def _complaint(error: Exception, options: argparse.Namespace | None) -> str:
+    """What went wrong, and what else there is to know."""
+    more = getattr(error, "__notes__", ())
+    return "; ".join([_reason(error, options), *more])
+
+
+def _reason(error: Exception, options: argparse.Namespace | None) -> str:
+    if isinstance(error, CpdError):
+        return str(error)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
+        return "there is not enough memory for this model"
+    if isinstance(error, ImportError) or (isinstance(error, OSError) and "shared object" in str(error)):
+        return f"a library cannot be loaded, {error}: is it whole, and is there enough memory (ulimit -v)?"
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error)
+        return f"{error.filename}: {reason}" if error.filename is not None else reason
+    fault = _fault(options) if options is not None else None
+    if fault:
+        return fault
+    return f"a defect of ours, {type(error).__name__}: {error}; please report it, with what --verbose prints"
+
+
+def _show_traceback(error: Exception) -> None:
+    for line in "".join(traceback.format_exception(error)).splitlines():
+        complain(line)
 
 
 def _fault(options: argparse.Namespace) -> str | None:
@@ -109,16 +168,16 @@ def _fault(options: argparse.Namespace) -> str | None:
 
 
 def _one_line(text: str) -> str:
-    """The text without line breaks, and not without end."""
+    """The text without line breaks, and not without end: what is too much is left out of the middle."""
     line = " ".join(text.split())
-    return line if len(line) <= _LINE else f"{line[: _LINE - 1]}…"
+    return line if len(line) <= _LINE else f"{line[: _LINE // 2]}…{line[-_LINE // 2 + 1 :]}"
 
 
 # What the commands do.
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    require_outputs(options, reads=[options.model])
+    require_outputs(options)
     if options.plot is not None:
         plots.require(options.plot)
     if options.sensitivity != (options.data is not None) or (options.plot and not options.sensitivity):
@@ -160,10 +219,11 @@ def _sensitivity(combed: Combed, options: argparse.Namespace) -> dict[str, tuple
 
 def _prune(options: argparse.Namespace) -> None:
     plan_path = options.plan or plan_path_of(options.output)
-    require_outputs(options, options.output, plan_path, reads=[options.model])
+    require_outputs(options, options.output, plan_path)
     steps = _pruning(options)
     started = time.perf_counter()
     model = read_model(options.model, options.input_shape)
+    require_apart(options, model)
     with progress_line() as progress:
         task = progress.add_task("read", total=None)
         state = pipeline.run(
@@ -231,7 +291,7 @@ def _print_pruned(content: dict[str, Any]) -> None:
 
 def _verify(options: argparse.Namespace) -> None:
     plan = options.plan or plan_path_of(options.pruned)
-    require_outputs(options, reads=[options.original, options.pruned, plan])
+    require_outputs(options, reads=[plan])
     original = load(options.original)
     source = source_of(options.data, original, options)
     feeds = None if source is None else data_feeds(original, source, _VERIFY_BATCHES)
@@ -251,8 +311,9 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _apply(options: argparse.Namespace) -> None:
-    require_outputs(options, options.output, reads=[options.model, options.plan])
+    require_outputs(options, options.output, reads=[options.plan])
     model = load(options.model)
+    require_apart(options, model)
     pruned = apply(model, load_plan(options.plan))
     pruned.model.save(options.output, overwrite=options.force, weights=options.weights)
     bytes_ = {"before": report.size_of(model, options.model), "after": report.size_of(pruned.model, options.output)}
@@ -262,10 +323,13 @@ def _apply(options: argparse.Namespace) -> None:
 
 
 def _distill(options: argparse.Namespace) -> None:
-    require_outputs(options, options.output, recipe_path_of(options), reads=[options.teacher, options.student])
+    plan = options.plan or plan_path_of(options.student)
+    require_outputs(options, options.output, recipe_path_of(options), reads=[plan])
     distill = distill_module()
     check_metric(options.metric)
+    recipe.text(options)  # refuses now what cannot be put on record at the end
     models = {"teacher": load(options.teacher), "student": load(options.student)}
+    require_apart(options, *models.values())
     source = required_source(models["student"], options)
     settings = distill.DistillOptions(**training_of(options))
     overlap = _overlap(options, models["teacher"])
@@ -274,29 +338,31 @@ def _distill(options: argparse.Namespace) -> None:
     watched = watched_on(options, models["student"])
     accuracies = evaluated(options, models, models["teacher"]) if is_first_process() else {}
     teacher, student = (model.complete_proto() for model in models.values())
-    with progress_line(BarColumn()) as progress:
-        task = progress.add_task("distill", total=None, visible=is_first_process())
-        result = distill.distill(
-            teacher,
-            student,
-            source,
-            settings,
-            lambda now: progress.update(
-                task,
-                total=now.steps,
-                completed=now.step,
-                description=f"distill, step {now.step} of {now.steps}, loss {now.loss:.4f}",
-            ),
-            overlap=overlap,
-            watched=watched,
-            traces=traces_of(options),
-        )
-    if not is_first_process():
-        return
-    made = distill.trained(models["student"], result)
-    accuracies |= evaluated(options, {"distilled": made}, models["teacher"])
-    made.save(options.output, overwrite=options.force, weights=options.weights)
-    recipe.write(recipe_path_of(options), options, overwrite=options.force)
+    with saying_what_is_left(lambda: [checkpoint]):
+        with progress_line(BarColumn()) as progress:
+            task = progress.add_task("distill", total=None, visible=is_first_process())
+            result = distill.distill(
+                teacher,
+                student,
+                source,
+                settings,
+                lambda now: progress.update(
+                    task,
+                    total=now.steps,
+                    completed=now.step,
+                    description=f"distill, step {now.step} of {now.steps}, loss {now.loss:.4f}",
+                ),
+                overlap=overlap,
+                watched=watched,
+                traces=traces_of(options),
+            )
+        if not is_first_process():
+            return
+        made = distill.trained(models["student"], result)
+        accuracies |= evaluated(options, {"distilled": made}, models["teacher"])
+        with locked(options.output.parent), together():
+            made.save(options.output, overwrite=options.force, weights=options.weights)
+            recipe.write(recipe_path_of(options), options, overwrite=options.force)
     checkpoint.unlink(missing_ok=True)
     content = distill.summary(result) | {"output": str(options.output)}
     content |= {"metric": options.metric, **accuracies} if accuracies else {}
@@ -330,7 +396,7 @@ def _print_distilled(content: dict[str, Any]) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    require_outputs(options, reads=options.models)
+    require_outputs(options)
     if options.plot is not None:
         plots.require(options.plot)
     first = read_model(options.models[0], options.input_shape)
@@ -360,9 +426,11 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _latency(options: argparse.Namespace) -> None:
-    require_outputs(options, options.output, reads=[options.model])
+    require_outputs(options, options.output)
     shapes = dict(options.input_shape)
-    combed = comb(read_model(options.model, options.input_shape), shapes)
+    model = read_model(options.model, options.input_shape)
+    require_apart(options, model)
+    combed = comb(model, shapes)
     setting = Setting(options.latency_batch, options.latency_threads, options.latency_provider)
     with progress_line(BarColumn()) as progress:
         task = progress.add_task("measure", total=None)
@@ -405,13 +473,14 @@ def _operators(options: argparse.Namespace) -> None:
     require_outputs(options)
     names = unsupported_operators() if options.missing else supported_operators()
     if not write_json(options, {"followed": not options.missing, "operators": list(names)}):
-        out.print("\n".join(names), soft_wrap=True)
+        for name in names:
+            out.print(name, soft_wrap=True)
 
 
 def _completion(options: argparse.Namespace) -> None:
     from cpd_onnx import completion  # and the library behind it, which nothing else takes
 
-    sys.stdout.write(completion.script(options.shell))
+    write_out(completion.script(options.shell))
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -25,8 +27,10 @@ from cpd_onnx.console import (
     progress_line,
     read_model,
     recipe_path_of,
+    require_apart,
     require_new_run,
     require_outputs,
+    saying_what_is_left,
     scored,
     source_of,
     traces_of,
@@ -38,7 +42,7 @@ from cpd_onnx.console import (
 )
 from cpd_onnx.data import Source, calibration
 from cpd_onnx.errors import CpdError, ModelError, UnsupportedError
-from cpd_onnx.files import write_atomically
+from cpd_onnx.files import locked, together, write_atomically
 from cpd_onnx.graph import Model
 from cpd_onnx.metrics import OF_TWO_MODELS, check_metric
 from cpd_onnx.passes import sensitivity
@@ -108,32 +112,47 @@ def compressed(options: argparse.Namespace, *, called: str | None = None) -> dic
     """
     started = time.perf_counter()
     places = _places(options)
-    require_outputs(options, *places.all(), reads=[options.model])
+    require_outputs(options, *places.all())
     check_metric(options.metric)
+    recipe.text(options)  # refuses now what cannot be put on record at the end
     given = None if options.like is None else load_plan(options.like)
     shapes = dict(options.input_shape) or (given.input_shapes if given else {})
     model = read_model(options.model, options.input_shape)
+    require_apart(options, model)
     model.path = Path(called or options.model)
     source = source_of(options.data, model, options)
     step = _step(options, source)
     traces, stages = _left_behind(options, step, model)
     known = compression.Known(given, stages if is_first_process() else None, traces, watched_on(options, model))
-    try:
+    with _leaving_no_more(step, stages, traces):
         made = _made(step, State(model, model, shapes, source), known)
-    except ModelError:  # whoever goes on meets it again
-        _discard(step, stages, traces)
-        raise
-    if not is_first_process():
-        return None
-    write_both(options, made.state.model, made.state.need("plan", step.name), places.plan)
-    recipe.write(places.recipe, options, overwrite=options.force)
-    content = _reported(options, made, source, places) | {"rounds": step.rounds}
-    content["provenance"]["seconds"] |= dict(made.seconds) | {"all": round(time.perf_counter() - started, 2)}
-    for path in places.pages:
-        write_page(path, content)
-    _write_manifest(options, places, content)
+        if not is_first_process():
+            return None
+        content = _reported(options, made, source) | {"rounds": step.rounds}
+        with locked(options.output.parent), together():
+            write_both(options, made.state.model, made.state.need("plan", step.name), places.plan)
+            recipe.write(places.recipe, options, overwrite=options.force)
+            content["bytes"] = {
+                "before": report.size_of(model, options.model),
+                "after": report.size_of(made.state.model, options.output),
+            }
+            _write_pages(
+                options, places, content, dict(made.seconds) | {"all": round(time.perf_counter() - started, 2)}
+            )
     _discard(step, stages, traces)
     return content
+
+
+@contextlib.contextmanager
+def _leaving_no_more(step: Iterate, stages: Stages, traces: Any) -> Iterator[None]:
+    """Where something fails inside, leave what `--resume` goes on from, if that can help, and say so."""
+    with saying_what_is_left(lambda: _unfinished(step, stages, traces)):
+        try:
+            yield
+        except ModelError as error:
+            if not isinstance(error.__cause__, OSError):  # whoever goes on meets it again, unless it was the disk
+                _discard(step, stages, traces)
+            raise
 
 
 def _made(step: Iterate, state: State, known: compression.Known) -> compression.Compressed:
@@ -200,23 +219,20 @@ def _discard(step: Iterate, stages: Stages, traces: Any) -> None:
 # What is measured of the result.
 
 
-def _reported(
-    options: argparse.Namespace, made: compression.Compressed, source: Source | None, places: _Places
-) -> dict[str, Any]:
-    """The report; what cannot be measured is said in its notes."""
-    model, small = made.state.original, made.state.model
+def _reported(options: argparse.Namespace, made: compression.Compressed, source: Source | None) -> dict[str, Any]:
+    """The report, but for what the files that are written add to it; what cannot be measured is said in its notes."""
+    small = made.state.model
     notes: list[str] = []
     found: Bench | None = None
     lost: dict[str, Any] | None = None
     if options.report:
         try:
-            found = timed(options, source, model, [options.output], _BENCH_SECONDS)
-        except CpdError as error:
+            found = _bench_before_writing(options, made, source)
+        except (CpdError, OSError) as error:
             notes.append(f"latency was not measured: {error}")
         lost = _sensitivity(options, made, source)
-    bytes_ = {"before": report.size_of(model, options.model), "after": report.size_of(small, options.output)}
     content = compression.content(
-        made, bench=found, accuracy=_accuracy(options, made, source), sensitivity=lost, bytes=bytes_,
+        made, bench=found, accuracy=_accuracy(options, made, source), sensitivity=lost,
         advice=compression.advice(data=options.data, has_labels=options.eval is not None),
     )  # fmt: skip  # a table
     content["notes"] += [
@@ -225,23 +241,34 @@ def _reported(
         *_slow(content),
         *_worse(content["accuracy"], options.label_weight),
     ]
-    content["provenance"] = manifest.provenance((places.output, places.plan, places.recipe), options.seed)
-    content["output"] = {"file": options.output.name, "sha256": content["provenance"]["files"][0]["sha256"]}
     return content
+
+
+def _bench_before_writing(options: argparse.Namespace, made: compression.Compressed, source: Source | None) -> Bench:
+    """The latency of a copy: the output appears once everything about it is known."""
+    _require_small(made.state.original)
+    with tempfile.TemporaryDirectory(prefix="cpd-onnx-") as folder:
+        copy = Path(folder) / options.output.name
+        made.state.model.save(copy, weights=options.weights)
+        return timed(options, source, made.state.original, [copy], _BENCH_SECONDS)
 
 
 def timed(
     options: argparse.Namespace, source: Source | None, model: Model, others: Iterable[Path], seconds: float
 ) -> Bench:
     """The original and what was made of it side by side, under the conditions that a latency target has."""
-    if model.is_over_limit:
-        raise UnsupportedError("the model is over 2 GiB; 'cpd-onnx bench' loads it all the same")
+    _require_small(model)
     feed = None if source is None else next(calibration(model.proto, source, 1, batch=options.latency_batch or 1))
     setting = Setting(options.latency_batch, options.latency_threads, options.latency_provider)
     return bench(
         [options.model, *others], settings=[setting], seconds=seconds,
         input_shapes=dict(options.input_shape), feed=feed,
     )  # fmt: skip  # what and how
+
+
+def _require_small(model: Model) -> None:
+    if model.is_over_limit:
+        raise UnsupportedError("the model is over 2 GiB; 'cpd-onnx bench' loads it all the same")
 
 
 def _accuracy(
@@ -327,13 +354,25 @@ def write_page(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(path, text.encode())
 
 
+def _write_pages(
+    options: argparse.Namespace, places: _Places, content: dict[str, Any], seconds: Mapping[str, float]
+) -> None:
+    """Write the report and the manifest of what has been written; the report gets what that adds."""
+    content["provenance"] = manifest.provenance((places.output, places.plan, places.recipe), options.seed)
+    content["provenance"]["seconds"] |= seconds
+    content["output"] = {"file": options.output.name, "sha256": content["provenance"]["files"][0]["sha256"]}
+    for path in places.pages:
+        write_page(path, content)
+    _write_manifest(options, places, content)
+
+
 def _write_manifest(options: argparse.Namespace, places: _Places, content: Mapping[str, Any]) -> None:
     read = {
         "model": options.model, "data": options.data, "eval": options.eval, "plan": options.like,
-        "cost-table": options.cost_table, "profile": options.profile,
+        "cost-table": options.cost_table, "profile": options.profile, "watch": options.watch,
     }  # fmt: skip  # a table
     manifest.write(
-        places.manifest, places.recipe.read_text("utf-8"), read, {"model": places.output, "plan": places.plan},
+        places.manifest, recipe.text(options), read, {"model": places.output, "plan": places.plan},
         run="compress", seed=options.seed, budget=content["budget"], verification=content["verification"],
         beside={places.recipe: "recipe"} | dict.fromkeys(places.pages, "report"),
     )  # fmt: skip  # what and how

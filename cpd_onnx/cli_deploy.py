@@ -12,10 +12,10 @@ from typing import Any
 from rich.table import Table
 
 from cpd_onnx import manifest, recipe, report
-from cpd_onnx.console import evaluated, out, progress_line, require_outputs, source_of, write_json
+from cpd_onnx.console import evaluated, out, progress_line, require_apart, require_outputs, source_of, write_json
 from cpd_onnx.deploy import Deployed, Deployment, Step, deploy, ort_bytes, shaped
 from cpd_onnx.errors import CpdError, DataError
-from cpd_onnx.files import locked, replacing
+from cpd_onnx.files import content_of, locked, together, write_atomically
 from cpd_onnx.graph import Model, load
 from cpd_onnx.metrics import check_metric
 from cpd_onnx.options import DATA
@@ -38,32 +38,35 @@ def deployed(options: argparse.Namespace) -> dict[str, Any]:
     """Do it; what there is to say about it."""
     place = manifest.place_of(options.output)
     places = [options.output, place, *([options.ort] if options.ort is not None else [])]
-    require_outputs(options, *places, reads=[options.model])
+    require_outputs(options, *places)
     _require_sense(options)
     check_metric(options.metric)
+    recipe.text(options)  # refuses now what cannot be put on record at the end
     started = time.perf_counter()
     profile = None if options.profile is None else load_profile(options.profile)
     wish = _wish(options, profile)
     model = load(options.model)
+    require_apart(options, model)
     source = source_of(options.data, shaped(model, wish), options)
     with progress_line() as line:
         task = line.add_task("read", total=None)
         made = deploy(model, wish, source, lambda name: line.update(task, description=name))
         scores = evaluated(options, {"before": model, "after": made.model}, model)
-    _write(options, model, made.model)
-    content = _content(options, model, made) | {"seconds": round(time.perf_counter() - started, 3)}
-    content |= {"metric": options.metric, "accuracy": scores} if scores else {}
-    read = {"model": options.model, "data": options.data, "eval": options.eval, "profile": options.profile}
-    beside = {} if options.ort is None else {options.ort: "ort"}  # of which no two are the same
-    manifest.write(
-        place,
-        recipe.text(options),
-        read,
-        {"model": options.output},
-        beside=beside,
-        run="deploy",
-        steps=content["steps"],
-    )
+    with locked(options.output.parent), together():
+        _write(options, model, made.model)
+        content = _content(options, model, made) | {"seconds": round(time.perf_counter() - started, 3)}
+        content |= {"metric": options.metric, "accuracy": scores} if scores else {}
+        read = {"model": options.model, "data": options.data, "eval": options.eval, "profile": options.profile}
+        beside = {} if options.ort is None else {options.ort: "ort"}  # of which no two are the same
+        manifest.write(
+            place,
+            recipe.text(options),
+            read,
+            {"model": options.output},
+            beside=beside,
+            run="deploy",
+            steps=content["steps"],
+        )
     return content | {"manifest": str(place)}
 
 
@@ -103,15 +106,12 @@ def _wish(options: argparse.Namespace, profile: Profile | None) -> Deployment:
 
 
 def _write(options: argparse.Namespace, model: Model, made: Model) -> None:
-    """Write the model, and what onnxruntime makes of it; if one cannot be written, neither is."""
+    """Write the model, and what onnxruntime makes of it."""
     weights = "beside" if options.weights == "as-is" and model.is_external else options.weights
-    if options.ort is None:
-        made.save(options.output, overwrite=options.force, weights=weights)
-        return
-    content = ort_bytes(made, options.ort_level)
-    with locked(options.output.parent), replacing(options.ort) as stream:
-        stream.write(content)
-        made.save(options.output, overwrite=options.force, weights=weights)
+    if options.ort is not None:
+        write_atomically(options.ort, ort_bytes(made, options.ort_level))
+    made.data_files |= model.data_files  # which stay, whatever they are called
+    made.save(options.output, overwrite=options.force, weights=weights)
 
 
 def _content(options: argparse.Namespace, model: Model, made: Deployed) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def _content(options: argparse.Namespace, model: Model, made: Deployed) -> dict[
         "profile": options.profile,
         "steps": [_plain(step) for step in made.steps],
         "problems": list(made.problems),
-        "bytes": sizes | ({"ort": options.ort.stat().st_size} if options.ort is not None else {}),
+        "bytes": sizes | ({"ort": content_of(options.ort).stat().st_size} if options.ort is not None else {}),
         "output": str(options.output),
         "ort": None if options.ort is None else str(options.ort),
     }
@@ -153,8 +153,10 @@ def _show(content: dict[str, Any]) -> None:
         out.print(f"{content['metric']} {name}: {value:.4f}")
     if content["profile"] is not None:
         name = Path(content["profile"]).name
-        lines = [f"{name} objects: {sentence}" for sentence in content["problems"]] or [f"{name} objects to nothing"]
-        out.print("\n".join(lines), soft_wrap=True)
+        for line in [f"{name} objects: {sentence}" for sentence in content["problems"]] or [
+            f"{name} objects to nothing"
+        ]:
+            out.print(line, soft_wrap=True)
     written = ", ".join(str(content[key]) for key in ("output", "ort", "manifest") if content[key])
     out.print(f"wrote {written}", soft_wrap=True)
 

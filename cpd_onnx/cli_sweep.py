@@ -14,12 +14,13 @@ from typing import Any
 from rich.progress import BarColumn
 from rich.table import Table
 
-from cpd_onnx import compression, manifest, plots, recipe, report
+from cpd_onnx import compression, manifest, plots, recipe, report, trust
 from cpd_onnx.bench import Bench
 from cpd_onnx.cli_compress import can_draw, choice_of, compressed, page_kinds, timed, write_page
-from cpd_onnx.console import out, progress_line, read_model, require_outputs, source_of, write_json
+from cpd_onnx.console import out, progress_line, read_model, require_apart, require_outputs, source_of, write_json
 from cpd_onnx.data import Source, imported
 from cpd_onnx.errors import CpdError, TargetError
+from cpd_onnx.files import locked, together
 from cpd_onnx.graph import Model
 from cpd_onnx.options import command_line
 from cpd_onnx.passes.allocate import Allocate
@@ -72,10 +73,12 @@ def sweep(options: argparse.Namespace) -> None:
     options.target = next(iter(targets.values()))
     files = {name: folder / f"{name}.onnx" for name in targets}
     pages = [folder / f"sweep.{kind}" for kind in (*page_kinds(), *(["svg"] if can_draw() else []))]
-    folder.mkdir(parents=True, exist_ok=True)
-    require_outputs(options, *files.values(), *pages, reads=[options.model])
+    (folder / "plans").mkdir(parents=True, exist_ok=True)
+    plans = [folder / "plans" / f"{name}.json" for name in targets]
+    require_outputs(options, *files.values(), *pages, *plans, folder / "sweep.recipe.toml")
     executor = _executor(options)
     model = read_model(options.model, options.input_shape)
+    require_apart(options, model)
     source = source_of(options.data, model, options)
     with progress_line(BarColumn()) as line:
         task = line.add_task("comb and score", total=len(targets) + 1)
@@ -87,11 +90,12 @@ def sweep(options: argparse.Namespace) -> None:
             line.update(task, advance=1)
     found = timed(options, source, model, files.values(), _SECONDS * (1 + len(files)))
     content = _content(options, _points(options, files, made, found), made, found)
-    for path in pages:
-        if path.suffix == ".svg":
-            _draw(content, path, overwrite=options.force)
-        else:
-            write_page(path, content)
+    with locked(folder), together():
+        for path in pages:
+            if path.suffix == ".svg":
+                _draw(content, path, overwrite=options.force)
+            else:
+                write_page(path, content)
     if not write_json(options, content):
         _show(content, [path for path in pages if path.suffix != ".svg" or content["sweep"]["metric"] is not None])
 
@@ -115,7 +119,6 @@ def _planned(
     step = Allocate(**wish)
     chooser = step.chooser(combed, shapes)
     place = options.output / "plans"
-    place.mkdir(exist_ok=True)
     made = {}
     for name, (_, fraction) in targets.items():
         chosen = chooser(combed, scores, fraction, is_loss=scorer_of(kind).is_loss)
@@ -134,7 +137,7 @@ def _made(
 ) -> Iterator[dict[str, Any]]:
     """The report of each model, in order; they are made in other processes, or machines that see the same folders."""
     written = options.output / "sweep.recipe.toml"
-    command = command_line().parse_args(["compress", "", "-o", ""]).command
+    command = command_line().parse_args(["compress", "model", "-o", "output"]).command
     recipe.write(written, options, overwrite=options.force, command=command)
     fixed = ["--recipe", str(written), "--no-report", *(["--force"] if options.force else [])]
     fixed += ["--threads", "1"] if _jobs(options) > 1 and not options.threads else []  # or they stand in their way
@@ -170,8 +173,11 @@ def _one(arguments: list[str]) -> dict[str, Any]:
     """Make one model, in a process of its own."""
     parser = command_line()
     options = parser.parse_args(arguments)
-    options.command.set_defaults(**recipe.read(options.recipe, options.command))
-    content = compressed(parser.parse_args(arguments))
+    said = recipe.read(options.recipe, options.command)
+    options.command.set_defaults(**said)
+    options = parser.parse_args(arguments)
+    trust.take(options, said, options.recipe)
+    content = compressed(options)
     assert content is not None
     return content
 

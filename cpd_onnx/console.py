@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import json
 import os
 import sys
@@ -12,12 +14,13 @@ from types import ModuleType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from cpd_onnx import sources
-from cpd_onnx.data import ImageOptions, Source
-from cpd_onnx.errors import CpdError, DataError, ModelError, TargetError, UnsupportedError
-from cpd_onnx.files import locked, replacing, require_free, write_atomically
+from cpd_onnx.data import IMAGE_SUFFIXES, ImageOptions, Source
+from cpd_onnx.errors import CpdError, DataError, ModelError, StoppedError, TargetError, UnsupportedError
+from cpd_onnx.files import is_same, locked, require_free, together, write_atomically
 from cpd_onnx.graph import Model, load
 from cpd_onnx.metrics import OF_TWO_MODELS, evaluate
 from cpd_onnx.options import DATA, LOSSES, TRAINING, not_negative
@@ -26,15 +29,38 @@ from cpd_onnx.plan import Plan
 from cpd_onnx.profiles import load_profile, problems
 from cpd_onnx.runtime import open_model, working_feeds
 from cpd_onnx.shapes import fold
+from cpd_onnx.streams import output_error, printable, write_out
 
 _PIPE_WIDTH = 120
 """Columns of tables that no terminal shows."""
 
 
+class _Console(Console):
+    """A console that shows names as they are written, whatever is in them, and says where it cannot write."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Text of a line or of a cell: no control character in it gets through."""
+        return super().render_str(printable(text), **options)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print; raises OutputError where nothing can be written."""
+        if sys.stdout is None and not self.stderr:
+            raise output_error(None)
+        try:
+            super().print(*objects, **options)
+        except OSError as error:
+            raise output_error(error) from error
+
+    def on_broken_pipe(self) -> None:
+        """What rich asks for where nobody reads any more."""
+        raise output_error(BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)))
+
+
 def _console(*, stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() or "COLUMNS" in os.environ else _PIPE_WIDTH
-    return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
+    is_terminal = stream is not None and stream.isatty()
+    width = None if is_terminal or "COLUMNS" in os.environ else _PIPE_WIDTH
+    return _Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
 
 
 out = _console()
@@ -98,25 +124,76 @@ def plan_path_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.plan.json")
 
 
+_INPUTS = (
+    "model", "models", "original", "pruned", "teacher", "student", "manifest", "recipe", "like", "cost_table",
+    "profile", "data", "eval", "watch",
+)  # fmt: skip  # a table
+"""Options that are read, or may be: a name that is no file does no harm here."""
+
+
 def require_outputs(options: argparse.Namespace, *paths: Path, reads: Sequence[Path] = ()) -> None:
     """Refuse before the work starts: files that are there, folders that are not, one file for two things.
 
-    Only the model that is written may, with --force, replace one that is read.
+    No file that is read is ever replaced, in whatever spelling or through whatever link it is named.
     """
     beside = [getattr(options, name, None) for name in ("json", "plot")]
     written = [*paths, *(Path(name) for name in beside if name not in (None, "-"))]
-    for place, path in enumerate(written):
-        require_free(path, overwrite=options.force)
-        others = [*written[:place], *(reads if place or not paths else ())]
-        if any(path.absolute() == other.absolute() for other in others):
+    log, read = getattr(options, "log", None), [*reads, *_inputs(options)]
+    kept = [path for name in ("teacher_cache", "checkpoint") if (path := getattr(options, name, None)) is not None]
+    options.written = [*written, *([log] if log is not None else []), *kept]
+    for place, path in enumerate(options.written):
+        if any(is_same(path, other) for other in read) or _is_sample(path, read):
+            raise ModelError(f"{path} is named for two things, it is read and would be lost: choose another name")
+        if any(is_same(path, other) for other in options.written[:place]):
             raise ModelError(f"{path} is named for two things: choose another name")
+    for path in written:
+        require_free(path, overwrite=options.force)
+    if log is not None:
+        require_free(log, overwrite=options.force or options.resume)
+    for path in kept:  # from an earlier run, perhaps
+        require_free(path, overwrite=True)
+    if paths:
+        _require_room(paths[0])
+
+
+def require_apart(options: argparse.Namespace, *models: Model) -> None:
+    """Refuse to replace the data files of the models that are read, which are known once these are."""
+    for path in options.written:
+        if any(is_same(path, file) for model in models for file in model.data_files):
+            raise ModelError(f"{path} holds weights of the model that is read, and would be lost: choose another name")
+
+
+def _inputs(options: argparse.Namespace) -> Iterator[Path]:
+    """The paths that a command reads."""
+    for name in _INPUTS:
+        value = getattr(options, name, None)
+        for path in value if isinstance(value, list) else [value]:
+            if path is not None and str(path):
+                yield Path(path)
+
+
+def _require_room(path: Path) -> None:
+    """Refuse a name so long that the names of what lies beside the file would be too long."""
+    for ending in (".00000000.data", ".checkpoint.00.onnx"):
+        try:
+            os.lstat(path.with_name(path.name + ending))
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise ModelError(f"cannot write {path.name}{ending} beside {path}: {error.strerror}") from error
+
+
+def _is_sample(path: Path, read: Iterable[Path]) -> bool:
+    """Whether a file is one of the images in a folder that is read."""
+    if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
+        return False
+    return any(folder.is_dir() and path.resolve().is_relative_to(folder.resolve()) for folder in read)
 
 
 def write_both(options: argparse.Namespace, model: Model, plan: Plan, plan_path: Path) -> None:
     """Write the model and its plan; if one cannot be written, neither is, and what was there stays."""
-    require_free(plan_path, overwrite=options.force)
-    with locked(options.output.parent), replacing(plan_path) as stream:
-        stream.write(plan.dumps().encode())
+    with locked(options.output.parent), together():
+        plan.save(plan_path, overwrite=options.force)
         model.save(options.output, overwrite=options.force, weights=options.weights)
 
 
@@ -126,15 +203,23 @@ def write_json(options: argparse.Namespace, content: dict[str, Any]) -> bool:
         return False
     text = json.dumps(content, indent=1) + "\n"
     if options.json == "-":
-        sys.stdout.write(text)
+        write_out(text.replace("\x7f", "\\u007f"))  # the one control character that JSON leaves as it is
         return True
     write_atomically(Path(options.json), text.encode())
     return False
 
 
+class _Description(TextColumn):
+    """What is being done, with names as they are."""
+
+    def render(self, task: Task) -> Text:
+        """The description of a task."""
+        return Text(printable(task.description))
+
+
 def progress_line(*columns: BarColumn) -> Progress:
     """A line on a terminal that says what is being done; nothing elsewhere."""
-    shown = (SpinnerColumn(), TextColumn("{task.description}"), *columns, TimeElapsedColumn())
+    shown = (SpinnerColumn(), _Description(""), *columns, TimeElapsedColumn())
     return Progress(*shown, console=err, transient=True, disable=not err.is_terminal)
 
 
@@ -204,6 +289,20 @@ def traces_of(options: argparse.Namespace) -> Any:
     return distill_module().Traces(
         checkpoint_of(options), options.checkpoint_seconds, options.resume, options.log, options.tensorboard
     )
+
+
+@contextlib.contextmanager
+def saying_what_is_left(unfinished: Callable[[], Iterable[Path]]) -> Iterator[None]:
+    """Where something fails inside, add to the error which files hold what was done until then, if any do."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        left = [path.name for path in unfinished() if path.exists()]
+        if left and not isinstance(error, StoppedError):  # which says so itself
+            error.add_note(
+                f"what was done so far is in {', '.join(left)}: go on with --resume, or start anew with --force"
+            )
+        raise
 
 
 def require_new_run(options: argparse.Namespace, *checkpoints: Path) -> None:

@@ -14,7 +14,10 @@ from __future__ import annotations
 import importlib
 import math
 import re
+import struct
+import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,7 +191,12 @@ class ImageOptions:
     resize: int | None = None
 
 
-_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"})
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"})
+"""Endings of image files."""
+_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP", "TIFF")
+"""What they may hold: Pillow goes by the content, and would start Ghostscript for one that holds PostScript."""
+_BROKEN = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, struct.error)
+"""What decoders raise for broken images."""
 
 
 class ImageFolder:
@@ -201,9 +209,11 @@ class ImageFolder:
             DataError: there are none, or the model's input is no image.
         """
         self.entry, self.options = entry, options or ImageOptions()
-        self.files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
+        self.files = sorted(
+            path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+        )
         if not self.files:
-            raise DataError(f"folder {str(folder)!r} holds no images ({', '.join(sorted(_SUFFIXES))})")
+            raise DataError(f"folder {str(folder)!r} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
         self.layout = image_layout(entry, self.options)
         self.count = len(self.files)
         folders = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in self.files]
@@ -222,11 +232,11 @@ class ImageFolder:
         image = _image_module()
         height, width, channels, first = self.layout
         try:
-            with image.open(path) as file:
+            with warnings.catch_warnings(action="ignore"), image.open(path, formats=_FORMATS) as file:
                 whole = file.convert("L" if channels == 1 else "RGB")
                 box = _middle(whole.size, (width, height), self.options.resize)
                 part = whole.resize((width, height), image.Resampling.BILINEAR, box)
-        except (OSError, image.DecompressionBombError) as error:
+        except (*_BROKEN, image.DecompressionBombError) as error:
             raise DataError(f"image {str(path)!r} cannot be read: {error}; repair or remove it") from error
         pixels = np.asarray(part).reshape(height, width, channels)
         if self.options.order == "BGR":
@@ -402,16 +412,23 @@ def open_source(data: str | Path | Source, model: ModelProto, images: ImageOptio
     inputs = inputs_of(model)
     if not isinstance(data, (str, Path)):
         source: Source = data
-    elif Path(data).is_dir():
+    elif _is_folder(Path(data)):
         source = _open_folder(Path(data), inputs, images)
     elif Path(data).suffix == ".npz":
         source = ArraySource(read_npz(Path(data)))
     elif re.fullmatch(r"[\w.]+:\w+", str(data)):
         source = FunctionSource(imported(str(data), "that yields dictionaries"), inputs)
     else:
-        raise DataError(f"{str(data)!r} is no data: give an .npz file, a folder of images or module:function")
+        raise DataError(f"{str(data)!r} is not data: give an .npz file, a folder of images or module:function")
     check_source(source, inputs)
     return source
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError as error:  # a name that no file can have
+        raise DataError(f"cannot read {str(path)!r}: {error.strerror}") from error
 
 
 def read_npz(path: Path) -> dict[str, Array]:
@@ -421,7 +438,8 @@ def read_npz(path: Path) -> dict[str, Array]:
         DataError: there is no such file, or it holds something else.
     """
     if not path.is_file():
-        raise DataError(f"there is no file {str(path)!r}")
+        what = f"{str(path)!r} is not a file" if path.exists() else f"there is no file {str(path)!r}"
+        raise DataError(f"{what}: give an .npz file")
     try:
         with zipfile.ZipFile(path) as archive:
             members = [member for member in archive.infolist() if member.filename.endswith(".npy")]
@@ -429,7 +447,7 @@ def read_npz(path: Path) -> dict[str, Array]:
                 return {member.filename.removesuffix(".npy"): _mapped(path, archive, member) for member in members}
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (*_BROKEN, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
         raise DataError(f"{str(path)!r} cannot be read as .npz: {error}; write it with numpy.savez") from error
 
 
@@ -464,8 +482,10 @@ def imported(text: str, what: str) -> Callable[..., Any]:
     module, name = text.split(":")
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ModuleNotFoundError, AttributeError) as error:
+    except (ImportError, AttributeError) as error:
         raise DataError(f"{text!r} cannot be imported: {error}; is the module on PYTHONPATH?") from error
+    except Exception as error:  # whatever the module raises when it runs, or Python for what is no name
+        raise DataError(f"{text!r} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(function):
         raise DataError(f"{text!r} is a {type(function).__name__}, not a function {what}")
     result: Callable[..., Any] = function

@@ -39,3 +39,16 @@ class ProofError(CpdError):
 
 class StoppedError(CpdError):
     """The process was told to stop; what was done so far is kept and can be continued."""
+
+
+class OutputError(CpdError):
+    """Standard output cannot be written to.
+
+    Attributes:
+        is_pipe: whether it is a pipe that nobody reads any more.
+    """
+
+    def __init__(self, message: str, *, is_pipe: bool = False) -> None:
+        """Take the line, and whether it is for a closed pipe."""
+        super().__init__(message)
+        self.is_pipe = is_pipe

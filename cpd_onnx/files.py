@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import mmap
 import os
+import secrets
+import stat
 import tempfile
 import threading
 import weakref
@@ -12,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import cached_property
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,17 +28,64 @@ _HELD: ContextVar[frozenset[Path]] = ContextVar("folders", default=frozenset())
 """Folders that are locked here."""
 
 
+_KINDS = (
+    (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
+)  # fmt: skip  # a table
+_DEEPEST = 100
+"""Levels of nesting in a JSON file; what is written here has six. Python gives up at about a thousand."""
+
+
+def open_regular(path: str | os.PathLike[str]) -> int:
+    """A descriptor for reading a regular file.
+
+    Raises OSError for anything else: a pipe would block until somebody writes, and a device may never end.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+    kind = _kind(os.fstat(handle).st_mode)
+    if kind is None:
+        return handle
+    os.close(handle)
+    raise OSError(errno.EINVAL, f"it is {kind}, not a file", os.fspath(path))
+
+
+def _kind(mode: int) -> str | None:
+    """What a path leads to, in words; None for a regular file."""
+    return next((words for is_kind, words in _KINDS if is_kind(mode)), None)
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a regular file; raises OSError or UnicodeDecodeError where it cannot be read."""
+    with os.fdopen(open_regular(path), encoding="utf-8") as stream:
+        return stream.read()
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The content of a JSON file; raises OSError, or ValueError where it is not JSON or nested without sense."""
+    try:
+        content = json.loads(read_text(path))
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    level = [content]
+    for _ in range(_DEEPEST):
+        inner = (entry.values() if isinstance(entry, dict) else entry for entry in level)
+        level = [entry for entries in inner for entry in entries if isinstance(entry, dict | list)]
+        if not level or not isinstance(content, dict | list):
+            return content
+    raise ValueError("it is nested too deep")
+
+
 class Stored:
     """A file that is read; it stays what it was when another takes its place."""
 
     def __init__(self, path: Path) -> None:
-        """Open it; raises ModelError if it cannot be read."""
+        """Open it; raises ModelError if it cannot be read, or is no regular file."""
         try:
-            handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            handle = open_regular(path)
             weakref.finalize(self, os.close, handle)  # open as long as somebody may read
             self._stream = os.fdopen(handle, "rb", closefd=False)
-            self._kept = None if path.is_file() else self._stream.read()  # of a pipe
-            self.size = os.fstat(self._stream.fileno()).st_size if self._kept is None else len(self._kept)
+            self._kept: bytes | None = None
+            self.size = os.fstat(self._stream.fileno()).st_size
         except OSError as error:
             raise ModelError(f"cannot read {path}: {error.strerror}; give the path of an .onnx file") from error
         self._path, self._lock = path, threading.Lock()
@@ -67,13 +118,36 @@ class Stored:
 
 
 def require_free(path: Path, *, overwrite: bool) -> None:
-    """Raise ModelError where writing to `path` would lose a file or has no folder to go to."""
-    if path.is_dir():
-        raise ModelError(f"{path} is a folder: name a file")
-    if path.exists() and not overwrite:
+    """Raise ModelError where writing to `path` would lose a file, has no folder to go to, or cannot succeed."""
+    try:
+        os.fsencode(path).decode()
+        found = os.lstat(path)
+        kind = _kind(os.stat(path).st_mode) if stat.S_ISLNK(found.st_mode) else _kind(found.st_mode)
+    except UnicodeDecodeError as error:
+        raise ModelError(f"cannot write {path}: the name is not UTF-8, choose another") from error
+    except (FileNotFoundError, NotADirectoryError):
+        kind, found = None, None if not path.is_symlink() else os.lstat(path)
+    except OSError as error:
+        raise ModelError(f"cannot write {path}: {error.strerror}") from error
+    if kind is not None:
+        raise ModelError(f"{path} is {kind}: name a file")
+    if found is not None and not overwrite:
         raise ModelError(f"{path} exists: choose another name or allow overwriting with --force")
     if not path.parent.is_dir():
         raise ModelError(f"folder {path.parent} does not exist: create it first")
+
+
+def is_same(path: Path, other: Path) -> bool:
+    """Whether two paths lead to one file, through links or in another spelling; a file need not be there yet."""
+    try:
+        if os.path.samefile(path, other):
+            return True
+    except (OSError, ValueError):
+        pass
+    try:
+        return path.resolve() == other.resolve()
+    except (OSError, ValueError, RuntimeError):  # of links in a circle
+        return False
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -109,41 +183,203 @@ def _lock(folder: Path) -> int | None:
     return handle
 
 
+class _Part:
+    """A file that is being written: complete, it takes the place of another."""
+
+    def __init__(self, folder: Path) -> None:
+        self.name: Path | None = None
+        self.target: Path | None = None
+        self.old: Path | None = None
+        handle = _nameless(folder)
+        if handle is None:
+            handle, name = tempfile.mkstemp(prefix=".cpd-onnx.", suffix=".part", dir=folder)
+            self.name = Path(name)
+        self.handle = handle
+
+    @property
+    def path(self) -> Path:
+        """Where its content can be read."""
+        return self.name or Path(f"/proc/self/fd/{self.handle}")
+
+    def give_name(self) -> None:
+        """Have it in the folder under a name of its own, with the permissions that it will have."""
+        assert self.target is not None
+        if self.name is None:
+            name = _spare(self.target.parent)
+            # A path from the root goes by no folder, but Python follows links only with one.
+            os.link(f"/proc/self/fd/{self.handle}", name, src_dir_fd=self.handle, follow_symlinks=True)
+            self.name = name
+        _take_permissions(self.name, self.target)
+
+    def keep_old(self) -> None:
+        """Have another name for the file that will be replaced, if there is one."""
+        assert self.target is not None
+        with contextlib.suppress(OSError):  # there is none, or the file system has no links
+            spare = _spare(self.target.parent)
+            os.link(self.target, spare, follow_symlinks=False)
+            self.old = spare
+
+    def take_place(self) -> None:
+        """Take the place of the file that was there."""
+        assert self.name is not None
+        assert self.target is not None
+        self.name.replace(self.target)
+        self.name = None
+
+    def give_back(self) -> None:
+        """Undo `take_place` as far as that can be done."""
+        assert self.target is not None
+        with contextlib.suppress(OSError):
+            if self.old is not None:
+                self.old.replace(self.target)
+            elif self.name is None:
+                self.target.unlink()
+
+    def discard(self) -> None:
+        """Let go of it; nothing is left if it has not taken its place."""
+        os.close(self.handle)
+        for name in (self.name, self.old):
+            if name is not None:
+                name.unlink(missing_ok=True)
+
+
+def _spare(folder: Path) -> Path:
+    """A name that nothing else has."""
+    return folder / f".cpd-onnx.{secrets.token_hex(6)}.part"
+
+
+def _take_permissions(name: Path, target: Path) -> None:
+    """Give a file the permissions of what it replaces, or those that new files have."""
+    try:
+        old = os.lstat(target)
+    except OSError:
+        old = None
+    if old is not None and stat.S_ISREG(old.st_mode):
+        with contextlib.suppress(OSError, AttributeError):  # only root may give files away
+            os.chown(name, old.st_uid, old.st_gid)
+        name.chmod(stat.S_IMODE(old.st_mode))
+        return
+    umask = os.umask(0)
+    os.umask(umask)
+    name.chmod(0o666 & ~umask)
+
+
+class _Batch:
+    """Files that wait to appear together, and what is done once they have."""
+
+    def __init__(self) -> None:
+        self.parts: list[_Part] = []
+        self.afterwards: list[Callable[[], object]] = []
+
+    def commit(self) -> None:
+        """Have all of them appear; first each gets what may still fail, room for a name."""
+        for part in self.parts:
+            with _naming(part):
+                part.give_name()
+                part.keep_old()
+        for place, part in enumerate(self.parts):
+            try:
+                with _naming(part):
+                    part.take_place()
+            except ModelError:
+                for earlier in self.parts[:place]:
+                    earlier.give_back()
+                raise
+        for folder in {part.target.parent for part in self.parts if part.target is not None}:
+            _sync(folder)
+        for action in self.afterwards:
+            action()
+
+    def discard(self) -> None:
+        """Let go of all that has not appeared."""
+        for part in self.parts:
+            part.discard()
+
+
+_BATCH: ContextVar[_Batch | None] = ContextVar("batch", default=None)
+"""The files that are written together here, if any are."""
+
+
+@contextlib.contextmanager
+def _naming(part: _Part) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(f"cannot write {part.target}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """All files that are written inside appear at the end, in the order of their writing; none where something fails.
+
+    Until then `content_of` says where one can be read. Inside another `together` it is the outer one that counts.
+    """
+    if _BATCH.get() is not None:
+        yield
+        return
+    batch = _Batch()
+    token = _BATCH.set(batch)
+    try:
+        yield
+        batch.commit()
+    finally:
+        _BATCH.reset(token)
+        batch.discard()
+
+
+def content_of(path: Path) -> Path:
+    """Where the content of a file can be read: under its name, or where it waits inside `together`."""
+    batch = _BATCH.get()
+    waiting = batch.parts if batch is not None else []
+    return next((part.path for part in reversed(waiting) if part.target == path), path)
+
+
+def waiting() -> list[Path] | None:
+    """The files that wait to appear inside `together`; None outside of it."""
+    batch = _BATCH.get()
+    return None if batch is None else [part.target for part in batch.parts if part.target is not None]
+
+
+def afterwards(action: Callable[[], object]) -> None:
+    """Do something once what is written here has appeared; right now outside of `together`."""
+    batch = _BATCH.get()
+    if batch is None:
+        action()
+    else:
+        batch.afterwards.append(action)
+
+
 @contextlib.contextmanager
 def replacing(path: Path | Callable[[], Path]) -> Iterator[IO[bytes]]:
-    """A stream to a temporary file that takes the place of `path` when all went well.
+    """A stream to a temporary file that takes the place of `path` when all went well, with its permissions.
 
     A function may say at the end what the name is, in a folder that it knows from the start. Where the system can do
     it, the temporary file has no name until it is whole, so that nothing is left of it if the process is killed.
     """
     named = path if callable(path) else lambda: path
-    temporary: Path | None = None
     try:
-        handle = _nameless(named().parent)
-        if handle is None:
-            handle, name = tempfile.mkstemp(prefix=".cpd-onnx.", suffix=".part", dir=named().parent)
-            temporary = Path(name)
+        part = _Part(named().parent)
     except OSError as error:
         raise ModelError(f"cannot write to folder {named().parent}: {error.strerror}") from error
+    batch, waits = _BATCH.get(), False
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with os.fdopen(part.handle, "wb", closefd=False) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-            if temporary is None:
-                temporary = named().parent / f".cpd-onnx.{os.getpid()}-{threading.get_ident()}.part"
-                here = stream.fileno()  # a path from the root goes by no folder, but Python follows links only with one
-                os.link(f"/proc/self/fd/{here}", temporary, src_dir_fd=here, follow_symlinks=True)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(named())
-        _sync(named().parent)
+        part.target = named()
+        if batch is None:
+            part.give_name()
+            part.take_place()
+            _sync(part.target.parent)
+        else:
+            batch.parts.append(part)
+            waits = True
     except OSError as error:
         raise ModelError(f"cannot write {named()}: {error.strerror}") from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        if not waits:
+            part.discard()
 
 
 def _nameless(folder: Path) -> int | None:
@@ -151,7 +387,7 @@ def _nameless(folder: Path) -> int | None:
     if not hasattr(os, "O_TMPFILE") or not Path("/proc/self/fd").is_dir():
         return None
     try:
-        return os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o600)
+        return os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600)
     except OSError:
         return None
 

@@ -27,7 +27,7 @@ from google.protobuf.message import DecodeError
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from cpd_onnx.errors import CpdError, ModelError, ProofError
-from cpd_onnx.files import Stored, locked, replacing, require_free, write_atomically
+from cpd_onnx.files import Stored, afterwards, is_same, locked, replacing, require_free, write_atomically
 from cpd_onnx.wire import detached, joined
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ class Model:
     Attributes:
         proto: the model; initializers whose data is detached have dims and type but no data.
         path: the file that it came from, if any.
+        data_files: the files beside it that its weights came from.
 
     """
 
@@ -109,6 +110,7 @@ class Model:
         """
         self.proto = proto
         self.path = path
+        self.data_files: frozenset[Path] = frozenset()
         self._data = data
         self._file = file
         self._initializers = {t.name: t for t in proto.graph.initializer}
@@ -138,7 +140,9 @@ class Model:
         """Copy that can be edited without touching this one; tensors are shared until replaced."""
         proto = ModelProto()
         proto.CopyFrom(self.proto)
-        return Model(proto, dict(self._data), self.path)
+        copied = Model(proto, dict(self._data), self.path)
+        copied.data_files = self.data_files
+        return copied
 
     def sha256(self) -> str:
         """SHA-256 of the file that it was read from, or of its serialized proto; data files follow in order."""
@@ -279,9 +283,18 @@ class Model:
                 with replacing(target) as stream:
                     for piece in self._pieces():
                         stream.write(piece)
-            for file in target.parent.iterdir():  # of older models, and of runs that were killed
-                if re.fullmatch(re.escape(target.name) + r"\.[0-9a-f]{8}\.data", file.name) and file.name != side:
-                    file.unlink(missing_ok=True)
+            afterwards(lambda: self._remove_older_data(target, side))
+
+    def _remove_older_data(self, target: Path, side: str) -> None:
+        """Remove the data files of older models of that name, and of runs that were killed.
+
+        Those of the model that this one was made of may have such a name too: it may have been renamed since.
+        """
+        own = self.data_files if self.path is None or not is_same(self.path, target) else ()
+        for file in target.parent.iterdir():
+            is_older = re.fullmatch(re.escape(target.name) + r"\.[0-9a-f]{8}\.data", file.name) and file.name != side
+            if is_older and file.resolve() not in own:
+                file.unlink(missing_ok=True)
 
     def _save_data(self, target: Path) -> tuple[ModelProto, str]:
         """Write the data file of a model; the proto that points to it, and its name."""
@@ -524,6 +537,7 @@ def _detach(model: Model, file: Stored | None, places: dict[int, tuple[int, int]
             found = reader.external(tensor)
             _clear_external(tensor)
             tensor.raw_data = made(found).tobytes()
+    model.data_files = frozenset(reader.files)
 
 
 class _Reader:
@@ -534,7 +548,7 @@ class _Reader:
         apart = (t for t in model.graph.initializer if t.data_location == TensorProto.EXTERNAL)
         whole = (file.size if file else 0) + sum(_wanted_bytes(tensor) for tensor in apart)
         self._is_large = whole > _LARGE_BYTES
-        self._files: dict[Path, Stored] = {}
+        self.files: dict[Path, Stored] = {}
 
     def array(self, tensor: TensorProto, file: Stored, start: int) -> Array | Lazy:
         """A tensor from a position of a file on."""
@@ -556,7 +570,10 @@ class _Reader:
         location = info.get("location", "")
         if not location or "\0" in location or Path(location).is_absolute() or ".." in Path(location).parts:
             raise ModelError(f"tensor {tensor.name!r}: external location {location!r} leaves the model's folder")
-        base, real = folder.resolve(), (folder / location).resolve()
+        try:
+            base, real = folder.resolve(), (folder / location).resolve()
+        except (OSError, RuntimeError) as error:  # links in a circle
+            raise ModelError(f"tensor {tensor.name!r}: external location {location!r} leads nowhere") from error
         if not real.is_relative_to(base):
             raise ModelError(f"tensor {tensor.name!r}: external location {location!r} links out of the model's folder")
         if not _is_file(real):
@@ -568,7 +585,7 @@ class _Reader:
             offset, length = int(info.get("offset", 0)), int(info.get("length", wanted))
         except ValueError as error:
             raise ModelError(f"tensor {tensor.name!r}: external offset and length must be integers") from error
-        file = self._files.get(real) or self._files.setdefault(real, Stored(real))
+        file = self.files.get(real) or self.files.setdefault(real, Stored(real))
         if offset < 0 or length != wanted or offset + length > file.size:
             raise ModelError(
                 f"tensor {tensor.name!r}: needs {wanted} bytes at offset {offset} of {location}, "

@@ -177,7 +177,7 @@ def _require_survival(model: Model) -> None:
     with tempfile.TemporaryDirectory(prefix="cpd-onnx.") as folder:
         path = Path(folder) / "model.onnx"
         model.save(path)
-        line = [sys.executable, "-c", _OPEN, str(path)]
+        line = [sys.executable, "-P", "-c", _OPEN, str(path)]
         done = subprocess.run(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
     if done.returncode not in (0, 1):  # 1 is an exception, which the parent will see too
         raise UnsupportedError(

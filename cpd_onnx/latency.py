@@ -25,6 +25,7 @@ import json
 import math
 import os
 import platform
+import reprlib
 import tempfile
 import time
 from collections import defaultdict
@@ -42,7 +43,7 @@ from cpd_onnx.atoms import Axis
 from cpd_onnx.bench import Setting
 from cpd_onnx.cost import Floats, Term
 from cpd_onnx.errors import DataError, TargetError, UnsupportedError
-from cpd_onnx.files import write_atomically
+from cpd_onnx.files import read_json, write_atomically
 from cpd_onnx.graph import Array, Model
 from cpd_onnx.groups import Combed, Group
 from cpd_onnx.kept import Kept
@@ -176,6 +177,16 @@ class CostTable:
                 f"this one has {model.sha256()[:12]}…"
             )
 
+    def require_parts(self, combed: Combed) -> None:
+        """Raise DataError if the table names groups or axes that the model does not have."""
+        try:
+            self.multiples(combed)
+            self.terms(combed)
+        except (ValueError, LookupError) as error:
+            raise DataError(
+                "the cost table has other groups or axes than the model: measure it anew with 'cpd-onnx latency'"
+            ) from error
+
     def as_json(self) -> dict[str, Any]:
         """The same as plain values, with format and version."""
         return {"format": FORMAT, "version": VERSION, **asdict(self)}
@@ -198,27 +209,64 @@ def _halved(group: GroupWidths, halvings: int) -> GroupWidths:
 
 
 def load_table(path: Path) -> CostTable:
-    """Read a cost table; raises DataError if the file is none."""
+    """Read a cost table; raises DataError if the file is not one."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if (content["format"], content["version"]) != (FORMAT, VERSION):
-            raise DataError(f"{path} is no {FORMAT} of version {VERSION}")
-        kernels = tuple(
-            KernelCost(**{**k, "terms": tuple((float(ms), tuple(map(tuple, axes))) for ms, axes in k["terms"])})
-            for k in content["kernels"]
-        )
-        groups = tuple(
-            GroupWidths(**{**g, "slowdown": {int(m): s for m, s in g["slowdown"].items()}}) for g in content["groups"]
-        )
-        names = ("sha256", "ms", "rest", "unattributed", "machine")
-        return CostTable(
-            **{name: content[name] for name in names},
-            setting=Setting(**content["setting"]),
-            groups=groups,
-            kernels=kernels,
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is no cost table: {type(error).__name__}: {error}") from error
+        content = read_json(path)
+        return _table_of(content)
+    except OSError as error:
+        raise DataError(f"cannot read cost table {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise DataError(f"{path} is not a cost table: {reason}") from error
+
+
+def _table_of(content: Any) -> CostTable:
+    """The table of a JSON document; ValueError, KeyError, TypeError or AttributeError where it is not one."""
+    if not isinstance(content, dict) or (content["format"], content["version"]) != (FORMAT, VERSION):
+        raise ValueError(f"'format' should be {FORMAT!r} and 'version' {VERSION}")
+    setting = Setting(**content["setting"])
+    batch, threads = setting.batch, setting.threads
+    if not (batch is None or _whole(batch, 1)) or not _whole(threads, 0) or not isinstance(setting.provider, str):
+        raise ValueError("'setting' has values of a wrong type")
+    machine = content["machine"]
+    if not isinstance(content["sha256"], str) or not isinstance(machine, dict):
+        raise ValueError("'sha256' or 'machine' is of a wrong type")
+    ms, rest, unattributed = (_amount(content[name]) for name in ("ms", "rest", "unattributed"))
+    groups, kernels = map(_group_of, content["groups"]), map(_kernel_of, content["kernels"])
+    return CostTable(content["sha256"], setting, ms, rest, unattributed, tuple(groups), tuple(kernels), machine)
+
+
+def _kernel_of(entry: Mapping[str, Any]) -> KernelCost:
+    terms = tuple((_amount(ms), tuple(map(_axis_in, axes))) for ms, axes in entry["terms"])
+    name, operator = entry["name"], entry["operator"]
+    if not isinstance(name, str) or not isinstance(operator, str):
+        raise ValueError("a kernel has a name of a wrong type")
+    return KernelCost(name, operator, _amount(entry["ms"]), _amount(entry["error"]), terms)
+
+
+def _axis_in(entry: Any) -> _Axis:
+    path, name, number = entry
+    if not isinstance(path, str) or not isinstance(name, str) or not _whole(number, 0):
+        raise ValueError(f"{reprlib.repr(entry)} is not an axis")
+    return path, name, number
+
+
+def _group_of(entry: Mapping[str, Any]) -> GroupWidths:
+    name, size, multiple = entry["name"], entry["size"], entry["multiple"]
+    if not isinstance(name, str) or not _whole(size, 1) or not _whole(multiple, 1):
+        raise ValueError("a group has values of a wrong type")
+    return GroupWidths(name, size, multiple, {int(m): _amount(s) for m, s in entry["slowdown"].items()})
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _amount(value: Any) -> float:
+    """A finite number from zero on."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError(f"{reprlib.repr(value)} is not a number from 0 on")
+    return value
 
 
 class Clock:

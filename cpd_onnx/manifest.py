@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,7 @@ from typing import Any
 
 from cpd_onnx.bench import machine
 from cpd_onnx.errors import PlanError
-from cpd_onnx.files import Stored, write_atomically
+from cpd_onnx.files import Stored, content_of, read_json, waiting, write_atomically
 from cpd_onnx.version import __version__
 
 FORMAT = "cpd-onnx/manifest"
@@ -32,7 +33,7 @@ def file_entry(path: Path, role: str, **more: Any) -> dict[str, Any]:
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     digest, size = hashlib.sha256(), 0
     for file in files:
-        stored = Stored(file)
+        stored = Stored(content_of(file))
         if path.is_dir():
             digest.update(f"{file.relative_to(path).as_posix()}\0{stored.size}\0".encode())
         for piece in stored.chunks():
@@ -71,7 +72,7 @@ def write(place: Path, recipe: str, read: Mapping[str, Any], written: Mapping[st
     inputs = [file_entry(Path(path), role) for role, path in read.items() if path is not None and Path(path).exists()]
     outputs = [file_entry(path, role, repeats=True) for role, path in written.items() if path is not None]
     model = Path(str(written["model"]))
-    outputs += [file_entry(path, "weights", repeats=True) for path in model.parent.glob(f"{model.name}.*.data")]
+    outputs += [file_entry(path, "weights", repeats=True) for path in _data_of(model)]
     outputs += [file_entry(path, role, repeats=False) for path, role in beside.items()]
     for entry in (*inputs, *outputs):
         entry["file"] = relative(Path(entry["file"]), place.parent)
@@ -80,6 +81,14 @@ def write(place: Path, recipe: str, read: Mapping[str, Any], written: Mapping[st
         "outputs": outputs, "versions": versions(), "machine": machine(), **more,
     }  # fmt: skip  # a table
     write_atomically(place, (json.dumps(document, indent=1) + "\n").encode())
+
+
+def _data_of(model: Path) -> list[Path]:
+    """The data file of a model that has been written, perhaps only inside `together`."""
+    name = re.compile(re.escape(model.name) + r"\.[0-9a-f]{8}\.data")
+    written = waiting()
+    there = model.parent.iterdir() if written is None else written
+    return sorted(path for path in there if path.parent == model.parent and name.fullmatch(path.name))
 
 
 def provenance(paths: Iterable[Path], seed: int) -> dict[str, Any]:
@@ -99,16 +108,22 @@ def provenance(paths: Iterable[Path], seed: int) -> dict[str, Any]:
 def read(path: Path) -> dict[str, Any]:
     """Read a manifest; raises PlanError if it is none."""
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = read_json(path)
     except OSError as error:
         raise PlanError(f"cannot read manifest {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise PlanError(f"manifest {path} is not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("version") != VERSION:
-        raise PlanError(f"{path} is no manifest: 'format' should be {FORMAT!r} and 'version' {VERSION}")
+        raise PlanError(f"{path} is not a manifest: 'format' should be {FORMAT!r} and 'version' {VERSION}")
     if not isinstance(content.get("recipe"), str) or not all(_is_list(content.get(n)) for n in ("inputs", "outputs")):
         raise PlanError(f"manifest {path} lacks its recipe, inputs or outputs")
+    if not _are_versions(content.get("versions", {})):
+        raise PlanError(f"manifest {path}: 'versions' should map names to versions")
     return content
+
+
+def _are_versions(versions: Any) -> bool:
+    return isinstance(versions, dict) and all(isinstance(version, str) for version in versions.values())
 
 
 def _is_list(entries: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from cpd_onnx import demo
 from cpd_onnx.bench import Setting
@@ -22,15 +22,28 @@ from cpd_onnx.profiles import profile_names
 from cpd_onnx.quantize import CALIBRATIONS
 from cpd_onnx.quantize import SAMPLES as CALIBRATED
 from cpd_onnx.sources import SYNTHETIC
+from cpd_onnx.streams import printable
 from cpd_onnx.version import __version__
 
+_LARGEST = 2**31 - 1
+"""The largest whole number that every library below takes."""
+_DIGITS = 4000
+"""Python refuses to read numbers of more than 4300."""
 LOSSES = ("kl", "dist", "mse", "cosine")
 """How outputs can be compared."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line, and show what was typed without obeying it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong, and end with exit code 2."""
+        self.exit(2, f"error: {printable(message)}; see {self.prog} --help\n")
+
+
 def command_line() -> argparse.ArgumentParser:
     """The parser of all commands; `run` of what it gives is the name of one."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="cpd-onnx", description="Make a trained ONNX model smaller and faster, and prove that nothing broke."
     )
     parser.add_argument("--version", action="version", version=f"cpd-onnx {__version__}")
@@ -225,9 +238,14 @@ def _add_reproduce(commands: Any) -> None:
     parser = commands.add_parser("reproduce", help="repeat the run of a manifest, and compare every byte")
     parser.add_argument("manifest", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="where the files go")
-    parser.add_argument("--model", type=Path, help="the original, where it is not where it was")
-    parser.add_argument("--data", type=Path, help="the data, likewise")
-    parser.add_argument("--cost-table", dest="cost-table", type=Path, help="the cost table, likewise")
+    parser.add_argument(
+        "--model", type=Path, help="the original, if it has moved or lies outside the manifest's folder"
+    )
+    for name, what in (("data", "data"), ("watch", "data to watch"), ("cost-table", "cost table")):
+        parser.add_argument(f"--{name}", dest=name, type=Path, help=f"the {what}, likewise")
+    parser.add_argument("--plan", type=Path, help="the plan that was carried out, likewise")
+    parser.add_argument("--profile", type=Path, metavar="FILE.toml", help="the profile of the target, likewise")
+    _add_trust(parser, "the manifest")
     _add_json(parser)
     _add_force(parser)
     parser.set_defaults(run="reproduce")
@@ -391,7 +409,7 @@ def _add_latency(parser: argparse.ArgumentParser, *, with_table: bool = True) ->
 def _add_table(commands: Any) -> None:
     parser = commands.add_parser("latency", help="measure where a model's time goes, as a cost table for 'prune'")
     parser.add_argument("model", type=Path)
-    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("-o", "--output", type=_file, required=True)
     parser.add_argument("--seed", type=_natural, default=0, help="of the widths that are measured")
     _add_latency(parser, with_table=False)
     _add_input_shape(parser)
@@ -482,7 +500,18 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe", type=Path, help="take options from this file, as it is written to OUTPUT.recipe.toml"
     )
+    _add_trust(parser, "a recipe")
     parser.set_defaults(command=parser)
+
+
+def _add_trust(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="MODULE:FUNCTION",
+        help=f"run this function if {what} names it; may be repeated (default: none)",
+    )
 
 
 def _add_evaluation(parser: argparse.ArgumentParser) -> None:
@@ -562,7 +591,7 @@ def _add_input_shape(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("-o", "--output", type=_file, required=True)
     parser.add_argument(
         "--weights",
         choices=PLACES,
@@ -646,9 +675,16 @@ def _counts(text: str) -> tuple[int, ...]:
     return tuple(_positive(part) for part in text.split(","))
 
 
+def _file(text: str) -> Path:
+    """The path of a file to write: it must have a name."""
+    if not Path(text).name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a file")
+    return Path(text)
+
+
 def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    if not text.isdecimal() or len(text) > _DIGITS or int(text) > _LARGEST:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {_LARGEST}")
     return int(text)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from cpd_onnx.cost import Costs
 from cpd_onnx.errors import PlanError
-from cpd_onnx.files import require_free, write_atomically
+from cpd_onnx.files import read_json, require_free, write_atomically
 from cpd_onnx.graph import Model
 from cpd_onnx.groups import Combed, Group
 from cpd_onnx.kept import Kept
@@ -113,10 +113,10 @@ def load_plan(path: str | Path) -> Plan:
     Raises PlanError if the file cannot be read or is not a plan.
     """
     try:
-        content = json.loads(Path(path).read_text("utf-8"))
+        content = read_json(path)
     except OSError as error:
         raise PlanError(f"cannot read plan {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise PlanError(f"plan {path} is not JSON: {error}") from error
     _check(content, str(path))
     return Plan(content)
@@ -134,6 +134,8 @@ def _check(content: Any, where: str) -> None:
     if not isinstance(source, dict) or not isinstance(source.get("sha256"), str):
         raise PlanError(f"{where}: 'source' names no sha256")
     _check_shapes(source.get("input_shapes", {}), where)
+    if not isinstance(content.get("budget"), dict) or not isinstance(source.get("file", ""), str):
+        raise PlanError(f"{where}: 'budget' or 'file' of 'source' is of a wrong type")
     if not isinstance(groups, list):
         raise PlanError(f"{where}: 'groups' should be a list")
     for group in groups:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import importlib.resources
+import reprlib
 import tomllib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from onnx import GraphProto, NodeProto, TensorProto
 
 from cpd_onnx.data import fixed_batch, inputs_of
 from cpd_onnx.errors import TargetError
+from cpd_onnx.files import read_text
 from cpd_onnx.graph import Model, called_by, functions_of, graphs_of, made
 
 DTYPES = ("float32", "float16", "bfloat16", "int8")
@@ -93,14 +95,16 @@ def load_profile(name_or_path: str | Path) -> Profile:
     if path.suffix != ".toml":
         raise TargetError(f"no profile is called {str(name_or_path)!r}: choose {', '.join(known)} or give a .toml file")
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(read_text(path))
     except OSError as error:
         raise TargetError(f"cannot read profile {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise TargetError(f"{path} is no TOML file: {error}") from error
+    except RecursionError as error:
+        raise TargetError(f"{path} is not a TOML file: it is nested too deep") from error
+    except ValueError as error:
+        raise TargetError(f"{path} is not a TOML file: {error}") from error
     name = content.pop("name", path.stem)
     if not isinstance(name, str):
-        raise TargetError(f"{path}: name = {name!r}: give a text")
+        raise TargetError(f"{path}: name = {reprlib.repr(name)}: give a text")
     return _profile(name, content, str(path))
 
 
@@ -115,7 +119,7 @@ def _profile(name: str, content: Mapping[str, Any], where: str) -> Profile:
     for key, value in content.items():
         if key not in kinds:
             raise TargetError(f"{where}: no profile has a key {key!r}; the keys are {', '.join(kinds)}")
-        _require(f"{where}: {key} = {value!r}", key, value, kinds[key])
+        _require(f"{where}: {key} = {reprlib.repr(value)}", key, value, kinds[key])
     lists = {key: tuple(value) for key, value in content.items() if isinstance(value, list)}
     return Profile(name, **{**content, **lists})
 

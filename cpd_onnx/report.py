@@ -16,6 +16,7 @@ from rich.table import Table
 
 from cpd_onnx.compare import Comparison
 from cpd_onnx.cost import CostModel
+from cpd_onnx.files import content_of
 from cpd_onnx.graph import Model
 from cpd_onnx.groups import Combed, Frozen
 from cpd_onnx.kept import Kept
@@ -155,7 +156,7 @@ def comparison(found: Comparison) -> dict[str, Any]:
 
 def size_of(model: Model, path: Path) -> int:
     """Bytes that a model takes at its path, with its weights where they cannot be in that file."""
-    here = path.stat().st_size
+    here = content_of(path).stat().st_size
     return here if here >= model.data_bytes() else here + model.data_bytes()
 
 

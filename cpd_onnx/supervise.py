@@ -8,6 +8,8 @@ import signal
 import sys
 from collections.abc import Callable
 
+from cpd_onnx.streams import complain
+
 _DIE_WITH_PARENT = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
 
@@ -42,7 +44,9 @@ def supervised(work: Callable[[], int]) -> int:
     number = signal.Signals(os.WTERMSIG(status))
     if number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         return 128 + number
-    print(f"error: {_complaint(number)}; no file is left half-written", file=sys.stderr)
+    if number == signal.SIGALRM:  # nobody waited any longer, and says so
+        return 1
+    complain(f"error: {_complaint(number)}; no file is left half-written")
     return 1
 
 

@@ -312,6 +312,7 @@ class Allocate:
         if self.cost_table is not None:
             table = load_table(Path(self.cost_table))
             table.require(combed.folded.original)
+            table.require_parts(combed)
             return Chooser(self.budget, table)
         setting = Setting(self.latency_batch, self.latency_threads, self.latency_provider)
         clock = Clock(combed, setting, input_shapes)

@@ -19,7 +19,7 @@ import numpy as np
 from cpd_onnx.cost import CostModel, Costs
 from cpd_onnx.data import Source
 from cpd_onnx.errors import CpdError, DataError, TargetError
-from cpd_onnx.files import write_atomically
+from cpd_onnx.files import read_json, write_atomically
 from cpd_onnx.graph import Model, load
 from cpd_onnx.groups import Combed
 from cpd_onnx.kept import Kept
@@ -95,24 +95,44 @@ class Stages:
         content = {"identity": self.identity, "chosen": asdict(stage.chosen), "repaired": stage.repaired}
         write_atomically(words, json.dumps(content).encode())
 
-    def load(self, number: int) -> Stage | None:
-        """Read a stage, if there is one; raises CpdError if it is that of another run."""
+    def load(self, number: int, combed: Combed) -> Stage | None:
+        """Read a stage, if there is one; raises CpdError if it is that of another run, or damaged."""
         words, place = self.files(number)
         if not words.exists():
             return None
-        content = json.loads(words.read_text("utf-8"))
-        if content["identity"] != self.identity:
+        try:
+            content = read_json(words)
+        except (OSError, ValueError) as error:
+            raise CpdError(f"{words} cannot be read ({error}): start anew with --force") from error
+        if not isinstance(content, dict) or content.get("identity") != self.identity:
             raise CpdError(f"{words} is of a run with another model or other options: start anew with --force")
-        chosen = content["chosen"]
-        costs = {name: Costs(**chosen[name]) for name in ("before", "after")}
-        allocation = Allocation(**chosen | costs | {"notes": tuple(chosen["notes"])})
-        return Stage(allocation, load(place) if place.exists() else None, content["repaired"])
+        try:
+            allocation, repaired = _allocation(content["chosen"], combed), content["repaired"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CpdError(f"{words} is damaged ({error}): start anew with --force") from error
+        if repaired is not None and not isinstance(repaired, dict):
+            raise CpdError(f"{words} is damaged (repaired): start anew with --force")
+        return Stage(allocation, load(place) if place.exists() else None, repaired)
 
     def discard(self, rounds: int) -> None:
         """Remove the files."""
         for number in range(1, rounds + 1):
             for file in self.files(number):
                 file.unlink(missing_ok=True)
+
+
+def _allocation(chosen: Any, combed: Combed) -> Allocation:
+    """What a stage has on record; TypeError, KeyError or ValueError where that is no allocation."""
+    costs = {name: Costs(**chosen[name]) for name in ("before", "after")}
+    numbers = [value for cost in costs.values() for value in asdict(cost).values()]
+    pairs = zip(combed.groups, chosen["removed"], strict=True)
+    if any(isinstance(n, bool) or not isinstance(n, int | float) for n in numbers) or any(
+        isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < len(group) for group, gone in pairs for i in gone
+    ):
+        raise ValueError("numbers of a wrong type")
+    if not all(isinstance(note, str) for note in chosen["notes"]) or not isinstance(chosen.get("latency", {}), dict):
+        raise ValueError("notes of a wrong type")
+    return Allocation(**chosen | costs | {"notes": tuple(chosen["notes"])})
 
 
 @dataclass(frozen=True)
@@ -155,7 +175,7 @@ class Iterate(Allocate):
         original = now = comb(state.model, state.input_shapes)
         choose = _Choice(self, state, original, given)
         for number in range(1, self.rounds + 1):
-            stage = stages.load(number) if stages else None
+            stage = stages.load(number, now) if stages else None
             chosen = shared(stage.chosen if stage else choose(now, number))
             kept = Kept(now.atoms)
             kept.remove(chosen.channels(now))
@@ -222,7 +242,7 @@ class _Choice:
         options = self.options
         if self.given is not None:
             removed, whole = match(now, self.given), CostModel(now).total(Kept(now.atoms))
-            chosen = Allocation([removed[group.id] for group in now.groups], whole, whole)
+            chosen = Allocation([removed.get(group.id, []) for group in now.groups], whole, whole)
         else:
             asked = {"labels": options.score_labels, "seed": options.seed}
             scores = score(now, options.score, samples=options.samples, data=self.state.data, **asked)

@@ -280,7 +280,7 @@ def wrong_view(b: Open, x: str) -> str | None:
 
 @block("map")
 def baked(b: Open, x: str) -> str | None:
-    _, channels, mark = b.kinds[x]
+    _, channels, _ = b.kinds[x]
     return b.made(b.node("Reshape", x, b.ints(-1, channels, 8, 8)), "map", channels, b.name("m"))
 
 

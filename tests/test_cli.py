@@ -166,7 +166,7 @@ def test_bad_files_get_one_clear_line(
         (["--multiple", "0"], "1 or more"),
         (["--min-share", "0.9", "--max-share", "0.1"], "in order"),
         (["--width", "nothing*=0.5..1"], "matches no group"),
-        (["--target", "latency=0.5", "--cost-table", "nowhere.json"], "is no cost table"),
+        (["--target", "latency=0.5", "--cost-table", "nowhere.json"], "cannot read cost table"),
         (["--input-shape", "z:1,3"], "inputs are"),
         (["--data", "nowhere.npz"], "no file"),
     ],
@@ -305,14 +305,13 @@ def test_one_file_is_not_named_for_two_things(
     assert files(folder) == {"model.onnx"}
 
 
-def test_the_model_itself_is_replaced_only_with_force(folder: Path) -> None:
+def test_the_model_itself_is_never_replaced(folder: Path) -> None:
     model = folder / "model.onnx"
     before = model.read_bytes()
-    assert run("prune", model, "-o", model) == 1
-    assert model.read_bytes() == before
-    assert files(folder) == {"model.onnx"}
-    assert run("prune", model, "-o", model, "--force") == 0
-    assert model.stat().st_size < len(before)
+    for force in ([], ["--force"]):
+        assert run("prune", model, "-o", model, *force) == 1
+        assert model.read_bytes() == before
+        assert files(folder) == {"model.onnx"}
 
 
 def test_nothing_is_left_where_the_disk_is_full(

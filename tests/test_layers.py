@@ -12,8 +12,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    ("errors", "atoms", "version", "wire", "svg", "supervise"),
-    ("files",),
+    ("errors", "atoms", "version", "wire", "svg"),
+    ("streams",),
+    ("supervise", "files", "loading", "trust"),
     ("graph", "data"),
     ("evaluate",),
     ("sizes",),

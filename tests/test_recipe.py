@@ -52,7 +52,7 @@ def test_a_recipe_repeats_a_run(folder: Path) -> None:
         ("flip = 1", "it should be true or false"),
         ('batch-norm = "often"', "choose one of auto, frozen"),
         ("keep = 'a'", "it should be a list"),
-        ("lr = ", "is no TOML file"),
+        ("lr = ", "is not a TOML file"),
     ],
 )
 def test_what_is_wrong_with_a_recipe(folder: Path, text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from cpd_onnx.torch.dtypes import to_numpy
 
 Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
+_TABLE = "CREATE TABLE answers (question BLOB PRIMARY KEY, answer BLOB)"
 _PATIENCE = 60.0
 """Seconds to wait for another process that writes."""
 
@@ -35,10 +37,16 @@ class AnswerCache:
             CpdError: the file is no cache, or cannot be written.
         """
         self.path, self.run, self.identity = path, run, identity
+        if path.exists() and not path.is_file():
+            raise CpdError(f"{path} is not a file: name another for the answers")
         with self._named():
             self.table = sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None)
             self.table.execute("PRAGMA synchronous = OFF")
-            self.table.execute("CREATE TABLE IF NOT EXISTS answers (question BLOB PRIMARY KEY, answer BLOB)")
+            self.table.execute("PRAGMA trusted_schema = OFF")
+            others = self.table.execute("SELECT name FROM sqlite_schema WHERE type != 'index' AND sql != ?", [_TABLE])
+            if (other := others.fetchone()) is not None:
+                raise CpdError(f"{path} is a database of something else (it has {other[0]!r}): name another file")
+            self.table.execute(_TABLE.replace("TABLE", "TABLE IF NOT EXISTS"))
 
     def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """The answers, on the device of the inputs.
@@ -49,8 +57,7 @@ class AnswerCache:
         rows = _rows(inputs)
         known = self._find(rows) or self._find([inputs])
         if known is not None:
-            columns = zip(*known, strict=True)
-            return [(parts[0] if len(parts) == 1 else torch.cat(parts)).to(inputs[0].device) for parts in columns]
+            return self._joined(known, inputs[0].device)
         answers = self.run(inputs)
         if len(rows) > 1 and all(a.ndim and len(a) == len(rows) for a in answers):
             self._keep(zip(rows, _rows(answers), strict=True))
@@ -67,8 +74,26 @@ class AnswerCache:
                 answer = row.fetchone()
             if answer is None:
                 return None
-            found.append(torch.load(io.BytesIO(answer[0]), weights_only=True))
+            found.append(self._unpacked(answer[0]))
         return found
+
+    def _joined(self, known: Sequence[Sequence[Tensor]], device: torch.device) -> list[Tensor]:
+        """The answers to one batch, from those to its parts."""
+        try:
+            columns = zip(*known, strict=True)
+            return [(parts[0] if len(parts) == 1 else torch.cat(parts)).to(device) for parts in columns]
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise CpdError(f"{self.path} holds answers that do not go together: delete it, or name another") from error
+
+    def _unpacked(self, answer: Any) -> list[Tensor]:
+        """The tensors of an answer; no code in it runs."""
+        try:
+            tensors = torch.load(io.BytesIO(answer), weights_only=True)
+        except Exception as error:  # whatever unpickling damaged bytes raises
+            raise CpdError(f"{self.path} holds an answer that cannot be read: delete it, or name another") from error
+        if not isinstance(tensors, list) or not all(isinstance(tensor, Tensor) for tensor in tensors):
+            raise CpdError(f"{self.path} holds something else than answers: delete it, or name another")
+        return tensors
 
     def _keep(self, pairs: Iterable[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> None:
         """Write all of them at once."""

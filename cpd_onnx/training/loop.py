@@ -22,7 +22,7 @@ from cpd_onnx.errors import CpdError, StoppedError
 from cpd_onnx.files import write_atomically
 from cpd_onnx.torch.module import OnnxModule
 from cpd_onnx.training.feed import Feed
-from cpd_onnx.training.losses import Comparison
+from cpd_onnx.training.losses import LOSSES, Comparison
 from cpd_onnx.training.world import World
 
 Array = npt.NDArray[Any]
@@ -301,15 +301,31 @@ class Trainer:
         content = read_checkpoint(path)
         if content["identity"] != identity:
             raise CpdError(f"{path} is the checkpoint of another run: the models, the data or the options differ")
+        try:
+            self._restore(content)
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise CpdError(f"{path} is damaged ({_first_line(error)}); start without --resume") from error
+
+    def _restore(self, content: Mapping[str, Any]) -> None:
+        """Take what a checkpoint holds; raises what Python and torch do where it is of another type or shape."""
         self.module.load_state_dict(content["module"])
         self.weights.put([tensor.to(self.world.device) for tensor in content["masters"]])
         self.optimizer.load_state_dict(content["optimizer"])
-        self.average = [tensor.to(self.world.device) for tensor in content["average"]]
-        self.losses, self.start = list(content["losses"]), content["step"]
-        self.judged = list(content["judged"])
-        self.comparison.kinds = content["kinds"]
-        self.comparison.distributions = set(content["distributions"])
-        self.best = _Best(**content["best"])
+        average = [tensor.to(self.world.device) for tensor in content["average"]]
+        if [tensor.shape for tensor in average] != [tensor.shape for tensor in self.average]:
+            raise ValueError("its averages have other shapes")
+        self.average = average
+        self.losses, self.start = [float(loss) for loss in content["losses"]], content["step"]
+        if not isinstance(self.start, int) or self.start != len(self.losses):
+            raise ValueError("its losses are not those of its steps")
+        self.judged = [(int(step), float(value)) for step, value in content["judged"]]
+        kinds = content["kinds"]
+        if not isinstance(kinds, dict) or not set(kinds.values()) <= set(LOSSES):
+            raise ValueError("its losses are of unknown kinds")
+        self.comparison.kinds = kinds
+        self.comparison.distributions = {str(name) for name in content["distributions"]}
+        best = content["best"]
+        self.best = _Best(float(best["value"]), int(best["misses"]), dict(best["state"]))
         torch.set_rng_state(content["random"])
 
 
@@ -320,10 +336,16 @@ def read_checkpoint(path: Path | None) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever unpickling a damaged file raises
-        raise CpdError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0][:200]}") from error
+        raise CpdError(f"{path} cannot be read as a checkpoint: {_first_line(error)}") from error
     if not isinstance(content, dict) or content.get("format") != _CHECKPOINT:
-        raise CpdError(f"{path} is no checkpoint of this version; start without --resume")
+        raise CpdError(f"{path} is not a checkpoint of this version; start without --resume")
+    if not isinstance(content.get("identity"), str):
+        raise CpdError(f"{path} is damaged (it names no run); start without --resume")
     return content
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
 
 # The schedule and the weights.
@@ -503,8 +525,11 @@ def _log(traces: Traces, trainer: Trainer) -> Iterator[_Log]:
 def _rows_until(path: Path, step: int) -> list[list[str]]:
     if not path.exists():
         return []
-    with path.open(newline="") as stream:
-        return [row for row in csv.reader(stream) if row and row[0].isdigit() and int(row[0]) <= step]
+    with path.open(newline="", errors="replace") as stream:
+        try:
+            return [row for row in csv.reader(stream) if row and row[0].isdecimal() and int(row[0]) <= step]
+        except (csv.Error, ValueError) as error:
+            raise CpdError(f"{path} is not a log of ours ({error}): name another file") from error
 
 
 def _board(folder: Path | None, start: int) -> Any:
