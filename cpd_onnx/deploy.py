@@ -500,7 +500,7 @@ def _compared(before: Model, after: Model, feeds: Sequence[Feed], name: str, tol
     if first is None or second is None:
         told(f"not compared with the model before it: {reason}")
         return None
-    difference = _difference(plain, found)
+    difference = output_difference(plain, found)
     if not is_judged:
         return difference
     return replace(difference, allowed=_judged(first, second, feeds, _tolerance(before), f"the step {name!r}"))
@@ -546,7 +546,7 @@ def _cast(model: Model, feed: Feed) -> Feed:
     return {name: array.astype(kinds[name], copy=False) for name, array in feed.items()}
 
 
-def _difference(plain: Sequence[Sequence[Array]], found: Sequence[Sequence[Array]]) -> Difference:
+def output_difference(plain: Sequence[Sequence[Array]], found: Sequence[Sequence[Array]]) -> Difference:
     """How far outputs are apart."""
     pairs = [(a, b) for ours, theirs in zip(plain, found, strict=True) for a, b in zip(ours, theirs, strict=True)]
     apart = [_relative(a, b) for a, b in pairs] or [(0.0, 0.0)]

@@ -168,7 +168,9 @@ class Iterate(Allocate):
             choose.removed = chosen.removed
             if number < self.rounds:
                 now = comb(_enlarged(now, kept, small), state.input_shapes)
-        plan = given or self._plan(original, chosen, state)
+        plan = given.without_values() if given else self._plan(original, chosen, state)
+        replay = pruned if self.rounds == 1 else prune(original, chosen, state.input_shapes)
+        plan = plan.with_values(replay.model, small)
         plan.stamp(small)
         return replace(
             state, model=small, combed=original, allocation=chosen, edits=pruned.edits, plan=plan,
