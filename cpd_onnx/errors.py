@@ -37,5 +37,9 @@ class ProofError(CpdError):
     """The pruned model does not do what the plan says."""
 
 
+class InconclusiveError(CpdError):
+    """What was tried shows neither that the result is right nor that it is wrong."""
+
+
 class StoppedError(CpdError):
     """The process was told to stop; what was done so far is kept and can be continued."""
