@@ -100,10 +100,14 @@ class _Pair:
         for field, what in (("input", "input"), ("output", "output"), ("value_info", "described shape")):
             yield from self.each(
                 prefix, what, getattr(one, field), getattr(other, field), _named,
-                lambda a, b, what=what: self.message(_Where(f"{prefix}{what} {a.name!r}"), a, b),
+                self.described(f"{prefix}{what}"),
             )  # fmt: skip  # what and how
         done = {"node", "initializer", "sparse_initializer", "input", "output", "value_info"}
         yield from self.fields(f"{prefix}graph", one, other, done)
+
+    def described(self, text: str) -> Callable[[Any, Any], Iterator[Difference]]:
+        """What compares two inputs, outputs or descriptions of one name."""
+        return lambda a, b: self.message(_Where(f"{text} {a.name!r}"), a, b)
 
     def function(self, one: FunctionProto, other: FunctionProto) -> Iterator[Difference]:
         """Two local functions of the same name."""
@@ -167,9 +171,9 @@ class _Pair:
     def initializer(self, where: _Where, one: TensorProto, other: TensorProto) -> Iterator[Difference]:
         """Two initializers of the same name."""
         assert where.path is not None
-        values: tuple[Any, Any] = (_of_proto, _of_proto)
+        values: tuple[_Reader, _Reader] = (_of_proto, _of_proto)
         if not where.path:
-            values = tuple(_of_model(model) for model in self.models)
+            values = (_of_model(self.models[0]), _of_model(self.models[1]))
         text = f"{where.text}initializer {one.name!r}{_takers(where.nodes, one.name)}"
         yield from self.tensor(text, (one, other), values, address(where.path, one.name))
 
@@ -231,7 +235,7 @@ class _Pair:
             a, b = getattr(one, field.name), getattr(other, field.name)
             if not isinstance(a, int | float | str | bytes | Message):
                 yield from self.repeated(place, a, b)
-            elif one.HasField(field.name) != other.HasField(field.name):
+            elif one.HasField(field.name) != other.HasField(field.name) and not _is_nothing(field, a, b):
                 said = (_short(v) if m.HasField(field.name) else "absent" for m, v in ((one, a), (other, b)))
                 yield Difference(place, " -> ".join(said))
             elif isinstance(a, Message):
@@ -256,7 +260,7 @@ class _Pair:
 
 def named_places(model: Model) -> dict[str, str]:
     """Where each tensor of a model stands, in words: its name and the first input that takes it."""
-    places = {}
+    places: dict[str, str] = {}
     for path, graph in walk(model.graph):
         prefix = f"in {path}: " if path else ""
         constants = (node for node in graph.node if node.op_type == "Constant" and node.output)
@@ -373,6 +377,11 @@ def _alike(one: NodeProto, other: NodeProto) -> bool:
 
 def _same_bytes(one: Message, other: Message) -> bool:
     return bool(one.SerializeToString(deterministic=True) == other.SerializeToString(deterministic=True))
+
+
+def _is_nothing(field: Any, one: Any, other: Any) -> bool:
+    """Whether two texts of which one is absent are both empty, which no reader tells apart."""
+    return one == other and isinstance(one, str | bytes) and field.containing_oneof is None
 
 
 def _bits(value: Any) -> Any:

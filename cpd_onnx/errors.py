@@ -38,7 +38,7 @@ class ProofError(CpdError):
 
 
 class InconclusiveError(CpdError):
-    """What was tried shows neither that the result is right nor that it is wrong."""
+    """Neither that the pruned model does what the plan says nor that it does not can be shown on these inputs."""
 
 
 class StoppedError(CpdError):

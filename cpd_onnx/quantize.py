@@ -138,8 +138,10 @@ def _recorded(ranges: Any) -> Ranges:
     """Ranges as JSON has them: [lowest, highest]; what is not finite is null."""
     found = {}
     for name, data in ranges.items():
-        low, high = (np.asarray(value, np.float64) for value in data.range_value)
-        found[name] = [np.where(np.isfinite(value), value, None).tolist() for value in (low, high)]
+        bounds = [np.asarray(value, np.float64).astype(object) for value in data.range_value]
+        for bound in bounds:
+            bound[~np.isfinite(bound.astype(np.float64))] = None
+        found[name] = [bound.tolist() for bound in bounds]
     return found
 
 
