@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.progress import BarColumn
 
-from cpd_onnx import cli_deploy, demo, pipeline, plots, recipe, report, trust
+from cpd_onnx import cli_deploy, cli_verify, demo, pipeline, plots, recipe, report, trust
 from cpd_onnx.bench import Setting, bench
 from cpd_onnx.cli_compress import compress, page_kinds, write_page
 from cpd_onnx.cli_reproduce import reproduce
@@ -59,8 +59,8 @@ from cpd_onnx.passes.iterate import Iterate
 from cpd_onnx.passes.prune import Prune, apply
 from cpd_onnx.passes.repair import Repair
 from cpd_onnx.passes.score import Score, score, scorer_of
-from cpd_onnx.passes.verify import Verify, data_feeds, verify_files
-from cpd_onnx.plan import load_plan
+from cpd_onnx.passes.verify import Verify, data_feeds
+from cpd_onnx.plan import Plan, load_plan
 from cpd_onnx.rules import supported_operators, unsupported_operators
 from cpd_onnx.streams import PIPE_CLOSED, complain, flush_out, silence, write_out
 from cpd_onnx.widths import held_groups
@@ -69,7 +69,6 @@ _LINE = 1000
 """Characters of a complaint."""
 _NO_MEMORY = re.compile("can't allocate memory|bad_alloc|can't start new thread|failed to allocate", re.IGNORECASE)
 """What libraries say in exceptions of other kinds when memory runs out."""
-_VERIFY_BATCHES = 2
 _MODELS = ("model", "original", "pruned", "teacher", "student")
 """Arguments that are models."""
 
@@ -289,42 +288,26 @@ def _print_pruned(content: dict[str, Any]) -> None:
     out.print(f"wrote {content['output']} and {content['plan']}", soft_wrap=True)
 
 
-def _verify(options: argparse.Namespace) -> None:
-    plan = options.plan or plan_path_of(options.pruned)
-    require_outputs(options, reads=[plan])
-    original = load(options.original)
-    source = source_of(options.data, original, options)
-    feeds = None if source is None else data_feeds(original, source, _VERIFY_BATCHES)
-    found = verify_files(original, load(options.pruned), load_plan(plan), feeds)
-    content = {"is_replay": found.is_replay, "trained": list(found.trained), **report.comparison(found.comparison)}
-    if write_json(options, content):
-        return
-    if found.is_replay:
-        out.print("the file is, byte for byte, what the plan makes of the original", soft_wrap=True)
-    else:
-        out.print(
-            "structure proven: the file is what the plan makes of the original; "
-            f"weights whose values were trained since: {len(found.trained)}",
-            soft_wrap=True,
-        )
-    out.print(report.proof_line(content), soft_wrap=True)
-
-
 def _apply(options: argparse.Namespace) -> None:
     require_outputs(options, options.output, reads=[options.plan])
-    model = load(options.model)
+    model, plan = load(options.model), load_plan(options.plan)
     require_apart(options, model)
-    pruned = apply(model, load_plan(options.plan))
+    pruned = apply(model, plan)
     pruned.model.save(options.output, overwrite=options.force, weights=options.weights)
     bytes_ = {"before": report.size_of(model, options.model), "after": report.size_of(pruned.model, options.output)}
     content = {"output": str(options.output), "plan": str(options.plan), "edits": len(pruned.edits), "bytes": bytes_}
+    content["without_values"] = list(plan.values)
     if not write_json(options, content):
+        if plan.values:
+            said = f"{len(plan.values)} weights that were refitted or trained later"
+            out.print(f"note: the plan names {said}; here they have the original's values", soft_wrap=True)
         out.print(f"wrote {options.output}", soft_wrap=True)
 
 
 def _distill(options: argparse.Namespace) -> None:
-    plan = options.plan or plan_path_of(options.student)
-    require_outputs(options, options.output, recipe_path_of(options), reads=[plan])
+    plan = _student_plan(options)
+    places = [options.output, recipe_path_of(options), *([] if plan is None else [plan_path_of(options.output)])]
+    require_outputs(options, *places, reads=[options.plan or plan_path_of(options.student)])
     distill = distill_module()
     check_metric(options.metric)
     recipe.text(options)  # refuses now what cannot be put on record at the end
@@ -332,7 +315,9 @@ def _distill(options: argparse.Namespace) -> None:
     require_apart(options, *models.values())
     source = required_source(models["student"], options)
     settings = distill.DistillOptions(**training_of(options))
-    overlap = _overlap(options, models["teacher"])
+    overlap = None
+    if plan is not None:
+        overlap = distill.overlap_of(*planned(models["teacher"], plan), options.hidden)
     checkpoint = checkpoint_of(options)
     require_new_run(options, checkpoint)
     watched = watched_on(options, models["student"])
@@ -361,22 +346,30 @@ def _distill(options: argparse.Namespace) -> None:
         made = distill.trained(models["student"], result)
         accuracies |= evaluated(options, {"distilled": made}, models["teacher"])
         with locked(options.output.parent), together():
-            made.save(options.output, overwrite=options.force, weights=options.weights)
-            recipe.write(recipe_path_of(options), options, overwrite=options.force)
+            _write_distilled(options, models["student"], made, plan)
     checkpoint.unlink(missing_ok=True)
     content = distill.summary(result) | {"output": str(options.output)}
+    content |= {"plan": str(plan_path_of(options.output))} if plan is not None else {}
     content |= {"metric": options.metric, **accuracies} if accuracies else {}
     if not write_json(options, content):
         _print_distilled(content)
 
 
-def _overlap(options: argparse.Namespace, teacher: Model) -> Any:
-    """What both models have, from the plan beside the student; nothing where there is none and none is needed."""
+def _student_plan(options: argparse.Namespace) -> Plan | None:
+    """The plan that the student was made by; None where there is none and none is needed."""
     path = options.plan or plan_path_of(options.student)
     if not path.exists() and options.plan is None and not options.hidden:
         return None
-    combed, kept = planned(teacher, load_plan(path))
-    return distill_module().overlap_of(combed, kept, options.hidden)
+    return load_plan(path)
+
+
+def _write_distilled(options: argparse.Namespace, student: Model, made: Model, plan: Plan | None) -> None:
+    """Write the trained model, the options, and a plan that names the trained weights, if the student has one."""
+    if plan is None:
+        made.save(options.output, overwrite=options.force, weights=options.weights)
+    else:
+        write_both(options, made, plan.with_values(student, made), plan_path_of(options.output))
+    recipe.write(recipe_path_of(options), options, overwrite=options.force)
 
 
 def _print_distilled(content: dict[str, Any]) -> None:
@@ -392,7 +385,8 @@ def _print_distilled(content: dict[str, Any]) -> None:
         if name in content:
             values[f"{name} {content['metric']}"] = f"{content[name]:.4f}"
     out.print(report.values_table(values))
-    out.print(f"wrote {content['output']}", soft_wrap=True)
+    written = [content[name] for name in ("output", "plan") if name in content]
+    out.print(f"wrote {' and '.join(written)}", soft_wrap=True)
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -484,7 +478,7 @@ def _completion(options: argparse.Namespace) -> None:
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "inspect": _inspect, "prune": _prune, "verify": _verify, "apply": _apply, "distill": _distill,
+    "inspect": _inspect, "prune": _prune, "verify": cli_verify.run, "apply": _apply, "distill": _distill,
     "compress": compress, "reproduce": reproduce, "sweep": sweep, "deploy": cli_deploy.run, "bench": _bench,
     "latency": _latency, "demo": _demo, "operators": _operators, "completion": _completion,
 }  # fmt: skip  # a table

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from cpd_onnx import manifest, recipe, report
 from cpd_onnx.console import evaluated, out, progress_line, require_apart, require_outputs, source_of, write_json
-from cpd_onnx.deploy import Deployed, Deployment, Step, deploy, ort_bytes, shaped
+from cpd_onnx.deploy import Deployed, Deployment, Step, deploy, ort_measured, shaped
 from cpd_onnx.errors import CpdError, DataError
 from cpd_onnx.files import content_of, locked, together, write_atomically
 from cpd_onnx.graph import Model, load
@@ -52,11 +53,12 @@ def deployed(options: argparse.Namespace) -> dict[str, Any]:
         task = line.add_task("read", total=None)
         made = deploy(model, wish, source, lambda name: line.update(task, description=name))
         scores = evaluated(options, {"before": model, "after": made.model}, model)
+    entry = manifest.file_entry(options.model, "model")  # which the output may replace
     with locked(options.output.parent), together():
-        _write(options, model, made.model)
+        made = replace(made, steps=(*made.steps, *_write(options, model, made.model)))
         content = _content(options, model, made) | {"seconds": round(time.perf_counter() - started, 3)}
         content |= {"metric": options.metric, "accuracy": scores} if scores else {}
-        read = {"model": options.model, "data": options.data, "eval": options.eval, "profile": options.profile}
+        read = {"model": entry, "data": options.data, "eval": options.eval, "profile": options.profile}
         beside = {} if options.ort is None else {options.ort: "ort"}  # of which no two are the same
         manifest.write(
             place,
@@ -105,12 +107,16 @@ def _wish(options: argparse.Namespace, profile: Profile | None) -> Deployment:
     )
 
 
-def _write(options: argparse.Namespace, model: Model, made: Model) -> None:
-    """Write the model, and what onnxruntime makes of it."""
+def _write(options: argparse.Namespace, model: Model, made: Model) -> Iterator[Step]:
+    """Write the model, and what onnxruntime makes of it, which is a step."""
     weights = "beside" if options.weights == "as-is" and model.is_external else options.weights
-    if options.ort is not None:
-        write_atomically(options.ort, ort_bytes(made, options.ort_level))
     made.data_files |= model.data_files  # which stay, whatever they are called
+    if options.ort is not None:
+        started = time.perf_counter()
+        content, difference = ort_measured(made, options.ort_level)
+        seconds = time.perf_counter() - started
+        write_atomically(options.ort, content)
+        yield Step("ort", options.ort_level, difference, len(content), seconds, (), {"level": options.ort_level})
     made.save(options.output, overwrite=options.force, weights=weights)
 
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnxruntime as ort
@@ -26,6 +26,7 @@ from cpd_onnx.compare import QUANTIZED, TOLERANCES, compare, runs_needed
 from cpd_onnx.converting import (
     Told,
     asking,
+    first_line,
     keep_described,
     nobody,
     quantised_node,
@@ -39,7 +40,7 @@ from cpd_onnx.files import require_free, write_atomically
 from cpd_onnx.graph import Array, Model, element_type
 from cpd_onnx.halves import HALVES, to_half
 from cpd_onnx.profiles import Profile, problems
-from cpd_onnx.quantize import Quantization, extremes, quantize, samples_at_once
+from cpd_onnx.quantize import Quantization, Ranges, extremes, quantize_recorded, samples_at_once
 from cpd_onnx.runtime import Feed, Runner, execute, execute_all, open_model, working_feeds
 from cpd_onnx.shapes import fold
 
@@ -124,6 +125,7 @@ class Step:
         bytes: of the model after it.
         seconds: that it took, the comparison left out.
         notes: what else should be known.
+        options: what `redo` takes to do the step again; None where it was left out.
 
     """
 
@@ -133,6 +135,7 @@ class Step:
     bytes: int
     seconds: float
     notes: tuple[str, ...] = ()
+    options: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -246,14 +249,18 @@ def shaped(model: Model, wish: Deployment) -> Model:
 
     Raises TargetError where the model does not have them.
     """
+    return _shaped(model, wish)[0]
+
+
+def _shaped(model: Model, wish: Deployment) -> tuple[Model, int | None]:
+    """The same, and the batch that was fixed."""
     if wish.sizes:
         model = fix_shapes(model, wish.sizes)
-    if wish.batch is not None:
-        return fix_batch(model, wish.batch)
+    batch = wish.batch
     first = next((entry.shape[0] for entry in inputs_of(model.proto) if entry.shape), 1)
-    if wish.profile is not None and wish.profile.batch is not None and not isinstance(first, int):
-        return fix_batch(model, wish.profile.batch)
-    return model
+    if batch is None and wish.profile is not None and not isinstance(first, int):
+        batch = wish.profile.batch
+    return (model if batch is None else fix_batch(model, batch)), batch
 
 
 # Versions.
@@ -332,6 +339,13 @@ def save_ort(
 
 def ort_bytes(model: Model, level: str = "extended", provider: str = "CPUExecutionProvider") -> bytes:
     """A model in the .ort format; arguments and errors are those of `save_ort`."""
+    return ort_measured(model, level, provider)[0]
+
+
+def ort_measured(
+    model: Model, level: str = "extended", provider: str = "CPUExecutionProvider"
+) -> tuple[bytes, Difference]:
+    """The same, and how far the outputs are from the model's."""
     if level not in LEVELS:
         raise TargetError(f"no level is called {level!r}: choose {', '.join(LEVELS)}")
     require_one_message(model, "written as .ort")
@@ -347,9 +361,14 @@ def ort_bytes(model: Model, level: str = "extended", provider: str = "CPUExecuti
         options.optimized_model_filepath = str(place)
         ort.InferenceSession(model.serialize(), options, providers=list(dict.fromkeys([provider, _CPU])))
         content = place.read_bytes()
-        feeds = _random_feeds(model)
-        _judged(open_model(model), open_model(place), feeds, _tolerance(model), "the .ort file")
-    return content
+        return content, ort_difference(model, place, _random_feeds(model))
+
+
+def ort_difference(model: Model, place: Path, feeds: Sequence[Feed]) -> Difference:
+    """How far an .ort file is from the model that it was made of; ProofError where that is more than rounding does."""
+    first, second = open_model(model), open_model(place)
+    found = output_difference(execute_all(first, feeds), execute_all(second, feeds))
+    return replace(found, allowed=_judged(first, second, feeds, _tolerance(model), "the .ort file"))
 
 
 # Steps.
@@ -374,65 +393,127 @@ def deploy(model: Model, wish: Deployment, source: Source | None = None, observe
     observer = observer or nobody
     done: list[Step] = []
     feeds: list[Feed] = []
-    for name, what, function in _planned(model, wish, source):
+    for todo in _planned(model, wish, source):
+        name = todo.name
         observer(name)
         notes: list[str] = []
         started = time.perf_counter()
-        made = function(model, notes.append)
+        made, options = todo.function(model, notes.append)
         seconds = time.perf_counter() - started
         difference = None
         if made is not model:
-            feeds = feeds or _feeds(made if name == "fix" else model, made, source)
-            difference = _compared(model, made, feeds, name, notes.append)
+            feeds = feeds or feeds_for(name, model, made, source)
+            difference = compared(model, made, feeds, name, notes.append)
             if name == "half" and not _is_stored(wish):
                 notes += _overflow(model, feeds)
         if made is not model or notes:
-            done.append(Step(name, what, difference, _size(made), seconds, tuple(notes)))
+            recorded = options if made is not model else None
+            done.append(Step(name, todo.what, difference, _size(made), seconds, tuple(notes), recorded))
         model = made
     left = problems(model, wish.profile) if wish.profile is not None else []
     return Deployed(model, tuple(done), tuple(left))
 
 
-_Function: TypeAlias = Callable[[Model, Told], Model]
+@dataclass(frozen=True)
+class _Todo:
+    """A step that is asked for; its function gives the model and what `redo` takes to do the same again."""
+
+    name: str
+    what: str
+    function: Callable[[Model, Told], tuple[Model, Mapping[str, Any]]]
 
 
-def _planned(model: Model, wish: Deployment, source: Source | None) -> Iterator[tuple[str, str, _Function]]:
-    """Name, description and function of each step."""
+def _planned(model: Model, wish: Deployment, source: Source | None) -> Iterator[_Todo]:
+    """The steps that are asked for."""
     if wish.sizes or wish.batch is not None or wish.profile is not None:
-        fixed = shaped(model, wish)
-        yield "fix", ", ".join(f"{entry.name} {entry}" for entry in inputs_of(fixed.proto)), lambda *_: fixed
+        fixed, batch = _shaped(model, wish)
+        sizes = {name: size if isinstance(size, int) else list(size) for name, size in wish.sizes.items()}
+        what = ", ".join(f"{entry.name} {entry}" for entry in inputs_of(fixed.proto))
+        yield _Todo("fix", what, lambda *_: (fixed, {"sizes": sizes, "batch": batch}))
     yield from _versions(model, wish)
     if wish.int8 is not None and source is not None:
         data, how = source, wish.int8
         what = f"{how.calibration}, {how.samples} samples, {'a scale each channel' if how.per_channel else 'one scale'}"
-        yield "int8", what, lambda now, told: quantize(now, data, how, told)
+        yield _Todo("int8", what, lambda now, told: _quantised(now, data, how, told))
     if wish.half is not None:
-        kind = wish.half
+        kind, options = wish.half, {"keep_io": wish.keep_io, "storage_only": wish.storage_only}
         what = f"{kind}, stored only" if _is_stored(wish) else kind
-        yield (
-            "half",
-            what,
-            lambda now, told: to_half(now, kind, keep_io=wish.keep_io, storage_only=wish.storage_only, told=told),
+        yield _Todo(
+            "half", what, lambda now, told: (to_half(now, kind, told=told, **options), {"kind": kind} | options)
         )
 
 
-def _versions(model: Model, wish: Deployment) -> Iterator[tuple[str, str, _Function]]:
+def _quantised(model: Model, source: Source, options: Quantization, told: Told) -> tuple[Model, Mapping[str, Any]]:
+    """The quantised model; on record are the options and the ranges that were seen, so that no samples are needed."""
+    made, ranges = quantize_recorded(model, source, options, told)
+    plain = asdict(options) | {name: list(getattr(options, name)) for name in ("exclude", "keep_float")}
+    return made, {"quantization": plain, "ranges": dict(ranges)}
+
+
+def _versions(model: Model, wish: Deployment) -> Iterator[_Todo]:
     """Conversions of the operator set and of the IR version."""
     needed = integers.OPSET if wish.int8 is not None else halves.OPSET if wish.half == "bfloat16" else 0
     newest = wish.profile.opset if wish.profile is not None else None
     if wish.opset is not None:
-        opset = wish.opset
-        yield "opset", f"{model.opset} -> {opset}", lambda now, _: convert_opset(now, opset)
+        yield _converted(f"{model.opset} -> {wish.opset}", wish.opset, convert_opset)
     elif model.opset < needed:
         what = "scales for each channel need it" if wish.int8 is not None else "Cast takes bfloat16 from there on"
-        yield "opset", f"{model.opset} -> {needed}: {what}", lambda now, _: convert_opset(now, needed)
+        yield _converted(f"{model.opset} -> {needed}: {what}", needed, convert_opset)
     elif newest is not None and newest < model.opset:
-        older = newest
-        yield "opset", f"{model.opset} -> {older}", lambda now, told: _attempted(convert_opset, now, older, told)
+        yield _converted(f"{model.opset} -> {newest}", newest, convert_opset, is_must=False)
     if wish.profile is not None and wish.profile.ir is not None and wish.profile.ir < model.proto.ir_version:
-        ir = wish.profile.ir
-        what = f"{model.proto.ir_version} -> {ir}"
-        yield "IR version", what, lambda now, told: _attempted(lower_ir, now, ir, told)
+        what = f"{model.proto.ir_version} -> {wish.profile.ir}"
+        yield _converted(what, wish.profile.ir, lower_ir, name="IR version", is_must=False)
+
+
+def _converted(
+    what: str, version: int, function: Callable[[Model, int], Model], *, name: str = "opset", is_must: bool = True
+) -> _Todo:
+    """A conversion; one that a profile asks for is left out where it cannot be done: it stays a problem of that."""
+
+    def convert(now: Model, told: Told) -> tuple[Model, Mapping[str, Any]]:
+        made = function(now, version) if is_must else _attempted(function, now, version, told)
+        return made, {"version": version}
+
+    return _Todo(name, what, convert)
+
+
+def redo(model: Model, name: str, options: Mapping[str, Any]) -> Model:
+    """Do a step of a `deploy` again, by its name and the options on record.
+
+    Raises:
+        TargetError: there is no such step, or the options are not those of it.
+        UnsupportedError: it cannot be done with this model.
+    """
+    if name not in _AGAIN:
+        raise TargetError(f"{name!r} is not a step that can be done again: {', '.join(_AGAIN)} are")
+    try:
+        return _AGAIN[name](model, **options)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise TargetError(f"the step {name!r} does not take the options on record: {first_line(error)}") from error
+
+
+def _fix_again(model: Model, sizes: Sizes, batch: int | None) -> Model:
+    return shaped(model, Deployment(sizes=sizes, batch=batch))
+
+
+def _int8_again(model: Model, quantization: Mapping[str, Any], ranges: Ranges) -> Model:
+    lists = {name: tuple(quantization[name]) for name in ("exclude", "keep_float")}
+    return quantize_recorded(model, ranges, Quantization(**{**quantization, **lists}))[0]
+
+
+def _half_again(model: Model, kind: str, *, keep_io: bool, storage_only: bool) -> Model:
+    return to_half(model, kind, keep_io=keep_io, storage_only=storage_only)
+
+
+_AGAIN: dict[str, Callable[..., Model]] = {
+    "fix": _fix_again,
+    "opset": lambda model, version: convert_opset(model, version),
+    "IR version": lambda model, version: lower_ir(model, version),
+    "int8": _int8_again,
+    "half": _half_again,
+}
+"""How the steps are done again."""
 
 
 def _attempted(function: Callable[[Model, int], Model], model: Model, version: int, told: Told) -> Model:
@@ -457,12 +538,13 @@ def _is_stored(wish: Deployment) -> bool:
 # Comparing.
 
 
-def _feeds(model: Model, after: Model, source: Source | None) -> list[Feed]:
-    """Inputs to compare on: samples, or random ones that the model, or else what was made of it, accepts."""
+def feeds_for(name: str, model: Model, after: Model, source: Source | None) -> list[Feed]:
+    """Inputs to compare a step on: samples, or random ones that the model, or else what was made of it, accepts."""
+    first = after if name == "fix" else model
     if source is not None:
-        return list(calibration(model.proto, source, _COMPARED, batch=samples_at_once(source)))
+        return list(calibration(first.proto, source, _COMPARED, batch=samples_at_once(source)))
     try:
-        return _random_feeds(model)
+        return _random_feeds(first)
     except UnsupportedError:
         return _random_feeds(after)
 
@@ -486,7 +568,7 @@ def _tolerance(model: Model) -> float:
     return TOLERANCES["float16" if TensorProto.FLOAT16 in kinds else "float32"]
 
 
-def _compared(before: Model, after: Model, feeds: Sequence[Feed], name: str, told: Told) -> Difference | None:
+def compared(before: Model, after: Model, feeds: Sequence[Feed], name: str, told: Told) -> Difference | None:
     """How far two models are apart; None, and a note, where onnxruntime runs the second one only.
 
     Raises UnsupportedError if it does not run that either, ProofError if it runs the first one only.
@@ -501,7 +583,7 @@ def _compared(before: Model, after: Model, feeds: Sequence[Feed], name: str, tol
     if first is None or second is None:
         told(f"not compared with the model before it: {reason}")
         return None
-    difference = _difference(plain, found)
+    difference = output_difference(plain, found)
     if not is_judged:
         return difference
     return replace(difference, allowed=_judged(first, second, feeds, _tolerance(before), f"the step {name!r}"))
@@ -547,7 +629,7 @@ def _cast(model: Model, feed: Feed) -> Feed:
     return {name: array.astype(kinds[name], copy=False) for name, array in feed.items()}
 
 
-def _difference(plain: Sequence[Sequence[Array]], found: Sequence[Sequence[Array]]) -> Difference:
+def output_difference(plain: Sequence[Sequence[Array]], found: Sequence[Sequence[Array]]) -> Difference:
     """How far outputs are apart."""
     pairs = [(a, b) for ours, theirs in zip(plain, found, strict=True) for a, b in zip(ours, theirs, strict=True)]
     apart = [_relative(a, b) for a, b in pairs] or [(0.0, 0.0)]

@@ -163,6 +163,10 @@ class Model:
         found: TensorProto = self._initializers[name]
         return found
 
+    def is_detached(self, name: str) -> bool:
+        """Whether the values of a main-graph initializer are held outside the proto."""
+        return name in self._data
+
     def array(self, name: str) -> Array:
         """Values of a main-graph initializer; do not write into it."""
         return made(self.lazily(name))

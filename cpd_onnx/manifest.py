@@ -58,6 +58,17 @@ def place_of(output: Path) -> Path:
     return output.with_name(f"{output.name}.manifest.json")
 
 
+def inputs_of(read: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Entries of what went in; what is an entry already, of a file that the output replaces, stays as it is."""
+    found = []
+    for role, path in read.items():
+        if isinstance(path, dict):
+            found.append(path)
+        elif path is not None and Path(path).exists():
+            found.append(file_entry(Path(path), role))
+    return found
+
+
 def write(place: Path, recipe: str, read: Mapping[str, Any], written: Mapping[str, Path | None], **more: Any) -> None:
     """Write the document.
 
@@ -69,7 +80,7 @@ def write(place: Path, recipe: str, read: Mapping[str, Any], written: Mapping[st
         more: entries of its own, `run` the command's name, `beside` files that differ each time.
     """
     beside = more.pop("beside", {})
-    inputs = [file_entry(Path(path), role) for role, path in read.items() if path is not None and Path(path).exists()]
+    inputs = inputs_of(read)
     outputs = [file_entry(path, role, repeats=True) for role, path in written.items() if path is not None]
     model = Path(str(written["model"]))
     outputs += [file_entry(path, "weights", repeats=True) for path in _data_of(model)]

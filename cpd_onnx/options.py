@@ -122,10 +122,21 @@ def _add_prune(commands: Any) -> None:
 
 
 def _add_verify(commands: Any) -> None:
-    parser = commands.add_parser("verify", help="check a pruned file against its original and its plan")
+    parser = commands.add_parser("verify", help="check a pruned, trained or deployed file against its original")
     parser.add_argument("original", type=Path)
-    parser.add_argument("pruned", type=Path)
-    parser.add_argument("--plan", type=Path, help="default: PRUNED.plan.json")
+    parser.add_argument("pruned", type=Path, help="the file to check; what deploy wrote is followed back")
+    parser.add_argument("--plan", type=Path, help="of the pruned file (default: PRUNED.plan.json)")
+    parser.add_argument(
+        "--manifest", type=Path, help="of the deploy that made the file (default: PRUNED.manifest.json, or one beside)"
+    )
+    parser.add_argument(
+        "--via",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="file that a deployed one was made of, where it is not beside the manifest; may be repeated",
+    )
     parser.add_argument("--data", help=f"inputs to compare on: {DATA} (default: random)")
     _add_images(parser)
     _add_json(parser)

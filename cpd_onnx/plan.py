@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from cpd_onnx.files import read_json, require_free, write_atomically
 from cpd_onnx.graph import Model
 from cpd_onnx.groups import Combed, Group
 from cpd_onnx.kept import Kept
+from cpd_onnx.tensors import changed_values, stored_tensors
 from cpd_onnx.version import __version__
 
 FORMAT = "cpd-onnx/plan"
@@ -53,6 +55,26 @@ class Plan:
         """Sizes of inputs that were given when the plan was made."""
         return {name: list(shape) for name, shape in self.content["source"].get("input_shapes", {}).items()}
 
+    @property
+    def values(self) -> dict[str, str]:
+        """Weights that were refitted or trained after the removal: SHA-256 of their values, see `values_sha256`."""
+        return dict(self.content.get("values", {}))
+
+    def with_values(self, before: Model, after: Model) -> Plan:
+        """The plan of a model that was given other values: what differs between the two is on record in it.
+
+        `before` is the model as it was, with all that this plan names already.
+        """
+        changed = changed_values(before, after)
+        if not changed:
+            return self
+        known = self.values | changed
+        return Plan({**self.content, "values": {name: known[name] for name in stored_tensors(after) if name in known}})
+
+    def without_values(self) -> Plan:
+        """The plan of the removal alone."""
+        return Plan({key: value for key, value in self.content.items() if key != "values"})
+
     def dumps(self) -> str:
         """The document as text, the same for the same plan; a line for each group and each tensor."""
         return self._text
@@ -64,13 +86,17 @@ class Plan:
         )
 
     def stamp(self, model: Model) -> None:
-        """Note in a model's metadata where it comes from: tool, source and plan; nothing where nothing was removed."""
+        """Note in a model's metadata where it comes from: tool, source and plan; nothing where nothing was removed.
+
+        The plan's SHA-256 is that of the removal, without `values`: a repair or a training changes neither the removal
+        nor this entry, and the model that the plan is replayed to has the same one.
+        """
         if not any(self.removed.values()):
             return
         entries = {
             "tool": str(self.content.get("made_by", "")),
             "source.sha256": self.sha256,
-            "plan.sha256": hashlib.sha256(self.dumps().encode()).hexdigest(),
+            "plan.sha256": hashlib.sha256(self.without_values().dumps().encode()).hexdigest(),
         }
         properties = model.proto.metadata_props
         for old in [entry for entry in properties if entry.key.startswith(_STAMP)]:  # of what this was made from
@@ -94,10 +120,17 @@ def _lines(value: Any) -> str:
     """JSON with a line for each entry; all in all the encoder of C, which indents nothing, is ten times as fast."""
     if isinstance(value, list) and value:
         return "[\n" + ",\n".join(f"  {json.dumps(entry)}" for entry in value) + "\n ]"
-    if isinstance(value, Mapping) and any(isinstance(entry, Mapping) for entry in value.values()):
+    has_lines = isinstance(value, Mapping) and (
+        any(isinstance(entry, Mapping) for entry in value.values()) or (value and all(map(_is_digest, value.values())))
+    )
+    if has_lines:
         entries = (f"  {json.dumps(key)}: {json.dumps(entry)}" for key, entry in value.items())
         return "{\n" + ",\n".join(entries) + "\n }"
     return json.dumps(value)
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def schema() -> dict[str, Any]:
@@ -142,6 +175,9 @@ def _check(content: Any, where: str) -> None:
         _check_group(group, where)
     if len({group["id"] for group in groups}) < len(groups):
         raise PlanError(f"{where}: a group is named twice")
+    values = content.get("values", {})
+    if not isinstance(values, dict) or not all(map(_is_digest, values.values())):
+        raise PlanError(f"{where}: 'values' should map names of weights to SHA-256 in hexadecimal digits")
 
 
 def _check_shapes(shapes: Any, where: str) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -42,6 +42,9 @@ SAMPLES = 128
 """That calibration looks at."""
 OPSET = 13
 """From which on DequantizeLinear has an axis, for a scale each channel."""
+
+Ranges: TypeAlias = Mapping[str, Any]
+"""Lowest and highest value of each tensor that calibration looked at: numbers, or lists of one a channel."""
 
 _HISTOGRAMS: dict[str, dict[str, Any]] = {
     "entropy": {"num_bins": 512, "num_quantized_bins": 128},
@@ -108,6 +111,13 @@ def quantize(model: Model, source: Source, options: Quantization | None = None, 
         DataError: the data does not fit the model.
         TargetError: a pattern of nodes to exclude names nothing.
     """
+    return quantize_recorded(model, source, options, told)[0]
+
+
+def quantize_recorded(
+    model: Model, source: Source | Ranges, options: Quantization | None = None, told: Told | None = None
+) -> tuple[Model, Ranges]:
+    """Quantise as `quantize` does, and give the ranges of the tensors too, which take the place of samples later."""
     options, told = options or Quantization(), told or nobody
     _require_float(model)
     require_one_message(model, "quantised")
@@ -117,10 +127,33 @@ def quantize(model: Model, source: Source, options: Quantization | None = None, 
         onnx.save(prepared, path)
         operators = _quantised_operators(options)
         excluded = _excluded(model, prepared, options.exclude)
-        ranges = _ranges(path, model.proto, source, options)
+        ranges = _read(source) if isinstance(source, Mapping) else _ranges(path, model.proto, source, options)
+        recorded = _recorded(ranges)
         excluded |= _touching(prepared, _unbounded(ranges), operators, told)
         proto = _with_integers(prepared, ranges, options, excluded, told)
-    return valid(tidied(proto, model.proto), model, "quantising")
+    return valid(tidied(proto, model.proto), model, "quantising"), recorded
+
+
+def _recorded(ranges: Any) -> Ranges:
+    """Ranges as JSON has them: [lowest, highest]; what is not finite is null."""
+    found = {}
+    for name, data in ranges.items():
+        bounds = [np.asarray(value, np.float64).astype(object) for value in data.range_value]
+        for bound in bounds:
+            bound[~np.isfinite(bound.astype(np.float64))] = None
+        found[name] = [bound.tolist() for bound in bounds]
+    return found
+
+
+def _read(ranges: Ranges) -> Any:
+    """Recorded ranges as onnxruntime's quantiser takes them."""
+    from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
+
+    data = {}
+    for name, (low, high) in ranges.items():
+        bounds = [np.asarray(np.array(value, np.float64), np.float32) for value in (low, high)]
+        data[name] = TensorData(lowest=bounds[0], highest=bounds[1])
+    return TensorsData(CalibrationMethod.MinMax, data)
 
 
 def _require_float(model: Model) -> None:

@@ -130,13 +130,14 @@ def compare(original: onnx.ModelProto, task: Task, out: Path | None = None) -> N
         "pruned, repaired, distilled": ours,
     }
     _print(found, task)
-    proof = verify_files(model, ours, pruned.plan)
+    plan = pruned.plan.with_values(pruned.model, ours)  # which names the weights that were trained
+    proof = verify_files(model, ours, plan)
     print(report.proof_line(report.comparison(proof.comparison)))
     if out is not None:
         out.mkdir(parents=True)
         model.save(out / "original.onnx")
         ours.save(out / "compressed.onnx")
-        pruned.plan.save(out / "compressed.onnx.plan.json")
+        plan.save(out / "compressed.onnx.plan.json")
     print(f"{time.perf_counter() - started:.0f} s")
 
 

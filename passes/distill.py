@@ -278,7 +278,9 @@ class Distill(DistillOptions):
             overlap = overlap_of(state.combed, kept, options.hidden)
         teacher, student = state.original.complete_proto(), state.model.complete_proto()
         result = distill(teacher, student, state.data, options, overlap=overlap)
-        return replace(state, model=trained(state.model, result), distilled=summary(result))
+        made = trained(state.model, result)
+        plan = state.plan and state.plan.with_values(state.model, made)
+        return replace(state, model=made, distilled=summary(result), plan=plan)
 
 
 def overlap_of(combed: Combed, kept: Kept, hidden: int = 0) -> Overlap:

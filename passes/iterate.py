@@ -189,7 +189,9 @@ class Iterate(Allocate):
             choose.removed = chosen.removed
             if number < self.rounds:
                 now = comb(_enlarged(now, kept, small), state.input_shapes)
-        plan = given or self._plan(original, chosen, state)
+        plan = given.without_values() if given else self._plan(original, chosen, state)
+        replay = pruned if self.rounds == 1 else prune(original, chosen, state.input_shapes)
+        plan = plan.with_values(replay.model, small)
         plan.stamp(small)
         edits = pruned.edits if now is original else (*evaluation_of(original.folded), *pruned.edits)
         return replace(

@@ -127,7 +127,7 @@ class Repair(RepairOptions):
     name: ClassVar[str] = "repair"
 
     def __call__(self, state: State) -> State:
-        """Fill in `repaired`; `model` becomes the one with fitted weights."""
+        """Fill in `repaired`; `model` becomes the one with fitted weights, which the plan names."""
         if state.data is None:
             raise DataError("a repair looks at samples: give --data, or a source as `data`")
         combed, chosen = state.need("combed", "comb"), state.need("allocation", "allocate")
@@ -135,7 +135,8 @@ class Repair(RepairOptions):
         kept.remove(chosen.channels(combed))
         options = RepairOptions(**{f.name: getattr(self, f.name) for f in fields(RepairOptions)})
         made = repair(combed, kept, state.model, state.data, options)
-        return replace(state, model=made.model, repaired=summary(made))
+        plan = state.plan and state.plan.with_values(state.model, made.model)
+        return replace(state, model=made.model, repaired=summary(made), plan=plan)
 
 
 def summary(made: Repaired) -> dict[str, object]:

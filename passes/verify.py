@@ -9,23 +9,29 @@ from functools import partial
 from typing import ClassVar
 
 import numpy as np
-from onnx import ModelProto
 
-from cpd_onnx.compare import Comparison, compare, distance, runs_needed, tolerance
+from cpd_onnx.compare import TOLERANCES, Comparison, compare, distance, runs_needed, tolerance
 from cpd_onnx.data import Batch, Source, fixed_batch, inputs_of
+from cpd_onnx.deploy import Difference as OutputDifference
+from cpd_onnx.deploy import output_difference
+from cpd_onnx.differences import differences, named_places
 from cpd_onnx.errors import ProofError, UnsupportedError
-from cpd_onnx.graph import Array, Model, graphs_of
-from cpd_onnx.groups import QUANTIZED, Combed
+from cpd_onnx.graph import Array, Model
+from cpd_onnx.groups import Combed
 from cpd_onnx.kept import Kept
 from cpd_onnx.masking import masked
 from cpd_onnx.passes.comb import planned
 from cpd_onnx.plan import Plan
 from cpd_onnx.rewrite import rewrite
-from cpd_onnx.rules import FLOATS
 from cpd_onnx.runtime import Runner, execute_all, open_model, working_feeds
 from cpd_onnx.state import State
 from cpd_onnx.stepwise import Piecewise
+from cpd_onnx.tensors import Stored, same_bits, stored_tensors, values_sha256
 
+_NO_VALUES = (
+    "; the plan names no refitted or trained weights (if it was written before plans named them, repair or distill "
+    "again)"
+)
 _PIECEWISE_BYTES = 1 << 28
 """Models with more bytes of weights are run piece by piece, and what is made of them."""
 
@@ -36,9 +42,7 @@ def verify(combed: Combed, kept: Kept, pruned: Model, feeds: Iterable[Mapping[st
     Runs on random inputs if none are given. Raises UnsupportedError if onnxruntime cannot run the original, ProofError
     if it runs that but not the pruned model, DataError if the original gives NaN.
     """
-    runner: Callable[[Model], Runner] = partial(open_model, optimise=False)
-    if combed.folded.model.data_bytes() > _PIECEWISE_BYTES:  # models that may be larger than memory
-        runner = Piecewise
+    runner = _runner(combed)
     original = runner(combed.folded.original)
     allowed = tolerance(combed)
     given = list(feeds if feeds is not None else working_feeds(combed.folded, original, runs_needed(allowed)))
@@ -67,12 +71,20 @@ def _require_same(
         )
 
 
+def _runner(combed: Combed) -> Callable[[Model], Runner]:
+    """What runs a model of that size: onnxruntime, or pieces of it where the model may be larger than memory."""
+    if combed.folded.model.data_bytes() > _PIECEWISE_BYTES:
+        return Piecewise
+    return partial(open_model, optimise=False)
+
+
 @dataclass(frozen=True)
 class Verify:
     """Prove that the pruned model computes what the masked original computes.
 
-    Where weights have been given other values since, that is shown of what the plan makes of the original, and that
-    nothing else differs. `batches` batches of the data are used where there is data, random inputs otherwise.
+    Where weights have been given other values since, that is shown of what the plan makes of the original; all else
+    must be the same, and these weights must be those that the plan names. `batches` batches of the data are used where
+    there is data, random inputs otherwise.
     """
 
     batches: int = 2
@@ -115,15 +127,19 @@ class FileVerification:
     """Outcome of checking a pruned file against its original and its plan.
 
     Attributes:
-        is_replay: whether the file is, byte for byte, what the plan makes of the original.
-        trained: weights whose values differ from the replay's (after distillation), in order.
-        comparison: the mask check of what the plan makes of the original.
+        is_replay: whether all values in the file are those that the plan makes of the original.
+        trained: weights that the plan names as refitted or trained, in order; they have the SHA-256 that it says.
+        comparison: the mask check, of the file itself or, where weights were refitted or trained, of the replay.
+        same_bytes: whether the file is the replay byte for byte; otherwise it may store the same values differently.
+        measured: how far outputs of the file are from the original's, where weights were refitted or trained.
 
     """
 
     is_replay: bool
     trained: tuple[str, ...]
     comparison: Comparison
+    same_bytes: bool = False
+    measured: OutputDifference | None = None
 
 
 def verify_files(
@@ -131,81 +147,98 @@ def verify_files(
 ) -> FileVerification:
     """Check that a file is what a plan makes of an original, and that this computes what it should.
 
-    Values of weights may have been trained since; nothing else may differ. Raises PlanError if the plan belongs to
-    another original, ProofError if the file is something else or the mask check fails.
+    Every value, attribute and description in the file must be what the plan makes of the original. Weights that the
+    plan names as refitted or trained must have the SHA-256 that it says and be finite. Where there are none, the file
+    itself is compared with the masked original. Where there are some, that is done with the replay, and the file must
+    run and give finite outputs of the original's shapes.
+
+    Raises PlanError if the plan belongs to another original, ProofError if the file is something else or a check fails.
     """
     combed, kept = planned(original, plan)
     replay = rewrite(combed, kept, plan.input_shapes).model
     plan.stamp(replay)
-    trained = _trained(replay, pruned)
-    comparison = proved(verify(combed, kept, replay, feeds))
-    return FileVerification(not trained, trained, comparison)
+    _require_replay(replay, pruned, plan)
+    given = None if feeds is None else list(feeds)
+    trained = tuple(plan.values)
+    comparison = proved(verify(combed, kept, replay if trained else pruned, given))
+    measured = _measured(combed, pruned, given) if trained else None
+    return FileVerification(not trained, trained, comparison, not trained and _same_bytes(replay, pruned), measured)
 
 
-def _trained(replay: Model, pruned: Model) -> tuple[str, ...]:
-    """Names of the weights whose values differ; raises ProofError if anything else does."""
-    ours, theirs = ({t.name: t for t in m.graph.initializer} for m in (replay, pruned))
-    if list(ours) != list(theirs):
-        odd = next(iter(sorted(set(ours) ^ set(theirs))), "their order")
-        raise ProofError(f"the file is not what the plan makes of the original: its initializers differ ({odd!r})")
-    changed = []
-    for name, tensor in ours.items():
-        other = theirs[name]
-        if list(tensor.dims) != list(other.dims) or tensor.data_type != other.data_type:
-            raise ProofError(
-                f"the file is not what the plan makes of the original: initializer {name!r} has other dims or type"
-            )
-        if not _equal(replay.array(name), pruned.array(name)):
-            changed.append(name)
-    structures = [_without_values(model) for model in (replay, pruned)]
-    if structures[0] != structures[1]:
-        raise ProofError(f"the file is not what the plan makes of the original: {_first_difference(*structures)}")
-    held = _dequantised(replay)
-    integers = [name for name in changed if ours[name].data_type not in FLOATS | QUANTIZED and name not in held]
-    if integers:
+def _require_replay(replay: Model, pruned: Model, plan: Plan) -> None:
+    """Raise ProofError, with the first place, where a file is not what the plan makes of the original."""
+    named = plan.values
+    odd: list[str] = []
+    is_value = False
+    for found in differences(replay, pruned):
+        if found.tensor not in named:
+            is_value = is_value or (not odd and bool(found.tensor))
+            odd.append(str(found))
+    odd = odd or _wrong_values(replay, pruned, named)
+    if odd:
+        more = f" (and {len(odd) - 1} more differences)" if len(odd) > 1 else ""
+        why = _NO_VALUES if is_value and not named else ""
+        raise ProofError(f"the file is not what the plan makes of the original: {odd[0]}{more}{why}")
+
+
+def _wrong_values(replay: Model, pruned: Model, named: Mapping[str, str]) -> list[str]:
+    """Weights that the plan names as refitted or trained, and that are not what it says."""
+    ours, theirs = stored_tensors(replay), stored_tensors(pruned)
+    found = ((name, _wrong(ours.get(name), theirs.get(name), digest)) for name, digest in named.items())
+    odd = {name: why for name, why in found if why}
+    places = named_places(replay) if odd else {}
+    return [f"{places.get(name, f'weight {name!r}')}: {why}" for name, why in odd.items()]
+
+
+def _wrong(ours: Stored | None, theirs: Stored | None, digest: str) -> str:
+    """What is wrong with a weight that the plan names as refitted or trained; empty if nothing is."""
+    if ours is None or theirs is None:
+        return "the plan names it as refitted or trained, and it is not in the file"
+    values, before = theirs.array(), ours.array()
+    if values.dtype.kind in "OSU":
+        return "the plan names it as refitted or trained, and it is text"
+    found = values_sha256(theirs.data_type, values)
+    if found != digest:
+        said = "the values from before the repair or training" if same_bits(before, values) else "other values"
+        return f"it has {said}: their SHA-256 is {found[:12]}…, the plan names {digest[:12]}…"
+    return "" if _is_finite(values, before) else "it was refitted or trained to values that are not finite"
+
+
+def _is_finite(values: Array, before: Array) -> bool:
+    """Whether values are finite wherever they were before."""
+    kinds = [array.astype(np.float64) if array.dtype.kind in "fV" else array for array in (values, before)]
+    return bool((np.isfinite(kinds[0]) | ~np.isfinite(kinds[1])).all())
+
+
+def _same_bytes(replay: Model, pruned: Model) -> bool:
+    if replay.is_over_limit or pruned.is_external:
+        return False
+    return replay.sha256() == pruned.sha256()
+
+
+def _measured(combed: Combed, pruned: Model, feeds: list[Mapping[str, Array]] | None) -> OutputDifference:
+    """How far outputs of a file are from the original's; ProofError if it does not run or gives something else."""
+    model = combed.folded.model
+    original = _runner(combed)(model)
+    given = feeds or list(working_feeds(combed.folded, original, runs_needed(TOLERANCES["float32"])))
+    plain = execute_all(original, given)
+    del original
+    try:
+        found = execute_all(_runner(combed)(pruned), given)
+    except UnsupportedError as error:
+        raise ProofError(f"onnxruntime runs the original but not the file: {error}") from error
+    for ours, theirs in zip(plain, found, strict=True):
+        for info, a, b in zip(model.graph.output, ours, theirs, strict=True):
+            _require_alike(info.name, a, b)
+    return output_difference(plain, found)
+
+
+def _require_alike(name: str, expected: Array, got: Array) -> None:
+    """Raise ProofError where an output has another type or shape than expected, or is not finite where it should be."""
+    if expected.dtype != got.dtype or expected.shape != got.shape:
         raise ProofError(
-            f"the file is not what the plan makes of the original: constant {integers[0]!r} has other values"
+            f"output {name!r} of the file is {got.dtype}{list(got.shape)}, "
+            f"the original's is {expected.dtype}{list(expected.shape)}"
         )
-    return tuple(changed)
-
-
-def _equal(a: Array, b: Array) -> bool:
-    """Whether all bytes of two arrays of one type and shape are the same."""
-    left, right = (np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (a, b))
-    return np.array_equal(left, right)
-
-
-def _dequantised(model: Model) -> set[str]:
-    """Tensors that nothing but DequantizeLinear takes, as its numbers: biases of quantised models, say."""
-    uses = [
-        (name, node.op_type == "DequantizeLinear" and slot == 0)
-        for graph in graphs_of(model.proto.graph)
-        for node in graph.node
-        for slot, name in enumerate(node.input)
-    ]
-    return {name for name, is_number in uses if is_number} - {name for name, is_number in uses if not is_number}
-
-
-def _without_values(model: Model) -> ModelProto:
-    """The model without the values of its trained weights, in initializers and Constant nodes of any graph."""
-    proto = ModelProto()
-    proto.CopyFrom(model.proto)
-    for graph in graphs_of(proto.graph):
-        constants = [a.t for n in graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"]
-        for tensor in (*graph.initializer, *constants):
-            if graph is proto.graph or tensor.data_type in FLOATS | QUANTIZED:
-                for field in ("raw_data", "float_data", "int32_data", "double_data"):
-                    tensor.ClearField(field)
-                tensor.ClearField("external_data")
-                tensor.ClearField("data_location")
-    return proto
-
-
-def _first_difference(replay: ModelProto, pruned: ModelProto) -> str:
-    nodes = (replay.graph.node, pruned.graph.node)
-    if len(nodes[0]) != len(nodes[1]):
-        return f"it has {len(nodes[1])} nodes instead of {len(nodes[0])}"
-    for ours, theirs in zip(*nodes, strict=True):
-        if ours != theirs:
-            return f"node {theirs.op_type} {theirs.name or (theirs.output[0] if theirs.output else '')!r} differs"
-    return "its inputs, outputs, metadata or described shapes differ"
+    if not _is_finite(got, expected):
+        raise ProofError(f"output {name!r} of the file is not finite where the original's is")
