@@ -119,7 +119,7 @@ def compressed(options: argparse.Namespace, *, called: str | None = None) -> dic
     traces, stages = _left_behind(options, step, model)
     known = compression.Known(given, stages if is_first_process() else None, traces, watched_on(options, model))
     try:
-        made = _made(step, State(model, model, shapes, source), known)
+        made = _made(step, State(model, model, shapes, source), known, allow_inconclusive=options.allow_inconclusive)
     except ModelError:  # whoever goes on meets it again
         _discard(step, stages, traces)
         raise
@@ -136,7 +136,7 @@ def compressed(options: argparse.Namespace, *, called: str | None = None) -> dic
     return content
 
 
-def _made(step: Iterate, state: State, known: compression.Known) -> compression.Compressed:
+def _made(step: Iterate, state: State, known: compression.Known, *, allow_inconclusive: bool) -> compression.Compressed:
     """The compressed model; a line shows how far it is."""
     with progress_line(BarColumn()) as line:
         task = line.add_task("comb, score, prune", total=None, visible=is_first_process())
@@ -150,6 +150,7 @@ def _made(step: Iterate, state: State, known: compression.Known) -> compression.
                 completed=now.step,
                 description=f"round {number} of {step.rounds}, step {now.step}, loss {now.loss:.4f}",
             ),
+            allow_inconclusive=allow_inconclusive,
         )
 
 

@@ -37,5 +37,9 @@ class ProofError(CpdError):
     """The pruned model does not do what the plan says."""
 
 
+class InconclusiveError(CpdError):
+    """Neither that the pruned model does what the plan says nor that it does not can be shown on these inputs."""
+
+
 class StoppedError(CpdError):
     """The process was told to stop; what was done so far is kept and can be continued."""

@@ -1,54 +1,235 @@
-"""Verify: the pruned model computes what the original computes with the deleted channels silenced."""
+"""Verify: the pruned model computes what the original computes with the removed channels masked."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
 import numpy as np
-from onnx import ModelProto
+from onnx import ModelProto, helper
 
-from cpd_onnx.compare import Comparison, compare, runs_needed, tolerance
+from cpd_onnx.atoms import Axis
+from cpd_onnx.compare import (
+    INCONCLUSIVE,
+    QUANTIZED,
+    TOLERANCES,
+    WRONG,
+    Comparison,
+    Observed,
+    Outputs,
+    Runs,
+    judge,
+    nudged,
+    require_numbers,
+    runs_needed,
+)
 from cpd_onnx.data import Batch, Source, fixed_batch, inputs_of
-from cpd_onnx.errors import ProofError, UnsupportedError
+from cpd_onnx.errors import InconclusiveError, ProofError, UnsupportedError
 from cpd_onnx.graph import Array, Model, graphs_of
-from cpd_onnx.groups import QUANTIZED, Combed
+from cpd_onnx.groups import QUANTIZED as QUANTIZED_TYPES
+from cpd_onnx.groups import Combed
 from cpd_onnx.kept import Kept
 from cpd_onnx.masking import masked
+from cpd_onnx.observing import observed
 from cpd_onnx.passes.comb import planned
 from cpd_onnx.plan import Plan
 from cpd_onnx.rewrite import rewrite
 from cpd_onnx.rules import FLOATS
-from cpd_onnx.runtime import Runner, execute_all, open_model, working_feeds
+from cpd_onnx.runtime import Feed, Runner, execute_all, open_model, working_feeds
 from cpd_onnx.state import State
 from cpd_onnx.stepwise import Piecewise
+from cpd_onnx.unrounded import Undoable, rounding_of, single, unrounded
 
 _PIECEWISE_BYTES = 1 << 28
 """Models with more bytes of weights are run piece by piece, and what is made of them."""
 
 
-def verify(combed: Combed, kept: Kept, pruned: Model, feeds: Iterable[Mapping[str, Array]] | None = None) -> Comparison:
+def verify(
+    combed: Combed,
+    kept: Kept,
+    pruned: Model,
+    feeds: Iterable[Mapping[str, Array]] | None = None,
+    *,
+    doubts: Sequence[str] = (),
+) -> Comparison:
     """Compare the pruned model with the masked original in onnxruntime, optimisations off.
 
-    Runs on random inputs if none are given. Raises UnsupportedError if onnxruntime cannot run the original, ProofError
-    if it runs that but not the pruned model, DataError if the original gives NaN.
+    Runs on random inputs if none are given. `doubts` are sentences about what these inputs do not reach; with one, the
+    verdict is inconclusive at best. Raises UnsupportedError if onnxruntime cannot run the original, ProofError if it
+    runs that but not the pruned model, DataError if the original gives NaN.
     """
-    runner: Callable[[Model], Runner] = partial(open_model, optimise=False)
-    if combed.folded.model.data_bytes() > _PIECEWISE_BYTES:  # models that may be larger than memory
-        runner = Piecewise
-    original = runner(combed.folded.model)
-    allowed = tolerance(combed)
-    given = list(feeds if feeds is not None else working_feeds(combed.folded, original, runs_needed(allowed)))
-    plain = execute_all(original, given)
-    del original  # what it holds is not needed twice
-    try:
-        reference, smaller = (runner(model) for model in (masked(combed, kept, pruned), pruned))
-        return compare(plain, reference, smaller, given, allowed)
-    except UnsupportedError as error:
-        raise ProofError(f"onnxruntime runs the original but not what was made of it: {error}") from error
+    proof = _Proof(combed, kept, pruned, lambda: masked(combed, kept, pruned), _others(combed, kept))
+    return proof.run(feeds).doubted(*doubts)
+
+
+def equal(combed: Combed, other: Model, channels: Axis) -> Comparison:
+    """Compare the original with a model that should compute the same, as `verify` does.
+
+    Masking `channels` shows how much there is to see. Errors are those of `verify`.
+    """
+    kept = Kept(combed.atoms)
+    kept.remove(channels)
+    return _Proof(combed, kept, other, lambda: combed.folded.model, channels, is_pruned=False).run(None)
+
+
+@dataclass(frozen=True, eq=False)
+class _Form:
+    """How models are written for the comparison.
+
+    Attributes:
+        written: gives a copy of a model in this form.
+        floating: tensors that are integers in the file, numbers in this form.
+        tolerance: what outputs may be apart.
+        notes: what the form leaves out.
+
+    """
+
+    written: Callable[[Model], Model]
+    floating: frozenset[str] = frozenset()
+    tolerance: float = TOLERANCES["float32"]
+    notes: tuple[str, ...] = ()
+
+
+class _Proof:
+    """The original, the reference made of it (with the removed channels masked), and a model that should equal this.
+
+    `decoy` are channels that are masked where `kept` removes too little to see anything.
+    """
+
+    def __init__(
+        self,
+        combed: Combed,
+        kept: Kept,
+        other: Model,
+        reference: Callable[[], Model],
+        decoy: Axis,
+        *,
+        is_pruned: bool = True,
+    ) -> None:
+        self.combed, self.kept, self.other, self.reference = combed, kept, other, reference
+        self.channels, self.is_pruned = decoy, is_pruned
+        self.original = combed.folded.model
+        is_large = self.original.data_bytes() > _PIECEWISE_BYTES  # may be larger than memory
+        self.runner: Callable[[Model], Runner] = Piecewise if is_large else partial(open_model, optimise=False)
+        self.feeds: list[Feed] = []
+        self.form = _Form(lambda model: model)
+        self.compared: list[Observed] = []
+
+    def run(self, feeds: Iterable[Mapping[str, Array]] | None) -> Comparison:
+        given = None if feeds is None else [dict(feed) for feed in feeds]
+        rounding = rounding_of(self.original)
+        if rounding:
+            given, as_stored = self.as_stored(given)
+            self.form = self.without_rounding(has_integers=rounding.has_integers)
+        compared = observed(self.combed, self.kept, self.form.floating)
+        self.compared = [one for one in compared if self.is_pruned or not one.masks]
+        original = self.open(self.original)
+        if given is None:
+            given = list(working_feeds(self.combed.folded, original, runs_needed(self.form.tolerance)))
+        self.feeds = [_single(feed) for feed in given] if rounding else given
+        plain = execute_all(original, self.feeds)
+        del original  # what it holds is not needed twice
+        require_numbers([outputs[: self.outputs] for outputs in plain])
+        try:
+            reference, other = (self.open(model) for model in (self.reference(), self.other))
+            expected, found = (execute_all(session, self.feeds) for session in (reference, other))
+            runs = Runs(plain, expected, found, lambda: execute_all(reference, nudged(self.feeds)), self.decoy)
+            result = judge(self.compared, runs, self.form.tolerance)
+            if rounding:
+                self.require_as_stored(given[0], as_stored)
+        except UnsupportedError as error:
+            raise ProofError(f"onnxruntime runs the original but not what was made of it: {error}") from error
+        return result.noted(*self.form.notes)
+
+    @property
+    def outputs(self) -> int:
+        """Number of graph outputs, which are compared first."""
+        return len(self.original.graph.output)
+
+    def open(self, model: Model) -> Runner:
+        """Something that runs a model and gives all compared tensors, in order."""
+        written = self.form.written(model)
+        extra = self.compared[self.outputs :]
+        if extra:
+            written = written.copy() if written is model else written
+            values = self.combed.folded.scope.values
+            for one in extra:
+                kind = values[one.name].dtype
+                is_float = one.name in self.form.floating or (self.form.notes and kind in FLOATS)
+                written.graph.output.append(helper.make_tensor_value_info(one.name, 1 if is_float else kind, None))
+        return self.runner(written)
+
+    # Models that round.
+
+    def as_stored(self, given: list[Feed] | None) -> tuple[list[Feed], list[Array]]:
+        """Inputs that the original takes as it is, and what it gives for the first."""
+        session = self.runner(self.original)
+        feeds = given or list(working_feeds(self.combed.folded, session, runs_needed(TOLERANCES["float32"])))
+        return feeds, list(execute_all(session, feeds[:1])[0]) if feeds else []
+
+    def require_as_stored(self, feed: Feed, before: Sequence[Array]) -> None:
+        """Raise where the pruned model does not run as it is, or gives other shapes than the original."""
+        after = execute_all(self.runner(self.other), [feed])[0]
+        for info, a, b in zip(self.original.graph.output, before, after, strict=True):
+            value = self.combed.folded.scope.values.get(info.name)
+            if a.shape != b.shape and not (value is not None and value.guessed):
+                raise ProofError(
+                    f"output {info.name!r} has shape {list(b.shape)} after pruning, {list(a.shape)} before"
+                )
+
+    def without_rounding(self, *, has_integers: bool) -> _Form:
+        """The form in which nothing is rounded; where that cannot be, the model as it is, by a looser measure."""
+        folded = self.combed.folded
+        if not has_integers:
+            return _Form(single, notes=("compared as float32, without rounding to 16 bits",))
+
+        def written(model: Model) -> Model:
+            return unrounded(single(model), folded)[0]
+
+        try:
+            made, floating = unrounded(single(self.original), folded)
+            self.runner(made)
+        except (Undoable, UnsupportedError) as error:
+            why = f"what rounding to integers does is part of the comparison, as it cannot be left out: {error}"
+            return _Form(single, tolerance=QUANTIZED, notes=(why,))
+        return _Form(written, floating, notes=("compared as float32, without rounding to integers",))
+
+    # The power of the comparison.
+
+    def decoy(self) -> Outputs | None:
+        """What the original gives with as many other channels of the same groups masked."""
+        if not len(self.channels):
+            return None
+        kept = Kept(self.combed.atoms)
+        kept.remove(self.channels)
+        try:
+            small = rewrite(self.combed, kept).model
+            return execute_all(self.open(masked(self.combed, kept, small)), self.feeds)
+        except (ProofError, UnsupportedError):  # these cannot go together
+            return None
+
+
+def _single(feed: Mapping[str, Array]) -> Feed:
+    """Inputs with half floats as float32."""
+    return {
+        name: array.astype(np.float32) if array.dtype.itemsize == 2 and array.dtype.kind not in "iu" else array
+        for name, array in feed.items()
+    }
+
+
+def _others(combed: Combed, kept: Kept) -> Axis:
+    """Channels that survive, from each group as many as are removed, as far as there are so many."""
+    rng = np.random.default_rng(0)
+    chosen = [np.zeros(0, np.int64)]
+    for group in combed.groups:
+        stays = kept.stays(group.channels.reshape(-1, 1))
+        others = group.channels[stays]
+        count = min(len(group) - len(others), len(others))
+        chosen.append(np.sort(rng.permutation(others)[:count]))
+    return np.concatenate(chosen)
 
 
 @dataclass(frozen=True)
@@ -57,30 +238,40 @@ class Verify:
 
     Where weights have been given other values since, that is shown of what the plan makes of the original, and that
     nothing else differs. `batches` batches of the data are used where there is data, random inputs otherwise.
+    `allow_inconclusive` accepts a model of which these inputs show too little to say that it is right or wrong.
     """
 
     batches: int = 2
+    allow_inconclusive: bool = False
     name: ClassVar[str] = "verify"
 
     def __call__(self, state: State) -> State:
-        """Fill in `verification`; raises ProofError if the proof fails."""
+        """Fill in `verification`; raises ProofError if the model is wrong, InconclusiveError if nothing is shown."""
         combed, chosen = state.need("combed", "comb"), state.need("allocation", "allocate")
         feeds = None if state.data is None else data_feeds(state.original, state.data, self.batches)
         if state.repaired is not None or state.distilled is not None:
             plan = state.need("plan", "prune")
-            return replace(state, verification=verify_files(state.original, state.model, plan, feeds).comparison)
+            found = verify_files(state.original, state.model, plan, feeds, allow_inconclusive=self.allow_inconclusive)
+            return replace(state, verification=found.comparison)
         kept = Kept(combed.atoms)
         kept.remove(chosen.channels(combed))
-        return replace(state, verification=proved(verify(combed, kept, state.model, feeds)))
+        found = verify(combed, kept, state.model, feeds)
+        return replace(state, verification=proved(found, allow_inconclusive=self.allow_inconclusive))
 
 
-def proved(found: Comparison) -> Comparison:
-    """The verification if it passed; raises ProofError otherwise."""
-    if not found.passed:
+def proved(found: Comparison, *, allow_inconclusive: bool = False) -> Comparison:
+    """The verification if it passed; raises ProofError if it failed, InconclusiveError if it shows too little."""
+    if found.verdict == WRONG:
+        worst = next((f for f in found.outputs if f.verdict == WRONG), None)
+        where = f" in output {worst.output!r}" if worst is not None else ""
         raise ProofError(
-            f"the pruned model differs from the masked original by {found.difference:.2g}, "
-            f"allowed are {found.tolerance:.0e}; nothing is written. "
-            "This is a defect of ours: please report it with the model"
+            f"wrong: the pruned model differs from the masked original by {found.difference:.2g}{where}, "
+            f"at most {found.allowed:.0e} is allowed; nothing is written. "
+            "This is an internal error: please report it with the model"
+        )
+    if found.verdict == INCONCLUSIVE and not allow_inconclusive:
+        raise InconclusiveError(
+            f"inconclusive: {'; '.join(found.notes)}; nothing is written (--allow-inconclusive writes it all the same)"
         )
     return found
 
@@ -111,18 +302,24 @@ class FileVerification:
 
 
 def verify_files(
-    original: Model, pruned: Model, plan: Plan, feeds: Iterable[Mapping[str, Array]] | None = None
+    original: Model,
+    pruned: Model,
+    plan: Plan,
+    feeds: Iterable[Mapping[str, Array]] | None = None,
+    *,
+    allow_inconclusive: bool = False,
 ) -> FileVerification:
     """Check that a file is what a plan makes of an original, and that this computes what it should.
 
     Values of weights may have been trained since; nothing else may differ. Raises PlanError if the plan belongs to
-    another original, ProofError if the file is something else or the mask check fails.
+    another original, ProofError if the file is something else or the mask check fails, InconclusiveError if that shows
+    too little, unless it is allowed to.
     """
     combed, kept = planned(original, plan)
     replay = rewrite(combed, kept, plan.input_shapes).model
     plan.stamp(replay)
     trained = _trained(replay, pruned)
-    comparison = proved(verify(combed, kept, replay, feeds))
+    comparison = proved(verify(combed, kept, replay, feeds), allow_inconclusive=allow_inconclusive)
     return FileVerification(not trained, trained, comparison)
 
 
@@ -145,7 +342,7 @@ def _trained(replay: Model, pruned: Model) -> tuple[str, ...]:
     if structures[0] != structures[1]:
         raise ProofError(f"the file is not what the plan makes of the original: {_first_difference(*structures)}")
     held = _dequantised(replay)
-    integers = [name for name in changed if ours[name].data_type not in FLOATS | QUANTIZED and name not in held]
+    integers = [name for name in changed if ours[name].data_type not in FLOATS | QUANTIZED_TYPES and name not in held]
     if integers:
         raise ProofError(
             f"the file is not what the plan makes of the original: constant {integers[0]!r} has other values"
@@ -177,7 +374,7 @@ def _without_values(model: Model) -> ModelProto:
     for graph in graphs_of(proto.graph):
         constants = [a.t for n in graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"]
         for tensor in (*graph.initializer, *constants):
-            if graph is proto.graph or tensor.data_type in FLOATS | QUANTIZED:
+            if graph is proto.graph or tensor.data_type in FLOATS | QUANTIZED_TYPES:
                 for field in ("raw_data", "float_data", "int32_data", "double_data"):
                     tensor.ClearField(field)
                 tensor.ClearField("external_data")

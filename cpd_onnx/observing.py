@@ -1,0 +1,196 @@
+"""Which tensors tell whether two models are the same: the outputs, and what stands in front of those that tell little.
+
+A decision (an ArgMax, an index, a comparison) leaps or stays as it is, and a saturated sigmoid or a dead rectifier
+hides everything before it. So the numbers in front of them are compared as well, back through what only moves numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from onnx import NodeProto, TensorProto
+
+from cpd_onnx.compare import DISCRETE, SATURATING, VALUES, Observed
+from cpd_onnx.groups import Combed
+from cpd_onnx.kept import Kept
+from cpd_onnx.rules.api import FLOATS
+from cpd_onnx.shapes import all_inputs
+
+_SATURATING = {
+    "Relu", "Sigmoid", "Tanh", "Softmax", "LogSoftmax", "Hardmax", "Clip", "HardSigmoid", "HardSwish", "LeakyRelu",
+    "PRelu", "Elu", "Selu", "Celu", "ThresholdedRelu", "Softplus", "Softsign", "Gelu", "FastGelu", "BiasGelu",
+    "QuickGelu", "Mish", "Erf", "Shrink", "QuantizeLinear",
+}  # fmt: skip  # a table
+"""Operators that give nearly the same for a range of numbers, element by element or along an axis."""
+_MOVING = {
+    "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Concat", "Split", "Slice", "Expand", "Tile",
+    "Cast", "CastLike", "Pad", "DequantizeLinear", "DepthToSpace", "SpaceToDepth", "Neg", "Add", "Sub", "Mul", "Div",
+}  # fmt: skip  # a table
+"""Operators whose result shows what the one operand shows that is no constant."""
+_PICKING = {"Gather", "GatherElements", "GatherND", "Compress", "Where", "ScatterElements", "ScatterND", "Slice"}
+"""Operators that move numbers to where, or from where, other tensors say."""
+_LEAPING = {"Round", "Floor", "Ceil", "Sign", "Mod", "OneHot", "Bernoulli"}
+"""Operators whose float results leap."""
+_SIZES = {"Shape", "Size"}
+"""Operators that do not look at values."""
+_MOST = 64
+"""Tensors in front of one output."""
+_DOMAINS = ("", "ai.onnx", "com.microsoft")
+
+
+def observed(combed: Combed, kept: Kept, floating: frozenset[str] = frozenset()) -> list[Observed]:
+    """What is to be compared, outputs first and in order.
+
+    `floating` names tensors that are integers in the file but numbers in the models that run.
+    """
+    return _Finder(combed, kept, floating).run()
+
+
+class _Finder:
+    def __init__(self, combed: Combed, kept: Kept, floating: frozenset[str]) -> None:
+        self.combed, self.kept, self.floating = combed, kept, floating
+        self.scope = combed.folded.scope
+        self.affected = _affected(combed, kept)
+        self.declared = {o.name: o.type.tensor_type.elem_type for o in combed.folded.model.graph.output}
+        self.kinds: dict[str, str] = {}
+        self.waiting: list[str] = []
+        self.seen: set[str] = set()
+
+    def run(self) -> list[Observed]:
+        outputs = list(dict.fromkeys(o.name for o in self.combed.folded.model.graph.output))
+        found: list[Observed] = []
+        behind: dict[str, dict[str, str]] = {}
+        for output in outputs:
+            self.kinds, self.waiting, self.seen = {}, [output], set()
+            while self.waiting and len(self.kinds) < _MOST:
+                self.look(self.waiting.pop())
+            behind[output] = self.kinds
+        for output in outputs:
+            found.append(self.made(output, output, behind[output].pop(output, VALUES)))
+        taken = set(outputs)
+        for output in outputs:
+            for name, kind in behind[output].items():
+                if name not in taken and name in self.affected and self.can_be_shown(name):
+                    taken.add(name)
+                    found.append(self.made(name, output, kind))
+        return found
+
+    def made(self, name: str, output: str, kind: str) -> Observed:
+        tensor = self.combed.tensors.get(("", name))
+        axes = (tensor.axes if tensor is not None else None) or []
+        masks = {place: self.kept.mask(axis) for place, axis in enumerate(axes) if self.kept.touches(axis)}
+        return Observed(name, output, kind, name in self.affected, masks)
+
+    def can_be_shown(self, name: str) -> bool:
+        value = self.scope.values.get(name)
+        return value is not None and value.dtype != TensorProto.UNDEFINED and value.weight is None
+
+    def is_number(self, name: str) -> bool:
+        value = self.scope.values.get(name)
+        kind = value.dtype if value is not None and value.dtype else self.declared.get(name, TensorProto.UNDEFINED)
+        return kind in FLOATS or name in self.floating
+
+    def look(self, top: str) -> None:
+        """Decide how a tensor is compared, and what in front of it is to be looked at."""
+        if top in self.seen or top not in self.affected:
+            return
+        self.seen.add(top)
+        if not self.is_number(top):
+            self.kinds[top] = DISCRETE
+            self.waiting += self.numbers_before(top)
+            return
+        self.kinds[top] = VALUES
+        name: str | None = top
+        while name is not None:
+            name = self.step(top, name)
+
+    def step(self, top: str, name: str) -> str | None:
+        """One node back from a tensor; None where what is in front is as good as `top`, or is looked at by itself."""
+        node = self.maker(name)
+        if node is None or node.domain not in _DOMAINS:
+            return None
+        data = [i for i in node.input if i and not self.is_constant(i)]
+        numbers = [i for i in data if self.is_number(i)]
+        decisions = [i for i in data if i not in numbers and i in self.affected and self.numbers_before(i)]
+        if decisions and node.op_type in _PICKING:
+            self.kinds[top] = DISCRETE
+            self.waiting += [*numbers, *(n for i in decisions for n in self.numbers_before(i))]
+        elif node.op_type in _LEAPING or (node.op_type == "Cast" and not numbers):
+            self.kinds[top] = DISCRETE
+            self.waiting += [*numbers, *decisions]
+        elif self.is_rounding(node) or any(map(self.is_leap, numbers)):
+            self.kinds[top] = DISCRETE
+            self.waiting += numbers
+        elif node.op_type in _SATURATING and numbers:
+            self.kinds[top] = SATURATING
+            self.waiting.append(numbers[0])
+        elif node.op_type == "Concat":
+            self.waiting += numbers
+        elif node.op_type in _MOVING and len(numbers) == 1:
+            return numbers[0]
+        return None
+
+    def is_rounding(self, node: NodeProto) -> bool:
+        return node.op_type == "QuantizeLinear" and node.output[0] not in self.floating
+
+    def is_leap(self, name: str) -> bool:
+        """Whether a float is a decision in another type: a mask that numbers are multiplied with, say."""
+        node = self.maker(name)
+        if node is None or name not in self.affected:
+            return False
+        return node.op_type == "Cast" and not self.is_number(node.input[0])
+
+    def maker(self, name: str) -> NodeProto | None:
+        position = self.scope.makers.get(name)
+        return None if position is None else self.scope.nodes[position]
+
+    def is_constant(self, name: str) -> bool:
+        value = self.scope.values.get(name)
+        return value is not None and value.constants is not None
+
+    def numbers_before(self, name: str) -> list[str]:
+        """The nearest float tensors that an integer or a truth value is computed from, which removals affect."""
+        waiting, seen, found = [name], {name}, list[str]()
+        while waiting:
+            node = self.maker(waiting.pop())
+            if node is None or node.op_type in _SIZES:
+                continue
+            for before in sorted(all_inputs(node) - {""} - seen):
+                seen.add(before)
+                if before not in self.affected:
+                    continue
+                if self.is_number(before):
+                    found.append(before)
+                else:
+                    waiting.append(before)
+        return found
+
+
+def _affected(combed: Combed, kept: Kept) -> set[str]:
+    """Tensors of the main graph whose values depend on something from which channels were removed."""
+    scope, found = combed.folded.scope, set[str]()
+    touched = set(_touched(combed, kept))
+    for position, node in enumerate(scope.nodes):
+        if position in touched or (node.op_type not in _SIZES and not found.isdisjoint(all_inputs(node))):
+            found.update(name for name in node.output if name)
+    return found
+
+
+def _touched(combed: Combed, kept: Kept) -> Iterator[int]:
+    """Nodes of the main graph that take a weight from which something goes, themselves or inside."""
+    scope = combed.folded.scope
+    outer = {
+        id(inner): position
+        for position, bodies in scope.bodies.items()
+        for body in bodies.values()
+        for inner in body.walk()
+    }
+    for weight in combed.weights:
+        for use in weight.uses:
+            if any(map(kept.touches, use.axes)):
+                yield use.use.node if use.use.scope is scope else outer[id(use.use.scope)]
+    for (path, name), tensor in combed.tensors.items():
+        if not path and name in scope.makers and any(map(kept.touches, tensor.axes or [])):
+            yield scope.makers[name]  # something goes from it, wherever that began
+    paths = {path for (path, _), tensor in combed.tensors.items() if path and any(map(kept.touches, tensor.axes or []))}
+    yield from (outer[id(inner)] for inner in scope.walk() if inner is not scope and inner.path in paths)
