@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from onnx import TensorProto
@@ -57,7 +57,8 @@ class Observed:
         name: of the tensor, in all models.
         output: the graph output for which it is compared: itself, or one that it is in front of.
         kind: `VALUES`, `SATURATING` or `DISCRETE`.
-        is_affected: whether it depends on weights from which channels were removed.
+        is_affected: whether channels were removed from a sum that it depends on.
+        is_behind: whether it depends on anything from which channels were removed, if only on the others.
         masks: for axes of it that were pruned themselves, which indices survive.
 
     """
@@ -66,6 +67,7 @@ class Observed:
     output: str
     kind: str = VALUES
     is_affected: bool = False
+    is_behind: bool = False
     masks: Mapping[int, Mask] = field(default_factory=dict)
 
     def surviving(self, array: Array) -> Array:
@@ -237,12 +239,12 @@ class _Judge:
         allowed = max(tolerance, _MARGIN * (noise or 0.0))
         power = None
         verdict = VERIFIED if difference <= allowed else WRONG
-        if verdict == VERIFIED and one.is_affected:
+        if verdict == VERIFIED and one.is_behind:
             is_shown = self.is_shown(place, one, effect, difference)
-            if not is_shown:
+            if not is_shown and one.is_affected:
                 power = self.apart(place, one, self.runs.plain, self.asked("decoy", self.runs.decoy))
                 is_shown = self.is_shown(place, one, power, difference)
-            if one.kind == VALUES:
+            if one.kind == VALUES and one.is_affected:
                 allowed = min(allowed, _OF_EFFECT * max(effect, power or 0.0))
             if not is_shown:
                 verdict = INCONCLUSIVE
@@ -253,14 +255,16 @@ class _Judge:
         """Whether an error would have shown, with so much to see."""
         if one.kind == DISCRETE or one.output in self.empty:
             return True  # the numbers in front of it show that; and of nothing there is nothing to show
-        if one.kind == SATURATING:
+        if one.kind == SATURATING or not one.is_affected:
             return effect > 0 or self.varies(place)
         return effect >= _LEAST_EFFECT and difference <= _OF_EFFECT * effect
 
     def varies(self, place: int) -> bool:
         """Whether a tensor changes with the inputs at all."""
         arrays = [outputs[place] for outputs in self.runs.plain]
-        return any(a.shape == b.shape and not np.array_equal(a, b) for a, b in pairwise(arrays))
+        if len(arrays) == 1:
+            return _bounds(arrays[0])[0] != _bounds(arrays[0])[1]
+        return any(_differ(a, b) for a, b in pairwise(arrays))
 
     def asked(self, name: str, give: Callable[[], Outputs | None]) -> Outputs | None:
         """What a further run gives, which is done once and only if it has to be."""
@@ -282,6 +286,15 @@ class _Judge:
         if not values:
             return 0.0
         return float(np.median(values)) if self.is_rms else max(values)
+
+
+def _differ(a: Array, b: Array) -> bool:
+    """Whether a tensor has other values on other inputs; where sizes differ, whether their range is another."""
+    return not np.array_equal(a, b) if a.shape == b.shape else _bounds(a) != _bounds(b)
+
+
+def _bounds(array: Array) -> tuple[Any, Any]:
+    return (array.min(), array.max()) if array.size and array.dtype.kind in "fiub" else (None, None)
 
 
 def _closeness(found: Finding) -> tuple[int, bool, float, float]:

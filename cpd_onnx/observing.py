@@ -50,7 +50,10 @@ class _Finder:
     def __init__(self, combed: Combed, kept: Kept, floating: frozenset[str]) -> None:
         self.combed, self.kept, self.floating = combed, kept, floating
         self.scope = combed.folded.scope
-        self.affected = _affected(combed, kept)
+        removal = _Removal(combed, kept)
+        takers = removal.takers()
+        self.behind = removal.behind(takers)
+        self.affected = removal.behind(removal.sums(takers))
         self.declared = {o.name: o.type.tensor_type.elem_type for o in combed.folded.model.graph.output}
         self.kinds: dict[str, str] = {}
         self.waiting: list[str] = []
@@ -79,7 +82,7 @@ class _Finder:
         tensor = self.combed.tensors.get(("", name))
         axes = (tensor.axes if tensor is not None else None) or []
         masks = {place: self.kept.mask(axis) for place, axis in enumerate(axes) if self.kept.touches(axis)}
-        return Observed(name, output, kind, name in self.affected, masks)
+        return Observed(name, output, kind, name in self.affected, name in self.behind, masks)
 
     def can_be_shown(self, name: str) -> bool:
         value = self.scope.values.get(name)
@@ -166,31 +169,62 @@ class _Finder:
         return found
 
 
-def _affected(combed: Combed, kept: Kept) -> set[str]:
-    """Tensors of the main graph whose values depend on something from which channels were removed."""
-    scope, found = combed.folded.scope, set[str]()
-    touched = set(_touched(combed, kept))
-    for position, node in enumerate(scope.nodes):
-        if position in touched or (node.op_type not in _SIZES and not found.isdisjoint(all_inputs(node))):
-            found.update(name for name in node.output if name)
-    return found
+class _Removal:
+    """Where in a model it shows that channels were removed."""
 
+    def __init__(self, combed: Combed, kept: Kept) -> None:
+        self.combed, self.kept = combed, kept
+        self.scope = combed.folded.scope
+        self.outer = {
+            inner.path: position
+            for position, bodies in self.scope.bodies.items()
+            for body in bodies.values()
+            for inner in body.walk()
+        }
 
-def _touched(combed: Combed, kept: Kept) -> Iterator[int]:
-    """Nodes of the main graph that take a weight from which something goes, themselves or inside."""
-    scope = combed.folded.scope
-    outer = {
-        id(inner): position
-        for position, bodies in scope.bodies.items()
-        for body in bodies.values()
-        for inner in body.walk()
-    }
-    for weight in combed.weights:
-        for use in weight.uses:
-            if any(map(kept.touches, use.axes)):
-                yield use.use.node if use.use.scope is scope else outer[id(use.use.scope)]
-    for (path, name), tensor in combed.tensors.items():
-        if not path and name in scope.makers and any(map(kept.touches, tensor.axes or [])):
-            yield scope.makers[name]  # something goes from it, wherever that began
-    paths = {path for (path, _), tensor in combed.tensors.items() if path and any(map(kept.touches, tensor.axes or []))}
-    yield from (outer[id(inner)] for inner in scope.walk() if inner is not scope and inner.path in paths)
+    def behind(self, positions: set[int]) -> set[str]:
+        """Tensors of the main graph that some nodes make, or that depend on them."""
+        found = set[str]()
+        for position, node in enumerate(self.scope.nodes):
+            if position in positions or (node.op_type not in _SIZES and not found.isdisjoint(all_inputs(node))):
+                found.update(name for name in node.output if name)
+        return found
+
+    def takers(self) -> set[int]:
+        """Nodes of the main graph with an input or output, or something inside, of which a part goes."""
+        found = {
+            self.place(use.use.scope.path, use.use.node)
+            for weight in self.combed.weights
+            for use in weight.uses
+            if any(map(self.kept.touches, use.axes))
+        }
+        for (path, name), tensor in self.combed.tensors.items():
+            if any(map(self.kept.touches, tensor.axes or [])):
+                found.update(self.uses(path, name))
+        return found
+
+    def sums(self, takers: set[int]) -> set[int]:
+        """Those of them that sum over what goes, or normalise over it: the others leave what survives as it was."""
+        recorder = self.combed.recorder
+        factors = {id(f.value) for product in recorder.products for f in product if self.kept.touches(f.atoms)}
+        summing = {self.place(*key) for key in (*recorder.sensitive, *recorder.silenced)}
+        return {
+            position
+            for position in takers
+            if position in summing or position in self.scope.bodies or not factors.isdisjoint(self.values(position))
+        }
+
+    def values(self, position: int) -> set[int]:
+        return {id(self.scope.values.get(name)) for name in self.scope.nodes[position].input if name}
+
+    def place(self, path: str, position: int) -> int:
+        """The node of the main graph that a node is, or is inside of."""
+        return self.outer.get(path, position)
+
+    def uses(self, path: str, name: str) -> Iterator[int]:
+        if path:
+            yield self.outer[path]
+            return
+        yield from (self.place(use.scope.path, use.node) for use in self.scope.consumers.get(name, []))
+        if name in self.scope.makers:
+            yield self.scope.makers[name]

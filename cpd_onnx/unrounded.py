@@ -17,6 +17,7 @@ import numpy as np
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, TypeProto, defs, helper, numpy_helper
 
 from cpd_onnx.editing import Editor
+from cpd_onnx.evaluate import EVALUATORS, Call
 from cpd_onnx.graph import (
     Array,
     Lazy,
@@ -31,7 +32,8 @@ from cpd_onnx.graph import (
 )
 from cpd_onnx.shapes import Folded
 
-_HALVES = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
+HALF_TYPES = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
+"""Element types of 16 bits that `single` turns into float32."""
 _LIMITS = {
     TensorProto.INT8: (-128, 127), TensorProto.UINT8: (0, 255), TensorProto.INT16: (-32768, 32767),
     TensorProto.UINT16: (0, 65535), TensorProto.INT4: (-8, 7), TensorProto.UINT4: (0, 15),
@@ -87,7 +89,7 @@ def rounding_of(model: Model) -> Rounding:
             constants.update(node.output)
         else:
             integers |= _is_rounding(node)
-    return Rounding(any(kind in _HALVES for kind in _types(model, nodes)), integers)
+    return Rounding(any(kind in HALF_TYPES for kind in _types(model, nodes)), integers)
 
 
 def _is_rounding(node: NodeProto) -> bool:
@@ -112,7 +114,7 @@ def single(model: Model) -> Model:
     """A copy in which half floats are float32."""
     copy = model.copy()
     for tensor in list(copy.graph.initializer):
-        if tensor.data_type in _HALVES:
+        if tensor.data_type in HALF_TYPES:
             copy.retype(tensor.name, _wide(copy.lazily(tensor.name)))
     for graph in graphs_of(copy.graph):
         for tensor in graph.initializer if graph is not copy.graph else ():
@@ -132,12 +134,12 @@ def _wide(values: Array | Lazy) -> Array | Lazy:
 
 
 def _widen(tensor: TensorProto) -> None:
-    if tensor.data_type in _HALVES:
+    if tensor.data_type in HALF_TYPES:
         tensor.CopyFrom(numpy_helper.from_array(to_array(tensor).astype(np.float32), tensor.name))
 
 
 def _widen_type(kind: TypeProto) -> None:
-    if kind.HasField("tensor_type") and kind.tensor_type.elem_type in _HALVES:
+    if kind.HasField("tensor_type") and kind.tensor_type.elem_type in HALF_TYPES:
         kind.tensor_type.elem_type = TensorProto.FLOAT
     for inner in (kind.sequence_type, kind.optional_type):
         if inner.HasField("elem_type"):
@@ -148,7 +150,7 @@ def _widen_nodes(nodes: Iterable[NodeProto]) -> None:
     for attribute in (attribute for node in nodes for attribute in node.attribute):
         if attribute.HasField("t"):
             _widen(attribute.t)
-        elif attribute.name in _TYPE_ATTRIBUTES and attribute.type == AttributeProto.INT and attribute.i in _HALVES:
+        elif attribute.name in _TYPE_ATTRIBUTES and attribute.type == AttributeProto.INT and attribute.i in HALF_TYPES:
             attribute.i = TensorProto.FLOAT
 
 
@@ -169,7 +171,7 @@ class _Unrounder(Editor):
         super().__init__(model)
         self.folded = folded
         self.floating: set[str] = set()
-        self.constants: dict[str, TensorProto | None] = {}
+        self.constants: dict[str, TensorProto | NodeProto | None] = {}
         self.nodes: list[NodeProto] = []
         self.opsets = {o.domain if o.domain != "ai.onnx" else "": o.version for o in model.proto.opset_import}
 
@@ -199,7 +201,7 @@ class _Unrounder(Editor):
             self.constants[node.output[0]] = next((a.t for a in node.attribute if a.name == "value"), None)
             self.nodes.append(node)
         elif all(name in self.constants for name in node.input if name) and not bodies_of(node) and node.input:
-            self.constants |= dict.fromkeys(node.output)
+            self.constants |= dict.fromkeys(node.output, node if len(node.output) == 1 else None)
             self.nodes.append(node)
         elif (write := _WRITERS.get((node.domain if node.domain != "ai.onnx" else "", node.op_type))) is not None:
             write(self, node)
@@ -278,11 +280,19 @@ class _Unrounder(Editor):
         return name
 
     def constant(self, name: str) -> Array | Lazy | None:
-        """Values of an initializer or a Constant node; None if it is neither."""
+        """Values of a constant, or of what is computed of constants; None of anything else."""
         if self.model.has(name):
             return self.model.lazily(name)
-        tensor = self.constants.get(name)
-        return None if tensor is None else to_array(tensor)
+        source = self.constants.get(name)
+        if isinstance(source, TensorProto):
+            return to_array(source)
+        evaluate = None if source is None else EVALUATORS.get(source.op_type)
+        if source is None or evaluate is None:
+            return None
+        values = [self.constant(each) for each in source.input]
+        if any(value is None for value in values):
+            return None
+        return np.asarray(evaluate(Call(attributes_of(source), self.model.opset), *map(made, values)))
 
     def number(self, name: str) -> str:
         """A tensor as floats."""
@@ -321,7 +331,7 @@ class _Unrounder(Editor):
     def real(self, node: NodeProto, slots: tuple[int, int, int], axis: int = 1) -> str:
         """What the integers at a slot stand for, with scale and zero point at others (-1: there is none)."""
         x, scale, zero = (_at(node, slot) for slot in slots)
-        rank = self.rank(x)
+        rank = self.rank(x, node.output[0])
         if x not in self.floating and self.constant(x) is not None:
             return self.stored(x, scale, zero, axis)
         found = self.number(x)

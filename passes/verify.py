@@ -9,7 +9,7 @@ from functools import partial
 from typing import ClassVar
 
 import numpy as np
-from onnx import ModelProto, helper
+from onnx import ModelProto, TensorProto, helper
 
 from cpd_onnx.atoms import Axis
 from cpd_onnx.compare import (
@@ -41,7 +41,7 @@ from cpd_onnx.rules import FLOATS
 from cpd_onnx.runtime import Feed, Runner, execute_all, open_model, working_feeds
 from cpd_onnx.state import State
 from cpd_onnx.stepwise import Piecewise
-from cpd_onnx.unrounded import Undoable, rounding_of, single, unrounded
+from cpd_onnx.unrounded import HALF_TYPES, Undoable, rounding_of, single, unrounded
 
 _PIECEWISE_BYTES = 1 << 28
 """Models with more bytes of weights are run piece by piece, and what is made of them."""
@@ -119,30 +119,60 @@ class _Proof:
         self.compared: list[Observed] = []
 
     def run(self, feeds: Iterable[Mapping[str, Array]] | None) -> Comparison:
+        """The verdict, on inputs that are given or on random ones."""
         given = None if feeds is None else [dict(feed) for feed in feeds]
         rounding = rounding_of(self.original)
-        if rounding:
-            given, as_stored = self.as_stored(given)
-            self.form = self.without_rounding(has_integers=rounding.has_integers)
+        if not rounding:
+            return self.compare(given)
+        session = self.runner(self.original)
+        if given is None:
+            given = list(working_feeds(self.combed.folded, session, runs_needed(self.form.tolerance)))
+        before = execute_all(session, given[:1])
+        del session
+        found = self.without_rounding(given, has_integers=rounding.has_integers)
+        for outputs in before:
+            self.require_as_stored(given[0], outputs)
+        return found
+
+    def without_rounding(self, given: list[Feed], *, has_integers: bool) -> Comparison:
+        """The verdict on models in which nothing is rounded; where that cannot be, as they are, by a looser measure."""
+        wide = [_single(feed) for feed in given]
+        if not has_integers:
+            self.form = _Form(single, notes=("compared as float32, without rounding to 16 bits",))
+            return self.compare(wide)
+        folded = self.combed.folded
+        try:
+            made, floating = unrounded(single(self.original), folded)
+            self.runner(made)
+            self.form = _Form(
+                lambda model: unrounded(single(model), folded)[0],
+                floating,
+                notes=("compared as float32, without rounding to integers",),
+            )
+            return self.compare(wide)
+        except (Undoable, UnsupportedError) as error:
+            why = f"compared with its rounding to integers, which cannot be left out: {error}"
+            self.form = _Form(single, tolerance=QUANTIZED, notes=(why,))
+            return self.compare(wide)
+
+    def compare(self, given: list[Feed] | None) -> Comparison:
+        """The verdict on the models in one form."""
         compared = observed(self.combed, self.kept, self.form.floating)
         self.compared = [one for one in compared if self.is_pruned or not one.masks]
         original = self.open(self.original)
         if given is None:
             given = list(working_feeds(self.combed.folded, original, runs_needed(self.form.tolerance)))
-        self.feeds = [_single(feed) for feed in given] if rounding else given
-        plain = execute_all(original, self.feeds)
+        self.feeds = given
+        plain = execute_all(original, given)
         del original  # what it holds is not needed twice
         require_numbers([outputs[: self.outputs] for outputs in plain])
         try:
             reference, other = (self.open(model) for model in (self.reference(), self.other))
-            expected, found = (execute_all(session, self.feeds) for session in (reference, other))
-            runs = Runs(plain, expected, found, lambda: execute_all(reference, nudged(self.feeds)), self.decoy)
-            result = judge(self.compared, runs, self.form.tolerance)
-            if rounding:
-                self.require_as_stored(given[0], as_stored)
+            expected, found = (execute_all(session, given) for session in (reference, other))
+            runs = Runs(plain, expected, found, lambda: execute_all(reference, nudged(given)), self.decoy)
+            return judge(self.compared, runs, self.form.tolerance).noted(*self.form.notes)
         except UnsupportedError as error:
             raise ProofError(f"onnxruntime runs the original but not what was made of it: {error}") from error
-        return result.noted(*self.form.notes)
 
     @property
     def outputs(self) -> int:
@@ -158,44 +188,23 @@ class _Proof:
             values = self.combed.folded.scope.values
             for one in extra:
                 kind = values[one.name].dtype
-                is_float = one.name in self.form.floating or (self.form.notes and kind in FLOATS)
-                written.graph.output.append(helper.make_tensor_value_info(one.name, 1 if is_float else kind, None))
+                if one.name in self.form.floating or (self.form.notes and kind in HALF_TYPES):
+                    kind = TensorProto.FLOAT
+                written.graph.output.append(helper.make_tensor_value_info(one.name, kind, None))
         return self.runner(written)
 
-    # Models that round.
-
-    def as_stored(self, given: list[Feed] | None) -> tuple[list[Feed], list[Array]]:
-        """Inputs that the original takes as it is, and what it gives for the first."""
-        session = self.runner(self.original)
-        feeds = given or list(working_feeds(self.combed.folded, session, runs_needed(TOLERANCES["float32"])))
-        return feeds, list(execute_all(session, feeds[:1])[0]) if feeds else []
-
     def require_as_stored(self, feed: Feed, before: Sequence[Array]) -> None:
-        """Raise where the pruned model does not run as it is, or gives other shapes than the original."""
-        after = execute_all(self.runner(self.other), [feed])[0]
+        """Raise where a model that rounds does not run as it is, or gives other shapes than the original."""
+        try:
+            after = execute_all(self.runner(self.other), [feed])[0]
+        except UnsupportedError as error:
+            raise ProofError(f"onnxruntime runs the original but not what was made of it: {error}") from error
         for info, a, b in zip(self.original.graph.output, before, after, strict=True):
             value = self.combed.folded.scope.values.get(info.name)
             if a.shape != b.shape and not (value is not None and value.guessed):
                 raise ProofError(
                     f"output {info.name!r} has shape {list(b.shape)} after pruning, {list(a.shape)} before"
                 )
-
-    def without_rounding(self, *, has_integers: bool) -> _Form:
-        """The form in which nothing is rounded; where that cannot be, the model as it is, by a looser measure."""
-        folded = self.combed.folded
-        if not has_integers:
-            return _Form(single, notes=("compared as float32, without rounding to 16 bits",))
-
-        def written(model: Model) -> Model:
-            return unrounded(single(model), folded)[0]
-
-        try:
-            made, floating = unrounded(single(self.original), folded)
-            self.runner(made)
-        except (Undoable, UnsupportedError) as error:
-            why = f"what rounding to integers does is part of the comparison, as it cannot be left out: {error}"
-            return _Form(single, tolerance=QUANTIZED, notes=(why,))
-        return _Form(written, floating, notes=("compared as float32, without rounding to integers",))
 
     # The power of the comparison.
 
