@@ -37,7 +37,7 @@ from cpd_onnx.console import (
     write_json,
 )
 from cpd_onnx.data import Source, calibration
-from cpd_onnx.errors import CpdError, ModelError, UnsupportedError
+from cpd_onnx.errors import CpdError, InconclusiveError, ModelError, ProofError, UnsupportedError
 from cpd_onnx.files import write_atomically
 from cpd_onnx.graph import Model
 from cpd_onnx.metrics import OF_TWO_MODELS, check_metric
@@ -120,8 +120,9 @@ def compressed(options: argparse.Namespace, *, called: str | None = None) -> dic
     known = compression.Known(given, stages if is_first_process() else None, traces, watched_on(options, model))
     try:
         made = _made(step, State(model, model, shapes, source), known, allow_inconclusive=options.allow_inconclusive)
-    except ModelError:  # whoever goes on meets it again
-        _discard(step, stages, traces)
+    except (ModelError, ProofError, InconclusiveError) as error:  # whoever goes on meets it again
+        if step.name != "interleave" or not isinstance(error, InconclusiveError):  # a training may be worth keeping
+            _discard(step, stages, traces)
         raise
     if not is_first_process():
         return None

@@ -132,7 +132,12 @@ def _quantised_tensors(*, with_bias: bool) -> list[TensorProto]:
             made.append(numpy_helper.from_array(levels, tensor.name))
         else:
             made.append(tensor)
-    for name, value in (("sx", np.float32(_STEP)), ("zx", np.int8(3)), ("sw", np.float32(_WEIGHT_STEP)), ("zw", np.int8(0))):
+    for name, value in (
+        ("sx", np.float32(_STEP)),
+        ("zx", np.int8(3)),
+        ("sw", np.float32(_WEIGHT_STEP)),
+        ("zw", np.int8(0)),
+    ):
         made.append(numpy_helper.from_array(np.asarray(value), name))
     return made
 
@@ -142,7 +147,9 @@ def _model(nodes: list[Any], output: int, tensors: list[TensorProto]) -> ModelPr
         nodes, "quantised", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 3, 8, 8])],
         [helper.make_tensor_value_info("y", output, [2, 6, 8, 8])], tensors,
     )  # fmt: skip  # one call
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)], ir_version=8)
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)], ir_version=8
+    )
 
 
 def _qdq() -> ModelProto:
