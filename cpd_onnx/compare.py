@@ -263,7 +263,8 @@ class _Judge:
         """Whether a tensor changes with the inputs at all."""
         arrays = [outputs[place] for outputs in self.runs.plain]
         if len(arrays) == 1:
-            return _bounds(arrays[0])[0] != _bounds(arrays[0])[1]
+            low, high = _bounds(arrays[0])
+            return bool(low != high)
         return any(_differ(a, b) for a, b in pairwise(arrays))
 
     def asked(self, name: str, give: Callable[[], Outputs | None]) -> Outputs | None:

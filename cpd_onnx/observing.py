@@ -58,15 +58,19 @@ class _Finder:
         self.kinds: dict[str, str] = {}
         self.waiting: list[str] = []
         self.seen: set[str] = set()
+        self.inside: list[tuple[str, str]] = []
 
     def run(self) -> list[Observed]:
         outputs = list(dict.fromkeys(o.name for o in self.combed.folded.model.graph.output))
         found: list[Observed] = []
         behind: dict[str, dict[str, str]] = {}
         for output in outputs:
-            self.kinds, self.waiting, self.seen = {}, [output], set()
+            self.kinds, self.waiting, self.seen, self.inside = {}, [output], set(), []
             while self.waiting and len(self.kinds) < _MOST:
                 self.look(self.waiting.pop())
+            for whole, part in reversed(self.inside):  # what shows a decision is one
+                if self.kinds.get(part) == DISCRETE:
+                    self.kinds[whole] = DISCRETE
             behind[output] = self.kinds
         for output in outputs:
             found.append(self.made(output, output, behind[output].pop(output, VALUES)))
@@ -105,10 +109,10 @@ class _Finder:
         self.kinds[top] = VALUES
         name: str | None = top
         while name is not None:
-            name = self.step(top, name)
+            name = self.before(top, name)
 
-    def step(self, top: str, name: str) -> str | None:
-        """One node back from a tensor; None where what is in front is as good as `top`, or is looked at by itself."""
+    def before(self, top: str, name: str) -> str | None:
+        """The tensor of which another is a moved copy; None where `top` is compared, or what is in front of it too."""
         node = self.maker(name)
         if node is None or node.domain not in _DOMAINS:
             return None
@@ -127,8 +131,10 @@ class _Finder:
         elif node.op_type in _SATURATING and numbers:
             self.kinds[top] = SATURATING
             self.waiting.append(numbers[0])
+            self.inside.append((top, numbers[0]))
         elif node.op_type == "Concat":
             self.waiting += numbers
+            self.inside += [(top, number) for number in numbers]
         elif node.op_type in _MOVING and len(numbers) == 1:
             return numbers[0]
         return None
@@ -138,13 +144,17 @@ class _Finder:
 
     def is_leap(self, name: str) -> bool:
         """Whether a float is a decision in another type: a mask that numbers are multiplied with, say."""
-        node = self.maker(name)
-        if node is None or name not in self.affected:
-            return False
-        return node.op_type == "Cast" and not self.is_number(node.input[0])
+        while name in self.affected and (node := self.maker(name)) is not None:
+            numbers = [i for i in node.input if i and not self.is_constant(i) and self.is_number(i)]
+            if node.op_type == "Cast" and not numbers:
+                return True
+            if node.op_type not in _MOVING or len(numbers) != 1:
+                return node.op_type in _LEAPING
+            name = numbers[0]
+        return False
 
     def maker(self, name: str) -> NodeProto | None:
-        position = self.scope.makers.get(name)
+        position: int | None = self.scope.makers.get(name)
         return None if position is None else self.scope.nodes[position]
 
     def is_constant(self, name: str) -> bool:

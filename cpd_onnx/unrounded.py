@@ -34,7 +34,7 @@ from cpd_onnx.shapes import Folded
 
 HALF_TYPES = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
 """Element types of 16 bits that `single` turns into float32."""
-_LIMITS = {
+_LIMITS: dict[int, tuple[int, int]] = {
     TensorProto.INT8: (-128, 127), TensorProto.UINT8: (0, 255), TensorProto.INT16: (-32768, 32767),
     TensorProto.UINT16: (0, 65535), TensorProto.INT4: (-8, 7), TensorProto.UINT4: (0, 15),
 }  # fmt: skip  # a table
@@ -94,8 +94,8 @@ def rounding_of(model: Model) -> Rounding:
 
 def _is_rounding(node: NodeProto) -> bool:
     if node.op_type == "MatMulNBits":
-        return attributes_of(node).get("accuracy_level", 0) == 4
-    return node.op_type.startswith(_ROUNDING)
+        return bool(attributes_of(node).get("accuracy_level", 0) == 4)
+    return bool(node.op_type.startswith(_ROUNDING))
 
 
 def _types(model: Model, nodes: Iterable[NodeProto]) -> Iterator[int]:
@@ -290,9 +290,10 @@ class _Unrounder(Editor):
         if source is None or evaluate is None:
             return None
         values = [self.constant(each) for each in source.input]
-        if any(value is None for value in values):
+        known = [made(value) for value in values if value is not None]
+        if len(known) < len(values):
             return None
-        return np.asarray(evaluate(Call(attributes_of(source), self.model.opset), *map(made, values)))
+        return np.asarray(evaluate(Call(attributes_of(source), self.model.opset), *known))
 
     def number(self, name: str) -> str:
         """A tensor as floats."""

@@ -260,8 +260,8 @@ class Verify:
         feeds = None if state.data is None else data_feeds(state.original, state.data, self.batches)
         if state.repaired is not None or state.distilled is not None:
             plan = state.need("plan", "prune")
-            found = verify_files(state.original, state.model, plan, feeds, allow_inconclusive=self.allow_inconclusive)
-            return replace(state, verification=found.comparison)
+            checked = verify_files(state.original, state.model, plan, feeds, allow_inconclusive=self.allow_inconclusive)
+            return replace(state, verification=checked.comparison)
         kept = Kept(combed.atoms)
         kept.remove(chosen.channels(combed))
         found = verify(combed, kept, state.model, feeds)

@@ -62,6 +62,14 @@ ENDINGS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
         "float t", "float[2, 6, 8, 8] y", "g = Greater(l, t) h = Cast <to = 1>(g) y = Mul(l, h)", {"t": 0.5},
     ),
     "rounded": ("", "float[2, 6, 8, 8] y", "y = Round(l)", {}),
+    "image in steps": (
+        "float low, float high, float k", "float[2, 6, 8, 8] y",
+        "m = Mul(l, k) r = Round(m) c = Clip(r, low, high) y = Div(c, k)", {"low": -100.0, "high": 100.0, "k": 32.0},
+    ),
+    "image in bytes": (
+        "float low, float high, float k", "uint8[2, 6, 8, 8] y",
+        "m = Mul(l, k) r = Round(m) c = Clip(r, low, high) y = Cast <to = 2>(c)", {"low": 0.0, "high": 255.0, "k": 64.0},
+    ),
     "sigmoid": ("float k", "float[2, 6, 8, 8] y", "m = Mul(l, k) y = Sigmoid(m)", {"k": 100.0}),
     "softmax": ("float k", "float[2, 6, 8, 8] y", "m = Mul(l, k) y = Softmax <axis = 1>(m)", {"k": 100.0}),
     "tanh": ("float k", "float[2, 6, 8, 8] y", "m = Mul(l, k) y = Tanh(m)", {"k": 100.0}),
