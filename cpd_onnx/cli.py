@@ -44,7 +44,7 @@ from cpd_onnx.console import (
     write_both,
     write_json,
 )
-from cpd_onnx.errors import CpdError, DataError, OutputError, StoppedError
+from cpd_onnx.errors import CpdError, DataError, InconclusiveError, OutputError, ProofError, StoppedError
 from cpd_onnx.files import locked, together
 from cpd_onnx.graph import Model, load
 from cpd_onnx.groups import Combed
@@ -65,6 +65,8 @@ from cpd_onnx.rules import supported_operators, unsupported_operators
 from cpd_onnx.streams import PIPE_CLOSED, complain, flush_out, silence, write_out
 from cpd_onnx.widths import held_groups
 
+_EXIT_CODES: dict[type[Exception], int] = {InconclusiveError: 4, ProofError: 5}
+"""Of what is no mere error: two of the three verdicts of a proof."""
 _LINE = 1000
 """Characters of a complaint."""
 _NO_MEMORY = re.compile("can't allocate memory|bad_alloc|can't start new thread|failed to allocate", re.IGNORECASE)
@@ -74,9 +76,11 @@ _MODELS = ("model", "original", "pruned", "teacher", "student")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code is 0, or 1 for what the user can act on.
+    """Run one command; the exit code.
 
-    It is 130 where a signal ended it, and 141, as of a program that SIGPIPE ends, where nobody reads what it prints.
+    0: done, and what was to be proved is; 1: something that the user can act on; 4: the proof is inconclusive; 5: the
+    proof says that the result is wrong; 130: a signal ended it; 141, as of a program that SIGPIPE ends: nobody reads
+    what it prints. argparse ends with 2 where the command line makes no sense.
     """
     stopped: SystemExit | None = None
     try:
@@ -113,7 +117,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         if getattr(options, "verbose", False):
             _show_traceback(error)
         complain(f"error: {_one_line(_complaint(error, options))}")
-        return 1
+        return next((code for kind, code in _EXIT_CODES.items() if isinstance(error, kind)), 1)
     return 0
 
 
@@ -257,7 +261,7 @@ def _pruning(options: argparse.Namespace) -> list[pipeline.Pass]:
     assert isinstance(step, Allocate)
     _ = step.budget  # refuses what makes no sense before the work starts
     scorer_of(kind)
-    proof: list[pipeline.Pass] = [] if options.no_verify else [Verify()]
+    proof: list[pipeline.Pass] = [] if options.no_verify else [Verify(allow_inconclusive=options.allow_inconclusive)]
     if options.rounds > 1:
         chosen = {"score": kind, "samples": options.samples, "score_labels": options.score_labels}
         return [

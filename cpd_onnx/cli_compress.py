@@ -41,7 +41,7 @@ from cpd_onnx.console import (
     write_json,
 )
 from cpd_onnx.data import Source, calibration
-from cpd_onnx.errors import CpdError, ModelError, UnsupportedError
+from cpd_onnx.errors import CpdError, InconclusiveError, ModelError, ProofError, UnsupportedError
 from cpd_onnx.files import locked, together, write_atomically
 from cpd_onnx.graph import Model
 from cpd_onnx.metrics import OF_TWO_MODELS, check_metric
@@ -125,7 +125,7 @@ def compressed(options: argparse.Namespace, *, called: str | None = None) -> dic
     traces, stages = _left_behind(options, step, model)
     known = compression.Known(given, stages if is_first_process() else None, traces, watched_on(options, model))
     with _leaving_no_more(step, stages, traces):
-        made = _made(step, State(model, model, shapes, source), known)
+        made = _made(step, State(model, model, shapes, source), known, allow_inconclusive=options.allow_inconclusive)
         if not is_first_process():
             return None
         content = _reported(options, made, source) | {"rounds": step.rounds}
@@ -149,13 +149,15 @@ def _leaving_no_more(step: Iterate, stages: Stages, traces: Any) -> Iterator[Non
     with saying_what_is_left(lambda: _unfinished(step, stages, traces)):
         try:
             yield
-        except ModelError as error:
-            if not isinstance(error.__cause__, OSError):  # whoever goes on meets it again, unless it was the disk
+        except (ModelError, ProofError, InconclusiveError) as error:
+            # Whoever goes on meets it again, unless it was the disk; a training may be worth keeping.
+            is_worth_it = step.name == "interleave" and isinstance(error, InconclusiveError)
+            if not isinstance(error.__cause__, OSError) and not is_worth_it:
                 _discard(step, stages, traces)
             raise
 
 
-def _made(step: Iterate, state: State, known: compression.Known) -> compression.Compressed:
+def _made(step: Iterate, state: State, known: compression.Known, *, allow_inconclusive: bool) -> compression.Compressed:
     """The compressed model; a line shows how far it is."""
     with progress_line(BarColumn()) as line:
         task = line.add_task("comb, score, prune", total=None, visible=is_first_process())
@@ -169,6 +171,7 @@ def _made(step: Iterate, state: State, known: compression.Known) -> compression.
                 completed=now.step,
                 description=f"round {number} of {step.rounds}, step {now.step}, loss {now.loss:.4f}",
             ),
+            allow_inconclusive=allow_inconclusive,
         )
 
 

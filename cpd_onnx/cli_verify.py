@@ -11,9 +11,10 @@ from typing import Any
 
 from cpd_onnx import report
 from cpd_onnx.chain import Chain, Given, is_intact, manifest_of, verify_deployed
+from cpd_onnx.compare import INCONCLUSIVE
 from cpd_onnx.console import out, plan_path_of, require_outputs, source_of, write_json
 from cpd_onnx.deploy import Difference
-from cpd_onnx.errors import PlanError
+from cpd_onnx.errors import InconclusiveError, PlanError
 from cpd_onnx.graph import Array, load
 from cpd_onnx.passes.verify import FileVerification, data_feeds, verify_files
 from cpd_onnx.plan import load_plan
@@ -43,8 +44,12 @@ def run(options: argparse.Namespace) -> None:
         return
     if not plan.is_file() and options.plan is None:
         raise PlanError(f"{options.pruned} has neither a plan nor a manifest of deploy beside it: give --plan")
-    content = _pruned(verify_files(original, load(options.pruned), load_plan(plan), feeds()))
-    if not write_json(options, content):
+    found = verify_files(original, load(options.pruned), load_plan(plan), feeds(), allow_inconclusive=True)
+    content = _pruned(found)
+    is_written = write_json(options, content)
+    if found.comparison.verdict == INCONCLUSIVE:
+        raise InconclusiveError(report.proof_line(content))
+    if not is_written:
         _show(content, "the file")
 
 

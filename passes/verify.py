@@ -1,16 +1,15 @@
-"""Verify: the pruned model computes what the original computes with the deleted channels silenced."""
+"""Verify: the pruned model computes what the original computes with the removed channels masked."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import ClassVar
 
 import numpy as np
 
-from cpd_onnx.compare import TOLERANCES, Comparison, compare, distance, runs_needed, tolerance
+from cpd_onnx.compare import TOLERANCES, Comparison, runs_needed
 from cpd_onnx.data import Batch, Source, fixed_batch, inputs_of
 from cpd_onnx.deploy import Difference as OutputDifference
 from cpd_onnx.deploy import output_difference
@@ -19,63 +18,19 @@ from cpd_onnx.errors import ProofError, UnsupportedError
 from cpd_onnx.graph import Array, Model
 from cpd_onnx.groups import Combed
 from cpd_onnx.kept import Kept
-from cpd_onnx.masking import masked
 from cpd_onnx.passes.comb import planned
 from cpd_onnx.plan import Plan
+from cpd_onnx.proof_inputs import proof_inputs
+from cpd_onnx.proving import proved, runner_of, verify
 from cpd_onnx.rewrite import rewrite
-from cpd_onnx.runtime import Runner, execute_all, open_model, working_feeds
+from cpd_onnx.runtime import execute_all
 from cpd_onnx.state import State
-from cpd_onnx.stepwise import Piecewise
 from cpd_onnx.tensors import Stored, same_bits, stored_tensors, values_sha256
 
 _NO_VALUES = (
     "; the plan names no refitted or trained weights (if it was written before plans named them, repair or distill "
     "again)"
 )
-_PIECEWISE_BYTES = 1 << 28
-"""Models with more bytes of weights are run piece by piece, and what is made of them."""
-
-
-def verify(combed: Combed, kept: Kept, pruned: Model, feeds: Iterable[Mapping[str, Array]] | None = None) -> Comparison:
-    """Compare the pruned model with the masked original in onnxruntime, optimisations off.
-
-    Runs on random inputs if none are given. Raises UnsupportedError if onnxruntime cannot run the original, ProofError
-    if it runs that but not the pruned model, DataError if the original gives NaN.
-    """
-    runner = _runner(combed)
-    original = runner(combed.folded.original)
-    allowed = tolerance(combed)
-    given = list(feeds if feeds is not None else working_feeds(combed.folded, original, runs_needed(allowed)))
-    plain = execute_all(original, given)
-    del original  # what it holds is not needed twice
-    try:
-        if combed.folded.evaluated is not None:
-            _require_same(runner(combed.folded.model), given, plain, allowed)
-        reference, smaller = (runner(model) for model in (masked(combed, kept, pruned), pruned))
-        return compare(plain, reference, smaller, given, allowed)
-    except UnsupportedError as error:
-        raise ProofError(f"onnxruntime runs the original but not what was made of it: {error}") from error
-
-
-def _require_same(
-    evaluated: Runner, feeds: list[Mapping[str, Array]], plain: list[list[Array]], allowed: float
-) -> None:
-    """Raise ProofError unless the model with weight arithmetic evaluated gives what the original gives."""
-    found = execute_all(evaluated, feeds)
-    pairs = (pair for ours, theirs in zip(found, plain, strict=True) for pair in zip(theirs, ours, strict=True))
-    apart = max((distance(expected, got, expected) for expected, got in pairs), default=0.0)
-    if not apart <= allowed:
-        raise ProofError(
-            f"evaluating the weights that the graph computes changes its outputs by {apart:.2g}, "
-            f"allowed are {allowed:.0e}; nothing is written. This is a defect of ours: please report it with the model"
-        )
-
-
-def _runner(combed: Combed) -> Callable[[Model], Runner]:
-    """What runs a model of that size: onnxruntime, or pieces of it where the model may be larger than memory."""
-    if combed.folded.model.data_bytes() > _PIECEWISE_BYTES:
-        return Piecewise
-    return partial(open_model, optimise=False)
 
 
 @dataclass(frozen=True)
@@ -84,33 +39,26 @@ class Verify:
 
     Where weights have been given other values since, that is shown of what the plan makes of the original; all else
     must be the same, and these weights must be those that the plan names. `batches` batches of the data are used where
-    there is data, random inputs otherwise.
+    there is data, random inputs otherwise. `allow_inconclusive` accepts a model of which these inputs show too little
+    to say that it is right or wrong.
     """
 
     batches: int = 2
+    allow_inconclusive: bool = False
     name: ClassVar[str] = "verify"
 
     def __call__(self, state: State) -> State:
-        """Fill in `verification`; raises ProofError if the proof fails."""
+        """Fill in `verification`; raises ProofError if the model is wrong, InconclusiveError if nothing is shown."""
         combed, chosen = state.need("combed", "comb"), state.need("allocation", "allocate")
         feeds = None if state.data is None else data_feeds(state.original, state.data, self.batches)
         if state.repaired is not None or state.distilled is not None:
             plan = state.need("plan", "prune")
-            return replace(state, verification=verify_files(state.original, state.model, plan, feeds).comparison)
+            checked = verify_files(state.original, state.model, plan, feeds, allow_inconclusive=self.allow_inconclusive)
+            return replace(state, verification=checked.comparison)
         kept = Kept(combed.atoms)
         kept.remove(chosen.channels(combed))
-        return replace(state, verification=proved(verify(combed, kept, state.model, feeds)))
-
-
-def proved(found: Comparison) -> Comparison:
-    """The verification if it passed; raises ProofError otherwise."""
-    if not found.passed:
-        raise ProofError(
-            f"the pruned model differs from the masked original by {found.difference:.2g}, "
-            f"allowed are {found.tolerance:.0e}; nothing is written. "
-            "This is a defect of ours: please report it with the model"
-        )
-    return found
+        found = verify(combed, kept, state.model, feeds)
+        return replace(state, verification=proved(found, allow_inconclusive=self.allow_inconclusive))
 
 
 def data_feeds(model: Model, source: Source, batches: int) -> Iterator[Batch]:
@@ -143,7 +91,12 @@ class FileVerification:
 
 
 def verify_files(
-    original: Model, pruned: Model, plan: Plan, feeds: Iterable[Mapping[str, Array]] | None = None
+    original: Model,
+    pruned: Model,
+    plan: Plan,
+    feeds: Iterable[Mapping[str, Array]] | None = None,
+    *,
+    allow_inconclusive: bool = False,
 ) -> FileVerification:
     """Check that a file is what a plan makes of an original, and that this computes what it should.
 
@@ -152,7 +105,8 @@ def verify_files(
     itself is compared with the masked original. Where there are some, that is done with the replay, and the file must
     run and give finite outputs of the original's shapes.
 
-    Raises PlanError if the plan belongs to another original, ProofError if the file is something else or a check fails.
+    Raises PlanError if the plan belongs to another original, ProofError if the file is something else or a check fails,
+    InconclusiveError if the inputs show too little, unless they are allowed to.
     """
     combed, kept = planned(original, plan)
     replay = rewrite(combed, kept, plan.input_shapes).model
@@ -160,7 +114,8 @@ def verify_files(
     _require_replay(replay, pruned, plan)
     given = None if feeds is None else list(feeds)
     trained = tuple(plan.values)
-    comparison = proved(verify(combed, kept, replay if trained else pruned, given))
+    found = verify(combed, kept, replay if trained else pruned, given)
+    comparison = proved(found, allow_inconclusive=allow_inconclusive)
     measured = _measured(combed, pruned, given) if trained else None
     return FileVerification(not trained, trained, comparison, not trained and _same_bytes(replay, pruned), measured)
 
@@ -218,13 +173,15 @@ def _same_bytes(replay: Model, pruned: Model) -> bool:
 
 def _measured(combed: Combed, pruned: Model, feeds: list[Mapping[str, Array]] | None) -> OutputDifference:
     """How far outputs of a file are from the original's; ProofError if it does not run or gives something else."""
-    model = combed.folded.model
-    original = _runner(combed)(model)
-    given = feeds or list(working_feeds(combed.folded, original, runs_needed(TOLERANCES["float32"])))
+    model, runner = combed.folded.original, runner_of(combed)
+    original = runner(model)
+    given = feeds or list(
+        proof_inputs(combed.folded, original, runs_needed(TOLERANCES["float32"]), observe=False).feeds
+    )
     plain = execute_all(original, given)
     del original
     try:
-        found = execute_all(_runner(combed)(pruned), given)
+        found = execute_all(runner(pruned), given)
     except UnsupportedError as error:
         raise ProofError(f"onnxruntime runs the original but not the file: {error}") from error
     for ours, theirs in zip(plain, found, strict=True):

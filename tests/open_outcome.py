@@ -16,8 +16,8 @@ from cpd_onnx.passes.allocate import Budget, allocate
 from cpd_onnx.passes.comb import at_sizes, comb
 from cpd_onnx.passes.prune import prune
 from cpd_onnx.passes.score import score
-from cpd_onnx.passes.verify import verify
 from cpd_onnx.proof_inputs import empties
+from cpd_onnx.proving import verify
 from cpd_onnx.runtime import Feed, Runner, execute, open_model
 from cpd_onnx.shapes import Folded
 from cpd_onnx.sizes import Term
