@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import itertools
 import json
 import math
 import tempfile
@@ -43,6 +44,8 @@ _MAGNITUDES = (0.0, 1e-3, 30.0, 1e4)
 _MOST_VARIANTS = 48
 _MOST_EXTRA = 6
 """Further inputs that are added to reach branches."""
+_USUAL = (3, 9, 11, 7, 13)
+"""Sizes of the first symbol, the second and so on while one of them is varied."""
 _COMPARISONS = {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"}
 _MARK = "cpd-mark"
 
@@ -273,6 +276,7 @@ def _covering(folded: Folded, session: Runner, marks: Marks, feeds: Sequence[Fee
     missing = set(wanted).difference(*(marks.reached(counts) for counts in marks.counts(feeds)))
     if missing:
         variants = [feed for feed in _variants(folded, feeds) if _runs(session, feed)]
+        variants += _at_compared_sizes(folded, session)
         for feed, counts in zip(variants, marks.counts(variants), strict=True):
             gained = missing & marks.reached(counts)
             if gained and len(chosen) < len(feeds) + _MOST_EXTRA:
@@ -300,6 +304,18 @@ def _variants(folded: Folded, feeds: Sequence[Feed]) -> Iterator[Feed]:
                 yield changed
             if count >= _MOST_VARIANTS:
                 return
+
+
+def _at_compared_sizes(folded: Folded, session: Runner) -> Iterator[Feed]:
+    """Inputs whose sizes are, one symbol at a time, those that the graph compares with, or make them by halving."""
+    symbols = symbols_of(folded)
+    usual = {term: _USUAL[min(place, len(_USUAL) - 1)] for place, term in enumerate(symbols)}
+    numbers = sorted({int(n) for n in _compared_with(folded) if 0 < n < _SMALL[-1] and n == int(n)})
+    wanted = sorted({size for n in numbers for size in (n - 1, n, n + 1, 2 * n - 1, 2 * n, 4 * n) if size > 0})
+    for count, (term, size) in enumerate(itertools.product(symbols, wanted)):
+        feed = _accepted(folded, session, usual | {term: size}, count) if count < _MOST_VARIANTS else None
+        if feed is not None:
+            yield feed
 
 
 def _float_changes(numbers: Sequence[float]) -> Iterator[_Change]:
