@@ -138,6 +138,19 @@ def test_arithmetic_inside_a_branch() -> None:
     assert "w" not in float_names(state.model.proto)
 
 
+def test_branches_that_give_one_name_to_different_weights() -> None:
+    branches = [
+        f"{key} = {key}_ () => (float[2, 5] p) {{ n = ReduceL2 <axes = [1], keepdims = 1>({w}) f = Div({w}, n) h = Gemm <transB = 1>(x, f) a = Relu(h) p = Gemm <transB = 1>(a, v) }}"
+        for key, w in (("then_branch", "w"), ("else_branch", "u"))
+    ]
+    head = "(float[2, 6] x, float[12, 6] w, float[12, 6] u, float[5, 12] v, bool c"
+    model = from_text(f"{head}) => (float[2, 5] y) {{ y = If(c) <{', '.join(branches)}> }}", values={"c": True})
+    small = cpd.run("comb, score, allocate{channels=0.5}, prune, verify", model).model
+    stored = [onnx.numpy_helper.to_array(a.g.initializer[0]) for a in small.graph.node[0].attribute]
+    assert [array.shape for array in stored] == [(6, 6), (6, 6)]
+    assert not np.array_equal(*stored)
+
+
 @pytest.mark.parametrize(
     "graph",
     [
