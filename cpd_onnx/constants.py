@@ -107,7 +107,6 @@ class _Constant:
         position: of that node, -1 for an initializer.
         inputs: what it is computed from.
         is_computed: whether more was done on the way than moving elements about.
-        is_cut: whether it is a part of something.
 
     """
 
@@ -118,7 +117,6 @@ class _Constant:
     position: int = -1
     inputs: Sequence[_Constant] = ()
     is_computed: bool = False
-    is_cut: bool = False
 
     @property
     def node(self) -> NodeProto | None:
@@ -197,7 +195,10 @@ class _Finder:
         return [constant for constant in results if id(constant) in chosen]
 
     def parts(self, source: _Constant, chosen: set[int]) -> set[int]:
-        """The parts that a buffer is cut into, if it is one that serves nothing else and they are not much more."""
+        """The parts that a buffer is cut into, if it serves nothing else and they are not much more than it.
+
+        What has as many elements is no part but the same in another order, as the gates of recurrent layers.
+        """
         if id(source) in self.taken or id(source) in self.handed_out:
             return set()
         parts = [constant for constant in self.taken.values() if source in constant.sources]
@@ -205,7 +206,7 @@ class _Finder:
         fits = sum(part.bytes for part in parts) <= _GROWTH * sum(each.bytes for each in there)
         if len(parts) < 2 or not fits or any(part.dtype not in _TRAINED for part in parts):
             return set()
-        known = all((part.is_cut and part.is_affordable) or id(part) in chosen for part in parts)
+        known = all((part.size < source.size and part.is_affordable) or id(part) in chosen for part in parts)
         return {id(part) for part in parts if id(part) not in self.handed_out} if known else set()
 
     def sweep(self, graph: GraphProto, outer: Mapping[str, _Constant]) -> None:
@@ -243,8 +244,6 @@ class _Finder:
             constant = _Constant(name, dtype, shape, graph, position, inputs)
             is_new = node.op_type not in _MOVES and bool(inputs)
             constant.is_computed = dtype in _TRAINED and (is_new or any(c.is_computed for c in weights))
-            is_part = not is_new and any(constant.size < c.size for c in weights[:1])
-            constant.is_cut = is_part or any(c.is_cut for c in weights)
             yield constant
 
 

@@ -167,6 +167,20 @@ def test_what_is_stored_otherwise_stays_so(graph: str) -> None:
     assert mask_oracle(from_text(graph)).passed
 
 
+def test_gates_in_another_order_stay_where_they_are_stored() -> None:
+    """Exporters reorder them, in each branch of an If where the network is written twice."""
+    order = "i, o, c = Split <axis = 0>(w, sizes) s = Concat <axis = 0>(o, i, c) u = Unsqueeze(s, zero) q, h = GRU <hidden_size = 4>(x, u, r)"
+    branches = [
+        f"{key} = {key}_ () => (float[1, 2, 4] g) {{ {order} g = Identity(h) }}"
+        for key in ("then_branch", "else_branch")
+    ]
+    head = "(float[3, 2, 6] x0, float[6, 6] k, float[12, 6] w, float[1, 12, 4] r, float[4, 5] v, int64[3] sizes, int64[1] zero, bool c"
+    text = f"{head}) => (float[1, 2, 5] y) {{ x = MatMul(x0, k) a = If(c) <{', '.join(branches)}> y = MatMul(a, v) }}"
+    combed = comb(from_text(text, values={"sizes": [4, 4, 4], "zero": 0, "c": True}))
+    assert combed.folded.evaluated is None
+    assert combed.prunable_fraction() == 1.0
+
+
 def test_factors_of_a_product_have_no_channels_between_them() -> None:
     graph = "(float[2, 60] x, float[60, 2] w, float[2, 60] u, float[60, 5] v) => (float[2, 5] y) { f = MatMul(w, u) h = MatMul(x, f) a = Relu(h) y = MatMul(a, v) }"
     combed = comb(from_text(graph))
