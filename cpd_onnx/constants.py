@@ -85,16 +85,16 @@ def evaluated(model: Model, known: Known) -> Evaluated | None:
 
     The same model gives the same bytes with one version of onnxruntime on one kind of processor.
     """
-    results = {}
+    arrays: list[Array | None] = []
+    feed: dict[str, Array] = {}
     for constant in _Finder(model.graph, known, functions_of(model.proto)).wanted():
-        array = _computed(model, constant)
-        if array is not None:
-            results[constant.name] = array
-    if not results:
+        proto, feed = _part(model, constant, feed)
+        arrays.append(_run(proto, feed))
+    if all(array is None for array in arrays):
         return None
     copy = model.copy()
-    finder = _Finder(copy.graph, known, functions_of(model.proto))
-    return _Writer(copy, [c for c in finder.wanted() if c.name in results]).run(results)
+    wanted = _Finder(copy.graph, known, functions_of(model.proto)).wanted()
+    return _Writer(copy, [(c, a) for c, a in zip(wanted, arrays, strict=True) if a is not None]).run()
 
 
 @dataclass(eq=False)
@@ -107,7 +107,6 @@ class _Constant:
         position: of that node, -1 for an initializer.
         inputs: what it is computed from.
         is_computed: whether more was done on the way than moving elements about.
-        is_cut: whether it is a part of something.
 
     """
 
@@ -118,7 +117,6 @@ class _Constant:
     position: int = -1
     inputs: Sequence[_Constant] = ()
     is_computed: bool = False
-    is_cut: bool = False
 
     @property
     def node(self) -> NodeProto | None:
@@ -197,7 +195,10 @@ class _Finder:
         return [constant for constant in results if id(constant) in chosen]
 
     def parts(self, source: _Constant, chosen: set[int]) -> set[int]:
-        """The parts that a buffer is cut into, if it is one that serves nothing else and they are not much more."""
+        """The parts that a buffer is cut into, if it serves nothing else and they are not much more than it.
+
+        What has as many elements is no part but the same in another order, as the gates of recurrent layers.
+        """
         if id(source) in self.taken or id(source) in self.handed_out:
             return set()
         parts = [constant for constant in self.taken.values() if source in constant.sources]
@@ -205,7 +206,7 @@ class _Finder:
         fits = sum(part.bytes for part in parts) <= _GROWTH * sum(each.bytes for each in there)
         if len(parts) < 2 or not fits or any(part.dtype not in _TRAINED for part in parts):
             return set()
-        known = all((part.is_cut and part.is_affordable) or id(part) in chosen for part in parts)
+        known = all((part.size < source.size and part.is_affordable) or id(part) in chosen for part in parts)
         return {id(part) for part in parts if id(part) not in self.handed_out} if known else set()
 
     def sweep(self, graph: GraphProto, outer: Mapping[str, _Constant]) -> None:
@@ -243,8 +244,6 @@ class _Finder:
             constant = _Constant(name, dtype, shape, graph, position, inputs)
             is_new = node.op_type not in _MOVES and bool(inputs)
             constant.is_computed = dtype in _TRAINED and (is_new or any(c.is_computed for c in weights))
-            is_part = not is_new and any(constant.size < c.size for c in weights[:1])
-            constant.is_cut = is_part or any(c.is_cut for c in weights)
             yield constant
 
 
@@ -258,32 +257,36 @@ def _stored(constant: _Constant) -> Iterator[str]:
     return (step.name for step in constant.steps() if step.is_stored and step.dtype in _TRAINED)
 
 
-def _computed(model: Model, constant: _Constant) -> Array | None:
-    """The value of a constant, None where onnxruntime does not run what makes it."""
-    proto, feed = ModelProto(ir_version=model.proto.ir_version), {}
+def _part(model: Model, constant: _Constant, before: Mapping[str, Array]) -> tuple[ModelProto, dict[str, Array]]:
+    """The part of a model that computes a constant, and what enters it; `before` is what the last one took."""
+    proto, feed = ModelProto(ir_version=model.proto.ir_version), dict[str, Array]()
     proto.opset_import.extend(model.proto.opset_import)
     proto.graph.name = "weights"
     nodes: dict[tuple[int, int], NodeProto] = {}
     for step in constant.steps():
         if step.node is not None:
             nodes[(id(step.graph), step.position)] = step.node
-            continue
-        if step.graph is not model.graph:
+        elif step.graph is not model.graph:
             proto.graph.initializer.append(next(t for t in step.graph.initializer if t.name == step.name))
         elif element_type(step.dtype).kind in "fiub":
             proto.graph.input.append(helper.make_tensor_value_info(step.name, step.dtype, step.shape))
-            feed[step.name] = model.array(step.name)
+            feed[step.name] = before[step.name] if step.name in before else model.array(step.name)
         else:
             proto.graph.initializer.append(numpy_helper.from_array(model.array(step.name), step.name))
     proto.graph.node.extend(nodes.values())
     proto.graph.output.append(helper.make_tensor_value_info(constant.name, constant.dtype, None))
+    return proto, feed
+
+
+def _run(proto: ModelProto, feed: Mapping[str, Array]) -> Array | None:
+    """The only output of a model, None where onnxruntime does not run it."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        (array,) = session.run(None, feed)
+        (array,) = session.run(None, dict(feed))
     except Exception as error:  # onnxruntime raises classes of its own that share no base but Exception
         if not type(error).__module__.startswith("onnxruntime"):
             raise
@@ -294,14 +297,16 @@ def _computed(model: Model, constant: _Constant) -> Array | None:
 class _Writer:
     """Puts results into a copy of the model and drops what nothing uses any more."""
 
-    def __init__(self, model: Model, results: Sequence[_Constant]) -> None:
-        self.model, self.results = model, results
+    def __init__(self, model: Model, results: Sequence[tuple[_Constant, Array]]) -> None:
+        self.model, self.arrays = model, results
+        self.results = [constant for constant, _ in results]
         graphs = list(graphs_of(model.graph))
         self.uses = Counter(name for graph in graphs for node in graph.node for name in node.input)
         self.uses.update(output.name for graph in graphs for output in graph.output)
+        self.order = {id(graph): place for place, graph in enumerate(graphs)}
         self.names = model.names()
 
-    def run(self, arrays: Mapping[str, Array]) -> Evaluated:
+    def run(self) -> Evaluated:
         steps = list({id(step): step for result in self.results for step in result.steps()}.values())
         weights = {result.name: tuple(sorted(_stored(result))) for result in self.results}
         nodes = {(id(step.graph), step.position): step for step in steps if step.node is not None}
@@ -312,8 +317,8 @@ class _Writer:
             del step.graph.node[step.position]
         for step in stored:
             self.drop(step)
-        for result in self.results:
-            self.store(result, arrays[result.name])
+        for result, array in self.arrays:
+            self.store(result, array)
         gone = {step.name for step in (*dead, *stored)} - weights.keys()
         for graph in graphs_of(self.model.graph):
             _without(graph.value_info, gone)
@@ -321,8 +326,7 @@ class _Writer:
 
     def place(self, step: _Constant) -> tuple[int, int]:
         """Where a node stands; graphs inside others come after them."""
-        graphs = [id(graph) for graph in graphs_of(self.model.graph)]
-        return graphs.index(id(step.graph)), step.position
+        return self.order[id(step.graph)], step.position
 
     def is_unused(self, step: _Constant) -> bool:
         """Whether a node can go; what it takes has a use less then, and what it shares a name with has one no more."""

@@ -138,6 +138,19 @@ def test_arithmetic_inside_a_branch() -> None:
     assert "w" not in float_names(state.model.proto)
 
 
+def test_branches_that_give_one_name_to_different_weights() -> None:
+    branches = [
+        f"{key} = {key}_ () => (float[2, 5] p) {{ n = ReduceL2 <axes = [1], keepdims = 1>({w}) f = Div({w}, n) h = Gemm <transB = 1>(x, f) a = Relu(h) p = Gemm <transB = 1>(a, v) }}"
+        for key, w in (("then_branch", "w"), ("else_branch", "u"))
+    ]
+    head = "(float[2, 6] x, float[12, 6] w, float[12, 6] u, float[5, 12] v, bool c"
+    model = from_text(f"{head}) => (float[2, 5] y) {{ y = If(c) <{', '.join(branches)}> }}", values={"c": True})
+    small = cpd.run("comb, score, allocate{channels=0.5}, prune, verify", model).model
+    stored = [onnx.numpy_helper.to_array(a.g.initializer[0]) for a in small.graph.node[0].attribute]
+    assert [array.shape for array in stored] == [(6, 6), (6, 6)]
+    assert not np.array_equal(*stored)
+
+
 @pytest.mark.parametrize(
     "graph",
     [
@@ -152,6 +165,20 @@ def test_what_is_stored_otherwise_stays_so(graph: str) -> None:
     assert combed.folded.evaluated is None
     assert "w" in {member.weight.name for group in combed.groups for member in combed.members(group)}
     assert mask_oracle(from_text(graph)).passed
+
+
+def test_gates_in_another_order_stay_where_they_are_stored() -> None:
+    """Exporters reorder them, in each branch of an If where the network is written twice."""
+    order = "i, o, c = Split <axis = 0>(w, sizes) s = Concat <axis = 0>(o, i, c) u = Unsqueeze(s, zero) q, h = GRU <hidden_size = 4>(x, u, r)"
+    branches = [
+        f"{key} = {key}_ () => (float[1, 2, 4] g) {{ {order} g = Identity(h) }}"
+        for key in ("then_branch", "else_branch")
+    ]
+    head = "(float[3, 2, 6] x0, float[6, 6] k, float[12, 6] w, float[1, 12, 4] r, float[4, 5] v, int64[3] sizes, int64[1] zero, bool c"
+    text = f"{head}) => (float[1, 2, 5] y) {{ x = MatMul(x0, k) a = If(c) <{', '.join(branches)}> y = MatMul(a, v) }}"
+    combed = comb(from_text(text, values={"sizes": [4, 4, 4], "zero": 0, "c": True}))
+    assert combed.folded.evaluated is None
+    assert combed.prunable_fraction() == 1.0
 
 
 def test_factors_of_a_product_have_no_channels_between_them() -> None:
