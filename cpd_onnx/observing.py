@@ -136,7 +136,7 @@ class _Finder:
             self.waiting += numbers
             self.inside += [(top, number) for number in numbers]
         elif node.op_type in _MOVING and len(numbers) == 1:
-            return numbers[0]
+            return str(numbers[0])
         return None
 
     def is_rounding(self, node: NodeProto) -> bool:
