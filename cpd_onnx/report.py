@@ -151,7 +151,8 @@ def result(state: State, seconds: float) -> dict[str, Any]:
 
 def comparison(found: Comparison) -> dict[str, Any]:
     """The outcome of a comparison."""
-    return asdict(found) | {"passed": found.passed}
+    content = asdict(found)
+    return content | {"outputs": list(content["outputs"]), "notes": list(found.notes), "passed": found.passed}
 
 
 def size_of(model: Model, path: Path) -> int:

@@ -25,7 +25,7 @@ from cpd_onnx.testing import mask_oracle, permutation_oracle
 from cpd_onnx.unrounded import rounding_of, single, unrounded
 
 from .models import from_text
-from .planted import network
+from .planted import network, verdict_of
 
 MLP = "float[4, 12] x, float[12, 16] w, float[16, 5] v"
 
@@ -168,6 +168,13 @@ def test_large_maps_of_decisions_are_verified() -> None:
     assert found.verdict == VERIFIED
     assert [(one.tensor, one.kind) for one in found.outputs] == [("y", DISCRETE), ("l", "values")]
     assert found.allowed <= found.effect / 100
+
+
+def test_models_that_run_piece_by_piece_show_what_is_in_front_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cpd_onnx.passes.verify._PIECEWISE_BYTES", 0)
+    for name in ("argmax", "sigmoid", "int8, QDQ"):
+        assert verdict_of(name) == VERIFIED
+        assert verdict_of(name, "one filter a tenth larger") == WRONG
 
 
 # Models that round.
