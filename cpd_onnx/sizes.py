@@ -329,11 +329,19 @@ def _is_at_least(value: Any, bound: int) -> bool:
     for monomial, coefficient in value.coefficients.items():
         if not monomial:
             lowest += coefficient
-        elif coefficient < 0 or any(term.kind == "unknown" for term, _ in monomial):
+        elif coefficient < 0 or not all(_is_no_less_than_zero(term) for term, _ in monomial):
             return False
         elif all(term.kind == "symbol" for term, _ in monomial):
             lowest += coefficient
     return lowest >= bound
+
+
+def _is_no_less_than_zero(term: Term) -> bool:
+    if term.kind == "symbol":
+        return True
+    if term.kind == "quotient" and not _is_at_least(term.arguments[1], 1):
+        return False
+    return term.kind != "unknown" and all(_is_at_least(argument, 0) for argument in term.arguments)
 
 
 def product(sizes: Iterable[Any]) -> Any:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 
 import numpy as np
-from onnx import ModelProto
+from onnx import ModelProto, helper
 
 import cpd_onnx as cpd
 from cpd_onnx.graph import Array
@@ -31,8 +31,12 @@ _SYMBOLS = ("n", "n2", "h", "h2", "w", "t", "s")
 
 
 def open_outcome(seed: int) -> str:
-    """One word, in capitals where a file was written wrong, and what it is about."""
-    model = seeded(seed)
+    """What became of the graph of a seed."""
+    return outcome_of(seeded(seed), seed)
+
+
+def outcome_of(model: ModelProto, seed: int, target: float = 0.5) -> str:
+    """What became of a model: in capitals where a file was written wrong, and what it is about."""
     try:
         session = open_model(model, optimise=False)
     except cpd.UnsupportedError:
@@ -42,7 +46,7 @@ def open_outcome(seed: int) -> str:
     if not tried:
         return "runs at none of these sizes"
     try:
-        chosen = allocate(combed, score(combed, "random", seed=seed), Budget("channels", 0.5))
+        chosen = allocate(combed, score(combed, "random", seed=seed), Budget("channels", target))
     except cpd.TargetError:
         return "nothing to prune"
     pruned = prune(combed, chosen).model
@@ -73,12 +77,17 @@ def _accepted(model: ModelProto, folded: Folded, session: Runner, rng: random.Ra
     count = 0
     for number in range(TRIES):
         sizes = {name: rng.choice(_SIZES) for name in _SYMBOLS}
-        if empties(folded, {Term("symbol", (name,)): size for name, size in sizes.items()}):
+        if empties(
+            folded, {Term("symbol", (key,)): sizes[key.lower()] for key in _symbols(model) if key.lower() in sizes}
+        ):
             continue
         feed = {}
         for info in model.graph.input:
-            shape = [sizes.get(dim.dim_param, dim.dim_value) for dim in info.type.tensor_type.shape.dim]
-            feed[info.name] = np.random.default_rng(number).standard_normal(shape).astype(np.float32)
+            shape = [sizes.get(dim.dim_param.lower(), dim.dim_value) for dim in info.type.tensor_type.shape.dim]
+            values = (100.0 if number % 2 else 1.0) * np.random.default_rng(number).standard_normal(shape)
+            feed[info.name] = np.asarray(values).astype(
+                helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type)
+            )
         try:
             first, again = (execute(session, feed) for _ in range(2))
         except cpd.UnsupportedError:
@@ -88,6 +97,10 @@ def _accepted(model: ModelProto, folded: Folded, session: Runner, rng: random.Ra
             count += 1
         if count == BINDINGS:
             return
+
+
+def _symbols(model: ModelProto) -> set[str]:
+    return {dim.dim_param for info in model.graph.input for dim in info.type.tensor_type.shape.dim}
 
 
 def _alike(expected: Array, got: Array) -> bool:
