@@ -52,11 +52,11 @@ def open_model(
     options.intra_op_num_threads = threads
     # Threads of a session that has just run would spin on while the next one is measured.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Without it, sums of products of eight-bit numbers saturate on x86 processors that have no VNNI.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_quant_qdq", "1")
-        # Without it, sums of products of eight-bit numbers saturate on x86 processors that have no VNNI.
-        options.add_session_config_entry("session.x64quantprecision", "1")
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
