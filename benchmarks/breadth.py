@@ -55,9 +55,11 @@ def check(path: Path, *, permute: bool) -> Result:
 
             outcome = permutation_oracle(model)
             result["permutation"] = outcome.difference
-            result["status"] = "verified" if outcome.passed else "permutation differs"
+            wrong = {"wrong": "permutation differs", "inconclusive": "inconclusive"}
+            result["status"] = wrong.get(outcome.verdict, "verified")
     except cpd.CpdError as error:
-        result |= {"status": "refused" if not isinstance(error, cpd.ProofError) else "disproved", "reason": str(error)}
+        verdicts = {cpd.ProofError: "disproved", cpd.InconclusiveError: "inconclusive"}
+        result |= {"status": verdicts.get(type(error), "refused"), "reason": str(error)}
     except Exception:  # a benchmark reports every defect and goes on
         result |= {"status": "failed", "reason": traceback.format_exc()[-600:]}
     result["seconds"] = round(time.perf_counter() - started, 2)
@@ -79,7 +81,7 @@ def summary(results: list[Result]) -> str:
         row["models"] += 1
         row[result["status"]] += 1
         row["99 %"] += result.get("fraction", 0) >= 0.99
-    columns = ["models", "verified", "refused", "disproved", "permutation differs", "failed", "99 %"]
+    columns = ["models", "verified", "inconclusive", "refused", "disproved", "permutation differs", "failed", "99 %"]
     lines.append(" ".join(f"{c:>20}" for c in ["folder", *columns]))
     for folder, row in table.items():
         lines.append(" ".join([f"{folder:>20}", *(f"{row[c]:>20}" for c in columns)]))

@@ -70,7 +70,9 @@ def graph_outcome(seed: int, work: Path, data: Path | None) -> str:
         return "nothing to prune"
     except cpd.DataError:
         return "no numbers"  # NaN, with which nothing can be compared
-    return "proved" if all(outcome.passed for outcome in outcomes) else "WRONG"
+    if any(outcome.verdict == "wrong" for outcome in outcomes):
+        return "WRONG"
+    return "proved" if all(outcome.passed for outcome in outcomes) else "inconclusive"
 
 
 @cache
@@ -98,6 +100,8 @@ def damage_outcome(seed: int, work: Path, data: Path | None) -> str:
     path.write_bytes(damaged(content, rng))
     try:
         cpd.run("comb, score, allocate, prune" + (", verify" if is_proved else ""), path)
+    except cpd.InconclusiveError:
+        return "inconclusive"
     except cpd.ProofError as error:
         return f"NOT PROVED, nothing written: {error}"
     except cpd.CpdError as error:

@@ -67,6 +67,9 @@ def outcome(name: str, model: object) -> str:
     except cpd.ProofError as error:
         print("disproved:", name, error)
         return "disproved"
+    except cpd.InconclusiveError as error:
+        print("inconclusive:", name, error)
+        return "inconclusive"
     return "proved"
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cpd_onnx.errors import (
     CpdError,
     DataError,
+    InconclusiveError,
     ModelError,
     PlanError,
     ProofError,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CpdError",
     "DataError",
+    "InconclusiveError",
     "Model",
     "ModelError",
     "Plan",

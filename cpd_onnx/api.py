@@ -25,6 +25,7 @@ def compress(
     *,
     train: bool | Mapping[str, Any] | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
+    allow_inconclusive: bool = False,
     **options: Any,
 ) -> Model: ...
 @overload
@@ -34,6 +35,7 @@ def compress(
     *,
     train: bool | Mapping[str, Any] | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
+    allow_inconclusive: bool = False,
     **options: Any,
 ) -> M: ...
 def compress(
@@ -42,6 +44,7 @@ def compress(
     *,
     train: bool | Mapping[str, Any] | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
+    allow_inconclusive: bool = False,
     **options: Any,
 ) -> Any:
     """A smaller model, proven, in the form of the one that is given: a `ModelProto` for a `ModelProto`, and so on.
@@ -56,14 +59,19 @@ def compress(
         train: whether the result is trained against the original: by default where there is data and torch. A mapping
             has fields of `DistillOptions`, as in {"steps": 1000}.
         input_shapes: sizes of inputs that the model leaves open, by name.
+        allow_inconclusive: whether a model is returned of which the inputs that were tried show too little to prove it
+            right or wrong.
         options: fields of `passes.iterate.Iterate`: the share that may remain of `macs` (0.5 if none is given),
             `params`, `channels`, `bytes` or `latency`, then `score`, `rounds`, `keep` and so on.
 
     Raises:
-        CpdError: what can be acted on is wrong with the model, the data or the options.
+        CpdError: what can be acted on is wrong with the model, the data or the options; an InconclusiveError if the
+            inputs show too little, a ProofError if the result is wrong.
         TypeError: there is no such option.
     """
-    made = compressed(model, data, train=train, input_shapes=input_shapes, **options)
+    made = compressed(
+        model, data, train=train, input_shapes=input_shapes, allow_inconclusive=allow_inconclusive, **options
+    )
     return in_form_of(model, made.state.model)
 
 
@@ -73,13 +81,14 @@ def compressed(
     *,
     train: bool | Mapping[str, Any] | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
+    allow_inconclusive: bool = False,
     **options: Any,
 ) -> Compressed:
     """As `compress`, but all that there is to know: the plan, the proof, the losses of the training."""
     original, shapes = load(model), dict(input_shapes or {})
     source = None if data is None else source_of(data, original, shapes)
     step = _step(options, train, has_data=source is not None)
-    return compression.compress(step, State(original, original, shapes, source))
+    return compression.compress(step, State(original, original, shapes, source), allow_inconclusive=allow_inconclusive)
 
 
 def _step(options: Mapping[str, Any], train: bool | Mapping[str, Any] | None, *, has_data: bool) -> Any:

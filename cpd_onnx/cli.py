@@ -41,7 +41,7 @@ from cpd_onnx.console import (
     write_both,
     write_json,
 )
-from cpd_onnx.errors import CpdError, DataError, StoppedError
+from cpd_onnx.errors import CpdError, DataError, InconclusiveError, ProofError, StoppedError
 from cpd_onnx.graph import Model, load
 from cpd_onnx.groups import Combed
 from cpd_onnx.latency import Clock, measure_table
@@ -60,6 +60,8 @@ from cpd_onnx.plan import Plan, load_plan
 from cpd_onnx.rules import supported_operators, unsupported_operators
 from cpd_onnx.widths import held_groups
 
+_EXIT_CODES: dict[type[Exception], int] = {InconclusiveError: 4, ProofError: 5}
+"""Of what is no mere error: two of the three verdicts of a proof."""
 _LINE = 1000
 """Characters of a complaint."""
 _MODELS = ("model", "original", "pruned", "teacher", "student")
@@ -67,7 +69,11 @@ _MODELS = ("model", "original", "pruned", "teacher", "student")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code is 0, or 1 for what the user can act on."""
+    """Run one command; the exit code.
+
+    0: done, and what was to be proved is; 1: something that the user can act on; 4: the proof is inconclusive; 5: the
+    proof says that the result is wrong. argparse ends with 2 where the command line makes no sense.
+    """
     parser = command_line()
     options = parser.parse_args(arguments)
     try:
@@ -83,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         complaint = str(error) if isinstance(error, CpdError) else "there is not enough memory for this model"
         print(f"error: {_one_line(complaint)}", file=sys.stderr)
-        return 1
+        return next((code for kind, code in _EXIT_CODES.items() if isinstance(error, kind)), 1)
     except Exception as error:
         if options.verbose:
             traceback.print_exc()
@@ -197,7 +203,7 @@ def _pruning(options: argparse.Namespace) -> list[pipeline.Pass]:
     assert isinstance(step, Allocate)
     _ = step.budget  # refuses what makes no sense before the work starts
     scorer_of(kind)
-    proof: list[pipeline.Pass] = [] if options.no_verify else [Verify()]
+    proof: list[pipeline.Pass] = [] if options.no_verify else [Verify(allow_inconclusive=options.allow_inconclusive)]
     if options.rounds > 1:
         chosen = {"score": kind, "samples": options.samples, "score_labels": options.score_labels}
         return [

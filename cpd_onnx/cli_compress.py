@@ -37,7 +37,7 @@ from cpd_onnx.console import (
     write_json,
 )
 from cpd_onnx.data import Source, calibration
-from cpd_onnx.errors import CpdError, ModelError, UnsupportedError
+from cpd_onnx.errors import CpdError, InconclusiveError, ModelError, ProofError, UnsupportedError
 from cpd_onnx.files import write_atomically
 from cpd_onnx.graph import Model
 from cpd_onnx.metrics import OF_TWO_MODELS, check_metric
@@ -119,9 +119,10 @@ def compressed(options: argparse.Namespace, *, called: str | None = None) -> dic
     traces, stages = _left_behind(options, step, model)
     known = compression.Known(given, stages if is_first_process() else None, traces, watched_on(options, model))
     try:
-        made = _made(step, State(model, model, shapes, source), known)
-    except ModelError:  # whoever goes on meets it again
-        _discard(step, stages, traces)
+        made = _made(step, State(model, model, shapes, source), known, allow_inconclusive=options.allow_inconclusive)
+    except (ModelError, ProofError, InconclusiveError) as error:  # whoever goes on meets it again
+        if step.name != "interleave" or not isinstance(error, InconclusiveError):  # a training may be worth keeping
+            _discard(step, stages, traces)
         raise
     if not is_first_process():
         return None
@@ -136,7 +137,7 @@ def compressed(options: argparse.Namespace, *, called: str | None = None) -> dic
     return content
 
 
-def _made(step: Iterate, state: State, known: compression.Known) -> compression.Compressed:
+def _made(step: Iterate, state: State, known: compression.Known, *, allow_inconclusive: bool) -> compression.Compressed:
     """The compressed model; a line shows how far it is."""
     with progress_line(BarColumn()) as line:
         task = line.add_task("comb, score, prune", total=None, visible=is_first_process())
@@ -150,6 +151,7 @@ def _made(step: Iterate, state: State, known: compression.Known) -> compression.
                 completed=now.step,
                 description=f"round {number} of {step.rounds}, step {now.step}, loss {now.loss:.4f}",
             ),
+            allow_inconclusive=allow_inconclusive,
         )
 
 

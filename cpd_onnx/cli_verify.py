@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cpd_onnx import report
 from cpd_onnx.chain import Chain, Given, is_intact, manifest_of, verify_deployed
+from cpd_onnx.compare import INCONCLUSIVE
 from cpd_onnx.console import out, plan_path_of, require_outputs, source_of, write_json
 from cpd_onnx.deploy import Difference
-from cpd_onnx.errors import PlanError
+from cpd_onnx.errors import InconclusiveError, PlanError
 from cpd_onnx.graph import Array, load
 from cpd_onnx.passes.verify import FileVerification, data_feeds, verify_files
 from cpd_onnx.plan import load_plan
@@ -38,14 +39,26 @@ def run(options: argparse.Namespace) -> None:
         given = Given(options.plan, options.via, feeds, lambda model: source_of(options.data, model, options))
         chain = verify_deployed(original, options.pruned, there, given)
         content = {**_pruned(chain.pruned), "deployed": _deployed(chain)}
-        if not write_json(options, content):
-            _show_chain(content)
+        _finish(options, content, chain.pruned, _show_chain)
         return
     if not plan.is_file() and options.plan is None:
         raise PlanError(f"{options.pruned} has neither a plan nor a manifest of deploy beside it: give --plan")
-    content = _pruned(verify_files(original, load(options.pruned), load_plan(plan), feeds()))
-    if not write_json(options, content):
-        _show(content, "the file")
+    found = verify_files(original, load(options.pruned), load_plan(plan), feeds(), allow_inconclusive=True)
+    _finish(options, _pruned(found), found, lambda content: _show(content, "the file"))
+
+
+def _finish(
+    options: argparse.Namespace,
+    content: dict[str, Any],
+    found: FileVerification | None,
+    show: Callable[[Mapping[str, Any]], None],
+) -> None:
+    """Write or print the outcome; raises InconclusiveError where the proof of the pruned file shows too little."""
+    is_written = write_json(options, content)
+    if found is not None and found.comparison.verdict == INCONCLUSIVE:
+        raise InconclusiveError(report.proof_line(content))
+    if not is_written:
+        show(content)
 
 
 # The outcome as plain values.
@@ -149,6 +162,8 @@ def _number(value: Any) -> str:
 
 def _apart(found: Mapping[str, Any]) -> str:
     """How far outputs are from others, in words."""
+    if found["largest"] is None:
+        return "its outputs have other sizes, or are not finite in the same places"
     agreement = found["agreement"]
     same = "" if agreement is None else f", and {100 * agreement:.1f} % of the answers are the same"
     return (

@@ -139,19 +139,26 @@ def compress(
     known: Known | None = None,
     *,
     progress: Callable[[int, Progress], None] | None = None,
+    allow_inconclusive: bool = False,
 ) -> Compressed:
     """Take a model through `iterate` or `interleave`, and check what came out against the original and the plan.
 
     `progress` is told the number of the round and where its training is.
 
-    Raises CpdError as the passes do; ProofError if the result is not what the plan makes of the original.
+    Raises CpdError as the passes do; ProofError if the result is not what the plan makes of the original,
+    InconclusiveError if that cannot be told, unless it is allowed.
     """
     with blaming(state.original):
-        return _compress(step, state, known or Known(), progress)
+        return _compress(step, state, known or Known(), progress, allow_inconclusive=allow_inconclusive)
 
 
 def _compress(
-    step: Iterate, state: State, known: Known, progress: Callable[[int, Progress], None] | None
+    step: Iterate,
+    state: State,
+    known: Known,
+    progress: Callable[[int, Progress], None] | None,
+    *,
+    allow_inconclusive: bool,
 ) -> Compressed:
     started = time.perf_counter()
     if not state.original.is_over_limit:  # the proof runs it: better known before the training than after
@@ -174,7 +181,8 @@ def _compress(
     else:
         state = step.in_rounds(state, lambda made: made.small, given=known.plan, stages=known.stages)
     ended = time.perf_counter()
-    found = verify_files(state.original, state.model, state.need("plan", step.name))
+    plan = state.need("plan", step.name)
+    found = verify_files(state.original, state.model, plan, allow_inconclusive=allow_inconclusive)
     trained = sum(result.seconds for result in results)
     seconds = {"pruning": ended - started - trained, "training": trained, "verification": time.perf_counter() - ended}
     return Compressed(

@@ -181,6 +181,17 @@ class Model:
         else:
             replace_values(tensor, made(values))
 
+    def retype(self, name: str, values: Array | Lazy) -> None:
+        """Replace an initializer by one of another element type."""
+        tensor = self._initializers[name]
+        self._data.pop(name, None)
+        tensor.CopyFrom(TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(values.dtype)))
+        tensor.dims.extend(values.shape)
+        if isinstance(values, Lazy) or values.nbytes >= _DETACH_BYTES:
+            self._data[name] = values
+        else:
+            replace_values(tensor, values)
+
     def add_initializer(self, name: str, values: Array | Lazy) -> None:
         """Append an initializer to the main graph."""
         tensor = self.graph.initializer.add()

@@ -24,7 +24,7 @@ from cpd_onnx.weights import constant_of, weight_lazily
 
 
 def masked(combed: Combed, kept: Kept, pruned: Model) -> Model:
-    """The original model with the dropped indices silenced; `pruned` gives the attributes of the gathered operators."""
+    """The original model with the dropped indices masked; `pruned` gives the attributes of the gathered operators."""
     return _Masker(combed, kept, pruned).run()
 
 

@@ -46,6 +46,10 @@ _OPTIONS: dict[str, tuple[Any, str]] = {
     "latency_batch": (int, "Samples at a time for which latency is measured."),
     "cost_table": (str, "File of latencies that were measured elsewhere."),
     "input_shapes": (dict[str, list[int]], "Sizes of inputs that the model leaves open, by name."),
+    "allow_inconclusive": (
+        bool,
+        "Whether a model passes of which the inputs show too little to prove it right or wrong.",
+    ),
     "train": (bool | dict[str, Any], "Whether the result is distilled (default: with data), or options of that."),
 }
 """Of `api.compress`, each with its type and what it is for; what is not given is what it is there."""

@@ -102,6 +102,7 @@ def _add_prune(commands: Any) -> None:
     _add_images(parser)
     parser.add_argument("--plan", type=Path, help="where the plan goes (default: OUTPUT.plan.json)")
     parser.add_argument("--no-verify", action="store_true", help="do not run the models to compare them")
+    _add_allow_inconclusive(parser)
     _add_input_shape(parser)
     _add_json(parser)
     _add_force(parser)
@@ -183,8 +184,17 @@ def _add_compress(commands: Any) -> None:
     parser.set_defaults(run="compress")
 
 
+def _add_allow_inconclusive(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-inconclusive",
+        action="store_true",
+        help="write the model even if the inputs that were tried show too little to prove it right or wrong",
+    )
+
+
 def _add_compression(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help=f"inputs to choose, repair and train with: {DATA} (default: none)")
+    _add_allow_inconclusive(parser)
     _add_images(parser)
     _add_choice(parser, None, "optimal with data, else uniform")
     _add_repair(parser)

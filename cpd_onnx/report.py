@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
-from cpd_onnx.compare import Comparison
+from cpd_onnx.compare import INCONCLUSIVE, VERIFIED, WRONG, Comparison
 from cpd_onnx.cost import CostModel
 from cpd_onnx.graph import Model
 from cpd_onnx.groups import Combed, Frozen
@@ -150,7 +150,7 @@ def result(state: State, seconds: float) -> dict[str, Any]:
 
 def comparison(found: Comparison) -> dict[str, Any]:
     """The outcome of a comparison."""
-    return asdict(found) | {"allowed": found.allowed, "passed": found.passed}
+    return asdict(found) | {"passed": found.passed}
 
 
 def size_of(model: Model, path: Path) -> int:
@@ -282,7 +282,7 @@ def plan_table(plan: Plan) -> Table:
 def comparison_table(found: Comparison) -> Table:
     """A comparison in a few rows."""
     return values_table({
-        "outcome": "passed" if found.passed else "failed", "difference": f"{found.difference:.2g}",
+        "verdict": found.verdict, "difference": f"{found.difference:.2g}",
         "allowed": f"{found.allowed:.2g}", "by rounding alone": f"{found.noise:.2g}",
         "by the removal itself": f"{found.effect:.2g}", "sets of inputs": str(found.runs),
     })  # fmt: skip  # a table
@@ -335,13 +335,29 @@ def proof_line(found: Mapping[str, Any] | None) -> str:
     """The proof in one sentence."""
     if found is None:
         return "not verified"
-    is_rounding = found["difference"] > found["tolerance"]
-    allowed = f"{found['allowed']:.0e}, what rounding does here" if is_rounding else f"{found['tolerance']:.0e}"
-    return (
-        f"verified: equals the original with the removed channels silenced to {found['difference']:.1e} "
-        f"(allowed {allowed}) on {found['runs']} sets of inputs; "
-        f"they change the outputs by {found['effect']:.2g} before any training"
+    notes = "; ".join(found.get("notes") or ())
+    verdict = found.get("verdict", VERIFIED)
+    if verdict == INCONCLUSIVE:
+        return f"inconclusive: {notes}"
+    allowed, effect = found["allowed"], found["effect"]
+    why = f"{allowed:.0e}"
+    if verdict == WRONG:
+        return (
+            f"wrong: differs from the original with the removed channels masked by {found['difference']:.1e} "
+            f"(allowed {why}) on {found['runs']} sets of inputs"
+        )
+    if allowed > found["tolerance"]:
+        why += ", what rounding does here"
+    if 100 * allowed <= effect:
+        why += f", a hundredth of the effect is {effect / 100:.0e}"
+    line = (
+        f"verified: equals the original with the removed channels masked to {found['difference']:.1e} "
+        f"(allowed {why}) on {found['runs']} sets of inputs; "
+        f"they change the outputs by {effect:.2g} before any training"
     )
+    if 100 * allowed > effect > 0 or effect == 0 < allowed < found["tolerance"]:
+        line += ", others that were masked to try the comparison by more"
+    return f"{line}; {notes}" if notes else line
 
 
 def repair_line(found: Mapping[str, Any]) -> str:

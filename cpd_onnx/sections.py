@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeAlias
 
 from cpd_onnx import plots
 from cpd_onnx.bench import Bench, Setting, Timing
+from cpd_onnx.compare import INCONCLUSIVE, VERDICTS, VERIFIED, WRONG
 from cpd_onnx.report import count, longest, repair_line, share
 
 Content: TypeAlias = Mapping[str, Any]
@@ -178,7 +179,9 @@ def _lead(content: Content) -> str:
     """What was bought and at what price, and what nobody knows."""
     fast, values = _speed(content), _scores(content)
     costs = _joined([f"{left} of the {name}" for name, _, _, left in _left(content)])
-    sentences = [] if _of(content, "verification").get("passed", True) else ["Do not use this file: its proof failed."]
+    verdict = _verdict(_of(content, "verification"))
+    sentences = ["Do not use this file: its proof failed."] if verdict == WRONG else []
+    sentences += ["Its proof is inconclusive."] if verdict == INCONCLUSIVE else []
     if fast:
         doubt = _doubt(*fast)
         speed = f"{_faster(fast[1].ratio)} as fast as the original" + f" ({doubt})" * bool(doubt)
@@ -245,12 +248,20 @@ def _accuracy_card(content: Content) -> Card:
     return Card(f"Accuracy, {metric}", text, f"{_change(metric, first, last)}; {how_many} with labels")
 
 
+def _verdict(found: Content) -> str:
+    """What a proof found; reports of before there were three verdicts say whether it passed."""
+    verdict = found.get("verdict")
+    return str(verdict) if verdict in VERDICTS else VERIFIED if found.get("passed", True) else WRONG
+
+
 def _proof_card(content: Content) -> Card:
     found = content.get("verification")
     if not found:
         return Card("Proof", "Not verified", "nothing shows that the file does what its plan says", "bad")
-    if not found.get("passed", True):
-        return Card("Proof", "Failed", "the file does not compute what its plan says: do not use it", "bad")
+    if _verdict(found) == WRONG:
+        return Card("Proof", "Wrong", "the file does not compute what its plan says: do not use it", "bad")
+    if _verdict(found) == INCONCLUSIVE:
+        return Card("Proof", "Inconclusive", "the inputs that were tried do not show whether it is right", "unknown")
     trained = found.get("trained")
     detail = "byte for byte what the plan makes of the original"
     if not found.get("is_replay", not trained):
@@ -525,6 +536,12 @@ def _kept(content: Content) -> Iterator[Part]:
         )
 
 
+_SAID = {
+    VERIFIED: "It passed", INCONCLUSIVE: "That shows too little to say that the file is right, or wrong",
+    WRONG: "It failed: do not use the file",
+}  # fmt: skip  # a table
+
+
 def _proof(content: Content) -> Iterator[Part]:
     found = content.get("verification")
     if not found:
@@ -534,15 +551,15 @@ def _proof(content: Content) -> Iterator[Part]:
             "warning",
         )
         return
-    passed = bool(found.get("passed", True))
-    allowed = found.get("allowed", found.get("tolerance"))
-    verdict = "It passed" if passed else "It failed: do not use the file"
+    allowed, verdict = found.get("allowed", found.get("tolerance")), _verdict(found)
     yield Sentence(
-        f"The original ran with the removed channels silenced, the small model ran beside it, on {found.get('runs')} "
-        f"sets of inputs. {verdict}: the outputs differ by at most {_short(found.get('difference'))} of the largest "
-        f"output, and {_short(allowed)} is allowed.",
-        "" if passed else "warning",
+        f"The original ran with the removed channels masked, the small model ran beside it, on {found.get('runs')} "
+        f"sets of inputs. {_SAID[verdict]}: the outputs differ by at most {_short(found.get('difference'))} of the "
+        f"largest output, and {_short(allowed)} is allowed.",
+        "" if verdict == VERIFIED else "warning",
     )
+    for note in found.get("notes") or ():
+        yield Sentence(f"{str(note)[:1].upper()}{str(note)[1:]}.", "" if verdict == VERIFIED else "warning")
     yield Listing("What that means", tuple(_meanings(found)))
 
 
@@ -555,9 +572,11 @@ def _meanings(found: Content) -> Iterator[str]:
             f"Nodes, shapes and everything but values are what the plan makes of the original; {trained} weights have "
             "other values, because they were fitted or trained since."
         )
+    if found.get("noise"):
+        yield f"Rounding alone moves the outputs by {_short(found.get('noise'))}."
     yield (
-        f"Rounding alone moves the outputs by {_short(found.get('noise'))}; silencing the removed channels moves them "
-        f"by {_short(found.get('effect'))}. The second figure is what repair and training have to make up for."
+        f"Masking the removed channels moves the outputs by {_short(found.get('effect'))}. That is what repair and "
+        "training have to make up for."
     )
     yield "It does not say how accurate the model is: that takes data, and stands under accuracy."
 

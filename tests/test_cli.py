@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 import cpd_onnx as cpd
 from cpd_onnx import report
 from cpd_onnx.cli import main
-from cpd_onnx.compare import Comparison
+from cpd_onnx.compare import WRONG, Comparison
 from cpd_onnx.plan import schema
 
 from .models import from_text
@@ -104,13 +104,13 @@ def test_a_file_with_other_values_or_nodes_is_refused(folder: Path, capsys: pyte
     trained = onnx.load(small)
     trained.graph.initializer[0].raw_data = np.ones(4 * 27, np.float32).tobytes()
     onnx.save(trained, small)
-    assert run("verify", model, small) > 0
+    assert run("verify", model, small) == 5
     assert f"initializer {trained.graph.initializer[0].name!r} (input 1 of Conv" in capsys.readouterr().err
     assert run("apply", model, f"{small}.plan.json", "-o", small, "--force") == 0
     trained = onnx.load(small)
     trained.graph.node[0].attribute[0].ints[0] = 0
     onnx.save(trained, small)
-    assert run("verify", model, small) > 0
+    assert run("verify", model, small) == 5
     assert "node Conv" in capsys.readouterr().err
 
 
@@ -335,9 +335,9 @@ def test_nothing_is_left_where_the_disk_is_full(
 def test_nothing_is_written_if_the_proof_fails(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong = Comparison(difference=0.3, tolerance=1e-4, noise=0.0, runs=2)
+    wrong = Comparison(difference=0.3, tolerance=1e-4, noise=0.0, runs=2, verdict=WRONG)
     monkeypatch.setattr("cpd_onnx.passes.verify.verify", lambda *arguments: wrong)
-    assert run("prune", folder / "model.onnx", "-o", folder / "out.onnx") == 1
+    assert run("prune", folder / "model.onnx", "-o", folder / "out.onnx") == 5
     assert "differs from the masked original" in capsys.readouterr().err
     assert files(folder) == {"model.onnx"}
 
@@ -550,6 +550,9 @@ def test_names_are_printed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_a_difference_that_only_rounding_explains_is_told_as_such() -> None:
     """Not as if it were within the tolerance."""
-    plain, rounded = Comparison(2e-7, 1e-4, 1e-8, 2, 1.0), Comparison(1.4e-4, 1e-4, 3e-5, 2, 1.0)
-    assert "(allowed 1e-04) on" in report.proof_line(report.comparison(plain))
-    assert "1.4e-04 (allowed 3e-04, what rounding does here) on" in report.proof_line(report.comparison(rounded))
+    plain = Comparison(2e-7, 1e-4, 0.0, 2, 1.0, allowed=1e-4)
+    rounded = Comparison(1.4e-4, 1e-4, 3e-5, 2, 1.0, allowed=3e-4)
+    told = report.proof_line(report.comparison(plain))
+    assert "(allowed 1e-04, a hundredth of the effect is 1e-02) on" in told
+    told = report.proof_line(report.comparison(rounded))
+    assert "1.4e-04 (allowed 3e-04, what rounding does here, a hundredth of the effect is 1e-02) on" in told

@@ -27,7 +27,7 @@ import jsonschema  # after the checks
 import cpd_onnx as cpd
 from cpd_onnx import document, plots
 from cpd_onnx.bench import Bench, Setting, Timing
-from cpd_onnx.compare import Comparison
+from cpd_onnx.compare import WRONG, Comparison
 from cpd_onnx.sections import bench_of, page
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -462,8 +462,8 @@ def test_results_show_themselves_in_notebooks() -> None:
         (state.model, ("opset", "image", "scores")),
         (state.plan, ("digits.onnx", "macs 0.5 uniform", "13 of 13")),
         (benched, ("&lt;a&gt;", "p50 ms", "peak MiB")),
-        (Comparison(1e-7, 1e-4, 0.0, 2, 0.6), ("passed", "1e-07")),
-        (Comparison(1.0, 1e-4, 0.0, 2, 0.6), ("failed",)),
+        (Comparison(1e-7, 1e-4, 0.0, 2, 0.6), ("verified", "1e-07")),
+        (Comparison(1.0, 1e-4, 0.0, 2, 0.6, verdict=WRONG), ("wrong",)),
     ):
         text = shown._repr_html_()
         assert Parsed(text).open == []

@@ -155,6 +155,8 @@ def test_official_operator_tests_with_free_axes(constants: bool) -> None:
                 cpd.run("verify", state)
         except (cpd.TargetError, cpd.UnsupportedError, cpd.DataError):
             continue
+        except cpd.InconclusiveError:  # thresholds that random inputs do not reach
+            assert "shrink" in case.name or "thresholded" in case.name
         pruned += 1
     assert pruned > 80
 

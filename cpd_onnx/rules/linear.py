@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cpd_onnx.atoms import Axis
-from cpd_onnx.rules.api import KERNEL_EXTENT, GiveUp, Op, Quantized, Tensor, rule
+from cpd_onnx.rules.api import FLOATS, KERNEL_EXTENT, GiveUp, Op, Quantized, Tensor, rule
 from cpd_onnx.rules.elementwise import MICROSOFT, broadcast, freeze_rest
+from cpd_onnx.shapes import Value
 
 
 @dataclass(frozen=True)
@@ -139,16 +140,30 @@ def _finish(op: Op, slots: _Slots, x: Tensor, w: Tensor, out: Axis) -> None:
 
 def stands_for(op: Op, w: Tensor, scale: int, zero_point: int, axis: int) -> None:
     """Remember scale and zero point (input slots, -1 for none) of an integer weight."""
-    if w.value.weight is None:
-        return
     scales, zeros = (
         tensor.value if 0 <= slot < len(op.inputs) and (tensor := op.inputs[slot]) is not None else None
         for slot in (scale, zero_point)
     )
+    if w.value.weight is None:
+        _moved_stands_for(op, w, scales, zeros)
+        return
     means = Quantized(scales, zeros, axis % max(1, w.rank), op.get("block_size", 0))
     if not means.fits(w.shape):
         raise GiveUp(f"{op.name} has scales or zero points that do not fit weights of shape {list(w.shape)}")
     op.recorder.quantized[id(w.value)] = means
+
+
+def _moved_stands_for(op: Op, w: Tensor, scale: Value | None, zero_point: Value | None) -> None:
+    """The same for integer weights that are transposed, say, before they are used: one scale and zero point for all."""
+    sources = [op.scope.lookup(name) for name in w.value.constants or ()] if w.value.moved else []
+    sources = [source for source in sources if source is not None and source.dtype == w.value.dtype]
+    if not sources or w.value.dtype in FLOATS:
+        return
+    scale, zero = (value if value is not None and value.shape in ((), (1,)) else None for value in (scale, zero_point))
+    if zero is None and zero_point is not None and (zero_point.value is None or zero_point.value.any()):
+        raise GiveUp(f"{op.name} has several zero points for a weight that is moved about before")
+    for source in sources:
+        op.recorder.quantized.setdefault(id(source), Quantized(scale, zero, 0))
 
 
 @rule("Gemm")

@@ -1,0 +1,71 @@
+"""Planted defects: what the proof says of pruned models that are wrong in one place, and of the right ones.
+
+    python benchmarks/planted.py
+
+`tests/planted.py` has the networks, which end in all kinds of outputs, and the defects. The right model should be
+verified; a wrong one must be wrong or, where its outputs show nothing, inconclusive. Rules with a defect
+(`tests/test_mutations.py`) are counted beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections import Counter
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from accuracy import HERE, commit
+
+sys.path.insert(0, str(HERE.parent))
+from cpd_onnx.rules import RULES
+from tests.planted import DEFECTS, NETWORKS, verdict_of
+from tests.test_mutations import MUTATIONS, is_caught
+from tests.test_rules import model_of
+
+
+def mutations() -> dict[str, bool]:
+    """For each rule with a defect whether it is caught."""
+    found = {}
+    for operator, mutation, name in MUTATIONS:
+        before = RULES[("", operator)]
+        RULES[("", operator)] = mutation
+        try:
+            found[mutation.__name__] = is_caught(model_of(name))
+        finally:
+            RULES[("", operator)] = before
+    return found
+
+
+def main() -> None:
+    """Run all of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "planted.json")
+    options = parser.parse_args()
+    right = {name: verdict_of(name) for name in NETWORKS}
+    wrong = {name: {defect: verdict_of(name, defect) for defect in DEFECTS} for name in NETWORKS}
+    content: dict[str, Any] = {
+        "right": right,
+        "right_counts": Counter(right.values()),
+        "wrong_counts": Counter(verdict for found in wrong.values() for verdict in found.values()),
+        "not_wrong": {
+            name: {defect: verdict for defect, verdict in found.items() if verdict != "wrong"}
+            for name, found in wrong.items()
+            if set(found.values()) != {"wrong"}
+        },
+        "rules_caught": mutations(),
+        "command": "python benchmarks/planted.py",
+        "machine": {"cpus": os.cpu_count(), "system": platform.platform()},
+        "versions": {name: metadata.version(name) for name in ("onnx", "onnxruntime", "numpy")},
+        "commit": commit(),
+    }
+    options.out.write_text(json.dumps(content, indent=1) + "\n")
+    print(json.dumps({name: content[name] for name in ("right_counts", "wrong_counts")}))
+
+
+if __name__ == "__main__":
+    main()
