@@ -208,7 +208,9 @@ class _Follower:
                 f"{source} has neither a plan nor a manifest of deploy beside it: name the plan with --plan"
             )
         model = load(source)
-        return model, Chain((), verify_files(self.original, model, load_plan(plan), self.given.feeds()))
+        return model, Chain(
+            (), verify_files(self.original, model, load_plan(plan), self.given.feeds(), allow_inconclusive=True)
+        )
 
     def link(self, path: Path, there: _Manifest, source: Path, before: Model) -> Link:
         """The steps from one file to another, done again."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,18 +39,26 @@ def run(options: argparse.Namespace) -> None:
         given = Given(options.plan, options.via, feeds, lambda model: source_of(options.data, model, options))
         chain = verify_deployed(original, options.pruned, there, given)
         content = {**_pruned(chain.pruned), "deployed": _deployed(chain)}
-        if not write_json(options, content):
-            _show_chain(content)
+        _finish(options, content, chain.pruned, _show_chain)
         return
     if not plan.is_file() and options.plan is None:
         raise PlanError(f"{options.pruned} has neither a plan nor a manifest of deploy beside it: give --plan")
     found = verify_files(original, load(options.pruned), load_plan(plan), feeds(), allow_inconclusive=True)
-    content = _pruned(found)
+    _finish(options, _pruned(found), found, lambda content: _show(content, "the file"))
+
+
+def _finish(
+    options: argparse.Namespace,
+    content: dict[str, Any],
+    found: FileVerification | None,
+    show: Callable[[Mapping[str, Any]], None],
+) -> None:
+    """Write or print the outcome; raises InconclusiveError where the proof of the pruned file shows too little."""
     is_written = write_json(options, content)
-    if found.comparison.verdict == INCONCLUSIVE:
+    if found is not None and found.comparison.verdict == INCONCLUSIVE:
         raise InconclusiveError(report.proof_line(content))
     if not is_written:
-        _show(content, "the file")
+        show(content)
 
 
 # The outcome as plain values.
@@ -154,6 +162,8 @@ def _number(value: Any) -> str:
 
 def _apart(found: Mapping[str, Any]) -> str:
     """How far outputs are from others, in words."""
+    if found["largest"] is None:
+        return "its outputs have other sizes, or are not finite in the same places"
     agreement = found["agreement"]
     same = "" if agreement is None else f", and {100 * agreement:.1f} % of the answers are the same"
     return (

@@ -7,30 +7,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import numpy as np
-
-from cpd_onnx.compare import TOLERANCES, Comparison, runs_needed
+from cpd_onnx.compare import Comparison
 from cpd_onnx.data import Batch, Source, fixed_batch, inputs_of
 from cpd_onnx.deploy import Difference as OutputDifference
-from cpd_onnx.deploy import output_difference
-from cpd_onnx.differences import differences, named_places
-from cpd_onnx.errors import ProofError, UnsupportedError
 from cpd_onnx.graph import Array, Model
-from cpd_onnx.groups import Combed
 from cpd_onnx.kept import Kept
 from cpd_onnx.passes.comb import planned
 from cpd_onnx.plan import Plan
-from cpd_onnx.proof_inputs import proof_inputs
 from cpd_onnx.proving import proved, runner_of, verify
+from cpd_onnx.replayed import measured, require_replay, same_bytes
 from cpd_onnx.rewrite import rewrite
-from cpd_onnx.runtime import execute_all
 from cpd_onnx.state import State
-from cpd_onnx.tensors import Stored, same_bits, stored_tensors, values_sha256
-
-_NO_VALUES = (
-    "; the plan names no refitted or trained weights (if it was written before plans named them, repair or distill "
-    "again)"
-)
 
 
 @dataclass(frozen=True)
@@ -106,96 +93,17 @@ def verify_files(
     run and give finite outputs of the original's shapes.
 
     Raises PlanError if the plan belongs to another original, ProofError if the file is something else or a check fails,
-    InconclusiveError if the inputs show too little, unless they are allowed to.
+    InconclusiveError if the comparison shows too little, unless it is allowed to.
     """
     combed, kept = planned(original, plan)
     replay = rewrite(combed, kept, plan.input_shapes).model
     plan.stamp(replay)
-    _require_replay(replay, pruned, plan)
+    require_replay(replay, pruned, plan)
     given = None if feeds is None else list(feeds)
     trained = tuple(plan.values)
     found = verify(combed, kept, replay if trained else pruned, given)
     comparison = proved(found, allow_inconclusive=allow_inconclusive)
-    measured = _measured(combed, pruned, given) if trained else None
-    return FileVerification(not trained, trained, comparison, not trained and _same_bytes(replay, pruned), measured)
-
-
-def _require_replay(replay: Model, pruned: Model, plan: Plan) -> None:
-    """Raise ProofError, with the first place, where a file is not what the plan makes of the original."""
-    named = plan.values
-    odd: list[str] = []
-    is_value = False
-    for found in differences(replay, pruned):
-        if found.tensor not in named:
-            is_value = is_value or (not odd and bool(found.tensor))
-            odd.append(str(found))
-    odd = odd or _wrong_values(replay, pruned, named)
-    if odd:
-        more = f" (and {len(odd) - 1} more differences)" if len(odd) > 1 else ""
-        why = _NO_VALUES if is_value and not named else ""
-        raise ProofError(f"the file is not what the plan makes of the original: {odd[0]}{more}{why}")
-
-
-def _wrong_values(replay: Model, pruned: Model, named: Mapping[str, str]) -> list[str]:
-    """Weights that the plan names as refitted or trained, and that are not what it says."""
-    ours, theirs = stored_tensors(replay), stored_tensors(pruned)
-    found = ((name, _wrong(ours.get(name), theirs.get(name), digest)) for name, digest in named.items())
-    odd = {name: why for name, why in found if why}
-    places = named_places(replay) if odd else {}
-    return [f"{places.get(name, f'weight {name!r}')}: {why}" for name, why in odd.items()]
-
-
-def _wrong(ours: Stored | None, theirs: Stored | None, digest: str) -> str:
-    """What is wrong with a weight that the plan names as refitted or trained; empty if nothing is."""
-    if ours is None or theirs is None:
-        return "the plan names it as refitted or trained, and it is not in the file"
-    values, before = theirs.array(), ours.array()
-    if values.dtype.kind in "OSU":
-        return "the plan names it as refitted or trained, and it is text"
-    found = values_sha256(theirs.data_type, values)
-    if found != digest:
-        said = "the values from before the repair or training" if same_bits(before, values) else "other values"
-        return f"it has {said}: their SHA-256 is {found[:12]}…, the plan names {digest[:12]}…"
-    return "" if _is_finite(values, before) else "it was refitted or trained to values that are not finite"
-
-
-def _is_finite(values: Array, before: Array) -> bool:
-    """Whether values are finite wherever they were before."""
-    kinds = [array.astype(np.float64) if array.dtype.kind in "fV" else array for array in (values, before)]
-    return bool((np.isfinite(kinds[0]) | ~np.isfinite(kinds[1])).all())
-
-
-def _same_bytes(replay: Model, pruned: Model) -> bool:
-    if replay.is_over_limit or pruned.is_external:
-        return False
-    return replay.sha256() == pruned.sha256()
-
-
-def _measured(combed: Combed, pruned: Model, feeds: list[Mapping[str, Array]] | None) -> OutputDifference:
-    """How far outputs of a file are from the original's; ProofError if it does not run or gives something else."""
-    model, runner = combed.folded.original, runner_of(combed)
-    original = runner(model)
-    given = feeds or list(
-        proof_inputs(combed.folded, original, runs_needed(TOLERANCES["float32"]), observe=False).feeds
-    )
-    plain = execute_all(original, given)
-    del original
-    try:
-        found = execute_all(runner(pruned), given)
-    except UnsupportedError as error:
-        raise ProofError(f"onnxruntime runs the original but not the file: {error}") from error
-    for ours, theirs in zip(plain, found, strict=True):
-        for info, a, b in zip(model.graph.output, ours, theirs, strict=True):
-            _require_alike(info.name, a, b)
-    return output_difference(plain, found)
-
-
-def _require_alike(name: str, expected: Array, got: Array) -> None:
-    """Raise ProofError where an output has another type or shape than expected, or is not finite where it should be."""
-    if expected.dtype != got.dtype or expected.shape != got.shape:
-        raise ProofError(
-            f"output {name!r} of the file is {got.dtype}{list(got.shape)}, "
-            f"the original's is {expected.dtype}{list(expected.shape)}"
-        )
-    if not _is_finite(got, expected):
-        raise ProofError(f"output {name!r} of the file is not finite where the original's is")
+    if not trained:
+        return FileVerification(True, trained, comparison, same_bytes(replay, pruned))
+    apart = measured(combed.folded, pruned, given, runner_of(combed))
+    return FileVerification(False, trained, comparison, False, apart)

@@ -173,7 +173,9 @@ def test_a_plan_is_carried_out(folder: Path) -> None:
     assert run("prune", "digits.onnx", "-o", "a.onnx", "--target", "macs=0.4") == 0
     asked = ("--like", "a.onnx.plan.json", "--data", "train.npz", "--no-distill", "--no-report", "--repair-samples", 32)
     assert run("compress", "digits.onnx", "-o", "b.onnx", *asked) == 0
-    assert (folder / "b.onnx.plan.json").read_bytes() == (folder / "a.onnx.plan.json").read_bytes()
+    plans = [cpd.load_plan(folder / f"{name}.onnx.plan.json") for name in ("a", "b")]
+    assert plans[1].without_values().dumps() == plans[0].dumps()
+    assert plans[1].values
     assert run("compress", "digits.onnx", "-o", "c.onnx", *asked, "--rounds", 2) == 1
     np.savez(folder / "other.npz", x=np.zeros(1))
     shutil.copy(folder / "a.onnx", folder / "other.onnx")

@@ -44,7 +44,7 @@ LAYERS = (
     ),
     ("fitting", "deploy"),
     ("rewrite", "plan", "widths", "units"),
-    ("stepwise",),
+    ("stepwise", "replayed"),
     ("report", "latency"),
     ("plots",),
     ("sections",),
