@@ -101,6 +101,24 @@ def _fed(folded: Folded) -> Iterator[Value]:
             yield value
 
 
+def numbers_in(folded: Folded, feed: Feed) -> dict[str, int]:
+    """What the symbols of a model are in some inputs, by name; those that cannot be told are left out."""
+    known: dict[Term, tuple[int, ...]] = {}
+    waiting = [pair for v in _fed(folded) for pair in zip(v.sizes or (), feed[v.name].shape, strict=True)]
+    for _ in waiting:
+        for extent, size in waiting:
+            if not isinstance(extent, Size):
+                continue
+            terms = {t for monomial in extent.coefficients for t, _ in monomial} - known.keys()
+            if len(terms) == 1:
+                term = terms.pop()
+                bindings = Bindings(known | {term: (0, 1)} | {t: n * 2 for t, n in known.items()})
+                low, high = (bindings.at(extent, place) for place in (0, 1))
+                if low is not None and high is not None and high != low and (size - low) % (high - low) == 0:
+                    known[term] = (int((size - low) // (high - low)),)
+    return {str(term): numbers[0] for term, numbers in known.items()}
+
+
 def feed_at(folded: Folded, assignment: Assignment, seed: int) -> Feed | None:
     """Random inputs of the sizes that an assignment gives; None if they are too large or below zero."""
     rng, bindings = np.random.default_rng(seed), Bindings({term: (n,) for term, n in assignment.items()})
@@ -286,9 +304,9 @@ def _covering(folded: Folded, session: Runner, marks: Marks, feeds: Sequence[Fee
 
 
 def _runs(session: Runner, feed: Feed) -> bool:
+    """Whether the original runs on some inputs, and gives numbers."""
     with contextlib.suppress(UnsupportedError):
-        execute(session, feed)
-        return True
+        return not any(array.dtype.kind == "f" and np.isnan(array).any() for array in execute(session, feed))
     return False
 
 

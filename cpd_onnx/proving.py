@@ -32,7 +32,7 @@ from cpd_onnx.kept import Kept
 from cpd_onnx.masking import is_bound_to_sizes, masked
 from cpd_onnx.observing import observed
 from cpd_onnx.passes.comb import at_sizes
-from cpd_onnx.proof_inputs import ProofInputs, proof_inputs
+from cpd_onnx.proof_inputs import ProofInputs, numbers_in, proof_inputs
 from cpd_onnx.rewrite import rewrite
 from cpd_onnx.runtime import Feed, Runner, execute_all, open_model
 from cpd_onnx.stepwise import Piecewise
@@ -73,28 +73,25 @@ class _Masked:
         self.combed, self.kept, self.pruned = combed, kept, pruned
         self.is_bound = is_bound_to_sizes(combed, kept)
         self._always: Model | None = None
-        self._here: dict[tuple[tuple[int, ...], ...], Model] = {}
+        self._here: dict[tuple[tuple[int, ...], ...], Model | None] = {}
 
     def at(self, feed: Feed) -> Model:
-        """The model; the same one for all inputs where it runs at all sizes. ProofError if there is none."""
+        """The model; the same one for all inputs where it runs at all sizes. _UncomparableError if there is none."""
         if not self.is_bound:
             self._always = self._always or masked(self.combed, self.kept, self.pruned)
             return self._always
         key = tuple(array.shape for array in feed.values())
         if key not in self._here:
-            shapes = {name: array.shape for name, array in feed.items()}
-            found = at_sizes(self.combed, self.kept, shapes)
-            if found is None:
-                raise ProofError(
-                    f"wrong: with inputs of {_listed(shapes)} the removed channels are coupled with others; "
-                    "nothing is written. This is an internal error: please report it with the model"
-                )
-            self._here[key] = masked(*found, self.pruned)
-        return self._here[key]
+            found = at_sizes(self.combed, self.kept, numbers_in(self.combed.folded, feed))
+            self._here[key] = None if found is None else masked(*found, self.pruned)
+        model = self._here[key]
+        if model is None:
+            raise _UncomparableError(", ".join(f"{name} {list(array.shape)}" for name, array in feed.items()))
+        return model
 
 
-def _listed(shapes: Mapping[str, Sequence[int]]) -> str:
-    return ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+class _UncomparableError(Exception):
+    """The masked original cannot be made for inputs of some sizes, since channels are coupled otherwise there."""
 
 
 def runner_of(combed: Combed) -> Callable[[Model], Runner]:
@@ -145,6 +142,7 @@ class _Proof:
         self.feeds: list[Feed] = []
         self.form = _Form(lambda model: model)
         self.compared: list[Observed] = []
+        self.doubts: list[str] = []
 
     def run(self, feeds: Iterable[Mapping[str, Array]] | None) -> Comparison:
         """The verdict, on inputs that are given or on random ones."""
@@ -155,7 +153,9 @@ class _Proof:
             )
         else:
             inputs = ProofInputs(tuple(dict(feed) for feed in feeds))
-        given = list(inputs.feeds)
+        given = [feed for feed in inputs.feeds if self.is_comparable(feed)]
+        if not given:
+            return Comparison(0.0, self.form.tolerance, 0.0, 0, verdict=INCONCLUSIVE, notes=tuple(self.doubts))
         self.require_evaluated(session, given)
         rounding = rounding_of(self.original)
         if not rounding:
@@ -168,8 +168,22 @@ class _Proof:
             self.require_as_stored(given[0], outputs)
         return self.reached(found, inputs)
 
+    def is_comparable(self, feed: Feed) -> bool:
+        """Whether the reference can be made for the sizes of some inputs; puts a doubt on record where it cannot.
+
+        None does, without a doubt, where an axis of one index makes other channels the only ones.
+        """
+        try:
+            self.reference(feed)
+        except _UncomparableError as error:
+            if not any(1 in array.shape for array in feed.values()):
+                self.doubts.append(f"with inputs {error} other channels are coupled than at the sizes of the analysis")
+            return False
+        return True
+
     def reached(self, found: Comparison, inputs: ProofInputs) -> Comparison:
-        """The verdict in view of branches that no input reached: those that hold removed channels prove nothing."""
+        """The verdict in view of what no input reached: branches that hold removed channels prove nothing."""
+        found = found.doubted(*self.doubts)
         for path, what in inputs.unreached:
             sentence = f"no input reached {what}; give inputs that do, with --data"
             found = found.doubted(sentence) if self.is_edited(path) else found.noted(sentence)
@@ -293,7 +307,7 @@ class _Proof:
         try:
             small = rewrite(self.combed, kept).model
             return self.with_masks(_Masked(self.combed, kept, small).at, self.feeds)
-        except (ProofError, UnsupportedError):  # these cannot go together
+        except (ProofError, UnsupportedError, _UncomparableError):  # these cannot go together
             return None
 
 

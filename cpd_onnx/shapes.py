@@ -281,26 +281,33 @@ class Folded:
         return self.source or self.model
 
 
-def fold(model: Model, input_shapes: Mapping[str, Sequence[int]] | None = None) -> Folded:
+def fold(
+    model: Model,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    numbers: Mapping[str, int] | None = None,
+) -> Folded:
     """Infer all shapes and compute the shape arithmetic of a model.
 
     `input_shapes` fixes the shapes of inputs by name where the file leaves them open and the defaults do not fit.
+    `numbers` says what symbols are bound to first; they stay symbols.
     Raises ModelError if the graph is cyclic, uses values that nobody makes or makes no sense otherwise.
     """
     with blaming(model):
-        found = _best_folded(model, input_shapes)
+        found = _best_folded(model, input_shapes, numbers)
         known = {v.name: (v.dtype, v.shape) for scope in found.scope.walk() for v in scope.values.values()}
         made = evaluated(model, known)
         if made is None:
             return found
-        return replace(_best_folded(made.model, input_shapes), evaluated=made, source=model)
+        return replace(_best_folded(made.model, input_shapes, numbers), evaluated=made, source=model)
 
 
-def _best_folded(model: Model, input_shapes: Mapping[str, Sequence[int]] | None) -> Folded:
+def _best_folded(
+    model: Model, input_shapes: Mapping[str, Sequence[int]] | None, numbers: Mapping[str, int] | None
+) -> Folded:
     best: Folded | None = None
     open_inputs = any(_open_dims(v) for v in _real_inputs(model))
     for profile in _PROFILES if open_inputs and not input_shapes else _PROFILES[:1]:
-        folded = _Folder(model, profile, dict(input_shapes or {})).run()
+        folded = _Folder(model, profile, dict(input_shapes or {}), numbers or {}).run()
         if best is None or len(folded.unknown) < len(best.unknown):
             best = folded
         if not best.unknown:
@@ -363,9 +370,12 @@ def _open_dims(value: ValueInfoProto) -> bool:
 class _Folder:
     """One sweep over the model with one way to bind its symbols."""
 
-    def __init__(self, model: Model, profile: _Profile, input_shapes: dict[str, Sequence[int]]) -> None:
+    def __init__(
+        self, model: Model, profile: _Profile, input_shapes: dict[str, Sequence[int]], first_numbers: Mapping[str, int]
+    ) -> None:
         self.model = model
         self.profile = profile
+        self.first_numbers = first_numbers
         self.input_shapes = input_shapes
         self.symbols: dict[str, Extent] = {}
         self.bindings = Bindings()
@@ -448,7 +458,9 @@ class _Folder:
         """A symbol and what it is bound to; a number where the profile knows but one."""
         row = self.profile.row(kind, self.counts[id(kind)])
         self.counts[id(kind)] += 1
-        return row[0] if len(set(row)) == 1 else self.bindings.bind(symbol(name), row)
+        if len(set(row)) == 1:
+            return row[0]
+        return self.bindings.bind(symbol(name), (self.first_numbers.get(name, row[0]), *row[1:]))
 
     def kind(self, axis: int, info: ValueInfoProto) -> Sequence[Numbers]:
         """What a symbol may be bound to."""

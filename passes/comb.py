@@ -43,12 +43,12 @@ def planned(source: Source, plan: Plan, input_shapes: Mapping[str, Sequence[int]
     return combed, kept
 
 
-def at_sizes(combed: Combed, kept: Kept, shapes: Mapping[str, Sequence[int]]) -> tuple[Combed, Kept] | None:
-    """The same model combed at given sizes of its inputs, and the same channels there.
+def at_sizes(combed: Combed, kept: Kept, numbers: Mapping[str, int]) -> tuple[Combed, Kept] | None:
+    """The same model combed with other numbers for the symbols of its inputs, and the same channels there.
 
     None if what is removed from the weights cannot be removed there: channels are coupled otherwise.
     """
-    here = comb(combed.folded.model, shapes)
+    here = comb(fold(combed.folded.model, None, numbers))
     known = {(w.scope.path, w.value.name): w for w in combed.weights}
     goes, stays = (np.zeros(len(here.atoms), np.bool_) for _ in range(2))
     wanted: list[tuple[Axis, Mask]] = []

@@ -16,7 +16,7 @@ from cpd_onnx.passes.allocate import Budget, allocate
 from cpd_onnx.passes.comb import at_sizes, comb
 from cpd_onnx.passes.prune import prune
 from cpd_onnx.passes.score import score
-from cpd_onnx.proof_inputs import empties
+from cpd_onnx.proof_inputs import empties, numbers_in
 from cpd_onnx.proving import verify
 from cpd_onnx.runtime import Feed, Runner, execute, open_model
 from cpd_onnx.shapes import Folded
@@ -59,8 +59,10 @@ def outcome_of(model: ModelProto, seed: int, target: float = 0.5) -> str:
     reference = None if is_bound else open_model(masked(combed, kept, pruned), optimise=False)
     for feed in tried:
         shapes = {name: array.shape for name, array in feed.items()}
-        here = at_sizes(combed, kept, shapes) if is_bound else None
+        here = at_sizes(combed, kept, numbers_in(combed.folded, feed)) if is_bound else None
         if is_bound and here is None:
+            if any(1 in shape for shape in shapes.values()):
+                continue  # an axis of one index makes other channels the only ones
             return f"WRONG: other channels are coupled at {shapes}"
         with_masks = reference or open_model(masked(*here, pruned), optimise=False)  # type: ignore[misc]  # not None
         try:

@@ -196,7 +196,7 @@ def test_masks_along_the_batch_are_those_of_its_size() -> None:
     kept = Kept(combed.atoms)
     assert state.allocation is not None
     kept.remove(state.allocation.channels(combed))
-    found = at_sizes(combed, kept, {"x": (3, 3, 5, 7)})
+    found = at_sizes(combed, kept, {"n": 3, "h": 5, "w": 7})
     assert found is not None
     sizes = [found[1].count(axis) for axis in found[0].tensors[("", "g")].axes or []]
     assert sizes == [3 * 4, 35]
