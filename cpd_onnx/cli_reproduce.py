@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +35,18 @@ def reproduce(options: argparse.Namespace) -> None:
     require_outputs(options, reads=[path for role in _ROLES if (path := getattr(options, role)) is not None])
     inputs = _inputs(options, there)
     again = _again(options, there, run, inputs)
-    _require_folder(options.output)
     again.output, again.force = options.output / _name_of(made["model"], options.manifest), options.force
-    if run == "compress":
-        again.report = False
-        _with_choice(again, inputs, lambda: _plan_of(made, options))
-        _with_no_traces(again)
-        compressed(again, called=next(Path(e["file"]).name for e in there["inputs"] if e["role"] == "model"))
-        if again.teacher_cache is not None:
-            again.teacher_cache.unlink(missing_ok=True)
-    else:
-        again.ort = None
-        deployed(again)
+    with _folder(options.output):
+        if run == "compress":
+            again.report = False
+            _with_choice(again, inputs, lambda: _plan_of(made, options))
+            _with_no_traces(again)
+            compressed(again, called=next(Path(e["file"]).name for e in there["inputs"] if e["role"] == "model"))
+            if again.teacher_cache is not None:
+                again.teacher_cache.unlink(missing_ok=True)
+        else:
+            again.ort = None
+            deployed(again)
     rows = []
     for entry in made.values():
         path = options.output / _name_of(entry, options.manifest)
@@ -154,7 +155,16 @@ def _with_choice(again: argparse.Namespace, inputs: Mapping[str, Path], plan_of:
     again.like = plan
 
 
-def _require_folder(folder: Path) -> None:
+@contextlib.contextmanager
+def _folder(folder: Path) -> Iterator[None]:
+    """A folder that is there, or is made; one that is made and stays empty goes again."""
     if folder.exists() and not folder.is_dir():
         raise CpdError(f"{folder} is a file: name a folder")
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()

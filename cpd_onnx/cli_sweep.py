@@ -74,8 +74,8 @@ def sweep(options: argparse.Namespace) -> None:
     files = {name: folder / f"{name}.onnx" for name in targets}
     pages = [folder / f"sweep.{kind}" for kind in (*page_kinds(), *(["svg"] if can_draw() else []))]
     (folder / "plans").mkdir(parents=True, exist_ok=True)
-    plans = [folder / "plans" / f"{name}.json" for name in targets]
-    require_outputs(options, *files.values(), *pages, *plans, folder / "sweep.recipe.toml")
+    beside = [*(folder / "plans" / f"{name}.json" for name in targets), folder / "sweep.recipe.toml"]
+    require_outputs(options, *files.values(), *pages, *beside)
     executor = _executor(options)
     model = read_model(options.model, options.input_shape)
     require_apart(options, model)

@@ -121,20 +121,25 @@ def require_free(path: Path, *, overwrite: bool) -> None:
     """Raise ModelError where writing to `path` would lose a file, has no folder to go to, or cannot succeed."""
     try:
         os.fsencode(path).decode()
-        found = os.lstat(path)
-        kind = _kind(os.stat(path).st_mode) if stat.S_ISLNK(found.st_mode) else _kind(found.st_mode)
+        is_there, kind = os.path.lexists(path), _kind_at(path)
     except UnicodeDecodeError as error:
         raise ModelError(f"cannot write {path}: the name is not UTF-8, choose another") from error
-    except (FileNotFoundError, NotADirectoryError):
-        kind, found = None, None if not path.is_symlink() else os.lstat(path)
-    except OSError as error:
-        raise ModelError(f"cannot write {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
     if kind is not None:
         raise ModelError(f"{path} is {kind}: name a file")
-    if found is not None and not overwrite:
+    if is_there and not overwrite:
         raise ModelError(f"{path} exists: choose another name or allow overwriting with --force")
     if not path.parent.is_dir():
         raise ModelError(f"folder {path.parent} does not exist: create it first")
+
+
+def _kind_at(path: Path) -> str | None:
+    """What is there, in words, if it is no regular file; also at the end of links."""
+    try:
+        return _kind(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def is_same(path: Path, other: Path) -> bool:

@@ -6,6 +6,7 @@ Either may come from a stranger. What it names beyond that counts only if the co
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -38,7 +39,7 @@ def take(
         CpdError: a function is named that is not trusted, or a path that leaves the folder.
     """
     for name, value in said.items():
-        if getattr(options, name, None) is not value:
+        if not _is_from_there(options, name, value):
             continue
         if names_code(name, value):
             if trusted is not None and value not in trusted:
@@ -50,6 +51,11 @@ def take(
         elif is_path(name, value):
             place = origin.parent.resolve() / value if trusted is None else inside(value, origin, f"--{_key(name)}")
             setattr(options, name, place if isinstance(value, Path) else str(place))
+
+
+def _is_from_there(options: argparse.Namespace, name: str, value: Any) -> bool:
+    """Whether an option has the value of the file: that very object, not one that was typed alike."""
+    return value is not None and getattr(options, name, None) is value
 
 
 def names_code(option: str, value: Any) -> bool:
@@ -78,9 +84,10 @@ def inside(value: str | Path, origin: Path, option: str) -> Path:
     base = origin.parent.resolve()
     place = base / value
     if not _is_within(place, base):
+        typed = os.path.normpath(origin.parent / value)  # as seen from here
         raise CpdError(
             f"{origin} names {str(value)!r}, which is outside its folder: if it should be used, name it yourself: "
-            f"{option} {shlex.quote(str(value))}"
+            f"{option} {shlex.quote(typed)}"
         )
     return place
 

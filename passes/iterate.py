@@ -121,6 +121,17 @@ class Stages:
                 file.unlink(missing_ok=True)
 
 
+def _is_alike(model: Model, other: Model) -> bool:
+    """Whether two models differ in values at most."""
+    return _structure(model) == _structure(other)
+
+
+def _structure(model: Model) -> tuple[list[bytes], list[tuple[str, int, tuple[int, ...]]]]:
+    graph = model.graph
+    tensors = [(tensor.name, tensor.data_type, tuple(tensor.dims)) for tensor in graph.initializer]
+    return [node.SerializeToString(deterministic=True) for node in graph.node], tensors
+
+
 def _allocation(chosen: Any, combed: Combed) -> Allocation:
     """What a stage has on record; TypeError, KeyError or ValueError where that is no allocation."""
     costs = {name: Costs(**chosen[name]) for name in ("before", "after")}
@@ -180,6 +191,8 @@ class Iterate(Allocate):
             kept = Kept(now.atoms)
             kept.remove(chosen.channels(now))
             pruned = prune(now, chosen, state.input_shapes)
+            if stage is not None and stage.model is not None and not _is_alike(stage.model, pruned.model):
+                raise CpdError("the model of the unfinished run is not what its choice makes: start anew with --force")
             if stage is None or stage.model is None:
                 stage = self._repaired(state.data, (original, kept), Stage(chosen, pruned.model))
                 if stages:

@@ -112,7 +112,7 @@ def test_a_profile_of_ones_own(tmp_path: Path) -> None:
         ("note = 3", "give a text"),
         ("name = 3", "give a text"),
         ("dtype = 'float64'", "choose one of float32"),
-        ("opset = ", "no TOML"),
+        ("opset = ", "not a TOML"),
     ],
 )
 def test_what_is_no_profile_is_told_in_one_line(tmp_path: Path, text: str, said: str) -> None:

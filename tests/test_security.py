@@ -303,7 +303,7 @@ def test_what_the_command_line_names_too_is_read(folder: Path) -> None:
     assert "--model model.onnx --data data.npz" in line
     assert said("reproduce", place, "-o", "again", *line.split("too: ")[1].split())[0] == 0
     line = refused("compress", "model.onnx", "-o", "b.onnx", "--recipe", "out/small.onnx.recipe.toml")
-    assert "--data ../data.npz" in line
+    assert line.endswith("--data data.npz\n")
     asked = ("--recipe", "out/small.onnx.recipe.toml", "--data", "data.npz")
     assert said("compress", "model.onnx", "-o", "b.onnx", *asked)[0] == 0
     assert (folder / "b.onnx").read_bytes() == (folder / "out" / "small.onnx").read_bytes()
