@@ -25,7 +25,7 @@ from cpd_onnx.editing import Editor
 from cpd_onnx.errors import UnsupportedError
 from cpd_onnx.graph import Array
 from cpd_onnx.runtime import Feed, Runner, execute, open_model, random_array, random_feed, working_feeds
-from cpd_onnx.shapes import Folded, Scope, Value, taken_branch
+from cpd_onnx.shapes import Folded, Scope, Value, fold, taken_branch
 from cpd_onnx.sizes import Bindings, Size, Term
 
 Assignment = dict[Term, int]
@@ -64,17 +64,21 @@ class ProofInputs:
     unreached: tuple[tuple[str, str], ...] = ()
 
 
-def proof_inputs(folded: Folded, session: Runner, count: int = 2, *, observe: bool = True) -> ProofInputs:
-    """Random inputs at sizes that the analysis did not use, at least `count` of them.
+def proof_inputs(
+    folded: Folded, session: Runner, count: int = 2, *, given: Sequence[Feed] = (), is_large: bool = False
+) -> ProofInputs:
+    """Inputs that are given, and random ones at sizes that the analysis did not use: at least `count` in all.
 
-    `observe` says whether to look which branches they reach, for which the original is loaded once more. Raises
-    UnsupportedError with onnxruntime's first complaint if the model accepts none.
+    Of a large model, each run of which takes long, no branches are observed, and whether it accepts sizes is told from
+    its shapes. Raises UnsupportedError with onnxruntime's first complaint if the model accepts nothing.
     """
-    feeds = [*_at_other_sizes(folded, session)]
-    if len(feeds) < count:
-        feeds += working_feeds(folded, session, count - len(feeds))
-    feeds = [_with_flags(feed, number) for number, feed in enumerate(feeds)]
-    marks = Marks(folded) if observe else None
+    random = [*_at_other_sizes(folded, None if is_large else session)]
+    if is_large and random and not _runs(session, random[-1]):
+        random = []
+    if len(given) + len(random) < count:
+        random += working_feeds(folded, session, count - len(given) - len(random))
+    feeds = [*given, *(_with_flags(feed, number) for number, feed in enumerate(random))]
+    marks = None if is_large else Marks(folded)
     if marks is None or not marks.places:
         return ProofInputs(tuple(feeds))
     return _covering(folded, session, marks, feeds)
@@ -133,16 +137,28 @@ def feed_at(folded: Folded, assignment: Assignment, seed: int) -> Feed | None:
     return feed
 
 
-def empties(folded: Folded, assignment: Assignment) -> bool:
-    """Whether some tensor would have no elements: onnxruntime ends the process at a Reshape of one."""
+def is_feasible(folded: Folded, assignment: Assignment) -> bool:
+    """Whether the model may be run at some sizes: no tensor is empty, and none takes memory without measure.
+
+    onnxruntime ends the process at a Reshape of an empty tensor; attention over the pixels of a large image asks for
+    terabytes.
+    """
     bindings = Bindings({term: (n,) for term, n in assignment.items()})
-    extents = {e for scope in folded.scope.walk() for v in scope.values.values() for e in v.extents or ()}
-    sizes = (bindings.at(extent, 0) for extent in extents if isinstance(extent, Size))
-    return any(size is not None and size < 1 for size in sizes)
+    values = [v for scope in folded.scope.walk() for v in scope.values.values()]
+    most = 2 * max([_MOST_FED, *(math.prod(v.shape or ()) for v in values)])
+    for extents in {v.extents for v in values if v.extents is not None}:
+        sizes = [bindings.at(extent, 0) for extent in extents]
+        known = [size for size in sizes if size is not None]
+        if min(known, default=1) < 1 or math.prod(known) > most:
+            return False
+    return True
 
 
-def _at_other_sizes(folded: Folded, session: Runner) -> Iterator[Feed]:
-    """Up to three inputs: the least sizes, and unequal odd ones or odd multiples of what the model demands."""
+def _at_other_sizes(folded: Folded, session: Runner | None) -> Iterator[Feed]:
+    """Up to three inputs: the least sizes, and unequal odd ones or odd multiples of what the model demands.
+
+    Without a session, sizes are taken that leave no shape unknown.
+    """
     symbols = symbols_of(folded)
     if not symbols and not any(map(_is_number, random_feed(folded).values())):
         return
@@ -185,11 +201,14 @@ def _multiples(free: Sequence[Term], least: int, factors: Sequence[int]) -> Iter
         yield {term: step * (base + factors[min(number, len(factors) - 1)]) for number, term in enumerate(free)}
 
 
-def _accepted(folded: Folded, session: Runner, assignment: Assignment, seed: int) -> Feed | None:
+def _accepted(folded: Folded, session: Runner | None, assignment: Assignment, seed: int) -> Feed | None:
     """Inputs of these sizes, if the original runs on them, perhaps with other numbers where a single one is wanted."""
-    feed = None if empties(folded, assignment) else feed_at(folded, assignment, seed)
+    feed = feed_at(folded, assignment, seed) if is_feasible(folded, assignment) else None
     if feed is None:
         return None
+    if session is None:
+        here = fold(folded.model, None, {str(term): number for term, number in assignment.items()})
+        return feed if here.unknown.keys() <= folded.unknown.keys() else None
     changes = _integer_changes(_compared_with(folded)) if any(_is_number(array) for array in feed.values()) else ()
     return next((f for f in (feed, *(_changed(feed, change) for change in changes)) if _runs(session, f)), None)
 

@@ -50,8 +50,9 @@ def verify(
 ) -> Comparison:
     """Compare the pruned model with the masked original in onnxruntime, optimisations off.
 
-    Runs on random inputs if none are given, at sizes that combing did not use. Raises UnsupportedError if onnxruntime
-    cannot run the original, ProofError if it runs that but not the pruned model, DataError if the original gives NaN.
+    Runs on the inputs that are given, and on random ones at sizes that combing did not use. Raises UnsupportedError if
+    onnxruntime cannot run the original, ProofError if it runs that but not the pruned model, DataError if the original
+    gives NaN.
     """
     return _Proof(combed, kept, pruned, _Masked(combed, kept, pruned).at, _others(combed, kept)).run(feeds)
 
@@ -147,12 +148,9 @@ class _Proof:
     def run(self, feeds: Iterable[Mapping[str, Array]] | None) -> Comparison:
         """The verdict, on inputs that are given or on random ones."""
         session = self.runner(self.combed.folded.original)
-        if feeds is None:
-            inputs = proof_inputs(
-                self.combed.folded, session, runs_needed(self.form.tolerance), observe=self.runner is not Piecewise
-            )
-        else:
-            inputs = ProofInputs(tuple(dict(feed) for feed in feeds))
+        given = [] if feeds is None else [dict(feed) for feed in feeds]
+        count, is_large = runs_needed(self.form.tolerance), self.runner is Piecewise
+        inputs = proof_inputs(self.combed.folded, session, count, given=given, is_large=is_large)
         given = [feed for feed in inputs.feeds if self.is_comparable(feed)]
         if not given:
             return Comparison(0.0, self.form.tolerance, 0.0, 0, verdict=INCONCLUSIVE, notes=tuple(self.doubts))

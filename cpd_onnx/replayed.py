@@ -87,7 +87,7 @@ def measured(
     the original's are.
     """
     original = runner(folded.original)
-    given = feeds or proof_inputs(folded, original, runs_needed(TOLERANCES["float32"]), observe=False).feeds
+    given = feeds or proof_inputs(folded, original, runs_needed(TOLERANCES["float32"]), is_large=True).feeds
     plain = execute_all(original, given)
     del original  # what it holds is not needed twice
     try:

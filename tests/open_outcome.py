@@ -16,7 +16,7 @@ from cpd_onnx.passes.allocate import Budget, allocate
 from cpd_onnx.passes.comb import at_sizes, comb
 from cpd_onnx.passes.prune import prune
 from cpd_onnx.passes.score import score
-from cpd_onnx.proof_inputs import empties, numbers_in
+from cpd_onnx.proof_inputs import is_feasible, numbers_in
 from cpd_onnx.proving import verify
 from cpd_onnx.runtime import Feed, Runner, execute, open_model
 from cpd_onnx.shapes import Folded
@@ -79,7 +79,7 @@ def _accepted(model: ModelProto, folded: Folded, session: Runner, rng: random.Ra
     count = 0
     for number in range(TRIES):
         sizes = {name: rng.choice(_SIZES) for name in _SYMBOLS}
-        if empties(
+        if not is_feasible(
             folded, {Term("symbol", (key,)): sizes[key.lower()] for key in _symbols(model) if key.lower() in sizes}
         ):
             continue
