@@ -123,7 +123,7 @@ def bench(
     first = next(iter(models.values()))
     folded = fold(first, dict(input_shapes or {}))
     inputs = dict(feed) if feed is not None else next(working_feeds(folded, open_model(first), 1))
-    free = {n for n, v in folded.scope.values.items() if n in inputs and v.shapes and _has_free_batch(v.shapes)}
+    free = {n for n, v in folded.scope.values.items() if n in inputs and v.shape and not v.has_fixed(0)}
     timings = [
         t for setting in settings for t in _timings(models, _batched(inputs, free, setting.batch), setting, seconds)
     ]
@@ -153,10 +153,6 @@ def _names(paths: Sequence[Path]) -> Iterator[str]:
     plain = [path.name for path in paths]
     for path in paths:
         yield path.name if plain.count(path.name) == 1 else str(path)
-
-
-def _has_free_batch(shapes: Sequence[Sequence[int]]) -> bool:
-    return bool(shapes[0]) and len({shape[0] for shape in shapes}) > 1
 
 
 def _batched(feed: Mapping[str, Array], free: set[str], batch: int | None) -> dict[str, Array]:

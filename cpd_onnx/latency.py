@@ -382,8 +382,8 @@ def _feed(combed: Combed, batch: int | None) -> dict[str, Array]:
     feed = next(working_feeds(folded, open_model(folded.model, threads=1), 1))
     if batch is None:
         return feed
-    shapes = {name: folded.scope.values[name].shapes for name in feed}
-    free = [n for n, s in shapes.items() if s and s[0] and len({shape[0] for shape in s}) > 1]
+    values = {name: folded.scope.values[name] for name in feed}
+    free = [name for name, value in values.items() if value.shape and not value.has_fixed(0)]
     if not free:
         raise UnsupportedError(f"the model takes a fixed number of samples at a time: leave out the batch of {batch}")
     return {name: np.resize(x, (batch, *x.shape[1:])) if name in free else x for name, x in feed.items()}

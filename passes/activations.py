@@ -264,9 +264,9 @@ def _chunks(question: Question, values: Sequence[Value]) -> Iterator[list[str]]:
     batch = calibration_batch(question.combed.folded.model.proto, question.data, question.samples)
     names, held = list[str](), 0
     for value in values:
-        first, second = value.shapes or ((), ())
-        is_batched = bool(first) and first[0] != second[0]
-        size = _ITEM * math.prod(first) * (batch // first[0] + 1 if is_batched else 1)
+        shape = value.shape or ()
+        is_batched = bool(shape) and not value.has_fixed(0)
+        size = _ITEM * math.prod(shape) * (batch // shape[0] + 1 if is_batched else 1)
         if names and held + size > CHUNK_BYTES:
             yield names
             names, held = [], 0
