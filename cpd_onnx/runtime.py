@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -47,21 +48,12 @@ def open_model(
     if provider not in ort.get_available_providers():
         known = ", ".join(ort.get_available_providers())
         raise UnsupportedError(f"onnxruntime has no provider {provider!r} here: choose one of {known}")
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = threads
-    # Threads of a session that has just run would spin on while the next one is measured.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    # Without it, sums of products of eight-bit numbers saturate on x86 processors that have no VNNI.
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    if not optimise:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-    if profile is not None:
-        options.enable_profiling = True
-        options.profile_file_prefix = str(profile)
+    providers, plain = list(dict.fromkeys([provider, _CPU])), partial(_options, optimise, threads, profile)
     try:
-        session = _session(model, options, list(dict.fromkeys([provider, _CPU])))
+        try:
+            session = _session(model, plain(), providers)
+        except ort.capi.onnxruntime_pybind11_state.Fail:  # its optimiser cannot widen the weights of every model
+            session = _session(model, plain(is_precise=False), providers)
     except Exception as error:  # onnxruntime raises classes of its own that share no base but Exception
         if not type(error).__module__.startswith("onnxruntime"):
             raise
@@ -69,6 +61,24 @@ def open_model(
     if provider not in session.get_providers():  # it falls back to the CPU in silence
         raise UnsupportedError(f"onnxruntime lists provider {provider!r} but cannot start it: are its libraries there?")
     return session
+
+
+def _options(optimise: bool, threads: int, profile: Path | None, *, is_precise: bool = True) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    # Threads of a session that has just run would spin on while the next one is measured.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if is_precise:
+        # Without it, sums of products of eight-bit numbers saturate on x86 processors that have no VNNI.
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    if not optimise:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    return options
 
 
 def _session(

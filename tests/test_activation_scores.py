@@ -221,19 +221,6 @@ def test_queries_and_keys_meet_in_fused_attention() -> None:
         np.testing.assert_allclose(consumed.met, other, rtol=1e-4)
 
 
-def test_channels_of_constants_are_seen() -> None:
-    """A small network that turns positions into a bias carries channels, though no input reaches it."""
-    model = from_text(
-        "(float[N, 5] x, float[4, 2] p, float[2, 8] w, float[8, 5] v) => (float[N, 5] y)"
-        " { a = MatMul(p, w) b = Relu(a) c = MatMul(b, v) d = ReduceSum<keepdims=0>(c) y = Add(x, d) }"
-    )
-    combed = comb(model)
-    scores = score(combed, "activation", data=ArraySource({"x": normal(4, 5)}), samples=4)
-    (found,) = (values for values in scores if len(values) == 8)
-    hidden = np.maximum(combed.folded.model.array("p") @ combed.folded.model.array("w"), 0)
-    np.testing.assert_allclose(found, (hidden**2).mean(0) / (hidden**2).mean(), rtol=1e-5)
-
-
 @pytest.mark.skipif(not DATA.is_dir(), reason="the folder of real models is not there")
 @pytest.mark.parametrize("name", ["resnet20_jpeg_cifar10", "vit_cifar10_smmk47", "twinlitenet_qdq_int8"])
 def test_real_models(name: str) -> None:

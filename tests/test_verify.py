@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,6 +31,7 @@ from cpd_onnx.tensors import changed_values, stored_tensors, values_sha256
 from .edits import edited, nested, other_value
 from .models import from_text
 
+CASES = Path(os.environ.get("CPD_DATA", Path(__file__).parents[2] / "shared" / "data")).parent / "cases" / "verify"
 PRUNED = "comb, score, allocate{channels=0.5}, prune"
 Edit = Callable[[ModelProto], Any]
 
@@ -214,6 +216,27 @@ def test_random_edits_are_named(pruned: tuple[Model, ModelProto, Plan]) -> None:
         if f"'{place.name}'" not in complaint(original, made, plan):
             silent.append((seed, place.kind, place.name))
     assert silent == []
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="the folder of models to edit is not there")
+@pytest.mark.parametrize("name", ["initializers", "constants", "subgraph"])
+def test_edits_of_models_of_others_are_named(name: str) -> None:
+    """Weights in initializers, in Constant nodes, in the branches of an If."""
+    original = cpd.load(CASES / f"{name}.onnx")
+    state = cpd.run("comb, score, allocate{channels=0.5}, prune", original)
+    assert state.plan is not None
+    assert verify_files(original, state.model, state.plan).is_replay
+    missed = []
+    for seed in range(40):
+        found = edited(state.model.complete_proto(), seed)
+        assert found is not None
+        try:
+            verify_files(original, cpd.load(found[0]), state.plan)
+        except cpd.ProofError as error:
+            if found[1].name in str(error):
+                continue
+        missed.append((seed, found[1]))
+    assert missed == []
 
 
 def test_the_file_as_it_was_written_passes(pruned: tuple[Model, ModelProto, Plan], tmp_path: Path) -> None:
