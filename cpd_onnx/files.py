@@ -8,6 +8,7 @@ import json
 import mmap
 import os
 import secrets
+import signal
 import stat
 import tempfile
 import threading
@@ -207,14 +208,13 @@ class _Part:
         return self.name or Path(f"/proc/self/fd/{self.handle}")
 
     def give_name(self) -> None:
-        """Have it in the folder under a name of its own, with the permissions that it will have."""
+        """Have it in the folder under a name of its own."""
         assert self.target is not None
         if self.name is None:
             name = _spare(self.target.parent)
             # A path from the root goes by no folder, but Python follows links only with one.
             os.link(f"/proc/self/fd/{self.handle}", name, src_dir_fd=self.handle, follow_symlinks=True)
             self.name = name
-        _take_permissions(self.name, self.target)
 
     def keep_old(self) -> None:
         """Have another name for the file that will be replaced, if there is one."""
@@ -243,9 +243,15 @@ class _Part:
     def discard(self) -> None:
         """Let go of it; nothing is left if it has not taken its place."""
         os.close(self.handle)
-        for name in (self.name, self.old):
-            if name is not None:
-                name.unlink(missing_ok=True)
+        self.forget_old()
+        if self.name is not None:
+            self.name.unlink(missing_ok=True)
+
+    def forget_old(self) -> None:
+        """Let go of the file that was replaced."""
+        if self.old is not None:
+            self.old.unlink(missing_ok=True)
+            self.old = None
 
 
 def _spare(folder: Path) -> Path:
@@ -253,20 +259,21 @@ def _spare(folder: Path) -> Path:
     return folder / f".cpd-onnx.{secrets.token_hex(6)}.part"
 
 
-def _take_permissions(name: Path, target: Path) -> None:
+def _take_permissions(part: _Part, target: Path) -> None:
     """Give a file the permissions of what it replaces, or those that new files have."""
+    handle = part.handle if os.chmod in os.supports_fd else part.path
     try:
         old = os.lstat(target)
     except OSError:
         old = None
     if old is not None and stat.S_ISREG(old.st_mode):
         with contextlib.suppress(OSError, AttributeError):  # only root may give files away
-            os.chown(name, old.st_uid, old.st_gid)
-        name.chmod(stat.S_IMODE(old.st_mode))
+            os.chown(handle, old.st_uid, old.st_gid)
+        os.chmod(handle, stat.S_IMODE(old.st_mode))
         return
     umask = os.umask(0)
     os.umask(umask)
-    name.chmod(0o666 & ~umask)
+    os.chmod(handle, 0o666 & ~umask)
 
 
 class _Batch:
@@ -278,10 +285,17 @@ class _Batch:
 
     def commit(self) -> None:
         """Have all of them appear; first each gets what may still fail, room for a name."""
+        with _undisturbed():
+            self._place()
+        for action in self.afterwards:
+            action()
+
+    def _place(self) -> None:
         for part in self.parts:
             with _naming(part):
                 part.give_name()
-                part.keep_old()
+        for part in self.parts[:-1]:  # where the last one fails, it has replaced nothing
+            part.keep_old()
         for place, part in enumerate(self.parts):
             try:
                 with _naming(part):
@@ -290,10 +304,10 @@ class _Batch:
                 for earlier in self.parts[:place]:
                     earlier.give_back()
                 raise
+        for part in self.parts:
+            part.forget_old()
         for folder in {part.target.parent for part in self.parts if part.target is not None}:
             _sync(folder)
-        for action in self.afterwards:
-            action()
 
     def discard(self) -> None:
         """Let go of all that has not appeared."""
@@ -303,6 +317,25 @@ class _Batch:
 
 _BATCH: ContextVar[_Batch | None] = ContextVar("batch", default=None)
 """The files that are written together here, if any are."""
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Put off SIGINT, SIGTERM and SIGHUP until all files have their names."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:  # one that Python has not set, and cannot set again
+                signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 @contextlib.contextmanager
@@ -373,9 +406,11 @@ def replacing(path: Path | Callable[[], Path]) -> Iterator[IO[bytes]]:
             stream.flush()
             os.fsync(stream.fileno())
         part.target = named()
+        _take_permissions(part, part.target)
         if batch is None:
-            part.give_name()
-            part.take_place()
+            with _undisturbed():
+                part.give_name()
+                part.take_place()
             _sync(part.target.parent)
         else:
             batch.parts.append(part)
