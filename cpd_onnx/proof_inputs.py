@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from onnx import NodeProto
 
 from cpd_onnx.editing import Editor
 from cpd_onnx.errors import UnsupportedError
@@ -56,7 +57,8 @@ class ProofInputs:
 
     Attributes:
         feeds: the inputs.
-        unreached: branches and loop counts that none of them reaches, as (scope path, description).
+        unreached: branches and counts of iterations that none of them reaches, in words, each with the path of the body
+            that has not run, "" where it has.
 
     """
 
@@ -241,31 +243,28 @@ class Marks:
         """Mark a copy of the model."""
         self._folded = folded
         self._editor = Editor(folded.model.copy())
-        self.places: dict[str, tuple[str, str, bool]] = {}
-        """By mark: scope path, what it is, and whether it is a loop."""
+        self.places: dict[str, _Body] = {}
+        """Bodies by the mark of a node in them."""
         self._mark(folded.scope)
 
     def _mark(self, scope: Scope) -> None:
         for position, bodies in scope.bodies.items():
             node = scope.nodes[position]
-            taken = None
-            if node.op_type == "If":
-                taken = taken_branch(scope.lookup(node.input[0]))
+            taken = taken_branch(scope.lookup(node.input[0])) if node.op_type == "If" else None
             for name, body in bodies.items():
                 if body.function or (taken is not None and name != taken):
                     continue  # functions have no graph of their own; a branch that no input reaches
-                self._mark_body(node.op_type, node.name or node.output[0], name, body)
+                self._mark_body(_body_of(scope, node, name, body), body)
                 self._mark(body)
 
-    def _mark_body(self, op_type: str, label: str, name: str, body: Scope) -> None:
-        graph = self._editor.graph(body)
-        marked = next((n for n in graph.node if n.op_type != "Constant" and _varies(body, n)), None)
+    def _mark_body(self, found: _Body, body: Scope) -> None:
+        nodes = self._editor.graph(body).node
+        marked = next((n for n in nodes if n.op_type != "Constant" and any(n.output)), None)
         if marked is None:
             return  # nothing runs in it that could be seen
         mark = f"{_MARK}-{len(self.places)}-"
-        marked.name = f"{mark}{marked.name}" if _MARK not in marked.name else f"{marked.name}{mark}"
-        what = f"the {name.replace('_', ' ')} of If {label!r}" if op_type == "If" else f"{op_type} {label!r}"
-        self.places[mark] = (body.path, what, op_type != "If")
+        marked.name = f"{mark}{marked.name}"
+        self.places[mark] = found
 
     def counts(self, feeds: Sequence[Mapping[str, Array]]) -> list[Counter[str]]:
         """How often each mark runs, for each of some inputs that the model accepts."""
@@ -285,26 +284,65 @@ class Marks:
         return found
 
     def reached(self, counts: Counter[str]) -> set[str]:
-        """What an input reaches, in words; a loop is reached with no iteration and with several."""
-        found = set()
-        for mark, (_, what, is_loop) in self.places.items():
-            if not is_loop and counts[mark]:
-                found.add(what)
-            elif is_loop and counts[mark] != 1:
-                found.add(f"{what} with {'several iterations' if counts[mark] else 'no iteration'}")
-        return found
+        """What an input reaches, in words."""
+        return {goal for mark, body in self.places.items() for goal in body.reached(counts[mark])}
 
     def wanted(self) -> dict[str, str]:
-        """All that may be reached, in words, with the paths of the scopes."""
-        found = {}
-        for path, what, is_loop in self.places.values():
-            for goal in (f"{what} with no iteration", f"{what} with several iterations") if is_loop else (what,):
-                found[goal] = path
-        return found
+        """All that may be reached, in words, with the paths of the scopes that only run if it is."""
+        return {goal: path for body in self.places.values() for goal, path in body.goals.items()}
 
 
-def _varies(body: Scope, node: object) -> bool:
-    return any(name for name in getattr(node, "output", ()))
+@dataclass(frozen=True)
+class _Body:
+    """A body of an If, Loop or Scan.
+
+    Attributes:
+        what: names it: the branch of an If, the loop itself.
+        is_loop: whether it may run several times.
+        goals: what inputs may reach, in words, with the path of the body where it only runs if they do.
+
+    """
+
+    what: str
+    is_loop: bool
+    goals: Mapping[str, str]
+
+    def reached(self, count: int) -> Iterator[str]:
+        """What is reached if the body runs so often."""
+        if not self.is_loop:
+            yield from (self.what,) * min(count, 1)
+            return
+        if not count:
+            yield f"{self.what} with no iteration"
+        if count:
+            yield f"{self.what} with an iteration"
+        if count > 1:
+            yield f"{self.what} with several iterations"
+
+
+def _body_of(scope: Scope, node: NodeProto, name: str, body: Scope) -> _Body:
+    label = node.name or node.output[0]
+    if node.op_type == "If":
+        what = f"the {name.replace('_', ' ')} of If {label!r}"
+        return _Body(what, False, {what: body.path})
+    what = f"{node.op_type} {label!r}"
+    low, high = _iterations(scope, node)
+    goals = {f"{what} with an iteration": body.path} if high > 0 else {}
+    goals |= {f"{what} with no iteration": ""} if low < 1 else {}
+    goals |= {f"{what} with several iterations": ""} if high > 1 else {}
+    return _Body(what, True, goals)
+
+
+def _iterations(scope: Scope, node: NodeProto) -> tuple[int, float]:
+    """The fewest and the most iterations that a Loop or Scan may have, as far as the graph says."""
+    if node.op_type == "Scan":
+        return 1, math.inf  # an axis without an index is nothing that is tried
+    count, condition = (scope.lookup(name) if name else None for name in (*node.input, "", "")[:2])
+    most = int(count.value.item()) if count is not None and count.is_static and count.value is not None else math.inf
+    goes_on = condition is None or (
+        condition.is_static and condition.value is not None and bool(condition.value.item())
+    )
+    return (1 if goes_on and node.input[0] and 0 < most < math.inf else 0), most
 
 
 def _covering(folded: Folded, session: Runner, marks: Marks, feeds: Sequence[Feed]) -> ProofInputs:

@@ -184,7 +184,7 @@ class _Proof:
         found = found.doubted(*self.doubts)
         for path, what in inputs.unreached:
             sentence = f"no input reached {what}; give inputs that do, with --data"
-            found = found.doubted(sentence) if self.is_edited(path) else found.noted(sentence)
+            found = found.doubted(sentence) if path and self.is_edited(path) else found.noted(sentence)
         return found
 
     def is_edited(self, path: str) -> bool:
