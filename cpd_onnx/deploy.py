@@ -41,7 +41,7 @@ from cpd_onnx.graph import Array, Model, element_type
 from cpd_onnx.halves import HALVES, to_half
 from cpd_onnx.profiles import Profile, problems
 from cpd_onnx.quantize import Quantization, Ranges, extremes, quantize_recorded, samples_at_once
-from cpd_onnx.runtime import Feed, Runner, execute, execute_all, open_model, working_feeds
+from cpd_onnx.runtime import PRECISE, Feed, Runner, execute, execute_all, open_model, working_feeds
 from cpd_onnx.shapes import fold
 
 Sizes: TypeAlias = Mapping[str, "int | Sequence[int]"]
@@ -356,6 +356,7 @@ def ort_measured(
         ort.GraphOptimizationLevel, "ORT_DISABLE_ALL" if level == "disable" else f"ORT_ENABLE_{level.upper()}"
     )
     options.add_session_config_entry("session.save_model_format", "ORT")
+    options.add_session_config_entry(*PRECISE)  # as what it is compared with
     with tempfile.TemporaryDirectory(prefix="cpd-onnx.") as folder:
         place = Path(folder) / "model.ort"
         options.optimized_model_filepath = str(place)

@@ -26,6 +26,8 @@ RUN_SECONDS = 600.0
 """How long one run may take."""
 
 _CPU = "CPUExecutionProvider"
+PRECISE = ("session.x64quantprecision", "1")
+"""Without this, sums of products of eight-bit numbers saturate on x86 processors that have no VNNI."""
 _OTHER_SIZES = (512, 576, 256, 224, 128, 64, 640, 16000, 1)
 """Sizes of open dimensions that models insist on, commonest first."""
 _MOST_FED = 1 << 26
@@ -70,8 +72,7 @@ def _options(optimise: bool, threads: int, profile: Path | None, *, is_precise: 
     # Threads of a session that has just run would spin on while the next one is measured.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if is_precise:
-        # Without it, sums of products of eight-bit numbers saturate on x86 processors that have no VNNI.
-        options.add_session_config_entry("session.x64quantprecision", "1")
+        options.add_session_config_entry(*PRECISE)
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_quant_qdq", "1")

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -27,6 +26,7 @@ from cpd_onnx.halves import to_half
 from cpd_onnx.metrics import evaluate
 from cpd_onnx.profiles import Profile, load_profile, problems, profile_names
 from cpd_onnx.quantize import CALIBRATIONS, Quantization, quantize
+from cpd_onnx.runtime import execute, open_model
 
 from .models import from_text
 
@@ -56,8 +56,7 @@ def accuracy(model: Model) -> float:
 
 
 def outputs(model: Model | Path, feed: dict[str, Any]) -> list[Any]:
-    content = str(model) if isinstance(model, Path) else model.serialize()
-    return list(ort.InferenceSession(content, providers=["CPUExecutionProvider"]).run(None, feed))
+    return execute(open_model(model), feed)
 
 
 def kinds(model: Model) -> set[str]:
@@ -633,7 +632,7 @@ def test_prune_then_deploy_with_everything(tmp_path: Path, capsys: pytest.Captur
     assert "ort-mobile objects to nothing" in said
     assert "top1 after: 0." in said
     content = json.loads((tmp_path / "made.json").read_text())
-    assert [step["name"] for step in content["steps"]] == ["fix", "int8"]
+    assert [step["name"] for step in content["steps"]] == ["fix", "int8", "ort"]
     assert content["bytes"]["after"] == made.stat().st_size
     assert content["bytes"]["ort"] == (tmp_path / "made.ort").stat().st_size
     assert content["accuracy"]["after"] > content["accuracy"]["before"] - 0.02
