@@ -12,9 +12,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import cpd_onnx as cpd
-from cpd_onnx import graph, stepwise
+from cpd_onnx import graph, proving, stepwise
 from cpd_onnx.graph import Lazy, Model, load
-from cpd_onnx.passes import verify
 from cpd_onnx.runtime import execute, open_model
 from cpd_onnx.stepwise import Piecewise
 
@@ -27,7 +26,7 @@ STEPS = "comb, score, allocate, prune, verify"
 
 @pytest.fixture
 def all_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((graph, "_LARGE_BYTES"), (graph, "_LAZY_BYTES"), (verify, "_PIECEWISE_BYTES")):
+    for module, name in ((graph, "_LARGE_BYTES"), (graph, "_LAZY_BYTES"), (proving, "_PIECEWISE_BYTES")):
         monkeypatch.setattr(module, name, 0)
     for name in ("PIECE_BYTES", "_ENTERING_BYTES"):
         monkeypatch.setattr(stepwise, name, 0)

@@ -31,7 +31,7 @@ import pytest
 from cpd_onnx import console, files, loading, manifest, trust
 from cpd_onnx.cli import main
 from cpd_onnx.data import ImageFolder, ImageOptions, Input
-from cpd_onnx.errors import CpdError, DataError, ModelError, ProofError
+from cpd_onnx.errors import CpdError, DataError, ModelError, UnsupportedError
 from cpd_onnx.graph import load
 from cpd_onnx.latency import load_table
 from cpd_onnx.options import command_line
@@ -1007,8 +1007,8 @@ def _failing_at(number: int, real: Callable[[Any], None]) -> Callable[[Any], Non
 def test_a_failed_run_says_what_is_left(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And goes on from there; what nobody can go on from is not left."""
 
-    def fail(*_: object) -> None:
-        raise ProofError("no")
+    def fail(*_: object, **__: object) -> None:
+        raise UnsupportedError("no")
 
     with monkeypatch.context() as patch:
         patch.setattr("cpd_onnx.compression.verify_files", fail)

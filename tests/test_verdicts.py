@@ -171,7 +171,7 @@ def test_large_maps_of_decisions_are_verified() -> None:
 
 
 def test_models_that_run_piece_by_piece_show_what_is_in_front_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cpd_onnx.passes.verify._PIECEWISE_BYTES", 0)
+    monkeypatch.setattr("cpd_onnx.proving._PIECEWISE_BYTES", 0)
     for name in ("argmax", "sigmoid", "int8, QDQ"):
         assert verdict_of(name) == VERIFIED
         assert verdict_of(name, "one filter a tenth larger") == WRONG
