@@ -43,6 +43,7 @@ from cpd_onnx.cli import main
 from cpd_onnx.options import command_line
 from cpd_onnx.passes.score import SCORERS
 from cpd_onnx.rules import RULES
+from cpd_onnx.streams import PIPE_CLOSED
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ("digits.onnx", "digits_train.npz", "digits_test.npz")
@@ -244,7 +245,10 @@ class Run:
         for command, shown in commands(block):
             code, printed = self.command(command.removeprefix(HERE))
             last = (_lines(shown) or [""])[-1]
-            assert (code != 0) == last.startswith("error:"), f"{self.where(block)}: {command} gave {code}\n{printed}"
+            is_cut = code == PIPE_CLOSED and "| head" in command  # which has seen enough
+            assert is_cut or (code != 0) == last.startswith("error:"), (
+                f"{self.where(block)}: {command} gave {code}\n{printed}"
+            )
             if shown.strip():
                 self.compare(block, shown, printed)
 
@@ -350,5 +354,5 @@ def test_example(
     rows = ("the original", "the original, trained on", "random channels, distilled", "pruned and repaired")
     for row in (*rows, "pruned, repaired, distilled"):
         assert re.search(rf"^  {row} +[\d.]+ ", said, re.M), row
-    assert "verified: equals the original with the removed channels silenced" in said
+    assert "verified: equals the original with the removed channels masked" in said
     assert list(tmp_path.iterdir()) == []
