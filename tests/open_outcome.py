@@ -52,7 +52,10 @@ def outcome_of(model: ModelProto, seed: int, target: float = 0.5) -> str:
     pruned = prune(combed, chosen).model
     kept = Kept(combed.atoms)
     kept.remove(chosen.channels(combed))
-    found = verify(combed, kept, pruned)
+    try:
+        found = verify(combed, kept, pruned)
+    except cpd.UnsupportedError:
+        return "refused, the original does not run at the sizes that are tried"
     if not found.passed:
         return f"not written, {found.verdict}: {'; '.join(found.notes)} {found.difference:.1e}"
     smaller, is_bound = open_model(pruned, optimise=False), is_bound_to_sizes(combed, kept)
