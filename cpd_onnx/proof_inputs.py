@@ -40,6 +40,8 @@ _STEPS = (1, 2, 4, 7, 8, 14, 16, 32, 64)
 """Numbers that models want sizes to be multiples of."""
 _MOST_FED = 1 << 24
 """Elements of an input up to which a size is tried."""
+_MOST_HELD = 1 << 26
+"""Elements of any tensor up to which a size is tried."""
 _MAGNITUDES = (0.0, 1e-3, 30.0, 1e4)
 """Factors of random inputs that are tried to reach a branch."""
 _MOST_VARIANTS = 48
@@ -147,11 +149,10 @@ def is_feasible(folded: Folded, assignment: Assignment) -> bool:
     """
     bindings = Bindings({term: (n,) for term, n in assignment.items()})
     values = [v for scope in folded.scope.walk() for v in scope.values.values()]
-    most = 2 * max([_MOST_FED, *(math.prod(v.shape or ()) for v in values)])
     for extents in {v.extents for v in values if v.extents is not None}:
         sizes = [bindings.at(extent, 0) for extent in extents]
         known = [size for size in sizes if size is not None]
-        if min(known, default=1) < 1 or math.prod(known) > most:
+        if min(known, default=1) < 1 or math.prod(known) > _MOST_HELD:
             return False
     return True
 

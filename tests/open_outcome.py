@@ -9,7 +9,8 @@ import numpy as np
 from onnx import ModelProto, helper
 
 import cpd_onnx as cpd
-from cpd_onnx.graph import Array
+from cpd_onnx.graph import Array, Model
+from cpd_onnx.groups import Combed
 from cpd_onnx.kept import Kept
 from cpd_onnx.masking import is_bound_to_sizes, masked
 from cpd_onnx.passes.allocate import Budget, allocate
@@ -35,7 +36,7 @@ def open_outcome(seed: int) -> str:
     return outcome_of(seeded(seed), seed)
 
 
-def outcome_of(model: ModelProto, seed: int, target: float = 0.5) -> str:
+def outcome_of(model: ModelProto, seed: int) -> str:
     """What became of a model: in capitals where a file was written wrong, and what it is about."""
     try:
         session = open_model(model, optimise=False)
@@ -46,7 +47,7 @@ def outcome_of(model: ModelProto, seed: int, target: float = 0.5) -> str:
     if not tried:
         return "runs at none of these sizes"
     try:
-        chosen = allocate(combed, score(combed, "random", seed=seed), Budget("channels", target))
+        chosen = allocate(combed, score(combed, "random", seed=seed), Budget("channels", 0.5))
     except cpd.TargetError:
         return "nothing to prune"
     pruned = prune(combed, chosen).model
@@ -58,9 +59,14 @@ def outcome_of(model: ModelProto, seed: int, target: float = 0.5) -> str:
         return "refused, the original does not run at the sizes that are tried"
     if not found.passed:
         return f"not written, {found.verdict}: {'; '.join(found.notes)} {found.difference:.1e}"
+    return compared(combed, kept, pruned, tried)
+
+
+def compared(combed: Combed, kept: Kept, pruned: Model, feeds: list[Feed]) -> str:
+    """Whether a pruned file gives what the masked original gives."""
     smaller, is_bound = open_model(pruned, optimise=False), is_bound_to_sizes(combed, kept)
     reference = None if is_bound else open_model(masked(combed, kept, pruned), optimise=False)
-    for feed in tried:
+    for feed in feeds:
         shapes = {name: array.shape for name, array in feed.items()}
         here = at_sizes(combed, kept, numbers_in(combed.folded, feed)) if is_bound else None
         if is_bound and here is None:
@@ -69,10 +75,10 @@ def outcome_of(model: ModelProto, seed: int, target: float = 0.5) -> str:
             return f"WRONG: other channels are coupled at {shapes}"
         with_masks = reference or open_model(masked(*here, pruned), optimise=False)  # type: ignore[misc]  # not None
         try:
-            found_here = execute(smaller, feed)
+            found = execute(smaller, feed)
         except cpd.UnsupportedError as error:
             return f"WRONG: the pruned file fails at {shapes}: {error}"
-        if not all(map(_alike, execute(with_masks, feed), found_here)):
+        if not all(map(_alike, execute(with_masks, feed), found)):
             return f"WRONG at {shapes}"
     return "right"
 
