@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -41,7 +42,7 @@ from cpd_onnx.graph import Array, Model, element_type
 from cpd_onnx.halves import HALVES, to_half
 from cpd_onnx.profiles import Profile, problems
 from cpd_onnx.quantize import Quantization, Ranges, extremes, quantize_recorded, samples_at_once
-from cpd_onnx.runtime import PRECISE, Feed, Runner, execute, execute_all, open_model, working_feeds
+from cpd_onnx.runtime import Feed, Runner, execute, execute_all, open_model, precisely, working_feeds
 from cpd_onnx.shapes import fold
 
 Sizes: TypeAlias = Mapping[str, "int | Sequence[int]"]
@@ -350,19 +351,26 @@ def ort_measured(
         raise TargetError(f"no level is called {level!r}: choose {', '.join(LEVELS)}")
     require_one_message(model, "written as .ort")
     open_model(model, provider=provider)  # says in one line what is wrong with it
+    with tempfile.TemporaryDirectory(prefix="cpd-onnx.") as folder:
+        place, providers = Path(folder) / "model.ort", list(dict.fromkeys([provider, _CPU]))
+        precisely(
+            partial(_writing, place, level),
+            lambda options: ort.InferenceSession(model.serialize(), options, providers=providers),
+        )
+        content = place.read_bytes()
+        return content, ort_difference(model, place, _random_feeds(model))
+
+
+def _writing(place: Path, level: str) -> ort.SessionOptions:
+    """Options of a session that writes what onnxruntime makes of a model."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = getattr(
         ort.GraphOptimizationLevel, "ORT_DISABLE_ALL" if level == "disable" else f"ORT_ENABLE_{level.upper()}"
     )
     options.add_session_config_entry("session.save_model_format", "ORT")
-    options.add_session_config_entry(*PRECISE)  # as what it is compared with
-    with tempfile.TemporaryDirectory(prefix="cpd-onnx.") as folder:
-        place = Path(folder) / "model.ort"
-        options.optimized_model_filepath = str(place)
-        ort.InferenceSession(model.serialize(), options, providers=list(dict.fromkeys([provider, _CPU])))
-        content = place.read_bytes()
-        return content, ort_difference(model, place, _random_feeds(model))
+    options.optimized_model_filepath = str(place)
+    return options
 
 
 def ort_difference(model: Model, place: Path, feeds: Sequence[Feed]) -> Difference:

@@ -7,7 +7,7 @@ import math
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -26,8 +26,6 @@ RUN_SECONDS = 600.0
 """How long one run may take."""
 
 _CPU = "CPUExecutionProvider"
-PRECISE = ("session.x64quantprecision", "1")
-"""Without this, sums of products of eight-bit numbers saturate on x86 processors that have no VNNI."""
 _OTHER_SIZES = (512, 576, 256, 224, 128, 64, 640, 16000, 1)
 """Sizes of open dimensions that models insist on, commonest first."""
 _MOST_FED = 1 << 26
@@ -50,12 +48,11 @@ def open_model(
     if provider not in ort.get_available_providers():
         known = ", ".join(ort.get_available_providers())
         raise UnsupportedError(f"onnxruntime has no provider {provider!r} here: choose one of {known}")
-    providers, plain = list(dict.fromkeys([provider, _CPU])), partial(_options, optimise, threads, profile)
+    providers = list(dict.fromkeys([provider, _CPU]))
     try:
-        try:
-            session = _session(model, plain(), providers)
-        except ort.capi.onnxruntime_pybind11_state.Fail:  # its optimiser cannot widen the weights of every model
-            session = _session(model, plain(is_precise=False), providers)
+        session = precisely(
+            partial(_options, optimise, threads, profile), lambda said: _session(model, said, providers)
+        )
     except Exception as error:  # onnxruntime raises classes of its own that share no base but Exception
         if not type(error).__module__.startswith("onnxruntime"):
             raise
@@ -65,14 +62,27 @@ def open_model(
     return session
 
 
-def _options(optimise: bool, threads: int, profile: Path | None, *, is_precise: bool = True) -> ort.SessionOptions:
+def precisely(
+    options: Callable[[], ort.SessionOptions], make: Callable[[ort.SessionOptions], ort.InferenceSession]
+) -> ort.InferenceSession:
+    """A session in which sums of products of eight-bit numbers do not saturate, on x86 processors without VNNI either.
+
+    onnxruntime cannot widen the weights of every model for that; those are opened as they are.
+    """
+    precise = options()
+    precise.add_session_config_entry("session.x64quantprecision", "1")
+    try:
+        return make(precise)
+    except ort.capi.onnxruntime_pybind11_state.Fail:
+        return make(options())
+
+
+def _options(optimise: bool, threads: int, profile: Path | None) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
     # Threads of a session that has just run would spin on while the next one is measured.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    if is_precise:
-        options.add_session_config_entry(*PRECISE)
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_quant_qdq", "1")

@@ -36,10 +36,14 @@ COMMANDS = (
 )
 
 
+INCONCLUSIVE, WRONG = 4, 5
+"""Exit codes of a proof; what was damaged may be anything, so that it may be proved wrong."""
+
+
 def command_outcome(content: bytes, seed: int, folder: Path) -> str:
     """What one of the commands makes of a damaged file: "done", "refused", or what went wrong, in capitals.
 
-    It must succeed, or say in one line what is wrong with the model, exit with 1 and leave nothing.
+    It must succeed, or say in one line what is wrong with the model, exit with 1, or with the code of a verdict, and leave nothing.
     """
     rng = random.Random(seed)
     names = {"MODEL": "damaged.onnx", "ORIGINAL": "original.onnx", "PLAN": "plan.json"}
@@ -57,7 +61,7 @@ def command_outcome(content: bytes, seed: int, folder: Path) -> str:
     command = " ".join(words)
     if code == 0:
         return "done"
-    if code != 1 or sum(line.startswith("error: ") for line in said.splitlines()) != 1:
+    if code not in (1, INCONCLUSIVE, WRONG) or sum(line.startswith("error: ") for line in said.splitlines()) != 1:
         return f"EXIT CODE {code}, not one line: {command}: {said[-300:]}"
     if "defect of ours" in said:
         return f"DEFECT: {command}: {said[-300:]}"

@@ -9,6 +9,7 @@ import numpy as np
 from onnx import ModelProto, helper
 
 import cpd_onnx as cpd
+from cpd_onnx.compare import nudged
 from cpd_onnx.graph import Array, Model
 from cpd_onnx.groups import Combed
 from cpd_onnx.kept import Kept
@@ -78,7 +79,10 @@ def compared(combed: Combed, kept: Kept, pruned: Model, feeds: list[Feed]) -> st
             found = execute(smaller, feed)
         except cpd.UnsupportedError as error:
             return f"WRONG: the pruned file fails at {shapes}: {error}"
-        if not all(map(_alike, execute(with_masks, feed), found)):
+        expected = execute(with_masks, feed)
+        if all(map(_alike, expected, found)):
+            continue
+        if not all(map(_apart_by_rounding, expected, found, execute(with_masks, nudged([feed])[0]))):
             return f"WRONG at {shapes}"
     return "right"
 
@@ -108,6 +112,15 @@ def _accepted(model: ModelProto, folded: Folded, session: Runner, rng: random.Ra
             count += 1
         if count == BINDINGS:
             return
+
+
+def _apart_by_rounding(expected: Array, got: Array, nudged_: Array) -> bool:
+    """Whether inputs that change by a few roundings drive a chaotic model as far."""
+    if _alike(expected, got):
+        return True
+    return expected.shape == got.shape and float(np.abs(expected - got).max()) <= 10 * float(
+        np.abs(expected - nudged_).max()
+    )
 
 
 def _symbols(model: ModelProto) -> set[str]:

