@@ -25,12 +25,21 @@ from onnx import NodeProto
 from cpd_onnx.editing import Editor
 from cpd_onnx.errors import UnsupportedError
 from cpd_onnx.graph import Array
-from cpd_onnx.runtime import Feed, Runner, execute, open_model, random_array, random_feed, working_feeds
-from cpd_onnx.shapes import Folded, Scope, Value, fold, taken_branch
+from cpd_onnx.runtime import (
+    Assignment,
+    Feed,
+    Runner,
+    execute,
+    fed,
+    is_feasible,
+    open_model,
+    random_array,
+    random_feed,
+    symbols_of,
+    working_feeds,
+)
+from cpd_onnx.shapes import Folded, Scope, fold, taken_branch
 from cpd_onnx.sizes import Bindings, Size, Term
-
-Assignment = dict[Term, int]
-"""Numbers for the symbols of a model's inputs."""
 
 _SMALL = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512)
 """Sizes that are tried for the least one that a model accepts."""
@@ -40,8 +49,6 @@ _STEPS = (1, 2, 4, 7, 8, 14, 16, 32, 64)
 """Numbers that models want sizes to be multiples of."""
 _MOST_FED = 1 << 24
 """Elements of an input up to which a size is tried."""
-_MOST_HELD = 1 << 26
-"""Elements of any tensor up to which a size is tried."""
 _MAGNITUDES = (0.0, 1e-3, 30.0, 1e4)
 """Factors of random inputs that are tried to reach a branch."""
 _MOST_VARIANTS = 48
@@ -91,28 +98,10 @@ def proof_inputs(
 # Sizes.
 
 
-def symbols_of(folded: Folded) -> dict[Term, bool]:
-    """The symbols of the inputs' sizes, and whether each is a batch."""
-    found: dict[Term, bool] = {}
-    for value in _fed(folded):
-        for axis, extent in enumerate(value.sizes or ()):
-            for monomial in extent.coefficients if isinstance(extent, Size) else ():
-                for term, _ in monomial:
-                    found[term] = found.get(term, False) or axis == 0 or "batch" in str(term)
-    return found
-
-
-def _fed(folded: Folded) -> Iterator[Value]:
-    for info in folded.model.graph.input:
-        value = folded.scope.values.get(info.name)
-        if value is not None and value.weight is None:
-            yield value
-
-
 def numbers_in(folded: Folded, feed: Feed) -> dict[str, int]:
     """What the symbols of a model are in some inputs, by name; those that cannot be told are left out."""
     known: dict[Term, tuple[int, ...]] = {}
-    waiting = [pair for v in _fed(folded) for pair in zip(v.sizes or (), feed[v.name].shape, strict=True)]
+    waiting = [pair for v in fed(folded) for pair in zip(v.sizes or (), feed[v.name].shape, strict=True)]
     for _ in waiting:
         for extent, size in waiting:
             if not isinstance(extent, Size):
@@ -131,7 +120,7 @@ def feed_at(folded: Folded, assignment: Assignment, seed: int) -> Feed | None:
     """Random inputs of the sizes that an assignment gives; None if they are too large or below zero."""
     rng, bindings = np.random.default_rng(seed), Bindings({term: (n,) for term, n in assignment.items()})
     feed: Feed = {}
-    for value in _fed(folded):
+    for value in fed(folded):
         if value.sizes is None:
             raise UnsupportedError(f"the shape of input {value.name!r} is not known: give it with --input-shape")
         shape = [bindings.at(extent, 0) for extent in value.sizes]
@@ -139,22 +128,6 @@ def feed_at(folded: Folded, assignment: Assignment, seed: int) -> Feed | None:
             return None
         feed[value.name] = random_array(folded, value, [int(size) for size in shape], rng)  # type: ignore[arg-type]  # as above
     return feed
-
-
-def is_feasible(folded: Folded, assignment: Assignment) -> bool:
-    """Whether the model may be run at some sizes: no tensor is empty, and none takes memory without measure.
-
-    onnxruntime ends the process at a Reshape of an empty tensor; attention over the pixels of a large image asks for
-    terabytes.
-    """
-    bindings = Bindings({term: (n,) for term, n in assignment.items()})
-    values = [v for scope in folded.scope.walk() for v in scope.values.values()]
-    for extents in {v.extents for v in values if v.extents is not None}:
-        sizes = [bindings.at(extent, 0) for extent in extents]
-        known = [size for size in sizes if size is not None]
-        if min(known, default=1) < 1 or math.prod(known) > _MOST_HELD:
-            return False
-    return True
 
 
 def _at_other_sizes(folded: Folded, session: Runner | None) -> Iterator[Feed]:

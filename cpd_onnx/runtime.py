@@ -19,8 +19,11 @@ from onnx import ModelProto, NodeProto, TensorProto
 from cpd_onnx.errors import EndlessError, UnsupportedError
 from cpd_onnx.graph import Array, Model, element_type
 from cpd_onnx.shapes import Folded, Value
+from cpd_onnx.sizes import Bindings, Size, Term
 
 Feed: TypeAlias = dict[str, Array]
+Assignment: TypeAlias = dict[Term, int]
+"""Numbers for the symbols of a model's inputs."""
 
 RUN_SECONDS = 600.0
 """How long one run may take."""
@@ -30,6 +33,8 @@ _OTHER_SIZES = (512, 576, 256, 224, 128, 64, 640, 16000, 1)
 """Sizes of open dimensions that models insist on, commonest first."""
 _MOST_FED = 1 << 26
 """Elements of an input up to which another size is tried."""
+_MOST_HELD = 1 << 26
+"""Elements of any tensor up to which a size is tried."""
 _INDEX_CARRIERS = {"Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten", "Slice", "Transpose", "Clip"}
 
 
@@ -159,6 +164,41 @@ def random_feed(folded: Folded, seed: int = 0, binding: int = 0) -> Feed:
     return feed
 
 
+def symbols_of(folded: Folded) -> dict[Term, bool]:
+    """The symbols of the inputs' sizes, and whether each is a batch."""
+    found: dict[Term, bool] = {}
+    for value in fed(folded):
+        for axis, extent in enumerate(value.sizes or ()):
+            for monomial in extent.coefficients if isinstance(extent, Size) else ():
+                for term, _ in monomial:
+                    found[term] = found.get(term, False) or axis == 0 or "batch" in str(term)
+    return found
+
+
+def fed(folded: Folded) -> Iterator[Value]:
+    """The inputs of a model that have no default."""
+    for info in folded.model.graph.input:
+        value = folded.scope.values.get(info.name)
+        if value is not None and value.weight is None:
+            yield value
+
+
+def is_feasible(folded: Folded, assignment: Assignment) -> bool:
+    """Whether the model may be run at some sizes: no tensor is empty, and none takes memory without measure.
+
+    onnxruntime ends the process at a Reshape of an empty tensor; attention over the pixels of a large image asks for
+    terabytes.
+    """
+    bindings = Bindings({term: (n,) for term, n in assignment.items()})
+    values = [v for scope in folded.scope.walk() for v in scope.values.values()]
+    for extents in {v.extents for v in values if v.extents is not None}:
+        sizes = [bindings.at(extent, 0) for extent in extents]
+        known = [size for size in sizes if size is not None]
+        if min(known, default=1) < 1 or math.prod(known) > _MOST_HELD:
+            return False
+    return True
+
+
 def working_feeds(folded: Folded, session: Runner, count: int = 2) -> Iterator[Feed]:
     """Random inputs that the model accepts: where it fails at the usual sizes, others are tried.
 
@@ -172,7 +212,8 @@ def working_feeds(folded: Folded, session: Runner, count: int = 2) -> Iterator[F
     except UnsupportedError as first:
         for size in _OTHER_SIZES:
             shapes = {name: _resized(folded, name, array, size) for name, array in feed.items()}
-            if max(map(math.prod, shapes.values()), default=0) > _MOST_FED:
+            numbers = {term: folded.batch if is_batch else size for term, is_batch in symbols_of(folded).items()}
+            if max(map(math.prod, shapes.values()), default=0) > _MOST_FED or not is_feasible(folded, numbers):
                 continue
             feed = {name: np.resize(array, shapes[name]) for name, array in feed.items()}
             with contextlib.suppress(UnsupportedError):
