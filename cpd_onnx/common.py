@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
 from onnx import TensorProto
 
 from cpd_onnx.evaluate import Call, axes_operand, slice_ranges
@@ -24,7 +25,7 @@ _TYPE_SLOT = {"Where": 1}
 _BOOLEAN = {"And", "Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "Not", "Or", "Xor"}
 _FAR = 2**31 - 1
 """Slice ends from this on mean "to the end" in every exporter."""
-_OPTIONAL_INPUTS = {"Clip"}
+_OPTIONAL_INPUTS = {"Clip", "Resize"}
 """Operators of which inputs after the first may be missing without a change of shape."""
 
 
@@ -134,6 +135,19 @@ def _window(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) 
     spans = [d * (w - 1) + 1 for w, d in zip(window, dilations, strict=True)]
     sizes = [(data[2 + i] + pads[i] + pads[i + rank] - spans[i]) // strides[i] + 1 for i in range(rank)]
     return (data[0], data[1] if kernel is None else kernel[0], *sizes) if _are_from(1, sizes) else None
+
+
+@_plain("Resize")
+def _resized(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
+    """By scales, in float32 as onnxruntime multiplies them; onnx gives one less where the product is rounded up."""
+    place = 1 if call.opset < 11 else 2
+    scales = values[place] if len(values) == place + 1 else None
+    is_plain = call.get("coordinate_transformation_mode", "half_pixel") != "tf_crop_and_resize"
+    if scales is None or scales.dtype != np.float32 or not is_plain or "axes" in call.attributes:
+        return None
+    if scales.size != len(shapes[0]) or not all(map(is_constant, shapes[0])):
+        return None
+    return tuple(int(np.float32(size) * scale) for size, scale in zip(shapes[0], scales, strict=True))
 
 
 @_plain("GlobalAveragePool", "GlobalMaxPool")

@@ -33,6 +33,9 @@ Expressions: TypeAlias = npt.NDArray[Any]
 """An array of objects: numbers and sizes."""
 Monomial: TypeAlias = "tuple[tuple[Term, int], ...]"
 
+_FINEST = 1 << 10
+"""Floats with a larger denominator are no factors of sizes: their products are rounded to float32, which may go over
+the next whole number."""
 _MOST_MONOMIALS = 40
 """Longer polynomials become unknowns, so that odd graphs take no time without end."""
 
@@ -182,6 +185,8 @@ def _number(value: Any) -> Number:
     if isinstance(value, np.integer | np.bool_):
         return int(value)
     exact = Fraction(float(value))  # OverflowError, ValueError for what is no number
+    if exact.denominator > _FINEST:
+        raise ValueError(f"products with {value} are rounded")
     return int(exact) if exact.denominator == 1 else exact
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,13 @@ def test_products_divide_exactly_or_not_at_all() -> None:
 )
 def test_what_depends_on_the_inputs_is_no_constant(found: Any, constant: bool) -> None:
     assert is_constant(found) == constant
+
+
+def test_products_that_are_rounded_are_not_written_down() -> None:
+    """Ten times the float next to 1.3 is 13 in float32 and less than that on paper."""
+    assert H * np.float32(1.5) == 3 * H * Fraction(1, 2)
+    with pytest.raises(ValueError, match="are rounded"):
+        H * np.float32(1.3)
 
 
 def test_nobody_takes_a_size_for_a_truth() -> None:
