@@ -40,12 +40,17 @@ class Editor:
             self._makers[scope.path] = {n.output[0]: n for n in nodes if n.op_type == "Constant"}
         return self._makers[scope.path][name]
 
-    def added(self, wish: str, array: Array | Lazy) -> str:
-        """A new initializer in the main graph, which all subgraphs see."""
+    def fresh(self, wish: str) -> str:
+        """A name that nothing has yet, as near to a wish as can be."""
         name, number = wish, 1
         while name in self.names:
             name, number = f"{wish}_{number}", number + 1
         self.names.add(name)
+        return name
+
+    def added(self, wish: str, array: Array | Lazy) -> str:
+        """A new initializer in the main graph, which all subgraphs see."""
+        name = self.fresh(wish)
         self.model.add_initializer(name, array)
         if self.model.proto.ir_version < 4:
             kind = helper.np_dtype_to_tensor_dtype(array.dtype)

@@ -33,16 +33,14 @@ def is_bound_to_sizes(combed: Combed, kept: Kept) -> bool:
 
     It does where masks lie along an axis of open size that holds channels, as when they are merged with the batch.
     """
-    for scope in combed.folded.scope.walk():
-        for path, position in (*combed.recorder.sensitive, *combed.recorder.silenced):
-            if path != scope.path:
-                continue
-            node = scope.nodes[position]
-            for name in (*node.input, *node.output):
-                tensor, value = combed.tensors.get((path, name)), scope.lookup(name)
-                axes = (tensor and tensor.axes) or []
-                if value is not None and any(kept.touches(a) and not value.has_fixed(i) for i, a in enumerate(axes)):
-                    return True
+    scopes = {scope.path: scope for scope in combed.folded.scope.walk()}
+    for path, position in (*combed.recorder.sensitive, *combed.recorder.silenced):
+        node = scopes[path].nodes[position]
+        for name in (*node.input, *node.output):
+            tensor, value = combed.tensors.get((path, name)), scopes[path].lookup(name)
+            axes = (tensor and tensor.axes) or []
+            if value is not None and any(kept.touches(a) and not value.has_fixed(i) for i, a in enumerate(axes)):
+                return True
     return False
 
 
@@ -177,13 +175,6 @@ class _Masker(Editor):
         if key not in self.indices:
             self.indices[key] = self.added("kept_indices", index.astype(np.int64))
         return self.indices[key]
-
-    def fresh(self, wish: str) -> str:
-        name, number = wish, 1
-        while name in self.names:
-            name, number = f"{wish}_{number}", number + 1
-        self.names.add(name)
-        return name
 
 
 def _silenced(array: Array, masks: Mapping[int, Mask], zero: Array) -> Array:

@@ -215,7 +215,6 @@ class Marks:
 
     def __init__(self, folded: Folded) -> None:
         """Mark a copy of the model."""
-        self._folded = folded
         self._editor = Editor(folded.model.copy())
         self.places: dict[str, _Body] = {}
         """Bodies by the mark of a node in them."""

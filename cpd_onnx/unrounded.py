@@ -272,13 +272,6 @@ class _Unrounder(Editor):
         self.nodes.append(helper.make_node(operator, list(inputs), [name], domain=domain, **attributes))
         return name
 
-    def fresh(self, wish: str) -> str:
-        name, number = wish, 1
-        while name in self.names:
-            name, number = f"{wish}_{number}", number + 1
-        self.names.add(name)
-        return name
-
     def constant(self, name: str) -> Array | Lazy | None:
         """Values of a constant, or of what is computed of constants; None of anything else."""
         if self.model.has(name):

@@ -581,7 +581,7 @@ def turned_view(b: Open, x: str) -> str | None:
 def class_token(b: Open, x: str) -> str | None:
     _, channels, _ = b.kinds[x]
     token = b.weight(1, 1, channels)
-    wide = b.node("Expand", token, b.target(b.size(x, 0), b.pick(1, -1) if False else 1, channels))
+    wide = b.node("Expand", token, b.target(b.size(x, 0), 1, channels))
     return b.made(b.node("Concat", wide, x, axis=1), "tokens", channels, b.name("m"))
 
 
