@@ -25,11 +25,11 @@ import onnx
 from accuracy import HERE, commit
 
 import cpd_onnx as cpd
-from cpd_onnx.cli import main as command_line
-from cpd_onnx.runtime import open_model
+from cpd_onnx.cli.main import main as command_line
+from cpd_onnx.runtime.sessions import open_model
 
 sys.path.insert(0, str(HERE.parent))
-from tests.models import operator_cases
+from tests.support.models import operator_cases
 
 
 def complaint(path: Path) -> str | None:

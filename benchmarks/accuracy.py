@@ -32,10 +32,10 @@ from typing import Any
 import numpy as np
 import onnx
 
-from cpd_onnx.cost import CostModel
-from cpd_onnx.graph import load
-from cpd_onnx.kept import Kept
-from cpd_onnx.passes.comb import comb
+from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.channels.combing import comb
+from cpd_onnx.channels.costs import CostModel
+from cpd_onnx.ir.model import load
 
 HERE = Path(__file__).parent
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

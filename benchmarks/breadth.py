@@ -22,8 +22,8 @@ from typing import Any
 from isolation import limited
 
 import cpd_onnx as cpd
-from cpd_onnx.passes.comb import comb
-from cpd_onnx.shapes import fold
+from cpd_onnx.channels.combing import comb
+from cpd_onnx.shapes.inference import fold
 
 Result = dict[str, Any]
 

@@ -3,7 +3,7 @@
     python benchmarks/edited.py [--count 200] [--out results/edited.json]
 
 The files are pruned, refitted, trained and deployed ones: the example of the README, and a small model with weights in
-initializers, Constant nodes, the branches of an If and a local function (`tests/edits.py`). Each edit changes one value
+initializers, Constant nodes, the branches of an If and a local function (`tests/support/edits.py`). Each edit changes one value
 of a tensor or attribute, at times by its last bit alone. It counts as named if `cpd-onnx verify` ends with an error and
 the line names the tensor, or the node of the attribute. Files without an edit must pass.
 """
@@ -27,11 +27,11 @@ import numpy as np
 import onnx
 from accuracy import HERE, commit
 
-from cpd_onnx.cli import main as command_line
-from cpd_onnx.manifest import versions
+from cpd_onnx.cli.main import main as command_line
+from cpd_onnx.workflow.manifest import versions
 
 sys.path.insert(0, str(HERE.parent))
-from tests.edits import KINDS, edited, nested
+from tests.support.edits import KINDS, edited, nested
 
 MODELS = HERE.parent / "models"
 

@@ -1,19 +1,19 @@
-"""Random graphs through the oracles, damaged files through the pipeline and all commands: the long run of tests/test_fuzz.py.
+"""Random graphs through the oracles, damaged files through the pipeline and all commands: the long run of tests/robustness/test_fuzz.py.
 
     python benchmarks/fuzz.py [--graphs 20000] [--open 20000] [--damaged 100000] [--commands 4000] [--data DATA] [--out FILE]
 
-Graphs (tests/graphs.py): operators with rules in random topologies, valid by onnx's checker. Each is folded, combed,
+Graphs (tests/support/graphs.py): operators with rules in random topologies, valid by onnx's checker. Each is folded, combed,
 pruned at random and compared with the masked original in onnxruntime, and its channels are permuted.
 
-Graphs with open sizes (tests/open_graphs.py): shape arithmetic as exporters and people write it. Each is pruned and proved;
+Graphs with open sizes (tests/support/open_graphs.py): shape arithmetic as exporters and people write it. Each is pruned and proved;
 the pruned file is then compared with the masked original at five sets of sizes that were not used for either.
 
-Damage (tests/damage.py) is done to such graphs, to the files in DATA/onnx of less than 1.5 MB and to the light models of
+Damage (tests/support/damage.py) is done to such graphs, to the files in DATA/onnx of less than 1.5 MB and to the light models of
 the onnx package: attributes, inputs, tensors, types and bytes are changed. Each must be pruned and proved, or be
 refused with one line, within a minute of the processor's time; those that take long to run have their turn less often, and
 only some are proved.
 
-Of further such files (tests/commands.py) each goes through one of all commands, picked at random: it must succeed, or end
+Of further such files (tests/support/commands.py) each goes through one of all commands, picked at random: it must succeed, or end
 in one line that is no defect of ours and leave nothing.
 
 Workers are processes; one that dies is a crash of the file that it had. Whatever goes wrong is printed with its seed.
@@ -41,14 +41,14 @@ import onnx
 from accuracy import HERE, commit, macs
 
 import cpd_onnx as cpd
-from cpd_onnx import runtime
+from cpd_onnx.runtime import sessions as runtime
 from cpd_onnx.testing import mask_oracle, permutation_oracle
 
 sys.path.insert(0, str(HERE.parent))
-from tests.commands import command_outcome
-from tests.damage import damaged
-from tests.graphs import seeded
-from tests.open_outcome import open_outcome
+from tests.support.commands import command_outcome
+from tests.support.damage import damaged
+from tests.support.graphs import seeded
+from tests.support.open_outcome import open_outcome
 
 CHUNK, SECONDS, SMALL = 50, 60, 1_500_000
 LONG, LARGE, TURNS, PROVED = 2e7, 1_000_000, 40, 10

@@ -43,10 +43,10 @@ import numpy as np
 from accuracy import HERE, Case, command, commit, images, macs, prepared
 from accuracy import Run as SegmentationRun
 
-from cpd_onnx.data import ArraySource
-from cpd_onnx.graph import load
-from cpd_onnx.metrics import evaluate
-from cpd_onnx.runtime import interleaved, open_model
+from cpd_onnx.data.metrics import evaluate
+from cpd_onnx.data.sources import ArraySource
+from cpd_onnx.ir.model import load
+from cpd_onnx.runtime.sessions import interleaved, open_model
 
 SHARES = (0.232, 0.12)
 """Of the latency; the first is the paper's 4.31 times faster."""
@@ -70,7 +70,7 @@ SECONDS = 4.0
 IN_TURNS = """
 import json, sys
 import numpy as np, onnxruntime as ort
-from cpd_onnx.runtime import interleaved
+from cpd_onnx.runtime.sessions import interleaved
 feed, seconds, flag, *paths = sys.argv[1:]
 options = ort.SessionOptions()
 options.intra_op_num_threads = 1

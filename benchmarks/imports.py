@@ -26,10 +26,10 @@ import torch
 from isolation import limited
 
 import cpd_onnx as cpd
-from cpd_onnx.compare import distance, tolerance
-from cpd_onnx.passes.comb import comb
-from cpd_onnx.runtime import execute, open_model, working_feeds
-from cpd_onnx.shapes import fold
+from cpd_onnx.channels.combing import comb
+from cpd_onnx.proof.comparison import distance, tolerance
+from cpd_onnx.runtime.sessions import execute, open_model, working_feeds
+from cpd_onnx.shapes.inference import fold
 from cpd_onnx.torch import import_model
 from cpd_onnx.torch.dtypes import to_numpy, to_torch
 

@@ -33,11 +33,11 @@ import numpy as np
 from accuracy import HERE, command, commit, images, macs, prepared
 from without_training import CASES, Case, calibration, tested
 
-from cpd_onnx.bench import machine
-from cpd_onnx.data import fixed_batch, inputs_of
-from cpd_onnx.graph import load
-from cpd_onnx.metrics import evaluate
-from cpd_onnx.runtime import execute, open_model
+from cpd_onnx.data.metrics import evaluate
+from cpd_onnx.data.sources import fixed_batch, inputs_of
+from cpd_onnx.ir.model import load
+from cpd_onnx.runtime.bench import machine
+from cpd_onnx.runtime.sessions import execute, open_model
 
 BOTH_ORDERS = "gtsrb"
 """The model that is also quantised first, and trained."""

@@ -32,14 +32,14 @@ import numpy as np
 import onnxruntime as ort
 from accuracy import commit
 
-from cpd_onnx.cost import CostModel
+from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.budget.latency import Clock
+from cpd_onnx.channels.combing import comb
+from cpd_onnx.channels.costs import CostModel
 from cpd_onnx.errors import CpdError
-from cpd_onnx.graph import load
-from cpd_onnx.kept import Kept
-from cpd_onnx.latency import Clock
+from cpd_onnx.ir.model import load
 from cpd_onnx.passes.allocate import Allocate
-from cpd_onnx.passes.comb import comb
-from cpd_onnx.passes.score import score
+from cpd_onnx.scores.registry import score
 
 ARCHITECTURES = (
     "resnet50", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "convnext_tiny", "vit_s_16", "swin_t",

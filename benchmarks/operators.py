@@ -2,7 +2,7 @@
 
     python benchmarks/operators.py [--only REGEX] [--out benchmarks/results/operators.json]
 
-Run from the repository: the models are made by tests/models.py. Every case is taken twice: with all float inputs as
+Run from the repository: the models are made by tests/support/models.py. Every case is taken twice: with all float inputs as
 activations, and with some of them as weights.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import cpd_onnx as cpd
-from tests.models import operator_cases, set_free
+from tests.support.models import operator_cases, set_free
 
 # onnxruntime updates the running mean of a BatchNormalization in training mode in place, input or not.
 EXCLUDED = re.compile("training_mode")

@@ -41,8 +41,8 @@ WALL_SECONDS = 120
 def ours(model: Path, out: Path, tell: Callable[[Result], None]) -> None:
     """Prune with this package."""
     import cpd_onnx as cpd
-    from cpd_onnx.passes.comb import comb
-    from cpd_onnx.shapes import fold
+    from cpd_onnx.channels.combing import comb
+    from cpd_onnx.shapes.inference import fold
 
     started = time.perf_counter()
     read = cpd.load(model)
@@ -117,7 +117,7 @@ TOOLS: dict[str, Callable[[Path, Path, Callable[[Result], None]], None]] = {
 
 
 IMPORTS = {
-    "ours": "import cpd_onnx.cli, cpd_onnx.passes.verify", "torch-pruning": "import torch, torch_pruning",
+    "ours": "import cpd_onnx.cli.main, cpd_onnx.passes.verify", "torch-pruning": "import torch, torch_pruning",
     "onnxsim": "import onnx, onnxsim",
 }  # fmt: skip  # a table
 

@@ -2,9 +2,9 @@
 
     python benchmarks/planted.py
 
-`tests/planted.py` has the networks, which end in all kinds of outputs, and the defects. The right model should be
+`tests/support/planted.py` has the networks, which end in all kinds of outputs, and the defects. The right model should be
 verified; a wrong one must be wrong or, where its outputs show nothing, inconclusive. Rules with a defect
-(`tests/test_mutations.py`) are counted beside them.
+(`tests/rules/test_mutations.py`) are counted beside them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from accuracy import HERE, commit
 
 sys.path.insert(0, str(HERE.parent))
 from cpd_onnx.rules import RULES
-from tests.planted import DEFECTS, NETWORKS, verdict_of
-from tests.test_mutations import MUTATIONS, is_caught
-from tests.test_rules import model_of
+from tests.rules.test_mutations import MUTATIONS, is_caught
+from tests.rules.test_rules import model_of
+from tests.support.planted import DEFECTS, NETWORKS, verdict_of
 
 
 def mutations() -> dict[str, bool]:

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from accuracy import HERE, images, prepared
 
-from cpd_onnx.bench import machine
-from cpd_onnx.graph import load
+from cpd_onnx.ir.model import load
+from cpd_onnx.runtime.bench import machine
 
 
 @dataclass(frozen=True)

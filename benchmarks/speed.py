@@ -21,8 +21,8 @@ import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import cpd_onnx as cpd
-from cpd_onnx.passes.comb import comb
-from cpd_onnx.shapes import fold
+from cpd_onnx.channels.combing import comb
+from cpd_onnx.shapes.inference import fold
 
 
 def chain(layers: int) -> ModelProto:

@@ -34,16 +34,16 @@ import numpy as np
 import onnxruntime as ort
 from accuracy import HERE, command, commit, images, macs, prepared
 
-from cpd_onnx.data import ArraySource, Source
+from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.budget.allocation import Budget, allocate
+from cpd_onnx.channels.combing import comb
+from cpd_onnx.data.metrics import evaluate
+from cpd_onnx.data.sources import ArraySource, Source
 from cpd_onnx.errors import CpdError
-from cpd_onnx.graph import Model, load
-from cpd_onnx.kept import Kept
-from cpd_onnx.metrics import evaluate
-from cpd_onnx.passes.allocate import Budget, allocate
-from cpd_onnx.passes.comb import comb
+from cpd_onnx.ir.model import Model, load
 from cpd_onnx.passes.prune import prune
 from cpd_onnx.passes.repair import RepairOptions, repair
-from cpd_onnx.passes.score import SCORERS, score
+from cpd_onnx.scores.registry import SCORERS, score
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,11 @@ from cpd_onnx.errors import (
 from cpd_onnx.version import __version__
 
 if TYPE_CHECKING:
-    from cpd_onnx.api import compress, compressed
-    from cpd_onnx.graph import Model, load
-    from cpd_onnx.pipeline import run
-    from cpd_onnx.plan import Plan, load_plan
-    from cpd_onnx.state import State
+    from cpd_onnx.ir.model import Model, load
+    from cpd_onnx.pipeline.pipeline import run
+    from cpd_onnx.pipeline.state import State
+    from cpd_onnx.rewrite.plan import Plan, load_plan
+    from cpd_onnx.workflow.api import compress, compressed
 
 __all__ = [
     "CpdError",
@@ -53,14 +53,14 @@ __all__ = [
 
 
 _HOMES = {
-    "Model": "graph",
-    "Plan": "plan",
-    "State": "state",
-    "compress": "api",
-    "compressed": "api",
-    "load": "graph",
-    "load_plan": "plan",
-    "run": "pipeline",
+    "Model": "ir.model",
+    "Plan": "rewrite.plan",
+    "State": "pipeline.state",
+    "compress": "workflow.api",
+    "compressed": "workflow.api",
+    "load": "ir.model",
+    "load_plan": "rewrite.plan",
+    "run": "pipeline.pipeline",
 }
 """The modules of names that are imported when they are asked for: their libraries take a second to load."""
 

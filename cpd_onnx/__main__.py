@@ -8,9 +8,9 @@ def entry() -> None:
     """The `cpd-onnx` command."""
     os.environ["PYTHONSAFEPATH"] = "1"  # processes that are started import nothing from the current folder
     try:
-        from cpd_onnx.loading import Start
-        from cpd_onnx.streams import complain, open_closed_streams
-        from cpd_onnx.supervise import supervised
+        from cpd_onnx.cli.loading import Start
+        from cpd_onnx.cli.supervise import supervised
+        from cpd_onnx.io.streams import complain, open_closed_streams
 
         open_closed_streams()
         start = Start()

@@ -12,21 +12,21 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import NodeProto
 
-from cpd_onnx.atoms import NOTHING, Atoms, Axis
-from cpd_onnx.compare import VERIFIED, WRONG, Comparison
-from cpd_onnx.editing import Editor
-from cpd_onnx.evaluate import EVALUATORS, Call
-from cpd_onnx.graph import Array, Model, Source, attributes_of, load
-from cpd_onnx.groups import Combed, Weight
-from cpd_onnx.kept import Kept
-from cpd_onnx.masking import zero_of
-from cpd_onnx.passes.allocate import Allocation, Budget, allocate
-from cpd_onnx.passes.comb import comb
+from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis
+from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.budget.allocation import Allocation, Budget, allocate
+from cpd_onnx.channels.combing import comb
+from cpd_onnx.channels.groups import Combed, Weight
+from cpd_onnx.channels.weights import weight_array
+from cpd_onnx.ir.model import Array, Model, Source, attributes_of, load
+from cpd_onnx.ops.evaluate import EVALUATORS, Call
 from cpd_onnx.passes.prune import prune
-from cpd_onnx.passes.score import score
-from cpd_onnx.proving import equal, verify
-from cpd_onnx.shapes import Scope
-from cpd_onnx.weights import weight_array
+from cpd_onnx.proof.comparison import VERIFIED, WRONG, Comparison
+from cpd_onnx.proof.masking import zero_of
+from cpd_onnx.proof.proving import equal, verify
+from cpd_onnx.scores.registry import score
+from cpd_onnx.shapes.editor import Editor
+from cpd_onnx.shapes.inference import Scope
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def _permute(combed: Combed, editor: Editor, weight: Weight, image: Axis) -> Non
         arrays[use.use] = array
     first = next(iter(arrays.values()), original)
     if not np.array_equal(first, original):
-        editor.replace(weight, np.ascontiguousarray(first))
+        editor.replace(weight.value, weight.scope, np.ascontiguousarray(first))
     for slot, array in arrays.items():
         if not np.array_equal(array, first):
             editor.node(slot.scope, slot.node).input[slot.slot] = editor.added(f"{weight.value.name}_permuted", array)
@@ -246,5 +246,7 @@ def _zeroed(combed: Combed, kept: Kept) -> Model:
         for axis, atoms in enumerate(axes):
             stays &= kept.mask(atoms).reshape([-1 if i == axis else 1 for i in range(original.ndim)])
         if not stays.all():
-            editor.replace(weight, np.where(stays, original, zero_of(combed, weight)).astype(original.dtype))
+            editor.replace(
+                weight.value, weight.scope, np.where(stays, original, zero_of(combed, weight)).astype(original.dtype)
+            )
     return editor.model

@@ -14,8 +14,8 @@ from pathlib import Path
 import onnx
 from shared import Task, arguments, compare
 
-from cpd_onnx.data import LABELS, ArraySource, read_npz
-from cpd_onnx.metrics import evaluate
+from cpd_onnx.data.metrics import evaluate
+from cpd_onnx.data.sources import LABELS, ArraySource, read_npz
 
 
 def main() -> None:

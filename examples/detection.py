@@ -16,7 +16,7 @@ from shared import KINDS, Box, Task, arguments, compare, export, shapes, shuffle
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cpd_onnx.metrics import open_session
+from cpd_onnx.data.metrics import open_session
 
 SIZE, CELL = 32, 4
 GRID = SIZE // CELL

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import cpd_onnx
-from cpd_onnx.metrics import open_session
+from cpd_onnx.data.metrics import open_session
 
 CONTEXT, WIDTH, HEADS, LAYERS, BYTES = 64, 96, 4, 3, 256
 Tokens = npt.NDArray[np.int64]

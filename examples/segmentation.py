@@ -14,8 +14,8 @@ from shared import KINDS, Arrays, Task, arguments, compare, export, shapes, shuf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cpd_onnx.data import LABELS, ArraySource
-from cpd_onnx.metrics import evaluate
+from cpd_onnx.data.metrics import evaluate
+from cpd_onnx.data.sources import LABELS, ArraySource
 
 WIDTHS = (12, 24, 48)
 

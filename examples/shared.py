@@ -21,18 +21,21 @@ import torch
 from rich.console import Console
 
 import cpd_onnx as cpd
-from cpd_onnx import report
-from cpd_onnx.cost import CostModel
-from cpd_onnx.data import LABELS, ArraySource
-from cpd_onnx.kept import Kept
+from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.channels.combing import comb
+from cpd_onnx.channels.costs import CostModel
+from cpd_onnx.data.sources import LABELS, ArraySource
 from cpd_onnx.passes.allocate import Allocate
-from cpd_onnx.passes.comb import Comb, comb
+from cpd_onnx.passes.comb import Comb
 from cpd_onnx.passes.distill import DistillOptions, distill, trained
 from cpd_onnx.passes.prune import Prune
 from cpd_onnx.passes.repair import Repair
 from cpd_onnx.passes.score import Score
-from cpd_onnx.passes.verify import Verify, verify_files
-from cpd_onnx.runtime import latency_ratio
+from cpd_onnx.passes.verify import Verify
+from cpd_onnx.proof.files import verify_files
+from cpd_onnx.report import tables as report
+from cpd_onnx.runtime.sessions import latency_ratio
+from cpd_onnx.summary import count
 
 Arrays = dict[str, npt.NDArray[Any]]
 Box = tuple[float, float, float, float]
@@ -148,7 +151,7 @@ def _print(found: Mapping[str, cpd.Model], task: Task) -> None:
     for (name, model), taken in zip(found.items(), seconds, strict=True):
         combed = comb(model)
         costs = CostModel(combed).total(Kept(combed.atoms))
-        sizes = (report.count(costs.macs), report.count(costs.params), f"{report.count(len(model.serialize()))}B")
+        sizes = (count(costs.macs), count(costs.params), f"{count(len(model.serialize()))}B")
         table.add_row(name, f"{task.judge(model.complete_proto()):.3f}", *sizes, f"{1e3 * taken:.2f}")
     Console(width=120, highlight=False).print(table)
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cpd_onnx.data import LABELS, ArraySource
-from cpd_onnx.metrics import evaluate
+from cpd_onnx.data.metrics import evaluate
+from cpd_onnx.data.sources import LABELS, ArraySource
 
 HERE = Path(__file__).parent
 INPUT = "image"

@@ -21,14 +21,14 @@ import torch
 from onnx import ModelProto, helper
 from torch import Tensor
 
-from cpd_onnx import metrics
-from cpd_onnx.data import LABELS, Source, check_source, inputs_of
+from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.channels.groups import Combed
+from cpd_onnx.data import metrics
+from cpd_onnx.data.sources import LABELS, Source, check_source, inputs_of
 from cpd_onnx.errors import CpdError, DataError, ModelError
-from cpd_onnx.graph import Model, load
-from cpd_onnx.groups import Combed
-from cpd_onnx.kept import Kept
+from cpd_onnx.ir.model import Model, load
+from cpd_onnx.pipeline.state import State
 from cpd_onnx.rules import FLOATS
-from cpd_onnx.state import State
 from cpd_onnx.torch import BatchNormMode, OnnxModule, import_model, write_weights
 from cpd_onnx.torch.dtypes import to_numpy, to_torch
 from cpd_onnx.training import folded

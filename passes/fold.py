@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from cpd_onnx.shapes import fold
-from cpd_onnx.state import State
+from cpd_onnx.pipeline.state import State
+from cpd_onnx.shapes.inference import fold
 
 
 @dataclass(frozen=True)

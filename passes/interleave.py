@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 from cpd_onnx.errors import DataError
-from cpd_onnx.graph import Model
+from cpd_onnx.ir.model import Model
 from cpd_onnx.passes.distill import (
     DistillOptions,
     DistillResult,
@@ -20,7 +20,7 @@ from cpd_onnx.passes.distill import (
     trained,
 )
 from cpd_onnx.passes.iterate import Iterate, Round
-from cpd_onnx.state import State
+from cpd_onnx.pipeline.state import State
 from cpd_onnx.training.world import world
 
 

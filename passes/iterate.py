@@ -16,23 +16,24 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from cpd_onnx.cost import CostModel, Costs
-from cpd_onnx.data import Source
+from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.budget.allocation import Allocation, Chooser
+from cpd_onnx.channels.combing import comb
+from cpd_onnx.channels.costs import CostModel, Costs
+from cpd_onnx.channels.groups import Combed
+from cpd_onnx.channels.weights import weight_array
+from cpd_onnx.data.sources import Source
 from cpd_onnx.errors import CpdError, DataError, TargetError
-from cpd_onnx.files import read_json, write_atomically
-from cpd_onnx.graph import Model, load
-from cpd_onnx.groups import Combed
-from cpd_onnx.kept import Kept
-from cpd_onnx.passes.allocate import Allocate, Allocation, Chooser
-from cpd_onnx.passes.comb import comb
+from cpd_onnx.io.files import read_json, write_atomically
+from cpd_onnx.ir.model import Model, load
+from cpd_onnx.passes.allocate import Allocate
 from cpd_onnx.passes.prune import prune
 from cpd_onnx.passes.repair import SAMPLES as REPAIR_SAMPLES
 from cpd_onnx.passes.repair import RepairOptions, repair, summary
-from cpd_onnx.passes.score import Scores, score, scorer_of
-from cpd_onnx.plan import Plan, make_plan, match
-from cpd_onnx.rewrite import evaluation_of
-from cpd_onnx.state import State
-from cpd_onnx.weights import weight_array
+from cpd_onnx.pipeline.state import State
+from cpd_onnx.rewrite.plan import Plan, make_plan, match
+from cpd_onnx.rewrite.rewriter import evaluation_of
+from cpd_onnx.scores.registry import Scores, score, scorer_of
 
 _GONE = -1.0
 """Score of channels that went in an earlier round: below all others, which are no less than zero."""

@@ -7,14 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from cpd_onnx.graph import Source
-from cpd_onnx.groups import Combed
-from cpd_onnx.kept import Kept
-from cpd_onnx.passes.allocate import Allocation
-from cpd_onnx.passes.comb import planned
-from cpd_onnx.plan import Plan, make_plan
-from cpd_onnx.rewrite import Pruned, rewrite
-from cpd_onnx.state import State
+from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.budget.allocation import Allocation
+from cpd_onnx.channels.groups import Combed
+from cpd_onnx.ir.model import Source
+from cpd_onnx.pipeline.state import State
+from cpd_onnx.rewrite.plan import Plan, make_plan, planned
+from cpd_onnx.rewrite.rewriter import Pruned, rewrite
 
 
 def prune(combed: Combed, allocation: Allocation, input_shapes: Mapping[str, Sequence[int]] | None = None) -> Pruned:

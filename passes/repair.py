@@ -14,17 +14,17 @@ from typing import ClassVar
 
 import numpy as np
 
-from cpd_onnx.atoms import Mask
-from cpd_onnx.data import Source, calibration
+from cpd_onnx.algebra.atoms import Mask
+from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.channels.groups import Combed
+from cpd_onnx.data.sources import Source, calibration
 from cpd_onnx.errors import DataError
-from cpd_onnx.fitting import MAX_FEATURES, Matrix, Moments, Sampler, one_thread
-from cpd_onnx.graph import Array, Model
-from cpd_onnx.groups import Combed
-from cpd_onnx.kept import Kept
-from cpd_onnx.runtime import Feed
-from cpd_onnx.state import State
-from cpd_onnx.stepwise import Stepwise
-from cpd_onnx.units import Unit, units_of
+from cpd_onnx.fitting.least_squares import MAX_FEATURES, Matrix, Moments, Sampler, one_thread
+from cpd_onnx.fitting.units import Unit, units_of
+from cpd_onnx.ir.model import Array, Model
+from cpd_onnx.pipeline.state import State
+from cpd_onnx.runtime.sessions import Feed
+from cpd_onnx.runtime.stepwise import Stepwise
 
 SAMPLES = 512
 """Samples that a repair looks at."""

@@ -12,17 +12,17 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from cpd_onnx.data import Source, calibration
+from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.budget.allocation import Curves
+from cpd_onnx.channels.groups import Combed, Group
+from cpd_onnx.data.sources import Source, calibration
 from cpd_onnx.errors import DataError
-from cpd_onnx.graph import Array, Model
-from cpd_onnx.groups import Combed, Group
-from cpd_onnx.kept import Kept
-from cpd_onnx.passes.allocate import Curves
+from cpd_onnx.ir.model import Array, Model
 from cpd_onnx.passes.repair import RepairOptions, repair
-from cpd_onnx.passes.score import Scores, score
-from cpd_onnx.rewrite import rewrite
-from cpd_onnx.runtime import Feed, execute, open_model
-from cpd_onnx.state import State
+from cpd_onnx.pipeline.state import State
+from cpd_onnx.rewrite.rewriter import rewrite
+from cpd_onnx.runtime.sessions import Feed, execute, open_model
+from cpd_onnx.scores.registry import Scores, score
 
 SHARES = (0.75, 0.5, 0.25, 0.0)
 """Shares of a group's channels that are left to it, at least one channel."""

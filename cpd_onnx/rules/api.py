@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto
 
-from cpd_onnx.atoms import NOTHING, Atoms, Axis, Mask, is_uniform
-from cpd_onnx.evaluate import Call
-from cpd_onnx.graph import Array
-from cpd_onnx.shapes import Scope, Shape, Value
+from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis, Mask, is_uniform
+from cpd_onnx.ir.model import Array
+from cpd_onnx.ops.evaluate import Call
+from cpd_onnx.shapes.inference import Scope, Shape, Value
 
 _MOST_AXES = 1 << 10
 

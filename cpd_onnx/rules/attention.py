@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cpd_onnx.atoms import Axis
+from cpd_onnx.algebra.atoms import Axis
 from cpd_onnx.rules.api import GiveUp, Op, Tensor, rule
 from cpd_onnx.rules.elementwise import MICROSOFT, freeze_rest
 

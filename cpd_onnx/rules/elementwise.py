@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cpd_onnx.atoms import Axis
+from cpd_onnx.algebra.atoms import Axis
 from cpd_onnx.rules.api import Op, Tensor, rule
 
 MICROSOFT = "com.microsoft"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cpd_onnx.atoms import Axis
+from cpd_onnx.algebra.atoms import Axis
 from cpd_onnx.rules.api import Op, Tensor, rule
 from cpd_onnx.rules.elementwise import MICROSOFT
 from cpd_onnx.rules.linear import stands_for

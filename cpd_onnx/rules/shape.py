@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cpd_onnx.atoms import Axis, is_uniform
-from cpd_onnx.evaluate import axes_operand, slice_ranges
-from cpd_onnx.graph import Array
+from cpd_onnx.algebra.atoms import Axis, is_uniform
+from cpd_onnx.ir.model import Array
+from cpd_onnx.ops.evaluate import axes_operand, slice_ranges
+from cpd_onnx.ops.sizes import divided, floor, is_constant, product
 from cpd_onnx.rules.api import DROP, TABLE_ROWS, GiveUp, Keep, Op, Rewrite, Tensor, positions_after, rule
-from cpd_onnx.shapes import Value
-from cpd_onnx.sizes import divided, floor, is_constant, product
+from cpd_onnx.shapes.inference import Value
 
 _FAR = 2**31 - 1
 """Slice ends from this on mean 'to the end' in every exporter."""

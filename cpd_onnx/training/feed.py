@@ -12,9 +12,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cpd_onnx.data import LABELS, Batch, Input, Source, fixed_batch, steps_per_pass
+from cpd_onnx.data.metrics import IGNORED
+from cpd_onnx.data.sources import LABELS, Batch, Input, Source, fixed_batch, steps_per_pass
 from cpd_onnx.errors import DataError
-from cpd_onnx.metrics import IGNORED
 from cpd_onnx.torch.dtypes import to_torch
 from cpd_onnx.training.world import World
 

@@ -20,8 +20,8 @@ from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 from torch import Tensor
 
 from cpd_onnx.errors import CpdError
-from cpd_onnx.graph import load
-from cpd_onnx.shapes import fold as shapes_of
+from cpd_onnx.ir.model import load
+from cpd_onnx.shapes.inference import fold as shapes_of
 from cpd_onnx.torch.module import OnnxModule
 from cpd_onnx.torch.operators.norm import BatchNorm
 

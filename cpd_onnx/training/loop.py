@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from cpd_onnx.errors import CpdError, StoppedError
-from cpd_onnx.files import write_atomically
+from cpd_onnx.io.files import write_atomically
 from cpd_onnx.torch.module import OnnxModule
 from cpd_onnx.training.feed import Feed
 from cpd_onnx.training.losses import LOSSES, Comparison

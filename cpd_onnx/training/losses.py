@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cpd_onnx.data.metrics import IGNORED
 from cpd_onnx.errors import CpdError, DataError, ModelError
-from cpd_onnx.metrics import IGNORED
 
 LossKind: TypeAlias = Literal["kl", "dist", "mse", "cosine"]
 LOSSES: tuple[LossKind, ...] = get_args(LossKind)

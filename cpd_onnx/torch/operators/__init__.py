@@ -1,7 +1,6 @@
 """The operators, one small function each, by family; importing this package fills `registry.OPERATORS`."""
 
 from cpd_onnx.torch.operators import (
-    attention,
     elementwise,
     fused,
     generate,
@@ -9,16 +8,13 @@ from cpd_onnx.torch.operators import (
     linear,
     loss,
     norm,
-    pooling,
     quant,
-    recurrent,
     reduce,
-    resize,
-    sequence,
     shape,
     signal,
-    vision,
 )
+from cpd_onnx.torch.operators.images import pooling, regions, resize
+from cpd_onnx.torch.operators.sequences import attention, lists, recurrent
 
 __all__ = [
     "attention",
@@ -27,15 +23,15 @@ __all__ = [
     "generate",
     "indexing",
     "linear",
+    "lists",
     "loss",
     "norm",
     "pooling",
     "quant",
     "recurrent",
     "reduce",
+    "regions",
     "resize",
-    "sequence",
     "shape",
     "signal",
-    "vision",
 ]

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
-from cpd_onnx.torch.operators.attention import merge_heads, rotate, split_heads
 from cpd_onnx.torch.operators.linear import conv, gemm
 from cpd_onnx.torch.operators.norm import rms_normalization
+from cpd_onnx.torch.operators.sequences.attention import merge_heads, rotate, split_heads
 from cpd_onnx.torch.registry import family, operator
 
 _ORT = "com.microsoft"

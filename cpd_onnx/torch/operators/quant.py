@@ -16,7 +16,7 @@ from typing_extensions import Unpack
 
 from cpd_onnx.torch.dtypes import elem_dtype
 from cpd_onnx.torch.operators.linear import Window, conv
-from cpd_onnx.torch.operators.recurrent import Recurrent, lstm
+from cpd_onnx.torch.operators.sequences.recurrent import Recurrent, lstm
 from cpd_onnx.torch.registry import operator
 
 _FLOAT8 = {torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz}

@@ -1,0 +1,50 @@
+"""What stays once it is decided which channels go."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cpd_onnx.algebra.atoms import Atoms, Axis, Mask, is_uniform
+
+
+class Kept:
+    """Keep-masks of axes, given the primitive atoms that go.
+
+    Axes that are one array are looked up once; the channels that go may be changed with `remove`. Do not write into
+    the masks.
+    """
+
+    def __init__(self, atoms: Atoms) -> None:
+        """Start with all channels kept."""
+        self._atoms = atoms
+        self._gone: Mask = np.zeros(len(atoms), np.bool_)
+        self._masks: dict[int, tuple[Axis, Mask]] = {}
+
+    def remove(self, channels: Axis) -> None:
+        """Say which primitives go; replaces what was said before."""
+        self._gone[:] = False
+        self._gone[channels] = True
+        self._masks.clear()
+
+    def stays(self, parts: Axis) -> Mask:
+        """True where an index stays that is deleted by the primitives in its row of `parts`."""
+        if parts.shape[1] == 1:
+            return np.asarray(~self._gone[parts[:, 0]])
+        return np.asarray(~self._gone[parts].any(axis=1))
+
+    def mask(self, axis: Axis) -> Mask:
+        """True where the index stays."""
+        known = self._masks.get(id(axis))
+        if known is None:
+            parts = self._atoms.parts(axis)
+            mask = self.stays(parts[:1] if is_uniform(axis) else parts)
+            known = self._masks[id(axis)] = (axis, np.broadcast_to(mask, len(axis)))
+        return known[1]
+
+    def count(self, axis: Axis) -> int:
+        """Number of indices that stay."""
+        return int(np.count_nonzero(self.mask(axis)))
+
+    def touches(self, axis: Axis) -> bool:
+        """Whether some index goes."""
+        return self.count(axis) < len(axis)

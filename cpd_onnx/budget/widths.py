@@ -1,0 +1,139 @@
+"""How many channels a group may keep: what is held, bounds, multiples."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from cpd_onnx.channels.groups import Combed, Group
+from cpd_onnx.errors import TargetError
+
+Counts: TypeAlias = npt.NDArray[np.int64]
+Shares: TypeAlias = tuple[float, float]
+"""The smallest and the largest share of a group's channels that may stay."""
+
+_COUNTED = {"heads", "groups"}
+"""Kinds of groups that are counts, not widths."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What widths are allowed.
+
+    Attributes:
+        keep: patterns (with * and ?) of groups, weights and nodes that are not touched.
+        multiple: widths that remain are multiples of this, where a group has that many channels.
+        shares: of each group's channels that may stay, lowest and highest.
+        of: the same by pattern, of groups or, where none has such a name, of weights and nodes; the last one counts.
+
+    """
+
+    keep: tuple[str, ...] = ()
+    multiple: int = 1
+    shares: Shares = (0.0, 1.0)
+    of: tuple[tuple[str, Shares], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense."""
+        if self.multiple < 1:
+            raise TargetError(f"a width multiple of {self.multiple} makes no sense: give 1 or more")
+        for low, high in (self.shares, *(shares for _, shares in self.of)):
+            if not 0 <= low <= high <= 1 or high == 0:
+                raise TargetError(f"from {low:g} to {high:g} of a group's channels: give shares from 0 to 1, in order")
+
+
+@dataclass(frozen=True)
+class Widths:
+    """The widths that each group may have, ascending; at least one."""
+
+    allowed: tuple[Counts, ...]
+    held: frozenset[int]
+
+    @property
+    def least(self) -> list[int]:
+        """The smallest of each group."""
+        return [int(widths[0]) for widths in self.allowed]
+
+    @property
+    def most(self) -> list[int]:
+        """The largest of each group."""
+        return [int(widths[-1]) for widths in self.allowed]
+
+    def nearest(self, index: int, wish: float) -> int:
+        """The allowed width of a group that is nearest to a wish; of two, the even one first, as `round` has it."""
+        widths = self.allowed[index]
+        place = int(np.searchsorted(widths, wish))
+        if place == 0 or place == len(widths):
+            return int(widths[min(place, len(widths) - 1)])
+        below, above = int(widths[place - 1]), int(widths[place])
+        share = (wish - below) / (above - below)
+        return above if share > 0.5 or (share == 0.5 and place % 2) else below
+
+
+def allowed_widths(combed: Combed, limits: Limits, multiples: Mapping[int, int] | None = None) -> Widths:
+    """What each group may be cut to; `multiples` are those of single groups, where these have their own.
+
+    Raises TargetError if a pattern names nothing.
+    """
+    held = held_groups(combed, limits.keep)
+    shares = dict.fromkeys(range(len(combed.groups)), limits.shares)
+    for pattern, bounds in limits.of:
+        named = {group.id for group in combed.groups if _matches(group.name, [pattern])}
+        shares |= dict.fromkeys(named or held_groups(combed, (pattern,), "--width"), bounds)
+    allowed = []
+    for group in combed.groups:
+        if group.id in held:
+            allowed.append(np.asarray([len(group)]))
+            continue
+        multiple = limits.multiple if is_width(combed, group) else 1
+        multiple = math.lcm(multiple, (multiples or {}).get(group.id, 1))
+        allowed.append(_between(len(group), multiple, shares[group.id]))
+    return Widths(tuple(allowed), frozenset(held))
+
+
+def is_width(combed: Combed, group: Group) -> bool:
+    """Whether multiples make sense for a group: it is no count of heads, or of groups with several channels each."""
+    if group.kind not in _COUNTED:
+        return True
+    return group.kind == "groups" and all(len(m.indices[0]) == 1 for m in combed.members(group))
+
+
+def _between(size: int, multiple: int, shares: Shares) -> Counts:
+    """Multiples, and the whole width, within shares of a size; the lower bound where there are none."""
+    low = max(1, math.ceil(shares[0] * size - 1e-9))
+    high = max(low, math.floor(shares[1] * size + 1e-9))
+    first = -(-low // multiple) * multiple
+    widths = [*range(first, min(high, size - 1) + 1, multiple), *([size] if high == size else [])]
+    return np.asarray(widths or [low], np.int64)
+
+
+def held_groups(combed: Combed, patterns: Sequence[str], option: str = "--keep") -> set[int]:
+    """Groups that a pattern names, by their own name, a weight or a node.
+
+    Raises TargetError, naming the option, if a pattern names nothing.
+    """
+    owner, _ = combed.owners
+    held = {g.id for g in combed.groups if _matches(g.name, patterns)}
+    used = set()
+    for weight in combed.weights if patterns else []:
+        nodes = [u.use.scope.nodes[u.use.node] for u in weight.uses]
+        names = [weight.name, *(n.name for n in nodes), *(o for n in nodes for o in n.output)]
+        for pattern in patterns:
+            if any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                used.add(pattern)
+                for axes in combed.weight_axes(weight):
+                    held.update(i for axis in axes for i in owner[combed.atoms.parts(axis)].ravel().tolist())
+    unused = [p for p in patterns if p not in used and not any(_matches(g.name, [p]) for g in combed.groups)]
+    if unused:
+        raise TargetError(f"{option} {unused[0]!r} matches no group, weight or node; see 'inspect' for their names")
+    return held - {-1}
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,1 @@
+"""The coupled channels of a model: combing, groups, weights, costs."""

@@ -1,0 +1,443 @@
+"""Comb: find the coupled channels of a model in one forward sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from onnx import NodeProto, TensorProto
+
+from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis, Mask
+from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.channels.constraints import hold_what_cannot_be_edited
+from cpd_onnx.channels.groups import Combed, Weight, WeightUse, grouped
+from cpd_onnx.ir.model import Source, attributes_of, blaming, bodies_of, load
+from cpd_onnx.ops.evaluate import Call
+from cpd_onnx.rules import FLOATS, POSITION_CARRIERS, POSITION_USERS, RULES, GiveUp, Op, Recorder, Tensor
+from cpd_onnx.shapes.inference import Folded, Scope, Use, Value, all_inputs, fold, taken_branch
+
+_UNPRUNABLE_TYPES = {TensorProto.BOOL, TensorProto.STRING, TensorProto.UNDEFINED}
+_MAKERS = {"ConstantOfShape", "Expand", "Tile", "Range"}
+"""Operators that make channels out of sizes alone."""
+
+
+def comb(source: Source | Folded, input_shapes: Mapping[str, Sequence[int]] | None = None) -> Combed:
+    """Find the coupled channels of a model.
+
+    Raises ModelError if the graph is cyclic or uses values that nobody makes.
+    """
+    model = source.model if isinstance(source, Folded) else load(source)
+    with blaming(model):
+        return _Comber(source if isinstance(source, Folded) else fold(model, input_shapes)).run()
+
+
+def at_sizes(combed: Combed, kept: Kept, numbers: Mapping[str, int]) -> tuple[Combed, Kept] | None:
+    """The same model combed with other numbers for the symbols of its inputs, and the same channels there.
+
+    None if what is removed from the weights cannot be removed there: channels are coupled otherwise.
+    """
+    here = comb(fold(combed.folded.model, None, numbers))
+    known = {(w.scope.path, w.value.name): w for w in combed.weights}
+    goes, stays = (np.zeros(len(here.atoms), np.bool_) for _ in range(2))
+    wanted: list[tuple[Axis, Mask]] = []
+    for weight in here.weights:
+        counterpart = known.get((weight.scope.path, weight.value.name))
+        uses = {use.use.key: use for use in counterpart.uses} if counterpart is not None else {}
+        for use in weight.uses:
+            if use.use.key not in uses:
+                continue
+            for there, axis in zip(uses[use.use.key].axes, use.axes, strict=True):
+                mask, parts = kept.mask(there), here.atoms.parts(axis)
+                goes[parts[~mask]], stays[parts[mask]] = True, True
+                wanted.append((axis, mask))
+    found = Kept(here.atoms)
+    goes[NOTHING] = False
+    found.remove(np.flatnonzero(goes & ~stays))
+    return (here, found) if all(np.array_equal(found.mask(axis), mask) for axis, mask in wanted) else None
+
+
+class _Comber:
+    """One sweep over a folded model."""
+
+    def __init__(self, folded: Folded) -> None:
+        self.folded = folded
+        self.atoms = Atoms()
+        self.recorder = Recorder()
+        self.tensors: dict[tuple[str, str], Tensor] = {}
+        self.weights: dict[int, Weight] = {}
+        self.shared: dict[int, list[Axis]] = {}
+        self.without_rule: dict[str, str] = {}
+        self.unaccounted: list[str] = []
+        self.held: set[int] = set()
+
+    def run(self) -> Combed:
+        scope = self.folded.scope
+        for value in scope.values.values():
+            if value.name in scope.inputs and value.weight is None:
+                self.put(scope, value.name, Tensor(value, self.cold(value, f"graph input {value.name!r}")))
+        self.sweep(scope)
+        self.atoms.settle()
+        for name in scope.outputs:
+            self.freeze(self.get(scope, name), f"graph output {name!r}")
+            self.freeze_reported_sizes(scope, name)
+        for weight in self.weights.values():
+            weight.is_held = id(weight.value) in self.held
+        found = Combed(self.folded, self.atoms, self.recorder, self.tensors, list(self.weights.values()))
+        found.without_rule, found.unaccounted = self.without_rule, self.unaccounted
+        self.hold_positions()
+        hold_what_cannot_be_edited(found)
+        self.hold_last_channels(found)
+        found.groups = grouped(found)
+        self.hold_ungrouped(found)
+        return found
+
+    def sweep(self, scope: Scope) -> None:
+        for position, node in enumerate(scope.nodes):
+            if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
+                continue
+            inputs = [self.at_slot(scope, position, slot, name) for slot, name in enumerate(node.input)]
+            outputs = [Tensor(scope.values.get(name, Value(name)), None) for name in node.output]
+            self.node(scope, position, inputs, outputs)
+            for tensor in outputs:
+                if tensor.axes is None:
+                    tensor.axes = self.cold(tensor.value, f"{node.op_type} {node.name!r} makes this axis")
+                if tensor.value.name:
+                    self.put(scope, tensor.value.name, tensor)
+
+    def node(self, scope: Scope, position: int, inputs: list[Tensor | None], outputs: list[Tensor]) -> None:
+        """Run what knows about the node and check that no axis fell off."""
+        node = scope.nodes[position]
+        if position in scope.bodies:
+            self.enter(scope, position, inputs, outputs)
+            return
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        where = f"{domain}::{node.op_type}" if domain else node.op_type
+        if bodies_of(node):
+            for name in sorted(all_inputs(node) - set(node.input)):
+                self.hold(scope, name, f"operator {where} uses this in a subgraph that is not followed")
+        rule = RULES.get((domain, node.op_type))
+        if rule is None:
+            self.without_rule.setdefault(where, node.name or node.output[0])
+            self.give_up(inputs, outputs, f"operator {where} has no rule")
+            return
+        if node.op_type not in _MAKERS and self.is_arithmetic(inputs, outputs):
+            return
+        call = Call(attributes_of(node), scope.opset)
+        op = Op(scope, position, call, inputs, outputs, self.atoms, self.recorder)
+        marks = len(self.recorder.demands), len(self.recorder.costs)
+        try:
+            rule(op)
+        except GiveUp as given:
+            reason = str(given)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            reason = f"{op.name} has inputs or attributes that make no sense to its rule ({error})"
+            self.unaccounted.append(reason)
+        else:
+            self.account(op)
+            return
+        del self.recorder.demands[marks[0] :], self.recorder.costs[marks[1] :]
+        self.give_up(inputs, outputs, reason)
+
+    def is_arithmetic(self, inputs: list[Tensor | None], outputs: list[Tensor]) -> bool:
+        """Whether this computes sizes or indices from what is never pruned."""
+        if any(t.value.dtype in FLOATS and t.value.values is None for t in outputs):
+            return False
+        for tensor in inputs:
+            if tensor is not None and (tensor.axes is None or not all(map(self.atoms.all_frozen, tensor.axes))):
+                return False
+        return True
+
+    def account(self, op: Op) -> None:
+        """Every axis of every input must have been carried, united, consumed or frozen."""
+        carried = {id(axis): axis for axis in op.touched}
+        carried |= {id(axis): axis for t in op.outputs for axis in t.axes or []}
+        settled: set[int] | None = None
+        for slot, tensor in enumerate(op.inputs):
+            for number, axis in enumerate((tensor and tensor.axes) or []):
+                if id(axis) in carried or self.atoms.all_frozen(axis):
+                    continue
+                if settled is None:
+                    settled = {NOTHING}.union(*(self.atoms.parts(a).ravel().tolist() for a in carried.values()))
+                if not settled.issuperset(self.atoms.parts(axis).ravel().tolist()):
+                    reason = f"the rule of {op.name} does not account for axis {number} of input {slot}"
+                    self.unaccounted.append(reason)
+                    for other in (*op.inputs, *op.outputs):  # what else it says cannot be relied on
+                        self.freeze(other, reason)
+
+    def give_up(self, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor], reason: str) -> None:
+        for tensor in (*inputs, *outputs):
+            self.freeze(tensor, reason)
+        for tensor in outputs:
+            tensor.axes = self.cold(tensor.value, reason)
+
+    def freeze(self, tensor: Tensor | None, reason: str) -> None:
+        for axis in (tensor.axes if tensor is not None else None) or []:
+            if not self.atoms.all_frozen(axis):
+                self.atoms.freeze(axis, reason)
+
+    def cold(self, value: Value, reason: str) -> list[Axis] | None:
+        """Frozen axes for a tensor; None if its shape is unknown."""
+        return None if value.shape is None else [self.atoms.frozen(size, reason) for size in value.shape]
+
+    def put(self, scope: Scope, name: str, tensor: Tensor) -> None:
+        self.tensors[(scope.path, name)] = tensor
+
+    def get(self, scope: Scope, name: str) -> Tensor | None:
+        """The tensor of that name as the scope sees it; weights with shared atoms."""
+        here: Scope | None = scope
+        while here is not None:
+            if (here.path, name) in self.tensors:
+                return self.tensors[(here.path, name)]
+            if name in here.values:
+                value = here.values[name]
+                return Tensor(value, self.weight_axes(value)) if value.weight is not None else Tensor(value, None)
+            here = here.parent
+        return None
+
+    def at_slot(self, scope: Scope, position: int, slot: int, name: str) -> Tensor | None:
+        """What an input slot of a node takes; a weight there gets its use on record."""
+        if not name:
+            return None
+        tensor = self.get(scope, name)
+        if tensor is None or tensor.value.weight is None or (scope.path, name) in self.tensors:
+            return tensor
+        weight = self.weights.get(id(tensor.value))
+        if weight is None:
+            weight = self.weights[id(tensor.value)] = Weight(tensor.value, self.owner(scope, name))
+        if weight.is_vector and not scope.function:
+            tensor = Tensor(tensor.value, self.fresh_axes(tensor.value))
+        assert tensor.axes is not None
+        weight.uses.append(WeightUse(Use(scope, position, slot), tensor.axes))
+        return tensor
+
+    @staticmethod
+    def owner(scope: Scope, name: str) -> Scope:
+        here: Scope | None = scope
+        while here is not None:
+            if name in here.values:
+                return here
+            here = here.parent
+        raise AssertionError(name)
+
+    def weight_axes(self, value: Value) -> list[Axis]:
+        """The atoms that all uses of a matrix share."""
+        if id(value) not in self.shared:
+            self.shared[id(value)] = self.fresh_axes(value)
+        return self.shared[id(value)]
+
+    def fresh_axes(self, value: Value) -> list[Axis]:
+        shape = value.shape or ()
+        if value.dtype in _UNPRUNABLE_TYPES:
+            return [self.atoms.frozen(size, f"{value.name!r} has a type that cannot be sliced") for size in shape]
+        return [self.atoms.fresh(size) for size in shape]
+
+    def enter(self, scope: Scope, position: int, inputs: list[Tensor | None], outputs: list[Tensor]) -> None:
+        """Sweep the bodies of If, Loop, Scan and of calls of model-local functions."""
+        node, bodies = scope.nodes[position], scope.bodies[position]
+        if node.op_type == "If" and node.domain in ("", "ai.onnx"):
+            self.branches(bodies, inputs, outputs)
+        elif node.op_type == "Scan" and scope.opset < 9 and node.domain in ("", "ai.onnx"):
+            self.give_up(inputs, outputs, "Scan had other inputs before opset 9")
+            self.freeze_captured(bodies["body"], "is used in a Scan of before opset 9")
+        elif node.op_type in ("Loop", "Scan") and node.domain in ("", "ai.onnx"):
+            self.rounds(node, bodies["body"], inputs, outputs)
+        else:
+            self.call(bodies["body"], inputs, outputs)
+
+    def freeze_captured(self, body: Scope, reason: str) -> None:
+        """Freeze all that a body which is not followed takes from outside."""
+        for name in body.consumers:
+            self.hold(body, name, reason)
+
+    def hold(self, scope: Scope, name: str, reason: str) -> None:
+        """Leave a tensor as it is for somebody who is not followed; a vector's other users may take another version."""
+        tensor = self.get(scope, name)
+        self.freeze(tensor, reason)
+        if tensor is not None and tensor.value.weight is not None:
+            self.held.add(id(tensor.value))
+
+    def call(self, body: Scope, inputs: list[Tensor | None], outputs: list[Tensor]) -> None:
+        for name, tensor in zip(body.inputs, inputs, strict=False):
+            if tensor is not None:
+                self.put(body, name, tensor)
+        for value in body.values.values():
+            if (
+                value.weight is not None
+                and (body.path, value.name) not in self.tensors
+                and value.name not in body.inputs
+            ):
+                self.put(
+                    body, value.name, Tensor(value, self.cold(value, "lies in a function that several nodes may call"))
+                )
+        self.sweep(body)
+        for tensor, name in zip(outputs, body.outputs, strict=False):
+            inner = self.result(body, name)
+            tensor.axes = inner.axes if inner is not None else None
+
+    def branches(self, bodies: dict[str, Scope], inputs: list[Tensor | None], outputs: list[Tensor]) -> None:
+        """Unite the results of both branches, or follow the only one that runs."""
+        taken = taken_branch(inputs[0].value if inputs[0] is not None else None)
+        shapes = {key: tuple(getattr(b.lookup(name), "shape", None) for name in b.outputs) for key, b in bodies.items()}
+        if not taken or len(set(shapes.values())) == 1:
+            runs, rest = bodies, {}
+        else:
+            runs, rest = {taken: bodies[taken]}, {key: body for key, body in bodies.items() if key != taken}
+        # A branch that never runs is followed too, as far as it has shapes: the file stays consistent.
+        for key, body in (runs | rest).items():
+            if key in runs or None not in shapes[key]:
+                self.sweep(body)
+            elif any(v is not None and v.weight is not None and v.shape for v in map(body.lookup, body.consumers)):
+                self.freeze_captured(body, "meets a weight in a branch of an If that never runs and has no shapes")
+        for index, tensor in enumerate(outputs):
+            results = [self.result(body, body.outputs[index]) for body in runs.values()]
+            self.same(tensor, results, "takes different shapes in the branches of an If")
+            for other in (self.result(body, body.outputs[index]) for body in rest.values()):
+                self.alike(tensor, other)
+
+    def alike(self, tensor: Tensor, other: Tensor | None) -> None:
+        """Make one of the axes that have equal sizes in two tensors of one rank, one of which is never there."""
+        if tensor.axes is None or other is None or other.axes is None or len(tensor.axes) != len(other.axes):
+            return
+        for left, right in zip(tensor.axes, other.axes, strict=True):
+            if len(left) == len(right):
+                self.atoms.unite(left, right)
+
+    def result(self, body: Scope, name: str) -> Tensor | None:
+        """An output of a body; a weight handed out as it is takes no slot where it could be edited."""
+        tensor = self.get(body, name)
+        if tensor is not None and tensor.value.weight is not None and (body.path, name) not in self.tensors:
+            self.freeze(tensor, "is handed out of a subgraph as it is")
+        return tensor
+
+    def same(self, tensor: Tensor, results: Sequence[Tensor | None], reason: str) -> None:
+        """Give `tensor` the atoms of `results`, which become one."""
+        axes = [r.axes for r in results if r is not None]
+        if len(axes) < len(results) or not self.agree(tensor.value, axes):
+            self.give_up(results, [tensor], reason)
+            return
+        for other in axes[1:]:
+            for left, right in zip(axes[0] or [], other or [], strict=True):
+                self.atoms.unite(left, right)
+        tensor.axes = axes[0]
+
+    @staticmethod
+    def agree(value: Value, axes: Sequence[list[Axis] | None]) -> bool:
+        shapes = {None if a is None else tuple(map(len, a)) for a in axes}
+        return shapes == {value.shape} and value.shape is not None
+
+    def rounds(self, node: NodeProto, body: Scope, inputs: list[Tensor | None], outputs: list[Tensor]) -> None:
+        """Loop and Scan: what is carried from round to round keeps its atoms, what is stacked gains an axis."""
+        is_loop, attributes = node.op_type == "Loop", attributes_of(node)
+        scans = attributes.get("num_scan_inputs", 0)
+        first_in = 2 if is_loop else 0
+        states = len(inputs) - first_in - scans
+        for index, name in enumerate(body.inputs):
+            outer = inputs[index] if index < len(inputs) else None
+            inner = Tensor(body.values[name], None)
+            if index >= first_in and outer is not None and outer.axes is not None:
+                inner.axes = self.per_round(
+                    attributes, outer, index - first_in - states, is_scanned=index - first_in >= states
+                )
+            if inner.axes is None or tuple(map(len, inner.axes)) != inner.value.shape:
+                self.freeze(outer, f"{node.op_type} {node.name!r} changes its shape from round to round")
+                inner.axes = self.cold(inner.value, f"{node.op_type} {node.name!r} makes this axis")
+            self.put(body, name, inner)
+        self.sweep(body)
+        skip = 1 if is_loop else 0
+        for index, tensor in enumerate(outputs):
+            result = self.result(body, body.outputs[index + skip])
+            if index < states:
+                carried = self.tensors[(body.path, body.inputs[first_in + index])]
+                self.same(tensor, [carried, inputs[first_in + index], result], "changes its shape in a loop")
+            else:
+                self.stack(attributes, tensor, result, index - states)
+
+    def per_round(self, attributes: dict[str, Any], outer: Tensor, scan: int, *, is_scanned: bool) -> list[Axis] | None:
+        axes = list(outer.axes or [])
+        if not is_scanned:
+            return axes
+        where = (attributes.get("scan_input_axes") or [0] * (scan + 1))[scan]
+        gone = axes.pop(where)
+        if not self.atoms.all_frozen(gone):
+            self.atoms.freeze(gone, "is scanned one by one")
+        return axes
+
+    def stack(self, attributes: dict[str, Any], tensor: Tensor, result: Tensor | None, scan: int) -> None:
+        if tensor.value.shape is None or result is None or result.axes is None:
+            self.freeze(result, "is stacked by a loop to an unknown shape")
+            return
+        where = (attributes.get("scan_output_axes") or [0] * (scan + 1))[scan] % len(tensor.value.shape)
+        axes = list(result.axes)
+        axes.insert(where, self.atoms.frozen(tensor.value.shape[where], "is stacked by a loop"))
+        if tuple(map(len, axes)) == tensor.value.shape:
+            tensor.axes = axes
+        else:
+            self.freeze(result, "is stacked by a loop to an unknown shape")
+
+    def freeze_reported_sizes(self, scope: Scope, output: str) -> None:
+        """Sizes that a graph output reports stay as they are."""
+        makers = {name: node for node in scope.nodes for name in node.output} if scope.values[output].from_shape else {}
+        waiting, seen = [output], {output}
+        while waiting:
+            node = makers.get(waiting.pop())
+            if node is None:
+                continue
+            if node.op_type in ("Shape", "Size"):
+                self.freeze(self.get(scope, node.input[0]), f"graph output {output!r} gives this size")
+                continue
+            waiting += [name for name in node.input if name not in seen]
+            seen.update(node.input)
+
+    def hold_positions(self) -> None:
+        """Freeze axes that somebody counts along, unless who uses the positions counts along the same axes."""
+        for scope, name, axis, within in self.recorder.positions:
+            if not self.atoms.all_frozen(axis) and not self.stays_a_position(scope, name, within):
+                self.atoms.freeze(axis, f"is counted along by {name!r}")
+
+    def stays_a_position(self, scope: Scope, name: str, within: Value | None) -> bool:
+        waiting, seen = [name], {name}
+        while waiting:
+            taken = waiting.pop()
+            if taken in scope.outputs:
+                return False
+            for use in scope.consumers.get(taken, []):
+                node = use.scope.nodes[use.node]
+                counts_alike = POSITION_USERS.get((node.op_type, use.slot))
+                if counts_alike is not None and counts_alike(within, use.scope.lookup(node.output[0])):
+                    continue
+                if node.op_type not in POSITION_CARRIERS or use.scope is not scope:
+                    return False
+                waiting += [made for made in node.output if made not in seen]
+                seen.update(node.output)
+        return True
+
+    def hold_ungrouped(self, found: Combed) -> None:
+        """Freeze what is left on the weights' axes: parts of vectors that no matrix has to do with."""
+        known = np.zeros(len(self.atoms), np.bool_)
+        known[NOTHING] = True
+        for group in found.groups:
+            known[group.channels] = True
+        for weight in found.weights:
+            for axes in found.weight_axes(weight) if weight.is_vector else ():
+                for axis in axes:
+                    parts = self.atoms.parts(axis)
+                    if not known[parts].all():
+                        self.atoms.freeze(parts[~known[parts]], "runs through no matrix")
+
+    def hold_last_channels(self, found: Combed) -> None:
+        """Freeze channels without which some axis would be empty."""
+        seen: set[int] = set()
+        axes = [a for t in found.tensors.values() for a in t.axes or []]
+        axes += [a for w in found.weights for group in found.weight_axes(w) for a in group]
+        for axis in axes:
+            if id(axis) in seen or len(axis) < 1 or (len(axis) == 1 and axis[0] == NOTHING):
+                continue
+            seen.add(id(axis))
+            parts = self.atoms.parts(axis)
+            if parts.shape[1] == 1 and parts[0, 0] != parts[-1, 0]:
+                continue
+            # What every index hangs on, the first and the last do too.
+            for primitive in set(parts[0].tolist()).intersection(parts[-1].tolist()) - {NOTHING}:
+                if bool((parts == primitive).any(axis=1).all()):
+                    self.atoms.freeze(np.asarray([primitive]), "can only go as a whole")

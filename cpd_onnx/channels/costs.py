@@ -1,0 +1,202 @@
+"""What a model costs: multiply-accumulates, parameters, bytes, as a function of the channels that stay."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis
+from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.channels.groups import Combed
+from cpd_onnx.ir.model import element_bytes
+
+Floats: TypeAlias = npt.NDArray[np.float64]
+Term: TypeAlias = "tuple[float, tuple[Axis, ...]]"
+"""A factor, and the axes whose sizes it is multiplied by."""
+
+_AT_ONCE = 4_000_000
+"""Numbers that costs of many widths take in memory at a time."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of a model, or of what a group runs through.
+
+    Attributes:
+        macs: multiply-accumulates of one sample (the batch is divided out).
+        params: elements of trained weights.
+        channels: indices of prunable weight axes.
+        bytes: of the file: its weights, and what does not change.
+
+    """
+
+    macs: float
+    params: float
+    channels: float
+    bytes: float
+
+    def of(self, kind: str) -> float:
+        """The cost of that name."""
+        return float(getattr(self, kind))
+
+
+class CostModel:
+    """Costs of a combed model for any choice of channels."""
+
+    def __init__(self, combed: Combed, more: Mapping[str, Sequence[Term]] | None = None) -> None:
+        """Collect what costs; `more` are further costs by name, as sums of terms."""
+        self._combed = combed
+        self._batch = combed.folded.batch
+        self._work = [(cost.factor, cost.axes) for cost in combed.recorder.costs]
+        self._weights: list[tuple[tuple[Axis, ...], int]] = []
+        self._prunable: list[Axis] = []
+        self._stored: list[Term] = []
+        for weight in combed.weights:
+            axes = next(combed.weight_axes(weight), None)
+            if axes is None:
+                continue
+            self._stored.append((element_bytes(weight.value.dtype), tuple(axes)))
+            if not weight.is_trained:
+                continue
+            self._weights.append((tuple(axes), weight.size))
+            self._prunable += [axis for axis in axes if not combed.atoms.all_frozen(axis)]
+        for tensor in combed.tensors.values():
+            if tensor.value.is_made_weight:
+                self._prunable += [axis for axis in tensor.axes or [] if not combed.atoms.all_frozen(axis)]
+
+        model = combed.folded.model
+        rest = (
+            model.data_bytes() + model.proto.ByteSize() - sum(f * math.prod(map(len, axes)) for f, axes in self._stored)
+        )
+        lists: dict[str, Sequence[Term]] = {
+            "macs": [(factor / self._batch, axes) for factor, axes in self._work],
+            "params": [(1.0, axes) for axes, _ in self._weights],
+            "channels": [(1.0, (axis,)) for axis in self._prunable],
+            "bytes": [*self._stored, (float(rest), ())],
+            **(more or {}),
+        }
+        self._sizes = _Sizes(combed.atoms, [axis for terms in lists.values() for _, axes in terms for axis in axes])
+        self._sums = {kind: self._sizes.laid_out(terms) for kind, terms in lists.items()}
+
+    def total(self, kept: Kept) -> Costs:
+        """Costs with the channels in `kept`."""
+        return Costs(*(self.cost(kind, kept) for kind in ("macs", "params", "channels", "bytes")))
+
+    def cost(self, kind: str, kept: Kept) -> float:
+        """One of the costs."""
+        factors, places = self._sums[kind]
+        return float((factors * self._sizes.of(kept)[places].prod(axis=1)).sum())
+
+    def in_widths(self, kind: str) -> WidthCost:
+        """One of the costs as a function of how many channels of each group stay."""
+        return WidthCost(self._combed, self._sizes, self._sums[kind])
+
+    def of_groups(self, combed: Combed) -> dict[int, Costs]:
+        """For each group by id, the costs of the nodes and weights that it runs through."""
+        owner, _ = combed.owners
+        macs: dict[int, float] = defaultdict(float)
+        params: dict[int, float] = defaultdict(float)
+        stored: dict[int, float] = defaultdict(float)
+        for factor, axes in self._work:
+            for group_id in _owners(combed, owner, axes):
+                macs[group_id] += factor * float(np.prod([len(a) for a in axes])) / self._batch
+        for weight_axes, size in self._weights:
+            for group_id in _owners(combed, owner, weight_axes):
+                params[group_id] += size
+        for factor, axes in self._stored:
+            for group_id in _owners(combed, owner, axes):
+                stored[group_id] += factor * math.prod(map(len, axes))
+        return {g.id: Costs(macs[g.id], params[g.id], float(len(g)), stored[g.id]) for g in combed.groups}
+
+
+_Sum: TypeAlias = "tuple[Floats, Axis]"
+"""Factors of terms, and the places of their axes, a row each."""
+
+
+class WidthCost:
+    """A cost as a polynomial in the widths of the groups.
+
+    An axis is as long as its indices are many that no removed channel takes with it; where the channels of a group
+    take equally many, as almost everywhere, this needs no look at single channels, and thousands of widths are
+    weighed at once.
+    """
+
+    def __init__(self, combed: Combed, sizes: _Sizes, terms: _Sum) -> None:
+        """Count for each axis the indices by the groups that they hang on."""
+        self.factors, self._places = terms
+        count = len(combed.groups)
+        used = np.unique(self._places[self._places < sizes.count])
+        place_of = np.full(sizes.count + 1, len(used), np.int64)
+        place_of[used] = np.arange(len(used))
+        self._places = place_of[self._places]
+        owner = np.where(combed.owners[0] < 0, count, combed.owners[0])
+        axis, parts = sizes.rows(used)
+        groups = np.sort(np.where(parts == NOTHING, count, owner[parts]), axis=1)
+        groups[:, 1:][groups[:, 1:] == groups[:, :-1]] = count
+        found, self._counts = np.unique(np.column_stack([place_of[axis], groups]), axis=0, return_counts=True)
+        self._groups = found[:, 1:]
+        self._starts = np.searchsorted(found[:, 0], np.arange(len(used)))
+        self._full = np.asarray([len(group) for group in combed.groups], np.float64)
+
+    def __call__(self, widths: npt.NDArray[np.int64]) -> Floats:
+        """Costs of many choices, a row of widths each."""
+        row = len(self._counts) * max(1, self._groups.shape[1]) + self._places.size
+        step = max(1, _AT_ONCE // max(1, row))
+        blocks = [self._costs(widths[start : start + step]) for start in range(0, len(widths), step)]
+        return np.concatenate([np.zeros(0), *blocks])
+
+    def _costs(self, widths: npt.NDArray[np.int64]) -> Floats:
+        left = np.column_stack([widths / self._full, np.ones(len(widths))])
+        counted = self._counts * left[:, self._groups].prod(axis=2)
+        sizes = np.add.reduceat(counted, self._starts, axis=1) if len(self._starts) else counted
+        sizes = np.column_stack([sizes, np.ones(len(widths))])
+        return np.asarray(sizes[:, self._places].prod(axis=2) @ self.factors)
+
+
+class _Sizes:
+    """The sizes of the axes that can shrink, all at once, for one choice of channels after another."""
+
+    def __init__(self, atoms: Atoms, axes: Sequence[Axis]) -> None:
+        known = {id(axis): axis for axis in axes if not atoms.all_frozen(axis)}
+        self.count = len(known)
+        self._places = {key: place for place, key in enumerate(known)}
+        tables = [atoms.parts(axis) for axis in known.values()]
+        width = max((table.shape[1] for table in tables), default=1)
+        self._starts = np.cumsum([0, *map(len, tables)])
+        self._parts = np.zeros((self._starts[-1], width), np.int64)
+        for start, table in zip(self._starts.tolist(), tables, strict=False):
+            self._parts[start : start + len(table), : table.shape[1]] = table
+
+    def of(self, kept: Kept) -> Floats:
+        """Indices that stay on each axis; a one follows, for axes that are not there."""
+        before = np.concatenate([[0.0], np.cumsum(kept.stays(self._parts), dtype=np.float64)])
+        return np.concatenate([np.diff(before[self._starts]), [1.0]])
+
+    def rows(self, places: Axis) -> tuple[Axis, Axis]:
+        """For each index of some axes the place of its axis, and its primitives."""
+        which = np.repeat(np.arange(self.count), np.diff(self._starts))
+        chosen = np.isin(which, places)
+        return which[chosen], self._parts[chosen]
+
+    def laid_out(self, terms: Sequence[Term]) -> _Sum:
+        """Factors of terms, what never shrinks multiplied in, and the places of their other axes, a row each."""
+        rank = max((len(axes) for _, axes in terms), default=0)
+        factors, places = np.zeros(len(terms)), np.full((len(terms), rank), self.count, np.int64)
+        for row, (factor, axes) in enumerate(terms):
+            shrinking = [self._places[id(axis)] for axis in axes if id(axis) in self._places]
+            places[row, : len(shrinking)] = shrinking
+            factors[row] = factor * math.prod(len(axis) for axis in axes if id(axis) not in self._places)
+        return factors, places
+
+
+def _owners(combed: Combed, owner: Axis, axes: tuple[Axis, ...] | list[Axis]) -> set[int]:
+    found: set[int] = set()
+    for axis in axes:
+        found.update(owner[combed.atoms.parts(axis)].ravel().tolist())
+    return found - {-1}

@@ -1,0 +1,46 @@
+"""Values of a combed model's weights, wherever they lie: initializers, Constant nodes, subgraphs."""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx import TensorProto, helper
+
+from cpd_onnx.channels.groups import Combed, Weight
+from cpd_onnx.ir.model import Array, Lazy, Model, made, to_array
+from cpd_onnx.shapes.inference import Value
+
+
+def weight_array(model: Model, weight: Weight) -> Array:
+    """Values of a weight; do not write into them."""
+    return made(weight_lazily(model, weight))
+
+
+def weight_lazily(model: Model, weight: Weight) -> Array | Lazy:
+    """The same, but not read yet where the model is large."""
+    source = weight.value.source
+    if isinstance(source, TensorProto):
+        return model.lazily(source.name) if not weight.scope.address and model.has(source.name) else to_array(source)
+    assert source is not None
+    if source.name == "value":
+        return to_array(source.t)
+    return np.asarray(helper.get_attribute_value(source), np.int64 if "int" in source.name else np.float32)
+
+
+def dequantized(combed: Combed, weight: Weight) -> Array:
+    """Values of a weight as the network means them: (weight - zero point) * scale for quantised ones."""
+    values = weight_array(combed.folded.model, weight)
+    quantized = combed.recorder.quantized.get(id(weight.value))
+    if quantized is None or weight.is_float:
+        return values
+    found = values.astype(np.float32)
+    for value, function in ((quantized.zero_point, np.subtract), (quantized.scale, np.multiply)):
+        number = None if value is None else constant_of(combed, value)
+        if number is not None:
+            found = function(found, quantized.aligned(number.astype(np.float32), found.shape))
+    return found
+
+
+def constant_of(combed: Combed, value: Value) -> Array | None:
+    """The array of a value that is a weight or known, None otherwise."""
+    weight = combed.weight_of.get(id(value))
+    return weight_array(combed.folded.model, weight) if weight is not None else value.value

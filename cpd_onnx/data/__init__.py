@@ -1,0 +1,1 @@
+"""Samples, and the metrics that score what a model makes of them."""

@@ -1,0 +1,185 @@
+"""Sixteen bits: weights, or all of a model, as 16-bit floats."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from cpd_onnx.deploy.converting import (
+    Told,
+    asking,
+    embedded,
+    nobody,
+    quantised_node,
+    quiet,
+    require_one_message,
+    tensors_of,
+    tidied,
+    valid,
+)
+from cpd_onnx.errors import TargetError, UnsupportedError
+from cpd_onnx.ir.model import Array, Model, element_type, graphs_of
+
+HALVES = ("float16", "bfloat16")
+"""16-bit floats."""
+OPSET = 13
+"""From which on Cast takes bfloat16."""
+
+KEPT_FLOAT = ("LayerNormalization",)
+"""Operators that stay float32 beside those of onnxruntime's own list: with float16 ones, onnxruntime 1.31.1 crashes on
+the processor when it optimises a vision transformer."""
+
+_OPEN = "import sys, onnxruntime; onnxruntime.InferenceSession(sys.argv[1], providers=['CPUExecutionProvider'])"
+_STORED = 256
+"""Weights from this many elements on are stored as 16-bit floats; below, the Cast takes more than it saves."""
+
+
+def to_half(
+    model: Model, kind: str = "float16", *, keep_io: bool = True, storage_only: bool = False, told: Told | None = None
+) -> Model:
+    """Turn float32 into 16-bit floats.
+
+    float16 is computed with, by onnxruntime's converter, which leaves the operators float that have no such kernel.
+    bfloat16 has no kernels on the processor in onnxruntime, so that it is always the form of storage only, which
+    float16 can be too: weights are stored in 16 bits, a Cast makes float32 of each, and all else stays as it was.
+
+    Args:
+        model: in float32.
+        kind: one of `HALVES`.
+        keep_io: whether inputs and outputs stay float32; storage never changes them.
+        storage_only: whether float16 is only stored.
+        told: called with what stays float32, and why.
+
+    Raises:
+        UnsupportedError: there is nothing to convert, the model is over 2 GiB, or it cannot be converted.
+    """
+    if kind not in HALVES:
+        raise TargetError(f"no half float is called {kind!r}: choose {', '.join(HALVES)}")
+    told = told or nobody
+    require_one_message(model, "converted to 16-bit floats")
+    if kind == "bfloat16" or storage_only:
+        if kind == "bfloat16" and not storage_only:
+            told(
+                "onnxruntime has no bfloat16 kernels on the processor: weights are stored as bfloat16, float32 computes"
+            )
+        return _stored(model, kind, told)
+    return _computed(model, keep_io, told)
+
+
+def _stored(model: Model, kind: str, told: Told) -> Model:
+    """Weights in 16 bits behind Cast nodes that bear their names."""
+    if kind == "bfloat16" and model.opset < OPSET:
+        raise UnsupportedError(f"Cast takes bfloat16 from opset {OPSET} on: convert the model first")
+    proto = embedded(model)
+    names, wide, count = model.names(), list[str](), 0
+    fed = {info.name for info in proto.graph.input}  # weights that a caller may feed stay what they are
+    for graph in graphs_of(proto.graph):
+        casts = []
+        for tensor in (t for t in graph.initializer if t.name not in fed):
+            name = tensor.name
+            if _narrow(tensor, kind, names, wide):
+                casts.append(_cast(tensor.name, name))
+        nodes = [*casts, *(made for node in graph.node for made in _constants(node, kind, names, wide))]
+        count += len(nodes) - len(graph.node)
+        del graph.node[:]
+        graph.node.extend(nodes)
+    if not count:
+        raise UnsupportedError(f"no float32 weight has {_STORED} elements or more: there is nothing to store as {kind}")
+    if wide:
+        told(f"{len(wide)} weights do not fit into {kind} and stay float32, like {wide[0]!r}")
+    return valid(proto, model, f"storing weights as {kind}")
+
+
+def _constants(node: NodeProto, kind: str, names: set[str], wide: list[str]) -> Iterator[NodeProto]:
+    """A node; where it is a Constant with a weight, one in 16 bits and a Cast."""
+    tensor = next((a.t for a in node.attribute if a.name == "value"), None) if node.op_type == "Constant" else None
+    if tensor is None:
+        yield node
+        return
+    name, called = node.output[0], tensor.name
+    tensor.name = name
+    is_narrow = _narrow(tensor, kind, names, wide)
+    stored, tensor.name = tensor.name, called
+    if is_narrow:
+        node.output[0] = stored
+    yield node
+    if is_narrow:
+        yield _cast(stored, name)
+
+
+def _cast(stored: str, name: str) -> NodeProto:
+    return helper.make_node("Cast", [stored], [name], f"{stored}_cast", to=TensorProto.FLOAT)
+
+
+def _narrow(tensor: TensorProto, kind: str, names: set[str], wide: list[str]) -> bool:
+    """Turn a weight into 16 bits, under a name of its own, if it is large enough and fits; in place."""
+    if tensor.data_type != TensorProto.FLOAT or np.prod(tensor.dims) < _STORED:
+        return False
+    values = _narrowed(numpy_helper.to_array(tensor), kind)
+    if values is None:
+        wide.append(tensor.name)
+        return False
+    tensor.CopyFrom(numpy_helper.from_array(values, _fresh(f"{tensor.name}_{kind}", names)))
+    return True
+
+
+def _narrowed(values: Array, kind: str) -> Array | None:
+    """The values in 16 bits, rounded to nearest; None where finite ones would not stay finite."""
+    with np.errstate(over="ignore"):
+        narrow = values.astype(element_type(TensorProto.FLOAT16 if kind == "float16" else TensorProto.BFLOAT16))
+    lost = np.isfinite(values) & ~np.isfinite(narrow.astype(np.float32))
+    return None if lost.any() else narrow
+
+
+def _fresh(wish: str, taken: set[str]) -> str:
+    name, number = wish, 1
+    while name in taken:
+        name, number = f"{wish}_{number}", number + 1
+    taken.add(name)
+    return name
+
+
+def _computed(model: Model, keep_io: bool, told: Told) -> Model:
+    """The model with float16 kernels where there are some."""
+    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+
+    if not any(tensor.data_type == TensorProto.FLOAT for tensor in tensors_of(model.proto)):
+        raise UnsupportedError("the model has no float32 weights: there is nothing to convert to float16")
+    if quantised_node(model) is not None:
+        raise UnsupportedError("the model is quantised: what is left of float in it cannot become float16")
+    with quiet(told), asking("onnxruntime cannot convert the model to float16"):
+        half = convert_float_to_float16(
+            embedded(model), keep_io_types=keep_io, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *KEPT_FLOAT]
+        )
+    _drop_repeats(half)
+    made = valid(tidied(half, model.proto), model, "the conversion to float16")
+    _require_survival(made)
+    return made
+
+
+def _drop_repeats(proto: ModelProto) -> None:
+    """Leave one of the same Cast nodes that the converter adds for each node that takes a tensor."""
+    for graph in graphs_of(proto.graph):
+        kept: dict[bytes, NodeProto] = {node.SerializeToString(deterministic=True): node for node in graph.node}
+        nodes = list(kept.values())
+        del graph.node[:]
+        graph.node.extend(nodes)
+
+
+def _require_survival(model: Model) -> None:
+    """Raise UnsupportedError if onnxruntime dies of the model, as it does of some with float16 on the processor."""
+    with tempfile.TemporaryDirectory(prefix="cpd-onnx.") as folder:
+        path = Path(folder) / "model.onnx"
+        model.save(path)
+        line = [sys.executable, "-P", "-c", _OPEN, str(path)]
+        done = subprocess.run(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+    if done.returncode not in (0, 1):  # 1 is an exception, which the parent will see too
+        raise UnsupportedError(
+            "onnxruntime crashes when it loads the float16 model on this processor: use --storage-only, or keep float32"
+        )

@@ -1,0 +1,241 @@
+"""Profiles: what a target takes, as data; and what it would object to in a model.
+
+The known ones lie in `profiles.toml`; a file of one's own has the same keys at its top. Each has a note that says where
+its values come from.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.resources
+import reprlib
+import tomllib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from onnx import GraphProto, NodeProto, TensorProto
+
+from cpd_onnx.data.sources import fixed_batch, inputs_of
+from cpd_onnx.errors import TargetError
+from cpd_onnx.io.files import read_text
+from cpd_onnx.ir.model import Model, called_by, functions_of, graphs_of, made
+
+DTYPES = ("float32", "float16", "bfloat16", "int8")
+"""Element types that a target may want weights in."""
+ACTIVATIONS = ("uint8", "int8")
+"""Element types that a target may want quantised activations in."""
+_DEFAULT = ("", "ai.onnx")
+_QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
+_FLOATS: dict[int, str] = {
+    TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"
+}  # fmt: skip  # a table
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What a target takes.
+
+    Attributes:
+        name: of the target.
+        multiple: widths are best multiples of this.
+        opset: newest version of the default operator set; None if any will do.
+        ir: newest IR version; None if any will do.
+        allows: the operators that it has, all if there are none; "domain::Operator" outside the default domain, with *
+            and ? as wildcards.
+        lacks: operators that it does not have, written likewise.
+        batch: samples at a time; None if that is free.
+        fixed_shapes: whether all sizes of the inputs must be fixed.
+        dtype: of the weights that it computes best with, one of `DTYPES`.
+        activations: element type of quantised activations, one of `ACTIVATIONS`.
+        symmetric: whether zero points must be zero.
+        reduce_range: whether quantised weights should keep to seven bits.
+        quantized_bias: whether biases of quantised models may be int32.
+        note: where these values come from.
+
+    """
+
+    name: str
+    multiple: int = 1
+    opset: int | None = None
+    ir: int | None = None
+    allows: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ()
+    batch: int | None = None
+    fixed_shapes: bool = False
+    dtype: str = "float32"
+    activations: str = "uint8"
+    symmetric: bool = False
+    reduce_range: bool = False
+    quantized_bias: bool = True
+    note: str = ""
+
+
+_CHOICES = {"dtype": DTYPES, "activations": ACTIVATIONS}
+
+
+def profile_names() -> tuple[str, ...]:
+    """Names of the profiles that come with the package."""
+    return tuple(_built_in())
+
+
+def load_profile(name_or_path: str | Path) -> Profile:
+    """A profile by its name, or from a TOML file.
+
+    Raises:
+        TargetError: there is none of that name, the file cannot be read, or it has a key that no profile has or a value
+            of the wrong kind.
+    """
+    known = _built_in()
+    if str(name_or_path) in known:
+        return _profile(str(name_or_path), known[str(name_or_path)], "the profile")
+    path = Path(name_or_path)
+    if path.suffix != ".toml":
+        raise TargetError(f"no profile is called {str(name_or_path)!r}: choose {', '.join(known)} or give a .toml file")
+    try:
+        content = tomllib.loads(read_text(path))
+    except OSError as error:
+        raise TargetError(f"cannot read profile {path}: {error.strerror}") from error
+    except RecursionError as error:
+        raise TargetError(f"{path} is not a TOML file: it is nested too deep") from error
+    except ValueError as error:
+        raise TargetError(f"{path} is not a TOML file: {error}") from error
+    name = content.pop("name", path.stem)
+    if not isinstance(name, str):
+        raise TargetError(f"{path}: name = {reprlib.repr(name)}: give a text")
+    return _profile(name, content, str(path))
+
+
+def _built_in() -> dict[str, dict[str, Any]]:
+    text = importlib.resources.files("cpd_onnx.deploy").joinpath("profiles.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)
+
+
+def _profile(name: str, content: Mapping[str, Any], where: str) -> Profile:
+    """A profile of what a TOML table says."""
+    kinds = {field.name: str(field.type) for field in fields(Profile) if field.name != "name"}
+    for key, value in content.items():
+        if key not in kinds:
+            raise TargetError(f"{where}: no profile has a key {key!r}; the keys are {', '.join(kinds)}")
+        _require(f"{where}: {key} = {reprlib.repr(value)}", key, value, kinds[key])
+    lists = {key: tuple(value) for key, value in content.items() if isinstance(value, list)}
+    return Profile(name, **{**content, **lists})
+
+
+def _require(said: str, key: str, value: Any, kind: str) -> None:
+    """Raise TargetError where a value is not of the kind that its key wants."""
+    if kind == "bool" and not isinstance(value, bool):
+        raise TargetError(f"{said}: give true or false")
+    if kind.startswith("int") and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise TargetError(f"{said}: give a whole number from 1 on")
+    if kind == "str" and not isinstance(value, str):
+        raise TargetError(f"{said}: give a text")
+    if kind.startswith("tuple") and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+        raise TargetError(f"{said}: give a list of operators, as in ['Conv', 'com.microsoft::*']")
+    if key in _CHOICES and value not in _CHOICES[key]:
+        raise TargetError(f"{said}: choose one of {', '.join(_CHOICES[key])}")
+
+
+def problems(model: Model, profile: Profile) -> list[str]:
+    """What a target would object to, a sentence each; nothing if it takes the model."""
+    return [
+        *_versions(model, profile),
+        *_operators(model, profile),
+        *_sizes(model, profile),
+        *_types(model, profile),
+        *_quantisers(model, profile),
+    ]
+
+
+def _versions(model: Model, profile: Profile) -> Iterator[str]:
+    if profile.opset is not None and model.opset > profile.opset:
+        yield f"opset {model.opset} is newer than {profile.opset}, the newest of {profile.name}"
+    if profile.ir is not None and model.proto.ir_version > profile.ir:
+        yield f"IR version {model.proto.ir_version} is newer than {profile.ir}, the newest of {profile.name}"
+
+
+def _operators(model: Model, profile: Profile) -> Iterator[str]:
+    found: dict[str, list[NodeProto]] = defaultdict(list)
+    functions = functions_of(model.proto)
+    for node in _all_nodes(model):
+        if called_by(node) not in functions:
+            found[operator_of(node)].append(node)
+    for operator in sorted(found):
+        lacks = any(fnmatch.fnmatchcase(operator, pattern) for pattern in profile.lacks)
+        if lacks or (profile.allows and not any(fnmatch.fnmatchcase(operator, pattern) for pattern in profile.allows)):
+            first, *others = found[operator]
+            more = f" and {len(others)} more" if others else ""
+            yield f"{profile.name} has no operator {operator}: node {_name_of(first)!r}{more}"
+
+
+def operator_of(node: NodeProto) -> str:
+    """The operator of a node as profiles write it: with its domain, if that is not the default one."""
+    return str(node.op_type) if node.domain in _DEFAULT else f"{node.domain}::{node.op_type}"
+
+
+def _name_of(node: NodeProto) -> str:
+    return node.name or (node.output[0] if node.output else node.op_type)
+
+
+def _all_nodes(model: Model) -> Iterator[NodeProto]:
+    """Nodes of all graphs and functions, those of subgraphs too."""
+    for graph in graphs_of(model.graph):
+        yield from graph.node
+    for function in model.proto.functions:
+        body = GraphProto(node=function.node)
+        for graph in graphs_of(body):
+            yield from graph.node
+
+
+def _sizes(model: Model, profile: Profile) -> Iterator[str]:
+    inputs = inputs_of(model.proto)
+    if profile.fixed_shapes:
+        for entry in inputs:
+            if entry.shape is None or not all(isinstance(size, int) for size in entry.shape):
+                yield f"input {entry.name!r} is {entry}: {profile.name} wants all sizes fixed"
+    batch = fixed_batch([entry for entry in inputs if entry.shape][:1])
+    if profile.batch is not None and batch is not None and batch != profile.batch:
+        yield f"the model takes {batch} samples at a time, {profile.name} takes {profile.batch}"
+
+
+def _types(model: Model, profile: Profile) -> Iterator[str]:
+    """Weights that are wider than what the target wants: the element type that most of them have counts."""
+    sizes: dict[int, int] = defaultdict(int)
+    for tensor in model.graph.initializer:
+        size = 1
+        for dim in tensor.dims:
+            size *= dim
+        sizes[tensor.data_type] += size
+    kind = _FLOATS.get(max(sizes, key=lambda number: sizes[number])) if sizes else None
+    if kind == "float32" and profile.dtype != "float32":
+        yield f"most weights are float32, {profile.name} is made for {profile.dtype}"
+
+
+def _quantisers(model: Model, profile: Profile) -> Iterator[str]:
+    """What the target does not take of the ways in which a model is quantised."""
+    if profile.activations == "uint8" and not profile.symmetric and profile.quantized_bias:
+        return
+    unsigned, shifted, biases = [], [], []
+    for node in (n for n in model.graph.node if n.op_type in _QUANTIZERS):
+        number, zero = _stored(model, node, 0), _stored(model, node, 2)
+        kind = zero if zero is not None else number
+        if kind is None or kind.data_type == TensorProto.UINT8:
+            unsigned.append(node)
+        if zero is not None and made(model.lazily(zero.name)).any():
+            shifted.append(node)
+        if number is not None and number.data_type == TensorProto.INT32:
+            biases.append(node)
+    if profile.activations == "int8" and unsigned:
+        yield f"{len(unsigned)} tensors are quantised to uint8, the first at {_name_of(unsigned[0])!r}: give int8"
+    if profile.symmetric and shifted:
+        yield f"{len(shifted)} zero points are not zero, the first at {_name_of(shifted[0])!r}: quantise symmetrically"
+    if not profile.quantized_bias and biases:
+        yield f"{len(biases)} biases are int32, the first at {_name_of(biases[0])!r}: leave biases float"
+
+
+def _stored(model: Model, node: NodeProto, slot: int) -> TensorProto | None:
+    """The initializer that a node takes in a slot, if it is one."""
+    name = node.input[slot] if slot < len(node.input) else ""
+    return model.tensor(name) if model.has(name) else None

@@ -1,0 +1,1 @@
+"""The model as it lies in the file."""

@@ -1,0 +1,1 @@
+"""What an operator is: its nature, its values, its output shapes, as a matrix product."""

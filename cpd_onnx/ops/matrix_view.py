@@ -1,0 +1,351 @@
+"""Operators that multiply by a weight and sum, as one matrix product: rows of what they take, times a matrix.
+
+    rows [groups, rows, features]  x  matrix [groups, features, outputs]  =  targets [groups, rows, outputs]
+
+A row is one place of the output: a pixel, a token. And operators behind them that only scale and shift each output.
+New operators are entered with `@linear` and `@affine`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
+from onnx import NodeProto
+
+from cpd_onnx.ir.model import Array, attributes_of
+
+Key: TypeAlias = "tuple[str, str]"
+"""Domain and operator."""
+Vector: TypeAlias = npt.NDArray[np.float64]
+
+
+class Linear(Protocol):
+    """One node as a matrix product."""
+
+    @property
+    def bias(self) -> int:
+        """Input slot of the bias, -1 for none; data is in slot 0, the weight in slot 1."""
+
+    @property
+    def in_axis(self) -> int:
+        """Axis of the data that is summed over."""
+
+    @property
+    def out_axis(self) -> int:
+        """Axis of the output that the matrix' columns, group by group, lie on."""
+
+    @property
+    def taps(self) -> int:
+        """Neighbouring features that belong to one index of the data's axis: places of a kernel."""
+
+    def count(self, out: Sequence[int]) -> int:
+        """Places in an output of this shape: of one sample, or of all where an operator knows no samples."""
+
+    def rows(self, data: Array, places: Array) -> Array:
+        """Features at some places [groups, rows, features]."""
+
+    def targets(self, out: Array, places: Array) -> Array:
+        """The output at the same places [groups, rows, outputs]."""
+
+    def matrix(self, weight: Array) -> Array:
+        """The weight as a matrix [groups, features, outputs]."""
+
+    def weight(self, matrix: Array) -> Array:
+        """The matrix as a weight again."""
+
+
+_MakeLinear: TypeAlias = "Callable[[NodeProto, Sequence[int]], Linear | None]"
+LINEAR: dict[Key, _MakeLinear] = {}
+"""What makes a `Linear` of a node and the shape of its weight; None where it is not one."""
+
+
+def linear(*names: str, domain: str = "") -> Callable[[_MakeLinear], _MakeLinear]:
+    """Enter an operator; see `LINEAR`."""
+
+    def enter(function: _MakeLinear) -> _MakeLinear:
+        for name in names:
+            LINEAR[(domain, name)] = function
+        return function
+
+    return enter
+
+
+def key_of(node: NodeProto) -> Key:
+    """Domain and operator of a node."""
+    return ("" if node.domain == "ai.onnx" else node.domain, node.op_type)
+
+
+def linear_of(node: NodeProto, weight: Sequence[int]) -> Linear | None:
+    """The node as a matrix product, None if it is none that is known."""
+    make = LINEAR.get(key_of(node))
+    return None if make is None else make(node, weight)
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """What a node does to each channel of a tensor: factor * x + addend.
+
+    Attributes:
+        factor, addend: one number for each channel, or one for all.
+        bias: constant that is added as it is, so that it can be given other values.
+    """
+
+    factor: Vector
+    addend: Vector
+    bias: str | None = None
+
+
+Constants: TypeAlias = "Callable[[str], Array | None]"
+"""The values of a constant by name, None for what is none."""
+_MakeAffine: TypeAlias = "Callable[[NodeProto, str, tuple[int, int], Constants], Affine | None]"
+AFFINE: dict[Key, _MakeAffine] = {}
+"""From a node, the name of its input, that input's channel axis counted from the front and from the end, and the
+constants."""
+RECTIFIERS: set[Key] = {("", "Relu")}
+"""Operators that cut off what is below zero."""
+IDENTITIES: set[Key] = {("", "Identity")}
+"""Operators that hand on what they take: exporters put them behind constants that several nodes share."""
+SUMS: set[Key] = {("", "Add")}
+"""Operators that add two tensors."""
+
+
+def is_transpose(node: NodeProto) -> bool:
+    """Whether a node turns a matrix round, if it gets one."""
+    return key_of(node) == ("", "Transpose") and list(attributes_of(node).get("perm", [1, 0])) == [1, 0]
+
+
+def affine(*names: str, domain: str = "") -> Callable[[_MakeAffine], _MakeAffine]:
+    """Enter an operator; see `AFFINE`."""
+
+    def enter(function: _MakeAffine) -> _MakeAffine:
+        for name in names:
+            AFFINE[(domain, name)] = function
+        return function
+
+    return enter
+
+
+@affine("BatchNormalization")
+def _batch_norm(node: NodeProto, name: str, axis: tuple[int, int], constants: Constants) -> Affine | None:
+    given = [constants(other) for other in node.input[1:5]]
+    found = [array.astype(np.float64) for array in given if array is not None]
+    if len(found) < 4 or node.input[0] != name or axis[0] != 1 or attributes_of(node).get("training_mode", 0):
+        return None
+    scale, shift, mean, var = found
+    factor = scale / np.sqrt(var + attributes_of(node).get("epsilon", 1e-5))
+    return Affine(factor, shift - mean * factor, node.input[2])
+
+
+@affine("Add")
+def _add(node: NodeProto, name: str, axis: tuple[int, int], constants: Constants) -> Affine | None:
+    other = node.input[1] if node.input[0] == name else node.input[0]
+    vector = _along(constants(other), axis[1])
+    return None if vector is None else Affine(np.ones(1), vector, other)
+
+
+@affine("Mul")
+def _mul(node: NodeProto, name: str, axis: tuple[int, int], constants: Constants) -> Affine | None:
+    vector = _along(constants(node.input[1] if node.input[0] == name else node.input[0]), axis[1])
+    return None if vector is None else Affine(vector, np.zeros(1))
+
+
+def _along(array: Array | None, axis: int) -> Vector | None:
+    """A constant that is one number, or one for each index of an axis."""
+    if array is None or not np.issubdtype(array.dtype, np.floating):
+        return None
+    long = [place - array.ndim for place, size in enumerate(array.shape) if size > 1]
+    return array.astype(np.float64).ravel() if long in ([], [axis]) else None
+
+
+@dataclass(frozen=True)
+class _Convolution:
+    """A sliding product over any number of spatial axes.
+
+    Attributes:
+        groups: of channels that do not mix.
+        shape: of the weight (out, in/groups, …), as of a Conv.
+        strides, dilations: one for each spatial axis.
+        pads: before and after, one pair for each spatial axis; None where they follow from the sizes ("SAME").
+        upper: whether what "SAME" cannot share evenly goes behind.
+        spread: zeros are put between neighbours, as a ConvTranspose does: its stride.
+    """
+
+    groups: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads: tuple[tuple[int, int], ...] | None
+    upper: bool = True
+    spread: tuple[int, ...] = ()
+    bias: int = 2
+    in_axis: int = 1
+    out_axis: int = 1
+
+    @property
+    def taps(self) -> int:
+        return math.prod(self.shape[2:])
+
+    def count(self, out: Sequence[int]) -> int:
+        return math.prod(out[2:])
+
+    def rows(self, data: Array, places: Array) -> Array:
+        windows = self._windows(data)
+        rank = len(self.strides)
+        out = windows.shape[2 : 2 + rank]
+        index: tuple[Any, ...] = (slice(None), slice(None), *np.unravel_index(places, out))
+        taken = windows[index]  # [samples, channels, places, *kernel]
+        samples, channels, count = taken.shape[:3]
+        taken = taken.reshape(samples, self.groups, channels // self.groups, count, -1)
+        return np.ascontiguousarray(taken.transpose(1, 0, 3, 2, 4)).reshape(self.groups, samples * count, -1)
+
+    def _windows(self, data: Array) -> Array:
+        if self.spread:
+            wide = np.zeros(
+                (*data.shape[:2], *((n - 1) * s + 1 for n, s in zip(data.shape[2:], self.spread, strict=True))),
+                data.dtype,
+            )
+            wide[(slice(None), slice(None), *(slice(None, None, s) for s in self.spread))] = data
+            data = wide
+        kernel = self.shape[2:]
+        pads = self.pads or self._same(data.shape[2:])
+        # A ConvTranspose may cut off instead of pad.
+        data = np.pad(data, ((0, 0), (0, 0), *((max(0, a), max(0, b)) for a, b in pads)))
+        cuts = tuple(slice(max(0, -a), n - max(0, -b)) for (a, b), n in zip(pads, data.shape[2:], strict=True))
+        data = data[(slice(None), slice(None), *cuts)]
+        extents = tuple((k - 1) * d + 1 for k, d in zip(kernel, self.dilations, strict=True))
+        axes = tuple(range(2, data.ndim))
+        windows = sliding_window_view(data, extents, axis=axes)
+        steps = tuple(slice(None, None, s) for s in self.strides)
+        taps = tuple(slice(None, None, d) for d in self.dilations)
+        return windows[(slice(None), slice(None), *steps, *taps)]
+
+    def _same(self, sizes: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        found = []
+        for size, k, s, d in zip(sizes, self.shape[2:], self.strides, self.dilations, strict=True):
+            total = max(0, (-(-size // s) - 1) * s + (k - 1) * d + 1 - size)
+            small, large = total // 2, total - total // 2
+            found.append((small, large) if self.upper else (large, small))
+        return tuple(found)
+
+    def targets(self, out: Array, places: Array) -> Array:
+        flat = out.reshape(*out.shape[:2], -1)[:, :, places]  # [samples, outputs, places]
+        samples, outputs, count = flat.shape
+        flat = flat.reshape(samples, self.groups, outputs // self.groups, count)
+        return np.ascontiguousarray(flat.transpose(1, 0, 3, 2)).reshape(self.groups, samples * count, -1)
+
+    def matrix(self, weight: Array) -> Array:
+        made = weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
+        return np.ascontiguousarray(made.transpose(0, 2, 1))
+
+    def weight(self, matrix: Array) -> Array:
+        return matrix.transpose(0, 2, 1).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class _Transposed(_Convolution):
+    """A ConvTranspose: a convolution of what is spread by zeros, with the kernel turned round and its axes swapped."""
+
+    def matrix(self, weight: Array) -> Array:
+        return super().matrix(self._turned(weight))
+
+    def weight(self, matrix: Array) -> Array:
+        made = super().weight(matrix)  # (out, in/groups, …)
+        groups, (out, inner), kernel = self.groups, made.shape[:2], made.shape[2:]
+        made = made.reshape(groups, out // groups, inner, *kernel).swapaxes(1, 2)
+        made = made.reshape(groups * inner, out // groups, *kernel)
+        return np.flip(made, tuple(range(2, made.ndim)))
+
+    def _turned(self, weight: Array) -> Array:
+        """(in, out/groups, …) as (out, in/groups, …) with the kernel turned round."""
+        groups, (full, out), kernel = self.groups, weight.shape[:2], weight.shape[2:]
+        made = weight.reshape(groups, full // groups, out, *kernel).swapaxes(1, 2)
+        made = made.reshape(groups * out, full // groups, *kernel)
+        return np.flip(made, tuple(range(2, made.ndim)))
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A matrix product with the weight on the right.
+
+    Attributes:
+        flipped_data, flipped_weight: which factor is transposed first.
+    """
+
+    flipped_data: bool = False
+    flipped_weight: bool = False
+    bias: int = 2
+    out_axis: int = -1
+    taps: int = 1
+
+    @property
+    def in_axis(self) -> int:
+        return -2 if self.flipped_data else -1
+
+    def count(self, out: Sequence[int]) -> int:
+        return math.prod(out[:-1])
+
+    def rows(self, data: Array, places: Array) -> Array:
+        data = data.swapaxes(-1, -2) if self.flipped_data else data
+        return data.reshape(-1, data.shape[-1])[places][None]
+
+    def targets(self, out: Array, places: Array) -> Array:
+        return out.reshape(-1, out.shape[-1])[places][None]
+
+    def matrix(self, weight: Array) -> Array:
+        return (weight.T if self.flipped_weight else weight)[None]
+
+    def weight(self, matrix: Array) -> Array:
+        found: Array = matrix[0].T if self.flipped_weight else matrix[0]
+        return found
+
+
+@linear("Conv")
+def _conv(node: NodeProto, weight: Sequence[int]) -> Linear | None:
+    given = attributes_of(node)
+    rank = len(weight) - 2
+    auto = given.get("auto_pad", "NOTSET")
+    pads = given.get("pads", [0] * (2 * rank)) if auto == "NOTSET" else [0] * (2 * rank)
+    pairs = None if auto.startswith("SAME") else tuple(zip(pads[:rank], pads[rank:], strict=True))
+    return _Convolution(
+        given.get("group", 1),
+        tuple(weight),
+        tuple(given.get("strides", [1] * rank)),
+        tuple(given.get("dilations", [1] * rank)),
+        pairs,
+        auto != "SAME_LOWER",
+    )
+
+
+@linear("ConvTranspose")
+def _conv_transpose(node: NodeProto, weight: Sequence[int]) -> Linear | None:
+    given = attributes_of(node)
+    rank = len(weight) - 2
+    if given.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID") or "output_shape" in given:
+        return None
+    groups = given.get("group", 1)
+    pads, extra = given.get("pads", [0] * (2 * rank)), given.get("output_padding", [0] * rank)
+    dilations = tuple(given.get("dilations", [1] * rank))
+    reach = [(k - 1) * d for k, d in zip(weight[2:], dilations, strict=True)]
+    pairs = tuple((r - a, r - b + e) for r, a, b, e in zip(reach, pads[:rank], pads[rank:], extra, strict=True))
+    shape = (weight[1] * groups, weight[0] // groups, *weight[2:])
+    spread = tuple(given.get("strides", [1] * rank))
+    return _Transposed(groups, shape, (1,) * rank, dilations, pairs, spread=spread)
+
+
+@linear("Gemm")
+def _gemm(node: NodeProto, weight: Sequence[int]) -> Linear | None:
+    given = attributes_of(node)
+    if given.get("alpha", 1.0) != 1.0 or given.get("beta", 1.0) != 1.0:
+        return None
+    return _Product(bool(given.get("transA", 0)), bool(given.get("transB", 0)))
+
+
+@linear("MatMul")
+def _matmul(node: NodeProto, weight: Sequence[int]) -> Linear | None:
+    return _Product(bias=-1) if len(weight) == 2 else None

@@ -1,0 +1,1 @@
+"""Pipelines: passes one after another, and the state that they hand on."""

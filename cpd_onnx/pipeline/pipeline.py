@@ -1,0 +1,127 @@
+"""Pipelines: passes by name, one after another.
+
+>>> parse("comb, score{kind='l1'}, allocate{macs=0.5}")
+[('comb', {}), ('score', {'kind': 'l1'}), ('allocate', {'macs': 0.5})]
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
+
+from cpd_onnx.errors import UnsupportedError
+from cpd_onnx.ir.model import Source, blaming, load
+from cpd_onnx.pipeline.state import State
+
+if TYPE_CHECKING:
+    from cpd_onnx.data.sources import Source as DataSource
+
+PASSES = (
+    "fold",
+    "comb",
+    "score",
+    "sensitivity",
+    "allocate",
+    "prune",
+    "verify",
+    "repair",
+    "iterate",
+    "distill",
+    "interleave",
+)
+"""Names of the passes; pass `x` is class `X` of `cpd_onnx.passes.x`."""
+
+_STEP = re.compile(r"\s*([a-z_]+)\s*(?:\{([^{}]*)\})?\s*(?:,|$)")
+
+
+class Pass(Protocol):
+    """A step of a pipeline: a frozen dataclass whose fields are its options."""
+
+    name: ClassVar[str]
+
+    def __call__(self, state: State) -> State:
+        """The state with this pass done."""
+
+
+Observer: TypeAlias = Callable[[str, str], None]
+"""Called with the name of a pass and "start" or "end"."""
+
+
+def parse(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """Names and options of the passes in a pipeline text; ValueError says where it is not one."""
+    steps, position = [], 0
+    while position < len(text.rstrip().rstrip(",")):
+        found = _STEP.match(text, position)
+        if not found:
+            raise ValueError(
+                f"not a pipeline from {text[position : position + 20]!r} on: write name{{option=value, …}}, …"
+            )
+        steps.append((found[1], _options(found[2] or "")))
+        position = found.end()
+    return steps
+
+
+def _options(text: str) -> dict[str, Any]:
+    try:
+        call = ast.parse(f"f({text})", mode="eval").body
+        assert isinstance(call, ast.Call)
+        if call.args or any(k.arg is None for k in call.keywords):
+            raise ValueError("options are name=value")
+        return {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"options {text!r} are not name=value, …: {error}") from error
+
+
+def make(name: str, options: Mapping[str, Any]) -> Pass:
+    """A pass by name; ValueError if there is none or it does not know an option."""
+    if name not in PASSES:
+        raise ValueError(f"no pass is called {name!r}: there are {', '.join(PASSES)}")
+    cls = getattr(_module(name), name.capitalize())
+    known = [field.name for field in fields(cls)]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"pass {name!r} has no option {option!r}: it has {', '.join(known) or 'none'}")
+    made: Pass = cls(**options)
+    return made
+
+
+def _module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(f"cpd_onnx.passes.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise UnsupportedError(f"pass {name!r} needs torch: pip install 'cpd-onnx[torch]'") from error
+
+
+def run(
+    passes: str | Iterable[Pass],
+    source: Source | State,
+    *,
+    data: DataSource | None = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    observer: Observer | None = None,
+) -> State:
+    """Take a model through passes, given as text or as objects.
+
+    Raises CpdError for what is wrong with the model or the options.
+    """
+    steps = [make(name, options) for name, options in parse(passes)] if isinstance(passes, str) else list(passes)
+    if isinstance(source, State):
+        state = source
+    else:
+        model = load(source)
+        state = State(model, model, dict(input_shapes or {}), data)
+    for step in steps:
+        if observer:
+            observer(step.name, "start")
+        with blaming(state.original):
+            state = step(state)
+        if observer:
+            observer(step.name, "end")
+    return state

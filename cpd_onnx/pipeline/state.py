@@ -1,0 +1,95 @@
+"""What passes hand to one another."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from cpd_onnx.ir.model import Model
+from cpd_onnx.summary import Summary, count
+
+if TYPE_CHECKING:
+    from cpd_onnx.budget.allocation import Allocation, Curves
+    from cpd_onnx.channels.groups import Combed
+    from cpd_onnx.data.sources import Source
+    from cpd_onnx.proof.comparison import Comparison
+    from cpd_onnx.rewrite.plan import Plan
+    from cpd_onnx.rewrite.rewriter import Edit
+    from cpd_onnx.shapes.inference import Folded
+
+
+@dataclass(frozen=True)
+class State:
+    """A model on its way through a pipeline; each pass gives a new state with more filled in.
+
+    Attributes:
+        model: the model as it is now.
+        original: the model as it was read.
+        input_shapes: sizes of inputs that the file leaves open, by name.
+        data: where samples come from, if there are any.
+        folded: shapes and the values of shape arithmetic.
+        combed: the coupled channels of `original`.
+        score: name of the score, and its seed.
+        scores: one array per group.
+        curves: damage by group, where a pass has measured it; the scores tell it otherwise.
+        budget: what was asked for, in the plan's words.
+        allocation: which channels go.
+        edits: what differs between original and pruned file.
+        plan: the same on record.
+        verification: outcome of the proof.
+        repaired: summary of the repair, if there was one.
+        distilled: summary of the training, if there was one.
+
+    """
+
+    model: Model
+    original: Model
+    input_shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    data: Source | None = None
+    folded: Folded | None = None
+    combed: Combed | None = None
+    score: Mapping[str, Any] = field(default_factory=dict)
+    scores: Sequence[Any] | None = None
+    curves: Curves | None = None
+    budget: Mapping[str, Any] = field(default_factory=dict)
+    allocation: Allocation | None = None
+    edits: tuple[Edit, ...] = ()
+    plan: Plan | None = None
+    verification: Comparison | None = None
+    repaired: Mapping[str, Any] | None = None
+    distilled: Mapping[str, Any] | None = None
+
+    def need(self, attribute: str, maker: str) -> Any:
+        """A part that an earlier pass fills in; ValueError names the pass if it was left out."""
+        value = getattr(self, attribute)
+        if value is None:
+            raise ValueError(f"run the pass {maker!r} first: it makes {attribute!r}")
+        return value
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write the model as it is now; raises ModelError if the file exists and `overwrite` is not set."""
+        self.model.save(path, overwrite=overwrite)
+
+    def summary(self) -> Summary:
+        """How far the model has come."""
+        values = {"model": str(self.original.path or self.original.graph.name)}
+        if self.combed is not None:
+            values["groups"] = str(len(self.combed.groups))
+        if self.allocation is not None:
+            before, after = self.allocation.before, self.allocation.after
+            values["MACs"] = f"{count(before.macs)} -> {count(after.macs)}"
+            values["parameters"] = f"{count(before.params)} -> {count(after.params)}"
+        if self.plan is not None:
+            values["edits"] = str(len(self.edits))
+            values["proof"] = "not verified" if self.verification is None else self.verification.verdict
+        if self.repaired is not None:
+            values["repair"] = f"{len(self.repaired['fitted'])} weights fitted to the original"
+        if self.distilled is not None:
+            values["training"] = f"{self.distilled['steps']} steps"
+        return Summary.of(values)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return self.summary().html()

@@ -1,0 +1,1 @@
+"""The proof: the pruned model computes what the masked original computes."""

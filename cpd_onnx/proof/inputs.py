@@ -1,0 +1,411 @@
+"""Inputs for the proof: at sizes that the analysis did not use, reaching every branch that some input reaches.
+
+Where a model leaves sizes open, the proof runs at the least ones that it accepts, with a batch of one, and at unequal
+odd ones. Boolean inputs take both values. Which branches of an If and how many iterations of a Loop an input reaches
+is read from onnxruntime's profile of the original; inputs of other magnitudes, and the constants that the graph
+compares with, are tried for what is not reached.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import itertools
+import json
+import math
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from onnx import NodeProto
+
+from cpd_onnx.errors import UnsupportedError
+from cpd_onnx.ir.model import Array
+from cpd_onnx.ops.sizes import Bindings, Size, Term
+from cpd_onnx.runtime.sessions import (
+    Assignment,
+    Feed,
+    Runner,
+    execute,
+    fed,
+    is_feasible,
+    open_model,
+    random_array,
+    random_feed,
+    symbols_of,
+    working_feeds,
+)
+from cpd_onnx.shapes.editor import Editor
+from cpd_onnx.shapes.inference import Folded, Scope, fold, taken_branch
+
+_SMALL = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512)
+"""Sizes that are tried for the least one that a model accepts."""
+_BATCHES = (1, 4, 3)
+"""Batch sizes of the three runs; the analysis uses others for the first batch axis."""
+_STEPS = (1, 2, 4, 7, 8, 14, 16, 32, 64)
+"""Numbers that models want sizes to be multiples of."""
+_MOST_FED = 1 << 24
+"""Elements of an input up to which a size is tried."""
+_MAGNITUDES = (0.0, 1e-3, 30.0, 1e4)
+"""Factors of random inputs that are tried to reach a branch."""
+_MOST_VARIANTS = 48
+_MOST_EXTRA = 6
+"""Further inputs that are added to reach branches."""
+_USUAL = (3, 9, 11, 7, 13)
+"""Sizes of the first symbol, the second and so on while one of them is varied."""
+_COMPARISONS = {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"}
+_MARK = "cpd-mark"
+
+
+@dataclass(frozen=True)
+class ProofInputs:
+    """What a proof runs on.
+
+    Attributes:
+        feeds: the inputs.
+        unreached: branches and counts of iterations that none of them reaches, in words, each with the path of the body
+            that has not run, "" where it has.
+
+    """
+
+    feeds: tuple[Feed, ...]
+    unreached: tuple[tuple[str, str], ...] = ()
+
+
+def proof_inputs(
+    folded: Folded, session: Runner, count: int = 2, *, given: Sequence[Feed] = (), is_large: bool = False
+) -> ProofInputs:
+    """Inputs that are given, and random ones at sizes that the analysis did not use: at least `count` in all.
+
+    Of a large model, each run of which takes long, no branches are observed, and whether it accepts sizes is told from
+    its shapes. Raises UnsupportedError with onnxruntime's first complaint if the model accepts nothing.
+    """
+    random = [*_at_other_sizes(folded, None if is_large else session)]
+    if is_large and random and not _runs(session, random[-1]):
+        random = []
+    if len(given) + len(random) < count:
+        random += working_feeds(folded, session, count - len(given) - len(random))
+    feeds = [*given, *(_with_flags(feed, number) for number, feed in enumerate(random))]
+    marks = None if is_large else Marks(folded)
+    if marks is None or not marks.places:
+        return ProofInputs(tuple(feeds))
+    return _covering(folded, session, marks, feeds)
+
+
+# Sizes.
+
+
+def numbers_in(folded: Folded, feed: Feed) -> dict[str, int]:
+    """What the symbols of a model are in some inputs, by name; those that cannot be told are left out."""
+    known: dict[Term, tuple[int, ...]] = {}
+    waiting = [pair for v in fed(folded) for pair in zip(v.sizes or (), feed[v.name].shape, strict=True)]
+    for _ in waiting:
+        for extent, size in waiting:
+            if not isinstance(extent, Size):
+                continue
+            terms = {t for monomial in extent.coefficients for t, _ in monomial} - known.keys()
+            if len(terms) == 1:
+                term = terms.pop()
+                bindings = Bindings(known | {term: (0, 1)} | {t: n * 2 for t, n in known.items()})
+                low, high = (bindings.at(extent, place) for place in (0, 1))
+                if low is not None and high is not None and high != low and (size - low) % (high - low) == 0:
+                    known[term] = (int((size - low) // (high - low)),)
+    return {str(term): numbers[0] for term, numbers in known.items()}
+
+
+def feed_at(folded: Folded, assignment: Assignment, seed: int) -> Feed | None:
+    """Random inputs of the sizes that an assignment gives; None if they are too large or below zero."""
+    rng, bindings = np.random.default_rng(seed), Bindings({term: (n,) for term, n in assignment.items()})
+    feed: Feed = {}
+    for value in fed(folded):
+        if value.sizes is None:
+            raise UnsupportedError(f"the shape of input {value.name!r} is not known: give it with --input-shape")
+        shape = [bindings.at(extent, 0) for extent in value.sizes]
+        if any(size is None or size < 0 for size in shape) or math.prod(map(int, shape)) > _MOST_FED:  # type: ignore[arg-type]  # not None
+            return None
+        feed[value.name] = random_array(folded, value, [int(size) for size in shape], rng)  # type: ignore[arg-type]  # as above
+    return feed
+
+
+def _at_other_sizes(folded: Folded, session: Runner | None) -> Iterator[Feed]:
+    """Up to three inputs: the least sizes, and unequal odd ones or odd multiples of what the model demands.
+
+    Without a session, sizes are taken that leave no shape unknown.
+    """
+    symbols = symbols_of(folded)
+    if not symbols and not any(map(_is_number, random_feed(folded).values())):
+        return
+    free = [term for term, is_batch in symbols.items() if not is_batch]
+    batches = [term for term, is_batch in symbols.items() if is_batch]
+    least: Feed | None = None
+    size = 1
+    for size in _SMALL if free else (1,):
+        least = _accepted(folded, session, dict.fromkeys(free, size) | dict.fromkeys(batches, _BATCHES[0]), 0)
+        if least is not None:
+            yield least
+            break
+    for number, sizes in enumerate((_odd, _odd_reversed), start=1):
+        for assignment in sizes(free, size if least is not None else 1):
+            feed = _accepted(folded, session, assignment | dict.fromkeys(batches, _BATCHES[number]), number)
+            if feed is not None:
+                yield feed
+                break
+
+
+def _odd(free: Sequence[Term], least: int) -> Iterator[Assignment]:
+    """Sizes above the least that have no factor in common but the step, smallest step first; equal ones at last."""
+    yield from _multiples(free, least, (5, 7, 9, 11, 13))
+    yield from _multiples(free, least, (5,))
+
+
+def _odd_reversed(free: Sequence[Term], least: int) -> Iterator[Assignment]:
+    """The same, larger ones first."""
+    yield from _multiples(free, least, (9, 5, 11, 7, 13))
+    yield from _multiples(free, least, (7,))
+
+
+def _multiples(free: Sequence[Term], least: int, factors: Sequence[int]) -> Iterator[Assignment]:
+    if not free:
+        yield {}
+        return
+    for step in _STEPS:
+        base = max(0, -(-least // step) - factors[0])
+        base += base % 2  # sums with odd factors stay odd
+        yield {term: step * (base + factors[min(number, len(factors) - 1)]) for number, term in enumerate(free)}
+
+
+def _accepted(folded: Folded, session: Runner | None, assignment: Assignment, seed: int) -> Feed | None:
+    """Inputs of these sizes, if the original runs on them, perhaps with other numbers where a single one is wanted."""
+    feed = feed_at(folded, assignment, seed) if is_feasible(folded, assignment) else None
+    if feed is None:
+        return None
+    if session is None:
+        here = fold(folded.model, None, {str(term): number for term, number in assignment.items()})
+        return feed if here.unknown.keys() <= folded.unknown.keys() else None
+    changes = _integer_changes(_compared_with(folded)) if any(_is_number(array) for array in feed.values()) else ()
+    return next((f for f in (feed, *(_changed(feed, change) for change in changes)) if _runs(session, f)), None)
+
+
+def _is_number(array: Array) -> bool:
+    return array.size == 1 and array.dtype.kind in "iu"
+
+
+def _changed(feed: Feed, change: _Change) -> Feed:
+    return {name: change(array) for name, array in feed.items()}
+
+
+def _with_flags(feed: Feed, number: int) -> Feed:
+    """Boolean inputs all true, all false, and mixed in turn."""
+    made = dict(feed)
+    for name, array in feed.items():
+        if array.dtype == np.bool_ and number % 3:
+            mixed = np.random.default_rng(number).integers(0, 2, array.shape).astype(np.bool_)
+            made[name] = np.zeros_like(array) if number % 3 == 1 else mixed
+    return made
+
+
+# Branches.
+
+
+class Marks:
+    """The original with marked nodes in the bodies of If, Loop and Scan, by which a profile says what ran."""
+
+    def __init__(self, folded: Folded) -> None:
+        """Mark a copy of the model."""
+        self._editor = Editor(folded.model.copy())
+        self.places: dict[str, _Body] = {}
+        """Bodies by the mark of a node in them."""
+        self._mark(folded.scope)
+
+    def _mark(self, scope: Scope) -> None:
+        for position, bodies in scope.bodies.items():
+            node = scope.nodes[position]
+            taken = taken_branch(scope.lookup(node.input[0])) if node.op_type == "If" else None
+            for name, body in bodies.items():
+                if body.function or (taken is not None and name != taken):
+                    continue  # functions have no graph of their own; a branch that no input reaches
+                self._mark_body(_body_of(scope, node, name, body), body)
+                self._mark(body)
+
+    def _mark_body(self, found: _Body, body: Scope) -> None:
+        nodes = self._editor.graph(body).node
+        marked = next((n for n in nodes if n.op_type != "Constant" and any(n.output)), None)
+        if marked is None:
+            return  # nothing runs in it that could be seen
+        mark = f"{_MARK}-{len(self.places)}-"
+        marked.name = f"{mark}{marked.name}"
+        self.places[mark] = found
+
+    def counts(self, feeds: Sequence[Mapping[str, Array]]) -> list[Counter[str]]:
+        """How often each mark runs, for each of some inputs that the model accepts."""
+        if not feeds:
+            return []
+        with tempfile.TemporaryDirectory() as folder:
+            session = open_model(self._editor.model, optimise=False, profile=Path(folder) / "runs")
+            for feed in feeds:
+                execute(session, feed)
+            events = json.loads(Path(session.end_profiling()).read_text())
+        starts = sorted(event["ts"] for event in events if event["name"] == "model_run")
+        found = [Counter[str]() for _ in feeds]
+        for event in events:
+            if event["cat"] == "Node" and _MARK in event["name"]:
+                run = bisect.bisect_right(starts, event["ts"]) - 1
+                found[run].update(mark for mark in self.places if mark in event["name"])
+        return found
+
+    def reached(self, counts: Counter[str]) -> set[str]:
+        """What an input reaches, in words."""
+        return {goal for mark, body in self.places.items() for goal in body.reached(counts[mark])}
+
+    def wanted(self) -> dict[str, str]:
+        """All that may be reached, in words, with the paths of the scopes that only run if it is."""
+        return {goal: path for body in self.places.values() for goal, path in body.goals.items()}
+
+
+@dataclass(frozen=True)
+class _Body:
+    """A body of an If, Loop or Scan.
+
+    Attributes:
+        what: names it: the branch of an If, the loop itself.
+        is_loop: whether it may run several times.
+        goals: what inputs may reach, in words, with the path of the body where it only runs if they do.
+
+    """
+
+    what: str
+    is_loop: bool
+    goals: Mapping[str, str]
+
+    def reached(self, count: int) -> Iterator[str]:
+        """What is reached if the body runs so often."""
+        if not self.is_loop:
+            yield from (self.what,) * min(count, 1)
+            return
+        if not count:
+            yield f"{self.what} with no iteration"
+        if count:
+            yield f"{self.what} with an iteration"
+        if count > 1:
+            yield f"{self.what} with several iterations"
+
+
+def _body_of(scope: Scope, node: NodeProto, name: str, body: Scope) -> _Body:
+    label = node.name or node.output[0]
+    if node.op_type == "If":
+        what = f"the {name.replace('_', ' ')} of If {label!r}"
+        return _Body(what, False, {what: body.path})
+    what = f"{node.op_type} {label!r}"
+    low, high = _iterations(scope, node)
+    goals = {f"{what} with an iteration": body.path} if high > 0 else {}
+    goals |= {f"{what} with no iteration": ""} if low < 1 else {}
+    goals |= {f"{what} with several iterations": ""} if high > 1 else {}
+    return _Body(what, True, goals)
+
+
+def _iterations(scope: Scope, node: NodeProto) -> tuple[int, float]:
+    """The fewest and the most iterations that a Loop or Scan may have, as far as the graph says."""
+    if node.op_type == "Scan":
+        return 1, math.inf  # an axis without an index is nothing that is tried
+    count, condition = (scope.lookup(name) if name else None for name in (*node.input, "", "")[:2])
+    most = int(count.value.item()) if count is not None and count.is_static and count.value is not None else math.inf
+    goes_on = condition is None or (
+        condition.is_static and condition.value is not None and bool(condition.value.item())
+    )
+    return (1 if goes_on and node.input[0] and 0 < most < math.inf else 0), most
+
+
+def _covering(folded: Folded, session: Runner, marks: Marks, feeds: Sequence[Feed]) -> ProofInputs:
+    """The inputs, and others that reach what these do not."""
+    wanted, chosen = marks.wanted(), list(feeds)
+    missing = set(wanted).difference(*(marks.reached(counts) for counts in marks.counts(feeds)))
+    if missing:
+        variants = [feed for feed in _variants(folded, feeds) if _runs(session, feed)]
+        variants += _at_compared_sizes(folded, session)
+        for feed, counts in zip(variants, marks.counts(variants), strict=True):
+            gained = missing & marks.reached(counts)
+            if gained and len(chosen) < len(feeds) + _MOST_EXTRA:
+                chosen.append(feed)
+                missing -= gained
+    return ProofInputs(tuple(chosen), tuple((wanted[goal], goal) for goal in sorted(missing)))
+
+
+def _runs(session: Runner, feed: Feed) -> bool:
+    """Whether the original runs on some inputs, and gives numbers."""
+    with contextlib.suppress(UnsupportedError):
+        return not any(array.dtype.kind == "f" and np.isnan(array).any() for array in execute(session, feed))
+    return False
+
+
+def _variants(folded: Folded, feeds: Sequence[Feed]) -> Iterator[Feed]:
+    """Inputs of other magnitudes and signs, and of numbers that the graph compares with."""
+    numbers = _compared_with(folded)
+    count = 0
+    for feed in feeds[:2]:
+        for change in (*_float_changes(numbers), *_integer_changes(numbers)):
+            changed = _changed(feed, change)
+            if any(changed[name] is not feed[name] for name in feed):
+                count += 1
+                yield changed
+            if count >= _MOST_VARIANTS:
+                return
+
+
+def _at_compared_sizes(folded: Folded, session: Runner) -> Iterator[Feed]:
+    """Inputs whose sizes are, one symbol at a time, those that the graph compares with, or make them by halving."""
+    symbols = symbols_of(folded)
+    usual = {term: _USUAL[min(place, len(_USUAL) - 1)] for place, term in enumerate(symbols)}
+    numbers = sorted({int(n) for n in _compared_with(folded) if 0 < n < _SMALL[-1] and n == int(n)})
+    wanted = sorted({size for n in numbers for size in (n - 1, n, n + 1, 2 * n - 1, 2 * n, 4 * n) if size > 0})
+    for count, (term, size) in enumerate(itertools.product(symbols, wanted)):
+        feed = _accepted(folded, session, usual | {term: size}, count) if count < _MOST_VARIANTS else None
+        if feed is not None:
+            yield feed
+
+
+def _float_changes(numbers: Sequence[float]) -> Iterator[_Change]:
+    for factor in (*_MAGNITUDES, *(abs(n) * f for n in numbers if n for f in (10.0, 0.1))):
+        yield _Change("f", lambda array, factor=factor: array * factor)
+    yield _Change("f", lambda array: np.abs(array))
+    yield _Change("f", lambda array: -np.abs(array))
+
+
+def _integer_changes(numbers: Sequence[float]) -> Iterator[_Change]:
+    whole = sorted({int(n) + d for n in numbers if abs(n) < 2**31 and n == int(n) for d in (0, 1, -1)} | {0, 1, 3})
+    for number in whole:
+        yield _Change("iu", lambda array, number=number: np.full_like(array, number) if array.size == 1 else array)
+    for number in (False, True):
+        yield _Change("b", lambda array, number=number: np.full_like(array, number))
+
+
+class _Change:
+    """A change of the inputs of some kinds."""
+
+    def __init__(self, kinds: str, function: object) -> None:
+        self._kinds, self._function = kinds, function
+
+    def __call__(self, array: Array) -> Array:
+        """The changed input, or the same array if it is of another kind or the change does not fit its type."""
+        if array.dtype.kind not in self._kinds:
+            return array
+        with np.errstate(all="ignore"), contextlib.suppress(OverflowError, ValueError):
+            made = self._function(array)  # type: ignore[operator]  # a function
+            return made if made is array else np.asarray(made).astype(array.dtype)
+        return array
+
+
+def _compared_with(folded: Folded) -> list[float]:
+    """Constants with which nodes compare, of one element."""
+    found: set[float] = set()
+    for scope in folded.scope.walk():
+        for node in scope.nodes:
+            for name in node.input if node.op_type in _COMPARISONS else ():
+                value = scope.lookup(name)
+                if value is not None and value.is_static and value.value is not None and value.value.size == 1:
+                    number = float(value.value.item())
+                    if math.isfinite(number):
+                        found.add(number)
+    return sorted(found)

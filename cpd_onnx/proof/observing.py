@@ -1,0 +1,240 @@
+"""Which tensors tell whether two models are the same: the outputs, and what stands in front of those that tell little.
+
+A decision (an ArgMax, an index, a comparison) leaps or stays as it is, and a saturated sigmoid or a dead rectifier
+hides everything before it. So the numbers in front of them are compared as well, back through what only moves numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from onnx import NodeProto, TensorProto
+
+from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.channels.groups import Combed
+from cpd_onnx.proof.comparison import DISCRETE, SATURATING, VALUES, Observed
+from cpd_onnx.rules.api import FLOATS
+from cpd_onnx.shapes.inference import all_inputs
+
+_SATURATING = {
+    "Relu", "Sigmoid", "Tanh", "Softmax", "LogSoftmax", "Hardmax", "Clip", "HardSigmoid", "HardSwish", "LeakyRelu",
+    "PRelu", "Elu", "Selu", "Celu", "ThresholdedRelu", "Softplus", "Softsign", "Gelu", "FastGelu", "BiasGelu",
+    "QuickGelu", "Mish", "Erf", "Shrink", "QuantizeLinear",
+}  # fmt: skip  # a table
+"""Operators that give nearly the same for a range of numbers, element by element or along an axis."""
+_MOVING = {
+    "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Concat", "Split", "Slice", "Expand", "Tile",
+    "Cast", "CastLike", "Pad", "DequantizeLinear", "DepthToSpace", "SpaceToDepth", "Neg", "Add", "Sub", "Mul", "Div",
+}  # fmt: skip  # a table
+"""Operators whose result shows what the one operand shows that is no constant."""
+_PICKING = {"Gather", "GatherElements", "GatherND", "Compress", "Where", "ScatterElements", "ScatterND", "Slice"}
+"""Operators that move numbers to where, or from where, other tensors say."""
+_LEAPING = {"Round", "Floor", "Ceil", "Sign", "Mod", "OneHot", "Bernoulli"}
+"""Operators whose float results leap."""
+_SIZES = {"Shape", "Size"}
+"""Operators that do not look at values."""
+_MOST = 64
+"""Tensors in front of one output."""
+_DOMAINS = ("", "ai.onnx", "com.microsoft")
+
+
+def observed(combed: Combed, kept: Kept, floating: frozenset[str] = frozenset()) -> list[Observed]:
+    """What is to be compared, outputs first and in order.
+
+    `floating` names tensors that are integers in the file but numbers in the models that run.
+    """
+    return _Finder(combed, kept, floating).run()
+
+
+class _Finder:
+    def __init__(self, combed: Combed, kept: Kept, floating: frozenset[str]) -> None:
+        self.combed, self.kept, self.floating = combed, kept, floating
+        self.scope = combed.folded.scope
+        removal = _Removal(combed, kept)
+        takers = removal.takers()
+        self.behind = removal.behind(takers)
+        self.affected = removal.behind(removal.sums(takers))
+        self.declared = {o.name: o.type.tensor_type.elem_type for o in combed.folded.model.graph.output}
+        self.kinds: dict[str, str] = {}
+        self.waiting: list[str] = []
+        self.seen: set[str] = set()
+        self.inside: list[tuple[str, str]] = []
+
+    def run(self) -> list[Observed]:
+        outputs = list(dict.fromkeys(o.name for o in self.combed.folded.model.graph.output))
+        found: list[Observed] = []
+        behind: dict[str, dict[str, str]] = {}
+        for output in outputs:
+            self.kinds, self.waiting, self.seen, self.inside = {}, [output], set(), []
+            while self.waiting and len(self.kinds) < _MOST:
+                self.look(self.waiting.pop())
+            for whole, part in reversed(self.inside):  # what shows a decision is one
+                if self.kinds.get(part) == DISCRETE:
+                    self.kinds[whole] = DISCRETE
+            behind[output] = self.kinds
+        for output in outputs:
+            found.append(self.made(output, output, behind[output].pop(output, VALUES)))
+        taken = set(outputs)
+        for output in outputs:
+            for name, kind in behind[output].items():
+                if name not in taken and name in self.affected and self.can_be_shown(name):
+                    taken.add(name)
+                    found.append(self.made(name, output, kind))
+        return found
+
+    def made(self, name: str, output: str, kind: str) -> Observed:
+        tensor = self.combed.tensors.get(("", name))
+        axes = (tensor.axes if tensor is not None else None) or []
+        masks = {place: self.kept.mask(axis) for place, axis in enumerate(axes) if self.kept.touches(axis)}
+        return Observed(name, output, kind, name in self.affected, name in self.behind, masks)
+
+    def can_be_shown(self, name: str) -> bool:
+        value = self.scope.values.get(name)
+        return value is not None and value.dtype != TensorProto.UNDEFINED and value.weight is None
+
+    def is_number(self, name: str) -> bool:
+        value = self.scope.values.get(name)
+        kind = value.dtype if value is not None and value.dtype else self.declared.get(name, TensorProto.UNDEFINED)
+        return kind in FLOATS or name in self.floating
+
+    def look(self, top: str) -> None:
+        """Decide how a tensor is compared, and what in front of it is to be looked at."""
+        if top in self.seen or top not in self.affected:
+            return
+        self.seen.add(top)
+        if not self.is_number(top):
+            self.kinds[top] = DISCRETE
+            self.waiting += self.numbers_before(top)
+            return
+        self.kinds[top] = VALUES
+        name: str | None = top
+        while name is not None:
+            name = self.before(top, name)
+
+    def before(self, top: str, name: str) -> str | None:
+        """The tensor of which another is a moved copy; None where `top` is compared, or what is in front of it too."""
+        node = self.maker(name)
+        if node is None or node.domain not in _DOMAINS:
+            return None
+        data = [i for i in node.input if i and not self.is_constant(i)]
+        numbers = [i for i in data if self.is_number(i)]
+        decisions = [i for i in data if i not in numbers and i in self.affected and self.numbers_before(i)]
+        if decisions and node.op_type in _PICKING:
+            self.kinds[top] = DISCRETE
+            self.waiting += [*numbers, *(n for i in decisions for n in self.numbers_before(i))]
+        elif node.op_type in _LEAPING or (node.op_type == "Cast" and not numbers):
+            self.kinds[top] = DISCRETE
+            self.waiting += [*numbers, *decisions]
+        elif self.is_rounding(node) or any(map(self.is_leap, numbers)):
+            self.kinds[top] = DISCRETE
+            self.waiting += numbers
+        elif node.op_type in _SATURATING and numbers:
+            self.kinds[top] = SATURATING
+            self.waiting.append(numbers[0])
+            self.inside.append((top, numbers[0]))
+        elif node.op_type == "Concat":
+            self.waiting += numbers
+            self.inside += [(top, number) for number in numbers]
+        elif node.op_type in _MOVING and len(numbers) == 1:
+            return str(numbers[0])
+        return None
+
+    def is_rounding(self, node: NodeProto) -> bool:
+        return node.op_type == "QuantizeLinear" and node.output[0] not in self.floating
+
+    def is_leap(self, name: str) -> bool:
+        """Whether a float is a decision in another type: a mask that numbers are multiplied with, say."""
+        while name in self.affected and (node := self.maker(name)) is not None:
+            numbers = [i for i in node.input if i and not self.is_constant(i) and self.is_number(i)]
+            if node.op_type == "Cast" and not numbers:
+                return True
+            if node.op_type not in _MOVING or len(numbers) != 1:
+                return node.op_type in _LEAPING
+            name = numbers[0]
+        return False
+
+    def maker(self, name: str) -> NodeProto | None:
+        position: int | None = self.scope.makers.get(name)
+        return None if position is None else self.scope.nodes[position]
+
+    def is_constant(self, name: str) -> bool:
+        value = self.scope.values.get(name)
+        return value is not None and value.constants is not None
+
+    def numbers_before(self, name: str) -> list[str]:
+        """The nearest float tensors that an integer or a truth value is computed from, which removals affect."""
+        waiting, seen, found = [name], {name}, list[str]()
+        while waiting:
+            node = self.maker(waiting.pop())
+            if node is None or node.op_type in _SIZES:
+                continue
+            for before in sorted(all_inputs(node) - {""} - seen):
+                seen.add(before)
+                if before not in self.affected:
+                    continue
+                if self.is_number(before):
+                    found.append(before)
+                else:
+                    waiting.append(before)
+        return found
+
+
+class _Removal:
+    """Where in a model it shows that channels were removed."""
+
+    def __init__(self, combed: Combed, kept: Kept) -> None:
+        self.combed, self.kept = combed, kept
+        self.scope = combed.folded.scope
+        self.outer = {
+            inner.path: position
+            for position, bodies in self.scope.bodies.items()
+            for body in bodies.values()
+            for inner in body.walk()
+        }
+
+    def behind(self, positions: set[int]) -> set[str]:
+        """Tensors of the main graph that some nodes make, or that depend on them."""
+        found = set[str]()
+        for position, node in enumerate(self.scope.nodes):
+            if position in positions or (node.op_type not in _SIZES and not found.isdisjoint(all_inputs(node))):
+                found.update(name for name in node.output if name)
+        return found
+
+    def takers(self) -> set[int]:
+        """Nodes of the main graph with an input or output, or something inside, of which a part goes."""
+        found = {
+            self.place(use.use.scope.path, use.use.node)
+            for weight in self.combed.weights
+            for use in weight.uses
+            if any(map(self.kept.touches, use.axes))
+        }
+        for (path, name), tensor in self.combed.tensors.items():
+            if any(map(self.kept.touches, tensor.axes or [])):
+                found.update(self.uses(path, name))
+        return found
+
+    def sums(self, takers: set[int]) -> set[int]:
+        """Those of them that sum over what goes, or normalise over it: the others leave what survives as it was."""
+        recorder = self.combed.recorder
+        factors = {id(f.value) for product in recorder.products for f in product if self.kept.touches(f.atoms)}
+        summing = {self.place(*key) for key in (*recorder.sensitive, *recorder.silenced)}
+        return {
+            position
+            for position in takers
+            if position in summing or position in self.scope.bodies or not factors.isdisjoint(self.values(position))
+        }
+
+    def values(self, position: int) -> set[int]:
+        return {id(self.scope.values.get(name)) for name in self.scope.nodes[position].input if name}
+
+    def place(self, path: str, position: int) -> int:
+        """The node of the main graph that a node is, or is inside of."""
+        return self.outer.get(path, position)
+
+    def uses(self, path: str, name: str) -> Iterator[int]:
+        if path:
+            yield self.outer[path]
+            return
+        yield from (self.place(use.scope.path, use.node) for use in self.scope.consumers.get(name, []))
+        if name in self.scope.makers:
+            yield self.scope.makers[name]

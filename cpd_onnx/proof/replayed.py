@@ -1,0 +1,114 @@
+"""Replayed: whether a file is, value for value, what a plan makes of the original, and what the file computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from cpd_onnx.errors import ProofError, UnsupportedError
+from cpd_onnx.ir.differences import differences, named_places
+from cpd_onnx.ir.model import Array, Model
+from cpd_onnx.ir.tensors import Stored, same_bits, stored_tensors, values_sha256
+from cpd_onnx.proof.comparison import TOLERANCES, Difference, output_difference, runs_needed
+from cpd_onnx.proof.inputs import proof_inputs
+from cpd_onnx.rewrite.plan import Plan
+from cpd_onnx.runtime.sessions import Runner, execute_all
+from cpd_onnx.shapes.inference import Folded
+
+_NO_VALUES = (
+    "; the plan names no refitted or trained weights (if it was written before plans named them, repair or distill "
+    "again)"
+)
+
+
+def require_replay(replay: Model, pruned: Model, plan: Plan) -> None:
+    """Raise ProofError, with the first place, where a file is not what the plan makes of the original."""
+    named = plan.values
+    odd: list[str] = []
+    is_value = False
+    for found in differences(replay, pruned):
+        if found.tensor not in named:
+            is_value = is_value or (not odd and bool(found.tensor))
+            odd.append(str(found))
+    odd = odd or _wrong_values(replay, pruned, named)
+    if odd:
+        more = f" (and {len(odd) - 1} more differences)" if len(odd) > 1 else ""
+        why = _NO_VALUES if is_value and not named else ""
+        raise ProofError(f"the file is not what the plan makes of the original: {odd[0]}{more}{why}")
+
+
+def _wrong_values(replay: Model, pruned: Model, named: Mapping[str, str]) -> list[str]:
+    """Weights that the plan names as refitted or trained, and that are not what it says."""
+    ours, theirs = stored_tensors(replay), stored_tensors(pruned)
+    found = ((name, _wrong(ours.get(name), theirs.get(name), digest)) for name, digest in named.items())
+    odd = {name: why for name, why in found if why}
+    places = named_places(replay) if odd else {}
+    return [f"{places.get(name, f'weight {name!r}')}: {why}" for name, why in odd.items()]
+
+
+def _wrong(ours: Stored | None, theirs: Stored | None, digest: str) -> str:
+    """What is wrong with a weight that the plan names as refitted or trained; empty if nothing is."""
+    if ours is None or theirs is None:
+        return "the plan names it as refitted or trained, and it is not in the file"
+    values, before = theirs.array(), ours.array()
+    if values.dtype.kind in "OSU":
+        return "the plan names it as refitted or trained, and it is text"
+    found = values_sha256(theirs.data_type, values)
+    if found != digest:
+        said = "the values from before the repair or training" if same_bits(before, values) else "other values"
+        return f"it has {said}: their SHA-256 is {found[:12]}…, the plan names {digest[:12]}…"
+    return "" if _is_finite(values, before) else "it was refitted or trained to values that are not finite"
+
+
+def _is_finite(values: Array, before: Array) -> bool:
+    """Whether values are finite wherever they were before."""
+    kinds = [array.astype(np.float64) if array.dtype.kind in "fV" else array for array in (values, before)]
+    return bool((np.isfinite(kinds[0]) | ~np.isfinite(kinds[1])).all())
+
+
+def same_bytes(replay: Model, pruned: Model) -> bool:
+    """Whether a file with the values of the replay has its bytes too."""
+    if replay.is_over_limit or pruned.is_external:
+        return False
+    return replay.sha256() == pruned.sha256()
+
+
+def measured(
+    folded: Folded,
+    pruned: Model,
+    feeds: Sequence[Mapping[str, Array]] | None,
+    runner: Callable[[Model], Runner],
+) -> Difference:
+    """How far outputs of a file are from the original's, on random inputs if none are given.
+
+    Raises ProofError if the file does not run, or gives outputs of other types or shapes, or that are not finite where
+    the original's are.
+    """
+    original = runner(folded.original)
+    given = feeds or proof_inputs(folded, original, runs_needed(TOLERANCES["float32"]), is_large=True).feeds
+    plain = execute_all(original, given)
+    del original  # what it holds is not needed twice
+    try:
+        found = execute_all(runner(pruned), given)
+    except UnsupportedError as error:
+        raise ProofError(f"onnxruntime runs the original but not the file: {error}") from error
+    for ours, theirs in zip(plain, found, strict=True):
+        for info, a, b in zip(folded.model.graph.output, ours, theirs, strict=True):
+            _require_alike(folded, info.name, a, b)
+    return output_difference(plain, found)
+
+
+def _require_alike(folded: Folded, name: str, expected: Array, got: Array) -> None:
+    """Raise ProofError where an output is not what it should be; its sizes may depend on values."""
+    value = folded.scope.values.get(name)
+    is_known = value is not None and value.shapes is not None and not value.guessed
+    if expected.dtype != got.dtype or expected.ndim != got.ndim or (is_known and expected.shape != got.shape):
+        raise ProofError(
+            f"output {name!r} of the file is {got.dtype}{list(got.shape)}, "
+            f"the original's is {expected.dtype}{list(expected.shape)}"
+        )
+    if expected.dtype.kind in "OSU" or expected.shape != got.shape:
+        return
+    if not _is_finite(got, expected):
+        raise ProofError(f"output {name!r} of the file is not finite where the original's is")

@@ -1,0 +1,536 @@
+"""The same model with nothing rounded: half floats as float32, and integers that stand for numbers as these numbers.
+
+Whether the right channels went does not depend on the number format, but seeing it does: rounding to 16 or 8 bits moves
+the outputs by as much as a small error would, and in a deep network a number that falls to the other side of a step
+moves everything behind it. So models are compared in this form: half floats become float32; what `QuantizeLinear` makes
+is scaled, shifted and cut off at the limits of its type, but not rounded; operators on integers become those on floats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, TypeProto, defs, helper, numpy_helper
+
+from cpd_onnx.ir.model import (
+    Array,
+    Lazy,
+    Model,
+    attributes_of,
+    bodies_of,
+    drop_attribute,
+    graphs_of,
+    made,
+    set_attribute,
+    to_array,
+)
+from cpd_onnx.ops.evaluate import EVALUATORS, Call
+from cpd_onnx.shapes.editor import Editor
+from cpd_onnx.shapes.inference import Folded
+
+HALF_TYPES = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
+"""Element types of 16 bits that `single` turns into float32."""
+_LIMITS: dict[int, tuple[int, int]] = {
+    TensorProto.INT8: (-128, 127), TensorProto.UINT8: (0, 255), TensorProto.INT16: (-32768, 32767),
+    TensorProto.UINT16: (0, 65535), TensorProto.INT4: (-8, 7), TensorProto.UINT4: (0, 15),
+}  # fmt: skip  # a table
+"""Integer types that numbers are rounded to, and their smallest and largest values."""
+_TYPE_ATTRIBUTES = {"to", "dtype", "output_dtype", "stash_type"}
+"""Attributes that name an element type."""
+_MICROSOFT = "com.microsoft"
+_ROUNDING = (
+    "QuantizeLinear",
+    "DynamicQuantize",
+    "QLinear",
+    "QGemm",
+    "QAttention",
+    "QEmbed",
+    "QMoE",
+    "Quant",
+    "BipolarQuant",
+)
+"""What the names of operators start with that round activations."""
+
+
+class Undoable(Exception):
+    """A model cannot be written without its rounding; says why."""
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a model rounds.
+
+    Attributes:
+        has_halves: whether there are half floats in it.
+        has_integers: whether activations are rounded to integers.
+
+    """
+
+    has_halves: bool
+    has_integers: bool
+
+    def __bool__(self) -> bool:
+        """Whether it does at all."""
+        return self.has_halves or self.has_integers
+
+
+def rounding_of(model: Model) -> Rounding:
+    """How a model rounds."""
+    constants = {tensor.name for graph in graphs_of(model.graph) for tensor in graph.initializer}
+    nodes = [node for graph in graphs_of(model.graph) for node in graph.node]
+    nodes += [node for function in model.proto.functions for node in function.node]
+    integers = False
+    for node in nodes:
+        if all(name in constants for name in node.input if name):
+            constants.update(node.output)
+        else:
+            integers |= _is_rounding(node)
+    return Rounding(any(kind in HALF_TYPES for kind in _types(model, nodes)), integers)
+
+
+def _is_rounding(node: NodeProto) -> bool:
+    if node.op_type == "MatMulNBits":
+        return bool(attributes_of(node).get("accuracy_level", 0) == 4)
+    return bool(node.op_type.startswith(_ROUNDING))
+
+
+def _types(model: Model, nodes: Iterable[NodeProto]) -> Iterator[int]:
+    """Element types that a model names."""
+    for graph in graphs_of(model.graph):
+        yield from (tensor.data_type for tensor in graph.initializer)
+        yield from (info.type.tensor_type.elem_type for info in (*graph.input, *graph.output))
+    for attribute in (attribute for node in nodes for attribute in node.attribute):
+        if attribute.HasField("t"):
+            yield attribute.t.data_type
+        elif attribute.name in _TYPE_ATTRIBUTES:
+            yield attribute.i
+
+
+def single(model: Model) -> Model:
+    """A copy in which half floats are float32."""
+    copy = model.copy()
+    for tensor in list(copy.graph.initializer):
+        if tensor.data_type in HALF_TYPES:
+            copy.retype(tensor.name, _wide(copy.lazily(tensor.name)))
+    for graph in graphs_of(copy.graph):
+        for tensor in graph.initializer if graph is not copy.graph else ():
+            _widen(tensor)
+        for info in (*graph.input, *graph.output, *graph.value_info):
+            _widen_type(info.type)
+        _widen_nodes(graph.node)
+    for function in copy.proto.functions:
+        _widen_nodes(function.node)
+    return copy
+
+
+def _wide(values: Array | Lazy) -> Array | Lazy:
+    if isinstance(values, Lazy):
+        return Lazy(np.dtype(np.float32), values.shape, lambda: values.make().astype(np.float32))
+    return values.astype(np.float32)
+
+
+def _widen(tensor: TensorProto) -> None:
+    if tensor.data_type in HALF_TYPES:
+        tensor.CopyFrom(numpy_helper.from_array(to_array(tensor).astype(np.float32), tensor.name))
+
+
+def _widen_type(kind: TypeProto) -> None:
+    if kind.HasField("tensor_type") and kind.tensor_type.elem_type in HALF_TYPES:
+        kind.tensor_type.elem_type = TensorProto.FLOAT
+    for inner in (kind.sequence_type, kind.optional_type):
+        if inner.HasField("elem_type"):
+            _widen_type(inner.elem_type)
+
+
+def _widen_nodes(nodes: Iterable[NodeProto]) -> None:
+    for attribute in (attribute for node in nodes for attribute in node.attribute):
+        if attribute.HasField("t"):
+            _widen(attribute.t)
+        elif attribute.name in _TYPE_ATTRIBUTES and attribute.type == AttributeProto.INT and attribute.i in HALF_TYPES:
+            attribute.i = TensorProto.FLOAT
+
+
+def unrounded(model: Model, folded: Folded) -> tuple[Model, frozenset[str]]:
+    """A copy without rounding to integers, and the names of the tensors that are numbers in it, integers in the file.
+
+    `folded` is the original that the model was made of: it says what types tensors have.
+
+    Raises Undoable where that cannot be written down.
+    """
+    made = _Unrounder(model.copy(), folded)
+    made.run()
+    return made.model, frozenset(made.floating)
+
+
+class _Unrounder(Editor):
+    def __init__(self, model: Model, folded: Folded) -> None:
+        super().__init__(model)
+        self.folded = folded
+        self.floating: set[str] = set()
+        self.constants: dict[str, TensorProto | NodeProto | None] = {}
+        self.nodes: list[NodeProto] = []
+        self.opsets = {o.domain if o.domain != "ai.onnx" else "": o.version for o in model.proto.opset_import}
+
+    def run(self) -> None:
+        if any(_is_rounding(node) for function in self.model.proto.functions for node in function.node):
+            raise Undoable("a function of the file rounds")
+        self.walk(self.model.graph)
+
+    def walk(self, graph: GraphProto) -> None:
+        """Rewrite a graph, whose nodes are in order."""
+        self.constants |= dict.fromkeys(t.name for t in graph.initializer)
+        outside, self.nodes = self.nodes, []
+        for node in graph.node:
+            copy = NodeProto()
+            copy.CopyFrom(node)
+            self.rewrite(copy)
+        written, self.nodes = self.nodes, outside
+        del graph.node[:]
+        graph.node.extend(written)
+        for info in (*graph.output, *graph.value_info):
+            if info.name in self.floating:
+                info.type.tensor_type.elem_type = TensorProto.FLOAT
+
+    def rewrite(self, node: NodeProto) -> None:
+        """Write what takes the place of a node."""
+        if node.op_type == "Constant":
+            self.constants[node.output[0]] = next((a.t for a in node.attribute if a.name == "value"), None)
+            self.nodes.append(node)
+        elif all(name in self.constants for name in node.input if name) and not bodies_of(node) and node.input:
+            self.constants |= dict.fromkeys(node.output, node if len(node.output) == 1 else None)
+            self.nodes.append(node)
+        elif (write := _WRITERS.get((node.domain if node.domain != "ai.onnx" else "", node.op_type))) is not None:
+            write(self, node)
+        elif node.op_type == "MatMulNBits":
+            drop_attribute(node, "accuracy_level")
+            self.nodes.append(node)
+        elif _is_rounding(node):
+            raise Undoable(f"{node.op_type} rounds inside")
+        else:
+            self.pass_on(node)
+
+    def pass_on(self, node: NodeProto) -> None:
+        """An operator that works on integers as on floats, if it takes any that are numbers now."""
+        bodies = bodies_of(node)
+        for body in bodies.values():
+            self.walk(body)
+        if bodies:
+            self.leave(node, list(bodies.values()))
+        elif self.floating.isdisjoint(node.input):
+            self.nodes.append(node)
+        elif node.op_type == "Cast":
+            kind = attributes_of(node)["to"]
+            is_number = kind in (TensorProto.FLOAT, TensorProto.DOUBLE)
+            self.put(
+                "Cast" if is_number else "Identity",
+                [node.input[0]],
+                node.output[0],
+                **({"to": kind} if is_number else {}),
+            )
+            self.floating |= set() if is_number else {node.output[0]}
+        else:
+            self.widen(node)
+
+    def leave(self, node: NodeProto, bodies: Sequence[GraphProto]) -> None:
+        """A node with bodies: what comes out of an If may be numbers now, if it is in both branches."""
+        results = [[o.name in self.floating for o in body.output] for body in bodies]
+        if node.op_type == "If" and all(flags == results[0] for flags in results):
+            self.floating |= {name for name, flag in zip(node.output, results[0], strict=True) if flag}
+        elif any(map(any, results)) or not self.floating.isdisjoint(node.input):
+            raise Undoable(f"{node.op_type} carries integers that stand for numbers")
+        self.nodes.append(node)
+
+    def widen(self, node: NodeProto) -> None:
+        """Give a node floats wherever it wants one type, by the operator's own signature."""
+        try:
+            schema = defs.get_schema(node.op_type, self.opsets.get(node.domain, 1), node.domain)
+        except defs.SchemaError as error:
+            raise Undoable(f"{node.op_type} takes integers that stand for numbers") from error
+        kinds = [_formal(schema.inputs, slot) for slot in range(len(node.input))]
+        changed = {kind for kind, name in zip(kinds, node.input, strict=True) if name in self.floating}
+        allowed = {c.type_param_str: c.allowed_type_strs for c in schema.type_constraints}
+        if not all("tensor(float)" in allowed.get(kind, ()) for kind in changed):
+            raise Undoable(f"{node.op_type} takes integers that stand for numbers")
+        for slot, (kind, name) in enumerate(zip(kinds, node.input, strict=True)):
+            if kind in changed and name and name not in self.floating:
+                node.input[slot] = self.number(name)
+        self.nodes.append(node)
+        made = (name for place, name in enumerate(node.output) if name and _formal(schema.outputs, place) in changed)
+        self.floating.update(made)
+
+    # Pieces to write with.
+
+    def put(
+        self, operator: str, inputs: Sequence[str], output: str = "", *, domain: str = "", **attributes: Any
+    ) -> str:
+        """Write a node; the name of what it gives."""
+        name = output or self.fresh(f"{operator.lower()}_unrounded")
+        self.nodes.append(helper.make_node(operator, list(inputs), [name], domain=domain, **attributes))
+        return name
+
+    def constant(self, name: str) -> Array | Lazy | None:
+        """Values of a constant, or of what is computed of constants; None of anything else."""
+        if self.model.has(name):
+            return self.model.lazily(name)
+        source = self.constants.get(name)
+        if isinstance(source, TensorProto):
+            return to_array(source)
+        evaluate = None if source is None else EVALUATORS.get(source.op_type)
+        if source is None or evaluate is None:
+            return None
+        values = [self.constant(each) for each in source.input]
+        known = [made(value) for value in values if value is not None]
+        if len(known) < len(values):
+            return None
+        return np.asarray(evaluate(Call(attributes_of(source), self.model.opset), *known))
+
+    def number(self, name: str) -> str:
+        """A tensor as floats."""
+        value = self.folded.scope.values.get(name)
+        if name in self.floating or (value is not None and value.dtype == TensorProto.FLOAT):
+            return name
+        values = self.constant(name)
+        if values is not None:
+            wide = Lazy(np.dtype(np.float32), tuple(values.shape), partial(_as_float, values))
+            return self.added(f"{name}_unrounded", wide if isinstance(values, Lazy) else wide.make())
+        return self.put("Cast", [name], to=TensorProto.FLOAT)
+
+    def along(self, name: str, axis: int, rank: int | None) -> str:
+        """A scale or zero point as floats that broadcast along an axis of a tensor."""
+        values = self.constant(name)
+        if values is None:
+            value = self.folded.scope.values.get(name)
+            if value is None or value.shape is None or np.prod(value.shape) != 1:
+                raise Undoable(f"{name!r} is computed")
+            return self.number(name)
+        array = _as_float(values)
+        if array.size == 1:
+            return self.added(f"{name}_unrounded", array.reshape(()))
+        if array.ndim != 1 or rank is None:
+            raise Undoable(f"{name!r} belongs to blocks")
+        place = axis % rank
+        return self.added(f"{name}_unrounded", array.reshape([-1 if i == place else 1 for i in range(rank)]))
+
+    def rank(self, *names: str) -> int | None:
+        for name in names:
+            value = self.folded.scope.values.get(name)
+            if value is not None and value.shape is not None:
+                return len(value.shape)
+        return None
+
+    def real(self, node: NodeProto, slots: tuple[int, int, int], axis: int = 1) -> str:
+        """What the integers at a slot stand for, with scale and zero point at others (-1: there is none)."""
+        x, scale, zero = (_at(node, slot) for slot in slots)
+        rank = self.rank(x, node.output[0])
+        if x not in self.floating and self.constant(x) is not None:
+            return self.stored(x, scale, zero, axis)
+        found = self.number(x)
+        if zero:
+            found = self.put("Sub", [found, self.along(zero, axis, rank)])
+        return self.put("Mul", [found, self.along(scale, axis, rank)]) if scale else found
+
+    def stored(self, name: str, scale: str, zero: str, axis: int) -> str:
+        """The numbers that a constant stands for."""
+        values = self.constant(name)
+        assert values is not None
+        numbers = [None if not each else self.constant(each) for each in (scale, zero)]
+        if any(each and number is None for each, number in zip((scale, zero), numbers, strict=True)):
+            raise Undoable(f"the scale of {name!r} is computed")
+        factor, shift = (None if n is None else _spread(_as_float(n), values.shape, axis) for n in numbers)
+
+        def make() -> Array:
+            array = _as_float(values)
+            array = array if shift is None else array - shift
+            return np.asarray(array if factor is None else array * factor, np.float32)
+
+        wide = Lazy(np.dtype(np.float32), tuple(values.shape), make)
+        return self.added(f"{name}_unrounded", wide if isinstance(values, Lazy) else wide.make())
+
+    def bias(self, name: str, scales: tuple[str, str]) -> str:
+        """What a bias of integers stands for: its scale is the product of two others."""
+        values = [self.constant(each) for each in (name, *scales)]
+        if any(value is None for value in values):
+            raise Undoable(f"{name!r} or its scale is computed")
+        bias, first, second = (_as_float(value) for value in values if value is not None)
+        return self.added(f"{name}_unrounded", (bias * first * second).astype(np.float32))
+
+    def cut(self, x: str, node: NodeProto, slots: tuple[int, int], axis: int = 1) -> None:
+        """What becomes of floats where they would be rounded; the node's first output."""
+        scale, zero = (_at(node, slot) for slot in slots)
+        output = node.output[0]
+        kind = self.type_of(zero) if zero else attributes_of(node).get("output_dtype", 0) or TensorProto.UINT8
+        if kind not in _LIMITS:
+            raise Undoable(f"{node.op_type} makes floats of 8 bits")
+        rank = self.rank(node.input[0], output)
+        found = self.put("Div", [x, self.along(scale, axis, rank)])
+        if zero:
+            found = self.put("Add", [found, self.along(zero, axis, rank)])
+        low, high = (self.added("limit", np.asarray(limit, np.float32)) for limit in _LIMITS[kind])
+        found = self.put("Max", [found, low])
+        self.put("Min", [found, high], output)
+        self.floating.add(output)
+
+    def type_of(self, name: str) -> int:
+        values = self.constant(name)
+        if values is not None:
+            return helper.np_dtype_to_tensor_dtype(values.dtype)
+        value = self.folded.scope.values.get(name)
+        return value.dtype if value is not None else 0
+
+
+def _as_float(values: Array | Lazy) -> Array:
+    return np.asarray(made(values)).astype(np.float32)
+
+
+def _spread(numbers: Array, shape: Sequence[int], axis: int) -> Array:
+    """Scales or zero points so that they broadcast against a weight."""
+    if numbers.size == 1:
+        return numbers.reshape(())
+    if numbers.ndim != 1 or numbers.size != shape[axis]:
+        raise Undoable("scales belong to blocks")
+    place = axis % len(shape)
+    return numbers.reshape([-1 if i == place else 1 for i in range(len(shape))])
+
+
+def _at(node: NodeProto, slot: int) -> str:
+    return node.input[slot] if 0 <= slot < len(node.input) else ""
+
+
+def _formal(formal: Sequence[Any], slot: int) -> str:
+    """The type parameter of a slot of an operator's signature."""
+    return str(formal[min(slot, len(formal) - 1)].type_str)
+
+
+# Operators that round, or take integers for numbers.
+
+_Writer = Callable[[_Unrounder, NodeProto], None]
+
+
+def _quantize(to: _Unrounder, node: NodeProto) -> None:
+    to.cut(to.number(node.input[0]), node, (1, 2), attributes_of(node).get("axis", 1))
+
+
+def _dequantize(to: _Unrounder, node: NodeProto) -> None:
+    if node.input[0] not in to.floating:
+        to.nodes.append(node)
+        return
+    found = to.real(node, (0, 1, 2), attributes_of(node).get("axis", 1))
+    to.put("Identity", [found], node.output[0])
+
+
+def _dynamic(to: _Unrounder, node: NodeProto) -> None:
+    to.put("Identity", [node.input[0]], node.output[0])
+    to.floating.add(node.output[0])
+    for name, value in zip(node.output[1:], (np.float32(1), np.uint8(0)), strict=False):
+        if name:
+            tensor = numpy_helper.from_array(np.asarray(value))
+            to.put("Constant", [], name, value=tensor)
+            to.constants[name] = tensor
+
+
+def _conv(to: _Unrounder, node: NodeProto) -> None:
+    inputs = [to.real(node, (0, 1, 2)), to.real(node, (3, 4, 5), 0)]
+    if _at(node, 8):
+        inputs.append(to.bias(node.input[8], (node.input[1], node.input[4])))
+    to.cut(to.put("Conv", inputs, **attributes_of(node)), node, (6, 7))
+
+
+def _matmul(to: _Unrounder, node: NodeProto) -> None:
+    to.cut(to.put("MatMul", [to.real(node, (0, 1, 2), -2), to.real(node, (3, 4, 5), -1)]), node, (6, 7), -1)
+
+
+def _integer(operator: str, axes: tuple[int, int], to: _Unrounder, node: NodeProto) -> None:
+    inputs = [to.real(node, (0, -1, 2), axes[0]), to.real(node, (1, -1, 3), axes[1])]
+    to.put(operator, inputs, node.output[0], **attributes_of(node))
+    to.floating.add(node.output[0])
+
+
+def _biased(to: _Unrounder, node: NodeProto, inputs: list[str], bias: str) -> None:
+    if not bias:
+        to.put("MatMul", inputs, node.output[0])
+    else:
+        to.put("Add", [to.put("MatMul", inputs), bias], node.output[0])
+
+
+def _dynamic_matmul(to: _Unrounder, node: NodeProto) -> None:
+    _biased(to, node, [node.input[0], to.real(node, (1, 2, 3), -1)], _at(node, 4))
+
+
+def _integer_to_float(to: _Unrounder, node: NodeProto) -> None:
+    _biased(to, node, [to.real(node, (0, 2, 4), -2), to.real(node, (1, 3, 5), -1)], _at(node, 6))
+
+
+def _binary(operator: str, to: _Unrounder, node: NodeProto) -> None:
+    to.cut(to.put(operator, [to.real(node, (0, 1, 2)), to.real(node, (3, 4, 5))]), node, (6, 7))
+
+
+def _unary(operator: str, to: _Unrounder, node: NodeProto) -> None:
+    attributes = attributes_of(node)
+    if attributes.pop("channels_last", 0):
+        raise Undoable(f"{node.op_type} has its channels last")
+    attributes.pop("opset", None)
+    to.cut(to.put(operator, [to.real(node, (0, 1, 2))], **attributes), node, (3, 4))
+
+
+def _concat(to: _Unrounder, node: NodeProto) -> None:
+    parts = [to.real(node, (slot, slot + 1, slot + 2)) for slot in range(2, len(node.input), 3)]
+    to.cut(to.put("Concat", parts, **attributes_of(node)), node, (0, 1))
+
+
+def _gemm(to: _Unrounder, node: NodeProto) -> None:
+    attributes = attributes_of(node)
+    inputs = [to.real(node, (0, 1, 2)), to.real(node, (3, 4, 5), 0 if attributes.get("transB", 0) else 1)]
+    if _at(node, 6):
+        inputs.append(to.bias(node.input[6], (node.input[1], node.input[4])))
+    if not _at(node, 7):
+        to.put("Gemm", inputs, node.output[0], **attributes)
+        return
+    to.cut(to.put("Gemm", inputs, **attributes), node, (7, 8))
+
+
+def _lstm(to: _Unrounder, node: NodeProto) -> None:
+    matrices = []
+    for slot, scale in ((1, 8), (2, 10)):
+        arrays = [to.constant(node.input[place]) for place in (slot, scale, scale + 1)]
+        if any(array is None for array in arrays):
+            raise Undoable("the weights of DynamicQuantizeLSTM are computed")
+        values, factor, zero = (_as_float(array) for array in arrays if array is not None)
+        factor, zero = (a.reshape(len(values), 1, -1) for a in (factor, zero))
+        array = np.ascontiguousarray(((values - zero) * factor).transpose(0, 2, 1), np.float32)
+        matrices.append(to.added(f"{node.input[slot]}_unrounded", array))
+    made = helper.make_node("LSTM", [node.input[0], *matrices, *node.input[3:8]], list(node.output))
+    for name, value in attributes_of(node).items():
+        set_attribute(made, name, value)
+    to.nodes.append(made)
+
+
+def _attention(to: _Unrounder, node: NodeProto) -> None:
+    inputs = [to.real(node, (0, 3, 6)), to.real(node, (1, 4, 7), 1), node.input[2], _at(node, 5), _at(node, 8)]
+    while not inputs[-1]:
+        inputs.pop()
+    made = helper.make_node("Attention", inputs, list(node.output), domain=_MICROSOFT)
+    for name, value in attributes_of(node).items():
+        set_attribute(made, name, value)
+    to.nodes.append(made)
+
+
+_WRITERS: dict[tuple[str, str], _Writer] = {
+    ("", "QuantizeLinear"): _quantize, (_MICROSOFT, "QuantizeLinear"): _quantize,
+    ("", "DequantizeLinear"): _dequantize, (_MICROSOFT, "DequantizeLinear"): _dequantize,
+    ("", "DynamicQuantizeLinear"): _dynamic, ("", "QLinearConv"): _conv, ("", "QLinearMatMul"): _matmul,
+    ("", "ConvInteger"): partial(_integer, "Conv", (1, 0)),
+    ("", "MatMulInteger"): partial(_integer, "MatMul", (-2, -1)),
+    (_MICROSOFT, "DynamicQuantizeMatMul"): _dynamic_matmul, (_MICROSOFT, "MatMulIntegerToFloat"): _integer_to_float,
+    (_MICROSOFT, "QLinearAdd"): partial(_binary, "Add"), (_MICROSOFT, "QLinearMul"): partial(_binary, "Mul"),
+    (_MICROSOFT, "QLinearSigmoid"): partial(_unary, "Sigmoid"),
+    (_MICROSOFT, "QLinearSoftmax"): partial(_unary, "Softmax"),
+    (_MICROSOFT, "QLinearLeakyRelu"): partial(_unary, "LeakyRelu"),
+    (_MICROSOFT, "QLinearGlobalAveragePool"): partial(_unary, "GlobalAveragePool"),
+    (_MICROSOFT, "QLinearAveragePool"): partial(_unary, "AveragePool"),
+    (_MICROSOFT, "QLinearConcat"): _concat, (_MICROSOFT, "QGemm"): _gemm, (_MICROSOFT, "DynamicQuantizeLSTM"): _lstm,
+    (_MICROSOFT, "QAttention"): _attention,
+}  # fmt: skip  # a table

@@ -1,0 +1,124 @@
+"""The report of a run as one file: HTML with its figures inside, or Markdown, both from the same content.
+
+The content is a dictionary of plain values, format "cpd-onnx/report", as `schema()` describes it; any part may be
+absent.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from importlib import resources, util
+from typing import TYPE_CHECKING, Any
+
+from cpd_onnx.errors import UnsupportedError
+from cpd_onnx.report.sections import Page, Picture, page
+from cpd_onnx.report.tables import REPORT_FORMAT, REPORT_VERSION
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+_SPECIAL = re.compile(r"([\\`*_\[\]<|~$&])")
+"""What Markdown takes for more than a letter."""
+_NUMBERED = re.compile(r"^(\d+)([.)])(?=\s|$)")
+_START = re.compile(r"^([-+=>#])")
+_BACKTICKS = re.compile(r"`+")
+
+
+def html(content: Mapping[str, Any]) -> str:
+    """The report as a page that needs nothing else: no network, no script, no other file.
+
+    The same content gives the same text.
+
+    Args:
+        content: see `schema`.
+
+    Raises:
+        UnsupportedError: jinja2 or matplotlib is not installed.
+        ValueError: the content is of another format or version.
+
+    """
+    check(content)
+    _require("jinja2", "matplotlib")
+    made = page(content)
+    return _environment(is_html=True).get_template("report.html").render(page=made, drawn=_drawn(made)) + "\n"
+
+
+def markdown(content: Mapping[str, Any]) -> str:
+    """The report as Markdown, without figures; raises as `html`, but does without matplotlib."""
+    check(content)
+    _require("jinja2")
+    text = _environment(is_html=False).get_template("report.md").render(page=page(content))
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def check(content: Mapping[str, Any]) -> None:
+    """Raise ValueError where the content says that it is something else than a report of this version."""
+    given = content.get("format"), content.get("version")
+    wanted = REPORT_FORMAT, REPORT_VERSION
+    if given != wanted:
+        raise ValueError(
+            f"a report has format {wanted[0]!r} and version {wanted[1]}, not {given[0]!r} and {given[1]!r}"
+        )
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a report's content (draft 2020-12)."""
+    found: dict[str, Any] = json.loads(
+        resources.files("cpd_onnx.report").joinpath("report.schema.json").read_text("utf-8")
+    )
+    return found
+
+
+def _require(*modules: str) -> None:
+    for module in modules:
+        if util.find_spec(module) is None:
+            raise UnsupportedError(f"a report needs {module}: pip install 'cpd-onnx[report]'")
+
+
+def _drawn(made: Page) -> dict[str, list[Any]]:
+    """The figures by key, as they stand in the page: the usual one, and that for phones where there is one."""
+    from markupsafe import Markup
+
+    pictures = (part for section in made.sections for part in section.parts if isinstance(part, Picture))
+    return {
+        picture.key: [
+            Markup(drawing.svg(f"{picture.key}-{place}", _printable(picture.label)))
+            for place, drawing in enumerate((picture.drawing, picture.on_phones))
+            if drawing is not None
+        ]
+        for picture in pictures
+    }
+
+
+def _environment(*, is_html: bool) -> Environment:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("cpd_onnx.report"), autoescape=is_html, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined, finalize=_printable if is_html else None,
+    )  # fmt: skip  # how it reads, and what it refuses
+    environment.filters |= {"md": _escaped, "fenced": _fenced}
+    return environment
+
+
+def _printable(value: Any) -> Any:
+    """Text without what no file can hold or no reader sees: control characters and halves of characters."""
+    if type(value) is not str or value.isprintable():
+        return value
+    return "".join(
+        letter if letter.isprintable() or letter.isspace() else "\N{REPLACEMENT CHARACTER}" for letter in value
+    )
+
+
+def _escaped(text: Any) -> str:
+    """Text that means itself in Markdown, on one line."""
+    line = _SPECIAL.sub(r"\\\1", " ".join(str(_printable(str(text))).split()))
+    return _START.sub(r"\\\1", _NUMBERED.sub(r"\1\\\2", line))
+
+
+def _fenced(text: str) -> str:
+    """A block of code, between more backticks than it holds."""
+    fence = "`" * max(3, 1 + max(map(len, _BACKTICKS.findall(text)), default=0))
+    return f"{fence}\n{_printable(text)}\n{fence}"

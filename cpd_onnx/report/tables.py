@@ -1,0 +1,280 @@
+"""Results as dictionaries for JSON and as tables for people; nothing here prints."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+
+from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.channels.costs import CostModel
+from cpd_onnx.channels.groups import Combed, Frozen
+from cpd_onnx.io.files import content_of
+from cpd_onnx.ir.model import Model
+from cpd_onnx.proof.comparison import INCONCLUSIVE, VERIFIED, WRONG, Comparison
+from cpd_onnx.rewrite.plan import groups_of
+from cpd_onnx.rules.api import KERNEL_EXTENT, TABLE_ROWS
+from cpd_onnx.summary import Summary, count, share
+
+if TYPE_CHECKING:
+    from cpd_onnx.budget.latency import CostTable
+    from cpd_onnx.pipeline.state import State
+    from cpd_onnx.runtime.bench import Bench
+
+INSPECT_FORMAT = "cpd-onnx/inspect"
+RESULT_FORMAT = "cpd-onnx/result"
+REPORT_FORMAT, REPORT_VERSION = "cpd-onnx/report", 1
+_NO_CHANNELS = (KERNEL_EXTENT, TABLE_ROWS)
+"""Reasons of axes that hold no channels: told last, or not at all."""
+FEW_REASONS = 5
+"""For keeping channels: how many are told where space is short."""
+_EXAMPLES = 3
+_LONGEST = 8
+"""Operators of which `bench` says how much time they take."""
+
+
+def inspection(combed: Combed, held: Sequence[int] = ()) -> dict[str, Any]:
+    """What combing found, in the plan's words; `held` are the groups that the user wants to keep."""
+    costs = CostModel(combed)
+    per_group = costs.of_groups(combed)
+    model = combed.folded.original
+    return {
+        "format": INSPECT_FORMAT,
+        "version": 1,
+        "source": {"file": model.path.name if model.path else "", "sha256": model.sha256()},
+        "costs": asdict(costs.total(Kept(combed.atoms))),
+        "prunable_fraction": combed.prunable_fraction(),
+        "groups": groups_of(combed),
+        "group_costs": [
+            {"id": g.id, "macs": per_group[g.id].macs, "params": per_group[g.id].params, "held": g.id in held}
+            for g in combed.groups
+        ],
+        "frozen": [
+            {"tensor": f.tensor, "axis": f.axis, "indices": f.indices, "of": f.of, "reason": "; ".join(f.reasons)}
+            for f in combed.frozen()
+        ],
+        "kept": kept_reasons(combed),
+        "without_rule": dict(combed.without_rule),
+        "unknown_shapes": dict(combed.folded.unknown),
+    }
+
+
+def kept_reasons(combed: Combed) -> list[dict[str, Any]]:
+    """Why axes are kept: for each reason how many, how many weights lie in what is kept, and the largest tensors.
+
+    The reason that holds most weights comes first, those of axes without channels last.
+    """
+    dims = {weight.name: weight.shape for weight in combed.weights}
+    found: dict[str, list[Frozen]] = defaultdict(list)
+    for frozen in combed.frozen():
+        for reason in frozen.reasons or ("its size is one, or fixed with that of another",):
+            found[reason].append(frozen)
+
+    def weights(frozen: Frozen) -> int:
+        return math.prod(dims[frozen.tensor]) * frozen.indices // frozen.of
+
+    reasons = []
+    for reason, entries in found.items():
+        entries.sort(key=weights, reverse=True)
+        largest = [{"tensor": f.tensor, "axis": f.axis, "dims": list(dims[f.tensor])} for f in entries[:_EXAMPLES]]
+        total = sum(weights(frozen) for frozen in entries)
+        reasons.append({"reason": reason, "axes": len(entries), "weights": total, "largest": largest})
+    return sorted(reasons, key=lambda r: (str(r["reason"]) in _NO_CHANNELS, -int(str(r["weights"]))))
+
+
+def groups_table(content: Mapping[str, Any]) -> Table:
+    """One row a group."""
+    table = table_of("Groups of coupled channels", "id", "group", "kind", "size", "MACs", "parameters", "members")
+    for group, costs in zip(content["groups"], content["group_costs"], strict=True):
+        name = f"{group['name']} (held)" if costs["held"] else group["name"]
+        numbers = (count(costs["macs"]), count(costs["params"]), str(len(group["members"])))
+        table.add_row(str(group["id"]), name, group["kind"], str(group["size"]), *numbers)
+    return table
+
+
+def sensitivity_table(content: Mapping[str, Any]) -> Table:
+    """One row a group: what is lost at each of its widths."""
+    most = max(len(entry["points"]) for entry in content["groups"])
+    table = table_of(f"Sensitivity: {content['error']}, at each width", "group", *[""] * (most - 1))
+    for entry in content["groups"]:
+        full, *points = entry["points"]
+        cells = [f"{point['error']:.3g} at {point['width']}" for point in points]
+        table.add_row(f"{entry['group']} ({full['width']})", *cells)
+    return table
+
+
+def kept_table(reasons: Sequence[Mapping[str, Any]], *, limit: int = 0) -> Table:
+    """One row a reason; with a limit only the first ones, and only those of channels."""
+    if limit:
+        reasons = [entry for entry in reasons if entry["reason"] not in _NO_CHANNELS]
+    table = table_of("Kept, and why", "reason", "axes", "weights", "the largest")
+    table.columns[3].justify = "left"
+    for entry in reasons[: limit or None]:
+        largest = ", ".join(
+            f"{e['tensor']} {e['dims']} axis {e['axis']}" for e in entry["largest"][: 1 if limit else None]
+        )
+        table.add_row(entry["reason"], str(entry["axes"]), count(entry["weights"]), largest)
+    if limit and len(reasons) > limit:
+        table.add_row(f"… and {len(reasons) - limit} more, see 'inspect'", "", "", "")
+    return table
+
+
+def result(state: State, seconds: float) -> dict[str, Any]:
+    """What pruning gave."""
+    combed, allocation = state.need("combed", "comb"), state.need("allocation", "allocate")
+    source = state.original.path
+    return {
+        "format": RESULT_FORMAT,
+        "version": 1,
+        "source": {"file": source.name if source else "", "sha256": state.original.sha256()},
+        "budget": dict(state.budget),
+        "before": asdict(allocation.before),
+        "after": asdict(allocation.after),
+        "groups": len(combed.groups),
+        "groups_pruned": sum(bool(removed) for removed in allocation.removed),
+        "prunable_fraction": combed.prunable_fraction(),
+        "kept": kept_reasons(combed),
+        "notes": list(allocation.notes),
+        "edits": [asdict(edit) for edit in state.edits],
+        "verification": None if state.verification is None else comparison(state.verification),
+        "repaired": None if state.repaired is None else dict(state.repaired),
+        "seconds": round(seconds, 3),
+    }
+
+
+def comparison(found: Comparison) -> dict[str, Any]:
+    """The outcome of a comparison."""
+    content = asdict(found)
+    return content | {"outputs": list(content["outputs"]), "notes": list(found.notes), "passed": found.passed}
+
+
+def size_of(model: Model, path: Path) -> int:
+    """Bytes that a model takes at its path, with its weights where they cannot be in that file."""
+    here = content_of(path).stat().st_size
+    return here if here >= model.data_bytes() else here + model.data_bytes()
+
+
+def costs_table(content: Mapping[str, Any]) -> Table:
+    """Before and after."""
+    table = table_of("", "", "before", "after", "remains")
+    for name, key in (("MACs", "macs"), ("parameters", "params"), ("prunable channels", "channels")):
+        before, after = content["before"][key], content["after"][key]
+        table.add_row(name, count(before), count(after), share(after, before))
+    sizes = content["bytes"]
+    table.add_row(
+        "file", f"{count(sizes['before'])}B", f"{count(sizes['after'])}B", share(sizes["after"], sizes["before"])
+    )
+    return table
+
+
+def latency_table(found: CostTable) -> Table:
+    """One row for each multiple that some groups' widths should be of, with what the others would cost these groups."""
+    multiples = sorted({multiple for group in found.groups for multiple in group.slowdown})
+    title = f"{found.ms:.2f} ms; time for the same work, by what the widths are multiples of"
+    table = table_of(title, "fast at multiples of", "groups", *(str(m) for m in multiples))
+    for fast in sorted({group.multiple for group in found.groups}):
+        groups = [group for group in found.groups if group.multiple == fast]
+        seen = ([g.slowdown[m] for g in groups if m in g.slowdown] for m in multiples)
+        table.add_row(str(fast), str(len(groups)), *(f"{median(values):.2f}" if values else "" for values in seen))
+    return table
+
+
+def profiles_table(found: Bench) -> Table:
+    """One row an operator, one column a model: milliseconds in one run, and what that is of the first model's."""
+    place = found.profiled
+    batch = f", batch {place.batch}" if place.batch else ""
+    provider = place.provider.removesuffix("ExecutionProvider")
+    table = table_of(f"Where the time goes, ms ({provider}{batch}, one thread)", "operator", *found.profiles)
+    for operator, spent in longest(found.profiles, _LONGEST):
+        first, *others = spent
+        table.add_row(operator, f"{first:.3f}", *(f"{each:.3f} ({share(each, first)})" for each in others))
+    return table
+
+
+def longest(profiles: Mapping[str, Mapping[str, float]], limit: int) -> list[tuple[str, list[float]]]:
+    """What each model spends on the operators that take longest in any of them, on the others, and on all.
+
+    >>> longest({"a": {"Conv": 3.0, "Relu": 1.0}, "b": {"Conv": 1.0, "Add": 0.5, "Relu": 0.25}}, 1)
+    [('Conv', [3.0, 1.0]), ('the others', [1.0, 0.75]), ('all', [4.0, 1.75])]
+    """
+    most: dict[str, float] = defaultdict(float)
+    for profile in profiles.values():
+        for operator, spent in profile.items():
+            most[operator] = max(most[operator], spent)
+    names = sorted(most, key=lambda operator: -most[operator])
+    shown, rest = names[:limit], names[limit:]
+    rows = [(name, [profile.get(name, 0.0) for profile in profiles.values()]) for name in shown]
+    if rest:
+        rows.append(("the others", [sum(p.get(name, 0.0) for name in rest) for p in profiles.values()]))
+    return [*rows, ("all", [sum(profile.values()) for profile in profiles.values()])]
+
+
+def printed(summary: Summary) -> Table:
+    """A summary as a table for a terminal."""
+    width = len(summary.rows[0]) if summary.rows else len(summary.columns)
+    table = table_of(summary.title, *(summary.columns or [""] * width))
+    for row in summary.rows:
+        table.add_row(*row)
+    table.show_header = bool(summary.columns)
+    return table
+
+
+def proof_line(found: Mapping[str, Any] | None) -> str:
+    """The proof in one sentence."""
+    if found is None:
+        return "not verified"
+    notes = "; ".join(found.get("notes") or ())
+    verdict = found.get("verdict", VERIFIED)
+    if verdict == INCONCLUSIVE:
+        return f"inconclusive: {notes}"
+    allowed, effect = found["allowed"], found["effect"]
+    why = f"{allowed:.0e}"
+    if verdict == WRONG:
+        return (
+            f"wrong: differs from the original with the removed channels masked by {found['difference']:.1e} "
+            f"(allowed {why}) on {found['runs']} sets of inputs"
+        )
+    if allowed > found["tolerance"]:
+        why += ", what rounding does here"
+    if 100 * allowed <= effect:
+        why += f", a hundredth of the effect is {effect / 100:.0e}"
+    line = (
+        f"verified: equals the original with the removed channels masked to {found['difference']:.1e} "
+        f"(allowed {why}) on {found['runs']} sets of inputs; "
+        f"they change the outputs by {effect:.2g} before any training"
+    )
+    if 100 * allowed > effect > 0 or effect == 0 < allowed < found["tolerance"]:
+        line += ", others that were masked to try the comparison by more"
+    return f"{line}; {notes}" if notes else line
+
+
+def repair_line(found: Mapping[str, Any]) -> str:
+    """What a repair did, in one sentence."""
+    fits, left = found["fitted"], found["left"]
+    line = f"repaired: {len(fits)} weights fitted to the original"
+    if fits:
+        before, after = (100 * median(fit[key] for fit in fits) for key in ("before", "after"))
+        line += f", median error {before:.1f} % of the spread -> {after:.1f} %"
+    reasons = ", ".join(sorted(set(left.values())))
+    return f"{line}; {len(left)} left: what {reasons}" if left else line
+
+
+def costs_line(costs: Mapping[str, float]) -> str:
+    """MACs and parameters in words."""
+    return f"{count(costs['macs'])} multiply-accumulates a sample, {count(costs['params'])} parameters"
+
+
+def table_of(title: str, *columns: str) -> Table:
+    """A table of names, to the left, and numbers, to the right; what is too long is folded, never cut."""
+    table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left")
+    for place, name in enumerate(columns):
+        is_text = place == 0 or name in ("group", "kind", "reason")
+        table.add_column(name, justify="left" if is_text else "right", overflow="fold")
+    return table

@@ -1,0 +1,106 @@
+"""The shape arithmetic of a pruned model, computed from the sizes that its tensors are going to have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from onnx import AttributeProto, NodeProto, TensorProto, helper
+
+from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.channels.groups import Combed
+from cpd_onnx.ir.model import Array, attributes_of, to_array
+from cpd_onnx.ops.evaluate import EVALUATORS, Call, TooLarge
+from cpd_onnx.shapes.editor import Editor
+from cpd_onnx.shapes.inference import Scope, Value
+
+
+class Arithmetic:
+    """Values of the small tensors of an edited model, under the first binding."""
+
+    def __init__(self, combed: Combed, kept: Kept, editor: Editor) -> None:
+        """Compute them all, in the order of the graph."""
+        self._combed, self._kept, self._editor = combed, kept, editor
+        self._values: dict[tuple[str, str], Array] = {}
+        for scope in combed.folded.scope.walk():
+            if not scope.function:
+                self._sweep(scope)
+
+    def value(self, scope: Scope, name: str) -> Array | None:
+        """Elements of a tensor as a node of the scope sees it, None if they are not known."""
+        for here in _outwards(scope):
+            if (here.path, name) in self._values:
+                return self._values[(here.path, name)]
+            original = here.values.get(name)
+            if original is not None:
+                return self._constant(here, original) if original.weight is not None else original.value
+        return self._editor.model.array(name) if self._editor.model.has(name) else None
+
+    def _sweep(self, scope: Scope) -> None:
+        for position, original in enumerate(scope.nodes):
+            values = [scope.values.get(name) for name in original.output]
+            if position in scope.bodies or not values or any(v is None or v.values is None for v in values):
+                continue
+            if values[0] is None or values[0].weight is not None:
+                continue
+            outputs = self._computed(scope, self._editor.node(scope, position))
+            for name, output in zip(original.output, outputs, strict=False):
+                self._values[(scope.path, name)] = output
+
+    def _computed(self, scope: Scope, node: NodeProto) -> tuple[Array, ...]:
+        """Outputs of a node; nothing if they can no longer be computed."""
+        call = Call(attributes_of(node), scope.opset)
+        if node.op_type in ("Shape", "Size"):
+            sizes = np.asarray(self._shape(scope, node.input[0]), np.int64)
+            if node.op_type == "Size":
+                return (np.asarray(sizes.prod(), np.int64),)
+            return (sizes[slice(call.get("start", 0), call.get("end"))],)
+        inputs = [self.value(scope, name) if name else None for name in node.input]
+        if any(array is None and name for array, name in zip(inputs, node.input, strict=True)):
+            return ()
+        try:
+            with np.errstate(all="ignore"):
+                found = EVALUATORS[node.op_type](call, *inputs)
+        except (
+            TooLarge,
+            KeyError,
+            NotImplementedError,
+            ValueError,
+            IndexError,
+            TypeError,
+            ZeroDivisionError,
+            OverflowError,
+        ):
+            return ()
+        return tuple(map(np.asarray, found)) if isinstance(found, tuple) else (np.asarray(found),)
+
+    def _shape(self, scope: Scope, name: str) -> list[int]:
+        for here in _outwards(scope):
+            tensor = self._combed.tensors.get((here.path, name))
+            if tensor is not None and tensor.axes is not None:
+                return [self._kept.count(axis) for axis in tensor.axes]
+            value = here.values.get(name)
+            if value is not None:
+                new = self._constant(here, value) if value.weight is not None else None
+                return list(new.shape if new is not None else value.shape or ())
+        return []
+
+    def _constant(self, scope: Scope, value: Value) -> Array | None:
+        """A weight as it is in the edited model."""
+        if isinstance(value.source, AttributeProto):
+            attribute = next(a for a in self._editor.maker(scope, value.name).attribute if a.name == value.source.name)
+            if attribute.name == "value":
+                return to_array(attribute.t)
+            return np.asarray(
+                helper.get_attribute_value(attribute), np.int64 if "int" in attribute.name else np.float32
+            )
+        if isinstance(value.source, TensorProto) and not scope.address and self._editor.model.has(value.name):
+            return self._editor.model.array(value.name)
+        return value.value
+
+
+def _outwards(scope: Scope) -> Iterator[Scope]:
+    here: Scope | None = scope
+    while here is not None:
+        yield here
+        here = here.parent

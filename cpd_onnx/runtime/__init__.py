@@ -1,0 +1,1 @@
+"""onnxruntime: sessions, inputs, runs in pieces, timing."""

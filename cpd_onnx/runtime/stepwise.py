@@ -1,0 +1,216 @@
+"""Run a model piece by piece over some batches, so that weights can be changed on the way, or need not all be there.
+
+Each node runs once. Between two pieces the tensors that later nodes take are held, in memory as far as they fit into a
+limit and in files beyond it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+
+from cpd_onnx.errors import UnsupportedError
+from cpd_onnx.ir.model import Array, Model
+from cpd_onnx.runtime.sessions import Feed, execute, open_model
+from cpd_onnx.shapes.editor import Editor
+from cpd_onnx.shapes.inference import Folded, all_inputs, fold
+
+HELD_BYTES = 1 << 30
+"""Bytes of tensors that are held in memory."""
+PIECE_BYTES = 1 << 26
+"""Bytes of weights that one piece of a large model has, if it is not a single node."""
+_ENTERING_BYTES = 1 << 20
+"""Weights of a large model from this size on are inputs of their piece, which onnxruntime does not copy."""
+
+
+class Stepwise:
+    """A model on its way through its nodes, on all batches at once.
+
+    Weights are read when the piece that they are in runs. A copy of a model that has its nodes (a pruned one) goes in
+    the same steps as the original.
+    """
+
+    def __init__(
+        self,
+        folded: Folded,
+        model: Model,
+        feeds: Sequence[Feed],
+        wanted: Iterable[str] = (),
+        *,
+        held_bytes: int = HELD_BYTES,
+        entering_bytes: int | None = None,
+    ) -> None:
+        """Stand before the first node.
+
+        Args:
+            folded: the original, whose order of nodes counts.
+            model: the original or a copy with other weights and sizes.
+            feeds: inputs, one dictionary for each batch.
+            wanted: tensors that are held until they are released as often as they are named here.
+            held_bytes: tensors beyond so many bytes go to files.
+            entering_bytes: weights from so many bytes on are inputs of the pieces instead of parts of them.
+        """
+        self._entering = entering_bytes
+        self._scope, self._model = folded.scope, model
+        self._editor = Editor(model)
+        self._limit = held_bytes
+        self._done = 0
+        self._wanted = Counter(wanted)
+        self._last: dict[str, int] = {}
+        self._is_constant = [self._made_of_constants(node) for node in self._scope.nodes]
+        for position in range(len(self._scope.nodes)):
+            for name in all_inputs(self._node(position)):
+                self._last[name] = position
+        self._held: dict[str, list[Array]] = {}
+        for name in feeds[0]:
+            if self._is_needed(name):
+                self._hold(name, [feed[name] for feed in feeds])
+        self._batches = len(feeds)
+
+    def _made_of_constants(self, node: NodeProto) -> bool:
+        values = [self._scope.values.get(name) for name in node.output if name]
+        return bool(values) and all(v is not None and (v.constants is not None or v.weight is not None) for v in values)
+
+    def _node(self, position: int) -> NodeProto:
+        return self._editor.node(self._scope, position)
+
+    def after(self, position: int) -> None:
+        """Run all nodes up to and with the one at a position; nothing if they have been."""
+        if position < self._done:
+            return
+        piece = [p for p in range(self._done, position + 1) if not self._is_constant[p]]
+        self._done = position + 1
+        made = [name for p in piece for name in self._node(p).output]
+        outputs = [name for name in made if self._is_needed(name)]
+        if outputs:
+            self._run(piece, outputs)
+        for name in [name for name in self._held if not self._is_needed(name)]:
+            del self._held[name]
+
+    def _is_needed(self, name: str) -> bool:
+        return self._wanted[name] > 0 or self._last.get(name, -1) >= self._done
+
+    def tensor(self, name: str) -> list[Array]:
+        """What is wanted, or a later node takes: one array for each batch; do not write into them."""
+        return self._held[name]
+
+    def release(self, name: str) -> None:
+        """A tensor is wanted once less."""
+        self._wanted[name] -= 1
+
+    def _run(self, piece: Sequence[int], outputs: Sequence[str]) -> None:
+        part, inputs, entering = self._part(piece, outputs)
+        session = open_model(part, optimise=self._entering is None)
+        weights = {name: self._model.array(name) for name in entering}
+        made: list[list[Array]] = [[] for _ in outputs]
+        for batch in range(self._batches):
+            feed = {name: np.asarray(self._held[name][batch]) for name in inputs} | weights
+            for arrays, array in zip(made, execute(session, feed), strict=True):
+                arrays.append(array)
+        for name, arrays in zip(outputs, made, strict=True):
+            self._hold(name, arrays)
+
+    def _part(self, piece: Sequence[int], outputs: Sequence[str]) -> tuple[Model, list[str], list[str]]:
+        """Some nodes as a model of their own, with all that is computed from weights.
+
+        Also the names of its inputs, and of the weights that enter as such.
+        """
+        nodes: dict[int, NodeProto] = {}
+        waiting, inputs, weights = list(piece), dict[str, None](), dict[str, None]()
+        inside = set(piece)
+        while waiting:
+            position = waiting.pop()
+            if position in nodes:
+                continue
+            nodes[position] = self._node(position)
+            for name in sorted(all_inputs(nodes[position]) - {""}):
+                maker = self._scope.makers.get(name)
+                if self._model.has(name):
+                    weights[name] = None
+                elif maker is not None and self._is_constant[maker]:
+                    waiting.append(maker)
+                elif maker not in inside:
+                    inputs[name] = None
+        part = ModelProto()
+        part.ir_version = self._model.proto.ir_version
+        part.opset_import.extend(self._model.proto.opset_import)
+        part.functions.extend(self._model.proto.functions)
+        part.graph.name = "part"
+        part.graph.node.extend(nodes[position] for position in sorted(nodes))
+        made = Model(part, {})
+        entering = [name for name in weights if self._enters(name)]
+        for name in weights:
+            tensor = self._model.tensor(name)
+            if name not in entering:
+                made.add_initializer(name, self._model.array(name))
+            if part.ir_version < 4 or name in entering:
+                part.graph.input.append(helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
+        part.graph.input.extend(self._described(name) for name in inputs)
+        part.graph.output.extend(self._described(name) for name in outputs)
+        return made, list(inputs), entering
+
+    def _enters(self, name: str) -> bool:
+        values = self._model.lazily(name)
+        return self._entering is not None and values.nbytes >= self._entering and values.dtype.kind in "fiu"
+
+    def _described(self, name: str) -> ValueInfoProto:
+        """Name and element type; the shape is what the arrays have."""
+        value = self._scope.values.get(name)
+        if value is None or value.dtype == TensorProto.UNDEFINED:
+            raise UnsupportedError(f"the model cannot be run piece by piece: {name!r} is no tensor of a known type")
+        return helper.make_tensor_value_info(name, value.dtype, None)
+
+    def _hold(self, name: str, arrays: list[Array]) -> None:
+        held = sum(a.nbytes for given in self._held.values() for a in given if not isinstance(a, np.memmap))
+        if held + sum(a.nbytes for a in arrays) > self._limit:
+            arrays = [_in_file(array) for array in arrays]
+        self._held[name] = arrays
+
+
+class Piecewise:
+    """A large model that is run piece by piece, each weight read when the piece that it is in runs.
+
+    Takes the place of a session of onnxruntime, optimisations off.
+    """
+
+    def __init__(self, model: Model) -> None:
+        """Take the model."""
+        self._folded = fold(model)
+        self._outputs = [output.name for output in model.graph.output]
+
+    def run(self, names: None, feed: Feed, limits: Any = None) -> list[Array]:
+        """All outputs."""
+        return self.run_all([feed])[0]
+
+    def run_all(self, feeds: Sequence[Feed]) -> list[list[Array]]:
+        """All outputs for each of some inputs, each weight read once for all of them."""
+        model = self._folded.model
+        steps = Stepwise(self._folded, model, feeds, self._outputs, entering_bytes=_ENTERING_BYTES)
+        for position in self._ends():
+            steps.after(position)
+        return [list(outputs) for outputs in zip(*(steps.tensor(name) for name in self._outputs), strict=True)]
+
+    def _ends(self) -> Iterator[int]:
+        """The last nodes of the pieces."""
+        model, nodes, taken = self._folded.model, self._folded.scope.nodes, 0
+        for position, node in enumerate(nodes):
+            weights = sum(model.lazily(name).nbytes for name in all_inputs(node) if model.has(name))
+            if position and taken + weights > PIECE_BYTES:
+                yield position - 1
+                taken = 0
+            taken += weights
+        yield len(nodes) - 1
+
+
+def _in_file(array: Array) -> Array:
+    """The same array in a file without a name, which is gone with it."""
+    if not array.size:
+        return array
+    with tempfile.TemporaryFile() as file:
+        array.tofile(file)
+        return np.memmap(file, array.dtype, "r", shape=array.shape)

@@ -1,0 +1,129 @@
+"""Scores from the weights alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
+import numpy as np
+
+from cpd_onnx.channels.groups import Combed, Weight
+from cpd_onnx.channels.weights import dequantized
+from cpd_onnx.ir.model import Array
+from cpd_onnx.scores.registry import Question, Scores, scorer
+
+Summand: TypeAlias = Callable[[Array], Array]
+
+
+_BLOCK = 1 << 22
+"""Bytes of a weight that are looked at together."""
+
+
+@scorer("l1", source="Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, summed over the coupled layers")
+def l1(question: Question) -> list[Scores]:
+    """Sum of absolute values."""
+    return _magnitudes(question.combed, np.abs)
+
+
+@scorer("l2", source="Fang et al., DepGraph, CVPR 2023: group magnitude")
+def l2(question: Question) -> list[Scores]:
+    """Root of the sum of squares."""
+    return [np.sqrt(total) for total in _magnitudes(question.combed, np.square)]
+
+
+@scorer("lamp", source="Lee et al., Layer-adaptive Sparsity for the Magnitude-based Pruning, ICLR 2021", is_loss=True)
+def lamp(question: Question) -> list[Scores]:
+    """Square over the sum of all squares in the group that are no smaller."""
+    found = []
+    for total in _magnitudes(question.combed, np.square):
+        order = np.argsort(total, kind="stable")
+        rest = np.cumsum(total[order][::-1])[::-1]
+        made = np.empty_like(total)
+        made[order] = total[order] / np.maximum(rest, np.finfo(np.float64).tiny)
+        found.append(made)
+    return found
+
+
+@scorer("bn", source="Liu et al., Learning Efficient Convolutional Networks through Network Slimming, ICCV 2017")
+def batch_norm_scale(question: Question) -> list[Scores]:
+    """Sum of the absolute scales of the batch normalisations that a channel runs through; L2 where there is none."""
+    combed = question.combed
+    totals = np.zeros(len(combed.atoms))
+    for weight in combed.weights:
+        if id(weight.value) in combed.recorder.scales:
+            add_per_channel(totals, combed, weight, np.abs(dequantized(combed, weight)))
+    pairs = zip(combed.groups, l2(question), strict=True)
+    return [totals[group.channels] if totals[group.channels].any() else magnitude for group, magnitude in pairs]
+
+
+@scorer("fpgm", source="He et al., Filter Pruning via Geometric Median, CVPR 2019, over all coupled layers")
+def geometric_median(question: Question) -> list[Scores]:
+    """Sum of the distances to the other channels of the group: what is near the others can be said by them."""
+    found = []
+    for group in question.combed.groups:
+        squares = np.zeros((len(group), len(group)))
+        for member in question.combed.members(group):
+            counts = {len(places) for places in member.indices}
+            if not member.weight.is_trained or member.weight.is_vector or len(counts) != 1:
+                continue
+            rows = np.moveaxis(dequantized(question.combed, member.weight), member.axis, 0)
+            vectors = rows[np.asarray(member.indices)].reshape(len(group), -1).astype(np.float64)
+            lengths = np.square(vectors).sum(1)
+            squares += np.maximum(lengths[:, None] + lengths - 2 * vectors @ vectors.T, 0.0)
+        found.append(np.sqrt(squares).sum(1))
+    return found
+
+
+@scorer("random", source="a baseline")
+def at_random(question: Question) -> list[Scores]:
+    """Anything."""
+    generator = np.random.default_rng(question.seed)
+    return [generator.random(len(group)) for group in question.combed.groups]
+
+
+def _magnitudes(combed: Combed, summand: Summand) -> list[Scores]:
+    """Sums over all matrices and kernels that a channel runs through; over vectors where a group has nothing else."""
+    matrices, vectors = (_summed(combed, summand, vectors=which) for which in (False, True))
+    pairs = ((matrices[group.channels], vectors[group.channels]) for group in combed.groups)
+    return [total if total.any() else rest for total, rest in pairs]
+
+
+def _summed(combed: Combed, summand: Summand, *, vectors: bool) -> Scores:
+    """The sum over all weights of one sort, per primitive atom."""
+    totals = np.zeros(len(combed.atoms))
+    for weight in combed.weights:
+        if weight.is_trained and weight.is_vector == vectors and not weight.scope.function and _is_live(combed, weight):
+            values = dequantized(combed, weight)
+            for rows in _blocks(values):
+                with np.errstate(over="ignore", invalid="ignore"):  # what is no number stays, whatever else it is
+                    summed = summand(values[rows].astype(np.float32, copy=False))
+                add_per_channel(totals, combed, weight, summed, rows)
+    return totals
+
+
+def _blocks(values: Array) -> Iterator[slice]:
+    """Rows that are looked at together: what is made of a large weight need not be as large."""
+    step = max(1, _BLOCK * max(1, len(values)) // max(1, values.nbytes)) if values.ndim else 1
+    return (slice(start, start + step) for start in range(0, len(values), step)) if values.ndim else iter([slice(None)])
+
+
+def _is_live(combed: Combed, weight: Weight) -> bool:
+    return any(not combed.atoms.all_frozen(axis) for axes in combed.weight_axes(weight) for axis in axes)
+
+
+def add_per_channel(totals: Scores, combed: Combed, weight: Weight, values: Array, rows: slice = slice(None)) -> None:
+    """Add numbers in the shape of a weight, or of some rows of it, to the totals of the primitive atoms they lie on."""
+    for axes in combed.weight_axes(weight):
+        for place, whole in enumerate(axes):
+            axis = whole[rows] if place == 0 else whole
+            if combed.atoms.all_frozen(axis):
+                continue
+            # First the axes before, then those behind: so numpy runs along memory.
+            size, behind = values.shape[place], math.prod(values.shape[place + 1 :])
+            flat = values.reshape(-1, size * behind)
+            per_index = (flat.sum(axis=0) if len(flat) > 1 else flat).reshape(size, behind).sum(axis=1)
+            parts = combed.atoms.parts(axis)
+            for column in range(parts.shape[1]):
+                np.add.at(totals, parts[:, column], per_index.astype(np.float64))
+    totals[0] = 0.0

@@ -1,0 +1,319 @@
+"""By how much least squares fails to make up for each channel, from onnxruntime alone.
+
+A channel is looked at where it is consumed: by weights that multiply it and sum. What their best fit loses when it
+goes, the others doing what they can, is a closed formula of the inputs' second moments: W' [(H^-1)cc]^-1 W, the optimal
+brain surgeon's (Hassibi and Stork 1992; for blocks of weights Frantar and Alistarh, NeurIPS 2022). Channels are taken
+away one after the other, the least first, and moments and weights follow; the errors are relative to the spread of
+what is computed there, or of the sum that it goes into, and are added up over all consumers of a channel. Groups that
+meet in a consumer (the branches of a concatenation) are taken apart together: each may be spared for the other's sake,
+both may not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from cpd_onnx.algebra.atoms import Axis
+from cpd_onnx.channels.costs import CostModel
+from cpd_onnx.channels.groups import Combed
+from cpd_onnx.data.sources import calibration
+from cpd_onnx.fitting.least_squares import MAX_FEATURES, Matrix, Moments, Sampler, one_thread
+from cpd_onnx.fitting.units import Unit, units_of
+from cpd_onnx.ir.model import Array
+from cpd_onnx.rules.api import Factor
+from cpd_onnx.runtime.stepwise import Stepwise
+from cpd_onnx.scores.magnitude import l2
+from cpd_onnx.scores.registry import Scores, scorer
+
+if TYPE_CHECKING:
+    from cpd_onnx.scores.registry import Question
+
+_RIDGE = 1e-3
+_ROWS = 1 << 14
+_STEPS = 48
+"""Steps in which a group is taken apart, at least; small ones go channel by channel."""
+_BATCH = 32
+_LEAST = 1e-6
+"""Share of what is computed that counts as nothing."""
+
+
+@dataclass(eq=False)
+class _Consumer:
+    """Where channels are multiplied and summed.
+
+    Attributes:
+        inverse: of the features' moments [groups, features, features].
+        matrix: what they are multiplied with [groups, features, outputs].
+        spread: variance of what is computed, or of the sum that it goes into, times its channels.
+        features: of each channel of each group, by its id [channels, features of one].
+        lost: share of the spread that is lost already.
+    """
+
+    inverse: Matrix
+    matrix: Matrix
+    spread: float
+    features: dict[int, Axis]
+    lost: float = 0.0
+
+    @property
+    def left(self) -> float:
+        """Share of the spread that is computed still."""
+        return max(1.0 - self.lost, _LEAST)
+
+    def losses(self, group: int, channels: Sequence[int]) -> Scores:
+        """What is lost with each of some channels, as a share of what is left."""
+        places = self.features[group][list(channels)]
+        blocks = self.inverse[:, places[:, :, None], places[:, None, :]]
+        rows = self.matrix[:, places]
+        return np.asarray((rows * np.linalg.solve(blocks, rows)).sum(axis=(0, 2, 3)) / self.spread / self.left)
+
+    def remove(self, channels: Sequence[tuple[int, int]]) -> None:
+        """Take channels away, given with their groups; the others' weights take over what they can."""
+        found = [self.features[group][channel] for group, channel in channels if group in self.features]
+        if not found:
+            return
+        places = np.unique(np.concatenate(found))  # of heads and their dimensions both may go
+        block = np.linalg.inv(self.inverse[:, places[:, None], places[None]])
+        rows = self.matrix[:, places]
+        self.lost += float((rows * (block @ rows)).sum() / self.spread)
+        columns = self.inverse[:, :, places] @ block
+        self.matrix -= columns @ rows
+        self.inverse -= columns @ self.inverse[:, places]
+        self.inverse[:, places] = 0.0
+        self.inverse[:, :, places] = 0.0
+        self.inverse[:, places, places] = 1.0
+        self.matrix[:, places] = 0.0
+
+
+def losses(question: Question) -> list[Scores]:
+    """What is lost with each channel once all lesser ones of its group are gone, as a share of what is computed.
+
+    Groups that no weight or product is seen to consume get their channels' shares of the squared magnitude.
+
+    Raises:
+        DataError: the data does not fit the model, or holds no samples.
+        UnsupportedError: onnxruntime does not run the model, or some piece of it.
+    """
+    combed = question.combed
+    consumers = _Observer(question).run()
+    prices = CostModel(combed).of_groups(combed)
+    scores = []
+    for magnitude in l2(question):
+        squares = np.square(np.nan_to_num(magnitude, nan=np.inf, posinf=1e150))
+        scores.append(squares / (squares.sum() or 1.0))
+    for together in _components(consumers):
+        groups = sorted({group for consumer in together for group in consumer.features})
+        sizes = {group: len(combed.groups[group]) for group in groups}
+        each = {group: max(1.0, prices[group].macs / size) for group, size in sizes.items()}
+        for group, values in _taken_apart(together, sizes, each).items():
+            scores[group] = values
+    return scores
+
+
+def _components(consumers: Sequence[_Consumer]) -> list[list[_Consumer]]:
+    """Consumers in lots that have no group in common."""
+    lots: list[tuple[set[int], list[_Consumer]]] = []
+    for consumer in consumers:
+        groups, members = set(consumer.features), [consumer]
+        for lot in [lot for lot in lots if lot[0] & groups]:
+            lots.remove(lot)
+            groups, members = groups | lot[0], [*lot[1], *members]
+        lots.append((groups, members))
+    return [members for _, members in lots]
+
+
+def _taken_apart(
+    consumers: Sequence[_Consumer], sizes: Mapping[int, int], prices: Mapping[int, float]
+) -> dict[int, Scores]:
+    """Take channels away, a few at a time and by the loss for what they cost, until each group has one left.
+
+    What is left of a signal is multiplied from layer to layer, so what counts is the logarithm of the share that is. In
+    a group, no channel is worth less than one that went before it.
+    """
+    alive = {group: list(range(size)) for group, size in sizes.items()}
+    scores, worst = {group: np.zeros(size) for group, size in sizes.items()}, dict.fromkeys(sizes, 0.0)
+    step = max(1, sum(sizes.values()) // _STEPS)
+    while any(len(channels) > 1 for channels in alive.values()):
+        gone, shares = _cheapest(consumers, alive, prices, step)
+        before = sum(math.log(consumer.left) for consumer in consumers)
+        for consumer in consumers:
+            consumer.remove(gone)
+        damage = before - sum(math.log(consumer.left) for consumer in consumers)
+        for (group, channel), share in zip(gone, shares.tolist(), strict=True):
+            worst[group] = max(worst[group], damage * share)
+            scores[group][channel] = worst[group]
+            alive[group].remove(channel)
+    for group, values in scores.items():
+        # With the last channel all is lost.
+        values[alive[group]] = worst[group] - sum(math.log(_LEAST) for c in consumers if group in c.features)
+        values += np.finfo(np.float64).tiny * np.argsort(np.argsort(values, kind="stable"))
+    return scores
+
+
+def _cheapest(
+    consumers: Sequence[_Consumer], alive: Mapping[int, list[int]], prices: Mapping[int, float], count: int
+) -> tuple[list[tuple[int, int]], Scores]:
+    """The channels, with their groups, that lose least for what they cost, and each one's share of the loss."""
+    offered: list[tuple[float, int, int, float]] = []
+    for group, channels in alive.items():
+        each = np.sum([c.losses(group, channels) for c in consumers if group in c.features], axis=0)
+        order = np.argsort(each, kind="stable")[: len(channels) - 1]
+        offered += [
+            (float(each[k]) / prices[group], group, channels[k], float(each[k])) for k in order[:count].tolist()
+        ]
+    taken = sorted(offered)[:count]
+    losses = np.array([max(entry[3], 0.0) for entry in taken])
+    return [(group, channel) for _, group, channel, _ in taken], losses / (losses.sum() or 1.0)
+
+
+Looks = Callable[[], None]
+
+
+@dataclass(eq=False)
+class _Observer:
+    """Goes through the model once and looks at what comes by."""
+
+    question: Question
+    found: list[_Consumer] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        combed, question = self.question.combed, self.question
+        assert question.data is not None
+        self.combed: Combed = combed
+        self.owner, self.rank = combed.owners
+        proto = combed.folded.model.proto
+        self.feeds = list(calibration(proto, question.data, question.samples, batch=_BATCH, seed=question.seed))
+        self.sampler = Sampler(_ROWS, question.seed)
+        self.makers = combed.folded.scope.makers
+
+    def run(self) -> list[_Consumer]:
+        """All consumers of channels."""
+        units = [(unit, self.channels(unit)) for unit in units_of(self.combed.folded).found]
+        looks: list[tuple[int, int, Looks]] = []
+        wanted: list[str] = []
+        for unit, channels in units:
+            if channels:
+                wanted += [unit.data, unit.target]
+                looks.append((self.makers[unit.target], len(looks), self.look_at_unit(unit, channels)))
+        for left, right in self.meetings():
+            wanted += [left.value.name, right.value.name]
+            position = max(self.makers.get(f.value.name, 0) for f in (left, right))
+            looks.append((position, len(looks), self.look_at_meeting(left, right)))
+        self.steps = Stepwise(self.combed.folded, self.combed.folded.model, self.feeds, wanted)
+        for position, _, look in sorted(looks, key=lambda entry: entry[:2]):
+            self.steps.after(position)
+            look()
+        return self.found
+
+    # Weights.
+
+    def channels(self, unit: Unit) -> dict[int, Axis]:
+        """For each group that a unit consumes, the features of its channels."""
+        tensor = self.combed.tensors.get(("", unit.data))
+        if tensor is None or tensor.axes is None or self.combed.atoms.all_frozen(tensor.axes[unit.linear.in_axis]):
+            return {}
+        groups, features, _ = unit.matrix(self.combed.folded.model).shape
+        return self.features(tensor.axes[unit.linear.in_axis], groups, features, unit.linear.taps)
+
+    def features(self, axis: Axis, blocks: int, features: int, taps: int) -> dict[int, Axis]:
+        """Features by group and channel [channels, features of one], where all blocks and channels have alike.
+
+        A channel that takes whole blocks takes what they compute too: nothing of it is left to be lost.
+        """
+        parts = self.combed.atoms.parts(axis)
+        found: dict[int, Axis] = {}
+        inner = features // taps
+        for index in sorted(set(self.owner[parts].ravel().tolist()) - {-1}):
+            rows, columns = np.nonzero(self.owner[parts] == index)
+            channel = self.rank[parts[rows, columns]]
+            count = len(self.combed.groups[index])
+            each = np.bincount(channel, minlength=count)
+            if features > MAX_FEATURES or each.min() != each.max() or len(axis) != blocks * inner:
+                continue
+            places = rows[np.argsort(channel, kind="stable")].reshape(count, -1)
+            if blocks > 1:
+                if each[0] % blocks:
+                    continue
+                by_block = np.sort(places, axis=1).reshape(count, blocks, -1) - np.arange(blocks)[:, None] * inner
+                if (by_block != by_block[:, :1]).any():
+                    continue
+                places = by_block[:, 0]
+            found[index] = (places[:, :, None] * taps + np.arange(taps)).reshape(count, -1)
+        return found
+
+    def look_at_unit(self, unit: Unit, channels: dict[int, Axis]) -> Looks:
+        def look() -> None:
+            data, targets = self.steps.tensor(unit.data), self.steps.tensor(unit.target)
+            rows, aims = self.sampler.rows(unit.linear, data, targets)
+            inverse = np.asarray(np.linalg.inv(Moments(rows, centred=True).lifted(_RIDGE)), np.float64)
+            matrix = unit.matrix(self.combed.folded.model) * unit.gain.reshape(len(rows), 1, -1)
+            spread = float(aims.var(dtype=np.float64)) * aims.shape[0] * aims.shape[2]
+            self.enter(_Consumer(inverse, matrix, spread, channels))
+            self.steps.release(unit.data)
+            self.steps.release(unit.target)
+
+        return look
+
+    def enter(self, consumer: _Consumer) -> None:
+        if np.isfinite(consumer.spread) and consumer.spread > 0 and np.isfinite(consumer.inverse).all():
+            self.found.append(consumer)
+
+    # Products of two activations.
+
+    def meetings(self) -> Iterator[tuple[Factor, Factor]]:
+        """Pairs of activations that are multiplied and summed over channels, as queries and keys are."""
+        scope = self.combed.folded.scope
+        for product in self.combed.recorder.products:
+            moving = [f for f in product if f.value.constants is None]
+            seen = all(scope.values.get(f.value.name) is f.value and f.value.shape is not None for f in moving)
+            if len(moving) == 2 and len(product) == 2 and seen and not self.combed.atoms.all_frozen(moving[0].atoms):
+                yield moving[0], moving[1]
+
+    def look_at_meeting(self, left: Factor, right: Factor) -> Looks:
+        def look() -> None:
+            pairs = zip(self.steps.tensor(left.value.name), self.steps.tensor(right.value.name), strict=True)
+            gram = np.sum([_met(a, left.axis, b, right.axis) for a, b in pairs], axis=0)
+            if gram.ndim == 2:
+                size = len(gram)
+                gram += _RIDGE * np.trace(gram) / size * np.eye(size)
+                spread = float(gram.sum())
+                channels = self.features(left.atoms, 1, size, 1)
+                if spread > 0 and channels:
+                    self.enter(_Consumer(np.linalg.inv(gram)[None], np.ones((1, size, 1)), spread, channels))
+            self.steps.release(left.value.name)
+            self.steps.release(right.value.name)
+
+        return look
+
+
+def _met(left: Array, i: int, right: Array, j: int) -> npt.NDArray[np.float64]:
+    """Moments of the summands of a product, over all pairs of rows: (A'A) * (B'B), summed over what is in front.
+
+    What is the same for all of the second factor does not count: the softmax behind takes no notice. Where the two do
+    not have the same axes in front, the result has no axes.
+    """
+    a, b = (np.moveaxis(np.asarray(x, np.float64), axis, -1) for x, axis in ((left, i), (right, j)))
+    if a.ndim < 2 or a.ndim != b.ndim or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-1]:
+        return np.zeros(())
+    b = b - b.mean(axis=-2, keepdims=True)
+    products = (a.swapaxes(-1, -2) @ a) * (b.swapaxes(-1, -2) @ b)
+    return np.asarray(products.reshape(-1, *products.shape[-2:]).sum(axis=0))
+
+
+@scorer(
+    "reconstruction",
+    source="Frantar and Alistarh, Optimal Brain Compression, NeurIPS 2022, for channels; after He et al., ICCV 2017",
+    needs_data=True,
+    is_loss=True,
+    samples=512,
+)
+def reconstruction(question: Question) -> list[Scores]:
+    """What least squares cannot make up for when a channel goes, over all its consumers."""
+    with one_thread():
+        return losses(question)

@@ -1,0 +1,42 @@
+"""Scores from the gradients of a loss, which need torch."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from cpd_onnx.errors import DataError, UnsupportedError
+from cpd_onnx.scores.magnitude import Summand
+from cpd_onnx.scores.registry import Question, Scores, scorer
+
+
+@scorer("taylor", source="Molchanov et al., Importance Estimation, CVPR 2019", needs_data=True, is_loss=True)
+def taylor(question: Question) -> list[Scores]:
+    """Mean over the samples of the absolute first-order change of the loss when a channel goes."""
+    return _from_gradients(question, np.abs)
+
+
+@scorer(
+    "fisher",
+    source="Schmitt et al., ITSC 2024, after Liu et al., Group Fisher Pruning, ICML 2021",
+    needs_data=True,
+    is_loss=True,
+)
+def fisher(question: Question) -> list[Scores]:
+    """Mean over the samples of the squared first-order change of the loss: the diagonal of its curvature."""
+    return _from_gradients(question, np.square)
+
+
+def _from_gradients(question: Question, summand: Summand) -> list[Scores]:
+    try:
+        from cpd_onnx.scores.gradients import changes
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise UnsupportedError("scores from gradients need torch: pip install 'cpd-onnx[torch]'") from error
+    total, count = np.zeros(len(question.combed.atoms)), 0
+    for change in changes(question):
+        total += summand(change)
+        count += 1
+    if not count:
+        raise DataError("the data has no samples to score with")
+    return [total[group.channels] / count for group in question.combed.groups]

@@ -1,0 +1,74 @@
+"""Edit a copy of a model whose scopes and nodes are known from the original."""
+
+from __future__ import annotations
+
+from onnx import AttributeProto, GraphProto, NodeProto, helper
+
+from cpd_onnx.ir.model import Array, Lazy, Model, made, replace_values
+from cpd_onnx.shapes.inference import Scope, Value
+
+
+class Editor:
+    """Finds the counterparts of scopes, nodes and weights in a copy of the model that they come from."""
+
+    def __init__(self, model: Model) -> None:
+        """Take the copy, which is edited in place."""
+        self.model = model
+        self.names = model.names()
+        self._graphs: dict[str, GraphProto] = {}
+        self._makers: dict[str, dict[str, NodeProto]] = {}
+
+    def graph(self, scope: Scope) -> GraphProto:
+        """The graph of a scope."""
+        if scope.path not in self._graphs:
+            graph = self.model.graph
+            for position, attribute in scope.address:
+                graph = next(a.g for a in graph.node[position].attribute if a.name == attribute)
+            self._graphs[scope.path] = graph
+        return self._graphs[scope.path]
+
+    def node(self, scope: Scope, position: int) -> NodeProto:
+        """The node at a position of a scope."""
+        found: NodeProto = self.graph(scope).node[scope.order[position]]
+        return found
+
+    def maker(self, scope: Scope, name: str) -> NodeProto:
+        """The Constant node that makes a value."""
+        if scope.path not in self._makers:
+            nodes = self.graph(scope).node
+            self._makers[scope.path] = {n.output[0]: n for n in nodes if n.op_type == "Constant"}
+        return self._makers[scope.path][name]
+
+    def fresh(self, wish: str) -> str:
+        """A name that nothing has yet, as near to a wish as can be."""
+        name, number = wish, 1
+        while name in self.names:
+            name, number = f"{wish}_{number}", number + 1
+        self.names.add(name)
+        return name
+
+    def added(self, wish: str, array: Array | Lazy) -> str:
+        """A new initializer in the main graph, which all subgraphs see."""
+        name = self.fresh(wish)
+        self.model.add_initializer(name, array)
+        if self.model.proto.ir_version < 4:
+            kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+            self.model.graph.input.append(helper.make_tensor_value_info(name, kind, array.shape))
+        return name
+
+    def replace(self, weight: Value, scope: Scope, values: Array | Lazy) -> None:
+        """Put new values where a weight of a scope lies."""
+        name, source = weight.name, weight.source
+        if not scope.address and not isinstance(source, AttributeProto):
+            self.model.set_array(name, values)
+            return
+        array = made(values)
+        if isinstance(source, AttributeProto):
+            attribute = next(a for a in self.maker(scope, name).attribute if a.name == source.name)
+            if attribute.name == "value":
+                replace_values(attribute.t, array)
+            else:
+                fresh = array.tolist() if array.ndim else array.item()
+                attribute.CopyFrom(helper.make_attribute(attribute.name, fresh))
+        else:
+            replace_values(next(t for t in self.graph(scope).initializer if t.name == name), array)

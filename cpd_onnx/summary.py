@@ -1,0 +1,66 @@
+"""What a result says of itself in a few rows; `report` prints them, a notebook shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A small table of text.
+
+    Attributes:
+        rows: the cells, row by row.
+        columns: the headings; empty where the first cell of a row names the second.
+        title: of the table; may be empty.
+    """
+
+    rows: tuple[tuple[str, ...], ...]
+    columns: tuple[str, ...] = ()
+    title: str = ""
+
+    @classmethod
+    def of(cls, values: Mapping[str, str]) -> Summary:
+        """Names and values.
+
+        >>> Summary.of({"MACs": "1.2 G"}).rows
+        (('MACs', '1.2 G'),)
+        """
+        return cls(tuple(values.items()))
+
+    def html(self) -> str:
+        """An HTML table with everything escaped: names, to the left, and numbers, to the right.
+
+        >>> Summary.of({"a<b": "1"}).html()
+        '<table><tr><td style="text-align: left">a&lt;b</td><td style="text-align: right">1</td></tr></table>'
+        """
+        count = len(self.rows[0]) if self.rows else len(self.columns)
+        styles = [f' style="text-align: {"right" if place else "left"}"' for place in range(count)]
+        drawn = [_row("th", self.columns, styles)] if self.columns else []
+        drawn += [_row("td", row, styles) for row in self.rows]
+        caption = f"<caption>{escape(self.title)}</caption>" if self.title else ""
+        return f"<table>{caption}{''.join(drawn)}</table>"
+
+
+def _row(kind: str, cells: Iterable[str], styles: Sequence[str]) -> str:
+    found = (f"<{kind}{style}>{escape(cell)}</{kind}>" for cell, style in zip(cells, styles, strict=True))
+    return f"<tr>{''.join(found)}</tr>"
+
+
+def count(number: float) -> str:
+    """A large number with a unit.
+
+    >>> count(125485696), count(12)
+    ('125.5 M', '12')
+    """
+    for unit, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(number) >= scale:
+            return f"{number / scale:.1f} {unit}"
+    return f"{number:.0f}"
+
+
+def share(part: float, whole: float) -> str:
+    """A ratio in percent."""
+    return f"{100 * part / whole:.1f} %" if whole else "–"  # noqa: RUF001  # a dash is meant

@@ -1,0 +1,1 @@
+"""Operators on sequences: attention, recurrences, lists of tensors."""

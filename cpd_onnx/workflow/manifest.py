@@ -1,0 +1,161 @@
+"""Manifests: what went into a run and what came out, by its SHA-256, so that it can be checked and repeated."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from cpd_onnx.errors import PlanError
+from cpd_onnx.io.files import Stored, content_of, read_json, waiting, write_atomically
+from cpd_onnx.runtime.bench import machine
+from cpd_onnx.version import __version__
+
+FORMAT = "cpd-onnx/manifest"
+VERSION = 1
+_PACKAGES = ("numpy", "onnx", "onnx-graphsurgeon", "onnxruntime", "scipy", "torch", "torchmetrics")
+"""Whose versions a result may depend on."""
+
+
+def file_entry(path: Path, role: str, **more: Any) -> dict[str, Any]:
+    """Name, size and SHA-256 of a file, or of all files below a folder, in the order of their names.
+
+    Raises ModelError if it cannot be read.
+    """
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    digest, size = hashlib.sha256(), 0
+    for file in files:
+        stored = Stored(content_of(file))
+        if path.is_dir():
+            digest.update(f"{file.relative_to(path).as_posix()}\0{stored.size}\0".encode())
+        for piece in stored.chunks():
+            digest.update(piece)
+        size += stored.size
+    return {"role": role, "file": str(path), "bytes": size, "sha256": digest.hexdigest(), **more}
+
+
+def versions() -> dict[str, str]:
+    """What runs here."""
+    found = {"cpd-onnx": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def place_of(output: Path) -> Path:
+    """Where the manifest of a file lies."""
+    return output.with_name(f"{output.name}.manifest.json")
+
+
+def inputs_of(read: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Entries of what went in; what is an entry already, of a file that the output replaces, stays as it is."""
+    found = []
+    for role, path in read.items():
+        if isinstance(path, dict):
+            found.append(path)
+        elif path is not None and Path(path).exists():
+            found.append(file_entry(Path(path), role))
+    return found
+
+
+def write(place: Path, recipe: str, read: Mapping[str, Any], written: Mapping[str, Path | None], **more: Any) -> None:
+    """Write the document.
+
+    Args:
+        place: where to; names of files in it are as seen from there.
+        recipe: the text that repeats the command.
+        read: by role, what went in; what is no file or folder is left out, the recipe has it.
+        written: by role, what came out, and is the same when the command is repeated; its data file is found.
+        more: entries of its own, `run` the command's name, `beside` files that differ each time.
+    """
+    beside = more.pop("beside", {})
+    inputs = inputs_of(read)
+    outputs = [file_entry(path, role, repeats=True) for role, path in written.items() if path is not None]
+    model = Path(str(written["model"]))
+    outputs += [file_entry(path, "weights", repeats=True) for path in _data_of(model)]
+    outputs += [file_entry(path, role, repeats=False) for path, role in beside.items()]
+    for entry in (*inputs, *outputs):
+        entry["file"] = relative(Path(entry["file"]), place.parent)
+    document = {
+        "format": FORMAT, "version": VERSION, "command": typed(), "recipe": recipe, "inputs": inputs,
+        "outputs": outputs, "versions": versions(), "machine": machine(), **more,
+    }  # fmt: skip  # a table
+    write_atomically(place, (json.dumps(document, indent=1) + "\n").encode())
+
+
+def _data_of(model: Path) -> list[Path]:
+    """The data file of a model that has been written, perhaps only inside `together`."""
+    name = re.compile(re.escape(model.name) + r"\.[0-9a-f]{8}\.data")
+    written = waiting()
+    there = model.parent.iterdir() if written is None else written
+    return sorted(path for path in there if path.parent == model.parent and name.fullmatch(path.name))
+
+
+def provenance(paths: Iterable[Path], seed: int) -> dict[str, Any]:
+    """The same for the report: the command and what ran it, and the files that came out."""
+    files = [file_entry(path, "") for path in paths]
+    return {
+        "tool": f"cpd-onnx {__version__}",
+        "command": shlex.join(typed()),
+        "seed": seed,
+        "versions": versions(),
+        "machine": machine(),
+        "files": [{"file": Path(e["file"]).name, "bytes": e["bytes"], "sha256": e["sha256"]} for e in files],
+        "seconds": {},
+    }
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a manifest; raises PlanError if it is none."""
+    try:
+        content = read_json(path)
+    except OSError as error:
+        raise PlanError(f"cannot read manifest {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise PlanError(f"manifest {path} is not JSON: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("version") != VERSION:
+        raise PlanError(f"{path} is not a manifest: 'format' should be {FORMAT!r} and 'version' {VERSION}")
+    if not isinstance(content.get("recipe"), str) or not all(_is_list(content.get(n)) for n in ("inputs", "outputs")):
+        raise PlanError(f"manifest {path} lacks its recipe, inputs or outputs")
+    if not _are_versions(content.get("versions", {})):
+        raise PlanError(f"manifest {path}: 'versions' should map names to versions")
+    return content
+
+
+def _are_versions(versions: Any) -> bool:
+    return isinstance(versions, dict) and all(isinstance(version, str) for version in versions.values())
+
+
+def _is_list(entries: Any) -> bool:
+    return isinstance(entries, list) and all(
+        isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("role", "file", "sha256"))
+        for entry in entries
+    )
+
+
+def differences(there: Mapping[str, Any]) -> list[str]:
+    """Versions that are others here than in a manifest, in words."""
+    here, then = versions(), there.get("versions", {})
+    return [f"{name} {then.get(name, 'none')} then, {here.get(name, 'none')} now" for name in sorted({*here, *then})
+            if here.get(name) != then.get(name)]  # fmt: skip
+
+
+def typed() -> list[str]:
+    """What was typed, as far as Python knows it."""
+    return ["cpd-onnx", *sys.argv[1:]]
+
+
+def relative(path: Path, folder: Path) -> str:
+    """A path as seen from a folder, so that both can be moved together."""
+    return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()

@@ -1,0 +1,92 @@
+"""The channel algebra: what was united has one fate, whatever the order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cpd_onnx.algebra.atoms import NOTHING, Atoms
+
+STEP = st.tuples(
+    st.sampled_from(["product", "tile", "repeat", "permute", "freeze", "unite", "unite", "unite"]),
+    st.integers(0, 99),
+    st.integers(0, 99),
+)
+
+
+def build(sizes: list[int], steps: list[tuple[str, int, int]]) -> tuple[Atoms, list[Any], list[tuple[Any, Any]]]:
+    """Atoms after some steps, all axes made, and the pairs that were united."""
+    atoms = Atoms()
+    axes = [atoms.fresh(size) for size in sizes]
+    united = []
+    for what, first, second in steps:
+        x, y = axes[first % len(axes)], axes[second % len(axes)]
+        if what == "product" and len(x) * len(y) <= 144:
+            axes.append(atoms.product(x, y))
+        elif what in ("tile", "repeat") and len(x) < 50:
+            axes.append(getattr(np, what)(x, 2 + second % 2))
+        elif what == "permute":
+            axes.append(np.random.default_rng(second).permutation(x))
+        elif what == "freeze" and second % 3 == 0:
+            atoms.freeze(x[: len(x) // 2], "a reason")
+        elif what == "unite":
+            y = next(a for a in axes[second % len(axes) :] + axes if len(a) == len(x))
+            atoms.unite(x, y)
+            united.append((x, y))
+    return atoms, axes, united
+
+
+def fates(atoms: Atoms, axis: Any) -> list[frozenset[int]]:
+    """The primitives that delete each index."""
+    return [frozenset(row) - {NOTHING} for row in atoms.parts(axis).tolist()]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from([2, 3, 4, 6, 12]), min_size=2, max_size=5), st.lists(STEP, max_size=14))
+def test_what_was_united_has_one_fate(sizes: list[int], steps: list[tuple[str, int, int]]) -> None:
+    atoms, _, united = build(sizes, steps)
+    for left, right in united:
+        assert fates(atoms, left) == fates(atoms, right)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.sampled_from([2, 3, 4, 6]), min_size=2, max_size=4), st.lists(STEP, max_size=10), st.integers(0, 2**31)
+)
+def test_the_questions_agree(sizes: list[int], steps: list[tuple[str, int, int]], seed: int) -> None:
+    """`canonical`, `is_frozen`, `all_frozen` and `deleted` say what `parts` says."""
+    atoms, axes, _ = build(sizes, steps)
+    gone = np.random.default_rng(seed).random(len(atoms)) < 0.3
+    gone[NOTHING] = False
+    for axis in axes:
+        fate = fates(atoms, axis)
+        assert atoms.is_frozen(axis).tolist() == [not f for f in fate]
+        assert atoms.all_frozen(axis) == (not any(fate))
+        assert atoms.deleted(axis, gone).tolist() == [bool(gone[list(f)].any()) for f in fate]
+        numbers: dict[int, frozenset[int]] = {}
+        for number, f in zip(atoms.canonical(axis).tolist(), fate, strict=True):
+            assert numbers.setdefault(number, f) == f
+        assert len(set(numbers.values())) == len(numbers)
+
+
+def test_a_product_splits_again() -> None:
+    atoms = Atoms()
+    heads, dims = atoms.fresh(4), atoms.fresh(3)
+    merged = atoms.product(heads, dims)
+    other = atoms.fresh(12)
+    atoms.unite(other, merged)
+    gone = np.zeros(len(atoms), np.bool_)
+    gone[heads[1]] = True
+    assert atoms.deleted(other, gone).tolist() == [False] * 3 + [True] * 3 + [False] * 6
+
+
+def test_frost_spreads_with_its_reason() -> None:
+    atoms = Atoms()
+    a, b = atoms.fresh(3), atoms.fresh(3)
+    atoms.freeze(b[1:], "is an output")
+    atoms.unite(a, b)
+    assert atoms.is_frozen(a).tolist() == [False, True, True]
+    assert atoms.reasons(a) == ["is an output"]

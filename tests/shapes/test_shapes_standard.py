@@ -1,0 +1,69 @@
+"""Shapes that are computed here are those that the operators have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+
+from cpd_onnx.ir.model import attributes_of
+from cpd_onnx.ops.evaluate import Call
+from cpd_onnx.ops.shapes_standard import output_shapes, output_type
+from tests.support.models import operator_cases
+
+CASES = {case.name: case for case in operator_cases() if len(case.model.graph.node) == 1}
+
+
+def test_official_operator_tests() -> None:
+    """For the inputs of each test: shape and type of its outputs, or nothing."""
+    answered = set()
+    for name, case in CASES.items():
+        node, (inputs, outputs) = case.model.graph.node[0], case.data_sets[0]
+        if not all(isinstance(array, np.ndarray) for array in (*inputs, *outputs)):
+            continue
+        given = dict(zip([i.name for i in case.model.graph.input], inputs, strict=False))
+        opset = next((o.version for o in case.model.opset_import if o.domain in ("", "ai.onnx")), 1)
+        call = Call(attributes_of(node), opset)
+        arrays = [given.get(i) for i in node.input]
+        shapes = [None if array is None else array.shape for array in arrays]
+        found = output_shapes(node.op_type, call, shapes, arrays, len(node.output)) if not node.domain else None
+        if found is None:
+            continue
+        answered.add(node.op_type)
+        assert found == [array.shape for array in outputs], name
+        types = [0 if a is None else helper.np_dtype_to_tensor_dtype(a.dtype) for a in arrays]
+        expected = {helper.np_dtype_to_tensor_dtype(array.dtype) for array in outputs}
+        assert {output_type(node.op_type, call, types)} == expected, name
+    assert len(answered) > 60
+
+
+@pytest.mark.parametrize(
+    ("op_type", "attributes", "shapes", "values"),
+    [
+        ("Conv", {"auto_pad": "SAME_UPPER"}, [(1, 3, 8, 8), (4, 3, 3, 3)], [None, None]),
+        ("Conv", {}, [(1, 4, 8, 8), (4, 3, 3, 3)], [None, None]),
+        ("MaxPool", {"kernel_shape": [2, 2], "ceil_mode": 1}, [(1, 3, 7, 7)], [None]),
+        ("Add", {}, [(2, 3), (2, 4)], [None, None]),
+        ("MatMul", {}, [(3,), (3, 4)], [None, None]),
+        ("Reshape", {}, [(2, 3), (1,)], [None, np.asarray([5])]),
+        ("Reshape", {}, [(2, 3), (2,)], [None, None]),
+        ("Squeeze", {}, [(1, 3)], [None]),
+        ("Relu", {}, [None], [None]),
+    ],
+)
+def test_what_is_not_plain_is_left_to_onnx(
+    op_type: str, attributes: dict[str, Any], shapes: list[Any], values: list[Any]
+) -> None:
+    assert output_shapes(op_type, Call(attributes, 17), shapes, values, 1) is None
+
+
+def test_broadcasting_by_attribute_is_left_to_onnx() -> None:
+    assert output_shapes("Add", Call({"broadcast": 1, "axis": 0}, 6), [(2, 3), (2,)], [None, None], 1) is None
+
+
+def test_a_made_constant_has_the_type_of_its_value() -> None:
+    value = helper.make_tensor("v", TensorProto.DOUBLE, [1], [1.0])
+    assert output_type("ConstantOfShape", Call({"value": value}, 17), [TensorProto.INT64]) == TensorProto.DOUBLE
+    assert output_type("ConstantOfShape", Call({}, 17), [TensorProto.INT64]) == TensorProto.FLOAT

@@ -1,0 +1,302 @@
+"""Everything in one go: what `compress`, `sweep` and `reproduce` leave behind, and that it can be repeated."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cpd_onnx as cpd
+from cpd_onnx.cli.main import main
+from cpd_onnx.workflow import compress as compression
+
+pytest.importorskip("torch")
+
+MODELS = Path(cpd.__file__).parent / "models"
+SHORT = ("--steps", 6, "--batch-size", 32, "--threads", 1)
+
+
+def filled(folder: Path) -> Path:
+    """With the example and some of its data."""
+    shutil.copy(MODELS / "digits.onnx", folder)
+    for part, count in (("train", 128), ("test", 64)):
+        arrays = dict(np.load(MODELS / f"digits_{part}.npz"))
+        np.savez(folder / f"{part}.npz", **{name: array[:count] for name, array in arrays.items()})
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(filled(tmp_path))
+    return tmp_path
+
+
+def run(*arguments: object) -> int:
+    return main([*map(str, arguments)])
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with everything."""
+    place = filled(tmp_path_factory.mktemp("whole"))
+    data = ("--data", place / "train.npz", "--eval", place / "test.npz", "--watch", place / "test.npz")
+    asked = ("-o", place / "small.onnx", "--target", "macs=0.5", "--watch-every", 3, *data, *SHORT)
+    assert run("compress", place / "digits.onnx", *asked) == 0
+    return place
+
+
+@pytest.fixture
+def report(whole: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((whole / "small.onnx.report.json").read_text())
+    return found
+
+
+def test_everything_lies_beside_the_model_and_nothing_else(whole: Path, report: dict[str, Any]) -> None:
+    made = {path.name for path in whole.iterdir()} - {"digits.onnx", "train.npz", "test.npz"}
+    endings = ("", ".plan.json", ".recipe.toml", ".manifest.json", ".report.json", ".report.html", ".report.md")
+    assert made == {f"small.onnx{ending}" for ending in endings}
+    assert run("verify", whole / "digits.onnx", whole / "small.onnx") == 0
+    assert report["after"]["macs"] / report["before"]["macs"] == pytest.approx(0.5, abs=0.03)
+    assert report["bytes"]["after"] == (whole / "small.onnx").stat().st_size
+    assert report["output"]["sha256"] == sha256(whole / "small.onnx")
+    assert report["source"]["sha256"] == sha256(whole / "digits.onnx")
+
+
+def test_the_report_has_what_was_measured(report: dict[str, Any]) -> None:
+    assert list(report["accuracy"]["values"]) == ["original", "pruned and repaired", "distilled"]
+    assert (report["accuracy"]["metric"], report["accuracy"]["samples"]) == ("top1", 64)
+    assert [timing["model"] for timing in report["bench"]["timings"]] == ["digits.onnx", "small.onnx"]
+    assert len(report["training"]["losses"]) == 6
+    assert [entry["step"] for entry in report["training"]["watched"]] == [3, 6]
+    assert report["repaired"]["fitted"]
+    assert report["verification"]["passed"]
+    assert report["verification"]["trained"] > 0
+    widths = [(group["size"], group["kept"]) for group in report["groups"]]
+    assert any(kept < size for size, kept in widths)
+    assert all(1 <= kept <= size for size, kept in widths)
+    names = [entry["group"] for entry in report["sensitivity"]["groups"]]
+    assert names == [group["name"] for group in report["groups"]]
+    assert report["provenance"]["versions"]["cpd-onnx"] == cpd.__version__
+
+
+def test_a_manifest_names_every_file_and_its_run_can_be_repeated(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = whole / "small.onnx.manifest.json"
+    manifest = json.loads(place.read_text())
+    entries = {entry["file"]: entry for entry in (*manifest["inputs"], *manifest["outputs"])}
+    assert set(entries) == {path.name for path in whole.iterdir()} - {place.name}
+    for name, entry in entries.items():
+        assert (entry["sha256"], entry["bytes"]) == (sha256(whole / name), (whole / name).stat().st_size)
+    assert run("reproduce", place, "-o", tmp_path / "again", "--json", "-") == 0
+    found = json.loads(capsys.readouterr().out)
+    names = ["small.onnx", "small.onnx.plan.json"]
+    assert [(row["file"], row["same"]) for row in found["files"]] == [(name, True) for name in names]
+    assert sha256(tmp_path / "again" / "small.onnx") == sha256(whole / "small.onnx")
+
+
+@pytest.mark.parametrize("what", ["model", "data", "result", "json"])
+def test_reproduce_says_what_is_not_as_it_was(folder: Path, what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("--target", "macs=0.5", "--no-report", "--no-distill", "--data", "train.npz", "--repair-samples", 32)
+    assert run("compress", "digits.onnx", "-o", "small.onnx", *asked) == 0
+    place = folder / "small.onnx.manifest.json"
+    manifest = json.loads(place.read_text())
+    if what == "model":
+        shutil.move("digits.onnx", "moved.onnx")
+        assert run("reproduce", place, "-o", "again", "--model", "moved.onnx") == 0
+    elif what == "data":
+        shutil.copy("test.npz", "train.npz")
+    elif what == "result":
+        manifest["outputs"][0]["sha256"] = "0" * 64
+        manifest["versions"]["onnx"] = "0.1"
+        place.write_text(json.dumps(manifest))
+    else:
+        place.write_text("{")
+    capsys.readouterr()
+    assert run("reproduce", place, "-o", "more") == 1
+    wanted = {
+        "model": "is not there: say with --model where the model is now",
+        "data": "is another file than then: its SHA-256 should be",
+        "result": "differs from what the manifest names: onnx 0.1 then",
+        "json": "is not JSON",
+    }
+    assert wanted[what] in capsys.readouterr().err
+
+
+def test_without_data_it_does_what_can_be_done(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("compress", "digits.onnx", "-o", "small.onnx") == 0
+    shown = capsys.readouterr().out
+    assert "note: no data: the channels went by their weights alone" in shown
+    report = json.loads((folder / "small.onnx.report.json").read_text())
+    assert report["training"] is report["repaired"] is report["accuracy"] is report["sensitivity"] is None
+    assert report["budget"]["score"] == "l2"
+    assert report["budget"]["spread"] == "uniform"
+    assert report["verification"]["is_replay"]
+    assert "weights alone" in report["advice"][0]
+
+
+def test_without_torch_it_is_pruned_and_repaired(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compression, "can_train", lambda: False)
+    assert run("compress", "digits.onnx", "-o", "small.onnx", "--data", "train.npz", "--repair-samples", 32) == 0
+    report = json.loads((folder / "small.onnx.report.json").read_text())
+    assert report["training"] is None
+    assert report["repaired"]["fitted"]
+    assert any("torch is not installed" in line for line in report["advice"])
+    assert list(report["accuracy"]["values"]) == ["original", "pruned and repaired"]
+    assert report["accuracy"]["on"] == "the original's answers"
+    assert run("compress", "digits.onnx", "-o", "b.onnx", "--data", "train.npz", "--distill") == 1
+    assert not (folder / "b.onnx").exists()
+
+
+def test_training_that_makes_it_worse_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = ("--data", "train.npz", "--steps", 4, "--lr", 1.0, "--threads", 1, "--no-sensitivity")
+    assert run("compress", "digits.onnx", "-o", "small.onnx", *bad) == 0
+    assert "note: training made it worse (" in capsys.readouterr().out
+
+
+def test_a_plan_is_carried_out(folder: Path) -> None:
+    assert run("prune", "digits.onnx", "-o", "a.onnx", "--target", "macs=0.4") == 0
+    asked = ("--like", "a.onnx.plan.json", "--data", "train.npz", "--no-distill", "--no-report", "--repair-samples", 32)
+    assert run("compress", "digits.onnx", "-o", "b.onnx", *asked) == 0
+    plans = [cpd.load_plan(folder / f"{name}.onnx.plan.json") for name in ("a", "b")]
+    assert plans[1].without_values().dumps() == plans[0].dumps()
+    assert plans[1].values
+    assert run("compress", "digits.onnx", "-o", "c.onnx", *asked, "--rounds", 2) == 1
+    np.savez(folder / "other.npz", x=np.zeros(1))
+    shutil.copy(folder / "a.onnx", folder / "other.onnx")
+    assert run("compress", "other.onnx", "-o", "d.onnx", *asked) == 1
+
+
+def test_nothing_is_lost_and_nothing_begun_where_something_is_there(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "small.onnx.report.html").write_text("mine")
+    assert run("compress", "digits.onnx", "-o", "small.onnx") == 1
+    assert "small.onnx.report.html exists" in capsys.readouterr().err
+    assert not (folder / "small.onnx").exists()
+    assert run("compress", "digits.onnx", "-o", "small.onnx", "--force") == 0
+    assert "<html" in (folder / "small.onnx.report.html").read_text()
+
+
+def stopped(folder: Path, *arguments: object) -> None:
+    """Run until there is a checkpoint, and stop."""
+    line = [sys.executable, "-m", "cpd_onnx", *map(str, arguments), "--checkpoint-seconds", "0"]
+    child = subprocess.Popen(line, cwd=folder, stderr=subprocess.DEVNULL, env=dict(os.environ))
+    end = time.monotonic() + 120
+    while not (folder / "small.onnx.checkpoint.1").exists() and child.poll() is None and time.monotonic() < end:
+        time.sleep(0.02)
+    child.send_signal(signal.SIGINT)
+    assert child.wait() == 130
+
+
+def test_a_run_that_was_stopped_goes_on_with_what_it_had_measured(folder: Path) -> None:
+    """A latency is never measured alike twice: the channels that were chosen are on record."""
+    training = ("--data", "train.npz", "--repair-samples", 64, "--steps", 400, "--batch-size", 32, "--threads", 1)
+    asked = ("compress", "digits.onnx", "-o", "small.onnx", "--target", "latency=0.7", "--no-report", *training)
+    stopped(folder, *asked)
+    chosen = json.loads((folder / "small.onnx.checkpoint.1.json").read_text())["chosen"]["removed"]
+    assert run(*asked) == 1
+    assert run(*asked, "--resume", "--lr", 0.1) == 1
+    assert run(*asked, "--resume") == 0
+    plan = json.loads((folder / "small.onnx.plan.json").read_text())
+    assert [group["removed"] for group in plan["groups"]] == chosen
+    assert not list(folder.glob("*.checkpoint*"))
+    assert run("reproduce", "small.onnx.manifest.json", "-o", "again") == 0
+
+
+def feeds_of_five() -> list[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    return [{"image": rng.random((5, 1, 8, 8), np.float32)} for _ in range(4)]
+
+
+def test_whole_feeds_are_as_large_as_they_are(folder: Path, importable: str) -> None:
+    asked = ("--data", f"{importable}:feeds_of_five", "--repair-samples", 20, "--samples", 20)
+    assert run("prune", "digits.onnx", "-o", "small.onnx", "--target", "macs=0.5", *asked) == 0
+
+
+def test_what_goes_to_a_target_can_be_repeated(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = ("--int8", "--data", "train.npz", "--samples", 32, "--batch", 1, "--ort", "small.ort")
+    assert run("deploy", "digits.onnx", "-o", "small.onnx", *made) == 0
+    place = folder / "small.onnx.manifest.json"
+    manifest = json.loads(place.read_text())
+    files = {entry["role"]: entry for entry in (*manifest["inputs"], *manifest["outputs"])}
+    assert {"model", "data", "ort"} == set(files)
+    assert files["ort"]["sha256"] == sha256(folder / "small.ort")
+    assert run("reproduce", place, "-o", "again") == 0
+    assert "small.onnx: the same bytes" in capsys.readouterr().out
+    assert run("deploy", "digits.onnx", "-o", "small.onnx", *made) == 1
+
+
+# Sweeps.
+
+
+def here() -> Executor:
+    return ThreadPoolExecutor(1)
+
+
+def not_one() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def importable(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setitem(sys.modules, "executors_of_tests", sys.modules[__name__])
+    return "executors_of_tests"
+
+
+def test_a_sweep_makes_all_and_picks_one(folder: Path, importable: str, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ("--data", "train.npz", "--eval", "test.npz", "--no-distill", "--repair-samples", 64)
+    asked = ("sweep", "digits.onnx", "-o", "out", "--targets", "macs=0.6,0.3", *data, "--most-lost", 1.0)
+    assert run(*asked, "--executor", f"{importable}:here") == 0
+    assert "picked macs=" in capsys.readouterr().out
+    report = json.loads((folder / "out" / "sweep.json").read_text())
+    points = report["sweep"]["points"]
+    assert [point["name"] for point in points] == ["the original", "macs=0.6", "macs=0.3"]
+    assert [point["macs"] for point in points] == pytest.approx([1.0, 0.6, 0.3], abs=0.05)
+    fastest = min(points[1:], key=lambda point: point["ms"])
+    assert [point["picked"] for point in points] == [point is fastest for point in points]
+    for name in ("macs=0.6", "macs=0.3"):
+        assert run("verify", "digits.onnx", f"out/{name}.onnx") == 0
+    assert (folder / "out" / "sweep.svg").read_text().count("<svg") == 1
+    assert run(*asked) == 1
+
+
+def test_a_sweep_is_made_in_processes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("sweep", "digits.onnx", "-o", "out", "--targets", "macs=0.6,0.3", "--jobs", 2) == 0
+    written = capsys.readouterr().out.split("wrote ")[1].split(", ")
+    assert all((folder / name.strip()).exists() for name in written)
+    names = ("macs=0.6.onnx", "macs=0.3.onnx")
+    assert all((folder / "out" / name).exists() for name in names)
+    assert run("prune", "digits.onnx", "-o", "a.onnx", "--target", "macs=0.3") == 0
+    a, b = (json.loads((folder / name).read_text()) for name in ("a.onnx.plan.json", "out/macs=0.3.onnx.plan.json"))
+    assert a["removed"] == b["removed"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--targets", "macs=0.5,params=0.5"], "the targets of a sweep are all of one kind"),
+        (["--targets", "macs=0.5", "--most-lost", "0.1"], "wants to know what a model scores"),
+        (["--targets", "macs=0.5", "--executor", "executors_of_tests:not_one"], "gives a list, not a concurrent"),
+    ],
+)
+def test_what_is_wrong_with_a_sweep(
+    folder: Path, importable: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("sweep", "digits.onnx", "-o", "out", *arguments) == 1
+    assert message in capsys.readouterr().err
