@@ -26,7 +26,7 @@ from cpd_onnx.proof.masking import zero_of
 from cpd_onnx.proof.proving import equal, verify
 from cpd_onnx.scores.registry import score
 from cpd_onnx.shapes.editor import Editor
-from cpd_onnx.shapes.inference import Scope
+from cpd_onnx.shapes.values import Scope
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ from cpd_onnx.channels.groups import Combed, Weight, WeightUse, grouped
 from cpd_onnx.ir.model import Source, attributes_of, blaming, bodies_of, load
 from cpd_onnx.ops.evaluate import Call
 from cpd_onnx.rules import FLOATS, POSITION_CARRIERS, POSITION_USERS, RULES, GiveUp, Op, Recorder, Tensor
-from cpd_onnx.shapes.inference import Folded, Scope, Use, Value, all_inputs, fold, taken_branch
+from cpd_onnx.shapes.inference import fold
+from cpd_onnx.shapes.order import all_inputs
+from cpd_onnx.shapes.values import Folded, Scope, Use, Value, taken_branch
 
 _UNPRUNABLE_TYPES = {TensorProto.BOOL, TensorProto.STRING, TensorProto.UNDEFINED}
 _MAKERS = {"ConstantOfShape", "Expand", "Tile", "Range"}

@@ -16,7 +16,7 @@ import numpy as np
 from cpd_onnx.algebra.atoms import Atoms, Axis
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.rules.api import Demand
-from cpd_onnx.shapes.inference import Scope, Use, Value
+from cpd_onnx.shapes.values import Scope, Use, Value
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from onnx import TensorProto
 
 from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis, Mask
 from cpd_onnx.rules.api import BLOCK_BYTES, FLOATS, KERNEL_EXTENT, TABLE_ROWS, Recorder, Tensor
-from cpd_onnx.shapes.inference import Folded, Scope, Use, Value
+from cpd_onnx.shapes.values import Folded, Scope, Use, Value
 
 QUANTIZED = {
     TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT8E4M3FN,

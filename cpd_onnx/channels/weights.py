@@ -7,7 +7,7 @@ from onnx import TensorProto, helper
 
 from cpd_onnx.channels.groups import Combed, Weight
 from cpd_onnx.ir.model import Array, Lazy, Model, made, to_array
-from cpd_onnx.shapes.inference import Value
+from cpd_onnx.shapes.values import Value
 
 
 def weight_array(model: Model, weight: Weight) -> Array:

@@ -8,7 +8,7 @@ import numpy as np
 
 from cpd_onnx.ir.model import Array
 from cpd_onnx.runtime.sessions import Feed, random_array, random_feed
-from cpd_onnx.shapes.inference import Folded
+from cpd_onnx.shapes.values import Folded
 
 
 class Synthetic:

@@ -13,7 +13,7 @@ from onnx import ModelProto, NodeProto, TensorProto
 
 from cpd_onnx.errors import UnsupportedError
 from cpd_onnx.ir.model import Model, graphs_of, load
-from cpd_onnx.shapes.inference import topological
+from cpd_onnx.shapes.order import topological
 
 Told: TypeAlias = Callable[[str], None]
 """Called with what the user should know, a sentence each."""

@@ -24,7 +24,7 @@ from cpd_onnx.ops.matrix_view import (
     linear_of,
 )
 from cpd_onnx.shapes.editor import Editor
-from cpd_onnx.shapes.inference import Folded, Use
+from cpd_onnx.shapes.values import Folded, Use
 
 
 @dataclass(frozen=True, eq=False)

@@ -39,7 +39,8 @@ from cpd_onnx.runtime.sessions import (
     working_feeds,
 )
 from cpd_onnx.shapes.editor import Editor
-from cpd_onnx.shapes.inference import Folded, Scope, fold, taken_branch
+from cpd_onnx.shapes.inference import fold
+from cpd_onnx.shapes.values import Folded, Scope, taken_branch
 
 _SMALL = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512)
 """Sizes that are tried for the least one that a model accepts."""

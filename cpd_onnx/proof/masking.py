@@ -20,7 +20,7 @@ from cpd_onnx.channels.weights import constant_of, weight_lazily
 from cpd_onnx.ir.model import Array, Model, element_type, later
 from cpd_onnx.rules.api import EVERY_AXIS
 from cpd_onnx.shapes.editor import Editor
-from cpd_onnx.shapes.inference import Scope
+from cpd_onnx.shapes.values import Scope
 
 
 def masked(combed: Combed, kept: Kept, pruned: Model) -> Model:

@@ -14,7 +14,7 @@ from cpd_onnx.algebra.keep import Kept
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.proof.comparison import DISCRETE, SATURATING, VALUES, Observed
 from cpd_onnx.rules.api import FLOATS
-from cpd_onnx.shapes.inference import all_inputs
+from cpd_onnx.shapes.order import all_inputs
 
 _SATURATING = {
     "Relu", "Sigmoid", "Tanh", "Softmax", "LogSoftmax", "Hardmax", "Clip", "HardSigmoid", "HardSwish", "LeakyRelu",

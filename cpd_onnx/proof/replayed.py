@@ -14,7 +14,7 @@ from cpd_onnx.proof.comparison import TOLERANCES, Difference, output_difference,
 from cpd_onnx.proof.inputs import proof_inputs
 from cpd_onnx.rewrite.plan import Plan
 from cpd_onnx.runtime.sessions import Runner, execute_all
-from cpd_onnx.shapes.inference import Folded
+from cpd_onnx.shapes.values import Folded
 
 _NO_VALUES = (
     "; the plan names no refitted or trained weights (if it was written before plans named them, repair or distill "

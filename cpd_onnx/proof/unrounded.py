@@ -30,7 +30,7 @@ from cpd_onnx.ir.model import (
 )
 from cpd_onnx.ops.evaluate import EVALUATORS, Call
 from cpd_onnx.shapes.editor import Editor
-from cpd_onnx.shapes.inference import Folded
+from cpd_onnx.shapes.values import Folded
 
 HALF_TYPES = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
 """Element types of 16 bits that `single` turns into float32."""

@@ -12,7 +12,7 @@ from cpd_onnx.channels.groups import Combed
 from cpd_onnx.ir.model import Array, attributes_of, to_array
 from cpd_onnx.ops.evaluate import EVALUATORS, Call, TooLarge
 from cpd_onnx.shapes.editor import Editor
-from cpd_onnx.shapes.inference import Scope, Value
+from cpd_onnx.shapes.values import Scope, Value
 
 
 class Arithmetic:

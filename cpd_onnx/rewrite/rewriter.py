@@ -19,7 +19,8 @@ from cpd_onnx.ir.model import Array, Lazy, Model, drop_attribute, later, set_att
 from cpd_onnx.rewrite.arithmetic import Arithmetic
 from cpd_onnx.rules.api import DROP, Demand, Tensor
 from cpd_onnx.shapes.editor import Editor
-from cpd_onnx.shapes.inference import DIVISOR, SCALED, Folded, Scope, Use, Value, fold
+from cpd_onnx.shapes.inference import fold
+from cpd_onnx.shapes.values import DIVISOR, SCALED, Folded, Scope, Use, Value
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from onnx import TensorProto
 from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis, Mask, is_uniform
 from cpd_onnx.ir.model import Array
 from cpd_onnx.ops.evaluate import Call
-from cpd_onnx.shapes.inference import Scope, Shape, Value
+from cpd_onnx.shapes.values import Scope, Shape, Value
 
 _MOST_AXES = 1 << 10
 

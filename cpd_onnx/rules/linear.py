@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from cpd_onnx.algebra.atoms import Axis
 from cpd_onnx.rules.api import BLOCK_BYTES, FLOATS, KERNEL_EXTENT, GiveUp, Op, Quantized, Tensor, rule
 from cpd_onnx.rules.elementwise import MICROSOFT, broadcast, freeze_rest
-from cpd_onnx.shapes.inference import Value
+from cpd_onnx.shapes.values import Value
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from cpd_onnx.algebra.atoms import Axis
 from cpd_onnx.ops.evaluate import axes_operand
 from cpd_onnx.rules.api import GiveUp, Op, rule
 from cpd_onnx.rules.elementwise import MICROSOFT, freeze_rest
-from cpd_onnx.shapes.inference import Value
+from cpd_onnx.shapes.values import Value
 
 _ONE = np.zeros(1, np.int64)
 POSITION_CARRIERS = {"Add", "Cast", "Expand", "Identity", "Mul", "Reshape", "Slice", "Squeeze", "Sub", "Unsqueeze"}

@@ -14,7 +14,7 @@ from cpd_onnx.ir.model import Array
 from cpd_onnx.ops.evaluate import axes_operand, slice_ranges
 from cpd_onnx.ops.sizes import divided, floor, is_constant, product
 from cpd_onnx.rules.api import DROP, TABLE_ROWS, GiveUp, Keep, Op, Rewrite, Tensor, positions_after, rule
-from cpd_onnx.shapes.inference import Value
+from cpd_onnx.shapes.values import Value
 
 _FAR = 2**31 - 1
 """Slice ends from this on mean 'to the end' in every exporter."""

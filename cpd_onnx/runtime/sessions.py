@@ -19,7 +19,7 @@ from onnx import ModelProto, NodeProto, TensorProto
 from cpd_onnx.errors import EndlessError, UnsupportedError
 from cpd_onnx.ir.model import Array, Model, element_type
 from cpd_onnx.ops.sizes import Bindings, Size, Term
-from cpd_onnx.shapes.inference import Folded, Value
+from cpd_onnx.shapes.values import Folded, Value
 
 Feed: TypeAlias = dict[str, Array]
 Assignment: TypeAlias = dict[Term, int]

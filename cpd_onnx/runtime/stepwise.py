@@ -18,7 +18,9 @@ from cpd_onnx.errors import UnsupportedError
 from cpd_onnx.ir.model import Array, Model
 from cpd_onnx.runtime.sessions import Feed, execute, open_model
 from cpd_onnx.shapes.editor import Editor
-from cpd_onnx.shapes.inference import Folded, all_inputs, fold
+from cpd_onnx.shapes.inference import fold
+from cpd_onnx.shapes.order import all_inputs
+from cpd_onnx.shapes.values import Folded
 
 HELD_BYTES = 1 << 30
 """Bytes of tensors that are held in memory."""

@@ -26,7 +26,7 @@ from cpd_onnx.rules.api import FLOATS, Factor
 from cpd_onnx.runtime.sessions import execute, open_model
 from cpd_onnx.scores.magnitude import l2
 from cpd_onnx.scores.registry import Scores, scorer
-from cpd_onnx.shapes.inference import Value
+from cpd_onnx.shapes.values import Value
 
 if TYPE_CHECKING:
     from cpd_onnx.scores.registry import Question

@@ -5,7 +5,7 @@ from __future__ import annotations
 from onnx import AttributeProto, GraphProto, NodeProto, helper
 
 from cpd_onnx.ir.model import Array, Lazy, Model, made, replace_values
-from cpd_onnx.shapes.inference import Scope, Value
+from cpd_onnx.shapes.values import Scope, Value
 
 
 class Editor:

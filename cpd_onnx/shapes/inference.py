@@ -16,37 +16,15 @@ import math
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, TypeAlias, TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import onnx
-from onnx import (
-    FunctionProto,
-    GraphProto,
-    NodeProto,
-    TensorProto,
-    TypeProto,
-    ValueInfoProto,
-    helper,
-    numpy_helper,
-    shape_inference,
-)
+from onnx import GraphProto, NodeProto, TensorProto, TypeProto, ValueInfoProto, helper, numpy_helper, shape_inference
 
 from cpd_onnx.errors import ModelError
-from cpd_onnx.ir.model import (
-    Array,
-    FunctionName,
-    Model,
-    attributes_of,
-    blaming,
-    bodies_of,
-    called_by,
-    functions_of,
-    to_array,
-)
+from cpd_onnx.ir.model import Array, Model, attributes_of, blaming, bodies_of, called_by, functions_of, to_array
 from cpd_onnx.ops import shapes_contrib as contrib
 from cpd_onnx.ops import shapes_standard as common
 from cpd_onnx.ops.evaluate import EVALUATORS, MAX_ELEMENTS, MOVERS, Call, TooLarge
@@ -63,223 +41,36 @@ from cpd_onnx.ops.sizes import (
     symbol,
     unknown,
 )
-from cpd_onnx.shapes.constants import Evaluated, evaluated
+from cpd_onnx.shapes.checks import DEADLY, require_bodies, require_few_calls, sane
+from cpd_onnx.shapes.constants import evaluated
+from cpd_onnx.shapes.order import topological
+from cpd_onnx.shapes.profiles import PROFILES, Profile
+from cpd_onnx.shapes.values import (
+    BINDINGS,
+    COMPUTABLE_TYPES,
+    DIVISOR,
+    GUESSES,
+    SCALED,
+    Folded,
+    Leaves,
+    Numbers,
+    Scope,
+    Shape,
+    Use,
+    Value,
+    taken_branch,
+)
 
 T = TypeVar("T")
-Shape: TypeAlias = tuple[int, ...]
-Leaves: TypeAlias = npt.NDArray[np.int64]
-Numbers: TypeAlias = "tuple[int, ...]"
-"""What a symbol is bound to, a number for each binding."""
 
-SCALED = 1 << 31
-"""Added to the code of a leaf that is a factor of the element, the rest of which depends on the inputs."""
-DIVISOR = 1 << 30
-"""The same for one that divides."""
 _SMALL_FLOATS = 8
 """Float constants up to this many elements may be shape arithmetic (scales, bounds); larger ones are weights."""
-_MAX_DIM = 1 << 28
-"""No axis is longer; each index of it would take eight bytes."""
-_MOST_CALLED = 200_000
-"""Nodes in functions that are looked at, each as often as it is called."""
-_GUESSES = (37, 41, 43)
-"""Sizes for dimensions that depend on data (NonZero, TopK of a computed k): any would do."""
 _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
 }  # fmt: skip  # a table
-BINDINGS = range(len(_GUESSES))
-"""Each symbol is bound to so many numbers."""
 _DATA_DEPENDENT_BODIES = {"If", "Loop", "Scan"}
 _ZERO_KEEPING = MOVERS - {"Where"} | {"DequantizeLinear", "QuantizeLinear"}
 """Operators that leave the zeros of a weight zero."""
-_COMPUTABLE_TYPES = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16}
-
-
-@dataclass(slots=True, eq=False)
-class Value:
-    """One tensor of the graph.
-
-    Attributes:
-        name: its name.
-        dtype: ONNX element type, 0 if unknown or not a tensor.
-        shapes: its shape under each of the bindings, None if the rank is unknown.
-        extents: the same as expressions, where some are no numbers.
-        values: its elements under each of the bindings where they are known.
-        expressions: the same as expressions, where some are no numbers and the shape is always the same.
-        is_open: whether the elements are known but depend on the sizes of the inputs.
-        leaves: per element where it was moved from: use << 32 | element for one of a constant (or of anything else
-            that is the same whatever the inputs), -2 - n for the size that `Folded.dims[n]` names, -1 for neither.
-        weight: name of the initializer or Constant output that it is, if it is one.
-        constants: the weights it is computed from, if it depends on nothing else.
-        moved: whether it holds the elements of `constants` as they are, moved about: zeros stay zeros.
-        from_shape: whether its elements depend on the shape of some tensor.
-        guessed: whether some dimension is a stand-in for one that depends on data.
-        source: where a weight's data lies: its TensorProto, or the attribute of its Constant node.
-
-    """
-
-    name: str
-    dtype: int = 0
-    shapes: tuple[Shape, ...] | None = None
-    extents: Extents | None = None
-    values: tuple[Array, ...] | None = None
-    expressions: Expressions | None = None
-    is_open: bool = False
-    leaves: Leaves | None = None
-    weight: str | None = None
-    constants: frozenset[str] | None = None
-    moved: bool = False
-    from_shape: bool = False
-    guessed: bool = False
-    source: TensorProto | onnx.AttributeProto | None = None
-    _types: list[TypeProto] | None = None
-
-    @property
-    def shape(self) -> Shape | None:
-        """Shape under the first binding."""
-        return None if self.shapes is None else self.shapes[0]
-
-    @property
-    def value(self) -> Array | None:
-        """Elements under the first binding."""
-        return None if self.values is None else self.values[0]
-
-    @property
-    def is_static(self) -> bool:
-        """Whether the elements are known and the same whatever the sizes of the inputs."""
-        return self.values is not None and not self.is_open
-
-    @property
-    def sizes(self) -> Extents | None:
-        """The shape: a number for each axis that is as long whatever the inputs, an expression for the others."""
-        return self.extents if self.extents is not None or self.shapes is None else self.shapes[0]
-
-    @property
-    def holds_sizes(self) -> bool:
-        """Whether an operator may take it for a size, a count or a position that depends on the inputs."""
-        return self.is_open and self.expressions is not None and self.expressions.ndim < 2
-
-    def has_fixed(self, axis: int) -> bool:
-        """Whether an axis is as long whatever the inputs."""
-        return self.shapes is not None and (self.extents is None or is_constant(self.extents[axis]))
-
-    @property
-    def is_made_weight(self) -> bool:
-        """Whether it is float and made of constants by the graph itself, as by ConstantOfShape."""
-        return self.constants is not None and self.weight is None and self.dtype in _COMPUTABLE_TYPES
-
-    def type(self, binding: int) -> TypeProto:
-        """The type under a binding, as shape inference wants it."""
-        if self._types is None:
-            shapes = self.shapes or (None,) * len(BINDINGS)
-            self._types = [_type_proto(self.dtype, shape) for shape in shapes]
-        return self._types[binding]
-
-
-@dataclass(eq=False)
-class Scope:
-    """The values of one graph, subgraph or function call.
-
-    Attributes:
-        path: where it hangs, e.g. "" or "/If_3.then_branch".
-        nodes: its nodes in topological order.
-        values: the values made in it.
-        outputs: names of its outputs.
-        parent: the enclosing scope, None for the main graph and for functions.
-        bodies: for the node at each position, the scopes inside it by attribute name ("body" for a function call).
-        function: whether this is the body of a model-local function (or lies in one).
-        order: for each node its position in the file.
-        address: (position in the file, attribute name) of the nodes that lead here from the main graph.
-        opset: version of the default operator set that its nodes are written in.
-
-    """
-
-    path: str
-    nodes: list[NodeProto]
-    values: dict[str, Value]
-    outputs: list[str]
-    parent: Scope | None = None
-    bodies: dict[int, dict[str, Scope]] = field(default_factory=dict)
-    function: bool = False
-    inputs: list[str] = field(default_factory=list)
-    order: list[int] = field(default_factory=list)
-    address: tuple[tuple[int, str], ...] = ()
-    opset: int = 0
-
-    def lookup(self, name: str) -> Value | None:
-        """The value of that name here or in an enclosing graph."""
-        scope: Scope | None = self
-        while scope is not None:
-            if name in scope.values:
-                return scope.values[name]
-            scope = scope.parent
-        return None
-
-    @cached_property
-    def consumers(self) -> dict[str, list[Use]]:
-        """The slots that take each name, in this graph and in all inside it."""
-        found: dict[str, list[Use]] = {}
-        for scope in self.walk():
-            for position, node in enumerate(scope.nodes):
-                for slot, name in enumerate(node.input):
-                    found.setdefault(name, []).append(Use(scope, position, slot))
-        return found
-
-    @cached_property
-    def makers(self) -> dict[str, int]:
-        """The position of the node of this graph that makes each name."""
-        return {name: position for position, node in enumerate(self.nodes) for name in node.output}
-
-    def walk(self) -> Iterable[Scope]:
-        """This scope and all inside it."""
-        yield self
-        for bodies in self.bodies.values():
-            for body in bodies.values():
-                yield from body.walk()
-
-
-@dataclass(frozen=True, eq=False)
-class Use:
-    """One input slot of one node."""
-
-    scope: Scope
-    node: int
-    slot: int
-
-    @property
-    def key(self) -> tuple[str, int, int]:
-        """What tells it from other slots."""
-        return (self.scope.path, self.node, self.slot)
-
-
-@dataclass(frozen=True)
-class Folded:
-    """What is known of a model's tensors.
-
-    Attributes:
-        model: the model, with weights that the graph computed from others evaluated.
-        scope: the main graph.
-        uses: slots of constants, indexed by the upper half of leaf codes.
-        dims: sizes that are elements of tensors, as products of (tensor, axis), indexed by -2 - leaf code.
-        unknown: operators whose output shapes could not be inferred, "domain::op_type" to the first node's name.
-        batch: size that the first binding gives to the leading dynamic dimension, 1 if it is fixed.
-        evaluated: what was evaluated, None if there was nothing.
-        source: the model as it was given, None if that is `model`.
-
-    """
-
-    model: Model
-    scope: Scope
-    uses: tuple[Use, ...]
-    dims: tuple[tuple[tuple[Value, int], ...], ...]
-    unknown: Mapping[str, str]
-    batch: int
-    evaluated: Evaluated | None = None
-    source: Model | None = None
-
-    @property
-    def original(self) -> Model:
-        """The model as it was given."""
-        return self.source or self.model
 
 
 def fold(
@@ -307,7 +98,7 @@ def _best_folded(
 ) -> Folded:
     best: Folded | None = None
     open_inputs = any(_open_dims(v) for v in _real_inputs(model))
-    for profile in _PROFILES if open_inputs and not input_shapes else _PROFILES[:1]:
+    for profile in PROFILES if open_inputs and not input_shapes else PROFILES[:1]:
         folded = _Folder(model, profile, dict(input_shapes or {}), numbers or {}).run()
         if best is None or len(folded.unknown) < len(best.unknown):
             best = folded
@@ -315,49 +106,6 @@ def _best_folded(
             break
     assert best is not None
     return best
-
-
-@dataclass(frozen=True)
-class _Profile:
-    """Numbers for batch, sequence-like, image-like dimensions and samples of sound.
-
-    Each has a row for the first symbol of its kind, one for the second and so on; the last row is for all that follow.
-    """
-
-    batch: Sequence[Numbers]
-    sequence: Sequence[Numbers]
-    image: Sequence[Numbers]
-    sound: Sequence[Numbers] = ((1792, 2816, 3328),)
-
-    @cached_property
-    def frames(self) -> Sequence[Numbers]:
-        """What the second and third axes of three are bound to: frames of sound, points, tokens."""
-        return tuple(tuple(8 * number for number in row) for row in self.sequence)
-
-    @staticmethod
-    def row(kind: Sequence[Numbers], number: int) -> Numbers:
-        """What the symbol of that number is bound to."""
-        return kind[min(number, len(kind) - 1)]
-
-
-_BATCHES = ((2, 5, 7),)  # symbols of their own, but models that have several seldom run on different ones
-_SEQUENCES = ((14, 22, 5), (15, 26, 6), (13, 21, 4), (17, 19, 3))
-_IMAGES = ((64, 160, 32), (96, 224, 64))
-_PROFILES = (
-    _Profile(_BATCHES, _SEQUENCES, ((64, 161, 35), (96, 227, 67))),
-    _Profile(_BATCHES, _SEQUENCES, _IMAGES),
-    # Differently named symbols that must be equal, images that must be square.
-    _Profile(_BATCHES, _SEQUENCES[:1], _IMAGES[:1]),
-    _Profile(_BATCHES, ((64, 96, 80),), ((224, 256, 320), (256, 320, 224))),
-    _Profile(_BATCHES, ((64, 96, 80),), ((224, 256, 320),)),
-    _Profile(_BATCHES, ((512, 768, 640),), ((512, 640, 768),)),
-    _Profile(_BATCHES, ((16000, 24000, 20000),), ((299, 331, 363),), ((16000, 24000, 20000),)),
-    # Detectors of speech take chunks of one size only.
-    _Profile(_BATCHES, _SEQUENCES[:1], _IMAGES[:1], ((512, 512, 512),)),
-    _Profile(_BATCHES, _SEQUENCES[:1], _IMAGES[:1], ((576, 576, 576),)),
-)
-"""Ways to bind symbols, of which the first that leaves no shape unknown is taken; many models want images whose sides
-are multiples of 32."""
 
 
 def _real_inputs(model: Model) -> list[ValueInfoProto]:
@@ -372,7 +120,7 @@ class _Folder:
     """One sweep over the model with one way to bind its symbols."""
 
     def __init__(
-        self, model: Model, profile: _Profile, input_shapes: dict[str, Sequence[int]], first_numbers: Mapping[str, int]
+        self, model: Model, profile: Profile, input_shapes: dict[str, Sequence[int]], first_numbers: Mapping[str, int]
     ) -> None:
         self.model = model
         self.profile = profile
@@ -390,7 +138,7 @@ class _Folder:
         self.opset_ids = [helper.make_opsetid(d, v) for d, v in self.opsets.items()]
         self.functions = functions_of(model.proto)
         self.depth = 0
-        _require_few_calls(model, self.functions)
+        require_few_calls(model, self.functions)
 
     def run(self) -> Folded:
         graph = self.model.graph
@@ -409,10 +157,10 @@ class _Folder:
         return Folded(self.model, scope, tuple(self.uses), tuple(self.dims), self.unknown, batch)
 
     def weight(self, tensor: TensorProto) -> Value:
-        shape = _sane(tuple(tensor.dims))
+        shape = sane(tuple(tensor.dims))
         value = Value(tensor.name, tensor.data_type, _always(shape), weight=tensor.name, source=tensor)
         value.constants, value.moved = frozenset((tensor.name,)), True
-        if math.prod(shape) <= (_SMALL_FLOATS if tensor.data_type in _COMPUTABLE_TYPES else MAX_ELEMENTS):
+        if math.prod(shape) <= (_SMALL_FLOATS if tensor.data_type in COMPUTABLE_TYPES else MAX_ELEMENTS):
             value.values = _always(self.model.array(tensor.name) if self._is_main(tensor) else to_array(tensor))
         return value
 
@@ -436,10 +184,10 @@ class _Folder:
     def sized(self, value: Value, extents: Extents) -> Value:
         """The value with a shape of known expressions."""
         if all(map(is_constant, extents)):
-            value.shapes = _always(_sane(extents))  # type: ignore[arg-type]  # all numbers
+            value.shapes = _always(sane(extents))  # type: ignore[arg-type]  # all numbers
             return value
         numbers = [[self.bindings.at(extent, binding) for extent in extents] for binding in BINDINGS]
-        value.shapes, value.extents = tuple(_sane(tuple(map(int, row))) for row in numbers), extents  # type: ignore[arg-type]  # of known symbols
+        value.shapes, value.extents = tuple(sane(tuple(map(int, row))) for row in numbers), extents  # type: ignore[arg-type]  # of known symbols
         return value
 
     def bind(self, info: ValueInfoProto, dim: Any, axis: int, place: tuple[str, int]) -> Extent:
@@ -468,7 +216,7 @@ class _Folder:
         profile, rank = self.profile, len(info.type.tensor_type.shape.dim)
         if axis == 0:
             return profile.batch
-        if info.type.tensor_type.elem_type not in _COMPUTABLE_TYPES:
+        if info.type.tensor_type.elem_type not in COMPUTABLE_TYPES:
             return profile.sequence
         if rank >= 4:
             return profile.image
@@ -547,7 +295,7 @@ class _Folder:
             return self.call(scope, position, node, inputs)
         attributes = attributes_of(node)
         call = Call(attributes, self.opsets[""])
-        if (check := _DEADLY.get(("" if node.domain == "ai.onnx" else node.domain, node.op_type))) is not None:
+        if (check := DEADLY.get(("" if node.domain == "ai.onnx" else node.domain, node.op_type))) is not None:
             check(node, call, inputs)
         results = self.computed(scope, position, node, call, inputs) or self.inferred(
             scope, position, node, call, inputs
@@ -568,7 +316,7 @@ class _Folder:
                 shape = tuple(attribute.t.dims)
                 value = Value(name, attribute.t.data_type, _always(shape), weight=name, source=attribute)
                 value.constants, value.moved = frozenset((name,)), True
-                limit = _SMALL_FLOATS if attribute.t.data_type in _COMPUTABLE_TYPES else MAX_ELEMENTS
+                limit = _SMALL_FLOATS if attribute.t.data_type in COMPUTABLE_TYPES else MAX_ELEMENTS
                 if math.prod(shape) <= limit:
                     value.values = _always(to_array(attribute.t))
                 return value
@@ -828,7 +576,7 @@ class _Folder:
         if own is not None:
             kinds = [v.dtype for v in inputs[contrib.DATA_SLOT.get(node.op_type, 0) :] if v is not None]
             if node.op_type in contrib.FLOAT_OUTPUT:
-                kinds = [kind for kind in kinds if kind in _COMPUTABLE_TYPES] or kinds
+                kinds = [kind for kind in kinds if kind in COMPUTABLE_TYPES] or kinds
             dtype = next(iter(kinds), 0)
             return ([(dtype, shape) for shape in own] + nothing)[: len(nothing)]
         try:
@@ -872,7 +620,7 @@ class _Folder:
     def body_node(self, scope: Scope, position: int, node: NodeProto, inputs: list[Value | None]) -> list[Value]:
         """If, Loop, Scan: sweep the bodies; outputs are what all branches or rounds agree on."""
         bodies = bodies_of(node)
-        _require_bodies(node, bodies)
+        require_bodies(node, bodies)
         made: dict[str, Scope] = {}
         label = node.name or node.output[0]
         for name, graph in bodies.items():
@@ -970,75 +718,17 @@ class _Folder:
         if node.op_type == "Scan":
             last, axis = inputs[-1], (attributes_of(node).get("scan_input_axes") or [0])[-1]
             if last is None or last.shapes is None or not -len(last.shapes[0]) <= axis < len(last.shapes[0]):
-                return _GUESSES
+                return GUESSES
             return tuple(shape[axis] for shape in last.shapes)
         count = inputs[0]
         if count is not None and count.values is not None and 0 < int(count.values[0].item()) < MAX_ELEMENTS:
             return tuple(int(array.item()) for array in count.values)
-        return _GUESSES
-
-
-def taken_branch(condition: Value | None) -> str | None:
-    """The branch of an If that runs whatever the inputs, if that is known."""
-    if condition is None or not condition.is_static:
-        return None
-    assert condition.value is not None
-    return "then_branch" if bool(condition.value.item()) else "else_branch"
-
-
-def topological(nodes: Sequence[NodeProto], known: set[str], where: str) -> list[int]:
-    """Positions of the nodes in an order in which each comes after its inputs; 0, 1, 2 … where the file has one.
-
-    Raises ModelError where there is no such order.
-    """
-    needs = [all_inputs(node) for node in nodes]
-    waiting, done, order = list(range(len(nodes))), set(known) | {""}, []
-    while waiting:
-        later = []
-        for index in waiting:
-            if not needs[index] <= done:
-                later.append(index)
-                continue
-            order.append(index)
-            done.update(nodes[index].output)
-        if len(later) == len(waiting):
-            node, missing = nodes[later[0]], min(needs[later[0]] - done)
-            made = {name for index in later for name in nodes[index].output}
-            what = "is part of a cycle" if missing in made else "is made by no node"
-            raise ModelError(
-                f"{where}: input {missing!r} of node {node.name or node.op_type!r} {what}; export it again"
-            )
-        waiting = later
-    return order
-
-
-def all_inputs(node: NodeProto) -> set[str]:
-    """Inputs of a node and what its bodies take from outside."""
-    found = set(node.input)
-    for body in bodies_of(node).values():
-        inner = {v.name for v in body.input} | {t.name for t in body.initializer}
-        inner.update(name for n in body.node for name in n.output)
-        for n in body.node:
-            found |= all_inputs(n) - inner
-        found |= {o.name for o in body.output} - inner
-    return found
+        return GUESSES
 
 
 @functools.cache
 def _tensor_type(dtype: np.dtype[Any]) -> int:
     return int(helper.np_dtype_to_tensor_dtype(dtype))
-
-
-def _type_proto(dtype: int, shape: Shape | None) -> TypeProto:
-    proto = TypeProto()
-    if not dtype:
-        return proto
-    proto.tensor_type.elem_type = dtype
-    if shape is not None:
-        proto.tensor_type.shape.SetInParent()
-        for size in shape:
-            proto.tensor_type.shape.dim.add().dim_value = size
-    return proto
 
 
 def _dims(proto: TypeProto | None) -> tuple[int, tuple[int | None, ...] | None]:
@@ -1052,111 +742,7 @@ def _dims(proto: TypeProto | None) -> tuple[int, tuple[int | None, ...] | None]:
 
 
 def _complete(shape: Sequence[int | None], binding: int) -> Shape:
-    return _sane(tuple(_GUESSES[binding] if d is None else d for d in shape))
-
-
-def _require_few_calls(model: Model, functions: Mapping[FunctionName, FunctionProto]) -> None:
-    """Raise ModelError where functions that call functions come to more nodes than anybody can look at."""
-    known: dict[FunctionName, int] = {}
-
-    def inside(nodes: Iterable[NodeProto]) -> int:
-        bodies = (body.node for node in nodes for body in bodies_of(node).values())
-        return sum(called(called_by(node)) for node in nodes) + sum(map(inside, bodies))
-
-    def called(key: FunctionName) -> int:
-        if key in functions and key not in known:
-            known[key] = 0  # where it calls itself, the depth of the calls stops it
-            known[key] = len(functions[key].node) + inside(functions[key].node)
-        return known.get(key, 0)
-
-    try:
-        count = inside(model.graph.node)
-    except RecursionError as error:
-        raise ModelError("subgraphs or functions nest too deep (recursive function?)") from error
-    if count > _MOST_CALLED:
-        raise ModelError(f"functions that call functions come to {count:,} nodes, more than {_MOST_CALLED:,}")
-
-
-def _sane(shape: Shape) -> Shape:
-    """The shape, unless a damaged file made it absurd."""
-    if max(shape, default=0) > _MAX_DIM or min(shape, default=0) < 0:
-        raise ModelError(f"a tensor of shape {list(shape)} is not credible: is the file damaged?")
-    return shape
-
-
-def _require_bodies(node: NodeProto, bodies: Mapping[str, GraphProto]) -> None:
-    """Raise ModelError where subgraphs are missing, or have not the inputs and outputs that the node calls for."""
-    attributes, given, made = attributes_of(node), len(node.input), len(node.output)
-    wanted = {"If": ("then_branch", "else_branch")}.get(node.op_type, ("body",))
-    fits = all(name in bodies for name in wanted)
-    if node.op_type == "If":
-        fits = fits and given == 1 and all(len(bodies[name].output) >= made for name in wanted)
-    elif node.op_type == "Loop":
-        fits = fits and given >= 2 and len(bodies["body"].input) == given and len(bodies["body"].output) > made
-    else:
-        scans = attributes.get("num_scan_inputs", 0)
-        axes = [(name, attributes.get(f"scan_{name}_axes")) for name in ("input", "output")]
-        count = {"input": scans, "output": made - (given - scans)}
-        fits = fits and 0 < scans <= given and len(bodies["body"].output) >= made
-        fits = fits and len(bodies["body"].input) in (given - 1, given)  # one less before opset 9
-        fits = fits and all(found is None or len(found) == count[name] for name, found in axes)
-    if not fits:
-        name = node.name or (node.output[0] if made else "")
-        raise ModelError(f"the subgraphs of {node.op_type} {name!r} do not fit its inputs and outputs")
-
-
-def _require_scales(node: NodeProto, call: Call, inputs: Sequence[Value | None]) -> None:
-    """Refuse scales that make a size below zero: onnxruntime ends the whole process at the next Slice."""
-    given = inputs[2 if call.opset > 10 else 1 :]
-    if given and given[0] is not None and given[0].values is not None:
-        scales = given[0].values[0].ravel().tolist()
-        if not all(scale > 0 for scale in scales):
-            raise _damaged(node, f"resizes by {scales}, not all above zero")
-
-
-def _require_batch_dims(node: NodeProto, call: Call, _inputs: Sequence[Value | None]) -> None:
-    """Refuse axes counted from the end: the shape inference of onnx and onnxruntime reads what is not its own."""
-    _require_number(node, call, "batch_dims", 0, range(1 << 10))
-
-
-def _require_groups(node: NodeProto, call: Call, _inputs: Sequence[Value | None]) -> None:
-    """Refuse what onnxruntime divides by."""
-    _require_number(node, call, "group", 1, range(1, _MAX_DIM))
-
-
-def _require_heads(node: NodeProto, call: Call, inputs: Sequence[Value | None]) -> None:
-    """Refuse heads that have no channels: onnxruntime divides by how many each has."""
-    for value, name in zip(inputs, ("q_num_heads", "kv_num_heads"), strict=False):
-        if value is not None and value.shapes is not None and len(value.shapes[0]) == 3:
-            _require_number(node, call, name, 0, range(1, value.shapes[0][2] + 1))
-
-
-def _require_number(node: NodeProto, call: Call, name: str, default: int, among: range) -> None:
-    found = call.get(name, default)
-    if not isinstance(found, int) or found not in among:
-        raise _damaged(node, f"has {name} {found!r}, which makes no sense")
-
-
-def _require_five(node: NodeProto, _call: Call, inputs: Sequence[Value | None]) -> None:
-    """Refuse fewer inputs than onnxruntime makes its table of when it opens the model."""
-    if len(inputs) < 5:
-        raise _damaged(node, f"has {len(inputs)} inputs instead of 5")
-
-
-def _damaged(node: NodeProto, what: str) -> ModelError:
-    """The error that says what is wrong with a node."""
-    return ModelError(f"node {node.name or node.output[0]!r} {what}: is the file damaged?")
-
-
-_DEADLY = {
-    ("", "Attention"): _require_heads,
-    ("", "ConvTranspose"): _require_groups,
-    ("", "GatherND"): _require_batch_dims,
-    ("", "Resize"): _require_scales,
-    ("com.microsoft", "QLinearLeakyRelu"): _require_five,
-    ("com.microsoft", "QLinearSigmoid"): _require_five,
-}
-"""Checks of what onnx or onnxruntime would not survive."""
+    return sane(tuple(GUESSES[binding] if d is None else d for d in shape))
 
 
 def _is_the_same(value: Value) -> bool:

@@ -22,7 +22,7 @@ from cpd_onnx.proof.masking import is_bound_to_sizes, masked
 from cpd_onnx.proof.proving import verify
 from cpd_onnx.runtime.sessions import Feed, Runner, execute, open_model
 from cpd_onnx.scores.registry import score
-from cpd_onnx.shapes.inference import Folded
+from cpd_onnx.shapes.values import Folded
 from tests.support.open_graphs import seeded
 
 BINDINGS, TRIES = 5, 30
