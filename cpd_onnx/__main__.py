@@ -10,7 +10,7 @@ def entry() -> None:
     try:
         from cpd_onnx.cli.loading import Start
         from cpd_onnx.cli.supervise import supervised
-        from cpd_onnx.io.streams import complain, open_closed_streams
+        from cpd_onnx.io.streams import open_closed_streams, print_error
 
         open_closed_streams()
         start = Start()
@@ -18,7 +18,7 @@ def entry() -> None:
     except (ImportError, MemoryError, OSError) as error:  # where not even these fit into memory, or no process
         sys.exit(f"error: cannot start: {' '.join(str(error).split()) or 'not enough memory'}")
     if code and not start.is_done:  # the libraries ended the process, and had nothing to say
-        complain(start.COMPLAINT)
+        print_error(start.COMPLAINT)
     sys.exit(code)
 
 

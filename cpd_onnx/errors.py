@@ -1,12 +1,15 @@
-"""What can go wrong in a way that a user can act on.
+"""Errors that a user can act on.
 
-Every class here carries one line: what is wrong, with the name and the value, and what to do next.
-Misuse of a function raises `ValueError` or `TypeError`; a broken invariant of ours is an `AssertionError`.
+The message of each is one line: what is wrong, with the name and the value, and what to do next.
+Misuse of a function raises `ValueError` or `TypeError`; a broken invariant of this package is an `AssertionError`.
 """
+
+REPORT_BUG = "please report it to the maintainers with the model"
+"""End of every message about an internal error; the only place that says where to report one."""
 
 
 class CpdError(Exception):
-    """Base of all errors that a user can act on."""
+    """Base class of all errors that a user can act on."""
 
 
 class ModelError(CpdError):
@@ -14,15 +17,15 @@ class ModelError(CpdError):
 
 
 class PlanError(CpdError):
-    """A plan is malformed or does not belong to the model."""
+    """The plan is malformed or does not belong to the model."""
 
 
 class TargetError(CpdError):
-    """The asked-for target or option makes no sense for this model."""
+    """The requested target or option is out of range or cannot be met for this model."""
 
 
 class DataError(CpdError):
-    """Calibration or training data does not fit the model."""
+    """The calibration or training data does not fit the model."""
 
 
 class UnsupportedError(CpdError):
@@ -30,29 +33,29 @@ class UnsupportedError(CpdError):
 
 
 class EndlessError(UnsupportedError):
-    """A run of the model took longer than anybody waits."""
+    """A run of the model exceeded its time limit."""
 
 
 class ProofError(CpdError):
-    """The pruned model does not do what the plan says."""
+    """The pruned model does not compute what the plan says."""
 
 
 class InconclusiveError(CpdError):
-    """Neither that the pruned model does what the plan says nor that it does not can be shown on these inputs."""
+    """The inputs that were tried neither prove nor disprove that the pruned model computes what the plan says."""
 
 
 class StoppedError(CpdError):
-    """The process was told to stop; what was done so far is kept and can be continued."""
+    """The process was interrupted; a checkpoint holds the work done so far and can be continued."""
 
 
 class OutputError(CpdError):
     """Standard output cannot be written to.
 
     Attributes:
-        is_pipe: whether it is a pipe that nobody reads any more.
+        is_pipe: Whether standard output is a pipe whose reader has closed it.
     """
 
     def __init__(self, message: str, *, is_pipe: bool = False) -> None:
-        """Take the line, and whether it is for a closed pipe."""
+        """Create the error from its message and whether the cause is a closed pipe."""
         super().__init__(message)
         self.is_pipe = is_pipe

@@ -18,7 +18,7 @@ from cpd_onnx.budget.allocation import Allocation, Budget, allocate
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.channels.groups import Combed, Weight
 from cpd_onnx.channels.weights import weight_array
-from cpd_onnx.ir.model import Array, Model, Source, attributes_of, load
+from cpd_onnx.ir.model import Array, Model, ModelSource, attributes_of, load
 from cpd_onnx.ops.evaluate import EVALUATORS, Call
 from cpd_onnx.passes.prune import prune
 from cpd_onnx.proof.comparison import VERIFIED, WRONG, Comparison
@@ -49,7 +49,7 @@ class Outcome:
     notes: tuple[str, ...] = ()
 
 
-def mask_oracle(source: Source, *, fraction: float = 0.5, seed: int = 0) -> Outcome:
+def mask_oracle(source: ModelSource, *, fraction: float = 0.5, seed: int = 0) -> Outcome:
     """Prune random channels: the result must equal the original with those channels masked.
 
     Raises TargetError if the model has nothing to prune, ProofError if the pruned shapes are not what they should be.
@@ -67,7 +67,7 @@ def _outcome(found: Comparison, groups: int) -> Outcome:
     return Outcome(found.passed, found.difference, groups, found.verdict, found.notes)
 
 
-def permutation_oracle(source: Source, *, seed: int = 0) -> Outcome:
+def permutation_oracle(source: ModelSource, *, seed: int = 0) -> Outcome:
     """Permute the channels of each group in all its members: no output may change.
 
     Coupled channels are symmetries of the network, so a single missed coupling shows. Groups of which some channels
@@ -84,7 +84,7 @@ def permutation_oracle(source: Source, *, seed: int = 0) -> Outcome:
     return _outcome(equal(combed, _permuted(combed, image), moved), groups)
 
 
-def widen_oracle(source: Source, *, seed: int = 0) -> Outcome:
+def widen_oracle(source: ModelSource, *, seed: int = 0) -> Outcome:
     """Insert dead channels, prune by score, and come back to the same bytes.
 
     The narrow model is the source with random channels pruned; the wide one is the source with the weights of those

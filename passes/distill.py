@@ -31,12 +31,12 @@ from cpd_onnx.pipeline.state import State
 from cpd_onnx.rules import FLOATS
 from cpd_onnx.torch import BatchNormMode, OnnxModule, import_model, write_weights
 from cpd_onnx.torch.dtypes import to_numpy, to_torch
-from cpd_onnx.training import folded
+from cpd_onnx.training import refolding
 from cpd_onnx.training.cache import AnswerCache
 from cpd_onnx.training.feed import Augmentation, Feed
 from cpd_onnx.training.loop import HeldOut, Optimization, Progress, Run, Traces, Trainer
-from cpd_onnx.training.losses import Comparison, LossKind
-from cpd_onnx.training.world import World, world
+from cpd_onnx.training.losses import DistillationLoss, LossKind
+from cpd_onnx.training.process_group import ProcessGroup, join_process_group
 
 Array: TypeAlias = npt.NDArray[Any]
 Shared: TypeAlias = Mapping[str, Mapping[int, Array]]
@@ -195,47 +195,60 @@ def distill(  # noqa: PLR0913  # what comes after the options is said by name, a
     _check(teacher, student, batches, options)
     overlap = overlap or Overlap()
     hidden = dict(itertools.islice(overlap.tensors.items(), options.hidden))
-    with world(options.device) as here, _threads(options.threads):
+    with join_process_group(options.device) as process_group, _threads(options.threads):
         torch.manual_seed(options.seed)
-        feed = _feed(batches, student, options, here)
-        mode = _batch_norm(options, feed.size // here.size)
-        restored: tuple[folded.Restored, ...] = ()
+        feed = _feed(batches, student, options, process_group)
+        mode = _batch_norm(options, feed.size // process_group.size)
+        restored: tuple[refolding.Restored, ...] = ()
         trained_proto = _with_outputs(student, hidden)
         if mode == "restore":
-            trained_proto, restored = folded.restore(trained_proto)
+            trained_proto, restored = refolding.restore(trained_proto)
         live: BatchNormMode = "frozen" if mode == "frozen" else "train"
-        module = _placed(import_model(trained_proto, batch_norm=live), here)
+        module = _placed(import_model(trained_proto, batch_norm=live), process_group)
         before = module.onnx_state()
-        comparison = Comparison(
+        comparison = DistillationLoss(
             [info.name for info in student.graph.output], options.losses, options.output_weights, options.temperature,
             options.label_weight, options.ignore_label, [_indices(kept) for kept in hidden.values()],
             options.hidden_weight,
         )  # fmt: skip  # the fields in order
         if mode == "calibrate":
-            folded.calibrate(module, (inputs for inputs, _ in itertools.islice(feed.batches(), _steps(feed, options))))
+            refolding.calibrate(
+                module, (inputs for inputs, _ in itertools.islice(feed.batches(), _steps(feed, options)))
+            )
             losses: list[float] = []
             judged: list[tuple[int, float]] = []
         else:
             if restored:
                 _begin(module, restored, teacher, feed, overlap)
             trainer = Trainer(
-                module, _teacher(_with_outputs(teacher, hidden), options, here), comparison, options, here,
+                module,
+                _teacher(_with_outputs(teacher, hidden), options, process_group),
+                comparison,
+                options,
+                process_group,
                 freeze=options.freeze,
-            )  # fmt: skip
+            )
             losses = trainer.train(
                 feed,
                 _steps(feed, options),
                 traces=traces,
-                identity=_identity(teacher, student, options, here),
+                identity=_identity(teacher, student, options, process_group),
                 held_out=None if watched is None else _held_out(student, watched, teacher, restored),
                 progress=progress,
             )
             judged = trainer.judged
-        after = folded.fold(module.onnx_state(), restored)
+        after = refolding.refold(module.onnx_state(), restored)
     values = {name: value for name, value in after.items() if value.tobytes() != before[name].tobytes()}
     seconds = time.perf_counter() - started
     return DistillResult(
-        values, tuple(losses), comparison.kinds, seconds, str(here.device), len(restored), tuple(hidden), tuple(judged)
+        values,
+        tuple(losses),
+        comparison.kinds,
+        seconds,
+        str(process_group.device),
+        len(restored),
+        tuple(hidden),
+        tuple(judged),
     )
 
 
@@ -354,9 +367,11 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _feed(batches: Source, student: ModelProto, options: DistillOptions, here: World) -> Feed:
+def _feed(batches: Source, student: ModelProto, options: DistillOptions, process_group: ProcessGroup) -> Feed:
     augmentation = Augmentation(options.flip, options.shift)
-    return Feed(batches, inputs_of(student), options.batch_size, here, seed=options.seed, augmentation=augmentation)
+    return Feed(
+        batches, inputs_of(student), options.batch_size, process_group, seed=options.seed, augmentation=augmentation
+    )
 
 
 def _steps(feed: Feed, options: DistillOptions) -> int:
@@ -389,77 +404,79 @@ def _indices(kept: Mapping[int, Array]) -> dict[int, Tensor]:
 
 
 def _begin(
-    module: OnnxModule, restored: Sequence[folded.Restored], teacher: ModelProto, feed: Feed, overlap: Overlap
+    module: OnnxModule, restored: Sequence[refolding.Restored], teacher: ModelProto, feed: Feed, overlap: Overlap
 ) -> None:
     """Start restored normalisations with the moments that the teacher has in the same places, where these are known."""
     batches = [inputs for inputs, _ in itertools.islice(feed.batches(), _MEASURED)]
-    own = folded.measure(module, restored, batches)
-    wanted: dict[str, folded.Moments] = {}
-    proto, there = folded.restore(teacher)
+    own = refolding.measure(module, restored, batches)
+    wanted: dict[str, refolding.ChannelMoments] = {}
+    proto, there = refolding.restore(teacher)
     common = {entry.weight for entry in restored} & set(overlap.filters)
     if common and common <= {entry.weight for entry in there}:
-        original = import_model(proto, batch_norm="train").to(feed.world.device)
-        for name, moments in folded.measure(original, there, batches).items():
+        original = import_model(proto, batch_norm="train").to(feed.process_group.device)
+        for name, moments in refolding.measure(original, there, batches).items():
             if name in common:
-                kept = torch.from_numpy(overlap.filters[name]).to(feed.world.device)
-                wanted[name] = folded.Moments(moments.mean[kept], moments.var[kept])
-    folded.begin(module, restored, own, wanted)
+                kept = torch.from_numpy(overlap.filters[name]).to(feed.process_group.device)
+                wanted[name] = refolding.ChannelMoments(moments.mean[kept], moments.var[kept])
+    refolding.begin(module, restored, own, wanted)
 
 
-def _teacher(model: ModelProto, options: DistillOptions, here: World) -> Run:
+def _teacher(model: ModelProto, options: DistillOptions, process_group: ProcessGroup) -> Run:
     """The teacher as a function without gradients."""
-    answer = _running(model, options, here)
+    answer = _running(model, options, process_group)
     return answer if options.teacher_cache is None else AnswerCache(options.teacher_cache, answer, _digest(model))
 
 
-def _running(model: ModelProto, options: DistillOptions, here: World) -> Run:
+def _running(model: ModelProto, options: DistillOptions, process_group: ProcessGroup) -> Run:
     """The teacher in torch or onnxruntime."""
-    makers: dict[str, Callable[[ModelProto, World], Run]] = {"torch": _in_torch, "onnxruntime": _in_onnxruntime}
+    makers: dict[str, Callable[[ModelProto, ProcessGroup], Run]] = {"torch": _in_torch, "onnxruntime": _in_onnxruntime}
     if options.teacher_runtime != "auto":
-        return makers[options.teacher_runtime](model, here)
-    first, second = ("onnxruntime", "torch") if here.device.type == "cpu" else ("torch", "onnxruntime")
+        return makers[options.teacher_runtime](model, process_group)
+    first, second = ("onnxruntime", "torch") if process_group.device.type == "cpu" else ("torch", "onnxruntime")
     try:
-        return makers[first](model, here)
+        return makers[first](model, process_group)
     except CpdError:
-        return makers[second](model, here)
+        return makers[second](model, process_group)
 
 
-def _in_torch(model: ModelProto, here: World) -> Run:
-    module = _placed(import_model(model), here).eval().requires_grad_(False)
+def _in_torch(model: ModelProto, process_group: ProcessGroup) -> Run:
+    module = _placed(import_model(model), process_group).eval().requires_grad_(False)
     return lambda inputs: module(*inputs)
 
 
-def _placed(module: OnnxModule, here: World) -> OnnxModule:
+def _placed(module: OnnxModule, process_group: ProcessGroup) -> OnnxModule:
     """The module on the device, with the channels of filters innermost, as convolutions like them best."""
-    placed: OnnxModule = module.to(here.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    placed: OnnxModule = module.to(process_group.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return placed
 
 
-def _in_onnxruntime(model: ModelProto, here: World) -> Run:
+def _in_onnxruntime(model: ModelProto, process_group: ProcessGroup) -> Run:
     session = metrics.open_session(model, torch.get_num_threads())
     names = [entry.name for entry in inputs_of(model)]
     return lambda inputs: [
-        to_torch(output).to(here.device)
+        to_torch(output).to(process_group.device)
         for output in metrics.run(session, {name: to_numpy(x) for name, x in zip(names, inputs, strict=True)})
     ]
 
 
 def _held_out(
-    student: ModelProto, watched: Watched, teacher: ModelProto, restored: Sequence[folded.Restored]
+    student: ModelProto, watched: Watched, teacher: ModelProto, restored: Sequence[refolding.Restored]
 ) -> HeldOut:
     sign = -1.0 if watched.metric == "mse" else 1.0
     reference = teacher if watched.metric in metrics.OF_TWO_MODELS else None
 
     def judge(state: Mapping[str, Array]) -> float:
-        made = write_weights(student, folded.fold(state, restored))
+        made = write_weights(student, refolding.refold(state, restored))
         return sign * metrics.evaluate(made, watched.source, watched.metric, reference=reference)
 
     return HeldOut(judge, watched.every, watched.patience)
 
 
-def _identity(teacher: ModelProto, student: ModelProto, options: DistillOptions, here: World) -> str:
+def _identity(teacher: ModelProto, student: ModelProto, options: DistillOptions, process_group: ProcessGroup) -> str:
     """What tells this run from another: the models, the options, the number of processes."""
-    digest = hashlib.sha256(repr((replace(options, device="", threads=0, teacher_cache=None), here.size)).encode())
+    digest = hashlib.sha256(
+        repr((replace(options, device="", threads=0, teacher_cache=None), process_group.size)).encode()
+    )
     for model in (teacher, student):
         digest.update(_digest(model))
     return digest.hexdigest()

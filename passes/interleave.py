@@ -21,7 +21,7 @@ from cpd_onnx.passes.distill import (
 )
 from cpd_onnx.passes.iterate import Iterate, Round
 from cpd_onnx.pipeline.state import State
-from cpd_onnx.training.world import world
+from cpd_onnx.training.process_group import join_process_group
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,11 @@ class Interleave(DistillOptions, Iterate):
             results.append(result)
             if observer is not None:
                 observer(made, result)
-            return trained(made.small, replace(result, values=here.shared(result.values)))
+            return trained(made.small, replace(result, values=process_group.shared(result.values)))
 
-        with world(self.device) as here:  # once for all rounds: processes that part do not find each other again
-            state = self.in_rounds(state, tuned, here.shared, **known)
+        # One process group for all rounds: processes that leave it do not find each other again.
+        with join_process_group(self.device) as process_group:
+            state = self.in_rounds(state, tuned, process_group.shared, **known)
         distilled = summary(results[-1]) | {
             "steps": sum(len(r.losses) for r in results),
             "seconds": round(sum(r.seconds for r in results), 2),

@@ -10,7 +10,7 @@ from typing import ClassVar
 from cpd_onnx.algebra.keep import Kept
 from cpd_onnx.budget.allocation import Allocation
 from cpd_onnx.channels.groups import Combed
-from cpd_onnx.ir.model import Source
+from cpd_onnx.ir.model import ModelSource
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.rewrite.plan import Plan, make_plan, planned
 from cpd_onnx.rewrite.rewriter import Pruned, rewrite
@@ -26,7 +26,7 @@ def prune(combed: Combed, allocation: Allocation, input_shapes: Mapping[str, Seq
     return rewrite(combed, kept, input_shapes)
 
 
-def apply(source: Source, plan: Plan, input_shapes: Mapping[str, Sequence[int]] | None = None) -> Pruned:
+def apply(source: ModelSource, plan: Plan, input_shapes: Mapping[str, Sequence[int]] | None = None) -> Pruned:
     """Replay a plan on the model that it was made for.
 
     The input shapes are the plan's unless others are given. Raises PlanError if it was made for another model.

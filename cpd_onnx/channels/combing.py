@@ -12,7 +12,7 @@ from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis, Mask
 from cpd_onnx.algebra.keep import Kept
 from cpd_onnx.channels.constraints import hold_what_cannot_be_edited
 from cpd_onnx.channels.groups import Combed, Weight, WeightUse, grouped
-from cpd_onnx.ir.model import Source, attributes_of, blaming, bodies_of, load
+from cpd_onnx.ir.model import ModelSource, attributes_of, bodies_of, load, translate_errors
 from cpd_onnx.ops.evaluate import Call
 from cpd_onnx.rules import FLOATS, POSITION_CARRIERS, POSITION_USERS, RULES, GiveUp, Op, Recorder, Tensor
 from cpd_onnx.shapes.inference import fold
@@ -24,13 +24,13 @@ _MAKERS = {"ConstantOfShape", "Expand", "Tile", "Range"}
 """Operators that make channels out of sizes alone."""
 
 
-def comb(source: Source | Folded, input_shapes: Mapping[str, Sequence[int]] | None = None) -> Combed:
+def comb(source: ModelSource | Folded, input_shapes: Mapping[str, Sequence[int]] | None = None) -> Combed:
     """Find the coupled channels of a model.
 
     Raises ModelError if the graph is cyclic or uses values that nobody makes.
     """
     model = source.model if isinstance(source, Folded) else load(source)
-    with blaming(model):
+    with translate_errors(model):
         return _Comber(source if isinstance(source, Folded) else fold(model, input_shapes)).run()
 
 

@@ -6,20 +6,22 @@ import numpy as np
 from onnx import TensorProto, helper
 
 from cpd_onnx.channels.groups import Combed, Weight
-from cpd_onnx.ir.model import Array, Lazy, Model, made, to_array
+from cpd_onnx.ir.model import Array, Lazy, Model, materialize, to_array
 from cpd_onnx.shapes.values import Value
 
 
 def weight_array(model: Model, weight: Weight) -> Array:
     """Values of a weight; do not write into them."""
-    return made(weight_lazily(model, weight))
+    return materialize(lazy_weight(model, weight))
 
 
-def weight_lazily(model: Model, weight: Weight) -> Array | Lazy:
+def lazy_weight(model: Model, weight: Weight) -> Array | Lazy:
     """The same, but not read yet where the model is large."""
     source = weight.value.source
     if isinstance(source, TensorProto):
-        return model.lazily(source.name) if not weight.scope.address and model.has(source.name) else to_array(source)
+        return (
+            model.lazy_array(source.name) if not weight.scope.address and model.has(source.name) else to_array(source)
+        )
     assert source is not None
     if source.name == "value":
         return to_array(source.t)

@@ -41,7 +41,7 @@ from cpd_onnx.cli.console import (
 from cpd_onnx.data.metrics import OF_TWO_MODELS, check_metric
 from cpd_onnx.data.sources import Source, calibration
 from cpd_onnx.errors import CpdError, InconclusiveError, ModelError, ProofError, UnsupportedError
-from cpd_onnx.io.files import locked, together, write_atomically
+from cpd_onnx.io.files import commit_together, locked_folder, write_atomically
 from cpd_onnx.ir.model import Model
 from cpd_onnx.passes import sensitivity
 from cpd_onnx.passes.iterate import Iterate, Stages
@@ -131,7 +131,7 @@ def compressed(options: argparse.Namespace, *, called: str | None = None) -> dic
         if not is_first_process():
             return None
         content = _reported(options, made, source) | {"rounds": step.rounds}
-        with locked(options.output.parent), together():
+        with locked_folder(options.output.parent), commit_together():
             write_both(options, made.state.model, made.state.need("plan", step.name), places.plan)
             recipe.write(places.recipe, options, overwrite=options.force)
             content["bytes"] = {

@@ -24,8 +24,8 @@ from cpd_onnx.data.metrics import OF_TWO_MODELS, evaluate
 from cpd_onnx.data.sources import IMAGE_SUFFIXES, ImageOptions, Source
 from cpd_onnx.deploy.profiles import load_profile, problems
 from cpd_onnx.errors import CpdError, DataError, ModelError, StoppedError, TargetError, UnsupportedError
-from cpd_onnx.io.files import is_same, locked, require_free, together, write_atomically
-from cpd_onnx.io.streams import output_error, printable, write_out
+from cpd_onnx.io.files import commit_together, is_same_file, locked_folder, require_free, write_atomically
+from cpd_onnx.io.streams import output_error, printable, write_stdout
 from cpd_onnx.ir.model import Model, load
 from cpd_onnx.rewrite.plan import Plan
 from cpd_onnx.runtime.sessions import open_model, working_feeds
@@ -142,9 +142,9 @@ def require_outputs(options: argparse.Namespace, *paths: Path, reads: Sequence[P
     kept = [path for name in ("teacher_cache", "checkpoint") if (path := getattr(options, name, None)) is not None]
     options.written = [*written, *([log] if log is not None else []), *kept]
     for place, path in enumerate(options.written):
-        if any(is_same(path, other) for other in read) or _is_sample(path, read):
+        if any(is_same_file(path, other) for other in read) or _is_sample(path, read):
             raise ModelError(f"{path} is named for two things, it is read and would be lost: choose another name")
-        if any(is_same(path, other) for other in options.written[:place]):
+        if any(is_same_file(path, other) for other in options.written[:place]):
             raise ModelError(f"{path} is named for two things: choose another name")
     for path in written:
         require_free(path, overwrite=options.force)
@@ -159,7 +159,7 @@ def require_outputs(options: argparse.Namespace, *paths: Path, reads: Sequence[P
 def require_apart(options: argparse.Namespace, *models: Model) -> None:
     """Refuse to replace the data files of the models that are read, which are known once these are."""
     for path in options.written:
-        if any(is_same(path, file) for model in models for file in model.data_files):
+        if any(is_same_file(path, file) for model in models for file in model.data_files):
             raise ModelError(f"{path} holds weights of the model that is read, and would be lost: choose another name")
 
 
@@ -192,7 +192,7 @@ def _is_sample(path: Path, read: Iterable[Path]) -> bool:
 
 def write_both(options: argparse.Namespace, model: Model, plan: Plan, plan_path: Path) -> None:
     """Write the model and its plan; if one cannot be written, neither is, and what was there stays."""
-    with locked(options.output.parent), together():
+    with locked_folder(options.output.parent), commit_together():
         plan.save(plan_path, overwrite=options.force)
         model.save(options.output, overwrite=options.force, weights=options.weights)
 
@@ -203,7 +203,7 @@ def write_json(options: argparse.Namespace, content: dict[str, Any]) -> bool:
         return False
     text = json.dumps(content, indent=1) + "\n"
     if options.json == "-":
-        write_out(text.replace("\x7f", "\\u007f"))  # the one control character that JSON leaves as it is
+        write_stdout(text.replace("\x7f", "\\u007f"))  # the one control character that JSON leaves as it is
         return True
     write_atomically(Path(options.json), text.encode())
     return False

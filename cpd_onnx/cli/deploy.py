@@ -19,7 +19,7 @@ from cpd_onnx.deploy.profiles import Profile, load_profile
 from cpd_onnx.deploy.quantize import Quantization
 from cpd_onnx.deploy.steps import Deployed, Deployment, Step, deploy, ort_measured, shaped
 from cpd_onnx.errors import CpdError, DataError
-from cpd_onnx.io.files import content_of, locked, together, write_atomically
+from cpd_onnx.io.files import commit_together, content_of, locked_folder, write_atomically
 from cpd_onnx.ir.model import Model, load
 from cpd_onnx.report import tables as report
 from cpd_onnx.summary import count, share
@@ -56,7 +56,7 @@ def deployed(options: argparse.Namespace) -> dict[str, Any]:
         made = deploy(model, wish, source, lambda name: line.update(task, description=name))
         scores = evaluated(options, {"before": model, "after": made.model}, model)
     entry = manifest.file_entry(options.model, "model")  # which the output may replace
-    with locked(options.output.parent), together():
+    with locked_folder(options.output.parent), commit_together():
         made = replace(made, steps=(*made.steps, *_write(options, model, made.model)))
         content = _content(options, model, made) | {"seconds": round(time.perf_counter() - started, 3)}
         content |= {"metric": options.metric, "accuracy": scores} if scores else {}

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
-from cpd_onnx.io.streams import complain
+from cpd_onnx.io.streams import print_error
 
 _LENGTH = 300
 """Characters of a reason."""
@@ -45,20 +45,20 @@ class Start:
         """The function behind the command line; None where it cannot be loaded, which is said then."""
         limit = address_space()
         if limit is not None and limit < _LEAST:
-            complain(f"error: {limit >> 20} MiB of memory (ulimit -v) are too few: give it {_LEAST >> 20} at least")
+            print_error(f"error: {limit >> 20} MiB of memory (ulimit -v) are too few: give it {_LEAST >> 20} at least")
             return None
         try:
             with _held_back(), _bounded(limit):
                 from cpd_onnx.cli.main import main
         except ModuleNotFoundError as error:
-            complain(f"error: the package {error.name} is not installed: pip install cpd-onnx")
+            print_error(f"error: the package {error.name} is not installed: pip install cpd-onnx")
             return None
         except (ImportError, MemoryError, OSError, RuntimeError, SystemError, AttributeError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            complain(f"{self.COMPLAINT} ({reason[:_LENGTH]})")
+            print_error(f"{self.COMPLAINT} ({reason[:_LENGTH]})")
             return None
         except KeyboardInterrupt:  # OpenBLAS sends the signal itself where it gets no threads
-            complain("stopped" if limit is None else self.COMPLAINT)
+            print_error("stopped" if limit is None else self.COMPLAINT)
             return None
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(AttributeError, OSError, ValueError):

@@ -53,8 +53,8 @@ from cpd_onnx.cli.sweep import sweep
 from cpd_onnx.data.metrics import check_metric
 from cpd_onnx.errors import CpdError, DataError, InconclusiveError, OutputError, ProofError, StoppedError
 from cpd_onnx.io import trust
-from cpd_onnx.io.files import locked, together
-from cpd_onnx.io.streams import PIPE_CLOSED, complain, flush_out, silence, write_out
+from cpd_onnx.io.files import commit_together, locked_folder
+from cpd_onnx.io.streams import PIPE_CLOSED, flush_stdout, print_error, redirect_to_null, write_stdout
 from cpd_onnx.ir.model import Model, load
 from cpd_onnx.passes import sensitivity
 from cpd_onnx.passes.allocate import Allocate
@@ -99,12 +99,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = _run(arguments)
         except SystemExit as error:  # of the parser: a usage error, or --help
             code, stopped = 1, error
-        flush_out()
+        flush_stdout()
     except OutputError as error:
-        silence(sys.stdout)
+        redirect_to_null(sys.stdout)
         if error.is_pipe:
             return PIPE_CLOSED
-        complain(f"error: {error}")
+        print_error(f"error: {error}")
         return 1
     if stopped is not None:
         raise stopped
@@ -119,15 +119,15 @@ def _run(arguments: Sequence[str] | None) -> int:
     except OutputError:
         raise
     except StoppedError as error:
-        complain(_one_line(str(error)))
+        print_error(_one_line(str(error)))
         return 130
     except KeyboardInterrupt as error:
-        complain(_one_line("; ".join(["stopped", *getattr(error, "__notes__", ())])))
+        print_error(_one_line("; ".join(["stopped", *getattr(error, "__notes__", ())])))
         return 130
     except Exception as error:
         if getattr(options, "verbose", False):
             _show_traceback(error)
-        complain(f"error: {_one_line(_complaint(error, options))}")
+        print_error(f"error: {_one_line(_complaint(error, options))}")
         return next((code for kind, code in _EXIT_CODES.items() if isinstance(error, kind)), 1)
     return 0
 
@@ -169,7 +169,7 @@ def _reason(error: Exception, options: argparse.Namespace | None) -> str:
 
 def _show_traceback(error: Exception) -> None:
     for line in "".join(traceback.format_exception(error)).splitlines():
-        complain(line)
+        print_error(line)
 
 
 def _fault(options: argparse.Namespace) -> str | None:
@@ -360,7 +360,7 @@ def _distill(options: argparse.Namespace) -> None:
             return
         made = distill.trained(models["student"], result)
         accuracies |= evaluated(options, {"distilled": made}, models["teacher"])
-        with locked(options.output.parent), together():
+        with locked_folder(options.output.parent), commit_together():
             _write_distilled(options, models["student"], made, plan)
     checkpoint.unlink(missing_ok=True)
     content = distill.summary(result) | {"output": str(options.output)}
@@ -489,7 +489,7 @@ def _operators(options: argparse.Namespace) -> None:
 def _completion(options: argparse.Namespace) -> None:
     from cpd_onnx.cli import completion  # and the library behind it, which nothing else takes
 
-    write_out(completion.script(options.shell))
+    write_stdout(completion.script(options.shell))
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {

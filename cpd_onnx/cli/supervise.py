@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from cpd_onnx.io.streams import complain
+from cpd_onnx.io.streams import print_error
 
 _DIE_WITH_PARENT = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
@@ -46,7 +46,7 @@ def supervised(work: Callable[[], int]) -> int:
         return 128 + number
     if number == signal.SIGALRM:  # nobody waited any longer, and says so
         return 1
-    complain(f"error: {_complaint(number)}; no file is left half-written")
+    print_error(f"error: {_complaint(number)}; no file is left half-written")
     return 1
 
 

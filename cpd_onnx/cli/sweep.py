@@ -21,7 +21,7 @@ from cpd_onnx.cli.console import out, progress_line, read_model, require_apart, 
 from cpd_onnx.data.sources import Source, imported
 from cpd_onnx.errors import CpdError, TargetError
 from cpd_onnx.io import trust
-from cpd_onnx.io.files import locked, together
+from cpd_onnx.io.files import commit_together, locked_folder
 from cpd_onnx.ir.model import Model
 from cpd_onnx.passes.allocate import Allocate
 from cpd_onnx.report import figures as plots
@@ -95,7 +95,7 @@ def sweep(options: argparse.Namespace) -> None:
             line.update(task, advance=1)
     found = timed(options, source, model, files.values(), _SECONDS * (1 + len(files)))
     content = _content(options, _points(options, files, made, found), made, found)
-    with locked(folder), together():
+    with locked_folder(folder), commit_together():
         for path in pages:
             if path.suffix == ".svg":
                 _draw(content, path, overwrite=options.force)

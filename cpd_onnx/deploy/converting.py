@@ -15,7 +15,7 @@ from cpd_onnx.errors import UnsupportedError
 from cpd_onnx.ir.model import Model, graphs_of, load
 from cpd_onnx.shapes.order import topological
 
-Told: TypeAlias = Callable[[str], None]
+Notify: TypeAlias = Callable[[str], None]
 """Called with what the user should know, a sentence each."""
 
 QUANTISED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinear", "MatMulInteger", "ConvInteger")
@@ -26,7 +26,7 @@ _ADDED = ("onnx.infer", "onnx.quant.pre_process")
 """Metadata that the tools leave for each other."""
 
 
-def nobody(_: str) -> None:
+def ignore(_: str) -> None:
     """Hears nothing."""
 
 
@@ -115,8 +115,8 @@ def _in_order(proto: ModelProto) -> None:
 
 
 @contextlib.contextmanager
-def quiet(told: Told) -> Iterator[None]:
-    """Nothing is printed or logged inside; warnings are told, each once."""
+def quiet(notify: Notify) -> Iterator[None]:
+    """Nothing is printed or logged inside; each warning is passed to `notify` once."""
     heard = _Heard()
     root = logging.getLogger()
     handlers, root.handlers = root.handlers, [heard]
@@ -126,7 +126,7 @@ def quiet(told: Told) -> Iterator[None]:
     finally:
         root.handlers = handlers
     for sentence in heard.sentences:
-        told(sentence)
+        notify(sentence)
 
 
 class _Heard(logging.Handler):
@@ -144,7 +144,7 @@ class _Heard(logging.Handler):
 
 
 @contextlib.contextmanager
-def asking(what: str) -> Iterator[None]:
+def translate_tool_errors(what: str) -> Iterator[None]:
     """Raise UnsupportedError for what a tool of onnx or onnxruntime complains of inside; `what` cannot be done then."""
     try:
         yield

@@ -12,15 +12,15 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from cpd_onnx.deploy.converting import (
-    Told,
-    asking,
+    Notify,
     embedded,
-    nobody,
+    ignore,
     quantised_node,
     quiet,
     require_one_message,
     tensors_of,
     tidied,
+    translate_tool_errors,
     valid,
 )
 from cpd_onnx.errors import TargetError, UnsupportedError
@@ -41,7 +41,12 @@ _STORED = 256
 
 
 def to_half(
-    model: Model, kind: str = "float16", *, keep_io: bool = True, storage_only: bool = False, told: Told | None = None
+    model: Model,
+    kind: str = "float16",
+    *,
+    keep_io: bool = True,
+    storage_only: bool = False,
+    notify: Notify | None = None,
 ) -> Model:
     """Turn float32 into 16-bit floats.
 
@@ -54,25 +59,25 @@ def to_half(
         kind: one of `HALVES`.
         keep_io: whether inputs and outputs stay float32; storage never changes them.
         storage_only: whether float16 is only stored.
-        told: called with what stays float32, and why.
+        notify: called with what stays float32, and why.
 
     Raises:
         UnsupportedError: there is nothing to convert, the model is over 2 GiB, or it cannot be converted.
     """
     if kind not in HALVES:
         raise TargetError(f"no half float is called {kind!r}: choose {', '.join(HALVES)}")
-    told = told or nobody
+    notify = notify or ignore
     require_one_message(model, "converted to 16-bit floats")
     if kind == "bfloat16" or storage_only:
         if kind == "bfloat16" and not storage_only:
-            told(
+            notify(
                 "onnxruntime has no bfloat16 kernels on the processor: weights are stored as bfloat16, float32 computes"
             )
-        return _stored(model, kind, told)
-    return _computed(model, keep_io, told)
+        return _stored(model, kind, notify)
+    return _computed(model, keep_io, notify)
 
 
-def _stored(model: Model, kind: str, told: Told) -> Model:
+def _stored(model: Model, kind: str, notify: Notify) -> Model:
     """Weights in 16 bits behind Cast nodes that bear their names."""
     if kind == "bfloat16" and model.opset < OPSET:
         raise UnsupportedError(f"Cast takes bfloat16 from opset {OPSET} on: convert the model first")
@@ -92,7 +97,7 @@ def _stored(model: Model, kind: str, told: Told) -> Model:
     if not count:
         raise UnsupportedError(f"no float32 weight has {_STORED} elements or more: there is nothing to store as {kind}")
     if wide:
-        told(f"{len(wide)} weights do not fit into {kind} and stay float32, like {wide[0]!r}")
+        notify(f"{len(wide)} weights do not fit into {kind} and stay float32, like {wide[0]!r}")
     return valid(proto, model, f"storing weights as {kind}")
 
 
@@ -145,7 +150,7 @@ def _fresh(wish: str, taken: set[str]) -> str:
     return name
 
 
-def _computed(model: Model, keep_io: bool, told: Told) -> Model:
+def _computed(model: Model, keep_io: bool, notify: Notify) -> Model:
     """The model with float16 kernels where there are some."""
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
@@ -153,7 +158,7 @@ def _computed(model: Model, keep_io: bool, told: Told) -> Model:
         raise UnsupportedError("the model has no float32 weights: there is nothing to convert to float16")
     if quantised_node(model) is not None:
         raise UnsupportedError("the model is quantised: what is left of float in it cannot become float16")
-    with quiet(told), asking("onnxruntime cannot convert the model to float16"):
+    with quiet(notify), translate_tool_errors("onnxruntime cannot convert the model to float16"):
         half = convert_float_to_float16(
             embedded(model), keep_io_types=keep_io, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *KEPT_FLOAT]
         )

@@ -21,7 +21,7 @@ from onnx import GraphProto, NodeProto, TensorProto
 from cpd_onnx.data.sources import fixed_batch, inputs_of
 from cpd_onnx.errors import TargetError
 from cpd_onnx.io.files import read_text
-from cpd_onnx.ir.model import Model, called_by, functions_of, graphs_of, made
+from cpd_onnx.ir.model import Model, called_by, functions_of, graphs_of, materialize
 
 DTYPES = ("float32", "float16", "bfloat16", "int8")
 """Element types that a target may want weights in."""
@@ -223,7 +223,7 @@ def _quantisers(model: Model, profile: Profile) -> Iterator[str]:
         kind = zero if zero is not None else number
         if kind is None or kind.data_type == TensorProto.UINT8:
             unsigned.append(node)
-        if zero is not None and made(model.lazily(zero.name)).any():
+        if zero is not None and materialize(model.lazy_array(zero.name)).any():
             shifted.append(node)
         if number is not None and number.data_type == TensorProto.INT32:
             biases.append(node)

@@ -16,15 +16,15 @@ from onnx import ModelProto, NodeProto, TensorProto
 
 from cpd_onnx.data.sources import Source, calibration, inputs_of
 from cpd_onnx.deploy.converting import (
-    Told,
-    asking,
+    Notify,
     embedded,
+    ignore,
     name_nodes,
-    nobody,
     quantised_node,
     quiet,
     require_one_message,
     tidied,
+    translate_tool_errors,
     valid,
 )
 from cpd_onnx.deploy.profiles import ACTIVATIONS
@@ -97,40 +97,40 @@ class Quantization:
             raise TargetError(f"{self.samples} samples are none to calibrate on: give 1 or more")
 
 
-def quantize(model: Model, source: Source, options: Quantization | None = None, told: Told | None = None) -> Model:
+def quantize(model: Model, source: Source, options: Quantization | None = None, notify: Notify | None = None) -> Model:
     """Quantise to int8 with onnxruntime's tools: its graph optimisations, its calibration, its QDQ nodes.
 
     Args:
         model: in float32, at opset 13 or newer.
         source: samples that the ranges of activations are seen on; no labels are needed.
         options: how.
-        told: called with what stays float and why, and with the warnings of the tools.
+        notify: called with what stays float and why, and with the warnings of the tools.
 
     Raises:
         UnsupportedError: the model is quantised already, has an older opset, is over 2 GiB, or the tools cannot do it.
         DataError: the data does not fit the model.
         TargetError: a pattern of nodes to exclude names nothing.
     """
-    return quantize_recorded(model, source, options, told)[0]
+    return quantize_recorded(model, source, options, notify)[0]
 
 
 def quantize_recorded(
-    model: Model, source: Source | Ranges, options: Quantization | None = None, told: Told | None = None
+    model: Model, source: Source | Ranges, options: Quantization | None = None, notify: Notify | None = None
 ) -> tuple[Model, Ranges]:
     """Quantise as `quantize` does, and give the ranges of the tensors too, which take the place of samples later."""
-    options, told = options or Quantization(), told or nobody
+    options, notify = options or Quantization(), notify or ignore
     _require_float(model)
     require_one_message(model, "quantised")
-    with tempfile.TemporaryDirectory(prefix="cpd-onnx.") as folder, quiet(told):
+    with tempfile.TemporaryDirectory(prefix="cpd-onnx.") as folder, quiet(notify):
         path = Path(folder) / "prepared.onnx"
-        prepared = _prepared(model, path, told)
+        prepared = _prepared(model, path, notify)
         onnx.save(prepared, path)
         operators = _quantised_operators(options)
         excluded = _excluded(model, prepared, options.exclude)
         ranges = _read(source) if isinstance(source, Mapping) else _ranges(path, model.proto, source, options)
         recorded = _recorded(ranges)
-        excluded |= _touching(prepared, _unbounded(ranges), operators, told)
-        proto = _with_integers(prepared, ranges, options, excluded, told)
+        excluded |= _touching(prepared, _unbounded(ranges), operators, notify)
+        proto = _with_integers(prepared, ranges, options, excluded, notify)
     return valid(tidied(proto, model.proto), model, "quantising"), recorded
 
 
@@ -172,7 +172,7 @@ def _require_float(model: Model) -> None:
         raise UnsupportedError("the model has no inputs: there is nothing to see ranges on")
 
 
-def _prepared(model: Model, path: Path, told: Told) -> ModelProto:
+def _prepared(model: Model, path: Path, notify: Notify) -> ModelProto:
     """The model as onnxruntime's quantiser wants it: constants and batch normalisation folded, shapes known.
 
     `quant_pre_process` of onnxruntime does the same, but loses weights where it is given a model in memory.
@@ -183,11 +183,11 @@ def _prepared(model: Model, path: Path, told: Told) -> ModelProto:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.optimized_model_filepath = str(path)
     try:
-        with asking("quantised without folding constants and batch normalisation first"):
+        with translate_tool_errors("quantised without folding constants and batch normalisation first"):
             ort.InferenceSession(plain.SerializeToString(), options, providers=["CPUExecutionProvider"])
             plain = onnx.load(path)
     except UnsupportedError as error:
-        told(str(error))
+        notify(str(error))
     prepared: ModelProto = onnx.shape_inference.infer_shapes(plain, data_prop=True)
     name_nodes(prepared)
     return prepared
@@ -245,13 +245,13 @@ def _ranges(path: Path, proto: ModelProto, source: Source, options: Quantization
 
 def _found(finder: Any, feeds: Iterable[Feed]) -> Any:
     """What onnxruntime's calibration finds, one batch at a time, as it keeps all inner tensors of what it is given."""
-    with asking("onnxruntime cannot prepare the model for finding ranges"):
+    with translate_tool_errors("onnxruntime cannot prepare the model for finding ranges"):
         finder.augment_graph()
     finder.infer_session = open_model(Path(finder.augmented_model_path), optimise=False)
     for feed in feeds:
-        with asking("onnxruntime cannot run the model to find ranges"):
+        with translate_tool_errors("onnxruntime cannot run the model to find ranges"):
             finder.collect_data(_Fed(feed))
-    with asking("onnxruntime cannot find ranges"):
+    with translate_tool_errors("onnxruntime cannot find ranges"):
         return finder.compute_data()
 
 
@@ -262,7 +262,7 @@ def extremes(model: Model, feeds: Iterable[Feed]) -> dict[str, float]:
     """
     from onnxruntime.quantization import calibrate
 
-    with tempfile.TemporaryDirectory(prefix="cpd-onnx.") as folder, quiet(nobody):
+    with tempfile.TemporaryDirectory(prefix="cpd-onnx.") as folder, quiet(ignore):
         path = Path(folder) / "model.onnx"
         onnx.save(embedded(model), path)
         finder = calibrate.MinMaxCalibrater(path, None, str(path.with_name("augmented.onnx")))
@@ -282,29 +282,31 @@ def _unbounded(ranges: Any) -> set[str]:
     return {name for name, data in ranges.items() if not np.all(np.abs(np.asarray(data.range_value)) < _MASKED)}
 
 
-def _touching(proto: ModelProto, tensors: set[str], operators: list[str], told: Told) -> set[str]:
+def _touching(proto: ModelProto, tensors: set[str], operators: list[str], notify: Notify) -> set[str]:
     """Names of the nodes that take or make some tensors, which would be quantised."""
     found = [n for n in proto.graph.node if n.op_type in operators and tensors & {*n.input, *n.output}]
     if found:
-        told(f"{len(found)} nodes stay float because their tensors reach beyond {_MASKED:g}, like {found[0].name!r}")
+        notify(f"{len(found)} nodes stay float because their tensors reach beyond {_MASKED:g}, like {found[0].name!r}")
     return {node.name for node in found}
 
 
-def _with_integers(proto: ModelProto, ranges: Any, options: Quantization, excluded: set[str], told: Told) -> ModelProto:
+def _with_integers(
+    proto: ModelProto, ranges: Any, options: Quantization, excluded: set[str], notify: Notify
+) -> ModelProto:
     """The model with QuantizeLinear and DequantizeLinear nodes; with float biases where it does not work otherwise."""
     failure: UnsupportedError | None = None
     for has_biases in (True, False) if options.quantized_bias else (False,):
         copy = ModelProto()
         copy.CopyFrom(proto)
         try:
-            with asking("onnxruntime cannot quantise the model"):
+            with translate_tool_errors("onnxruntime cannot quantise the model"):
                 quantizer = _quantizer(copy, ranges, replace(options, quantized_bias=has_biases), excluded)
                 quantizer.quantize_model()
         except UnsupportedError as error:
             failure = failure or error
             continue
         if failure:
-            told(f"biases stay float; with them, {failure}")
+            notify(f"biases stay float; with them, {failure}")
         made: ModelProto = quantizer.model.model
         if not any(node.op_type == "QuantizeLinear" for node in made.graph.node):
             raise UnsupportedError("there is nothing in the model that can be quantised, or nothing is left to be")

@@ -24,14 +24,14 @@ from cpd_onnx.data.sources import Source, calibration, inputs_of
 from cpd_onnx.deploy import float16 as halves
 from cpd_onnx.deploy import quantize as integers
 from cpd_onnx.deploy.converting import (
-    Told,
-    asking,
+    Notify,
     first_line,
+    ignore,
     keep_described,
-    nobody,
     quantised_node,
     require_one_message,
     tensors_of,
+    translate_tool_errors,
     valid,
 )
 from cpd_onnx.deploy.float16 import HALVES, to_half
@@ -252,7 +252,7 @@ def convert_opset(model: Model, opset: int) -> Model:
     if opset == model.opset:
         return model
     require_one_message(model, "converted")
-    with asking(f"onnx cannot convert opset {model.opset} to {opset}"):
+    with translate_tool_errors(f"onnx cannot convert opset {model.opset} to {opset}"):
         proto = version_converter.convert_version(model.complete_proto(), opset)
     described = {info.name for info in model.graph.value_info}
     keep_described(proto, described)
@@ -359,7 +359,7 @@ def ort_difference(model: Model, place: Path, feeds: Sequence[Feed]) -> Differen
 # Steps.
 
 
-def deploy(model: Model, wish: Deployment, source: Source | None = None, observer: Told | None = None) -> Deployed:
+def deploy(model: Model, wish: Deployment, source: Source | None = None, observer: Notify | None = None) -> Deployed:
     """Do what is asked for, and compare the model after each step with the one before it.
 
     Args:
@@ -375,7 +375,7 @@ def deploy(model: Model, wish: Deployment, source: Source | None = None, observe
     """
     if wish.int8 is not None and source is None:
         raise DataError("quantising looks at samples: give data")
-    observer = observer or nobody
+    observer = observer or ignore
     done: list[Step] = []
     feeds: list[Feed] = []
     for todo in _planned(model, wish, source):
@@ -405,7 +405,7 @@ class _Todo:
 
     name: str
     what: str
-    function: Callable[[Model, Told], tuple[Model, Mapping[str, Any]]]
+    function: Callable[[Model, Notify], tuple[Model, Mapping[str, Any]]]
 
 
 def _planned(model: Model, wish: Deployment, source: Source | None) -> Iterator[_Todo]:
@@ -419,18 +419,18 @@ def _planned(model: Model, wish: Deployment, source: Source | None) -> Iterator[
     if wish.int8 is not None and source is not None:
         data, how = source, wish.int8
         what = f"{how.calibration}, {how.samples} samples, {'a scale each channel' if how.per_channel else 'one scale'}"
-        yield _Todo("int8", what, lambda now, told: _quantised(now, data, how, told))
+        yield _Todo("int8", what, lambda now, notify: _quantised(now, data, how, notify))
     if wish.half is not None:
         kind, options = wish.half, {"keep_io": wish.keep_io, "storage_only": wish.storage_only}
         what = f"{kind}, stored only" if _is_stored(wish) else kind
         yield _Todo(
-            "half", what, lambda now, told: (to_half(now, kind, told=told, **options), {"kind": kind} | options)
+            "half", what, lambda now, notify: (to_half(now, kind, notify=notify, **options), {"kind": kind} | options)
         )
 
 
-def _quantised(model: Model, source: Source, options: Quantization, told: Told) -> tuple[Model, Mapping[str, Any]]:
+def _quantised(model: Model, source: Source, options: Quantization, notify: Notify) -> tuple[Model, Mapping[str, Any]]:
     """The quantised model; on record are the options and the ranges that were seen, so that no samples are needed."""
-    made, ranges = quantize_recorded(model, source, options, told)
+    made, ranges = quantize_recorded(model, source, options, notify)
     plain = asdict(options) | {name: list(getattr(options, name)) for name in ("exclude", "keep_float")}
     return made, {"quantization": plain, "ranges": dict(ranges)}
 
@@ -456,8 +456,8 @@ def _converted(
 ) -> _Todo:
     """A conversion; one that a profile asks for is left out where it cannot be done: it stays a problem of that."""
 
-    def convert(now: Model, told: Told) -> tuple[Model, Mapping[str, Any]]:
-        made = function(now, version) if is_must else _attempted(function, now, version, told)
+    def convert(now: Model, notify: Notify) -> tuple[Model, Mapping[str, Any]]:
+        made = function(now, version) if is_must else _attempted(function, now, version, notify)
         return made, {"version": version}
 
     return _Todo(name, what, convert)
@@ -501,12 +501,12 @@ _AGAIN: dict[str, Callable[..., Model]] = {
 """How the steps are done again."""
 
 
-def _attempted(function: Callable[[Model, int], Model], model: Model, version: int, told: Told) -> Model:
+def _attempted(function: Callable[[Model, int], Model], model: Model, version: int, notify: Notify) -> Model:
     """What a profile asks for is left out where it cannot be done: it stays a problem of that profile."""
     try:
         return function(model, version)
     except UnsupportedError as error:
-        told(f"left out: {error}")
+        notify(f"left out: {error}")
         return model
 
 
@@ -553,7 +553,7 @@ def _tolerance(model: Model) -> float:
     return TOLERANCES["float16" if TensorProto.FLOAT16 in kinds else "float32"]
 
 
-def compared(before: Model, after: Model, feeds: Sequence[Feed], name: str, told: Told) -> Difference | None:
+def compared(before: Model, after: Model, feeds: Sequence[Feed], name: str, notify: Notify) -> Difference | None:
     """How far two models are apart; None, and a note, where onnxruntime runs the second one only.
 
     Raises UnsupportedError if it does not run that either, ProofError if it runs the first one only.
@@ -566,7 +566,7 @@ def compared(before: Model, after: Model, feeds: Sequence[Feed], name: str, told
     if failure is not None:
         raise ProofError(f"the model runs before the step {name!r} but not after it: {failure}") from failure
     if first is None or second is None:
-        told(f"not compared with the model before it: {reason}")
+        notify(f"not compared with the model before it: {reason}")
         return None
     difference = output_difference(plain, found)
     if not is_judged:

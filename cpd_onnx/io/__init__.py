@@ -1,1 +1,1 @@
-"""Bytes in and out: files, the standard streams, what a file may name."""
+"""Bytes in and out: files, the standard streams, and which paths and code a recipe or manifest may name."""

@@ -1,4 +1,4 @@
-"""Files: read in pieces or mapped, and written so that they appear whole or not at all."""
+"""Files that are read in chunks or memory-mapped, and written atomically: complete or not at all."""
 
 from __future__ import annotations
 
@@ -25,22 +25,23 @@ import numpy.typing as npt
 from cpd_onnx.errors import ModelError
 
 _CHUNK = 1 << 20
-_HELD: ContextVar[frozenset[Path]] = ContextVar("folders", default=frozenset())
-"""Folders that are locked here."""
-
-
+"""Size in bytes of the chunks in which a file is hashed (heuristic)."""
+_LOCKED: ContextVar[frozenset[Path]] = ContextVar("folders", default=frozenset())
+"""Folders that the current context has locked."""
 _KINDS = (
     (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"),
     (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
 )  # fmt: skip  # a table
-_DEEPEST = 100
-"""Levels of nesting in a JSON file; what is written here has six. Python gives up at about a thousand."""
+"""Predicates on `st_mode` and the name of the kind of file that each recognizes."""
+_MAX_DEPTH = 100
+"""Maximum nesting depth of a JSON file (heuristic): files of this package have six levels, and Python's parser gives up
+at about a thousand."""
 
 
 def open_regular(path: str | os.PathLike[str]) -> int:
-    """A descriptor for reading a regular file.
+    """Open a regular file for reading and return its descriptor.
 
-    Raises OSError for anything else: a pipe would block until somebody writes, and a device may never end.
+    Raises OSError for anything else: a pipe would block until it has a writer, and a device may never end.
     """
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
     kind = _kind(os.fstat(handle).st_mode)
@@ -51,41 +52,44 @@ def open_regular(path: str | os.PathLike[str]) -> int:
 
 
 def _kind(mode: int) -> str | None:
-    """What a path leads to, in words; None for a regular file."""
-    return next((words for is_kind, words in _KINDS if is_kind(mode)), None)
+    """Return the kind of file with that mode, such as "a folder"; None for a regular file."""
+    return next((name for is_kind, name in _KINDS if is_kind(mode)), None)
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """The text of a regular file; raises OSError or UnicodeDecodeError where it cannot be read."""
+    """Return the text of a regular file; raises OSError or UnicodeDecodeError if it cannot be read."""
     with os.fdopen(open_regular(path), encoding="utf-8") as stream:
         return stream.read()
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """The content of a JSON file; raises OSError, or ValueError where it is not JSON or nested without sense."""
+    """Return the content of a JSON file.
+
+    Raises OSError if it cannot be read, and ValueError if it is not JSON or nested deeper than `_MAX_DEPTH`.
+    """
     try:
         content = json.loads(read_text(path))
     except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
+        raise ValueError("it is nested too deeply") from error
     level = [content]
-    for _ in range(_DEEPEST):
+    for _ in range(_MAX_DEPTH):
         inner = (entry.values() if isinstance(entry, dict) else entry for entry in level)
         level = [entry for entries in inner for entry in entries if isinstance(entry, dict | list)]
         if not level or not isinstance(content, dict | list):
             return content
-    raise ValueError("it is nested too deep")
+    raise ValueError("it is nested too deeply")
 
 
-class Stored:
-    """A file that is read; it stays what it was when another takes its place."""
+class StoredFile:
+    """A file opened for reading; its content stays readable after the path is replaced by another file."""
 
     def __init__(self, path: Path) -> None:
-        """Open it; raises ModelError if it cannot be read, or is no regular file."""
+        """Open the file; raises ModelError if it cannot be read or is not a regular file."""
         try:
             handle = open_regular(path)
-            weakref.finalize(self, os.close, handle)  # open as long as somebody may read
+            weakref.finalize(self, os.close, handle)  # open as long as this object may be read
             self._stream = os.fdopen(handle, "rb", closefd=False)
-            self._kept: bytes | None = None
+            self._loaded: bytes | None = None
             self.size = os.fstat(self._stream.fileno()).st_size
         except OSError as error:
             raise ModelError(f"cannot read {path}: {error.strerror}; give the path of an .onnx file") from error
@@ -93,33 +97,33 @@ class Stored:
 
     @cached_property
     def content(self) -> memoryview:
-        """All of it, mapped into memory where that can be done."""
-        if self._kept is None:
+        """The whole content, memory-mapped where the system supports it."""
+        if self._loaded is None:
             try:
                 return memoryview(mmap.mmap(self._stream.fileno(), 0, access=mmap.ACCESS_READ))
-            except (OSError, ValueError):  # of an empty file, or on a file system without mapping
-                self._kept = self.read(0, self.size).tobytes()
-        return memoryview(self._kept)
+            except (OSError, ValueError):  # an empty file, or a file system that cannot map files
+                self._loaded = self.read(0, self.size).tobytes()
+        return memoryview(self._loaded)
 
     def read(self, start: int, length: int) -> npt.NDArray[np.uint8]:
-        """Some bytes, in memory of their own; raises ModelError if they are not there any more."""
-        if self._kept is not None:
-            return np.frombuffer(self._kept, np.uint8, length, start).copy()
-        made = np.empty(length, np.uint8)
+        """Return a copy of a range of bytes; raises ModelError if the file has been truncated since it was opened."""
+        if self._loaded is not None:
+            return np.frombuffer(self._loaded, np.uint8, length, start).copy()
+        buffer = np.empty(length, np.uint8)
         with self._lock:
             self._stream.seek(start)
-            if self._stream.readinto(made.data) != length:
-                raise ModelError(f"{self._path} has become shorter while it was read: wait until it is written")
-        return made
+            if self._stream.readinto(buffer.data) != length:
+                raise ModelError(f"{self._path} was truncated while it was read: wait until it is completely written")
+        return buffer
 
     def chunks(self) -> Iterator[memoryview]:
-        """All of it, piece by piece."""
+        """Yield the whole content in chunks."""
         for start in range(0, self.size, _CHUNK):
             yield self.read(start, min(_CHUNK, self.size - start)).data
 
 
 def require_free(path: Path, *, overwrite: bool) -> None:
-    """Raise ModelError where writing to `path` would lose a file, has no folder to go to, or cannot succeed."""
+    """Raise ModelError if `path` exists and may not be overwritten, its folder is missing, or it cannot be written."""
     try:
         os.fsencode(path).decode()
         is_there, kind = os.path.lexists(path), _kind_at(path)
@@ -128,7 +132,7 @@ def require_free(path: Path, *, overwrite: bool) -> None:
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
     if kind is not None:
-        raise ModelError(f"{path} is {kind}: name a file")
+        raise ModelError(f"{path} is {kind}: give the path of a file")
     if is_there and not overwrite:
         raise ModelError(f"{path} exists: choose another name or allow overwriting with --force")
     if not path.parent.is_dir():
@@ -136,15 +140,15 @@ def require_free(path: Path, *, overwrite: bool) -> None:
 
 
 def _kind_at(path: Path) -> str | None:
-    """What is there, in words, if it is no regular file; also at the end of links."""
+    """Return the kind of file at a path, links followed; None for a regular file or none."""
     try:
         return _kind(os.stat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
-def is_same(path: Path, other: Path) -> bool:
-    """Whether two paths lead to one file, through links or in another spelling; a file need not be there yet."""
+def is_same_file(path: Path, other: Path) -> bool:
+    """Return whether two paths denote the same file, also through links; the file need not exist yet."""
     try:
         if os.path.samefile(path, other):
             return True
@@ -152,32 +156,32 @@ def is_same(path: Path, other: Path) -> bool:
         pass
     try:
         return path.resolve() == other.resolve()
-    except (OSError, ValueError, RuntimeError):  # of links in a circle
+    except (OSError, ValueError, RuntimeError):  # circular links
         return False
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that appears whole or not at all."""
-    with replacing(path) as stream:
+    """Write a file that appears complete or not at all."""
+    with atomic_stream(path) as stream:
         stream.write(content)
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Alone among those that ask for the same folder, where the system has locks; may be asked for again inside."""
-    held, place = _HELD.get(), folder.resolve()
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a folder, where the system has file locks; reentrant within one context."""
+    held, place = _LOCKED.get(), folder.resolve()
     handle = _lock(folder) if place not in held else None
-    token = _HELD.set(held | {place})
+    token = _LOCKED.set(held | {place})
     try:
         yield
     finally:
-        _HELD.reset(token)
+        _LOCKED.reset(token)
         if handle is not None:
             os.close(handle)
 
 
 def _lock(folder: Path) -> int | None:
-    """What holds the lock until it is closed; None where there are no locks."""
+    """Lock a folder and return the descriptor whose closing unlocks it; None where the system has no file locks."""
     try:
         import fcntl
 
@@ -189,14 +193,14 @@ def _lock(folder: Path) -> int | None:
     return handle
 
 
-class _Part:
-    """A file that is being written: complete, it takes the place of another."""
+class _PendingFile:
+    """A temporary file that replaces its target once it is complete."""
 
     def __init__(self, folder: Path) -> None:
         self.name: Path | None = None
         self.target: Path | None = None
-        self.old: Path | None = None
-        handle = _nameless(folder)
+        self.backup: Path | None = None
+        handle = _open_unnamed(folder)
         if handle is None:
             handle, name = tempfile.mkstemp(prefix=".cpd-onnx.", suffix=".part", dir=folder)
             self.name = Path(name)
@@ -204,70 +208,69 @@ class _Part:
 
     @property
     def path(self) -> Path:
-        """Where its content can be read."""
+        """The path under which its content can be read."""
         return self.name or Path(f"/proc/self/fd/{self.handle}")
 
     def give_name(self) -> None:
-        """Have it in the folder under a name of its own."""
+        """Link it into the folder of its target under a temporary name."""
         assert self.target is not None
         if self.name is None:
-            name = _spare(self.target.parent)
-            # A path from the root goes by no folder, but Python follows links only with one.
+            name = _temporary_name(self.target.parent)
+            # `src_dir_fd` is ignored for an absolute path, but Python follows links only if it is given.
             os.link(f"/proc/self/fd/{self.handle}", name, src_dir_fd=self.handle, follow_symlinks=True)
             self.name = name
 
-    def keep_old(self) -> None:
-        """Have another name for the file that will be replaced, if there is one."""
+    def back_up(self) -> None:
+        """Link the file that will be replaced to a backup name, if there is one."""
         assert self.target is not None
-        with contextlib.suppress(OSError):  # there is none, or the file system has no links
-            spare = _spare(self.target.parent)
-            os.link(self.target, spare, follow_symlinks=False)
-            self.old = spare
+        with contextlib.suppress(OSError):  # no such file, or a file system without links
+            backup = _temporary_name(self.target.parent)
+            os.link(self.target, backup, follow_symlinks=False)
+            self.backup = backup
 
-    def take_place(self) -> None:
-        """Take the place of the file that was there."""
+    def replace_target(self) -> None:
+        """Rename it to its target."""
         assert self.name is not None
         assert self.target is not None
         self.name.replace(self.target)
         self.name = None
 
-    def give_back(self) -> None:
-        """Undo `take_place` as far as that can be done."""
+    def restore_target(self) -> None:
+        """Undo `replace_target` as far as possible."""
         assert self.target is not None
         with contextlib.suppress(OSError):
-            if self.old is not None:
-                self.old.replace(self.target)
+            if self.backup is not None:
+                self.backup.replace(self.target)
             elif self.name is None:
                 self.target.unlink()
 
     def discard(self) -> None:
-        """Let go of it; nothing is left if it has not taken its place."""
+        """Close it and remove its temporary names; nothing is left if it has not replaced its target."""
         os.close(self.handle)
-        self.forget_old()
+        self.remove_backup()
         if self.name is not None:
             self.name.unlink(missing_ok=True)
 
-    def forget_old(self) -> None:
-        """Let go of the file that was replaced."""
-        if self.old is not None:
-            self.old.unlink(missing_ok=True)
-            self.old = None
+    def remove_backup(self) -> None:
+        """Remove the backup of the file that was replaced."""
+        if self.backup is not None:
+            self.backup.unlink(missing_ok=True)
+            self.backup = None
 
 
-def _spare(folder: Path) -> Path:
-    """A name that nothing else has."""
+def _temporary_name(folder: Path) -> Path:
     return folder / f".cpd-onnx.{secrets.token_hex(6)}.part"
 
 
-def _take_permissions(part: _Part, target: Path) -> None:
-    """Give a file the permissions of what it replaces, or those that new files have."""
+def _copy_permissions(part: _PendingFile, target: Path) -> None:
+    """Give a file the owner and mode of the file that it replaces, or the mode of new files."""
     handle = part.handle if os.chmod in os.supports_fd else part.path
     try:
         old = os.lstat(target)
     except OSError:
         old = None
     if old is not None and stat.S_ISREG(old.st_mode):
-        with contextlib.suppress(OSError, AttributeError):  # only root may give files away
+        with contextlib.suppress(OSError, AttributeError):  # only root may change the owner
             os.chown(handle, old.st_uid, old.st_gid)
         os.chmod(handle, stat.S_IMODE(old.st_mode))
         return
@@ -277,69 +280,69 @@ def _take_permissions(part: _Part, target: Path) -> None:
 
 
 class _Batch:
-    """Files that wait to appear together, and what is done once they have."""
+    """Files that are committed together, and actions that run after the commit."""
 
     def __init__(self) -> None:
-        self.parts: list[_Part] = []
-        self.afterwards: list[Callable[[], object]] = []
+        self.parts: list[_PendingFile] = []
+        self.actions: list[Callable[[], object]] = []
 
     def commit(self) -> None:
-        """Have all of them appear; first each gets what may still fail, room for a name."""
-        with _undisturbed():
-            self._place()
-        for action in self.afterwards:
+        """Make all files appear; the step that may fail for lack of space, linking a name, comes first for each."""
+        with _signals_deferred():
+            self._replace_targets()
+        for action in self.actions:
             action()
 
-    def _place(self) -> None:
+    def _replace_targets(self) -> None:
         for part in self.parts:
-            with _naming(part):
+            with _translate_write_errors(part):
                 part.give_name()
-        for part in self.parts[:-1]:  # where the last one fails, it has replaced nothing
-            part.keep_old()
+        for part in self.parts[:-1]:  # if the last one fails, it has replaced nothing
+            part.back_up()
         for place, part in enumerate(self.parts):
             try:
-                with _naming(part):
-                    part.take_place()
+                with _translate_write_errors(part):
+                    part.replace_target()
             except ModelError:
                 for earlier in self.parts[:place]:
-                    earlier.give_back()
+                    earlier.restore_target()
                 raise
         for part in self.parts:
-            part.forget_old()
+            part.remove_backup()
         for folder in {part.target.parent for part in self.parts if part.target is not None}:
             _sync(folder)
 
     def discard(self) -> None:
-        """Let go of all that has not appeared."""
+        """Discard all files that have not been committed."""
         for part in self.parts:
             part.discard()
 
 
 _BATCH: ContextVar[_Batch | None] = ContextVar("batch", default=None)
-"""The files that are written together here, if any are."""
+"""The batch that the current context writes to; None outside of `commit_together`."""
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Put off SIGINT, SIGTERM and SIGHUP until all files have their names."""
+def _signals_deferred() -> Iterator[None]:
+    """Defer SIGINT, SIGTERM and SIGHUP until the block is left."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[int] = []
+    received: list[int] = []
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
     try:
         yield
     finally:
         for number, handler in before.items():
-            if handler is not None:  # one that Python has not set, and cannot set again
+            if handler is not None:  # None: not installed by Python, which therefore cannot reinstall it
                 signal.signal(number, handler)
-        for number in came:
+        for number in received:
             signal.raise_signal(number)
 
 
 @contextlib.contextmanager
-def _naming(part: _Part) -> Iterator[None]:
+def _translate_write_errors(part: _PendingFile) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -347,10 +350,10 @@ def _naming(part: _Part) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """All files that are written inside appear at the end, in the order of their writing; none where something fails.
+def commit_together() -> Iterator[None]:
+    """Commit all files written inside the block at its end, in the order of writing; none of them if anything fails.
 
-    Until then `content_of` says where one can be read. Inside another `together` it is the outer one that counts.
+    Until then `content_of` returns the path at which a file can be read. Nested blocks commit with the outermost one.
     """
     if _BATCH.get() is not None:
         yield
@@ -366,64 +369,65 @@ def together() -> Iterator[None]:
 
 
 def content_of(path: Path) -> Path:
-    """Where the content of a file can be read: under its name, or where it waits inside `together`."""
+    """Return the path at which the content of a file can be read: its own, or that of the uncommitted file."""
     batch = _BATCH.get()
-    waiting = batch.parts if batch is not None else []
-    return next((part.path for part in reversed(waiting) if part.target == path), path)
+    parts = batch.parts if batch is not None else []
+    return next((part.path for part in reversed(parts) if part.target == path), path)
 
 
-def waiting() -> list[Path] | None:
-    """The files that wait to appear inside `together`; None outside of it."""
+def pending_files() -> list[Path] | None:
+    """Return the files that `commit_together` has yet to commit; None outside of it."""
     batch = _BATCH.get()
     return None if batch is None else [part.target for part in batch.parts if part.target is not None]
 
 
-def afterwards(action: Callable[[], object]) -> None:
-    """Do something once what is written here has appeared; right now outside of `together`."""
+def after_commit(action: Callable[[], object]) -> None:
+    """Run an action after the commit of `commit_together`, or at once outside of it."""
     batch = _BATCH.get()
     if batch is None:
         action()
     else:
-        batch.afterwards.append(action)
+        batch.actions.append(action)
 
 
 @contextlib.contextmanager
-def replacing(path: Path | Callable[[], Path]) -> Iterator[IO[bytes]]:
-    """A stream to a temporary file that takes the place of `path` when all went well, with its permissions.
+def atomic_stream(path: Path | Callable[[], Path]) -> Iterator[IO[bytes]]:
+    """Open a stream to a temporary file that replaces `path` if the block succeeds, and takes over its permissions.
 
-    A function may say at the end what the name is, in a folder that it knows from the start. Where the system can do
-    it, the temporary file has no name until it is whole, so that nothing is left of it if the process is killed.
+    A function instead of a path returns the final name once the content is written; its folder must not change. Where
+    the system supports it, the temporary file is unnamed until it is complete, so that a killed process leaves nothing
+    behind.
     """
     named = path if callable(path) else lambda: path
     try:
-        part = _Part(named().parent)
+        part = _PendingFile(named().parent)
     except OSError as error:
         raise ModelError(f"cannot write to folder {named().parent}: {error.strerror}") from error
-    batch, waits = _BATCH.get(), False
+    batch, is_pending = _BATCH.get(), False
     try:
         with os.fdopen(part.handle, "wb", closefd=False) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
         part.target = named()
-        _take_permissions(part, part.target)
+        _copy_permissions(part, part.target)
         if batch is None:
-            with _undisturbed():
+            with _signals_deferred():
                 part.give_name()
-                part.take_place()
+                part.replace_target()
             _sync(part.target.parent)
         else:
             batch.parts.append(part)
-            waits = True
+            is_pending = True
     except OSError as error:
         raise ModelError(f"cannot write {named()}: {error.strerror}") from error
     finally:
-        if not waits:
+        if not is_pending:
             part.discard()
 
 
-def _nameless(folder: Path) -> int | None:
-    """A file of a folder that has no name, where the system has such files."""
+def _open_unnamed(folder: Path) -> int | None:
+    """Open an unnamed file (`O_TMPFILE`) in a folder and return its descriptor; None where that is not supported."""
     if not hasattr(os, "O_TMPFILE") or not Path("/proc/self/fd").is_dir():
         return None
     try:
@@ -433,7 +437,7 @@ def _nameless(folder: Path) -> int | None:
 
 
 def _sync(folder: Path) -> None:
-    """Have the names in a folder on the disk."""
+    """Flush the entries of a folder to disk."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,8 +1,8 @@
-"""Large tensors in and out of a serialized model without copying them: a look at protobuf's wire format.
+"""Take large tensors out of a serialized model and put them back in without copying them, on protobuf's wire format.
 
-`detached` gives a model's bytes without the raw data of its large initializers, and where that data lies; `joined` puts
-data back in. What lies between is a message without weights, which protobuf reads and writes in milliseconds.
-See https://protobuf.dev/programming-guides/encoding and onnx/onnx.proto for the field numbers.
+`detached` returns a model's bytes without the raw data of its large initializers, and the position of that data;
+`joined` puts data back in. Between the two is a message without weights, which protobuf reads and writes in
+milliseconds. See https://protobuf.dev/programming-guides/encoding, and onnx/onnx.proto for the field numbers.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ from typing import TypeAlias
 Buffer: TypeAlias = "bytes | memoryview[int]"
 
 _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
+"""Field numbers of `ModelProto.graph`, `GraphProto.initializer` and `TensorProto.raw_data` (onnx.proto)."""
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+"""Wire types (protobuf encoding specification)."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Field:
+    """One field of a message: its number and wire type, and the positions of its tag and its content."""
+
     number: int
     kind: int
     tag: int
@@ -27,9 +31,9 @@ class _Field:
 
 
 def detached(content: Buffer, least: int) -> tuple[bytes, dict[int, tuple[int, int]]] | None:
-    """A model's bytes without raw data of `least` bytes or more, and (start, end) of that data by initializer.
+    """Return a model's bytes without raw data of `least` bytes or more, and (start, end) of that data by initializer.
 
-    None where the bytes are not laid out as writers of ONNX files do it, or are no model at all.
+    None if the bytes are not a model, or not laid out as writers of ONNX files do it.
     """
     try:
         graph = _only(content, 0, len(content), _GRAPH)
@@ -57,10 +61,10 @@ def detached(content: Buffer, least: int) -> tuple[bytes, dict[int, tuple[int, i
 
 
 def joined(content: bytes, lengths: Mapping[int, int]) -> Iterator[bytes | int]:
-    """The bytes of a model, in pieces, with raw data of given lengths put where some initializers have an empty one.
+    """Yield the bytes of a model in chunks, with raw data of the given lengths in place of empty raw data.
 
-    A piece that is a number stands for the raw data of the initializer of that number, which is not looked at here.
-    Raises ValueError if one of them has no raw data.
+    A chunk that is an integer stands for the raw data of the initializer at that position; the caller supplies it.
+    Raises ValueError if one of the initializers in `lengths` has no empty `raw_data` field.
     """
     graph = _only(content, 0, len(content), _GRAPH)
     if graph is None:
@@ -75,7 +79,7 @@ def joined(content: bytes, lengths: Mapping[int, int]) -> Iterator[bytes | int]:
             continue
         raw = _only(content, tensor.start, tensor.end, _RAW_DATA)
         if raw is None or raw.start != raw.end:
-            raise ValueError(f"initializer {number} has no place for its data")
+            raise ValueError(f"initializer {number} has no empty raw_data field to fill")
         length = lengths[number]
         before = content[tensor.start : raw.tag] + _header(_RAW_DATA, length)
         after = content[raw.end : tensor.end]
@@ -91,13 +95,13 @@ def joined(content: bytes, lengths: Mapping[int, int]) -> Iterator[bytes | int]:
 
 
 def _only(content: Buffer, start: int, end: int, number: int) -> _Field | None:
-    """The only field of that number in a message; None if there is none or several, which protobuf would merge."""
+    """Return the only field of that number; None if there is none, or several, which protobuf would merge."""
     found = [field for field in _fields(content, start, end) if field.number == number]
     return found[0] if len(found) == 1 and found[0].kind == _BYTES else None
 
 
 def _fields(content: Buffer, start: int, end: int) -> Iterator[_Field]:
-    """The fields of the message that lies in a range; raises ValueError or IndexError where it is not whole."""
+    """Yield the fields of the message in a range of bytes; raises ValueError or IndexError if it is truncated."""
     at = start
     while at < end:
         tag = at
@@ -113,13 +117,13 @@ def _fields(content: Buffer, start: int, end: int) -> Iterator[_Field]:
         else:
             raise ValueError(f"wire type {kind}")
         if after > end:
-            raise ValueError("a field runs over the end of its message")
+            raise ValueError("a field extends beyond the end of its message")
         yield _Field(key >> 3, kind, tag, at, after)
         at = after
 
 
 def _varint(content: Buffer, at: int) -> tuple[int, int]:
-    """A number of seven bits a byte, and the position after it."""
+    """Decode a varint, seven bits a byte; return its value and the position after it."""
     byte = content[at]
     if byte < 0x80:
         return byte, at + 1
@@ -132,14 +136,14 @@ def _varint(content: Buffer, at: int) -> tuple[int, int]:
             return value, at + 1
         shift += 7
         if shift > 63:
-            raise ValueError("a number of more than ten bytes")
+            raise ValueError("a varint of more than ten bytes")
 
 
 def _header(number: int, length: int) -> bytes:
-    """Tag and length of a field of bytes."""
-    made, value = bytearray([number << 3 | _BYTES]), length
+    """Return the tag and length that precede a length-delimited field."""
+    header, value = bytearray([number << 3 | _BYTES]), length
     while value >= 0x80:
-        made.append(value & 0x7F | 0x80)
+        header.append(value & 0x7F | 0x80)
         value >>= 7
-    made.append(value)
-    return bytes(made)
+    header.append(value)
+    return bytes(header)

@@ -1,4 +1,4 @@
-"""The standard streams: nothing raw reaches a terminal, and a stream that cannot be written to is one line."""
+"""The standard streams: control characters are escaped, and failed writes become one-line errors."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 from cpd_onnx.errors import OutputError
 
 PIPE_CLOSED = 141
-"""Exit code where nobody reads on, as of a program that SIGPIPE ends: 128 + 13."""
+"""Exit code after the reader of standard output closed the pipe: 128 + 13, as of a program terminated by SIGPIPE."""
 
 
 def printable(text: str) -> str:
-    r"""The text with escapes for what a terminal obeys or cannot show: control characters, line breaks, stray bytes.
+    r"""Return the text with control characters, line breaks and undecodable bytes escaped.
 
-    Names in models and of files come from others: an escape sequence in one could recolour, move or retitle a terminal,
-    and a line break could pass for a line of ours.
+    Names of files and names in models are untrusted: an escape sequence in one could recolour, scroll or retitle a
+    terminal, and a line break could pass for a message of this program.
 
     >>> print(printable("a\x1b[2Jb\n"))
     a\x1b[2Jb\n
@@ -30,20 +30,20 @@ def _escaped(letter: str) -> str:
     if letter.isprintable():
         return letter
     code = ord(letter)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte of a file name that is not UTF-8
+    if 0xDC80 <= code <= 0xDCFF:  # a surrogate for a byte of a file name that is not UTF-8 (PEP 383)
         return f"\\x{code - 0xDC00:02x}"
     return letter.encode("unicode_escape").decode()
 
 
 def output_error(error: OSError | None) -> OutputError:
-    """The error for standard output that cannot be written to; it is closed if there is no error."""
+    """Return the OutputError for a failed write to standard output; None means that the stream is closed."""
     reason = "it is closed" if error is None else error.strerror or str(error)
     is_pipe = error is not None and error.errno == errno.EPIPE
     return OutputError(f"cannot write to standard output: {reason}", is_pipe=is_pipe)
 
 
-def write_out(text: str) -> None:
-    """Write to standard output; raises OutputError where that fails."""
+def write_stdout(text: str) -> None:
+    """Write to standard output; raises OutputError if that fails."""
     if sys.stdout is None:
         raise output_error(None)
     try:
@@ -53,33 +53,33 @@ def write_out(text: str) -> None:
         raise output_error(error) from error
 
 
-def flush_out() -> None:
-    """Have everything out; raises OutputError where that fails."""
+def flush_stdout() -> None:
+    """Flush standard output; raises OutputError if that fails."""
     if sys.stdout is not None:
-        write_out("")
+        write_stdout("")
 
 
-def complain(text: str) -> None:
-    """A line on standard error, if anybody hears it."""
-    with contextlib.suppress(OSError, AttributeError):  # it may be full, or closed
+def print_error(text: str) -> None:
+    """Print a line to standard error; ignored if that is closed or cannot be written to."""
+    with contextlib.suppress(OSError, AttributeError):
         print(printable(text), file=sys.stderr, flush=True)
 
 
-def silence(stream: Any) -> None:
-    """Let a stream that failed lead nowhere, so that Python does not fail on it again when it ends."""
+def redirect_to_null(stream: Any) -> None:
+    """Redirect a stream that failed to the null device, so that flushing it at exit does not fail again."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
 
 
 def open_closed_streams() -> None:
-    """Give descriptors 0 to 2 to the null device where they are closed, before the first file that is opened gets one.
+    """Open descriptors 0 to 2 on the null device where they are closed.
 
-    Else what a library prints would go into that file.
+    Otherwise the next file that is opened would take such a descriptor, and receive what a library prints.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor, which is this one

@@ -1,6 +1,6 @@
-"""What a recipe or a manifest may do: name files of its own folder, and no code.
+"""What a recipe or manifest may name: files in its own folder, and no code.
 
-Either may come from a stranger. What it names beyond that counts only if the command line names it as well.
+Either may come from an untrusted source. Anything beyond that is used only if the command line names it as well.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cpd_onnx.errors import CpdError
 FUNCTIONS = ("data", "eval", "watch", "score", "metric", "executor")
 """Options that take `module:function`."""
 FILES = ("data", "eval", "watch", "cost_table", "profile", "like", "teacher_cache", "log", "tensorboard")
-"""Options that take a file or a folder, to read it or to write it."""
+"""Options that take a file or a folder to read or write."""
 _DATA = ("data", "eval", "watch")
 _FUNCTION = re.compile(r"[\w.]+:\w+")
 _NOT_A_FILE = "synthetic"
@@ -27,16 +27,16 @@ _NOT_A_FILE = "synthetic"
 def take(
     options: argparse.Namespace, said: Mapping[str, Any], origin: Path, trusted: Sequence[str] | None = None
 ) -> None:
-    """Take what a file says, as far as the command line does not say otherwise: its paths are as seen from its folder.
+    """Check the options that come from a file, and resolve their paths relative to its folder.
 
     Args:
-        options: those of the command; those that are values of `said` came from the file.
-        said: what the file says, by the names of the options.
-        origin: the file.
-        trusted: functions that the command line names; None for a file of our own, which may name anything.
+        options: Options of the command, updated in place; those whose value is an object in `said` came from the file.
+        said: Values in the file, by the names of the options.
+        origin: Path of the file.
+        trusted: Functions that the command line names; None for a file of the user's own, which may name anything.
 
     Raises:
-        CpdError: a function is named that is not trusted, or a path that leaves the folder.
+        CpdError: The file names a function that is not trusted, or a path outside its folder.
     """
     for name, value in said.items():
         if not _is_from_there(options, name, value):
@@ -54,12 +54,12 @@ def take(
 
 
 def _is_from_there(options: argparse.Namespace, name: str, value: Any) -> bool:
-    """Whether an option has the value of the file: that very object, not one that was typed alike."""
+    """Return whether an option holds the file's value: that very object, not an equal one from the command line."""
     return value is not None and getattr(options, name, None) is value
 
 
 def names_code(option: str, value: Any) -> bool:
-    """Whether the value of an option is a function that would be imported."""
+    """Return whether the value of an option names a function, which would be imported."""
     if option not in FUNCTIONS or not isinstance(value, str):
         return False
     if option in _DATA:
@@ -68,38 +68,38 @@ def names_code(option: str, value: Any) -> bool:
 
 
 def is_path(option: str, value: Any) -> bool:
-    """Whether the value of an option is a file or a folder."""
+    """Return whether the value of an option is a file or a folder."""
     if option not in FILES or value is None or names_code(option, value):
         return False
     if option == "profile":
-        return str(value).endswith(".toml")  # else the name of one that comes with the package
+        return str(value).endswith(".toml")  # otherwise the name of a built-in profile
     return str(value) != _NOT_A_FILE
 
 
 def inside(value: str | Path, origin: Path, option: str) -> Path:
-    """Where a path leads that a file names, as seen from its folder.
+    """Return a path that a file names, resolved relative to the file's folder.
 
-    Raises CpdError if that is outside the folder, also through links; `option` is how to name it on the command line.
+    Raises CpdError if it is outside that folder, also through links; `option` is the option that would allow it.
     """
     base = origin.parent.resolve()
     place = base / value
     if not _is_within(place, base):
-        typed = os.path.normpath(origin.parent / value)  # as seen from here
+        typed = os.path.normpath(origin.parent / value)  # relative to the working directory
         raise CpdError(
-            f"{origin} names {str(value)!r}, which is outside its folder: if it should be used, name it yourself: "
+            f"{origin} names {str(value)!r}, which is outside its folder; to use it, name it on the command line: "
             f"{option} {shlex.quote(typed)}"
         )
     return place
 
 
 def _is_within(place: Path, base: Path) -> bool:
-    """Whether a path, and all that a folder holds, lies below a folder; links count by where they lead."""
+    """Return whether a path and everything below it lies within a folder once links are resolved."""
     try:
         if not place.resolve().is_relative_to(base):
             return False
         links = (path for path in place.rglob("*") if path.is_symlink()) if place.is_dir() else ()
         return all(path.resolve().is_relative_to(base) for path in links)
-    except (OSError, ValueError, RuntimeError):  # no name that a file can have, or links in a circle
+    except (OSError, ValueError, RuntimeError):  # an invalid file name, or circular links
         return False
 
 

@@ -1,1 +1,1 @@
-"""The model as it lies in the file."""
+"""The model as stored in its file: the proto, its tensors, and the differences between two models."""

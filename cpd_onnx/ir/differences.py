@@ -1,7 +1,7 @@
-"""Where two models differ: every node, attribute, value and description of one beside those of the other.
+"""Differences between two models: every node, attribute, value and description is compared.
 
-Values are compared bit by bit, wherever they are stored: raw or typed data, inside or beside the file. All else must be
-the same in each field of the message, those that ONNX does not define among them.
+Values are compared bit by bit, however they are stored: as raw or typed data, inside the file or beside it. Everything
+else must be equal in every field of the message, including fields that ONNX does not define.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ from cpd_onnx.ir.model import Array, Model, bodies_of, to_array
 from cpd_onnx.ir.tensors import address, path_of_body, same_bits, walk
 
 _TYPED = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
+"""Fields of a tensor that hold its values as typed data."""
 _DATA = {*_TYPED, "raw_data", "external_data", "data_location"}
-"""Fields of a tensor that say what its values are or where they lie."""
-_LONGEST = 60
-"""Characters of a value that are shown."""
+"""Fields of a tensor that hold its values or their location."""
+_MAX_LETTERS = 60
+"""Maximum number of characters of a value in a message."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One place where a model is not like another.
+    """One difference between two models.
 
     Attributes:
-        place: the node, tensor, attribute or entry.
-        change: what it is in the first model and in the second one.
-        tensor: name of the tensor, as `stored_tensors` has it, where nothing but its values differ; else empty.
+        place: The node, tensor, attribute or entry that differs.
+        change: Its value in the first model and in the second.
+        tensor: Name of the tensor, as in `stored_tensors`, if only its values differ; otherwise empty.
     """
 
     place: str
@@ -41,12 +42,12 @@ class Difference:
     tensor: str = ""
 
     def __str__(self) -> str:
-        """Both in one line."""
+        """Return place and change as one line."""
         return f"{self.place}: {self.change}"
 
 
 def differences(first: Model, second: Model) -> Iterator[Difference]:
-    """All places where the second model is not like the first: in the graph, in functions, in what describes it."""
+    """Yield all differences between two models: in the graph, in functions and in metadata."""
     pair = _Pair(first, second)
     yield from pair.graph(first.graph, second.graph, "")
     functions = first.proto.functions, second.proto.functions
@@ -55,14 +56,14 @@ def differences(first: Model, second: Model) -> Iterator[Difference]:
 
 
 @dataclass(frozen=True)
-class _Where:
-    """Where in a model a message stands.
+class _Location:
+    """Location of a message in a model.
 
     Attributes:
-        text: in words.
-        path: of the graph that it stands in; None in a function.
-        nodes: of that graph, in the first model.
-        name: of the tensor that an attribute of a Constant node holds; else empty.
+        text: Description for a user.
+        path: Path of the graph that contains it; None in a function.
+        nodes: Nodes of that graph in the first model.
+        name: Name of the tensor that an attribute of a Constant node holds; otherwise empty.
     """
 
     text: str
@@ -72,7 +73,7 @@ class _Where:
 
 
 class _Pair:
-    """Two models side by side."""
+    """Two models that are compared."""
 
     def __init__(self, first: Model, second: Model) -> None:
         self.models = first, second
@@ -80,9 +81,9 @@ class _Pair:
     # Graphs and functions.
 
     def graph(self, one: GraphProto, other: GraphProto, path: str) -> Iterator[Difference]:
-        """Two graphs that hang at the same path."""
+        """Compare two graphs at the same path."""
         prefix = f"in {path}: " if path else ""
-        where = _Where(prefix, path, one.node)
+        where = _Location(prefix, path, one.node)
         yield from self.nodes(where, one.node, other.node)
         yield from self.each(
             prefix,
@@ -95,7 +96,7 @@ class _Pair:
         yield from self.each(
             prefix, "sparse initializer", one.sparse_initializer, other.sparse_initializer,
             lambda tensor: tensor.values.name,
-            lambda a, b: self.message(_Where(f"{prefix}sparse initializer {a.values.name!r}"), a, b),
+            lambda a, b: self.message(_Location(f"{prefix}sparse initializer {a.values.name!r}"), a, b),
         )  # fmt: skip  # what and how
         for field, what in (("input", "input"), ("output", "output"), ("value_info", "described shape")):
             yield from self.each(
@@ -106,30 +107,30 @@ class _Pair:
         yield from self.fields(f"{prefix}graph", one, other, done)
 
     def described(self, text: str) -> Callable[[Any, Any], Iterator[Difference]]:
-        """What compares two inputs, outputs or descriptions of one name."""
-        return lambda a, b: self.message(_Where(f"{text} {a.name!r}"), a, b)
+        """Return a function that compares two inputs, outputs or value descriptions of the same name."""
+        return lambda a, b: self.message(_Location(f"{text} {a.name!r}"), a, b)
 
     def function(self, one: FunctionProto, other: FunctionProto) -> Iterator[Difference]:
-        """Two local functions of the same name."""
+        """Compare two local functions of the same name."""
         text = f"in function {_function_name(one)}: "
-        yield from self.nodes(_Where(text, None, one.node), one.node, other.node)
+        yield from self.nodes(_Location(text, None, one.node), one.node, other.node)
         yield from self.fields(text.removesuffix(": "), one, other, {"node"})
 
-    def nodes(self, where: _Where, one: Sequence[NodeProto], other: Sequence[NodeProto]) -> Iterator[Difference]:
-        """The nodes of two graphs or functions, which are told apart by their position."""
+    def nodes(self, where: _Location, one: Sequence[NodeProto], other: Sequence[NodeProto]) -> Iterator[Difference]:
+        """Compare the nodes of two graphs or functions, matched by position."""
         if len(one) != len(other):
             place = next((i for i, pair in enumerate(zip(one, other, strict=False)) if not _alike(*pair)), None)
             longer = max(one, other, key=len)
-            odd = longer[min(len(one), len(other)) if place is None else place]
-            change = f"{len(one)} nodes -> {len(other)}, the first that differs is {_node_name(odd)}"
+            first = longer[min(len(one), len(other)) if place is None else place]
+            change = f"{len(one)} nodes -> {len(other)}, the first that differs is {_node_name(first)}"
             yield Difference(f"{where.text}graph", change)
             return
         for a, b in zip(one, other, strict=True):
             if not _same_bytes(a, b):
                 yield from self.node(where, a, b)
 
-    def node(self, where: _Where, one: NodeProto, other: NodeProto) -> Iterator[Difference]:
-        """Two nodes at the same position."""
+    def node(self, where: _Location, one: NodeProto, other: NodeProto) -> Iterator[Difference]:
+        """Compare two nodes at the same position."""
         text = f"{where.text}node {_node_name(one)}"
         yield from self.fields(text, one, other, {"attribute"})
         for attribute, body in bodies_of(one).items():
@@ -138,13 +139,13 @@ class _Pair:
                 yield from self.graph(body, theirs, path_of_body(where.path, one, attribute))
         is_constant = one.op_type == "Constant" and where.path is not None and one.output
         name = one.output[0] if is_constant else ""
-        here = _Where(text, where.path, where.nodes, name)
+        of_node = _Location(text, where.path, where.nodes, name)
         yield from self.each(
-            f"{text}, ", "attribute", one.attribute, other.attribute, _named, lambda a, b: self.attribute(here, a, b)
+            f"{text}, ", "attribute", one.attribute, other.attribute, _named, lambda a, b: self.attribute(of_node, a, b)
         )
 
-    def attribute(self, where: _Where, one: AttributeProto, other: AttributeProto) -> Iterator[Difference]:
-        """Two attributes of the same name, of nodes at the same position."""
+    def attribute(self, where: _Location, one: AttributeProto, other: AttributeProto) -> Iterator[Difference]:
+        """Compare two attributes of the same name, of nodes at the same position."""
         text = f"{where.text}, attribute {one.name!r}"
         if where.path is not None and one.type == other.type == AttributeProto.GRAPH:
             yield from self.fields(text, one, other, {"g"})  # the graph itself is compared with the node
@@ -152,10 +153,10 @@ class _Pair:
         if where.name and one.name.startswith("value") and one.type == other.type:
             yield from self.constant(where, one, other)
             return
-        yield from self.message(_Where(text), one, other)
+        yield from self.message(_Location(text), one, other)
 
-    def constant(self, where: _Where, one: AttributeProto, other: AttributeProto) -> Iterator[Difference]:
-        """The value of two Constant nodes."""
+    def constant(self, where: _Location, one: AttributeProto, other: AttributeProto) -> Iterator[Difference]:
+        """Compare the values of two Constant nodes."""
         assert where.path is not None
         takers = _takers(where.nodes, where.name)
         text = f"{where.text.replace('node Constant', 'constant', 1)} of {where.name!r}{takers}"
@@ -164,12 +165,12 @@ class _Pair:
             yield from self.fields(text, one, other, {"t"})
             yield from self.tensor(text, (one.t, other.t), (_of_proto, _of_proto), full)
             return
-        for found in self.message(_Where(text), one, other):
+        for found in self.message(_Location(text), one, other):
             is_number = one.name in ("value_float", "value_floats", "value_int", "value_ints")
             yield Difference(found.place, found.change, full if is_number else "")
 
-    def initializer(self, where: _Where, one: TensorProto, other: TensorProto) -> Iterator[Difference]:
-        """Two initializers of the same name."""
+    def initializer(self, where: _Location, one: TensorProto, other: TensorProto) -> Iterator[Difference]:
+        """Compare two initializers of the same name."""
         assert where.path is not None
         values: tuple[_Reader, _Reader] = (_of_proto, _of_proto)
         if not where.path:
@@ -182,7 +183,7 @@ class _Pair:
     def tensor(
         self, text: str, pair: tuple[TensorProto, TensorProto], values: tuple[_Reader, _Reader], name: str = ""
     ) -> Iterator[Difference]:
-        """Two tensors; `name` is what their values go by, if these may have been refitted or trained."""
+        """Compare two tensors; `name` is reported if only their values differ, as after refitting or training."""
         one, other = pair
         found = list(self.fields(text, one, other, _DATA))
         yield from found
@@ -191,8 +192,8 @@ class _Pair:
         stores = [_stores(*each) for each in zip(pair, values, strict=True)]
         is_single = all(len(each) < 2 for each in stores)
         if not is_single and (stores[0] != stores[1] or _typed(one) != _typed(other)):
-            said = " and ".join(sorted(stores[1])) or "nowhere"
-            yield Difference(text, f"its values are stored in {said}")
+            fields = " and ".join(sorted(stores[1])) or "no field"
+            yield Difference(text, f"its values are stored in {fields}")
             return
         change = _change(one, other, values)
         if change is not None:
@@ -209,7 +210,7 @@ class _Pair:
         name: Callable[[Any], str],
         compare: Callable[[Any, Any], Iterator[Difference]],
     ) -> Iterator[Difference]:
-        """Two lists of messages that have names, in order."""
+        """Compare two lists of named messages, in order."""
         names = [name(entry) for entry in one], [name(entry) for entry in other]
         if names[0] != names[1]:
             yield Difference(*_of_names(prefix, what, *names))
@@ -217,17 +218,17 @@ class _Pair:
         for a, b in zip(one, other, strict=True):
             yield from compare(a, b)
 
-    def message(self, where: _Where, one: Any, other: Any) -> Iterator[Difference]:
-        """Two messages of one kind."""
+    def message(self, where: _Location, one: Any, other: Any) -> Iterator[Difference]:
+        """Compare two messages of the same type."""
         if isinstance(one, TensorProto):
             yield from self.tensor(where.text, (one, other), (_of_proto, _of_proto))
         elif isinstance(one, NodeProto):
-            yield from self.node(_Where(f"{where.text}: "), one, other)
+            yield from self.node(_Location(f"{where.text}: "), one, other)
         elif not _same_bytes(one, other):
             yield from self.fields(where.text, one, other)
 
     def fields(self, text: str, one: Any, other: Any, done: Iterable[str] = ()) -> Iterator[Difference]:
-        """The fields of two messages of one kind, but those that are compared elsewhere."""
+        """Compare the fields of two messages of the same type, except those in `done`, compared elsewhere."""
         for field in one.DESCRIPTOR.fields:
             if field.name in done:
                 continue
@@ -235,31 +236,31 @@ class _Pair:
             a, b = getattr(one, field.name), getattr(other, field.name)
             if not isinstance(a, int | float | str | bytes | Message):
                 yield from self.repeated(place, a, b)
-            elif one.HasField(field.name) != other.HasField(field.name) and not _is_nothing(field, a, b):
-                said = (_short(v) if m.HasField(field.name) else "absent" for m, v in ((one, a), (other, b)))
-                yield Difference(place, " -> ".join(said))
+            elif one.HasField(field.name) != other.HasField(field.name) and not _are_both_empty(field, a, b):
+                shown = (_short(v) if m.HasField(field.name) else "absent" for m, v in ((one, a), (other, b)))
+                yield Difference(place, " -> ".join(shown))
             elif isinstance(a, Message):
                 if one.HasField(field.name):
-                    yield from self.message(_Where(place), a, b)
+                    yield from self.message(_Location(place), a, b)
             elif _bits(a) != _bits(b):
                 yield Difference(place, f"{_short(a)} -> {_short(b)}")
         if _unknown(one) != _unknown(other):
             yield Difference(text or "the model", "it has fields that ONNX does not define")
 
     def repeated(self, place: str, one: Sequence[Any], other: Sequence[Any]) -> Iterator[Difference]:
-        """Two lists of messages or of plain values."""
+        """Compare two lists of messages or of plain values."""
         if len(one) != len(other):
             yield Difference(place, f"{_listed(one)} -> {_listed(other)}")
             return
         for number, (a, b) in enumerate(zip(one, other, strict=True)):
             if isinstance(a, Message):
-                yield from self.message(_Where(f"{place} {_entry_name(a, number)}"), a, b)
+                yield from self.message(_Location(f"{place} {_entry_name(a, number)}"), a, b)
             elif _bits(a) != _bits(b):
                 yield Difference(f"{place}[{number}]", f"{_short(a)} -> {_short(b)}")
 
 
 def named_places(model: Model) -> dict[str, str]:
-    """Where each tensor of a model stands, in words: its name and the first input that takes it."""
+    """Return a description of each tensor of a model: its name and the first node input that takes it."""
     places: dict[str, str] = {}
     for path, graph in walk(model.graph):
         prefix = f"in {path}: " if path else ""
@@ -270,7 +271,7 @@ def named_places(model: Model) -> dict[str, str]:
 
 
 _Reader: TypeAlias = Callable[[TensorProto], tuple[Callable[[], Array], bool]]
-"""For a tensor what gives its values, and whether these are held outside the message."""
+"""Returns, for a tensor, a function that returns its values, and whether these are held outside the message."""
 
 
 def _of_proto(tensor: TensorProto) -> tuple[Callable[[], Array], bool]:
@@ -282,7 +283,7 @@ def _of_model(model: Model) -> _Reader:
 
 
 def _stores(tensor: TensorProto, read: _Reader) -> set[str]:
-    """The fields that hold values of a tensor; onnx allows one."""
+    """Return the fields that hold values of a tensor; ONNX allows one."""
     found = {field for field in _TYPED if len(getattr(tensor, field))}
     return found | ({"raw_data"} if tensor.raw_data or read(tensor)[1] else set())
 
@@ -292,7 +293,7 @@ def _typed(tensor: TensorProto) -> list[list[Any]]:
 
 
 def _change(one: TensorProto, other: TensorProto, values: tuple[_Reader, _Reader]) -> str | None:
-    """What differs in the values of two tensors of one type and shape; None if nothing does."""
+    """Return the difference between the values of two tensors of the same type and shape; None if they are equal."""
     if one.data_type == TensorProto.STRING:
         strings = list(one.string_data), list(other.string_data)
         if strings[0] == strings[1]:
@@ -306,7 +307,7 @@ def _change(one: TensorProto, other: TensorProto, values: tuple[_Reader, _Reader
 
 
 def values_change(one: Array, other: Array) -> str:
-    """The first element that differs in two arrays of one type and shape, and how many do."""
+    """Return the first element that differs between two arrays of the same type and shape, and how many do."""
     size = one.dtype.itemsize
     rows = [np.ascontiguousarray(array).reshape(-1).view(np.uint8).reshape(-1, size) for array in (one, other)]
     places = np.flatnonzero((rows[0] != rows[1]).any(axis=1))
@@ -318,11 +319,11 @@ def values_change(one: Array, other: Array) -> str:
     return f"{change} at {index}; {len(places)} of {one.size} values differ"
 
 
-# Names and values in words.
+# Descriptions of names and values.
 
 
 def _takers(nodes: Iterable[NodeProto], name: str) -> str:
-    """The first input that takes a tensor, in words; empty where nothing does."""
+    """Return a description of the first node input that takes a tensor; empty if there is none."""
     for node in nodes:
         for slot, taken in enumerate(node.input):
             if taken == name:
@@ -335,19 +336,18 @@ def _takers(nodes: Iterable[NodeProto], name: str) -> str:
 
 
 def _of_names(prefix: str, what: str, one: list[str], other: list[str]) -> tuple[str, str]:
-    """Place and change of two lists of names that differ."""
-    gone = [name for name in one if name not in set(other)]
+    """Return place and change for two lists of names that differ."""
+    missing = [name for name in one if name not in set(other)]
     new = [name for name in other if name not in set(one)]
-    if gone:
-        instead = f"absent, {new[0]!r} is there" if new else "absent"
-        return f"{prefix}{what} {gone[0]!r}", instead
+    if missing:
+        return f"{prefix}{what} {missing[0]!r}", f"absent, but {new[0]!r} is present" if new else "absent"
     if new:
         return f"{prefix}{what} {new[0]!r}", "absent -> present"
     if len(one) != len(other):
-        odd = next(name for name in other + one if one.count(name) != other.count(name))
-        return f"{prefix}{what} {odd!r}", f"there {one.count(odd)} times -> {other.count(odd)} times"
+        name = next(name for name in other + one if one.count(name) != other.count(name))
+        return f"{prefix}{what} {name!r}", f"occurs {one.count(name)} times -> {other.count(name)} times"
     place = next(i for i, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1])
-    return f"{prefix}{what} {other[place]!r}", f"in another place of the list: {one[place]!r} -> {other[place]!r}"
+    return f"{prefix}{what} {other[place]!r}", f"at another position of the list: {one[place]!r} -> {other[place]!r}"
 
 
 def _node_name(node: NodeProto) -> str:
@@ -363,11 +363,11 @@ def _named(entry: Any) -> str:
 
 
 def _entry_name(entry: Message, number: int) -> str:
-    """What an entry of a list is called, or else its number."""
+    """Return the name of an entry of a list, or its number if it has none."""
     for field in ("key", "name", "tensor_name", "domain"):
-        said = getattr(entry, field, "")
-        if said:
-            return repr(said)
+        name = getattr(entry, field, "")
+        if name:
+            return repr(name)
     return f"{number}"
 
 
@@ -379,18 +379,18 @@ def _same_bytes(one: Message, other: Message) -> bool:
     return bool(one.SerializeToString(deterministic=True) == other.SerializeToString(deterministic=True))
 
 
-def _is_nothing(field: Any, one: Any, other: Any) -> bool:
-    """Whether two texts of which one is absent are both empty, which no reader tells apart."""
+def _are_both_empty(field: Any, one: Any, other: Any) -> bool:
+    """Return whether one string is empty and the other absent, between which no reader distinguishes."""
     return one == other and isinstance(one, str | bytes) and field.containing_oneof is None
 
 
 def _bits(value: Any) -> Any:
-    """A value that is equal only to one with the same bits."""
+    """Return a value that compares equal only if all bits are equal."""
     return struct.pack("<d", value) if isinstance(value, float) else value
 
 
 def _unknown(message: Message) -> list[Any]:
-    """The fields of a message that its definition does not have."""
+    """Return the fields of a message that its definition does not contain."""
     return [_plain(field) for field in UnknownFieldSet(message)]
 
 
@@ -407,9 +407,9 @@ def _listed(values: Sequence[Any]) -> str:
 
 
 def _short(value: Any) -> str:
-    """A value in not too many characters."""
+    """Return a value as text of at most `_MAX_LETTERS` characters."""
     if isinstance(value, Message):
         text = " ".join(str(value).split()) or "empty"
     else:
         text = str(np.float32(value)) if isinstance(value, float) else repr(value)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+    return text if len(text) <= _MAX_LETTERS else f"{text[:_MAX_LETTERS]}…"

@@ -1,8 +1,8 @@
-"""An ONNX model as it lies in the file: the proto without its large tensors, and the tensors beside it.
+"""An ONNX model as stored in its file: the proto without its large tensors, and these tensors separately.
 
-The proto is the truth and is edited in place; what is not edited is written back as it was read. Weights are kept
-apart from the proto, so that copies of it are cheap. They are looked at where they lie, mapped into memory; those of a
-large model are read, or computed, when somebody asks, one at a time, and not kept.
+The proto is authoritative and is edited in place; what is not edited is written back as it was read. Large weights are
+detached from the proto, so that copies of it are cheap. They are views of the memory-mapped file; those of a large
+model are read or computed on each access instead, one at a time, and not cached.
 """
 
 from __future__ import annotations
@@ -27,7 +27,15 @@ from google.protobuf.message import DecodeError
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from cpd_onnx.errors import CpdError, ModelError, ProofError
-from cpd_onnx.io.files import Stored, afterwards, is_same, locked, replacing, require_free, write_atomically
+from cpd_onnx.io.files import (
+    StoredFile,
+    after_commit,
+    atomic_stream,
+    is_same_file,
+    locked_folder,
+    require_free,
+    write_atomically,
+)
 from cpd_onnx.io.protowire import detached, joined
 from cpd_onnx.summary import Summary
 
@@ -38,36 +46,38 @@ if TYPE_CHECKING:
 Array: TypeAlias = npt.NDArray[Any]
 FunctionName: TypeAlias = tuple[str, str, str]
 """Domain, name and overload."""
-Source: TypeAlias = "str | os.PathLike[str] | ModelProto | gs.Graph | onnx_ir.Model | Model"
+ModelSource: TypeAlias = "str | os.PathLike[str] | ModelProto | gs.Graph | onnx_ir.Model | Model"
 
 _DETACH_BYTES = 1024
-"""Tensors from this size on are held outside the proto."""
+"""Size in bytes from which a tensor is held outside the proto (heuristic)."""
 _LARGE_BYTES = 1 << 28
-"""Weights of models from this size on are read one by one."""
+"""Total size in bytes above which the weights of a model are read one at a time (heuristic)."""
 _LAZY_BYTES = 1 << 16
-"""Of these, tensors from this size on; smaller ones are read at once."""
+"""Size in bytes from which a tensor of a large model is read on access; smaller ones are read at once (heuristic)."""
 _ALIGNMENT = 4096
-"""Of tensors in data files."""
+"""Alignment in bytes of tensors in data files, so that they can be memory-mapped (a page; see onnx.proto)."""
 _PROTO_LIMIT = 2**31 - 2**20
-"""Bytes that one protobuf message may hold, with some room to spare."""
+"""Maximum size in bytes of one message: protobuf's limit of 2 GiB, less a margin of 1 MiB."""
 _PACKED = {TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1, TensorProto.INT2, TensorProto.UINT2}
+"""Element types of less than a byte, several of which share a byte of `raw_data`."""
 _PLAIN: dict[int, np.dtype[Any]] = {
     TensorProto.FLOAT: np.dtype("<f4"), TensorProto.INT64: np.dtype("<i8"), TensorProto.INT32: np.dtype("<i4"),
 }  # fmt: skip  # a table
-"""The commonest element types, as they lie in `raw_data`."""
+"""The most frequent element types and their little-endian numpy types, as in `raw_data`."""
 PLACES = ("as-is", "inside", "beside")
-"""Where a model's weights may go."""
+"""Where the weights of a saved model are stored: as in its source, inside the file, or in a data file beside it."""
 _DEFAULT_DOMAINS = ("", "ai.onnx")
+"""Names of the default operator domain."""
 
 
 @dataclass(frozen=True, eq=False)
 class Lazy:
-    """A tensor whose values are read or computed each time that they are asked for.
+    """A tensor whose values are read or computed on each access.
 
     Attributes:
-        dtype: of the elements.
-        shape: sizes of the axes.
-        make: gives the values.
+        dtype: Numpy type of the elements.
+        shape: Sizes of the axes.
+        make: Function that returns the values.
     """
 
     dtype: np.dtype[Any]
@@ -76,38 +86,38 @@ class Lazy:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the values take."""
+        """Size of the values in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def made(values: Array | Lazy) -> Array:
-    """The values, read or computed now if they were not yet."""
+def materialize(values: Array | Lazy) -> Array:
+    """Return the values as an array, reading or computing them if they are lazy."""
     return values.make() if isinstance(values, Lazy) else values
 
 
-def later(values: Array | Lazy, shape: Iterable[int], function: Callable[[Array], Array]) -> Array | Lazy:
-    """What a function makes of values, now or, if they are not read yet, once they are; `shape` is what it gives."""
+def map_lazy(values: Array | Lazy, shape: Iterable[int], function: Callable[[Array], Array]) -> Array | Lazy:
+    """Apply a function to values: at once, or on each access if they are lazy; `shape` is that of its result."""
     if isinstance(values, Lazy):
         return Lazy(values.dtype, tuple(shape), lambda: function(values.make()))
     return function(values)
 
 
 class Model:
-    """A model proto and its tensors.
+    """A model proto and its detached tensors.
 
     Attributes:
-        proto: the model; initializers whose data is detached have dims and type but no data.
-        path: the file that it came from, if any.
-        data_files: the files beside it that its weights came from.
+        proto: The model; detached initializers have dims and an element type but no data.
+        path: File that the model was read from, if any.
+        data_files: External data files that its weights were read from.
 
     """
 
     def __init__(
-        self, proto: ModelProto, data: dict[str, Array | Lazy], path: Path | None = None, file: Stored | None = None
+        self, proto: ModelProto, data: dict[str, Array | Lazy], path: Path | None = None, file: StoredFile | None = None
     ) -> None:
-        """Take a proto whose main-graph initializers named in `data` hold no data of their own.
+        """Create a model from a proto, and the values of the main-graph initializers that have no data in it.
 
-        `file` is what was read from `path`.
+        `file` is the open file at `path`.
         """
         self.proto = proto
         self.path = path
@@ -123,16 +133,16 @@ class Model:
 
     @property
     def opset(self) -> int:
-        """Version of the default operator set, 1 if the model imports none."""
+        """Version of the default operator set; 1 if the model does not import it."""
         return next((o.version for o in self.proto.opset_import if o.domain in _DEFAULT_DOMAINS), 1)
 
     @property
     def is_external(self) -> bool:
-        """Whether some initializer lies in a file of its own."""
+        """Whether some initializer is stored as external data."""
         return any(t.data_location == TensorProto.EXTERNAL for t in self.graph.initializer)
 
     def summary(self) -> Summary:
-        """What the file holds."""
+        """Return a summary of the model: operator set, numbers of nodes and initializers, inputs and outputs."""
         shapes = {
             kind: ", ".join(f"{i.name} {_dims(i)}" for i in entries if not self.has(i.name))
             for kind, entries in (("inputs", self.graph.input), ("outputs", self.graph.output))
@@ -143,11 +153,11 @@ class Model:
         })  # fmt: skip  # a table
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
+        """Return the summary as HTML, for notebooks."""
         return self.summary().html()
 
     def copy(self) -> Model:
-        """Copy that can be edited without touching this one; tensors are shared until replaced."""
+        """Return a copy that can be edited independently; tensors are shared until they are replaced."""
         proto = ModelProto()
         proto.CopyFrom(self.proto)
         copied = Model(proto, dict(self._data), self.path)
@@ -155,7 +165,10 @@ class Model:
         return copied
 
     def sha256(self) -> str:
-        """SHA-256 of the file that it was read from, or of its serialized proto; data files follow in order."""
+        """Return the SHA-256 of the file that the model was read from, followed by its external tensors in order.
+
+        Of a model that was not read from a file it is that of the serialized proto.
+        """
         return self._sha256 if self._file is not None else _digest(self._pieces())
 
     @cached_property
@@ -165,28 +178,28 @@ class Model:
         return _digest(itertools.chain(self._file.chunks(), (_bytes_of(self.array(name)) for name in apart)))
 
     def has(self, name: str) -> bool:
-        """Whether the main graph has an initializer of that name."""
+        """Return whether the main graph has an initializer of that name."""
         return name in self._initializers
 
     def tensor(self, name: str) -> TensorProto:
-        """The initializer's proto, perhaps without data."""
+        """Return the proto of a main-graph initializer, which has no data if it is detached."""
         found: TensorProto = self._initializers[name]
         return found
 
     def is_detached(self, name: str) -> bool:
-        """Whether the values of a main-graph initializer are held outside the proto."""
+        """Return whether the values of a main-graph initializer are held outside the proto."""
         return name in self._data
 
     def array(self, name: str) -> Array:
-        """Values of a main-graph initializer; do not write into it."""
-        return made(self.lazily(name))
+        """Return the values of a main-graph initializer; read-only for the caller."""
+        return materialize(self.lazy_array(name))
 
-    def lazily(self, name: str) -> Array | Lazy:
-        """The same, but not read yet where the model is large."""
+    def lazy_array(self, name: str) -> Array | Lazy:
+        """Return the values of a main-graph initializer, lazy if the model is large; read-only for the caller."""
         return self._data[name] if name in self._data else to_array(self._initializers[name])
 
     def set_array(self, name: str, values: Array | Lazy) -> None:
-        """Replace the values (and dims) of a main-graph initializer; the element type must stay."""
+        """Replace the values and dims of a main-graph initializer; raises TypeError for another element type."""
         tensor = self._initializers[name]
         if values.dtype != element_type(tensor.data_type):
             raise TypeError(f"initializer {name!r} is {element_type(tensor.data_type)}, not {values.dtype}")
@@ -195,10 +208,10 @@ class Model:
             tensor.dims.extend(values.shape)
             self._data[name] = values if isinstance(values, Lazy) else np.ascontiguousarray(values)
         else:
-            replace_values(tensor, made(values))
+            replace_values(tensor, materialize(values))
 
     def retype(self, name: str, values: Array | Lazy) -> None:
-        """Replace an initializer by one of another element type."""
+        """Replace a main-graph initializer by one of another element type."""
         tensor = self._initializers[name]
         self._data.pop(name, None)
         tensor.CopyFrom(TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(values.dtype)))
@@ -220,14 +233,14 @@ class Model:
             tensor.CopyFrom(numpy_helper.from_array(values, name))
 
     def drop_initializer(self, name: str) -> None:
-        """Take an initializer out of the main graph."""
+        """Remove an initializer from the main graph."""
         position = next(n for n, tensor in enumerate(self.graph.initializer) if tensor.name == name)
         del self.graph.initializer[position]
         self._data.pop(name, None)
         self._initializers = {tensor.name: tensor for tensor in self.graph.initializer}
 
     def names(self) -> set[str]:
-        """All value names in use, of subgraphs too."""
+        """Return all value names in use, including those in subgraphs."""
         used: set[str] = set()
         for graph in graphs_of(self.graph):
             used.update(t.name for t in graph.initializer)
@@ -236,7 +249,7 @@ class Model:
         return used
 
     def complete_proto(self) -> ModelProto:
-        """A copy of the proto with all data embedded; for models under 2 GiB."""
+        """Return a copy of the proto with all data embedded; the model must be below 2 GiB."""
         proto = ModelProto()
         proto.CopyFrom(self.proto)
         for tensor in proto.graph.initializer:
@@ -246,17 +259,17 @@ class Model:
         return proto
 
     def data_bytes(self) -> int:
-        """Bytes that the detached tensors take."""
+        """Return the total size of the detached tensors in bytes."""
         return sum(array.nbytes for array in self._data.values())
 
     def serialize(self) -> bytes:
-        """The whole model as one protobuf message."""
+        """Return the whole model as one protobuf message."""
         return b"".join(self._pieces())
 
     def _pieces(self) -> Iterator[bytes | memoryview]:
-        """The message in pieces, none of which copies a large tensor."""
+        """Yield the message in chunks, without copying large tensors."""
         if self.is_over_limit:
-            raise ModelError("the model is over 2 GiB and cannot be one message: save it with external data instead")
+            raise ModelError("the model exceeds the 2 GiB of one protobuf message: save it with external data instead")
         proto = ModelProto()
         proto.CopyFrom(self.proto)
         lengths: dict[int, int] = {}
@@ -270,11 +283,11 @@ class Model:
 
     @property
     def is_over_limit(self) -> bool:
-        """Whether the model cannot be one protobuf message."""
+        """Whether the model is too large for one protobuf message."""
         return bool(self.data_bytes() + self.proto.ByteSize() > _PROTO_LIMIT)
 
     def defect(self) -> str | None:
-        """What onnx's checker has to say against the model, in one line; None if it is valid (or over 2 GiB)."""
+        """Return the first complaint of onnx's checker as one line; None if the model is valid or over 2 GiB."""
         if self.is_over_limit:
             return None
         try:
@@ -284,69 +297,69 @@ class Model:
         return None
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False, weights: str = PLACES[0]) -> None:
-        """Write the model, whole or not at all.
+        """Write the model atomically.
 
         Args:
-            path: where to.
-            overwrite: whether a file that is there may go.
-            weights: one of `PLACES`; "as-is" is beside the model where they came from a file of their own, or over
-                2 GiB. The name of that file holds the start of the SHA-256 of what is in it, so that the data of an
-                older model is there until the new model has taken its place.
+            path: Path of the file.
+            overwrite: Whether an existing file may be replaced.
+            weights: One of `PLACES`; "as-is" stores them beside the model if they were external or exceed 2 GiB. The
+                name of the data file contains the first digits of the SHA-256 of its content, so that the data of the
+                model that is replaced stays valid until the new model is in place.
 
         Raises:
-            ModelError: a file is there, the folder cannot be written, or the model is too large for one file.
+            ModelError: The file exists, the folder cannot be written to, or the model is too large for one file.
         """
         target = Path(path)
         require_free(target, overwrite=overwrite)
-        lies_apart = weights == "beside" or (weights == "as-is" and (self.is_external or self.is_over_limit))
-        with locked(target.parent):
+        is_beside = weights == "beside" or (weights == "as-is" and (self.is_external or self.is_over_limit))
+        with locked_folder(target.parent):
             side = ""
-            if lies_apart:
+            if is_beside:
                 proto, side = self._save_data(target)
                 write_atomically(target, proto.SerializeToString())
             else:
-                with replacing(target) as stream:
+                with atomic_stream(target) as stream:
                     for piece in self._pieces():
                         stream.write(piece)
-            afterwards(lambda: self._remove_older_data(target, side))
+            after_commit(lambda: self._remove_older_data(target, side))
 
     def _remove_older_data(self, target: Path, side: str) -> None:
-        """Remove the data files of older models of that name, and of runs that were killed.
+        """Remove data files of earlier models of that name, also those left by killed runs.
 
-        Those of the model that this one was made of may have such a name too: it may have been renamed since.
+        Data files of the model that this one was derived from are spared: it may have been renamed from that name.
         """
-        own = self.data_files if self.path is None or not is_same(self.path, target) else ()
+        own = self.data_files if self.path is None or not is_same_file(self.path, target) else ()
         for file in target.parent.iterdir():
             is_older = re.fullmatch(re.escape(target.name) + r"\.[0-9a-f]{8}\.data", file.name) and file.name != side
             if is_older and file.resolve() not in own:
                 file.unlink(missing_ok=True)
 
     def _save_data(self, target: Path) -> tuple[ModelProto, str]:
-        """Write the data file of a model; the proto that points to it, and its name."""
+        """Write the data file; return the proto that refers to it, and its name."""
         proto = ModelProto()
         proto.CopyFrom(self.proto)
-        apart = [tensor for tensor in proto.graph.initializer if tensor.name in self._data]
+        detached_tensors = [tensor for tensor in proto.graph.initializer if tensor.name in self._data]
         digest, places = hashlib.sha256(), list[tuple[int, int]]()
 
         def side() -> Path:
             return target.with_name(f"{target.name}.{digest.hexdigest()[:8]}.data")
 
-        with replacing(side) as stream:
+        with atomic_stream(side) as stream:
             offset = 0
-            for tensor in apart:
+            for tensor in detached_tensors:
                 raw, gap = _bytes_of(self.array(tensor.name)), -offset % _ALIGNMENT
                 for piece in (bytes(gap), raw):
                     digest.update(piece)
                     stream.write(piece)
                 places.append((offset + gap, len(raw)))
                 offset += gap + len(raw)
-        for tensor, place in zip(apart, places, strict=True):
+        for tensor, place in zip(detached_tensors, places, strict=True):
             _point_to(tensor, side().name, *place)
         return proto, side().name
 
 
 def _dims(entry: ValueInfoProto) -> str:
-    """The shape of an input or output, as the file has it."""
+    """Return the declared shape of an input or output as text."""
     dims = entry.type.tensor_type.shape.dim
     return f"[{', '.join(dim.dim_param or str(dim.dim_value or '?') for dim in dims)}]"
 
@@ -358,10 +371,10 @@ def _digest(pieces: Iterable[bytes | memoryview]) -> str:
     return digest.hexdigest()
 
 
-def load(source: Source) -> Model:
-    """Read a model from a path, a ModelProto, an onnx-graphsurgeon graph or an onnx-ir model, or pass a Model through.
+def load(source: ModelSource) -> Model:
+    """Read a model from a path, a ModelProto, an onnx-graphsurgeon graph or an onnx-ir model; return a Model unchanged.
 
-    Raises ModelError for a file that is missing, broken, or whose external data is missing or leaves its folder.
+    Raises ModelError if the file is missing or corrupt, or its external data is missing or outside its folder.
     """
     if isinstance(source, Model):
         return source
@@ -369,7 +382,7 @@ def load(source: Source) -> Model:
     places: dict[int, tuple[int, int]] = {}
     if isinstance(source, str | os.PathLike):
         path = Path(source)
-        file = Stored(path)
+        file = StoredFile(path)
         proto, places = _parse(path, file.content)
     elif isinstance(source, ModelProto):
         proto = ModelProto()
@@ -385,12 +398,15 @@ def load(source: Source) -> Model:
         _detach(model, file, places)
         model.names()
     except UnicodeDecodeError as error:
-        raise ModelError(f"{path or 'the model'} has names that are not text: export or copy it again") from error
+        raise ModelError(f"{path or 'the model'} has names that are not UTF-8: export or copy it again") from error
     return model
 
 
-def in_form_of(source: Source, model: Model) -> Any:
-    """The model as an object of the kind that `load` took: a Model for a path; it must be below 2 GiB for others."""
+def in_form_of(source: ModelSource, model: Model) -> Any:
+    """Return the model as an object of the kind that `load` was given; a Model for a path.
+
+    For a kind other than a path or a Model, the model must be below 2 GiB.
+    """
     if isinstance(source, str | os.PathLike | Model):
         return model
     proto = model.complete_proto()
@@ -404,13 +420,13 @@ def in_form_of(source: Source, model: Model) -> Any:
 
 
 def _is_of_onnx_ir(source: Any) -> bool:
-    """Whether it is a model of onnx-ir, which somebody must have imported then."""
+    """Return whether an object is a model of onnx-ir, in which case that library has been imported."""
     library = sys.modules.get("onnx_ir")
     return library is not None and isinstance(source, library.Model)
 
 
 def _exported(source: Any) -> ModelProto:
-    """The proto of a model that another library holds."""
+    """Return the proto of a model in the representation of another library."""
     if _is_of_onnx_ir(source):
         library = sys.modules["onnx_ir"]
         proto: ModelProto = library.to_proto(library.external_data.load_to_model(source.clone()))
@@ -419,29 +435,29 @@ def _exported(source: Any) -> ModelProto:
 
     if not isinstance(source, gs.Graph):
         raise TypeError(
-            "a model is a path, a ModelProto, an onnx_graphsurgeon.Graph or an onnx_ir.Model, "
-            f"not {type(source).__name__}"
+            "the model must be a path, a ModelProto, an onnx_graphsurgeon.Graph or an onnx_ir.Model, "
+            f"got {type(source).__name__}"
         )
-    made: ModelProto = gs.export_onnx(source)
-    return made
+    exported: ModelProto = gs.export_onnx(source)
+    return exported
 
 
 @contextlib.contextmanager
-def blaming(model: Model) -> Iterator[None]:
-    """Raise ModelError for what fails inside because the model is not valid ONNX; else it goes on as it is."""
+def translate_errors(model: Model) -> Iterator[None]:
+    """Turn errors inside the block into ModelError if the model is not valid ONNX; other errors pass unchanged."""
     try:
         yield
     except Exception as error:
         if isinstance(error, CpdError) and not isinstance(error, ProofError):
             raise
-        reason = "it has names that are not text" if isinstance(error, UnicodeError) else model.defect()
+        reason = "it has names that are not UTF-8" if isinstance(error, UnicodeError) else model.defect()
         if reason is None:
             raise
         raise ModelError(f"the model is not valid ONNX: {reason}") from error
 
 
 def graphs_of(graph: GraphProto) -> Iterator[GraphProto]:
-    """The graph and all graphs in attributes of its nodes, outermost first."""
+    """Yield the graph and all subgraphs of its nodes, outermost first."""
     yield graph
     for node in graph.node:
         for body in bodies_of(node).values():
@@ -449,22 +465,22 @@ def graphs_of(graph: GraphProto) -> Iterator[GraphProto]:
 
 
 def bodies_of(node: NodeProto) -> dict[str, GraphProto]:
-    """The subgraphs of a node by attribute name."""
+    """Return the subgraphs of a node by attribute name."""
     return {a.name: a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH}
 
 
 def functions_of(proto: ModelProto) -> dict[FunctionName, FunctionProto]:
-    """The functions of a model; those of one name differ in their overload."""
+    """Return the local functions of a model by domain, name and overload."""
     return {(function.domain, function.name, function.overload): function for function in proto.functions}
 
 
 def called_by(node: NodeProto) -> FunctionName:
-    """The function that a node calls, if there is one of that name."""
+    """Return the name under which a node would call a local function."""
     return (node.domain, node.op_type, node.overload)
 
 
 def attributes_of(node: NodeProto) -> dict[str, Any]:
-    """The node's attributes as Python values; strings decoded, tensors as TensorProto."""
+    """Return the attributes of a node as Python values; strings decoded, tensors as TensorProto."""
     found: dict[str, Any] = {}
     for attribute in node.attribute:
         if attribute.ref_attr_name:
@@ -477,17 +493,17 @@ def attributes_of(node: NodeProto) -> dict[str, Any]:
 
 
 def set_attribute(node: NodeProto, name: str, value: Any) -> None:
-    """Set or replace one attribute in its place."""
-    made = helper.make_attribute(name, value)
+    """Set an attribute, keeping its position if it is already present."""
+    new = helper.make_attribute(name, value)
     for attribute in node.attribute:
         if attribute.name == name:
-            attribute.CopyFrom(made)
+            attribute.CopyFrom(new)
             return
-    node.attribute.append(made)
+    node.attribute.append(new)
 
 
 def drop_attribute(node: NodeProto, name: str) -> None:
-    """Remove an attribute if it is there."""
+    """Remove an attribute if it is present."""
     for index, attribute in enumerate(node.attribute):
         if attribute.name == name:
             del node.attribute[index]
@@ -495,24 +511,24 @@ def drop_attribute(node: NodeProto, name: str) -> None:
 
 
 def element_type(data_type: int) -> np.dtype[Any]:
-    """The numpy type of an ONNX element type; ModelError if there is none of that number."""
+    """Return the numpy type of an ONNX element type; raises ModelError for an unknown one."""
     try:
         return np.dtype(helper.tensor_dtype_to_np_dtype(data_type))
     except KeyError as error:
         raise ModelError(
-            f"element type {data_type} is not known: export the model for onnx {onnx.__version__}"
+            f"element type {data_type} is unknown: export the model for onnx {onnx.__version__}"
         ) from error
 
 
 def element_bytes(data_type: int) -> float:
-    """Bytes that an element of an ONNX type takes in a file; 0 for strings, whose length is their own."""
+    """Return the size in bytes of an element of an ONNX type in a file; 0 for strings, which vary in length."""
     if data_type in _PACKED:
         return 0.25 if data_type in (TensorProto.INT2, TensorProto.UINT2) else 0.5
     return 0.0 if data_type in (TensorProto.STRING, TensorProto.UNDEFINED) else float(element_type(data_type).itemsize)
 
 
 def to_array(tensor: TensorProto) -> Array:
-    """Values of a tensor whose data lies in the proto."""
+    """Return the values of a tensor whose data is in the proto."""
     kind = _PLAIN.get(tensor.data_type)
     if kind is not None and (raw := tensor.raw_data) and len(raw) == math.prod(tensor.dims) * kind.itemsize:
         return np.frombuffer(raw, kind).reshape(tuple(tensor.dims))
@@ -523,28 +539,28 @@ def to_array(tensor: TensorProto) -> Array:
 
 
 def replace_values(tensor: TensorProto, values: Array) -> None:
-    """Put new values into a tensor proto, everything else as it was."""
-    made = numpy_helper.from_array(np.ascontiguousarray(values), tensor.name)
+    """Replace the values and dims of a tensor proto; its other fields are unchanged."""
+    new = numpy_helper.from_array(np.ascontiguousarray(values), tensor.name)
     for field in ("float_data", "int32_data", "int64_data", "double_data", "uint64_data", "string_data", "raw_data"):
         tensor.ClearField(field)
     del tensor.dims[:]
     tensor.dims.extend(values.shape)
-    tensor.raw_data = made.raw_data
+    tensor.raw_data = new.raw_data
 
 
 def _parse(path: Path, content: memoryview) -> tuple[ModelProto, dict[int, tuple[int, int]]]:
-    """The message without its large tensors, and where in the content these lie."""
+    """Return the message without the data of its large tensors, and the position of that data in the content."""
     small, places = detached(content, _DETACH_BYTES) or (content, {})
     proto = ModelProto()
     try:
         proto.ParseFromString(small)
     except DecodeError as error:
-        raise ModelError(f"{path} is not a whole ONNX file ({error}): export or copy it again") from error
+        raise ModelError(f"{path} is not a complete ONNX file ({error}): export or copy it again") from error
     return proto, places
 
 
-def _detach(model: Model, file: Stored | None, places: dict[int, tuple[int, int]]) -> None:
-    """Keep large tensors apart from the proto, and look at external ones where they lie."""
+def _detach(model: Model, file: StoredFile | None, places: dict[int, tuple[int, int]]) -> None:
+    """Move the data of large tensors out of the proto, and open external data."""
     reader = _Reader(model, file)
     for number, tensor in enumerate(model.graph.initializer):
         start, end = places.get(number, (0, len(tensor.raw_data)))
@@ -563,27 +579,27 @@ def _detach(model: Model, file: Stored | None, places: dict[int, tuple[int, int]
             assert file is not None
             tensor.raw_data = file.read(start, end - start).tobytes()
     for tensor in _inner_tensors(model.proto):
-        _require_sizes(tensor)  # onnxruntime would not survive it
+        _require_sizes(tensor)  # onnxruntime would crash
         if tensor.data_location == TensorProto.EXTERNAL:
             found = reader.external(tensor)
             _clear_external(tensor)
-            tensor.raw_data = made(found).tobytes()
+            tensor.raw_data = materialize(found).tobytes()
     model.data_files = frozenset(reader.files)
 
 
 class _Reader:
-    """Makes arrays of what lies in the files of a model."""
+    """Creates arrays from the file of a model and its external data files."""
 
-    def __init__(self, model: Model, file: Stored | None) -> None:
+    def __init__(self, model: Model, file: StoredFile | None) -> None:
         self._folder = model.path.parent if model.path else None
-        apart = (t for t in model.graph.initializer if t.data_location == TensorProto.EXTERNAL)
-        whole = (file.size if file else 0) + sum(_wanted_bytes(tensor) for tensor in apart)
-        self._is_large = whole > _LARGE_BYTES
-        self.files: dict[Path, Stored] = {}
+        external = (t for t in model.graph.initializer if t.data_location == TensorProto.EXTERNAL)
+        total = (file.size if file else 0) + sum(_required_bytes(tensor) for tensor in external)
+        self._is_large = total > _LARGE_BYTES
+        self.files: dict[Path, StoredFile] = {}
 
-    def array(self, tensor: TensorProto, file: Stored, start: int) -> Array | Lazy:
-        """A tensor from a position of a file on."""
-        dtype, shape, length = element_type(tensor.data_type), tuple(tensor.dims), _wanted_bytes(tensor)
+    def array(self, tensor: TensorProto, file: StoredFile, start: int) -> Array | Lazy:
+        """Return a tensor whose data starts at a position of a file."""
+        dtype, shape, length = element_type(tensor.data_type), tuple(tensor.dims), _required_bytes(tensor)
         if not self._is_large:
             return np.frombuffer(file.content, np.uint8, length, start).view(dtype).reshape(shape)
 
@@ -593,42 +609,42 @@ class _Reader:
         return Lazy(dtype, shape, read) if length >= _LAZY_BYTES else read()
 
     def external(self, tensor: TensorProto) -> Array | Lazy:
-        """A tensor in a data file, which must be a regular one inside the model's folder."""
+        """Return a tensor stored as external data, which must be in a regular file inside the model's folder."""
         folder = self._folder
         if folder is None:
-            raise ModelError(f"tensor {tensor.name!r} lies in an external file: load the model from its path")
+            raise ModelError(f"tensor {tensor.name!r} is in an external file: load the model from its path")
         info = {e.key: e.value for e in tensor.external_data}
         location = info.get("location", "")
         if not location or "\0" in location or Path(location).is_absolute() or ".." in Path(location).parts:
-            raise ModelError(f"tensor {tensor.name!r}: external location {location!r} leaves the model's folder")
+            raise ModelError(f"tensor {tensor.name!r}: external location {location!r} is outside the model's folder")
         try:
             base, real = folder.resolve(), (folder / location).resolve()
-        except (OSError, RuntimeError) as error:  # links in a circle
-            raise ModelError(f"tensor {tensor.name!r}: external location {location!r} leads nowhere") from error
+        except (OSError, RuntimeError) as error:  # circular links
+            raise ModelError(f"tensor {tensor.name!r}: external location {location!r} cannot be resolved") from error
         if not real.is_relative_to(base):
             raise ModelError(f"tensor {tensor.name!r}: external location {location!r} links out of the model's folder")
         if not _is_file(real):
             raise ModelError(f"tensor {tensor.name!r}: external data file {folder / location} is missing")
         if tensor.data_type in _PACKED:
             raise ModelError(f"tensor {tensor.name!r}: external data of 4-bit types is not supported; embed it")
-        wanted = _wanted_bytes(tensor)
+        required = _required_bytes(tensor)
         try:
-            offset, length = int(info.get("offset", 0)), int(info.get("length", wanted))
+            offset, length = int(info.get("offset", 0)), int(info.get("length", required))
         except ValueError as error:
             raise ModelError(f"tensor {tensor.name!r}: external offset and length must be integers") from error
-        file = self.files.get(real) or self.files.setdefault(real, Stored(real))
-        if offset < 0 or length != wanted or offset + length > file.size:
+        file = self.files.get(real) or self.files.setdefault(real, StoredFile(real))
+        if offset < 0 or length != required or offset + length > file.size:
             raise ModelError(
-                f"tensor {tensor.name!r}: needs {wanted} bytes at offset {offset} of {location}, "
+                f"tensor {tensor.name!r}: needs {required} bytes at offset {offset} of {location}, "
                 f"which has {file.size} (declared length {length})"
             )
-        if wanted == 0:
+        if required == 0:
             return np.zeros(tuple(tensor.dims), element_type(tensor.data_type))
         return self.array(tensor, file, offset)
 
 
 def _inner_tensors(proto: ModelProto) -> Iterator[TensorProto]:
-    """Tensors in attributes, subgraphs and functions."""
+    """Yield the tensors in attributes, subgraphs and functions."""
     for graph in graphs_of(proto.graph):
         if graph is not proto.graph:
             yield from graph.initializer
@@ -640,7 +656,7 @@ def _inner_tensors(proto: ModelProto) -> Iterator[TensorProto]:
 
 
 def _require_sizes(tensor: TensorProto, elsewhere: int = 0) -> None:
-    """Raise ModelError where dims are negative, or far beyond the data, of which some bytes may lie elsewhere."""
+    """Raise ModelError if dims are negative or need far more data than there is, `elsewhere` bytes of it detached."""
     dims = list(tensor.dims)
     if min(dims, default=0) < 0:
         raise ModelError(f"tensor {tensor.name!r}: dims {dims} are negative")
@@ -650,29 +666,31 @@ def _require_sizes(tensor: TensorProto, elsewhere: int = 0) -> None:
         raise ModelError(f"tensor {tensor.name!r}: there is not enough data for dims {dims}")
 
 
-def _wanted_bytes(tensor: TensorProto) -> int:
-    """Bytes that a tensor of its dims takes, but for those of less than a byte an element; ModelError for strings."""
+def _required_bytes(tensor: TensorProto) -> int:
+    """Return the size in bytes of the raw data of a tensor, packed element types excepted; ModelError for strings."""
     if tensor.data_type == TensorProto.STRING:
-        raise ModelError(f"tensor {tensor.name!r}: strings cannot lie in raw data")
+        raise ModelError(f"tensor {tensor.name!r}: strings cannot be stored as raw data")
     return int(math.prod(tensor.dims) * element_type(tensor.data_type).itemsize)
 
 
-def _require_bytes(tensor: TensorProto, there: int) -> None:
-    """Raise ModelError where a tensor has more or less bytes than its dims need."""
-    wanted = _wanted_bytes(tensor)
-    if wanted != there:
-        raise ModelError(f"tensor {tensor.name!r}: dims {list(tensor.dims)} need {wanted} bytes, the file has {there}")
+def _require_bytes(tensor: TensorProto, available: int) -> None:
+    """Raise ModelError if a tensor has more or fewer bytes than its dims need."""
+    required = _required_bytes(tensor)
+    if required != available:
+        raise ModelError(
+            f"tensor {tensor.name!r}: dims {list(tensor.dims)} need {required} bytes, the file has {available}"
+        )
 
 
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # a name that no file can have
+    except OSError:  # an invalid file name
         return False
 
 
 def _bytes_of(values: Array) -> memoryview:
-    """The bytes of an array as they lie in `raw_data`."""
+    """Return the bytes of an array as in `raw_data`."""
     return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
 
 

@@ -1,4 +1,4 @@
-"""The tensors that a file stores, by name, and the SHA-256 of their values."""
+"""The tensors stored in a model file, by name, and the SHA-256 of their values."""
 
 from __future__ import annotations
 
@@ -9,43 +9,44 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, numpy_helper
 
-from cpd_onnx.ir.model import Array, Lazy, Model, bodies_of, made, to_array
+from cpd_onnx.ir.model import Array, Lazy, Model, bodies_of, materialize, to_array
 
 DEFAULT_DOMAINS = ("", "ai.onnx")
+"""Names of the default operator domain."""
 _NUMBERS = {
     "value_float": (TensorProto.FLOAT, np.float32), "value_floats": (TensorProto.FLOAT, np.float32),
     "value_int": (TensorProto.INT64, np.int64), "value_ints": (TensorProto.INT64, np.int64),
 }  # fmt: skip  # a table
-"""Attributes of Constant that hold numbers without being tensors."""
+"""Attributes of Constant nodes that hold plain numbers: element type of the output and numpy type."""
 
 
 @dataclass(frozen=True, eq=False)
-class Stored:
-    """One tensor of a file.
+class StoredTensor:
+    """One tensor stored in a model file.
 
     Attributes:
         data_type: ONNX element type.
-        get: gives the values, or what reads them.
+        get: Function that returns the values, lazy if the model is large.
     """
 
     data_type: int
     get: Callable[[], Array | Lazy]
 
     def array(self) -> Array:
-        """The values; do not write into them."""
-        return made(self.get())
+        """Return the values; read-only for the caller."""
+        return materialize(self.get())
 
     def sha256(self) -> str:
-        """See `values_sha256`."""
+        """Return the SHA-256 of type, shape and values, see `values_sha256`."""
         return values_sha256(self.data_type, self.array())
 
 
 def values_sha256(data_type: int, values: Array) -> str:
-    """SHA-256 of a tensor's type, shape and values, in hexadecimal digits.
+    """Return the SHA-256 of a tensor's type, shape and values as hexadecimal digits.
 
-    Hashed are the name of the ONNX element type, the sizes of the axes in brackets, a line break, and the elements in
-    row-major order as they lie in `raw_data`: little-endian, elements of less than a byte packed. A float32 tensor of
-    shape [2, 3] so starts with `FLOAT[2,3]` and has 24 bytes behind the line break.
+    The hash covers the name of the ONNX element type, the sizes of the axes in brackets, a line break, and the elements
+    in row-major order as in `raw_data`: little-endian, with elements of less than a byte packed. For a float32 tensor
+    of shape [2, 3] that is `FLOAT[2,3]`, a line break and 24 bytes.
 
     >>> values_sha256(TensorProto.FLOAT, np.zeros((2, 3), np.float32))[:16]
     '55f08824a8fd2a54'
@@ -63,16 +64,16 @@ _WHOLE = {
     TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.INT8,
     TensorProto.UINT8, TensorProto.INT16, TensorProto.UINT16, TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL,
 }  # fmt: skip  # a table
-"""Element types that lie in memory as in a file."""
+"""Element types with the same layout in memory as in `raw_data`."""
 
 
-def stored_tensors(model: Model) -> dict[str, Stored]:
-    """All initializers and Constant nodes of the main graph and its subgraphs, in the order of the file.
+def stored_tensors(model: Model) -> dict[str, StoredTensor]:
+    """Return all initializers and Constant nodes of the main graph and its subgraphs by name, in the order of the file.
 
-    Initializers have their own name, values of Constant nodes that of the output; in subgraphs the path of these stands
-    before it, as in "/If_3.then_branch:weight". Where two had the same name, "#2" and so on follows.
+    A Constant node has the name of its output. In a subgraph the path of the subgraph comes first, as in
+    "/If_3.then_branch:weight". Further tensors of the same name are numbered "#2" and so on.
     """
-    found: dict[str, Stored] = {}
+    found: dict[str, StoredTensor] = {}
     for path, graph in walk(model.graph):
         for name, tensor in _of_graph(None if path else model, graph):
             full, number = address(path, name), 2
@@ -83,12 +84,12 @@ def stored_tensors(model: Model) -> dict[str, Stored]:
 
 
 def address(path: str, name: str) -> str:
-    """The name of a tensor in the graph that hangs at a path."""
+    """Return the name of a tensor in the graph at a path, as in `stored_tensors`."""
     return f"{path}:{name}" if path else name
 
 
 def walk(graph: GraphProto, path: str = "") -> Iterator[tuple[str, GraphProto]]:
-    """A graph and all below it, each with its path."""
+    """Yield a graph and all its subgraphs, each with its path."""
     yield path, graph
     for node in graph.node:
         for name, body in bodies_of(node).items():
@@ -96,11 +97,11 @@ def walk(graph: GraphProto, path: str = "") -> Iterator[tuple[str, GraphProto]]:
 
 
 def path_of_body(path: str, node: NodeProto, attribute: str) -> str:
-    """The path of a subgraph of a node: that of the node's graph, the node and the attribute."""
+    """Return the path of a subgraph: that of the node's graph, the name of the node and that of the attribute."""
     return f"{path}/{node.name or (node.output[0] if node.output else '')}.{attribute}"
 
 
-def _of_graph(main: Model | None, graph: GraphProto) -> Iterator[tuple[str, Stored]]:
+def _of_graph(main: Model | None, graph: GraphProto) -> Iterator[tuple[str, StoredTensor]]:
     for tensor in graph.initializer:
         yield tensor.name, _initializer(main, tensor)
     for node in graph.node:
@@ -111,26 +112,26 @@ def _of_graph(main: Model | None, graph: GraphProto) -> Iterator[tuple[str, Stor
                     yield node.output[0], constant
 
 
-def _initializer(main: Model | None, tensor: TensorProto) -> Stored:
-    """An initializer; those of the main graph are looked up in the model."""
+def _initializer(main: Model | None, tensor: TensorProto) -> StoredTensor:
+    """Return an initializer; those of the main graph may be detached and are looked up in the model."""
     if main is not None:
-        return Stored(tensor.data_type, lambda: main.lazily(tensor.name))
-    return Stored(tensor.data_type, lambda: to_array(tensor))
+        return StoredTensor(tensor.data_type, lambda: main.lazy_array(tensor.name))
+    return StoredTensor(tensor.data_type, lambda: to_array(tensor))
 
 
-def _constant(attribute: AttributeProto) -> Stored | None:
-    """The value of a Constant node; None where that is no dense tensor of numbers."""
+def _constant(attribute: AttributeProto) -> StoredTensor | None:
+    """Return the value of a Constant node; None if it is not a dense numeric tensor."""
     if attribute.name == "value" and attribute.HasField("t"):
-        return Stored(attribute.t.data_type, lambda: to_array(attribute.t))
+        return StoredTensor(attribute.t.data_type, lambda: to_array(attribute.t))
     if attribute.name not in _NUMBERS:
         return None
     kind, dtype = _NUMBERS[attribute.name]
     field = {"value_float": "f", "value_floats": "floats", "value_int": "i", "value_ints": "ints"}[attribute.name]
-    return Stored(kind, lambda: np.asarray(getattr(attribute, field), dtype))
+    return StoredTensor(kind, lambda: np.asarray(getattr(attribute, field), dtype))
 
 
 def same_bits(one: Array, other: Array) -> bool:
-    """Whether two arrays of one type and shape have the same bits; strings are compared as such."""
+    """Return whether two arrays of the same type and shape have equal bits; strings are compared as strings."""
     if one is other:
         return True
     if one.dtype.kind in "OSU":
@@ -140,7 +141,7 @@ def same_bits(one: Array, other: Array) -> bool:
 
 
 def changed_values(before: Model, after: Model) -> dict[str, str]:
-    """SHA-256 of the tensors of a model that have other values than those of the same name in another one."""
+    """Return the SHA-256, by name, of each tensor in `after` that is new or has other values than in `before`."""
     old = stored_tensors(before)
     found = {}
     for name, tensor in stored_tensors(after).items():
@@ -149,10 +150,10 @@ def changed_values(before: Model, after: Model) -> dict[str, str]:
     return found
 
 
-def _differs(one: Stored, other: Stored) -> bool:
+def _differs(one: StoredTensor, other: StoredTensor) -> bool:
     first, second = one.get(), other.get()
     if first is second:
         return False
     if one.data_type != other.data_type or tuple(first.shape) != tuple(second.shape):
         return True
-    return not same_bits(made(first), made(second))
+    return not same_bits(materialize(first), materialize(second))

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
 from cpd_onnx.errors import UnsupportedError
-from cpd_onnx.ir.model import Source, blaming, load
+from cpd_onnx.ir.model import ModelSource, load, translate_errors
 from cpd_onnx.pipeline.state import State
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _module(name: str) -> ModuleType:
 
 def run(
     passes: str | Iterable[Pass],
-    source: Source | State,
+    source: ModelSource | State,
     *,
     data: DataSource | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
@@ -120,7 +120,7 @@ def run(
     for step in steps:
         if observer:
             observer(step.name, "start")
-        with blaming(state.original):
+        with translate_errors(state.original):
             state = step(state)
         if observer:
             observer(step.name, "end")

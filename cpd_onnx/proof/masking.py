@@ -16,8 +16,8 @@ from onnx import NodeProto, helper
 from cpd_onnx.algebra.atoms import Axis, Mask
 from cpd_onnx.algebra.keep import Kept
 from cpd_onnx.channels.groups import Combed, Weight
-from cpd_onnx.channels.weights import constant_of, weight_lazily
-from cpd_onnx.ir.model import Array, Model, element_type, later
+from cpd_onnx.channels.weights import constant_of, lazy_weight
+from cpd_onnx.ir.model import Array, Model, element_type, map_lazy
 from cpd_onnx.rules.api import EVERY_AXIS
 from cpd_onnx.shapes.editor import Editor
 from cpd_onnx.shapes.values import Scope
@@ -65,13 +65,13 @@ class _Masker(Editor):
 
     def silence(self, weight: Weight) -> None:
         """Zero a weight at the deleted indices, for each user as it sees them."""
-        original = weight_lazily(self.combed.folded.model, weight)
+        original = lazy_weight(self.combed.folded.model, weight)
         for number, use in enumerate(weight.uses):
             if not any(map(self.kept.touches, use.axes)):
                 continue
             masks = {axis: self.kept.mask(use.axes[axis]) for axis in self.summed(weight)}
             zero = zero_of(self.combed, weight)
-            array = later(original, original.shape, partial(_silenced, masks=masks, zero=zero))
+            array = map_lazy(original, original.shape, partial(_silenced, masks=masks, zero=zero))
             if number == 0 or use.axes is weight.uses[0].axes:
                 self.replace(weight.value, weight.scope, array)
             else:

@@ -13,7 +13,7 @@ from cpd_onnx.algebra.atoms import Axis
 from cpd_onnx.algebra.keep import Kept
 from cpd_onnx.channels.combing import at_sizes
 from cpd_onnx.channels.groups import Combed
-from cpd_onnx.errors import InconclusiveError, ProofError, UnsupportedError
+from cpd_onnx.errors import REPORT_BUG, InconclusiveError, ProofError, UnsupportedError
 from cpd_onnx.ir.model import Array, Model
 from cpd_onnx.proof.comparison import (
     INCONCLUSIVE,
@@ -206,7 +206,7 @@ class _Proof:
             raise ProofError(
                 f"wrong: evaluating the weights that the graph computes changes its outputs by {apart:.2g}, at most "
                 f"{allowed:.0e} is allowed; nothing is written. "
-                "This is an internal error: please report it with the model"
+                f"This is an internal error: {REPORT_BUG}"
             )
 
     def without_rounding(self, given: list[Feed], *, has_integers: bool) -> Comparison:
@@ -337,7 +337,7 @@ def proved(found: Comparison, *, allow_inconclusive: bool = False) -> Comparison
         raise ProofError(
             f"wrong: the pruned model differs from the masked original by {found.difference:.2g}{where}, "
             f"at most {found.allowed:.0e} is allowed; nothing is written. "
-            "This is an internal error: please report it with the model"
+            f"This is an internal error: {REPORT_BUG}"
         )
     if found.verdict == INCONCLUSIVE and not allow_inconclusive:
         raise InconclusiveError(

@@ -9,7 +9,7 @@ import numpy as np
 from cpd_onnx.errors import ProofError, UnsupportedError
 from cpd_onnx.ir.differences import differences, named_places
 from cpd_onnx.ir.model import Array, Model
-from cpd_onnx.ir.tensors import Stored, same_bits, stored_tensors, values_sha256
+from cpd_onnx.ir.tensors import StoredTensor, same_bits, stored_tensors, values_sha256
 from cpd_onnx.proof.comparison import TOLERANCES, Difference, output_difference, runs_needed
 from cpd_onnx.proof.inputs import proof_inputs
 from cpd_onnx.rewrite.plan import Plan
@@ -47,7 +47,7 @@ def _wrong_values(replay: Model, pruned: Model, named: Mapping[str, str]) -> lis
     return [f"{places.get(name, f'weight {name!r}')}: {why}" for name, why in odd.items()]
 
 
-def _wrong(ours: Stored | None, theirs: Stored | None, digest: str) -> str:
+def _wrong(ours: StoredTensor | None, theirs: StoredTensor | None, digest: str) -> str:
     """What is wrong with a weight that the plan names as refitted or trained; empty if nothing is."""
     if ours is None or theirs is None:
         return "the plan names it as refitted or trained, and it is not in the file"

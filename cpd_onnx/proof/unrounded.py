@@ -24,7 +24,7 @@ from cpd_onnx.ir.model import (
     bodies_of,
     drop_attribute,
     graphs_of,
-    made,
+    materialize,
     set_attribute,
     to_array,
 )
@@ -115,7 +115,7 @@ def single(model: Model) -> Model:
     copy = model.copy()
     for tensor in list(copy.graph.initializer):
         if tensor.data_type in HALF_TYPES:
-            copy.retype(tensor.name, _wide(copy.lazily(tensor.name)))
+            copy.retype(tensor.name, _wide(copy.lazy_array(tensor.name)))
     for graph in graphs_of(copy.graph):
         for tensor in graph.initializer if graph is not copy.graph else ():
             _widen(tensor)
@@ -275,7 +275,7 @@ class _Unrounder(Editor):
     def constant(self, name: str) -> Array | Lazy | None:
         """Values of a constant, or of what is computed of constants; None of anything else."""
         if self.model.has(name):
-            return self.model.lazily(name)
+            return self.model.lazy_array(name)
         source = self.constants.get(name)
         if isinstance(source, TensorProto):
             return to_array(source)
@@ -283,7 +283,7 @@ class _Unrounder(Editor):
         if source is None or evaluate is None:
             return None
         values = [self.constant(each) for each in source.input]
-        known = [made(value) for value in values if value is not None]
+        known = [materialize(value) for value in values if value is not None]
         if len(known) < len(values):
             return None
         return np.asarray(evaluate(Call(attributes_of(source), self.model.opset), *known))
@@ -383,7 +383,7 @@ class _Unrounder(Editor):
 
 
 def _as_float(values: Array | Lazy) -> Array:
-    return np.asarray(made(values)).astype(np.float32)
+    return np.asarray(materialize(values)).astype(np.float32)
 
 
 def _spread(numbers: Array, shape: Sequence[int], axis: int) -> Array:

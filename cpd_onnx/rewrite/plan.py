@@ -20,7 +20,7 @@ from cpd_onnx.channels.costs import Costs
 from cpd_onnx.channels.groups import Combed, Group
 from cpd_onnx.errors import PlanError
 from cpd_onnx.io.files import read_json, require_free, write_atomically
-from cpd_onnx.ir.model import Model, Source
+from cpd_onnx.ir.model import Model, ModelSource
 from cpd_onnx.ir.tensors import changed_values, stored_tensors
 from cpd_onnx.summary import Summary, count
 from cpd_onnx.version import __version__
@@ -304,7 +304,9 @@ def _removed(combed: Combed, kept: Kept) -> dict[str, dict[str, list[int]]]:
     return found
 
 
-def planned(source: Source, plan: Plan, input_shapes: Mapping[str, Sequence[int]] | None = None) -> tuple[Combed, Kept]:
+def planned(
+    source: ModelSource, plan: Plan, input_shapes: Mapping[str, Sequence[int]] | None = None
+) -> tuple[Combed, Kept]:
     """The model that a plan was made for, and what the plan leaves of it; PlanError if it was made for another."""
     combed = comb(source, input_shapes or plan.input_shapes)
     kept = Kept(combed.atoms)

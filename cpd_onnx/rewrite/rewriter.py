@@ -13,9 +13,9 @@ from onnx import AttributeProto, NodeProto, TensorShapeProto, ValueInfoProto, he
 from cpd_onnx.algebra.keep import Kept
 from cpd_onnx.channels.constraints import elements, is_number, operand_value
 from cpd_onnx.channels.groups import Combed, Weight
-from cpd_onnx.channels.weights import weight_lazily
+from cpd_onnx.channels.weights import lazy_weight
 from cpd_onnx.errors import ProofError
-from cpd_onnx.ir.model import Array, Lazy, Model, drop_attribute, later, set_attribute
+from cpd_onnx.ir.model import Array, Lazy, Model, drop_attribute, map_lazy, set_attribute
 from cpd_onnx.rewrite.arithmetic import Arithmetic
 from cpd_onnx.rules.api import DROP, Demand, Tensor
 from cpd_onnx.shapes.editor import Editor
@@ -192,7 +192,7 @@ class _Rewriter(Editor):
             if variants is None:
                 continue
             if weight.is_held or (weight.value.name in outputs and not weight.scope.address):
-                variants.arrays.insert(0, weight_lazily(self.combed.folded.model, weight))
+                variants.arrays.insert(0, lazy_weight(self.combed.folded.model, weight))
                 variants.uses.insert(0, [])
             self.store(weight, variants)
 
@@ -201,7 +201,7 @@ class _Rewriter(Editor):
         edited = any((id(u.use.scope), u.use.node, u.use.slot) in self.operands for u in weight.uses)
         if not edited and not any(self.kept.touches(axis) for axes in self.combed.weight_axes(weight) for axis in axes):
             return None
-        original = weight_lazily(self.combed.folded.model, weight)
+        original = lazy_weight(self.combed.folded.model, weight)
         sliced: dict[bytes, Array | Lazy] = {}
         found = _Variants()
         for use in weight.uses:
@@ -217,7 +217,7 @@ class _Rewriter(Editor):
         return found
 
     def store(self, weight: Weight, variants: _Variants) -> None:
-        old = weight_lazily(self.combed.folded.model, weight)
+        old = lazy_weight(self.combed.folded.model, weight)
         if not _same(old, variants.arrays[0]):
             self.replace(weight.value, weight.scope, variants.arrays[0])
             if tuple(old.shape) != tuple(variants.arrays[0].shape):
@@ -399,7 +399,7 @@ def _compressed(array: Array | Lazy, masks: Sequence[Array]) -> Array | Lazy:
     """What masks leave of an array: of one that is not read yet, once it is."""
     if all(mask.all() for mask in masks):
         return array
-    return later(array, (int(np.count_nonzero(mask)) for mask in masks), lambda values: _cut(values, masks))
+    return map_lazy(array, (int(np.count_nonzero(mask)) for mask in masks), lambda values: _cut(values, masks))
 
 
 def _cut(array: Array, masks: Sequence[Array]) -> Array:

@@ -157,7 +157,7 @@ class Stepwise:
         return made, list(inputs), entering
 
     def _enters(self, name: str) -> bool:
-        values = self._model.lazily(name)
+        values = self._model.lazy_array(name)
         return self._entering is not None and values.nbytes >= self._entering and values.dtype.kind in "fiu"
 
     def _described(self, name: str) -> ValueInfoProto:
@@ -201,7 +201,7 @@ class Piecewise:
         """The last nodes of the pieces."""
         model, nodes, taken = self._folded.model, self._folded.scope.nodes, 0
         for position, node in enumerate(nodes):
-            weights = sum(model.lazily(name).nbytes for name in all_inputs(node) if model.has(name))
+            weights = sum(model.lazy_array(name).nbytes for name in all_inputs(node) if model.has(name))
             if position and taken + weights > PIECE_BYTES:
                 yield position - 1
                 taken = 0

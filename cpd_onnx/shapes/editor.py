@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from onnx import AttributeProto, GraphProto, NodeProto, helper
 
-from cpd_onnx.ir.model import Array, Lazy, Model, made, replace_values
+from cpd_onnx.ir.model import Array, Lazy, Model, materialize, replace_values
 from cpd_onnx.shapes.values import Scope, Value
 
 
@@ -62,7 +62,7 @@ class Editor:
         if not scope.address and not isinstance(source, AttributeProto):
             self.model.set_array(name, values)
             return
-        array = made(values)
+        array = materialize(values)
         if isinstance(source, AttributeProto):
             attribute = next(a for a in self.maker(scope, name).attribute if a.name == source.name)
             if attribute.name == "value":

@@ -24,7 +24,16 @@ import onnx
 from onnx import GraphProto, NodeProto, TensorProto, TypeProto, ValueInfoProto, helper, numpy_helper, shape_inference
 
 from cpd_onnx.errors import ModelError
-from cpd_onnx.ir.model import Array, Model, attributes_of, blaming, bodies_of, called_by, functions_of, to_array
+from cpd_onnx.ir.model import (
+    Array,
+    Model,
+    attributes_of,
+    bodies_of,
+    called_by,
+    functions_of,
+    to_array,
+    translate_errors,
+)
 from cpd_onnx.ops import shapes_contrib as contrib
 from cpd_onnx.ops import shapes_standard as common
 from cpd_onnx.ops.evaluate import EVALUATORS, MAX_ELEMENTS, MOVERS, Call, TooLarge
@@ -84,7 +93,7 @@ def fold(
     `numbers` says what symbols are bound to first; they stay symbols.
     Raises ModelError if the graph is cyclic, uses values that nobody makes or makes no sense otherwise.
     """
-    with blaming(model):
+    with translate_errors(model):
         found = _best_folded(model, input_shapes, numbers)
         known = {v.name: (v.dtype, v.shape) for scope in found.scope.walk() for v in scope.values.values()}
         made = evaluated(model, known)

@@ -16,7 +16,7 @@ from cpd_onnx.data.metrics import IGNORED
 from cpd_onnx.data.sources import LABELS, Batch, Input, Source, fixed_batch, steps_per_pass
 from cpd_onnx.errors import DataError
 from cpd_onnx.torch.dtypes import to_torch
-from cpd_onnx.training.world import World
+from cpd_onnx.training.process_group import ProcessGroup
 
 Array = npt.NDArray[Any]
 
@@ -41,7 +41,7 @@ class Feed:
         source: Source,
         inputs: Sequence[Input],
         batch_size: int,
-        world: World,
+        process_group: ProcessGroup,
         *,
         seed: int,
         augmentation: Augmentation,
@@ -52,12 +52,14 @@ class Feed:
             DataError: there is none.
         """
         fixed = fixed_batch(inputs)
-        self.source, self.world, self.seed, self.augmentation = source, world, seed, augmentation
-        whole = fixed * world.size if fixed else min(batch_size, source.count or batch_size)
+        self.source, self.process_group, self.seed, self.augmentation = source, process_group, seed, augmentation
+        whole = fixed * process_group.size if fixed else min(batch_size, source.count or batch_size)
         if source.count is not None and source.count < whole:
             raise DataError(f"the model takes {whole} samples at a time but the data has only {source.count}")
-        if whole % world.size:
-            raise DataError(f"a batch of {whole} samples cannot be shared by {world.size} processes; choose a multiple")
+        if whole % process_group.size:
+            raise DataError(
+                f"a batch of {whole} samples cannot be shared by {process_group.size} processes; choose a multiple"
+            )
         self.size = whole
         self.names = [entry.name for entry in inputs]
         self.images = {entry.name for entry in inputs if entry.shape is not None and len(entry.shape) == 4}
@@ -92,14 +94,14 @@ class Feed:
         """Whether the batch has the wanted size; a source that does not know its length makes its own batches."""
         sizes = [len(batch[name]) for name in self.names if batch[name].ndim]
         if self.source.count is None:
-            return all(size >= self.world.size for size in sizes)
+            return all(size >= self.process_group.size for size in sizes)
         return all(size == self.size for size in sizes)
 
     def _tensor(self, array: Array) -> Tensor:
-        if array.ndim and self.world.size > 1:
-            share = len(array) // self.world.size
-            array = array[self.world.rank * share : (self.world.rank + 1) * share]
-        tensor = to_torch(array).to(self.world.device, non_blocking=True)
+        if array.ndim and self.process_group.size > 1:
+            share = len(array) // self.process_group.size
+            array = array[self.process_group.rank * share : (self.process_group.rank + 1) * share]
+        tensor = to_torch(array).to(self.process_group.device, non_blocking=True)
         return tensor.to(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
     def _labels(self, batch: Batch) -> Tensor | None:

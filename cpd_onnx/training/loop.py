@@ -22,8 +22,8 @@ from cpd_onnx.errors import CpdError, StoppedError
 from cpd_onnx.io.files import write_atomically
 from cpd_onnx.torch.module import OnnxModule
 from cpd_onnx.training.feed import Feed
-from cpd_onnx.training.losses import LOSSES, Comparison
-from cpd_onnx.training.world import World
+from cpd_onnx.training.losses import LOSSES, DistillationLoss
+from cpd_onnx.training.process_group import ProcessGroup
 
 Array = npt.NDArray[Any]
 Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -115,23 +115,23 @@ class Trainer:
         self,
         module: OnnxModule,
         teacher: Run,
-        comparison: Comparison,
+        comparison: DistillationLoss,
         schedule: Optimization,
-        world: World,
+        process_group: ProcessGroup,
         *,
         freeze: Sequence[str] = (),
     ) -> None:
-        """Take a module on the world's device; initializers in `freeze` are not trained.
+        """Take a module on the device of the process group; initializers in `freeze` are not trained.
 
         Raises:
             CpdError: there is nothing to train.
         """
         self.module, self.teacher, self.comparison = module, teacher, comparison
-        self.schedule, self.world = schedule, world
+        self.schedule, self.process_group = schedule, process_group
         self.weights = _Weights(module, freeze)
         self.optimizer = _optimizer(self.weights.masters, schedule)
         self.average = [m.detach().clone() for m in self.weights.masters] if schedule.ema else []
-        self.forward = world.parallel(module)
+        self.forward = process_group.parallel(module)
         self.losses: list[float] = []
         self.judged: list[tuple[int, float]] = []
         self.best = _Best()
@@ -157,7 +157,7 @@ class Trainer:
         if traces.resume:
             self._resume(traces.checkpoint, identity)
         recent: list[Tensor] = []
-        each = 1 if self.world.device.type == "cpu" else _CHECK_EVERY
+        each = 1 if self.process_group.device.type == "cpu" else _CHECK_EVERY
         written = time.monotonic()
         self.module.train()
         with _told_to_stop(traces.checkpoint is not None) as stop, _log(traces, self) as log:
@@ -165,7 +165,7 @@ class Trainer:
                 rate = self.schedule.lr * cosine(step, steps, self.schedule.warmup)
                 recent.append(self._step(step, inputs, labels, rate))
                 done = step + 1
-                stopping = self.world.any(stop.is_set())
+                stopping = self.process_group.any(stop.is_set())
                 if len(recent) == each or done == steps or stopping:
                     fresh = self._checked(recent, inputs, rate)
                     log(len(self.losses), fresh, rate)
@@ -178,7 +178,9 @@ class Trainer:
                     log.judged(done, value)
                     if held_out.patience and self._is_enough(value, held_out.patience):
                         break
-                late = self.world.any(time.monotonic() - written > traces.seconds) if traces.checkpoint else False
+                late = (
+                    self.process_group.any(time.monotonic() - written > traces.seconds) if traces.checkpoint else False
+                )
                 if traces.checkpoint is not None and not recent and (stopping or late):
                     self._write(traces.checkpoint, done, identity)
                     written = time.monotonic()
@@ -199,7 +201,7 @@ class Trainer:
             targets = self.teacher(inputs)
         if not self.comparison.kinds:
             self.comparison.choose(targets)
-            shared = self.world.shared((self.comparison.kinds, sorted(self.comparison.distributions)))
+            shared = self.process_group.shared((self.comparison.kinds, sorted(self.comparison.distributions)))
             self.comparison.kinds, self.comparison.distributions = shared[0], set(shared[1])
         with self._precision():
             answers = self.forward(*inputs)
@@ -208,11 +210,11 @@ class Trainer:
         loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
         self.weights.gather()
         value = loss.detach()
-        if self.world.device.type == "cpu" and not bool(value.isfinite()):
+        if self.process_group.device.type == "cpu" and not bool(value.isfinite()):
             return value  # the weights as they were show where it came from
         if self.schedule.clip_norm:
             norm = nn.utils.clip_grad_norm_(self.weights.masters, self.schedule.clip_norm)
-            if self.world.device.type == "cpu" and not bool(norm.isfinite()):
+            if self.process_group.device.type == "cpu" and not bool(norm.isfinite()):
                 raise CpdError(
                     f"at step {step + 1} {self._bad_gradient()}; lower the learning rate (it was {rate:.1e})"
                 )
@@ -231,12 +233,12 @@ class Trainer:
 
     def _precision(self) -> AbstractContextManager[Any]:
         if self.schedule.mixed_precision:
-            return torch.autocast(self.world.device.type, torch.bfloat16)
+            return torch.autocast(self.process_group.device.type, torch.bfloat16)
         return nullcontext()
 
     def _checked(self, recent: Sequence[Tensor], inputs: Sequence[Tensor], rate: float) -> list[float]:
         """The losses as numbers, if they are all finite."""
-        values: list[float] = self.world.mean(torch.stack(list(recent))).tolist()
+        values: list[float] = self.process_group.mean(torch.stack(list(recent))).tolist()
         for place, loss in enumerate(values):
             if not math.isfinite(loss):
                 raise CpdError(
@@ -248,9 +250,9 @@ class Trainer:
 
     def _judge(self, held_out: HeldOut) -> float:
         with self._averaged():
-            value = held_out.judge(self.module.onnx_state()) if self.world.is_first else 0.0
+            value = held_out.judge(self.module.onnx_state()) if self.process_group.is_first else 0.0
         self.module.train()
-        return float(self.world.shared(value))
+        return float(self.process_group.shared(value))
 
     def _is_enough(self, value: float, patience: int) -> bool:
         """Note the best weights so far; whether there was no better one for too long."""
@@ -284,7 +286,7 @@ class Trainer:
     # Checkpoints.
 
     def _write(self, path: Path, step: int, identity: str) -> None:
-        if not self.world.is_first:
+        if not self.process_group.is_first:
             return
         content = {
             "format": _CHECKPOINT, "identity": identity, "step": step, "module": self.module.state_dict(),
@@ -309,9 +311,9 @@ class Trainer:
     def _restore(self, content: Mapping[str, Any]) -> None:
         """Take what a checkpoint holds; raises what Python and torch do where it is of another type or shape."""
         self.module.load_state_dict(content["module"])
-        self.weights.put([tensor.to(self.world.device) for tensor in content["masters"]])
+        self.weights.put([tensor.to(self.process_group.device) for tensor in content["masters"]])
         self.optimizer.load_state_dict(content["optimizer"])
-        average = [tensor.to(self.world.device) for tensor in content["average"]]
+        average = [tensor.to(self.process_group.device) for tensor in content["average"]]
         if [tensor.shape for tensor in average] != [tensor.shape for tensor in self.average]:
             raise ValueError("its averages have other shapes")
         self.average = average
@@ -505,7 +507,7 @@ class _Log:
 @contextmanager
 def _log(traces: Traces, trainer: Trainer) -> Iterator[_Log]:
     """The log of this run; after a checkpoint it goes on where that was written."""
-    if not trainer.world.is_first:
+    if not trainer.process_group.is_first:
         yield _Log(None, None)
         return
     board = _board(traces.tensorboard, trainer.start)

@@ -119,7 +119,7 @@ def _shared(target: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
 
 
 @dataclass
-class Comparison:
+class DistillationLoss:
     """The loss of a model with several outputs, and of some of its inner tensors.
 
     Attributes:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, overload
 
 from cpd_onnx.budget.allocation import KINDS
 from cpd_onnx.data.open import Data, source_of
-from cpd_onnx.ir.model import Model, Source, in_form_of, load
+from cpd_onnx.ir.model import Model, ModelSource, in_form_of, load
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.workflow import compress as compression
 from cpd_onnx.workflow.compress import Compressed
@@ -76,7 +76,7 @@ def compress(
 
 
 def compressed(
-    model: Source,
+    model: ModelSource,
     data: Data | None = None,
     *,
     train: bool | Mapping[str, Any] | None = None,

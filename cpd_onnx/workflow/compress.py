@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cpd_onnx.channels.costs import CostModel
 from cpd_onnx.channels.groups import Combed, Group
 from cpd_onnx.errors import DataError, UnsupportedError
-from cpd_onnx.ir.model import Model, blaming
+from cpd_onnx.ir.model import Model, translate_errors
 from cpd_onnx.passes.iterate import Iterate, Round, Stages
 from cpd_onnx.passes.sensitivity import ERROR
 from cpd_onnx.pipeline.state import State
@@ -148,7 +148,7 @@ def compress(
     Raises CpdError as the passes do; ProofError if the result is not what the plan makes of the original,
     InconclusiveError if that cannot be told, unless it is allowed.
     """
-    with blaming(state.original):
+    with translate_errors(state.original):
         return _compress(step, state, known or Known(), progress, allow_inconclusive=allow_inconclusive)
 
 

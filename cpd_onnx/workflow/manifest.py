@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cpd_onnx.errors import PlanError
-from cpd_onnx.io.files import Stored, content_of, read_json, waiting, write_atomically
+from cpd_onnx.io.files import StoredFile, content_of, pending_files, read_json, write_atomically
 from cpd_onnx.runtime.bench import machine
 from cpd_onnx.version import __version__
 
@@ -33,7 +33,7 @@ def file_entry(path: Path, role: str, **more: Any) -> dict[str, Any]:
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     digest, size = hashlib.sha256(), 0
     for file in files:
-        stored = Stored(content_of(file))
+        stored = StoredFile(content_of(file))
         if path.is_dir():
             digest.update(f"{file.relative_to(path).as_posix()}\0{stored.size}\0".encode())
         for piece in stored.chunks():
@@ -95,9 +95,9 @@ def write(place: Path, recipe: str, read: Mapping[str, Any], written: Mapping[st
 
 
 def _data_of(model: Path) -> list[Path]:
-    """The data file of a model that has been written, perhaps only inside `together`."""
+    """The data file of a model that has been written, perhaps only inside `commit_together`."""
     name = re.compile(re.escape(model.name) + r"\.[0-9a-f]{8}\.data")
-    written = waiting()
+    written = pending_files()
     there = model.parent.iterdir() if written is None else written
     return sorted(path for path in there if path.parent == model.parent and name.fullmatch(path.name))
 

@@ -426,7 +426,7 @@ def test_half_floats_are_computed_with(digits: Model) -> None:
 @pytest.mark.parametrize(("kind", "most"), [("float16", 1e-3), ("bfloat16", 1e-2)])
 def test_half_floats_are_stored(digits: Model, kind: str, most: float) -> None:
     notes: list[str] = []
-    made = to_half(digits, kind, storage_only=True, told=notes.append)
+    made = to_half(digits, kind, storage_only=True, notify=notes.append)
     before = len(digits.graph.node)
     assert operators(made)[: len(made.graph.node) - before].count("Cast") == len(made.graph.node) - before
     assert [n.name for n in made.graph.node][-before:] == [n.name for n in digits.graph.node]
@@ -494,7 +494,7 @@ def test_what_does_not_fit_into_half_a_float_stays() -> None:
     large = np.full((20, 20), 1e5, np.float32)
     text = "(float[N,20] x, float[20,20] w, float[20,20] v) => (float[N,20] y) { h = MatMul(x, w) y = MatMul(h, v) }"
     model, notes = load(from_text(text, values={"w": large})), list[str]()
-    made = to_half(model, storage_only=True, told=notes.append)
+    made = to_half(model, storage_only=True, notify=notes.append)
     assert made.tensor("w").data_type == TensorProto.FLOAT
     assert made.tensor("v_float16").data_type == TensorProto.FLOAT16
     assert notes == ["1 weights do not fit into float16 and stay float32, like 'w'"]

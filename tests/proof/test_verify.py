@@ -151,7 +151,7 @@ EDITS: dict[str, tuple[Edit, str]] = {
     ),
     "an initializer twice": (
         lambda m: m.graph.initializer.append(numpy_helper.from_array(np.zeros((6, 4), np.float32), "w")),
-        r"initializer 'w': there 1 times -> 2 times",
+        r"initializer 'w': occurs 1 times -> 2 times",
     ),
     "a sparse initializer": (
         lambda m: m.graph.sparse_initializer.append(

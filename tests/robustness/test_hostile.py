@@ -374,16 +374,16 @@ def test_places_that_are_no_files(folder: Path) -> None:
 
 
 EXTERNAL: dict[str, tuple[dict[str, str], str]] = {
-    "an absolute path": ({"location": "/etc/passwd"}, "leaves the model's folder"),
-    "a path upwards": ({"location": "../secret"}, "leaves the model's folder"),
-    "a hidden path upwards": ({"location": "sub/../../secret"}, "leaves the model's folder"),
+    "an absolute path": ({"location": "/etc/passwd"}, "is outside the model's folder"),
+    "a path upwards": ({"location": "../secret"}, "is outside the model's folder"),
+    "a hidden path upwards": ({"location": "sub/../../secret"}, "is outside the model's folder"),
     "a link": ({"location": "link"}, "links out"),
     "a link to a device": ({"location": "device"}, "links out"),
     "a folder": ({"location": "sub"}, "missing"),
     "a pipe": ({"location": "pipe"}, "missing"),
-    "nothing": ({"location": ""}, "leaves the model's folder"),
-    "no location": ({}, "leaves the model's folder"),
-    "a name with a zero": ({"location": "da\0ta"}, "leaves the model's folder"),
+    "nothing": ({"location": ""}, "is outside the model's folder"),
+    "no location": ({}, "is outside the model's folder"),
+    "a name with a zero": ({"location": "da\0ta"}, "is outside the model's folder"),
     "a name too long": ({"location": "a" * 5000}, "external data file"),
     "a missing file": ({"location": "gone"}, "missing"),
     "a negative offset": ({"location": "data", "offset": "-8"}, "needs 128 bytes"),

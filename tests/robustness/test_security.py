@@ -977,10 +977,10 @@ def test_a_disk_that_fills_leaves_all_files_or_none(
         assert said(*line)[0] == 0
         line += ["--force", *(["--target", "channels=0.8"] if command in ("prune", "compress") else [])]
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    for step in ("give_name", "take_place"):
+    for step in ("give_name", "replace_target"):
         for number in range(3):
             with monkeypatch.context() as patch:
-                patch.setattr(files._Part, step, _failing_at(number, getattr(files._Part, step)))
+                patch.setattr(files._PendingFile, step, _failing_at(number, getattr(files._PendingFile, step)))
                 code, _, complaint = said(*line)
             if code == 0:
                 continue  # there are fewer files

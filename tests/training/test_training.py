@@ -37,7 +37,7 @@ from cpd_onnx.pipeline.state import State
 from cpd_onnx.proof.files import verify_files
 from cpd_onnx.scores.registry import score
 from cpd_onnx.torch import import_model, write_weights
-from cpd_onnx.training import folded
+from cpd_onnx.training import refolding
 from cpd_onnx.training.cache import AnswerCache
 from cpd_onnx.training.losses import angle, correlation_distance
 from tests.passes.test_distill import FAST, STUDENT, TEACHER, images, network, weights_of
@@ -184,19 +184,19 @@ def folded_network() -> onnx.ModelProto:
 
 def test_a_restored_normalisation_changes_nothing_until_it_trains() -> None:
     model = folded_network()
-    made, restored = folded.restore(model)
+    made, restored = refolding.restore(model)
     assert [entry.weight for entry in restored] == ["conv.w"]
     module = import_model(made, batch_norm="train")
     batches = [[torch.from_numpy(images()["x"][start : start + 32])] for start in range(0, 192, 32)]
-    own = folded.measure(module, restored, batches)
-    folded.begin(module, restored, own, {})
+    own = refolding.measure(module, restored, batches)
+    refolding.begin(module, restored, own, {})
     state = module.onnx_state()
     np.testing.assert_allclose((state["conv.w"] ** 2).sum((1, 2, 3)), 1.0, rtol=1e-5)
     with torch.no_grad():
         (answer,) = module(batches[0][0])
     (expected,) = open_session(model).run(None, {"x": batches[0][0].numpy()})
     np.testing.assert_allclose(answer.numpy(), expected, atol=1e-4)
-    back = write_weights(model, folded.fold(state, restored))
+    back = write_weights(model, refolding.refold(state, restored))
     (again,) = open_session(back).run(None, {"x": batches[0][0].numpy()})
     np.testing.assert_allclose(again, expected, atol=1e-4)
 

@@ -99,7 +99,7 @@ def _insert(graph: GraphProto, node: NodeProto, followers: Sequence[NodeProto], 
 
 
 @dataclass(frozen=True)
-class Moments:
+class ChannelMoments:
     """Mean and variance of what runs through a normalisation [channels]."""
 
     mean: Tensor
@@ -108,7 +108,7 @@ class Moments:
 
 def measure(
     module: OnnxModule, restored: Sequence[Restored], batches: Iterable[Sequence[Tensor]]
-) -> dict[str, Moments]:
+) -> dict[str, ChannelMoments]:
     """Moments of what restored normalisations get, by the names of the convolutions' weights.
 
     Args:
@@ -138,12 +138,17 @@ def measure(
     for entry in restored:
         if id(_tensor(module, entry.mean)) in sums:
             count, total, squares = sums[id(_tensor(module, entry.mean))]
-            found[entry.weight] = Moments(total / count, (squares / count - (total / count).square()).clamp(min=0))
+            found[entry.weight] = ChannelMoments(
+                total / count, (squares / count - (total / count).square()).clamp(min=0)
+            )
     return found
 
 
 def begin(
-    module: OnnxModule, restored: Sequence[Restored], own: Mapping[str, Moments], wanted: Mapping[str, Moments]
+    module: OnnxModule,
+    restored: Sequence[Restored],
+    own: Mapping[str, ChannelMoments],
+    wanted: Mapping[str, ChannelMoments],
 ) -> None:
     """Set restored normalisations: they take away their own moments and give the wanted ones.
 
@@ -190,7 +195,7 @@ def _tensor(module: OnnxModule, name: str) -> Tensor:
     return found
 
 
-def fold(values: Mapping[str, Array], restored: Sequence[Restored]) -> dict[str, Array]:
+def refold(values: Mapping[str, Array], restored: Sequence[Restored]) -> dict[str, Array]:
     """The values without those of restored normalisations, which go into the convolutions' weights and biases."""
     result = dict(values)
     for entry in restored:

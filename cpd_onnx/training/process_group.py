@@ -19,7 +19,7 @@ _THREADS_OF_GLOO = 2
 
 
 @dataclass(frozen=True)
-class World:
+class ProcessGroup:
     """This process among all.
 
     Attributes:
@@ -66,7 +66,7 @@ class World:
 
 
 @contextmanager
-def world(device: str) -> Iterator[World]:
+def join_process_group(device: str) -> Iterator[ProcessGroup]:
     """Join the other processes that a launcher started, if it did.
 
     Raises:
@@ -75,7 +75,7 @@ def world(device: str) -> Iterator[World]:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = _device(device)
     if size == 1 or not distributed.is_available():
-        yield World(chosen)
+        yield ProcessGroup(chosen)
         return
     if chosen == torch.device("cuda"):
         chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -84,7 +84,7 @@ def world(device: str) -> Iterator[World]:
     if opened:
         distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
-        yield World(chosen, distributed.get_rank(), distributed.get_world_size())
+        yield ProcessGroup(chosen, distributed.get_rank(), distributed.get_world_size())
         # DDP never frees its group, whose threads drop the tensors of the last exchanges some time after these are
         # over; a process that ends before that aborts. A barrier has no tensors, and is over after those.
         for _ in range(_THREADS_OF_GLOO):
