@@ -14,14 +14,13 @@ from cpd_onnx.channels.constraints import hold_what_cannot_be_edited
 from cpd_onnx.channels.groups import Combed, Weight, WeightUse, grouped
 from cpd_onnx.ir.model import ModelSource, attributes_of, bodies_of, load, translate_errors
 from cpd_onnx.ops.evaluate import Call
-from cpd_onnx.rules import FLOATS, POSITION_CARRIERS, POSITION_USERS, RULES, GiveUp, Op, Recorder, Tensor
+from cpd_onnx.ops.traits import traits_of
+from cpd_onnx.rules import FLOATS, POSITION_USERS, RULES, GiveUp, Op, Recorder, Tensor
 from cpd_onnx.shapes.inference import fold
 from cpd_onnx.shapes.order import all_inputs
 from cpd_onnx.shapes.values import Folded, Scope, Use, Value, taken_branch
 
 _UNPRUNABLE_TYPES = {TensorProto.BOOL, TensorProto.STRING, TensorProto.UNDEFINED}
-_MAKERS = {"ConstantOfShape", "Expand", "Tile", "Range"}
-"""Operators that make channels out of sizes alone."""
 
 
 def comb(source: ModelSource | Folded, input_shapes: Mapping[str, Sequence[int]] | None = None) -> Combed:
@@ -96,7 +95,7 @@ class _Comber:
 
     def sweep(self, scope: Scope) -> None:
         for position, node in enumerate(scope.nodes):
-            if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
+            if traits_of(node).is_constant:
                 continue
             inputs = [self.at_slot(scope, position, slot, name) for slot, name in enumerate(node.input)]
             outputs = [Tensor(scope.values.get(name, Value(name)), None) for name in node.output]
@@ -123,7 +122,7 @@ class _Comber:
             self.without_rule.setdefault(where, node.name or node.output[0])
             self.give_up(inputs, outputs, f"operator {where} has no rule")
             return
-        if node.op_type not in _MAKERS and self.is_arithmetic(inputs, outputs):
+        if not traits_of(node).fills_sizes and self.is_arithmetic(inputs, outputs):
             return
         call = Call(attributes_of(node), scope.opset)
         op = Op(scope, position, call, inputs, outputs, self.atoms, self.recorder)
@@ -242,7 +241,7 @@ class _Comber:
         elif node.op_type == "Scan" and scope.opset < 9 and node.domain in ("", "ai.onnx"):
             self.give_up(inputs, outputs, "Scan had other inputs before opset 9")
             self.freeze_captured(bodies["body"], "is used in a Scan of before opset 9")
-        elif node.op_type in ("Loop", "Scan") and node.domain in ("", "ai.onnx"):
+        elif traits_of(node).iterates:
             self.rounds(node, bodies["body"], inputs, outputs)
         else:
             self.call(bodies["body"], inputs, outputs)
@@ -385,7 +384,7 @@ class _Comber:
             node = makers.get(waiting.pop())
             if node is None:
                 continue
-            if node.op_type in ("Shape", "Size"):
+            if traits_of(node).reads_sizes:
                 self.freeze(self.get(scope, node.input[0]), f"graph output {output!r} gives this size")
                 continue
             waiting += [name for name in node.input if name not in seen]
@@ -408,7 +407,7 @@ class _Comber:
                 counts_alike = POSITION_USERS.get((node.op_type, use.slot))
                 if counts_alike is not None and counts_alike(within, use.scope.lookup(node.output[0])):
                     continue
-                if node.op_type not in POSITION_CARRIERS or use.scope is not scope:
+                if not traits_of(node).carries_positions or use.scope is not scope:
                     return False
                 waiting += [made for made in node.output if made not in seen]
                 seen.update(node.output)

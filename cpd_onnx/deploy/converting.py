@@ -13,13 +13,12 @@ from onnx import ModelProto, NodeProto, TensorProto
 
 from cpd_onnx.errors import UnsupportedError
 from cpd_onnx.ir.model import Model, graphs_of, load
+from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.shapes.order import topological
 
 Notify: TypeAlias = Callable[[str], None]
 """Called with what the user should know, a sentence each."""
 
-QUANTISED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinear", "MatMulInteger", "ConvInteger")
-"""How the names of operators of quantised models begin."""
 _COMPLAINTS = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
 """What the tools raise where a model has what they do not expect."""
 _ADDED = ("onnx.infer", "onnx.quant.pre_process")
@@ -157,7 +156,7 @@ def translate_tool_errors(what: str) -> Iterator[None]:
 def quantised_node(model: Model) -> NodeProto | None:
     """A node that says that the model is quantised, if there is one."""
     nodes = (node for graph in graphs_of(model.graph) for node in graph.node)
-    return next((node for node in nodes if node.op_type.startswith(QUANTISED)), None)
+    return next((node for node in nodes if traits_of(node).is_quantized), None)
 
 
 def first_line(error: Exception) -> str:

@@ -22,13 +22,13 @@ from cpd_onnx.data.sources import fixed_batch, inputs_of
 from cpd_onnx.errors import TargetError
 from cpd_onnx.io.files import read_text
 from cpd_onnx.ir.model import Model, called_by, functions_of, graphs_of, materialize
+from cpd_onnx.ops.traits import traits_of
 
 DTYPES = ("float32", "float16", "bfloat16", "int8")
 """Element types that a target may want weights in."""
 ACTIVATIONS = ("uint8", "int8")
 """Element types that a target may want quantised activations in."""
 _DEFAULT = ("", "ai.onnx")
-_QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 _FLOATS: dict[int, str] = {
     TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"
 }  # fmt: skip  # a table
@@ -218,7 +218,7 @@ def _quantisers(model: Model, profile: Profile) -> Iterator[str]:
     if profile.activations == "uint8" and not profile.symmetric and profile.quantized_bias:
         return
     unsigned, shifted, biases = [], [], []
-    for node in (n for n in model.graph.node if n.op_type in _QUANTIZERS):
+    for node in (n for n in model.graph.node if traits_of(n).is_quantizer):
         number, zero = _stored(model, node, 0), _stored(model, node, 2)
         kind = zero if zero is not None else number
         if kind is None or kind.data_type == TensorProto.UINT8:

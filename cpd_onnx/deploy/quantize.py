@@ -30,13 +30,12 @@ from cpd_onnx.deploy.converting import (
 from cpd_onnx.deploy.profiles import ACTIVATIONS
 from cpd_onnx.errors import TargetError, UnsupportedError
 from cpd_onnx.ir.model import Model
+from cpd_onnx.ops.traits import operators_with
 from cpd_onnx.runtime.sessions import Feed, open_model
 
 CALIBRATIONS = ("minmax", "entropy", "percentile")
 """How the range of an activation is found."""
-KEPT_FLOAT = (
-    "LayerNormalization", "InstanceNormalization", "BatchNormalization", "Softmax", "TopK", "CumSum", "ArgMax", "Where",
-)  # fmt: skip  # a table
+KEPT_FLOAT = tuple(sorted(operators_with("stays_float")))
 """Operators that stay float: normalisations and scores lose much in eight bits and take little time."""
 SAMPLES = 128
 """That calibration looks at."""

@@ -13,16 +13,14 @@ from cpd_onnx.fitting.least_squares import Matrix
 from cpd_onnx.ir.model import Array, Model
 from cpd_onnx.ops.matrix_view import (
     AFFINE,
-    IDENTITIES,
     LINEAR,
-    RECTIFIERS,
-    SUMS,
     Linear,
     Vector,
     is_transpose,
     key_of,
     linear_of,
 )
+from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.shapes.editor import Editor
 from cpd_onnx.shapes.values import Folded, Use
 
@@ -180,13 +178,14 @@ class _Finder:
             bias = bias or (self.editable(step.bias, count) if step.bias else None)
         target, other = self.summed(end, position)
         user = self.only_user(target)
-        rectified = user is not None and key_of(user) in RECTIFIERS
+        rectified = user is not None and traits_of(user).is_rectifier
         return Unit(position, linear, node.input[0], name, flipped, gain, shift, bias, end, target, other, rectified)
 
     def constant(self, name: str) -> Array | None:
         while not self.model.has(name):
             maker = self.scope.makers.get(name)
-            if maker is None or key_of(self.node(maker)) not in IDENTITIES:
+            # Exporters put an Identity behind constants that several nodes share.
+            if maker is None or not traits_of(self.node(maker)).is_identity:
                 return None
             name = self.node(maker).input[0]
         return self.model.array(name)
@@ -213,7 +212,7 @@ class _Finder:
     def summed(self, end: str, position: int) -> tuple[str, str | None]:
         """The sum that a tensor goes into, if all else in it is there when the node at `position` runs."""
         user = self.only_user(end)
-        if user is None or key_of(user) not in SUMS:
+        if user is None or not traits_of(user).is_sum:
             return end, None
         other = user.input[1] if user.input[0] == end else user.input[0]
         value = self.scope.values.get(other)

@@ -1,8 +1,8 @@
 """Shape arithmetic: the small integer tensors that exporters compute at run time, computed here with numpy.
 
 Each evaluator takes the node's attributes and opset and its input arrays and gives the outputs. It is called only
-where every input is known and small. Operators that only *move* elements are listed in `MOVERS`: run on element
-origins instead of elements, they tell where each element of a result comes from.
+where every input is known and small. Evaluators of operators that only *move* elements (`Traits.moves_elements`) work
+on anything that stands for an element: run on where elements come from, they tell where those of the result come from.
 """
 
 from __future__ import annotations
@@ -41,9 +41,6 @@ class Call:
 
 
 EVALUATORS: dict[str, Evaluator] = {}
-MOVERS = {"Identity", "Cast", "Concat", "Gather", "Slice", "Squeeze", "Unsqueeze", "Reshape", "Flatten", "Transpose"}
-MOVERS |= {"Expand", "Split", "Where", "Tile"}
-"""Operators whose result elements are elements of their inputs (for Where: of its last two)."""
 
 
 def evaluator(*names: str) -> Callable[[Evaluator], Evaluator]:

@@ -107,12 +107,6 @@ _MakeAffine: TypeAlias = "Callable[[NodeProto, str, tuple[int, int], Constants],
 AFFINE: dict[Key, _MakeAffine] = {}
 """From a node, the name of its input, that input's channel axis counted from the front and from the end, and the
 constants."""
-RECTIFIERS: set[Key] = {("", "Relu")}
-"""Operators that cut off what is below zero."""
-IDENTITIES: set[Key] = {("", "Identity")}
-"""Operators that hand on what they take: exporters put them behind constants that several nodes share."""
-SUMS: set[Key] = {("", "Add")}
-"""Operators that add two tensors."""
 
 
 def is_transpose(node: NodeProto) -> bool:

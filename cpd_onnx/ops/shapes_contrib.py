@@ -8,18 +8,14 @@ from typing import Any, TypeAlias
 from cpd_onnx.ir.model import Array
 from cpd_onnx.ops.shapes_standard import broadcast
 from cpd_onnx.ops.sizes import product, whole
+from cpd_onnx.ops.traits import MICROSOFT
 
 Dims: TypeAlias = tuple[Any, ...]
 """A shape: whole numbers, or sizes that depend on the inputs."""
 Shapes: TypeAlias = Sequence["Dims | None"]
 ShapeFunction: TypeAlias = Callable[[dict[str, Any], Shapes], "list[Dims | None]"]
 
-FLOAT_OUTPUT = {"EmbedLayerNormalization", "MatMulIntegerToFloat", "DequantizeLinear", "GatherBlockQuantized"}
-"""Operators of com.microsoft whose result is float though their first input is not."""
-DATA_SLOT = {"QLinearConcat": 2}
-"""Operators of com.microsoft whose first input is not the data that gives the result its type."""
 _FUNCTIONS: dict[tuple[str, str], ShapeFunction] = {}
-MICROSOFT = "com.microsoft"
 
 
 def output_shapes(

@@ -15,14 +15,13 @@ from onnx import TensorProto
 from cpd_onnx.ir.model import Array
 from cpd_onnx.ops.evaluate import Call, axes_operand, slice_ranges
 from cpd_onnx.ops.sizes import floor, is_constant, largest, least, product, whole
+from cpd_onnx.ops.traits import traits
 
 Dims: TypeAlias = tuple[Any, ...]
 """A shape: whole numbers, or sizes that depend on the inputs."""
 Plain: TypeAlias = Callable[[Call, "Sequence[Dims]", "Sequence[Array | None]"], "Dims | None"]
 
 _FUNCTIONS: dict[str, Plain] = {}
-_TYPE_SLOT = {"Where": 1}
-_BOOLEAN = {"And", "Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "Not", "Or", "Xor"}
 _FAR = 2**31 - 1
 """Slice ends from this on mean "to the end" in every exporter."""
 _OPTIONAL_INPUTS = {"Clip", "Resize"}
@@ -54,13 +53,13 @@ def _are_from(low: int, sizes: Sequence[Any]) -> bool:
 
 def output_type(op_type: str, call: Call, types: Sequence[int]) -> int:
     """Element type of the outputs of those nodes, from that of the inputs."""
-    if op_type in _BOOLEAN:
+    if traits(op_type).is_boolean:
         return int(TensorProto.BOOL)
     if op_type == "Cast":
         return int(call.get("to"))
     if op_type == "ConstantOfShape":
         return int(call.attributes["value"].data_type) if "value" in call.attributes else int(TensorProto.FLOAT)
-    return types[_TYPE_SLOT.get(op_type, 0)]
+    return types[traits(op_type).type_slot or 0]
 
 
 def _plain(*names: str) -> Callable[[Plain], Plain]:

@@ -23,7 +23,8 @@ import numpy.typing as npt
 from onnx import TensorProto
 
 from cpd_onnx.ir.model import Array
-from cpd_onnx.ops.evaluate import EVALUATORS, MOVERS, Call, axes_operand
+from cpd_onnx.ops.evaluate import EVALUATORS, Call, axes_operand
+from cpd_onnx.ops.traits import traits
 
 Number: TypeAlias = "int | Fraction"
 Extent: TypeAlias = "int | Size"
@@ -422,9 +423,9 @@ def computed_sizes(
     function = _SYMBOLIC.get(op_type)
     if function is not None:
         return [_objects(function(call, *inputs))]
-    if op_type not in MOVERS or op_type == "Where":
+    if not traits(op_type).moves_elements:
         raise NotImplementedError
-    carried = range(len(inputs)) if op_type == "Concat" else range(1)
+    carried = traits(op_type).carried(len(inputs))
     if any(here for slot, here in enumerate(is_open) if slot not in carried):
         raise NotImplementedError
     numbers = [a if slot in carried or a is None else _numbers(a) for slot, a in enumerate(inputs)]

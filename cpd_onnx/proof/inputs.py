@@ -25,6 +25,7 @@ from onnx import NodeProto
 from cpd_onnx.errors import UnsupportedError
 from cpd_onnx.ir.model import Array
 from cpd_onnx.ops.sizes import Bindings, Size, Term
+from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.runtime.sessions import (
     Assignment,
     Feed,
@@ -57,7 +58,6 @@ _MOST_EXTRA = 6
 """Further inputs that are added to reach branches."""
 _USUAL = (3, 9, 11, 7, 13)
 """Sizes of the first symbol, the second and so on while one of them is varied."""
-_COMPARISONS = {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"}
 _MARK = "cpd-mark"
 
 
@@ -403,7 +403,7 @@ def _compared_with(folded: Folded) -> list[float]:
     found: set[float] = set()
     for scope in folded.scope.walk():
         for node in scope.nodes:
-            for name in node.input if node.op_type in _COMPARISONS else ():
+            for name in node.input if traits_of(node).compares else ():
                 value = scope.lookup(name)
                 if value is not None and value.is_static and value.value is not None and value.value.size == 1:
                     number = float(value.value.item())

@@ -12,27 +12,11 @@ from onnx import NodeProto, TensorProto
 
 from cpd_onnx.algebra.keep import Kept
 from cpd_onnx.channels.groups import Combed
+from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.proof.comparison import DISCRETE, SATURATING, VALUES, Observed
 from cpd_onnx.rules.api import FLOATS
 from cpd_onnx.shapes.order import all_inputs
 
-_SATURATING = {
-    "Relu", "Sigmoid", "Tanh", "Softmax", "LogSoftmax", "Hardmax", "Clip", "HardSigmoid", "HardSwish", "LeakyRelu",
-    "PRelu", "Elu", "Selu", "Celu", "ThresholdedRelu", "Softplus", "Softsign", "Gelu", "FastGelu", "BiasGelu",
-    "QuickGelu", "Mish", "Erf", "Shrink", "QuantizeLinear",
-}  # fmt: skip  # a table
-"""Operators that give nearly the same for a range of numbers, element by element or along an axis."""
-_MOVING = {
-    "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Concat", "Split", "Slice", "Expand", "Tile",
-    "Cast", "CastLike", "Pad", "DequantizeLinear", "DepthToSpace", "SpaceToDepth", "Neg", "Add", "Sub", "Mul", "Div",
-}  # fmt: skip  # a table
-"""Operators whose result shows what the one operand shows that is no constant."""
-_PICKING = {"Gather", "GatherElements", "GatherND", "Compress", "Where", "ScatterElements", "ScatterND", "Slice"}
-"""Operators that move numbers to where, or from where, other tensors say."""
-_LEAPING = {"Round", "Floor", "Ceil", "Sign", "Mod", "OneHot", "Bernoulli"}
-"""Operators whose float results leap."""
-_SIZES = {"Shape", "Size"}
-"""Operators that do not look at values."""
 _MOST = 64
 """Tensors in front of one output."""
 _DOMAINS = ("", "ai.onnx", "com.microsoft")
@@ -116,26 +100,26 @@ class _Finder:
         node = self.maker(name)
         if node is None or node.domain not in _DOMAINS:
             return None
-        data = [i for i in node.input if i and not self.is_constant(i)]
+        own, data = traits_of(node), [i for i in node.input if i and not self.is_constant(i)]
         numbers = [i for i in data if self.is_number(i)]
         decisions = [i for i in data if i not in numbers and i in self.affected and self.numbers_before(i)]
-        if decisions and node.op_type in _PICKING:
+        if decisions and own.picks:
             self.kinds[top] = DISCRETE
             self.waiting += [*numbers, *(n for i in decisions for n in self.numbers_before(i))]
-        elif node.op_type in _LEAPING or (node.op_type == "Cast" and not numbers):
+        elif own.leaps or (node.op_type == "Cast" and not numbers):
             self.kinds[top] = DISCRETE
             self.waiting += [*numbers, *decisions]
         elif self.is_rounding(node) or any(map(self.is_leap, numbers)):
             self.kinds[top] = DISCRETE
             self.waiting += numbers
-        elif node.op_type in _SATURATING and numbers:
+        elif (own.saturates or own.is_activation) and numbers:
             self.kinds[top] = SATURATING
             self.waiting.append(numbers[0])
             self.inside.append((top, numbers[0]))
         elif node.op_type == "Concat":
             self.waiting += numbers
             self.inside += [(top, number) for number in numbers]
-        elif node.op_type in _MOVING and len(numbers) == 1:
+        elif own.reveals_operand and len(numbers) == 1:
             return str(numbers[0])
         return None
 
@@ -148,8 +132,8 @@ class _Finder:
             numbers = [i for i in node.input if i and not self.is_constant(i) and self.is_number(i)]
             if node.op_type == "Cast" and not numbers:
                 return True
-            if node.op_type not in _MOVING or len(numbers) != 1:
-                return node.op_type in _LEAPING
+            if not traits_of(node).reveals_operand or len(numbers) != 1:
+                return traits_of(node).leaps
             name = numbers[0]
         return False
 
@@ -166,7 +150,7 @@ class _Finder:
         waiting, seen, found = [name], {name}, list[str]()
         while waiting:
             node = self.maker(waiting.pop())
-            if node is None or node.op_type in _SIZES:
+            if node is None or traits_of(node).reads_sizes:
                 continue
             for before in sorted(all_inputs(node) - {""} - seen):
                 seen.add(before)
@@ -196,7 +180,7 @@ class _Removal:
         """Tensors of the main graph that some nodes make, or that depend on them."""
         found = set[str]()
         for position, node in enumerate(self.scope.nodes):
-            if position in positions or (node.op_type not in _SIZES and not found.isdisjoint(all_inputs(node))):
+            if position in positions or (not traits_of(node).reads_sizes and not found.isdisjoint(all_inputs(node))):
                 found.update(name for name in node.output if name)
         return found
 

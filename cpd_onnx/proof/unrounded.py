@@ -29,6 +29,7 @@ from cpd_onnx.ir.model import (
     to_array,
 )
 from cpd_onnx.ops.evaluate import EVALUATORS, Call
+from cpd_onnx.ops.traits import MICROSOFT, traits_of
 from cpd_onnx.shapes.editor import Editor
 from cpd_onnx.shapes.values import Folded
 
@@ -41,19 +42,6 @@ _LIMITS: dict[int, tuple[int, int]] = {
 """Integer types that numbers are rounded to, and their smallest and largest values."""
 _TYPE_ATTRIBUTES = {"to", "dtype", "output_dtype", "stash_type"}
 """Attributes that name an element type."""
-_MICROSOFT = "com.microsoft"
-_ROUNDING = (
-    "QuantizeLinear",
-    "DynamicQuantize",
-    "QLinear",
-    "QGemm",
-    "QAttention",
-    "QEmbed",
-    "QMoE",
-    "Quant",
-    "BipolarQuant",
-)
-"""What the names of operators start with that round activations."""
 
 
 class Undoable(Exception):
@@ -95,7 +83,7 @@ def rounding_of(model: Model) -> Rounding:
 def _is_rounding(node: NodeProto) -> bool:
     if node.op_type == "MatMulNBits":
         return bool(attributes_of(node).get("accuracy_level", 0) == 4)
-    return bool(node.op_type.startswith(_ROUNDING))
+    return traits_of(node).rounds_activations
 
 
 def _types(model: Model, nodes: Iterable[NodeProto]) -> Iterator[int]:
@@ -512,25 +500,25 @@ def _attention(to: _Unrounder, node: NodeProto) -> None:
     inputs = [to.real(node, (0, 3, 6)), to.real(node, (1, 4, 7), 1), node.input[2], _at(node, 5), _at(node, 8)]
     while not inputs[-1]:
         inputs.pop()
-    made = helper.make_node("Attention", inputs, list(node.output), domain=_MICROSOFT)
+    made = helper.make_node("Attention", inputs, list(node.output), domain=MICROSOFT)
     for name, value in attributes_of(node).items():
         set_attribute(made, name, value)
     to.nodes.append(made)
 
 
 _WRITERS: dict[tuple[str, str], _Writer] = {
-    ("", "QuantizeLinear"): _quantize, (_MICROSOFT, "QuantizeLinear"): _quantize,
-    ("", "DequantizeLinear"): _dequantize, (_MICROSOFT, "DequantizeLinear"): _dequantize,
+    ("", "QuantizeLinear"): _quantize, (MICROSOFT, "QuantizeLinear"): _quantize,
+    ("", "DequantizeLinear"): _dequantize, (MICROSOFT, "DequantizeLinear"): _dequantize,
     ("", "DynamicQuantizeLinear"): _dynamic, ("", "QLinearConv"): _conv, ("", "QLinearMatMul"): _matmul,
     ("", "ConvInteger"): partial(_integer, "Conv", (1, 0)),
     ("", "MatMulInteger"): partial(_integer, "MatMul", (-2, -1)),
-    (_MICROSOFT, "DynamicQuantizeMatMul"): _dynamic_matmul, (_MICROSOFT, "MatMulIntegerToFloat"): _integer_to_float,
-    (_MICROSOFT, "QLinearAdd"): partial(_binary, "Add"), (_MICROSOFT, "QLinearMul"): partial(_binary, "Mul"),
-    (_MICROSOFT, "QLinearSigmoid"): partial(_unary, "Sigmoid"),
-    (_MICROSOFT, "QLinearSoftmax"): partial(_unary, "Softmax"),
-    (_MICROSOFT, "QLinearLeakyRelu"): partial(_unary, "LeakyRelu"),
-    (_MICROSOFT, "QLinearGlobalAveragePool"): partial(_unary, "GlobalAveragePool"),
-    (_MICROSOFT, "QLinearAveragePool"): partial(_unary, "AveragePool"),
-    (_MICROSOFT, "QLinearConcat"): _concat, (_MICROSOFT, "QGemm"): _gemm, (_MICROSOFT, "DynamicQuantizeLSTM"): _lstm,
-    (_MICROSOFT, "QAttention"): _attention,
+    (MICROSOFT, "DynamicQuantizeMatMul"): _dynamic_matmul, (MICROSOFT, "MatMulIntegerToFloat"): _integer_to_float,
+    (MICROSOFT, "QLinearAdd"): partial(_binary, "Add"), (MICROSOFT, "QLinearMul"): partial(_binary, "Mul"),
+    (MICROSOFT, "QLinearSigmoid"): partial(_unary, "Sigmoid"),
+    (MICROSOFT, "QLinearSoftmax"): partial(_unary, "Softmax"),
+    (MICROSOFT, "QLinearLeakyRelu"): partial(_unary, "LeakyRelu"),
+    (MICROSOFT, "QLinearGlobalAveragePool"): partial(_unary, "GlobalAveragePool"),
+    (MICROSOFT, "QLinearAveragePool"): partial(_unary, "AveragePool"),
+    (MICROSOFT, "QLinearConcat"): _concat, (MICROSOFT, "QGemm"): _gemm, (MICROSOFT, "DynamicQuantizeLSTM"): _lstm,
+    (MICROSOFT, "QAttention"): _attention,
 }  # fmt: skip  # a table

@@ -11,6 +11,7 @@ from cpd_onnx.algebra.keep import Kept
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.ir.model import Array, attributes_of, to_array
 from cpd_onnx.ops.evaluate import EVALUATORS, Call, TooLarge
+from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.shapes.editor import Editor
 from cpd_onnx.shapes.values import Scope, Value
 
@@ -50,7 +51,7 @@ class Arithmetic:
     def _computed(self, scope: Scope, node: NodeProto) -> tuple[Array, ...]:
         """Outputs of a node; nothing if they can no longer be computed."""
         call = Call(attributes_of(node), scope.opset)
-        if node.op_type in ("Shape", "Size"):
+        if traits_of(node).reads_sizes:
             sizes = np.asarray(self._shape(scope, node.input[0]), np.int64)
             if node.op_type == "Size":
                 return (np.asarray(sizes.prod(), np.int64),)

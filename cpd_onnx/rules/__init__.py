@@ -6,13 +6,13 @@ and sets the atoms of its outputs. `RULES` maps (domain, operator) to its rule; 
 
 from onnx import defs
 
+from cpd_onnx.ops.traits import operators_with
 from cpd_onnx.rules import attention, elementwise, linear, norm, quant, recurrent, reduce, shape
 from cpd_onnx.rules.api import FLOATS, RULES, Cost, Demand, GiveUp, Keep, Op, Recorder, Tensor, rule
-from cpd_onnx.rules.reduce import POSITION_CARRIERS, POSITION_USERS
+from cpd_onnx.rules.reduce import POSITION_USERS
 
 __all__ = [
     "FLOATS",
-    "POSITION_CARRIERS",
     "POSITION_USERS",
     "RULES",
     "Cost",
@@ -29,7 +29,7 @@ __all__ = [
 
 LATEST_OPSET = 26
 """The newest standard opset that was looked at; newer operators and versions have no rule on purpose."""
-_ENTERED = {"Constant", "If", "Loop", "Scan"}
+_ENTERED = operators_with("has_bodies") | operators_with("is_constant")
 """Combing itself knows these: it takes the value, or goes into the subgraphs."""
 _FAMILIES = (attention, elementwise, linear, norm, quant, recurrent, reduce, shape)
 

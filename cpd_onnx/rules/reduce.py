@@ -13,8 +13,6 @@ from cpd_onnx.rules.elementwise import MICROSOFT, freeze_rest
 from cpd_onnx.shapes.values import Value
 
 _ONE = np.zeros(1, np.int64)
-POSITION_CARRIERS = {"Add", "Cast", "Expand", "Identity", "Mul", "Reshape", "Slice", "Squeeze", "Sub", "Unsqueeze"}
-"""Operators through which positions may pass on their way to `POSITION_USERS`."""
 
 
 def _in_alike_images(counted: Value | None, made: Value | None) -> bool:

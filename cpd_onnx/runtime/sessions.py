@@ -19,6 +19,7 @@ from onnx import ModelProto, NodeProto, TensorProto
 from cpd_onnx.errors import EndlessError, UnsupportedError
 from cpd_onnx.ir.model import Array, Model, element_type
 from cpd_onnx.ops.sizes import Bindings, Size, Term
+from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.shapes.values import Folded, Value
 
 Feed: TypeAlias = dict[str, Array]
@@ -35,7 +36,6 @@ _MOST_FED = 1 << 26
 """Elements of an input up to which another size is tried."""
 _MOST_HELD = 1 << 26
 """Elements of any tensor up to which a size is tried."""
-_INDEX_CARRIERS = {"Cast", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten", "Slice", "Transpose", "Clip"}
 
 
 def open_model(
@@ -261,7 +261,7 @@ def _index_limit(folded: Folded, value: Value) -> int:
         for use in folded.scope.consumers.get(name, []):
             node = use.scope.nodes[use.node]
             limit = _smaller(limit, _table_size(folded, node, name))
-            if node.op_type in _INDEX_CARRIERS and node.input[0] == name:
+            if traits_of(node).carries_indices and node.input[0] == name:
                 waiting += [o for o in node.output if o not in seen]
                 seen.update(node.output)
     return limit or 2

@@ -36,7 +36,7 @@ from cpd_onnx.ir.model import (
     functions_of,
     graphs_of,
 )
-from cpd_onnx.ops.evaluate import MOVERS
+from cpd_onnx.ops.traits import traits_of
 
 Known: TypeAlias = "Mapping[str, tuple[int, tuple[int, ...] | None]]"
 """Element type and shape of tensors by name."""
@@ -48,12 +48,6 @@ _TRAINED = {
 _FEWEST = 8
 """Constants up to this many elements are settings of the arithmetic (an epsilon, an exponent), no weights."""
 _DOMAINS = {"", "ai.onnx", "com.microsoft"}
-_MOVES = MOVERS | {"CastLike", "ConstantOfShape", "Range", "Shape", "Size"}
-_LEFT_ALONE = {
-    "Bernoulli", "DequantizeLinear", "Dropout", "Multinomial", "QuantizeLinear", "RandomNormalLike",
-    "RandomUniformLike",
-}  # fmt: skip  # a table
-"""Operators that give something else each time, and those that stand for the format in which a weight is stored."""
 _GROWTH = 2.0
 """A result takes at most so many times the bytes of what it is computed from: float16 may become float32."""
 _SWELL = 16
@@ -228,7 +222,9 @@ class _Finder:
         """Whether a node computes the same whatever the inputs of the model."""
         if node.op_type == "Constant" and node.domain in _DOMAINS:
             return True
-        if node.domain not in _DOMAINS or node.op_type in _LEFT_ALONE or called_by(node) in self.functions:
+        own = traits_of(node)
+        # Quantizers stand for the format in which a weight is stored.
+        if node.domain not in _DOMAINS or own.is_random or own.is_quantizer or called_by(node) in self.functions:
             return False
         given = [name for name in node.input if name]
         return bool(given) and all(name in here for name in given) and not bodies_of(node)
@@ -237,12 +233,12 @@ class _Finder:
         self, graph: GraphProto, position: int, node: NodeProto, here: Mapping[str, _Constant]
     ) -> Iterator[_Constant]:
         """The outputs of a node."""
-        inputs = [here[name] for name in node.input if name]
+        inputs, own = [here[name] for name in node.input if name], traits_of(node)
         weights = [constant for constant in inputs if constant.dtype in _TRAINED]
         for name in filter(None, node.output):
             dtype, shape = self.known.get(name, (TensorProto.UNDEFINED, None))
             constant = _Constant(name, dtype, shape, graph, position, inputs)
-            is_new = node.op_type not in _MOVES and bool(inputs)
+            is_new = not (own.moves_elements or own.casts or own.fills_sizes or own.reads_sizes) and bool(inputs)
             constant.is_computed = dtype in _TRAINED and (is_new or any(c.is_computed for c in weights))
             yield constant
 

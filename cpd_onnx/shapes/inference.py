@@ -36,7 +36,7 @@ from cpd_onnx.ir.model import (
 )
 from cpd_onnx.ops import shapes_contrib as contrib
 from cpd_onnx.ops import shapes_standard as common
-from cpd_onnx.ops.evaluate import EVALUATORS, MAX_ELEMENTS, MOVERS, Call, TooLarge
+from cpd_onnx.ops.evaluate import EVALUATORS, MAX_ELEMENTS, Call, TooLarge
 from cpd_onnx.ops.sizes import (
     Bindings,
     Expressions,
@@ -50,6 +50,7 @@ from cpd_onnx.ops.sizes import (
     symbol,
     unknown,
 )
+from cpd_onnx.ops.traits import traits_of, type_slot
 from cpd_onnx.shapes.checks import DEADLY, require_bodies, require_few_calls, sane
 from cpd_onnx.shapes.constants import evaluated
 from cpd_onnx.shapes.order import topological
@@ -77,9 +78,6 @@ _SMALL_FLOATS = 8
 _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
 }  # fmt: skip  # a table
-_DATA_DEPENDENT_BODIES = {"If", "Loop", "Scan"}
-_ZERO_KEEPING = MOVERS - {"Where"} | {"DequantizeLinear", "QuantizeLinear"}
-"""Operators that leave the zeros of a weight zero."""
 
 
 def fold(
@@ -296,9 +294,9 @@ class _Folder:
         self.depth -= 1
 
     def node(self, scope: Scope, position: int, node: NodeProto, inputs: list[Value | None]) -> list[Value]:
-        if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
+        if traits_of(node).is_constant:
             return [self.constant(node)]
-        if node.op_type in _DATA_DEPENDENT_BODIES and node.domain in ("", "ai.onnx"):
+        if traits_of(node).has_bodies:
             return self.body_node(scope, position, node, inputs)
         if called_by(node) in self.functions:
             return self.call(scope, position, node, inputs)
@@ -313,7 +311,7 @@ class _Folder:
         # ConstantOfShape, Range and Shape of constants count too: they depend on weights alone.
         if parents and all(v.constants is not None for v in parents):
             merged = frozenset(itertools.chain.from_iterable(v.constants or () for v in parents))
-            moved = node.op_type in _ZERO_KEEPING and all(v.moved for v in parents)
+            moved = traits_of(node).keeps_zeros and all(v.moved for v in parents)
             for value in results:
                 value.constants, value.moved = merged, moved
         return results
@@ -344,7 +342,7 @@ class _Folder:
         """The outputs by arithmetic, if all inputs are known."""
         if node.domain not in ("", "ai.onnx"):
             return None
-        if node.op_type in ("Shape", "Size") and inputs[0] is not None and inputs[0].shapes is not None:
+        if traits_of(node).reads_sizes and inputs[0] is not None and inputs[0].shapes is not None:
             return None if inputs[0].guessed else [self.shape_of(node, call, inputs[0])]
         function = EVALUATORS.get(node.op_type)
         present = [v for v in inputs if v is not None]
@@ -356,7 +354,7 @@ class _Folder:
                 function(call, *[None if v is None else v.values[binding] for v in inputs])  # type: ignore[index]  # checked
                 for binding in (BINDINGS[:1] if same else BINDINGS)
             ]
-            leaves = self.moved(scope, position, node.op_type, function, call, inputs)
+            leaves = self.moved(scope, position, node, function, call, inputs)
         except (TooLarge, NotImplementedError, ValueError, IndexError, TypeError, ZeroDivisionError, OverflowError):
             return None
         outputs = [o if isinstance(o, tuple) else (o,) for o in found]
@@ -455,24 +453,24 @@ class _Folder:
         return made
 
     def moved(
-        self, scope: Scope, position: int, op_type: str, function: Any, call: Call, inputs: list[Value | None]
+        self, scope: Scope, position: int, node: NodeProto, function: Any, call: Call, inputs: list[Value | None]
     ) -> list[Leaves] | None:
         """Where each output element comes from, for operators that only move elements."""
-        if op_type == "Div":
+        if node.op_type == "Div":
             return self.scaled(scope, position, inputs, divided=True)
-        if op_type == "Mul":
+        if node.op_type == "Mul":
             return self.scaled(scope, position, inputs) or self.multiplied(inputs)
-        if op_type == "ReduceProd" and inputs[0] is not None and inputs[0].value is not None:
+        if node.op_type == "ReduceProd" and inputs[0] is not None and inputs[0].value is not None:
             result = np.asarray(function(call, *[v and v.value for v in inputs]))
             return self.multiplied(inputs[:1], result.ndim) if result.size == 1 else None
-        if op_type not in MOVERS:
+        if not traits_of(node).moves_elements:
             return None
-        carried = {"Concat": range(len(inputs)), "Where": range(1, 3)}.get(op_type, range(1))
+        carried = traits_of(node).carried(len(inputs))
         operands: list[Array | None] = []
         for slot, value in enumerate(inputs):
             is_carried = value is not None and slot in carried
             operands.append(self.leaves_of(scope, position, slot, value) if is_carried else value and value.value)  # type: ignore[arg-type]  # not None if carried
-        if op_type == "Cast":
+        if node.op_type == "Cast":
             return [np.asarray(operands[0])]
         result = function(call, *operands)
         return [np.asarray(r) for r in (result if isinstance(result, tuple) else (result,))]
@@ -583,10 +581,7 @@ class _Folder:
                 return [(dtype, shape) for shape in plain]
         own = contrib.output_shapes((domain, node.op_type), call.attributes, shapes, values)
         if own is not None:
-            kinds = [v.dtype for v in inputs[contrib.DATA_SLOT.get(node.op_type, 0) :] if v is not None]
-            if node.op_type in contrib.FLOAT_OUTPUT:
-                kinds = [kind for kind in kinds if kind in COMPUTABLE_TYPES] or kinds
-            dtype = next(iter(kinds), 0)
+            dtype = next((v.dtype for v in inputs[type_slot(node) :] or inputs if v is not None), 0)
             return ([(dtype, shape) for shape in own] + nothing)[: len(nothing)]
         try:
             schema = onnx.defs.get_schema(node.op_type, self.opsets.get(domain, 1), domain)

@@ -24,15 +24,13 @@ from onnx import (
     numpy_helper,
 )
 
+from cpd_onnx.ops.traits import MICROSOFT, traits_of, type_slot
 from cpd_onnx.torch import host
 from cpd_onnx.torch.dtypes import is_float
 from cpd_onnx.torch.registry import DEFAULT_DOMAINS, find
 from cpd_onnx.torch.weights import bodies_of, graph_weights, graphs_of
 
 Array = npt.NDArray[Any]
-
-STRUCTURAL = frozenset({"Constant", "Identity", "If", "Loop", "Scan"})
-"""Operators of the default domain that the importer handles itself."""
 
 _NESTING = 4
 """How deep the standard's functions call one another."""
@@ -54,7 +52,8 @@ def opset_of(model: ModelProto) -> int:
 
 def is_structural(node: NodeProto) -> bool:
     """Whether the importer handles the node itself."""
-    return node.domain in DEFAULT_DOMAINS and node.op_type in STRUCTURAL
+    own = traits_of(node)
+    return own.is_constant or own.is_identity or own.has_bodies
 
 
 def title(node: NodeProto) -> str:
@@ -291,9 +290,6 @@ def infer_types(model: ModelProto) -> dict[str, ValueType]:
 _ROUNDS = 3
 """Times that shape inference is run, each knowing more ranks."""
 
-_SHAPE_OPERAND = {"Reshape": 1, "ConstantOfShape": 0}
-"""Operators whose output has as many axes as this input has elements."""
-
 
 def _inferred(model: ModelProto) -> dict[str, TypeProto]:
     """Types of all values that shape inference finds out; where it fails, of inputs and initializers."""
@@ -311,7 +307,7 @@ def _inferred(model: ModelProto) -> dict[str, TypeProto]:
 
 def _reshaped(node: NodeProto, types: Mapping[str, TypeProto]) -> list[ValueInfoProto]:
     """Rank of a node's output that follows from the length of its shape operand, and was not inferred."""
-    slot, done = _SHAPE_OPERAND.get(node.op_type), types.get(node.output[0]) if node.output else None
+    slot, done = traits_of(node).shape_slot, types.get(node.output[0]) if node.output else None
     if slot is None or slot >= len(node.input) or node.input[slot] not in types or done is None:
         return []
     operand = types[node.input[slot]].tensor_type
@@ -321,31 +317,20 @@ def _reshaped(node: NodeProto, types: Mapping[str, TypeProto]) -> list[ValueInfo
     return [helper.make_tensor_value_info(node.output[0], done.tensor_type.elem_type, [None] * rank)]
 
 
-_CONTRIB = "com.microsoft"
-_RANKS = {"EmbedLayerNormalization": 3, "DynamicQuantizeLSTM": 4}
-"""Rank of what these operators of onnxruntime give; that of the others is their first tensor's."""
-_FIRST_TENSOR = {"QLinearConcat": 2}
-_TYPED_LIKE = {
-    "EmbedLayerNormalization": 2, "QuantizeLinear": 2, "DequantizeLinear": 1, "QLinearConcat": 2,
-    "MatMulIntegerToFloat": 2, "QGemm": 1,
-}  # fmt: skip  # a table
-"""The input whose type the output has, where it is not the first."""
 _SUM = 3
 """The output that is the sum before a normalisation."""
 
 
 def _contributed(node: NodeProto, types: Mapping[str, TypeProto]) -> list[ValueInfoProto]:
     """Type and rank of the outputs of an operator of onnxruntime's own, which shape inference does not know."""
-    if node.domain != _CONTRIB:
+    if node.domain != MICROSOFT:
         return []
-    like = node.input[_FIRST_TENSOR.get(node.op_type, 0)]
-    typed = _TYPED_LIKE.get(node.op_type, 0)
-    if node.op_type == "QGemm" and len(node.input) > 7:
-        typed = 0
+    own, typed = traits_of(node), type_slot(node)
+    like = node.input[own.data_slot]
     if like not in types or typed >= len(node.input) or node.input[typed] not in types:
         return []
     shape = types[like].tensor_type
-    rank = _RANKS.get(node.op_type, len(shape.shape.dim) if shape.HasField("shape") else None)
+    rank = own.output_rank or (len(shape.shape.dim) if shape.HasField("shape") else None)
     kind = types[node.input[typed]].tensor_type.elem_type
     names = [name for index, name in enumerate(node.output) if index in (0, _SUM) and name and name not in types]
     if rank is None or not kind:

@@ -23,6 +23,7 @@ from onnx import GraphProto, ModelProto, NodeProto
 from torch import fx, nn
 
 from cpd_onnx.errors import ModelError, UnsupportedError
+from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.torch import control, host, operators
 from cpd_onnx.torch.analysis import (
     Quantised,
@@ -60,9 +61,6 @@ class Weight:
     name: str
     array: Array
 
-
-_MASKERS = {"Add", "Where", "Sub", "Max", "Sum"}
-"""Operators that put a mask of minus infinity onto scores."""
 
 Value: TypeAlias = fx.Node | Host | Weight | None
 
@@ -141,7 +139,7 @@ class _Builder:
         self.quantisations: dict[str, Quantisation] = {}
         self.values: dict[str, Value] = {"": None}
         self.nodes: dict[str, fx.Node] = {}
-        self._makers = {name: node.op_type for node in proto.node for name in node.output}
+        self._masked = {name for node in proto.node if traits_of(node).may_mask for name in node.output}
         self.taken = {"meta", *dir(OnnxModule), *dir(nn.Module())}
         self.like: fx.Node | None = None
         self._structural: dict[str, Callable[[NodeProto, Sequence[Value]], Sequence[Value]]] = {
@@ -312,7 +310,7 @@ class _Builder:
         """Compute a node while importing; None if it has to be computed with tensors."""
         if node.domain not in DEFAULT_DOMAINS:
             return None
-        if node.op_type in ("Shape", "Size"):
+        if traits_of(node).reads_sizes:
             return self._sizes(node, inputs[0])
         rule = host.RULES.get(node.op_type)
         known = [value if value is None else self._host(value) for value in inputs]
@@ -401,7 +399,7 @@ class _Builder:
             "outputs": lambda: len(node.output),
             "like": lambda: self.like,
             "input_type": lambda: self._input_type(node),
-            "masked": lambda: self._makers.get(node.input[0]) in _MASKERS,
+            "masked": lambda: node.input[0] in self._masked,
         }
         return {name: makers[name]() for name in found.reserved}
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 from cpd_onnx.errors import ModelError
+from cpd_onnx.ops.traits import traits_of
 
 Array = npt.NDArray[Any]
 
@@ -77,7 +78,7 @@ def constant_value(node: NodeProto) -> Array | None:
 
 
 def _constants(graph: GraphProto) -> Iterator[NodeProto]:
-    return (node for node in graph.node if node.op_type == "Constant" and node.domain in ("", "ai.onnx"))
+    return (node for node in graph.node if traits_of(node).is_constant)
 
 
 def _places(model: ModelProto) -> Iterator[tuple[str, TensorProto]]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cpd_onnx.errors import CpdError
 from cpd_onnx.ir.model import load
+from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.shapes.inference import fold as shapes_of
 from cpd_onnx.torch.module import OnnxModule
 from cpd_onnx.torch.operators.norm import BatchNorm
@@ -28,11 +29,6 @@ from cpd_onnx.torch.operators.norm import BatchNorm
 Array = npt.NDArray[Any]
 
 EPSILON = 1e-5
-_AFTER = {
-    "Add", "Clip", "Concat", "Conv", "Elu", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "MaxPool", "Mish", "Mul",
-    "PRelu", "Relu", "Selu", "Sigmoid", "Softplus", "Swish", "Tanh",
-}  # fmt: skip  # a table
-"""What follows a convolution that was normalised; heads of detectors and maps of classes go elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +62,16 @@ def restore(model: ModelProto) -> tuple[ModelProto, tuple[Restored, ...]]:
         followers = (
             [n for n in graph.node if node.output and node.output[0] in n.input] if node.op_type == "Conv" else []
         )
-        if not own or node.output[0] in outputs or not any(n.op_type in _AFTER for n in followers):
+        if not own or node.output[0] in outputs or not any(map(_follows, followers)):
             continue
         if pixels.get(node.output[0], 0) > 1 and stored[node.input[1]].data_type == 1:
             found.append(_insert(graph, node, followers, stored[node.input[1]].dims[0]))
     return made, tuple(found)
+
+
+def _follows(node: NodeProto) -> bool:
+    """Whether a node comes behind normalised convolutions; heads of detectors and maps of classes go elsewhere."""
+    return traits_of(node).follows_normalisation or traits_of(node).is_activation
 
 
 def _pixels(model: ModelProto) -> dict[str, int]:

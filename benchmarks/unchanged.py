@@ -1,0 +1,491 @@
+"""Proof that a refactoring changed nothing: the same commands with two checkouts, and every byte that they write compared.
+
+    python benchmarks/unchanged.py --before CHECKOUT --after CHECKOUT --data DATA [--jobs 2] [--words]
+        [--rename=--old=--new] [--only NAME] [--keep FOLDER] [--out results/unchanged.json]
+
+DATA is a folder with real models in `onnx/`. Every command runs in a process of its own, on one thread, from a folder of
+its own in which inputs lie under the same names, so that the two runs see the same. Exit codes, what is printed, and the
+bytes of all files are compared: models, plans, reports, manifests, recipes. Before that only what must differ is taken
+out: the version of the tool, seconds, and absolute paths.
+
+Latencies are no property of the code. So that reports can be compared to the last byte, the commands run by a clock that
+goes on with each run of a model (1/16 s) and each reading of the clock (2^-30 s) only, every operator takes one
+microsecond in a profile, and a process takes no memory.
+
+With --words only the models are compared, and of the plans the values, not the sentences: for a change that rewords what
+is said. --rename gives the checkout after the change the new name of an option.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import pathlib
+import platform
+import queue
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+HERE = Path(__file__).parent
+LIMIT = 240
+"""Seconds that a command may take."""
+BINARY = {".onnx", ".ort", ".data"}
+PROSE = {"reason", "made_by", "note", "notes", "version"}
+"""Keys of a plan behind which there are sentences, or the version of its format."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Commands that run one after the other in one folder.
+
+    Attributes:
+        model: file of DATA/onnx or of `models/`, which lies in the folder as `m.onnx`.
+        commands: their words; `m.npz` are samples, `test.npz` labelled ones of the digits.
+        samples: number of random samples in `m.npz`; 0 for none, and for the digits the real ones.
+    """
+
+    name: str
+    model: str
+    commands: tuple[str, ...]
+    samples: int = 0
+
+
+CASES = (
+    Case("magnitude", "resnet20_gtsrb", (
+        "prune m.onnx -o p.onnx --json p.json",
+        "apply m.onnx p.onnx.plan.json -o a.onnx --json a.json",
+        "verify m.onnx p.onnx --json v.json",
+        "inspect m.onnx --json i.json",
+    )),
+    Case("l1, global", "resnet20_cifar10", ("prune m.onnx -o p.onnx --score l1 --target macs=0.5 --spread global",)),
+    Case("fpgm, isomorphic, multiples", "resnet20_cifar10_bnfold", (
+        "prune m.onnx -o p.onnx --score fpgm --target params=0.4 --spread isomorphic --multiple 4 --json p.json",
+    )),
+    Case("bn, kept layers", "resnet20_jpeg_cifar10", (
+        "prune m.onnx -o p.onnx --score bn --target bytes=0.5 --keep layer1*",
+    )),
+    Case("lamp, least and most", "resnet56_cifar10", (
+        "prune m.onnx -o p.onnx --score lamp --target macs=0.3 --spread global --min-share 0.2 --max-share 0.9",
+    )),
+    Case("random", "resnet56_vainf_groupsl_pruned2.55x_cifar10", (
+        "prune m.onnx -o p.onnx --score random --seed 3 --target macs=0.7 --multiple 8",
+    )),
+    Case("reconstruction, repaired", "resnet20_gtsrb", (
+        "prune m.onnx -o p.onnx --data m.npz --samples 24 --repair-samples 32 --target macs=0.5 --json p.json",
+        "verify m.onnx p.onnx --json v.json",
+        "apply m.onnx p.onnx.plan.json -o a.onnx",
+    ), 40),
+    Case("wanda, two rounds", "resnet20_gtsrb_bnfold", (
+        "prune m.onnx -o p.onnx --data m.npz --score wanda --samples 16 --repair-samples 16 --rounds 2",
+    ), 24),
+    Case("activation, not repaired", "resnet20_cifar10", (
+        "prune m.onnx -o p.onnx --data m.npz --score activation --samples 16 --no-repair --target macs=0.4",
+    ), 24),
+    Case("variance, two rounds", "resnet20_cifar10_bnfold", (
+        "prune m.onnx -o p.onnx --data m.npz --score variance --samples 16 --no-repair --rounds 2 --target macs=0.4",
+    ), 24),
+    Case("gradients", "digits", (
+        "prune m.onnx -o t.onnx --data m.npz --score taylor --samples 32 --target macs=0.5 --no-repair",
+        "prune m.onnx -o f.onnx --data m.npz --score fisher --samples 32 --score-labels --target macs=0.5 --no-repair",
+    )),
+    Case("optimal widths", "digits", (
+        "prune m.onnx -o p.onnx --spread optimal --target macs=0.3 --width=*=0.25..1",
+    )),
+    Case("compress without data", "digits", ("compress m.onnx -o c.onnx --json c.json",)),
+    Case("compress with data", "digits", (
+        "compress m.onnx -o c.onnx --data m.npz --eval test.npz --target macs=0.3 --no-distill --samples 64 --json c.json",
+        "verify m.onnx c.onnx --data test.npz --json v.json",
+        "reproduce c.onnx.manifest.json -o again --json r.json",
+    )),
+    Case("compress, two rounds, distilled", "digits", (
+        "compress m.onnx -o c.onnx --data m.npz --target macs=0.4 --rounds 2 --steps 3 --threads 1 --samples 64",
+    )),
+    Case("compress by a plan", "digits", (
+        "prune m.onnx -o p.onnx --target channels=0.7",
+        "compress m.onnx -o c.onnx --like p.onnx.plan.json --no-report",
+    )),
+    Case("deployed", "digits", (
+        "prune m.onnx -o p.onnx --target macs=0.5",
+        "deploy p.onnx -o d8.onnx --int8 --data m.npz --samples 32 --json d8.json",
+        "verify m.onnx d8.onnx --data test.npz --json v8.json",
+        "deploy p.onnx -o d16.onnx --half float16 --json d16.json",
+        "deploy p.onnx -o db.onnx --batch 1 --opset 18 --ort db.ort",
+        "verify m.onnx db.onnx --json vb.json",
+        "deploy p.onnx -o dx.onnx --profile avx512 --eval test.npz",
+    )),
+    Case("sensitivity", "digits", (
+        "inspect m.onnx --sensitivity --data m.npz --samples 16 --json i.json --plot i.svg",
+    )),
+    Case("detector", "fastestdet", ("prune m.onnx -o p.onnx --target macs=0.5 --json p.json",)),
+    Case("layout of tensorflow", "person_reid_0248", ("prune m.onnx -o p.onnx --spread global --target params=0.6",)),
+    Case("open sizes", "ppocr_v2_det", ("prune m.onnx -o p.onnx --input-shape x:1,3,64,64 --no-verify",)),
+    Case("recurrent", "silero_vad_half", ("prune m.onnx -o p.onnx",)),
+    Case("transformer", "vit_cifar10_smmk47", ("prune m.onnx -o p.onnx --target macs=0.6 --multiple 8",)),
+    Case("quantised", "twinlitenet_qdq_int8", ("inspect m.onnx --json i.json",)),
+    Case("segmentation", "espnetv2_s0.5_city", ("inspect m.onnx --json i.json --keep *level3*",)),
+    Case("old operators", "cntk_mnist", ("compress m.onnx -o c.onnx --target params=0.5 --json c.json",)),
+    Case("refused operator", "espcn_quant_qonnx", ("prune m.onnx -o p.onnx",)),
+    Case("refused model", "sklearn_rf_iris", ("prune m.onnx -o p.onnx", "inspect m.onnx --json i.json")),
+)  # fmt: skip  # a table
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What one command did.
+
+    Attributes:
+        code: exit code; None where it took too long.
+        written: name of each file that it wrote or changed, and of `stdout` and `stderr` -> content.
+    """
+
+    code: int | None
+    seconds: float
+    written: dict[str, bytes]
+
+
+@dataclass(eq=False)
+class Server:
+    """A process that has the libraries loaded, and forks for each command of one checkout."""
+
+    tree: Path
+    process: subprocess.Popen[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        environment = {
+            **os.environ, "PYTHONPATH": str(self.tree), "PYTHONHASHSEED": "0", "COLUMNS": "160", "NO_COLOR": "1",
+            "PYTHONDONTWRITEBYTECODE": "1", **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
+        }  # fmt: skip  # a table
+        line = [sys.executable, str(HERE / Path(__file__).name), "--serve"]
+        self.process = subprocess.Popen(line, text=True, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def run(self, folder: Path, words: Sequence[str]) -> Outcome:
+        """Run one command in a folder."""
+        before = contents(folder)
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps([str(folder), list(words)]) + "\n")
+        self.process.stdin.flush()
+        code, seconds = json.loads(self.process.stdout.readline())
+        after = contents(folder)
+        return Outcome(code, seconds, {name: found for name, found in after.items() if before.get(name) != found})
+
+    def end(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files of a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def serve() -> None:
+    """Run commands that come in on stdin, each in a fork of this process, which has the slow libraries loaded."""
+    import numpy
+    import onnx
+    import onnx_graphsurgeon
+    import onnxruntime
+    import scipy.optimize
+
+    loaded = [numpy, onnx, onnx_graphsurgeon, onnxruntime, scipy.optimize]
+    if importlib.util.find_spec("matplotlib"):
+        loaded.append(importlib.import_module("matplotlib.figure"))
+    assert all(loaded)
+    assert not any(name.split(".")[0] == "cpd_onnx" for name in sys.modules)
+    for line in sys.stdin:
+        folder, words = json.loads(line)
+        started = time.perf_counter()
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+            command(Path(folder), words)
+        code = ended(child, started + LIMIT)
+        print(json.dumps([code, time.perf_counter() - started]), flush=True)
+
+
+def ended(child: int, until: float) -> int | None:
+    """The exit code of a process; None if it had to be killed."""
+    while time.perf_counter() < until:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
+
+
+def command(folder: Path, words: Sequence[str]) -> None:
+    """Be the `cpd-onnx` command, in a folder."""
+    os.chdir(folder)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.path[0] = os.environ["PYTHONPATH"]
+    sys.argv = ["cpd-onnx", *words]
+    steady()
+    code: object = 1
+    try:
+        runpy.run_module("cpd_onnx", run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as error:
+        code = error.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+def steady() -> None:
+    """Make measurements of time and memory in this process repeat to the last bit."""
+    import onnxruntime
+
+    now = [0.0]
+    session = onnxruntime.InferenceSession
+    run, profile = session.run, session.end_profiling
+    text, context = pathlib.Path.read_text, multiprocessing.get_context
+
+    def clock() -> float:
+        now[0] += 2.0**-30
+        return now[0]
+
+    def counted(self: Any, *given: Any, **options: Any) -> Any:
+        now[0] += 2.0**-4
+        return run(self, *given, **options)
+
+    def flat(self: Any) -> Any:
+        name = profile(self)
+        events = json.loads(text(Path(name)))
+        Path(name).write_text(json.dumps([event | {"dur": 1} if "dur" in event else event for event in events]))
+        return name
+
+    def read_text(self: Path, *given: Any, **options: Any) -> str:
+        return "" if str(self) == "/proc/self/status" else text(self, *given, **options)
+
+    time.perf_counter = time.monotonic = clock
+    session.run, session.end_profiling = counted, flat
+    pathlib.Path.read_text = read_text  # type: ignore[method-assign]
+    multiprocessing.get_context = lambda method=None: context("fork" if method == "spawn" else method)  # type: ignore[assignment, misc]
+
+
+def prepare(case: Case, folder: Path, data: Path) -> None:
+    """Put the inputs of a case into a folder."""
+    import numpy as np
+    import onnx
+
+    folder.mkdir(parents=True)
+    models = HERE.parent / "models"
+    if case.model == "digits":
+        for name, target in (("digits.onnx", "m.onnx"), ("digits_train.npz", "m.npz"), ("digits_test.npz", "test.npz")):
+            shutil.copyfile(models / name, folder / target)
+        return
+    place = data / "onnx" / f"{case.model}.onnx"
+    shutil.copyfile(place, folder / "m.onnx")
+    if case.samples:
+        values = onnx.load(place).graph.input[0]
+        dims = [dim.dim_value for dim in values.type.tensor_type.shape.dim][1:]
+        samples = np.random.default_rng(0).standard_normal((case.samples, *dims)).astype(np.float32)
+        np.savez(folder / "m.npz", **{values.name: samples})
+
+
+def scrubbed(name: str, content: bytes, paths: Iterable[str], version: str) -> bytes:
+    """A file without what must differ."""
+    if Path(name).suffix in BINARY:
+        return content
+    text = content.decode("utf-8", "surrogateescape")
+    for path in sorted(paths, key=len, reverse=True):
+        text = text.replace(path, "PATH")
+    text = re.sub(rf"(cpd-onnx[^0-9\n]{{1,40}}){re.escape(version)}", r"\1VERSION", text)
+    text = re.sub(r'("(?:seconds|pruning|training|verification|all)": )[0-9.e+-]+', r"\1SECONDS", text)
+    text = re.sub(r"\b[0-9]+(\.[0-9]+)? s\b", "SECONDS s", text)
+    return text.encode("utf-8", "surrogateescape")
+
+
+def without_digests(files: dict[str, bytes], known: dict[str, str]) -> dict[str, bytes]:
+    """Files in which the SHA-256 of others stands as their names: those differ where only what must differ does."""
+    result = {}
+    for name, content in files.items():
+        if Path(name).suffix not in BINARY:
+            for digest, of in known.items():
+                content = content.replace(digest.encode(), f"SHA-256 of {of}".encode())
+                content = content.replace(digest[:12].encode(), f"SHA-256 of {of}".encode())
+        result[name] = content
+    return result
+
+
+def values(content: bytes) -> Any:
+    """What a plan says without its sentences."""
+    return _values(json.loads(content))
+
+
+def _values(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _values(inner) for key, inner in value.items() if key not in PROSE}
+    if isinstance(value, list):
+        return [_values(inner) for inner in value]
+    return None if isinstance(value, str) and " " in value else value
+
+
+@dataclass(frozen=True, eq=False)
+class Tree:
+    """One of the two checkouts, and how its commands are run."""
+
+    path: Path
+    work: Path
+    version: str
+    servers: queue.Queue[Server]
+    renamed: dict[str, str]
+
+    def run(self, case: Case, data: Path) -> list[Outcome]:
+        """All commands of a case, with what they wrote made comparable."""
+        folder = self.work / re.sub(r"\W+", "_", case.name)
+        prepare(case, folder, data)
+        server = self.servers.get()
+        known: dict[str, str] = {}
+        outcomes = []
+        try:
+            for line in case.commands:
+                done = server.run(folder, [self.word(word) for word in line.split()])
+                texts = {name: found for name, found in done.written.items() if Path(name).suffix not in BINARY}
+                known |= {hashlib.sha256(found).hexdigest(): name for name, found in texts.items() if found}
+                paths = [str(folder), str(self.path), str(data)]
+                files = {name: scrubbed(name, found, paths, self.version) for name, found in done.written.items()}
+                outcomes.append(Outcome(done.code, done.seconds, without_digests(files, known)))
+        finally:
+            self.servers.put(server)
+        return outcomes
+
+    def word(self, word: str) -> str:
+        """A word of a command, as this checkout knows it."""
+        option, equals, value = word.partition("=")
+        return self.renamed.get(option, option) + equals + value
+
+
+def differing(before: Outcome, after: Outcome, only_values: bool) -> list[str]:
+    """Names of what two outcomes differ in."""
+    found = [] if before.code == after.code else [f"exit code {before.code} -> {after.code}"]
+    for name in sorted(before.written.keys() | after.written.keys()):
+        is_plan = name.endswith("plan.json")
+        if only_values and not is_plan and Path(name).suffix not in BINARY:
+            continue
+        pair = before.written.get(name), after.written.get(name)
+        if pair[0] == pair[1]:
+            continue
+        if only_values and is_plan and None not in pair and values(pair[0] or b"") == values(pair[1] or b""):
+            continue
+        found.append(name if None not in pair else f"{name} ({'not there before' if pair[0] is None else 'gone'})")
+    return found
+
+
+def version_of(tree: Path) -> str:
+    """The version of a checkout."""
+    found = re.search(r'__version__ = "([^"]+)"', (tree / "cpd_onnx" / "version.py").read_text())
+    if found is None:
+        raise SystemExit(f"{tree} is no checkout of cpd-onnx")
+    return found[1]
+
+
+def commit_of(tree: Path) -> str | None:
+    """The commit of a checkout; None where it is none of git."""
+    done = subprocess.run(["git", "-C", tree, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def shown(row: dict[str, Any], stream: IO[str]) -> None:
+    """Print the line of one command."""
+    verdict = "identical" if not row["differs"] else "DIFFERS: " + ", ".join(row["differs"])
+    seconds = "{:6.1f} {:6.1f}".format(*row["seconds"])
+    columns = f"{row['case']:32.32} {row['command']:60.60} {row['code']!s:>4} {row['files']:3} {seconds}"
+    print(columns, verdict, file=stream, flush=True)
+
+
+def compared(trees: Sequence[Tree], case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The lines of one case."""
+    first, second = (tree.run(case, options.data) for tree in trees)
+    rows = []
+    for line, before, after in zip(case.commands, first, second, strict=True):
+        rows.append({
+            "case": case.name, "model": case.model, "command": line, "code": before.code, "files": len(before.written),
+            "seconds": [round(before.seconds, 2), round(after.seconds, 2)],
+            "differs": differing(before, after, options.words),
+            "sha256": {n: hashlib.sha256(c).hexdigest() for n, c in before.written.items() if Path(n).suffix in BINARY},
+        })  # fmt: skip  # a table
+    return rows
+
+
+def main() -> None:
+    """Run all commands with both checkouts and write what differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--before", type=Path, required=True)
+    parser.add_argument("--after", type=Path, required=True)
+    parser.add_argument("--data", type=Path, default=os.environ.get("CPD_DATA"), help="default: $CPD_DATA")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--words", action="store_true")
+    parser.add_argument("--rename", action="append", default=[], metavar="--OLD=--NEW")
+    parser.add_argument("--only", help="cases whose names contain this")
+    parser.add_argument("--keep", type=Path, help="leave all files in this folder")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "unchanged.json")
+    options = parser.parse_args()
+    if options.data is None:
+        parser.error("--data, or the environment variable CPD_DATA, is required")
+    options.data = Path(options.data).resolve()
+    cases = [case for case in CASES if (options.only or "") in case.name]
+    renamed = dict(pair.split("=") for pair in options.rename)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = options.keep.resolve() if options.keep else Path(temporary).resolve()
+        trees = []
+        for name, path in (("was", options.before.resolve()), ("now", options.after.resolve())):
+            servers: queue.Queue[Server] = queue.Queue()
+            for _ in range(options.jobs):
+                servers.put(Server(path))
+            trees.append(Tree(path, work / name, version_of(path), servers, renamed if name == "now" else {}))
+        rows: list[dict[str, Any]] = []
+        lock = threading.Lock()
+
+        def one(case: Case) -> None:
+            found = compared(trees, case, options)
+            with lock:
+                rows.extend(found)
+                for row in found:
+                    shown(row, sys.stdout)
+
+        with ThreadPoolExecutor(options.jobs) as pool:
+            list(pool.map(one, cases))
+        for tree in trees:
+            while not tree.servers.empty():
+                tree.servers.get().end()
+    place = {case.name: number for number, case in enumerate(CASES)}
+    rows.sort(key=lambda row: place[row["case"]])
+    wrong = [row for row in rows if row["differs"]]
+    content = {
+        "machine": {"cpus": os.cpu_count(), "system": platform.platform()},
+        "before": commit_of(options.before), "after": commit_of(options.after), "words": options.words,
+        "commands": len(rows), "identical": len(rows) - len(wrong), "files": sum(row["files"] for row in rows),
+        "rows": rows,
+    }  # fmt: skip  # a table
+    if not options.only:
+        options.out.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"{len(rows) - len(wrong)} of {len(rows)} commands identical, {content['files']} files")
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    serve() if sys.argv[1:] == ["--serve"] else main()

@@ -1,0 +1,148 @@
+"""One table says what operators are: it agrees with onnx's own, each of its properties is asked for, and no other says it.
+
+A dictionary from operators to functions is a registration, as a decorator is: it says who handles an operator.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import onnx.defs
+import onnx.parser
+import pytest
+
+from cpd_onnx.ops.evaluate import EVALUATORS, Call
+from cpd_onnx.ops.traits import MICROSOFT, Traits, operators_with, traits, traits_of, type_slot
+from cpd_onnx.rules import RULES
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted({p.resolve() for folder in ("cpd_onnx", "passes") for p in (ROOT / folder).rglob("*.py")})
+STANDARD = {schema.name: schema for schema in onnx.defs.get_all_schemas() if not schema.domain}
+OPERATORS = {schema.name for schema in onnx.defs.get_all_schemas()} | {name for _, name in RULES}
+ACTIVATIONS = {"Sigmoid", "Tanh"}
+"""Values of an attribute of recurrent layers, which are no operators there."""
+
+
+def names(node: ast.expr) -> Iterator[str]:
+    """Operators among the elements of a literal, or the keys of one that says more of them than who handles them."""
+    elements: list[ast.expr | None] = []
+    if isinstance(node, ast.Set | ast.Tuple | ast.List):
+        elements = [*node.elts]
+    elif isinstance(node, ast.Dict) and any(isinstance(v, ast.Constant | ast.Set | ast.List) for v in node.values):
+        elements = [*node.keys]
+    elif isinstance(node, ast.Attribute) and node.attr == "split" and isinstance(node.value, ast.Constant):
+        elements = [ast.Constant(word) for word in str(node.value.value).split()]
+    for element in elements:
+        inner = element.elts if isinstance(element, ast.Tuple) else [element]  # a domain and an operator
+        yield from (c.value for c in inner if isinstance(c, ast.Constant) and c.value in OPERATORS)
+
+
+def tables(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        found = set(names(node)) if isinstance(node, ast.expr) else set()
+        if len(found - (ACTIVATIONS if path.name == "recurrent.py" else set())) > 1:
+            yield f"{path.relative_to(ROOT)}:{node.lineno} {sorted(found)}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'X = {"Relu", "Tanh"}',
+        'X = frozenset(["Relu", "Tanh"])',
+        'node.op_type in ("Loop", "Scan")',
+        'X = {"Relu": 1, "Tanh": 2}',
+        'X = {("", "Relu"), ("", "Tanh")}',
+        'X = "Relu Tanh".split()',
+    ],
+)
+def test_the_scan_finds(text: str) -> None:
+    found = [name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.expr) for name in names(node)]
+    assert len(set(found)) == 2
+
+
+def test_no_other_table_says_what_operators_are() -> None:
+    rooms = [ROOT / "cpd_onnx" / room for room in ("ops", "rules")]
+    others = [path for path in SOURCES if not any(path.is_relative_to(room) for room in rooms)]
+    assert [table for path in others for table in tables(path)] == []
+
+
+def test_each_property_is_asked_for_and_some_operator_has_it() -> None:
+    text = "".join(path.read_text() for path in SOURCES if path.name != "traits.py")
+    asked = {f.name for f in fields(Traits) if f".{f.name}" in text or f'"{f.name}"' in text}
+    assert {f.name for f in fields(Traits)} - asked == {"moved", "type_slot"} - asked
+    for field in fields(Traits):
+        if field.default is False:
+            assert operators_with(field.name) | operators_with(field.name, MICROSOFT), field.name
+
+
+def test_operators_are_known_by_their_names() -> None:
+    for field in fields(Traits):
+        if field.default is False:
+            assert operators_with(field.name) <= STANDARD.keys(), field.name
+            assert {(MICROSOFT, name) for name in operators_with(field.name, MICROSOFT)} <= RULES.keys() | {
+                (MICROSOFT, name) for name in ("Pad", "Range")
+            }
+
+
+def test_truth_values_are_what_the_standard_says() -> None:
+    def is_boolean(schema: onnx.defs.OpSchema) -> bool:
+        return len(schema.outputs) == 1 and schema.outputs[0].types == {"tensor(bool)"}
+
+    kinds = {name for name, schema in STANDARD.items() if is_boolean(schema)}
+    assert operators_with("is_boolean") == kinds
+    assert operators_with("compares") < operators_with("is_boolean")
+
+
+def test_what_has_bodies_is_what_the_standard_says() -> None:
+    graph = onnx.defs.OpSchema.AttrType.GRAPH
+    found = {name for name, s in STANDARD.items() if any(a.type == graph for a in s.attributes.values())}
+    assert found - {"SequenceMap"} == operators_with("has_bodies")
+
+
+CALLS = {
+    "Cast": ({"to": 7}, []), "Concat": ({"axis": 0}, [np.arange(6, 12).reshape(2, 3)]), "Expand": ({}, [np.array([2, 2, 3])]),
+    "Flatten": ({}, []), "Gather": ({"axis": 1}, [np.array([2, 0])]), "Identity": ({}, []),
+    "Reshape": ({}, [np.array([3, 2])]), "Slice": ({}, [np.array([1]), np.array([9]), np.array([1])]),
+    "Split": ({"axis": 1, "split": [1, 2]}, []), "Squeeze": ({}, []), "Tile": ({}, [np.array([2, 1])]),
+    "Transpose": ({}, []), "Unsqueeze": ({}, [np.array([0])]),
+    "Where": ({}, [np.arange(6).reshape(2, 3), np.arange(6, 12).reshape(2, 3)]),
+}  # fmt: skip  # a table
+
+
+@pytest.mark.parametrize("name", sorted(operators_with("moves_elements")))
+def test_what_moves_elements_makes_none(name: str) -> None:
+    attributes, others = CALLS[name]
+    inputs = [np.arange(6).reshape(2, 3), *others]
+    inputs[0] = inputs[0] % 2 == 0 if name == "Where" else inputs[0]
+    found = EVALUATORS[name](Call(attributes, 18), *inputs)
+    given = {int(n) for slot in traits(name).carried(len(inputs)) for n in inputs[slot].ravel()}
+    made = [int(n) for part in (found if isinstance(found, tuple) else (found,)) for n in part.ravel()]
+    assert made
+    assert set(made) <= given
+
+
+def node(text: str) -> onnx.NodeProto:
+    return onnx.parser.parse_node(text)
+
+
+def test_both_spellings_of_the_default_domain_are_one() -> None:
+    assert traits("Relu", "ai.onnx") == traits("Relu") == traits_of(node("y = Relu(x)"))
+    assert traits("Relu").is_rectifier
+    assert traits("Relu", MICROSOFT) == Traits()
+
+
+@pytest.mark.parametrize("name", ["QLinearNobodyKnows", "QMoE", "QuantizeLinear", "DynamicQuantizeLSTM"])
+def test_operators_of_no_row_round_if_their_names_say_so(name: str) -> None:
+    for domain in ("", MICROSOFT, "qonnx.custom_op.general"):
+        assert traits(name, domain).rounds_activations
+
+
+def test_where_the_type_of_a_result_stands() -> None:
+    whole = "y = com.microsoft.QGemm (a, s, z, b, t, u, c)"
+    assert type_slot(node(whole)) == 1  # a float, as the scale is
+    assert type_slot(node(whole.replace("c)", "c, v, w)"))) == 0  # an integer, as the data are
+    assert type_slot(node("y = com.microsoft.QLinearConcat (s, z, a, b)")) == 2
