@@ -34,7 +34,6 @@ import numpy as np
 import onnxruntime as ort
 from accuracy import HERE, command, commit, images, macs, prepared
 
-from cpd_onnx.algebra.keep import Kept
 from cpd_onnx.budget.allocation import Budget, allocate
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.data.metrics import evaluate
@@ -179,8 +178,7 @@ def compared(case: Case, folder: Path) -> Iterator[dict[str, Any]]:
             except CpdError as error:
                 yield entry | {"error": str(error)[:200]}
                 continue
-            kept = Kept(combed.atoms)
-            kept.remove(chosen.channels(combed))
+            kept = chosen.keep_mask(combed)
             small = prune(combed, chosen).model
             entry["raw"] = value(small)
             yield entry | {"repaired": value(repair(combed, kept, small, data, fitting).model)}

@@ -57,9 +57,7 @@ def mask_oracle(source: ModelSource, *, fraction: float = 0.5, seed: int = 0) ->
     combed = comb(load(source))
     chosen = allocate(combed, score(combed, "random", seed=seed), Budget("channels", fraction))
     pruned = prune(combed, chosen)
-    kept = Kept(combed.atoms)
-    kept.remove(chosen.channels(combed))
-    found = verify(combed, kept, pruned.model)
+    found = verify(combed, chosen.keep_mask(combed), pruned.model)
     return _outcome(found, sum(bool(r) for r in chosen.removed))
 
 
@@ -94,10 +92,9 @@ def widen_oracle(source: ModelSource, *, seed: int = 0) -> Outcome:
     magnitude = score(combed, "l2")
     wish = allocate(combed, score(combed, "random", seed=seed), Budget("channels", 0.5))
     removed = [r if m.all() else [] for r, m in zip(wish.removed, magnitude, strict=True)]
-    narrow = prune(combed, Allocation(removed, wish.before, wish.after)).model.serialize()
-    kept = Kept(combed.atoms)
-    kept.remove(Allocation(removed, wish.before, wish.after).channels(combed))
-    wide = comb(_zeroed(combed, kept))
+    dead = Allocation(removed, wish.before, wish.after)
+    narrow = prune(combed, dead).model.serialize()
+    wide = comb(_zeroed(combed, dead.keep_mask(combed)))
     lowest = [
         sorted(np.argsort(s, kind="stable")[: len(r)].tolist()) for s, r in zip(score(wide, "l2"), removed, strict=True)
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -58,7 +58,7 @@ class Allocate:
         spread = self.spread or ("optimal" if kind == "latency" else self.usual_spread)
         return Budget(kind, fraction, spread, limits)
 
-    def chooser(self, combed: Combed, input_shapes: Mapping[str, Sequence[int]] | None = None) -> Chooser:
+    def chooser(self, combed: Combed) -> Chooser:
         """What allocates under this budget; for a latency target it measures or reads the cost table first."""
         if self.budget.kind != "latency":
             return Chooser(self.budget)
@@ -68,7 +68,7 @@ class Allocate:
             table.require_parts(combed)
             return Chooser(self.budget, table)
         setting = Setting(self.latency_batch, self.latency_threads, self.latency_provider)
-        clock = Clock(combed, setting, input_shapes)
+        clock = Clock(combed, setting)
         return Chooser(self.budget, measure_table(clock), clock)
 
     def __call__(self, state: State) -> State:
@@ -76,7 +76,6 @@ class Allocate:
         budget = self.budget
         is_loss = bool(state.score) and scorer_of(state.score["score"]).is_loss
         combed, scores = state.need("combed", "comb"), state.need("scores", "score")
-        chooser = self.chooser(combed, state.input_shapes)
-        allocation = chooser(combed, scores, is_loss=is_loss, curves=state.curves)
+        allocation = self.chooser(combed)(combed, scores, is_loss=is_loss, curves=state.curves)
         words = budget.as_words() | ({"latency": dict(allocation.latency)} if allocation.latency else {})
         return replace(state, allocation=allocation, budget=words | dict(state.score))

@@ -286,9 +286,7 @@ class Distill(DistillOptions):
         options = DistillOptions(**{f.name: getattr(self, f.name) for f in fields(DistillOptions)})
         overlap = None
         if state.combed is not None and state.allocation is not None:
-            kept = Kept(state.combed.atoms)
-            kept.remove(state.allocation.channels(state.combed))
-            overlap = overlap_of(state.combed, kept, options.hidden)
+            overlap = overlap_of(state.combed, state.allocation.keep_mask(state.combed), options.hidden)
         teacher, student = state.original.complete_proto(), state.model.complete_proto()
         result = distill(teacher, student, state.data, options, overlap=overlap)
         made = trained(state.model, result)

@@ -32,8 +32,9 @@ from cpd_onnx.passes.repair import SAMPLES as REPAIR_SAMPLES
 from cpd_onnx.passes.repair import RepairOptions, repair, summary
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.rewrite.plan import Plan, make_plan, match
-from cpd_onnx.rewrite.rewriter import evaluation_of
+from cpd_onnx.rewrite.rewriter import evaluation_of, rewrite
 from cpd_onnx.scores.registry import Scores, score, scorer_of
+from cpd_onnx.shapes.inference import fold_again
 
 _GONE = -1.0
 """Score of channels that went in an earlier round: below all others, which are no less than zero."""
@@ -189,9 +190,8 @@ class Iterate(Allocate):
         for number in range(1, self.rounds + 1):
             stage = stages.load(number, now) if stages else None
             chosen = shared(stage.chosen if stage else choose(now, number))
-            kept = Kept(now.atoms)
-            kept.remove(chosen.channels(now))
-            pruned = prune(now, chosen, state.input_shapes)
+            kept = chosen.keep_mask(now)
+            pruned = rewrite(now, kept)
             if stage is not None and stage.model is not None and not _is_alike(stage.model, pruned.model):
                 raise CpdError("the model of the unfinished run is not what its choice makes: start anew with --force")
             if stage is None or stage.model is None:
@@ -202,9 +202,9 @@ class Iterate(Allocate):
             small, repaired = tuned(Round(number, now, kept, stage.model)), stage.repaired
             choose.removed = chosen.removed
             if number < self.rounds:
-                now = comb(_enlarged(now, kept, small), state.input_shapes)
-        plan = given.without_values() if given else self._plan(original, chosen, state)
-        replay = pruned if self.rounds == 1 else prune(original, chosen, state.input_shapes)
+                now = comb(fold_again(now.folded, _enlarged(now, kept, small)))
+        plan = given.without_values() if given else self._plan(original, chosen)
+        replay = pruned if self.rounds == 1 else prune(original, chosen)
         plan = plan.with_values(replay.model, small)
         plan.stamp(small)
         edits = pruned.edits if now is original else (*evaluation_of(original.folded), *pruned.edits)
@@ -231,12 +231,12 @@ class Iterate(Allocate):
         made = repair(*of, stage.model, data, options)
         return replace(stage, model=made.model, repaired=summary(made))
 
-    def _plan(self, original: Combed, chosen: Allocation, state: State) -> Plan:
+    def _plan(self, original: Combed, chosen: Allocation) -> Plan:
         words: dict[str, Any] = self.budget.as_words()
         words |= {"latency": dict(chosen.latency)} if chosen.latency else {}
         words |= {"rounds": self.rounds, "score": self.score, "seed": self.seed}
         costs = {"before": chosen.before, "after": chosen.after}
-        return make_plan(original, chosen.removed, budget=words, input_shapes=state.input_shapes, **costs)
+        return make_plan(original, chosen.removed, budget=words, **costs)
 
 
 class _Choice:
@@ -251,7 +251,7 @@ class _Choice:
 
     @cached_property
     def chooser(self) -> Chooser:
-        return self.options.chooser(self.original, self.state.input_shapes)
+        return self.options.chooser(self.original)
 
     def __call__(self, now: Combed, number: int) -> Allocation:
         """The channels that are gone after this round; costs are those of the model as it is now, and of the rest."""
@@ -266,9 +266,7 @@ class _Choice:
             is_loss = scorer_of(options.score).is_loss
             found = self.chooser(now, _without(scores, self.removed), share, is_loss=is_loss)
             chosen = _joined(found, self.removed)
-        kept = Kept(now.atoms)
-        kept.remove(chosen.channels(now))
-        return replace(chosen, after=CostModel(now).total(kept))
+        return replace(chosen, after=CostModel(now).total(chosen.keep_mask(now)))
 
 
 def _without(scores: list[Scores], removed: list[list[int]]) -> list[Scores]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from cpd_onnx.algebra.keep import Kept
 from cpd_onnx.budget.allocation import Allocation
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.ir.model import ModelSource
@@ -16,23 +14,17 @@ from cpd_onnx.rewrite.plan import Plan, make_plan, planned
 from cpd_onnx.rewrite.rewriter import Pruned, rewrite
 
 
-def prune(combed: Combed, allocation: Allocation, input_shapes: Mapping[str, Sequence[int]] | None = None) -> Pruned:
+def prune(combed: Combed, allocation: Allocation) -> Pruned:
     """The model without the allocated channels; nothing else in it changes.
 
     Raises ProofError if the result's shapes are not what the channels say (a defect that is ours).
     """
-    kept = Kept(combed.atoms)
-    kept.remove(allocation.channels(combed))
-    return rewrite(combed, kept, input_shapes)
+    return rewrite(combed, allocation.keep_mask(combed))
 
 
-def apply(source: ModelSource, plan: Plan, input_shapes: Mapping[str, Sequence[int]] | None = None) -> Pruned:
-    """Replay a plan on the model that it was made for.
-
-    The input shapes are the plan's unless others are given. Raises PlanError if it was made for another model.
-    """
-    input_shapes = input_shapes or plan.input_shapes
-    pruned = rewrite(*planned(source, plan, input_shapes), input_shapes)
+def apply(source: ModelSource, plan: Plan) -> Pruned:
+    """Replay a plan on the model that it was made for; raises PlanError if it was made for another model."""
+    pruned = rewrite(*planned(source, plan))
     plan.stamp(pruned.model)
     return pruned
 
@@ -49,14 +41,7 @@ class Prune:
         with ThreadPoolExecutor(1) as pool:
             if combed.folded.original.path is not None:
                 pool.submit(combed.folded.original.sha256)  # the plan wants it; hashing a file leaves this thread free
-            pruned = prune(combed, chosen, state.input_shapes)
-        plan = make_plan(
-            combed,
-            chosen.removed,
-            budget=state.budget,
-            before=chosen.before,
-            after=chosen.after,
-            input_shapes=state.input_shapes,
-        )
+            pruned = prune(combed, chosen)
+        plan = make_plan(combed, chosen.removed, budget=state.budget, before=chosen.before, after=chosen.after)
         plan.stamp(pruned.model)
         return replace(state, model=pruned.model, edits=pruned.edits, plan=plan)

@@ -131,10 +131,8 @@ class Repair(RepairOptions):
         if state.data is None:
             raise DataError("a repair looks at samples: give --data, or a source as `data`")
         combed, chosen = state.need("combed", "comb"), state.need("allocation", "allocate")
-        kept = Kept(combed.atoms)
-        kept.remove(chosen.channels(combed))
         options = RepairOptions(**{f.name: getattr(self, f.name) for f in fields(RepairOptions)})
-        made = repair(combed, kept, state.model, state.data, options)
+        made = repair(combed, chosen.keep_mask(combed), state.model, state.data, options)
         plan = state.plan and state.plan.with_values(state.model, made.model)
         return replace(state, model=made.model, repaired=summary(made), plan=plan)
 

@@ -89,8 +89,7 @@ def sensitivity(
         order = np.argsort(values, kind="stable")
         points = [Point(len(group), 0.0)]
         for width in _widths(len(group), chosen.shares):
-            kept = Kept(combed.atoms)
-            kept.remove(group.channels[order[: len(group) - width]])
+            kept = Kept(combed.atoms, group.channels[order[: len(group) - width]])
             small = rewrite(combed, kept).model
             if chosen.repair:
                 consumers = {member.weight.value.name for member in combed.members(group)}

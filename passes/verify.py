@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from cpd_onnx.algebra.keep import Kept
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.proof.files import data_feeds, verify_files
 from cpd_onnx.proof.proving import proved, verify
@@ -33,7 +32,5 @@ class Verify:
             plan = state.need("plan", "prune")
             checked = verify_files(state.original, state.model, plan, feeds, allow_inconclusive=self.allow_inconclusive)
             return replace(state, verification=checked.comparison)
-        kept = Kept(combed.atoms)
-        kept.remove(chosen.channels(combed))
-        found = verify(combed, kept, state.model, feeds)
+        found = verify(combed, chosen.keep_mask(combed), state.model, feeds)
         return replace(state, verification=proved(found, allow_inconclusive=self.allow_inconclusive))

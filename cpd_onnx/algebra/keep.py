@@ -10,21 +10,16 @@ from cpd_onnx.algebra.atoms import Atoms, Axis, Mask, is_uniform
 class Kept:
     """Keep-masks of axes, given the primitive atoms that go.
 
-    Axes that are one array are looked up once; the channels that go may be changed with `remove`. Do not write into
-    the masks.
+    Axes that are one array are looked up once. Do not write into the masks.
     """
 
-    def __init__(self, atoms: Atoms) -> None:
-        """Start with all channels kept."""
+    def __init__(self, atoms: Atoms, gone: Axis | None = None) -> None:
+        """Take the primitive atoms that go; without any, everything stays."""
         self._atoms = atoms
         self._gone: Mask = np.zeros(len(atoms), np.bool_)
+        if gone is not None:
+            self._gone[gone] = True
         self._masks: dict[int, tuple[Axis, Mask]] = {}
-
-    def remove(self, channels: Axis) -> None:
-        """Say which primitives go; replaces what was said before."""
-        self._gone[:] = False
-        self._gone[channels] = True
-        self._masks.clear()
 
     def stays(self, parts: Axis) -> Mask:
         """True where an index stays that is deleted by the primitives in its row of `parts`."""

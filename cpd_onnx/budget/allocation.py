@@ -153,6 +153,10 @@ class Allocation:
         gone = [group.channels[removed] for group, removed in zip(combed.groups, self.removed, strict=True)]
         return np.concatenate([np.zeros(0, np.int64), *gone]).astype(np.int64)
 
+    def keep_mask(self, combed: Combed) -> Kept:
+        """What stays of each axis."""
+        return Kept(combed.atoms, self.channels(combed))
+
 
 def allocate(
     combed: Combed,
@@ -317,9 +321,9 @@ class _Allocator:
         self.is_loss = is_loss
         self.combed, self.scores, self.budget = combed, list(scores), budget
         more = {"latency": table.terms(combed)} if table is not None else {}
-        self.costs, self.kept = CostModel(combed, more), Kept(combed.atoms)
-        self.before = self.costs.total(self.kept)
-        self.full = self.costs.cost(budget.kind, self.kept)
+        self.costs, whole = CostModel(combed, more), Kept(combed.atoms)
+        self.before = self.costs.total(whole)
+        self.full = self.costs.cost(budget.kind, whole)
         if table is not None:
             self.full = min(self.full, table.ms)  # what the fit leaves out at full width is not there to be saved
         multiples = table.multiples(combed) if table is not None else None
@@ -455,19 +459,18 @@ class _Allocator:
         return [sorted(order[: len(order) - n].tolist()) for order, n in zip(self.order, counts, strict=True)]
 
     def cost(self, counts: Sequence[int]) -> float:
-        self.apply(counts)
-        return self.costs.cost(self.budget.kind, self.kept)
+        return self.costs.cost(self.budget.kind, self.kept(counts))
 
-    def apply(self, counts: Sequence[int]) -> None:
+    def kept(self, counts: Sequence[int]) -> Kept:
         gone = [channels[: len(channels) - n] for channels, n in zip(self.least_first, counts, strict=True)]
-        self.kept.remove(np.concatenate(gone) if gone else np.zeros(0, np.int64))
+        return Kept(self.combed.atoms, np.concatenate(gone))
 
     def result(self, counts: Sequence[int], notes: tuple[str, ...]) -> Allocation:
-        self.apply(counts)
-        allocation = Allocation(self.removed(counts), self.before, self.costs.total(self.kept), notes)
+        kept = self.kept(counts)
+        allocation = Allocation(self.removed(counts), self.before, self.costs.total(kept), notes)
         if self.budget.kind != "latency":
             return allocation
-        predicted = self.costs.cost("latency", self.kept) / self.full
+        predicted = self.costs.cost("latency", kept) / self.full
         return replace(allocation, latency={"target": self.budget.fraction, "predicted": predicted})
 
     def unreachable(self, floor: float) -> str:

@@ -272,11 +272,9 @@ def _amount(value: Any) -> float:
 class Clock:
     """Measures models pruned to any channels beside the original."""
 
-    def __init__(
-        self, combed: Combed, setting: Setting, input_shapes: Mapping[str, Sequence[int]] | None = None
-    ) -> None:
+    def __init__(self, combed: Combed, setting: Setting) -> None:
         """Open the original; raises UnsupportedError if onnxruntime does not run it so."""
-        self.combed, self.setting, self._shapes = combed, setting, input_shapes
+        self.combed, self.setting = combed, setting
         self.feed = _feed(combed, setting.batch)
         named = [node for node in combed.folded.scope.nodes if node.name and node.output]
         self._nodes = {_text(name): _text(node.name) for node in named for name in (node.name, *node.output) if name}
@@ -284,9 +282,7 @@ class Clock:
 
     def pruned(self, channels: npt.NDArray[np.int64]) -> Model:
         """The model without some primitive atoms."""
-        kept = Kept(self.combed.atoms)
-        kept.remove(channels)
-        return rewrite(self.combed, kept, self._shapes).model
+        return rewrite(self.combed, Kept(self.combed.atoms, channels)).model
 
     def session(self, model: Model, profile: Path | None = None) -> ort.InferenceSession:
         """Open a model under the setting."""
@@ -454,7 +450,6 @@ class _Samples:
     def __init__(self, clock: Clock, observer: Observer | None) -> None:
         self.clock, self.combed, self.observer = clock, clock.combed, observer
         self.order = [np.random.default_rng(g.id).permutation(g.channels) for g in self.combed.groups]
-        self.kept = Kept(self.combed.atoms)
         self.axes = list(_variable_axes(self.combed))
         self.widths: list[npt.NDArray[np.int64]] = []
         self.times: list[_Times] = []
@@ -472,8 +467,8 @@ class _Samples:
         speed = self.original / meanwhile
         self.times.append({name: replace(kernel, ms=speed * kernel.ms) for name, kernel in times.items()})
         self.ms.append(speed * ms)
-        self.kept.remove(gone)
-        self.rows.append([self.kept.count(axis) for _, axis in self.axes])
+        kept = Kept(self.combed.atoms, gone)
+        self.rows.append([kept.count(axis) for _, axis in self.axes])
         self.widths.append(widths)
         if self.observer is not None:
             self.observer(len(self.times), 2 + _TURNS * len(MULTIPLES) + _SAMPLES)

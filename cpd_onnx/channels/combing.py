@@ -16,7 +16,7 @@ from cpd_onnx.ir.model import ModelSource, attributes_of, bodies_of, load, trans
 from cpd_onnx.ops.evaluate import Call
 from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.rules import FLOATS, POSITION_USERS, RULES, GiveUp, Op, Recorder, Tensor
-from cpd_onnx.shapes.inference import fold
+from cpd_onnx.shapes.inference import fold, fold_again
 from cpd_onnx.shapes.order import all_inputs
 from cpd_onnx.shapes.values import Folded, Scope, Use, Value, taken_branch
 
@@ -38,7 +38,7 @@ def at_sizes(combed: Combed, kept: Kept, numbers: Mapping[str, int]) -> tuple[Co
 
     None if what is removed from the weights cannot be removed there: channels are coupled otherwise.
     """
-    here = comb(fold(combed.folded.model, None, numbers))
+    here = comb(fold_again(combed.folded, combed.folded.model, numbers))
     known = {(w.scope.path, w.value.name): w for w in combed.weights}
     goes, stays = (np.zeros(len(here.atoms), np.bool_) for _ in range(2))
     wanted: list[tuple[Axis, Mask]] = []
@@ -52,9 +52,8 @@ def at_sizes(combed: Combed, kept: Kept, numbers: Mapping[str, int]) -> tuple[Co
                 mask, parts = kept.mask(there), here.atoms.parts(axis)
                 goes[parts[~mask]], stays[parts[mask]] = True, True
                 wanted.append((axis, mask))
-    found = Kept(here.atoms)
     goes[NOTHING] = False
-    found.remove(np.flatnonzero(goes & ~stays))
+    found = Kept(here.atoms, np.flatnonzero(goes & ~stays))
     return (here, found) if all(np.array_equal(found.mask(axis), mask) for axis, mask in wanted) else None
 
 

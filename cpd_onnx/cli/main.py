@@ -436,15 +436,14 @@ def _bench(options: argparse.Namespace) -> None:
 
 def _latency(options: argparse.Namespace) -> None:
     require_outputs(options, options.output)
-    shapes = dict(options.input_shape)
     model = read_model(options.model, options.input_shape)
     require_apart(options, model)
-    combed = comb(model, shapes)
+    combed = comb(model, dict(options.input_shape))
     setting = Setting(options.latency_batch, options.latency_threads, options.latency_provider)
     with progress_line(BarColumn()) as progress:
         task = progress.add_task("measure", total=None)
         table = measure_table(
-            Clock(combed, setting, shapes),
+            Clock(combed, setting),
             seed=options.seed,
             observer=lambda done, of: progress.update(task, completed=done, total=of),
         )

@@ -117,12 +117,11 @@ def _planned(
     options: argparse.Namespace, model: Model, source: Source | None, targets: Mapping[str, tuple[str, float]]
 ) -> dict[str, Path]:
     """A plan for each target, in files: combed, scored and, for latency, measured once."""
-    shapes = dict(options.input_shape)
-    combed = comb(model, shapes)
+    combed = comb(model, dict(options.input_shape))
     kind, wish = choice_of(options, source)
     scores = score(combed, kind, samples=options.samples, data=source, labels=options.score_labels, seed=options.seed)
     step = Allocate(**wish)
-    chooser = step.chooser(combed, shapes)
+    chooser = step.chooser(combed)
     place = options.output / "plans"
     made = {}
     for name, (_, fraction) in targets.items():
@@ -132,7 +131,7 @@ def _planned(
         words |= {"score": kind, "seed": options.seed}
         costs = {"before": chosen.before, "after": chosen.after}
         made[name] = place / f"{name}.json"
-        plan = make_plan(combed, chosen.removed, budget=words, input_shapes=shapes, **costs)
+        plan = make_plan(combed, chosen.removed, budget=words, **costs)
         plan.save(made[name], overwrite=options.force)
     return made
 

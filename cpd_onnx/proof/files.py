@@ -64,7 +64,7 @@ def verify_files(
     InconclusiveError if the comparison shows too little, unless it is allowed to.
     """
     combed, kept = planned(original, plan)
-    replay = rewrite(combed, kept, plan.input_shapes).model
+    replay = rewrite(combed, kept).model
     plan.stamp(replay)
     require_replay(replay, pruned, plan)
     given = None if feeds is None else list(feeds)

@@ -40,7 +40,7 @@ from cpd_onnx.runtime.sessions import (
     working_feeds,
 )
 from cpd_onnx.shapes.editor import Editor
-from cpd_onnx.shapes.inference import fold
+from cpd_onnx.shapes.inference import fold_again
 from cpd_onnx.shapes.values import Folded, Scope, taken_branch
 
 _SMALL = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512)
@@ -184,7 +184,7 @@ def _accepted(folded: Folded, session: Runner | None, assignment: Assignment, se
     if feed is None:
         return None
     if session is None:
-        here = fold(folded.model, None, {str(term): number for term, number in assignment.items()})
+        here = fold_again(folded, folded.model, {str(term): number for term, number in assignment.items()})
         return feed if here.unknown.keys() <= folded.unknown.keys() else None
     changes = _integer_changes(_compared_with(folded)) if any(_is_number(array) for array in feed.values()) else ()
     return next((f for f in (feed, *(_changed(feed, change) for change in changes)) if _runs(session, f)), None)

@@ -37,6 +37,7 @@ from cpd_onnx.proof.unrounded import HALF_TYPES, Undoable, rounding_of, single, 
 from cpd_onnx.rewrite.rewriter import rewrite
 from cpd_onnx.runtime.sessions import Feed, Runner, execute_all, open_model
 from cpd_onnx.runtime.stepwise import Piecewise
+from cpd_onnx.shapes.inference import fold_again
 
 _PIECEWISE_BYTES = 1 << 28
 """Models with more bytes of weights are run piece by piece, and what is made of them."""
@@ -62,8 +63,7 @@ def equal(combed: Combed, other: Model, channels: Axis) -> Comparison:
 
     Masking `channels` shows how much there is to see. Errors are those of `verify`.
     """
-    kept = Kept(combed.atoms)
-    kept.remove(channels)
+    kept = Kept(combed.atoms, channels)
     return _Proof(combed, kept, other, lambda _: combed.folded.model, channels, is_pruned=False).run(None)
 
 
@@ -95,10 +95,14 @@ class _UncomparableError(Exception):
     """The masked original cannot be made for inputs of some sizes, since channels are coupled otherwise there."""
 
 
+def _is_large(combed: Combed) -> bool:
+    return combed.folded.model.data_bytes() > _PIECEWISE_BYTES
+
+
 def runner_of(combed: Combed) -> Callable[[Model], Runner]:
     """What runs a model of that size: onnxruntime, or pieces of it where the model may be larger than memory."""
-    if combed.folded.model.data_bytes() > _PIECEWISE_BYTES:
-        return Piecewise
+    if _is_large(combed):
+        return lambda model: Piecewise(fold_again(combed.folded, model))
     return partial(open_model, optimise=False)
 
 
@@ -149,7 +153,7 @@ class _Proof:
         """The verdict, on inputs that are given or on random ones."""
         session = self.runner(self.combed.folded.original)
         given = [] if feeds is None else [dict(feed) for feed in feeds]
-        count, is_large = runs_needed(self.form.tolerance), self.runner is Piecewise
+        count, is_large = runs_needed(self.form.tolerance), _is_large(self.combed)
         inputs = proof_inputs(self.combed.folded, session, count, given=given, is_large=is_large)
         given = [feed for feed in inputs.feeds if self.is_comparable(feed)]
         if not given:
@@ -300,8 +304,7 @@ class _Proof:
         """What the original gives with as many other channels of the same groups masked."""
         if not len(self.channels):
             return None
-        kept = Kept(self.combed.atoms)
-        kept.remove(self.channels)
+        kept = Kept(self.combed.atoms, self.channels)
         try:
             small = rewrite(self.combed, kept).model
             return self.with_masks(_Masked(self.combed, kept, small).at, self.feeds)

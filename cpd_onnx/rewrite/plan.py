@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib import resources
@@ -222,16 +222,14 @@ def make_plan(
     budget: Mapping[str, Any],
     before: Costs,
     after: Costs,
-    input_shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> Plan:
     """Put on record what is removed, where it lies, and what is kept and why."""
     more: dict[str, Any] = {}
-    if input_shapes:
-        more["input_shapes"] = {name: list(shape) for name, shape in input_shapes.items()}
+    if combed.folded.input_shapes:
+        more["input_shapes"] = {name: list(shape) for name, shape in combed.folded.input_shapes.items()}
     if combed.folded.evaluated is not None:
         more["evaluated"] = {name: list(parts) for name, parts in combed.folded.evaluated.weights.items()}
-    model, kept = combed.folded.original, Kept(combed.atoms)
-    kept.remove(channels_of(combed, dict(enumerate(removed))))
+    model, kept = combed.folded.original, Kept(combed.atoms, channels_of(combed, dict(enumerate(removed))))
     groups = [_group(combed, group, gone) for group, gone in zip(combed.groups, removed, strict=True)]
     frozen = [
         {"tensor": f.tensor, "axis": f.axis, "indices": f.indices, "of": f.of, "reason": "; ".join(f.reasons)}
@@ -304,11 +302,7 @@ def _removed(combed: Combed, kept: Kept) -> dict[str, dict[str, list[int]]]:
     return found
 
 
-def planned(
-    source: ModelSource, plan: Plan, input_shapes: Mapping[str, Sequence[int]] | None = None
-) -> tuple[Combed, Kept]:
+def planned(source: ModelSource, plan: Plan) -> tuple[Combed, Kept]:
     """The model that a plan was made for, and what the plan leaves of it; PlanError if it was made for another."""
-    combed = comb(source, input_shapes or plan.input_shapes)
-    kept = Kept(combed.atoms)
-    kept.remove(channels_of(combed, match(combed, plan)))
-    return combed, kept
+    combed = comb(source, plan.input_shapes)
+    return combed, Kept(combed.atoms, channels_of(combed, match(combed, plan)))

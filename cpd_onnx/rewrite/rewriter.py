@@ -19,7 +19,7 @@ from cpd_onnx.ir.model import Array, Lazy, Model, drop_attribute, map_lazy, set_
 from cpd_onnx.rewrite.arithmetic import Arithmetic
 from cpd_onnx.rules.api import DROP, Demand, Tensor
 from cpd_onnx.shapes.editor import Editor
-from cpd_onnx.shapes.inference import fold
+from cpd_onnx.shapes.inference import fold_again
 from cpd_onnx.shapes.values import DIVISOR, SCALED, Folded, Scope, Use, Value
 
 
@@ -49,12 +49,12 @@ class Pruned:
     edits: tuple[Edit, ...]
 
 
-def rewrite(combed: Combed, kept: Kept, input_shapes: Any = None) -> Pruned:
+def rewrite(combed: Combed, kept: Kept) -> Pruned:
     """Delete from a model all indices that `kept` drops.
 
     Raises ProofError if the result does not have the shapes that the channels say it should (a defect of a rule).
     """
-    return _Rewriter(combed, kept, input_shapes).run()
+    return _Rewriter(combed, kept).run()
 
 
 def evaluation_of(folded: Folded) -> tuple[Edit, ...]:
@@ -84,9 +84,9 @@ class _Variants:
 
 
 class _Rewriter(Editor):
-    def __init__(self, combed: Combed, kept: Kept, input_shapes: Any) -> None:
+    def __init__(self, combed: Combed, kept: Kept) -> None:
         super().__init__(combed.folded.model.copy())
-        self.combed, self.kept, self.input_shapes = combed, kept, input_shapes
+        self.combed, self.kept = combed, kept
         self.edits: list[Edit] = []
         self.operands: dict[tuple[int, int, int], Array] = {}
         self.leaves: dict[Use, Array] = {}
@@ -105,7 +105,7 @@ class _Rewriter(Editor):
         self.describe()
         while self.mend(Arithmetic(self.combed, self.kept, self)):
             pass
-        self.check(fold(self.model, self.input_shapes))
+        self.check(fold_again(self.combed.folded, self.model))
         return Pruned(self.model, tuple(self.edits))
 
     # Operands and attributes.

@@ -18,7 +18,6 @@ from cpd_onnx.errors import UnsupportedError
 from cpd_onnx.ir.model import Array, Model
 from cpd_onnx.runtime.sessions import Feed, execute, open_model
 from cpd_onnx.shapes.editor import Editor
-from cpd_onnx.shapes.inference import fold
 from cpd_onnx.shapes.order import all_inputs
 from cpd_onnx.shapes.values import Folded
 
@@ -180,10 +179,10 @@ class Piecewise:
     Takes the place of a session of onnxruntime, optimisations off.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, folded: Folded) -> None:
         """Take the model."""
-        self._folded = fold(model)
-        self._outputs = [output.name for output in model.graph.output]
+        self._folded = folded
+        self._outputs = [output.name for output in folded.model.graph.output]
 
     def run(self, names: None, feed: Feed, limits: Any = None) -> list[Array]:
         """All outputs."""

@@ -91,22 +91,27 @@ def fold(
     `numbers` says what symbols are bound to first; they stay symbols.
     Raises ModelError if the graph is cyclic, uses values that nobody makes or makes no sense otherwise.
     """
+    shapes = {name: tuple(shape) for name, shape in (input_shapes or {}).items()}
+    bound = dict(numbers or {})
     with translate_errors(model):
-        found = _best_folded(model, input_shapes, numbers)
+        found = _best_folded(model, shapes, bound)
         known = {v.name: (v.dtype, v.shape) for scope in found.scope.walk() for v in scope.values.values()}
         made = evaluated(model, known)
         if made is None:
             return found
-        return replace(_best_folded(made.model, input_shapes, numbers), evaluated=made, source=model)
+        return replace(_best_folded(made.model, shapes, bound), evaluated=made, source=model)
 
 
-def _best_folded(
-    model: Model, input_shapes: Mapping[str, Sequence[int]] | None, numbers: Mapping[str, int] | None
-) -> Folded:
+def fold_again(folded: Folded, model: Model, numbers: Mapping[str, int] | None = None) -> Folded:
+    """Fold a model with the same inputs, under the same input shapes and, unless others are given, numbers."""
+    return fold(model, folded.input_shapes, folded.numbers if numbers is None else numbers)
+
+
+def _best_folded(model: Model, input_shapes: Mapping[str, Shape], numbers: Mapping[str, int]) -> Folded:
     best: Folded | None = None
     open_inputs = any(_open_dims(v) for v in _real_inputs(model))
     for profile in PROFILES if open_inputs and not input_shapes else PROFILES[:1]:
-        folded = _Folder(model, profile, dict(input_shapes or {}), numbers or {}).run()
+        folded = _Folder(model, profile, input_shapes, numbers).run()
         if best is None or len(folded.unknown) < len(best.unknown):
             best = folded
         if not best.unknown:
@@ -127,7 +132,7 @@ class _Folder:
     """One sweep over the model with one way to bind its symbols."""
 
     def __init__(
-        self, model: Model, profile: Profile, input_shapes: dict[str, Sequence[int]], first_numbers: Mapping[str, int]
+        self, model: Model, profile: Profile, input_shapes: Mapping[str, Shape], first_numbers: Mapping[str, int]
     ) -> None:
         self.model = model
         self.profile = profile
@@ -161,7 +166,10 @@ class _Folder:
             scope = self.scope("", graph, values, ())
         first = next((values[i.name] for i in _real_inputs(self.model)), None)
         batch = first.shape[0] if first is not None and first.shape and not first.has_fixed(0) else 1
-        return Folded(self.model, scope, tuple(self.uses), tuple(self.dims), self.unknown, batch)
+        return Folded(
+            self.model, scope, tuple(self.uses), tuple(self.dims), self.unknown, batch,
+            input_shapes=self.input_shapes, numbers=self.first_numbers,
+        )  # fmt: skip  # what was found, and under what
 
     def weight(self, tensor: TensorProto) -> Value:
         shape = sane(tuple(tensor.dims))
@@ -179,7 +187,7 @@ class _Folder:
         if not info.type.HasField("tensor_type") or not kind.HasField("shape"):
             return Value(info.name, kind.elem_type)
         if info.name in self.input_shapes:
-            return Value(info.name, kind.elem_type, _always(tuple(self.input_shapes[info.name])))
+            return Value(info.name, kind.elem_type, _always(self.input_shapes[info.name]))
         dims = list(kind.shape.dim)
         # Recurrent states are (layers, batch, hidden).
         is_state = [d.dim_value > 0 for d in dims] == [True, False, True]

@@ -201,6 +201,8 @@ class Folded:
         batch: size that the first binding gives to the leading dynamic dimension, 1 if it is fixed.
         evaluated: what was evaluated, None if there was nothing.
         source: the model as it was given, None if that is `model`.
+        input_shapes: shapes that `fold` was given, by input name.
+        numbers: numbers that `fold` was given for the first binding of symbols, by name.
 
     """
 
@@ -212,6 +214,8 @@ class Folded:
     batch: int
     evaluated: Evaluated | None = None
     source: Model | None = None
+    input_shapes: Mapping[str, Shape] = field(default_factory=dict)
+    numbers: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def original(self) -> Model:

@@ -125,8 +125,8 @@ def test_what_many_layers_share_is_not_what_goes_first() -> None:
 def test_costs_in_widths_are_those_of_channels() -> None:
     combed = comb(model_of("attention 4d"))
     for kind in ("macs", "params", "channels", "bytes"):
-        costs, kept = CostModel(combed), Kept(combed.atoms)
-        kept.remove(np.concatenate([group.channels[: len(group) // 2] for group in combed.groups]))
+        costs = CostModel(combed)
+        kept = Kept(combed.atoms, np.concatenate([group.channels[: len(group) // 2] for group in combed.groups]))
         widths = np.asarray([[len(group) - len(group) // 2 for group in combed.groups]])
         assert costs.in_widths(kind)(widths)[0] == pytest.approx(costs.cost(kind, kept))
 

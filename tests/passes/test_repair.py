@@ -112,8 +112,7 @@ def inputs(count: int = 64, seed: int = 1) -> dict[str, np.ndarray]:
 def pruned(model: Model, kind: str = "l2", budget: Budget | None = None, data: ArraySource | None = None):
     combed = comb(model)
     chosen = allocate(combed, score(combed, kind, data=data), budget or Budget("channels", 0.5))
-    kept = Kept(combed.atoms)
-    kept.remove(chosen.channels(combed))
+    kept = chosen.keep_mask(combed)
     return combed, kept, prune(combed, chosen).model
 
 
@@ -380,8 +379,7 @@ def test_branches_that_can_stand_in_for_each_other_do_not_both_go():
     # What either branch alone could do without is nearly all of it; what both could is half.
     cheap = sum(int((values < 0.1 * np.median(np.concatenate(scores))).sum()) for values in scores)
     assert cheap <= 8
-    kept = Kept(combed.atoms)
-    kept.remove(chosen.channels(combed))
+    kept = chosen.keep_mask(combed)
     fixed = repair(combed, kept, prune(combed, chosen).model, data).model
     want = made(model, data.arrays)
     assert np.square(made(fixed, data.arrays) - want).mean() < 0.05 * want.var()

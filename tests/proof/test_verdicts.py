@@ -42,8 +42,7 @@ MLP = "float[4, 12] x, float[12, 16] w, float[16, 5] v"
 def proof(model: ModelProto, kind: str = "random", feeds: Any = None) -> Comparison:
     combed = comb(cpd.load(model))
     chosen = allocate(combed, score(combed, kind), Budget("channels", 0.5))
-    kept = Kept(combed.atoms)
-    kept.remove(chosen.channels(combed))
+    kept = chosen.keep_mask(combed)
     return verify(combed, kept, prune(combed, chosen).model, feeds)
 
 
@@ -143,8 +142,7 @@ def test_channels_that_nobody_reads_need_show_nothing() -> None:
     text = f"({MLP.replace('16, 5', '4, 5')}, int64[4] i) => (float[4, 5] y) {{ h = MatMul(x, w) a = Gather <axis = 1>(h, i) y = MatMul(a, v) }}"
     combed = comb(cpd.load(from_text(text, values={"i": [3, 1, 7, 5]})))
     unread = next(group for group in combed.groups if len(group) == 12)
-    kept = Kept(combed.atoms)
-    kept.remove(unread.channels[:6])
+    kept = Kept(combed.atoms, unread.channels[:6])
     from cpd_onnx.rewrite.rewriter import rewrite
 
     assert verify(combed, kept, rewrite(combed, kept).model).verdict == VERIFIED

@@ -125,8 +125,8 @@ def test_unsorted_nodes_are_followed() -> None:
 
 
 def test_recursive_function() -> None:
-    function = '<domain: "local", opset_import: ["": 17, "local": 1]> again (a) => (b) { b = local.again(a) }'
-    text = "(float[2, 4] x, float[4, 6] w, float[6, 3] v) => (float[2, 3] y) { h = MatMul(x, w) a = local.again(h) y = MatMul(a, v) }"
+    function = '<domain: "local", opset_import: ["": 17, "local": 1]> again (a) => (b) { b = fold_again(local, a) }'
+    text = "(float[2, 4] x, float[4, 6] w, float[6, 3] v) => (float[2, 3] y) { h = MatMul(x, w) a = fold_again(local, h) y = MatMul(a, v) }"
     assert attempt(from_text(text, functions=function)) == "ModelError"
 
 

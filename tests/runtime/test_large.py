@@ -18,6 +18,7 @@ from cpd_onnx.proof import proving
 from cpd_onnx.runtime import stepwise
 from cpd_onnx.runtime.sessions import execute, open_model
 from cpd_onnx.runtime.stepwise import Piecewise
+from cpd_onnx.shapes.inference import fold
 from tests.support.graphs import seeded
 from tests.support.models import from_text
 
@@ -90,7 +91,7 @@ def test_pieces_compute_what_the_whole_does(tmp_path: Path) -> None:
         shape = [d.dim_value or 2 for d in model.graph.input[0].type.tensor_type.shape.dim]
         feeds = [{"x": rng.standard_normal(shape).astype(np.float32)} for _ in range(2)]
         session = open_model(model, optimise=False)
-        for feed, outputs in zip(feeds, Piecewise(model).run_all(feeds), strict=True):
+        for feed, outputs in zip(feeds, Piecewise(fold(model)).run_all(feeds), strict=True):
             for ours, whole in zip(outputs, execute(session, feed), strict=True):
                 np.testing.assert_allclose(ours, whole, rtol=1e-5, atol=1e-6)
 

@@ -10,7 +10,6 @@ import onnx
 import pytest
 
 import cpd_onnx as cpd
-from cpd_onnx.algebra.keep import Kept
 from cpd_onnx.channels.combing import at_sizes, comb
 from cpd_onnx.proof.inputs import proof_inputs
 from cpd_onnx.runtime.sessions import open_model
@@ -192,10 +191,8 @@ def test_masks_along_the_batch_are_those_of_its_size() -> None:
     assert state.verification is not None
     assert state.verification.passed
     combed = comb(cpd.load(model))
-    kept = Kept(combed.atoms)
     assert state.allocation is not None
-    kept.remove(state.allocation.channels(combed))
-    found = at_sizes(combed, kept, {"n": 3, "h": 5, "w": 7})
+    found = at_sizes(combed, state.allocation.keep_mask(combed), {"n": 3, "h": 5, "w": 7})
     assert found is not None
     sizes = [found[1].count(axis) for axis in found[0].tensors[("", "g")].axes or []]
     assert sizes == [3 * 4, 35]

@@ -51,8 +51,7 @@ def outcome_of(model: ModelProto, seed: int) -> str:
     except cpd.TargetError:
         return "nothing to prune"
     pruned = prune(combed, chosen).model
-    kept = Kept(combed.atoms)
-    kept.remove(chosen.channels(combed))
+    kept = chosen.keep_mask(combed)
     try:
         found = verify(combed, kept, pruned)
     except cpd.UnsupportedError:

@@ -249,8 +249,7 @@ class Case:
             change(gone, len(each)) if each.id == group % len(self.combed.groups) else gone
             for gone, each in zip(self.removed, self.combed.groups, strict=True)
         ]
-        kept = Kept(self.combed.atoms)
-        kept.remove(_channels(self.combed, removed))
+        kept = Kept(self.combed.atoms, _channels(self.combed, removed))
         return rewrite(self.combed, kept).model
 
 
@@ -263,8 +262,7 @@ def case_of(name: str) -> Case:
     """A network at half of its channels."""
     combed = comb(cpd.load(network(name)))
     chosen = allocate(combed, score(combed, "random", seed=3), Budget("channels", 0.5))
-    kept = Kept(combed.atoms)
-    kept.remove(chosen.channels(combed))
+    kept = chosen.keep_mask(combed)
     return Case(combed, kept, chosen.removed)
 
 

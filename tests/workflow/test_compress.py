@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 import cpd_onnx as cpd
 from cpd_onnx.cli.main import main
 from cpd_onnx.workflow import compress as compression
+from tests.support.models import from_text
 
 pytest.importorskip("torch")
 
@@ -300,3 +302,22 @@ def test_what_is_wrong_with_a_sweep(
 ) -> None:
     assert run("sweep", "digits.onnx", "-o", "out", *arguments) == 1
     assert message in capsys.readouterr().err
+
+
+ONE_SIZE = (
+    "(float[N, S, 6] x, float[6, 8] w, float[56, 5] v, int64[2] s) => (float[N, 5] y) "
+    "{ h = MatMul(x, w) a = Relu(h) r = Reshape(a, s) y = MatMul(r, v) }"
+)
+"""Takes seven positions, though its input says any number: nothing is known of it without `--input-shape`."""
+
+
+def test_input_shapes_hold_for_all_that_is_measured_of_the_result(folder: Path) -> None:
+    """The sensitivity in the report folds pruned models, too."""
+    onnx.save(from_text(ONE_SIZE, values={"s": [-1, 56]}), "fixed.onnx")
+    np.savez("x.npz", x=np.random.default_rng(0).standard_normal((64, 7, 6)).astype(np.float32))
+    asked = ("--input-shape", "x:2,7,6", "--data", "x.npz", "--no-distill", "--threads", 1)
+    assert run("compress", "fixed.onnx", "-o", "small.onnx", *asked) == 0
+    report = json.loads(Path("small.onnx.report.json").read_text())
+    assert [len(group["points"]) for group in report["sensitivity"]["groups"]] == [3]
+    assert json.loads(Path("small.onnx.plan.json").read_text())["source"]["input_shapes"] == {"x": [2, 7, 6]}
+    assert run("verify", "fixed.onnx", "small.onnx") == 0
