@@ -1,9 +1,9 @@
-"""Compress a classifier: the embedded one for handwritten digits, or one of your own.
+"""Compress a classifier: the embedded one for handwritten digits, or your own.
 
     python examples/classification.py
     python examples/classification.py MODEL.onnx TRAIN.npz TEST.npz
 
-The arrays of the .npz files are named as the model's inputs; `labels` are needed in the test data only, to score with.
+The arrays of the .npz files are named after the model's inputs. Only the test data need `labels`, for the score.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cpd_onnx.data.sources import LABELS, ArraySource, read_npz
 
 
 def main() -> None:
-    """Read the files and compare."""
+    """Read the files, compress the model and print the comparison."""
     given = arguments(__doc__, "model", "train", "test")
     with resources.as_file(resources.files("cpd_onnx.models")) as folder:
         model = onnx.load(given.model or folder / "digits.onnx")

@@ -2,8 +2,9 @@
 
     python examples/detection.py
 
-Each cell of an 8 x 8 grid says what it sees (nothing, or one of three shapes) and where the box of that lies. The data
-are drawn and the network is trained here, for some seconds; then all goes on from the ONNX file and unlabelled images.
+Each cell of an 8 x 8 grid predicts a class (nothing, or one of three shapes) and the bounding box of the shape. The
+script generates the data and trains the network for some seconds; the rest uses only the ONNX model and unlabelled
+images.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ def layer(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 
 
 class Detector(nn.Module):
-    """A residual trunk down to the grid, and two heads on it."""
+    """Residual backbone down to the grid, with one head for boxes and one for scores."""
 
     def __init__(self) -> None:
-        """Make the layers."""
+        """Create the layers."""
         super().__init__()
         self.stem = nn.Sequential(layer(3, 16), layer(16, 32, 2), layer(32, 48, 2))
         self.blocks = nn.ModuleList(nn.Sequential(layer(48, 48), layer(48, 48)) for _ in range(2))
         self.boxes, self.scores = nn.Conv2d(48, 4, 1), nn.Conv2d(48, 1 + len(KINDS), 1)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Boxes [N, 4, GRID, GRID], in cells around the middle of each, and scores [N, classes, GRID, GRID]."""
+        """Return boxes [N, 4, GRID, GRID], in cells from the centre of each, and scores [N, classes, GRID, GRID]."""
         x = self.stem(image)
         for block in self.blocks:
             x = x + block(x)
@@ -48,7 +49,7 @@ class Detector(nn.Module):
 
 
 def targets(objects: Objects) -> tuple[Tensor, Tensor]:
-    """What the cells should say: the one in which the middle of a shape lies is in charge of it."""
+    """Return the target boxes and classes of the cells; a shape belongs to the cell that contains its centre."""
     boxes, classes = np.zeros((len(objects), 4, GRID, GRID), np.float32), np.zeros((len(objects), GRID, GRID), np.int64)
     for number, found in enumerate(objects):
         for kind, (left, top, right, bottom) in found:
@@ -60,7 +61,7 @@ def targets(objects: Objects) -> tuple[Tensor, Tensor]:
 
 
 def train(images: Tensor, objects: Objects, steps: int, rng: np.random.Generator) -> Detector:
-    """Train with boxes and kinds; most cells see nothing and count less."""
+    """Train with boxes and classes; empty cells, which are the majority, get less weight."""
     model, weight = Detector(), torch.tensor([0.2, 1.0, 1.0, 1.0])
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
@@ -78,13 +79,13 @@ def train(images: Tensor, objects: Objects, steps: int, rng: np.random.Generator
 
 
 def decoded(boxes: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Boxes [cells, 4] of one image in pixels."""
+    """Return the boxes [cells, 4] of one image in pixels."""
     rows, columns = np.mgrid[:GRID, :GRID] + 0.5
     return ((boxes + np.stack([columns, rows, columns, rows])) * CELL).reshape(4, -1).T.astype(np.float32)
 
 
 def overlap(box: npt.NDArray[np.float32], other: Box) -> float:
-    """Intersection over union."""
+    """Return the intersection over union of two boxes."""
     sides = np.minimum(box[2:], other[2:]) - np.maximum(box[:2], other[:2])
     shared = float(np.prod(np.maximum(sides, 0)))
     areas = [float(np.prod(np.maximum(np.subtract(b[2:], b[:2]), 0))) for b in (box, other)]
@@ -92,7 +93,7 @@ def overlap(box: npt.NDArray[np.float32], other: Box) -> float:
 
 
 def average_precision(model: onnx.ModelProto, images: npt.NDArray[np.float32], objects: Objects) -> float:
-    """Mean over the kinds of the area under precision and recall; a box that covers half of a shape has found it."""
+    """Return the mean over the classes of the average precision, at an intersection over union of 0.5."""
     boxes, scores = open_session(model).run(None, {"image": images})
     sure = np.exp(scores - scores.max(1, keepdims=True))
     sure = (sure / sure.sum(1, keepdims=True)).reshape(len(images), 1 + len(KINDS), -1)
@@ -115,7 +116,7 @@ def average_precision(model: onnx.ModelProto, images: npt.NDArray[np.float32], o
 
 
 def main() -> None:
-    """Draw, train, export and compare."""
+    """Generate data, train, export, compress and print the comparison."""
     given = arguments(__doc__)
     rng = np.random.default_rng(0)
     (data, known), (test, wanted) = (shapes(rng, count) for count in ((256, 64) if given.quick else (1024, 256)))

@@ -1,11 +1,11 @@
-"""Compress a small decoder-only transformer over the bytes of a text; perplexity before and after.
+"""Compress a small decoder-only transformer over bytes of text, and compare its perplexity.
 
     python examples/language_model.py
     python examples/language_model.py TEXT
 
-The text is the source code of this package, or a file of yours. The network is trained here, for some seconds; then all
-goes on from the ONNX file. Heads, their dimensions, the hidden widths of the MLPs and the width of the residual stream
-are groups of their own, and all of them can shrink.
+The text is the source code of this package, or your own file. The script trains the network for some seconds; the rest
+uses only the ONNX model and unlabelled text. Heads, their dimensions, the hidden widths of the MLPs and the width of
+the residual stream are separate groups, and all of them can shrink.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ Tokens = npt.NDArray[np.int64]
 
 
 class Block(nn.Module):
-    """Attention to what came before, then an MLP, each beside a shortcut."""
+    """Causal attention, then an MLP, each with a shortcut."""
 
     def __init__(self) -> None:
-        """Make the layers."""
+        """Create the layers."""
         super().__init__()
         self.before, self.between = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         self.query, self.key, self.value, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
@@ -40,7 +40,7 @@ class Block(nn.Module):
         self.register_buffer("future", torch.full((CONTEXT, CONTEXT), -1e4).triu(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The residual stream x [N, CONTEXT, WIDTH] behind the block."""
+        """Return the residual stream [N, CONTEXT, WIDTH] after the block."""
         normal = self.before(x)
         query, key, value = (
             part(normal).view(-1, CONTEXT, HEADS, WIDTH // HEADS).transpose(1, 2)
@@ -54,23 +54,23 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Scores of the next byte at each place; all places in one axis, so that training compares distributions."""
+    """Decoder with the scores of all positions in one axis, so that distillation compares distributions."""
 
     def __init__(self) -> None:
-        """Make the layers."""
+        """Create the layers."""
         super().__init__()
         self.table, self.place = nn.Embedding(BYTES, WIDTH), nn.Parameter(torch.zeros(CONTEXT, WIDTH))
         self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
         self.last, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, BYTES)
 
     def forward(self, text: Tensor) -> Tensor:
-        """Scores [N * CONTEXT, 256] of texts [N, CONTEXT]."""
+        """Return the scores [N * CONTEXT, 256] of the next bytes of texts [N, CONTEXT]."""
         scores: Tensor = self.head(self.last(self.blocks(self.table(text) + self.place)))
         return scores.reshape(-1, BYTES)
 
 
 def windows(path: Path | None) -> tuple[Tokens, Tokens]:
-    """Windows of CONTEXT + 1 bytes to train with and to test on; each twentieth stretch of text is for the test."""
+    """Return windows of CONTEXT + 1 bytes for training and testing; every twentieth stretch of text is for testing."""
     files = [path] if path is not None else sorted(Path(cpd_onnx.__file__).parent.rglob("*.py"))
     text = np.frombuffer(b"\n".join(file.read_bytes() for file in files), np.uint8).astype(np.int64)
     rows = text[: len(text) // (CONTEXT + 1) * (CONTEXT + 1)].reshape(-1, CONTEXT + 1)
@@ -79,7 +79,7 @@ def windows(path: Path | None) -> tuple[Tokens, Tokens]:
 
 
 def train(rows: Tokens, steps: int, rng: np.random.Generator) -> Decoder:
-    """Train to say the next byte."""
+    """Train a decoder to predict the next byte."""
     model, text = Decoder(), torch.from_numpy(rows)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
@@ -95,13 +95,13 @@ def train(rows: Tokens, steps: int, rng: np.random.Generator) -> Decoder:
 
 
 def perplexity(model: onnx.ModelProto, rows: Tokens) -> float:
-    """Of the next byte: two to the power of the bits that it takes on average; 256 is to know nothing."""
+    """Return the perplexity of the next byte: the exponential of the mean cross-entropy; 256 is a uniform guess."""
     (scores,) = open_session(model).run(None, {"text": rows[:, :-1]})
     return math.exp(F.cross_entropy(torch.from_numpy(scores), torch.from_numpy(rows[:, 1:].reshape(-1))).item())
 
 
 def main() -> None:
-    """Train, export and compare."""
+    """Train, export, compress and print the comparison."""
     given = arguments(__doc__, "text")
     rng = np.random.default_rng(0)
     rows, test = windows(given.text)

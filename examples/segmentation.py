@@ -2,8 +2,8 @@
 
     python examples/segmentation.py
 
-The data are drawn and the network is trained here, for some seconds; then all goes on from the ONNX file and unlabelled
-images, as it would with a model of somebody else.
+The script generates the data and trains the network for some seconds; the rest uses only the ONNX model and unlabelled
+images, as with a model from a third party.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WIDTHS = (12, 24, 48)
 
 
 def block(inputs: int, outputs: int) -> nn.Sequential:
-    """Two convolutions with batch normalisation."""
+    """Return two convolutions with batch normalisation and ReLU."""
     layers: list[nn.Module] = []
     for width in (inputs, outputs):
         layers += [nn.Conv2d(width, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
@@ -29,10 +29,10 @@ def block(inputs: int, outputs: int) -> nn.Sequential:
 
 
 class UNet(nn.Module):
-    """Down twice and up twice; what was seen on the way down is joined on the way up."""
+    """U-Net with two levels: features of the encoder are concatenated in the decoder."""
 
     def __init__(self) -> None:
-        """Make the layers."""
+        """Create the layers."""
         super().__init__()
         one, two, three = WIDTHS
         self.down1, self.down2, self.middle = block(3, one), block(one, two), block(two, three)
@@ -41,7 +41,7 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(one, 1 + len(KINDS), 1)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Scores [N, classes, H, W] of images [N, 3, H, W]."""
+        """Return scores [N, classes, H, W] of images [N, 3, H, W]."""
         first = self.down1(image)
         second = self.down2(F.max_pool2d(first, 2))
         third = self.middle(F.max_pool2d(second, 2))
@@ -52,7 +52,7 @@ class UNet(nn.Module):
 
 
 def train(data: Arrays, steps: int, rng: np.random.Generator) -> UNet:
-    """Train with labels; the ground counts less, for there is more of it."""
+    """Train with labels; the background, which is the majority, gets less weight."""
     model, weight = UNet(), torch.tensor([0.3, 1.0, 1.0, 1.0])
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps)
@@ -67,7 +67,7 @@ def train(data: Arrays, steps: int, rng: np.random.Generator) -> UNet:
 
 
 def main() -> None:
-    """Draw, train, export and compare."""
+    """Generate data, train, export, compress and print the comparison."""
     given = arguments(__doc__)
     rng = np.random.default_rng(0)
     (data, _), (test, _) = (shapes(rng, count) for count in ((256, 128) if given.quick else (1024, 512)))

@@ -1,6 +1,6 @@
-"""What the examples share: export from torch, compress with controls beside it, print the table.
+"""Code shared by the examples: export from torch, compress a model and its controls, print the table.
 
-`compare` shows the calls of cpd-onnx; all else is here to have something to compress and to judge it by.
+`compare` shows how to call cpd-onnx; everything else provides a model to compress and a score to judge it by.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Task:
-    """What a model is for.
+    """Model evaluation, data and budget of an example.
 
     Attributes:
-        name: title of the table.
-        metric: what `judge` gives, for the head of the column.
-        judge: scores a model on data that nothing is chosen or trained by.
-        data: unlabelled inputs by name, to choose, repair and train with.
-        recipe: how the students are trained; the same for all of them.
-        macs: share of the multiply-accumulates that may stay.
-        samples: that scores and repair look at.
+        name: Title of the table.
+        metric: Name of the metric that `judge` returns, for the column heading.
+        judge: Function that scores a model on held-out data.
+        data: Unlabelled inputs by name, used for scoring, repair and training.
+        recipe: Training options, the same for all students.
+        macs: Fraction of the multiply-accumulates that may remain.
+        samples: Number of samples used for scoring and repair.
     """
 
     name: str
@@ -65,24 +65,24 @@ class Task:
 
 
 def arguments(description: str | None, *files: str) -> argparse.Namespace:
-    """The options that all examples take, and files of one's own."""
+    """Return the options common to all examples, and the user's own files."""
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     for name in files:
-        parser.add_argument(name, type=Path, nargs="?", help="of your own (default: made here)")
-    parser.add_argument("--quick", action="store_true", help="train for a moment only, to see that it runs")
+        parser.add_argument(name, type=Path, nargs="?", help=f"your own {name} (default: that of the example)")
+    parser.add_argument("--quick", action="store_true", help="train for a few steps only, as a smoke test")
     parser.add_argument("--out", type=Path, help="new folder for the model, the compressed model and its plan")
     given = parser.parse_args()
     if given.out is not None and given.out.exists():
         parser.error(f"{given.out} exists: name a new folder")
-    torch.set_num_threads(1)  # small layers; and sums then do not depend on the number of cores
+    torch.set_num_threads(1)  # the layers are small, and sums must not depend on the number of cores
     torch.manual_seed(0)
     return given
 
 
 def export(model: torch.nn.Module, sample: torch.Tensor, names: Sequence[str]) -> onnx.ModelProto:
-    """The model as ONNX with a free batch size: the first name is that of the input, the others of the outputs."""
+    """Return the model as ONNX with a free batch size; `names` are those of the input and then of the outputs."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # this exporter is the old one, which needs only onnx
+        warnings.simplefilter("ignore", DeprecationWarning)  # deprecated exporter, which needs only onnx
         path = Path(folder) / "model.onnx"
         torch.onnx.export(
             model.eval(),
@@ -98,10 +98,10 @@ def export(model: torch.nn.Module, sample: torch.Tensor, names: Sequence[str]) -
 
 
 def compare(original: onnx.ModelProto, task: Task, out: Path | None = None) -> None:
-    """Compress a model, train controls beside it, and print what became of each.
+    """Compress a model, train its controls, and print the results.
 
-    The controls say what the choice of channels is worth, and what the training alone does: channels drawn by lot and
-    trained likewise, and the original, trained on likewise.
+    The controls show the value of the choice of channels and the effect of the training alone: random channels, trained
+    in the same way, and the original, trained further in the same way.
     """
     started = time.perf_counter()
     model, source = cpd.load(original), ArraySource(task.data)
@@ -110,7 +110,7 @@ def compare(original: onnx.ModelProto, task: Task, out: Path | None = None) -> N
     def student(small: cpd.Model) -> cpd.Model:
         return trained(small, distill(original, small.complete_proto(), source, options))
 
-    # With data: score by what a repair cannot make up for, take the widths that do the least damage, repair.
+    # With data: score by the error that a repair cannot compensate, choose the widths with the least loss, repair.
     pruned = cpd.run(
         [
             Comb(),
@@ -133,7 +133,7 @@ def compare(original: onnx.ModelProto, task: Task, out: Path | None = None) -> N
         "pruned, repaired, distilled": ours,
     }
     _print(found, task)
-    plan = pruned.plan.with_values(pruned.model, ours)  # which names the weights that were trained
+    plan = pruned.plan.with_values(pruned.model, ours)  # names the trained weights
     proof = verify_files(model, ours, plan)
     print(report.proof_line(report.comparison(proof.comparison)))
     if out is not None:
@@ -160,9 +160,10 @@ KINDS = ("circle", "square", "triangle")
 
 
 def shapes(rng: np.random.Generator, count: int, size: int = 32) -> tuple[Arrays, list[list[tuple[int, Box]]]]:
-    """Noisy images with one to three shapes: `image` [N, 3, size, size], `labels` [N, size, size], 0 for none.
+    """Return noisy images with one to three shapes, and the shapes of each image.
 
-    Beside them, for each image the kinds (from 1 on) and boxes (left, top, right, bottom) of its shapes.
+    The arrays are `image` [N, 3, size, size] and `labels` [N, size, size], 0 for the background. A shape is its class,
+    counted from 1, and its box (left, top, right, bottom).
     """
     images = rng.normal(0, 0.3, (count, 3, size, size)).astype(np.float32)
     labels, objects = np.zeros((count, size, size), np.int64), []
@@ -179,7 +180,7 @@ def shapes(rng: np.random.Generator, count: int, size: int = 32) -> tuple[Arrays
                 (across * 2 <= down + radius) & (down <= radius),
             )[kind]
             if label[inside].any():
-                continue  # no shape hides another
+                continue  # shapes must not overlap
             image[:, inside] += rng.uniform(-1.5, 1.5, 3).astype(np.float32)[:, None]
             label[inside] = kind + 1
             where = np.argwhere(inside)
@@ -189,7 +190,7 @@ def shapes(rng: np.random.Generator, count: int, size: int = 32) -> tuple[Arrays
 
 
 def shuffled(rng: np.random.Generator, count: int, size: int, steps: int) -> list[npt.NDArray[np.int64]]:
-    """Rows of so many batches, each pass in another order."""
+    """Return the row indices of `steps` batches; each pass over the data has a new order."""
     passes = -(-steps * size // count)
     order = np.concatenate([rng.permutation(count) for _ in range(passes)])
     return [order[step * size : (step + 1) * size] for step in range(steps)]
