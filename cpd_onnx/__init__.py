@@ -22,6 +22,7 @@ from cpd_onnx.errors import (
     TargetError,
     UnsupportedError,
 )
+from cpd_onnx.moved import keep_old_names
 from cpd_onnx.version import __version__
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ _HOMES = {
     "run": "pipeline.pipeline",
 }
 """The modules of names that are imported when they are asked for: their libraries take a second to load."""
+
+keep_old_names()
 
 
 def __getattr__(name: str) -> Any:

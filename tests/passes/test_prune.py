@@ -83,7 +83,10 @@ def test_what_is_not_in_the_edit_log_is_unchanged(name: str) -> None:
 def test_same_bytes_in_every_run(name: str, tmp_path: Path) -> None:
     source = tmp_path / "model.onnx"
     onnx.save(model_of(name), source)
-    script = f"import cpd_onnx as cpd; s = cpd.run({PRUNED!r}, {str(source)!r}); print(hash('x')); import hashlib; print(hashlib.sha256(s.model.serialize() + s.plan.dumps().encode()).hexdigest())"
+    script = (
+        f"import hashlib; import cpd_onnx as cpd; s = cpd.run({PRUNED!r}, {str(source)!r}); print(hash('x')); "
+        "print(hashlib.sha256(s.model.serialize() + s.plan.dumps().encode()).hexdigest())"
+    )
     outputs = [
         subprocess.run(
             [sys.executable, "-c", script],
@@ -175,7 +178,12 @@ def test_shared_bias_is_cloned_where_its_users_part() -> None:
 
 
 def test_shared_integers_are_cloned_where_their_roles_part() -> None:
-    text = "(float[2, 4, 8] x, float[8, 8] w, float[8, 5] v, int64[1] eight, int64[1] zero, int64[1] last, int64[3] back) => (float[2, 4, 5] y) { s = Slice(x, zero, eight, last) h = MatMul(s, w) f = Concat <axis = 0>(zero, zero, eight) r = Reshape(h, f) y = MatMul(r, v) }"
+    text = (
+        "(float[2, 4, 8] x, float[8, 8] w, float[8, 5] v, int64[1] eight, int64[1] zero, int64[1] last, int64[3] back) "
+        "=> (float[2, 4, 5] y) "
+        "{ s = Slice(x, zero, eight, last) h = MatMul(s, w) f = Concat <axis = 0>(zero, zero, eight) r = Reshape(h, f) "
+        "y = MatMul(r, v) }"
+    )
     state = pruned(from_text(text, values={"eight": 8, "zero": 0, "last": 2, "back": [0, 0, 0]}))
     values = initializers(state.model.complete_proto())
     nodes = {n.output[0]: n for n in state.model.graph.node}
@@ -199,12 +207,15 @@ def test_attention_without_a_scale_gets_the_old_one() -> None:
 
 
 def test_batch_times_heads() -> None:
-    text = """(float[N, 4, 6] x, float[6, 8] w, float[6, 8] u, float[8, 5] v, int64 zero, int64 heads, int64[1] one, int64[1] seq, int64[1] dim, int64[1] width, int64[1] four) => (float[N, 4, 5] y) {
-        a = MatMul(x, w) b = MatMul(x, u) s = Shape(x) n = Gather(s, zero) bh = Mul(n, heads) n1 = Unsqueeze(n, zero1) bh1 = Unsqueeze(bh, zero1)
+    text = """(float[N, 4, 6] x, float[6, 8] w, float[6, 8] u, float[8, 5] v, int64 zero, int64 heads, int64[1] one,
+        int64[1] seq, int64[1] dim, int64[1] width, int64[1] four) => (float[N, 4, 5] y) {
+        a = MatMul(x, w) b = MatMul(x, u) s = Shape(x) n = Gather(s, zero) bh = Mul(n, heads)
+        n1 = Unsqueeze(n, zero1) bh1 = Unsqueeze(bh, zero1)
         p = Concat <axis = 0>(n1, seq, four, dim) q = Concat <axis = 0>(bh1, seq, dim) r = Concat <axis = 0>(n1, seq, width)
         c = Reshape(a, p) d = Transpose <perm = [0, 2, 1, 3]>(c) e = Reshape(d, q)
         f = Reshape(b, p) g = Transpose <perm = [0, 2, 1, 3]>(f) h = Reshape(g, q)
-        t = Add(e, h) back = Concat <axis = 0>(n1, four, seq, dim) i = Reshape(t, back) j = Transpose <perm = [0, 2, 1, 3]>(i) k = Reshape(j, r) y = MatMul(k, v) }"""
+        t = Add(e, h) back = Concat <axis = 0>(n1, four, seq, dim) i = Reshape(t, back)
+        j = Transpose <perm = [0, 2, 1, 3]>(i) k = Reshape(j, r) y = MatMul(k, v) }"""
     text = text.replace("int64[1] one", "int64[1] zero1")
     model = from_text(text, values={"zero": 0, "heads": 4, "zero1": 0, "seq": 4, "dim": 2, "width": 8, "four": 4})
     state = pruned(model)
@@ -225,8 +236,12 @@ def test_value_info_follows() -> None:
 
 
 def test_captured_and_own_weights_of_subgraphs() -> None:
-    text = """(float[2, 4] x, float[4, 6] w, float[6, 6] u, float[6] b, float[6, 3] v, bool[1] c) => (float[2, 3] y) { h = MatMul(x, w) s = ReduceMax <keepdims = 0>(h) zero = Constant <value_float = 0.0>() q = Greater(s, zero)
-        a = If(q) <then_branch = t () => (float[2, 6] p) { m = MatMul(h, u) p = Add(m, b) }, else_branch = e () => (float[2, 6] r) { k = Constant <value = float[6] {1, 2, 3, 4, 5, 6}>() r = Mul(h, k) }> y = MatMul(a, v) }"""
+    text = """(float[2, 4] x, float[4, 6] w, float[6, 6] u, float[6] b, float[6, 3] v, bool[1] c) => (float[2, 3] y) {
+        h = MatMul(x, w) s = ReduceMax <keepdims = 0>(h) zero = Constant <value_float = 0.0>() q = Greater(s, zero)
+        a = If(q) <then_branch = t () => (float[2, 6] p) { m = MatMul(h, u) p = Add(m, b) },
+            else_branch = e () => (float[2, 6] r) {
+                k = Constant <value = float[6] {1, 2, 3, 4, 5, 6}>() r = Mul(h, k) }>
+        y = MatMul(a, v) }"""
     state = pruned(from_text(text))
     assert shapes(state)["u"] == [3, 3]
     branch = next(
@@ -237,7 +252,10 @@ def test_captured_and_own_weights_of_subgraphs() -> None:
 
 def test_loop_carries_channels() -> None:
     body = "body = l (int64 i, bool k, float[2, 6] s) => (bool k2, float[2, 6] t) { k2 = Identity(k) m = MatMul(s, u) t = Tanh(m) }"
-    text = f"(float[2, 4] x, float[4, 6] w, float[6, 6] u, float[6, 3] v, int64 n, bool k) => (float[2, 3] y) {{ h = MatMul(x, w) a = Loop(n, k, h) <{body}> y = MatMul(a, v) }}"
+    text = (
+        "(float[2, 4] x, float[4, 6] w, float[6, 6] u, float[6, 3] v, int64 n, bool k) => (float[2, 3] y) "
+        f"{{ h = MatMul(x, w) a = Loop(n, k, h) <{body}> y = MatMul(a, v) }}"
+    )
     state = pruned(from_text(text, values={"n": 3, "k": True}))
     assert shapes(state)["u"] == [3, 3]
 
@@ -283,7 +301,8 @@ def test_a_branch_that_never_runs_goes_along_whatever_its_shape(branch: str) -> 
 def test_a_weight_in_a_branch_that_never_runs_and_has_no_shapes_keeps_what_it_meets() -> None:
     text = """(float[2, 4] x, float[4, 6] w, float[6, 3] v) => (float[2, 3] y) { h = MatMul(x, w) q = Constant <value = bool {1}>()
         a = If(q) <then_branch = t () => (float[2, 6] p) { p = Relu(h) }, else_branch = e () => (r)
-        { k = Constant <value = float[1, 6] {1, 2, 3, 4, 5, 6}>() s = Add(h, k) axes = Constant <value = int64[1] {1}>() r = Squeeze(s, axes) }> y = MatMul(a, v) }"""
+        { k = Constant <value = float[1, 6] {1, 2, 3, 4, 5, 6}>() s = Add(h, k)
+        axes = Constant <value = int64[1] {1}>() r = Squeeze(s, axes) }> y = MatMul(a, v) }"""
     combed = comb(from_text(text))
     assert combed.groups == []
     assert any("branch of an If that never runs" in reason for f in combed.frozen() for reason in f.reasons)
@@ -322,7 +341,10 @@ def test_nothing_left_out_of_a_model_that_is_kept_whole() -> None:
 
 
 def test_squeeze_without_axes_keeps_channels_that_shrink_to_one() -> None:
-    text = "(float[2, 3, 4, 4] x, float[2, 3, 1, 1] w, float[2, 5] v) => (float[2, 5] y) { h = Conv(x, w) p = GlobalAveragePool(h) s = Squeeze(p) y = MatMul(s, v) }"
+    text = (
+        "(float[2, 3, 4, 4] x, float[2, 3, 1, 1] w, float[2, 5] v) => (float[2, 5] y) "
+        "{ h = Conv(x, w) p = GlobalAveragePool(h) s = Squeeze(p) y = MatMul(s, v) }"
+    )
     state = pruned(from_text(text))
     assert shapes(state)["w"] == [1, 3, 1, 1]
 

@@ -273,7 +273,10 @@ def test_values_may_be_stored_in_another_way(pruned: tuple[Model, ModelProto, Pl
 
 
 def test_what_is_not_finite_in_the_original_stays_so() -> None:
-    text = "(float[2, 6] x, float[6, 8] w, float[8] mask, float[8, 3] v) => (float[2, 3] y) { h = MatMul(x, w) r = Relu(h) m = Where(b, r, mask) y = MatMul(r, v) }"
+    text = (
+        "(float[2, 6] x, float[6, 8] w, float[8] mask, float[8, 3] v) => (float[2, 3] y) "
+        "{ h = MatMul(x, w) r = Relu(h) m = Where(b, r, mask) y = MatMul(r, v) }"
+    )
     text = text.replace("m = Where(b, r, mask) ", "")
     original = load(from_text(text, values={"mask": [np.nan, -np.inf, np.inf, 0, -0.0, 1, 2, 3]}))
     state = cpd.run(PRUNED, original)
@@ -312,7 +315,10 @@ def test_constants_that_are_no_weights_are_read_too() -> None:
 
 @pytest.fixture(scope="module")
 def repaired() -> cpd.State:
-    text = "(float[N, 6] x, float[6, 16] w, float[16] b, float[16, 12] u, float[12, 3] v) => (float[N, 3] y) { h = MatMul(x, w) a = Add(h, b) r = Relu(a) g = MatMul(r, u) s = Relu(g) y = MatMul(s, v) }"
+    text = (
+        "(float[N, 6] x, float[6, 16] w, float[16] b, float[16, 12] u, float[12, 3] v) => (float[N, 3] y) "
+        "{ h = MatMul(x, w) a = Add(h, b) r = Relu(a) g = MatMul(r, u) s = Relu(g) y = MatMul(s, v) }"
+    )
     rng = np.random.default_rng(0)
     data = ArraySource({"x": rng.standard_normal((64, 6)).astype(np.float32)})
     return cpd.run(f"{PRUNED}, verify, repair", load(from_text(text)), data=data)
@@ -429,7 +435,10 @@ def test_distill_writes_a_plan_that_names_the_trained_weights(
 # Deployed files.
 
 
-TEXT = "(float[N, 3, 8, 8] x, float[32, 3, 3, 3] w, float[32] b, float[8, 32, 1, 1] v) => (float[N, 8, 8, 8] y) { h = Conv<kernel_shape=[3,3],pads=[1,1,1,1]>(x, w, b) r = Relu(h) y = Conv(r, v) }"
+TEXT = (
+    "(float[N, 3, 8, 8] x, float[32, 3, 3, 3] w, float[32] b, float[8, 32, 1, 1] v) => (float[N, 8, 8, 8] y) "
+    "{ h = Conv<kernel_shape=[3,3],pads=[1,1,1,1]>(x, w, b) r = Relu(h) y = Conv(r, v) }"
+)
 STEPS: dict[str, list[Any]] = {
     "fix": ["--batch", 2],
     "opset": ["--opset", 18],

@@ -89,7 +89,8 @@ def full(groups: int = 12, losses: int = 300, names: tuple[str, ...] = ()) -> di
         "sweep": {
             "metric": "top1",
             "points": [
-                {"name": f"latency={share}", "ratio": share, "ms": 4 * share, "accuracy": 0.9 - (1 - share) ** 3, "macs": share, "bytes": 10**5, "picked": share == 0.5}
+                {"name": f"latency={share}", "ratio": share, "ms": 4 * share, "accuracy": 0.9 - (1 - share) ** 3,
+                 "macs": share, "bytes": 10**5, "picked": share == 0.5}
                 for share in (0.9, 0.7, 0.5, 0.3)
             ],
         },

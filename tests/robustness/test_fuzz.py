@@ -52,7 +52,11 @@ def test_channels_that_do_not_stand_alike_do_not_change_places(seed: int) -> Non
 
 def test_ranges_that_are_computed_do_not_stop_the_oracles() -> None:
     end = "m = ReduceMax <keepdims = 1>(x) i = Cast <to = 7>(m) q = Mul(i, i) p = Add(q, one) end = Reshape(p, one)"
-    text = f"(float[2, 4] x, float[4, 5] u, float[5, 6] w, float[6, 3] v) => (float[rows, 3] y) {{ zero = Constant <value = int64[1] {{0}}>() one = Constant <value = int64[1] {{1}}>() {end} g = MatMul(x, u) h = MatMul(g, w) s = Slice(h, zero, end, zero) y = MatMul(s, v) }}"
+    text = (
+        "(float[2, 4] x, float[4, 5] u, float[5, 6] w, float[6, 3] v) => (float[rows, 3] y) "
+        f"{{ zero = Constant <value = int64[1] {{0}}>() one = Constant <value = int64[1] {{1}}>() {end} "
+        f"g = MatMul(x, u) h = MatMul(g, w) s = Slice(h, zero, end, zero) y = MatMul(s, v) }}"
+    )
     assert is_right(from_text(text))
 
 

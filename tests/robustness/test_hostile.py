@@ -63,6 +63,12 @@ def ints(*values: int) -> np.ndarray:
     return np.asarray(values, np.int64)
 
 
+def convolution(channels: int = 8, **attributes: Any) -> ModelProto:
+    """One of h, with a kernel that takes so many channels."""
+    nodes = node("Unsqueeze", "h n", "u"), node("Conv", "u k", "z", **attributes)
+    return net(*nodes, n=ints(2), k=np.ones((8, channels, 1), "f"))
+
+
 def doubled(times: int) -> ModelProto:
     """A constant that is twice as long after each node."""
     nodes = [node("Concat", f"c{n} c{n}", f"c{n + 1}", axis=0) for n in range(times)]
@@ -217,15 +223,15 @@ MODELS: dict[str, Callable[[], ModelProto]] = {
     "a squeeze of what is not there": lambda: net(node("Squeeze", "h n", "z"), n=ints(7)),
     "a gather out of range": lambda: net(node("Gather", "h n", "z", axis=1), n=ints(*[99] * 8)),
     "a pad that takes all away": lambda: net(node("Pad", "h n", "z"), n=ints(0, -9, 0, -9)),
-    "a convolution of no groups": lambda: net(node("Unsqueeze", "h n", "u"), node("Conv", "u k", "z", group=0), n=ints(2), k=np.ones((8, 8, 1), "f")),
-    "a convolution of three groups": lambda: net(node("Unsqueeze", "h n", "u"), node("Conv", "u k", "z", group=3), n=ints(2), k=np.ones((8, 8, 1), "f")),
-    "a convolution of negative groups": lambda: net(node("Unsqueeze", "h n", "u"), node("Conv", "u k", "z", group=-8), n=ints(2), k=np.ones((8, 1, 1), "f")),
-    "a convolution with stride zero": lambda: net(node("Unsqueeze", "h n", "u"), node("Conv", "u k", "z", strides=[0]), n=ints(2), k=np.ones((8, 8, 1), "f")),
-    "a convolution with strides of minus one": lambda: net(node("Unsqueeze", "h n", "u"), node("Conv", "u k", "z", strides=[-1]), n=ints(2), k=np.ones((8, 8, 1), "f")),
-    "a kernel of another size": lambda: net(node("Unsqueeze", "h n", "u"), node("Conv", "u k", "z", kernel_shape=[5]), n=ints(2), k=np.ones((8, 8, 1), "f")),
-    "a convolution that pads terabytes": lambda: net(node("Unsqueeze", "h n", "u"), node("Conv", "u k", "z", pads=[HUGE, HUGE]), n=ints(2), k=np.ones((8, 8, 1), "f")),
+    "a convolution of no groups": lambda: convolution(group=0),
+    "a convolution of three groups": lambda: convolution(group=3),
+    "a convolution of negative groups": lambda: convolution(1, group=-8),
+    "a convolution with stride zero": lambda: convolution(strides=[0]),
+    "a convolution with strides of minus one": lambda: convolution(strides=[-1]),
+    "a kernel of another size": lambda: convolution(kernel_shape=[5]),
+    "a convolution that pads terabytes": lambda: convolution(pads=[HUGE, HUGE]),
     "a normalisation of another width": lambda: net(node("BatchNormalization", "h a a a a", "z"), a=np.ones(5, "f")),
-    "a convolution that cuts more than there is": lambda: net(node("Unsqueeze", "h n", "u"), node("Conv", "u k", "z", pads=[-9, -9]), n=ints(2), k=np.ones((8, 8, 1), "f")),
+    "a convolution that cuts more than there is": lambda: convolution(pads=[-9, -9]),
     "batch axes counted from the end": lambda: net(node("GatherND", "h n", "z", batch_dims=-2), n=ints(0)[:, None]),
     "a transposed convolution of no groups": lambda: net(
         node("Unsqueeze", "h n", "u"), node("ConvTranspose", "u k", "z", group=0), n=ints(2), k=np.ones((8, 8, 1), "f")

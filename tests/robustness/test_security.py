@@ -853,7 +853,7 @@ def test_every_line_of_the_table_names_tests_that_exist() -> None:
     rows = [row for row in rows if not row.startswith("| file ")]
     defined = {
         (path.name, name)
-        for path in (ROOT / "tests").glob("test_*.py")
+        for path in (ROOT / "tests").rglob("test_*.py")
         for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
     }
     assert len(rows) > 20
@@ -873,7 +873,8 @@ def test_output_that_cannot_be_written_is_one_line(folder: Path, monkeypatch: py
 
     for words in (["inspect", "model.onnx"], ["inspect", "model.onnx", "--json", "-"], ["operators"]):
         for stream in (Full(), None):
-            with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(io.StringIO()) as complaint:  # type: ignore[type-var]  # a stream that is closed is None
+            complaint = io.StringIO()
+            with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(stream):  # type: ignore[type-var]  # None: closed
                 code = main(words)
             assert code == 1
             assert complaint.getvalue().count("\n") == 1

@@ -24,35 +24,156 @@ GROUPED = "(float[2, 4, 6] x, float[6, 64] w, float[32, 5] v, int32[2] n, int32[
 
 # name, opset, graph, what is coupled, values of constants
 FOLLOWED: list[tuple[str, int, str, list[str], dict[str, Any]]] = [
-    ("resize by one", 17, f"{HEAD}, float[4] s) => (float[2, 5, 9, 16] y) {{ {STEM} a = Resize <mode = \"nearest\">(h, , s) {LAST} }}", ["8: v.1 w.0"], {"s": [1, 1, 1.2, 2]}),
-    ("crop that is whole", 17, f"{HEAD}, float[8] r, int64[4] n) => (float[2, 5, 16, 16] y) {{ {STEM} a = Resize <mode = \"linear\", coordinate_transformation_mode = \"tf_crop_and_resize\">(h, r, , n) {LAST} }}", ["8: v.1 w.0"], {"r": [0, 0, 0.2, 0, 1, 1, 1, 1], "n": [2, 8, 16, 16]}),
-    ("sum over a letter of size one", 17, f"(float[2, 4, 6] x, float[6, 12] w, float[1, 5] q, float[12, 5] v) => (float[2, 4, 5] y) {{ {DENSE} g = Einsum <equation = \"abk,kn->abn\">(h, q) i = MatMul(h, v) y = Add(g, i) }}", ["12: v.0 w.1"], {}),
-    ("statistics of each element", 8, f"(float[2, 3, 8] x, float[8, 3, 1] w, {STATISTICS}, float[5, 8, 1] v) => (float[2, 5, 8] y) {{ h = Conv(x, w) a = BatchNormalization <spatial = 0>(h, s, b, m, r) y = Conv(a, v) }}", ["8: b.0 m.0 r.0 s.0 v.1 w.0"], {"r": np.linspace(0.5, 1.5, 64)}),
-    ("blocks along k", 17, f"{NBITS}, uint8[5, 2, 16] q, float[10] s) => (float[2, 4, 5] y) {{ {DENSE} y = com.microsoft.MatMulNBits <K = 64, N = 5, bits = 4, block_size = 32>(h, q, s) }}", ["2: s.0 w.1"], {}),
-    ("blocks whose zero points share a byte", 17, f"{NBITS}, uint8[16, 4, 8] q, float[64] s, uint8[32] z, float[16, 5] v) => (float[2, 4, 5] y) {{ {DENSE} a = com.microsoft.MatMulNBits <K = 64, N = 16, bits = 4, block_size = 16>(h, q, s, z) y = MatMul(a, v) }}", ["16: s.0 v.0", "2: s.0 w.1"], {}),
-    ("blocks and a bias", 17, f"{NBITS}, uint8[16, 2, 16] q, float[16, 2] s, float[16] b, float[16, 5] v) => (float[2, 4, 5] y) {{ {DENSE} a = com.microsoft.MatMulNBits <K = 64, N = 16, bits = 4, block_size = 32>(h, q, s, , , b) y = MatMul(a, v) }}", ["16: b.0 s.0 v.0", "2: s.1 w.1"], {}),
-    ("an order of rows", 17, f"{NBITS}, uint8[64, 4, 8] q, float[256] s, int32[64] g, float[64, 5] v) => (float[2, 4, 5] y) {{ {DENSE} a = com.microsoft.MatMulNBits <K = 64, N = 64, bits = 4, block_size = 16>(h, q, s, , g) y = MatMul(a, v) }}", ["64: s.0 v.0"], {"g": np.arange(64) // 16}),
-    ("a table in blocks", 17, "(int64[2, 4] x, uint8[9, 64] w, float[9, 4] s, float[128, 5] v) => (float[2, 4, 5] y) { h = com.microsoft.GatherBlockQuantized <bits = 4, block_size = 32, gather_axis = 0, quantize_axis = 1>(w, x, s) y = MatMul(h, v) }", ["4: s.1 v.0"], {}),
-    ("a table in blocks that ends the network too", 17, "(int64[2, 4] x, uint8[9, 4, 16] w, float[9, 4] s, int64[2] two) => (float[2, 4, 9] y) { t = Reshape(w, two) h = com.microsoft.GatherBlockQuantized <bits = 4, block_size = 32, gather_axis = 0, quantize_axis = 1>(t, x, s) y = com.microsoft.MatMulNBits <K = 128, N = 9, bits = 4, block_size = 32>(h, w, s) }", ["4: s.1"], {"two": [9, 64]}),
-    ("a piece of size zero", 17, f"{MLP}, int64[3] n) => (float[2, 4, 5] y) {{ {DENSE} a, b, c = Split <axis = 2>(h, n) d = Concat <axis = 2>(c, b, a) y = MatMul(d, v) }}", ["5: v.0 w.1", "7: v.0 w.1"], {"n": [5, 0, 7]}),
-    ("cumulative along an axis in a list", 17, f"{MLP}, int64[1] k) => (float[2, 4, 5] y) {{ {DENSE} a = CumSum(h, k) y = MatMul(a, v) }}", ["12: v.0 w.1"], {"k": 1}),
-    ("packed queries", 17, f"{GROUPED}) => (float[2, 4, 5] y) {{ {DENSE} o, k, p = com.microsoft.GroupQueryAttention <num_heads = 4, kv_num_heads = 2, local_window_size = 2, softcap = 3.0>(h, , , , , n, t) y = MatMul(o, v) }}", ["2: v.0 w.1", "2: v.0 w.1"], {"n": [3, 3], "t": [4]}),
+    (
+        "resize by one", 17,
+        f"{HEAD}, float[4] s) => (float[2, 5, 9, 16] y) "
+        f"{{ {STEM} a = Resize <mode = \"nearest\">(h, , s) {LAST} }}",
+        ["8: v.1 w.0"], {"s": [1, 1, 1.2, 2]},
+    ),
+    (
+        "crop that is whole", 17,
+        f"{HEAD}, float[8] r, int64[4] n) => (float[2, 5, 16, 16] y) "
+        f"{{ {STEM} a = Resize <mode = \"linear\", coordinate_transformation_mode = \"tf_crop_and_resize\">(h, r, , "
+        f"n) {LAST} }}",
+        ["8: v.1 w.0"], {"r": [0, 0, 0.2, 0, 1, 1, 1, 1], "n": [2, 8, 16, 16]},
+    ),
+    (
+        "sum over a letter of size one", 17,
+        "(float[2, 4, 6] x, float[6, 12] w, float[1, 5] q, float[12, 5] v) => (float[2, 4, 5] y) "
+        f"{{ {DENSE} g = Einsum <equation = \"abk,kn->abn\">(h, q) i = MatMul(h, v) y = Add(g, i) }}",
+        ["12: v.0 w.1"], {},
+    ),
+    (
+        "statistics of each element", 8,
+        f"(float[2, 3, 8] x, float[8, 3, 1] w, {STATISTICS}, float[5, 8, 1] v) => (float[2, 5, 8] y) "
+        f"{{ h = Conv(x, w) a = BatchNormalization <spatial = 0>(h, s, b, m, r) y = Conv(a, v) }}",
+        ["8: b.0 m.0 r.0 s.0 v.1 w.0"], {"r": np.linspace(0.5, 1.5, 64)},
+    ),
+    (
+        "blocks along k", 17,
+        f"{NBITS}, uint8[5, 2, 16] q, float[10] s) => (float[2, 4, 5] y) "
+        f"{{ {DENSE} y = com.microsoft.MatMulNBits <K = 64, N = 5, bits = 4, block_size = 32>(h, q, s) }}",
+        ["2: s.0 w.1"], {},
+    ),
+    (
+        "blocks whose zero points share a byte", 17,
+        f"{NBITS}, uint8[16, 4, 8] q, float[64] s, uint8[32] z, float[16, 5] v) => (float[2, 4, 5] y) "
+        f"{{ {DENSE} a = com.microsoft.MatMulNBits <K = 64, N = 16, bits = 4, block_size = 16>(h, q, s, z) "
+        f"y = MatMul(a, v) }}",
+        ["16: s.0 v.0", "2: s.0 w.1"], {},
+    ),
+    (
+        "blocks and a bias", 17,
+        f"{NBITS}, uint8[16, 2, 16] q, float[16, 2] s, float[16] b, float[16, 5] v) => (float[2, 4, 5] y) "
+        f"{{ {DENSE} a = com.microsoft.MatMulNBits <K = 64, N = 16, bits = 4, block_size = 32>(h, q, s, , , b) "
+        f"y = MatMul(a, v) }}",
+        ["16: b.0 s.0 v.0", "2: s.1 w.1"], {},
+    ),
+    (
+        "an order of rows", 17,
+        f"{NBITS}, uint8[64, 4, 8] q, float[256] s, int32[64] g, float[64, 5] v) => (float[2, 4, 5] y) "
+        f"{{ {DENSE} a = com.microsoft.MatMulNBits <K = 64, N = 64, bits = 4, block_size = 16>(h, q, s, , g) "
+        f"y = MatMul(a, v) }}",
+        ["64: s.0 v.0"], {"g": np.arange(64) // 16},
+    ),
+    (
+        "a table in blocks", 17,
+        "(int64[2, 4] x, uint8[9, 64] w, float[9, 4] s, float[128, 5] v) => (float[2, 4, 5] y) "
+        "{ h = com.microsoft.GatherBlockQuantized <bits = 4, block_size = 32, gather_axis = 0, quantize_axis = 1>(w, "
+        "x, s) y = MatMul(h, v) }",
+        ["4: s.1 v.0"], {},
+    ),
+    (
+        "a table in blocks that ends the network too", 17,
+        "(int64[2, 4] x, uint8[9, 4, 16] w, float[9, 4] s, int64[2] two) => (float[2, 4, 9] y) "
+        "{ t = Reshape(w, two) h = com.microsoft.GatherBlockQuantized <bits = 4, block_size = 32, gather_axis = 0, "
+        "quantize_axis = 1>(t, x, s) y = com.microsoft.MatMulNBits <K = 128, N = 9, bits = 4, block_size = 32>(h, w, "
+        "s) }",
+        ["4: s.1"], {"two": [9, 64]},
+    ),
+    (
+        "a piece of size zero", 17,
+        f"{MLP}, int64[3] n) => (float[2, 4, 5] y) "
+        f"{{ {DENSE} a, b, c = Split <axis = 2>(h, n) d = Concat <axis = 2>(c, b, a) y = MatMul(d, v) }}",
+        ["5: v.0 w.1", "7: v.0 w.1"], {"n": [5, 0, 7]},
+    ),
+    (
+        "cumulative along an axis in a list", 17,
+        f"{MLP}, int64[1] k) => (float[2, 4, 5] y) "
+        f"{{ {DENSE} a = CumSum(h, k) y = MatMul(a, v) }}",
+        ["12: v.0 w.1"], {"k": 1},
+    ),
+    (
+        "packed queries", 17,
+        f"{GROUPED}) => (float[2, 4, 5] y) "
+        f"{{ {DENSE} o, k, p = com.microsoft.GroupQueryAttention <num_heads = 4, kv_num_heads = 2, "
+        f"local_window_size = 2, softcap = 3.0>(h, , , , , n, t) y = MatMul(o, v) }}",
+        ["2: v.0 w.1", "2: v.0 w.1"], {"n": [3, 3], "t": [4]},
+    ),
     ("mean and variance", 13, f"{HEAD}) => (float[2, 5, 8, 8] y) {{ {STEM} a = MeanVarianceNormalization <axes = [1, -1]>(h) {LAST} }}", ["8: v.1 w.0"], {}),
 ]  # fmt: skip  # a table
 # name, opset, graph, why it is held, values of constants
 HELD: list[tuple[str, int, str, str, dict[str, Any]]] = [
-    ("resize to the same size", 17, f"{HEAD}, float[4] s) => (float[2, 5, 16, 16] y) {{ {STEM} a = Resize <mode = \"nearest\">(h, , s) {LAST} }}", "resamples", {"s": [1, 1.12, 2, 2]}),
-    ("resize of named axes", 18, f"{HEAD}, float[2] s) => (float[2, 5, 16, 8] y) {{ {STEM} a = Resize <axes = [-3, 2], mode = \"nearest\">(h, , s) {LAST} }}", "resamples", {"s": [1.12, 2]}),
+    (
+        "resize to the same size", 17,
+        f"{HEAD}, float[4] s) => (float[2, 5, 16, 16] y) "
+        f"{{ {STEM} a = Resize <mode = \"nearest\">(h, , s) {LAST} }}",
+        "resamples", {"s": [1, 1.12, 2, 2]},
+    ),
+    (
+        "resize of named axes", 18,
+        f"{HEAD}, float[2] s) => (float[2, 5, 16, 8] y) "
+        f"{{ {STEM} a = Resize <axes = [-3, 2], mode = \"nearest\">(h, , s) {LAST} }}",
+        "resamples", {"s": [1.12, 2]},
+    ),
     ("resize of opset 10", 10, f"{HEAD}, float[4] s) => (float[2, 5, 16, 16] y) {{ {STEM} a = Resize(h, s) {LAST} }}", "resamples", {"s": [1, 1.12, 2, 2]}),
     ("upsample", 9, f"{HEAD}, float[4] s) => (float[2, 5, 16, 16] y) {{ {STEM} a = Upsample(h, s) {LAST} }}", "resamples", {"s": [1, 1.12, 2, 2]}),
     ("upsample by attribute", 7, f"{HEAD}) => (float[2, 5, 16, 16] y) {{ {STEM} a = Upsample <scales = [1.0, 1.12, 2.0, 2.0]>(h) {LAST} }}", "resamples", {}),
-    ("crop", 17, f"{HEAD}, float[8] r, int64[4] n) => (float[2, 5, 16, 16] y) {{ {STEM} a = Resize <mode = \"linear\", coordinate_transformation_mode = \"tf_crop_and_resize\">(h, r, , n) {LAST} }}", "resamples", {"r": [0, 0.2, 0, 0, 1, 0.9, 1, 1], "n": [2, 8, 16, 16]}),
-    ("half a pixel on", 11, f"{HEAD}, float[8] r, float[0] s, int64[4] n) => (float[2, 5, 16, 16] y) {{ {STEM} a = Resize <mode = \"nearest\", nearest_mode = \"ceil\", coordinate_transformation_mode = \"tf_half_pixel_for_nn\">(h, r, s, n) {LAST} }}", "resamples", {"r": [0, 0, 0, 0, 1, 1, 1, 1], "n": [2, 8, 16, 16]}),
-    ("mirrored channels", 17, f"{PAIRS}, int64[8] p) => (float[2, 5, 8, 8] y) {{ {STEM} a = Pad <mode = \"reflect\">(h, p) {LAST} }}", "copies of its own", {"p": [0, 3, 0, 0, 0, 3, 0, 0]}),
-    ("wrapped channels", 19, f"{PAIRS}, int64[8] p) => (float[2, 5, 8, 8] y) {{ {STEM} a = Pad <mode = \"wrap\">(h, p) {LAST} }}", "copies of its own", {"p": [0, 3, 0, 0, 0, 3, 0, 0]}),
-    ("scores handed out", 17, f"{GROUPED}) => (float[2, 4, 5] y, float[2, 4, 4, 4] q) {{ {DENSE} o, k, p, q = com.microsoft.GroupQueryAttention <num_heads = 4, kv_num_heads = 2, qk_output = 1>(h, , , , , n, t) y = MatMul(o, v) }}", "hands out its scores", {"n": [3, 3], "t": [4]}),
-    ("sum over an ellipsis", 17, f"{MLP}) => (float[2, 4, 5] y) {{ {DENSE} s = Einsum <equation = \"...a->a\">(h) a = Add(h, s) y = MatMul(a, v) }}", "ellipsis", {}),
-    ("tiles of opset 1", 5, f"{MLP}, float n, float k) => (float[2, 4, 5] y) {{ {DENSE} a = Tile(h, n, k) y = MatMul(a, v) }}", "before opset 6", {"n": 1, "k": 2}),
+    (
+        "crop", 17,
+        f"{HEAD}, float[8] r, int64[4] n) => (float[2, 5, 16, 16] y) "
+        f"{{ {STEM} a = Resize <mode = \"linear\", coordinate_transformation_mode = \"tf_crop_and_resize\">(h, r, , "
+        f"n) {LAST} }}",
+        "resamples", {"r": [0, 0.2, 0, 0, 1, 0.9, 1, 1], "n": [2, 8, 16, 16]},
+    ),
+    (
+        "half a pixel on", 11,
+        f"{HEAD}, float[8] r, float[0] s, int64[4] n) => (float[2, 5, 16, 16] y) "
+        f"{{ {STEM} a = Resize <mode = \"nearest\", nearest_mode = \"ceil\", "
+        f"coordinate_transformation_mode = \"tf_half_pixel_for_nn\">(h, r, s, n) {LAST} }}",
+        "resamples", {"r": [0, 0, 0, 0, 1, 1, 1, 1], "n": [2, 8, 16, 16]},
+    ),
+    (
+        "mirrored channels", 17,
+        f"{PAIRS}, int64[8] p) => (float[2, 5, 8, 8] y) "
+        f"{{ {STEM} a = Pad <mode = \"reflect\">(h, p) {LAST} }}",
+        "copies of its own", {"p": [0, 3, 0, 0, 0, 3, 0, 0]},
+    ),
+    (
+        "wrapped channels", 19,
+        f"{PAIRS}, int64[8] p) => (float[2, 5, 8, 8] y) "
+        f"{{ {STEM} a = Pad <mode = \"wrap\">(h, p) {LAST} }}",
+        "copies of its own", {"p": [0, 3, 0, 0, 0, 3, 0, 0]},
+    ),
+    (
+        "scores handed out", 17,
+        f"{GROUPED}) => (float[2, 4, 5] y, float[2, 4, 4, 4] q) "
+        f"{{ {DENSE} o, k, p, q = com.microsoft.GroupQueryAttention <num_heads = 4, kv_num_heads = 2, "
+        f"qk_output = 1>(h, , , , , n, t) y = MatMul(o, v) }}",
+        "hands out its scores", {"n": [3, 3], "t": [4]},
+    ),
+    (
+        "sum over an ellipsis", 17,
+        f"{MLP}) => (float[2, 4, 5] y) "
+        f"{{ {DENSE} s = Einsum <equation = \"...a->a\">(h) a = Add(h, s) y = MatMul(a, v) }}",
+        "ellipsis", {},
+    ),
+    (
+        "tiles of opset 1", 5,
+        f"{MLP}, float n, float k) => (float[2, 4, 5] y) "
+        f"{{ {DENSE} a = Tile(h, n, k) y = MatMul(a, v) }}",
+        "before opset 6", {"n": 1, "k": 2},
+    ),
 ]  # fmt: skip  # a table
 
 

@@ -25,74 +25,419 @@ SAME = f"h = {CONV}(x, w) y = {CONV}(a, v)"
 # name, opset, graph, what is coupled: one entry a group, "size: weight.axis …"; values of constants
 TABLE: list[tuple[str, int, str, list[str], dict[str, Any]]] = [
     ("conv", 17, f"{HEAD}, float[8] b) => (float[2, 5, 8, 8] y) {{ a = {CONV}(x, w, b) y = {CONV}(a, v) }}", ["8: b.0 v.1 w.0"], {}),
-    ("conv shared bias", 17, "(float[2, 3, 8] x, float[4, 3, 1] w, float[4, 4, 1] u, float[4] b, float[5, 4, 1] v) => (float[2, 5, 8] y) { a = Conv(x, w, b) c = Conv(a, u, b) y = Conv(c, v) }", ["4: b.0 u.0 v.1", "4: b.0 u.1 w.0"], {}),
-    ("conv tied kernel", 17, "(float[2, 3, 8] x, float[4, 3, 1] w, float[4, 4, 1] u, float[5, 4, 1] v) => (float[2, 5, 8] y) { a = Conv(x, w) c = Conv(a, u) d = Conv(c, u) y = Conv(d, v) }", ["4: u.0 u.1 v.1 w.0"], {}),
-    ("conv depthwise", 17, f"{HEAD}, float[8, 1, 3, 3] d) => (float[2, 5, 8, 8] y) {{ h = {CONV}(x, w) a = Conv <pads = [1, 1, 1, 1], group = 8>(h, d) y = {CONV}(a, v) }}", ["8: d.0 v.1 w.0"], {}),
-    ("conv depthwise multiplier", 17, "(float[2, 3, 8] x, float[4, 3, 1] w, float[8, 1, 3] d, float[5, 8, 1] v) => (float[2, 5, 6] y) { h = Conv(x, w) a = Conv <group = 4>(h, d) y = Conv(a, v) }", ["2: d.0 v.1", "4: d.0 v.1 w.0"], {}),
-    ("conv grouped", 17, f"{HEAD}, float[8, 4, 3, 3] g) => (float[2, 5, 8, 8] y) {{ h = {CONV}(x, w) a = Conv <pads = [1, 1, 1, 1], group = 2>(h, g) y = {CONV}(a, v) }}", ["2: g.0 v.1 w.0", "4: g.0 v.1", "4: g.1 w.0"], {}),
-    ("conv transpose", 17, "(float[2, 3, 5, 5] x, float[3, 6, 2, 2] w, float[6] b, float[6, 4, 2, 2] v) => (float[2, 4, 7, 7] y) { a = ConvTranspose(x, w, b) y = ConvTranspose(a, v) }", ["6: b.0 v.0 w.1"], {}),
-    ("conv transpose grouped", 17, "(float[2, 3, 5] x, float[6, 3, 1] w, float[6, 2, 2] g, float[4, 4, 1] v) => (float[2, 4, 6] y) { h = Conv(x, w) a = ConvTranspose <group = 2>(h, g) y = Conv(a, v) }", ["2: g.0 v.1 w.0", "2: g.1 v.1", "3: g.0 w.0"], {}),
-    ("residual", 17, f"{HEAD}, float[8, 8, 3, 3] u) => (float[2, 5, 8, 8] y) {{ h = {CONV}(x, w) k = {CONV}(h, u) a = Add(h, k) y = {CONV}(a, v) }}", ["8: u.0 u.1 v.1 w.0"], {}),
-    ("squeeze excitation", 17, f"{HEAD}, float[4, 8, 1, 1] r, float[8, 4, 1, 1] e) => (float[2, 5, 8, 8] y) {{ h = {CONV}(x, w) p = GlobalAveragePool(h) q = Conv(p, r) s = Conv(q, e) t = Sigmoid(s) a = Mul(h, t) y = {CONV}(a, v) }}", ["4: e.1 r.0", "8: e.0 r.1 v.1 w.0"], {}),
-    ("gemm", 17, "(float[2, 4] x, float[8, 4] w, float[8] b, float[8, 3] v) => (float[2, 3] y) { a = Gemm <transB = 1>(x, w, b) y = Gemm(a, v) }", ["8: b.0 v.0 w.0"], {}),
+    (
+        "conv shared bias", 17,
+        "(float[2, 3, 8] x, float[4, 3, 1] w, float[4, 4, 1] u, float[4] b, float[5, 4, 1] v) => (float[2, 5, 8] y) "
+        "{ a = Conv(x, w, b) c = Conv(a, u, b) y = Conv(c, v) }",
+        ["4: b.0 u.0 v.1", "4: b.0 u.1 w.0"], {},
+    ),
+    (
+        "conv tied kernel", 17,
+        "(float[2, 3, 8] x, float[4, 3, 1] w, float[4, 4, 1] u, float[5, 4, 1] v) => (float[2, 5, 8] y) "
+        "{ a = Conv(x, w) c = Conv(a, u) d = Conv(c, u) y = Conv(d, v) }",
+        ["4: u.0 u.1 v.1 w.0"], {},
+    ),
+    (
+        "conv depthwise", 17,
+        f"{HEAD}, float[8, 1, 3, 3] d) => (float[2, 5, 8, 8] y) "
+        f"{{ h = {CONV}(x, w) a = Conv <pads = [1, 1, 1, 1], group = 8>(h, d) y = {CONV}(a, v) }}",
+        ["8: d.0 v.1 w.0"], {},
+    ),
+    (
+        "conv depthwise multiplier", 17,
+        "(float[2, 3, 8] x, float[4, 3, 1] w, float[8, 1, 3] d, float[5, 8, 1] v) => (float[2, 5, 6] y) "
+        "{ h = Conv(x, w) a = Conv <group = 4>(h, d) y = Conv(a, v) }",
+        ["2: d.0 v.1", "4: d.0 v.1 w.0"], {},
+    ),
+    (
+        "conv grouped", 17,
+        f"{HEAD}, float[8, 4, 3, 3] g) => (float[2, 5, 8, 8] y) "
+        f"{{ h = {CONV}(x, w) a = Conv <pads = [1, 1, 1, 1], group = 2>(h, g) y = {CONV}(a, v) }}",
+        ["2: g.0 v.1 w.0", "4: g.0 v.1", "4: g.1 w.0"], {},
+    ),
+    (
+        "conv transpose", 17,
+        "(float[2, 3, 5, 5] x, float[3, 6, 2, 2] w, float[6] b, float[6, 4, 2, 2] v) => (float[2, 4, 7, 7] y) "
+        "{ a = ConvTranspose(x, w, b) y = ConvTranspose(a, v) }",
+        ["6: b.0 v.0 w.1"], {},
+    ),
+    (
+        "conv transpose grouped", 17,
+        "(float[2, 3, 5] x, float[6, 3, 1] w, float[6, 2, 2] g, float[4, 4, 1] v) => (float[2, 4, 6] y) "
+        "{ h = Conv(x, w) a = ConvTranspose <group = 2>(h, g) y = Conv(a, v) }",
+        ["2: g.0 v.1 w.0", "2: g.1 v.1", "3: g.0 w.0"], {},
+    ),
+    (
+        "residual", 17,
+        f"{HEAD}, float[8, 8, 3, 3] u) => (float[2, 5, 8, 8] y) "
+        f"{{ h = {CONV}(x, w) k = {CONV}(h, u) a = Add(h, k) y = {CONV}(a, v) }}",
+        ["8: u.0 u.1 v.1 w.0"], {},
+    ),
+    (
+        "squeeze excitation", 17,
+        f"{HEAD}, float[4, 8, 1, 1] r, float[8, 4, 1, 1] e) => (float[2, 5, 8, 8] y) "
+        f"{{ h = {CONV}(x, w) p = GlobalAveragePool(h) q = Conv(p, r) s = Conv(q, e) t = Sigmoid(s) a = Mul(h, t) "
+        f"y = {CONV}(a, v) }}",
+        ["4: e.1 r.0", "8: e.0 r.1 v.1 w.0"], {},
+    ),
+    (
+        "gemm", 17,
+        "(float[2, 4] x, float[8, 4] w, float[8] b, float[8, 3] v) => (float[2, 3] y) "
+        "{ a = Gemm <transB = 1>(x, w, b) y = Gemm(a, v) }",
+        ["8: b.0 v.0 w.0"], {},
+    ),
     ("gemm left constant", 17, "(float[4, 5] x, float[8, 4] w, float[3, 8] v) => (float[3, 5] y) { a = Gemm(w, x) y = MatMul(v, a) }", ["8: v.1 w.0"], {}),
     ("matmul", 17, f"{MLP}, float[12] b) => (float[2, 4, 5] y) {{ h = MatMul(x, w) k = Add(h, b) a = Relu(k) y = MatMul(a, v) }}", ["12: b.0 v.0 w.1"], {}),
     ("matmul vector", 17, "(float[2, 6] x, float[6, 9] w, float[9] v) => (float[2] y) { a = MatMul(x, w) y = MatMul(a, v) }", ["9: v.0 w.1"], {}),
-    ("weights behind transpose and identity", 17, "(float[2, 6] x, float[9, 6] w, float[9, 4] v) => (float[2, 4] y) { t = Transpose(w) i = Identity(v) a = MatMul(x, t) y = MatMul(a, i) }", ["9: v.0 w.0"], {}),
-    ("einsum", 17, "(float[2, 4, 6] x, float[6, 3, 5] w, float[3, 5, 7] v) => (float[2, 4, 7] y) { a = Einsum <equation = \"bsd,dhk->bshk\">(x, w) y = Einsum <equation = \"...hk,hko->...o\">(a, v) }", ["3: v.0 w.1", "5: v.1 w.2"], {}),
-    ("batch norm", 17, f"{HEAD}, float[8] s, float[8] b, float[8] m, float[8] q) => (float[2, 5, 8, 8] y) {{ h = {CONV}(x, w) a = BatchNormalization(h, s, b, m, q) y = {CONV}(a, v) }}", ["8: b.0 m.0 q.0 s.0 v.1 w.0"], {}),
-    ("layer norm", 17, f"{MLP}, float[12] s, float[12] b) => (float[2, 4, 5] y) {{ h = MatMul(x, w) a = LayerNormalization(h, s, b) y = MatMul(a, v) }}", ["12: b.0 s.0 v.0 w.1"], {}),
-    ("layer norm decomposed", 17, f"{MLP}, float two, float[12] s) => (float[2, 4, 5] y) {{ h = MatMul(x, w) m = ReduceMean <axes = [-1]>(h) d = Sub(h, m) p = Pow(d, two) q = ReduceMean <axes = [-1]>(p) r = Sqrt(q) n = Div(d, r) a = Mul(n, s) y = MatMul(a, v) }}", ["12: s.0 v.0 w.1"], {"two": 2}),
+    (
+        "weights behind transpose and identity", 17,
+        "(float[2, 6] x, float[9, 6] w, float[9, 4] v) => (float[2, 4] y) "
+        "{ t = Transpose(w) i = Identity(v) a = MatMul(x, t) y = MatMul(a, i) }",
+        ["9: v.0 w.0"], {},
+    ),
+    (
+        "einsum", 17,
+        "(float[2, 4, 6] x, float[6, 3, 5] w, float[3, 5, 7] v) => (float[2, 4, 7] y) "
+        "{ a = Einsum <equation = \"bsd,dhk->bshk\">(x, w) y = Einsum <equation = \"...hk,hko->...o\">(a, v) }",
+        ["3: v.0 w.1", "5: v.1 w.2"], {},
+    ),
+    (
+        "batch norm", 17,
+        f"{HEAD}, float[8] s, float[8] b, float[8] m, float[8] q) => (float[2, 5, 8, 8] y) "
+        f"{{ h = {CONV}(x, w) a = BatchNormalization(h, s, b, m, q) y = {CONV}(a, v) }}",
+        ["8: b.0 m.0 q.0 s.0 v.1 w.0"], {},
+    ),
+    (
+        "layer norm", 17,
+        f"{MLP}, float[12] s, float[12] b) => (float[2, 4, 5] y) "
+        f"{{ h = MatMul(x, w) a = LayerNormalization(h, s, b) y = MatMul(a, v) }}",
+        ["12: b.0 s.0 v.0 w.1"], {},
+    ),
+    (
+        "layer norm decomposed", 17,
+        f"{MLP}, float two, float[12] s) => (float[2, 4, 5] y) "
+        f"{{ h = MatMul(x, w) m = ReduceMean <axes = [-1]>(h) d = Sub(h, m) p = Pow(d, two) "
+        f"q = ReduceMean <axes = [-1]>(p) r = Sqrt(q) n = Div(d, r) a = Mul(n, s) y = MatMul(a, v) }}",
+        ["12: s.0 v.0 w.1"], {"two": 2},
+    ),
     ("rms norm", 23, f"{MLP}, float[12] s) => (float[2, 4, 5] y) {{ h = MatMul(x, w) a = RMSNormalization(h, s) y = MatMul(a, v) }}", ["12: s.0 v.0 w.1"], {}),
-    ("instance norm", 17, f"{HEAD}, float[8] s, float[8] b) => (float[2, 5, 8, 8] y) {{ h = {CONV}(x, w) a = InstanceNormalization(h, s, b) y = {CONV}(a, v) }}", ["8: b.0 s.0 v.1 w.0"], {}),
-    ("group norm", 21, f"{HEAD}, float[8] s, float[8] b) => (float[2, 5, 8, 8] y) {{ h = {CONV}(x, w) a = GroupNormalization <num_groups = 2>(h, s, b) y = {CONV}(a, v) }}", ["2: b.0 s.0 v.1 w.0", "4: b.0 s.0 v.1 w.0"], {}),
-    ("group norm lowered", 17, f"{HEAD}, int64[3] g, int64[4] c, float[2] s, float[2] b) => (float[2, 5, 8, 8] y) {{ h = {CONV}(x, w) r = Reshape(h, g) i = InstanceNormalization(r, s, b) a = Reshape(i, c) y = {CONV}(a, v) }}", ["2: b.0 s.0 v.1 w.0", "4: v.1 w.0"], {"g": [0, 2, -1], "c": [2, 8, 8, 8]}),
+    (
+        "instance norm", 17,
+        f"{HEAD}, float[8] s, float[8] b) => (float[2, 5, 8, 8] y) "
+        f"{{ h = {CONV}(x, w) a = InstanceNormalization(h, s, b) y = {CONV}(a, v) }}",
+        ["8: b.0 s.0 v.1 w.0"], {},
+    ),
+    (
+        "group norm", 21,
+        f"{HEAD}, float[8] s, float[8] b) => (float[2, 5, 8, 8] y) "
+        f"{{ h = {CONV}(x, w) a = GroupNormalization <num_groups = 2>(h, s, b) y = {CONV}(a, v) }}",
+        ["2: b.0 s.0 v.1 w.0", "4: b.0 s.0 v.1 w.0"], {},
+    ),
+    (
+        "group norm lowered", 17,
+        f"{HEAD}, int64[3] g, int64[4] c, float[2] s, float[2] b) => (float[2, 5, 8, 8] y) "
+        f"{{ h = {CONV}(x, w) r = Reshape(h, g) i = InstanceNormalization(r, s, b) a = Reshape(i, c) "
+        f"y = {CONV}(a, v) }}",
+        ["2: b.0 s.0 v.1 w.0", "4: v.1 w.0"], {"g": [0, 2, -1], "c": [2, 8, 8, 8]},
+    ),
     ("lp norm", 17, f"{MLP}) => (float[2, 4, 5] y) {{ h = MatMul(x, w) a = LpNormalization <axis = -1>(h) y = MatMul(a, v) }}", ["12: v.0 w.1"], {}),
     ("lrn", 17, f"{HEAD}) => (float[2, 5, 8, 8] y) {{ h = {CONV}(x, w) a = LRN <size = 3>(h) y = {CONV}(a, v) }}", [], {}),
     ("softmax", 17, f"{MLP}) => (float[2, 4, 5] y) {{ h = MatMul(x, w) a = Softmax(h) y = MatMul(a, v) }}", [], {}),
-    ("pools", 17, f"{HEAD}) => (float[2, 5, 8, 8] y) {{ h = {CONV}(x, w) p = MaxPool <kernel_shape = [3, 3], pads = [1, 1, 1, 1]>(h) a = AveragePool <kernel_shape = [3, 3], pads = [1, 1, 1, 1]>(p) y = {CONV}(a, v) }}", ["8: v.1 w.0"], {}),
-    ("max unpool", 17, "(float[1, 3, 4, 4] x, float[6, 3, 1, 1] w, float[6, 6, 1, 1] u, float[5, 6, 1, 1] v) => (float[1, 5, 4, 4] y) { h = Conv(x, w) p, i = MaxPool <kernel_shape = [2, 2], strides = [2, 2]>(h) q = Conv(p, u) a = MaxUnpool <kernel_shape = [2, 2], strides = [2, 2]>(q, i) y = Conv(a, v) }", ["6: u.0 u.1 v.1 w.0"], {}),
-    ("max unpool as torch exports it", 17, "(float[1, 3, 4, 4] x, float[6, 3, 1, 1] w, float[5, 6, 1, 1] v, int64[2] from, int64[2] to, int64[2] axes, int64[1] none, int64[1] two, int64 zero, int64 one, int64 image, int64[2] ones) => (float[1, 5, 4, 4] y) { h = Conv(x, w) p, i = MaxPool <kernel_shape = [2, 2], strides = [2, 2]>(h) q, j = MaxPool <kernel_shape = [1, 1]>(h) f = Slice(j, from, to, axes) d = Sub(i, f) s = Shape(d) n = Slice(s, none, two, none) c = ReduceProd <keepdims = 0>(n) r = Range(zero, c, one) m = Mul(r, image) k = Concat <axis = 0>(n, ones) o = Reshape(m, k) e = Add(d, o) a = MaxUnpool <kernel_shape = [2, 2], strides = [2, 2]>(p, e) y = Conv(a, v) }", ["6: v.1 w.0"], {"from": [0, 0], "to": [1, 1], "axes": [2, 3], "none": [0], "two": [2], "zero": 0, "one": 1, "image": 16, "ones": [1, 1]}),
-    ("zeros of a shape", 17, "(float[n, 4] x, float[4, 6] w, float[6, 5] v) => (float[n, 5] y) { h = MatMul(x, w) s = Shape(h) z = ConstantOfShape(s) a = Add(h, z) y = MatMul(a, v) }", ["6: v.0 w.1"], {}),
-    ("flatten after channels last", 17, "(float[2, 3, 4, 4] x, float[6, 3, 1, 1] w, float[96, 5] v) => (float[2, 5] y) { h = Conv(x, w) t = Transpose <perm = [0, 2, 3, 1]>(h) a = Flatten(t) y = Gemm(a, v) }", ["6: v.0 w.0"], {}),
-    ("channel shuffle", 17, f"{HEAD}, int64[5] p, int64[4] q, float[8, 1, 3, 3] d) => (float[2, 5, 8, 8] y) {{ h = {CONV}(x, w) k = Conv <pads = [1, 1, 1, 1], group = 8>(h, d) r = Reshape(k, p) t = Transpose <perm = [0, 2, 1, 3, 4]>(r) a = Reshape(t, q) y = {CONV}(a, v) }}", ["2: d.0 v.1 w.0", "4: d.0 v.1 w.0"], {"p": [2, 2, 4, 8, 8], "q": [2, 8, 8, 8]}),
-    ("heads", 17, "(float[2, 4, 6] x, float[6, 36] w, float[12, 5] v, int64[5] p, int64 zero, int64 one, int64 two, int64[3] q) => (float[2, 4, 5] y) { h = MatMul(x, w) r = Reshape(h, p) t = Transpose <perm = [2, 0, 3, 1, 4]>(r) a = Gather(t, zero) b = Gather(t, one) c = Gather(t, two) k = Transpose <perm = [0, 1, 3, 2]>(b) s = MatMul(a, k) m = Softmax(s) o = MatMul(m, c) u = Transpose <perm = [0, 2, 1, 3]>(o) f = Reshape(u, q) y = MatMul(f, v) }", ["3: v.0 w.1", "4: v.0 w.1"], {"p": [0, 0, 3, 3, 4], "zero": 0, "one": 1, "two": 2, "q": [0, 0, 12]}),
-    ("depth to space", 17, "(float[1, 3, 4, 4] x, float[12, 3, 1, 1] w, float[5, 3, 1, 1] v) => (float[1, 5, 8, 8] y) { h = Conv(x, w) a = DepthToSpace <blocksize = 2, mode = \"CRD\">(h) y = Conv(a, v) }", ["3: v.1 w.0"], {}),
-    ("space to depth", 17, "(float[1, 3, 4, 4] x, float[3, 3, 1, 1] w, float[5, 12, 1, 1] v) => (float[1, 5, 2, 2] y) { h = Conv(x, w) a = SpaceToDepth <blocksize = 2>(h) y = Conv(a, v) }", ["3: v.1 w.0"], {}),
-    ("concat", 17, f"{HEAD.replace('[5, 8', '[5, 14')}, float[6, 3, 3, 3] u) => (float[2, 5, 8, 8] y) {{ h = {CONV}(x, w) k = {CONV}(x, u) a = Concat <axis = 1>(h, k) y = {CONV}(a, v) }}", ["6: u.0 v.1", "8: v.1 w.0"], {}),
-    ("split", 17, f"{MLP.replace('12, 5', '8, 5')}, int64[2] n) => (float[2, 4, 5] y) {{ h = MatMul(x, w) a, b = Split <axis = -1>(h, n) y = MatMul(a, v) }}", ["4: w.1", "8: v.0 w.1"], {"n": [8, 4]}),
-    ("split without sizes", 18, f"{MLP.replace('12, 5', '6, 5')}) => (float[2, 4, 5] y) {{ h = MatMul(x, w) a, b = Split <axis = -1, num_outputs = 2>(h) g = Sigmoid(b) c = Mul(a, g) y = MatMul(c, v) }}", ["6: v.0 w.1"], {}),
-    ("slice", 17, f"{MLP.replace('12, 5', '6, 5')}, int64[1] s, int64[1] e, int64[1] t) => (float[2, 4, 5] y) {{ h = MatMul(x, w) a = Slice(h, s, e, t) y = MatMul(a, v) }}", ["6: v.0 w.1", "6: w.1"], {"s": -9, "e": -3, "t": -1}),
-    ("slice backwards", 17, f"{MLP}, int64[1] s, int64[1] e, int64[1] t, int64[1] u) => (float[2, 4, 5] y) {{ h = MatMul(x, w) a = Slice(h, s, e, t, u) y = MatMul(a, v) }}", ["12: v.0 w.1"], {"s": -1, "e": -(2**62), "t": -1, "u": -1}),
-    ("slice old", 9, f"{MLP.replace('12, 5', '6, 5')}) => (float[2, 4, 5] y) {{ h = MatMul(x, w) a = Slice <axes = [2], starts = [6], ends = [2147483647]>(h) y = MatMul(a, v) }}", ["6: v.0 w.1", "6: w.1"], {}),
-    ("gather channels", 17, f"{MLP.replace('12, 5', '4, 5')}, int64[4] i) => (float[2, 4, 5] y) {{ h = MatMul(x, w) a = Gather <axis = -1>(h, i) y = MatMul(a, v) }}", ["4: v.0 w.1", "8: w.1"], {"i": [3, 1, -1, 7]}),
-    ("lookup that reshapes", 17, "(float[1, 4] x, float[4, 6] w, int64[1] flat, int64[1, 6, 1, 1] p, float[5, 6, 1, 1] v) => (float[1, 5, 1, 1] y) { h = MatMul(x, w) r = Reshape(h, flat) a = Gather(r, p) y = Conv(a, v) }", ["6: v.1 w.1"], {"flat": -1, "p": [0, 1, 2, -3, 4, 5]}),
+    (
+        "pools", 17,
+        f"{HEAD}) => (float[2, 5, 8, 8] y) "
+        f"{{ h = {CONV}(x, w) p = MaxPool <kernel_shape = [3, 3], pads = [1, 1, 1, 1]>(h) "
+        f"a = AveragePool <kernel_shape = [3, 3], pads = [1, 1, 1, 1]>(p) y = {CONV}(a, v) }}",
+        ["8: v.1 w.0"], {},
+    ),
+    (
+        "max unpool", 17,
+        "(float[1, 3, 4, 4] x, float[6, 3, 1, 1] w, float[6, 6, 1, 1] u, float[5, 6, 1, 1] v) "
+        "=> (float[1, 5, 4, 4] y) "
+        "{ h = Conv(x, w) p, i = MaxPool <kernel_shape = [2, 2], strides = [2, 2]>(h) q = Conv(p, u) "
+        "a = MaxUnpool <kernel_shape = [2, 2], strides = [2, 2]>(q, i) y = Conv(a, v) }",
+        ["6: u.0 u.1 v.1 w.0"], {},
+    ),
+    (
+        "max unpool as torch exports it", 17,
+        "(float[1, 3, 4, 4] x, float[6, 3, 1, 1] w, float[5, 6, 1, 1] v, int64[2] from, int64[2] to, int64[2] axes, "
+        "int64[1] none, int64[1] two, int64 zero, int64 one, int64 image, int64[2] ones) => (float[1, 5, 4, 4] y) "
+        "{ h = Conv(x, w) p, i = MaxPool <kernel_shape = [2, 2], strides = [2, 2]>(h) "
+        "q, j = MaxPool <kernel_shape = [1, 1]>(h) f = Slice(j, from, to, axes) d = Sub(i, f) s = Shape(d) "
+        "n = Slice(s, none, two, none) c = ReduceProd <keepdims = 0>(n) r = Range(zero, c, one) m = Mul(r, image) "
+        "k = Concat <axis = 0>(n, ones) o = Reshape(m, k) e = Add(d, o) "
+        "a = MaxUnpool <kernel_shape = [2, 2], strides = [2, 2]>(p, e) y = Conv(a, v) }",
+        ["6: v.1 w.0"],
+        {"from": [0, 0], "to": [1, 1], "axes": [2, 3], "none": [0], "two": [2], "zero": 0, "one": 1, "image": 16, "ones": [1, 1]},
+    ),
+    (
+        "zeros of a shape", 17,
+        "(float[n, 4] x, float[4, 6] w, float[6, 5] v) => (float[n, 5] y) "
+        "{ h = MatMul(x, w) s = Shape(h) z = ConstantOfShape(s) a = Add(h, z) y = MatMul(a, v) }",
+        ["6: v.0 w.1"], {},
+    ),
+    (
+        "flatten after channels last", 17,
+        "(float[2, 3, 4, 4] x, float[6, 3, 1, 1] w, float[96, 5] v) => (float[2, 5] y) "
+        "{ h = Conv(x, w) t = Transpose <perm = [0, 2, 3, 1]>(h) a = Flatten(t) y = Gemm(a, v) }",
+        ["6: v.0 w.0"], {},
+    ),
+    (
+        "channel shuffle", 17,
+        f"{HEAD}, int64[5] p, int64[4] q, float[8, 1, 3, 3] d) => (float[2, 5, 8, 8] y) "
+        f"{{ h = {CONV}(x, w) k = Conv <pads = [1, 1, 1, 1], group = 8>(h, d) r = Reshape(k, p) "
+        f"t = Transpose <perm = [0, 2, 1, 3, 4]>(r) a = Reshape(t, q) y = {CONV}(a, v) }}",
+        ["2: d.0 v.1 w.0", "4: d.0 v.1 w.0"], {"p": [2, 2, 4, 8, 8], "q": [2, 8, 8, 8]},
+    ),
+    (
+        "heads", 17,
+        "(float[2, 4, 6] x, float[6, 36] w, float[12, 5] v, int64[5] p, int64 zero, int64 one, int64 two, int64[3] q) "
+        "=> (float[2, 4, 5] y) "
+        "{ h = MatMul(x, w) r = Reshape(h, p) t = Transpose <perm = [2, 0, 3, 1, 4]>(r) a = Gather(t, zero) "
+        "b = Gather(t, one) c = Gather(t, two) k = Transpose <perm = [0, 1, 3, 2]>(b) s = MatMul(a, k) m = Softmax(s) "
+        "o = MatMul(m, c) u = Transpose <perm = [0, 2, 1, 3]>(o) f = Reshape(u, q) y = MatMul(f, v) }",
+        ["3: v.0 w.1", "4: v.0 w.1"], {"p": [0, 0, 3, 3, 4], "zero": 0, "one": 1, "two": 2, "q": [0, 0, 12]},
+    ),
+    (
+        "depth to space", 17,
+        "(float[1, 3, 4, 4] x, float[12, 3, 1, 1] w, float[5, 3, 1, 1] v) => (float[1, 5, 8, 8] y) "
+        "{ h = Conv(x, w) a = DepthToSpace <blocksize = 2, mode = \"CRD\">(h) y = Conv(a, v) }",
+        ["3: v.1 w.0"], {},
+    ),
+    (
+        "space to depth", 17,
+        "(float[1, 3, 4, 4] x, float[3, 3, 1, 1] w, float[5, 12, 1, 1] v) => (float[1, 5, 2, 2] y) "
+        "{ h = Conv(x, w) a = SpaceToDepth <blocksize = 2>(h) y = Conv(a, v) }",
+        ["3: v.1 w.0"], {},
+    ),
+    (
+        "concat", 17,
+        f"{HEAD.replace('[5, 8', '[5, 14')}, float[6, 3, 3, 3] u) => (float[2, 5, 8, 8] y) "
+        f"{{ h = {CONV}(x, w) k = {CONV}(x, u) a = Concat <axis = 1>(h, k) y = {CONV}(a, v) }}",
+        ["6: u.0 v.1", "8: v.1 w.0"], {},
+    ),
+    (
+        "split", 17,
+        f"{MLP.replace('12, 5', '8, 5')}, int64[2] n) => (float[2, 4, 5] y) "
+        f"{{ h = MatMul(x, w) a, b = Split <axis = -1>(h, n) y = MatMul(a, v) }}",
+        ["4: w.1", "8: v.0 w.1"], {"n": [8, 4]},
+    ),
+    (
+        "split without sizes", 18,
+        f"{MLP.replace('12, 5', '6, 5')}) => (float[2, 4, 5] y) "
+        f"{{ h = MatMul(x, w) a, b = Split <axis = -1, num_outputs = 2>(h) g = Sigmoid(b) c = Mul(a, g) "
+        f"y = MatMul(c, v) }}",
+        ["6: v.0 w.1"], {},
+    ),
+    (
+        "slice", 17,
+        f"{MLP.replace('12, 5', '6, 5')}, int64[1] s, int64[1] e, int64[1] t) => (float[2, 4, 5] y) "
+        f"{{ h = MatMul(x, w) a = Slice(h, s, e, t) y = MatMul(a, v) }}",
+        ["6: v.0 w.1", "6: w.1"], {"s": -9, "e": -3, "t": -1},
+    ),
+    (
+        "slice backwards", 17,
+        f"{MLP}, int64[1] s, int64[1] e, int64[1] t, int64[1] u) => (float[2, 4, 5] y) "
+        f"{{ h = MatMul(x, w) a = Slice(h, s, e, t, u) y = MatMul(a, v) }}",
+        ["12: v.0 w.1"], {"s": -1, "e": -(2**62), "t": -1, "u": -1},
+    ),
+    (
+        "slice old", 9,
+        f"{MLP.replace('12, 5', '6, 5')}) => (float[2, 4, 5] y) "
+        f"{{ h = MatMul(x, w) a = Slice <axes = [2], starts = [6], ends = [2147483647]>(h) y = MatMul(a, v) }}",
+        ["6: v.0 w.1", "6: w.1"], {},
+    ),
+    (
+        "gather channels", 17,
+        f"{MLP.replace('12, 5', '4, 5')}, int64[4] i) => (float[2, 4, 5] y) "
+        f"{{ h = MatMul(x, w) a = Gather <axis = -1>(h, i) y = MatMul(a, v) }}",
+        ["4: v.0 w.1", "8: w.1"], {"i": [3, 1, -1, 7]},
+    ),
+    (
+        "lookup that reshapes", 17,
+        "(float[1, 4] x, float[4, 6] w, int64[1] flat, int64[1, 6, 1, 1] p, float[5, 6, 1, 1] v) "
+        "=> (float[1, 5, 1, 1] y) "
+        "{ h = MatMul(x, w) r = Reshape(h, flat) a = Gather(r, p) y = Conv(a, v) }",
+        ["6: v.1 w.1"], {"flat": -1, "p": [0, 1, 2, -3, 4, 5]},
+    ),
     ("embedding", 17, "(int64[2, 4] x, float[9, 6] w, float[6, 5] v) => (float[2, 4, 5] y) { a = Gather(w, x) y = MatMul(a, v) }", ["6: v.0 w.1"], {}),
-    ("pad channels", 17, f"{HEAD.replace('[5, 8', '[5, 12')}, int64[8] p) => (float[2, 5, 8, 8] y) {{ h = {CONV}(x, w) a = Pad(h, p) y = {CONV}(a, v) }}", ["4: v.1", "8: v.1 w.0"], {"p": [0, 2, 0, 0, 0, 2, 0, 0]}),
-    ("expand", 17, f"{MLP}, float[1] o, int64[1] n) => (float[2, 4, 5] y) {{ h = MatMul(x, w) e = Expand(o, n) a = Mul(h, e) y = MatMul(a, v) }}", ["12: v.0 w.1"], {"n": 12}),
-    ("tile", 17, f"{MLP}, float[1] o, int64[1] n) => (float[2, 4, 5] y) {{ h = MatMul(x, w) e = Tile(o, n) a = Mul(h, e) y = MatMul(a, v) }}", ["12: v.0 w.1"], {"n": 12}),
-    ("resize", 17, f"{HEAD}, int64[4] n) => (float[2, 5, 16, 16] y) {{ h = {CONV}(x, w) a = Resize(h, , , n) y = {CONV}(a, v) }}", ["8: v.1 w.0"], {"n": [2, 8, 16, 16]}),
-    ("shape arithmetic", 17, f"{HEAD.replace('float[5, 8, 3, 3] v', 'float[512, 5] v')}, int64 zero, int64[1] last) => (float[2, 5] y) {{ h = {CONV}(x, w) s = Shape(h) n = Gather(s, zero) u = Unsqueeze(n, last) k = Concat <axis = 0>(u, last) m = Mul(k, k) a = Reshape(h, k) y = Gemm(a, v) }}", ["8: v.0 w.0"], {"zero": 0, "last": -1}),
-    ("prelu and where", 17, f"{HEAD}, float[8, 1, 1] p, bool[1, 1, 1, 1] c) => (float[2, 5, 8, 8] y) {{ h = {CONV}(x, w) k = PRelu(h, p) a = Where(c, k, h) y = {CONV}(a, v) }}", ["8: p.0 v.1 w.0"], {"c": True}),
-    ("broadcast old", 6, f"{HEAD}, float[8] b) => (float[2, 5, 8, 8] y) {{ h = {CONV}(x, w) a = Add <axis = 1, broadcast = 1>(h, b) y = {CONV}(a, v) }}", ["8: b.0 v.1 w.0"], {}),
-    ("lstm", 17, "(float[3, 2, 4] x, float[1, 20, 4] w, float[1, 20, 5] r, float[1, 40] b, float[5, 6] v, int64[1] one) => (float[3, 2, 6] y) { h = LSTM <hidden_size = 5>(x, w, r, b) a = Squeeze(h, one) y = MatMul(a, v) }", ["5: b.1 r.1 r.2 v.0 w.1"], {"one": 1}),
-    ("gru both ways", 17, "(float[3, 2, 4] x, float[2, 15, 4] w, float[2, 15, 5] r, float[10, 6] v, int64[3] p) => (float[3, 2, 6] y) { h = GRU <hidden_size = 5, direction = \"bidirectional\">(x, w, r) t = Transpose <perm = [0, 2, 1, 3]>(h) a = Reshape(t, p) y = MatMul(a, v) }", ["5: r.1 r.2 v.0 w.1"], {"p": [0, 0, -1]}),
-    ("attention 4d", 24, "(float[2, 4, 6] x, float[6, 8] w, float[6, 8] u, float[6, 8] z, float[8, 5] v, int64[4] p, int64[3] q) => (float[2, 4, 5] y) { a = MatMul(x, w) b = MatMul(x, u) c = MatMul(x, z) d = Reshape(a, p) e = Reshape(b, p) f = Reshape(c, p) g = Transpose <perm = [0, 2, 1, 3]>(d) h = Transpose <perm = [0, 2, 1, 3]>(e) i = Transpose <perm = [0, 2, 1, 3]>(f) o = Attention(g, h, i) t = Transpose <perm = [0, 2, 1, 3]>(o) s = Reshape(t, q) y = MatMul(s, v) }", ["2: u.1 v.0 w.1 z.1", "4: u.1 w.1", "4: v.0 z.1"], {"p": [0, 0, 2, 4], "q": [0, 0, 8]}),
-    ("attention grouped 3d", 23, "(float[2, 4, 6] x, float[6, 16] w, float[6, 8] u, float[6, 8] z, float[16, 5] v) => (float[2, 4, 5] y) { a = MatMul(x, w) b = MatMul(x, u) c = MatMul(x, z) o = Attention <q_num_heads = 4, kv_num_heads = 2>(a, b, c) y = MatMul(o, v) }", ["2: u.1 v.0 w.1 z.1", "2: v.0 w.1", "4: u.1 w.1", "4: v.0 z.1"], {}),
-    ("rotary", 23, "(float[2, 3, 6] x, float[6, 16] w, float[6, 16] u, float[6, 16] z, float[16, 5] v, float[2, 3, 4] c, float[2, 3, 4] s) => (float[2, 3, 5] y) { a = MatMul(x, w) b = MatMul(x, u) k = MatMul(x, z) d = RotaryEmbedding <num_heads = 2>(a, c, s) e = RotaryEmbedding <num_heads = 2>(b, c, s) o = Attention <q_num_heads = 2, kv_num_heads = 2>(d, e, k) y = MatMul(o, v) }", ["2: u.1 v.0 w.1 z.1", "4: c.2 s.2 u.1 w.1", "8: v.0 z.1"], {}),
-    ("fused conv", 17, f"{HEAD}, float[8, 8, 3, 3] u, float[8] b) => (float[2, 5, 8, 8] y) {{ h = {CONV}(x, w) a = com.microsoft.FusedConv <pads = [1, 1, 1, 1], activation = \"Relu\">(h, u, b, h) y = {CONV}(a, v) }}", ["8: b.0 u.0 u.1 v.1 w.0"], {}),
-    ("fused matmul and bias gelu", 17, "(float[2, 4, 6] x, float[12, 6] w, float[12] b, float[12, 5] v) => (float[2, 4, 5] y) { h = com.microsoft.FusedMatMul <transB = 1>(x, w) a = com.microsoft.BiasGelu(h, b) y = MatMul(a, v) }", ["12: b.0 v.0 w.0"], {}),
-    ("skip layer norm", 17, f"{MLP}, float[6, 12] u, float[12] s, float[12] b) => (float[2, 4, 5] y) {{ h = MatMul(x, w) k = MatMul(x, u) a = com.microsoft.SkipLayerNormalization(h, k, s, b) y = MatMul(a, v) }}", ["12: b.0 s.0 u.1 v.0 w.1"], {}),
-    ("multi head attention", 17, "(float[2, 4, 6] x, float[6, 8] w, float[6, 8] u, float[6, 8] z, float[24] b, float[8, 5] v) => (float[2, 4, 5] y) { a = MatMul(x, w) k = MatMul(x, u) c = MatMul(x, z) o = com.microsoft.MultiHeadAttention <num_heads = 2>(a, k, c, b) y = MatMul(o, v) }", ["2: b.0 u.1 v.0 w.1 z.1", "4: b.0 u.1 w.1", "4: b.0 v.0 z.1"], {}),
-    ("packed attention", 17, "(float[2, 4, 6] x, float[6, 24] w, float[24] b, float[8, 5] v) => (float[2, 4, 5] y) { o = com.microsoft.Attention <num_heads = 2>(x, w, b) y = MatMul(o, v) }", ["2: b.0 v.0 w.1", "4: b.0 v.0 w.1", "4: b.0 w.1"], {}),
-    ("reduce over channels", 17, f"{MLP}, float[12] s) => (float[2, 4, 5] y) {{ h = MatMul(x, w) e = ReduceLogSumExp <axes = [-1]>(h) p = Abs(h) l = ReduceLogSum <axes = [-1]>(p) c = Celu(h) k = Add(c, e) m = Add(k, l) a = Mul(m, s) y = MatMul(a, v) }}", ["12: s.0 v.0 w.1"], {}),
-    ("compress and reverse", 17, "(float[4, 2, 6] x, float[6, 12] w, float[12, 5] v, bool[4] c, int64[2] n) => (float[4, 2, 5] y) { h = MatMul(x, w) k = Compress <axis = 0>(h, c) a = ReverseSequence(k, n) y = MatMul(a, v) }", ["12: v.0 w.1"], {"c": [True] * 4, "n": [2, 3]}),
-    ("one hot", 17, "(int64[2, 4] x, int64 d, float[2] t, float[6, 12] w, float[12, 5] v) => (float[2, 4, 5] y) { o = OneHot(x, d, t) h = MatMul(o, w) y = MatMul(h, v) }", ["12: v.0 w.1"], {"d": 6, "t": [0, 1]}),
-    ("group query attention", 17, "(float[2, 4, 6] x, float[6, 32] w, float[6, 16] u, float[6, 16] z, float[32, 5] v, int32[2] n, int32[1] t) => (float[2, 4, 5] y) { a = MatMul(x, w) b = MatMul(x, u) c = MatMul(x, z) o, k, p = com.microsoft.GroupQueryAttention <num_heads = 4, kv_num_heads = 2>(a, b, c, , , n, t) y = MatMul(o, v) }", ["2: u.1 v.0 w.1 z.1", "2: v.0 w.1"], {"n": [3, 3], "t": [4]}),
-    ("rotary by onnxruntime", 17, "(float[2, 3, 6] x, float[6, 16] w, float[6, 16] u, float[16, 5] v, float[9, 4] c, float[9, 4] s, int64[2, 3] p) => (float[2, 3, 5] y) { a = MatMul(x, w) b = MatMul(x, u) d = com.microsoft.RotaryEmbedding <num_heads = 2>(a, p, c, s) e = com.microsoft.RotaryEmbedding <num_heads = 2>(b, p, c, s) o = com.microsoft.MultiHeadAttention <num_heads = 2>(d, e, b) y = MatMul(o, v) }", ["2: u.1 v.0 w.1", "4: c.1 s.1 u.1 v.0 w.1"], {"p": [[0, 1, 2], [3, 4, 5]]}),
-    ("dynamically quantised", 17, "(float[2, 4, 6] x, float[6, 8] w, uint8[8, 5] q, float[5] s, uint8[5] z, float[5] b, float[5, 3] v) => (float[2, 4, 3] y) { h = MatMul(x, w) a = com.microsoft.DynamicQuantizeMatMul(h, q, s, z, b) y = MatMul(a, v) }", ["5: b.0 s.0 v.0", "8: w.1"], {}),
-    ("matmul of integers to float", 17, "(float[2, 4, 6] x, float[6, 8] w, uint8[8, 5] q, float[5] s, uint8[5] z, float[5] b, float[5, 3] v) => (float[2, 4, 3] y) { h = MatMul(x, w) i, t, o = DynamicQuantizeLinear(h) a = com.microsoft.MatMulIntegerToFloat(i, q, t, s, o, z, b) y = MatMul(a, v) }", ["5: b.0 s.0 v.0", "8: w.1"], {}),
-    ("if", 17, "(float[2, 4] x, float[4, 6] w, float[6, 3] v, bool c) => (float[2, 3] y) { h = MatMul(x, w) a = If(c) <then_branch = t () => (float[2, 6] p) { p = Relu(h) }, else_branch = e () => (float[2, 6] q) { q = Neg(h) }> y = MatMul(a, v) }", ["6: v.0 w.1"], {"c": True}),
+    (
+        "pad channels", 17,
+        f"{HEAD.replace('[5, 8', '[5, 12')}, int64[8] p) => (float[2, 5, 8, 8] y) "
+        f"{{ h = {CONV}(x, w) a = Pad(h, p) y = {CONV}(a, v) }}",
+        ["4: v.1", "8: v.1 w.0"], {"p": [0, 2, 0, 0, 0, 2, 0, 0]},
+    ),
+    (
+        "expand", 17,
+        f"{MLP}, float[1] o, int64[1] n) => (float[2, 4, 5] y) "
+        f"{{ h = MatMul(x, w) e = Expand(o, n) a = Mul(h, e) y = MatMul(a, v) }}",
+        ["12: v.0 w.1"], {"n": 12},
+    ),
+    (
+        "tile", 17,
+        f"{MLP}, float[1] o, int64[1] n) => (float[2, 4, 5] y) "
+        f"{{ h = MatMul(x, w) e = Tile(o, n) a = Mul(h, e) y = MatMul(a, v) }}",
+        ["12: v.0 w.1"], {"n": 12},
+    ),
+    (
+        "resize", 17,
+        f"{HEAD}, int64[4] n) => (float[2, 5, 16, 16] y) "
+        f"{{ h = {CONV}(x, w) a = Resize(h, , , n) y = {CONV}(a, v) }}",
+        ["8: v.1 w.0"], {"n": [2, 8, 16, 16]},
+    ),
+    (
+        "shape arithmetic", 17,
+        f"{HEAD.replace('float[5, 8, 3, 3] v', 'float[512, 5] v')}, int64 zero, int64[1] last) => (float[2, 5] y) "
+        f"{{ h = {CONV}(x, w) s = Shape(h) n = Gather(s, zero) u = Unsqueeze(n, last) k = Concat <axis = 0>(u, last) "
+        f"m = Mul(k, k) a = Reshape(h, k) y = Gemm(a, v) }}",
+        ["8: v.0 w.0"], {"zero": 0, "last": -1},
+    ),
+    (
+        "prelu and where", 17,
+        f"{HEAD}, float[8, 1, 1] p, bool[1, 1, 1, 1] c) => (float[2, 5, 8, 8] y) "
+        f"{{ h = {CONV}(x, w) k = PRelu(h, p) a = Where(c, k, h) y = {CONV}(a, v) }}",
+        ["8: p.0 v.1 w.0"], {"c": True},
+    ),
+    (
+        "broadcast old", 6,
+        f"{HEAD}, float[8] b) => (float[2, 5, 8, 8] y) "
+        f"{{ h = {CONV}(x, w) a = Add <axis = 1, broadcast = 1>(h, b) y = {CONV}(a, v) }}",
+        ["8: b.0 v.1 w.0"], {},
+    ),
+    (
+        "lstm", 17,
+        "(float[3, 2, 4] x, float[1, 20, 4] w, float[1, 20, 5] r, float[1, 40] b, float[5, 6] v, int64[1] one) "
+        "=> (float[3, 2, 6] y) "
+        "{ h = LSTM <hidden_size = 5>(x, w, r, b) a = Squeeze(h, one) y = MatMul(a, v) }",
+        ["5: b.1 r.1 r.2 v.0 w.1"], {"one": 1},
+    ),
+    (
+        "gru both ways", 17,
+        "(float[3, 2, 4] x, float[2, 15, 4] w, float[2, 15, 5] r, float[10, 6] v, int64[3] p) => (float[3, 2, 6] y) "
+        "{ h = GRU <hidden_size = 5, direction = \"bidirectional\">(x, w, r) t = Transpose <perm = [0, 2, 1, 3]>(h) "
+        "a = Reshape(t, p) y = MatMul(a, v) }",
+        ["5: r.1 r.2 v.0 w.1"], {"p": [0, 0, -1]},
+    ),
+    (
+        "attention 4d", 24,
+        "(float[2, 4, 6] x, float[6, 8] w, float[6, 8] u, float[6, 8] z, float[8, 5] v, int64[4] p, int64[3] q) "
+        "=> (float[2, 4, 5] y) "
+        "{ a = MatMul(x, w) b = MatMul(x, u) c = MatMul(x, z) d = Reshape(a, p) e = Reshape(b, p) f = Reshape(c, p) "
+        "g = Transpose <perm = [0, 2, 1, 3]>(d) h = Transpose <perm = [0, 2, 1, 3]>(e) "
+        "i = Transpose <perm = [0, 2, 1, 3]>(f) o = Attention(g, h, i) t = Transpose <perm = [0, 2, 1, 3]>(o) "
+        "s = Reshape(t, q) y = MatMul(s, v) }",
+        ["2: u.1 v.0 w.1 z.1", "4: u.1 w.1", "4: v.0 z.1"], {"p": [0, 0, 2, 4], "q": [0, 0, 8]},
+    ),
+    (
+        "attention grouped 3d", 23,
+        "(float[2, 4, 6] x, float[6, 16] w, float[6, 8] u, float[6, 8] z, float[16, 5] v) => (float[2, 4, 5] y) "
+        "{ a = MatMul(x, w) b = MatMul(x, u) c = MatMul(x, z) "
+        "o = Attention <q_num_heads = 4, kv_num_heads = 2>(a, b, c) y = MatMul(o, v) }",
+        ["2: u.1 v.0 w.1 z.1", "2: v.0 w.1", "4: u.1 w.1", "4: v.0 z.1"], {},
+    ),
+    (
+        "rotary", 23,
+        "(float[2, 3, 6] x, float[6, 16] w, float[6, 16] u, float[6, 16] z, float[16, 5] v, float[2, 3, 4] c, "
+        "float[2, 3, 4] s) => (float[2, 3, 5] y) "
+        "{ a = MatMul(x, w) b = MatMul(x, u) k = MatMul(x, z) d = RotaryEmbedding <num_heads = 2>(a, c, s) "
+        "e = RotaryEmbedding <num_heads = 2>(b, c, s) o = Attention <q_num_heads = 2, kv_num_heads = 2>(d, e, k) "
+        "y = MatMul(o, v) }",
+        ["2: u.1 v.0 w.1 z.1", "4: c.2 s.2 u.1 w.1", "8: v.0 z.1"], {},
+    ),
+    (
+        "fused conv", 17,
+        f"{HEAD}, float[8, 8, 3, 3] u, float[8] b) => (float[2, 5, 8, 8] y) "
+        f"{{ h = {CONV}(x, w) a = com.microsoft.FusedConv <pads = [1, 1, 1, 1], activation = \"Relu\">(h, u, b, h) "
+        f"y = {CONV}(a, v) }}",
+        ["8: b.0 u.0 u.1 v.1 w.0"], {},
+    ),
+    (
+        "fused matmul and bias gelu", 17,
+        "(float[2, 4, 6] x, float[12, 6] w, float[12] b, float[12, 5] v) => (float[2, 4, 5] y) "
+        "{ h = com.microsoft.FusedMatMul <transB = 1>(x, w) a = com.microsoft.BiasGelu(h, b) y = MatMul(a, v) }",
+        ["12: b.0 v.0 w.0"], {},
+    ),
+    (
+        "skip layer norm", 17,
+        f"{MLP}, float[6, 12] u, float[12] s, float[12] b) => (float[2, 4, 5] y) "
+        f"{{ h = MatMul(x, w) k = MatMul(x, u) a = com.microsoft.SkipLayerNormalization(h, k, s, b) "
+        f"y = MatMul(a, v) }}",
+        ["12: b.0 s.0 u.1 v.0 w.1"], {},
+    ),
+    (
+        "multi head attention", 17,
+        "(float[2, 4, 6] x, float[6, 8] w, float[6, 8] u, float[6, 8] z, float[24] b, float[8, 5] v) "
+        "=> (float[2, 4, 5] y) "
+        "{ a = MatMul(x, w) k = MatMul(x, u) c = MatMul(x, z) "
+        "o = com.microsoft.MultiHeadAttention <num_heads = 2>(a, k, c, b) y = MatMul(o, v) }",
+        ["2: b.0 u.1 v.0 w.1 z.1", "4: b.0 u.1 w.1", "4: b.0 v.0 z.1"], {},
+    ),
+    (
+        "packed attention", 17,
+        "(float[2, 4, 6] x, float[6, 24] w, float[24] b, float[8, 5] v) => (float[2, 4, 5] y) "
+        "{ o = com.microsoft.Attention <num_heads = 2>(x, w, b) y = MatMul(o, v) }",
+        ["2: b.0 v.0 w.1", "4: b.0 v.0 w.1", "4: b.0 w.1"], {},
+    ),
+    (
+        "reduce over channels", 17,
+        f"{MLP}, float[12] s) => (float[2, 4, 5] y) "
+        f"{{ h = MatMul(x, w) e = ReduceLogSumExp <axes = [-1]>(h) p = Abs(h) l = ReduceLogSum <axes = [-1]>(p) "
+        f"c = Celu(h) k = Add(c, e) m = Add(k, l) a = Mul(m, s) y = MatMul(a, v) }}",
+        ["12: s.0 v.0 w.1"], {},
+    ),
+    (
+        "compress and reverse", 17,
+        "(float[4, 2, 6] x, float[6, 12] w, float[12, 5] v, bool[4] c, int64[2] n) => (float[4, 2, 5] y) "
+        "{ h = MatMul(x, w) k = Compress <axis = 0>(h, c) a = ReverseSequence(k, n) y = MatMul(a, v) }",
+        ["12: v.0 w.1"], {"c": [True] * 4, "n": [2, 3]},
+    ),
+    (
+        "one hot", 17,
+        "(int64[2, 4] x, int64 d, float[2] t, float[6, 12] w, float[12, 5] v) => (float[2, 4, 5] y) "
+        "{ o = OneHot(x, d, t) h = MatMul(o, w) y = MatMul(h, v) }",
+        ["12: v.0 w.1"], {"d": 6, "t": [0, 1]},
+    ),
+    (
+        "group query attention", 17,
+        "(float[2, 4, 6] x, float[6, 32] w, float[6, 16] u, float[6, 16] z, float[32, 5] v, int32[2] n, int32[1] t) "
+        "=> (float[2, 4, 5] y) "
+        "{ a = MatMul(x, w) b = MatMul(x, u) c = MatMul(x, z) "
+        "o, k, p = com.microsoft.GroupQueryAttention <num_heads = 4, kv_num_heads = 2>(a, b, c, , , n, t) "
+        "y = MatMul(o, v) }",
+        ["2: u.1 v.0 w.1 z.1", "2: v.0 w.1"], {"n": [3, 3], "t": [4]},
+    ),
+    (
+        "rotary by onnxruntime", 17,
+        "(float[2, 3, 6] x, float[6, 16] w, float[6, 16] u, float[16, 5] v, float[9, 4] c, float[9, 4] s, "
+        "int64[2, 3] p) => (float[2, 3, 5] y) "
+        "{ a = MatMul(x, w) b = MatMul(x, u) d = com.microsoft.RotaryEmbedding <num_heads = 2>(a, p, c, s) "
+        "e = com.microsoft.RotaryEmbedding <num_heads = 2>(b, p, c, s) "
+        "o = com.microsoft.MultiHeadAttention <num_heads = 2>(d, e, b) y = MatMul(o, v) }",
+        ["2: u.1 v.0 w.1", "4: c.1 s.1 u.1 v.0 w.1"], {"p": [[0, 1, 2], [3, 4, 5]]},
+    ),
+    (
+        "dynamically quantised", 17,
+        "(float[2, 4, 6] x, float[6, 8] w, uint8[8, 5] q, float[5] s, uint8[5] z, float[5] b, float[5, 3] v) "
+        "=> (float[2, 4, 3] y) "
+        "{ h = MatMul(x, w) a = com.microsoft.DynamicQuantizeMatMul(h, q, s, z, b) y = MatMul(a, v) }",
+        ["5: b.0 s.0 v.0", "8: w.1"], {},
+    ),
+    (
+        "matmul of integers to float", 17,
+        "(float[2, 4, 6] x, float[6, 8] w, uint8[8, 5] q, float[5] s, uint8[5] z, float[5] b, float[5, 3] v) "
+        "=> (float[2, 4, 3] y) "
+        "{ h = MatMul(x, w) i, t, o = DynamicQuantizeLinear(h) "
+        "a = com.microsoft.MatMulIntegerToFloat(i, q, t, s, o, z, b) y = MatMul(a, v) }",
+        ["5: b.0 s.0 v.0", "8: w.1"], {},
+    ),
+    (
+        "if", 17,
+        "(float[2, 4] x, float[4, 6] w, float[6, 3] v, bool c) => (float[2, 3] y) "
+        "{ h = MatMul(x, w) "
+        "a = If(c) <then_branch = t () => (float[2, 6] p) { p = Relu(h) }, "
+        "else_branch = e () => (float[2, 6] q) { q = Neg(h) }> y = MatMul(a, v) }",
+        ["6: v.0 w.1"], {"c": True},
+    ),
     ("unknown operator", 17, f"{MLP}) => (float[2, 4, 5] y) {{ h = MatMul(x, w) a = local.Strange(h) y = MatMul(a, v) }}", [], {}),
 ]  # fmt: skip  # a table
 NAMES = [row[0] for row in TABLE]

@@ -139,7 +139,9 @@ def test_arithmetic_inside_a_branch() -> None:
 
 def test_branches_that_give_one_name_to_different_weights() -> None:
     branches = [
-        f"{key} = {key}_ () => (float[2, 5] p) {{ n = ReduceL2 <axes = [1], keepdims = 1>({w}) f = Div({w}, n) h = Gemm <transB = 1>(x, f) a = Relu(h) p = Gemm <transB = 1>(a, v) }}"
+        f"{key} = {key}_ () => (float[2, 5] p) "
+        f"{{ n = ReduceL2 <axes = [1], keepdims = 1>({w}) f = Div({w}, n) h = Gemm <transB = 1>(x, f) a = Relu(h) "
+        f"p = Gemm <transB = 1>(a, v) }}"
         for key, w in (("then_branch", "w"), ("else_branch", "u"))
     ]
     head = "(float[2, 6] x, float[12, 6] w, float[12, 6] u, float[5, 12] v, bool c"
@@ -154,8 +156,10 @@ def test_branches_that_give_one_name_to_different_weights() -> None:
     "graph",
     [
         f"{DENSE}) => (float[2, 5] y) {{ c = Identity(w) t = Transpose(c) h = MatMul(x, t) a = Relu(h) y = Gemm <transB = 1>(a, v) }}",
-        "(float[2, 6] x, int8[6, 12] w, float[12] s, float[12, 5] v) => (float[2, 5] y) { f = DequantizeLinear(w, s) h = MatMul(x, f) a = Relu(h) y = MatMul(a, v) }",
-        "(float[2, 6] x, int8[6, 12] w, float[12] s, float[12, 5] v) => (float[2, 5] y) { c = Cast <to = 1>(w) f = Mul(c, s) h = MatMul(x, f) a = Relu(h) y = MatMul(a, v) }",
+        "(float[2, 6] x, int8[6, 12] w, float[12] s, float[12, 5] v) => (float[2, 5] y) "
+        "{ f = DequantizeLinear(w, s) h = MatMul(x, f) a = Relu(h) y = MatMul(a, v) }",
+        "(float[2, 6] x, int8[6, 12] w, float[12] s, float[12, 5] v) => (float[2, 5] y) "
+        "{ c = Cast <to = 1>(w) f = Mul(c, s) h = MatMul(x, f) a = Relu(h) y = MatMul(a, v) }",
     ],
     ids=["moved", "quantised", "quantised by hand"],
 )
@@ -181,7 +185,10 @@ def test_gates_in_another_order_stay_where_they_are_stored() -> None:
 
 
 def test_factors_of_a_product_have_no_channels_between_them() -> None:
-    graph = "(float[2, 60] x, float[60, 2] w, float[2, 60] u, float[60, 5] v) => (float[2, 5] y) { f = MatMul(w, u) h = MatMul(x, f) a = Relu(h) y = MatMul(a, v) }"
+    graph = (
+        "(float[2, 60] x, float[60, 2] w, float[2, 60] u, float[60, 5] v) => (float[2, 5] y) "
+        "{ f = MatMul(w, u) h = MatMul(x, f) a = Relu(h) y = MatMul(a, v) }"
+    )
     combed = comb(from_text(graph))
     assert combed.folded.evaluated is None
     assert [sorted(m.weight.name for m in combed.members(g)) for g in combed.groups] == [["u", "v"]]
@@ -207,6 +214,9 @@ def test_random_weights_are_not_evaluated() -> None:
 
 
 def test_a_result_that_would_be_huge_is_not_computed() -> None:
-    text = "(float[2, 9] x, float[9, 9] w, int64[4] n) => (float[9, 9, 2, 9] y) { r = Expand(w, n) s = Neg(r) m = ReduceMax <axes = [0, 1], keepdims = 0>(s) k = Add(w, m) y = Add(k, x) }"
+    text = (
+        "(float[2, 9] x, float[9, 9] w, int64[4] n) => (float[9, 9, 2, 9] y) "
+        "{ r = Expand(w, n) s = Neg(r) m = ReduceMax <axes = [0, 1], keepdims = 0>(s) k = Add(w, m) y = Add(k, x) }"
+    )
     model = from_text(text, values={"n": [1 << 14, 1 << 14, 9, 9]})
     assert comb(model).folded.evaluated is None

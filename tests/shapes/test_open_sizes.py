@@ -33,25 +33,72 @@ def ints(name: str, *values: int) -> str:
 
 
 KEPT = {
-    "channels and pixels mixed": f"{IMAGE} {{ c = Conv(x, k) {ints('t', 0, -1, 8)} r = Reshape(c, t) m = MatMul(r, v) y = ReduceMean <axes = [1], keepdims = 0>(m) }}",
-    "a number of sizes that cancel for squares": f"{IMAGE} {{ c = Conv(x, k) {sizes(a=1, b=2, d=3)} p = Mul(a, b) q = Div(p, d) f = Cast <to = 1>(q) g = Div(c, f) y = Conv(g, u) }}",
-    "cut at the smaller of a number and a size": f"{IMAGE} {{ c = Conv(x, k) {sizes(b=2)} {ints('e', 8)} {ints('o', 0)} {ints('one', 1)} m = Min(e, b) g = Slice(c, o, m, one) y = ReduceSum <keepdims = 1>(g, one) }}",
-    "cut at a size over a number": f"{IMAGE} {{ c = Conv(x, k) {sizes(b=2)} {ints('e', 8)} {ints('o', 0)} {ints('one', 1)} m = Div(b, e) g = Slice(c, o, m, one) y = ReduceSum <keepdims = 1>(g, one) }}",
+    "channels and pixels mixed": (
+        f"{IMAGE} {{ c = Conv(x, k) {ints('t', 0, -1, 8)} r = Reshape(c, t) m = MatMul(r, v) "
+        f"y = ReduceMean <axes = [1], keepdims = 0>(m) }}"
+    ),
+    "a number of sizes that cancel for squares": (
+        f"{IMAGE} {{ c = Conv(x, k) {sizes(a=1, b=2, d=3)} p = Mul(a, b) q = Div(p, d) f = Cast <to = 1>(q) "
+        f"g = Div(c, f) y = Conv(g, u) }}"
+    ),
+    "cut at the smaller of a number and a size": (
+        f"{IMAGE} {{ c = Conv(x, k) {sizes(b=2)} {ints('e', 8)} {ints('o', 0)} {ints('one', 1)} m = Min(e, b) "
+        f"g = Slice(c, o, m, one) y = ReduceSum <keepdims = 1>(g, one) }}"
+    ),
+    "cut at a size over a number": (
+        f"{IMAGE} {{ c = Conv(x, k) {sizes(b=2)} {ints('e', 8)} {ints('o', 0)} {ints('one', 1)} m = Div(b, e) "
+        f"g = Slice(c, o, m, one) y = ReduceSum <keepdims = 1>(g, one) }}"
+    ),
     "sizes written down though they are open": f"{IMAGE} {{ c = Conv(x, k) {ints('t', -1, 8, 8, 8)} r = Reshape(c, t) y = Conv(r, u) }}",
-    "split at a size": f"{IMAGE} {{ c = Conv(x, k) {sizes(a=1, b=2)} {ints('two', 2)} h1 = Min(b, two) h2 = Sub(a, h1) q = Concat <axis = 0>(h1, h2) l, r = Split <axis = 1>(c, q) {ints('one', 1)} y = ReduceSum(l, one) }}",
-    "padded by a size": f"{IMAGE} {{ c = Conv(x, k) {sizes(b=2)} {ints('z1', 0)} {ints('z2', 0, 0, 0)} {ints('z5', 0, 0, 0)} p = Concat <axis = 0>(z1, b, z2, z5) q = Pad(c, p) {ints('one', 1)} y = ReduceSum(q, one) }}",
-    "a batch that is squeezed away": "(float[n, 3, 8, 8] x, float[2, 3, 1, 1] k, float[2, 3] v) => (float[] y) { c = Conv(x, k) p = GlobalAveragePool(c) q = Squeeze(p) y = MatMul(q, v) }",
-    "channels as what halves of a size leave": f"{IMAGE} {{ c = Conv(x, k) {sizes(a=0, d=2, e=3)} {ints('two', 2)} {ints('m', -1)} h1 = Div(d, two) h2 = Mul(h1, two) q = Concat <axis = 0>(a, m, h2, e) g = Reshape(c, q) y = Conv(g, u) }}",
-    "tokens read as channels": f"{TOKENS} {{ c = MatMul(x, k) {sizes(a=0, b=1)} {ints('d', 8)} q = Concat <axis = 0>(a, d, b) r = Reshape(c, q) {ints('one', 1)} y = ReduceSum(r, one) }}",
+    "split at a size": (
+        f"{IMAGE} {{ c = Conv(x, k) {sizes(a=1, b=2)} {ints('two', 2)} h1 = Min(b, two) h2 = Sub(a, h1) "
+        f"q = Concat <axis = 0>(h1, h2) l, r = Split <axis = 1>(c, q) {ints('one', 1)} y = ReduceSum(l, one) }}"
+    ),
+    "padded by a size": (
+        f"{IMAGE} {{ c = Conv(x, k) {sizes(b=2)} {ints('z1', 0)} {ints('z2', 0, 0, 0)} {ints('z5', 0, 0, 0)} "
+        f"p = Concat <axis = 0>(z1, b, z2, z5) q = Pad(c, p) {ints('one', 1)} y = ReduceSum(q, one) }}"
+    ),
+    "a batch that is squeezed away": (
+        "(float[n, 3, 8, 8] x, float[2, 3, 1, 1] k, float[2, 3] v) => (float[] y) "
+        "{ c = Conv(x, k) p = GlobalAveragePool(c) q = Squeeze(p) y = MatMul(q, v) }"
+    ),
+    "channels as what halves of a size leave": (
+        f"{IMAGE} {{ c = Conv(x, k) {sizes(a=0, d=2, e=3)} {ints('two', 2)} {ints('m', -1)} h1 = Div(d, two) "
+        f"h2 = Mul(h1, two) q = Concat <axis = 0>(a, m, h2, e) g = Reshape(c, q) y = Conv(g, u) }}"
+    ),
+    "tokens read as channels": (
+        f"{TOKENS} {{ c = MatMul(x, k) {sizes(a=0, b=1)} {ints('d', 8)} q = Concat <axis = 0>(a, d, b) "
+        f"r = Reshape(c, q) {ints('one', 1)} y = ReduceSum(r, one) }}"
+    ),
 }  # fmt: skip  # a table
 PRUNED = {
     "flattened pixels": f"{IMAGE} {{ c = Conv(x, k) {ints('t', 0, 8, -1)} r = Reshape(c, t) g = Transpose <perm = [0, 2, 1]>(r) y = MatMul(g, v) }}",
-    "flattened and back": f"{IMAGE} {{ c = Conv(x, k) {sizes(a=0, b=1, d=2, e=3)} p = Mul(d, e) q = Concat <axis = 0>(a, b, p) r = Reshape(c, q) f = Relu(r) o = Concat <axis = 0>(a, b, d, e) g = Reshape(f, o) y = Conv(g, u) }}",
-    "channels merged with the batch": f"{IMAGE} {{ c = Conv(x, k) g = Flatten <axis = 2>(c) f = Softmax <axis = 1>(g) {sizes(a=0, b=1, d=2, e=3)} q = Concat <axis = 0>(a, b, d, e) r = Reshape(f, q) y = Conv(r, u) }}",
-    "a norm over channels and the batch's sizes": f"{IMAGE} {{ c = Conv(x, k) {ints('t', 0, 2, -1)} g = Reshape(c, t) one = Constant <value = float[2] {{1.0, 1.0}}>() nil = Constant <value = float[2] {{0.0, 0.0}}>() f = InstanceNormalization(g, one, nil) r0 = Shape(c) r = Reshape(f, r0) y = Conv(r, u) }}",
-    "padded to a multiple": f"{IMAGE} {{ c = Conv(x, k) {sizes(d=2)} {ints('four', 4)} l = Mod(d, four) o = Sub(four, l) i = Mod(o, four) {ints('z', 0, 0, 0, 0, 0, 0)} {ints('z1', 0)} p = Concat <axis = 0>(z, i, z1) g = Pad(c, p) y = Conv(g, u) }}",
-    "tokens as long as another input's": f"{TOKENS} {{ c = MatMul(x, k) {sizes(a=0, b=1)} {ints('m', -1)} q = Concat <axis = 0>(a, b, m) r = Reshape(c, q) y = MatMul(r, v) }}",
-    "rows of a table": f"{TOKENS} {{ c0 = MatMul(x, k) c = Relu(c0) {sizes(b=1)} {ints('o', 0)} {ints('one', 1)} table = ConstantOfShape <value = float[1] {{0.5}}>(shape) {ints('shape2', 1)} g = Add(c, table) y = MatMul(g, v) }}".replace("table = ", f"{ints('shape', 1, 1, 8)} table = "),
+    "flattened and back": (
+        f"{IMAGE} {{ c = Conv(x, k) {sizes(a=0, b=1, d=2, e=3)} p = Mul(d, e) q = Concat <axis = 0>(a, b, p) "
+        f"r = Reshape(c, q) f = Relu(r) o = Concat <axis = 0>(a, b, d, e) g = Reshape(f, o) y = Conv(g, u) }}"
+    ),
+    "channels merged with the batch": (
+        f"{IMAGE} {{ c = Conv(x, k) g = Flatten <axis = 2>(c) f = Softmax <axis = 1>(g) {sizes(a=0, b=1, d=2, e=3)} "
+        f"q = Concat <axis = 0>(a, b, d, e) r = Reshape(f, q) y = Conv(r, u) }}"
+    ),
+    "a norm over channels and the batch's sizes": (
+        f"{IMAGE} {{ c = Conv(x, k) {ints('t', 0, 2, -1)} g = Reshape(c, t) "
+        f"one = Constant <value = float[2] {{1.0, 1.0}}>() nil = Constant <value = float[2] {{0.0, 0.0}}>() "
+        f"f = InstanceNormalization(g, one, nil) r0 = Shape(c) r = Reshape(f, r0) y = Conv(r, u) }}"
+    ),
+    "padded to a multiple": (
+        f"{IMAGE} {{ c = Conv(x, k) {sizes(d=2)} {ints('four', 4)} l = Mod(d, four) o = Sub(four, l) i = Mod(o, four) "
+        f"{ints('z', 0, 0, 0, 0, 0, 0)} {ints('z1', 0)} p = Concat <axis = 0>(z, i, z1) g = Pad(c, p) y = Conv(g, u) }}"
+    ),
+    "tokens as long as another input's": (
+        f"{TOKENS} {{ c = MatMul(x, k) {sizes(a=0, b=1)} {ints('m', -1)} q = Concat <axis = 0>(a, b, m) "
+        f"r = Reshape(c, q) y = MatMul(r, v) }}"
+    ),
+    "rows of a table": (
+        f"{TOKENS} {{ c0 = MatMul(x, k) c = Relu(c0) {sizes(b=1)} {ints('o', 0)} {ints('one', 1)} "
+        f"{ints('shape', 1, 1, 8)} table = ConstantOfShape <value = float[1] {{0.5}}>(shape) {ints('shape2', 1)} "
+        f"g = Add(c, table) y = MatMul(g, v) }}"
+    ),
 }  # fmt: skip  # a table
 
 

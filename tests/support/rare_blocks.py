@@ -1,7 +1,8 @@
 """The blocks of random graphs with the other operators that have rules.
 
 Those of onnx.brevitas and qonnx, Swish, and GroupNorm of com.microsoft are missing, since onnxruntime has no CPU kernels
-for them, and SimplifiedLayerNormalization, which onnxruntime puts among ONNX's own, to which it does not belong. Random operators are multiplied by zero: what they give cannot be compared.
+for them, and SimplifiedLayerNormalization, which onnxruntime puts among ONNX's own, to which it does not belong.
+Random operators are multiplied by zero: what they give cannot be compared.
 """
 
 from __future__ import annotations
