@@ -44,6 +44,8 @@ class Allocate:
     latency_provider: str = Setting.provider
     cost_table: str | os.PathLike[str] | None = None
     name: ClassVar[str] = "allocate"
+    requires: ClassVar[tuple[str, ...]] = ("combed", "scores")
+    provides: ClassVar[tuple[str, ...]] = ("allocation", "budget")
     usual_spread: ClassVar[str] = "uniform"
 
     @property

@@ -15,6 +15,7 @@ class Comb:
     """Find the coupled channels."""
 
     name: ClassVar[str] = "comb"
+    provides: ClassVar[tuple[str, ...]] = ("folded", "combed")
 
     def __call__(self, state: State) -> State:
         """Fill in `combed`; fold first if nobody has."""

@@ -128,6 +128,7 @@ class DistillResult:
         restored: normalisations that were put back for the training.
         compared: inner tensors that were compared.
         judged: updates done, and what the student then scored on held-out data.
+        metric: by what it was scored, see `Metric.as_json`; empty where it was not.
 
     """
 
@@ -139,6 +140,7 @@ class DistillResult:
     restored: int = 0
     compared: tuple[str, ...] = ()
     judged: tuple[tuple[int, float], ...] = ()
+    metric: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -241,15 +243,9 @@ def distill(  # noqa: PLR0913  # what comes after the options is said by name, a
     values = {name: value for name, value in after.items() if value.tobytes() != before[name].tobytes()}
     seconds = time.perf_counter() - started
     return DistillResult(
-        values,
-        tuple(losses),
-        comparison.kinds,
-        seconds,
-        str(process_group.device),
-        len(restored),
-        tuple(hidden),
-        tuple(judged),
-    )
+        values, tuple(losses), comparison.kinds, seconds, str(process_group.device), len(restored), tuple(hidden),
+        tuple(judged), {} if watched is None else metrics.metric_of(watched.metric).as_json(),
+    )  # fmt: skip  # the fields in order
 
 
 def summary(result: DistillResult) -> dict[str, Any]:
@@ -257,7 +253,7 @@ def summary(result: DistillResult) -> dict[str, Any]:
     steps = {"steps": len(result.losses), "seconds": round(result.seconds, 2), "device": result.device}
     losses = {"first_loss": result.losses[0], "last_loss": result.losses[-1]} if result.losses else {}
     return steps | losses | {
-        "losses": dict(result.kinds), "restored": result.restored, "compared": list(result.compared)
+        "losses": dict(result.kinds), "restored": result.restored, "compared": list(result.compared), **result.metric
     }  # fmt: skip
 
 
@@ -278,6 +274,7 @@ class Distill(DistillOptions):
     """Fine-tune the pruned model against the original; its options are those of `DistillOptions`."""
 
     name: ClassVar[str] = "distill"
+    provides: ClassVar[tuple[str, ...]] = ("distilled",)
 
     def __call__(self, state: State) -> State:
         """Train `model` with `original` as teacher on `data`; fills in `distilled`."""
@@ -460,14 +457,14 @@ def _in_onnxruntime(model: ModelProto, process_group: ProcessGroup) -> Run:
 def _held_out(
     student: ModelProto, watched: Watched, teacher: ModelProto, restored: Sequence[refolding.Restored]
 ) -> HeldOut:
-    sign = -1.0 if watched.metric == "mse" else 1.0
-    reference = teacher if watched.metric in metrics.OF_TWO_MODELS else None
+    metric = metrics.metric_of(watched.metric)
+    reference = teacher if metric.of_two_models else None
 
     def judge(state: Mapping[str, Array]) -> float:
         made = write_weights(student, refolding.refold(state, restored))
-        return sign * metrics.evaluate(made, watched.source, watched.metric, reference=reference)
+        return metrics.evaluate(made, watched.source, watched.metric, reference=reference)
 
-    return HeldOut(judge, watched.every, watched.patience)
+    return HeldOut(judge, watched.every, watched.patience, metric.lower_is_better)
 
 
 def _identity(teacher: ModelProto, student: ModelProto, options: DistillOptions, process_group: ProcessGroup) -> str:

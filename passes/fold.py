@@ -14,6 +14,7 @@ class Fold:
     """Find the shapes of all tensors."""
 
     name: ClassVar[str] = "fold"
+    provides: ClassVar[tuple[str, ...]] = ("folded",)
 
     def __call__(self, state: State) -> State:
         """Fill in `folded`."""

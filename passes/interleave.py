@@ -32,6 +32,7 @@ class Interleave(DistillOptions, Iterate):
     """
 
     name: ClassVar[str] = "interleave"
+    provides: ClassVar[tuple[str, ...]] = (*Iterate.provides, "distilled")
 
     def __call__(self, state: State) -> State:
         """Fill in everything from `combed` to `distilled`; `model` becomes the pruned and trained one."""

@@ -163,6 +163,8 @@ class Iterate(Allocate):
     repair: bool = True
     repair_samples: int = REPAIR_SAMPLES
     name: ClassVar[str] = "iterate"
+    requires: ClassVar[tuple[str, ...]] = ()
+    provides: ClassVar[tuple[str, ...]] = ("combed", "allocation", "budget", "edits", "plan")
     usual_spread: ClassVar[str] = "optimal"
 
     def __call__(self, state: State) -> State:

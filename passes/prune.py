@@ -34,6 +34,8 @@ class Prune:
     """Rewrite the model without the channels that were chosen."""
 
     name: ClassVar[str] = "prune"
+    requires: ClassVar[tuple[str, ...]] = ("combed", "allocation")
+    provides: ClassVar[tuple[str, ...]] = ("edits", "plan")
 
     def __call__(self, state: State) -> State:
         """Fill in `edits` and `plan`; `model` becomes the pruned one."""

@@ -125,6 +125,8 @@ class Repair(RepairOptions):
     """Fit the weights of the pruned model to the original by least squares."""
 
     name: ClassVar[str] = "repair"
+    requires: ClassVar[tuple[str, ...]] = ("combed", "allocation", "plan")
+    provides: ClassVar[tuple[str, ...]] = ("repaired",)
 
     def __call__(self, state: State) -> State:
         """Fill in `repaired`; `model` becomes the one with fitted weights, which the plan names."""

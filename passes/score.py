@@ -18,6 +18,8 @@ class Score:
     samples: int | None = None
     labels: bool = False
     name: ClassVar[str] = "score"
+    requires: ClassVar[tuple[str, ...]] = ("combed",)
+    provides: ClassVar[tuple[str, ...]] = ("scores", "score")
 
     def __call__(self, state: State) -> State:
         """Fill in `scores`."""

@@ -162,6 +162,8 @@ class Sensitivity(SensitivityOptions):
     """Measure what each group's channels do to the outputs, for an allocation with the spread "optimal"."""
 
     name: ClassVar[str] = "sensitivity"
+    requires: ClassVar[tuple[str, ...]] = ("combed",)
+    provides: ClassVar[tuple[str, ...]] = ("scores", "curves")
 
     def __call__(self, state: State) -> State:
         """Fill in `scores` if nobody has, and `curves`."""

@@ -23,6 +23,8 @@ class Verify:
     batches: int = 2
     allow_inconclusive: bool = False
     name: ClassVar[str] = "verify"
+    requires: ClassVar[tuple[str, ...]] = ("combed", "allocation", "plan")
+    provides: ClassVar[tuple[str, ...]] = ("verification",)
 
     def __call__(self, state: State) -> State:
         """Fill in `verification`; raises ProofError if the model is wrong, InconclusiveError if nothing is shown."""

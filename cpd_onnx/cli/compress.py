@@ -38,7 +38,7 @@ from cpd_onnx.cli.console import (
     write_both,
     write_json,
 )
-from cpd_onnx.data.metrics import OF_TWO_MODELS, check_metric
+from cpd_onnx.data.metrics import OF_TWO_MODELS, check_metric, lower_is_better, metric_of
 from cpd_onnx.data.sources import Source, calibration
 from cpd_onnx.errors import CpdError, InconclusiveError, ModelError, ProofError, UnsupportedError
 from cpd_onnx.io.files import commit_together, locked_folder, write_atomically
@@ -294,7 +294,7 @@ def _accuracy(
         assert data is not None
         on = "the original's answers" if options.metric in OF_TWO_MODELS else "labels"
         values = scored(options, data, models, original)
-        return {"metric": options.metric, "on": on, "samples": data.count, "values": values}
+        return {**metric_of(options.metric).as_json(), "on": on, "samples": data.count, "values": values}
     if source is None:
         return None
     values = {name: sensitivity.distance(original, model, source, _SAMPLES) for name, model in models.items()}
@@ -321,7 +321,7 @@ def _worse(accuracy: Mapping[str, Any] | None, label_weight: float) -> Iterator[
         return
     assert accuracy is not None
     _, before, after = values
-    if (after > before) if compression.is_less_better(accuracy["metric"]) else (after < before):
+    if (after > before) if lower_is_better(accuracy) else (after < before):
         yield (
             f"training made it worse ({before:.4g} before, {after:.4g} after): give it more --steps or a smaller --lr, "
             "or leave it out with --no-distill"

@@ -18,6 +18,7 @@ from cpd_onnx.channels.combing import comb
 from cpd_onnx.cli.arguments import command_line
 from cpd_onnx.cli.compress import can_draw, choice_of, compressed, page_kinds, timed, write_page
 from cpd_onnx.cli.console import out, progress_line, read_model, require_apart, require_outputs, source_of, write_json
+from cpd_onnx.data.metrics import lower_is_better
 from cpd_onnx.data.sources import Source, imported
 from cpd_onnx.errors import CpdError, TargetError
 from cpd_onnx.io import trust
@@ -207,7 +208,7 @@ def _picked(points: Sequence[Point], accuracy: Mapping[str, Any] | None, most_lo
     if accuracy is None:
         raise CpdError("--most-lost wants to know what a model scores: give --eval, or --data to compare answers on")
     whole = accuracy["values"]["original"]
-    sign = -1.0 if compression.is_less_better(accuracy["metric"]) else 1.0
+    sign = -1.0 if lower_is_better(accuracy) else 1.0
     good = [point for point in points if point.quality is not None and sign * (whole - point.quality) <= most_lost]
     return min(good, key=lambda point: point.ms, default=None)
 
@@ -216,9 +217,9 @@ def _content(
     options: argparse.Namespace, points: Sequence[Point], made: Sequence[Mapping[str, Any]], found: Bench
 ) -> dict[str, Any]:
     """The report of all of it."""
-    accuracy = made[0]["accuracy"]
-    whole = None if accuracy is None else accuracy["values"]["original"]
     first = made[0]
+    accuracy = first["accuracy"] or {"metric": None, "on": None, "values": {"original": None}}
+    whole = accuracy["values"]["original"]
     costs = {"macs": 1.0, "params": 1.0, "bytes": first["bytes"]["before"]}
     dense = Point("the original", options.model, whole, None, **costs, ms=found.timings[0].p50, ratio=1.0)
     pairs = zip(points, made, strict=True)
@@ -228,8 +229,7 @@ def _content(
         "title": options.model.name,
         "source": first["source"],
         "sweep": {
-            "metric": None if accuracy is None else accuracy["metric"],
-            "on": None if accuracy is None else accuracy["on"],
+            **{key: accuracy[key] for key in ("metric", "lower_is_better", "on") if key in accuracy},
             "points": [dense.as_json(), *(point.as_json() for point in points)],
         },
         "bench": found.as_json(),
@@ -245,7 +245,7 @@ def _draw(content: Mapping[str, Any], path: Path, *, overwrite: bool) -> None:
     points = [point for point in found["points"] if point["accuracy"] is not None]
     if points:
         choices = [plots.Choice(p["name"], p["ms"], p["accuracy"], p["picked"]) for p in points]
-        less = compression.is_less_better(found["metric"])
+        less = lower_is_better(found)
         plots.pareto(choices, path, metric=found["metric"], is_less_better=less, overwrite=overwrite)
 
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -25,13 +26,11 @@ Outputs: TypeAlias = list[Array]
 Model: TypeAlias = "ModelProto | ort.InferenceSession"
 Judge: TypeAlias = Callable[[Outputs, Outputs], float]
 
-METRICS = ("top1", "top5", "miou", "mse", "cosine")
-"""Names of metrics; `module:function` is one too."""
-OF_TWO_MODELS = ("mse", "cosine")
-"""Those that need a reference."""
 IGNORED = 255
 """The label of what does not count: void pixels."""
 _FUNCTION = re.compile(r"[\w.]+:\w+")
+_LOWER = re.compile(r"(loss|error|mse|mae|mape|distance|divergence|perplexity)(?![a-z])")
+"""Heuristic: a metric whose name has one of these words, the last part of a word or all of it, is an error."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,30 @@ class Scored:
 
     outputs: Outputs
     targets: Outputs
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A way to score a model.
+
+    Attributes:
+        name: as the options take it.
+        function: the score over all batches.
+        lower_is_better: whether of two models the one with the lower score is better.
+        of_two_models: whether it compares the model with a reference instead of labels.
+        is_own: whether it is a user's function.
+
+    """
+
+    name: str
+    function: Callable[[Iterator[Scored]], float]
+    lower_is_better: bool = False
+    of_two_models: bool = False
+    is_own: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """Name and, where that does not tell it, direction: what `lower_is_better` reads."""
+        return {"metric": self.name} | ({"lower_is_better": self.lower_is_better} if self.is_own else {})
 
 
 def evaluate(
@@ -54,7 +77,8 @@ def evaluate(
             largest output, or among the five largest; "miou", the mean intersection over union of the classes that
             occur or are predicted, classes in axis 1 of the first output; "mse" and "cosine", mean squared error and
             mean cosine similarity of all outputs of a sample; or "module:function", called with the outputs and the
-            labels (or the reference's outputs) of a batch as lists of arrays, whose answers are averaged by sample.
+            labels (or the reference's outputs) of a batch as lists of arrays, whose answers are averaged by sample
+            (see `metric_of` for its direction).
         reference: the model to compare with instead of the labels; for "top1", "top5" and "miou" its largest outputs
             count.
         batch_size: samples at a time.
@@ -63,13 +87,40 @@ def evaluate(
         DataError: there is nothing to compare with, or it does not fit.
         UnsupportedError: torchmetrics is not installed, or onnxruntime does not run a model.
     """
-    check_metric(metric)
-    if metric in OF_TWO_MODELS and reference is None:
+    chosen = metric_of(metric)
+    if chosen.of_two_models and reference is None:
         raise DataError(f"metric {metric} compares two models; give the reference")
-    scored = _compare(open_session(model), source, None if reference is None else open_session(reference), batch_size)
-    if _FUNCTION.fullmatch(metric):
-        return _by_function(scored, imported(metric, "of outputs and labels"))
-    return _METRICS[metric](scored)
+    sessions = open_session(model), None if reference is None else open_session(reference)
+    return chosen.function(_compare(sessions[0], source, sessions[1], batch_size))
+
+
+def metric_of(name: str) -> Metric:
+    """The metric of that name; "module:function" is imported.
+
+    Of such a function's values the higher ones are better, unless it has an attribute `lower_is_better` that is true
+    or, where it has none of that name, a name such as "rmse" or "my_loss", see `lower_is_better`.
+
+    Raises DataError if there is no such metric.
+    """
+    check_metric(name)
+    if name in _METRICS:
+        return _METRICS[name]
+    function = imported(name, "of outputs and labels")
+    is_lower = bool(getattr(function, "lower_is_better", lower_is_better({"metric": name})))
+    return Metric(name, partial(_by_function, function=function), is_lower, is_own=True)
+
+
+def lower_is_better(entry: Mapping[str, Any]) -> bool:
+    """Whether lower scores are better in what `Metric.as_json` is part of; nothing is imported for it.
+
+    Where nothing is said the name decides: those of this module are known, others are taken for errors if they end in
+    "loss", "error", "mse", "mae", "mape", "distance", "divergence" or "perplexity", or have such a word in them.
+    """
+    said, name = entry.get("lower_is_better"), str(entry.get("metric"))
+    if said is not None:
+        return bool(said)
+    known = _METRICS.get(name)
+    return known.lower_is_better if known else _LOWER.search(name.rpartition(":")[2].lower()) is not None
 
 
 def check_metric(metric: str) -> None:
@@ -222,10 +273,17 @@ def _counted(total: int) -> None:
         raise DataError("the data holds nothing to score")
 
 
-_METRICS: dict[str, Callable[[Iterator[Scored]], float]] = {
-    "top1": _top1,
-    "top5": _top5,
-    "miou": _miou,
-    "mse": _mse,
-    "cosine": _cosine,
+_METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("top1", _top1),
+        Metric("top5", _top5),
+        Metric("miou", _miou),
+        Metric("mse", _mse, lower_is_better=True, of_two_models=True),
+        Metric("cosine", _cosine, of_two_models=True),
+    )
 }
+METRICS = tuple(_METRICS)
+"""Names of metrics; `module:function` is one too."""
+OF_TWO_MODELS = tuple(name for name, metric in _METRICS.items() if metric.of_two_models)
+"""Those that need a reference."""

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -40,7 +41,11 @@ _STEP = re.compile(r"\s*([a-z_]+)\s*(?:\{([^{}]*)\})?\s*(?:,|$)")
 
 
 class Pass(Protocol):
-    """A step of a pipeline: a frozen dataclass whose fields are its options."""
+    """A step of a pipeline: a frozen dataclass whose fields are its options.
+
+    Class variables `requires` and `provides`, tuples of attributes of `State`, say what must be there before it and
+    what it fills in. Both may be left out: a pass without `provides` may fill in anything.
+    """
 
     name: ClassVar[str]
 
@@ -109,9 +114,11 @@ def run(
 ) -> State:
     """Take a model through passes, given as text or as objects.
 
-    Raises CpdError for what is wrong with the model or the options.
+    Raises ValueError for passes in an order that cannot work, before the model is opened, and CpdError for what is
+    wrong with the model or the options.
     """
     steps = [make(name, options) for name, options in parse(passes)] if isinstance(passes, str) else list(passes)
+    _require_order(steps, _filled_in(source, data))
     if isinstance(source, State):
         state = source
     else:
@@ -125,3 +132,71 @@ def run(
         if observer:
             observer(step.name, "end")
     return state
+
+
+def _filled_in(source: ModelSource | State, data: DataSource | None) -> set[str]:
+    """Attributes of the state that are there before any pass."""
+    if isinstance(source, State):
+        return {field.name for field in fields(State) if getattr(source, field.name) is not None}
+    return {field.name for field in fields(State) if field.default is not None} | (
+        {"data"} if data is not None else set()
+    )
+
+
+def _requires(step: Any) -> tuple[str, ...]:
+    return getattr(step, "requires", ())
+
+
+def _provides(step: Any) -> tuple[str, ...]:
+    return getattr(step, "provides", ())
+
+
+def _require_order(steps: Sequence[Pass], there: set[str]) -> None:
+    """Raise ValueError where a pass requires what is neither there nor provided by the passes before it."""
+    known = set(there)
+    for step in steps:
+        missing = next((name for name in _requires(step) if name not in known), None)
+        if missing is not None:
+            raise ValueError(_remedy(steps, there, step, missing))
+        if not hasattr(step, "provides"):
+            return  # it may have filled in anything; `State.need` tells what it has not
+        known.update(_provides(step))
+
+
+def _remedy(steps: Sequence[Pass], there: set[str], step: Pass, missing: str) -> str:
+    """What a pass is missing, and an order of the passes that works, with those that have to be added."""
+    order: list[Any] = []
+    left: list[Any] = list(steps)
+    while left:
+        known = there.union(*map(_provides, order))
+        ready = next((each for each in left if known.issuperset(_requires(each))), None)
+        added = _to_be_added(left, known) if ready is None else None
+        if ready is not None:
+            left.remove(ready)
+            order.append(ready)
+        elif added is not None:
+            left.insert(0, added)
+        else:
+            return f"pass {step.name!r} needs {missing!r}, which no pass provides"
+    maker = next(each.name for each in order if missing in _provides(each))
+    names = ", ".join(each.name for each in order)
+    return f"run the pass {maker!r} first: it makes {missing!r}, which {step.name!r} needs; in order: {names}"
+
+
+def _to_be_added(left: Sequence[Any], known: set[str]) -> Any:
+    """The first pass of `PASSES` that makes what one of those that are left lacks and no other one makes."""
+    for each in left:
+        made = known.union(*(_provides(other) for other in left if other is not each))
+        makers = (_usual_maker(name) for name in _requires(each) if name not in made)
+        if (found := next(filter(None, makers), None)) is not None:
+            return found
+    return None
+
+
+def _usual_maker(attribute: str) -> Any:
+    for name in PASSES:
+        with contextlib.suppress(UnsupportedError):  # without torch
+            cls = getattr(_module(name), name.capitalize())
+            if attribute in cls.provides:
+                return cls
+    return None

@@ -27,7 +27,8 @@ class State:
     Attributes:
         model: the model as it is now.
         original: the model as it was read.
-        input_shapes: sizes of inputs that the file leaves open, by name.
+        input_shapes: sizes of inputs that the file leaves open, by name, for the passes that fold; afterwards those
+            of `folded` hold.
         data: where samples come from, if there are any.
         folded: shapes and the values of shape arithmetic.
         combed: the coupled channels of `original`.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
+from cpd_onnx.data.metrics import lower_is_better
 from cpd_onnx.proof.comparison import INCONCLUSIVE, VERDICTS, VERIFIED, WRONG
 from cpd_onnx.report import figures as plots
 from cpd_onnx.report.tables import longest, repair_line
@@ -23,8 +24,6 @@ Part: TypeAlias = "Sentence | Listing | Sheet | Picture | Code"
 _NOTHING = "–"  # noqa: RUF001  # a dash is meant
 _SHARES = ("top1", "top5", "miou")
 """Metrics that are shares, told in percent."""
-_ERRORS = ("mse", "error")
-"""What is in the names of metrics of which less is better."""
 _LABELS = "labels"
 _FOLDED = 20
 """Rows from which on a table is folded."""
@@ -454,7 +453,8 @@ def _training(content: Content) -> Iterator[Part]:
         return
     losses = [_number(loss) for loss in found.get("losses") or ()]
     watched = [(_number(point["step"]), _number(point["value"])) for point in found.get("watched") or ()]
-    metric = str(_of(content, "accuracy").get("metric") or "score")
+    scored = found if "metric" in found else _of(content, "accuracy")
+    metric = str(scored.get("metric") or "score")
     if losses:
         yield Picture(
             "training", "The original teaches the pruned model: the loss of each update, and smoothed.",
@@ -468,7 +468,7 @@ def _training(content: Content) -> Iterator[Part]:
         "device": found.get("device"),
         "loss": f"{_short(losses[0])} → {_short(losses[-1])}" if losses else None,
         **{f"output {name}": f"by {kind}" for name, kind in (found.get("losses_by") or {}).items()},
-        f"best {metric} on the way": _best(metric, [value for _, value in watched]),
+        f"best {metric} on the way": _best(scored, [value for _, value in watched]),
     }
     yield from _facts("", facts)
 
@@ -489,7 +489,7 @@ def _sweep(content: Content) -> Iterator[Part]:
         yield Picture(
             "sweep", "No model is both faster and better than one on the line. The ring marks the chosen one.",
             f"{metric} against latency of {len(scored)} models; chosen: {_spoken(picked) or 'none'}",
-            plots.tradeoff(scored, str(metric), is_less_better=_is_error(metric)),
+            plots.tradeoff(scored, str(metric), is_less_better=lower_is_better(found)),
         )  # fmt: skip  # name, words and figure
     rows = tuple(
         (f"{p.get('name') or ''}{' (chosen)' if p.get('picked') else ''}", _ms(p.get("ms")), _percent(p.get("ratio")),
@@ -666,14 +666,10 @@ def _facts(title: str, facts: Mapping[str, Any]) -> Iterator[Sheet]:
         yield Sheet(title, ("", ""), rows, words=(0, 1), is_wide=False)
 
 
-def _is_error(metric: Any) -> bool:
-    return any(word in str(metric) for word in _ERRORS)
-
-
-def _best(metric: str, values: Sequence[float]) -> str:
+def _best(scored: Mapping[str, Any], values: Sequence[float]) -> str:
     if not values:
         return ""
-    return _score(metric, min(values) if _is_error(metric) else max(values))
+    return _score(scored.get("metric"), min(values) if lower_is_better(scored) else max(values))
 
 
 def _heard_latency(found: Bench) -> str:

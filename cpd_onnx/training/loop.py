@@ -70,15 +70,17 @@ class HeldOut:
     """Judging the student on data of its own while it trains.
 
     Attributes:
-        judge: from the module's tensors by their ONNX names to a number; larger is better.
+        judge: from the module's tensors by their ONNX names to a score.
         every: updates between two judgements.
         patience: judgements without a new best after which training stops; the best weights are the result. 0 trains
             to the end and keeps the last.
+        lower_is_better: whether lower scores are better.
     """
 
     judge: Callable[[Mapping[str, Array]], float]
     every: int
     patience: int = 0
+    lower_is_better: bool = False
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ class Trainer:
                 if held_out is not None and (done % held_out.every == 0 or done == steps):
                     self.judged.append((done, value := self._judge(held_out)))
                     log.judged(done, value)
-                    if held_out.patience and self._is_enough(value, held_out.patience):
+                    if held_out.patience and self._is_enough(value, held_out):
                         break
                 late = (
                     self.process_group.any(time.monotonic() - written > traces.seconds) if traces.checkpoint else False
@@ -254,15 +256,16 @@ class Trainer:
         self.module.train()
         return float(self.process_group.shared(value))
 
-    def _is_enough(self, value: float, patience: int) -> bool:
+    def _is_enough(self, score: float, held_out: HeldOut) -> bool:
         """Note the best weights so far; whether there was no better one for too long."""
+        value = -score if held_out.lower_is_better else score
         if value > self.best.value:
             with self._averaged():
                 state = {name: tensor.detach().clone() for name, tensor in self.module.state_dict().items()}
             self.best = _Best(value, 0, state)
         else:
             self.best.misses += 1
-        return self.best.misses >= patience
+        return self.best.misses >= held_out.patience
 
     def _finish(self) -> None:
         """Leave the resulting weights in the module."""

@@ -16,7 +16,6 @@ from cpd_onnx.channels.groups import Combed, Group
 from cpd_onnx.errors import DataError, UnsupportedError
 from cpd_onnx.ir.model import Model, translate_errors
 from cpd_onnx.passes.iterate import Iterate, Round, Stages
-from cpd_onnx.passes.sensitivity import ERROR
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.proof.files import FileVerification, verify_files
 from cpd_onnx.report import tables as report
@@ -89,11 +88,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def is_less_better(metric: str) -> bool:
-    """Whether a low value of a metric is a good one."""
-    return metric in ("mse", ERROR)
 
 
 def choice(score: str | None, wish: Mapping[str, Any], *, has_data: bool) -> tuple[str, dict[str, Any]]:

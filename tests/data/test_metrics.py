@@ -18,9 +18,10 @@ pytest.importorskip("torchmetrics")
 
 from onnx import ModelProto, parser
 
-from cpd_onnx.data.metrics import evaluate, open_session
+from cpd_onnx.data.metrics import METRICS, Scored, evaluate, lower_is_better, metric_of, open_session
 from cpd_onnx.data.sources import LABELS, ArraySource, read_npz
 from cpd_onnx.errors import DataError
+from cpd_onnx.passes.sensitivity import ERROR
 
 Array = npt.NDArray[Any]
 
@@ -87,6 +88,42 @@ def test_a_function_is_a_metric(batch_size: int, monkeypatch: pytest.MonkeyPatch
     for name, message in (("my_metrics:number", "is a int"), ("no_such:f", "cannot be imported")):
         with pytest.raises(DataError, match=message):
             evaluate(model("N,2"), source(SCORES, [0, 1, 1, 1]), name)
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "is_lower"),
+    [
+        ("rmse", None, True),
+        ("my_loss", None, True),
+        ("L1Loss", None, True),
+        ("mean_absolute_error_at_5", None, True),
+        ("accuracy", None, False),
+        ("errorless", None, False),
+        ("rmse", False, False),
+        ("accuracy", True, True),
+    ],
+)
+def test_a_function_says_its_direction_or_has_it_by_its_name(
+    name: str, said: bool | None, is_lower: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def own(outputs: list[Array], labels: list[Array]) -> float:
+        return wins(outputs, labels)
+
+    if said is not None:
+        own.lower_is_better = said  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "loss_functions", SimpleNamespace(**{name: own}))
+    metric = metric_of(f"loss_functions:{name}")
+    assert metric.lower_is_better == is_lower
+    assert metric.function(iter([Scored([np.asarray([[1.0, 0.0]])], [np.zeros(1)])])) == 1.0
+    assert lower_is_better(metric.as_json()) == is_lower
+    assert metric.as_json() == {"metric": f"loss_functions:{name}", "lower_is_better": is_lower}
+
+
+def test_named_metrics_have_a_direction() -> None:
+    assert {name for name in METRICS if metric_of(name).lower_is_better} == {"mse"}
+    assert {name for name in METRICS if lower_is_better(metric_of(name).as_json())} == {"mse"}
+    assert lower_is_better({"metric": ERROR})
+    assert not lower_is_better({"metric": None})
 
 
 def test_labels_beyond_the_classes_are_refused() -> None:

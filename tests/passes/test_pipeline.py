@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
@@ -118,12 +119,108 @@ def test_a_state_can_be_taken_further() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "first"),
-    [("score", "comb"), ("comb, allocate", "score"), ("comb, score, prune", "allocate"), ("comb, verify", "allocate")],
+    ("text", "first", "order"),
+    [
+        ("score", "comb", "comb, score"),
+        ("comb, allocate", "score", "comb, score, allocate"),
+        ("comb, score, prune", "allocate", "comb, score, allocate, prune"),
+        ("verify", "comb", "comb, score, allocate, prune, verify"),
+        ("prune, allocate, score, comb", "comb", "comb, score, allocate, prune"),
+        ("comb, score, allocate, verify, prune", "prune", "comb, score, allocate, prune, verify"),
+        ("comb, allocate, sensitivity, prune", "sensitivity", "comb, sensitivity, allocate, prune"),
+        ("fold, comb, score, allocate, repair", "prune", "fold, comb, score, allocate, prune, repair"),
+        ("distill, repair, iterate", "iterate", "distill, iterate, repair"),
+    ],
 )
-def test_passes_name_the_one_that_is_missing(text: str, first: str) -> None:
-    with pytest.raises(ValueError, match=f"run the pass '{first}' first"):
-        cpd.run(text, model_of("conv"))
+def test_a_wrong_order_is_refused_before_the_model_is_opened(text: str, first: str, order: str) -> None:
+    """The order that is named works."""
+    with pytest.raises(ValueError, match=f"run the pass '{first}' first: .*; in order: {order}$"):
+        cpd.run(text, "no such file.onnx")
+    with pytest.raises(ValueError, match=f"run the pass '{first}' first: .*; in order: {order}$"):
+        cpd.run([make(name, {}) for name, _ in parse(text)], "no such file.onnx")
+    with pytest.raises(cpd.ModelError, match="no such file"):
+        cpd.run(order, "no such file.onnx")
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_pass_alone_names_the_one_that_is_missing(name: str) -> None:
+    """What a pass says that it requires is what it asks for, of the pass that provides it."""
+    step, model = make(name, {}), cpd.load(model_of("conv"))
+    data = ArraySource({"x": np.zeros((1, 1), np.float32)})
+    there: dict[str, Any] = {}
+    for attribute in getattr(step, "requires", ()):
+        if name == "verify" and attribute == "plan":
+            continue  # by itself it takes models that were pruned without one
+        if name == "repair" and attribute == "plan":
+            continue
+        maker = next(other for other in PASSES if attribute in made_by(other))
+        with pytest.raises(ValueError, match=f"run the pass '{maker}' first: it makes '{attribute}'"):
+            step(cpd.State(model, model, data=data, **there))
+        there[attribute] = ()
+
+
+def made_by(name: str) -> tuple[str, ...]:
+    provided: tuple[str, ...] = make(name, {}).provides  # type: ignore[attr-defined]
+    return provided
+
+
+def test_what_a_pass_says_that_it_provides_is_there() -> None:
+    state = cpd.State(model := cpd.load(model_of("conv")), model)
+    for step in (make(name, {}) for name in ("fold", "comb", "score", "allocate", "prune", "verify")):
+        for attribute in made_by(step.name):
+            assert not getattr(state, attribute) or attribute == "folded"
+        state = step(state)
+        assert all(getattr(state, attribute) for attribute in made_by(step.name))
+
+
+def test_what_a_state_has_counts_as_provided() -> None:
+    scored = cpd.run("comb, score", model_of("conv"))
+    with pytest.raises(ValueError, match=r"run the pass 'allocate' first: .*; in order: allocate, prune$"):
+        cpd.run("prune", scored)
+    assert cpd.run("allocate, prune", scored).plan is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Silent:
+    """A pass of a user's own that says nothing of what it makes: even scores."""
+
+    name: ClassVar[str] = "silent"
+
+    def __call__(self, state: cpd.State) -> cpd.State:
+        assert state.combed is not None
+        return dataclasses.replace(state, scores=[np.arange(len(g), dtype=float) for g in state.combed.groups])
+
+
+@dataclasses.dataclass(frozen=True)
+class Spoken(Silent):
+    """The same, which says it."""
+
+    name: ClassVar[str] = "spoken"
+    requires: ClassVar[tuple[str, ...]] = ("combed",)
+    provides: ClassVar[tuple[str, ...]] = ("scores",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Asking(Silent):
+    """One that wants what nobody makes."""
+
+    name: ClassVar[str] = "asking"
+    requires: ClassVar[tuple[str, ...]] = ("data",)
+    provides: ClassVar[tuple[str, ...]] = ("scores",)
+
+
+def test_passes_of_ones_own_need_not_say_what_they_make() -> None:
+    model = model_of("conv")
+    silent, spoken = (cpd.run([Comb(), own, Allocate(), Prune(), Verify()], model) for own in (Silent(), Spoken()))
+    assert silent.model.serialize() == spoken.model.serialize()
+    with pytest.raises(ValueError, match=r"run the pass 'allocate' first: it makes 'allocation'$"):
+        cpd.run([Comb(), Silent(), Prune()], model)
+    with pytest.raises(ValueError, match=r"run the pass 'comb' first: .*; in order: comb, spoken, allocate$"):
+        cpd.run([Spoken(), Allocate()], model)
+    with pytest.raises(ValueError, match="pass 'asking' needs 'data', which no pass provides"):
+        cpd.run([Comb(), Asking(), Allocate()], model)
+    asked = cpd.run([Comb(), Asking(), Allocate()], model, data=ArraySource({"x": np.zeros((1, 1), np.float32)}))
+    assert asked.allocation is not None
 
 
 def test_one_target_at_most() -> None:

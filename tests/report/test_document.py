@@ -408,6 +408,37 @@ def test_who_is_beaten_is_not_on_the_line() -> None:
     assert [one.name for one in plots.frontier(choices, is_less_better=True)] == ["a", "d", "b"]
 
 
+@pytest.mark.parametrize(
+    ("scored", "is_less", "best"),
+    [
+        ({"metric": "top1"}, False, "75.00 %"),
+        ({"metric": "mse"}, True, "0.25"),
+        ({"metric": "m:rmse"}, True, "0.25"),
+        ({"metric": "m:rmse", "lower_is_better": False}, False, "0.75"),
+        ({"metric": "m:gain", "lower_is_better": True}, True, "0.25"),
+        ({"metric": "m:gain"}, False, "0.75"),
+    ],
+)
+def test_the_best_is_told_by_the_direction_of_the_metric(
+    scored: dict[str, Any], is_less: bool, best: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = json.loads(json.dumps(full()))
+    content["sweep"] |= scored
+    content["training"] |= scored | {"watched": [{"step": 1, "value": 0.25}, {"step": 2, "value": 0.75}]}
+    jsonschema.validate(content, document.schema())
+    seen: list[bool] = []
+    drawn = plots.tradeoff
+
+    def tradeoff(choices: list[plots.Choice], metric: str, *, is_less_better: bool) -> plots.Drawing:
+        seen.append(is_less_better)
+        return drawn(choices, metric, is_less_better=is_less_better)
+
+    monkeypatch.setattr(plots, "tradeoff", tradeoff)
+    text = Parsed(document.html(content)).text
+    assert re.search(rf"best {scored['metric']} on the way\s+{best}", text)
+    assert seen == [is_less]
+
+
 def test_names_that_would_look_alike_have_numbers() -> None:
     alike = plots.widths([(f"/{'x' * 60}/{k}/attention/MatMul_of_the_values", 8, 4) for k in range(3)], plots.PHONE)
     assert [f">{k}: " in alike.svg("key", "") for k in (1, 2, 3)] == [True] * 3

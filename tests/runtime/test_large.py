@@ -18,7 +18,7 @@ from cpd_onnx.proof import proving
 from cpd_onnx.runtime import stepwise
 from cpd_onnx.runtime.sessions import execute, open_model
 from cpd_onnx.runtime.stepwise import Piecewise
-from cpd_onnx.shapes.inference import fold
+from cpd_onnx.shapes.inference import fold, fold_again
 from tests.support.graphs import seeded
 from tests.support.models import from_text
 
@@ -94,6 +94,25 @@ def test_pieces_compute_what_the_whole_does(tmp_path: Path) -> None:
         for feed, outputs in zip(feeds, Piecewise(fold(model)).run_all(feeds), strict=True):
             for ours, whole in zip(outputs, execute(session, feed), strict=True):
                 np.testing.assert_allclose(ours, whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("all_is_large")
+def test_pieces_have_the_input_shapes_of_the_analysis(tmp_path: Path) -> None:
+    text = (
+        "(float[N, S, 6] x, float[6, 8] w, float[56, 5] v, int64[2] s) => (float[N, 5] y) "
+        "{ h = MatMul(x, w) a = Relu(h) r = Reshape(a, s) y = MatMul(r, v) }"
+    )
+    onnx.save_model(from_text(text, values={"s": [-1, 56]}), tmp_path / "m.onnx")
+    state = cpd.run(
+        "comb, score, allocate{macs=0.5}, prune, verify", tmp_path / "m.onnx", input_shapes={"x": (2, 7, 6)}
+    )
+    assert state.verification is not None
+    assert state.verification.passed
+    assert state.combed is not None
+    again = fold_again(state.combed.folded, state.model)
+    assert again.scope.values["y"].shape == (2, 5)
+    assert again.input_shapes == state.combed.folded.input_shapes == {"x": (2, 7, 6)}
+    assert not again.unknown
 
 
 def test_data_stays_readable_when_its_file_is_replaced(tmp_path: Path, all_is_large: None) -> None:

@@ -318,9 +318,11 @@ def test_the_best_weights_are_the_result(tmp_path: Path) -> None:
     options = replace(FAST, steps=60, lr=0.5, clip_norm=0.0, batch_norm="frozen", losses={"t0": "mse"})
     result = run(options=options, watched=watched, traces=traces)
     with (tmp_path / "log.csv").open() as stream:
-        scores = [-float(row["value"]) for row in csv.DictReader(stream) if row["what"] == "held out"]
+        scores = [float(row["value"]) for row in csv.DictReader(stream) if row["what"] == "held out"]
     assert evaluate(write_weights(STUDENT, result.values), source, "mse", reference=TEACHER) == min(scores)
     assert scores[-1] > min(scores)
+    assert [value for _, value in result.judged] == scores
+    assert result.metric == {"metric": "mse"}
 
 
 def test_the_average_is_the_result() -> None:

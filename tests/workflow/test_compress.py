@@ -278,6 +278,48 @@ def test_a_sweep_makes_all_and_picks_one(folder: Path, importable: str, capsys: 
     assert run(*asked) == 1
 
 
+def rmse(outputs: list[Any], labels: list[Any]) -> float:
+    """An error, which its name says; the pruned model has more of it."""
+    return float(np.sqrt(np.square(outputs[0] - np.eye(10)[labels[0]]).mean()))
+
+
+def rise(outputs: list[Any], labels: list[Any]) -> float:
+    """The same, of which more is taken to be better."""
+    return rmse(outputs, labels)
+
+
+def cost(outputs: list[Any], labels: list[Any]) -> float:
+    """The same, which says by its attribute that less is better."""
+    return rmse(outputs, labels)
+
+
+cost.lower_is_better = True  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("metric", "is_lower"), [("rmse", True), ("rise", False), ("cost", True)])
+def test_a_metric_of_ones_own_has_one_direction_everywhere(
+    folder: Path, importable: str, metric: str, is_lower: bool
+) -> None:
+    """Where less is better the pruned model has lost something, where more is it has gained."""
+    data = (
+        "--data",
+        "train.npz",
+        "--eval",
+        "test.npz",
+        "--no-distill",
+        "--no-repair",
+        "--metric",
+        f"{importable}:{metric}",
+    )
+    asked = ("sweep", "digits.onnx", "-o", "out", "--targets", "macs=0.3", *data, "--most-lost", 0)
+    assert run(*asked, "--executor", f"{importable}:here") == 0
+    found = json.loads((folder / "out" / "sweep.json").read_text())["sweep"]
+    before, after = (point["accuracy"] for point in found["points"])
+    assert after != before
+    assert found["points"][1]["picked"] == ((after < before) == is_lower)
+    assert found["lower_is_better"] == is_lower
+
+
 def test_a_sweep_is_made_in_processes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("sweep", "digits.onnx", "-o", "out", "--targets", "macs=0.6,0.3", "--jobs", 2) == 0
     written = capsys.readouterr().out.split("wrote ")[1].split(", ")
