@@ -28,7 +28,7 @@ import onnx
 from accuracy import HERE, commit
 
 from cpd_onnx.cli.main import main as command_line
-from cpd_onnx.workflow.manifest import versions
+from cpd_onnx.report.manifest import versions
 
 sys.path.insert(0, str(HERE.parent))
 from tests.support.edits import KINDS, edited, nested

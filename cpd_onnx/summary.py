@@ -44,6 +44,22 @@ class Summary:
         return f"<table>{caption}{''.join(drawn)}</table>"
 
 
+class Summarised:
+    """What shows itself by its summary: as one line, however large it is, and in a notebook as a table."""
+
+    def summary(self) -> Summary:
+        """A few names and values."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        """One line."""
+        return f"{type(self).__name__}({', '.join(f'{name}: {value}' for name, value in self.summary().rows)})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return self.summary().html()
+
+
 def _row(kind: str, cells: Iterable[str], styles: Sequence[str]) -> str:
     found = (f"<{kind}{style}>{escape(cell)}</{kind}>" for cell, style in zip(cells, styles, strict=True))
     return f"<tr>{''.join(found)}</tr>"

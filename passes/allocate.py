@@ -6,26 +6,108 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from cpd_onnx.budget.allocation import KINDS, Budget, Chooser
+from cpd_onnx.budget.allocation import KINDS, SPREADS, Budget, Chooser
 from cpd_onnx.budget.latency import Clock, load_table, measure_table
 from cpd_onnx.budget.widths import Limits, Shares
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.errors import TargetError
+from cpd_onnx.options import natural, option, positive, ratio
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.runtime.bench import Setting
 from cpd_onnx.scores.registry import scorer_of
 
 
-@dataclass(frozen=True)
-class Allocate:
+def bounds(text: str) -> tuple[str, Shares]:
+    """Reads PATTERN=LOW..HIGH, or PATTERN=BOTH; raises ValueError."""
+    name, _, shares = text.rpartition("=")
+    low, dots, high = shares.partition("..")
+    if not name or not low or (dots and not high):
+        raise ValueError(f"{text!r} is not PATTERN=LOW..HIGH")
+    return name, (ratio(low), ratio(high if dots else low))
+
+
+def target(text: str) -> tuple[str, float]:
+    """Reads KIND=FRACTION; raises ValueError."""
+    kind, _, fraction = text.partition("=")
+    try:
+        return kind, float(fraction)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is not KIND=FRACTION, as in macs=0.5") from error
+
+
+def target_options(kind: str, fraction: float) -> dict[str, Any]:
+    """A target as an option of `Allocate`; raises TargetError if there is none of that kind."""
+    if kind not in KINDS:
+        raise TargetError(f"no target is called {kind!r}: choose one of {', '.join(KINDS)}")
+    return {kind: fraction}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllocateOptions:
+    """How channels are chosen to meet a target; the command line, recipes and Olive have these options from here."""
+
+    spread: str | None = option(
+        None,
+        "Allocation policy: the same share of each group (uniform), all channels competing (global), those of like "
+        "groups competing (isomorphic), or the widths that do the least damage (optimal)",
+        choices=SPREADS,
+    )
+    multiple: int | None = option(
+        None, "Widths that remain are multiples of this number (default: 1, or the profile's)", read=int
+    )
+    min_share: float = option(0.0, "Share of each group's channels that stays at least", read=ratio, metavar="SHARE")
+    max_share: float = option(1.0, "Share of each group's channels that stays at most", read=ratio, metavar="SHARE")
+    widths: Sequence[tuple[str, Shares]] = option(
+        (),
+        "Shares of the channels of single groups that may stay, as in 'layer1.*=0.25..1'; may be repeated",
+        read=bounds,
+        flag="--width",
+        metavar="PATTERN=LOW..HIGH",
+        is_many=True,
+    )
+    keep: Sequence[str] = option(
+        (),
+        "Groups, weights or nodes that are not touched (* and ? allowed); may be repeated",
+        metavar="PATTERN",
+        is_many=True,
+    )
+    latency_threads: int = option(
+        1,
+        "Threads for one operator where latency is measured; 0: onnxruntime's choice",
+        read=natural,
+        metavar="N",
+        group="latency",
+    )
+    latency_batch: int | None = option(
+        None,
+        "Samples at a time where latency is measured (default: the model's)",
+        read=positive,
+        metavar="N",
+        group="latency",
+    )
+    latency_provider: str = option(
+        Setting.provider, "Execution provider of onnxruntime that latency is measured with", group="latency"
+    )
+    cost_table: str | os.PathLike[str] | None = option(
+        None,
+        "Latencies that 'latency' has measured elsewhere; nothing is measured here",
+        read=Path,
+        metavar="FILE",
+        takes="file",
+        group="latency",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allocate(AllocateOptions):
     """Choose the channels that go; one of `channels`, `macs`, `params`, `bytes`, `latency` is the share that remains.
 
     The spread is "uniform" if none is given, and "optimal" for latency. That is measured on this machine, under the
     `latency_` options, until it is met; or predicted by a cost table made elsewhere, the file `cost_table`.
 
-    `widths` are bounds by pattern, as in [("layer1.*", (0.25, 1.0))]; the rest are the fields of `Budget` and `Limits`.
+    `widths` are bounds by pattern, as in [("layer1.*", (0.25, 1.0))]; for the rest see `AllocateOptions`.
     """
 
     channels: float | None = None
@@ -33,20 +115,10 @@ class Allocate:
     params: float | None = None
     bytes: float | None = None
     latency: float | None = None
-    spread: str | None = None
-    multiple: int = 1
-    keep: tuple[str, ...] = ()
-    min_share: float = 0.0
-    max_share: float = 1.0
-    widths: Sequence[tuple[str, Shares]] = ()
-    latency_threads: int = 1
-    latency_batch: int | None = None
-    latency_provider: str = Setting.provider
-    cost_table: str | os.PathLike[str] | None = None
     name: ClassVar[str] = "allocate"
     requires: ClassVar[tuple[str, ...]] = ("combed", "scores")
     provides: ClassVar[tuple[str, ...]] = ("allocation", "budget")
-    usual_spread: ClassVar[str] = "uniform"
+    usual_target: ClassVar[tuple[str, float]] = (Budget.kind, Budget.fraction)
 
     @property
     def budget(self) -> Budget:
@@ -54,10 +126,12 @@ class Allocate:
         given = {kind: getattr(self, kind) for kind in KINDS if getattr(self, kind) is not None}
         if len(given) > 1:
             raise TargetError(f"give one target, not {' and '.join(given)}")
-        kind, fraction = next(iter(given.items()), ("channels", 0.5))
+        kind, fraction = next(iter(given.items()), self.usual_target)
         of = tuple((pattern, (float(low), float(high))) for pattern, (low, high) in self.widths)
-        limits = Limits(tuple(self.keep), self.multiple, (self.min_share, self.max_share), of)
-        spread = self.spread or ("optimal" if kind == "latency" else self.usual_spread)
+        multiple = 1 if self.multiple is None else self.multiple
+        keep = (self.keep,) if isinstance(self.keep, str) else tuple(self.keep)
+        limits = Limits(keep, multiple, (self.min_share, self.max_share), of)
+        spread = self.spread or ("optimal" if kind == "latency" else Budget.spread)
         return Budget(kind, fraction, spread, limits)
 
     def chooser(self, combed: Combed) -> Chooser:

@@ -11,9 +11,8 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +26,7 @@ from cpd_onnx.data import metrics
 from cpd_onnx.data.sources import LABELS, Source, check_source, inputs_of
 from cpd_onnx.errors import CpdError, DataError, ModelError
 from cpd_onnx.ir.model import Model, load
+from cpd_onnx.options import picked
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.rules import FLOATS
 from cpd_onnx.torch import BatchNormMode, OnnxModule, import_model, write_weights
@@ -34,8 +34,9 @@ from cpd_onnx.torch.dtypes import to_numpy, to_torch
 from cpd_onnx.training import refolding
 from cpd_onnx.training.cache import AnswerCache
 from cpd_onnx.training.feed import Augmentation, Feed
-from cpd_onnx.training.loop import HeldOut, Optimization, Progress, Run, Traces, Trainer
-from cpd_onnx.training.losses import DistillationLoss, LossKind
+from cpd_onnx.training.loop import HeldOut, Progress, Run, Traces, Trainer
+from cpd_onnx.training.losses import DistillationLoss
+from cpd_onnx.training.options import DistillOptions, LossKind
 from cpd_onnx.training.process_group import ProcessGroup, join_process_group
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -61,58 +62,6 @@ _ENOUGH_FOR_STATISTICS = 16
 """Samples in a batch from which on its own statistics are good enough to train with."""
 _MEASURED = 20
 """Batches from which the moments of restored normalisations are taken."""
-
-
-@dataclass(frozen=True)
-class DistillOptions(Optimization):
-    """How to train; how the weights move is said in `Optimization`.
-
-    Attributes:
-        epochs: passes over the data.
-        steps: updates in all; takes the place of `epochs`.
-        batch_size: samples in an update, of all processes together; a model that fixes its batch size gets that one.
-        temperature: softens the distributions that are compared.
-        label_weight: share of the cross-entropy with the labels in the loss; 0 needs no labels.
-        ignore_label: label of what does not count.
-        losses: output name -> "kl", "dist", "mse" or "cosine", where the teacher's values do not show its nature.
-        output_weights: output name -> its weight in the loss; one where nothing is said.
-        hidden: so many inner tensors are compared too, on the channels that teacher and student share.
-        hidden_weight: of these in the loss.
-        batch_norm: "frozen" keeps BatchNormalization's stored statistics; "train" trains with those of the batch;
-            "restore" does so and puts back those that the exporter folded into convolutions, to fold them again at the
-            end; "calibrate" re-estimates stored statistics and trains nothing; "auto" restores where a batch has at
-            least 16 samples, and is frozen otherwise.
-        freeze: initializers that are not trained, by name.
-        flip: mirror half of the images (rank-4 inputs, width last).
-        shift: move images by up to so many pixels, zeros coming in.
-        seed: of order and augmentation.
-        device: "auto" takes a GPU if there is one.
-        threads: of torch on the CPU; 0 leaves its choice. For small models, or on a busy machine, 1 is fastest.
-        teacher_runtime: what runs the teacher: "torch" or "onnxruntime" (on the CPU); "auto" takes the faster one for
-            the device, and the other one where that lacks an operator.
-        teacher_cache: file of the teacher's answers, so that each sample is asked about once; without augmentation.
-
-    """
-
-    epochs: int = 10
-    steps: int | None = None
-    batch_size: int = 64
-    temperature: float = 4.0
-    label_weight: float = 0.0
-    ignore_label: int = metrics.IGNORED
-    losses: Mapping[str, LossKind] = field(default_factory=dict)
-    output_weights: Mapping[str, float] = field(default_factory=dict)
-    hidden: int = 0
-    hidden_weight: float = 1.0
-    batch_norm: Literal["auto", "frozen", "train", "restore", "calibrate"] = "auto"
-    freeze: tuple[str, ...] = ()
-    flip: bool = False
-    shift: int = 0
-    seed: int = 0
-    device: str = "auto"
-    threads: int = 0
-    teacher_runtime: Literal["auto", "onnxruntime", "torch"] = "auto"
-    teacher_cache: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -280,7 +229,7 @@ class Distill(DistillOptions):
         """Train `model` with `original` as teacher on `data`; fills in `distilled`."""
         if state.data is None:
             raise DataError("distillation needs data: give --data, or a source as `data`")
-        options = DistillOptions(**{f.name: getattr(self, f.name) for f in fields(DistillOptions)})
+        options = picked(DistillOptions, self)
         overlap = None
         if state.combed is not None and state.allocation is not None:
             overlap = overlap_of(state.combed, state.allocation.keep_mask(state.combed), options.hidden)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from cpd_onnx.errors import DataError
 from cpd_onnx.ir.model import Model
+from cpd_onnx.options import picked
 from cpd_onnx.passes.distill import (
     DistillOptions,
     DistillResult,
@@ -81,7 +82,7 @@ class Interleave(DistillOptions, Iterate):
 
     def _options(self, number: int) -> DistillOptions:
         """This round's share of the training; each has an order of the data of its own."""
-        options = DistillOptions(**{f.name: getattr(self, f.name) for f in fields(DistillOptions)})
+        options = picked(DistillOptions, self)
         if self.steps is not None:
             done, then = ((self.steps * n) // self.rounds for n in (number - 1, number))
             return replace(options, steps=max(1, then - done), seed=self.seed + 1000 * (number - 1))

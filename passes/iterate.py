@@ -26,14 +26,14 @@ from cpd_onnx.data.sources import Source
 from cpd_onnx.errors import CpdError, DataError, TargetError
 from cpd_onnx.io.files import read_json, write_atomically
 from cpd_onnx.ir.model import Model, load
-from cpd_onnx.passes.allocate import Allocate
+from cpd_onnx.options import again, natural, option, positive
+from cpd_onnx.passes.allocate import Allocate, AllocateOptions
 from cpd_onnx.passes.prune import prune
-from cpd_onnx.passes.repair import SAMPLES as REPAIR_SAMPLES
 from cpd_onnx.passes.repair import RepairOptions, repair, summary
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.rewrite.plan import Plan, make_plan, match
 from cpd_onnx.rewrite.rewriter import evaluation_of, rewrite
-from cpd_onnx.scores.registry import Scores, score, scorer_of
+from cpd_onnx.scores.registry import SAMPLES, SCORERS, Scores, score, scorer_of
 from cpd_onnx.shapes.inference import fold_again
 
 _GONE = -1.0
@@ -148,24 +148,35 @@ def _allocation(chosen: Any, combed: Combed) -> Allocation:
     return Allocation(**chosen | costs | {"notes": tuple(chosen["notes"])})
 
 
-@dataclass(frozen=True)
-class Iterate(Allocate):
+@dataclass(frozen=True, kw_only=True)
+class ScoringOptions(AllocateOptions):
+    """How channels are scored and chosen, and what is left is repaired."""
+
+    samples: int | None = option(
+        None,
+        f"Number of samples used for scoring (default: {SAMPLES}; "
+        f"{SCORERS['reconstruction'].samples} with reconstruction)",
+        read=positive,
+    )
+    score_labels: bool = option(False, "Score by the labels of the samples instead of the model's own answers")
+    repair_samples: int = again(RepairOptions, "samples")
+    seed: int = option(0, "Seed of everything random", read=natural)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Iterate(ScoringOptions, Allocate):
     """Prune in rounds, each followed by a repair; the options are those of `Allocate` and `Score`.
 
     `repair` says whether weights are fitted to the original by least squares, on so many `repair_samples`.
     """
 
+    spread: str | None = again(AllocateOptions, "spread", default="optimal")
     score: str = "reconstruction"
-    samples: int | None = None
-    score_labels: bool = False
-    seed: int = 0
-    rounds: int = 1
     repair: bool = True
-    repair_samples: int = REPAIR_SAMPLES
+    rounds: int = option(1, "Rounds of scoring, pruning, repairing and, in compress, distilling", read=positive)
     name: ClassVar[str] = "iterate"
     requires: ClassVar[tuple[str, ...]] = ()
     provides: ClassVar[tuple[str, ...]] = ("combed", "allocation", "budget", "edits", "plan")
-    usual_spread: ClassVar[str] = "optimal"
 
     def __call__(self, state: State) -> State:
         """Fill in everything from `combed` to `repaired`; `model` becomes the pruned one."""

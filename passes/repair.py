@@ -22,12 +22,11 @@ from cpd_onnx.errors import DataError
 from cpd_onnx.fitting.least_squares import MAX_FEATURES, Matrix, Moments, Sampler, one_thread
 from cpd_onnx.fitting.units import Unit, units_of
 from cpd_onnx.ir.model import Array, Model
+from cpd_onnx.options import option, positive
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.runtime.sessions import Feed
 from cpd_onnx.runtime.stepwise import Stepwise
 
-SAMPLES = 512
-"""Samples that a repair looks at."""
 _BATCH = 32
 _SILENT = 1e-6
 """A factor below which nothing passes, so that nothing can be said of what comes before."""
@@ -45,7 +44,7 @@ class RepairOptions:
     """How weights are fitted.
 
     Attributes:
-        samples: that are looked at.
+        samples: see the option.
         rows: places in them that one fit looks at, about.
         ridge: how strongly weights are held to what they were at least, as a share of the mean square of a feature;
             more where that is better on rows that the fit does not see.
@@ -53,7 +52,7 @@ class RepairOptions:
         seed: of the choice of samples and rows.
     """
 
-    samples: int = SAMPLES
+    samples: int = option(512, "Number of samples used for the repair", read=positive)
     rows: int = 1 << 16
     ridge: float = 1e-3
     rounds: int = 3

@@ -18,15 +18,13 @@ from cpd_onnx.channels.groups import Combed, Group
 from cpd_onnx.data.sources import Source, calibration
 from cpd_onnx.errors import DataError
 from cpd_onnx.ir.model import Array, Model
+from cpd_onnx.options import commas, option, positive, ratio
 from cpd_onnx.passes.repair import RepairOptions, repair
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.rewrite.rewriter import rewrite
 from cpd_onnx.runtime.sessions import Feed, execute, open_model
 from cpd_onnx.scores.registry import Scores, score
 
-SHARES = (0.75, 0.5, 0.25, 0.0)
-"""Shares of a group's channels that are left to it, at least one channel."""
-SAMPLES = 64
 ERROR = "squared error of the outputs over their variance"
 
 
@@ -40,20 +38,22 @@ class Point:
 
 @dataclass(frozen=True)
 class SensitivityOptions:
-    """What is measured.
+    """What is measured; `seed` is that of the choice of samples."""
 
-    Attributes:
-        shares: of each group's channels that stay, one point each.
-        score: says which channels go first.
-        samples: that are looked at.
-        repair: whether the weights that consume the group are fitted anew.
-        seed: of the choice of samples.
-    """
-
-    shares: tuple[float, ...] = SHARES
-    score: str = "reconstruction"
-    samples: int = SAMPLES
-    repair: bool = True
+    shares: tuple[float, ...] = option(
+        (0.75, 0.5, 0.25, 0.0),
+        "Shares of each group's channels that stay, one point each; 0 is one channel",
+        read=commas(ratio),
+        metavar="S,S",
+        group="sensitivity",
+    )
+    score: str = option(
+        "reconstruction", "Score that says which channels go first", takes="function", group="sensitivity"
+    )
+    samples: int = option(64, "Number of samples that it is measured on", read=positive, group="sensitivity")
+    repair: bool = option(
+        True, "Fit the weights that consume the group anew before it is measured", group="sensitivity"
+    )
     seed: int = 0
 
 
@@ -100,7 +100,7 @@ def sensitivity(
     return found
 
 
-def distance(original: Model, model: Model, data: Source, samples: int = SAMPLES) -> float:
+def distance(original: Model, model: Model, data: Source, samples: int = SensitivityOptions.samples) -> float:
     """`ERROR` of a model whose outputs should be the original's, on so many samples.
 
     Raises DataError if the data does not fit, UnsupportedError if onnxruntime does not run a model.

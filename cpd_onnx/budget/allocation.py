@@ -18,7 +18,10 @@ from cpd_onnx.channels.costs import CostModel, Costs, Floats, WidthCost
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.errors import TargetError
 from cpd_onnx.scores.registry import Scores
+from cpd_onnx.summary import Summarised, Summary, count
 
+_SHOWN = (("MACs", "macs"), ("parameters", "params"))
+"""Costs that a summary shows, and their names."""
 KINDS = ("channels", "macs", "params", "bytes", "latency")
 SPREADS = ("uniform", "global", "isomorphic", "optimal")
 _STEPS = 24
@@ -128,8 +131,8 @@ def curves_of(scores: Sequence[Scores], *, is_loss: bool) -> Curves:
     return Curves(tuple(made))
 
 
-@dataclass(frozen=True, eq=False)
-class Allocation:
+@dataclass(frozen=True, eq=False, repr=False)
+class Allocation(Summarised):
     """Which channels go.
 
     Attributes:
@@ -147,6 +150,15 @@ class Allocation:
     after: Costs
     notes: tuple[str, ...] = field(default=())
     latency: Mapping[str, float] = field(default_factory=dict)
+
+    def summary(self) -> Summary:
+        """How much goes."""
+        costs = ((name, getattr(self.before, key), getattr(self.after, key)) for name, key in _SHOWN)
+        return Summary.of({
+            "groups": f"{sum(map(bool, self.removed))} of {len(self.removed)}",
+            "channels removed": str(sum(map(len, self.removed))),
+            **{name: f"{count(before)} -> {count(after)}" for name, before, after in costs},
+        })  # fmt: skip  # a table
 
     def channels(self, combed: Combed) -> Axis:
         """The primitive atoms that go."""

@@ -16,6 +16,7 @@ from onnx import TensorProto
 from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis, Mask
 from cpd_onnx.rules.api import BLOCK_BYTES, FLOATS, KERNEL_EXTENT, TABLE_ROWS, Recorder, Tensor
 from cpd_onnx.shapes.values import Folded, Scope, Use, Value
+from cpd_onnx.summary import Summarised, Summary
 
 QUANTIZED = {
     TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT8E4M3FN,
@@ -117,6 +118,10 @@ class Group:
         """Number of coupled channels."""
         return len(self.channels)
 
+    def __repr__(self) -> str:
+        """One line, without the atoms."""
+        return f"Group({self.id}, {self.name!r}, {self.kind!r}, {len(self)} channels)"
+
 
 @dataclass(frozen=True)
 class Frozen:
@@ -129,8 +134,8 @@ class Frozen:
     reasons: tuple[str, ...]
 
 
-@dataclass(eq=False)
-class Combed:
+@dataclass(eq=False, repr=False)
+class Combed(Summarised):
     """The coupled channels of a model.
 
     Attributes:
@@ -153,6 +158,14 @@ class Combed:
     groups: list[Group] = field(default_factory=list)
     without_rule: dict[str, str] = field(default_factory=dict)
     unaccounted: list[str] = field(default_factory=list)
+
+    def summary(self) -> Summary:
+        """How much is coupled."""
+        return Summary.of({
+            "model": str(self.folded.original.path or self.folded.original.graph.name),
+            "groups": str(len(self.groups)), "channels": str(sum(map(len, self.groups))),
+            "weights": str(len(self.weights)),
+        })  # fmt: skip  # a table
 
     @cached_property
     def weight_of(self) -> dict[int, Weight]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,53 +13,35 @@ import numpy as np
 from rich.table import Table
 
 from cpd_onnx.algebra.keep import Kept
-from cpd_onnx.budget.allocation import KINDS
 from cpd_onnx.channels.costs import CostModel, Costs
 from cpd_onnx.data.metrics import open_session
 from cpd_onnx.data.metrics import run as run_session
 from cpd_onnx.data.sources import LABELS, ArraySource, open_source
-from cpd_onnx.errors import ModelError, TargetError
+from cpd_onnx.errors import ModelError
 from cpd_onnx.io.files import require_free
 from cpd_onnx.ir.model import Model, load
+from cpd_onnx.passes.allocate import Allocate, target_options
 from cpd_onnx.passes.comb import Comb
 from cpd_onnx.passes.prune import Prune
 from cpd_onnx.passes.score import Score
 from cpd_onnx.passes.verify import Verify
-from cpd_onnx.pipeline.pipeline import make
 from cpd_onnx.pipeline.pipeline import run as run_passes
 from cpd_onnx.pipeline.state import State
+from cpd_onnx.report import manifest
 from cpd_onnx.report import tables as report
 from cpd_onnx.runtime.bench import Bench, Setting, bench
 from cpd_onnx.runtime.sessions import latency_ratio
 from cpd_onnx.summary import count
 from cpd_onnx.workflow import compress as compression
-from cpd_onnx.workflow import manifest
+from cpd_onnx.workflow import defaults
+from cpd_onnx.workflow.api import compressed
+from cpd_onnx.workflow.requests import Demo
 
-TARGET = ("macs", 0.2)
-EPOCHS = 20
 _BATCH = 64
 _SECONDS = 2.0
 """For which the files are timed for the report."""
 _FILES = ("digits.onnx", "digits_pruned.onnx", "digits_pruned.onnx.plan.json")
 _RECIPE: dict[str, Any] = {"batch_size": _BATCH, "lr": 3e-3, "shift": 1, "threads": 1}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the demo does.
-
-    Attributes:
-        kind: of the target, as in `Budget`.
-        fraction: of it that may remain.
-        epochs: of training, for each of the three students.
-        seed: of the random choice of channels and of the training.
-
-    """
-
-    kind: str = TARGET[0]
-    fraction: float = TARGET[1]
-    epochs: int = EPOCHS
-    seed: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,33 +54,27 @@ class _Variant:
     accuracy: float
 
 
-def run(
-    settings: Settings | None = None,
-    *,
-    out: Path | None = None,
-    overwrite: bool = False,
-    observer: Callable[[str], None] = lambda what: None,
-) -> dict[str, Any]:
+def run(request: Demo, out: Path, observer: Callable[[str], None]) -> dict[str, Any]:
     """Compress the embedded digits network: pruned, repaired and, where there is torch, distilled.
 
     Accuracies are those of the last epoch, on images that were not trained on. `report` of what is given back is the
-    content of a report, with latency, memory and operators measured on the files that were written to `out`, if any.
+    content of a report, with latency, memory and operators measured on the files that were written to `out`.
 
     Raises TargetError if the target cannot be met, ModelError if a file is in the way.
     """
     started = time.perf_counter()
-    settings = settings or Settings()
-    if settings.kind not in KINDS:
-        raise TargetError(f"no target is called {settings.kind!r}: choose one of {', '.join(KINDS)}")
-    _prepare(out, overwrite=overwrite)
+    kind, fraction = request.target
+    target = target_options(kind, fraction)
+    _prepare(out, overwrite=request.force)
     with resources.as_file(resources.files("cpd_onnx.models")) as folder:
         model = load(folder / "digits.onnx")
         train, test = (_digits(folder / f"digits_{part}.npz", model) for part in ("train", "test"))
     unlabelled = ArraySource({name: array for name, array in train.arrays.items() if name != LABELS})
-    is_trained = compression.can_train()
+    is_trained = defaults.can_train()
     observer("comb, prune, repair" + (", distill" if is_trained else ""))
-    made = _compressed(model, settings, unlabelled)
-    chance = _at_random(model, settings)
+    training = {"epochs": request.epochs, **_RECIPE} if is_trained else False
+    made = compressed(model, unlabelled, train=training, seed=request.seed, **target)
+    chance = _at_random(model, request)
     by_chance = (chance.model, chance.need("allocation", "allocate").after)
     costs = made.state.need("allocation", "prune").after
     untrained = made.untrained if made.untrained is not None else made.state.model
@@ -110,13 +86,13 @@ def run(
     if is_trained:
         variants.append(_variant("pruned, repaired, distilled", (made.state.model, costs), test))
         students = {"random channels, distilled": by_chance, "the original, trained on": (model, variants[0].costs)}
-        variants += _trained(model, students, (unlabelled, test), settings, observer)
+        variants += _trained(model, students, (unlabelled, test), request, observer)
     ours = variants[3] if is_trained else variants[1]
     observer("latency")
     seconds = latency_ratio([v.model for v in variants], _feed(model, test), threads=1)
     found = made.found
     content: dict[str, Any] = {
-        "settings": asdict(settings),
+        "settings": {"kind": kind, "fraction": fraction, "epochs": request.epochs, "seed": request.seed},
         "rows": [_row(variant, taken) for variant, taken in zip(variants, seconds, strict=True)],
         "latency": {
             "batch": _BATCH,
@@ -129,16 +105,14 @@ def run(
         "test_images": test.count,
         "torch": is_trained,
     }
-    timed = None
-    if out is not None:
-        timed = _save(out, made, _feed(model, test))
-        content["files"] = str(out)
-    content["report"] = _report(made, variants, timed, settings, test.count)
+    timed = _save(out, made, _feed(model, test))
+    content["files"] = str(out)
+    content["report"] = _report(made, variants, timed, request, test.count)
     return content | {"seconds": time.perf_counter() - started}
 
 
 def _report(
-    made: compression.Compressed, variants: Sequence[_Variant], timed: Bench | None, settings: Settings, samples: int
+    made: compression.Compressed, variants: Sequence[_Variant], timed: Bench, request: Demo, samples: int
 ) -> dict[str, Any]:
     """The content of the report; the controls are told in its notes."""
     scores = {variant.name: variant.accuracy for variant in variants}
@@ -153,7 +127,7 @@ def _report(
         bench=timed,
         accuracy={"metric": "top1", "on": "labels", "samples": samples, "values": values},
         bytes={"before": len(variants[0].model.serialize()), "after": len(made.state.model.serialize())},
-        provenance=manifest.provenance([], settings.seed),
+        provenance=manifest.provenance([], request.seed),
     )
     content["notes"] += [f"control: {name}: {100 * score:.2f} %" for name, score in scores.items()]
     return content
@@ -187,9 +161,7 @@ def lines(content: dict[str, Any]) -> list[str]:
     return [*said, f"{content['seconds']:.0f} s in all"]
 
 
-def _prepare(out: Path | None, *, overwrite: bool) -> None:
-    if out is None:
-        return
+def _prepare(out: Path, *, overwrite: bool) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -217,17 +189,10 @@ def _feed(model: Model, source: ArraySource) -> dict[str, Any]:
     return {info.name: batch[info.name] for info in model.graph.input if info.name in batch}
 
 
-def _compressed(model: Model, settings: Settings, data: ArraySource) -> compression.Compressed:
-    """As `compress --data` does it."""
-    wish = {settings.kind: settings.fraction, "spread": "optimal"}
-    training = {"epochs": settings.epochs, "seed": settings.seed, **_RECIPE} if compression.can_train() else None
-    return compression.compress(compression.step_of(wish, training), State(model, model, {}, data))
-
-
-def _at_random(model: Model, settings: Settings) -> State:
+def _at_random(model: Model, request: Demo) -> State:
     """Channels by chance, nothing repaired."""
-    wish = {settings.kind: settings.fraction}
-    return run_passes([Comb(), Score("random", settings.seed), make("allocate", wish), Prune(), Verify()], model)
+    allocate = Allocate(**target_options(*request.target))
+    return run_passes([Comb(), Score("random", request.seed), allocate, Prune(), Verify()], model)
 
 
 def _costs(model: Model) -> Costs:
@@ -252,14 +217,14 @@ def _trained(
     teacher: Model,
     students: dict[str, tuple[Model, Costs]],
     data: tuple[ArraySource, ArraySource],
-    settings: Settings,
+    request: Demo,
     observer: Callable[[str], None],
 ) -> list[_Variant]:
     """The students after training against the teacher, all with the same recipe and without labels."""
     from cpd_onnx.passes import distill
 
     unlabelled, test = data
-    options = distill.DistillOptions(epochs=settings.epochs, seed=settings.seed, **_RECIPE)
+    options = distill.DistillOptions(epochs=request.epochs, seed=request.seed, **_RECIPE)
     variants = []
     for name, (student, costs) in students.items():
         observer(f"distill: {name}")

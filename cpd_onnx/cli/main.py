@@ -1,80 +1,60 @@
-"""What the commands do: they call, print and write."""
+"""What the commands do: they parse, call the workflow and print."""
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn
-
 from cpd_onnx.budget.latency import Clock, measure_table
 from cpd_onnx.budget.widths import held_groups
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.channels.groups import Combed
+from cpd_onnx.cli import compress as cli_compress
 from cpd_onnx.cli import demo
 from cpd_onnx.cli import deploy as cli_deploy
+from cpd_onnx.cli import sweep as cli_sweep
 from cpd_onnx.cli import verify as cli_verify
-from cpd_onnx.cli.arguments import DATA, command_line
-from cpd_onnx.cli.compress import compress, page_kinds, write_page
-from cpd_onnx.cli.console import (
-    checkpoint_of,
-    distill_module,
-    evaluated,
-    fault_of,
-    is_first_process,
-    objections,
-    out,
-    plan_path_of,
-    progress_line,
-    read_model,
-    recipe_path_of,
-    require_apart,
-    require_new_run,
-    require_outputs,
-    required_source,
-    saying_what_is_left,
-    source_of,
-    traces_of,
-    training_of,
-    watched_on,
-    wish_of,
-    write_both,
-    write_json,
-)
-from cpd_onnx.cli.reproduce import reproduce
-from cpd_onnx.cli.sweep import sweep
-from cpd_onnx.data.metrics import check_metric
+from cpd_onnx.cli.arguments import command_line, request_of
+from cpd_onnx.cli.console import fault_of, observed, out, printed_json
+from cpd_onnx.data.open import FORMS
 from cpd_onnx.errors import CpdError, DataError, InconclusiveError, OutputError, ProofError, StoppedError
-from cpd_onnx.io import trust
-from cpd_onnx.io.files import commit_together, locked_folder
+from cpd_onnx.io.files import commit_together
 from cpd_onnx.io.streams import PIPE_CLOSED, flush_stdout, print_error, redirect_to_null, write_stdout
-from cpd_onnx.ir.model import Model, load
+from cpd_onnx.options import picked
 from cpd_onnx.passes import sensitivity
-from cpd_onnx.passes.allocate import Allocate
-from cpd_onnx.passes.comb import Comb
-from cpd_onnx.passes.fold import Fold
-from cpd_onnx.passes.iterate import Iterate
-from cpd_onnx.passes.prune import Prune, apply
-from cpd_onnx.passes.repair import Repair
-from cpd_onnx.passes.score import Score
-from cpd_onnx.passes.verify import Verify
-from cpd_onnx.pipeline import pipeline
 from cpd_onnx.proof.files import data_feeds
 from cpd_onnx.report import figures as plots
 from cpd_onnx.report import tables as report
-from cpd_onnx.rewrite.plan import Plan, load_plan, planned
 from cpd_onnx.rules import supported_operators, unsupported_operators
 from cpd_onnx.runtime.bench import Setting, bench
-from cpd_onnx.scores.registry import score, scorer_of
+from cpd_onnx.scores.registry import score
 from cpd_onnx.summary import Summary
-from cpd_onnx.workflow import recipe
+from cpd_onnx.workflow.compress_files import page_kinds, write_page
+from cpd_onnx.workflow.distill import distill, is_first_process
+from cpd_onnx.workflow.places import read_model, require_apart, require_outputs, source_of, write_json
+from cpd_onnx.workflow.prune import apply, prune
+from cpd_onnx.workflow.reproduce import reproduce, require_same
+from cpd_onnx.workflow.requests import (
+    Apply,
+    Bench,
+    Completion,
+    Compress,
+    Demo,
+    Deploy,
+    Distill,
+    Inspect,
+    Latency,
+    Operators,
+    Prune,
+    Reproduce,
+    Sweep,
+    VerifyFile,
+)
 
 _EXIT_CODES: dict[type[Exception], int] = {InconclusiveError: 4, ProofError: 5}
 """Of what is no mere error: two of the three verdicts of a proof."""
@@ -112,10 +92,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    options = None
+    typed, request = None, None
     try:
-        options = _parsed(arguments)
-        _COMMANDS[options.run](options)
+        typed = command_line().parse_args(arguments)
+        request = request_of(typed)
+        _COMMANDS[type(request)](request)
     except OutputError:
         raise
     except StoppedError as error:
@@ -125,33 +106,20 @@ def _run(arguments: Sequence[str] | None) -> int:
         print_error(_one_line("; ".join(["stopped", *getattr(error, "__notes__", ())])))
         return 130
     except Exception as error:
-        if getattr(options, "verbose", False):
+        if getattr(typed, "verbose", False):
             _show_traceback(error)
-        print_error(f"error: {_one_line(_complaint(error, options))}")
+        print_error(f"error: {_one_line(_complaint(error, request))}")
         return next((code for kind, code in _EXIT_CODES.items() if isinstance(error, kind)), 1)
     return 0
 
 
-def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options, those of a recipe included."""
-    parser = command_line()
-    options = parser.parse_args(arguments)
-    if getattr(options, "recipe", None) is None:
-        return options
-    said = recipe.read(options.recipe, options.command)
-    options.command.set_defaults(**said)
-    options = parser.parse_args(arguments)
-    trust.take(options, said, options.recipe, options.trust)
-    return options
-
-
-def _complaint(error: Exception, options: argparse.Namespace | None) -> str:
+def _complaint(error: Exception, request: Any) -> str:
     """What went wrong, and what else there is to know."""
     more = getattr(error, "__notes__", ())
-    return "; ".join([_reason(error, options), *more])
+    return "; ".join([_reason(error, request), *more])
 
 
-def _reason(error: Exception, options: argparse.Namespace | None) -> str:
+def _reason(error: Exception, request: Any) -> str:
     if isinstance(error, CpdError):
         return str(error)
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
@@ -161,7 +129,7 @@ def _reason(error: Exception, options: argparse.Namespace | None) -> str:
     if isinstance(error, OSError):
         reason = error.strerror or str(error)
         return f"{error.filename}: {reason}" if error.filename is not None else reason
-    fault = _fault(options) if options is not None else None
+    fault = _fault(request) if request is not None else None
     if fault:
         return fault
     return f"a defect of ours, {type(error).__name__}: {error}; please report it, with what --verbose prints"
@@ -172,9 +140,9 @@ def _show_traceback(error: Exception) -> None:
         print_error(line)
 
 
-def _fault(options: argparse.Namespace) -> str | None:
+def _fault(request: Any) -> str | None:
     """What is wrong with the models that a command was given, if that is why it failed."""
-    given = vars(options)
+    given = vars(request)
     try:
         return fault_of(given.get("models") or [given[name] for name in _MODELS if given.get(name) is not None])
     except Exception:  # what failed may fail here as well
@@ -190,24 +158,26 @@ def _one_line(text: str) -> str:
 # What the commands do.
 
 
-def _inspect(options: argparse.Namespace) -> None:
-    require_outputs(options)
-    if options.plot is not None:
-        plots.require(options.plot)
-    if options.sensitivity != (options.data is not None) or (options.plot and not options.sensitivity):
-        raise DataError(f"sensitivity is measured on samples: give --sensitivity and --data, {DATA}")
-    model = read_model(options.model, options.input_shape)
-    combed = comb(model, dict(options.input_shape))
-    content = report.inspection(combed, sorted(held_groups(combed, options.keep)))
-    found = _sensitivity(combed, options) if options.sensitivity else {}
+def _inspect(request: Inspect) -> None:
+    require_outputs(request)
+    if request.plot is not None:
+        plots.require(request.plot)
+    if request.sensitivity != (request.data is not None) or (request.plot and not request.sensitivity):
+        raise DataError(f"sensitivity is measured on samples: give --sensitivity and --data, {FORMS}")
+    model = read_model(request.model, request.input_shapes)
+    combed = comb(model, request.input_shapes)
+    content = report.inspection(combed, sorted(held_groups(combed, request.keep)))
+    found = _sensitivity(combed, request) if request.sensitivity else {}
     if found:
         content["sensitivity"] = {"error": sensitivity.ERROR, "groups": sensitivity.as_json(found)}
-    if options.plot and found:
-        curves = {name: [(p.width, p.error) for p in points] for name, points in found.items()}
-        plots.sensitivity(curves, options.plot, error_name=sensitivity.ERROR, overwrite=options.force)
-    if write_json(options, content):
+    with commit_together():
+        if request.plot and found:
+            curves = {name: [(p.width, p.error) for p in points] for name, points in found.items()}
+            plots.sensitivity(curves, request.plot, error_name=sensitivity.ERROR, overwrite=request.force)
+        write_json(request, content)
+    if printed_json(request, content):
         return
-    out.print(f"{options.model.name}: {report.costs_line(content['costs'])}", soft_wrap=True)
+    out.print(f"{request.model.name}: {report.costs_line(content['costs'])}", soft_wrap=True)
     out.print(report.groups_table(content))
     out.print(report.kept_table(content["kept"]))
     out.print(f"{100 * content['prunable_fraction']:.1f} % of the weights lie on a prunable axis")
@@ -217,74 +187,25 @@ def _inspect(options: argparse.Namespace) -> None:
         out.print(report.sensitivity_table(content["sensitivity"]))
 
 
-def _sensitivity(combed: Combed, options: argparse.Namespace) -> dict[str, tuple[sensitivity.Point, ...]]:
+def _sensitivity(combed: Combed, request: Inspect) -> dict[str, tuple[sensitivity.Point, ...]]:
     """The errors of the outputs at some widths of each group."""
-    source = source_of(options.data, combed.folded.model, options)
+    source = source_of(request.data, combed.folded.model, request)
     assert source is not None
-    chosen = sensitivity.SensitivityOptions(options.shares, options.score, options.samples, options.repair)
-    with progress_line(BarColumn()) as progress:
-        task = progress.add_task("score", total=len(combed.groups))
-        scores = score(combed, options.score, data=source)
+    chosen = picked(sensitivity.SensitivityOptions, request)
+    total = len(combed.groups)
+    with observed("score") as observer:
+        scores = score(combed, request.score, data=source)
+        names = iter(range(1, total + 1))
         return sensitivity.sensitivity(
-            combed, scores, source, chosen,
-            observer=lambda group: progress.update(task, advance=1, description=group.name),
-        )  # fmt: skip  # what and how
-
-
-def _prune(options: argparse.Namespace) -> None:
-    plan_path = options.plan or plan_path_of(options.output)
-    require_outputs(options, options.output, plan_path)
-    steps = _pruning(options)
-    started = time.perf_counter()
-    model = read_model(options.model, options.input_shape)
-    require_apart(options, model)
-    with progress_line() as progress:
-        task = progress.add_task("read", total=None)
-        state = pipeline.run(
-            steps,
-            model,
-            data=source_of(options.data, model, options),
-            input_shapes=dict(options.input_shape),
-            observer=lambda name, when: progress.update(task, description=name),
+            combed, scores, source, chosen, observer=lambda group: observer(group.name, next(names), total)
         )
-    before = report.size_of(model, options.model)
-    plan = state.need("plan", "prune")
-    write_both(options, state.model, plan, plan_path)
-    content = report.result(state, time.perf_counter() - started)
-    content |= {"output": str(options.output), "plan": str(plan_path)}
-    content["notes"] += objections(options, state.model)
-    content["bytes"] = {"before": before, "after": report.size_of(state.model, options.output)}
-    if not write_json(options, content):
+
+
+def _prune(request: Prune) -> None:
+    with observed("read") as observer:
+        content = prune(request, observer)
+    if not printed_json(request, content):
         _print_pruned(content)
-
-
-def _pruning(options: argparse.Namespace) -> list[pipeline.Pass]:
-    """The passes of `prune`: with data, channels are chosen by what a repair cannot make up for, and repaired."""
-    has_data = options.data is not None
-    repairs = has_data if options.repair is None else options.repair
-    if repairs and not has_data:
-        raise DataError(f"a repair looks at samples: give --data, {DATA}")
-    kind = options.score or ("reconstruction" if has_data else "l2")
-    wish = wish_of(options)
-    if kind == "reconstruction" and wish["spread"] is None:
-        wish["spread"] = "optimal"
-    step = pipeline.make("allocate", wish)
-    assert isinstance(step, Allocate)
-    _ = step.budget  # refuses what makes no sense before the work starts
-    scorer_of(kind)
-    proof: list[pipeline.Pass] = [] if options.no_verify else [Verify(allow_inconclusive=options.allow_inconclusive)]
-    if options.rounds > 1:
-        chosen = {"score": kind, "samples": options.samples, "score_labels": options.score_labels}
-        return [
-            Iterate(
-                **wish, **chosen, seed=options.seed, rounds=options.rounds, repair=repairs,
-                repair_samples=options.repair_samples,
-            ),
-            *proof,
-        ]  # fmt: skip  # its options
-    repair = [Repair(samples=options.repair_samples, seed=options.seed)] if repairs else []
-    score = Score(kind, options.seed, options.samples, options.score_labels)
-    return [Fold(), Comb(), score, step, Prune(), *proof, *repair]
 
 
 def _print_pruned(content: dict[str, Any]) -> None:
@@ -303,88 +224,20 @@ def _print_pruned(content: dict[str, Any]) -> None:
     out.print(f"wrote {content['output']} and {content['plan']}", soft_wrap=True)
 
 
-def _apply(options: argparse.Namespace) -> None:
-    require_outputs(options, options.output, reads=[options.plan])
-    model, plan = load(options.model), load_plan(options.plan)
-    require_apart(options, model)
-    pruned = apply(model, plan)
-    pruned.model.save(options.output, overwrite=options.force, weights=options.weights)
-    bytes_ = {"before": report.size_of(model, options.model), "after": report.size_of(pruned.model, options.output)}
-    content = {"output": str(options.output), "plan": str(options.plan), "edits": len(pruned.edits), "bytes": bytes_}
-    content["without_values"] = list(plan.values)
-    if not write_json(options, content):
-        if plan.values:
-            said = f"{len(plan.values)} weights that were refitted or trained later"
+def _apply(request: Apply) -> None:
+    content = apply(request)
+    if not printed_json(request, content):
+        if content["without_values"]:
+            said = f"{len(content['without_values'])} weights that were refitted or trained later"
             out.print(f"note: the plan names {said}; here they have the original's values", soft_wrap=True)
-        out.print(f"wrote {options.output}", soft_wrap=True)
+        out.print(f"wrote {request.output}", soft_wrap=True)
 
 
-def _distill(options: argparse.Namespace) -> None:
-    plan = _student_plan(options)
-    places = [options.output, recipe_path_of(options), *([] if plan is None else [plan_path_of(options.output)])]
-    require_outputs(options, *places, reads=[options.plan or plan_path_of(options.student)])
-    distill = distill_module()
-    check_metric(options.metric)
-    recipe.text(options)  # refuses now what cannot be put on record at the end
-    models = {"teacher": load(options.teacher), "student": load(options.student)}
-    require_apart(options, *models.values())
-    source = required_source(models["student"], options)
-    settings = distill.DistillOptions(**training_of(options))
-    overlap = None
-    if plan is not None:
-        overlap = distill.overlap_of(*planned(models["teacher"], plan), options.hidden)
-    checkpoint = checkpoint_of(options)
-    require_new_run(options, checkpoint)
-    watched = watched_on(options, models["student"])
-    accuracies = evaluated(options, models, models["teacher"]) if is_first_process() else {}
-    teacher, student = (model.complete_proto() for model in models.values())
-    with saying_what_is_left(lambda: [checkpoint]):
-        with progress_line(BarColumn()) as progress:
-            task = progress.add_task("distill", total=None, visible=is_first_process())
-            result = distill.distill(
-                teacher,
-                student,
-                source,
-                settings,
-                lambda now: progress.update(
-                    task,
-                    total=now.steps,
-                    completed=now.step,
-                    description=f"distill, step {now.step} of {now.steps}, loss {now.loss:.4f}",
-                ),
-                overlap=overlap,
-                watched=watched,
-                traces=traces_of(options),
-            )
-        if not is_first_process():
-            return
-        made = distill.trained(models["student"], result)
-        accuracies |= evaluated(options, {"distilled": made}, models["teacher"])
-        with locked_folder(options.output.parent), commit_together():
-            _write_distilled(options, models["student"], made, plan)
-    checkpoint.unlink(missing_ok=True)
-    content = distill.summary(result) | {"output": str(options.output)}
-    content |= {"plan": str(plan_path_of(options.output))} if plan is not None else {}
-    content |= {"metric": options.metric, **accuracies} if accuracies else {}
-    if not write_json(options, content):
+def _distill(request: Distill) -> None:
+    with observed("distill", visible=is_first_process()) as observer:
+        content = distill(request, observer)
+    if content is not None and not printed_json(request, content):
         _print_distilled(content)
-
-
-def _student_plan(options: argparse.Namespace) -> Plan | None:
-    """The plan that the student was made by; None where there is none and none is needed."""
-    path = options.plan or plan_path_of(options.student)
-    if not path.exists() and options.plan is None and not options.hidden:
-        return None
-    return load_plan(path)
-
-
-def _write_distilled(options: argparse.Namespace, student: Model, made: Model, plan: Plan | None) -> None:
-    """Write the trained model, the options, and a plan that names the trained weights, if the student has one."""
-    if plan is None:
-        made.save(options.output, overwrite=options.force, weights=options.weights)
-    else:
-        write_both(options, made, plan.with_values(student, made), plan_path_of(options.output))
-    recipe.write(recipe_path_of(options), options, overwrite=options.force)
 
 
 def _print_distilled(content: dict[str, Any]) -> None:
@@ -404,95 +257,103 @@ def _print_distilled(content: dict[str, Any]) -> None:
     out.print(f"wrote {' and '.join(written)}", soft_wrap=True)
 
 
-def _bench(options: argparse.Namespace) -> None:
-    require_outputs(options)
-    if options.plot is not None:
-        plots.require(options.plot)
-    first = read_model(options.models[0], options.input_shape)
-    source = source_of(options.data, first, options)
+def _reproduce(request: Reproduce) -> None:
+    with observed("compare") as observer:
+        content = reproduce(request, observer)
+    if not printed_json(request, content):
+        for row in content["files"]:
+            out.print(f"{row['file']}: {'the same bytes' if row['same'] else 'OTHER BYTES'}", soft_wrap=True)
+    require_same(content)
+
+
+def _bench(request: Bench) -> None:
+    require_outputs(request)
+    if request.plot is not None:
+        plots.require(request.plot)
+    first = read_model(request.models[0], request.input_shapes)
+    source = source_of(request.data, first, request)
     feed = None if source is None else next(iter(data_feeds(first, source, 1)))
     settings = [
         Setting(batch, threads, provider)
-        for provider in options.provider or [Setting.provider]
-        for threads in options.threads
-        for batch in options.batch
+        for provider in request.provider or [Setting.provider]
+        for threads in request.threads
+        for batch in request.batch
     ]
     found = bench(
-        options.models,
+        request.models,
         settings=settings,
-        seconds=options.seconds,
-        input_shapes=dict(options.input_shape),
+        seconds=request.seconds,
+        input_shapes=dict(request.input_shapes),
         feed=feed,
     )
-    if options.plot is not None:
-        plots.bench(found, options.plot, overwrite=options.force)
-    if not write_json(options, found.as_json()):
+    with commit_together():
+        if request.plot is not None:
+            plots.bench(found, request.plot, overwrite=request.force)
+        write_json(request, found.as_json())
+    if not printed_json(request, found.as_json()):
         out.print(report.printed(found.latency_summary()))
         out.print(report.profiles_table(found))
         out.print(report.printed(found.memory_summary()))
-        if options.plot is not None:
-            out.print(f"wrote {options.plot}", soft_wrap=True)
+        if request.plot is not None:
+            out.print(f"wrote {request.plot}", soft_wrap=True)
 
 
-def _latency(options: argparse.Namespace) -> None:
-    require_outputs(options, options.output)
-    model = read_model(options.model, options.input_shape)
-    require_apart(options, model)
-    combed = comb(model, dict(options.input_shape))
-    setting = Setting(options.latency_batch, options.latency_threads, options.latency_provider)
-    with progress_line(BarColumn()) as progress:
-        task = progress.add_task("measure", total=None)
+def _latency(request: Latency) -> None:
+    written = require_outputs(request, request.output)
+    model = read_model(request.model, request.input_shapes)
+    require_apart(written, model)
+    combed = comb(model, request.input_shapes)
+    setting = Setting(request.latency_batch, request.latency_threads, request.latency_provider)
+    with observed("measure") as observer:
         table = measure_table(
             Clock(combed, setting),
-            seed=options.seed,
-            observer=lambda done, of: progress.update(task, completed=done, total=of),
+            seed=request.seed,
+            observer=lambda done, of: observer("measure", done, of),
         )
-    table.save(options.output)
-    if not write_json(options, table.as_json()):
+    with commit_together():
+        table.save(request.output)
+        write_json(request, table.as_json())
+    if not printed_json(request, table.as_json()):
         out.print(report.latency_table(table))
-        out.print(f"wrote {options.output}", soft_wrap=True)
+        out.print(f"wrote {request.output}", soft_wrap=True)
 
 
-def _demo(options: argparse.Namespace) -> None:
-    require_outputs(options)
-    folder = options.out or Path(tempfile.mkdtemp(prefix="cpd-onnx-demo-"))
+def _demo(request: Demo) -> None:
+    require_outputs(request)
+    folder = request.out or Path(tempfile.mkdtemp(prefix="cpd-onnx-demo-"))
     pages = [folder / f"report.{kind}" for kind in page_kinds()]
-    if options.out is not None and options.out.is_dir():
-        require_outputs(options, *pages)
-    kind, fraction = options.target
-    with progress_line() as progress:
-        task = progress.add_task("", total=None)
-        content = demo.run(
-            demo.Settings(kind, fraction, options.epochs, options.seed),
-            out=folder,
-            overwrite=options.force,
-            observer=lambda what: progress.update(task, description=what),
-        )
+    if request.out is not None and request.out.is_dir():
+        require_outputs(request, *pages)
+    with observed("") as observer:
+        content = demo.run(request, folder, lambda what: observer(what, 0, None))
     for page in pages:
         write_page(page, content["report"])
-    if not write_json(options, content):
+    write_json(request, content)
+    if not printed_json(request, content):
         to_read = next((page for page in pages if page.suffix == ".html"), pages[0])
         out.print(demo.table(content))
         for line in (*demo.lines(content), f"a report to read: {to_read}"):
             out.print(line, soft_wrap=True)
 
 
-def _operators(options: argparse.Namespace) -> None:
-    require_outputs(options)
-    names = unsupported_operators() if options.missing else supported_operators()
-    if not write_json(options, {"followed": not options.missing, "operators": list(names)}):
+def _operators(request: Operators) -> None:
+    require_outputs(request)
+    names = unsupported_operators() if request.missing else supported_operators()
+    content = {"followed": not request.missing, "operators": list(names)}
+    write_json(request, content)
+    if not printed_json(request, content):
         for name in names:
             out.print(name, soft_wrap=True)
 
 
-def _completion(options: argparse.Namespace) -> None:
+def _completion(request: Completion) -> None:
     from cpd_onnx.cli import completion  # and the library behind it, which nothing else takes
 
-    write_stdout(completion.script(options.shell))
+    write_stdout(completion.script(request.shell))
 
 
-_COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
-    "inspect": _inspect, "prune": _prune, "verify": cli_verify.run, "apply": _apply, "distill": _distill,
-    "compress": compress, "reproduce": reproduce, "sweep": sweep, "deploy": cli_deploy.run, "bench": _bench,
-    "latency": _latency, "demo": _demo, "operators": _operators, "completion": _completion,
+_COMMANDS: dict[type, Callable[[Any], None]] = {
+    Inspect: _inspect, Prune: _prune, VerifyFile: cli_verify.run, Apply: _apply, Distill: _distill,
+    Compress: cli_compress.run, Reproduce: _reproduce, Sweep: cli_sweep.run, Deploy: cli_deploy.run, Bench: _bench,
+    Latency: _latency, Demo: _demo, Operators: _operators, Completion: _completion,
 }  # fmt: skip  # a table

@@ -1,105 +1,32 @@
-"""What `verify` does."""
+"""What `verify` prints."""
 
 from __future__ import annotations
 
-import argparse
-import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cpd_onnx.cli.console import out, plan_path_of, require_outputs, source_of, write_json
-from cpd_onnx.errors import InconclusiveError, PlanError
-from cpd_onnx.ir.model import Array, load
-from cpd_onnx.proof.comparison import INCONCLUSIVE, Difference
-from cpd_onnx.proof.files import FileVerification, data_feeds, verify_files
+from cpd_onnx.cli.console import out, printed_json
 from cpd_onnx.report import tables as report
-from cpd_onnx.rewrite.plan import load_plan
-from cpd_onnx.workflow.chain import Chain, Given, is_intact, manifest_of, verify_deployed
+from cpd_onnx.workflow.prune import require_shown, verify
+from cpd_onnx.workflow.requests import VerifyFile
 
-_BATCHES = 2
 _NAMED = 3
 """Refitted or trained weights whose names are printed; all of them are in the JSON."""
 
 
-def run(options: argparse.Namespace) -> None:
-    """Check a file against its original: by its plan, or by the manifest of `deploy` that names it."""
-    plan = options.plan or plan_path_of(options.pruned)
-    require_outputs(options, reads=[options.original, options.pruned, plan])
-    original = load(options.original)
-
-    def feeds() -> Iterable[Mapping[str, Array]] | None:
-        source = source_of(options.data, original, options)
-        return None if source is None else data_feeds(original, source, _BATCHES)
-
-    there = None if options.plan is not None and not options.via else manifest_of(options.pruned, options.manifest)
-    if there is not None and (options.manifest or is_intact(options.pruned, there) or not plan.is_file()):
-        given = Given(options.plan, options.via, feeds, lambda model: source_of(options.data, model, options))
-        chain = verify_deployed(original, options.pruned, there, given)
-        content = {**_pruned(chain.pruned), "deployed": _deployed(chain)}
-        _finish(options, content, chain.pruned, _show_chain)
-        return
-    if not plan.is_file() and options.plan is None:
-        raise PlanError(f"{options.pruned} has neither a plan nor a manifest of deploy beside it: give --plan")
-    found = verify_files(original, load(options.pruned), load_plan(plan), feeds(), allow_inconclusive=True)
-    _finish(options, _pruned(found), found, lambda content: _show(content, "the file"))
-
-
-def _finish(
-    options: argparse.Namespace,
-    content: dict[str, Any],
-    found: FileVerification | None,
-    show: Callable[[Mapping[str, Any]], None],
-) -> None:
-    """Write or print the outcome; raises InconclusiveError where the proof of the pruned file shows too little."""
-    is_written = write_json(options, content)
-    if found is not None and found.comparison.verdict == INCONCLUSIVE:
-        raise InconclusiveError(report.proof_line(content))
-    if not is_written:
+def run(request: VerifyFile) -> None:
+    """Check a file against its original, and say how that went."""
+    content = verify(request)
+    is_printed = printed_json(request, content)
+    require_shown(content)
+    if not is_printed:
+        show = _show_chain if "deployed" in content else _show_file
         show(content)
 
 
-# The outcome as plain values.
-
-
-def _pruned(found: FileVerification | None) -> dict[str, Any]:
-    """The check of a pruned file; nothing where the original itself was deployed."""
-    if found is None:
-        return {}
-    return {
-        "is_replay": found.is_replay,
-        "same_bytes": found.same_bytes,
-        "trained": list(found.trained),
-        "measured": _plain(found.measured),
-        **report.comparison(found.comparison),
-    }
-
-
-def _deployed(chain: Chain) -> dict[str, Any]:
-    links = [
-        {
-            "file": link.file,
-            "source": link.source,
-            "steps": [
-                {"name": step.name, "what": step.what, "recorded": step.recorded, "measured": _plain(step.measured)}
-                for step in link.steps
-            ],
-        }
-        for link in chain.links
-    ]
-    return {"links": links, "measured": _plain(chain.measured)}
-
-
-def _plain(found: Difference | None) -> dict[str, Any] | None:
-    """A difference as JSON has it: what is not finite is null."""
-    if found is None:
-        return None
-    values = asdict(found).items()
-    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values}
-
-
-# What is printed.
+def _show_file(content: Mapping[str, Any]) -> None:
+    _show(content, "the file")
 
 
 def _show(content: Mapping[str, Any], what: str) -> None:

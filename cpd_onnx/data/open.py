@@ -15,6 +15,8 @@ from cpd_onnx.shapes.inference import fold
 
 SYNTHETIC = "synthetic"
 """Stands for data where there is none."""
+FORMS = f".npz, folder of images, module:function, or {SYNTHETIC!r}"
+"""What `--data` takes."""
 Data: TypeAlias = "Source | str | os.PathLike[str] | Mapping[str, Any] | Iterable[Any] | Callable[..., Iterable[Any]]"
 
 

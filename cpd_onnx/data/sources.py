@@ -20,6 +20,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -28,6 +29,7 @@ import numpy.typing as npt
 from onnx import ModelProto, ValueInfoProto, helper
 
 from cpd_onnx.errors import DataError
+from cpd_onnx.options import above_zero, commas, number, option, positive
 
 Array: TypeAlias = npt.NDArray[Any]
 Batch: TypeAlias = dict[str, Array]
@@ -170,25 +172,41 @@ class ArraySource:
             yield {name: array[rows] if array.ndim else array for name, array in self.arrays.items()}
 
 
+def height_width(text: str) -> tuple[int, int]:
+    """Reads HEIGHT,WIDTH; raises ValueError."""
+    sizes = commas(positive)(text)
+    if len(sizes) != 2:
+        raise ValueError(f"{text!r} is not HEIGHT,WIDTH")
+    return sizes[0], sizes[1]
+
+
+_of_images = partial(option, group="images of a folder")
+
+
 @dataclass(frozen=True)
 class ImageOptions:
     """How an image file becomes an input: resized, `(pixels * scale - mean) / std`, in the model's layout.
 
-    Attributes:
-        mean: for each channel, or one for all.
-        std: for each channel, or one for all.
-        scale: factor on pixels of 0..255; ignored for integer inputs, which get the pixels.
-        order: "RGB" or "BGR"; models of one channel get grey images.
-        size: height and width, needed only where the model leaves them free.
-        resize: length of the shorter side, of which the middle is then cut out; None squeezes images to the size.
+    Integer inputs get the pixels without the scale, models of one channel grey images.
     """
 
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
-    scale: float = 1 / 255
-    order: Literal["RGB", "BGR"] = "RGB"
-    size: tuple[int, int] | None = None
-    resize: int | None = None
+    mean: tuple[float, ...] = _of_images(
+        (0.0,), "Mean of each channel, or of all", read=commas(number), metavar="M,M,M"
+    )
+    std: tuple[float, ...] = _of_images(
+        (1.0,), "Standard deviation of each channel, or of all", read=commas(number), metavar="S,S,S"
+    )
+    scale: float = _of_images(1 / 255, "Factor on pixels of 0..255 (default: 1/255)", read=above_zero)
+    order: Literal["RGB", "BGR"] = _of_images("RGB", "Order of the channels", choices=("RGB", "BGR"))
+    size: tuple[int, int] | None = _of_images(
+        None, "Height and width, where the model leaves them open", read=height_width, metavar="H,W"
+    )
+    resize: int | None = _of_images(
+        None,
+        "Length that the shorter side is resized to, before the middle is cut out (default: squeeze to the size)",
+        read=positive,
+        metavar="N",
+    )
 
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"})

@@ -5,9 +5,9 @@ Olive knows the passes that its package configuration lists: `package_config` gi
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,33 +26,39 @@ from cpd_onnx.budget.allocation import KINDS
 from cpd_onnx.data.open import SYNTHETIC, Data
 from cpd_onnx.data.sources import ArraySource
 from cpd_onnx.errors import DataError, TargetError, UnsupportedError
+from cpd_onnx.options import options_of
+from cpd_onnx.passes.allocate import bounds, target, target_options
 from cpd_onnx.rewrite.plan import Plan
 from cpd_onnx.runtime.bench import Setting
-from cpd_onnx.workflow.api import compressed
+from cpd_onnx.workflow.api import CompressOptions, compressed_by
+from cpd_onnx.workflow.requests import Compress
 
-_OPTIONS: dict[str, tuple[Any, str]] = {
-    "score": (str, "What ranks channels (default: reconstruction with data, else l2)."),
-    "samples": (int, "Samples that the score looks at."),
-    "spread": (str, "uniform, global, isomorphic or optimal."),
-    "multiple": (int, "Widths that remain are multiples of this."),
-    "min_share": (float, "Share of each group of channels that stays at least."),
-    "max_share": (float, "Share of each group of channels that stays at most."),
-    "keep": (list[str], "Patterns of groups, weights or nodes that are not touched."),
-    "rounds": (int, "Rounds of pruning, repairing and distilling."),
-    "repair": (bool, "Whether weights are fitted to the original by least squares (default: with data)."),
-    "repair_samples": (int, "Samples that a repair looks at."),
-    "seed": (int, "Of everything random."),
-    "latency_threads": (int, "Threads of an operator for which latency is measured; 0: onnxruntime's choice."),
-    "latency_batch": (int, "Samples at a time for which latency is measured."),
-    "cost_table": (str, "File of latencies that were measured elsewhere."),
-    "input_shapes": (dict[str, list[int]], "Sizes of inputs that the model leaves open, by name."),
-    "allow_inconclusive": (
-        bool,
-        "Whether a model passes of which the inputs show too little to prove it right or wrong.",
-    ),
-    "train": (bool | dict[str, Any], "Whether the result is distilled (default: with data), or options of that."),
-}
-"""Of `api.compress`, each with its type and what it is for; what is not given is what it is there."""
+_NOT_OURS = {"data", "input_shapes", "train", "latency_provider", *KINDS}
+"""Arguments of `api.compress` that are said otherwise here."""
+_TYPES: dict[str, type] = {"int": int, "float": float, "bool": bool}
+"""Types of options that a configuration, which is JSON, has too; others are texts, as on the command line."""
+
+
+def _options() -> dict[str, PassConfigParam]:
+    """The options of `api.compress`: what is not given is what it is there."""
+    words = {named.name: named.option for named in options_of(Compress)}
+    made = {
+        field.name: PassConfigParam(
+            type_=list[str] if words[field.name].is_many else _TYPES.get(str(field.type).partition(" |")[0], str),
+            default_value=None,
+            description=f"{words[field.name].help}.",
+            category=ParamCategory.PATH if words[field.name].takes == "file" else ParamCategory.NONE,
+        )
+        for field in fields(CompressOptions)
+        if field.name not in _NOT_OURS
+    }
+    shapes = PassConfigParam(
+        type_=dict[str, list[int]], default_value=None, description=f"{words['input_shapes'].help}, by name."
+    )
+    train = PassConfigParam(
+        type_=bool | dict[str, Any], default_value=None, description=f"{words['distill'].help}, or options of that."
+    )
+    return {**made, "input_shapes": shapes, "train": train}
 
 
 def package_config() -> dict[str, Any]:
@@ -104,15 +110,7 @@ class CpdCompress(Pass):
                 default_value=str(provider) if provider else Setting.provider,
                 description="Execution provider that latency is measured with.",
             ),
-            **{
-                name: PassConfigParam(
-                    type_=type_,
-                    default_value=None,
-                    description=description,
-                    category=ParamCategory.PATH if name == "cost_table" else ParamCategory.NONE,
-                )
-                for name, (type_, description) in _OPTIONS.items()
-            },
+            **_options(),
         }
 
     def _run_for_config(
@@ -121,9 +119,11 @@ class CpdCompress(Pass):
         """Write the smaller model where Olive wants it."""
         if not isinstance(model, ONNXModelHandler):
             raise UnsupportedError(f"CpdCompress takes ONNX models, not a {type(model).__name__}: convert it before")
-        said = {name: getattr(config, name) for name in ("latency_provider", *_OPTIONS)}
-        options = {name: value for name, value in said.items() if value is not None} | _target(config.target)
-        made = compressed(model.model_path, _data(model, config), **options)
+        said = {name: getattr(config, name) for name in ("latency_provider", *_options())}
+        given = {name: value for name, value in said.items() if value is not None}
+        given["widths"] = tuple(map(bounds, given.get("widths", ())))
+        options = CompressOptions(_data(model, config), **given | target_options(*_target(config.target)))
+        made = compressed_by(model.model_path, options)
         plan = made.state.need("plan", "prune")
         path = Path(resolve_onnx_path(output_model_path, _name(Path(model.model_path), plan)))
         made.state.save(path, overwrite=True)  # in a folder of Olive's cache, where nothing else lies
@@ -143,12 +143,11 @@ def _name(source: Path, plan: Plan) -> str:
     return f"{source.stem}-{hashlib.sha256(plan.dumps().encode()).hexdigest()[:8]}.onnx"
 
 
-def _target(text: str) -> dict[str, Any]:
-    kind, _, fraction = text.partition("=")
-    if kind in KINDS:
-        with contextlib.suppress(ValueError):
-            return {kind: float(fraction)}
-    raise TargetError(f"target {text!r} is not KIND=FRACTION with one of {', '.join(KINDS)}")
+def _target(text: str) -> tuple[str, float]:
+    try:
+        return target(text)
+    except ValueError as error:
+        raise TargetError(f"target {text!r} is not KIND=FRACTION with one of {', '.join(KINDS)}") from error
 
 
 def _data(model: ONNXModelHandler, config: BasePassConfig) -> Data | None:

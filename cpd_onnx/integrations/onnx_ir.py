@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import onnx_ir
 from onnx_ir.passes import FunctionalPass, PassResult
 
-from cpd_onnx.data.open import Data
 from cpd_onnx.ir.model import in_form_of
-from cpd_onnx.workflow.api import compressed
+from cpd_onnx.options import taking
+from cpd_onnx.workflow.api import CompressOptions, compressed_by
 from cpd_onnx.workflow.compress import Compressed
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassOptions(CompressOptions):
+    """What `CompressPass` can be told; `observer` is given what there is to know of each model."""
+
+    observer: Callable[[Compressed], None] | None = None
 
 
 class CompressPass(FunctionalPass):
     """Gives a smaller model, proven; the one that goes in is not changed."""
 
-    def __init__(
-        self,
-        data: Data | None = None,
-        *,
-        train: bool | Mapping[str, Any] | None = None,
-        input_shapes: Mapping[str, Sequence[int]] | None = None,
-        observer: Callable[[Compressed], None] | None = None,
-        **options: Any,
-    ) -> None:
-        """Take what `api.compress` takes; the observer is told what there is to know of each model."""
+    @taking(PassOptions)
+    def __init__(self, options: PassOptions) -> None:
+        """Take what `api.compress` takes, and an observer."""
         super().__init__()
-        self.data, self.observer = data, observer
-        self.options: dict[str, Any] = {"train": train, "input_shapes": input_shapes, **options}
+        self.options = options
 
     def call(self, model: onnx_ir.Model) -> PassResult:
         """Compress; raises CpdError as `api.compress` does."""
-        made = compressed(model, self.data, **self.options)
-        if self.observer is not None:
-            self.observer(made)
+        made = compressed_by(model, self.options)
+        if self.options.observer is not None:
+            self.options.observer(made)
         return PassResult(in_form_of(model, made.state.model), bool(made.state.edits or made.found.trained))

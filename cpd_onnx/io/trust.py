@@ -5,7 +5,6 @@ Either may come from an untrusted source. Anything beyond that is used only if t
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shlex
@@ -14,64 +13,55 @@ from pathlib import Path
 from typing import Any
 
 from cpd_onnx.errors import CpdError
+from cpd_onnx.options import Named
 
-FUNCTIONS = ("data", "eval", "watch", "score", "metric", "executor")
-"""Options that take `module:function`."""
-FILES = ("data", "eval", "watch", "cost_table", "profile", "like", "teacher_cache", "log", "tensorboard")
-"""Options that take a file or a folder to read or write."""
-_DATA = ("data", "eval", "watch")
 _FUNCTION = re.compile(r"[\w.]+:\w+")
 _NOT_A_FILE = "synthetic"
 
 
-def take(
-    options: argparse.Namespace, said: Mapping[str, Any], origin: Path, trusted: Sequence[str] | None = None
-) -> None:
-    """Check the options that come from a file, and resolve their paths relative to its folder.
+def taken(
+    said: Mapping[str, Any], options: Mapping[str, Named], origin: Path, trusted: Sequence[str]
+) -> dict[str, Any]:
+    """Return the options that a file may set, with its paths resolved relative to its folder.
 
     Args:
-        options: Options of the command, updated in place; those whose value is an object in `said` came from the file.
-        said: Values in the file, by the names of the options.
+        said: Values of options by name, without those that the command line overrides.
+        options: Options of the command, by name.
         origin: Path of the file.
-        trusted: Functions that the command line names; None for a file of the user's own, which may name anything.
+        trusted: Functions that the command line names.
 
     Raises:
         CpdError: The file names a function that is not trusted, or a path outside its folder.
     """
+    found = dict(said)
     for name, value in said.items():
-        if not _is_from_there(options, name, value):
-            continue
-        if names_code(name, value):
-            if trusted is not None and value not in trusted:
+        named = options[name]
+        if names_code(named, value):
+            if value not in trusted:
                 raise CpdError(
-                    f"{origin} names code, {_key(name)} = {str(value)!r}, which runs only if you name it too: "
+                    f"{origin} names code, {named.key} = {value!r}, which runs only if you name it too: "
                     f"--trust {shlex.quote(value)}"
                 )
-            setattr(options, name, str(value))
-        elif is_path(name, value):
-            place = origin.parent.resolve() / value if trusted is None else inside(value, origin, f"--{_key(name)}")
-            setattr(options, name, place if isinstance(value, Path) else str(place))
+        elif is_path(named, value):
+            place = inside(value, origin, f"--{named.key}")
+            found[name] = place if isinstance(value, Path) else str(place)
+    return found
 
 
-def _is_from_there(options: argparse.Namespace, name: str, value: Any) -> bool:
-    """Return whether an option holds the file's value: that very object, not an equal one from the command line."""
-    return value is not None and getattr(options, name, None) is value
-
-
-def names_code(option: str, value: Any) -> bool:
+def names_code(named: Named, value: Any) -> bool:
     """Return whether the value of an option names a function, which would be imported."""
-    if option not in FUNCTIONS or not isinstance(value, str):
+    if named.option.takes not in ("data", "function") or not isinstance(value, str):
         return False
-    if option in _DATA:
+    if named.option.takes == "data":
         return _FUNCTION.fullmatch(value) is not None and Path(value).suffix != ".npz"
     return ":" in value
 
 
-def is_path(option: str, value: Any) -> bool:
+def is_path(named: Named, value: Any) -> bool:
     """Return whether the value of an option is a file or a folder."""
-    if option not in FILES or value is None or names_code(option, value):
+    if named.option.takes not in ("data", "file", "profile") or value is None or names_code(named, value):
         return False
-    if option == "profile":
+    if named.option.takes == "profile":
         return str(value).endswith(".toml")  # otherwise the name of a built-in profile
     return str(value) != _NOT_A_FILE
 
@@ -101,7 +91,3 @@ def _is_within(place: Path, base: Path) -> bool:
         return all(path.resolve().is_relative_to(base) for path in links)
     except (OSError, ValueError, RuntimeError):  # an invalid file name, or circular links
         return False
-
-
-def _key(option: str) -> str:
-    return option.replace("_", "-")

@@ -26,7 +26,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from cpd_onnx.errors import CpdError, ModelError, ProofError
+from cpd_onnx.errors import CpdError, ModelError, ProofError, UnsupportedError
 from cpd_onnx.io.files import (
     StoredFile,
     after_commit,
@@ -37,7 +37,7 @@ from cpd_onnx.io.files import (
     write_atomically,
 )
 from cpd_onnx.io.protowire import detached, joined
-from cpd_onnx.summary import Summary
+from cpd_onnx.summary import Summarised, Summary
 
 if TYPE_CHECKING:
     import onnx_graphsurgeon as gs
@@ -102,7 +102,7 @@ def map_lazy(values: Array | Lazy, shape: Iterable[int], function: Callable[[Arr
     return function(values)
 
 
-class Model:
+class Model(Summarised):
     """A model proto and its detached tensors.
 
     Attributes:
@@ -151,10 +151,6 @@ class Model:
             "model": str(self.path or self.graph.name), "opset": str(self.opset),
             "nodes": str(len(self.graph.node)), "initializers": str(len(self.graph.initializer)), **shapes,
         })  # fmt: skip  # a table
-
-    def _repr_html_(self) -> str:
-        """Return the summary as HTML, for notebooks."""
-        return self.summary().html()
 
     def copy(self) -> Model:
         """Return a copy that can be edited independently; tensors are shared until they are replaced."""
@@ -431,6 +427,7 @@ def _exported(source: Any) -> ModelProto:
         library = sys.modules["onnx_ir"]
         proto: ModelProto = library.to_proto(library.external_data.load_to_model(source.clone()))
         return proto
+    _require_onnx(source)
     import onnx_graphsurgeon as gs
 
     if not isinstance(source, gs.Graph):
@@ -440,6 +437,36 @@ def _exported(source: Any) -> ModelProto:
         )
     exported: ModelProto = gs.export_onnx(source)
     return exported
+
+
+_EXPORTS = {
+    "torch": "torch.onnx.export(model, inputs, 'model.onnx', dynamo=True)",
+    "keras": "model.export('model.onnx', format='onnx')",
+    "tensorflow": "python -m tf2onnx.convert --saved-model FOLDER --output model.onnx",
+    "jax": "jax2onnx.to_onnx(function, shapes)",
+    "flax": "jax2onnx.to_onnx(model, shapes)",
+    "sklearn": "skl2onnx.to_onnx(model, samples)",
+}
+"""How the models of frameworks become ONNX, by their packages."""
+_CHECKPOINTS = {
+    ".pt": "torch", ".pth": "torch", ".pt2": "torch", ".ckpt": "torch", ".bin": "torch", ".safetensors": "torch",
+    ".keras": "keras", ".h5": "keras", ".pb": "tensorflow",
+}  # fmt: skip  # a table
+"""Endings of files that frameworks keep weights in."""
+
+
+def _require_onnx(source: Any) -> None:
+    """Raise UnsupportedError for the model of a framework, in memory or in a file of its own: it says how to export it.
+
+    No framework is imported for that: the packages of the classes tell.
+    """
+    if isinstance(source, Path):
+        what, package = str(source), _CHECKPOINTS.get(source.suffix.lower())
+    else:
+        homes = {cls.__module__.partition(".")[0] for cls in type(source).__mro__}
+        what, package = f"a {type(source).__name__}", next((name for name in _EXPORTS if name in homes), None)
+    if package is not None:
+        raise UnsupportedError(f"{what} is a model of {package}, not ONNX: export it first, {_EXPORTS[package]}")
 
 
 @contextlib.contextmanager
@@ -555,6 +582,7 @@ def _parse(path: Path, content: memoryview) -> tuple[ModelProto, dict[int, tuple
     try:
         proto.ParseFromString(small)
     except DecodeError as error:
+        _require_onnx(path)
         raise ModelError(f"{path} is not a complete ONNX file ({error}): export or copy it again") from error
     return proto, places
 

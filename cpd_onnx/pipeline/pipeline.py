@@ -11,16 +11,15 @@ import contextlib
 import importlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
+from cpd_onnx.data.open import Data, source_of
 from cpd_onnx.errors import UnsupportedError
 from cpd_onnx.ir.model import ModelSource, load, translate_errors
+from cpd_onnx.options import neighbours
 from cpd_onnx.pipeline.state import State
-
-if TYPE_CHECKING:
-    from cpd_onnx.data.sources import Source as DataSource
 
 PASSES = (
     "fold",
@@ -85,12 +84,13 @@ def _options(text: str) -> dict[str, Any]:
 def make(name: str, options: Mapping[str, Any]) -> Pass:
     """A pass by name; ValueError if there is none or it does not know an option."""
     if name not in PASSES:
-        raise ValueError(f"no pass is called {name!r}: there are {', '.join(PASSES)}")
+        raise ValueError(f"no pass is called {name!r}{neighbours(name, PASSES)}: there are {', '.join(PASSES)}")
     cls = getattr(_module(name), name.capitalize())
     known = [field.name for field in fields(cls)]
     for option in options:
         if option not in known:
-            raise ValueError(f"pass {name!r} has no option {option!r}: it has {', '.join(known) or 'none'}")
+            close = neighbours(option, known)
+            raise ValueError(f"pass {name!r} has no option {option!r}{close}: it has {', '.join(known) or 'none'}")
     made: Pass = cls(**options)
     return made
 
@@ -108,22 +108,22 @@ def run(
     passes: str | Iterable[Pass],
     source: ModelSource | State,
     *,
-    data: DataSource | None = None,
+    data: Data | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     observer: Observer | None = None,
 ) -> State:
     """Take a model through passes, given as text or as objects.
+
+    `data` is what `data.open.source_of` takes: a path, arrays by input name, feeds, a function, or a source.
 
     Raises ValueError for passes in an order that cannot work, before the model is opened, and CpdError for what is
     wrong with the model or the options.
     """
     steps = [make(name, options) for name, options in parse(passes)] if isinstance(passes, str) else list(passes)
     _require_order(steps, _filled_in(source, data))
-    if isinstance(source, State):
-        state = source
-    else:
-        model = load(source)
-        state = State(model, model, dict(input_shapes or {}), data)
+    state = source if isinstance(source, State) else _begun(source, input_shapes)
+    if data is not None:
+        state = replace(state, data=source_of(data, state.original, state.input_shapes))
     for step in steps:
         if observer:
             observer(step.name, "start")
@@ -134,7 +134,12 @@ def run(
     return state
 
 
-def _filled_in(source: ModelSource | State, data: DataSource | None) -> set[str]:
+def _begun(source: ModelSource, input_shapes: Mapping[str, Sequence[int]] | None) -> State:
+    model = load(source)
+    return State(model, model, dict(input_shapes or {}))
+
+
+def _filled_in(source: ModelSource | State, data: Data | None) -> set[str]:
     """Attributes of the state that are there before any pass."""
     if isinstance(source, State):
         return {field.name for field in fields(State) if getattr(source, field.name) is not None}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cpd_onnx.ir.model import Model
-from cpd_onnx.summary import Summary, count
+from cpd_onnx.summary import Summarised, Summary, count
 
 if TYPE_CHECKING:
     from cpd_onnx.budget.allocation import Allocation, Curves
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from cpd_onnx.shapes.values import Folded
 
 
-@dataclass(frozen=True)
-class State:
+@dataclass(frozen=True, repr=False)
+class State(Summarised):
     """A model on its way through a pipeline; each pass gives a new state with more filled in.
 
     Attributes:
@@ -90,7 +90,3 @@ class State:
         if self.distilled is not None:
             values["training"] = f"{self.distilled['steps']} steps"
         return Summary.of(values)
-
-    def _repr_html_(self) -> str:
-        """What a notebook shows."""
-        return self.summary().html()

@@ -20,7 +20,7 @@ from cpd_onnx.channels.groups import Combed
 from cpd_onnx.errors import DataError
 from cpd_onnx.ir.model import Array, element_type
 from cpd_onnx.runtime.sessions import Feed, Runner, execute_all
-from cpd_onnx.summary import Summary
+from cpd_onnx.summary import Summarised, Summary
 
 TOLERANCES = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 1e-1}
 """Largest relative difference by the narrowest float type of the weights; quantised models get `QUANTIZED`."""
@@ -106,8 +106,8 @@ class Finding:
     verdict: str
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Summarised):
     """How far two models are apart, and what follows from it.
 
     The numbers are those of the output that comes nearest to its limit.
@@ -158,10 +158,6 @@ class Comparison:
             "allowed": f"{self.allowed:.2g}", "by rounding alone": f"{self.noise:.2g}",
             "by the removal itself": f"{self.effect:.2g}", "sets of inputs": str(self.runs),
         })  # fmt: skip  # a table
-
-    def _repr_html_(self) -> str:
-        """What a notebook shows."""
-        return self.summary().html()
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,7 @@ from cpd_onnx.errors import PlanError
 from cpd_onnx.io.files import read_json, require_free, write_atomically
 from cpd_onnx.ir.model import Model, ModelSource
 from cpd_onnx.ir.tensors import changed_values, stored_tensors
-from cpd_onnx.summary import Summary, count
+from cpd_onnx.summary import Summarised, Summary, count
 from cpd_onnx.version import __version__
 
 FORMAT = "cpd-onnx/plan"
@@ -31,8 +31,8 @@ _STAMP = "cpd-onnx."
 """What the keys of our entries in a model's metadata start with."""
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Summarised):
     """What was removed from a model.
 
     Attributes:
@@ -124,10 +124,6 @@ class Plan:
             "groups pruned": f"{sum(map(bool, removed.values()))} of {len(removed)}",
             "channels removed": str(sum(map(len, removed.values()))),
         })  # fmt: skip  # a table
-
-    def _repr_html_(self) -> str:
-        """What a notebook shows."""
-        return self.summary().html()
 
 
 def _lines(value: Any) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy.typing as npt
 import torch
@@ -22,7 +22,8 @@ from cpd_onnx.errors import CpdError, StoppedError
 from cpd_onnx.io.files import write_atomically
 from cpd_onnx.torch.module import OnnxModule
 from cpd_onnx.training.feed import Feed
-from cpd_onnx.training.losses import LOSSES, DistillationLoss
+from cpd_onnx.training.losses import DistillationLoss
+from cpd_onnx.training.options import LOSSES, Optimization
 from cpd_onnx.training.process_group import ProcessGroup
 
 Array = npt.NDArray[Any]
@@ -31,29 +32,6 @@ Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 _CHECKPOINT = "cpd-onnx/checkpoint 2"
 _CHECK_EVERY = 20
 """Updates on a GPU between two looks at the losses; each look waits for the device."""
-
-
-@dataclass(frozen=True)
-class Optimization:
-    """How the weights move.
-
-    Attributes:
-        optimizer: "adamw", or "sgd" with Nesterov momentum 0.9.
-        lr: learning rate after the warm-up, from where it falls to zero along a cosine.
-        warmup: share of the steps in which the learning rate rises from zero.
-        weight_decay: on tensors of two axes or more.
-        clip_norm: largest norm of the gradient; 0 leaves it as it is.
-        ema: decay of the running average of the weights that is the result; 0 takes the last weights.
-        mixed_precision: compute in bfloat16 where that is safe.
-    """
-
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: float = 1e-3
-    warmup: float = 0.05
-    weight_decay: float = 1e-4
-    clip_norm: float = 1.0
-    ema: float = 0.0
-    mixed_precision: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -17,9 +16,8 @@ from torch.nn import functional as F
 
 from cpd_onnx.data.metrics import IGNORED
 from cpd_onnx.errors import CpdError, DataError, ModelError
+from cpd_onnx.training.options import LossKind
 
-LossKind: TypeAlias = Literal["kl", "dist", "mse", "cosine"]
-LOSSES: tuple[LossKind, ...] = get_args(LossKind)
 _OF_CLASSES = ("kl", "dist")
 
 _SMALLEST = 1e-7

@@ -19,10 +19,10 @@ from cpd_onnx.ir.differences import differences
 from cpd_onnx.ir.model import Array, Model, load
 from cpd_onnx.proof.comparison import Difference
 from cpd_onnx.proof.files import FileVerification, verify_files
+from cpd_onnx.report import manifest
 from cpd_onnx.rewrite.plan import load_plan
 from cpd_onnx.runtime import bench
 from cpd_onnx.runtime.sessions import Feed
-from cpd_onnx.workflow import manifest
 
 _LONGEST = 16
 """Files that were made of one another, at most."""

@@ -8,13 +8,14 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib import util
 from typing import TYPE_CHECKING, Any
 
 from cpd_onnx.channels.costs import CostModel
 from cpd_onnx.channels.groups import Combed, Group
-from cpd_onnx.errors import DataError, UnsupportedError
+from cpd_onnx.deploy.profiles import load_profile
+from cpd_onnx.errors import UnsupportedError
 from cpd_onnx.ir.model import Model, translate_errors
+from cpd_onnx.options import picked
 from cpd_onnx.passes.iterate import Iterate, Round, Stages
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.proof.files import FileVerification, verify_files
@@ -22,8 +23,9 @@ from cpd_onnx.report import tables as report
 from cpd_onnx.rewrite.plan import Plan
 from cpd_onnx.runtime.bench import Bench
 from cpd_onnx.runtime.sessions import open_model, working_feeds
-from cpd_onnx.scores.registry import scorer_of
 from cpd_onnx.shapes.inference import fold
+from cpd_onnx.summary import Summarised, Summary
+from cpd_onnx.workflow import defaults
 
 if TYPE_CHECKING:
     from cpd_onnx.passes.distill import DistillResult, Progress, Traces, Watched
@@ -55,8 +57,8 @@ class Known:
     watched: Watched | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Compressed:
+@dataclass(frozen=True, eq=False, repr=False)
+class Compressed(Summarised):
     """What a run made.
 
     Attributes:
@@ -75,10 +77,9 @@ class Compressed:
     judged: tuple[tuple[int, float], ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
 
-
-def can_train() -> bool:
-    """Whether torch is there."""
-    return util.find_spec("torch") is not None
+    def summary(self) -> Summary:
+        """How far the model has come."""
+        return self.state.summary()
 
 
 def finite(value: Any) -> Any:
@@ -90,41 +91,41 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def choice(score: str | None, wish: Mapping[str, Any], *, has_data: bool) -> tuple[str, dict[str, Any]]:
-    """The score, and the fields of `Allocate`: with data what least squares cannot make up for, else weights.
+def step_of(
+    options: Any, target: Mapping[str, float], training: Mapping[str, Any] | None, *, has_data: bool
+) -> Iterate:
+    """The pass that does it: `interleave` where there are options of a training, else `iterate`.
 
-    None is what nobody said anything about. Raises TargetError if there is no such score.
+    Args:
+        options: has the fields of `ScoringOptions`, and `score` and `repair`, of which None leaves it to `defaults`.
+        target: the target, as an option of `Allocate`.
+        training: fields of `DistillOptions` that `options` has not; None to train nothing.
+        has_data: whether there are samples.
+
+    Raises UnsupportedError if there is no torch for the training, and as `defaults` does.
     """
-    kind = score or ("reconstruction" if has_data else "l2")
-    scorer_of(kind)
-    usual = "optimal" if has_data or wish.get("latency") is not None else "uniform"
-    return kind, {**wish, "spread": wish.get("spread") or usual}
-
-
-def efforts(*, repair: bool | None, train: bool | None, has_data: bool) -> tuple[bool, bool]:
-    """Whether weights are repaired, and trained: where nothing is said, with data, and with torch as well.
-
-    Raises DataError if there is no data for it.
-    """
-    repairs = has_data if repair is None else repair
-    trains = has_data and can_train() if train is None else train
-    if not has_data and (repairs or trains):
-        raise DataError(f"{'training' if trains else 'a repair'} needs inputs: give --data, or samples as `data`")
-    return repairs, trains
-
-
-def step_of(options: Mapping[str, Any], training: Mapping[str, Any] | None) -> Iterate:
-    """The pass that does it: `interleave` with the options of a training, else `iterate`.
-
-    Raises UnsupportedError if there is no torch for the training.
-    """
+    decided: dict[str, Any] = {
+        "score": defaults.score(options.score, has_data=has_data),
+        "spread": defaults.spread(options.spread, has_data=has_data),
+        "repair": defaults.repair(options.repair, has_data=has_data),
+        "multiple": multiple_of(options),
+        **target,
+    }
     if training is None:
-        return Iterate(**options)
-    if not can_train():
+        return picked(Iterate, options, **decided)
+    if not defaults.can_train():
         raise UnsupportedError("distillation needs torch: pip install 'cpd-onnx[torch]'")
     from cpd_onnx.passes.interleave import Interleave
 
-    return Interleave(**training, **options)
+    return picked(Interleave, options, **decided | dict(training))
+
+
+def multiple_of(options: Any) -> int | None:
+    """What widths are multiples of: where nothing is said, as the profile of the target has it, if there is one."""
+    profile = getattr(options, "profile", None)
+    if options.multiple is not None or profile is None:
+        return options.multiple  # type: ignore[no-any-return]  # an option of `Allocate`
+    return load_profile(profile).multiple
 
 
 def compress(
@@ -261,5 +262,5 @@ def advice(*, data: str | None, has_labels: bool) -> list[str]:
     if data is None:
         return [_NO_DATA]
     said = [_MADE_UP] if data == "synthetic" else []
-    said += [] if can_train() else [_NO_TORCH]
+    said += [] if defaults.can_train() else [_NO_TORCH]
     return said + ([] if has_labels else [_NO_LABELS])

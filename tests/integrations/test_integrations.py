@@ -18,13 +18,13 @@ import onnx_graphsurgeon as gs
 import pytest
 
 import cpd_onnx as cpd
-from cpd_onnx.cli import sweep as cli_sweep
 from cpd_onnx.cli.arguments import command_line
 from cpd_onnx.cli.completion import script
 from cpd_onnx.cli.main import main
 from cpd_onnx.data.open import source_of
 from cpd_onnx.data.sources import FunctionSource, as_batch, inputs_of, open_source, steps_per_pass
-from cpd_onnx.workflow import compress as compression
+from cpd_onnx.workflow import defaults
+from cpd_onnx.workflow import sweep as sweeping
 from tests.support.models import from_text
 
 ROOT = Path(__file__).parents[2]
@@ -154,14 +154,14 @@ def test_what_makes_no_sense_is_refused() -> None:
         cpd.compress(DIGITS, train=True)
     with pytest.raises(cpd.TargetError, match="give one target"):
         cpd.compress(DIGITS, macs=0.5, params=0.5)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'speed'"):
-        cpd.compress(DIGITS, speed=2)
+    with pytest.raises(TypeError, match=r"compress has no option 'spred' \(did you mean spread\?\)"):
+        cpd.compress(DIGITS, spred="optimal")  # type: ignore[call-overload]  # that is the point
     with pytest.raises(cpd.DataError, match="the data holds 'picture'"):
         cpd.compress(DIGITS, {"picture": samples(8)["image"]})
 
 
 def test_without_torch_it_is_repaired_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compression, "can_train", lambda: False)
+    monkeypatch.setattr(defaults, "can_train", lambda: False)
     made = cpd.compressed(DIGITS, samples(32), **FEW | {"train": None})
     assert (made.losses, made.state.distilled, made.state.repaired is None) == ((), None, False)
     with pytest.raises(cpd.UnsupportedError, match="needs torch"):
@@ -377,7 +377,7 @@ def test_json_and_nothing_else(
 ) -> None:
     if command in TRAINS:
         pytest.importorskip("torch")
-    monkeypatch.setattr(cli_sweep, "_SECONDS", 0.05)
+    monkeypatch.setattr(sweeping, "_SECONDS", 0.05)
     if {"pruned.onnx", "pruned.onnx.plan.json"} & {*(LINES | TRAINS)[command]}:
         assert run("prune", "digits.onnx", "-o", "pruned.onnx") == 0
     onnx.save(from_text(TINY), "tiny.onnx")
@@ -425,7 +425,7 @@ def executors(folder: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)])}
 
 
-SWEEP = "import sys, cpd_onnx.cli.sweep as sweep; from cpd_onnx.cli.main import main; sweep._SECONDS = 0.05; sys.exit(main())"
+SWEEP = "import sys, cpd_onnx.workflow.sweep as sweep; from cpd_onnx.cli.main import main; sweep._SECONDS = 0.05; sys.exit(main())"
 """The command, which times models no longer than that."""
 
 

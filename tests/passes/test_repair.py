@@ -281,7 +281,7 @@ def test_prune_with_data_repairs_unless_told_otherwise(tmp_path, capsys):
         assert main(["verify", str(tmp_path / "model.onnx"), str(tmp_path / f"{name}.onnx")]) == 0
     capsys.readouterr()
     assert main(["prune", str(tmp_path / "model.onnx"), "-o", str(tmp_path / "x.onnx"), "--repair"]) == 1
-    assert "a repair looks at samples: give --data" in capsys.readouterr().err
+    assert "a repair needs inputs: give --data" in capsys.readouterr().err
 
 
 def test_sensitivity_is_the_error_with_one_group_alone_pruned(tmp_path):

@@ -31,15 +31,16 @@ import pytest
 from cpd_onnx.budget.latency import load_table
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.cli import console, loading
-from cpd_onnx.cli.arguments import command_line
 from cpd_onnx.cli.main import main
 from cpd_onnx.data.sources import ImageFolder, ImageOptions, Input
 from cpd_onnx.errors import CpdError, DataError, ModelError, UnsupportedError
-from cpd_onnx.io import files, trust
+from cpd_onnx.io import files
 from cpd_onnx.io.streams import printable
 from cpd_onnx.ir.model import load
+from cpd_onnx.options import options_of
 from cpd_onnx.passes.iterate import Stages
-from cpd_onnx.workflow import manifest
+from cpd_onnx.report import manifest
+from cpd_onnx.workflow import requests
 from tests.support.models import from_text
 
 ROOT = Path(__file__).parents[2]
@@ -178,15 +179,15 @@ def test_the_executor_of_a_recipe_is_code(folder: Path) -> None:
 
 def test_every_option_that_takes_a_function_or_a_path_is_known() -> None:
     """A new one would be open to recipes."""
-    (commands,) = (a.choices for a in command_line()._actions if isinstance(a.choices, dict))
-    for name in ("compress", "distill", "sweep", "deploy"):
-        for action in commands[name]._actions:
-            if action.dest in ("help", "recipe", "output", "plan", "checkpoint", "json", "trust", "ort"):
-                continue  # of no recipe, or typed each time
-            takes = f"{action.help} {action.metavar}".lower()
-            assert "module:function" not in takes or action.dest in trust.FUNCTIONS, (name, action.dest)
-            is_path = action.type is Path or re.search("FILE|FOLDER|CSV|DATA", str(action.metavar))
-            assert not (action.option_strings and is_path) or action.dest in trust.FILES, (name, action.dest)
+    for owner in (requests.Compress, requests.Distill, requests.Sweep, requests.Deploy):
+        for named in options_of(owner):
+            option = named.option
+            if not option.is_recorded:
+                continue  # typed each time
+            takes = f"{option.help} {option.metavar}".lower()
+            assert "module:function" not in takes or option.takes in ("data", "function"), (owner, named.name)
+            is_path = option.read is Path or re.search("FILE|FOLDER|CSV|DATA", str(option.metavar))
+            assert not is_path or option.takes in ("file", "data", "profile"), (owner, named.name)
 
 
 def test_nothing_beside_the_model_is_imported(folder: Path) -> None:

@@ -20,7 +20,7 @@ import pytest
 
 import cpd_onnx as cpd
 from cpd_onnx.cli.main import main
-from cpd_onnx.workflow import compress as compression
+from cpd_onnx.workflow import defaults
 from tests.support.models import from_text
 
 pytest.importorskip("torch")
@@ -153,7 +153,7 @@ def test_without_data_it_does_what_can_be_done(folder: Path, capsys: pytest.Capt
 
 
 def test_without_torch_it_is_pruned_and_repaired(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compression, "can_train", lambda: False)
+    monkeypatch.setattr(defaults, "can_train", lambda: False)
     assert run("compress", "digits.onnx", "-o", "small.onnx", "--data", "train.npz", "--repair-samples", 32) == 0
     report = json.loads((folder / "small.onnx.report.json").read_text())
     assert report["training"] is None

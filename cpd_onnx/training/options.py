@@ -1,0 +1,124 @@
+"""The options of a training, which are known without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, TypeAlias, get_args
+
+from cpd_onnx.data.metrics import IGNORED
+from cpd_onnx.options import above_zero, integer, natural, not_negative, option, output_pair, positive, ratio
+
+LossKind: TypeAlias = Literal["kl", "dist", "mse", "cosine"]
+"""How outputs can be compared."""
+LOSSES: tuple[LossKind, ...] = get_args(LossKind)
+_training = partial(option, group="training")
+
+
+def loss_kind(text: str) -> LossKind:
+    """Reads a kind of loss; raises ValueError."""
+    for kind in LOSSES:
+        if kind == text:
+            return kind
+    raise ValueError(f"a loss is one of {', '.join(LOSSES)}")
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """How the weights move.
+
+    SGD has Nesterov momentum 0.9. The learning rate rises during the warm-up and then falls to zero along a cosine.
+    """
+
+    optimizer: Literal["adamw", "sgd"] = _training("adamw", "Optimiser of the weights", choices=("adamw", "sgd"))
+    lr: float = _training(1e-3, "Learning rate after the warm-up", read=above_zero)
+    warmup: float = _training(
+        0.05, "Share of the steps in which the learning rate rises from zero", read=ratio, metavar="SHARE"
+    )
+    weight_decay: float = _training(1e-4, "Weight decay of tensors of two axes or more", read=not_negative)
+    clip_norm: float = _training(1.0, "Largest norm of the gradient; 0: any", read=not_negative)
+    ema: float = _training(
+        0.0,
+        "Decay of the running average of the weights that is the result; 0 takes the last weights",
+        read=ratio,
+        metavar="DECAY",
+    )
+    mixed_precision: bool = _training(False, "Compute in bfloat16 where that is safe")
+
+
+@dataclass(frozen=True)
+class DistillOptions(Optimization):
+    """How to train; how the weights move is said in `Optimization`.
+
+    A model that fixes its batch size gets batches of that size. Stored statistics of BatchNormalization are kept
+    ("frozen"), or those of the batch are used ("train"), also of normalisations that the exporter folded into
+    convolutions, which are put back and folded again at the end ("restore"); "calibrate" estimates stored statistics
+    anew and trains nothing. The teacher runs in onnxruntime on the CPU and in torch on a GPU, and in the other one
+    where that lacks an operator. For small models, or on a busy machine, one thread is fastest.
+    """
+
+    epochs: int = _training(10, "Passes over the data", read=positive)
+    steps: int | None = _training(None, "Updates in all, instead of epochs", read=positive)
+    batch_size: int = _training(64, "Samples in an update, of all processes together", read=positive)
+    temperature: float = _training(4.0, "Temperature that softens the distributions compared", read=above_zero)
+    label_weight: float = _training(
+        0.0,
+        "Share of the cross-entropy with the labels in the loss; 0 needs no labels",
+        read=ratio,
+        metavar="SHARE",
+    )
+    ignore_label: int = _training(IGNORED, "Label of what does not count", read=integer)
+    losses: Mapping[str, LossKind] = _training(
+        {},
+        f"How an output is compared, one of {', '.join(LOSSES)} (default: seen from the teacher's answers); may be "
+        "repeated",
+        read=output_pair(loss_kind),
+        flag="--loss",
+        metavar="OUTPUT=KIND",
+        is_many=True,
+    )
+    output_weights: Mapping[str, float] = _training(
+        {},
+        "Weight of an output in the loss (default: 1); may be repeated",
+        read=output_pair(not_negative),
+        flag="--weight",
+        metavar="OUTPUT=NUMBER",
+        is_many=True,
+    )
+    hidden: int = _training(
+        0,
+        "Number of inner tensors that are compared too, on the channels that teacher and student share",
+        read=natural,
+        metavar="N",
+    )
+    hidden_weight: float = _training(1.0, "Weight of these in the loss", read=not_negative)
+    batch_norm: Literal["auto", "frozen", "train", "restore", "calibrate"] = _training(
+        "auto",
+        "Statistics of BatchNormalization: those stored, those of the batch, these also where they were folded into "
+        "convolutions, or only estimated anew without training (default: restore where batches have 16 samples, else "
+        "frozen)",
+        choices=("auto", "frozen", "train", "restore", "calibrate"),
+    )
+    freeze: tuple[str, ...] = _training(
+        (), "Initializer that is not trained; may be repeated", metavar="NAME", is_many=True
+    )
+    flip: bool = _training(False, "Mirror half of the images (rank-4 inputs, width last)")
+    shift: int = _training(0, "Move images by up to this many pixels, zeros coming in", read=natural)
+    seed: int = _training(0, "Seed of order and augmentation", read=natural)
+    device: str = _training("auto", "Device of the training: auto, cpu or cuda (default: a GPU if there is one)")
+    threads: int = _training(0, "Threads of torch on the CPU; 0: its own choice", read=natural)
+    teacher_runtime: Literal["auto", "onnxruntime", "torch"] = _training(
+        "auto",
+        "What runs the teacher (default: onnxruntime on the CPU, torch on a GPU)",
+        choices=("auto", "onnxruntime", "torch"),
+    )
+    teacher_cache: Path | None = _training(
+        None,
+        "File of the teacher's answers, so that each sample is asked about once; without augmentation",
+        read=Path,
+        metavar="FILE",
+        takes="file",
+        is_output=True,
+    )

@@ -1,0 +1,142 @@
+"""Deploy: make a model ready for its target, and write it with its manifest."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import Any
+
+from cpd_onnx.data.metrics import check_metric
+from cpd_onnx.data.open import FORMS
+from cpd_onnx.deploy.profiles import Profile, load_profile
+from cpd_onnx.deploy.quantize import Quantization
+from cpd_onnx.deploy.steps import Deployed, Deployment, Step, ort_measured, shaped
+from cpd_onnx.deploy.steps import deploy as deploy_model
+from cpd_onnx.errors import CpdError, DataError
+from cpd_onnx.io.files import commit_together, content_of, locked_folder, write_atomically
+from cpd_onnx.ir.model import Model, load
+from cpd_onnx.options import options_of
+from cpd_onnx.report import manifest
+from cpd_onnx.report import tables as report
+from cpd_onnx.workflow import recipe
+from cpd_onnx.workflow.places import evaluated, require_apart, require_outputs, source_of, write_json
+from cpd_onnx.workflow.requests import Deploy, Observer, ignore
+
+FORMAT = "cpd-onnx/deploy"
+_OF_INT8 = ("samples", "calibration", "per_tensor", "exclude")
+"""Options that say how to quantise."""
+
+
+def deploy(request: Deploy, observer: Observer = ignore) -> dict[str, Any]:
+    """Make a model ready for its target, and write it with its manifest; what there is to say about it."""
+    place = manifest.place_of(request.output)
+    places = [request.output, place, *([request.ort] if request.ort is not None else [])]
+    written = require_outputs(request, *places)
+    _require_sense(request)
+    check_metric(request.metric)
+    recipe.text(request)  # refuses now what cannot be put on record at the end
+    started = time.perf_counter()
+    profile = None if request.profile is None else load_profile(request.profile)
+    wish = _wish(request, profile)
+    model = load(request.model)
+    require_apart(written, model)
+    source = source_of(request.data, shaped(model, wish), request)
+    made = deploy_model(model, wish, source, lambda name: observer(name, 0, None))
+    scores = evaluated(request, {"before": model, "after": made.model}, model)
+    entry = manifest.file_entry(request.model, "model")  # which the output may replace
+    with locked_folder(request.output.parent), commit_together():
+        made = replace(made, steps=(*made.steps, *_write(request, model, made.model)))
+        content = _content(request, model, made) | {"seconds": round(time.perf_counter() - started, 3)}
+        content |= {"metric": request.metric, "accuracy": scores} if scores else {}
+        read = {"model": entry, "data": request.data, "eval": request.eval, "profile": request.profile}
+        beside = {} if request.ort is None else {request.ort: "ort"}  # of which no two are the same
+        manifest.write(
+            place,
+            recipe.text(request),
+            read,
+            {"model": request.output},
+            beside=beside,
+            run="deploy",
+            steps=content["steps"],
+        )
+        content |= {"manifest": str(place)}
+        write_json(request, content)
+    return content
+
+
+def _require_sense(request: Deploy) -> None:
+    """Refuse options that would have no effect."""
+    if request.int8 and request.data is None:
+        raise DataError(f"quantising looks at samples: give --data, {FORMS}")
+    of_int8 = (named for named in options_of(Deploy) if named.name in _OF_INT8)
+    given = [named.key for named in of_int8 if getattr(request, named.name) != named.default]
+    if given and not request.int8:
+        raise CpdError(f"--{given[0]} says how to quantise: give --int8 too")
+    if request.storage_only and request.half is None:
+        raise CpdError("--storage-only says how to store half floats: give --half too")
+    wishes = (request.profile, request.fix, request.batch, request.opset, request.int8, request.half, request.ort)
+    if not any(wishes):
+        raise CpdError("there is nothing to do: give --profile, --fix, --batch, --opset, --int8, --half or --ort")
+
+
+def _wish(request: Deploy, profile: Profile | None) -> Deployment:
+    """What the command line asks for; how to quantise is the profile's matter where there is one."""
+    of_target: dict[str, Any] = {}
+    if profile is not None:
+        names = ("activations", "symmetric", "reduce_range", "quantized_bias")
+        of_target = {name: getattr(profile, name) for name in names}
+    given = {name: getattr(request, name) for name in ("samples", "calibration") if getattr(request, name) is not None}
+    int8 = Quantization(
+        **given, **of_target, per_channel=not request.per_tensor, exclude=request.exclude, seed=request.seed
+    )
+    return Deployment(
+        sizes={name: sizes if len(sizes) > 1 else sizes[0] for name, sizes in request.fix.items()},
+        batch=request.batch,
+        opset=request.opset,
+        int8=int8 if request.int8 else None,
+        half=request.half,
+        storage_only=request.storage_only,
+        profile=profile,
+    )
+
+
+def _write(request: Deploy, model: Model, made: Model) -> Iterator[Step]:
+    """Write the model, and what onnxruntime makes of it, which is a step."""
+    weights = "beside" if request.weights == "as-is" and model.is_external else request.weights
+    made.data_files |= model.data_files  # which stay, whatever they are called
+    if request.ort is not None:
+        started = time.perf_counter()
+        content, difference = ort_measured(made, request.ort_level)
+        seconds = time.perf_counter() - started
+        write_atomically(request.ort, content)
+        yield Step("ort", request.ort_level, difference, len(content), seconds, (), {"level": request.ort_level})
+    made.save(request.output, overwrite=request.force, weights=weights)
+
+
+def _content(request: Deploy, model: Model, made: Deployed) -> dict[str, Any]:
+    """The result."""
+    sizes = {"before": report.size_of(model, request.model), "after": report.size_of(made.model, request.output)}
+    return {
+        "format": FORMAT,
+        "version": 1,
+        "source": {"file": request.model.name, "sha256": model.sha256()},
+        "profile": request.profile,
+        "steps": [_plain(step) for step in made.steps],
+        "problems": list(made.problems),
+        "bytes": sizes | ({"ort": content_of(request.ort).stat().st_size} if request.ort is not None else {}),
+        "output": str(request.output),
+        "ort": None if request.ort is None else str(request.ort),
+    }
+
+
+def _plain(step: Step) -> dict[str, Any]:
+    """A step as JSON has it: what is not finite is null."""
+    content = asdict(step)
+    if step.difference is not None:
+        values = asdict(step.difference).items()
+        content["difference"] = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values
+        }
+    return content

@@ -1,0 +1,159 @@
+"""Distill: train a pruned model against its original, from file to file; and what every training needs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from cpd_onnx.data.metrics import check_metric
+from cpd_onnx.data.open import FORMS
+from cpd_onnx.data.sources import Source
+from cpd_onnx.errors import CpdError, DataError, StoppedError, UnsupportedError
+from cpd_onnx.io.files import commit_together, locked_folder
+from cpd_onnx.ir.model import Model, load
+from cpd_onnx.options import picked
+from cpd_onnx.rewrite.plan import Plan, load_plan, planned
+from cpd_onnx.training.options import DistillOptions
+from cpd_onnx.workflow import recipe
+from cpd_onnx.workflow.places import (
+    evaluated,
+    plan_path_of,
+    recipe_path_of,
+    require_apart,
+    require_outputs,
+    source_of,
+    write_both,
+    write_json,
+)
+from cpd_onnx.workflow.requests import Compress, Distill, Observer, Tracing, ignore
+
+if TYPE_CHECKING:
+    from cpd_onnx.passes.distill import Traces, Watched
+
+
+def distill_module() -> ModuleType:
+    """`cpd_onnx.passes.distill`; raises UnsupportedError if there is no torch."""
+    try:
+        from cpd_onnx.passes import distill
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise UnsupportedError("distillation needs torch: pip install 'cpd-onnx[torch]'") from error
+    return distill
+
+
+def is_first_process() -> bool:
+    """Whether this is the only process of a training run, or the first one that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def checkpoint_of(request: Tracing) -> Path:
+    """Where a run that is stopped leaves what it has done."""
+    return request.checkpoint or Path(f"{request.output}.checkpoint")
+
+
+def traces_of(request: Tracing) -> Traces:
+    """What the run leaves behind while it goes on."""
+    made: Traces = distill_module().Traces(
+        checkpoint_of(request), request.checkpoint_seconds, request.resume, request.log, request.tensorboard
+    )
+    return made
+
+
+def watched_on(request: Compress | Distill, model: Model) -> Watched | None:
+    """The data to judge the student on while it trains, if any."""
+    source = source_of(request.watch, model, request)
+    if source is None:
+        return None
+    made: Watched = distill_module().Watched(source, request.metric, request.watch_every, request.patience)
+    return made
+
+
+@contextlib.contextmanager
+def saying_what_is_left(unfinished: Callable[[], Iterable[Path]]) -> Iterator[None]:
+    """Where something fails inside, add to the error which files hold what was done until then, if any do."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        left = [path.name for path in unfinished() if path.exists()]
+        if left and not isinstance(error, StoppedError):  # which says so itself
+            error.add_note(
+                f"what was done so far is in {', '.join(left)}: go on with --resume, or start anew with --force"
+            )
+        raise
+
+
+def require_new_run(request: Tracing, *checkpoints: Path) -> None:
+    """Refuse to lose what an unfinished run has done."""
+    for path in checkpoints:
+        if path.exists() and not (request.resume or request.force):
+            raise CpdError(f"{path} holds an unfinished run: go on with --resume, or start anew with --force")
+
+
+def distill(request: Distill, observer: Observer = ignore) -> dict[str, Any] | None:
+    """Train the student and write it; what there is to say, or nothing in a process of a run that is not the first."""
+    plan = _student_plan(request)
+    plan_path = None if plan is None else plan_path_of(request.output)
+    places = [request.output, recipe_path_of(request.output), *([] if plan_path is None else [plan_path])]
+    written = require_outputs(request, *places, reads=[request.plan or plan_path_of(request.student)])
+    training = distill_module()
+    check_metric(request.metric)
+    recipe.text(request)  # refuses now what cannot be put on record at the end
+    models = {"teacher": load(request.teacher), "student": load(request.student)}
+    require_apart(written, *models.values())
+    source = _required_source(models["student"], request)
+    settings = picked(DistillOptions, request)
+    overlap = None
+    if plan is not None:
+        overlap = training.overlap_of(*planned(models["teacher"], plan), request.hidden)
+    checkpoint = checkpoint_of(request)
+    require_new_run(request, checkpoint)
+    watched = watched_on(request, models["student"])
+    accuracies = evaluated(request, models, models["teacher"]) if is_first_process() else {}
+    teacher, student = (model.complete_proto() for model in models.values())
+    with saying_what_is_left(lambda: [checkpoint]):
+        result = training.distill(
+            teacher, student, source, settings,
+            lambda now: observer(f"distill, step {now.step} of {now.steps}, loss {now.loss:.4f}", now.step, now.steps),
+            overlap=overlap, watched=watched, traces=traces_of(request),
+        )  # fmt: skip  # what and how
+        if not is_first_process():
+            return None
+        made = training.trained(models["student"], result)
+        accuracies |= evaluated(request, {"distilled": made}, models["teacher"])
+        content: dict[str, Any] = training.summary(result) | {"output": str(request.output)}
+        content |= {} if plan_path is None else {"plan": str(plan_path)}
+        content |= {"metric": request.metric, **accuracies} if accuracies else {}
+        with locked_folder(request.output.parent), commit_together():
+            _write(request, models["student"], made, plan)
+            write_json(request, content)
+    checkpoint.unlink(missing_ok=True)
+    return content
+
+
+def _required_source(model: Model, request: Distill) -> Source:
+    source = source_of(request.data, model, request)
+    if source is None:
+        raise DataError(f"training needs inputs: give --data, {FORMS}")
+    return source
+
+
+def _student_plan(request: Distill) -> Plan | None:
+    """The plan that the student was made by; None where there is none and none is needed."""
+    path = request.plan or plan_path_of(request.student)
+    if not path.exists() and request.plan is None and not request.hidden:
+        return None
+    return load_plan(path)
+
+
+def _write(request: Distill, student: Model, made: Model, plan: Plan | None) -> None:
+    """Write the trained model, the options, and a plan that names the trained weights, if the student has one."""
+    if plan is None:
+        made.save(request.output, overwrite=request.force, weights=request.weights)
+    else:
+        write_both(request, made, plan.with_values(student, made), plan_path_of(request.output))
+    recipe.write(recipe_path_of(request.output), request, overwrite=request.force)

@@ -1,0 +1,163 @@
+"""Where what a request makes goes, and what it reads: refused before the work starts where files would be lost."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cpd_onnx.data import open as sources
+from cpd_onnx.data.metrics import OF_TWO_MODELS, evaluate
+from cpd_onnx.data.sources import IMAGE_SUFFIXES, Source
+from cpd_onnx.deploy.profiles import load_profile, problems
+from cpd_onnx.errors import DataError, ModelError
+from cpd_onnx.io.files import commit_together, is_same_file, locked_folder, require_free, write_atomically
+from cpd_onnx.ir.model import Model, load
+from cpd_onnx.options import options_of
+from cpd_onnx.rewrite.plan import Plan
+from cpd_onnx.workflow.requests import Evaluating, OnSamples, Request, Saving
+
+STDOUT = "-"
+"""Stands for standard output among the names of files."""
+
+
+def beside(path: Path, ending: str) -> Path:
+    """The file of the same name with something behind it."""
+    return path.with_name(f"{path.name}.{ending}")
+
+
+def plan_path_of(path: Path) -> Path:
+    """Where the plan of a file lies."""
+    return beside(path, "plan.json")
+
+
+def recipe_path_of(path: Path) -> Path:
+    """Where the options that made a file are put on record."""
+    return beside(path, "recipe.toml")
+
+
+def _inputs(request: Request) -> list[Path]:
+    """What a request reads, or may: a name that is no file does no harm here."""
+    found: list[Path] = []
+    for named in options_of(type(request)):
+        value = getattr(request, named.name, None)
+        if named.option.takes in ("file", "data", "profile") and not named.option.is_output and value:
+            found += map(Path, value if isinstance(value, tuple) else [value])
+    return found
+
+
+def require_outputs(request: Request, *paths: Path, reads: Sequence[Path] = ()) -> list[Path]:
+    """Refuse before the work starts: files that are there, folders that are not, one file for two things.
+
+    No file that is read is ever replaced, in whatever spelling or through whatever link it is named. The files that
+    will be written are given back, for `require_apart`.
+    """
+    more = [getattr(request, name, None) for name in ("json", "plot")]
+    new = [*paths, *(Path(name) for name in more if name not in (None, STDOUT))]
+    log, read = getattr(request, "log", None), [*reads, *_inputs(request)]
+    kept = [path for name in ("teacher_cache", "checkpoint") if (path := getattr(request, name, None)) is not None]
+    written = [*new, *([log] if log is not None else []), *kept]
+    for place, path in enumerate(written):
+        if any(is_same_file(path, other) for other in read) or _is_sample(path, read):
+            raise ModelError(f"{path} is named for two things, it is read and would be lost: choose another name")
+        if any(is_same_file(path, other) for other in written[:place]):
+            raise ModelError(f"{path} is named for two things: choose another name")
+    for path in new:
+        require_free(path, overwrite=request.force)
+    if log is not None:
+        require_free(log, overwrite=request.force or bool(getattr(request, "resume", False)))
+    for path in kept:  # from an earlier run, perhaps
+        require_free(path, overwrite=True)
+    if paths:
+        _require_room(paths[0])
+    return written
+
+
+def require_apart(written: Iterable[Path], *models: Model) -> None:
+    """Refuse to replace the data files of the models that are read, which are known once these are."""
+    for path in written:
+        if any(is_same_file(path, file) for model in models for file in model.data_files):
+            raise ModelError(f"{path} holds weights of the model that is read, and would be lost: choose another name")
+
+
+def _require_room(path: Path) -> None:
+    """Refuse a name so long that the names of what lies beside the file would be too long."""
+    for ending in (".00000000.data", ".checkpoint.00.onnx"):
+        try:
+            os.lstat(path.with_name(path.name + ending))
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise ModelError(f"cannot write {path.name}{ending} beside {path}: {error.strerror}") from error
+
+
+def _is_sample(path: Path, read: Iterable[Path]) -> bool:
+    """Whether a file is one of the images in a folder that is read."""
+    if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
+        return False
+    return any(folder.is_dir() and path.resolve().is_relative_to(folder.resolve()) for folder in read)
+
+
+# What is read.
+
+
+def read_model(path: Path, shapes: Mapping[str, Sequence[int]] | None = None) -> Model:
+    """Load a model; a shape for an input that it has not is an error."""
+    model = load(path)
+    known = {info.name for info in model.graph.input}
+    for name in shapes or {}:
+        if name not in known:
+            raise DataError(f"--input-shape names {name!r}, but the inputs are {', '.join(sorted(known))}")
+    return model
+
+
+def source_of(data: str | None, model: Model, request: OnSamples) -> Source | None:
+    """Where samples for a model come from, if data is named."""
+    shapes = getattr(request, "input_shapes", None)
+    return None if data is None else sources.source_of(data, model, shapes, request.images)
+
+
+def evaluated(request: Evaluating, models: Mapping[str, Model], teacher: Model) -> dict[str, float]:
+    """What the models score on the data for that, by name; nothing where there is no such data."""
+    source = source_of(request.eval, teacher, request)
+    return {} if source is None else scored(request, source, models, teacher)
+
+
+def scored(request: Evaluating, source: Source, models: Mapping[str, Model], teacher: Model) -> dict[str, float]:
+    """What the models score on some data, by name."""
+    reference = teacher.complete_proto() if request.metric in OF_TWO_MODELS else None
+    return {
+        name: evaluate(model.complete_proto(), source, request.metric, reference=reference)
+        for name, model in models.items()
+    }
+
+
+def objections(profile: str | None, model: Model) -> list[str]:
+    """What a target objects to in a model; nothing where none is named."""
+    if profile is None:
+        return []
+    found = load_profile(profile)
+    return [f"{found.name} objects: {sentence}" for sentence in problems(model, found)]
+
+
+# What is written.
+
+
+def write_both(request: Saving, model: Model, plan: Plan, plan_path: Path) -> None:
+    """Write the model and its plan; if one cannot be written, neither is, and what was there stays."""
+    with locked_folder(request.output.parent), commit_together():
+        plan.save(plan_path, overwrite=request.force)
+        model.save(request.output, overwrite=request.force, weights=request.weights)
+
+
+def write_json(request: Request, content: Mapping[str, Any]) -> None:
+    """Write the result as JSON, if it goes to a file."""
+    if request.json not in (None, "", STDOUT):
+        write_atomically(Path(str(request.json)), json_text(content).encode())
+
+
+def json_text(content: Mapping[str, Any]) -> str:
+    """The result as JSON."""
+    return json.dumps(content, indent=1) + "\n"

@@ -1,0 +1,234 @@
+"""Sweep: several targets in one run, so that one can be picked by what it costs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from dataclasses import dataclass, fields, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from cpd_onnx.channels.combing import comb
+from cpd_onnx.data.metrics import lower_is_better
+from cpd_onnx.data.sources import Source, imported
+from cpd_onnx.errors import CpdError, TargetError
+from cpd_onnx.io.files import commit_together, locked_folder
+from cpd_onnx.ir.model import Model
+from cpd_onnx.passes.allocate import target_options
+from cpd_onnx.report import figures as plots
+from cpd_onnx.report import manifest
+from cpd_onnx.report import tables as report
+from cpd_onnx.rewrite.plan import make_plan
+from cpd_onnx.runtime.bench import Bench
+from cpd_onnx.scores.registry import score, scorer_of
+from cpd_onnx.workflow import compress as compression
+from cpd_onnx.workflow import recipe
+from cpd_onnx.workflow.compress_files import can_draw, compress, page_kinds, timed, write_page
+from cpd_onnx.workflow.places import read_model, require_apart, require_outputs, source_of, write_json
+from cpd_onnx.workflow.requests import Compress, Observer, Sweep, ignore
+
+_SECONDS = 2.0
+"""For which each model is timed, in turns with the others."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model of a sweep.
+
+    Attributes:
+        name: the target that it was made for.
+        file: its file.
+        quality: what it scores, None where nobody knows.
+        before: what it scored before any training.
+        macs, params, bytes: shares of the original's that are left.
+        ms, ratio: its median latency, and that of the original's.
+        picked: whether it is the fastest that is good enough.
+    """
+
+    name: str
+    file: Path
+    quality: float | None
+    before: float | None
+    macs: float
+    params: float
+    bytes: int
+    ms: float = 0.0
+    ratio: float = 0.0
+    picked: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """As an entry of the report."""
+        return {
+            "name": self.name, "file": self.file.name, "ms": self.ms, "ratio": self.ratio, "accuracy": self.quality,
+            "untrained": self.before, "macs": self.macs, "params": self.params, "bytes": self.bytes,
+            "picked": self.picked,
+        }  # fmt: skip  # a table
+
+
+def sweep(request: Sweep, observer: Observer = ignore) -> dict[str, Any]:
+    """Choose channels for each target by the same scores, make the models side by side, and time them in turns.
+
+    Each model appears with its plan, recipe and manifest once it is made; the report of all at the end.
+    """
+    folder, targets = request.output, _targets(request.targets)
+    files = {name: folder / f"{name}.onnx" for name in targets}
+    pages = pages_of(request)
+    (folder / "plans").mkdir(parents=True, exist_ok=True)
+    beside = [*(folder / "plans" / f"{name}.json" for name in targets), folder / "sweep.recipe.toml"]
+    written = require_outputs(request, *files.values(), *pages, *beside)
+    executor = _executor(request)
+    model = read_model(request.model, request.input_shapes)
+    require_apart(written, model)
+    source = source_of(request.data, model, request)
+    observer("comb and score", 0, len(targets) + 1)
+    jobs = _jobs(request, files, _planned(request, model, source, targets))
+    made: list[dict[str, Any]] = []
+    with executor:
+        observer(f"{len(targets)} models", 1, len(targets) + 1)
+        for content in executor.map(_one, jobs):
+            made.append(content)
+            observer(f"{len(targets)} models", len(made) + 1, len(targets) + 1)
+    found = timed(request, source, model, files.values(), _SECONDS * (1 + len(files)))
+    content = _content(request, _points(request, files, made, found), made, found)
+    with locked_folder(folder), commit_together():
+        for path in pages:
+            if path.suffix == ".svg":
+                _draw(content, path, overwrite=request.force)
+            else:
+                write_page(path, content)
+        write_json(request, content)
+    return content
+
+
+def pages_of(request: Sweep) -> list[Path]:
+    """The forms that the report is written in."""
+    return [request.output / f"sweep.{kind}" for kind in (*page_kinds(), *(["svg"] if can_draw() else []))]
+
+
+def _targets(said: Sequence[tuple[str, float]]) -> dict[str, tuple[str, float]]:
+    """By the name of their file; the largest first."""
+    found = {f"{kind}={fraction:g}": (kind, fraction) for kind, fraction in said}
+    if len({kind for kind, _ in found.values()}) > 1:
+        raise TargetError("the targets of a sweep are all of one kind: --targets latency=0.7,0.5,0.3")
+    return dict(sorted(found.items(), key=lambda pair: -pair[1][1]))
+
+
+def _planned(
+    request: Sweep, model: Model, source: Source | None, targets: Mapping[str, tuple[str, float]]
+) -> dict[str, Path]:
+    """A plan for each target, in files: combed, scored and, for latency, measured once."""
+    combed = comb(model, request.input_shapes)
+    first = target_options(*next(iter(targets.values())))
+    step = compression.step_of(request, first, None, has_data=source is not None)
+    kind = step.score
+    scores = score(combed, kind, samples=request.samples, data=source, labels=request.score_labels, seed=request.seed)
+    chooser = step.chooser(combed)
+    place = request.output / "plans"
+    made = {}
+    for name, (_, fraction) in targets.items():
+        chosen = chooser(combed, scores, fraction, is_loss=scorer_of(kind).is_loss)
+        words: dict[str, Any] = replace(step.budget, fraction=fraction).as_words()
+        words |= {"latency": dict(chosen.latency)} if chosen.latency else {}
+        words |= {"score": kind, "seed": request.seed}
+        costs = {"before": chosen.before, "after": chosen.after}
+        made[name] = place / f"{name}.json"
+        plan = make_plan(combed, chosen.removed, budget=words, **costs)
+        plan.save(made[name], overwrite=request.force)
+    return made
+
+
+def _jobs(request: Sweep, files: Mapping[str, Path], plans: Mapping[str, Path]) -> list[Compress]:
+    """What is asked for each model, in order; the options of all are put on record as well."""
+    recipe.write(request.output / "sweep.recipe.toml", request, overwrite=request.force, owner=Compress)
+    shared = {entry.name: getattr(request, entry.name) for entry in fields(Compress) if hasattr(request, entry.name)}
+    if _most_jobs(request) > 1 and not request.threads:
+        shared["threads"] = 1  # or they stand in each other's way
+    shared |= {"report": False, "json": None, "recipe": None}
+    return [
+        Compress(**shared | {"target": target, "output": files[name], "like": plans[name]})
+        for name, target in _targets(request.targets).items()
+    ]
+
+
+def _most_jobs(request: Sweep) -> int:
+    return request.jobs or min(os.cpu_count() or 1, len(request.targets))
+
+
+def _executor(request: Sweep) -> Executor:
+    if request.executor is None:
+        return ProcessPoolExecutor(_most_jobs(request), get_context("spawn"))
+    made = imported(request.executor, "that gives a concurrent.futures.Executor")()
+    if not isinstance(made, Executor):
+        raise CpdError(
+            f"--executor {request.executor} gives a {type(made).__name__}, not a concurrent.futures.Executor"
+        )
+    return made
+
+
+def _one(request: Compress) -> dict[str, Any]:
+    """Make one model, in a process of its own, or on a machine that sees the same folders."""
+    content = compress(request)
+    assert content is not None
+    return content
+
+
+def _points(request: Sweep, files: Mapping[str, Path], made: Sequence[Mapping[str, Any]], found: Bench) -> list[Point]:
+    points = []
+    for (name, file), content, timing in zip(files.items(), made, found.timings[1:], strict=True):
+        values = list((content["accuracy"] or {"values": {}})["values"].values())
+        macs, params = (content["after"][kind] / content["before"][kind] for kind in ("macs", "params"))
+        quality, before = values[-1] if values else None, values[1] if len(values) > 2 else None
+        costs = {"macs": macs, "params": params, "bytes": content["bytes"]["after"]}
+        points.append(Point(name, file, quality, before, **costs, ms=timing.p50, ratio=timing.ratio))
+    best = _picked(points, made[0]["accuracy"], request.most_lost)
+    return [replace(point, picked=point is best) for point in points]
+
+
+def _picked(points: Sequence[Point], accuracy: Mapping[str, Any] | None, most_lost: float | None) -> Point | None:
+    """The fastest that loses no more than that of the original's score."""
+    if most_lost is None:
+        return None
+    if accuracy is None:
+        raise CpdError("--most-lost wants to know what a model scores: give --eval, or --data to compare answers on")
+    whole = accuracy["values"]["original"]
+    sign = -1.0 if lower_is_better(accuracy) else 1.0
+    good = [point for point in points if point.quality is not None and sign * (whole - point.quality) <= most_lost]
+    return min(good, key=lambda point: point.ms, default=None)
+
+
+def _content(
+    request: Sweep, points: Sequence[Point], made: Sequence[Mapping[str, Any]], found: Bench
+) -> dict[str, Any]:
+    """The report of all of it."""
+    first = made[0]
+    accuracy = first["accuracy"] or {"metric": None, "on": None, "values": {"original": None}}
+    whole = accuracy["values"]["original"]
+    costs = {"macs": 1.0, "params": 1.0, "bytes": first["bytes"]["before"]}
+    dense = Point("the original", request.model, whole, None, **costs, ms=found.timings[0].p50, ratio=1.0)
+    pairs = zip(points, made, strict=True)
+    return {
+        "format": report.REPORT_FORMAT,
+        "version": report.REPORT_VERSION,
+        "title": request.model.name,
+        "source": first["source"],
+        "sweep": {
+            **{key: accuracy[key] for key in ("metric", "lower_is_better", "on") if key in accuracy},
+            "points": [dense.as_json(), *(point.as_json() for point in points)],
+        },
+        "bench": found.as_json(),
+        "notes": [f"{point.name}: {note}" for point, content in pairs for note in content["notes"]],
+        "advice": compression.advice(data=request.data, has_labels=request.eval is not None),
+        "provenance": manifest.provenance([point.file for point in points], request.seed),
+    }
+
+
+def _draw(content: Mapping[str, Any], path: Path, *, overwrite: bool) -> None:
+    """The score against the latency, where there is a score."""
+    found = content["sweep"]
+    points = [point for point in found["points"] if point["accuracy"] is not None]
+    if points:
+        choices = [plots.Choice(p["name"], p["ms"], p["accuracy"], p["picked"]) for p in points]
+        less = lower_is_better(found)
+        plots.pareto(choices, path, metric=found["metric"], is_less_better=less, overwrite=overwrite)
