@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import NodeProto
 
-from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis
+from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis, fingerprint
 from cpd_onnx.algebra.keep import Kept
 from cpd_onnx.budget.allocation import Allocation, Budget, allocate
 from cpd_onnx.channels.combing import comb
@@ -182,8 +182,8 @@ def _moves(combed: Combed) -> Iterator[tuple[Axis, Axis, Axis]]:
 
 
 def _axes(combed: Combed) -> list[Axis]:
-    found = {id(a): a for w in combed.weights for axes in combed.weight_axes(w) for a in axes}
-    found |= {id(a): a for t in combed.tensors.values() for a in t.axes or []}
+    found = {fingerprint(a): a for w in combed.weights for axes in w.axes for a in axes}
+    found |= {fingerprint(a): a for t in combed.tensors.values() for a in t.axes or []}
     return [axis for axis in found.values() if not combed.atoms.all_frozen(axis)]
 
 
@@ -235,8 +235,8 @@ def _zeroed(combed: Combed, kept: Kept) -> Model:
     """The model with its matrices and kernels zero wherever something is dropped."""
     editor = Editor(combed.folded.model.copy())
     for weight in combed.weights:
-        axes = next(combed.weight_axes(weight), None)
-        if axes is None or weight.is_vector or not weight.is_trained or weight.scope.function:
+        axes = weight.axes[0]
+        if weight.is_vector or not weight.is_trained or weight.scope.function:
             continue
         original = weight_array(combed.folded.model, weight)
         stays = np.ones(original.shape, np.bool_)

@@ -243,7 +243,7 @@ class Distill(DistillOptions):
 def overlap_of(combed: Combed, kept: Kept, hidden: int = 0) -> Overlap:
     """What is common to a model and what remains of it, with so many inner tensors."""
     filters = {
-        weight.value.name: np.flatnonzero(kept.mask(next(combed.weight_axes(weight))[0]))
+        weight.value.name: np.flatnonzero(kept.mask(weight.axes[0][0]))
         for weight in combed.weights
         if weight.is_trained and not weight.scope.address and len(weight.shape) > 2
     }

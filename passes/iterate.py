@@ -305,7 +305,7 @@ def _enlarged(combed: Combed, kept: Kept, small: Model) -> Model:
         name = weight.value.name
         if weight.scope.address or weight.scope.function or not weight.is_trained or not small.has(name):
             continue
-        axes = next(combed.weight_axes(weight))
+        axes = weight.axes[0]
         places = [np.flatnonzero(kept.mask(axis)) for axis in axes]
         new = small.array(name)
         if new.shape == tuple(map(len, places)) and made.has(name):

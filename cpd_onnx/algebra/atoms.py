@@ -24,8 +24,17 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from cpd_onnx.algebra.reasons import Reason
+
 Axis: TypeAlias = npt.NDArray[np.int64]
+"""The atoms of an axis, one per index; once made it is not written into.
+
+A plain array, so that rules cut, join and compare axes with numpy; a class around it would wrap and unwrap at each of
+these steps. What an axis is follows from its atoms alone: a copy is the same axis, and whatever is known of an axis is
+found by its `fingerprint`. An axis of one atom (`is_uniform`) best lies in memory once, as `uniform` makes it.
+"""
 Mask: TypeAlias = npt.NDArray[np.bool_]
+Fingerprint: TypeAlias = tuple[int, bytes]
 
 NOTHING = 0
 """The atom that stands for an empty place in a row of parts; frozen, without a reason worth reporting."""
@@ -55,11 +64,11 @@ class Atoms:
         self._parts: Axis = np.zeros((256, _WIDTH), np.int64)
         self._origin: Axis = np.zeros(1024, np.int64)
         self._origins = 0
-        self._known: dict[int, tuple[Axis, Axis]] | None = None
-        self._reasons: dict[str, int] = {}
+        self._known: dict[Fingerprint, Axis] | None = None
+        self._reasons: dict[Reason, int] = {}
         self._cold: dict[tuple[int, int], Axis] = {}
         self._bytes = 0
-        self._texts: dict[int, str] = {NOTHING: "of size one"}
+        self._texts: dict[int, Reason] = {NOTHING: Reason("structure", "", "of size one")}
         self._allocate(1)
         self._frozen[NOTHING] = True
 
@@ -78,14 +87,14 @@ class Atoms:
             return np.zeros(1, np.int64)
         return self._allocate(count) if self._has_room(count, _ATOM_BYTES) else self._too_long(count)
 
-    def frozen(self, count: int, reason: str) -> Axis:
+    def frozen(self, count: int, reason: Reason) -> Axis:
         """An axis of `count` indices that are never deleted; the same array for the same reason."""
         key = (count, self.reason_atom(reason))
         if key not in self._cold:
-            self._cold[key] = np.broadcast_to(np.int64(key[1]), count)
+            self._cold[key] = uniform(key[1], count)
         return self._cold[key]
 
-    def freeze(self, axis: Axis, reason: str) -> None:
+    def freeze(self, axis: Axis, reason: Reason) -> None:
         """Never delete any index of `axis`, the parts of composites included."""
         table = self.parts(axis)
         table = table[:1] if is_uniform(axis) else table
@@ -93,7 +102,7 @@ class Atoms:
         self._changed()
         self._parent[live] = self.reason_atom(reason)
 
-    def reason_atom(self, reason: str) -> int:
+    def reason_atom(self, reason: Reason) -> int:
         """The frozen atom that carries `reason`."""
         if reason not in self._reasons:
             atom = int(self._allocate(1)[0])
@@ -120,7 +129,7 @@ class Atoms:
             return True
         return bool(self._row[roots].any()) and bool(self.is_frozen(axis).all())
 
-    def reasons(self, axis: Axis) -> list[str]:
+    def reasons(self, axis: Axis) -> list[Reason]:
         """Why the frozen indices of an axis are kept, without repetition."""
         roots = self._root_parts(axis[:1] if is_uniform(axis) else axis)
         frozen = roots[self._frozen[roots] & (roots != NOTHING)]
@@ -149,10 +158,10 @@ class Atoms:
         """
         if self._known is None:
             return self._parts_now(axis)
-        known = self._known.get(id(axis))
-        if known is None:
-            known = self._known[id(axis)] = (axis, self._parts_now(axis))
-        return known[1]
+        key = fingerprint(axis)
+        if key not in self._known:
+            self._known[key] = self._parts_now(axis)
+        return self._known[key]
 
     def settle(self) -> None:
         """From now on little changes: look each axis up once, until something does change."""
@@ -195,7 +204,7 @@ class Atoms:
         if not count:
             return np.zeros(0, np.int64)
         if all(is_uniform(axis) and self.all_frozen(axis) for axis in axes):
-            return np.broadcast_to(axes[0][0], count)
+            return uniform(axes[0][0], count)
         if not self._has_room(count, _COMPOSITE_BYTES):
             return self._too_long(count, *axes)
         merged = np.asarray(axes[0], np.int64)
@@ -211,21 +220,21 @@ class Atoms:
     def stretched(self, axis: Axis, count: int) -> Axis:
         """The atoms of an axis over and over until there are `count`."""
         if is_uniform(axis):
-            return np.broadcast_to(axis[0], count)
+            return uniform(axis[0], count)
         return np.resize(axis, count) if self._has_room(count, _INDEX_BYTES) else self._too_long(count, axis)
 
     def repeated(self, axis: Axis, times: int) -> Axis:
         """Each atom of an axis several times in a row."""
         count = len(axis) * times
         if is_uniform(axis):
-            return np.broadcast_to(axis[0], count)
+            return uniform(axis[0], count)
         return np.repeat(axis, times) if self._has_room(count, _INDEX_BYTES) else self._too_long(count, axis)
 
     def unite(self, left: Axis, right: Axis) -> None:
         """Give the two axes, index by index, the same fate."""
         if left.shape != right.shape:
             raise ValueError(f"axes of {left.shape} and {right.shape} indices cannot be united")
-        if left is right or not len(left):
+        if not len(left):
             return
         if is_uniform(left) and is_uniform(right):
             left, right = left[:1], right[:1]
@@ -265,7 +274,8 @@ class Atoms:
 
     def _too_long(self, count: int, *axes: Axis) -> Axis:
         """Freeze axes and give what they would become: one frozen axis of `count` indices."""
-        reason = f"leads to an axis of {count:,} indices, which are too many to follow one by one"
+        text = f"leads to an axis of {count:,} indices, which are too many to follow one by one"
+        reason = Reason("structure", "", text)
         for axis in axes:
             if not self.all_frozen(axis):
                 self.freeze(axis, reason)
@@ -405,9 +415,24 @@ class Atoms:
         return chosen
 
 
+def uniform(atom: int | np.int64, count: int) -> Axis:
+    """An axis of `count` indices that have one atom, as frozen ones do; it takes the memory of one index."""
+    return np.broadcast_to(np.int64(atom), count)
+
+
 def is_uniform(axis: Axis) -> bool:
-    """Whether an axis of several indices is laid out as one atom, as frozen ones are."""
-    return axis.strides == (0,) and len(axis) > 1
+    """Whether an axis has several indices and all of them have one atom."""
+    if axis.ndim != 1 or len(axis) < 2:
+        return False
+    if axis.strides == (0,):  # as `uniform` makes them: nothing to compare
+        return True
+    return bool(axis.item(0) == axis.item(-1)) and bool((axis == axis[0]).all())
+
+
+def fingerprint(axis: Axis) -> Fingerprint:
+    """What stands for an axis in a dictionary: equal for axes of equal atoms, whichever array holds them."""
+    atoms = axis[:1] if is_uniform(axis) else axis
+    return len(axis), atoms.tobytes()
 
 
 def _same(left: Axis, right: Axis) -> bool:

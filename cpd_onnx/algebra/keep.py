@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from cpd_onnx.algebra.atoms import Atoms, Axis, Mask, is_uniform
+from cpd_onnx.algebra.atoms import Atoms, Axis, Fingerprint, Mask, fingerprint, is_uniform
 
 
 class Kept:
     """Keep-masks of axes, given the primitive atoms that go.
 
-    Axes that are one array are looked up once. Do not write into the masks.
+    Each axis is looked up once. Do not write into the masks.
     """
 
     def __init__(self, atoms: Atoms, gone: Axis | None = None) -> None:
@@ -19,7 +19,7 @@ class Kept:
         self._gone: Mask = np.zeros(len(atoms), np.bool_)
         if gone is not None:
             self._gone[gone] = True
-        self._masks: dict[int, tuple[Axis, Mask]] = {}
+        self._masks: dict[Fingerprint, Mask] = {}
 
     def stays(self, parts: Axis) -> Mask:
         """True where an index stays that is deleted by the primitives in its row of `parts`."""
@@ -29,12 +29,12 @@ class Kept:
 
     def mask(self, axis: Axis) -> Mask:
         """True where the index stays."""
-        known = self._masks.get(id(axis))
-        if known is None:
+        key = fingerprint(axis)
+        if key not in self._masks:
             parts = self._atoms.parts(axis)
             mask = self.stays(parts[:1] if is_uniform(axis) else parts)
-            known = self._masks[id(axis)] = (axis, np.broadcast_to(mask, len(axis)))
-        return known[1]
+            self._masks[key] = np.broadcast_to(mask, len(axis))
+        return self._masks[key]
 
     def count(self, axis: Axis) -> int:
         """Number of indices that stay."""

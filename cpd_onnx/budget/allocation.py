@@ -519,7 +519,7 @@ def _outer_groups(combed: Combed) -> dict[int, list[tuple[int, ...]]]:
     owner, _ = combed.owners
     found: dict[int, set[tuple[int, ...]]] = {group.id: set() for group in combed.groups}
     for weight in combed.weights:
-        for axes in combed.weight_axes(weight):
+        for axes in weight.axes:
             for axis in axes:
                 parts = combed.atoms.parts(axis)
                 if parts.shape[1] > 1:

@@ -39,7 +39,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 from scipy.optimize import nnls
 
-from cpd_onnx.algebra.atoms import Axis
+from cpd_onnx.algebra.atoms import Axis, Fingerprint, fingerprint
 from cpd_onnx.algebra.keep import Kept
 from cpd_onnx.budget.widths import is_width
 from cpd_onnx.channels.costs import Floats, Term
@@ -514,21 +514,22 @@ def _terms_of(
     combed: Combed, products: Sequence[tuple[float, Sequence[Axis]]]
 ) -> list[tuple[float, tuple[_Axis, ...]]]:
     """A sum of products of axes, those that channels can go from by name, alike ones as one."""
-    names = {id(axis): name for name, axis in _variable_axes(combed)}
+    names = {fingerprint(axis): name for name, axis in _variable_axes(combed)}
     terms: dict[tuple[_Axis, ...], float] = defaultdict(float)
     for factor, axes in products:
-        fixed = math.prod(len(axis) for axis in axes if id(axis) not in names)
-        terms[tuple(names[id(axis)] for axis in axes if id(axis) in names)] += factor * fixed
+        found = [(len(axis), names.get(fingerprint(axis))) for axis in axes]
+        fixed = math.prod(size for size, name in found if name is None)
+        terms[tuple(name for _, name in found if name is not None)] += factor * fixed
     return [(factor, axes) for axes, factor in terms.items() if factor]
 
 
 def _variable_axes(combed: Combed) -> Iterator[tuple[_Axis, npt.NDArray[np.int64]]]:
-    """All axes of tensors that channels can go from, each array once."""
-    seen: set[int] = set()
+    """All axes of tensors that channels can go from, each once."""
+    seen: set[Fingerprint] = set()
     for (path, name), tensor in combed.tensors.items():
         for number, axis in enumerate(tensor.axes or []):
-            if id(axis) not in seen and not combed.atoms.all_frozen(axis):
-                seen.add(id(axis))
+            if fingerprint(axis) not in seen and not combed.atoms.all_frozen(axis):
+                seen.add(fingerprint(axis))
                 yield (path, name, number), axis
 
 

@@ -127,7 +127,7 @@ def held_groups(combed: Combed, patterns: Sequence[str], option: str = "--keep")
         for pattern in patterns:
             if any(fnmatch.fnmatchcase(name, pattern) for name in names):
                 used.add(pattern)
-                for axes in combed.weight_axes(weight):
+                for axes in weight.axes:
                     held.update(i for axis in axes for i in owner[combed.atoms.parts(axis)].ravel().tolist())
     unused = [p for p in patterns if p not in used and not any(_matches(g.name, [p]) for g in combed.groups)]
     if unused:

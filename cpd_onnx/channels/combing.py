@@ -8,18 +8,25 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto, TensorProto
 
-from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis, Mask
+from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis, Mask, fingerprint
 from cpd_onnx.algebra.keep import Kept
-from cpd_onnx.channels.constraints import hold_what_cannot_be_edited
-from cpd_onnx.channels.groups import Combed, Weight, WeightUse, grouped
+from cpd_onnx.algebra.reasons import Reason
+from cpd_onnx.channels.constraints import (
+    hold_last_channels,
+    hold_positions,
+    hold_ungrouped,
+    hold_what_cannot_be_edited,
+)
+from cpd_onnx.channels.groups import Combed, Swept, Weight, WeightUse, grouped, is_vector
 from cpd_onnx.ir.model import ModelSource, attributes_of, bodies_of, load, translate_errors
 from cpd_onnx.ops.evaluate import Call
 from cpd_onnx.ops.traits import traits_of
-from cpd_onnx.rules import FLOATS, POSITION_USERS, RULES, GiveUp, Op, Recorder, Tensor
+from cpd_onnx.rules import FLOATS, RULES, GiveUp, Op, Recorder, Tensor
 from cpd_onnx.shapes.inference import fold, fold_again
 from cpd_onnx.shapes.order import all_inputs
 from cpd_onnx.shapes.values import Folded, Scope, Use, Value, taken_branch
 
+_UNFOLLOWED = "uses this in a subgraph that is not followed"
 _UNPRUNABLE_TYPES = {TensorProto.BOOL, TensorProto.STRING, TensorProto.UNDEFINED}
 
 
@@ -30,7 +37,17 @@ def comb(source: ModelSource | Folded, input_shapes: Mapping[str, Sequence[int]]
     """
     model = source.model if isinstance(source, Folded) else load(source)
     with translate_errors(model):
-        return _Comber(source if isinstance(source, Folded) else fold(model, input_shapes)).run()
+        sweep = _Sweep(source if isinstance(source, Folded) else fold(model, input_shapes))
+        swept = sweep.run()
+        hold_positions(swept)
+        hold_what_cannot_be_edited(swept)
+        hold_last_channels(swept)
+        groups = grouped(swept)
+        hold_ungrouped(swept, groups)
+        return Combed(
+            swept.folded, swept.atoms, swept.recorder, swept.tensors, swept.weights,
+            groups, sweep.without_rule, sweep.unaccounted,
+        )  # fmt: skip  # what it holds
 
 
 def at_sizes(combed: Combed, kept: Kept, numbers: Mapping[str, int]) -> tuple[Combed, Kept] | None:
@@ -57,40 +74,46 @@ def at_sizes(combed: Combed, kept: Kept, numbers: Mapping[str, int]) -> tuple[Co
     return (here, found) if all(np.array_equal(found.mask(axis), mask) for axis, mask in wanted) else None
 
 
-class _Comber:
-    """One sweep over a folded model."""
+def _about(node: NodeProto, text: str) -> Reason:
+    """A reason that a node of a body, or with bodies, gives."""
+    return Reason("operator", f"{node.op_type} {node.name!r}", text)
+
+
+def _flow(text: str) -> Reason:
+    """A reason that lies in how If, Loop, Scan and functions are put together."""
+    return Reason("structure", "", text)
+
+
+class _Sweep:
+    """One sweep over a folded model, node by node; it collects what `Swept` holds."""
 
     def __init__(self, folded: Folded) -> None:
         self.folded = folded
         self.atoms = Atoms()
         self.recorder = Recorder()
         self.tensors: dict[tuple[str, str], Tensor] = {}
-        self.weights: dict[int, Weight] = {}
-        self.shared: dict[int, list[Axis]] = {}
+        self.uses: dict[Value, list[WeightUse]] = {}
+        self.shared: dict[Value, list[Axis]] = {}
         self.without_rule: dict[str, str] = {}
         self.unaccounted: list[str] = []
-        self.held: set[int] = set()
+        self.held: set[Value] = set()
 
-    def run(self) -> Combed:
+    def run(self) -> Swept:
         scope = self.folded.scope
         for value in scope.values.values():
             if value.name in scope.inputs and value.weight is None:
-                self.put(scope, value.name, Tensor(value, self.cold(value, f"graph input {value.name!r}")))
+                reason = Reason("interface", "", f"graph input {value.name!r}")
+                self.put(scope, value.name, Tensor(value, self.cold(value, reason)))
         self.sweep(scope)
         self.atoms.settle()
         for name in scope.outputs:
-            self.freeze(self.get(scope, name), f"graph output {name!r}")
+            self.freeze(self.get(scope, name), Reason("interface", "", f"graph output {name!r}"))
             self.freeze_reported_sizes(scope, name)
-        for weight in self.weights.values():
-            weight.is_held = id(weight.value) in self.held
-        found = Combed(self.folded, self.atoms, self.recorder, self.tensors, list(self.weights.values()))
-        found.without_rule, found.unaccounted = self.without_rule, self.unaccounted
-        self.hold_positions()
-        hold_what_cannot_be_edited(found)
-        self.hold_last_channels(found)
-        found.groups = grouped(found)
-        self.hold_ungrouped(found)
-        return found
+        weights = tuple(
+            Weight(value, self.owner(uses[0].use.scope, value.name), tuple(uses), value in self.held)
+            for value, uses in self.uses.items()
+        )
+        return Swept(self.folded, self.atoms, self.recorder, self.tensors, weights)
 
     def sweep(self, scope: Scope) -> None:
         for position, node in enumerate(scope.nodes):
@@ -101,7 +124,7 @@ class _Comber:
             self.node(scope, position, inputs, outputs)
             for tensor in outputs:
                 if tensor.axes is None:
-                    tensor.axes = self.cold(tensor.value, f"{node.op_type} {node.name!r} makes this axis")
+                    tensor.axes = self.cold(tensor.value, _about(node, "makes this axis"))
                 if tensor.value.name:
                     self.put(scope, tensor.value.name, tensor)
 
@@ -115,11 +138,11 @@ class _Comber:
         where = f"{domain}::{node.op_type}" if domain else node.op_type
         if bodies_of(node):
             for name in sorted(all_inputs(node) - set(node.input)):
-                self.hold(scope, name, f"operator {where} uses this in a subgraph that is not followed")
+                self.hold(scope, name, Reason("operator", f"operator {where}", _UNFOLLOWED))
         rule = RULES.get((domain, node.op_type))
         if rule is None:
             self.without_rule.setdefault(where, node.name or node.output[0])
-            self.give_up(inputs, outputs, f"operator {where} has no rule")
+            self.give_up(inputs, outputs, Reason("no rule", f"operator {where}", "has no rule"))
             return
         if not traits_of(node).fills_sizes and self.is_arithmetic(inputs, outputs):
             return
@@ -129,9 +152,10 @@ class _Comber:
         try:
             rule(op)
         except GiveUp as given:
-            reason = str(given)
+            reason = Reason("operator", "", str(given))
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            reason = f"{op.name} has inputs or attributes that make no sense to its rule ({error})"
+            text = f"has inputs or attributes that make no sense to its rule ({error})"
+            reason = Reason("operator", op.name, text)
             self.unaccounted.append(reason)
         else:
             self.account(op)
@@ -150,33 +174,37 @@ class _Comber:
 
     def account(self, op: Op) -> None:
         """Every axis of every input must have been carried, united, consumed or frozen."""
-        carried = {id(axis): axis for axis in op.touched}
-        carried |= {id(axis): axis for t in op.outputs for axis in t.axes or []}
-        settled: set[int] | None = None
-        for slot, tensor in enumerate(op.inputs):
-            for number, axis in enumerate((tensor and tensor.axes) or []):
-                if id(axis) in carried or self.atoms.all_frozen(axis):
-                    continue
-                if settled is None:
-                    settled = {NOTHING}.union(*(self.atoms.parts(a).ravel().tolist() for a in carried.values()))
-                if not settled.issuperset(self.atoms.parts(axis).ravel().tolist()):
-                    reason = f"the rule of {op.name} does not account for axis {number} of input {slot}"
-                    self.unaccounted.append(reason)
-                    for other in (*op.inputs, *op.outputs):  # what else it says cannot be relied on
-                        self.freeze(other, reason)
+        carried = [*op.touched, *(axis for tensor in op.outputs for axis in tensor.axes or [])]
+        live = [
+            (slot, number, axis)
+            for slot, tensor in enumerate(op.inputs)
+            for number, axis in enumerate((tensor and tensor.axes) or [])
+            if not self.atoms.all_frozen(axis)
+        ]
+        whole = set(map(fingerprint, carried)) if live else set()
+        lost = [entry for entry in live if fingerprint(entry[-1]) not in whole]
+        settled = {NOTHING}.union(*(self.atoms.parts(a).ravel().tolist() for a in carried)) if lost else set()
+        for slot, number, axis in lost:
+            if not settled.issuperset(self.atoms.parts(axis).ravel().tolist()):
+                text = f"the rule of {op.name} does not account for axis {number} of input {slot}"
+                reason = Reason("operator", "", text)
+                self.unaccounted.append(reason)
+                for other in (*op.inputs, *op.outputs):  # what else it says cannot be relied on
+                    self.freeze(other, reason)
+                return
 
-    def give_up(self, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor], reason: str) -> None:
+    def give_up(self, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor], reason: Reason) -> None:
         for tensor in (*inputs, *outputs):
             self.freeze(tensor, reason)
         for tensor in outputs:
             tensor.axes = self.cold(tensor.value, reason)
 
-    def freeze(self, tensor: Tensor | None, reason: str) -> None:
+    def freeze(self, tensor: Tensor | None, reason: Reason) -> None:
         for axis in (tensor.axes if tensor is not None else None) or []:
             if not self.atoms.all_frozen(axis):
                 self.atoms.freeze(axis, reason)
 
-    def cold(self, value: Value, reason: str) -> list[Axis] | None:
+    def cold(self, value: Value, reason: Reason) -> list[Axis] | None:
         """Frozen axes for a tensor; None if its shape is unknown."""
         return None if value.shape is None else [self.atoms.frozen(size, reason) for size in value.shape]
 
@@ -202,13 +230,10 @@ class _Comber:
         tensor = self.get(scope, name)
         if tensor is None or tensor.value.weight is None or (scope.path, name) in self.tensors:
             return tensor
-        weight = self.weights.get(id(tensor.value))
-        if weight is None:
-            weight = self.weights[id(tensor.value)] = Weight(tensor.value, self.owner(scope, name))
-        if weight.is_vector and not scope.function:
+        if is_vector(tensor.value) and not scope.function:
             tensor = Tensor(tensor.value, self.fresh_axes(tensor.value))
         assert tensor.axes is not None
-        weight.uses.append(WeightUse(Use(scope, position, slot), tensor.axes))
+        self.uses.setdefault(tensor.value, []).append(WeightUse(Use(scope, position, slot), tensor.axes))
         return tensor
 
     @staticmethod
@@ -222,14 +247,15 @@ class _Comber:
 
     def weight_axes(self, value: Value) -> list[Axis]:
         """The atoms that all uses of a matrix share."""
-        if id(value) not in self.shared:
-            self.shared[id(value)] = self.fresh_axes(value)
-        return self.shared[id(value)]
+        if value not in self.shared:
+            self.shared[value] = self.fresh_axes(value)
+        return self.shared[value]
 
     def fresh_axes(self, value: Value) -> list[Axis]:
         shape = value.shape or ()
         if value.dtype in _UNPRUNABLE_TYPES:
-            return [self.atoms.frozen(size, f"{value.name!r} has a type that cannot be sliced") for size in shape]
+            reason = Reason("structure", "", f"{value.name!r} has a type that cannot be sliced")
+            return [self.atoms.frozen(size, reason) for size in shape]
         return [self.atoms.fresh(size) for size in shape]
 
     def enter(self, scope: Scope, position: int, inputs: list[Tensor | None], outputs: list[Tensor]) -> None:
@@ -238,24 +264,24 @@ class _Comber:
         if node.op_type == "If" and node.domain in ("", "ai.onnx"):
             self.branches(bodies, inputs, outputs)
         elif node.op_type == "Scan" and scope.opset < 9 and node.domain in ("", "ai.onnx"):
-            self.give_up(inputs, outputs, "Scan had other inputs before opset 9")
-            self.freeze_captured(bodies["body"], "is used in a Scan of before opset 9")
+            self.give_up(inputs, outputs, _flow("Scan had other inputs before opset 9"))
+            self.freeze_captured(bodies["body"], _flow("is used in a Scan of before opset 9"))
         elif traits_of(node).iterates:
             self.rounds(node, bodies["body"], inputs, outputs)
         else:
             self.call(bodies["body"], inputs, outputs)
 
-    def freeze_captured(self, body: Scope, reason: str) -> None:
+    def freeze_captured(self, body: Scope, reason: Reason) -> None:
         """Freeze all that a body which is not followed takes from outside."""
         for name in body.consumers:
             self.hold(body, name, reason)
 
-    def hold(self, scope: Scope, name: str, reason: str) -> None:
+    def hold(self, scope: Scope, name: str, reason: Reason) -> None:
         """Leave a tensor as it is for somebody who is not followed; a vector's other users may take another version."""
         tensor = self.get(scope, name)
         self.freeze(tensor, reason)
         if tensor is not None and tensor.value.weight is not None:
-            self.held.add(id(tensor.value))
+            self.held.add(tensor.value)
 
     def call(self, body: Scope, inputs: list[Tensor | None], outputs: list[Tensor]) -> None:
         for name, tensor in zip(body.inputs, inputs, strict=False):
@@ -267,9 +293,8 @@ class _Comber:
                 and (body.path, value.name) not in self.tensors
                 and value.name not in body.inputs
             ):
-                self.put(
-                    body, value.name, Tensor(value, self.cold(value, "lies in a function that several nodes may call"))
-                )
+                reason = _flow("lies in a function that several nodes may call")
+                self.put(body, value.name, Tensor(value, self.cold(value, reason)))
         self.sweep(body)
         for tensor, name in zip(outputs, body.outputs, strict=False):
             inner = self.result(body, name)
@@ -288,10 +313,11 @@ class _Comber:
             if key in runs or None not in shapes[key]:
                 self.sweep(body)
             elif any(v is not None and v.weight is not None and v.shape for v in map(body.lookup, body.consumers)):
-                self.freeze_captured(body, "meets a weight in a branch of an If that never runs and has no shapes")
+                reason = _flow("meets a weight in a branch of an If that never runs and has no shapes")
+                self.freeze_captured(body, reason)
         for index, tensor in enumerate(outputs):
             results = [self.result(body, body.outputs[index]) for body in runs.values()]
-            self.same(tensor, results, "takes different shapes in the branches of an If")
+            self.same(tensor, results, _flow("takes different shapes in the branches of an If"))
             for other in (self.result(body, body.outputs[index]) for body in rest.values()):
                 self.alike(tensor, other)
 
@@ -307,10 +333,10 @@ class _Comber:
         """An output of a body; a weight handed out as it is takes no slot where it could be edited."""
         tensor = self.get(body, name)
         if tensor is not None and tensor.value.weight is not None and (body.path, name) not in self.tensors:
-            self.freeze(tensor, "is handed out of a subgraph as it is")
+            self.freeze(tensor, _flow("is handed out of a subgraph as it is"))
         return tensor
 
-    def same(self, tensor: Tensor, results: Sequence[Tensor | None], reason: str) -> None:
+    def same(self, tensor: Tensor, results: Sequence[Tensor | None], reason: Reason) -> None:
         """Give `tensor` the atoms of `results`, which become one."""
         axes = [r.axes for r in results if r is not None]
         if len(axes) < len(results) or not self.agree(tensor.value, axes):
@@ -340,8 +366,8 @@ class _Comber:
                     attributes, outer, index - first_in - states, is_scanned=index - first_in >= states
                 )
             if inner.axes is None or tuple(map(len, inner.axes)) != inner.value.shape:
-                self.freeze(outer, f"{node.op_type} {node.name!r} changes its shape from round to round")
-                inner.axes = self.cold(inner.value, f"{node.op_type} {node.name!r} makes this axis")
+                self.freeze(outer, _about(node, "changes its shape from round to round"))
+                inner.axes = self.cold(inner.value, _about(node, "makes this axis"))
             self.put(body, name, inner)
         self.sweep(body)
         skip = 1 if is_loop else 0
@@ -349,7 +375,7 @@ class _Comber:
             result = self.result(body, body.outputs[index + skip])
             if index < states:
                 carried = self.tensors[(body.path, body.inputs[first_in + index])]
-                self.same(tensor, [carried, inputs[first_in + index], result], "changes its shape in a loop")
+                self.same(tensor, [carried, inputs[first_in + index], result], _flow("changes its shape in a loop"))
             else:
                 self.stack(attributes, tensor, result, index - states)
 
@@ -360,84 +386,32 @@ class _Comber:
         where = (attributes.get("scan_input_axes") or [0] * (scan + 1))[scan]
         gone = axes.pop(where)
         if not self.atoms.all_frozen(gone):
-            self.atoms.freeze(gone, "is scanned one by one")
+            self.atoms.freeze(gone, _flow("is scanned one by one"))
         return axes
 
     def stack(self, attributes: dict[str, Any], tensor: Tensor, result: Tensor | None, scan: int) -> None:
         if tensor.value.shape is None or result is None or result.axes is None:
-            self.freeze(result, "is stacked by a loop to an unknown shape")
+            self.freeze(result, _flow("is stacked by a loop to an unknown shape"))
             return
         where = (attributes.get("scan_output_axes") or [0] * (scan + 1))[scan] % len(tensor.value.shape)
         axes = list(result.axes)
-        axes.insert(where, self.atoms.frozen(tensor.value.shape[where], "is stacked by a loop"))
+        axes.insert(where, self.atoms.frozen(tensor.value.shape[where], _flow("is stacked by a loop")))
         if tuple(map(len, axes)) == tensor.value.shape:
             tensor.axes = axes
         else:
-            self.freeze(result, "is stacked by a loop to an unknown shape")
+            self.freeze(result, _flow("is stacked by a loop to an unknown shape"))
 
     def freeze_reported_sizes(self, scope: Scope, output: str) -> None:
         """Sizes that a graph output reports stay as they are."""
         makers = {name: node for node in scope.nodes for name in node.output} if scope.values[output].from_shape else {}
+        reason = Reason("interface", "", f"graph output {output!r} gives this size")
         waiting, seen = [output], {output}
         while waiting:
             node = makers.get(waiting.pop())
             if node is None:
                 continue
             if traits_of(node).reads_sizes:
-                self.freeze(self.get(scope, node.input[0]), f"graph output {output!r} gives this size")
+                self.freeze(self.get(scope, node.input[0]), reason)
                 continue
             waiting += [name for name in node.input if name not in seen]
             seen.update(node.input)
-
-    def hold_positions(self) -> None:
-        """Freeze axes that somebody counts along, unless who uses the positions counts along the same axes."""
-        for scope, name, axis, within in self.recorder.positions:
-            if not self.atoms.all_frozen(axis) and not self.stays_a_position(scope, name, within):
-                self.atoms.freeze(axis, f"is counted along by {name!r}")
-
-    def stays_a_position(self, scope: Scope, name: str, within: Value | None) -> bool:
-        waiting, seen = [name], {name}
-        while waiting:
-            taken = waiting.pop()
-            if taken in scope.outputs:
-                return False
-            for use in scope.consumers.get(taken, []):
-                node = use.scope.nodes[use.node]
-                counts_alike = POSITION_USERS.get((node.op_type, use.slot))
-                if counts_alike is not None and counts_alike(within, use.scope.lookup(node.output[0])):
-                    continue
-                if not traits_of(node).carries_positions or use.scope is not scope:
-                    return False
-                waiting += [made for made in node.output if made not in seen]
-                seen.update(node.output)
-        return True
-
-    def hold_ungrouped(self, found: Combed) -> None:
-        """Freeze what is left on the weights' axes: parts of vectors that no matrix has to do with."""
-        known = np.zeros(len(self.atoms), np.bool_)
-        known[NOTHING] = True
-        for group in found.groups:
-            known[group.channels] = True
-        for weight in found.weights:
-            for axes in found.weight_axes(weight) if weight.is_vector else ():
-                for axis in axes:
-                    parts = self.atoms.parts(axis)
-                    if not known[parts].all():
-                        self.atoms.freeze(parts[~known[parts]], "runs through no matrix")
-
-    def hold_last_channels(self, found: Combed) -> None:
-        """Freeze channels without which some axis would be empty."""
-        seen: set[int] = set()
-        axes = [a for t in found.tensors.values() for a in t.axes or []]
-        axes += [a for w in found.weights for group in found.weight_axes(w) for a in group]
-        for axis in axes:
-            if id(axis) in seen or len(axis) < 1 or (len(axis) == 1 and axis[0] == NOTHING):
-                continue
-            seen.add(id(axis))
-            parts = self.atoms.parts(axis)
-            if parts.shape[1] == 1 and parts[0, 0] != parts[-1, 0]:
-                continue
-            # What every index hangs on, the first and the last do too.
-            for primitive in set(parts[0].tolist()).intersection(parts[-1].tolist()) - {NOTHING}:
-                if bool((parts == primitive).any(axis=1).all()):
-                    self.atoms.freeze(np.asarray([primitive]), "can only go as a whole")

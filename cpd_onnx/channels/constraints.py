@@ -1,4 +1,4 @@
-"""Operands that name sizes: whether they can be rewritten, and how.
+"""What has to stay: positions, last channels, and operands that name sizes and cannot be rewritten.
 
 An operand may be a constant, computed from constants, or computed from the sizes of other tensors. Constants are
 edited where they enter the computation; what follows from sizes follows by itself; an operand that is the same
@@ -8,14 +8,18 @@ whatever the inputs can in the end be written down.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from onnx import NodeProto
 
-from cpd_onnx.algebra.atoms import Atoms, Axis
-from cpd_onnx.channels.groups import Combed
-from cpd_onnx.rules.api import Demand
+from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis, Fingerprint, fingerprint
+from cpd_onnx.algebra.reasons import Reason
+from cpd_onnx.channels.groups import Group, Swept
+from cpd_onnx.ops.traits import traits_of
+from cpd_onnx.rules.api import Demand, Recorder
+from cpd_onnx.rules.reduce import POSITION_USERS
 from cpd_onnx.shapes.values import Scope, Use, Value
 
 
@@ -47,41 +51,97 @@ def elements(demand: Demand, value: Value) -> Iterator[Element]:
             yield Element(position, axis, int(leaves[position]))
 
 
-def hold_what_cannot_be_edited(combed: Combed) -> None:
+def hold_positions(swept: Swept) -> None:
+    """Freeze axes that somebody counts along, unless who uses the positions counts along the same axes."""
+    for scope, name, axis, within in swept.recorder.positions:
+        if not swept.atoms.all_frozen(axis) and not _stays_a_position(scope, name, within):
+            swept.atoms.freeze(axis, Reason("structure", "", f"is counted along by {name!r}"))
+
+
+def _stays_a_position(scope: Scope, name: str, within: Value | None) -> bool:
+    waiting, seen = [name], {name}
+    while waiting:
+        taken = waiting.pop()
+        if taken in scope.outputs:
+            return False
+        for use in scope.consumers.get(taken, []):
+            node = use.scope.nodes[use.node]
+            counts_alike = POSITION_USERS.get((node.op_type, use.slot))
+            if counts_alike is not None and counts_alike(within, use.scope.lookup(node.output[0])):
+                continue
+            if not traits_of(node).carries_positions or use.scope is not scope:
+                return False
+            waiting += [made for made in node.output if made not in seen]
+            seen.update(node.output)
+    return True
+
+
+def hold_last_channels(swept: Swept) -> None:
+    """Freeze channels without which some axis would be empty."""
+    seen: set[Fingerprint] = set()
+    axes = [a for t in swept.tensors.values() for a in t.axes or []]
+    axes += [a for weight in swept.weights for group in weight.axes for a in group]
+    for axis in axes:
+        key = fingerprint(axis)
+        if key in seen or len(axis) < 1 or (len(axis) == 1 and axis[0] == NOTHING):
+            continue
+        seen.add(key)
+        parts = swept.atoms.parts(axis)
+        if parts.shape[1] == 1 and parts[0, 0] != parts[-1, 0]:
+            continue
+        # What every index hangs on, the first and the last do too.
+        for primitive in set(parts[0].tolist()).intersection(parts[-1].tolist()) - {NOTHING}:
+            if bool((parts == primitive).any(axis=1).all()):
+                swept.atoms.freeze(np.asarray([primitive]), Reason("structure", "", "can only go as a whole"))
+
+
+def hold_ungrouped(swept: Swept, groups: Sequence[Group]) -> None:
+    """Freeze what is left on the weights' axes: parts of vectors that no matrix has to do with."""
+    known = np.zeros(len(swept.atoms), np.bool_)
+    known[NOTHING] = True
+    for group in groups:
+        known[group.channels] = True
+    for axis in (axis for weight in swept.weights if weight.is_vector for axes in weight.axes for axis in axes):
+        parts = swept.atoms.parts(axis)
+        if not known[parts].all():
+            swept.atoms.freeze(parts[~known[parts]], Reason("structure", "", "runs through no matrix"))
+
+
+def hold_what_cannot_be_edited(swept: Swept) -> None:
     """Freeze, or unite, the axes whose sizes stand where they cannot be rewritten one by one."""
-    _hold_numbers_of_inputs(combed)
-    while _one_round(combed):
+    _hold_numbers_of_inputs(swept)
+    while _one_round(swept):
         pass
 
 
-def is_number(combed: Combed, use: Use) -> bool:
+def is_number(recorder: Recorder, use: Use) -> bool:
     """Whether a slot takes sizes as numbers to compute with, so that what is made of them is not known beforehand.
 
     Demands apart, which name sizes or positions.
     """
     made = [use.scope.values.get(output) for output in use.scope.nodes[use.node].output]
-    return not all(v is not None and v.values is not None for v in made) and use.key not in combed.recorder.demanded
+    return not all(v is not None and v.values is not None for v in made) and use.key not in recorder.demanded
 
 
-def _hold_numbers_of_inputs(combed: Combed) -> None:
+def _hold_numbers_of_inputs(swept: Swept) -> None:
     """Freeze what numbers are computed from that depend on the sizes of the inputs too, as a count of all elements.
 
     They belong to the function and must stay as they are, but cannot be written down.
     """
-    for scope in combed.folded.scope.walk():
+    for scope in swept.folded.scope.walk():
         for name, value in scope.values.items():
             if not value.from_shape or value.values is None or value.is_static or scope.function:
                 continue
             for use in scope.consumers.get(name, []):
-                if is_number(combed, use):
+                if is_number(swept.recorder, use):
                     node = use.scope.nodes[use.node]
-                    reason = f"{node.op_type} {node.name or node.output[0]!r} computes with a number made of this size"
-                    for axis in _sizes_in(combed, scope, name):
-                        _freeze(combed.atoms, axis, reason)
+                    reason = _about(node, "computes with a number made of this size")
+                    for axis in _sizes_in(swept, scope, name):
+                        _freeze(swept.atoms, axis, reason)
                     break
 
 
-def _sizes_in(combed: Combed, scope: Scope, name: str) -> Iterator[Axis]:
+def _sizes_in(swept: Swept, scope: Scope, name: str) -> Iterator[Axis]:
     """The axes of whose sizes a value is computed."""
     todo, seen = [name], {name}
     while todo:
@@ -91,24 +151,24 @@ def _sizes_in(combed: Combed, scope: Scope, name: str) -> Iterator[Axis]:
             continue
         leaves = np.full(1, -1) if value.leaves is None else value.leaves.ravel()
         for leaf in leaves[leaves < -1].tolist():
-            for source, number in combed.folded.dims[-2 - leaf]:
-                tensor = combed.tensor_of.get(id(source))
+            for source, number in swept.folded.dims[-2 - leaf]:
+                tensor = swept.tensor_of.get(source)
                 if tensor is not None and tensor.axes is not None:
                     yield tensor.axes[number]
         if maker is not None and (leaves >= -1).any():
             # A shape that an operator gives its output is no part of the elements.
-            named = combed.recorder.demanded
+            named = swept.recorder.demanded
             slots = enumerate(scope.nodes[maker].input)
             inputs = {entry for slot, entry in slots if (scope.path, maker, slot) not in named}
             todo += inputs - seen
             seen |= inputs
 
 
-def _one_round(combed: Combed) -> bool:
+def _one_round(swept: Swept) -> bool:
     """Whether something had to be frozen or united."""
-    atoms, changed = combed.atoms, False
+    atoms, changed = swept.atoms, False
     sharing: dict[int, list[Axis]] = defaultdict(list)
-    for demand in combed.recorder.demands:
+    for demand in swept.recorder.demands:
         live = [axis for axis in demand.axes if not atoms.all_frozen(axis)]
         value = operand_value(demand)
         if live and (reason := _uneditable(demand, value)):
@@ -116,7 +176,7 @@ def _one_round(combed: Combed) -> bool:
                 atoms.freeze(axis, reason)
             changed = True
         elif value is not None and demand.per_element and not value.is_static:
-            changed |= _dynamic_list(combed, demand, value, sharing)
+            changed |= _dynamic_list(swept, demand, value, sharing)
     for axes in sharing.values():
         for other in axes[1:]:
             if not np.array_equal(atoms.canonical(axes[0]), atoms.canonical(other)):
@@ -125,55 +185,57 @@ def _one_round(combed: Combed) -> bool:
     return changed
 
 
-def _uneditable(demand: Demand, value: Value | None) -> str | None:
+def _uneditable(demand: Demand, value: Value | None) -> Reason | None:
     node = demand.scope.nodes[demand.node]
-    where = f"{node.op_type} {node.name or node.output[0]!r}"
     if demand.scope.function:
-        return f"{where} names this size in a function that several nodes may call"
+        return _about(node, "names this size in a function that several nodes may call")
     if value is not None and value.value is None:
-        return f"{where} names this size in an operand computed from data"
+        return _about(node, "names this size in an operand computed from data")
     if value is not None and not value.is_static and not demand.per_element:
-        return f"{where} has an operand that depends on the size of the input"
+        return _about(node, "has an operand that depends on the size of the input")
     return None
 
 
-def _dynamic_list(combed: Combed, demand: Demand, value: Value, sharing: dict[int, list[Axis]]) -> bool:
+def _about(node: NodeProto, text: str) -> Reason:
+    return Reason("operator", f"{node.op_type} {node.name or node.output[0]!r}", text)
+
+
+def _dynamic_list(swept: Swept, demand: Demand, value: Value, sharing: dict[int, list[Axis]]) -> bool:
     """A list of sizes of which some depend on the inputs."""
-    atoms, changed = combed.atoms, False
+    atoms, changed = swept.atoms, False
     node = demand.scope.nodes[demand.node]
     for element in elements(demand, value):
         if element.leaf >= 0:
-            if combed.folded.uses[element.leaf >> 32].scope.function:
-                changed |= _freeze(atoms, element.axis, "names this size in a function")
+            if swept.folded.uses[element.leaf >> 32].scope.function:
+                changed |= _freeze(atoms, element.axis, Reason("structure", "", "names this size in a function"))
             sharing[element.leaf].append(element.axis)
         elif atoms.all_frozen(element.axis):
             continue
         elif element.leaf == -1:
-            reason = f"{node.op_type} {node.name or node.output[0]!r} computes this size from that of the input"
-            changed |= _freeze(atoms, element.axis, reason)
+            changed |= _freeze(atoms, element.axis, _about(node, "computes this size from that of the input"))
         else:
-            changed |= _follow(combed, element)
+            changed |= _follow(swept, element)
     return changed
 
 
-def _freeze(atoms: Atoms, axis: Axis, reason: str) -> bool:
+def _freeze(atoms: Atoms, axis: Axis, reason: Reason) -> bool:
     if atoms.all_frozen(axis):
         return False
     atoms.freeze(axis, reason)
     return True
 
 
-def _follow(combed: Combed, element: Element) -> bool:
+def _follow(swept: Swept, element: Element) -> bool:
     """The size is that of other tensors' axes, which must then have the same fate."""
-    atoms, axes = combed.atoms, []
-    for source, number in combed.folded.dims[-2 - element.leaf]:
-        tensor = combed.tensor_of.get(id(source))
+    atoms, axes = swept.atoms, []
+    for source, number in swept.folded.dims[-2 - element.leaf]:
+        tensor = swept.tensor_of.get(source)
         if tensor is None or tensor.axes is None:
-            return _freeze(atoms, element.axis, "is the size of a tensor that is not followed")
+            return _freeze(atoms, element.axis, Reason("structure", "", "is the size of a tensor that is not followed"))
         axes.append(tensor.axes[number])
     axis = atoms.product(*axes)
     if len(axis) != len(element.axis):
-        return _freeze(atoms, element.axis, "is not the size that it is taken for")
+        return _freeze(atoms, element.axis, Reason("structure", "", "is not the size that it is taken for"))
     if np.array_equal(atoms.canonical(axis), atoms.canonical(element.axis)):
         return False
     atoms.unite(axis, element.axis)

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis
+from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis, fingerprint
 from cpd_onnx.algebra.keep import Kept
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.ir.model import element_bytes
@@ -58,9 +58,7 @@ class CostModel:
         self._prunable: list[Axis] = []
         self._stored: list[Term] = []
         for weight in combed.weights:
-            axes = next(combed.weight_axes(weight), None)
-            if axes is None:
-                continue
+            axes = weight.axes[0]
             self._stored.append((element_bytes(weight.value.dtype), tuple(axes)))
             if not weight.is_trained:
                 continue
@@ -163,7 +161,7 @@ class _Sizes:
     """The sizes of the axes that can shrink, all at once, for one choice of channels after another."""
 
     def __init__(self, atoms: Atoms, axes: Sequence[Axis]) -> None:
-        known = {id(axis): axis for axis in axes if not atoms.all_frozen(axis)}
+        known = {fingerprint(axis): axis for axis in axes if not atoms.all_frozen(axis)}
         self.count = len(known)
         self._places = {key: place for place, key in enumerate(known)}
         tables = [atoms.parts(axis) for axis in known.values()]
@@ -189,9 +187,10 @@ class _Sizes:
         rank = max((len(axes) for _, axes in terms), default=0)
         factors, places = np.zeros(len(terms)), np.full((len(terms), rank), self.count, np.int64)
         for row, (factor, axes) in enumerate(terms):
-            shrinking = [self._places[id(axis)] for axis in axes if id(axis) in self._places]
+            found = [(len(axis), self._places.get(fingerprint(axis))) for axis in axes]
+            shrinking = [place for _, place in found if place is not None]
             places[row, : len(shrinking)] = shrinking
-            factors[row] = factor * math.prod(len(axis) for axis in axes if id(axis) not in self._places)
+            factors[row] = factor * math.prod(size for size, place in found if place is None)
         return factors, places
 
 

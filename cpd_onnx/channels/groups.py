@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto
 
-from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis, Mask
-from cpd_onnx.rules.api import BLOCK_BYTES, FLOATS, KERNEL_EXTENT, TABLE_ROWS, Recorder, Tensor
+from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis, Fingerprint, Mask, fingerprint
+from cpd_onnx.algebra.reasons import Reason
+from cpd_onnx.rules.api import FLOATS, Recorder, Tensor
 from cpd_onnx.shapes.values import Folded, Scope, Use, Value
 from cpd_onnx.summary import Summarised, Summary
 
@@ -22,8 +23,6 @@ QUANTIZED = {
     TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT8E4M3FN,
     TensorProto.FLOAT8E5M2, TensorProto.FLOAT8E4M3FNUZ, TensorProto.FLOAT8E5M2FNUZ,
 }  # fmt: skip  # a table
-_NO_CHANNELS = {BLOCK_BYTES, KERNEL_EXTENT, TABLE_ROWS}
-"""Reasons of axes that hold no channels."""
 _MADE_UP = re.compile(r"^(onnx::|val_|_val|const|_*\d|\w*::\w*_\d+$)")
 """Initializer names that exporters invent; the node's name says more."""
 _WORD = (1 << 64) - 1
@@ -37,7 +36,7 @@ class WeightUse:
     axes: list[Axis]
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Weight:
     """A constant tensor of the model: an initializer or the output of a Constant node.
 
@@ -51,8 +50,8 @@ class Weight:
 
     value: Value
     scope: Scope
-    uses: list[WeightUse] = field(default_factory=list)
-    is_held: bool = False
+    uses: tuple[WeightUse, ...]
+    is_held: bool
 
     @property
     def name(self) -> str:
@@ -82,7 +81,22 @@ class Weight:
     @cached_property
     def is_vector(self) -> bool:
         """Whether at most one axis is longer than one."""
-        return sum(size != 1 for size in self.shape) <= 1
+        return is_vector(self.value)
+
+    @property
+    def has_own_axes_per_use(self) -> bool:
+        """Whether each use has atoms of its own: exporters give unrelated layers one vector if theirs are equal."""
+        return self.is_vector and not self.scope.function
+
+    @property
+    def axes(self) -> list[list[Axis]]:
+        """The sets of atoms that its uses see: one for each, or one for all; one at least."""
+        return [use.axes for use in (self.uses if self.has_own_axes_per_use else self.uses[:1])]
+
+
+def is_vector(value: Value) -> bool:
+    """Whether a tensor has at most one axis that is longer than one."""
+    return sum(size != 1 for size in value.shape or ()) <= 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,12 +145,12 @@ class Frozen:
     axis: int
     indices: int
     of: int
-    reasons: tuple[str, ...]
+    reasons: tuple[Reason, ...]
 
 
-@dataclass(eq=False, repr=False)
-class Combed(Summarised):
-    """The coupled channels of a model.
+@dataclass(frozen=True, eq=False, repr=False)
+class Swept:
+    """What the sweep over a model leaves, before it is clear what has to stay and which channels belong together.
 
     Attributes:
         folded: the model with its shapes.
@@ -144,20 +158,40 @@ class Combed(Summarised):
         recorder: what the rules left behind.
         tensors: atoms of every value, by scope path and name.
         weights: all constants in order of use.
-        groups: the groups, in order of the graph.
-        without_rule: operators that no rule covers, with a node name each.
-        unaccounted: axes that a rule failed to account for (its defect; they were frozen).
 
     """
 
     folded: Folded
     atoms: Atoms
     recorder: Recorder
-    tensors: dict[tuple[str, str], Tensor]
-    weights: list[Weight]
-    groups: list[Group] = field(default_factory=list)
-    without_rule: dict[str, str] = field(default_factory=dict)
-    unaccounted: list[str] = field(default_factory=list)
+    tensors: Mapping[tuple[str, str], Tensor]
+    weights: tuple[Weight, ...]
+
+    @cached_property
+    def weight_of(self) -> dict[Value, Weight]:
+        """The weights by their value."""
+        return {weight.value: weight for weight in self.weights}
+
+    @cached_property
+    def tensor_of(self) -> dict[Value, Tensor]:
+        """The tensors by their value."""
+        return {tensor.value: tensor for tensor in self.tensors.values()}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Combed(Swept, Summarised):
+    """The coupled channels of a model.
+
+    Attributes:
+        groups: the groups, in order of the graph.
+        without_rule: operators that no rule covers, with a node name each.
+        unaccounted: axes that a rule failed to account for (its defect; they were frozen).
+
+    """
+
+    groups: Sequence[Group]
+    without_rule: Mapping[str, str]
+    unaccounted: Sequence[str]
 
     def summary(self) -> Summary:
         """How much is coupled."""
@@ -166,24 +200,6 @@ class Combed(Summarised):
             "groups": str(len(self.groups)), "channels": str(sum(map(len, self.groups))),
             "weights": str(len(self.weights)),
         })  # fmt: skip  # a table
-
-    @cached_property
-    def weight_of(self) -> dict[int, Weight]:
-        """The weights by the id of their value."""
-        return {id(weight.value): weight for weight in self.weights}
-
-    @cached_property
-    def tensor_of(self) -> dict[int, Tensor]:
-        """The tensors by the id of their value."""
-        return {id(tensor.value): tensor for tensor in self.tensors.values()}
-
-    def weight_axes(self, weight: Weight) -> Iterator[list[Axis]]:
-        """The distinct sets of atoms that the uses of a weight see."""
-        seen: set[int] = set()
-        for use in weight.uses:
-            if id(use.axes) not in seen:
-                seen.add(id(use.axes))
-                yield use.axes
 
     def members(self, group: Group) -> list[Member]:
         """Where in the weights a group lies."""
@@ -204,7 +220,7 @@ class Combed(Summarised):
         found: dict[tuple[int, int, int], Member] = {}
         shared: dict[tuple[bytes, bytes], list[list[int]]] = {}
         for number, weight in enumerate(self.weights):
-            for axes in self.weight_axes(weight):
+            for axes in weight.axes:
                 for axis, atoms in enumerate(axes):
                     parts = self.atoms.parts(atoms)
                     owners = owner[parts]
@@ -239,7 +255,7 @@ class Combed(Summarised):
         for weight in self.weights:
             if not weight.is_trained:
                 continue
-            for axes in self.weight_axes(weight):
+            for axes in weight.axes:
                 for axis, atoms in enumerate(axes):
                     cold = int(self.atoms.is_frozen(atoms).sum())
                     if len(atoms) > 1 and cold and (weight.name, axis) not in found:
@@ -254,8 +270,8 @@ class Combed(Summarised):
         """
         prunable = total = 0.0
         for weight in self.weights:
-            axes = next(self.weight_axes(weight), None)
-            if not weight.is_trained or weight.size <= 1 or axes is None:
+            axes = weight.axes[0]
+            if not weight.is_trained or weight.size <= 1:
                 continue
             kept = float(np.prod([self.atoms.is_frozen(a).mean() for a in axes if len(a) > 1]))
             if kept == 1.0 and self._only_interface(axes):
@@ -266,7 +282,7 @@ class Combed(Summarised):
 
     def _only_interface(self, axes: list[Axis]) -> bool:
         reasons = [reason for axis in axes if len(axis) > 1 for reason in self.atoms.reasons(axis)]
-        return all(reason.startswith("graph ") or reason in _NO_CHANNELS for reason in reasons)
+        return all(reason.kind in ("interface", "no channels") for reason in reasons)
 
 
 def _listed(rows: Axis, places: Axis, count: int) -> list[list[int]]:
@@ -279,13 +295,13 @@ def _listed(rows: Axis, places: Axis, count: int) -> list[list[int]]:
     return [part.tolist() for part in np.split(rows, np.cumsum(counts)[:-1])]
 
 
-def grouped(combed: Combed) -> list[Group]:
+def grouped(swept: Swept) -> list[Group]:
     """Sort the surviving primitives by the tensor axes, and the places in their composites, that they run through."""
-    atoms = combed.atoms
+    atoms = swept.atoms
     signature = np.zeros(len(atoms), np.uint64)
     trained = np.zeros(len(atoms), np.bool_)
     first = np.full(len(atoms), np.iinfo(np.int64).max)
-    for seen in _all_axes(combed).values():
+    for seen in _all_axes(swept):
         parts = atoms.parts(seen.axis) if len(seen.axis) > 1 else np.zeros((1, 1), np.int64)
         for column in range(parts.shape[1] if parts.any() else 0):
             primitives = parts[:, column]
@@ -301,8 +317,8 @@ def grouped(combed: Combed) -> list[Group]:
     order = np.lexsort((live, signature[live], first[live]))
     live = live[order]
     cuts = np.flatnonzero(np.diff(signature[live]) != 0) + 1
-    kinds = _kinds(combed)
-    names = _names(combed)
+    kinds = _kinds(swept)
+    names = _names(swept)
     made: list[Group] = []
     for channels in np.split(live, cuts):
         lead = int(channels[0])
@@ -314,37 +330,31 @@ def grouped(combed: Combed) -> list[Group]:
 
 @dataclass(slots=True)
 class _Seen:
-    """One axis array, the positions at which tensors have it, and the first at which a trained matrix does."""
+    """One axis, the positions at which tensors have it, and the first at which a trained matrix does."""
 
     axis: Axis
     positions: list[int]
     trained: int | None = None
 
 
-def _all_axes(combed: Combed) -> dict[int, _Seen]:
-    """The axes of all tensors, weights last and in order of use; those that are one array together.
+def _all_axes(swept: Swept) -> Iterable[_Seen]:
+    """The axes of all tensors, weights last and in order of use; equal ones together.
 
     A channel that runs through vectors alone is a part of them that nobody looks at.
     What is made of constants counts as trained: some files make their weights by ConstantOfShape.
     """
-    found: dict[int, _Seen] = {}
+    found: dict[Fingerprint, _Seen] = {}
     position = 0
-    tensors = ((tensor.axes or [], tensor.value.is_made_weight) for tensor in combed.tensors.values())
-    weights = (
-        (axes, weight.is_trained and not weight.is_vector)
-        for weight in combed.weights
-        for axes in combed.weight_axes(weight)
-    )
+    tensors = ((tensor.axes or [], tensor.value.is_made_weight) for tensor in swept.tensors.values())
+    weights = ((axes, weight.is_trained and not weight.is_vector) for weight in swept.weights for axes in weight.axes)
     for axes, is_trained in itertools.chain(tensors, weights):
         for axis in axes:
-            seen = found.get(id(axis))
-            if seen is None:
-                seen = found[id(axis)] = _Seen(axis, [])
+            seen = found.setdefault(fingerprint(axis), _Seen(axis, []))
             seen.positions.append(position)
             if is_trained and seen.trained is None:
                 seen.trained = position
             position += 1
-    return found
+    return found.values()
 
 
 def _hashed(position: int, column: int) -> int:
@@ -355,26 +365,26 @@ def _hashed(position: int, column: int) -> int:
     return z ^ z >> 31
 
 
-def _kinds(combed: Combed) -> dict[int, str]:
+def _kinds(swept: Swept) -> dict[int, str]:
     kinds: dict[int, str] = {}
-    for axis, kind in combed.recorder.labels:
-        for primitive in set(combed.atoms.parts(axis).ravel().tolist()):
+    for axis, kind in swept.recorder.labels:
+        for primitive in set(swept.atoms.parts(axis).ravel().tolist()):
             if kind != "heads" or primitive not in kinds:
                 kinds.setdefault(primitive, kind)
     return kinds
 
 
-def _names(combed: Combed) -> dict[int, str]:
+def _names(swept: Swept) -> dict[int, str]:
     """A name for each primitive: of the first trained weight, matrices before vectors, on its axis."""
     names: list[str] = []
-    name_of = np.full(len(combed.atoms), -1, np.int64)
+    name_of = np.full(len(swept.atoms), -1, np.int64)
     for vectors in (False, True):
-        for weight in combed.weights:
+        for weight in swept.weights:
             if not weight.is_trained or weight.is_vector != vectors:
                 continue
-            for axes in combed.weight_axes(weight):
+            for axes in weight.axes:
                 for axis in axes:
-                    parts = combed.atoms.parts(axis).ravel()
+                    parts = swept.atoms.parts(axis).ravel()
                     name_of[parts[name_of[parts] < 0]] = len(names)
             names.append(_speaking_name(weight))
     return {int(primitive): names[name_of[primitive]] for primitive in np.flatnonzero(name_of >= 0)}

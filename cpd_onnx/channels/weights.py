@@ -31,7 +31,7 @@ def lazy_weight(model: Model, weight: Weight) -> Array | Lazy:
 def dequantized(combed: Combed, weight: Weight) -> Array:
     """Values of a weight as the network means them: (weight - zero point) * scale for quantised ones."""
     values = weight_array(combed.folded.model, weight)
-    quantized = combed.recorder.quantized.get(id(weight.value))
+    quantized = combed.recorder.quantized.get(weight.value)
     if quantized is None or weight.is_float:
         return values
     found = values.astype(np.float32)
@@ -44,5 +44,5 @@ def dequantized(combed: Combed, weight: Weight) -> Array:
 
 def constant_of(combed: Combed, value: Value) -> Array | None:
     """The array of a value that is a weight or known, None otherwise."""
-    weight = combed.weight_of.get(id(value))
+    weight = combed.weight_of.get(value)
     return weight_array(combed.folded.model, weight) if weight is not None else value.value

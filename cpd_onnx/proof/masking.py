@@ -72,7 +72,7 @@ class _Masker(Editor):
             masks = {axis: self.kept.mask(use.axes[axis]) for axis in self.summed(weight)}
             zero = zero_of(self.combed, weight)
             array = map_lazy(original, original.shape, partial(_silenced, masks=masks, zero=zero))
-            if number == 0 or use.axes is weight.uses[0].axes:
+            if number == 0 or not weight.has_own_axes_per_use:
                 self.replace(weight.value, weight.scope, array)
             else:
                 node = self.node(use.use.scope, use.use.node)
@@ -155,7 +155,7 @@ class _Masker(Editor):
                 break
             here = here.parent
         value = scope.lookup(name)
-        weight = self.combed.weight_of.get(id(value)) if value is not None else None
+        weight = self.combed.weight_of.get(value) if value is not None else None
         for use in weight.uses if weight is not None else []:
             if (use.use.scope, use.use.node, use.use.slot) == (scope, position, slot):
                 return use.axes
@@ -192,7 +192,7 @@ def _spread(mask: Mask) -> Array:
 
 def zero_of(combed: Combed, weight: Weight) -> Array:
     """What stands for zero in a weight, broadcast against it: the zero point of a quantised one."""
-    quantized = combed.recorder.quantized.get(id(weight.value))
+    quantized = combed.recorder.quantized.get(weight.value)
     value = quantized.zero_point if quantized is not None else None
     found = constant_of(combed, value) if value is not None else None
     if quantized is None or found is None:

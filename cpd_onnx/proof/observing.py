@@ -16,6 +16,7 @@ from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.proof.comparison import DISCRETE, SATURATING, VALUES, Observed
 from cpd_onnx.rules.api import FLOATS
 from cpd_onnx.shapes.order import all_inputs
+from cpd_onnx.shapes.values import Value
 
 _MOST = 64
 """Tensors in front of one output."""
@@ -200,7 +201,7 @@ class _Removal:
     def sums(self, takers: set[int]) -> set[int]:
         """Those of them that sum over what goes, or normalise over it: the others leave what survives as it was."""
         recorder = self.combed.recorder
-        factors = {id(f.value) for product in recorder.products for f in product if self.kept.touches(f.atoms)}
+        factors = {f.value for product in recorder.products for f in product if self.kept.touches(f.atoms)}
         summing = {self.place(*key) for key in (*recorder.sensitive, *recorder.silenced)}
         return {
             position
@@ -208,8 +209,8 @@ class _Removal:
             if position in summing or position in self.scope.bodies or not factors.isdisjoint(self.values(position))
         }
 
-    def values(self, position: int) -> set[int]:
-        return {id(self.scope.values.get(name)) for name in self.scope.nodes[position].input if name}
+    def values(self, position: int) -> set[Value | None]:
+        return {self.scope.values.get(name) for name in self.scope.nodes[position].input if name}
 
     def place(self, path: str, position: int) -> int:
         """The node of the main graph that a node is, or is inside of."""

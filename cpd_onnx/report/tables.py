@@ -14,13 +14,13 @@ from rich import box
 from rich.table import Table
 
 from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.algebra.reasons import Reason
 from cpd_onnx.channels.costs import CostModel
 from cpd_onnx.channels.groups import Combed, Frozen
 from cpd_onnx.io.files import content_of
 from cpd_onnx.ir.model import Model
 from cpd_onnx.proof.comparison import INCONCLUSIVE, VERIFIED, WRONG, Comparison
 from cpd_onnx.rewrite.plan import groups_of
-from cpd_onnx.rules.api import KERNEL_EXTENT, TABLE_ROWS
 from cpd_onnx.summary import Summary, count, share
 
 if TYPE_CHECKING:
@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 INSPECT_FORMAT = "cpd-onnx/inspect"
 RESULT_FORMAT = "cpd-onnx/result"
 REPORT_FORMAT, REPORT_VERSION = "cpd-onnx/report", 1
-_NO_CHANNELS = (KERNEL_EXTENT, TABLE_ROWS)
-"""Reasons of axes that hold no channels: told last, or not at all."""
+_SIZE_ONE = Reason("structure", "", "its size is one, or fixed with that of another")
 FEW_REASONS = 5
 """For keeping channels: how many are told where space is short."""
 _EXAMPLES = 3
@@ -72,21 +71,21 @@ def kept_reasons(combed: Combed) -> list[dict[str, Any]]:
     The reason that holds most weights comes first, those of axes without channels last.
     """
     dims = {weight.name: weight.shape for weight in combed.weights}
-    found: dict[str, list[Frozen]] = defaultdict(list)
+    found: dict[Reason, list[Frozen]] = defaultdict(list)
     for frozen in combed.frozen():
-        for reason in frozen.reasons or ("its size is one, or fixed with that of another",):
+        for reason in frozen.reasons or (_SIZE_ONE,):
             found[reason].append(frozen)
 
     def weights(frozen: Frozen) -> int:
         return math.prod(dims[frozen.tensor]) * frozen.indices // frozen.of
 
-    reasons = []
+    reasons: list[dict[str, Any]] = []
     for reason, entries in found.items():
         entries.sort(key=weights, reverse=True)
         largest = [{"tensor": f.tensor, "axis": f.axis, "dims": list(dims[f.tensor])} for f in entries[:_EXAMPLES]]
         total = sum(weights(frozen) for frozen in entries)
         reasons.append({"reason": reason, "axes": len(entries), "weights": total, "largest": largest})
-    return sorted(reasons, key=lambda r: (str(r["reason"]) in _NO_CHANNELS, -int(str(r["weights"]))))
+    return sorted(reasons, key=lambda entry: (entry["reason"].kind == "no channels", -entry["weights"]))
 
 
 def groups_table(content: Mapping[str, Any]) -> Table:
@@ -113,7 +112,7 @@ def sensitivity_table(content: Mapping[str, Any]) -> Table:
 def kept_table(reasons: Sequence[Mapping[str, Any]], *, limit: int = 0) -> Table:
     """One row a reason; with a limit only the first ones, and only those of channels."""
     if limit:
-        reasons = [entry for entry in reasons if entry["reason"] not in _NO_CHANNELS]
+        reasons = [entry for entry in reasons if entry["reason"].kind != "no channels"]
     table = table_of("Kept, and why", "reason", "axes", "weights", "the largest")
     table.columns[3].justify = "left"
     for entry in reasons[: limit or None]:

@@ -289,8 +289,8 @@ def _removed(combed: Combed, kept: Kept) -> dict[str, dict[str, list[int]]]:
     """Indices removed from each weight; where its users differ, those of the first."""
     found: dict[str, dict[str, list[int]]] = {}
     for weight in combed.weights:
-        axes = next(combed.weight_axes(weight), None)
-        if axes is None or not weight.is_trained or weight.scope.function:
+        axes = weight.axes[0]
+        if not weight.is_trained or weight.scope.function:
             continue
         gone = {str(i): np.flatnonzero(~kept.mask(a)).tolist() for i, a in enumerate(axes) if kept.touches(a)}
         if gone:

@@ -199,7 +199,7 @@ class _Rewriter(Editor):
     def variants(self, weight: Weight) -> _Variants | None:
         """What the users of a weight want; None if all want it as it is."""
         edited = any((id(u.use.scope), u.use.node, u.use.slot) in self.operands for u in weight.uses)
-        if not edited and not any(self.kept.touches(axis) for axes in self.combed.weight_axes(weight) for axis in axes):
+        if not edited and not any(self.kept.touches(axis) for axes in weight.axes for axis in axes):
             return None
         original = lazy_weight(self.combed.folded.model, weight)
         sliced: dict[bytes, Array | Lazy] = {}
@@ -343,7 +343,7 @@ class _Rewriter(Editor):
         """Whether a slot takes a number for its value, not for the size or position that it names."""
         if use.scope.function or self.node(use.scope, use.node).input[use.slot] != name:
             return False
-        return is_number(self.combed, use)
+        return is_number(self.combed.recorder, use)
 
     def derived(self) -> Iterator[tuple[Scope, str, Value]]:
         for scope in self.combed.folded.scope.walk():

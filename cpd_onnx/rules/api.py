@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, TypeAlias
@@ -13,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto
 
-from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis, Mask, is_uniform
+from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis, Mask, is_uniform, uniform
+from cpd_onnx.algebra.reasons import Reason
 from cpd_onnx.ir.model import Array
 from cpd_onnx.ops.evaluate import Call
 from cpd_onnx.shapes.values import Scope, Shape, Value
@@ -35,11 +35,11 @@ class Keep(Protocol):
         """Indices that stay."""
 
 
-KERNEL_EXTENT = "extent of a kernel"
+KERNEL_EXTENT = Reason("no channels", "", "extent of a kernel")
 """Reason of the axes of a kernel that slide."""
-BLOCK_BYTES = "bytes of a block of numbers"
+BLOCK_BYTES = Reason("no channels", "", "bytes of a block of numbers")
 """Reason of the axis of packed weights that holds the numbers of one block."""
-TABLE_ROWS = "rows of a table that is looked up by index"
+TABLE_ROWS = Reason("no channels", "", "rows of a table that is looked up by index")
 """Reason of the first axis of an embedding."""
 _NO_ACTIVATIONS = "sums over this axis of weights, through which no activation runs"
 FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
@@ -181,8 +181,8 @@ class Recorder:
         products: for each sum of products its factors, without those that never leave their node. Index meets index
             along the axis of the sum; a weight that works in groups has fewer of them there, and as many blocks on its
             first axis as there are groups.
-        quantized: integer weights by the id of their value.
-        scales: ids of the values that batch normalisations multiply channels with.
+        quantized: integer weights by their value.
+        scales: the values that batch normalisations multiply channels with.
         sensitive: nodes whose result depends on which indices are there, beyond what zeros would add.
         positions: values that count along an axis, and what they are positions in, if not just in that axis.
         is_rounding: whether some node rounds activations to integers inside.
@@ -195,8 +195,8 @@ class Recorder:
     kernels: dict[str, set[int]] = field(default_factory=dict)
     silenced: dict[tuple[str, int], set[tuple[int, int]]] = field(default_factory=dict)
     products: list[tuple[Factor, ...]] = field(default_factory=list)
-    quantized: dict[int, Quantized] = field(default_factory=dict)
-    scales: set[int] = field(default_factory=set)
+    quantized: dict[Value, Quantized] = field(default_factory=dict)
+    scales: set[Value] = field(default_factory=set)
     sensitive: set[tuple[str, int]] = field(default_factory=set)
     positions: list[tuple[Scope, str, Axis, Value | None]] = field(default_factory=list)
     is_rounding: bool = False
@@ -304,12 +304,12 @@ class Op:
     def freeze(self, axis: Axis, why: str) -> None:
         """Never delete any index of the axis; `why` completes the sentence '<operator> …'."""
         if not self.atoms.all_frozen(axis):
-            self.atoms.freeze(axis, f"{self.name} {why}")
+            self.atoms.freeze(axis, Reason("operator", self.name, why))
         self.touched.append(axis)
 
     def frozen(self, count: int, why: str = "makes this axis") -> Axis:
         """Atoms of an axis that is never pruned."""
-        return self.atoms.frozen(count, f"{self.name} {why}")
+        return self.atoms.frozen(count, Reason("operator", self.name, why))
 
     def unmerge(self, flat: Axis, sizes: Sequence[int]) -> list[Axis]:
         """Split a merged axis: each part takes what varies along it alone; parts that vary together get fresh atoms."""
@@ -317,7 +317,7 @@ class Op:
         if math.prod(sizes) != len(flat):
             raise GiveUp(f"{self.name} divides an axis of {len(flat)} into {list(sizes)}")
         wide = [k for k, size in enumerate(sizes) if size != 1]
-        parts: list[Axis] = [np.broadcast_to(np.int64(NOTHING), size) for size in sizes]
+        parts = [uniform(NOTHING, size) for size in sizes]
         if len(wide) == 1:
             parts[wide[0]] = flat
             return parts
@@ -377,7 +377,7 @@ class Op:
     def contract(self, a: Tensor, i: int, b: Tensor, j: int) -> None:
         """Sum over axis i of `a` and axis j of `b`."""
         self.unite(a[i], b[j])
-        self.multiply_and_sum([(a, a[i]), (b, b[j])])
+        self.multiply_and_sum((a, i), (b, j))
 
     @property
     def is_weight_arithmetic(self) -> bool:
@@ -385,48 +385,38 @@ class Op:
         given = [tensor for tensor in self.inputs if tensor is not None]
         return bool(given) and all(tensor.is_constant for tensor in given)
 
-    def multiply_and_sum(self, factors: Sequence[tuple[Tensor, Axis]]) -> None:
-        """Sum a product over an axis of each factor: where a weight among them is zero, nothing passes."""
+    def multiply_and_sum(self, *factors: tuple[Tensor, int]) -> None:
+        """Sum a product over one axis of each input in it: where a weight among them is zero, nothing passes."""
         if self.is_weight_arithmetic:
-            for _, axis in factors:
-                self.freeze(axis, _NO_ACTIVATIONS)
+            for tensor, place in factors:
+                self.freeze(tensor[place], _NO_ACTIVATIONS)
             return
-        self.product(factors)
-        weights = [(tensor, axis) for tensor, axis in factors if tensor.value.moved]
-        for tensor, axis in weights:
-            is_direct = tensor.value.weight is not None and type(tensor) is Tensor
-            places = [k for k, own in enumerate(tensor.axes or []) if own is axis] if is_direct else [EVERY_AXIS]
+        self.product(*factors)
+        weights = [(tensor, place) for tensor, place in factors if tensor.value.moved]
+        for tensor, place in weights:
+            along = EVERY_AXIS if tensor.value.weight is None else place % tensor.rank
             for name in tensor.value.constants or ():
-                self.recorder.kernels.setdefault(name, set()).update(places)
+                self.recorder.kernels.setdefault(name, set()).add(along)
         if not weights:
             self.silence(*factors[0])
 
-    def product(self, factors: Sequence[tuple[Tensor, Axis]]) -> None:
-        """Put on record that inputs are multiplied with one another and summed over an axis of each."""
-        found = [
-            Factor(own.value, place, axis)
-            for tensor, axis in factors
-            for own, place in itertools.islice(self._places(tensor, axis), 1)
-        ]
-        if found:
-            self.recorder.products.append(tuple(found))
+    def product(self, *factors: tuple[Tensor, int]) -> None:
+        """Put on record that inputs are multiplied with one another and summed over one axis of each."""
+        found = (Factor(tensor.value, place % tensor.rank, tensor[place]) for tensor, place in factors)
+        self.recorder.products.append(tuple(found))
 
-    def _places(self, tensor: Tensor, axis: Axis) -> Iterator[tuple[Tensor, int]]:
-        """The inputs that are this tensor, perhaps in another view, and where they have the axis."""
-        for own in self.inputs:
-            if own is not None and own.value is tensor.value:
-                yield from ((own, place) for place, atoms in enumerate(own.axes or []) if atoms is axis)
-
-    def silence(self, tensor: Tensor, axis: Axis) -> None:
+    def silence(self, tensor: Tensor, place: int) -> None:
         """An input is multiplied by others and summed over an axis: where it is zero there, nothing passes."""
+        axis = tensor[place]
         self.touched.append(axis)
-        slots = [(s, k) for s, t in enumerate(self.inputs) for k, own in enumerate((t and t.axes) or []) if own is axis]
-        if not slots or tensor.value.dtype not in FLOATS:
+        if tensor.value.dtype not in FLOATS:
             self.reduce(axis)
         elif self.scope.function:
             self.freeze(axis, "sums over this axis in a function that several nodes may call")
         elif not self.atoms.all_frozen(axis):
-            self.recorder.silenced.setdefault((self.scope.path, self.position), set()).add(slots[0])
+            slot = [own and own.value for own in self.inputs].index(tensor.value)
+            silenced = self.recorder.silenced.setdefault((self.scope.path, self.position), set())
+            silenced.add((slot, place % tensor.rank))
 
     def reduce(self, axis: Axis) -> None:
         """The result depends on which indices of the axis are there, beyond what zeros would add."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -87,6 +87,14 @@ def legacy_broadcast(op: Op, left: Tensor, right: Tensor, axis: int) -> list[Axi
         if len(own) > 1:
             op.unite(left[start + offset], own)
     return list(left.axes or [])
+
+
+def per_channel(op: Op, channels: Axis, slots: Iterable[int]) -> None:
+    """Inputs with one number for each index of an axis, or one for all."""
+    for slot in slots:
+        for axis in op.input(slot).axes or []:
+            if len(axis) > 1:
+                op.unite(axis, channels)
 
 
 def freeze_rest(op: Op, first: int, *, but: Sequence[int] = ()) -> None:

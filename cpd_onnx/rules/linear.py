@@ -9,15 +9,14 @@ from dataclasses import dataclass
 
 from cpd_onnx.algebra.atoms import Axis
 from cpd_onnx.rules.api import BLOCK_BYTES, FLOATS, KERNEL_EXTENT, GiveUp, Op, Quantized, Tensor, rule
-from cpd_onnx.rules.elementwise import MICROSOFT, broadcast, freeze_rest
-from cpd_onnx.shapes.values import Value
+from cpd_onnx.rules.elementwise import MICROSOFT, broadcast, freeze_rest, per_channel
+from cpd_onnx.shapes.values import Shape, Value
 
 
 @dataclass(frozen=True)
 class _Slots:
-    """Which input is what for the variants of one operator; -1 where the variant has none."""
+    """Which input is what, beside X, for the variants of one operator; -1 where the variant has none."""
 
-    x: int = 0
     w: int = 1
     bias: int = 2
     per_output: tuple[int, ...] = ()
@@ -64,21 +63,18 @@ def deform_conv(op: Op) -> None:
 
 
 def convolution(op: Op, slots: _Slots) -> None:
-    """Conv and its variants."""
-    x, w = op.input(slots.x), op.input(slots.w)
-    group = op.get("group", 1)
+    """Conv and its variants: W is (out, in/group, …)."""
+    x, w, group = op.input(0), op.input(slots.w), op.get("group", 1)
     _freeze_spatial(op, x, w)
     if group == 1:
         op.contract(x, 1, w, 1)
-        out = w[0]
     else:
         groups, inner = op.unmerge(x[1], [group, w.shape[1]])
         outer = op.atoms.fresh(w.shape[0] // group)
         op.unite(w[1], inner)
-        out = w[0]
-        op.unite(out, op.atoms.product(groups, outer))
-        _grouped(op, groups, (x, w), 1)
-    _finish(op, slots, x, w, out)
+        op.unite(w[0], op.atoms.product(groups, outer))
+        _grouped(op, groups, (w, 1))
+    _finish(op, slots, w[0], op.sizes()[2:])
 
 
 @rule("ConvTranspose")
@@ -95,15 +91,14 @@ def conv_transpose(op: Op) -> None:
         op.unite(w[0], x[1])
         op.unite(w[1], outer)
         out = op.atoms.product(groups, outer)
-        _grouped(op, groups, (x, w), 0)
-    _finish(op, _Slots(), x, w, out)
+        _grouped(op, groups, (w, 0))
+    _finish(op, _Slots(), out, x.shape[2:])
 
 
-def _grouped(op: Op, groups: Axis, factors: tuple[Tensor, Tensor], inputs: int) -> None:
-    x, w = factors
+def _grouped(op: Op, groups: Axis, weight: tuple[Tensor, int]) -> None:
     op.attribute_size("group", groups)
     op.label(groups, "groups")
-    op.multiply_and_sum([(w, w[inputs]), (x, x[1])])
+    op.multiply_and_sum(weight, (op.input(0), 1))
 
 
 def _freeze_spatial(op: Op, x: Tensor, w: Tensor) -> None:
@@ -116,26 +111,18 @@ def _freeze_spatial(op: Op, x: Tensor, w: Tensor) -> None:
         op.touched.append(axis)
 
 
-def _finish(op: Op, slots: _Slots, x: Tensor, w: Tensor, out: Axis) -> None:
-    """Bias, scales, output axes and cost."""
-    for slot in (slots.bias, *slots.per_output):
-        if slot >= 0 and op.has(slot):
-            vector = op.input(slot)
-            for axis in vector.axes or []:
-                if len(axis) > 1:
-                    op.unite(axis, out)
-    known = {slots.x, slots.w, slots.bias, *slots.per_output, 3}
-    for slot in range(len(op.inputs)):
-        if slot not in known and op.has(slot):
-            for axis in op.input(slot).axes or []:
-                op.freeze(axis, f"takes input {slot} as a whole")
+def _finish(op: Op, slots: _Slots, out: Axis, places: Shape) -> None:
+    """Bias, scales, output axes and cost; the kernel is applied at `places`."""
+    x, w = op.input(0), op.input(slots.w)
+    vectors = (slots.bias, *slots.per_output)
+    per_channel(op, out, [slot for slot in vectors if slot > 0 and op.has(slot)])
+    freeze_rest(op, 1, but=(slots.w, *vectors, 3))
     if slots.zero_point >= 0:
         stands_for(op, w, slots.scale, slots.zero_point, 0)
     shape = op.sizes()
     spatial = [op.along(x[i], shape[i], "slides over this axis") for i in range(2, x.rank)]
     op.set([x[0], out, *spatial])
-    places = math.prod(w.shape[2:]) * math.prod(shape[2:] if slots.x or out is w[0] else x.shape[2:])
-    op.cost(float(x.shape[0] * places), w[0], w[1])
+    op.cost(float(x.shape[0] * math.prod(w.shape[2:]) * math.prod(places)), w[0], w[1])
 
 
 def stands_for(op: Op, w: Tensor, scale: int, zero_point: int, axis: int) -> None:
@@ -150,54 +137,49 @@ def stands_for(op: Op, w: Tensor, scale: int, zero_point: int, axis: int) -> Non
     means = Quantized(scales, zeros, axis % max(1, w.rank), op.get("block_size", 0))
     if not means.fits(w.shape):
         raise GiveUp(f"{op.name} has scales or zero points that do not fit weights of shape {list(w.shape)}")
-    op.recorder.quantized[id(w.value)] = means
+    op.recorder.quantized[w.value] = means
 
 
 def _moved_stands_for(op: Op, w: Tensor, scale: Value | None, zero_point: Value | None) -> None:
     """The same for integer weights that are transposed, say, before they are used: one scale and zero point for all."""
-    sources = [op.scope.lookup(name) for name in w.value.constants or ()] if w.value.moved else []
-    sources = [source for source in sources if source is not None and source.dtype == w.value.dtype]
+    found = [op.scope.lookup(name) for name in w.value.constants or ()] if w.value.moved else []
+    sources = [source for source in found if source is not None and source.dtype == w.value.dtype]
     if not sources or w.value.dtype in FLOATS:
         return
     scale, zero = (value if value is not None and value.shape in ((), (1,)) else None for value in (scale, zero_point))
     if zero is None and zero_point is not None and (zero_point.value is None or zero_point.value.any()):
         raise GiveUp(f"{op.name} has several zero points for a weight that is moved about before")
     for source in sources:
-        op.recorder.quantized.setdefault(id(source), Quantized(scale, zero, 0))
+        op.recorder.quantized.setdefault(source, Quantized(scale, zero, 0))
 
 
 @rule("Gemm")
 @rule("FusedGemm", domain=MICROSOFT)
 def gemm(op: Op) -> None:
     """A' x B' + C with either factor transposed; C broadcasts."""
-    a, b = op.input(0), op.input(1)
-    row, k_a = (1, 0) if op.get("transA", 0) else (0, 1)
-    k_b, column = (1, 0) if op.get("transB", 0) else (0, 1)
-    op.contract(a, k_a, b, k_b)
-    out = [a[row], b[column]]
+    out = matrix_product(op, op.input(0), op.input(1), _transposed(op))
     if op.has(2):
         out = broadcast(op, [out, op.input(2).axes or []])
     op.set(out)
-    op.cost(1.0, a[row], b[column], b[k_b])
 
 
 @rule("QGemm", domain=MICROSOFT)
 def qgemm(op: Op) -> None:
     """As Gemm on integers: A, its scale and zero point, B, its scales and zero points, C, output scale and zero."""
-    a, b = op.input(0), op.input(3)
-    row, k_a = (1, 0) if op.get("transA", 0) else (0, 1)
-    k_b, column = (1, 0) if op.get("transB", 0) else (0, 1)
-    op.contract(a, k_a, b, k_b)
-    _per_column(op, b[column], (4, 5, 6))
-    stands_for(op, b, 4, 5, column)
-    op.set([a[row], b[column]])
-    op.cost(1.0, a[row], b[column], b[k_b])
+    out = matrix_product(op, op.input(0), op.input(3), _transposed(op))
+    _per_column(op, out[1], (4, 5, 6))
+    stands_for(op, op.input(3), 4, 5, 0 if op.get("transB", 0) else 1)
+    op.set(out)
+
+
+def _transposed(op: Op) -> tuple[bool, bool]:
+    return bool(op.get("transA", 0)), bool(op.get("transB", 0))
 
 
 @rule("MatMul")
 def matmul(op: Op) -> None:
     """Contract the last axis of A with the second to last of B; batch axes broadcast."""
-    matrix_product(op, op.input(0), op.input(1))
+    stacked_product(op, op.input(0), op.input(1))
 
 
 @rule("FusedMatMul", "TransposeMatMul", domain=MICROSOFT)
@@ -205,15 +187,14 @@ def fused_matmul(op: Op) -> None:
     """As MatMul with either factor transposed."""
     if op.get("transBatchA", 0) or op.get("transBatchB", 0):
         raise GiveUp(f"{op.name} transposes batch axes")
-    a, b = (_transposed(op.input(i), op.get(name, 0)) for i, name in ((0, "transA"), (1, "transB")))
-    matrix_product(op, a, b)
+    stacked_product(op, op.input(0), op.input(1), _transposed(op))
 
 
 @rule("MatMulInteger")
 def matmul_integer(op: Op) -> None:
     """As MatMul on integers; B's zero point may be per column."""
     a, b = op.input(0), op.input(1)
-    matrix_product(op, a, b)
+    stacked_product(op, a, b)
     _per_row(op, a, (2,))
     _per_column(op, b[-1], (3,))
     stands_for(op, b, -1, 3, -1)
@@ -223,7 +204,7 @@ def matmul_integer(op: Op) -> None:
 def qlinear_matmul(op: Op) -> None:
     """As MatMul on integers with scales and zero points beside each tensor."""
     a, b = op.input(0), op.input(3)
-    matrix_product(op, a, b)
+    stacked_product(op, a, b)
     _per_row(op, a, (1, 2, 6, 7))
     _per_column(op, b[-1], (4, 5))
     stands_for(op, b, 4, 5, -1)
@@ -236,7 +217,7 @@ def dynamic_quantize_matmul(op: Op) -> None:
     op.recorder.is_rounding = True
     for axis in a.axes or []:
         op.reduce(axis)
-    matrix_product(op, a, b)
+    stacked_product(op, a, b)
     _per_column(op, b[-1], (2, 3, 4))
     stands_for(op, b, 2, 3, -1)
 
@@ -245,7 +226,7 @@ def dynamic_quantize_matmul(op: Op) -> None:
 def matmul_integer_to_float(op: Op) -> None:
     """MatMul on integers, scaled back; scales, zero point and bias of B are per column."""
     a, b = op.input(0), op.input(1)
-    matrix_product(op, a, b)
+    stacked_product(op, a, b)
     _per_row(op, a, (2, 4))
     _per_column(op, b[-1], (3, 5, 6))
     stands_for(op, b, 3, 5, -1)
@@ -268,7 +249,7 @@ def matmul_nbits(op: Op) -> None:
             op.freeze(axis, _IN_BLOCKS)
     else:
         op.unite(a[-1], op.atoms.repeated(blocks, block))
-        op.silence(a, a[-1])
+        op.silence(a, -1)
         op.attribute_size("K", a[-1])
     _packed(op, op.input(1), rows, blocks)
     _packed(op, op.input(2), rows, blocks)
@@ -311,40 +292,31 @@ def _packed(op: Op, tensor: Tensor, rows: Axis, blocks: Axis) -> None:
             op.touched.append(axis)
 
 
-def matrix_product(op: Op, a: Tensor, b: Tensor) -> None:
-    """MatMul of two tensors, numpy's rules for one-dimensional ones included."""
+def stacked_product(op: Op, a: Tensor, b: Tensor, transposed: tuple[bool, bool] = (False, False)) -> None:
+    """MatMul of two tensors. In a product of two activations, as in attention, batch axes are heads."""
+    out = matrix_product(op, a, b, transposed)
+    if not a.is_constant and not b.is_constant:
+        for axis in out[: max(a.rank, b.rank) - 2]:
+            op.label(axis, "heads")
+        op.label(a[_summed(a, is_last=not transposed[0])], "head_dim")
+    op.set(out)
+
+
+def matrix_product(op: Op, a: Tensor, b: Tensor, transposed: tuple[bool, bool] = (False, False)) -> list[Axis]:
+    """Sum over the columns of A and the rows of B, numpy's rules for vectors included; the axes of the result."""
     if a.rank == 0 or b.rank == 0:
         raise GiveUp(f"{op.name} multiplies a scalar")
-    op.contract(a, -1, b, -2 if b.rank > 1 else -1)
+    i, j = _summed(a, is_last=not transposed[0]), _summed(b, is_last=transposed[1])
+    op.contract(a, i, b, j)
     out = broadcast(op, [(a.axes or [])[:-2], (b.axes or [])[:-2]])
-    if not a.is_constant and not b.is_constant:
-        for axis in out:
-            op.label(axis, "heads")
-        op.label(a[-1], "head_dim")
-    out += [a[-2]] if a.rank > 1 else []
-    out += [b[-1]] if b.rank > 1 else []
-    op.set(out)
-    op.cost(1.0, *out, a[-1])
+    out += [tensor[-3 - place] for tensor, place in ((a, i), (b, j)) if tensor.rank > 1]
+    op.cost(1.0, *out, a[i])
+    return out
 
 
-def _transposed(tensor: Tensor, swap: int) -> Tensor:
-    axes = tensor.axes or []
-    if not swap or len(axes) < 2:
-        return tensor
-    shapes = tensor.value.shapes
-    return _View(tensor, [*axes[:-2], axes[-1], axes[-2]]) if shapes else tensor
-
-
-class _View(Tensor):
-    """A tensor with its axes in another order."""
-
-    def __init__(self, tensor: Tensor, axes: list[Axis]) -> None:
-        super().__init__(tensor.value, axes)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Sizes in the new order."""
-        return tuple(len(a) for a in self.axes or [])
+def _summed(tensor: Tensor, *, is_last: bool) -> int:
+    """Which axis of a matrix is summed over, counted from the end: a vector has one only."""
+    return -1 if is_last or tensor.rank == 1 else -2
 
 
 def _per_column(op: Op, column: Axis, slots: Sequence[int]) -> None:
@@ -385,13 +357,13 @@ def einsum(op: Op) -> None:
     if "..." in left and "..." not in right:
         raise GiveUp(f"{op.name} sums over the axes of an ellipsis")
     tensors = [op.input(i) for i in range(len(terms))]
-    found: dict[str, list[tuple[Tensor, Axis]]] = {}
+    found: dict[str, list[tuple[Tensor, int]]] = {}
     ellipses = []
     for term, tensor in zip(terms, tensors, strict=True):
         named, rest = _letters(term, tensor)
         ellipses.append(rest)
-        for letter, axis in named:
-            found.setdefault(letter, []).append((tensor, axis))
+        for letter, place in named:
+            found.setdefault(letter, []).append((tensor, place))
     joined = {letter: _join(op, pairs) for letter, pairs in found.items()}
     batch = broadcast(op, ellipses)
     for letter, pairs in found.items():
@@ -404,28 +376,28 @@ def einsum(op: Op) -> None:
     op.cost(1.0, *batch, *joined.values())
 
 
-def _letters(term: str, tensor: Tensor) -> tuple[list[tuple[str, Axis]], list[Axis]]:
-    """(letter, axis) pairs of one operand, and the axes that its ellipsis stands for."""
+def _letters(term: str, tensor: Tensor) -> tuple[list[tuple[str, int]], list[Axis]]:
+    """(letter, place of its axis) pairs of one operand, and the axes that its ellipsis stands for."""
     axes = tensor.axes or []
     before, dots, after = term.partition("...")
     if not dots and len(before) != len(axes):
         raise GiveUp(f"equation term {term!r} does not fit an operand of {len(axes)} axes")
     end = len(axes) - len(after)
-    return [*zip(before, axes, strict=False), *zip(after, axes[end:], strict=False)], axes[
-        len(before) : end
-    ] if dots else []
+    named = [*zip(before, range(len(axes)), strict=False), *zip(after, range(end, len(axes)), strict=False)]
+    return named, axes[len(before) : end] if dots else []
 
 
-def _join(op: Op, pairs: list[tuple[Tensor, Axis]]) -> Axis:
-    wide = [axis for _, axis in pairs if len(axis) > 1] or [pairs[0][1]]
+def _join(op: Op, pairs: list[tuple[Tensor, int]]) -> Axis:
+    axes = [tensor[place] for tensor, place in pairs]
+    wide = [axis for axis in axes if len(axis) > 1] or axes[:1]
     for other in wide[1:]:
         op.unite(wide[0], other)
     return wide[0]
 
 
-def _sum_over(op: Op, pairs: list[tuple[Tensor, Axis]]) -> None:
+def _sum_over(op: Op, pairs: list[tuple[Tensor, int]]) -> None:
     """Sum over a letter; an operand that has one index of it gives the same factor to all."""
-    wide = [(tensor, axis) for tensor, axis in pairs if len(axis) > 1]
+    wide = [(tensor, place) for tensor, place in pairs if len(tensor[place]) > 1]
     if wide:
-        op.multiply_and_sum(wide)
-    op.touched.extend(axis for _, axis in pairs)
+        op.multiply_and_sum(*wide)
+    op.touched.extend(tensor[place] for tensor, place in pairs)

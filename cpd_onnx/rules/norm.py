@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cpd_onnx.rules.api import TABLE_ROWS, Op, Tensor, rule
-from cpd_onnx.rules.elementwise import MICROSOFT, broadcast, freeze_rest
+from cpd_onnx.rules.elementwise import MICROSOFT, broadcast, freeze_rest, per_channel
 
 
 @rule("BatchNormalization")
@@ -19,8 +19,8 @@ def batch_norm(op: Op) -> None:
             for own, axis in zip(op.input(slot).axes or [], (x.axes or [])[1:], strict=True):
                 op.unite(own, axis)
     else:
-        _vectors(op, x, 1 if x.rank > 1 else 0, range(1, 5))
-        op.recorder.scales.add(id(op.input(1).value))
+        per_channel(op, x[1 if x.rank > 1 else 0], range(1, 5))
+        op.recorder.scales.add(op.input(1).value)
     if _is_training(op):
         for axis in [x[0], *(x.axes or [])[2:]]:
             op.reduce(axis)
@@ -40,7 +40,7 @@ def _is_training(op: Op) -> bool:
 def instance_norm(op: Op) -> None:
     """Two vectors on axis 1; statistics over all axes behind it, which may hold channels (a lowered GroupNorm)."""
     x = op.input(0)
-    _vectors(op, x, 1, (1, 2))
+    per_channel(op, x[1], (1, 2))
     for axis in (x.axes or [])[2:]:
         op.reduce(axis)
     op.set(x.axes or [])
@@ -134,14 +134,6 @@ def lrn(op: Op) -> None:
     x = op.input(0)
     op.freeze(x[1], "mixes neighbouring channels")
     op.set(x.axes or [])
-
-
-def _vectors(op: Op, x: Tensor, axis: int, slots: Sequence[int]) -> None:
-    for slot in slots:
-        vector = op.input(slot)
-        for own in vector.axes or []:
-            if len(own) > 1:
-                op.unite(own, x[axis])
 
 
 def _normalise_last(op: Op, x: Tensor, first: int, slots: Sequence[int]) -> None:

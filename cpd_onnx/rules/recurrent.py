@@ -18,7 +18,7 @@ def recurrent(op: Op) -> None:
     hidden = op.atoms.fresh(r.shape[2])
     op.contract(x, 2, w, 2)
     op.unite(r[2], hidden)
-    op.multiply_and_sum([(r, r[2])])
+    op.multiply_and_sum((r, 2))
     _gated(op, w, gates, hidden)
     _gated(op, r, gates, hidden)
     if op.has(3):
@@ -69,7 +69,7 @@ def quantized_lstm(op: Op) -> None:
     op.recorder.is_rounding = True
     op.reduce(x[2])
     op.unite(r[1], hidden)
-    op.multiply_and_sum([(r, r[1])])
+    op.multiply_and_sum((r, 1))
     for tensor in (w, r):
         op.freeze(tensor[0], "has this many directions")
         op.unite(tensor[2], gates)

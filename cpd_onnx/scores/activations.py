@@ -39,7 +39,7 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, eq=False)
-class Moments:
+class ChannelMoments:
     """Of a tensor, for each index of one axis: over all other axes and all samples.
 
     Attributes:
@@ -64,7 +64,7 @@ class Consumed:
     """
 
     channels: Axis
-    own: Moments
+    own: ChannelMoments
     met: Scores
     absolute: Scores
     squares: Scores
@@ -128,7 +128,7 @@ def consumers(question: Question) -> Iterator[Consumed]:
     made = _computed(question, [f.value for product in products for f in product if _is_computed(combed, f.value)])
     for product in products:
         for factor in _activations(product):
-            own = moments.get(_key(factor))
+            own = moments.get((factor.value, factor.axis))
             if own is not None and not combed.atoms.all_frozen(factor.atoms):
                 others = [_side(combed, other, moments, made) for other in product if other is not factor]
                 yield _consumed(factor, own, others)
@@ -142,21 +142,17 @@ def _activations(product: Sequence[Factor]) -> list[Factor]:
     return [f for f in product if f.value.constants is None] or [f for f in product if not f.value.moved]
 
 
-def _key(factor: Factor) -> tuple[int, int]:
-    return id(factor.value), factor.axis
-
-
 def _is_visible(combed: Combed, value: Value) -> bool:
     """Whether a graph output could show the value: it lies in the main graph and has a type and a shape."""
     return combed.folded.scope.values.get(value.name) is value and bool(value.dtype) and value.shapes is not None
 
 
 def _is_computed(combed: Combed, value: Value) -> bool:
-    return value.constants is not None and id(value) not in combed.weight_of and _is_visible(combed, value)
+    return value.constants is not None and value not in combed.weight_of and _is_visible(combed, value)
 
 
 @dataclass(frozen=True, eq=False)
-class _Weight:
+class _WeightFactor:
     """The values of a weight and the axis along which it is summed."""
 
     values: Array
@@ -180,26 +176,26 @@ def _fitted(values: Scores, count: int) -> Scores:
     return values if len(values) == count else np.full(count, values.mean())
 
 
-_Side: TypeAlias = Moments | _Weight | None
+_Side: TypeAlias = ChannelMoments | _WeightFactor | None
 
 
 def _side(
-    combed: Combed, factor: Factor, moments: Mapping[tuple[int, int], Moments], made: Mapping[int, Array]
+    combed: Combed, factor: Factor, moments: Mapping[tuple[Value, int], ChannelMoments], made: Mapping[Value, Array]
 ) -> _Side:
     """What is known of a factor."""
-    weight = combed.weight_of.get(id(factor.value))
+    weight = combed.weight_of.get(factor.value)
     if weight is not None:
-        return _Weight(dequantized(combed, weight), factor.axis)
-    if id(factor.value) in made:
-        return _Weight(made[id(factor.value)], factor.axis)
-    return moments.get(_key(factor))
+        return _WeightFactor(dequantized(combed, weight), factor.axis)
+    if factor.value in made:
+        return _WeightFactor(made[factor.value], factor.axis)
+    return moments.get((factor.value, factor.axis))
 
 
-def _consumed(factor: Factor, own: Moments, others: Sequence[_Side]) -> Consumed:
+def _consumed(factor: Factor, own: ChannelMoments, others: Sequence[_Side]) -> Consumed:
     count = len(factor.atoms)
     met, absolute, squares = np.ones(count), np.ones(count), np.ones(count)
     for other in others:
-        if isinstance(other, Moments):
+        if isinstance(other, ChannelMoments):
             meets = _fitted(other.energy, count)
             met, absolute, squares = met * meets, absolute * np.sqrt(meets), squares * meets
         elif other is not None:
@@ -226,15 +222,15 @@ class _Sums:
         self.total = self.total + rows.sum(axis=(0, 2))
         self.squares = self.squares + np.einsum("anb,anb->n", rows, rows)
 
-    def moments(self, *, is_float: bool) -> Moments:
+    def moments(self, *, is_float: bool) -> ChannelMoments:
         """What the sums come to."""
         count = max(1, self.count)
         mean, energy = np.asarray(self.total) / count, np.asarray(self.squares) / count
         variance = np.maximum(energy - mean**2, 0.0)
-        return Moments(energy if is_float else variance, variance)
+        return ChannelMoments(energy if is_float else variance, variance)
 
 
-def _observed(question: Question, factors: Sequence[Factor]) -> dict[tuple[int, int], Moments]:
+def _observed(question: Question, factors: Sequence[Factor]) -> dict[tuple[Value, int], ChannelMoments]:
     """Moments of the activations along the axes of the factors."""
     values = {factor.value.name: factor.value for factor in factors}
     sums: dict[str, dict[int, _Sums]] = {name: {} for name in values}
@@ -246,17 +242,17 @@ def _observed(question: Question, factors: Sequence[Factor]) -> dict[tuple[int, 
                 for axis, found in sums[name].items():
                     found.add(array, axis)
     return {
-        (id(values[name]), axis): found.moments(is_float=values[name].dtype in FLOATS)
+        (values[name], axis): found.moments(is_float=values[name].dtype in FLOATS)
         for name, axes in sums.items()
         for axis, found in axes.items()
     }
 
 
-def _computed(question: Question, values: Sequence[Value]) -> dict[int, Array]:
-    """Weights that the graph itself transposes or scales before they are used, by the id of the value."""
-    ids = {value.name: id(value) for value in values}
-    arrays = next(batches(question, list(ids))) if ids else {}
-    return {ids[name]: array for name, array in arrays.items()}
+def _computed(question: Question, values: Sequence[Value]) -> dict[Value, Array]:
+    """Weights that the graph itself transposes or scales before they are used."""
+    named = {value.name: value for value in values}
+    arrays = next(batches(question, list(named))) if named else {}
+    return {named[name]: array for name, array in arrays.items()}
 
 
 def _chunks(question: Question, values: Sequence[Value]) -> Iterator[list[str]]:

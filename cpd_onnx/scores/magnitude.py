@@ -51,7 +51,7 @@ def batch_norm_scale(question: Question) -> list[Scores]:
     combed = question.combed
     totals = np.zeros(len(combed.atoms))
     for weight in combed.weights:
-        if id(weight.value) in combed.recorder.scales:
+        if weight.value in combed.recorder.scales:
             add_per_channel(totals, combed, weight, np.abs(dequantized(combed, weight)))
     pairs = zip(combed.groups, l2(question), strict=True)
     return [totals[group.channels] if totals[group.channels].any() else magnitude for group, magnitude in pairs]
@@ -109,12 +109,12 @@ def _blocks(values: Array) -> Iterator[slice]:
 
 
 def _is_live(combed: Combed, weight: Weight) -> bool:
-    return any(not combed.atoms.all_frozen(axis) for axes in combed.weight_axes(weight) for axis in axes)
+    return any(not combed.atoms.all_frozen(axis) for axes in weight.axes for axis in axes)
 
 
 def add_per_channel(totals: Scores, combed: Combed, weight: Weight, values: Array, rows: slice = slice(None)) -> None:
     """Add numbers in the shape of a weight, or of some rows of it, to the totals of the primitive atoms they lie on."""
-    for axes in combed.weight_axes(weight):
+    for axes in weight.axes:
         for place, whole in enumerate(axes):
             axis = whole[rows] if place == 0 else whole
             if combed.atoms.all_frozen(axis):

@@ -55,14 +55,14 @@ assert operators.__all__, "importing the package fills the table of operators"
 
 
 @dataclass(frozen=True)
-class Weight:
+class StoredWeight:
     """A tensor that the file stores."""
 
     name: str
     array: Array
 
 
-Value: TypeAlias = fx.Node | Host | Weight | None
+Value: TypeAlias = fx.Node | Host | StoredWeight | None
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class _Builder:
         """Import a body as a module; what it takes from outside, and what it trains, are further inputs."""
         self._declare_inputs([*(info.name for info in self.proto.input), *captured])
         for name, array in graph_weights(self.proto, nodes=False).items():
-            self.values.setdefault(name, Weight(name, array))
+            self.values.setdefault(name, StoredWeight(name, array))
         self._add_all()
         return fx.GraphModule(self.root, self.graph)
 
@@ -194,7 +194,7 @@ class _Builder:
 
     def _declare_weight(self, name: str, array: Array) -> None:
         """Hold a stored tensor; what torch has no type for can still be the operand of shape arithmetic."""
-        self.values[name] = Weight(name, array)
+        self.values[name] = StoredWeight(name, array)
         try:
             tensor = to_torch(array)
         except UnsupportedError:
@@ -249,7 +249,7 @@ class _Builder:
             raise UnsupportedError(f"{title(node)}: only dense tensors of numbers can be imported into torch")
         if name in self.facts.trainable:
             self._declare_weight(name, array)
-        return [Weight(name, array)]
+        return [StoredWeight(name, array)]
 
     def _if(self, node: NodeProto, inputs: Sequence[Value]) -> Sequence[Value]:
         """Import the branch that is taken in place if that is known, else both as modules."""
@@ -261,7 +261,7 @@ class _Builder:
 
     def _in_place(self, body: GraphProto) -> Sequence[Value]:
         for name, array in graph_weights(body, nodes=False).items():
-            self.values.setdefault(name, Weight(name, array))
+            self.values.setdefault(name, StoredWeight(name, array))
         for node in body.node:
             self._add(node)
         return [self._value(info.name) for info in body.output]
@@ -293,7 +293,7 @@ class _Builder:
 
     def _is_constant(self, value: Value) -> bool:
         """Whether a value can be known inside a body too."""
-        if isinstance(value, Weight):
+        if isinstance(value, StoredWeight):
             return value.name not in self.facts.trainable
         return value is None or (isinstance(value, Host) and value.known)
 
@@ -324,7 +324,7 @@ class _Builder:
 
     def _sizes(self, node: NodeProto, value: Value) -> list[Host] | None:
         sizes: Sequence[Any]
-        if isinstance(value, (Host, Weight)):
+        if isinstance(value, (Host, StoredWeight)):
             sizes = value.array.shape
         else:
             known = self.facts.types.get(node.input[0])
@@ -339,7 +339,7 @@ class _Builder:
         """The value as numbers, if it is small and no weight."""
         if isinstance(value, Host):
             return value
-        if not isinstance(value, Weight) or value.name in self.facts.trainable or value.array.size > host.LARGEST:
+        if not isinstance(value, StoredWeight) or value.name in self.facts.trainable or value.array.size > host.LARGEST:
             return None
         if value.array.dtype.kind not in "iub" and value.array.size > 1 and value.name not in self.facts.numbers:
             return None
@@ -374,7 +374,7 @@ class _Builder:
     ) -> fx.Node | None:
         """One call for what was quantised and becomes floats again in the same way; None if it is something else."""
         value = inputs[0]
-        if isinstance(value, Weight) and value.name in self.quantisations:
+        if isinstance(value, StoredWeight) and value.name in self.quantisations:
             how = self.quantisations[value.name]
             operands = arguments[0], *(self.graph.get_attr(attribute) for attribute in (how.scale, how.zero_point))
             return self.graph.call_function(quant.fake_quantize, operands, dict(how.options))
@@ -408,7 +408,7 @@ class _Builder:
         value, known = self.values[node.input[0]], self.facts.types.get(node.input[0])
         if isinstance(value, Host):
             return torch_dtype(value.dtype)
-        if isinstance(value, Weight):
+        if isinstance(value, StoredWeight):
             return torch_dtype(value.array.dtype)
         if known is None or not known.elem_type:
             raise UnsupportedError(f"{title(node)}: the type of its input {node.input[0]!r} cannot be inferred")
@@ -421,7 +421,7 @@ class _Builder:
         """The value as a flat tuple of numbers (or of nodes that are numbers)."""
         if value is None:
             return None
-        if isinstance(value, Weight):
+        if isinstance(value, StoredWeight):
             return tuple(value.array.reshape(-1).tolist())
         if isinstance(value, Host):
             return value.scalars()
@@ -429,7 +429,7 @@ class _Builder:
 
     def _tensor(self, value: Value) -> fx.Node | None:
         """The value as a tensor."""
-        if isinstance(value, Weight):
+        if isinstance(value, StoredWeight):
             return self._stored(value)
         if not isinstance(value, Host):
             return value
@@ -438,7 +438,7 @@ class _Builder:
         dtype, shape = torch_dtype(value.dtype), tuple(value.array.shape)
         return self.graph.call_function(as_tensor, (value.scalars(), shape), {"dtype": dtype, "like": self.like})
 
-    def _stored(self, weight: Weight) -> fx.Node:
+    def _stored(self, weight: StoredWeight) -> fx.Node:
         if weight.name not in self.nodes:
             held = weight.name in self.names
             self.nodes[weight.name] = (

@@ -34,7 +34,7 @@ _SECONDS = 2.0
 
 
 @dataclass(frozen=True)
-class Point:
+class SweepPoint:
     """One model of a sweep.
 
     Attributes:
@@ -174,19 +174,23 @@ def _one(request: Compress) -> dict[str, Any]:
     return content
 
 
-def _points(request: Sweep, files: Mapping[str, Path], made: Sequence[Mapping[str, Any]], found: Bench) -> list[Point]:
+def _points(
+    request: Sweep, files: Mapping[str, Path], made: Sequence[Mapping[str, Any]], found: Bench
+) -> list[SweepPoint]:
     points = []
     for (name, file), content, timing in zip(files.items(), made, found.timings[1:], strict=True):
         values = list((content["accuracy"] or {"values": {}})["values"].values())
         macs, params = (content["after"][kind] / content["before"][kind] for kind in ("macs", "params"))
         quality, before = values[-1] if values else None, values[1] if len(values) > 2 else None
         costs = {"macs": macs, "params": params, "bytes": content["bytes"]["after"]}
-        points.append(Point(name, file, quality, before, **costs, ms=timing.p50, ratio=timing.ratio))
+        points.append(SweepPoint(name, file, quality, before, **costs, ms=timing.p50, ratio=timing.ratio))
     best = _picked(points, made[0]["accuracy"], request.most_lost)
     return [replace(point, picked=point is best) for point in points]
 
 
-def _picked(points: Sequence[Point], accuracy: Mapping[str, Any] | None, most_lost: float | None) -> Point | None:
+def _picked(
+    points: Sequence[SweepPoint], accuracy: Mapping[str, Any] | None, most_lost: float | None
+) -> SweepPoint | None:
     """The fastest that loses no more than that of the original's score."""
     if most_lost is None:
         return None
@@ -199,14 +203,14 @@ def _picked(points: Sequence[Point], accuracy: Mapping[str, Any] | None, most_lo
 
 
 def _content(
-    request: Sweep, points: Sequence[Point], made: Sequence[Mapping[str, Any]], found: Bench
+    request: Sweep, points: Sequence[SweepPoint], made: Sequence[Mapping[str, Any]], found: Bench
 ) -> dict[str, Any]:
     """The report of all of it."""
     first = made[0]
     accuracy = first["accuracy"] or {"metric": None, "on": None, "values": {"original": None}}
     whole = accuracy["values"]["original"]
     costs = {"macs": 1.0, "params": 1.0, "bytes": first["bytes"]["before"]}
-    dense = Point("the original", request.model, whole, None, **costs, ms=found.timings[0].p50, ratio=1.0)
+    dense = SweepPoint("the original", request.model, whole, None, **costs, ms=found.timings[0].p50, ratio=1.0)
     pairs = zip(points, made, strict=True)
     return {
         "format": report.REPORT_FORMAT,

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpd_onnx.algebra.atoms import NOTHING, Atoms
+from cpd_onnx.algebra.reasons import Reason
 
 STEP = st.tuples(
     st.sampled_from(["product", "tile", "repeat", "permute", "freeze", "unite", "unite", "unite"]),
@@ -31,7 +32,7 @@ def build(sizes: list[int], steps: list[tuple[str, int, int]]) -> tuple[Atoms, l
         elif what == "permute":
             axes.append(np.random.default_rng(second).permutation(x))
         elif what == "freeze" and second % 3 == 0:
-            atoms.freeze(x[: len(x) // 2], "a reason")
+            atoms.freeze(x[: len(x) // 2], Reason("structure", "", "a reason"))
         elif what == "unite":
             y = next(a for a in axes[second % len(axes) :] + axes if len(a) == len(x))
             atoms.unite(x, y)
@@ -86,7 +87,7 @@ def test_a_product_splits_again() -> None:
 def test_frost_spreads_with_its_reason() -> None:
     atoms = Atoms()
     a, b = atoms.fresh(3), atoms.fresh(3)
-    atoms.freeze(b[1:], "is an output")
+    atoms.freeze(b[1:], Reason("interface", "", "is an output"))
     atoms.unite(a, b)
     assert atoms.is_frozen(a).tolist() == [False, True, True]
     assert atoms.reasons(a) == ["is an output"]

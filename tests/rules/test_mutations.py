@@ -105,7 +105,7 @@ def lstm_interleaves_gates(op: Op) -> None:
     x, w, r = op.input(0), op.input(1), op.input(2)
     hidden = op.atoms.fresh(r.shape[2])
     op.contract(x, 2, w, 2)
-    op.multiply_and_sum([(r, r[2])])
+    op.multiply_and_sum((r, 2))
     for axis, gates in ((w[1], 4), (r[1], 4), (op.input(3)[1], 8)):
         op.unite(axis, np.repeat(hidden, gates))
     op.unite(r[2], hidden)
