@@ -29,7 +29,7 @@ def run(request: Compress) -> None:
 def _show(content: Mapping[str, Any], places: Iterable[Path]) -> None:
     out.print(report.costs_table(content))
     if any(entry["weights"] for entry in content["kept"]):
-        out.print(report.kept_table(content["kept"], limit=report.FEW_REASONS))
+        out.print(report.frozen_table(content["kept"], limit=report.FEW_REASONS))
     if content["bench"] is not None:
         first, last = (entry["p50"] for entry in content["bench"]["timings"][:2])
         out.print(f"latency {first:.2f} ms -> {last:.2f} ms in the median: {first / last:.2f} times faster")

@@ -173,13 +173,13 @@ def _inspect(request: Inspect) -> None:
     with commit_together():
         if request.plot and found:
             curves = {name: [(p.width, p.error) for p in points] for name, points in found.items()}
-            plots.sensitivity(curves, request.plot, error_name=sensitivity.ERROR, overwrite=request.force)
+            plots.sensitivity(curves, sensitivity.ERROR).write(request.plot, overwrite=request.force)
         write_json(request, content)
     if printed_json(request, content):
         return
     out.print(f"{request.model.name}: {report.costs_line(content['costs'])}", soft_wrap=True)
     out.print(report.groups_table(content))
-    out.print(report.kept_table(content["kept"]))
+    out.print(report.frozen_table(content["kept"]))
     out.print(f"{100 * content['prunable_fraction']:.1f} % of the weights lie on a prunable axis")
     for operator, node in content["without_rule"].items():
         out.print(f"no rule for {operator} (at {node}): its channels are kept", soft_wrap=True)
@@ -211,7 +211,7 @@ def _prune(request: Prune) -> None:
 def _print_pruned(content: dict[str, Any]) -> None:
     out.print(report.costs_table(content))
     if any(entry["weights"] for entry in content["kept"]):
-        out.print(report.kept_table(content["kept"], limit=report.FEW_REASONS))
+        out.print(report.frozen_table(content["kept"], limit=report.FEW_REASONS))
     out.print(
         f"{content['groups_pruned']} of {content['groups']} groups pruned, {len(content['edits'])} edits, "
         f"{content['seconds']:.1f} s"
@@ -252,7 +252,7 @@ def _print_distilled(content: dict[str, Any]) -> None:
     for name in ("teacher", "student", "distilled"):
         if name in content:
             values[f"{name} {content['metric']}"] = f"{content[name]:.4f}"
-    out.print(report.printed(Summary.of(values)))
+    out.print(report.summary_table(Summary.of(values)))
     written = [content[name] for name in ("output", "plan") if name in content]
     out.print(f"wrote {' and '.join(written)}", soft_wrap=True)
 
@@ -288,12 +288,12 @@ def _bench(request: Bench) -> None:
     )
     with commit_together():
         if request.plot is not None:
-            plots.bench(found, request.plot, overwrite=request.force)
+            plots.bench(found).write(request.plot, overwrite=request.force)
         write_json(request, found.as_json())
     if not printed_json(request, found.as_json()):
-        out.print(report.printed(found.latency_summary()))
+        out.print(report.summary_table(found.latency_summary()))
         out.print(report.profiles_table(found))
-        out.print(report.printed(found.memory_summary()))
+        out.print(report.summary_table(found.memory_summary()))
         if request.plot is not None:
             out.print(f"wrote {request.plot}", soft_wrap=True)
 

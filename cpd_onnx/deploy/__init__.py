@@ -1,1 +1,1 @@
-"""From the pruned model to the target: fixed sizes, opsets, 16 and 8 bits, .ort files."""
+"""Deployment: fixed sizes, operator sets, 8-bit integers, 16-bit floats, onnxruntime's format, target profiles."""

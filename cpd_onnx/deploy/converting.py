@@ -1,4 +1,4 @@
-"""What the tools that convert models have in common: what goes in, what comes out, and that they are quiet."""
+"""Shared by the conversions with tools of onnx and onnxruntime: preparation, clean-up, validation and quiet calls."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.shapes.order import topological
 
 Notify: TypeAlias = Callable[[str], None]
-"""Called with what the user should know, a sentence each."""
+"""Callback that receives each message for the user, one sentence at a time."""
 
-_COMPLAINTS = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
-"""What the tools raise where a model has what they do not expect."""
+_TOOL_ERRORS = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
+"""Errors that the tools raise for models that they do not support."""
 _ADDED = ("onnx.infer", "onnx.quant.pre_process")
-"""Metadata that the tools leave for each other."""
+"""Keys of metadata that the tools add for each other."""
 
 
 def ignore(_: str) -> None:
-    """Hears nothing."""
+    """Discard a message; the default for `Notify` parameters."""
 
 
 def embedded(model: Model) -> ModelProto:
-    """A copy of the model with all data in it, whose weights are no inputs where the IR version calls them so.
+    """Return a copy of the proto with all data embedded, and without initializers among the inputs.
 
-    Up to IR version 3 every initializer is an input too, though nobody may feed it.
+    Up to IR version 3 every initializer is also listed as an input.
     """
     proto = model.complete_proto()
     if proto.ir_version < 4:
@@ -45,37 +45,37 @@ def embedded(model: Model) -> ModelProto:
 
 
 def keep_described(proto: ModelProto, names: set[str]) -> None:
-    """Leave no described tensors but those of these names."""
-    kept = [info for info in proto.graph.value_info if info.name in names]
+    """Remove the value descriptions of all tensors except those of the given names."""
+    described = [info for info in proto.graph.value_info if info.name in names]
     del proto.graph.value_info[:]
-    proto.graph.value_info.extend(kept)
+    proto.graph.value_info.extend(described)
 
 
 def require_one_message(model: Model, verb: str) -> None:
-    """Raise UnsupportedError where a model is over 2 GiB, which no tool of onnx converts."""
+    """Raise UnsupportedError if a model is over 2 GiB, which the tools cannot convert."""
     if model.is_over_limit:
-        raise UnsupportedError(f"models over 2 GiB cannot be {verb}: prune it below that first")
+        raise UnsupportedError(f"models over 2 GiB cannot be {verb}: prune the model below that first")
 
 
 def valid(proto: ModelProto, before: Model, what: str) -> Model:
-    """A model of what a tool has made; UnsupportedError if that is not valid while what it was made of is."""
-    made = load(proto)
-    made.path = before.path
-    reason = made.defect()
+    """Return the result of a tool as a model; raises UnsupportedError if the tool made a valid model invalid."""
+    model = load(proto)
+    model.path = before.path
+    reason = model.defect()
     if reason is not None and before.defect() is None:
         raise UnsupportedError(f"{what} gives no valid model: {reason}")
-    return made
+    return model
 
 
 def tensors_of(proto: ModelProto) -> Iterator[TensorProto]:
-    """Constants of all graphs."""
+    """Yield the initializers and constants of all graphs."""
     for graph in graphs_of(proto.graph):
         yield from graph.initializer
         yield from (a.t for node in graph.node if node.op_type == "Constant" for a in node.attribute if a.HasField("t"))
 
 
 def name_nodes(proto: ModelProto) -> None:
-    """Give each node a name of its own, by which it can be excluded."""
+    """Give each node a unique name, by which it can be excluded."""
     taken: set[str] = set()
     for number, node in enumerate(proto.graph.node):
         if not node.name or node.name in taken:
@@ -84,10 +84,9 @@ def name_nodes(proto: ModelProto) -> None:
 
 
 def tidied(proto: ModelProto, before: ModelProto) -> ModelProto:
-    """What a tool has made, with its nodes in order, and with nothing of the tool but what it was asked for."""
-    _in_order(proto)
-    made = {name for node in proto.graph.node for name in node.output}
-    keep_described(proto, made)
+    """Return the result of a tool with its nodes sorted topologically and the tool's additions to metadata removed."""
+    _sort_nodes(proto)
+    keep_described(proto, {name for node in proto.graph.node for name in node.output})
     used = {node.domain for graph in graphs_of(proto.graph) for node in graph.node} | {"", "ai.onnx"}
     used |= {opset.domain for opset in before.opset_import} | {function.domain for function in proto.functions}
     opsets = [opset for opset in proto.opset_import if opset.domain in used]
@@ -102,8 +101,8 @@ def tidied(proto: ModelProto, before: ModelProto) -> ModelProto:
     return proto
 
 
-def _in_order(proto: ModelProto) -> None:
-    """Put the nodes of the main graph where all come after what they take."""
+def _sort_nodes(proto: ModelProto) -> None:
+    """Sort the nodes of the main graph topologically."""
     graph = proto.graph
     known = {info.name for info in graph.input} | {tensor.name for tensor in graph.initializer}
     known |= {tensor.values.name for tensor in graph.sparse_initializer}
@@ -115,28 +114,28 @@ def _in_order(proto: ModelProto) -> None:
 
 @contextlib.contextmanager
 def quiet(notify: Notify) -> Iterator[None]:
-    """Nothing is printed or logged inside; each warning is passed to `notify` once."""
-    heard = _Heard()
+    """Suppress output and logs inside the block, and pass each warning to `notify` once."""
+    warnings = _Warnings()
     root = logging.getLogger()
-    handlers, root.handlers = root.handlers, [heard]
+    handlers, root.handlers = root.handlers, [warnings]
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         root.handlers = handlers
-    for sentence in heard.sentences:
+    for sentence in warnings.sentences:
         notify(sentence)
 
 
-class _Heard(logging.Handler):
-    """Keeps the first lines of warnings that a user can do something about."""
+class _Warnings(logging.Handler):
+    """Collects the first lines of warnings that a user can act on."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.sentences: dict[str, None] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep a warning, but not a second time and not the advice to do what was done."""
+        """Record a warning, once, except the advice to preprocess the model, which has been done."""
         line = record.getMessage().strip().splitlines()[0][:200]
         if "pre-process" not in line:
             self.sentences[f"onnxruntime: {line}"] = None
@@ -144,22 +143,22 @@ class _Heard(logging.Handler):
 
 @contextlib.contextmanager
 def translate_tool_errors(what: str) -> Iterator[None]:
-    """Raise UnsupportedError for what a tool of onnx or onnxruntime complains of inside; `what` cannot be done then."""
+    """Turn errors of onnx and onnxruntime inside the block into UnsupportedError whose message starts with `what`."""
     try:
         yield
-    except Exception as error:  # onnxruntime raises classes of its own that share no base but Exception
-        if not isinstance(error, _COMPLAINTS) and not type(error).__module__.startswith(("onnx.", "onnxruntime.")):
+    except Exception as error:  # onnxruntime's own exception classes share no base but Exception
+        if not isinstance(error, _TOOL_ERRORS) and not type(error).__module__.startswith(("onnx.", "onnxruntime.")):
             raise
         raise UnsupportedError(f"{what}: {first_line(error)}") from error
 
 
 def quantised_node(model: Model) -> NodeProto | None:
-    """A node that says that the model is quantised, if there is one."""
+    """Return the first node that shows that the model is quantised; None if there is none."""
     nodes = (node for graph in graphs_of(model.graph) for node in graph.node)
     return next((node for node in nodes if traits_of(node).is_quantized), None)
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, as one line without the place in the code of onnx; its kind where it says nothing."""
+    """Return the message of an error as one line, without onnx's source position; its type if it has no message."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return re.sub(r"^.*Assertion `.*?` failed: (?=.)", "", line)[:300]

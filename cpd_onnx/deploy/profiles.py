@@ -1,7 +1,7 @@
-"""Profiles: what a target takes, as data; and what it would object to in a model.
+"""Profiles: the capabilities of a target as data, and the check of a model against them.
 
-The known ones lie in `profiles.toml`; a file of one's own has the same keys at its top. Each has a note that says where
-its values come from.
+Built-in profiles are in `profiles.toml`; a user's own TOML file has the same keys at its top level. The note of each
+profile states the source of its values.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from cpd_onnx.ir.model import Model, called_by, functions_of, graphs_of, materia
 from cpd_onnx.ops.traits import traits_of
 
 DTYPES = ("float32", "float16", "bfloat16", "int8")
-"""Element types that a target may want weights in."""
+"""Element types of weights that a target may prefer."""
 ACTIVATIONS = ("uint8", "int8")
-"""Element types that a target may want quantised activations in."""
+"""Element types of quantised activations that a target may require."""
 _DEFAULT = ("", "ai.onnx")
 _FLOATS: dict[int, str] = {
     TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"
@@ -36,24 +36,24 @@ _FLOATS: dict[int, str] = {
 
 @dataclass(frozen=True)
 class Profile:
-    """What a target takes.
+    """The capabilities of a target.
 
     Attributes:
-        name: of the target.
-        multiple: widths are best multiples of this.
-        opset: newest version of the default operator set; None if any will do.
-        ir: newest IR version; None if any will do.
-        allows: the operators that it has, all if there are none; "domain::Operator" outside the default domain, with *
-            and ? as wildcards.
-        lacks: operators that it does not have, written likewise.
-        batch: samples at a time; None if that is free.
-        fixed_shapes: whether all sizes of the inputs must be fixed.
-        dtype: of the weights that it computes best with, one of `DTYPES`.
-        activations: element type of quantised activations, one of `ACTIVATIONS`.
-        symmetric: whether zero points must be zero.
-        reduce_range: whether quantised weights should keep to seven bits.
-        quantized_bias: whether biases of quantised models may be int32.
-        note: where these values come from.
+        name: Name of the target.
+        multiple: Number of which widths should be multiples.
+        opset: Newest supported version of the default operator set; None if any is supported.
+        ir: Newest supported IR version; None if any is supported.
+        allows: Supported operators, "domain::Operator" outside the default domain, with * and ? as wildcards; all if
+            empty.
+        lacks: Unsupported operators, in the same notation.
+        batch: Required batch size; None if any is supported.
+        fixed_shapes: Whether all sizes of the inputs must be static.
+        dtype: Preferred element type of the weights, one of `DTYPES`.
+        activations: Element type of quantised activations, one of `ACTIVATIONS`.
+        symmetric: Whether zero points must be zero.
+        reduce_range: Whether quantised weights should use seven bits only.
+        quantized_bias: Whether biases of quantised models may be int32.
+        note: Source of these values.
 
     """
 
@@ -77,16 +77,16 @@ _CHOICES = {"dtype": DTYPES, "activations": ACTIVATIONS}
 
 
 def profile_names() -> tuple[str, ...]:
-    """Names of the profiles that come with the package."""
+    """Return the names of the built-in profiles."""
     return tuple(_built_in())
 
 
 def load_profile(name_or_path: str | Path) -> Profile:
-    """A profile by its name, or from a TOML file.
+    """Return a built-in profile by its name, or a profile from a TOML file.
 
     Raises:
-        TargetError: there is none of that name, the file cannot be read, or it has a key that no profile has or a value
-            of the wrong kind.
+        TargetError: There is no profile of that name, the file cannot be read, or it has an unknown key or a value of
+            the wrong type.
     """
     known = _built_in()
     if str(name_or_path) in known:
@@ -99,12 +99,12 @@ def load_profile(name_or_path: str | Path) -> Profile:
     except OSError as error:
         raise TargetError(f"cannot read profile {path}: {error.strerror}") from error
     except RecursionError as error:
-        raise TargetError(f"{path} is not a TOML file: it is nested too deep") from error
+        raise TargetError(f"{path} is not a TOML file: it is nested too deeply") from error
     except ValueError as error:
         raise TargetError(f"{path} is not a TOML file: {error}") from error
     name = content.pop("name", path.stem)
     if not isinstance(name, str):
-        raise TargetError(f"{path}: name = {reprlib.repr(name)}: give a text")
+        raise TargetError(f"{path}: name = {reprlib.repr(name)}: must be a string")
     return _profile(name, content, str(path))
 
 
@@ -114,7 +114,7 @@ def _built_in() -> dict[str, dict[str, Any]]:
 
 
 def _profile(name: str, content: Mapping[str, Any], where: str) -> Profile:
-    """A profile of what a TOML table says."""
+    """Return the profile in a TOML table."""
     kinds = {field.name: str(field.type) for field in fields(Profile) if field.name != "name"}
     for key, value in content.items():
         if key not in kinds:
@@ -124,22 +124,22 @@ def _profile(name: str, content: Mapping[str, Any], where: str) -> Profile:
     return Profile(name, **{**content, **lists})
 
 
-def _require(said: str, key: str, value: Any, kind: str) -> None:
-    """Raise TargetError where a value is not of the kind that its key wants."""
+def _require(entry: str, key: str, value: Any, kind: str) -> None:
+    """Raise TargetError if a value does not have the type that its key requires."""
     if kind == "bool" and not isinstance(value, bool):
-        raise TargetError(f"{said}: give true or false")
+        raise TargetError(f"{entry}: must be true or false")
     if kind.startswith("int") and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise TargetError(f"{said}: give a whole number from 1 on")
+        raise TargetError(f"{entry}: must be an integer of at least 1")
     if kind == "str" and not isinstance(value, str):
-        raise TargetError(f"{said}: give a text")
+        raise TargetError(f"{entry}: must be a string")
     if kind.startswith("tuple") and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
-        raise TargetError(f"{said}: give a list of operators, as in ['Conv', 'com.microsoft::*']")
+        raise TargetError(f"{entry}: must be a list of operators, as in ['Conv', 'com.microsoft::*']")
     if key in _CHOICES and value not in _CHOICES[key]:
-        raise TargetError(f"{said}: choose one of {', '.join(_CHOICES[key])}")
+        raise TargetError(f"{entry}: must be one of {', '.join(_CHOICES[key])}")
 
 
 def problems(model: Model, profile: Profile) -> list[str]:
-    """What a target would object to, a sentence each; nothing if it takes the model."""
+    """Return the reasons why a model does not fit a profile, one sentence each; empty if it fits."""
     return [
         *_versions(model, profile),
         *_operators(model, profile),
@@ -171,7 +171,7 @@ def _operators(model: Model, profile: Profile) -> Iterator[str]:
 
 
 def operator_of(node: NodeProto) -> str:
-    """The operator of a node as profiles write it: with its domain, if that is not the default one."""
+    """Return the operator of a node in the notation of profiles: with its domain, unless that is the default one."""
     return str(node.op_type) if node.domain in _DEFAULT else f"{node.domain}::{node.op_type}"
 
 
@@ -180,7 +180,7 @@ def _name_of(node: NodeProto) -> str:
 
 
 def _all_nodes(model: Model) -> Iterator[NodeProto]:
-    """Nodes of all graphs and functions, those of subgraphs too."""
+    """Yield the nodes of all graphs and functions, including subgraphs."""
     for graph in graphs_of(model.graph):
         yield from graph.node
     for function in model.proto.functions:
@@ -194,14 +194,14 @@ def _sizes(model: Model, profile: Profile) -> Iterator[str]:
     if profile.fixed_shapes:
         for entry in inputs:
             if entry.shape is None or not all(isinstance(size, int) for size in entry.shape):
-                yield f"input {entry.name!r} is {entry}: {profile.name} wants all sizes fixed"
+                yield f"input {entry.name!r} is {entry}: {profile.name} requires static sizes"
     batch = fixed_batch([entry for entry in inputs if entry.shape][:1])
     if profile.batch is not None and batch is not None and batch != profile.batch:
-        yield f"the model takes {batch} samples at a time, {profile.name} takes {profile.batch}"
+        yield f"the model has batch size {batch}, {profile.name} requires {profile.batch}"
 
 
 def _types(model: Model, profile: Profile) -> Iterator[str]:
-    """Weights that are wider than what the target wants: the element type that most of them have counts."""
+    """Check the element type that most weights have against the preferred one."""
     sizes: dict[int, int] = defaultdict(int)
     for tensor in model.graph.initializer:
         size = 1
@@ -210,11 +210,11 @@ def _types(model: Model, profile: Profile) -> Iterator[str]:
         sizes[tensor.data_type] += size
     kind = _FLOATS.get(max(sizes, key=lambda number: sizes[number])) if sizes else None
     if kind == "float32" and profile.dtype != "float32":
-        yield f"most weights are float32, {profile.name} is made for {profile.dtype}"
+        yield f"most weights are float32, {profile.name} is designed for {profile.dtype}"
 
 
 def _quantisers(model: Model, profile: Profile) -> Iterator[str]:
-    """What the target does not take of the ways in which a model is quantised."""
+    """Check the quantisation scheme of a model."""
     if profile.activations == "uint8" and not profile.symmetric and profile.quantized_bias:
         return
     unsigned, shifted, biases = [], [], []
@@ -236,6 +236,6 @@ def _quantisers(model: Model, profile: Profile) -> Iterator[str]:
 
 
 def _stored(model: Model, node: NodeProto, slot: int) -> TensorProto | None:
-    """The initializer that a node takes in a slot, if it is one."""
+    """Return the initializer at an input of a node; None if the input is not an initializer."""
     name = node.input[slot] if slot < len(node.input) else ""
     return model.tensor(name) if model.has(name) else None

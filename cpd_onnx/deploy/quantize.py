@@ -1,4 +1,4 @@
-"""Eight bits: quantising with onnxruntime's own tools, from samples of ours, to the same bytes each time."""
+"""Quantisation to 8-bit integers with onnxruntime's tools, on the given samples, with reproducible bytes."""
 
 from __future__ import annotations
 
@@ -34,44 +34,47 @@ from cpd_onnx.ops.traits import operators_with
 from cpd_onnx.runtime.sessions import Feed, open_model
 
 CALIBRATIONS = ("minmax", "entropy", "percentile")
-"""How the range of an activation is found."""
+"""Methods to find the range of an activation."""
 KEPT_FLOAT = tuple(sorted(operators_with("stays_float")))
-"""Operators that stay float: normalisations and scores lose much in eight bits and take little time."""
+"""Operators that stay float: normalisations and scores lose accuracy in eight bits and take little time (heuristic)."""
 SAMPLES = 128
-"""That calibration looks at."""
+"""Default number of calibration samples (heuristic)."""
 OPSET = 13
-"""From which on DequantizeLinear has an axis, for a scale each channel."""
+"""First opset in which DequantizeLinear has an axis, for per-channel scales (ONNX specification)."""
 
 Ranges: TypeAlias = Mapping[str, Any]
-"""Lowest and highest value of each tensor that calibration looked at: numbers, or lists of one a channel."""
+"""Lowest and highest value of each calibrated tensor: numbers, or lists of one number a channel."""
 
 _HISTOGRAMS: dict[str, dict[str, Any]] = {
     "entropy": {"num_bins": 512, "num_quantized_bins": 128},
     "percentile": {"num_bins": 2048, "percentile": 99.99},
 }
-"""With as many bins as quantised ones, onnxruntime's default, the entropy method never cuts anything off."""
+"""Options of onnxruntime's histogram calibrators. By default, its entropy method has as many bins as quantised values
+and never clips."""
 _MASKED = 5e3
-"""A tensor that reaches as far is a mask of attention, not an activation: in eight bits all else of it would vanish."""
+"""Magnitude from which a tensor is taken for an attention mask, whose other values eight bits could not represent
+(heuristic)."""
 _ELEMENTS = 1 << 20
-"""Of the inputs that calibration runs at once, so that the inner tensors fit into memory."""
+"""Maximum number of input elements of one calibration run, so that hidden tensors fit into memory (heuristic)."""
 _BATCH = 16
+"""Maximum number of samples of one calibration run (heuristic)."""
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a model becomes one of 8-bit integers, with QuantizeLinear and DequantizeLinear nodes.
+    """Options of the quantisation to 8-bit integers with QuantizeLinear and DequantizeLinear nodes.
 
     Attributes:
-        calibration: one of `CALIBRATIONS`, the ranges of activations.
-        samples: that are looked at for these.
-        per_channel: whether each output channel of a weight has a scale of its own.
-        activations: "uint8" or "int8"; weights are int8.
-        symmetric: whether zero points of activations are zero.
-        reduce_range: whether weights keep to seven bits, for processors whose sums saturate.
-        quantized_bias: whether biases become int32.
-        exclude: patterns (with * and ?) of nodes, weights, tensors and operators that stay float.
-        keep_float: operators that stay float whatever they are called.
-        seed: of the choice of samples.
+        calibration: Method to find the ranges of activations, one of `CALIBRATIONS`.
+        samples: Number of calibration samples.
+        per_channel: Whether each output channel of a weight has its own scale.
+        activations: Element type of activations, "uint8" or "int8"; weights are int8.
+        symmetric: Whether zero points of activations are zero.
+        reduce_range: Whether weights use seven bits only, for processors with saturating sums.
+        quantized_bias: Whether biases become int32.
+        exclude: Patterns (with * and ?) of nodes, weights, tensors and operators that stay float.
+        keep_float: Operators that stay float.
+        seed: Seed for the choice of samples.
 
     """
 
@@ -87,28 +90,28 @@ class Quantization:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what makes no sense."""
+        """Raise TargetError for values out of range."""
         if self.calibration not in CALIBRATIONS:
-            raise TargetError(f"no calibration is called {self.calibration!r}: choose {', '.join(CALIBRATIONS)}")
+            raise TargetError(f"calibration must be one of {', '.join(CALIBRATIONS)}, got {self.calibration!r}")
         if self.activations not in ACTIVATIONS:
-            raise TargetError(f"activations cannot be {self.activations!r}: choose {', '.join(ACTIVATIONS)}")
+            raise TargetError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {self.activations!r}")
         if self.samples < 1:
-            raise TargetError(f"{self.samples} samples are none to calibrate on: give 1 or more")
+            raise TargetError(f"number of calibration samples must be at least 1, got {self.samples}")
 
 
 def quantize(model: Model, source: Source, options: Quantization | None = None, notify: Notify | None = None) -> Model:
-    """Quantise to int8 with onnxruntime's tools: its graph optimisations, its calibration, its QDQ nodes.
+    """Return the model quantised to int8 with onnxruntime's graph optimisations, calibration and QDQ format.
 
     Args:
-        model: in float32, at opset 13 or newer.
-        source: samples that the ranges of activations are seen on; no labels are needed.
-        options: how.
-        notify: called with what stays float and why, and with the warnings of the tools.
+        model: Model in float32, at opset 13 or newer.
+        source: Calibration samples; labels are not needed.
+        options: Options of the quantisation.
+        notify: Called with what stays float and why, and with the warnings of the tools.
 
     Raises:
-        UnsupportedError: the model is quantised already, has an older opset, is over 2 GiB, or the tools cannot do it.
-        DataError: the data does not fit the model.
-        TargetError: a pattern of nodes to exclude names nothing.
+        UnsupportedError: The model is quantised already, has an older opset, is over 2 GiB, or the tools fail.
+        DataError: The data does not fit the model.
+        TargetError: A pattern to exclude matches nothing.
     """
     return quantize_recorded(model, source, options, notify)[0]
 
@@ -116,7 +119,7 @@ def quantize(model: Model, source: Source, options: Quantization | None = None, 
 def quantize_recorded(
     model: Model, source: Source | Ranges, options: Quantization | None = None, notify: Notify | None = None
 ) -> tuple[Model, Ranges]:
-    """Quantise as `quantize` does, and give the ranges of the tensors too, which take the place of samples later."""
+    """Return the result of `quantize` and the ranges of the tensors, which may be passed instead of samples later."""
     options, notify = options or Quantization(), notify or ignore
     _require_float(model)
     require_one_message(model, "quantised")
@@ -128,13 +131,13 @@ def quantize_recorded(
         excluded = _excluded(model, prepared, options.exclude)
         ranges = _read(source) if isinstance(source, Mapping) else _ranges(path, model.proto, source, options)
         recorded = _recorded(ranges)
-        excluded |= _touching(prepared, _unbounded(ranges), operators, notify)
+        excluded |= _adjacent(prepared, _unbounded(ranges), operators, notify)
         proto = _with_integers(prepared, ranges, options, excluded, notify)
     return valid(tidied(proto, model.proto), model, "quantising"), recorded
 
 
 def _recorded(ranges: Any) -> Ranges:
-    """Ranges as JSON has them: [lowest, highest]; what is not finite is null."""
+    """Return ranges as plain values for JSON, [lowest, highest]; non-finite numbers become None."""
     found = {}
     for name, data in ranges.items():
         bounds = [np.asarray(value, np.float64).astype(object) for value in data.range_value]
@@ -145,7 +148,7 @@ def _recorded(ranges: Any) -> Ranges:
 
 
 def _read(ranges: Ranges) -> Any:
-    """Recorded ranges as onnxruntime's quantiser takes them."""
+    """Return recorded ranges in the type of onnxruntime's quantiser."""
     from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
 
     data = {}
@@ -156,7 +159,7 @@ def _read(ranges: Ranges) -> Any:
 
 
 def _require_float(model: Model) -> None:
-    """Raise UnsupportedError for what cannot be quantised."""
+    """Raise UnsupportedError if the model cannot be quantised."""
     node = quantised_node(model)
     if node is not None:
         name = node.name or node.output[0]
@@ -165,16 +168,16 @@ def _require_float(model: Model) -> None:
         raise UnsupportedError("the model has 16-bit floats: quantise the float32 one")
     if model.opset < OPSET:
         raise UnsupportedError(
-            f"scales for each channel need opset {OPSET} and the model has {model.opset}: convert it first"
+            f"per-channel scales need opset {OPSET} and the model has {model.opset}: convert it first"
         )
     if not inputs_of(model.proto):
-        raise UnsupportedError("the model has no inputs: there is nothing to see ranges on")
+        raise UnsupportedError("the model has no inputs: there is nothing to calibrate on")
 
 
 def _prepared(model: Model, path: Path, notify: Notify) -> ModelProto:
-    """The model as onnxruntime's quantiser wants it: constants and batch normalisation folded, shapes known.
+    """Return the model as onnxruntime's quantiser requires it: constants and BatchNorm folded, shapes inferred.
 
-    `quant_pre_process` of onnxruntime does the same, but loses weights where it is given a model in memory.
+    `quant_pre_process` of onnxruntime does the same, but loses weights of a model in memory.
     """
     plain = embedded(model)
     options = ort.SessionOptions()
@@ -193,42 +196,42 @@ def _prepared(model: Model, path: Path, notify: Notify) -> ModelProto:
 
 
 def _quantised_operators(options: Quantization) -> list[str]:
-    """The operators that onnxruntime can quantise, but those that stay float."""
+    """Return the operators that onnxruntime can quantise, except those that stay float."""
     from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
     return sorted({*QLinearOpsRegistry, *QDQRegistry} - set(options.keep_float))
 
 
 def _excluded(model: Model, prepared: ModelProto, patterns: Sequence[str]) -> set[str]:
-    """Names of the prepared model's nodes that a pattern names, also by what they were called before."""
+    """Return the names of the prepared model's nodes that match a pattern, also by their names before preparation."""
     excluded: set[str] = set()
     for pattern in patterns:
-        before = {node.name for node in model.graph.node if _is_called(node, pattern) and node.name}
-        found = {node.name for node in prepared.graph.node if node.name in before or _is_called(node, pattern)}
+        before = {node.name for node in model.graph.node if _matches(node, pattern) and node.name}
+        found = {node.name for node in prepared.graph.node if node.name in before or _matches(node, pattern)}
         if not found:
             raise TargetError(f"--exclude {pattern!r} matches no node, weight, tensor or operator of the model")
         excluded |= found
     return excluded
 
 
-def _is_called(node: NodeProto, pattern: str) -> bool:
+def _matches(node: NodeProto, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in (node.name, node.op_type, *node.input, *node.output))
 
 
-class _Fed:
-    """One batch, as onnxruntime's calibration takes it."""
+class _SingleBatch:
+    """A data reader of onnxruntime's calibration with one batch."""
 
     def __init__(self, feed: Feed) -> None:
         self._feed: Feed | None = feed
 
     def get_next(self) -> Feed | None:
-        """The batch, and then nothing."""
+        """Return the batch on the first call, and None afterwards."""
         feed, self._feed = self._feed, None
         return feed
 
 
 def _ranges(path: Path, proto: ModelProto, source: Source, options: Quantization) -> Any:
-    """The range of each tensor on the samples, as onnxruntime's calibration finds it."""
+    """Return the range of each tensor on the samples, found by onnxruntime's calibration."""
     from onnxruntime.quantization import calibrate
 
     kinds = {
@@ -237,62 +240,63 @@ def _ranges(path: Path, proto: ModelProto, source: Source, options: Quantization
         "percentile": calibrate.PercentileCalibrater,
     }
     details = _HISTOGRAMS.get(options.calibration, {}) | {"symmetric": options.symmetric}
-    operators, place = _quantised_operators(options), path.with_name("augmented.onnx")
-    finder = kinds[options.calibration](path, operators, str(place), **details)
-    return _found(finder, calibration(proto, source, options.samples, batch=samples_at_once(source), seed=options.seed))
+    operators, augmented = _quantised_operators(options), path.with_name("augmented.onnx")
+    calibrator = kinds[options.calibration](path, operators, str(augmented), **details)
+    feeds = calibration(proto, source, options.samples, batch=samples_at_once(source), seed=options.seed)
+    return _calibrated(calibrator, feeds)
 
 
-def _found(finder: Any, feeds: Iterable[Feed]) -> Any:
-    """What onnxruntime's calibration finds, one batch at a time, as it keeps all inner tensors of what it is given."""
+def _calibrated(calibrator: Any, feeds: Iterable[Feed]) -> Any:
+    """Return the ranges that a calibrator finds; batches are passed one by one, since it stores all hidden tensors."""
     with translate_tool_errors("onnxruntime cannot prepare the model for finding ranges"):
-        finder.augment_graph()
-    finder.infer_session = open_model(Path(finder.augmented_model_path), optimise=False)
+        calibrator.augment_graph()
+    calibrator.infer_session = open_model(Path(calibrator.augmented_model_path), optimise=False)
     for feed in feeds:
         with translate_tool_errors("onnxruntime cannot run the model to find ranges"):
-            finder.collect_data(_Fed(feed))
+            calibrator.collect_data(_SingleBatch(feed))
     with translate_tool_errors("onnxruntime cannot find ranges"):
-        return finder.compute_data()
+        return calibrator.compute_data()
 
 
 def extremes(model: Model, feeds: Iterable[Feed]) -> dict[str, float]:
-    """The largest magnitude of each float tensor that nodes of the main graph take or make.
+    """Return the largest magnitude of each float input and output of the main graph's nodes.
 
-    Raises UnsupportedError where onnxruntime's calibration cannot look at the model.
+    Raises UnsupportedError if onnxruntime's calibration cannot process the model.
     """
     from onnxruntime.quantization import calibrate
 
     with tempfile.TemporaryDirectory(prefix="cpd-onnx.") as folder, quiet(ignore):
         path = Path(folder) / "model.onnx"
         onnx.save(embedded(model), path)
-        finder = calibrate.MinMaxCalibrater(path, None, str(path.with_name("augmented.onnx")))
-        found = _found(finder, feeds)
+        calibrator = calibrate.MinMaxCalibrater(path, None, str(path.with_name("augmented.onnx")))
+        found = _calibrated(calibrator, feeds)
     return {name: float(np.abs(np.asarray(data.range_value)).max()) for name, data in found.items()}
 
 
 def samples_at_once(source: Source) -> int:
-    """Samples at once, so that the inner tensors fit into memory."""
+    """Return the batch size for calibration at which hidden tensors fit into memory."""
     first = next(iter(source.batches(1)), {})
     elements = max((array.size for array in first.values()), default=1)
     return max(1, min(_BATCH, _ELEMENTS // max(1, elements)))
 
 
 def _unbounded(ranges: Any) -> set[str]:
-    """Tensors that are not finite, or reach as far as masks do."""
+    """Return the tensors with values that are not finite or as large as those of attention masks."""
     return {name for name, data in ranges.items() if not np.all(np.abs(np.asarray(data.range_value)) < _MASKED)}
 
 
-def _touching(proto: ModelProto, tensors: set[str], operators: list[str], notify: Notify) -> set[str]:
-    """Names of the nodes that take or make some tensors, which would be quantised."""
+def _adjacent(proto: ModelProto, tensors: set[str], operators: list[str], notify: Notify) -> set[str]:
+    """Return the names of the nodes that would be quantised but have one of some tensors as an input or output."""
     found = [n for n in proto.graph.node if n.op_type in operators and tensors & {*n.input, *n.output}]
     if found:
-        notify(f"{len(found)} nodes stay float because their tensors reach beyond {_MASKED:g}, like {found[0].name!r}")
+        notify(f"{len(found)} nodes stay float because their tensors exceed {_MASKED:g}, such as {found[0].name!r}")
     return {node.name for node in found}
 
 
 def _with_integers(
     proto: ModelProto, ranges: Any, options: Quantization, excluded: set[str], notify: Notify
 ) -> ModelProto:
-    """The model with QuantizeLinear and DequantizeLinear nodes; with float biases where it does not work otherwise."""
+    """Return the model with QuantizeLinear and DequantizeLinear nodes; biases stay float if it fails otherwise."""
     failure: UnsupportedError | None = None
     for has_biases in (True, False) if options.quantized_bias else (False,):
         copy = ModelProto()
@@ -306,10 +310,10 @@ def _with_integers(
             continue
         if failure:
             notify(f"biases stay float; with them, {failure}")
-        made: ModelProto = quantizer.model.model
-        if not any(node.op_type == "QuantizeLinear" for node in made.graph.node):
-            raise UnsupportedError("there is nothing in the model that can be quantised, or nothing is left to be")
-        return made
+        quantised: ModelProto = quantizer.model.model
+        if not any(node.op_type == "QuantizeLinear" for node in quantised.graph.node):
+            raise UnsupportedError("the model has no node to quantise, or all are excluded")
+        return quantised
     assert failure is not None
     raise failure
 

@@ -1,10 +1,9 @@
-"""Deploy: what happens to a model between the pruner and the target.
+"""Deployment: the conversion of a model for its target.
 
 Sizes are fixed, the operator set is converted, weights and activations become 8-bit integers or 16-bit floats, and the
-result is written in the format of onnxruntime. Each step takes a model and gives another one; `deploy` does what is
-asked for in that order, runs the model after each step beside the one before it, and puts the difference on record. The
-steps are those of onnx and onnxruntime; what is added here is the proof, the same bytes each time, and one line for
-what cannot be done.
+result is written in the format of onnxruntime. Each step turns a model into another one; `deploy` runs the requested
+steps in that order, compares the outputs before and after each, and records the difference. The conversions are those
+of onnx and onnxruntime; added here are the proof, reproducible bytes, and one-line errors.
 """
 
 from __future__ import annotations
@@ -45,32 +44,33 @@ from cpd_onnx.runtime.sessions import Feed, Runner, execute, execute_all, open_m
 from cpd_onnx.shapes.inference import fold
 
 Sizes: TypeAlias = Mapping[str, "int | Sequence[int]"]
-"""Shapes by the name of an input, or sizes by the name of a symbolic one."""
+"""Shapes by the name of an input, or sizes by the name of a symbolic dimension."""
 
 LEVELS = ("disable", "basic", "extended", "all")
-"""How far onnxruntime optimises what it writes; "all" ties the file to the kind of processor that it is made on."""
+"""Levels of onnxruntime's graph optimisation; "all" ties the file to the type of processor that it was written on."""
 
 _CPU = "CPUExecutionProvider"
 _COMPARED = 64
-"""Samples that the models before and after a step are compared on, where there is data."""
+"""Number of samples that the models before and after a step are compared on, if there is data (heuristic)."""
 _LARGEST_HALF = 65504.0
+"""Largest finite float16 (IEEE 754)."""
 _ROUNDS = ("fix", "opset", "IR version")
-"""Steps that change nothing but the order of roundings."""
+"""Steps that change the outputs by rounding only."""
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """What is asked for; steps that are not are left out.
+    """A request for deployment; steps that are not requested are skipped.
 
     Attributes:
-        sizes: shapes of inputs by name, or sizes by the name of a symbolic one, that are fixed.
-        batch: samples at a time that are fixed.
-        opset: version of the default operator set to convert to.
-        int8: how to quantise; None does not.
-        half: one of `HALVES`; None keeps float32.
-        storage_only: whether half floats are only stored, and computed with in float32.
-        keep_io: whether inputs and outputs stay float32 where half floats are computed with.
-        profile: of the target, whose batch, opset and IR version are taken where none is given here.
+        sizes: Shapes of inputs by name, or sizes of symbolic dimensions by name, to fix.
+        batch: Batch size to fix; None leaves it dynamic.
+        opset: Version of the default operator set to convert to; None does not convert.
+        int8: Options of the quantisation; None does not quantise.
+        half: 16-bit float type to convert to, one of `HALVES`; None keeps float32.
+        storage_only: Whether weights are stored in 16 bits and computed with in float32.
+        keep_io: Whether inputs and outputs stay float32 if the computation is in 16-bit floats.
+        profile: Profile of the target; its batch, opset and IR version apply where none is given here.
 
     """
 
@@ -84,25 +84,25 @@ class Deployment:
     profile: Profile | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what makes no sense."""
+        """Raise TargetError for values that are unknown or exclude each other."""
         if self.half is not None and self.half not in HALVES:
-            raise TargetError(f"no half float is called {self.half!r}: choose {', '.join(HALVES)}")
+            raise TargetError(f"16-bit float type must be one of {', '.join(HALVES)}, got {self.half!r}")
         if self.int8 is not None and self.half is not None:
             raise TargetError("weights become 8-bit integers or 16-bit floats, not both: choose one")
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one step did.
+    """The record of one step.
 
     Attributes:
-        name: of the step.
-        what: it did, in words.
-        difference: from the model before it; None where onnxruntime does not run that one.
-        bytes: of the model after it.
-        seconds: that it took, the comparison left out.
-        notes: what else should be known.
-        options: what `redo` takes to do the step again; None where it was left out.
+        name: Name of the step.
+        what: Description for the user.
+        difference: Difference of the outputs from the model before it; None if onnxruntime cannot run that one.
+        bytes: Size of the model after it.
+        seconds: Duration without the comparison.
+        notes: Messages for the user.
+        options: Arguments with which `redo` repeats the step; None if it was skipped.
 
     """
 
@@ -117,12 +117,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Deployed:
-    """A model that is ready for its target.
+    """A model converted for its target.
 
     Attributes:
-        model: it.
-        steps: what was done.
-        problems: what the profile still objects to; nothing if there is none.
+        model: The converted model.
+        steps: Records of the steps.
+        problems: Reasons why the model does not fit the profile; empty if it does or there is no profile.
 
     """
 
@@ -135,15 +135,14 @@ class Deployed:
 
 
 def fix_shapes(model: Model, sizes: Sizes) -> Model:
-    """Fix sizes that the model leaves open, and what follows of them.
+    """Return the model with dynamic sizes fixed, and all sizes that follow from them.
 
     Args:
-        model: it is not changed.
-        sizes: a shape by the name of an input, or a size by the name of a symbolic one, which counts wherever that
-            stands.
+        model: The model, which is not changed.
+        sizes: Shapes by the name of an input, or sizes by the name of a symbolic dimension, wherever it occurs.
 
     Raises:
-        TargetError: there is no such input or size, or the model fixes it to something else.
+        TargetError: There is no such input or symbolic dimension, or the model fixes it to another size.
     """
     from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed, make_input_shape_fixed
 
@@ -153,7 +152,7 @@ def fix_shapes(model: Model, sizes: Sizes) -> Model:
         symbols = {size for entry in inputs.values() for size in entry.shape or () if isinstance(size, str)}
         shape = (wanted,) if isinstance(wanted, int) else tuple(wanted)
         if min(shape, default=0) < 1:
-            raise TargetError(f"{name} cannot have size {', '.join(map(str, shape))}: give sizes from 1 on")
+            raise TargetError(f"sizes of {name} must be at least 1, got {', '.join(map(str, shape))}")
         if name in inputs and not (len(shape) == 1 and name in symbols):
             _require_shape(str(inputs[name]), name, inputs[name].shape, shape)
             make_input_shape_fixed(fixed.graph, name, list(shape))
@@ -161,14 +160,14 @@ def fix_shapes(model: Model, sizes: Sizes) -> Model:
             make_dim_param_fixed(fixed.graph, name, shape[0])
         else:
             known = [*map(repr, inputs), *map(repr, sorted(symbols))]
-            raise TargetError(f"the model has no input or open size {name!r}: it has {', '.join(known)}")
+            raise TargetError(f"the model has no input or symbolic size {name!r}: it has {', '.join(known)}")
     return _sized(fixed)
 
 
-def _require_shape(said: str, name: str, now: tuple[int | str | None, ...] | None, shape: Sequence[int]) -> None:
-    """Raise TargetError where an input cannot have a shape."""
+def _require_shape(declared: str, name: str, now: tuple[int | str | None, ...] | None, shape: Sequence[int]) -> None:
+    """Raise TargetError if an input cannot have a shape."""
     if now is None:
-        raise TargetError(f"input {name!r} has no shape, not even a rank: export the model with one")
+        raise TargetError(f"input {name!r} has neither shape nor rank: export the model with a shape")
     sizes: dict[int | str | None, int] = {}
     fits = len(now) == len(shape)
     for size, wanted in zip(now, shape, strict=False):
@@ -176,25 +175,27 @@ def _require_shape(said: str, name: str, now: tuple[int | str | None, ...] | Non
         if isinstance(size, str):
             sizes[size] = wanted
     if not fits:
-        raise TargetError(f"input {name!r} is {said}: it cannot become {list(shape)}")
+        raise TargetError(f"input {name!r} is {declared}: it cannot become {list(shape)}")
 
 
 def fix_batch(model: Model, batch: int) -> Model:
-    """Fix the first axis of all inputs that leave it open.
+    """Return the model with the first axis of all inputs fixed where it is dynamic.
 
     Raises:
-        TargetError: there is none, and no input has that many samples.
+        TargetError: No first axis is dynamic, and none has that size.
     """
     from onnxruntime.tools.onnx_model_utils import make_dim_param_fixed
 
     if batch < 1:
-        raise TargetError(f"a batch of {batch} makes no sense: give 1 or more")
+        raise TargetError(f"batch must be at least 1, got {batch}")
     inputs = [entry for entry in inputs_of(model.proto) if entry.shape]
     first = {entry.name: entry.shape[0] for entry in inputs if entry.shape}
     if all(isinstance(size, int) for size in first.values()):
         if batch not in first.values():
-            said = ", ".join(map(str, first.values())) or "no"
-            raise TargetError(f"the model takes {said} samples at a time, which cannot become {batch}: export it again")
+            sizes = ", ".join(map(str, first.values())) or "none"
+            raise TargetError(
+                f"the model has a fixed batch size ({sizes}), which cannot become {batch}: export it again"
+            )
         return model
     fixed = model.copy()
     for symbol in {size for size in first.values() if isinstance(size, str)}:
@@ -206,7 +207,7 @@ def fix_batch(model: Model, batch: int) -> Model:
 
 
 def _sized(model: Model) -> Model:
-    """The model with those sizes written into its outputs and described tensors that are now known; in place."""
+    """Write the sizes that are now known into the model's outputs and value descriptions, in place."""
     values = fold(model).scope.values
     for info in (*model.graph.output, *model.graph.value_info):
         value = values.get(info.name)
@@ -221,22 +222,22 @@ def _sized(model: Model) -> Model:
     return model
 
 
-def shaped(model: Model, wish: Deployment) -> Model:
-    """The model with the sizes that are asked for, or that the profile asks for where they are open.
+def shaped(model: Model, request: Deployment) -> Model:
+    """Return the model with the requested sizes, and the batch size of the profile if the batch is dynamic.
 
-    Raises TargetError where the model does not have them.
+    Raises TargetError if the model does not have them.
     """
-    return _shaped(model, wish)[0]
+    return _shaped(model, request)[0]
 
 
-def _shaped(model: Model, wish: Deployment) -> tuple[Model, int | None]:
-    """The same, and the batch that was fixed."""
-    if wish.sizes:
-        model = fix_shapes(model, wish.sizes)
-    batch = wish.batch
+def _shaped(model: Model, request: Deployment) -> tuple[Model, int | None]:
+    """Return the result of `shaped` and the batch size that was fixed."""
+    if request.sizes:
+        model = fix_shapes(model, request.sizes)
+    batch = request.batch
     first = next((entry.shape[0] for entry in inputs_of(model.proto) if entry.shape), 1)
-    if batch is None and wish.profile is not None and not isinstance(first, int):
-        batch = wish.profile.batch
+    if batch is None and request.profile is not None and not isinstance(first, int):
+        batch = request.profile.batch
     return (model if batch is None else fix_batch(model, batch)), batch
 
 
@@ -244,10 +245,10 @@ def _shaped(model: Model, wish: Deployment) -> tuple[Model, int | None]:
 
 
 def convert_opset(model: Model, opset: int) -> Model:
-    """Convert to another version of the default operator set, with onnx's version converter.
+    """Return the model converted to another version of the default operator set, by onnx's version converter.
 
     Raises:
-        UnsupportedError: it cannot convert the model, or what it makes is not valid.
+        UnsupportedError: The converter fails, or its result is not valid.
     """
     if opset == model.opset:
         return model
@@ -260,10 +261,10 @@ def convert_opset(model: Model, opset: int) -> Model:
 
 
 def lower_ir(model: Model, newest: int) -> Model:
-    """The same model with an older IR version, where nothing in it needs a newer one.
+    """Return the model with an older IR version.
 
     Raises:
-        UnsupportedError: its operator sets or its functions need a newer one.
+        UnsupportedError: Its operator sets or its functions need a newer one.
     """
     if model.proto.ir_version <= newest:
         return model
@@ -288,25 +289,25 @@ def save_ort(
     level: str = "extended",
     provider: str = "CPUExecutionProvider",
 ) -> int:
-    """Write a model in the .ort format of onnxruntime, whole or not at all, and prove that it computes the same.
+    """Write a model atomically in the .ort format of onnxruntime, and prove that it computes the same.
 
-    onnxruntime lists the operator sets in an order that changes from process to process: some hundred bytes at the
-    start of the file are not the same each time.
+    onnxruntime lists the operator sets in an order that differs between processes, so that about a hundred bytes at the
+    start of the file are not reproducible.
 
     Args:
-        model: in memory.
-        path: where to.
-        overwrite: whether a file that is there may go.
-        level: one of `LEVELS`.
-        provider: of onnxruntime, whose optimisations are written down.
+        model: The model.
+        path: Path of the file.
+        overwrite: Whether an existing file may be replaced.
+        level: Level of graph optimisation, one of `LEVELS`.
+        provider: Execution provider for which the graph is optimised.
 
     Returns:
-        Bytes of the file.
+        Size of the file in bytes.
 
     Raises:
-        UnsupportedError: onnxruntime does not take the model, or has no such provider.
-        ModelError: the file is there or cannot be written.
-        ProofError: what was written computes something else.
+        UnsupportedError: onnxruntime cannot load the model, or has no such provider.
+        ModelError: The file exists or cannot be written.
+        ProofError: The file does not compute the same as the model.
     """
     require_free(path, overwrite=overwrite)
     content = ort_bytes(model, level, provider)
@@ -315,43 +316,42 @@ def save_ort(
 
 
 def ort_bytes(model: Model, level: str = "extended", provider: str = "CPUExecutionProvider") -> bytes:
-    """A model in the .ort format; arguments and errors are those of `save_ort`."""
+    """Return a model in the .ort format; arguments and errors are those of `save_ort`."""
     return ort_measured(model, level, provider)[0]
 
 
 def ort_measured(
     model: Model, level: str = "extended", provider: str = "CPUExecutionProvider"
 ) -> tuple[bytes, Difference]:
-    """The same, and how far the outputs are from the model's."""
+    """Return the result of `ort_bytes`, and the difference of its outputs from the model's."""
     if level not in LEVELS:
-        raise TargetError(f"no level is called {level!r}: choose {', '.join(LEVELS)}")
+        raise TargetError(f"optimisation level must be one of {', '.join(LEVELS)}, got {level!r}")
     require_one_message(model, "written as .ort")
-    open_model(model, provider=provider)  # says in one line what is wrong with it
+    open_model(model, provider=provider)  # raises a one-line error for a model that cannot be loaded
     with tempfile.TemporaryDirectory(prefix="cpd-onnx.") as folder:
-        place, providers = Path(folder) / "model.ort", list(dict.fromkeys([provider, _CPU]))
+        path, providers = Path(folder) / "model.ort", list(dict.fromkeys([provider, _CPU]))
         precisely(
-            partial(_writing, place, level),
+            partial(_writing_options, path, level),
             lambda options: ort.InferenceSession(model.serialize(), options, providers=providers),
         )
-        content = place.read_bytes()
-        return content, ort_difference(model, place, _random_feeds(model))
+        return path.read_bytes(), ort_difference(model, path, _random_feeds(model))
 
 
-def _writing(place: Path, level: str) -> ort.SessionOptions:
-    """Options of a session that writes what onnxruntime makes of a model."""
+def _writing_options(path: Path, level: str) -> ort.SessionOptions:
+    """Return the options of a session that writes the optimised model to a path in the .ort format."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = getattr(
         ort.GraphOptimizationLevel, "ORT_DISABLE_ALL" if level == "disable" else f"ORT_ENABLE_{level.upper()}"
     )
     options.add_session_config_entry("session.save_model_format", "ORT")
-    options.optimized_model_filepath = str(place)
+    options.optimized_model_filepath = str(path)
     return options
 
 
-def ort_difference(model: Model, place: Path, feeds: Sequence[Feed]) -> Difference:
-    """How far an .ort file is from the model that it was made of; ProofError where that is more than rounding does."""
-    first, second = open_model(model), open_model(place)
+def ort_difference(model: Model, path: Path, feeds: Sequence[Feed]) -> Difference:
+    """Return the difference between an .ort file and its model; raises ProofError if it exceeds that of rounding."""
+    first, second = open_model(model), open_model(path)
     found = output_difference(execute_all(first, feeds), execute_all(second, feeds))
     return replace(found, allowed=_judged(first, second, feeds, _tolerance(model), "the .ort file"))
 
@@ -359,123 +359,123 @@ def ort_difference(model: Model, place: Path, feeds: Sequence[Feed]) -> Differen
 # Steps.
 
 
-def deploy(model: Model, wish: Deployment, source: Source | None = None, observer: Notify | None = None) -> Deployed:
-    """Do what is asked for, and compare the model after each step with the one before it.
+def deploy(model: Model, request: Deployment, source: Source | None = None, observer: Notify | None = None) -> Deployed:
+    """Run the requested steps, and compare the model after each step with the one before it.
 
     Args:
-        model: it is not changed.
-        wish: what is asked for.
-        source: samples for quantising and for the comparisons; random inputs are compared on without.
-        observer: called with the name of each step as it starts.
+        model: The model, which is not changed.
+        request: The requested steps and their options.
+        source: Samples for calibration and comparison; without them, models are compared on random inputs.
+        observer: Called with the name of each step as it starts.
 
     Raises:
-        TargetError, UnsupportedError: a step cannot be done, and nothing of it is.
-        DataError: quantising is asked for without data, or the data does not fit the model.
-        ProofError: a step that should only round does more.
+        TargetError, UnsupportedError: A step cannot be done; there is no partial result.
+        DataError: Quantisation was requested without data, or the data does not fit the model.
+        ProofError: A step that may change the outputs by rounding only changes them by more.
     """
-    if wish.int8 is not None and source is None:
-        raise DataError("quantising looks at samples: give data")
+    if request.int8 is not None and source is None:
+        raise DataError("quantisation needs calibration samples: give data")
     observer = observer or ignore
     done: list[Step] = []
     feeds: list[Feed] = []
-    for todo in _planned(model, wish, source):
+    for todo in _planned(model, request, source):
         name = todo.name
         observer(name)
         notes: list[str] = []
         started = time.perf_counter()
-        made, options = todo.function(model, notes.append)
+        after, options = todo.function(model, notes.append)
         seconds = time.perf_counter() - started
         difference = None
-        if made is not model:
-            feeds = feeds or feeds_for(name, model, made, source)
-            difference = compared(model, made, feeds, name, notes.append)
-            if name == "half" and not _is_stored(wish):
+        if after is not model:
+            feeds = feeds or feeds_for(name, model, after, source)
+            difference = compared(model, after, feeds, name, notes.append)
+            if name == "half" and not _is_storage_only(request):
                 notes += _overflow(model, feeds)
-        if made is not model or notes:
-            recorded = options if made is not model else None
-            done.append(Step(name, todo.what, difference, _size(made), seconds, tuple(notes), recorded))
-        model = made
-    left = problems(model, wish.profile) if wish.profile is not None else []
-    return Deployed(model, tuple(done), tuple(left))
+        if after is not model or notes:
+            recorded = options if after is not model else None
+            done.append(Step(name, todo.what, difference, _size(after), seconds, tuple(notes), recorded))
+        model = after
+    remaining = problems(model, request.profile) if request.profile is not None else []
+    return Deployed(model, tuple(done), tuple(remaining))
 
 
 @dataclass(frozen=True)
 class _Todo:
-    """A step that is asked for; its function gives the model and what `redo` takes to do the same again."""
+    """A requested step; its function returns the new model and the arguments with which `redo` repeats the step."""
 
     name: str
     what: str
     function: Callable[[Model, Notify], tuple[Model, Mapping[str, Any]]]
 
 
-def _planned(model: Model, wish: Deployment, source: Source | None) -> Iterator[_Todo]:
-    """The steps that are asked for."""
-    if wish.sizes or wish.batch is not None or wish.profile is not None:
-        fixed, batch = _shaped(model, wish)
-        sizes = {name: size if isinstance(size, int) else list(size) for name, size in wish.sizes.items()}
+def _planned(model: Model, request: Deployment, source: Source | None) -> Iterator[_Todo]:
+    """Yield the requested steps in order."""
+    if request.sizes or request.batch is not None or request.profile is not None:
+        fixed, batch = _shaped(model, request)
+        sizes = {name: size if isinstance(size, int) else list(size) for name, size in request.sizes.items()}
         what = ", ".join(f"{entry.name} {entry}" for entry in inputs_of(fixed.proto))
         yield _Todo("fix", what, lambda *_: (fixed, {"sizes": sizes, "batch": batch}))
-    yield from _versions(model, wish)
-    if wish.int8 is not None and source is not None:
-        data, how = source, wish.int8
+    yield from _versions(model, request)
+    if request.int8 is not None and source is not None:
+        data, how = source, request.int8
         what = f"{how.calibration}, {how.samples} samples, {'a scale each channel' if how.per_channel else 'one scale'}"
         yield _Todo("int8", what, lambda now, notify: _quantised(now, data, how, notify))
-    if wish.half is not None:
-        kind, options = wish.half, {"keep_io": wish.keep_io, "storage_only": wish.storage_only}
-        what = f"{kind}, stored only" if _is_stored(wish) else kind
+    if request.half is not None:
+        kind, options = request.half, {"keep_io": request.keep_io, "storage_only": request.storage_only}
+        what = f"{kind}, storage only" if _is_storage_only(request) else kind
         yield _Todo(
             "half", what, lambda now, notify: (to_half(now, kind, notify=notify, **options), {"kind": kind} | options)
         )
 
 
 def _quantised(model: Model, source: Source, options: Quantization, notify: Notify) -> tuple[Model, Mapping[str, Any]]:
-    """The quantised model; on record are the options and the ranges that were seen, so that no samples are needed."""
-    made, ranges = quantize_recorded(model, source, options, notify)
+    """Return the quantised model, and its options and ranges, with which `redo` needs no samples."""
+    quantised, ranges = quantize_recorded(model, source, options, notify)
     plain = asdict(options) | {name: list(getattr(options, name)) for name in ("exclude", "keep_float")}
-    return made, {"quantization": plain, "ranges": dict(ranges)}
+    return quantised, {"quantization": plain, "ranges": dict(ranges)}
 
 
-def _versions(model: Model, wish: Deployment) -> Iterator[_Todo]:
-    """Conversions of the operator set and of the IR version."""
-    needed = integers.OPSET if wish.int8 is not None else halves.OPSET if wish.half == "bfloat16" else 0
-    newest = wish.profile.opset if wish.profile is not None else None
-    if wish.opset is not None:
-        yield _converted(f"{model.opset} -> {wish.opset}", wish.opset, convert_opset)
+def _versions(model: Model, request: Deployment) -> Iterator[_Todo]:
+    """Yield the conversions of the operator set and of the IR version."""
+    needed = integers.OPSET if request.int8 is not None else halves.OPSET if request.half == "bfloat16" else 0
+    newest = request.profile.opset if request.profile is not None else None
+    if request.opset is not None:
+        yield _converted(f"{model.opset} -> {request.opset}", request.opset, convert_opset)
     elif model.opset < needed:
-        what = "scales for each channel need it" if wish.int8 is not None else "Cast takes bfloat16 from there on"
+        what = "per-channel scales need it" if request.int8 is not None else "Cast to bfloat16 needs it"
         yield _converted(f"{model.opset} -> {needed}: {what}", needed, convert_opset)
     elif newest is not None and newest < model.opset:
         yield _converted(f"{model.opset} -> {newest}", newest, convert_opset, is_must=False)
-    if wish.profile is not None and wish.profile.ir is not None and wish.profile.ir < model.proto.ir_version:
-        what = f"{model.proto.ir_version} -> {wish.profile.ir}"
-        yield _converted(what, wish.profile.ir, lower_ir, name="IR version", is_must=False)
+    if request.profile is not None and request.profile.ir is not None and request.profile.ir < model.proto.ir_version:
+        what = f"{model.proto.ir_version} -> {request.profile.ir}"
+        yield _converted(what, request.profile.ir, lower_ir, name="IR version", is_must=False)
 
 
 def _converted(
     what: str, version: int, function: Callable[[Model, int], Model], *, name: str = "opset", is_must: bool = True
 ) -> _Todo:
-    """A conversion; one that a profile asks for is left out where it cannot be done: it stays a problem of that."""
+    """Return a conversion; unless it is a must, it is skipped if it fails, and remains a problem of the profile."""
 
     def convert(now: Model, notify: Notify) -> tuple[Model, Mapping[str, Any]]:
-        made = function(now, version) if is_must else _attempted(function, now, version, notify)
-        return made, {"version": version}
+        after = function(now, version) if is_must else _attempted(function, now, version, notify)
+        return after, {"version": version}
 
     return _Todo(name, what, convert)
 
 
 def redo(model: Model, name: str, options: Mapping[str, Any]) -> Model:
-    """Do a step of a `deploy` again, by its name and the options on record.
+    """Repeat a step of `deploy` from its name and recorded options, and return the new model.
 
     Raises:
-        TargetError: there is no such step, or the options are not those of it.
-        UnsupportedError: it cannot be done with this model.
+        TargetError: There is no such step, or the options are not those of the step.
+        UnsupportedError: The step cannot be done with this model.
     """
     if name not in _AGAIN:
-        raise TargetError(f"{name!r} is not a step that can be done again: {', '.join(_AGAIN)} are")
+        raise TargetError(f"a step that can be repeated must be one of {', '.join(_AGAIN)}, got {name!r}")
     try:
         return _AGAIN[name](model, **options)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise TargetError(f"the step {name!r} does not take the options on record: {first_line(error)}") from error
+        raise TargetError(f"the recorded options of the step {name!r} are not valid: {first_line(error)}") from error
 
 
 def _fix_again(model: Model, sizes: Sizes, batch: int | None) -> Model:
@@ -498,33 +498,33 @@ _AGAIN: dict[str, Callable[..., Model]] = {
     "int8": _int8_again,
     "half": _half_again,
 }
-"""How the steps are done again."""
+"""Functions that repeat the steps, by their names."""
 
 
 def _attempted(function: Callable[[Model, int], Model], model: Model, version: int, notify: Notify) -> Model:
-    """What a profile asks for is left out where it cannot be done: it stays a problem of that profile."""
+    """Return the converted model, or the unchanged one, with a message, if the conversion is not supported."""
     try:
         return function(model, version)
     except UnsupportedError as error:
-        notify(f"left out: {error}")
+        notify(f"skipped: {error}")
         return model
 
 
 def _size(model: Model) -> int:
-    """Bytes of the model in one file."""
+    """Return the size of the model in bytes, including its weights."""
     return model.data_bytes() + int(model.proto.ByteSize())
 
 
-def _is_stored(wish: Deployment) -> bool:
-    """Whether half floats are not computed with."""
-    return wish.storage_only or wish.half == "bfloat16"
+def _is_storage_only(request: Deployment) -> bool:
+    """Return whether 16-bit floats are only stored."""
+    return request.storage_only or request.half == "bfloat16"
 
 
 # Comparing.
 
 
 def feeds_for(name: str, model: Model, after: Model, source: Source | None) -> list[Feed]:
-    """Inputs to compare a step on: samples, or random ones that the model, or else what was made of it, accepts."""
+    """Return inputs to compare a step on: samples, or random inputs that the model before or after it accepts."""
     first = after if name == "fix" else model
     if source is not None:
         return list(calibration(first.proto, source, _COMPARED, batch=samples_at_once(source)))
@@ -544,7 +544,7 @@ def _random_feeds(model: Model) -> list[Feed]:
 
 
 def _tolerance(model: Model) -> float:
-    """What a step that only rounds may change, by the number formats in the model."""
+    """Return the difference that rounding may cause, by the number formats in the model."""
     if quantised_node(model) is not None:
         return QUANTIZED
     kinds = {tensor.data_type for tensor in tensors_of(model.proto)}
@@ -554,9 +554,9 @@ def _tolerance(model: Model) -> float:
 
 
 def compared(before: Model, after: Model, feeds: Sequence[Feed], name: str, notify: Notify) -> Difference | None:
-    """How far two models are apart; None, and a note, where onnxruntime runs the second one only.
+    """Return the difference between two models; None, with a message, if onnxruntime runs the second one only.
 
-    Raises UnsupportedError if it does not run that either, ProofError if it runs the first one only.
+    Raises UnsupportedError if it runs neither, and ProofError if it runs the first one only.
     """
     is_judged = name in _ROUNDS
     first, plain, reason = _run(before, feeds, optimise=not is_judged)
@@ -575,7 +575,7 @@ def compared(before: Model, after: Model, feeds: Sequence[Feed], name: str, noti
 
 
 def _overflow(model: Model, feeds: Sequence[Feed]) -> Iterator[str]:
-    """What the comparison does not show, as onnxruntime computes most of float16 in float32 on the processor."""
+    """Yield what the comparison cannot show, since onnxruntime computes most of float16 in float32 on the CPU."""
     yield "the processor computes most of float16 in float32: the difference is that of the weights, a GPU's is larger"
     try:
         beyond = sorted(name for name, most in extremes(model, feeds).items() if not most <= _LARGEST_HALF)
@@ -590,7 +590,7 @@ def _overflow(model: Model, feeds: Sequence[Feed]) -> Iterator[str]:
 def _run(
     model: Model, feeds: Sequence[Feed], *, optimise: bool
 ) -> tuple[Runner | None, list[list[Array]], UnsupportedError | None]:
-    """A session and what it gives, or why there is none."""
+    """Return a session and its outputs, or the reason why onnxruntime cannot run the model."""
     try:
         session = open_model(model, optimise=optimise)
         return session, [execute(session, _cast(model, feed)) for feed in feeds], None
@@ -599,16 +599,16 @@ def _run(
 
 
 def _judged(first: Runner, second: Runner, feeds: Sequence[Feed], tolerance: float, what: str) -> float:
-    """What is allowed between two models that should compute the same; ProofError where they are further apart."""
+    """Return the allowed difference between two models that must compute the same; raises ProofError if exceeded."""
     found = compare(execute_all(first, feeds), first, second, feeds, tolerance)
     if not found.passed:
         raise ProofError(
-            f"{what} changes the outputs by {found.difference:.2g}, allowed are {found.allowed:.0e}; nothing is written"
+            f"{what} changes the outputs by {found.difference:.2g}, allowed is {found.allowed:.0e}; nothing is written"
         )
     return found.allowed
 
 
 def _cast(model: Model, feed: Feed) -> Feed:
-    """Inputs in the float type that the model takes."""
+    """Return the inputs in the float types of the model."""
     kinds = {entry.name: entry.dtype for entry in inputs_of(model.proto)}
     return {name: array.astype(kinds[name], copy=False) for name, array in feed.items()}

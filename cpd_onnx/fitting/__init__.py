@@ -1,1 +1,1 @@
-"""Linear units of a graph, and least squares on what runs through them."""
+"""Linear units of a graph, and least squares on their activations."""

@@ -1,4 +1,4 @@
-"""Least squares on what runs through a model: rows of activations, their moments, the fit that changes least."""
+"""Least squares on activations: sampled rows, their moments, and the ridge fit that changes weights least."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from cpd_onnx.ops.matrix_view import Linear
 Matrix: TypeAlias = npt.NDArray[np.float64]
 
 MAX_FEATURES = 8192
-"""Features beyond which nothing is fitted: their moments alone would take a gigabyte."""
+"""Maximum number of features of a fit, at which its moments take about a gigabyte (heuristic)."""
 _ELEMENTS = 1 << 26
-"""Numbers in the rows of one fit."""
+"""Maximum number of elements in the rows of one fit (heuristic)."""
 
 
 def one_thread() -> AbstractContextManager[object]:
-    """Linear algebra on one thread: on several the last bits of its sums would depend on how many there are."""
+    """Run linear algebra in the block on one thread, so that results do not depend on the number of threads."""
     limits: AbstractContextManager[object] = threadpool_limits(limits=1, user_api="blas")
     return limits
 
 
 class Sampler:
-    """Draws the rows of fits: places of all samples, as many as make sense."""
+    """Draws the rows of fits: positions in all samples, up to a limit."""
 
     def __init__(self, rows: int, seed: int) -> None:
-        """Draw at most about so many rows for each fit."""
+        """Create a sampler that draws at most about `rows` rows for each fit."""
         self._rows, self._random = rows, np.random.default_rng(seed)
 
     def rows(
         self, linear: Linear, data: Sequence[Array], targets: Sequence[Array]
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Features and targets at the same places [groups, rows, features or outputs], of all batches."""
+        """Return features and targets at the same positions of all batches [groups, rows, features or outputs]."""
         first = linear.rows(_single(data[0]), np.arange(1))
         groups, samples, features = first.shape
         most = max(64, min(self._rows, _ELEMENTS // max(1, groups * features)))
@@ -57,15 +57,15 @@ def _single(array: Array) -> Array:
 
 
 class Moments:
-    """Means and products of features, group by group.
+    """First and second moments of features, for each group.
 
     Attributes:
-        mean: of each feature [groups, 1, features]; zero where a fit has no constant.
-        gram: mean products of what is left [groups, features, features].
+        mean: Mean of each feature [groups, 1, features]; zero if the fit has no constant.
+        gram: Mean products of the centred features [groups, features, features].
     """
 
     def __init__(self, rows: npt.NDArray[np.float32], *, centred: bool) -> None:
-        """Take rows [groups, rows, features]."""
+        """Compute the moments of rows [groups, rows, features]; uncentred ones if the fit has no constant."""
         groups, self._count, features = rows.shape
         self._rows = rows
         self.mean: Matrix = np.zeros((groups, 1, features))
@@ -75,21 +75,21 @@ class Moments:
         self.gram -= self.mean.swapaxes(1, 2) @ self.mean
 
     def lift(self, ridge: float) -> Matrix:
-        """A share of the mean square of a feature [groups, 1, 1]."""
+        """Return the ridge as a fraction of the mean square of a feature [groups, 1, 1]."""
         size = np.trace(self.gram, axis1=1, axis2=2) / max(1, self.gram.shape[1])
         return np.asarray(ridge * np.maximum(size, np.finfo(np.float32).tiny)[:, None, None])
 
     def lifted(self, ridge: float) -> Matrix:
-        """The products with that on their diagonal, so that they can be inverted."""
+        """Return the products with the ridge added to their diagonal, which makes them invertible."""
         return np.asarray(self.gram + self.lift(ridge) * np.eye(self.gram.shape[1]))
 
     def fit(self, aims: Array, start: Matrix, ridge: float) -> tuple[Matrix, Matrix]:
-        """The matrix and the constant that come nearest to the aims, held to where they start by the ridge.
+        """Return the matrix and the constant of the least-squares fit, regularized towards the initial matrix.
 
         Args:
-            aims: [groups, rows, outputs].
-            start: [groups, features, outputs].
-            ridge: how strongly, as a share of the mean square of a feature.
+            aims: Targets [groups, rows, outputs].
+            start: Initial matrix [groups, features, outputs].
+            ridge: Strength of the regularization, as a fraction of the mean square of a feature.
         """
         middle = aims.mean(axis=1, keepdims=True, dtype=np.float64) if self.mean.any() else np.zeros((len(aims), 1, 1))
         cross = (self._rows.swapaxes(1, 2) @ np.asarray(aims, np.float32)).astype(np.float64) / self._count

@@ -1,4 +1,4 @@
-"""Weights that multiply and are summed, each with what it takes and what becomes of its product."""
+"""Linear units of a graph: weights of matrix products, each with its input and the affine chain after its output."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from cpd_onnx.shapes.values import Folded, Use
 
 @dataclass(frozen=True, eq=False)
 class Bias:
-    """A constant that is added to each output on its way, and what it is multiplied with from there on [outputs]."""
+    """A constant added to the outputs, and the factor by which it is multiplied afterwards [outputs]."""
 
     name: str
     factor: Vector
@@ -35,20 +35,20 @@ class Bias:
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """A weight, the node of the main graph that multiplies with it, and what comes behind.
+    """A weight, the node of the main graph that multiplies by it, and the affine chain after that.
 
     Attributes:
-        position: of the node.
-        linear: the node as a matrix product.
-        data: tensor that it takes.
-        weight: initializer that nobody else uses.
-        flipped: whether the graph transposes it first.
-        gain, shift: how the product reaches `end`: end = gain * product + shift [outputs].
-        bias: what is added on the way and may be given other values.
-        end: the last tensor of that chain.
-        target: what the product is there for: `end`, or the sum that this goes into.
-        other: what else goes into that sum; it is there before the node runs.
-        rectified: whether nothing of the target below zero passes.
+        position: Position of the node.
+        linear: The node as a matrix product.
+        data: Tensor that the node multiplies by the weight.
+        weight: Initializer, used nowhere else.
+        flipped: Whether the graph transposes it first.
+        gain, shift: Affine function from the product to `end`: end = gain * product + shift [outputs].
+        bias: Constant in the chain that may be changed.
+        end: Last tensor of the chain.
+        target: Tensor to be fitted: `end`, or the sum that it enters.
+        other: The other operand of that sum, which is computed before the node.
+        rectified: Whether a rectifier follows the target.
     """
 
     position: int
@@ -65,23 +65,23 @@ class Unit:
     rectified: bool
 
     def matrix(self, model: Model) -> Matrix:
-        """Its values as a matrix [groups, features, outputs]."""
+        """Return the values of the weight as a matrix [groups, features, outputs]."""
         array = np.asarray(model.array(self.weight), np.float64)
         return np.asarray(self.linear.matrix(array.T if self.flipped else array), np.float64)
 
     def store(self, model: Model, matrix: Array) -> None:
-        """Give it other values."""
+        """Replace the values of the weight."""
         array = self.linear.weight(matrix)
         model.set_array(self.weight, np.ascontiguousarray(array.T if self.flipped else array, np.float32))
 
 
 @dataclass(eq=False)
 class Units:
-    """All such weights of a model.
+    """The linear units of a model.
 
     Attributes:
-        found: in the order of the graph.
-        left: weights of known operators that cannot be told apart from others, and why.
+        found: The units in the order of the graph.
+        left: Weights of linear operators that do not form a unit, and why.
     """
 
     found: list[Unit] = field(default_factory=list)
@@ -89,11 +89,11 @@ class Units:
 
 
 def units_of(folded: Folded, model: Model | None = None) -> Units:
-    """Find the weights of a model that are multiplied and summed by operators of `LINEAR`.
+    """Return the linear units of a model: weights of operators in `LINEAR`.
 
     Args:
-        folded: the model.
-        model: a copy of it whose weights count instead, with the same nodes.
+        folded: The analysed model.
+        model: A copy of it with the same nodes whose weights are used instead.
     """
     return _Finder(folded, model or folded.model).run()
 
@@ -106,7 +106,7 @@ class _Finder:
         self.result = Units()
 
     def _names(self, uses: Iterable[Use]) -> Iterator[str]:
-        """What the counterparts of some slots take in this copy."""
+        """Yield the names at the corresponding inputs in the copy."""
         for use in uses:
             node = self.editor.node(use.scope, use.node) if not use.scope.function else use.scope.nodes[use.node]
             yield node.input[use.slot]
@@ -117,15 +117,15 @@ class _Finder:
             source = self.source(node.input[1]) if len(node.input) > 1 else None
             if source is not None:
                 self.enter(position, node, *source)
-            elif len(node.input) > 1 and key_of(node) in LINEAR and self.lies_in_a_node(node.input[1]):
-                self.result.left[node.input[1]] = "lies in a Constant node"
+            elif len(node.input) > 1 and key_of(node) in LINEAR and self.is_constant_node(node.input[1]):
+                self.result.left[node.input[1]] = "in a Constant node"
         return self.result
 
     def node(self, position: int) -> NodeProto:
         return self.editor.node(self.scope, position)
 
     def source(self, name: str) -> tuple[str, bool] | None:
-        """The initializer that a weight comes from, and whether it is transposed on the way."""
+        """Return the initializer that a weight comes from, and whether the graph transposes it."""
         if self.model.has(name):
             return name, False
         maker = self.scope.makers.get(name)
@@ -134,7 +134,7 @@ class _Finder:
             return None
         return (node.input[0], True) if len(self.model.tensor(node.input[0]).dims) == 2 else None
 
-    def lies_in_a_node(self, name: str) -> bool:
+    def is_constant_node(self, name: str) -> bool:
         value = self.scope.values.get(name)
         return value is not None and value.weight is not None
 
@@ -145,14 +145,14 @@ class _Finder:
         if linear is None or data is None or data.constants is not None or data.shape is None:
             return
         if self.model.tensor(name).data_type != TensorProto.FLOAT:
-            self.result.left[name] = "is no float32"
+            self.result.left[name] = "not float32"
         elif self.uses[name] != 1:
-            self.result.left[name] = "is used several times"
+            self.result.left[name] = "used several times"
         elif (unit := self.unit(position, node, linear, name, flipped)) is not None:
             self.result.found.append(unit)
 
     def unit(self, position: int, node: NodeProto, linear: Linear, name: str, flipped: bool) -> Unit | None:
-        """Follow the product as long as each output is only scaled and shifted."""
+        """Return the unit of a weight, following the product as long as each output is only scaled and shifted."""
         shape = linear.matrix(np.empty(tuple(self.model.tensor(name).dims)[:: -1 if flipped else 1], np.int8)).shape
         count = shape[0] * shape[2]
         end, gain, shift = node.output[0], np.ones(count), np.zeros(count)
@@ -161,7 +161,7 @@ class _Finder:
         if own:
             array = self.constant(own)
             if array is None or array.size not in (1, count):
-                self.result.left[name] = "is followed by a bias that is computed"
+                self.result.left[name] = "with a computed bias"
                 return None
             shift = shift + array.astype(np.float64).ravel()
             bias = self.editable(own, count)
@@ -195,7 +195,7 @@ class _Finder:
         return (value.shape if value is not None else None) or ()
 
     def editable(self, name: str, count: int) -> Bias | None:
-        """The constant as something that may be changed, if it has one number for each output and one user."""
+        """Return the constant as a bias that may be changed, if it has one number for each output and one user."""
         if not self.model.has(name) or self.uses[name] != 1:
             return None
         if self.model.tensor(name).data_type != TensorProto.FLOAT:
@@ -203,14 +203,14 @@ class _Finder:
         return Bias(name, np.ones(count)) if self.model.array(name).size == count else None
 
     def only_user(self, name: str) -> NodeProto | None:
-        """The one node of the main graph that takes a tensor, if nobody else does."""
+        """Return the only user of a tensor, if that is a node of the main graph."""
         uses = self.scope.consumers.get(name, [])
         if len(uses) != 1 or uses[0].scope is not self.scope or name in self.scope.outputs:
             return None
         return self.node(uses[0].node)
 
     def summed(self, end: str, position: int) -> tuple[str, str | None]:
-        """The sum that a tensor goes into, if all else in it is there when the node at `position` runs."""
+        """Return the sum that a tensor enters and its other operand, if that is computed before `position`."""
         user = self.only_user(end)
         if user is None or not traits_of(user).is_sum:
             return end, None

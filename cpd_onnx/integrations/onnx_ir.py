@@ -1,4 +1,4 @@
-"""A pass for pipelines of onnx-ir: `onnx_ir.passes.Sequential(CompressPass(data, macs=0.5), …)`."""
+"""Compression as a pass of onnx-ir: `onnx_ir.passes.Sequential(CompressPass(data, macs=0.5), …)`."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ class PassOptions(CompressOptions):
 
 
 class CompressPass(FunctionalPass):
-    """Gives a smaller model, proven; the one that goes in is not changed."""
+    """A functional pass that returns a compressed and verified model; its input is not changed."""
 
     @taking(PassOptions)
     def __init__(self, options: PassOptions) -> None:
-        """Take what `api.compress` takes, and an observer."""
+        """Create the pass from the arguments of `api.compress`; the observer receives the result for each model."""
         super().__init__()
         self.options = options
 
     def call(self, model: onnx_ir.Model) -> PassResult:
-        """Compress; raises CpdError as `api.compress` does."""
-        made = compressed_by(model, self.options)
+        """Compress a model; raises the errors of `api.compress`."""
+        result = compressed_by(model, self.options)
         if self.options.observer is not None:
-            self.options.observer(made)
-        return PassResult(in_form_of(model, made.state.model), bool(made.state.edits or made.found.trained))
+            self.options.observer(result)
+        return PassResult(in_form_of(model, result.state.model), bool(result.state.edits or result.found.trained))

@@ -1,1 +1,1 @@
-"""What is shown: tables, figures, and a run's report as one file."""
+"""Presentation of results: tables, figures, and the report of a run as one file."""

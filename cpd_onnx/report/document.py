@@ -1,6 +1,6 @@
-"""The report of a run as one file: HTML with its figures inside, or Markdown, both from the same content.
+"""The report of a run as one file: HTML with embedded figures, or Markdown, from the same content.
 
-The content is a dictionary of plain values, format "cpd-onnx/report", as `schema()` describes it; any part may be
+The content is a dictionary of plain values of format "cpd-onnx/report", described by `schema()`; any part may be
 absent.
 """
 
@@ -20,33 +20,33 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<|~$&])")
-"""What Markdown takes for more than a letter."""
+"""Characters that Markdown interprets."""
 _NUMBERED = re.compile(r"^(\d+)([.)])(?=\s|$)")
 _START = re.compile(r"^([-+=>#])")
 _BACKTICKS = re.compile(r"`+")
 
 
 def html(content: Mapping[str, Any]) -> str:
-    """The report as a page that needs nothing else: no network, no script, no other file.
+    """Return the report as a self-contained HTML page, without scripts or references to other files.
 
     The same content gives the same text.
 
     Args:
-        content: see `schema`.
+        content: Content of the report, see `schema`.
 
     Raises:
         UnsupportedError: jinja2 or matplotlib is not installed.
-        ValueError: the content is of another format or version.
+        ValueError: The content is of another format or version.
 
     """
     check(content)
     _require("jinja2", "matplotlib")
-    made = page(content)
-    return _environment(is_html=True).get_template("report.html").render(page=made, drawn=_drawn(made)) + "\n"
+    report = page(content)
+    return _environment(is_html=True).get_template("report.html").render(page=report, drawn=_drawn(report)) + "\n"
 
 
 def markdown(content: Mapping[str, Any]) -> str:
-    """The report as Markdown, without figures; raises as `html`, but does without matplotlib."""
+    """Return the report as Markdown, without figures; raises the errors of `html`, but does not need matplotlib."""
     check(content)
     _require("jinja2")
     text = _environment(is_html=False).get_template("report.md").render(page=page(content))
@@ -54,17 +54,17 @@ def markdown(content: Mapping[str, Any]) -> str:
 
 
 def check(content: Mapping[str, Any]) -> None:
-    """Raise ValueError where the content says that it is something else than a report of this version."""
+    """Raise ValueError unless the content is that of a report of this version."""
     given = content.get("format"), content.get("version")
-    wanted = REPORT_FORMAT, REPORT_VERSION
-    if given != wanted:
+    if given != (REPORT_FORMAT, REPORT_VERSION):
         raise ValueError(
-            f"a report has format {wanted[0]!r} and version {wanted[1]}, not {given[0]!r} and {given[1]!r}"
+            f"format and version of a report must be {REPORT_FORMAT!r} and {REPORT_VERSION}, "
+            f"got {given[0]!r} and {given[1]!r}"
         )
 
 
 def schema() -> dict[str, Any]:
-    """The JSON schema of a report's content (draft 2020-12)."""
+    """Return the JSON schema of a report's content (draft 2020-12)."""
     found: dict[str, Any] = json.loads(
         resources.files("cpd_onnx.report").joinpath("report.schema.json").read_text("utf-8")
     )
@@ -77,11 +77,11 @@ def _require(*modules: str) -> None:
             raise UnsupportedError(f"a report needs {module}: pip install 'cpd-onnx[report]'")
 
 
-def _drawn(made: Page) -> dict[str, list[Any]]:
-    """The figures by key, as they stand in the page: the usual one, and that for phones where there is one."""
+def _drawn(report: Page) -> dict[str, list[Any]]:
+    """Return the figures by key as SVG elements: the one for screens, and the one for phones if there is one."""
     from markupsafe import Markup
 
-    pictures = (part for section in made.sections for part in section.parts if isinstance(part, Picture))
+    pictures = (part for section in report.sections for part in section.parts if isinstance(part, Picture))
     return {
         picture.key: [
             Markup(drawing.svg(f"{picture.key}-{place}", _printable(picture.label)))
@@ -98,13 +98,13 @@ def _environment(*, is_html: bool) -> Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("cpd_onnx.report"), autoescape=is_html, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined, finalize=_printable if is_html else None,
-    )  # fmt: skip  # how it reads, and what it refuses
+    )  # fmt: skip  # loader and strictness
     environment.filters |= {"md": _escaped, "fenced": _fenced}
     return environment
 
 
 def _printable(value: Any) -> Any:
-    """Text without what no file can hold or no reader sees: control characters and halves of characters."""
+    """Replace unprintable characters: control characters and lone surrogates, which no file can hold."""
     if type(value) is not str or value.isprintable():
         return value
     return "".join(
@@ -113,12 +113,12 @@ def _printable(value: Any) -> Any:
 
 
 def _escaped(text: Any) -> str:
-    """Text that means itself in Markdown, on one line."""
+    """Return the text on one line, escaped for Markdown."""
     line = _SPECIAL.sub(r"\\\1", " ".join(str(_printable(str(text))).split()))
     return _START.sub(r"\\\1", _NUMBERED.sub(r"\1\\\2", line))
 
 
 def _fenced(text: str) -> str:
-    """A block of code, between more backticks than it holds."""
+    """Return a fenced code block, with more backticks than the text has in a row."""
     fence = "`" * max(3, 1 + max(map(len, _BACKTICKS.findall(text)), default=0))
     return f"{fence}\n{_printable(text)}\n{fence}"

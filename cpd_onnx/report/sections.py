@@ -1,7 +1,7 @@
-"""What a report says, and in which order, before it is HTML or Markdown.
+"""The sections of a report, independent of whether it is rendered as HTML or Markdown.
 
 Each section is a function from the report's content to parts: sentences, tables, figures. A section without parts is
-left out.
+omitted.
 """
 
 from __future__ import annotations
@@ -14,35 +14,53 @@ from typing import Any, ClassVar, TypeAlias
 from cpd_onnx.data.metrics import lower_is_better
 from cpd_onnx.proof.comparison import INCONCLUSIVE, VERDICTS, VERIFIED, WRONG
 from cpd_onnx.report import figures as plots
-from cpd_onnx.report.tables import longest, repair_line
+from cpd_onnx.report.tables import bytes_text, cost_rows, largest_text, longest, repair_line
 from cpd_onnx.runtime.bench import Bench, Setting, Timing
 from cpd_onnx.summary import count, share
 
 Content: TypeAlias = Mapping[str, Any]
+"""A report's content, or a part of it, as `document.schema` describes it."""
 Part: TypeAlias = "Sentence | Listing | Sheet | Picture | Code"
+"""One element of a section."""
 
-_NOTHING = "–"  # noqa: RUF001  # a dash is meant
-_SHARES = ("top1", "top5", "miou")
-"""Metrics that are shares, told in percent."""
+_MISSING = "–"  # noqa: RUF001  # a dash is meant
+"""Text in place of a number that is not known."""
+_FRACTIONS = ("top1", "top5", "miou")
+"""Metrics that are fractions and shown in percent."""
 _LABELS = "labels"
 _FOLDED = 20
-"""Rows from which on a table is folded."""
+"""Number of rows above which a table is collapsed (heuristic)."""
 _LETTERS = 26
-"""Longer words may be broken."""
-_LONGEST = 12
+"""Number of letters above which a word in a table may be broken (heuristic)."""
+_MAX_OPERATORS = 12
+"""Maximum number of operators in the table of time by operator (heuristic)."""
 _MANY = 10
-"""From this ratio on it is told as a multiple and not in percent."""
-_RESTLESS = 1.3
-"""From this ratio of the ninetieth percentile to the median on, something else used the machine."""
-_STAGES = {"original": "the original"}
+"""Ratio from which a factor is shown instead of a percentage (heuristic)."""
+_BUSY = 1.3
+"""Ratio of the 90th percentile of the run times to the median above which the machine counts as busy (heuristic)."""
 _BUDGETS = {"macs": "MACs", "params": "parameters", "channels": "channels", "bytes": "file", "latency": "latency"}
-_SHORT = {"MACs": "MACs", "parameters": "Params", "file": "File"}
+"""Names of the kinds of budget."""
+_COST_CARDS = {"MACs": "MACs", "parameters": "Params", "file": "File"}
+"""Costs that have a card, and its label."""
 _OF_BUDGET = ("kind", "target", "spread")
+"""Entries of the budget that have words of their own."""
+_PROOF_CARDS = {
+    None: ("Not verified", "nothing shows that the file computes what its plan says", "bad"),
+    WRONG: ("Wrong", "the file does not compute what its plan says: do not use it", "bad"),
+    INCONCLUSIVE: ("Inconclusive", "the inputs that were tried do not show whether it is correct", "unknown"),
+    VERIFIED: ("Verified", "", "good"),
+}
+"""Value, detail and tone of the card of the proof by its verdict; None if there is no proof."""
+_PROOF_RESULTS = {
+    VERIFIED: "They agree", INCONCLUSIVE: "This does not show whether the file is correct",
+    WRONG: "They differ: do not use the file",
+}  # fmt: skip  # a table
+"""Start of the sentence on the difference by the verdict of the proof."""
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """One or more of them; `tone` is "" or "warning"."""
+    """One or more sentences; `tone` is "" or "warning"."""
 
     form: ClassVar[str] = "sentence"
     text: str
@@ -51,7 +69,7 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Listing:
-    """Points, one under the other."""
+    """A bulleted list."""
 
     form: ClassVar[str] = "listing"
     title: str
@@ -63,10 +81,13 @@ class Sheet:
     """A table.
 
     Attributes:
-        words: places of columns that hold words and not numbers.
-        is_folded: whether it is shown only when asked for.
-        is_wide: whether it takes all of the page.
-        marked: places of rows that stand out.
+        title: Heading; may be empty.
+        columns: Headings of the columns.
+        rows: Cells, row by row.
+        words: Indices of the columns that hold words instead of numbers.
+        is_folded: Whether it is collapsed until the reader opens it.
+        is_wide: Whether it takes the full width of the page.
+        marked: Indices of the rows that are highlighted.
 
     """
 
@@ -80,7 +101,7 @@ class Sheet:
     marked: tuple[int, ...] = ()
 
     def letters(self, column: int) -> int:
-        """Letters that a column of words should have room for, so that neither words nor short names are broken."""
+        """Return the width in letters at which a column of words breaks neither words nor short names."""
         cells = [row[column] for row in self.rows]
         words = [word for cell in cells for word in ([cell] if len(cell) <= _LETTERS else cell.split())]
         return min(_LETTERS, max(map(len, words), default=0))
@@ -91,11 +112,11 @@ class Picture:
     """A figure.
 
     Attributes:
-        key: its name within the page.
-        title: stands under it.
-        label: what it shows, for those who cannot see it.
-        drawing: narrow, or as wide as the page where there is one for phones too.
-        on_phones: the same for phones.
+        key: Identifier within the page.
+        title: Caption.
+        label: Description for screen readers.
+        drawing: The figure: narrow, or as wide as the page if there is another one for phones.
+        on_phones: The figure for phones, if it differs.
 
     """
 
@@ -109,7 +130,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Code:
-    """Text to be copied as it is."""
+    """Text to be copied verbatim."""
 
     form: ClassVar[str] = "code"
     text: str
@@ -117,7 +138,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page with a heading."""
+    """A section of the page: identifier, heading and content."""
 
     key: str
     title: str
@@ -126,13 +147,14 @@ class Section:
 
 @dataclass(frozen=True)
 class Card:
-    """One of the things to be seen first.
+    """A key result at the top of the page.
 
     Attributes:
-        value: large.
-        detail: small, under it.
+        label: Name of the result.
+        value: The result, in large letters.
+        detail: Explanation below it, in small letters.
         tone: "good", "bad", "unknown" or "".
-        left: what is left of the original's, where the card is about that.
+        left: Fraction of the original's cost that remains, on a card about a cost.
 
     """
 
@@ -145,7 +167,18 @@ class Card:
 
 @dataclass(frozen=True)
 class Page:
-    """The whole report."""
+    """The whole report.
+
+    Attributes:
+        title: Heading.
+        files: Names of the source and the output file.
+        lead: Summary in a few sentences.
+        cards: Key results.
+        notes: Notes of the run.
+        advice: Suggestions for what to try next.
+        sections: The sections.
+        tool: Name and version of the program that wrote the report.
+    """
 
     title: str
     files: str
@@ -158,7 +191,7 @@ class Page:
 
 
 def page(content: Content) -> Page:
-    """What a report says."""
+    """Return the report on a content."""
     found = (Section(key, title, tuple(parts(content))) for key, title, parts in _SECTIONS)
     return Page(
         title=str(content.get("title") or "Report"),
@@ -172,14 +205,14 @@ def page(content: Content) -> Page:
     )
 
 
-# What is seen first.
+# The top of the page.
 
 
 def _lead(content: Content) -> str:
-    """What was bought and at what price, and what nobody knows."""
+    """Return the summary: what was gained, what was lost, and what is not known."""
     fast, values = _speed(content), _scores(content)
-    costs = _joined([f"{left} of the {name}" for name, _, _, left in _left(content)])
-    verdict = _verdict(_of(content, "verification"))
+    costs = _joined([f"{left} of the {name}" for name, _, _, left in _costs(content) if name in _COST_CARDS])
+    verdict = _verdict(content.get("verification"))
     sentences = ["Do not use this file: its proof failed."] if verdict == WRONG else []
     sentences += ["Its proof is inconclusive."] if verdict == INCONCLUSIVE else []
     if fast:
@@ -192,12 +225,12 @@ def _lead(content: Content) -> str:
     if is_judged:
         metric = content["accuracy"]["metric"]
         first, last = (_score(metric, values[place][1]) for place in (0, -1))
-        sentences.append(f"{metric} is {last}, the original's {first}.")
+        sentences.append(f"{metric} is {last}; that of the original is {first}.")
     elif values:
         metric = content["accuracy"]["metric"]
         sentences.append(f"Against {_on(content)}: {metric} {_score(metric, values[-1][1])}.")
     unknown = [*([] if fast else ["how fast it is"]), *([] if is_judged else ["how accurate it is"])]
-    unknown += [] if content.get("verification") else ["whether it does what its plan says"]
+    unknown += [] if verdict else ["whether it computes what its plan says"]
     if unknown:
         sentences.append(f"Not known: {_joined(unknown)}.")
     return " ".join(sentences)
@@ -207,16 +240,16 @@ def _cards(content: Content) -> Iterator[Card]:
     yield _speed_card(content)
     yield _accuracy_card(content)
     yield _proof_card(content)
-    for name, before, after, left in _left(content):
-        told = _bytes if name == "file" else _count
-        kept = _number(after) / _number(before)
-        yield Card(f"{_SHORT[name]} left", left, f"{told(before)} → {told(after)}", "", kept)
+    for name, before, after, left in _costs(content):
+        if name in _COST_CARDS:
+            detail = f"{_cost(name, before)} → {_cost(name, after)}"
+            yield Card(f"{_COST_CARDS[name]} left", left, detail, "", after / before)
 
 
 def _speed_card(content: Content) -> Card:
     fast = _speed(content)
     if fast is None:
-        return Card("Speed", "Unknown", "nobody has measured it", "unknown")
+        return Card("Speed", "Unknown", "not measured", "unknown")
     before, after = fast
     detail = f"as fast: {_ms(before.p50)} → {_ms(after.p50)} ms a run; {_conditions(after.setting)}"
     doubt = _doubt(before, after)
@@ -226,21 +259,21 @@ def _speed_card(content: Content) -> Card:
 
 
 def _doubt(before: Timing, after: Timing) -> str:
-    """Why the two medians say little, if they do."""
-    if _restlessness((before, after)) > _RESTLESS:
+    """Return the reason why the two medians are not comparable; empty if they are."""
+    if _variation((before, after)) > _BUSY:
         return "the machine was busy: measure again"
     fast, slow = sorted((before, after), key=lambda timing: timing.p50)
-    return "the runs of both overlap" if fast.p90 > slow.p10 else ""
+    return "the run times of both overlap" if fast.p90 > slow.p10 else ""
 
 
 def _accuracy_card(content: Content) -> Card:
     values = _scores(content)
     if not values:
-        return Card("Accuracy", "Unknown", "no data to judge it on was given", "unknown")
+        return Card("Accuracy", "Unknown", "no data was given to measure it on", "unknown")
     metric, how_many = content["accuracy"]["metric"], _count_of(content["accuracy"])
     first, last = values[0][1], values[-1][1]
     if _on(content) != _LABELS:
-        detail = f"{metric} against {_on(content)}, {how_many}; how often it is right is unknown"
+        detail = f"{metric} against {_on(content)}, {how_many}; the accuracy is unknown"
         return Card("Distance from the original", _score(metric, last), detail, "unknown")
     if len(values) == 1:
         return Card(f"Accuracy, {metric}", _score(metric, last), f"the original's is unknown; {how_many}", "unknown")
@@ -248,25 +281,31 @@ def _accuracy_card(content: Content) -> Card:
     return Card(f"Accuracy, {metric}", text, f"{_change(metric, first, last)}; {how_many} with labels")
 
 
-def _verdict(found: Content) -> str:
-    """What a proof found; reports of before there were three verdicts say whether it passed."""
+def _verdict(found: Content | None) -> str | None:
+    """Return the verdict of a proof; None if there is none.
+
+    Reports written before there were three verdicts only say whether it passed.
+    """
+    if not found:
+        return None
     verdict = found.get("verdict")
     return str(verdict) if verdict in VERDICTS else VERIFIED if found.get("passed", True) else WRONG
 
 
 def _proof_card(content: Content) -> Card:
-    found = content.get("verification")
-    if not found:
-        return Card("Proof", "Not verified", "nothing shows that the file does what its plan says", "bad")
-    if _verdict(found) == WRONG:
-        return Card("Proof", "Wrong", "the file does not compute what its plan says: do not use it", "bad")
-    if _verdict(found) == INCONCLUSIVE:
-        return Card("Proof", "Inconclusive", "the inputs that were tried do not show whether it is right", "unknown")
-    trained = found.get("trained")
-    detail = "byte for byte what the plan makes of the original"
-    if not found.get("is_replay", not trained):
-        detail = f"structure and removal proven; {trained} weights have new values"
-    return Card("Proof", "Verified", detail, "good")
+    found = _of(content, "verification")
+    verdict = _verdict(found)
+    if verdict == VERIFIED:
+        detail = "equals, byte for byte, the plan applied to the original"
+        if not _is_replay(found):
+            detail = f"structure and removal proven; {found.get('trained')} weights have new values"
+        return Card("Proof", "Verified", detail, "good")
+    return Card("Proof", *_PROOF_CARDS[verdict])
+
+
+def _is_replay(found: Content) -> bool:
+    """Return whether the file equals the plan applied to the original, without refitted or trained weights."""
+    return bool(found.get("is_replay", not found.get("trained")))
 
 
 # The sections.
@@ -275,14 +314,15 @@ def _proof_card(content: Content) -> Card:
 def _accuracy(content: Content) -> Iterator[Part]:
     values = _scores(content)
     if not values:
-        yield Sentence("Nobody has measured it: that takes data, with labels or to compare answers on.", "warning")
+        yield Sentence("Not measured: that takes data, with labels or to compare the outputs on.", "warning")
     else:
         found = content["accuracy"]
         metric = found["metric"]
         rows = [
-            (_STAGES.get(name, name), _score(metric, value), "" if not place else _change(metric, values[0][1], value))
+            ("the original" if name == "original" else name, _score(metric, value),
+             _change(metric, values[0][1], value) if place else "")
             for place, (name, value) in enumerate(values)
-        ]
+        ]  # fmt: skip  # a row
         yield Sheet("", ("model", str(metric), "change"), tuple(rows), is_wide=False)
         yield Sentence(_meaning(found, [value for _, value in values]))
     if content.get("repaired"):
@@ -291,53 +331,48 @@ def _accuracy(content: Content) -> Iterator[Part]:
 
 
 def _meaning(found: Content, values: Sequence[float]) -> str:
-    """What the figures stand for, and how far chance alone may move them."""
+    """Return what the scores measure, and their statistical error."""
     samples, metric = found.get("samples"), found["metric"]
     on = found.get("on") or _LABELS
     text = f"{metric} on {_count_of(found)}, against {on}."
     if on != _LABELS:
-        text += " That tells how close it is to the original, not how often it is right: that takes labels."
+        text += " This measures how close the model is to the original, not its accuracy, which takes labels."
     if metric in ("top1", "top5") and samples:
-        reach = max(1.96 * math.sqrt(max(0.0, value * (1 - value)) / samples) for value in values)
-        text += f" With so many samples, chance moves each figure by up to {100 * reach:.1f} points (95 %)."
+        error = max(1.96 * math.sqrt(max(0.0, value * (1 - value)) / samples) for value in values)
+        text += f" With this number of samples, the 95 % confidence interval is at most ±{100 * error:.1f} points."
     return text
 
 
 def _size(content: Content) -> Iterator[Part]:
-    rows = [
-        (name, told(before), told(after), left)
-        for name, before, after, left in _left(content, with_channels=True)
-        for told in (_bytes if name == "file" else _count,)
-    ]
+    rows = [(name, _cost(name, before), _cost(name, after), left) for name, before, after, left in _costs(content)]
     if rows:
         yield Sheet("", ("", "before", "after", "left"), tuple(rows), is_wide=False)
     budget = content.get("budget") or {}
     if "kind" in budget:
         kind, target = str(budget["kind"]), budget.get("target")
-        asked = f"Asked for: {_percent(target)} of the {_BUDGETS.get(kind, kind)}"
-        spread = f", spread {budget['spread']} over the groups" if budget.get("spread") else ""
-        said = {
-            name: value
+        asked = f"Target: {_percent(target)} of the {_BUDGETS.get(kind, kind)}"
+        policy = f", allocation policy {budget['spread']}" if budget.get("spread") else ""
+        more = [
+            f"{name} {_plain(value)}"
             for name, value in budget.items()
-            if name not in _OF_BUDGET and value not in (None, False, [], {})
-        }
-        more = [f"{name} {_plain(value)}" for name, value in said.items() if not isinstance(value, Mapping)]
+            if name not in _OF_BUDGET and value not in (None, False, []) and not isinstance(value, Mapping)
+        ]
         yield Sentence(
-            f"{asked}{spread}{'; ' if more else ''}{', '.join(more)}. MACs are multiply-accumulates a sample."
+            f"{asked}{policy}{'; ' if more else ''}{', '.join(more)}. MACs are multiply-accumulate operations a sample."
         )
 
 
 def _latency(content: Content) -> Iterator[Part]:
     if not content.get("bench"):
-        yield Sentence(
-            "Not measured: fewer MACs are not always less time, 'cpd-onnx bench' says what they are here.", "warning"
-        )
+        yield Sentence("Not measured: fewer MACs do not always mean less time; use 'cpd-onnx bench'.", "warning")
         return
     found = bench_of(content["bench"])
     if found.timings:
         yield Picture(
-            "latency", "Latency of one run: the dot is the median, the line goes from the 10th to the 99th percentile.",
-            _heard_latency(found), plots.latencies(found),
+            "latency", "Latency of one run: the dot is the median, the line spans the 10th to the 99th percentile.",
+            "Median latency: " + "; ".join(
+                f"{t.model} {_ms(t.p50)} ms, {_conditions(t.setting)}" for t in found.timings[:4]
+            ), plots.latencies(found),
         )  # fmt: skip  # name, words and figure
     if found.memory:
         first = next(iter(found.memory.values()))
@@ -363,17 +398,17 @@ def _timings(found: Bench) -> Iterator[Part]:
     )  # fmt: skip  # a row
     if rows:
         yield Sheet("", columns, rows, words=(0, 1), is_folded=len(rows) > _FOLDED)
-    restless = _restlessness(found.timings)
-    if restless > _RESTLESS:
+    variation = _variation(found.timings)
+    if variation > _BUSY:
         yield Sentence(
-            f"The runs differ: one in ten took {restless:.1f} times the median or more. Something else used the "
-            "machine; measure again on a quiet one before you rely on these figures.",
+            f"The run times vary: one run in ten took {variation:.1f} times the median or more. Other processes used "
+            "the machine; measure again on an idle one before you rely on these figures.",
             "warning",
         )
 
 
-def _restlessness(timings: Iterable[Timing]) -> float:
-    """How many times the median the slowest tenth of the runs takes at least."""
+def _variation(timings: Iterable[Timing]) -> float:
+    """Return the largest ratio of the 90th percentile of the run times to their median."""
     return max((timing.p90 / timing.p50 for timing in timings if timing.p50), default=1.0)
 
 
@@ -383,13 +418,13 @@ def _operators(content: Content) -> Iterator[Part]:
         return
     yield Picture(
         "operators", "Time by operator in one run on one thread, from onnxruntime's profiler.",
-        "Bars of milliseconds by operator: " + _spoken(
+        "Bars of milliseconds by operator: " + "; ".join(
             f"{name} {' and '.join(f'{ms:.3g}' for ms in spent)}" for name, spent in longest(found.profiles, 3)[:3]
         ), plots.operators(found), plots.operators(found, plots.PHONE),
     )  # fmt: skip  # name, words and figure
     rows = tuple(
         (name, f"{spent[0]:.3f}", *(part for ms in spent[1:] for part in (f"{ms:.3f}", _of_first(ms, spent[0]))))
-        for name, spent in longest(found.profiles, _LONGEST)
+        for name, spent in longest(found.profiles, _MAX_OPERATORS)
     )
     first, *others = found.profiles
     heads = ("operator", f"{first}, ms", *(part for name in others for part in (f"{name}, ms", "of the first")))
@@ -400,16 +435,16 @@ def _widths(content: Content) -> Iterator[Part]:
     groups = content.get("groups") or ()
     if not groups:
         return
-    touched = [group for group in groups if group["kept"] < group["size"]]
+    pruned = [group for group in groups if group["kept"] < group["size"]]
     yield Sentence(
-        f"{len(touched)} of {len(groups)} groups of coupled channels lost some. A group is one width of the network, "
-        "such as that of a residual stage or the heads of a block: its channels can only go together."
+        f"{len(pruned)} of {len(groups)} groups of coupled channels were pruned. A group is one width of the network, "
+        "such as that of a residual stage or the heads of an attention block; its tensors are pruned together."
     )
     drawn = [(group["name"], group["size"], group["kept"]) for group in groups]
     yield Picture(
         "widths", "Channels of each group before and after, in the order of the table.",
-        f"Widths of {len(groups)} groups before and after; " + _spoken(
-            f"{group['name']} from {group['size']} to {group['kept']}" for group in touched[:3]
+        f"Widths of {len(groups)} groups before and after; " + "; ".join(
+            f"{group['name']} from {group['size']} to {group['kept']}" for group in pruned[:3]
         ), plots.widths(drawn), plots.widths(drawn, plots.PHONE),
     )  # fmt: skip  # name, words and figure
     rows = tuple(
@@ -428,14 +463,14 @@ def _sensitivity(content: Content) -> Iterator[Part]:
         return
     error = str(found.get("error") or "error")
     yield Sentence(
-        f"What the outputs lose when one group alone loses channels: {error}. The higher, the more it matters."
+        f"Error of the outputs when one group alone is pruned: {error}. The higher, the more the model depends on it."
     )
     curves = {group["group"]: [(p["width"], _number(p["error"])) for p in group["points"]] for group in groups}
     worst = sorted(curves, key=lambda name: -max(value for _, value in curves[name]))
     yield Picture(
-        "sensitivity", "Error of the outputs over the channels that one group keeps while all others stay whole.",
-        f"Error over width for {len(groups)} groups; most sensitive: {_spoken(worst[:3])}.",
-        plots.sensitivities(curves, "error"), plots.sensitivities(curves, "error", plots.PHONE),
+        "sensitivity", "Error of the outputs over the remaining channels of one group while all others are unpruned.",
+        f"Error over width for {len(groups)} groups; most sensitive: {'; '.join(worst[:3])}.",
+        plots.sensitivity(curves, "error"), plots.sensitivity(curves, "error", plots.PHONE),
     )  # fmt: skip  # name, words and figure
     most = max(len(group["points"]) for group in groups)
     rows = tuple(
@@ -457,9 +492,9 @@ def _training(content: Content) -> Iterator[Part]:
     metric = str(scored.get("metric") or "score")
     if losses:
         yield Picture(
-            "training", "The original teaches the pruned model: the loss of each update, and smoothed.",
+            "training", "Distillation with the original as the teacher: the loss of each update, raw and smoothed.",
             f"Loss over {len(losses)} updates, from {_short(losses[0])} to {_short(losses[-1])}.",
-            plots.training(losses, watched, f"{metric}, on samples kept from training"),
+            plots.training(losses, watched, f"{metric}, on held-out samples"),
         )  # fmt: skip  # name, words and figure
     facts = {
         "updates": found.get("steps"),
@@ -468,7 +503,7 @@ def _training(content: Content) -> Iterator[Part]:
         "device": found.get("device"),
         "loss": f"{_short(losses[0])} → {_short(losses[-1])}" if losses else None,
         **{f"output {name}": f"by {kind}" for name, kind in (found.get("losses_by") or {}).items()},
-        f"best {metric} on the way": _best(scored, [value for _, value in watched]),
+        f"best {metric} during training": _best(scored, [value for _, value in watched]),
     }
     yield from _facts("", facts)
 
@@ -488,7 +523,7 @@ def _sweep(content: Content) -> Iterator[Part]:
     if scored:
         yield Picture(
             "sweep", "No model is both faster and better than one on the line. The ring marks the chosen one.",
-            f"{metric} against latency of {len(scored)} models; chosen: {_spoken(picked) or 'none'}",
+            f"{metric} against latency of {len(scored)} models; chosen: {'; '.join(picked) or 'none'}",
             plots.tradeoff(scored, str(metric), is_less_better=lower_is_better(found)),
         )  # fmt: skip  # name, words and figure
     rows = tuple(
@@ -496,7 +531,7 @@ def _sweep(content: Content) -> Iterator[Part]:
          _score(metric, p.get("accuracy")), _percent(p.get("macs")), _bytes(p.get("bytes")))
         for p in points
     )  # fmt: skip  # a row
-    heads = ("asked for", "ms", "of the original's", str(metric or "accuracy"), "MACs left", "file")
+    heads = ("target", "ms", "of the original's", str(metric or "accuracy"), "MACs left", "file")
     marked = tuple(place for place, point in enumerate(points) if point.get("picked"))
     yield Sheet("", heads, rows, marked=marked, is_wide=not scored or len(rows) > _FOLDED)
 
@@ -514,104 +549,98 @@ def _deployment(content: Content) -> Iterator[Part]:
     heads = ("step", "what it does", "file", "difference", str(metric or "accuracy"), "notes")
     yield Sheet("", heads, rows, words=(0, 1, 5))
     yield Sentence(
-        "The difference is that of the outputs from those of the model before the step, relative to the largest."
+        "Difference: how far the outputs of a step are from those of the model before it, relative to the largest."
     )
 
 
 def _kept(content: Content) -> Iterator[Part]:
     fraction = content.get("prunable_fraction")
     if fraction is not None:
-        yield Sentence(f"{_percent(fraction)} of the weights lie on an axis that channels can be taken from.")
+        yield Sentence(f"{_percent(fraction)} of the weights have an axis that can be pruned.")
     rows = tuple(
-        (entry["reason"], str(entry["axes"]), count(entry["weights"]),
-         ", ".join(f"{e['tensor']} {e['dims']} axis {e['axis']}" for e in entry.get("largest") or ()))
+        (entry["reason"], str(entry["axes"]), count(entry["weights"]), largest_text(entry.get("largest") or ()))
         for entry in content.get("kept") or ()
-    )  # fmt: skip  # a row
+    )
     if rows:
         yield Sheet("", ("reason", "axes", "weights", "the largest"), rows, words=(0, 3), is_folded=len(rows) > _FOLDED)
     without = content.get("without_rule") or {}
     if without:
         yield Listing(
-            "No rule for these operators, so that their channels are kept",
+            "No rule for these operators, so their channels are frozen",
             tuple(f"{operator}, at {node}" for operator, node in without.items()),
         )
 
 
-_SAID = {
-    VERIFIED: "It passed", INCONCLUSIVE: "That shows too little to say that the file is right, or wrong",
-    WRONG: "It failed: do not use the file",
-}  # fmt: skip  # a table
-
-
 def _proof(content: Content) -> Iterator[Part]:
-    found = content.get("verification")
-    if not found:
+    found = _of(content, "verification")
+    verdict = _verdict(found)
+    if verdict is None:
         yield Sentence(
-            "Not verified. Nothing shows that the file computes what its plan says; 'cpd-onnx verify' compares the two "
-            "files.",
+            "Not verified. Nothing shows that the file computes what its plan says; 'cpd-onnx verify' compares it with "
+            "the original.",
             "warning",
         )
         return
-    allowed, verdict = found.get("allowed", found.get("tolerance")), _verdict(found)
+    allowed, tone = found.get("allowed", found.get("tolerance")), "" if verdict == VERIFIED else "warning"
     yield Sentence(
-        f"The original ran with the removed channels masked, the small model ran beside it, on {found.get('runs')} "
-        f"sets of inputs. {_SAID[verdict]}: the outputs differ by at most {_short(found.get('difference'))} of the "
+        f"The pruned model and the original with the removed channels masked ran on {found.get('runs')} sets of "
+        f"inputs. {_PROOF_RESULTS[verdict]}: the outputs differ by at most {_short(found.get('difference'))} of the "
         f"largest output, and {_short(allowed)} is allowed.",
-        "" if verdict == VERIFIED else "warning",
+        tone,
     )
     for note in found.get("notes") or ():
-        yield Sentence(f"{str(note)[:1].upper()}{str(note)[1:]}.", "" if verdict == VERIFIED else "warning")
-    yield Listing("What that means", tuple(_meanings(found)))
+        yield Sentence(f"{str(note)[:1].upper()}{str(note)[1:]}.", tone)
+    yield Listing("What this means", tuple(_meanings(found)))
 
 
 def _meanings(found: Content) -> Iterator[str]:
-    trained = found.get("trained")
-    if found.get("is_replay", not trained):
-        yield "The file is, byte for byte, what the plan makes of the original."
+    if _is_replay(found):
+        yield "The file equals, byte for byte, the plan applied to the original."
     else:
         yield (
-            f"Nodes, shapes and everything but values are what the plan makes of the original; {trained} weights have "
-            "other values, because they were fitted or trained since."
+            "Nodes, shapes and everything but values equal the plan applied to the original; "
+            f"{found.get('trained')} weights have other values, because they were fitted or trained afterwards."
         )
     if found.get("noise"):
-        yield f"Rounding alone moves the outputs by {_short(found.get('noise'))}."
+        yield f"Rounding alone changes the outputs by {_short(found.get('noise'))}."
     yield (
-        f"Masking the removed channels moves the outputs by {_short(found.get('effect'))}. That is what repair and "
-        "training have to make up for."
+        f"Masking the removed channels changes the outputs by {_short(found.get('effect'))}. Repair and training have "
+        "to compensate for that."
     )
-    yield "It does not say how accurate the model is: that takes data, and stands under accuracy."
+    yield "The proof does not measure the accuracy of the model, which takes data: see the section on accuracy."
 
 
 def _provenance(content: Content) -> Iterator[Part]:
     found = _of(content, "provenance")
     if found.get("command"):
         yield Code(str(found["command"]))
-    files = [(what, content.get(what)) for what in ("source", "output")]
-    known = {entry.get("file") for entry in found.get("files") or ()}
-    rows = [(e["file"], "", e.get("sha256") or "") for _, e in files if e and e.get("file") and e["file"] not in known]
-    rows += [(e["file"], _bytes(e.get("bytes")), e.get("sha256") or "") for e in found.get("files") or ()]
+    listed = list(found.get("files") or ())
+    known = {"", None} | {entry.get("file") for entry in listed}
+    files = [entry for name in ("source", "output") if (entry := _of(content, name)).get("file") not in known]
+    rows = [(e["file"], "" if e in files else _bytes(e.get("bytes")), e.get("sha256") or "") for e in files + listed]
     if rows:
         yield Sheet("Files", ("file", "size", "SHA-256"), tuple(rows), words=(0, 2))
     versions = _of(found, "versions")
     machine = {f"machine: {name}": each for name, each in _of(found, "machine").items() if name not in versions}
-    yield from _facts("Made with", {"tool": found.get("tool"), "seed": found.get("seed"), **versions} | machine)
+    yield from _facts("Environment", {"tool": found.get("tool"), "seed": found.get("seed"), **versions} | machine)
     yield from _facts("Seconds", {name: _ms(value) for name, value in _of(found, "seconds").items()})
 
 
 _SECTIONS: tuple[tuple[str, str, Callable[[Content], Iterator[Part]]], ...] = (
     ("accuracy", "Accuracy", _accuracy), ("size", "Size and cost", _size), ("latency", "Latency and memory", _latency),
-    ("operators", "Where the time goes", _operators), ("widths", "Widths", _widths),
+    ("operators", "Time by operator", _operators), ("widths", "Widths", _widths),
     ("sensitivity", "Sensitivity", _sensitivity), ("training", "Training", _training), ("sweep", "Sweep", _sweep),
-    ("deployment", "Deployment", _deployment), ("kept", "What was kept, and why", _kept),
-    ("verification", "Verification", _proof), ("provenance", "Where it comes from", _provenance),
+    ("deployment", "Deployment", _deployment), ("kept", "What cannot be pruned, and why", _kept),
+    ("verification", "Verification", _proof), ("provenance", "Provenance", _provenance),
 )  # fmt: skip  # a table
+"""Identifier, heading and function of each section, in the order of the page."""
 
 
-# What they are made of.
+# Parts of the content.
 
 
 def bench_of(content: Content) -> Bench:
-    """What `Bench.as_json` gave, as it was."""
+    """Return the benchmark that `Bench.as_json` turned into plain values."""
     timings = tuple(
         Timing(**{**timing, "setting": Setting(**timing["setting"])}) for timing in content.get("timings") or ()
     )
@@ -620,29 +649,24 @@ def bench_of(content: Content) -> Bench:
 
 
 def _of(content: Content, name: str) -> Content:
-    """A part of the content; nothing in it where it is absent."""
+    """Return a part of the content; empty if it is absent."""
     found: Content = content.get(name) or {}
     return found
 
 
-def _left(content: Content, *, with_channels: bool = False) -> list[tuple[str, float, float, str]]:
-    """What there is of each cost: name, before, after, and what is left."""
-    before, after, sizes = (_of(content, name) for name in ("before", "after", "bytes"))
-    names = {"MACs": "macs", "parameters": "params"} | ({"prunable channels": "channels"} if with_channels else {})
-    rows = [(name, before[key], after[key]) for name, key in names.items() if key in before and key in after]
-    if "before" in sizes and "after" in sizes:
-        rows.append(("file", sizes["before"], sizes["after"]))
-    return [(name, old, new, share(new, old)) for name, old, new in rows if old]
+def _costs(content: Content) -> list[tuple[str, float, float, str]]:
+    """Return name, value before, value after, and percentage left of each cost that the original has."""
+    return [(name, old, new, share(new, old)) for name, old, new in cost_rows(content) if old]
 
 
-def _of_first_setting(content: Content) -> list[Timing]:
-    timings = bench_of(_of(content, "bench")).timings
-    return [timing for timing in timings if timing.setting == timings[0].setting]
+def _cost(name: str, value: float) -> str:
+    return bytes_text(value) if name == "file" else count(value)
 
 
 def _speed(content: Content) -> tuple[Timing, Timing] | None:
-    """How long the original takes and how long the result does; nothing where that was not measured."""
-    timings = _of_first_setting(content)
+    """Return the timings of the original and of the result under the first setting; None if not measured."""
+    timings = bench_of(_of(content, "bench")).timings
+    timings = tuple(timing for timing in timings if timing.setting == timings[0].setting)
     if len(timings) < 2:
         return None
     name = _of(content, "output").get("file")
@@ -650,7 +674,7 @@ def _speed(content: Content) -> tuple[Timing, Timing] | None:
 
 
 def _on(content: Content) -> str:
-    """What accuracy is measured against."""
+    """Return what the outputs are compared with to measure accuracy."""
     return str(_of(content, "accuracy").get("on") or _LABELS)
 
 
@@ -660,8 +684,8 @@ def _scores(content: Content) -> list[tuple[str, float]]:
 
 
 def _facts(title: str, facts: Mapping[str, Any]) -> Iterator[Sheet]:
-    """A table of names and values, of those that there are."""
-    rows = tuple((name, _plain(value)) for name, value in facts.items() if value not in (None, "", _NOTHING))
+    """Yield a table of names and values, without those that are absent; nothing if all are."""
+    rows = tuple((name, _plain(value)) for name, value in facts.items() if value not in (None, "", _MISSING))
     if rows:
         yield Sheet(title, ("", ""), rows, words=(0, 1), is_wide=False)
 
@@ -672,73 +696,62 @@ def _best(scored: Mapping[str, Any], values: Sequence[float]) -> str:
     return _score(scored.get("metric"), min(values) if lower_is_better(scored) else max(values))
 
 
-def _heard_latency(found: Bench) -> str:
-    return "Median latency: " + _spoken(
-        f"{t.model} {_ms(t.p50)} ms, {_conditions(t.setting)}" for t in found.timings[:4]
-    )
-
-
-# Numbers in words.
+# Numbers and lists as text.
 
 
 def _number(value: Any) -> float:
-    """The number; none at all is no number."""
+    """Return the value as a number; NaN for None."""
     return math.nan if value is None else float(value)
 
 
 def _score(metric: Any, value: Any) -> str:
     number = _number(value)
     if not math.isfinite(number):
-        return _NOTHING
-    return f"{100 * number:.2f} %" if metric in _SHARES else f"{number:.4g}"
+        return _MISSING
+    return f"{100 * number:.2f} %" if metric in _FRACTIONS else f"{number:.4g}"
 
 
 def _change(metric: Any, first: float, last: float) -> str:
-    """By how much a score moved."""
-    if metric in _SHARES:
-        points = f"{100 * (last - first):+.2f} points"
-        return points.replace("-", "−")  # noqa: RUF001  # a minus is meant
-    return f"{last - first:+.3g}".replace("-", "−")  # noqa: RUF001  # a minus is meant
+    """Return the change of a score, with its sign."""
+    text = f"{100 * (last - first):+.2f} points" if metric in _FRACTIONS else f"{last - first:+.3g}"
+    return text.replace("-", "−")  # noqa: RUF001  # a minus is meant
 
 
 def _percent(value: Any) -> str:
     number = _number(value)
-    return f"{100 * number:.1f} %" if math.isfinite(number) else _NOTHING
+    return f"{100 * number:.1f} %" if math.isfinite(number) else _MISSING
 
 
 def _faster(ratio: float) -> str:
-    """How many times as fast something is that takes so much of the time."""
-    return f"{1 / ratio:.2f}×" if ratio > 0 else _NOTHING  # noqa: RUF001  # times
+    """Return the speedup that corresponds to a ratio of times."""
+    return f"{1 / ratio:.2f}×" if ratio > 0 else _MISSING  # noqa: RUF001  # times
 
 
 def _of_first(part: float, first: float) -> str:
-    """A share, or a multiple where percent would be unreadable."""
-    return share(part, first) if part < _MANY * first else f"{part / first:.0f}×" if first else _NOTHING  # noqa: RUF001
+    """Return a ratio as a percentage, or as a factor if the percentage would be large."""
+    return share(part, first) if part < _MANY * first else f"{part / first:.0f}×" if first else _MISSING  # noqa: RUF001
 
 
 def _ms(value: Any) -> str:
-    """Three or more digits, of which none is noise."""
+    """Return a time with three or four significant digits."""
     number = _number(value)
     if not math.isfinite(number):
-        return _NOTHING
+        return _MISSING
     digits = next((d for limit, d in ((0.1, 4), (1.0, 3), (10.0, 2), (100.0, 1)) if abs(number) < limit), 0)
     return f"{number:.{digits}f}"
 
 
 def _short(value: Any) -> str:
     number = _number(value)
-    return _NOTHING if math.isnan(number) else f"{number:.2g}"
+    return _MISSING if math.isnan(number) else f"{number:.2g}"
 
 
 def _count(value: Any) -> str:
-    return _NOTHING if value is None else count(float(value))
+    return _MISSING if value is None else count(float(value))
 
 
 def _bytes(value: Any) -> str:
-    if value is None:
-        return _NOTHING
-    text = count(float(value))
-    return f"{text}B" if text[-1].isalpha() else f"{text} B"
+    return _MISSING if value is None else bytes_text(value)
 
 
 def _plain(value: Any) -> str:
@@ -753,27 +766,17 @@ def _plain(value: Any) -> str:
 
 def _count_of(found: Content) -> str:
     samples = found.get("samples")
-    return f"{samples:,} samples" if samples else "samples that nobody counted"
+    return f"{samples:,} samples" if samples else "an unknown number of samples"
 
 
 def _conditions(setting: Setting) -> str:
-    words = (
-        setting.provider.removesuffix("ExecutionProvider"),
-        f"batch {setting.batch}" if setting.batch else "",
-        f"{setting.threads} thread{'s' if setting.threads > 1 else ''}" if setting.threads else "threads as it likes",
-    )
-    return ", ".join(word for word in words if word)
+    return setting.words() + ("" if setting.threads else ", default threads")
 
 
 def _joined(words: Sequence[str]) -> str:
-    """Some words as a sentence has them.
+    """Return an enumeration.
 
     >>> _joined(["one", "two", "three"])
     'one, two and three'
     """
     return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
-
-
-def _spoken(words: Iterable[str]) -> str:
-    """Some words, one after the other."""
-    return "; ".join(words)

@@ -1,7 +1,7 @@
-"""SVG that matplotlib wrote, made fit to stand inside a page beside other figures.
+"""SVG written by matplotlib, adapted for embedding in a page beside other figures.
 
-It scales with its box, says what it shows to those who cannot see it, takes the page's font and colours, and has no
-identifier that another figure of the page has.
+It scales with its container, has a label for screen readers, uses the page's font and colours, and its identifiers are
+unique within the page.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ _REFERENCE = re.compile(r"url\(#([^)]*)\)")
 _LONG_NUMBER = re.compile(r"-?\d+\.\d{3,}")
 _FONT = re.compile(r"(?:.*\b(?P<weight>bold|[1-9]00)\b)?.*?(?P<size>[\d.]+px)\b")
 _DRAWN = ("d", "x", "y", "transform", "points")
-"""Attributes whose numbers are places on the page, of which a hundredth of a point is enough."""
+"""Attributes that hold coordinates, which are rounded to hundredths of a point."""
 _JOINS = "stroke-linejoin: round; stroke-linecap: butt"
-"""How lines end: matplotlib says it in a style sheet, which would hold for the whole page."""
+"""Style of line ends and joins, which matplotlib puts into a style sheet that would apply to the whole page."""
 _HEAD = ("width", "height", "version")
-"""Attributes of the whole that the box decides on."""
+"""Attributes of the root element that are removed, so that the container determines the size."""
 
 
 def embedded(text: str, key: str, label: str, inks: Mapping[str, str]) -> str:
-    """The figure as an element for a page of HTML.
+    """Return the figure as an SVG element for an HTML page.
 
     Args:
-        text: the SVG document.
-        key: what its identifiers start with; another one for each figure of a page.
-        label: what it shows, in words.
-        inks: colours, as "#rrggbb", that become the page's own, by the name of their CSS variables.
+        text: SVG document written by matplotlib.
+        key: Prefix of its identifiers, unique within the page.
+        label: Description for screen readers.
+        inks: Names of the CSS variables that replace colours, by the colour as "#rrggbb".
 
     """
-    root = ElementTree.fromstring(text)  # without comments
+    root = ElementTree.fromstring(text)  # drops comments
     for element in root.iter():
         _simplify(element, inks)
     _rename(root, key)
@@ -61,7 +61,7 @@ def _simplify(element: ElementTree.Element, inks: Mapping[str, str]) -> None:
 
 
 def _styles(text: str, inks: Mapping[str, str]) -> Iterator[str]:
-    """The declarations of a style, without its font family and with the page's colours."""
+    """Yield the declarations of a style, without the font family and with the page's colours."""
     for declaration in filter(None, (part.strip() for part in text.split(";"))):
         name, _, value = (part.strip() for part in declaration.partition(":"))
         if name == "font" and (found := _FONT.match(value)):
@@ -73,7 +73,7 @@ def _styles(text: str, inks: Mapping[str, str]) -> Iterator[str]:
 
 
 def _rename(root: ElementTree.Element, key: str) -> None:
-    """Drop the identifiers that nothing refers to; the others become the figure's own."""
+    """Prefix the identifiers with the figure's key, and drop those without references."""
     used = {target for element in root.iter() for target in _targets(element)}
     names = {old: f"{key}-{number}" for number, old in enumerate(sorted(used))}
     for element in root.iter():

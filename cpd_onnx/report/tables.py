@@ -1,4 +1,4 @@
-"""Results as dictionaries for JSON and as tables for people; nothing here prints."""
+"""Results as dictionaries for JSON and as tables for a terminal; nothing here prints."""
 
 from __future__ import annotations
 
@@ -29,18 +29,22 @@ if TYPE_CHECKING:
     from cpd_onnx.runtime.bench import Bench
 
 INSPECT_FORMAT = "cpd-onnx/inspect"
+"""Format name of `inspection`."""
 RESULT_FORMAT = "cpd-onnx/result"
+"""Format name of `result`."""
 REPORT_FORMAT, REPORT_VERSION = "cpd-onnx/report", 1
+"""Format name and version of a report's content."""
 _SIZE_ONE = Reason("structure", "", "its size is one, or fixed with that of another")
 FEW_REASONS = 5
-"""For keeping channels: how many are told where space is short."""
+"""Maximum number of reasons in a short table of frozen axes (heuristic)."""
 _EXAMPLES = 3
-_LONGEST = 8
-"""Operators of which `bench` says how much time they take."""
+"""Number of tensors that are named for each reason (heuristic)."""
+_MAX_OPERATORS = 8
+"""Number of operators in the table of time by operator (heuristic)."""
 
 
 def inspection(combed: Combed, held: Sequence[int] = ()) -> dict[str, Any]:
-    """What combing found, in the plan's words; `held` are the groups that the user wants to keep."""
+    """Return the result of combing in the terms of the plan; `held` are the groups pinned by the user."""
     costs = CostModel(combed)
     per_group = costs.of_groups(combed)
     model = combed.folded.original
@@ -59,16 +63,16 @@ def inspection(combed: Combed, held: Sequence[int] = ()) -> dict[str, Any]:
             {"tensor": f.tensor, "axis": f.axis, "indices": f.indices, "of": f.of, "reason": "; ".join(f.reasons)}
             for f in combed.frozen()
         ],
-        "kept": kept_reasons(combed),
+        "kept": frozen_reasons(combed),
         "without_rule": dict(combed.without_rule),
         "unknown_shapes": dict(combed.folded.unknown),
     }
 
 
-def kept_reasons(combed: Combed) -> list[dict[str, Any]]:
-    """Why axes are kept: for each reason how many, how many weights lie in what is kept, and the largest tensors.
+def frozen_reasons(combed: Combed) -> list[dict[str, Any]]:
+    """Return the reasons why axes are frozen: number of axes, number of weights in them, and the largest tensors.
 
-    The reason that holds most weights comes first, those of axes without channels last.
+    Reasons are sorted by the number of weights, largest first; those of axes without channels come last.
     """
     dims = {weight.name: weight.shape for weight in combed.weights}
     found: dict[Reason, list[Frozen]] = defaultdict(list)
@@ -89,7 +93,7 @@ def kept_reasons(combed: Combed) -> list[dict[str, Any]]:
 
 
 def groups_table(content: Mapping[str, Any]) -> Table:
-    """One row a group."""
+    """Return a table of the groups, one a row."""
     table = table_of("Groups of coupled channels", "id", "group", "kind", "size", "MACs", "parameters", "members")
     for group, costs in zip(content["groups"], content["group_costs"], strict=True):
         name = f"{group['name']} (held)" if costs["held"] else group["name"]
@@ -99,7 +103,7 @@ def groups_table(content: Mapping[str, Any]) -> Table:
 
 
 def sensitivity_table(content: Mapping[str, Any]) -> Table:
-    """One row a group: what is lost at each of its widths."""
+    """Return a table of the error at each width, one group a row."""
     most = max(len(entry["points"]) for entry in content["groups"])
     table = table_of(f"Sensitivity: {content['error']}, at each width", "group", *[""] * (most - 1))
     for entry in content["groups"]:
@@ -109,24 +113,30 @@ def sensitivity_table(content: Mapping[str, Any]) -> Table:
     return table
 
 
-def kept_table(reasons: Sequence[Mapping[str, Any]], *, limit: int = 0) -> Table:
-    """One row a reason; with a limit only the first ones, and only those of channels."""
+def frozen_table(reasons: Sequence[Mapping[str, Any]], *, limit: int = 0) -> Table:
+    """Return a table of the reasons why axes are frozen, one a row.
+
+    With a limit it has only that many reasons, of axes that hold channels, and one tensor for each.
+    """
     if limit:
         reasons = [entry for entry in reasons if entry["reason"].kind != "no channels"]
-    table = table_of("Kept, and why", "reason", "axes", "weights", "the largest")
+    table = table_of("Not prunable, and why", "reason", "axes", "weights", "the largest")
     table.columns[3].justify = "left"
     for entry in reasons[: limit or None]:
-        largest = ", ".join(
-            f"{e['tensor']} {e['dims']} axis {e['axis']}" for e in entry["largest"][: 1 if limit else None]
-        )
+        largest = largest_text(entry["largest"][: 1 if limit else None])
         table.add_row(entry["reason"], str(entry["axes"]), count(entry["weights"]), largest)
     if limit and len(reasons) > limit:
         table.add_row(f"… and {len(reasons) - limit} more, see 'inspect'", "", "", "")
     return table
 
 
+def largest_text(entries: Sequence[Mapping[str, Any]]) -> str:
+    """Return the largest tensors of a reason as text: name, dims and axis of each."""
+    return ", ".join(f"{e['tensor']} {e['dims']} axis {e['axis']}" for e in entries)
+
+
 def result(state: State, seconds: float) -> dict[str, Any]:
-    """What pruning gave."""
+    """Return the result of pruning as plain values; `seconds` is the time that it took."""
     combed, allocation = state.need("combed", "comb"), state.need("allocation", "allocate")
     source = state.original.path
     return {
@@ -139,7 +149,7 @@ def result(state: State, seconds: float) -> dict[str, Any]:
         "groups": len(combed.groups),
         "groups_pruned": sum(bool(removed) for removed in allocation.removed),
         "prunable_fraction": combed.prunable_fraction(),
-        "kept": kept_reasons(combed),
+        "kept": frozen_reasons(combed),
         "notes": list(allocation.notes),
         "edits": [asdict(edit) for edit in state.edits],
         "verification": None if state.verification is None else comparison(state.verification),
@@ -149,56 +159,71 @@ def result(state: State, seconds: float) -> dict[str, Any]:
 
 
 def comparison(found: Comparison) -> dict[str, Any]:
-    """The outcome of a comparison."""
+    """Return the outcome of a proof as plain values."""
     content = asdict(found)
     return content | {"outputs": list(content["outputs"]), "notes": list(found.notes), "passed": found.passed}
 
 
 def size_of(model: Model, path: Path) -> int:
-    """Bytes that a model takes at its path, with its weights where they cannot be in that file."""
-    here = content_of(path).stat().st_size
-    return here if here >= model.data_bytes() else here + model.data_bytes()
+    """Return the size of a model in bytes: that of its file, plus its weights if they are not in that file."""
+    size = content_of(path).stat().st_size
+    return size if size >= model.data_bytes() else size + model.data_bytes()
+
+
+def cost_rows(content: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    """Return name, value before and value after of each cost that a result or report has."""
+    before, after, sizes = (content.get(name) or {} for name in ("before", "after", "bytes"))
+    names = {"MACs": "macs", "parameters": "params", "prunable channels": "channels"}
+    rows = [(name, before[key], after[key]) for name, key in names.items() if key in before and key in after]
+    return rows + ([("file", sizes["before"], sizes["after"])] if {"before", "after"} <= sizes.keys() else [])
+
+
+def bytes_text(number: float) -> str:
+    """Return a number of bytes with its unit.
+
+    >>> bytes_text(1234567), bytes_text(12)
+    ('1.2 MB', '12 B')
+    """
+    text = count(number)
+    return f"{text}B" if text[-1].isalpha() else f"{text} B"
 
 
 def costs_table(content: Mapping[str, Any]) -> Table:
-    """Before and after."""
+    """Return a table of the costs before and after pruning."""
     table = table_of("", "", "before", "after", "remains")
-    for name, key in (("MACs", "macs"), ("parameters", "params"), ("prunable channels", "channels")):
-        before, after = content["before"][key], content["after"][key]
-        table.add_row(name, count(before), count(after), share(after, before))
-    sizes = content["bytes"]
-    table.add_row(
-        "file", f"{count(sizes['before'])}B", f"{count(sizes['after'])}B", share(sizes["after"], sizes["before"])
-    )
+    for name, before, after in cost_rows(content):
+        text = bytes_text if name == "file" else count
+        table.add_row(name, text(before), text(after), share(after, before))
     return table
 
 
 def latency_table(found: CostTable) -> Table:
-    """One row for each multiple that some groups' widths should be of, with what the others would cost these groups."""
+    """Return a table of the slowdown of widths that are multiples of other numbers than the fastest one.
+
+    Groups are in one row if their widths are fast at multiples of the same number.
+    """
     multiples = sorted({multiple for group in found.groups for multiple in group.slowdown})
     title = f"{found.ms:.2f} ms; time for the same work, by what the widths are multiples of"
     table = table_of(title, "fast at multiples of", "groups", *(str(m) for m in multiples))
     for fast in sorted({group.multiple for group in found.groups}):
         groups = [group for group in found.groups if group.multiple == fast]
-        seen = ([g.slowdown[m] for g in groups if m in g.slowdown] for m in multiples)
-        table.add_row(str(fast), str(len(groups)), *(f"{median(values):.2f}" if values else "" for values in seen))
+        cells = ([g.slowdown[m] for g in groups if m in g.slowdown] for m in multiples)
+        table.add_row(str(fast), str(len(groups)), *(f"{median(values):.2f}" if values else "" for values in cells))
     return table
 
 
 def profiles_table(found: Bench) -> Table:
-    """One row an operator, one column a model: milliseconds in one run, and what that is of the first model's."""
-    place = found.profiled
-    batch = f", batch {place.batch}" if place.batch else ""
-    provider = place.provider.removesuffix("ExecutionProvider")
-    table = table_of(f"Where the time goes, ms ({provider}{batch}, one thread)", "operator", *found.profiles)
-    for operator, spent in longest(found.profiles, _LONGEST):
+    """Return a table of milliseconds in one run by operator, one column a model, with the ratio to the first model."""
+    setting = found.profiled.words(("threads",))
+    table = table_of(f"Time by operator, ms ({setting}, one thread)", "operator", *found.profiles)
+    for operator, spent in longest(found.profiles, _MAX_OPERATORS):
         first, *others = spent
         table.add_row(operator, f"{first:.3f}", *(f"{each:.3f} ({share(each, first)})" for each in others))
     return table
 
 
 def longest(profiles: Mapping[str, Mapping[str, float]], limit: int) -> list[tuple[str, list[float]]]:
-    """What each model spends on the operators that take longest in any of them, on the others, and on all.
+    """Return the time of each model in the operators that take longest in any of them, in all others, and in total.
 
     >>> longest({"a": {"Conv": 3.0, "Relu": 1.0}, "b": {"Conv": 1.0, "Add": 0.5, "Relu": 0.25}}, 1)
     [('Conv', [3.0, 1.0]), ('the others', [1.0, 0.75]), ('all', [4.0, 1.75])]
@@ -215,8 +240,8 @@ def longest(profiles: Mapping[str, Mapping[str, float]], limit: int) -> list[tup
     return [*rows, ("all", [sum(profile.values()) for profile in profiles.values()])]
 
 
-def printed(summary: Summary) -> Table:
-    """A summary as a table for a terminal."""
+def summary_table(summary: Summary) -> Table:
+    """Return a summary as a table for a terminal."""
     width = len(summary.rows[0]) if summary.rows else len(summary.columns)
     table = table_of(summary.title, *(summary.columns or [""] * width))
     for row in summary.rows:
@@ -226,7 +251,7 @@ def printed(summary: Summary) -> Table:
 
 
 def proof_line(found: Mapping[str, Any] | None) -> str:
-    """The proof in one sentence."""
+    """Return the outcome of a proof as one sentence."""
     if found is None:
         return "not verified"
     notes = "; ".join(found.get("notes") or ())
@@ -234,44 +259,44 @@ def proof_line(found: Mapping[str, Any] | None) -> str:
     if verdict == INCONCLUSIVE:
         return f"inconclusive: {notes}"
     allowed, effect = found["allowed"], found["effect"]
-    why = f"{allowed:.0e}"
+    bound = f"{allowed:.0e}"
     if verdict == WRONG:
         return (
             f"wrong: differs from the original with the removed channels masked by {found['difference']:.1e} "
-            f"(allowed {why}) on {found['runs']} sets of inputs"
+            f"(allowed {bound}) on {found['runs']} sets of inputs"
         )
     if allowed > found["tolerance"]:
-        why += ", what rounding does here"
+        bound += ", the effect of rounding"
     if 100 * allowed <= effect:
-        why += f", a hundredth of the effect is {effect / 100:.0e}"
+        bound += f", a hundredth of the effect is {effect / 100:.0e}"
     line = (
         f"verified: equals the original with the removed channels masked to {found['difference']:.1e} "
-        f"(allowed {why}) on {found['runs']} sets of inputs; "
-        f"they change the outputs by {effect:.2g} before any training"
+        f"(allowed {bound}) on {found['runs']} sets of inputs; "
+        f"masking changes the outputs by {effect:.2g} before any training"
     )
     if 100 * allowed > effect > 0 or effect == 0 < allowed < found["tolerance"]:
-        line += ", others that were masked to try the comparison by more"
+        line += ", masking other channels, to test the comparison, by more"
     return f"{line}; {notes}" if notes else line
 
 
 def repair_line(found: Mapping[str, Any]) -> str:
-    """What a repair did, in one sentence."""
+    """Return the outcome of a repair as one sentence."""
     fits, left = found["fitted"], found["left"]
     line = f"repaired: {len(fits)} weights fitted to the original"
     if fits:
         before, after = (100 * median(fit[key] for fit in fits) for key in ("before", "after"))
-        line += f", median error {before:.1f} % of the spread -> {after:.1f} %"
+        line += f", median error {before:.1f} % of the standard deviation -> {after:.1f} %"
     reasons = ", ".join(sorted(set(left.values())))
-    return f"{line}; {len(left)} left: what {reasons}" if left else line
+    return f"{line}; {len(left)} not fitted ({reasons})" if left else line
 
 
 def costs_line(costs: Mapping[str, float]) -> str:
-    """MACs and parameters in words."""
+    """Return MACs and parameters as text."""
     return f"{count(costs['macs'])} multiply-accumulates a sample, {count(costs['params'])} parameters"
 
 
 def table_of(title: str, *columns: str) -> Table:
-    """A table of names, to the left, and numbers, to the right; what is too long is folded, never cut."""
+    """Return an empty table: names are left-aligned, numbers right-aligned, and long cells are wrapped, never cut."""
     table = Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left")
     for place, name in enumerate(columns):
         is_text = place == 0 or name in ("group", "kind", "reason")

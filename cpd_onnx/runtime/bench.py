@@ -1,6 +1,7 @@
-"""Bench: how long onnxruntime takes for some models, side by side.
+"""Benchmark: latency, memory and time by operator of models in onnxruntime, measured side by side.
 
-Rounds are interleaved and in changing order, so that what else the machine does meets all models alike.
+Runs of the models are interleaved in rounds of varying order, so that other load on the machine affects all of them
+equally.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import platform
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,34 +27,49 @@ from cpd_onnx.shapes.inference import fold
 from cpd_onnx.summary import Summary, share
 
 _PROFILED = 10
-"""Runs that a profile adds up."""
-_KILO = 1024.0
+"""Number of runs that a profile averages over, after one warm-up run (heuristic)."""
+_KIBIBYTES = 1024.0
+"""Kibibytes, the unit of /proc/self/status, in a mebibyte."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Under what conditions is measured.
+    """Conditions of a measurement.
 
     Attributes:
-        batch: samples at a time; None leaves the size that the model or its random inputs have.
-        threads: that onnxruntime may use for one operator; 0 leaves its choice.
-        provider: onnxruntime's execution provider.
+        batch: Samples at a time; None means the batch size of the model or of its random inputs.
+        threads: Number of intra-op threads of onnxruntime; 0 means its default.
+        provider: Execution provider of onnxruntime.
     """
 
     batch: int | None = None
     threads: int = 0
     provider: str = "CPUExecutionProvider"
 
+    def words(self, without: Collection[str] = ()) -> str:
+        """Return the setting as text, such as "CPU, batch 8, 2 threads", leaving out the named fields and defaults."""
+        words = {
+            "provider": self.provider.removesuffix("ExecutionProvider"),
+            "batch": f"batch {self.batch}" if self.batch else "",
+            "threads": f"{self.threads} thread{'s' if self.threads > 1 else ''}" if self.threads else "",
+        }
+        return ", ".join(word for name, word in words.items() if word and name not in without)
+
 
 @dataclass(frozen=True)
 class Timing:
-    """What one model took under one setting; times in milliseconds.
+    """Latency of one model under one setting.
 
     Attributes:
-        p10: a tenth of the runs took less.
-        per_second: samples per second at the median.
-        runs: how many runs were timed.
-        ratio: of its median to that of the first model.
+        model: Name of the model.
+        setting: Conditions of the measurement.
+        p10: 10th percentile of the run times in milliseconds.
+        p50: Median in milliseconds.
+        p90: 90th percentile in milliseconds.
+        p99: 99th percentile in milliseconds.
+        per_second: Samples per second at the median.
+        runs: Number of timed runs.
+        ratio: Ratio of the median to that of the first model.
     """
 
     model: str
@@ -69,16 +85,16 @@ class Timing:
 
 @dataclass(frozen=True)
 class Bench:
-    """Everything that was measured.
+    """Results of a benchmark.
 
     Attributes:
-        timings: by setting, and in the order of the models.
-        memory: model -> mebibytes of main memory that a fresh process takes more at most while it loads and runs it;
-            0 where the system does not say.
-        profiles: model -> operator -> milliseconds in one run, the longest first. Taking a profile takes time too, a
-            microsecond or so a node. Of a provider beside the processor, it sees how long starting its kernels takes.
-        profiled: batch and provider of memory and profiles, which are taken on one thread.
-        machine: what it was measured on.
+        timings: Latencies by setting, in the order of the models.
+        memory: Peak increase of main memory, in mebibytes, of a fresh process that loads and runs each model; 0 if the
+            system does not report it.
+        profiles: Milliseconds in one run by operator for each model, the longest first. Profiling adds about a
+            microsecond a node. For providers other than the CPU it measures the launch of kernels only.
+        profiled: Batch and provider of memory and profiles, which are measured on one thread.
+        machine: Description of the machine.
     """
 
     timings: tuple[Timing, ...]
@@ -88,30 +104,30 @@ class Bench:
     machine: Mapping[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """The same as plain values."""
+        """Return the results as plain values."""
         return asdict(self)
 
     def latency_summary(self) -> Summary:
-        """One row a model and setting."""
+        """Return the latencies as a table with one row a model and setting."""
         columns = ("model", "provider", "batch", "threads", "p50 ms", "p90 ms", "p99 ms", "samples/s", "of the first")
         rows = []
         for timing in self.timings:
-            place = timing.setting
+            setting = timing.setting
             numbers = (f"{value:.2f}" for value in (timing.p50, timing.p90, timing.p99))
             rows.append((
-                timing.model, place.provider.removesuffix("ExecutionProvider"), str(place.batch or ""),
-                str(place.threads or ""), *numbers, f"{timing.per_second:.0f}", f"{100 * timing.ratio:.1f} %",
+                timing.model, setting.provider.removesuffix("ExecutionProvider"), str(setting.batch or ""),
+                str(setting.threads or ""), *numbers, f"{timing.per_second:.0f}", f"{100 * timing.ratio:.1f} %",
             ))  # fmt: skip  # a row
         return Summary(tuple(rows), columns, "Latency")
 
     def memory_summary(self) -> Summary:
-        """One row a model."""
+        """Return the peak memory as a table with one row a model."""
         first = next(iter(self.memory.values()), 0.0)
         rows = ((name, f"{mebibytes:.1f}", share(mebibytes, first)) for name, mebibytes in self.memory.items())
         return Summary(tuple(rows), ("model", "peak MiB", "of the first"), "Memory")
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
+        """Return both tables as HTML, for notebooks."""
         return self.latency_summary().html() + self.memory_summary().html()
 
 
@@ -123,18 +139,18 @@ def bench(
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     feed: Mapping[str, Array] | None = None,
 ) -> Bench:
-    """Measure models of the same inputs side by side; names are those of the files.
+    """Measure models with the same inputs side by side; they are named after their files.
 
     Args:
-        paths: the files; the first one is what the others are compared with.
-        settings: each is measured for `seconds`; memory and profiles under the first one, on one thread.
-        seconds: of measuring; at least ten rounds, and at most two thousand.
-        input_shapes: sizes of inputs that the first file leaves open.
-        feed: inputs; random ones that the first model accepts if there are none.
+        paths: Files of the models; the others are compared with the first.
+        settings: Conditions to measure latency under; memory and profiles use the first one, on one thread.
+        seconds: Duration of the measurement of each setting, within 10 to 2000 rounds.
+        input_shapes: Sizes of the dynamic axes of inputs, for the first model.
+        feed: Inputs; by default random ones that the first model accepts.
 
     Raises:
-        DataError: the models take other inputs.
-        UnsupportedError: onnxruntime does not run a model on these inputs, or has no such provider.
+        DataError: The models have different inputs.
+        UnsupportedError: onnxruntime cannot run a model on these inputs, or has no such provider.
     """
     models = {name: load(path) for name, path in zip(_names(paths), paths, strict=True)}
     _require_same_inputs(models)
@@ -162,25 +178,25 @@ def _require_same_inputs(models: Mapping[str, Model]) -> None:
     for name, given in others:
         if given != wanted:
             raise DataError(
-                f"{name} takes inputs {given}, but {first} takes {wanted}: only like can be compared with like"
+                f"{name} takes inputs {given}, but {first} takes {wanted}: give models with the same inputs"
             )
 
 
 def _names(paths: Sequence[Path]) -> Iterator[str]:
-    """File names, with folders where these alone tell files apart."""
+    """Yield the names of the files, as whole paths where names are not unique."""
     plain = [path.name for path in paths]
     for path in paths:
         yield path.name if plain.count(path.name) == 1 else str(path)
 
 
 def _batched(feed: Mapping[str, Array], free: set[str], batch: int | None) -> dict[str, Array]:
-    """The inputs with so many samples, repeated as often as needed."""
+    """Return the inputs with that many samples, repeated as needed."""
     if batch is None:
         return dict(feed)
     if not free:
         fixed = next((len(array) for array in feed.values() if array.ndim), 1)
         if batch != fixed:
-            raise UnsupportedError(f"the model takes {fixed} samples at a time: leave out --batch {batch}")
+            raise UnsupportedError(f"the model has a fixed batch size of {fixed}: leave out --batch {batch}")
     return {name: np.resize(x, (batch, *x.shape[1:])) if name in free else x for name, x in feed.items()}
 
 
@@ -197,7 +213,7 @@ def _timings(
 
 
 def _memory(path: Path, feed: Mapping[str, Array], provider: str) -> float:
-    """Mebibytes that a process of its own takes more for a model."""
+    """Return the peak memory of a model, in mebibytes, measured in a process of its own."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     child = context.Process(target=_weigh, args=(path, dict(feed), provider, theirs))
@@ -206,22 +222,22 @@ def _memory(path: Path, feed: Mapping[str, Array], provider: str) -> float:
     try:
         return float(ours.recv())
     except EOFError as error:
-        raise UnsupportedError(f"the process that ran {path} to see its memory has died") from error
+        raise UnsupportedError(f"the process that measured the memory of {path} was killed") from error
     finally:
         child.join()
 
 
 def _weigh(path: Path, feed: dict[str, Array], provider: str, pipe: Any) -> None:
-    """In a child: load and run, and send by how much the peak is above what was there before, in mebibytes."""
-    before = _kilobytes("VmRSS")
+    """Load and run the model in the child process, and send the increase of memory to its peak in mebibytes."""
+    before = _kibibytes("VmRSS")
     execute(open_model(path, threads=1, provider=provider), feed)
-    pipe.send((_kilobytes("VmHWM") - before) / _KILO)
+    pipe.send((_kibibytes("VmHWM") - before) / _KIBIBYTES)
 
 
-def _kilobytes(name: str) -> int:
-    """An entry of the memory of this process: what it has now (VmRSS) or had at most (VmHWM); 0 where none is told.
+def _kibibytes(name: str) -> int:
+    """Return the current (VmRSS) or peak (VmHWM) memory of this process in kibibytes; 0 if it is not reported.
 
-    The peak that getrusage gives is the parent's before it is one's own.
+    The peak of getrusage is not used, since a child process starts with that of its parent.
     """
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
@@ -231,7 +247,7 @@ def _kilobytes(name: str) -> int:
 
 
 def _profile(model: Model, feed: Mapping[str, Array], provider: str) -> dict[str, float]:
-    """Milliseconds by operator in one run, on one thread, the longest first; a first run does not count."""
+    """Return milliseconds by operator in one run on one thread, the longest first, after a warm-up run."""
     with tempfile.TemporaryDirectory() as folder:
         session = open_model(model, threads=1, provider=provider, profile=Path(folder) / "trace")
         for _ in range(1 + _PROFILED):
@@ -248,7 +264,7 @@ def _profile(model: Model, feed: Mapping[str, Array], provider: str) -> dict[str
 
 
 def machine() -> dict[str, Any]:
-    """What something is measured on."""
+    """Return a description of this machine: processor, number of cores, operating system, version of onnxruntime."""
     return {
         "cpus": os.cpu_count(),
         "processor": _processor(),
@@ -258,7 +274,7 @@ def machine() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """What the processor calls itself, where the system says."""
+    """Return the model name of the processor, if the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""What the importer finds out about a graph before it builds anything: what is missing, what trains, what ranks are."""
+"""Analysis of a graph before it is imported: unsupported nodes, trainable tensors, element types and ranks."""
 
 from __future__ import annotations
 
@@ -33,39 +33,39 @@ from cpd_onnx.torch.weights import bodies_of, graph_weights, graphs_of
 Array = npt.NDArray[Any]
 
 _NESTING = 4
-"""How deep the standard's functions call one another."""
+"""Maximum nesting depth of the operators that the ONNX standard defines as functions."""
 
 _MASK = 1e4
-"""A tensor that holds a value beyond this, or an infinite one, is an attention mask or a bound, not a weight."""
+"""Magnitude of a value from which a tensor is taken for an attention mask or a bound, not a weight (heuristic)."""
 
 _LARGE = 1024
-"""Elements from which an initializer's data is of no use to shape inference."""
+"""Number of elements from which the data of an initializer is withheld from shape inference (heuristic)."""
 
 
 # Nodes.
 
 
 def opset_of(model: ModelProto) -> int:
-    """Version of the default operator set that the model imports."""
+    """Return the version of the default operator set that the model imports."""
     return next((entry.version for entry in model.opset_import if entry.domain in DEFAULT_DOMAINS), 1)
 
 
 def is_structural(node: NodeProto) -> bool:
-    """Whether the importer handles the node itself."""
+    """Return whether the importer handles the node itself."""
     own = traits_of(node)
     return own.is_constant or own.is_identity or own.has_bodies
 
 
 def title(node: NodeProto) -> str:
-    """Name a node and its operator, for messages."""
+    """Return the name of a node and its operator, for messages."""
     domain = "" if node.domain in DEFAULT_DOMAINS else f"{node.domain}."
     return f"node {node.name or next(iter(node.output), '')!r} ({domain}{node.op_type})"
 
 
 def attributes_of(node: NodeProto) -> dict[str, Any]:
-    """Attributes as Python values; lists become tuples and tensors numpy arrays. Graphs are left out."""
-    kept = (entry for entry in node.attribute if entry.type not in (AttributeProto.GRAPH, AttributeProto.GRAPHS))
-    return {attribute.name: _attribute(attribute) for attribute in kept}
+    """Return the attributes as Python values; lists become tuples and tensors numpy arrays. Graphs are omitted."""
+    plain = (entry for entry in node.attribute if entry.type not in (AttributeProto.GRAPH, AttributeProto.GRAPHS))
+    return {attribute.name: _attribute(attribute) for attribute in plain}
 
 
 def _attribute(attribute: AttributeProto) -> Any:
@@ -80,7 +80,7 @@ def _attribute(attribute: AttributeProto) -> Any:
 
 
 def free_names(graph: GraphProto) -> list[str]:
-    """Names that a body uses and does not define: what it takes from the graphs around it, in order of use."""
+    """Return the names that a body captures from the enclosing graphs, in order of use."""
     defined = {info.name for info in graph.input} | {tensor.name for tensor in graph.initializer} | {""}
     free: dict[str, None] = {}
     for node in graph.node:
@@ -95,7 +95,7 @@ def free_names(graph: GraphProto) -> list[str]:
 
 
 def expand(model: ModelProto) -> ModelProto:
-    """Inline the model's own functions, and operators that we have no function for but the standard has."""
+    """Inline local functions, and operators without an implementation that are functions in the standard."""
     if model.functions:
         model = inliner.inline_local_functions(model, convert_version=True)
     for _ in range(_NESTING):
@@ -107,7 +107,7 @@ def expand(model: ModelProto) -> ModelProto:
 
 
 def _has_body(node: NodeProto, opset: int) -> bool:
-    """Whether the standard defines an operator that we lack through others."""
+    """Return whether an operator without an implementation is a function of other operators in the standard."""
     if find(node.domain, node.op_type) or node.domain not in DEFAULT_DOMAINS or is_structural(node):
         return False
     if not onnx.defs.has(node.op_type, opset, ""):
@@ -118,7 +118,7 @@ def _has_body(node: NodeProto, opset: int) -> bool:
 
 
 def unsupported(model: ModelProto) -> list[str]:
-    """Nodes that `import_model` does not support, one line each: name, operator and reason."""
+    """Return the nodes that `import_model` does not support, one line each: name, operator and reason."""
     return list(_problems(model.graph))
 
 
@@ -132,7 +132,7 @@ def _problems(graph: GraphProto) -> Iterator[str]:
 
 
 def _reason(node: NodeProto) -> str | None:
-    """Why a node cannot be imported; None if it can."""
+    """Return why a node cannot be imported; None if it can."""
     if is_structural(node):
         return None
     found = find(node.domain, node.op_type)
@@ -146,7 +146,7 @@ def _reason(node: NodeProto) -> str | None:
 
 
 def shape_values(graph: GraphProto) -> set[str]:
-    """Names of values that serve only to say shapes: every path from them ends in an operand that is numbers."""
+    """Return the names of values used in shape arithmetic only: every path from them ends in a shape operand."""
     tensors = {info.name for info in graph.output}
     tensors |= {name for node in graph.node for body in bodies_of(node).values() for name in free_names(body)}
     numbers: set[str] = set()
@@ -160,7 +160,7 @@ def shape_values(graph: GraphProto) -> set[str]:
 
 
 def trainable_anywhere(graph: GraphProto) -> set[str]:
-    """Names of the tensors that training may change, of the graph and its bodies: those that mean one tensor only."""
+    """Return the names of trainable tensors in the graph and its bodies that denote a single tensor."""
     parts = list(graphs_of(graph))
     defined = Counter(name for part in parts for name in _defined(part))
     names = {name for part in parts for name in trainable(part, graph_weights(part))}
@@ -173,10 +173,10 @@ def _defined(graph: GraphProto) -> set[str]:
 
 
 def trainable(graph: GraphProto, weights: Mapping[str, Array]) -> set[str]:
-    """Names of the stored tensors that training may change.
+    """Return the names of the stored tensors that are trainable.
 
-    A float tensor is trained if some node uses it as a weight and none as something frozen (a statistic, a bound, a
-    quantisation scale). Single elements are scalars of the architecture, except where the operator says otherwise.
+    A float tensor is trainable if some node uses it as a weight and none as a frozen input (a statistic, a bound, a
+    quantisation scale). Single elements are scalars of the architecture, unless listed in `Operator.weights`.
     """
     numbers = shape_values(graph)
     wanted: set[str] = set()
@@ -200,7 +200,7 @@ def trainable(graph: GraphProto, weights: Mapping[str, Array]) -> set[str]:
 
 @dataclass(frozen=True)
 class Quantised:
-    """How the stored integers of a weight become floats: by the DequantizeLinear of this node."""
+    """A weight stored as integers, which a DequantizeLinear node converts to floats."""
 
     node: NodeProto
 
@@ -219,9 +219,9 @@ _INTEGERS = {np.dtype(kind) for kind in ("int8", "uint8", "int16", "uint16", "in
 
 
 def quantised(graph: GraphProto, weights: Mapping[str, Array]) -> dict[str, Quantised]:
-    """Stored integers that only DequantizeLinear nodes use, all of them alike, with stored scales and zero points.
+    """Return stored integers used by equal DequantizeLinear nodes only, with stored scales and zero points.
 
-    What these make of them may not be frozen.
+    Their results must not be frozen inputs of an operator.
     """
     users: dict[str, list[NodeProto | None]] = {}
     fixed: set[str] = set()
@@ -259,14 +259,14 @@ def _is_weight(array: Array) -> bool:
 
 @dataclass(frozen=True)
 class ValueType:
-    """What shape inference knows of a value: its ONNX element type, and its rank where it is certain."""
+    """The ONNX element type of a value, and its rank if that is certain."""
 
     elem_type: int
     rank: int | None
 
 
 def infer_types(model: ModelProto) -> dict[str, ValueType]:
-    """Element type and rank of the values, from ONNX shape inference on the graph without its large tensors."""
+    """Return element type and rank of the values, from ONNX shape inference on the graph without its large tensors."""
     skeleton = ModelProto()
     skeleton.CopyFrom(model)
     graph = skeleton.graph
@@ -288,11 +288,11 @@ def infer_types(model: ModelProto) -> dict[str, ValueType]:
 
 
 _ROUNDS = 3
-"""Times that shape inference is run, each knowing more ranks."""
+"""Maximum number of runs of shape inference, each of which starts with more known ranks (heuristic)."""
 
 
 def _inferred(model: ModelProto) -> dict[str, TypeProto]:
-    """Types of all values that shape inference finds out; where it fails, of inputs and initializers."""
+    """Return the types of all values that shape inference finds; those of inputs and initializers if it fails."""
     graph = model.graph
     # without types, shapes are computed with tensors: slower, not wrong
     with contextlib.suppress(onnx.shape_inference.InferenceError, RuntimeError):
@@ -306,7 +306,7 @@ def _inferred(model: ModelProto) -> dict[str, TypeProto]:
 
 
 def _reshaped(node: NodeProto, types: Mapping[str, TypeProto]) -> list[ValueInfoProto]:
-    """Rank of a node's output that follows from the length of its shape operand, and was not inferred."""
+    """Return the rank of a node's output that follows from the length of its shape operand."""
     slot, done = traits_of(node).shape_slot, types.get(node.output[0]) if node.output else None
     if slot is None or slot >= len(node.input) or node.input[slot] not in types or done is None:
         return []
@@ -318,11 +318,11 @@ def _reshaped(node: NodeProto, types: Mapping[str, TypeProto]) -> list[ValueInfo
 
 
 _SUM = 3
-"""The output that is the sum before a normalisation."""
+"""Index of the output that holds the sum before a normalisation."""
 
 
 def _contributed(node: NodeProto, types: Mapping[str, TypeProto]) -> list[ValueInfoProto]:
-    """Type and rank of the outputs of an operator of onnxruntime's own, which shape inference does not know."""
+    """Return type and rank of the outputs of an operator of onnxruntime's domain, unknown to shape inference."""
     if node.domain != MICROSOFT:
         return []
     own, typed = traits_of(node), type_slot(node)

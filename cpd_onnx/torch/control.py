@@ -1,4 +1,4 @@
-"""Control flow at run time: bodies are modules of their own, called with what they take from outside."""
+"""Control flow at run time: bodies are modules, called with the values that they capture."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Tensors = Sequence[Tensor]
 
 
 def branch(condition: Tensor, then: Body, then_outer: Tensors, otherwise: Body, otherwise_outer: Tensors) -> Tensors:
-    """Run one of two bodies; waits for the device that computes the condition."""
+    """Run one of two bodies; synchronizes with the device that computes the condition."""
     return then(*then_outer) if bool(condition) else otherwise(*otherwise_outer)
 
 
 def loop(
     body: Body, outer: Tensors, trips: Tensor | None, condition: Tensor | None, state: Tensors, *, outputs: int
 ) -> list[Tensor]:
-    """Run a body again and again; gives the last state, and what the body gave besides, stacked over all rounds."""
+    """Run a body repeatedly; return the last state, and the other outputs of the body stacked over all iterations."""
     limit = None if trips is None else int(trips)
     going = torch.tensor(True) if condition is None else condition
     states, scans, count = list(state), [], 0
@@ -46,7 +46,7 @@ class ScanAttributes(TypedDict, total=False):
 
 
 def scan(body: Body, outer: Tensors, inputs: Tensors, *, opset: int, **options: Unpack[ScanAttributes]) -> list[Tensor]:
-    """Run a body over slices of sequences; gives the last state and the stacked slices that the body gave."""
+    """Run a body over slices of sequences; return the last state and the stacked output slices."""
     if opset >= 9:
         return _scan(body, outer, inputs, options)
     samples = zip(*inputs, strict=True)  # before opset 9 the first axis of everything is the batch

@@ -1,4 +1,4 @@
-"""Between the element types of ONNX, numpy and torch, without a changed bit."""
+"""Conversion between the element types of ONNX, numpy and torch, exact to the bit."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ TORCH_TYPES: dict[int, torch.dtype] = {
     TensorProto.FLOAT8E5M2: torch.float8_e5m2,
     TensorProto.FLOAT8E5M2FNUZ: torch.float8_e5m2fnuz,
 }
-"""ONNX element type -> torch type; what is missing (strings, 4-bit types) has no torch tensor."""
+"""Torch type by ONNX element type; torch has no tensors of the missing ones (strings, 4-bit types)."""
 
 _BITS = {1: torch.uint8, 2: torch.int16}
-"""Types that carry the bits of those that numpy and torch spell differently (bfloat16, float8), by size in bytes."""
+"""Integer types that carry the bits of types numpy lacks (bfloat16, float8), by size in bytes."""
 
 
 def numpy_dtype(elem_type: int) -> np.dtype[Any]:
-    """Numpy type of an ONNX element type."""
+    """Return the numpy type of an ONNX element type."""
     return np.dtype(helper.tensor_dtype_to_np_dtype(elem_type))
 
 
@@ -50,7 +50,7 @@ _TORCH_TO_NUMPY = {torch_type: numpy_type for numpy_type, torch_type in _NUMPY_T
 
 
 def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
-    """Torch type of a numpy type.
+    """Return the torch type of a numpy type.
 
     Raises:
         UnsupportedError: torch has no such type.
@@ -61,7 +61,7 @@ def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
 
 
 def elem_dtype(elem_type: int) -> torch.dtype:
-    """Torch type of an ONNX element type.
+    """Return the torch type of an ONNX element type.
 
     Raises:
         UnsupportedError: torch has no such type.
@@ -73,7 +73,7 @@ def elem_dtype(elem_type: int) -> torch.dtype:
 
 
 def to_torch(array: Array) -> torch.Tensor:
-    """Copy an array into a tensor of the same shape, type and bits."""
+    """Return a tensor with the shape, type and bits of an array."""
     dtype = torch_dtype(array.dtype)
     plain = np.array(array, order="C", copy=True)
     if array.dtype.kind != "V" and not _is_extended(array.dtype):
@@ -83,7 +83,7 @@ def to_torch(array: Array) -> torch.Tensor:
 
 
 def to_numpy(tensor: torch.Tensor) -> Array:
-    """Copy a tensor into an array of the same shape, type and bits."""
+    """Return an array with the shape, type and bits of a tensor."""
     tensor = tensor.detach().cpu().contiguous()
     dtype = _TORCH_TO_NUMPY[tensor.dtype]
     if not _is_extended(dtype):
@@ -93,7 +93,7 @@ def to_numpy(tensor: torch.Tensor) -> Array:
 
 
 def is_float(dtype: np.dtype[Any]) -> bool:
-    """Whether weights of this type can be trained: float16, bfloat16, float32 or float64."""
+    """Return whether weights of this type can be trained: float16, bfloat16, float32 or float64."""
     return dtype in _NUMPY_TO_TORCH and _NUMPY_TO_TORCH[dtype] in _TRAINABLE
 
 
@@ -101,5 +101,5 @@ _TRAINABLE = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def _is_extended(dtype: np.dtype[Any]) -> bool:
-    """Whether numpy knows the type only through ml_dtypes."""
+    """Return whether numpy knows the type only through ml_dtypes."""
     return dtype.type.__module__ != "numpy"

@@ -1,8 +1,8 @@
-"""From an ONNX graph to a torch module, node by node.
+"""Import of an ONNX graph as a torch module, node by node.
 
-The importer knows no operator but those that only name or choose values. It turns each node into one call of the
-function registered for it, and shape arithmetic into scalar arithmetic (`host`). What it cannot import it reports all
-at once, before it builds anything.
+The importer itself handles only operators that name or select values. It turns each other node into one call of the
+function registered for it, and shape arithmetic into scalar arithmetic (`host`). All unsupported nodes are reported
+together, before anything is built.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ assert operators.__all__, "importing the package fills the table of operators"
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A tensor that the file stores."""
+    """A tensor stored in the file."""
 
     name: str
     array: Array
@@ -67,16 +67,16 @@ Value: TypeAlias = fx.Node | Host | StoredWeight | None
 
 @dataclass(frozen=True)
 class _Facts:
-    """What is known of the whole model.
+    """The analysis of the whole model.
 
     Attributes:
-        opset: version of the default operator set.
-        live: whether normalisations train their statistics.
-        types: type and rank of the main graph's values.
-        trainable: stored tensors that become parameters.
-        numbers: values of the main graph that serve only to say shapes.
-        uses: how many nodes of the main graph use a value.
-        quantised: stored integers that are trained as floats.
+        opset: Version of the default operator set.
+        live: Whether normalisations train their statistics.
+        types: Type and rank of the main graph's values.
+        trainable: Stored tensors that become parameters.
+        numbers: Values of the main graph used in shape arithmetic only.
+        uses: Number of uses of each value by nodes of the main graph.
+        quantised: Stored integers that are trained as floats.
     """
 
     opset: int
@@ -92,13 +92,13 @@ def import_model(model: ModelProto, *, batch_norm: BatchNormMode = "frozen") -> 
     """Import an ONNX model, whose external data has been loaded, as a torch module.
 
     Args:
-        model: any float model of the standard operators; it is not changed.
+        model: Float model of standard operators; it is not changed.
         batch_norm: "frozen" computes BatchNormalization from the stored statistics, in training too; "train" uses the
-            statistics of the batch while the module is in training mode and moves the stored ones (its buffers).
+            statistics of the batch while the module is in training mode and updates the stored ones (its buffers).
 
     Raises:
-        UnsupportedError: nodes that cannot be imported, each with its name, operator and reason.
-        ModelError: the graph is inconsistent.
+        UnsupportedError: There are nodes that cannot be imported; lists each with its name, operator and reason.
+        ModelError: The graph is inconsistent.
     """
     model = expand(model)
     problems = unsupported(model)
@@ -116,7 +116,7 @@ def import_model(model: ModelProto, *, batch_norm: BatchNormMode = "frozen") -> 
 
 
 def identifier(name: str, taken: Container[str]) -> str:
-    """Python identifier that reads like an ONNX name and is not taken.
+    """Return an unused Python identifier derived from an ONNX name.
 
     >>> identifier("layer1.0/conv:weight", {"layer1_0_conv_weight"})
     'layer1_0_conv_weight_1'
@@ -129,7 +129,7 @@ def identifier(name: str, taken: Container[str]) -> str:
 
 
 class _Builder:
-    """Fills an fx graph from an ONNX graph; `values` maps the ONNX names met so far to what they are."""
+    """Builds an fx graph from an ONNX graph; `values` maps the ONNX names defined so far to their values."""
 
     def __init__(self, proto: GraphProto, facts: _Facts) -> None:
         self.proto, self.facts = proto, facts
@@ -164,7 +164,7 @@ class _Builder:
         return OnnxModule(self.root, self.graph, self.names, self.quantisations)
 
     def body(self, captured: Sequence[str]) -> fx.GraphModule:
-        """Import a body as a module; what it takes from outside, and what it trains, are further inputs."""
+        """Import a body as a module; captured values and trained tensors are additional inputs."""
         self._declare_inputs([*(info.name for info in self.proto.input), *captured])
         for name, array in graph_weights(self.proto, nodes=False).items():
             self.values.setdefault(name, StoredWeight(name, array))
@@ -172,7 +172,7 @@ class _Builder:
         return fx.GraphModule(self.root, self.graph)
 
     def _of_bodies(self, graph: GraphProto) -> dict[str, Array]:
-        """Tensors in the bodies of a graph's nodes that become parameters of the whole module."""
+        """Return the tensors in the bodies of a graph's nodes that become parameters of the whole module."""
         bodies = [body for node in graph.node for body in bodies_of(node).values()]
         inner = [part for body in bodies for part in graphs_of(body)]
         stored = {name: array for part in inner for name, array in graph_weights(part).items()}
@@ -193,7 +193,7 @@ class _Builder:
             self.like = self.like or node
 
     def _declare_weight(self, name: str, array: Array) -> None:
-        """Hold a stored tensor; what torch has no type for can still be the operand of shape arithmetic."""
+        """Register a stored tensor; one of a type that torch lacks can still be an operand of shape arithmetic."""
         self.values[name] = StoredWeight(name, array)
         try:
             tensor = to_torch(array)
@@ -202,7 +202,7 @@ class _Builder:
         self.names[name] = self._hold(name, nn.Parameter(tensor) if name in self.facts.trainable else tensor)
 
     def _declare_quantised(self, name: str, how: Quantised) -> None:
-        """Hold stored integers as the floats that they stand for, to be trained, if these say the same integers."""
+        """Register stored integers as trainable floats, if these quantise to the same integers."""
         scale, zero = self.names.get(how.scale), self.names.get(how.zero_point)
         if name not in self.names or scale is None or (how.zero_point and zero is None):
             return
@@ -227,7 +227,7 @@ class _Builder:
         return self.values[name]
 
     def _add(self, node: NodeProto) -> None:
-        """Import one node: bind its outputs' names to values, and note on all calls that it takes what they are for."""
+        """Import one node: bind its outputs' names to values, and store its title in the metadata of its calls."""
         last = next(iter(reversed(self.graph.nodes)), None)
         inputs = [self._value(name) for name in node.input]
         results: Sequence[Value]
@@ -236,23 +236,23 @@ class _Builder:
         else:
             results = self._on_host(node, inputs) or self._call(node, inputs)
         self.values |= {name: result for name, result in zip(node.output, results, strict=False) if name}
-        for made in itertools.takewhile(lambda other: other is not last, reversed(self.graph.nodes)):
-            made.meta["onnx"] = title(node)
+        for call in itertools.takewhile(lambda other: other is not last, reversed(self.graph.nodes)):
+            call.meta["onnx"] = title(node)
 
-    # Nodes that name or choose values.
+    # Nodes that name or select values.
 
     def _constant(self, node: NodeProto, inputs: Sequence[Value]) -> Sequence[Value]:
         name, array = node.output[0], constant_value(node)
-        if name in self.values:  # trained, and given to the body that it stands in
+        if name in self.values:  # trained, and passed to the body that contains it
             return [self.values[name]]
         if array is None:
-            raise UnsupportedError(f"{title(node)}: only dense tensors of numbers can be imported into torch")
+            raise UnsupportedError(f"{title(node)}: only dense numeric tensors can be imported into torch")
         if name in self.facts.trainable:
             self._declare_weight(name, array)
         return [StoredWeight(name, array)]
 
     def _if(self, node: NodeProto, inputs: Sequence[Value]) -> Sequence[Value]:
-        """Import the branch that is taken in place if that is known, else both as modules."""
+        """Import the branch that is taken inline if it is known; otherwise both as modules."""
         condition, bodies = self._host(inputs[0]), bodies_of(node)
         if condition is not None and condition.known:
             return self._in_place(bodies["then_branch" if condition.array.item() else "else_branch"])
@@ -272,13 +272,15 @@ class _Builder:
         return self._outputs(node, control.loop, (*body, trips, condition, tuple(state)), {"outputs": len(node.output)})
 
     def _scan(self, node: NodeProto, inputs: Sequence[Value]) -> Sequence[Value]:
-        given = inputs if self.facts.opset >= 9 else inputs[1:]  # the first were the lengths of the sequences
+        given = (
+            inputs if self.facts.opset >= 9 else inputs[1:]
+        )  # before opset 9, the first input was the lengths of the sequences
         body = self._module(bodies_of(node)["body"])
         keywords = attributes_of(node) | {"opset": self.facts.opset}
         return self._outputs(node, control.scan, (*body, tuple(map(self._tensor, given))), keywords)
 
     def _module(self, body: GraphProto) -> tuple[fx.Node, tuple[fx.Node | None, ...]]:
-        """A body as a module, and the values of this graph that it is called with."""
+        """Return a body as a module, and the values of this graph that are passed to it."""
         builder = _Builder(body, self.facts)
         captured: dict[str, fx.Node | None] = {}
         trained = [name for part in graphs_of(body) for name in graph_weights(part)]
@@ -292,7 +294,7 @@ class _Builder:
         return self.graph.get_attr(attribute), tuple(captured.values())
 
     def _is_constant(self, value: Value) -> bool:
-        """Whether a value can be known inside a body too."""
+        """Return whether a value is known at import time, and thus inside a body too."""
         if isinstance(value, StoredWeight):
             return value.name not in self.facts.trainable
         return value is None or (isinstance(value, Host) and value.known)
@@ -300,14 +302,14 @@ class _Builder:
     def _outputs(
         self, node: NodeProto, function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> list[Value]:
-        """Emit a call that gives several tensors, and pick those that the node lists."""
+        """Emit a call that returns several tensors, and return those that the node lists."""
         call = self.graph.call_function(function, arguments, keywords)
         return [self.graph.call_function(operator.getitem, (call, index)) for index in range(len(node.output))]
 
     # Shape arithmetic.
 
     def _on_host(self, node: NodeProto, inputs: Sequence[Value]) -> list[Host] | None:
-        """Compute a node while importing; None if it has to be computed with tensors."""
+        """Compute a node at import time; None if it has to be computed with tensors."""
         if node.domain not in DEFAULT_DOMAINS:
             return None
         if traits_of(node).reads_sizes:
@@ -336,7 +338,7 @@ class _Builder:
         return [host.shape_of(sizes, attributes_of(node))]
 
     def _host(self, value: Value) -> Host | None:
-        """The value as numbers, if it is small and no weight."""
+        """Return the value as numbers, if it is small and not a weight."""
         if isinstance(value, Host):
             return value
         if not isinstance(value, StoredWeight) or value.name in self.facts.trainable or value.array.size > host.LARGEST:
@@ -372,14 +374,14 @@ class _Builder:
     def _rounded(
         self, inputs: Sequence[Value], arguments: Sequence[Any], attributes: Mapping[str, Any]
     ) -> fx.Node | None:
-        """One call for what was quantised and becomes floats again in the same way; None if it is something else."""
+        """Return one call for a QuantizeLinear and the inverse DequantizeLinear; None if the node is something else."""
         value = inputs[0]
         if isinstance(value, StoredWeight) and value.name in self.quantisations:
             how = self.quantisations[value.name]
             operands = arguments[0], *(self.graph.get_attr(attribute) for attribute in (how.scale, how.zero_point))
             return self.graph.call_function(quant.fake_quantize, operands, dict(how.options))
-        made = isinstance(value, fx.Node) and value.target is quant.quantize_linear
-        if not made or len(arguments) < 3 or arguments[2] is None:
+        is_quantised = isinstance(value, fx.Node) and value.target is quant.quantize_linear
+        if not is_quantised or len(arguments) < 3 or arguments[2] is None:
             return None
         assert isinstance(value, fx.Node)
         plain = not {"output_dtype", "precision"} & (set(attributes) | set(value.kwargs))
@@ -388,12 +390,12 @@ class _Builder:
         return self.graph.call_function(quant.fake_quantize, value.args, dict(value.kwargs))
 
     def _owns_statistics(self, node: NodeProto, found: Operator) -> bool:
-        """Whether a normalisation's statistics are stored tensors that nobody else uses."""
+        """Return whether a normalisation's statistics are stored tensors used nowhere else."""
         names = [node.input[slot] for slot in found.frozen]
         return len(node.output) == 1 and all(name in self.names and self.facts.uses[name] == 1 for name in names)
 
     def _reserved(self, node: NodeProto, found: Operator) -> dict[str, Any]:
-        """Arguments that do not come from the node's inputs or attributes."""
+        """Return the arguments for reserved parameters, which are neither inputs nor attributes."""
         makers: dict[str, Callable[[], Any]] = {
             "opset": lambda: self.facts.opset,
             "outputs": lambda: len(node.output),
@@ -404,7 +406,7 @@ class _Builder:
         return {name: makers[name]() for name in found.reserved}
 
     def _input_type(self, node: NodeProto) -> torch.dtype:
-        """Torch type of the node's first input."""
+        """Return the torch type of the node's first input."""
         value, known = self.values[node.input[0]], self.facts.types.get(node.input[0])
         if isinstance(value, Host):
             return torch_dtype(value.dtype)
@@ -418,7 +420,7 @@ class _Builder:
         return self._unnamed(value) if isinstance(value, np.ndarray) else value
 
     def _numbers(self, value: Value) -> Any:
-        """The value as a flat tuple of numbers (or of nodes that are numbers)."""
+        """Return the value as a flat tuple of numbers, or of nodes that compute numbers."""
         if value is None:
             return None
         if isinstance(value, StoredWeight):
@@ -428,7 +430,7 @@ class _Builder:
         return self.graph.call_function(as_numbers, (value,))
 
     def _tensor(self, value: Value) -> fx.Node | None:
-        """The value as a tensor."""
+        """Return the value as a tensor."""
         if isinstance(value, StoredWeight):
             return self._stored(value)
         if not isinstance(value, Host):
@@ -447,5 +449,5 @@ class _Builder:
         return self.nodes[weight.name]
 
     def _unnamed(self, array: Array) -> fx.Node:
-        """A tensor that the file does not store under a name of its own."""
+        """Register a tensor that has no name of its own in the file."""
         return self.graph.get_attr(self._hold("constant", to_torch(array)))

@@ -1,4 +1,4 @@
-"""The imported model: a torch module that can say what its tensors are called in the ONNX file."""
+"""The imported model: a torch module whose tensors are accessible by their names in the ONNX file."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _QUANTISATIONS = "onnx_quantisations"
 
 @dataclass(frozen=True)
 class Quantisation:
-    """How a parameter becomes the integers that the file stores.
+    """The quantisation of a parameter to the integers that the file stores.
 
     Attributes:
-        scale: attribute of the module.
-        zero_point: another one.
-        options: `axis` and `block_size`, as of QuantizeLinear.
+        scale: Name of the attribute of the module that holds the scale.
+        zero_point: Name of the attribute that holds the zero point.
+        options: `axis` and `block_size` of QuantizeLinear.
     """
 
     scale: str
@@ -40,9 +40,9 @@ class OnnxModule(fx.GraphModule):
     """A generated module whose parameters and buffers are the tensors that the ONNX file stores.
 
     Trainable tensors are parameters, all others buffers, in ONNX layout and type; stored integers that a
-    DequantizeLinear makes floats of are parameters too, and floats. Attribute names are the ONNX names made into Python
-    identifiers; `names` maps one to the other. Call it with tensors in the order of the graph's
-    inputs; it returns a tuple in the order of the graph's outputs.
+    DequantizeLinear converts to floats are float parameters. Attribute names are the ONNX names turned into Python
+    identifiers; `names` maps one to the other. Call it with tensors in the order of the graph's inputs; it returns a
+    tuple in the order of the graph's outputs.
     """
 
     def __init__(
@@ -52,13 +52,13 @@ class OnnxModule(fx.GraphModule):
         names: Mapping[str, str],
         quantisations: Mapping[str, Quantisation] | None = None,
     ) -> None:
-        """Build the module from what `import_model` collected.
+        """Create the module from the results of `import_model`.
 
         Args:
-            root: attribute -> parameter, tensor or submodule that the graph refers to.
-            graph: what the module computes.
-            names: ONNX name -> attribute, for the tensors that the file stores.
-            quantisations: ONNX name -> how its parameter becomes integers.
+            root: Parameters, tensors and submodules that the graph refers to, by attribute name.
+            graph: Computation of the module.
+            names: Attribute names of the stored tensors by ONNX name.
+            quantisations: Quantisations of parameters by ONNX name.
         """
         super().__init__(dict(root), graph, "OnnxModule")
         if self.graph.eliminate_dead_code():
@@ -72,23 +72,23 @@ class OnnxModule(fx.GraphModule):
 
     @property
     def names(self) -> dict[str, str]:
-        """ONNX name -> name of the parameter or buffer, for all tensors that the file stores."""
+        """Names of the parameters and buffers by ONNX name, for all tensors that the file stores."""
         return dict(self.meta[_NAMES])
 
     def onnx_parameters(self) -> dict[str, nn.Parameter]:
-        """The trainable tensors by their ONNX names."""
+        """Return the trainable tensors by their ONNX names."""
         parameters = dict(self.named_parameters())
         return {name: parameters[attribute] for name, attribute in self.names.items() if attribute in parameters}
 
     def onnx_state(self) -> dict[str, Array]:
-        """Copy of all tensors by their ONNX names, as numpy arrays of the file's types and shapes."""
+        """Return a copy of all tensors by their ONNX names, as numpy arrays of the file's types and shapes."""
         return {name: to_numpy(self._as_stored(name)) for name in self.names}
 
     def load_onnx_state(self, values: Mapping[str, Array]) -> None:
         """Overwrite tensors in place.
 
         Raises:
-            ModelError: the module has no such tensor, or one of another shape.
+            ModelError: The module has no such tensor, or one of another shape.
         """
         for name, value in values.items():
             if name not in self.names:
@@ -100,7 +100,7 @@ class OnnxModule(fx.GraphModule):
                 target.copy_(self._from_stored(name, to_torch(value)))
 
     def _as_stored(self, name: str) -> torch.Tensor:
-        """A tensor in the type of the file."""
+        """Return a tensor in the type of the file."""
         tensor: torch.Tensor = getattr(self, self.names[name])
         how = self.meta[_QUANTISATIONS].get(name)
         if how is None:
@@ -109,7 +109,7 @@ class OnnxModule(fx.GraphModule):
         return quantize_linear(tensor.detach(), *operands, **how.options)
 
     def _from_stored(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """What the module holds for a value of the file."""
+        """Return the module's representation of a value of the file."""
         how = self.meta[_QUANTISATIONS].get(name)
         if how is None:
             return value
@@ -117,7 +117,7 @@ class OnnxModule(fx.GraphModule):
         return dequantize_linear(value.to(operands[0].device), *operands, **how.options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OnnxModule:
-        """Copy the module with the tensors that its graph does not refer to, which fx leaves behind."""
+        """Return a copy of the module, including tensors that its graph does not refer to, which fx would drop."""
         result = super().__deepcopy__(memo)
         assert isinstance(result, OnnxModule)
         for attribute in [*self._parameters, *self._buffers]:

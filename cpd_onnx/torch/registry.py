@@ -1,8 +1,7 @@
-"""The table of operators: one small function for each, looked up by (domain, operator).
+"""The registry of operators: one small function for each, looked up by (domain, operator).
 
 A function takes the node's inputs as positional arguments (an omitted one is None) and its attributes as keyword
-arguments. Keyword-only parameters with these
-names are not attributes; the importer fills them in:
+arguments. Keyword-only parameters with these names are not attributes; the importer supplies them:
 
 * `opset`: the version of the operator set that the model imports, for behaviour that changed;
 * `outputs`: how many outputs the node lists;
@@ -10,7 +9,7 @@ names are not attributes; the importer fills them in:
 * `input_type`: the torch type of the node's first input;
 * `masked`: whether the node's first input comes from an operator that can add a mask to it.
 
-Whether a function gives one tensor or several is read from its return annotation (`Tensor`, or a tuple or list).
+Whether a function returns one tensor or several follows from its return annotation (`Tensor`, or a tuple or list).
 """
 
 from __future__ import annotations
@@ -32,17 +31,17 @@ DEFAULT_DOMAINS = frozenset({"", "ai.onnx"})
 
 @dataclass(frozen=True)
 class Operator:
-    """How one ONNX operator is computed in torch.
+    """The implementation of one ONNX operator in torch.
 
     Attributes:
-        function: what computes it.
-        host: inputs that say a shape, an axis or a count; passed as a flat tuple of Python numbers.
-        frozen: inputs that are never trained (statistics, scales of quantisation, bounds).
-        weights: inputs that are trained even if they hold a single element, such as the slope of PRelu.
-        live: makes the module that takes the function's place where statistics are trained, from the attributes.
-        attributes: the attributes that the function takes.
-        reserved: the reserved parameters that the function takes.
-        many: whether it returns a tuple or list of tensors.
+        function: Function that computes it.
+        host: Inputs that are shapes, axes or counts; passed as flat tuples of Python numbers.
+        frozen: Inputs that are never trained (statistics, quantisation scales, bounds).
+        weights: Inputs that are trained even if they have a single element, such as the slope of PRelu.
+        live: Creates, from the attributes, the module that replaces the function if statistics are trained.
+        attributes: Attributes that the function takes.
+        reserved: Reserved parameters that the function takes.
+        many: Whether it returns a tuple or list of tensors.
     """
 
     function: Callable[..., Any]
@@ -56,7 +55,7 @@ class Operator:
 
 
 class Options(TypedDict, total=False):
-    """What can be said about an operator beside its name and function; see `Operator`."""
+    """Options of an operator; see `Operator`."""
 
     host: tuple[int, ...]
     frozen: tuple[int, ...]
@@ -68,10 +67,10 @@ OPERATORS: dict[Key, Operator] = {}
 
 
 def register(name: str, function: Callable[..., Any], *, domain: str = "", **options: Unpack[Options]) -> None:
-    """Enter a function for an operator.
+    """Register a function for an operator.
 
     Raises:
-        ValueError: the operator has one already.
+        ValueError: The operator is already registered.
     """
     key = (domain, name)
     if key in OPERATORS:
@@ -83,7 +82,7 @@ def register(name: str, function: Callable[..., Any], *, domain: str = "", **opt
 
 
 def operator(*names: str, domain: str = "", **options: Unpack[Options]) -> Callable[[Function], Function]:
-    """Decorate the function that computes the operators of these names; see `Operator` for the options."""
+    """Register the decorated function for the operators of these names; see `Operator` for the options."""
 
     def decorate(function: Function) -> Function:
         for name in names:
@@ -94,18 +93,18 @@ def operator(*names: str, domain: str = "", **options: Unpack[Options]) -> Calla
 
 
 def family(functions: Mapping[str, Callable[..., Any]], *, domain: str = "", **options: Unpack[Options]) -> None:
-    """Enter functions that need no more than their name, such as `{"Relu": torch.relu}`."""
+    """Register functions without options, such as `{"Relu": torch.relu}`."""
     for name, function in functions.items():
         register(name, function, domain=domain, **options)
 
 
 def find(domain: str, name: str) -> Operator | None:
-    """Look an operator up; the two spellings of the default domain are one."""
+    """Return an operator; None if it is not registered. Both spellings of the default domain are equivalent."""
     return OPERATORS.get(("" if domain in DEFAULT_DOMAINS else domain, name))
 
 
 def _signature(function: Callable[..., Any]) -> tuple[frozenset[str], bool]:
-    """Names of the keyword-only parameters, those of an unpacked TypedDict included, and whether it gives several."""
+    """Return the keyword-only parameters, including those of an unpacked TypedDict, and whether it returns several."""
     try:
         parameters = inspect.signature(function).parameters
     except ValueError:  # torch's own functions in C++ have no signature; they are registered without attributes

@@ -1,4 +1,4 @@
-"""The tensors that an ONNX file stores, by name: initializers, and values of Constant nodes by their output's name."""
+"""The tensors stored in an ONNX file, by name: initializers, and values of Constant nodes by their output's name."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Array = npt.NDArray[Any]
 
 
 def bodies_of(node: NodeProto) -> dict[str, GraphProto]:
-    """Graphs that a node holds as attributes."""
+    """Return the subgraphs of a node by attribute name."""
     return {attribute.name: attribute.g for attribute in node.attribute if attribute.type == AttributeProto.GRAPH}
 
 
 def graphs_of(graph: GraphProto) -> Iterator[GraphProto]:
-    """The graph and all bodies in it."""
+    """Yield the graph and all bodies in it."""
     yield graph
     for node in graph.node:
         for body in bodies_of(node).values():
@@ -29,12 +29,12 @@ def graphs_of(graph: GraphProto) -> Iterator[GraphProto]:
 
 
 def read_weights(model: ModelProto) -> dict[str, Array]:
-    """All initializers and Constant tensors of the main graph, as read-only arrays in ONNX layout."""
+    """Return all initializers and Constant tensors of the main graph, as read-only arrays in ONNX layout."""
     return graph_weights(model.graph)
 
 
 def graph_weights(graph: GraphProto, *, nodes: bool = True) -> dict[str, Array]:
-    """All initializers of one graph and, unless `nodes` is false, its Constant tensors."""
+    """Return all initializers of one graph and, unless `nodes` is false, its Constant tensors."""
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     for node in _constants(graph) if nodes else ():
         value = constant_value(node)
@@ -44,10 +44,10 @@ def graph_weights(graph: GraphProto, *, nodes: bool = True) -> dict[str, Array]:
 
 
 def write_weights(model: ModelProto, values: Mapping[str, Array]) -> ModelProto:
-    """Copy of the model with these tensors in place of those of the same name; everything else is as it was.
+    """Return a copy of the model in which these tensors replace those of the same name.
 
     Raises:
-        ModelError: the model has no such tensor, or one of another shape or type.
+        ModelError: The model has no such tensor, or one of another shape or type.
     """
     result = ModelProto()
     result.CopyFrom(model)
@@ -60,7 +60,7 @@ def write_weights(model: ModelProto, values: Mapping[str, Array]) -> ModelProto:
 
 
 def constant_value(node: NodeProto) -> Array | None:
-    """Value of a Constant node; None where it is not a dense tensor of numbers."""
+    """Return the value of a Constant node; None if it is not a dense numeric tensor."""
     attribute = node.attribute[0]
     match attribute.name:
         case "value":
@@ -82,7 +82,7 @@ def _constants(graph: GraphProto) -> Iterator[NodeProto]:
 
 
 def _places(model: ModelProto) -> Iterator[tuple[str, TensorProto]]:
-    """Where tensors are stored, by name; the main graph has the last word."""
+    """Return the protos that store tensors, by name; the main graph takes precedence."""
     for graph in reversed(list(graphs_of(model.graph))):
         yield from ((tensor.name, tensor) for tensor in graph.initializer)
         for node in _constants(graph):
@@ -91,7 +91,7 @@ def _places(model: ModelProto) -> Iterator[tuple[str, TensorProto]]:
 
 
 def _store(tensor: TensorProto, name: str, value: Array) -> None:
-    """Overwrite the content of a tensor; one that already has it keeps its bytes and its encoding."""
+    """Overwrite the content of a tensor; if it is equal, its bytes and its encoding are unchanged."""
     old = numpy_helper.to_array(tensor)
     if old.shape != value.shape or old.dtype != value.dtype:
         raise ModelError(

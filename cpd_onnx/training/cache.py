@@ -1,4 +1,4 @@
-"""The teacher's answers on disk, found by the bytes of the question."""
+"""A cache of the teacher's outputs on disk, keyed by the bytes of its inputs."""
 
 from __future__ import annotations
 
@@ -17,42 +17,43 @@ from cpd_onnx.errors import CpdError
 from cpd_onnx.torch.dtypes import to_numpy
 
 Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""Function from the inputs of a model to its outputs."""
 
 _TABLE = "CREATE TABLE answers (question BLOB PRIMARY KEY, answer BLOB)"
-_PATIENCE = 60.0
-"""Seconds to wait for another process that writes."""
+_TIMEOUT = 60.0
+"""Maximum time in seconds to wait for a lock held by another process (heuristic)."""
 
 
 class AnswerCache:
-    """A function of tensors that asks another one only what it does not know yet.
+    """A function of tensors that caches the results of another one in a file.
 
-    Where all inputs and outputs have one row per sample, answers are kept by sample, whatever the batches; otherwise by
-    batch. Several processes may share the file. Source of the rows: SHA-256 of the question, and of the teacher.
+    If all inputs and outputs have one row per sample, outputs are stored by sample, independent of the batches;
+    otherwise by batch. Several processes may share the file. The key of a row is the SHA-256 of teacher and inputs.
     """
 
     def __init__(self, path: Path, run: Run, identity: bytes) -> None:
-        """Open the file, or make it; `identity` tells the function from others that keep answers there.
+        """Open or create the file; `identity` distinguishes the function from others whose outputs it holds.
 
         Raises:
-            CpdError: the file is no cache, or cannot be written.
+            CpdError: The file is not a cache, or cannot be written.
         """
         self.path, self.run, self.identity = path, run, identity
         if path.exists() and not path.is_file():
-            raise CpdError(f"{path} is not a file: name another for the answers")
-        with self._named():
-            self.table = sqlite3.connect(path, timeout=_PATIENCE, isolation_level=None)
+            raise CpdError(f"{path} is not a file: name another for the teacher's outputs")
+        with self._translate_errors():
+            self.table = sqlite3.connect(path, timeout=_TIMEOUT, isolation_level=None)
             self.table.execute("PRAGMA synchronous = OFF")
             self.table.execute("PRAGMA trusted_schema = OFF")
             others = self.table.execute("SELECT name FROM sqlite_schema WHERE type != 'index' AND sql != ?", [_TABLE])
             if (other := others.fetchone()) is not None:
-                raise CpdError(f"{path} is a database of something else (it has {other[0]!r}): name another file")
+                raise CpdError(f"{path} is a database of another kind (it has {other[0]!r}): name another file")
             self.table.execute(_TABLE.replace("TABLE", "TABLE IF NOT EXISTS"))
 
     def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The answers, on the device of the inputs.
+        """Return the outputs for a batch of inputs, on their device.
 
         Raises:
-            CpdError: the file cannot be read or written.
+            CpdError: The file cannot be read or written.
         """
         rows = _rows(inputs)
         known = self._find(rows) or self._find([inputs])
@@ -60,16 +61,16 @@ class AnswerCache:
             return self._joined(known, inputs[0].device)
         answers = self.run(inputs)
         if len(rows) > 1 and all(a.ndim and len(a) == len(rows) for a in answers):
-            self._keep(zip(rows, _rows(answers), strict=True))
+            self._store(zip(rows, _rows(answers), strict=True))
         else:
-            self._keep([(inputs, answers)])
+            self._store([(inputs, answers)])
         return answers
 
     def _find(self, questions: Sequence[Sequence[Tensor]]) -> list[list[Tensor]] | None:
-        """The answers to all of them, or None."""
+        """Return the stored outputs for all of the given inputs; None if one is missing."""
         found = []
         for question in questions:
-            with self._named():
+            with self._translate_errors():
                 row = self.table.execute("SELECT answer FROM answers WHERE question = ?", [self._key(question)])
                 answer = row.fetchone()
             if answer is None:
@@ -78,29 +79,29 @@ class AnswerCache:
         return found
 
     def _joined(self, known: Sequence[Sequence[Tensor]], device: torch.device) -> list[Tensor]:
-        """The answers to one batch, from those to its parts."""
+        """Return the outputs for one batch, concatenated from those for its samples."""
         try:
             columns = zip(*known, strict=True)
             return [(parts[0] if len(parts) == 1 else torch.cat(parts)).to(device) for parts in columns]
         except (RuntimeError, ValueError, TypeError) as error:
-            raise CpdError(f"{self.path} holds answers that do not go together: delete it, or name another") from error
+            raise CpdError(f"{self.path} holds inconsistent outputs: delete it, or name another") from error
 
     def _unpacked(self, answer: Any) -> list[Tensor]:
-        """The tensors of an answer; no code in it runs."""
+        """Return the tensors of a stored value; unpickling cannot run code from it."""
         try:
             tensors = torch.load(io.BytesIO(answer), weights_only=True)
         except Exception as error:  # whatever unpickling damaged bytes raises
-            raise CpdError(f"{self.path} holds an answer that cannot be read: delete it, or name another") from error
+            raise CpdError(f"{self.path} holds outputs that cannot be read: delete it, or name another") from error
         if not isinstance(tensors, list) or not all(isinstance(tensor, Tensor) for tensor in tensors):
-            raise CpdError(f"{self.path} holds something else than answers: delete it, or name another")
+            raise CpdError(f"{self.path} holds values that are not outputs: delete it, or name another")
         return tensors
 
-    def _keep(self, pairs: Iterable[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> None:
-        """Write all of them at once."""
-        made = [(self._key(question), _packed(answer)) for question, answer in pairs]
-        with self._named():
+    def _store(self, pairs: Iterable[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> None:
+        """Store pairs of inputs and outputs in one transaction."""
+        rows = [(self._key(question), _packed(answer)) for question, answer in pairs]
+        with self._translate_errors():
             self.table.execute("BEGIN IMMEDIATE")
-            self.table.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", made)
+            self.table.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", rows)
             self.table.execute("COMMIT")
 
     def _key(self, question: Sequence[Tensor]) -> bytes:
@@ -111,18 +112,18 @@ class AnswerCache:
         return digest.digest()
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
-        """Errors of the file as ones that name it."""
+    def _translate_errors(self) -> Iterator[None]:
+        """Turn errors of SQLite into CpdError with the name of the file."""
         try:
             yield
         except sqlite3.Error as error:
             raise CpdError(
-                f"{self.path} does not serve as a cache of answers ({error}); delete it, or name another"
+                f"{self.path} cannot be used as a cache of outputs ({error}); delete it, or name another"
             ) from error
 
 
 def _rows(tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-    """One question per sample, if the tensors have one row for each; else the one question."""
+    """Return the tensors split by sample if they have one row for each; otherwise the whole batch."""
     sizes = {len(tensor) if tensor.ndim else 0 for tensor in tensors}
     if len(sizes) != 1 or sizes == {0}:
         return [tensors]

@@ -1,4 +1,4 @@
-"""Training batches on a device: endless, shuffled anew in each pass, augmented, and this process's share of each."""
+"""Training batches on a device: repeated, reshuffled in each pass, augmented, and divided among the processes."""
 
 from __future__ import annotations
 
@@ -23,18 +23,23 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What happens to images (inputs of rank 4) on their way: mirrored, moved by up to `shift` pixels."""
+    """Augmentation of images, which are the inputs of rank 4.
+
+    Attributes:
+        flip: Whether half of them, at random, are mirrored horizontally.
+        shift: Maximum translation in each direction, in pixels.
+    """
 
     flip: bool = False
     shift: int = 0
 
     def __bool__(self) -> bool:
-        """Whether anything happens."""
+        """Return whether images are changed."""
         return self.flip or self.shift > 0
 
 
 class Feed:
-    """Batches by step: the same step gives the same batch, whether or not the ones before were asked for."""
+    """Batches by step: the batch of a step does not depend on whether earlier ones were read."""
 
     def __init__(
         self,
@@ -46,10 +51,10 @@ class Feed:
         seed: int,
         augmentation: Augmentation,
     ) -> None:
-        """Find the batch size that fits the model, the data and the number of processes.
+        """Choose the batch size that fits the model, the data and the number of processes.
 
         Raises:
-            DataError: there is none.
+            DataError: There is none.
         """
         fixed = fixed_batch(inputs)
         self.source, self.process_group, self.seed, self.augmentation = source, process_group, seed, augmentation
@@ -58,7 +63,7 @@ class Feed:
             raise DataError(f"the model takes {whole} samples at a time but the data has only {source.count}")
         if whole % process_group.size:
             raise DataError(
-                f"a batch of {whole} samples cannot be shared by {process_group.size} processes; choose a multiple"
+                f"a batch of {whole} samples cannot be divided among {process_group.size} processes; choose a multiple"
             )
         self.size = whole
         self.names = [entry.name for entry in inputs]
@@ -66,18 +71,18 @@ class Feed:
 
     @property
     def per_pass(self) -> int | None:
-        """Full batches in one pass over the data; None if that is not known."""
+        """Number of full batches in one pass over the data; None if it is unknown."""
         return steps_per_pass(self.source, self.size)
 
     def batches(self, start: int = 0) -> Iterator[tuple[list[Tensor], Tensor | None]]:
-        """Inputs in the order of the graph, and labels where there are any, from step `start` on."""
+        """Yield, from step `start` on, the inputs in the order of the graph, and the labels if there are any."""
         for step, batch in self._numbered(start):
             if self.augmentation and self.images:
                 batch = augment(batch, self.images, self.augmentation, np.random.default_rng([self.seed, step]))
             yield [self._tensor(batch[name]) for name in self.names], self._labels(batch)
 
     def _numbered(self, start: int) -> Iterator[tuple[int, Batch]]:
-        """Full batches with the number of their step; passes that are over by then are not read again."""
+        """Yield full batches with the numbers of their steps; passes that end before `start` are not read."""
         passes = start // self.per_pass if self.per_pass else 0
         step = passes * (self.per_pass or 0)
         for number in itertools.count(passes):
@@ -91,7 +96,7 @@ class Feed:
                 raise DataError(f"the data gave no batch of {self.size} samples in its pass {number + 1}")
 
     def _is_full(self, batch: Batch) -> bool:
-        """Whether the batch has the wanted size; a source that does not know its length makes its own batches."""
+        """Return whether the batch has the required size; a source of unknown length chooses its own batches."""
         sizes = [len(batch[name]) for name in self.names if batch[name].ndim]
         if self.source.count is None:
             return all(size >= self.process_group.size for size in sizes)
@@ -99,8 +104,8 @@ class Feed:
 
     def _tensor(self, array: Array) -> Tensor:
         if array.ndim and self.process_group.size > 1:
-            share = len(array) // self.process_group.size
-            array = array[self.process_group.rank * share : (self.process_group.rank + 1) * share]
+            size = len(array) // self.process_group.size
+            array = array[self.process_group.rank * size : (self.process_group.rank + 1) * size]
         tensor = to_torch(array).to(self.process_group.device, non_blocking=True)
         return tensor.to(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
@@ -109,7 +114,7 @@ class Feed:
 
 
 def augment(batch: Batch, images: set[str], options: Augmentation, generator: np.random.Generator) -> Batch:
-    """Mirror and move each sample's images [N, C, H, W], and its label map [N, H, W] if it has one, alike."""
+    """Return the batch with the images [N, C, H, W] of each sample, and its label map [N, H, W], augmented alike."""
     count = next(len(batch[name]) for name in images)
     flips = generator.random(count) < 0.5 if options.flip else np.zeros(count, bool)
     moves = generator.integers(-options.shift, options.shift + 1, (count, 2))
@@ -123,7 +128,7 @@ def augment(batch: Batch, images: set[str], options: Augmentation, generator: np
 
 
 def _moved(x: Array, move: Array, fill: int) -> Array:
-    """Shift the last two axes by (down, right), filling what comes in."""
+    """Return the image shifted by (down, right) along the last two axes, with a fill value where it moved away from."""
     down, right = (int(step) for step in move)
     height, width = x.shape[-2:]
     result = np.full_like(x, fill)

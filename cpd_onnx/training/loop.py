@@ -1,4 +1,4 @@
-"""The training loop: steps, schedule, checkpoints, logs, and what to say when the numbers go wrong."""
+"""The training loop: steps, learning rate schedule, checkpoints, logs, and diagnosis of non-finite values."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ Array = npt.NDArray[Any]
 Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 _CHECKPOINT = "cpd-onnx/checkpoint 2"
+"""Format name and version of a checkpoint file."""
 _CHECK_EVERY = 20
-"""Updates on a GPU between two looks at the losses; each look waits for the device."""
+"""Updates on a GPU between two checks of the losses, each of which synchronizes with the device (heuristic)."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where the training is: updates done, updates in all, and the loss of the last one."""
+    """Progress of the training: updates done, total number of updates, and the loss of the last one."""
 
     step: int
     steps: int
@@ -45,14 +46,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Judging the student on data of its own while it trains.
+    """Evaluation of the student on held-out data during training.
 
     Attributes:
-        judge: from the module's tensors by their ONNX names to a score.
-        every: updates between two judgements.
-        patience: judgements without a new best after which training stops; the best weights are the result. 0 trains
-            to the end and keeps the last.
-        lower_is_better: whether lower scores are better.
+        judge: Function from the module's tensors by their ONNX names to a score.
+        every: Number of updates between two evaluations.
+        patience: Number of evaluations without a new best score after which training stops; the best weights are the
+            result. 0 trains to the end and takes the last weights.
+        lower_is_better: Whether lower scores are better.
     """
 
     judge: Callable[[Mapping[str, Array]], float]
@@ -63,15 +64,14 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Traces:
-    """What a run leaves behind while it goes on.
+    """Checkpoints and logs that a run writes.
 
     Attributes:
-        checkpoint: file from which `resume` goes on; written every `seconds`, when the process is told to stop, and at
-            the end.
-        seconds: between two checkpoints.
-        resume: go on from the checkpoint.
-        csv: table of step, learning rate and loss.
-        tensorboard: folder for TensorBoard.
+        checkpoint: Checkpoint file, written every `seconds`, on interruption, and at the end.
+        seconds: Seconds between two checkpoints.
+        resume: Whether to continue from the checkpoint.
+        csv: File for a table of step, learning rate and loss.
+        tensorboard: Folder for the logs of TensorBoard.
     """
 
     checkpoint: Path | None = None
@@ -83,30 +83,32 @@ class Traces:
 
 @dataclass
 class _Best:
+    """The best score so far, the number of evaluations since, and the weights that reached it."""
+
     value: float = -math.inf
     misses: int = 0
     state: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Trainer:
-    """One run: the student, its teacher, how they are compared, and how the weights move."""
+    """One training run of a student against its teacher."""
 
     def __init__(
         self,
         module: OnnxModule,
         teacher: Run,
-        comparison: DistillationLoss,
+        objective: DistillationLoss,
         schedule: Optimization,
         process_group: ProcessGroup,
         *,
         freeze: Sequence[str] = (),
     ) -> None:
-        """Take a module on the device of the process group; initializers in `freeze` are not trained.
+        """Create the run of a module on the device of the process group; initializers in `freeze` are not trained.
 
         Raises:
-            CpdError: there is nothing to train.
+            CpdError: There is nothing to train.
         """
-        self.module, self.teacher, self.comparison = module, teacher, comparison
+        self.module, self.teacher, self.objective = module, teacher, objective
         self.schedule, self.process_group = schedule, process_group
         self.weights = _Weights(module, freeze)
         self.optimizer = _optimizer(self.weights.masters, schedule)
@@ -127,11 +129,11 @@ class Trainer:
         held_out: HeldOut | None = None,
         progress: Callable[[Progress], None] | None = None,
     ) -> list[float]:
-        """Run so many steps; the losses of all of them, those before a checkpoint included.
+        """Train up to a number of steps and return the losses of all of them, including those before a checkpoint.
 
         Raises:
-            CpdError: the loss or a gradient became infinite or NaN, or the checkpoint is another run's.
-            StoppedError: the process was told to stop; a checkpoint was written.
+            CpdError: The loss or a gradient became infinite or NaN, or the checkpoint belongs to another run.
+            StoppedError: The process was interrupted; a checkpoint was written.
         """
         traces = traces or Traces()
         if traces.resume:
@@ -140,7 +142,7 @@ class Trainer:
         each = 1 if self.process_group.device.type == "cpu" else _CHECK_EVERY
         written = time.monotonic()
         self.module.train()
-        with _told_to_stop(traces.checkpoint is not None) as stop, _log(traces, self) as log:
+        with _stop_signals(traces.checkpoint is not None) as stop, _log(traces, self) as log:
             for step, (inputs, labels) in zip(range(self.start, steps), feed.batches(self.start), strict=False):
                 rate = self.schedule.lr * cosine(step, steps, self.schedule.warmup)
                 recent.append(self._step(step, inputs, labels, rate))
@@ -156,18 +158,16 @@ class Trainer:
                 if held_out is not None and (done % held_out.every == 0 or done == steps):
                     self.judged.append((done, value := self._judge(held_out)))
                     log.judged(done, value)
-                    if held_out.patience and self._is_enough(value, held_out):
+                    if held_out.patience and self._is_exhausted(value, held_out):
                         break
-                late = (
-                    self.process_group.any(time.monotonic() - written > traces.seconds) if traces.checkpoint else False
-                )
-                if traces.checkpoint is not None and not recent and (stopping or late):
+                is_due = traces.checkpoint and self.process_group.any(time.monotonic() - written > traces.seconds)
+                if traces.checkpoint is not None and not recent and (stopping or is_due):
                     self._write(traces.checkpoint, done, identity)
                     written = time.monotonic()
                 if stopping and done < steps:
                     raise StoppedError(
-                        f"told to stop after step {done} of {steps}: "
-                        f"{traces.checkpoint} holds all of it, go on with --resume"
+                        f"interrupted after step {done} of {steps}; checkpoint written to {traces.checkpoint}; "
+                        "continue with --resume"
                     )
         if traces.checkpoint is not None and self.start < steps:
             self._write(traces.checkpoint, steps, identity)
@@ -179,19 +179,19 @@ class Trainer:
             group["lr"] = rate
         with torch.no_grad(), self._precision():
             targets = self.teacher(inputs)
-        if not self.comparison.kinds:
-            self.comparison.choose(targets)
-            shared = self.process_group.shared((self.comparison.kinds, sorted(self.comparison.distributions)))
-            self.comparison.kinds, self.comparison.distributions = shared[0], set(shared[1])
+        if not self.objective.kinds:
+            self.objective.choose(targets)
+            shared = self.process_group.shared((self.objective.kinds, sorted(self.objective.distributions)))
+            self.objective.kinds, self.objective.distributions = shared[0], set(shared[1])
         with self._precision():
             answers = self.forward(*inputs)
-        loss = self.comparison.loss(answers, targets, labels if self.comparison.label_weight else None)
+        loss = self.objective.loss(answers, targets, labels if self.objective.label_weight else None)
         self.module.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
         self.weights.gather()
         value = loss.detach()
         if self.process_group.device.type == "cpu" and not bool(value.isfinite()):
-            return value  # the weights as they were show where it came from
+            return value  # unchanged weights, with which `culprit` finds the cause
         if self.schedule.clip_norm:
             norm = nn.utils.clip_grad_norm_(self.weights.masters, self.schedule.clip_norm)
             if self.process_group.device.type == "cpu" and not bool(norm.isfinite()):
@@ -217,7 +217,7 @@ class Trainer:
         return nullcontext()
 
     def _checked(self, recent: Sequence[Tensor], inputs: Sequence[Tensor], rate: float) -> list[float]:
-        """The losses as numbers, if they are all finite."""
+        """Return the losses as numbers; raises CpdError if one is not finite."""
         values: list[float] = self.process_group.mean(torch.stack(list(recent))).tolist()
         for place, loss in enumerate(values):
             if not math.isfinite(loss):
@@ -234,8 +234,8 @@ class Trainer:
         self.module.train()
         return float(self.process_group.shared(value))
 
-    def _is_enough(self, score: float, held_out: HeldOut) -> bool:
-        """Note the best weights so far; whether there was no better one for too long."""
+    def _is_exhausted(self, score: float, held_out: HeldOut) -> bool:
+        """Record the best weights so far; return whether the patience is exhausted."""
         value = -score if held_out.lower_is_better else score
         if value > self.best.value:
             with self._averaged():
@@ -246,7 +246,7 @@ class Trainer:
         return self.best.misses >= held_out.patience
 
     def _finish(self) -> None:
-        """Leave the resulting weights in the module."""
+        """Load the resulting weights into the module."""
         if self.best.state:
             self.module.load_state_dict(self.best.state, strict=False)
         elif self.average:
@@ -255,7 +255,7 @@ class Trainer:
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """The module with its running average, and then with its own weights again."""
+        """Run the block with the averaged weights in the module, if there are any."""
         own = [m.detach().clone() for m in self.weights.masters] if self.average else []
         if own:
             self.weights.put(self.average)
@@ -272,8 +272,8 @@ class Trainer:
         content = {
             "format": _CHECKPOINT, "identity": identity, "step": step, "module": self.module.state_dict(),
             "masters": [m.detach() for m in self.weights.masters], "optimizer": self.optimizer.state_dict(),
-            "average": self.average, "losses": self.losses, "judged": self.judged, "kinds": dict(self.comparison.kinds),
-            "distributions": sorted(self.comparison.distributions), "random": torch.get_rng_state(),
+            "average": self.average, "losses": self.losses, "judged": self.judged, "kinds": dict(self.objective.kinds),
+            "distributions": sorted(self.objective.distributions), "random": torch.get_rng_state(),
             "best": {"value": self.best.value, "misses": self.best.misses, "state": self.best.state},
         }  # fmt: skip  # a table
         stream = io.BytesIO()
@@ -290,7 +290,7 @@ class Trainer:
             raise CpdError(f"{path} is damaged ({_first_line(error)}); start without --resume") from error
 
     def _restore(self, content: Mapping[str, Any]) -> None:
-        """Take what a checkpoint holds; raises what Python and torch do where it is of another type or shape."""
+        """Restore the state from a checkpoint; errors of Python and torch mean that it is damaged."""
         self.module.load_state_dict(content["module"])
         self.weights.put([tensor.to(self.process_group.device) for tensor in content["masters"]])
         self.optimizer.load_state_dict(content["optimizer"])
@@ -305,15 +305,15 @@ class Trainer:
         kinds = content["kinds"]
         if not isinstance(kinds, dict) or not set(kinds.values()) <= set(LOSSES):
             raise ValueError("its losses are of unknown kinds")
-        self.comparison.kinds = kinds
-        self.comparison.distributions = {str(name) for name in content["distributions"]}
+        self.objective.kinds = kinds
+        self.objective.distributions = {str(name) for name in content["distributions"]}
         best = content["best"]
         self.best = _Best(float(best["value"]), int(best["misses"]), dict(best["state"]))
         torch.set_rng_state(content["random"])
 
 
 def read_checkpoint(path: Path | None) -> dict[str, Any]:
-    """The content of a checkpoint file; CpdError if it is none."""
+    """Return the content of a checkpoint file; raises CpdError if it is not a checkpoint."""
     if path is None or not path.is_file():
         raise CpdError(f"there is no checkpoint {path} to resume from; start without --resume")
     try:
@@ -335,7 +335,7 @@ def _first_line(error: Exception) -> str:
 
 
 def cosine(step: int, steps: int, warmup: float) -> float:
-    """Share of the learning rate at a step: a straight rise, then half a cosine down to zero.
+    """Return the factor of the learning rate at a step: a linear warm-up, then half a cosine down to zero.
 
     >>> [round(cosine(step, 10, 0.2), 2) for step in (0, 1, 2, 6, 9)]
     [0.5, 1.0, 1.0, 0.5, 0.04]
@@ -347,7 +347,7 @@ def cosine(step: int, steps: int, warmup: float) -> float:
 
 
 class _Weights:
-    """The trained parameters and what the optimiser moves: the same tensors, or float32 copies of 16-bit ones."""
+    """The trained parameters and the tensors that the optimizer updates, float32 masters of 16-bit parameters."""
 
     def __init__(self, module: OnnxModule, freeze: Sequence[str]) -> None:
         named = module.onnx_parameters()
@@ -363,20 +363,20 @@ class _Weights:
         self.masters = [nn.Parameter(p.detach().float()) if _is_half(p) else p for p in self.parameters]
 
     def gather(self) -> None:
-        """Give the copies their gradients."""
+        """Copy the gradients to the masters."""
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if master is not parameter and parameter.grad is not None:
                 master.grad = parameter.grad.float()
 
     def scatter(self) -> None:
-        """Round the copies into the parameters."""
+        """Round the masters into the parameters."""
         with torch.no_grad():
             for parameter, master in zip(self.parameters, self.masters, strict=True):
                 if master is not parameter:
                     parameter.copy_(master)
 
     def put(self, values: Sequence[Tensor]) -> None:
-        """Overwrite all, in their order."""
+        """Overwrite all weights, in their order."""
         with torch.no_grad():
             for master, value in zip(self.masters, values, strict=True):
                 master.copy_(value)
@@ -388,7 +388,7 @@ def _is_half(tensor: Tensor) -> bool:
 
 
 def _optimizer(parameters: Sequence[nn.Parameter], schedule: Optimization) -> torch.optim.Optimizer:
-    """The optimiser; vectors (biases, normalisation) are not decayed."""
+    """Return the optimizer; vectors (biases, normalisation) have no weight decay."""
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": schedule.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
@@ -398,16 +398,16 @@ def _optimizer(parameters: Sequence[nn.Parameter], schedule: Optimization) -> to
     return torch.optim.AdamW(groups, lr=schedule.lr)
 
 
-# What went wrong.
+# Diagnosis.
 
 
 class _Watch(fx.Interpreter):
-    """Runs a module node by node and notes the first whose result is not finite though its inputs were."""
+    """Runs a module node by node and records the first node whose result is not finite."""
 
     found: fx.Node | None = None
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one node and look at what it gives."""
+        """Run one node and check its result."""
         result = super().run_node(n)
         if self.found is None and n.op not in ("placeholder", "output") and not _is_finite(result):
             self.found = n
@@ -421,13 +421,13 @@ def _is_finite(value: Any) -> bool:
 
 
 def culprit(module: OnnxModule, inputs: Sequence[Tensor]) -> str:
-    """Where the first number that is not finite stands: an input, a weight, a node, or behind the outputs."""
+    """Return where the first non-finite number occurs: in an input, a weight, the result of a node, or the loss."""
     if not _is_finite(list(inputs)):
         return "first in the data"
     parameters = module.onnx_parameters()
     for name, attribute in module.names.items():
         tensor = getattr(module, attribute)
-        # A mask may hold infinite numbers by design.
+        # A mask may contain infinities by design.
         bad = not _is_finite(tensor) if name in parameters else bool(tensor.isnan().any())
         if bad:
             return f"first in initializer {name!r}"
@@ -443,8 +443,8 @@ def culprit(module: OnnxModule, inputs: Sequence[Tensor]) -> str:
 
 
 @contextmanager
-def _told_to_stop(listen: bool) -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; a second SIGINT interrupts at once."""
+def _stop_signals(listen: bool) -> Iterator[threading.Event]:
+    """Yield an event that SIGINT and SIGTERM set; a second SIGINT interrupts at once."""
     stop = threading.Event()
     if not listen or threading.current_thread() is not threading.main_thread():
         yield stop
@@ -464,7 +464,7 @@ def _told_to_stop(listen: bool) -> Iterator[threading.Event]:
 
 
 class _Log:
-    """Losses and judgements, as a table and for TensorBoard."""
+    """Writes losses and scores to a CSV table and to TensorBoard."""
 
     def __init__(self, table: Any, board: Any) -> None:
         self.table, self.board = table, board
@@ -478,7 +478,7 @@ class _Log:
                 self.board.add_scalar("learning rate", rate, step)
 
     def judged(self, step: int, value: float) -> None:
-        """Note what the student scored on held-out data."""
+        """Write the score of the student on held-out data."""
         if self.table is not None:
             self.table.writerow([step, "held out", repr(value), ""])
         if self.board is not None:
@@ -487,7 +487,7 @@ class _Log:
 
 @contextmanager
 def _log(traces: Traces, trainer: Trainer) -> Iterator[_Log]:
-    """The log of this run; after a checkpoint it goes on where that was written."""
+    """Open the log of this run; on resumption, rows after the checkpoint are dropped."""
     if not trainer.process_group.is_first:
         yield _Log(None, None)
         return
@@ -495,11 +495,11 @@ def _log(traces: Traces, trainer: Trainer) -> Iterator[_Log]:
     if traces.csv is None:
         yield _Log(None, board)
     else:
-        kept = _rows_until(traces.csv, trainer.start) if traces.resume else []
+        earlier = _rows_until(traces.csv, trainer.start) if traces.resume else []
         with traces.csv.open("w", newline="", buffering=1) as stream:
             table = csv.writer(stream)
             table.writerow(["step", "what", "value", "learning_rate"])
-            table.writerows(kept)
+            table.writerows(earlier)
             yield _Log(table, board)
     if board is not None:
         board.close()
@@ -512,7 +512,7 @@ def _rows_until(path: Path, step: int) -> list[list[str]]:
         try:
             return [row for row in csv.reader(stream) if row and row[0].isdecimal() and int(row[0]) <= step]
         except (csv.Error, ValueError) as error:
-            raise CpdError(f"{path} is not a log of ours ({error}): name another file") from error
+            raise CpdError(f"{path} is not a training log ({error}): name another file") from error
 
 
 def _board(folder: Path | None, start: int) -> Any:
@@ -521,5 +521,5 @@ def _board(folder: Path | None, start: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise CpdError("logs for TensorBoard need it: pip install tensorboard") from error
+        raise CpdError("logging for TensorBoard needs tensorboard: pip install tensorboard") from error
     return SummaryWriter(str(folder), purge_step=start or None)

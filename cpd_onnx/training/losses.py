@@ -1,8 +1,8 @@
-"""How a student's outputs are compared with its teacher's.
+"""Distillation losses: distances between a student's outputs and its teacher's.
 
-Scores of classes are compared by the Kullback-Leibler divergence of softened distributions (Hinton et al., arXiv
-1503.02531) or by their correlations (DIST: Huang et al., NeurIPS 2022, arXiv 2205.10536); all else by squared error or
-by angle. Maps of classes (segmentation) are compared pixel by pixel.
+Class scores are compared by the Kullback-Leibler divergence of softened distributions (Hinton et al., arXiv 1503.02531)
+or by their correlations (DIST: Huang et al., NeurIPS 2022, arXiv 2205.10536); other outputs by squared error or cosine.
+Segmentation maps are compared pixel by pixel.
 """
 
 from __future__ import annotations
@@ -19,16 +19,20 @@ from cpd_onnx.errors import CpdError, DataError, ModelError
 from cpd_onnx.training.options import LossKind
 
 _OF_CLASSES = ("kl", "dist")
+"""Kinds of distance between class scores."""
 
 _SMALLEST = 1e-7
-"""Probability below which an output counts as this."""
+"""Lower bound of probabilities before the logarithm, about the precision of float32."""
 
 
-# What an output is.
+# Kinds of outputs.
 
 
 def class_axis(output: Tensor) -> int | None:
-    """Axis of the classes of an output that can be scores: the last of two or three; of four, 1 or 3, the shorter."""
+    """Return the class axis of an output that may hold class scores; None if it cannot.
+
+    It is the last of two or three axes; of four it is axis 1 or 3, whichever is shorter.
+    """
     if output.ndim in (2, 3):
         axis = output.ndim - 1
     elif output.ndim == 4:
@@ -39,8 +43,10 @@ def class_axis(output: Tensor) -> int | None:
 
 
 def kind_of(output: Tensor) -> LossKind:
-    """How to compare an output, seen from the teacher's values: several numbers in 0..1 that are no distribution are
-    independent probabilities, not scores of classes; with three axes they are features unless they are a distribution.
+    """Return how to compare an output, judged by the teacher's values.
+
+    Values in 0..1 that do not sum to one are independent probabilities and not class scores; an output of three axes
+    holds features unless it is a distribution.
     """
     axis = class_axis(output)
     if axis is None or not output.is_floating_point():
@@ -52,7 +58,7 @@ def kind_of(output: Tensor) -> LossKind:
 
 
 def is_distribution(output: Tensor, axis: int) -> bool:
-    """Whether an output has gone through a softmax already."""
+    """Return whether an output is a probability distribution, that is, the result of a softmax."""
     total = output.float().sum(axis)
     return bool((output >= 0).all()) and bool(((total - 1).abs() < 1e-2).all())
 
@@ -61,14 +67,14 @@ def is_distribution(output: Tensor, axis: int) -> bool:
 
 
 def divergence(student: Tensor, teacher: Tensor, axis: int, temperature: float) -> Tensor:
-    """Kullback-Leibler divergence of softened distributions, summed over classes, averaged over all else, times T²."""
+    """Return the KL divergence of softened distributions, summed over classes, averaged over the rest, times T²."""
     logs = (student.float() / temperature).log_softmax(axis)
     target = (teacher.float() / temperature).log_softmax(axis)
     return F.kl_div(logs, target, reduction="none", log_target=True).sum(axis).mean() * temperature**2
 
 
 def correlation_distance(student: Tensor, teacher: Tensor, axis: int, temperature: float) -> Tensor:
-    """DIST: one minus Pearson's correlation, over the classes of each sample and over the samples of each class."""
+    """Return the DIST loss: one minus Pearson's correlation, over the classes of each sample plus over the samples."""
     rows = [
         (x.float() / temperature).softmax(axis).movedim(axis, -1).reshape(-1, x.shape[axis]) for x in (student, teacher)
     ]
@@ -78,24 +84,24 @@ def correlation_distance(student: Tensor, teacher: Tensor, axis: int, temperatur
 
 
 def _correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Pearson's correlation of each row of a with that of b."""
+    """Return Pearson's correlation of each row of a with that of b."""
     return F.cosine_similarity(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), dim=1, eps=1e-8)
 
 
 def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared error in units of the teacher's mean square, so that outputs of all scales weigh the same."""
+    """Return the mean squared error relative to the teacher's mean square, so that the scale of an output cancels."""
     target = teacher.float()
     return F.mse_loss(student.float(), target) / target.square().mean().clamp(min=1e-12)
 
 
 def angle(student: Tensor, teacher: Tensor) -> Tensor:
-    """One minus the cosine between the embeddings of each sample: over the last axis, over axis 1 of maps."""
+    """Return one minus the cosine similarity of the embeddings, which lie along the last axis, or axis 1 of maps."""
     axis = 1 if student.ndim == 4 else -1
     return (1 - F.cosine_similarity(student.float(), teacher.float(), dim=axis)).mean()
 
 
 def label_loss(student: Tensor, labels: Tensor, axis: int, ignored: int = IGNORED) -> Tensor:
-    """Cross-entropy with labels, of which those equal to `ignored` do not count."""
+    """Return the cross-entropy with labels, except those equal to `ignored`."""
     logs = student.float().log_softmax(axis).movedim(axis, 1)
     if logs.shape[:1] + logs.shape[2:] != labels.shape:
         raise DataError(
@@ -106,31 +112,31 @@ def label_loss(student: Tensor, labels: Tensor, axis: int, ignored: int = IGNORE
     return F.nll_loss(logs, labels, ignore_index=ignored)
 
 
-def _shared(target: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
-    """The part of a teacher's tensor that the student has too."""
-    for axis, indices in kept.items():
+def _surviving(target: Tensor, survivors: Mapping[int, Tensor]) -> Tensor:
+    """Return the part of a teacher's tensor that the student still has."""
+    for axis, indices in survivors.items():
         target = target.index_select(axis, indices.to(target.device))
     return target
 
 
-# All outputs together.
+# The total loss.
 
 
 @dataclass
 class DistillationLoss:
-    """The loss of a model with several outputs, and of some of its inner tensors.
+    """The loss over all outputs of a model, and some of its hidden tensors.
 
     Attributes:
-        outputs: names of the outputs, in order.
-        wanted: how to compare some of them; the others are judged by the teacher's first answers.
-        weights: of outputs in the loss, one where nothing is said.
-        temperature: softens distributions.
-        label_weight: share of the labels in the loss.
-        ignored: label of what does not count.
-        hidden: for each tensor after the outputs, the teacher's indices that the student has, by axis.
-        hidden_weight: of all of these together, beside the outputs.
-        kinds: how each output is compared, once the first batch was seen.
-        distributions: outputs that have gone through a softmax.
+        outputs: Names of the outputs, in order.
+        wanted: Kinds of distance by output; by default `kind_of` the teacher's first output values.
+        weights: Weights of outputs in the loss (default 1).
+        temperature: Temperature that softens distributions.
+        label_weight: Weight of the cross-entropy with labels, from 0 to 1.
+        ignored: Label of elements that do not count.
+        hidden: For each hidden tensor, which follow the outputs, the teacher's indices that the student has, by axis.
+        hidden_weight: Weight of the mean loss of hidden tensors, relative to that of the outputs.
+        kinds: Kind of distance of each output, set by `choose`.
+        distributions: Outputs that are probability distributions, set by `choose`.
     """
 
     outputs: Sequence[str]
@@ -145,25 +151,25 @@ class DistillationLoss:
     distributions: set[str] = field(default_factory=set)
 
     def choose(self, targets: Sequence[Tensor]) -> None:
-        """Decide how each output is compared."""
+        """Set the kind of distance of each output from the teacher's outputs for the first batch."""
         for name, target in zip(self.outputs, targets, strict=False):
             self.kinds[name] = self.wanted.get(name) or kind_of(target)
             axis = class_axis(target)
             if self.kinds[name] in _OF_CLASSES and axis is None:
                 shape = list(target.shape)
-                raise CpdError(f"output {name!r} has shape {shape}, no axis of classes; compare it by mse or cosine")
+                raise CpdError(f"output {name!r} has shape {shape}, without a class axis; compare it by mse or cosine")
             if axis is not None and is_distribution(target, axis):
                 self.distributions.add(name)
 
     def loss(self, answers: Sequence[Tensor], targets: Sequence[Tensor], labels: Tensor | None) -> Tensor:
-        """The weighted mean over the outputs, and the labels' share."""
+        """Return the weighted mean over the outputs, plus the losses of hidden tensors and labels."""
         terms: list[Tensor] = []
         weights: list[float] = []
         labelled: Tensor | None = None
         for name, answer, target in zip(self.outputs, answers, targets, strict=False):
             if answer.shape != target.shape:
                 shapes = f"{list(answer.shape)} in the student, {list(target.shape)} in the teacher"
-                raise ModelError(f"output {name!r} has shape {shapes}; give a teacher of the same outputs")
+                raise ModelError(f"output {name!r} has shape {shapes}; give a teacher with the same outputs")
             weight = self.weights.get(name, 1.0)
             if not answer.is_floating_point() or not weight:
                 continue
@@ -175,16 +181,14 @@ class DistillationLoss:
         if not terms:
             raise CpdError("no output is left to compare: none is float, or all have weight 0")
         if labels is not None and labelled is None:
-            raise DataError("no output holds scores of classes that labels could be compared with; set label weight 0")
+            raise DataError("no output holds class scores that labels could be compared with; set label weight 0")
         loss = torch.stack(terms).sum() / sum(weights)
         if self.hidden:
             count = len(self.outputs)
             pairs = zip(answers[count:], targets[count:], self.hidden, strict=True)
-            loss = (
-                loss + self.hidden_weight * torch.stack([relative_error(a, _shared(t, k)) for a, t, k in pairs]).mean()
-            )
-        share = self.label_weight
-        return loss if labelled is None else (1 - share) * loss + share * labelled
+            errors = [relative_error(a, _surviving(t, survivors)) for a, t, survivors in pairs]
+            loss = loss + self.hidden_weight * torch.stack(errors).mean()
+        return loss if labelled is None else (1 - self.label_weight) * loss + self.label_weight * labelled
 
     def _distance(self, name: str, answer: Tensor, target: Tensor) -> Tensor:
         kind, axis = self.kinds[name], class_axis(target)
@@ -195,5 +199,5 @@ class DistillationLoss:
         return angle(answer, target) if kind == "cosine" else relative_error(answer, target)
 
     def _scores(self, name: str, output: Tensor) -> Tensor:
-        """Scores of classes; those of a distribution are its logarithms."""
+        """Return the class scores of an output; those of a distribution are its logarithms."""
         return output.float().clamp(min=_SMALLEST).log() if name in self.distributions else output

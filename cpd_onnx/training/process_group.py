@@ -1,4 +1,4 @@
-"""The processes of one training run: torch's own data parallelism, under torchrun, accelerate launch or nothing."""
+"""The processes of one training run: torch's distributed data parallelism, under torchrun or accelerate launch."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cpd_onnx.errors import CpdError
 
-_THREADS_OF_GLOO = 2
-"""Exchanges that gloo has under way at once, at most."""
+_GLOO_THREADS = 2
+"""Number of threads of the gloo backend, that is, of concurrent collectives (its default)."""
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process among all.
+    """The process group, as seen from this process.
 
     Attributes:
-        device: where its tensors live.
-        rank: its number.
-        size: how many there are.
+        device: Device of this process.
+        rank: Rank of this process.
+        size: Number of processes.
     """
 
     device: torch.device
@@ -34,11 +34,11 @@ class ProcessGroup:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes files and talks."""
+        """Whether this is the process of rank 0, which writes files and messages."""
         return self.rank == 0
 
     def shared(self, value: Any) -> Any:
-        """What the first process says."""
+        """Return the value of the process of rank 0 in all processes."""
         if self.size == 1:
             return value
         box = [value]
@@ -46,7 +46,7 @@ class ProcessGroup:
         return box[0]
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """Mean over all processes."""
+        """Return the mean of a tensor over all processes."""
         if self.size > 1:
             tensor = tensor.clone()
             distributed.all_reduce(tensor)
@@ -54,11 +54,11 @@ class ProcessGroup:
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up in some process."""
+        """Return whether the flag is set in some process."""
         return flag if self.size == 1 else float(self.mean(torch.tensor(float(flag), device=self.device))) > 0
 
     def parallel(self, module: nn.Module) -> nn.Module:
-        """The module with gradients averaged over all processes."""
+        """Return the module wrapped so that gradients are averaged over all processes."""
         if self.size == 1:
             return module
         ids = [self.device] if self.device.type == "cuda" else None
@@ -67,10 +67,10 @@ class ProcessGroup:
 
 @contextmanager
 def join_process_group(device: str) -> Iterator[ProcessGroup]:
-    """Join the other processes that a launcher started, if it did.
+    """Join the process group of a launcher; without one, the group is this process alone.
 
     Raises:
-        CpdError: torch does not know the device, or does not find it.
+        CpdError: torch does not know the device, or finds no such device.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = _device(device)
@@ -85,9 +85,9 @@ def join_process_group(device: str) -> Iterator[ProcessGroup]:
         distributed.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield ProcessGroup(chosen, distributed.get_rank(), distributed.get_world_size())
-        # DDP never frees its group, whose threads drop the tensors of the last exchanges some time after these are
-        # over; a process that ends before that aborts. A barrier has no tensors, and is over after those.
-        for _ in range(_THREADS_OF_GLOO):
+        # DDP never frees its group, whose threads release the tensors of the last collectives some time after these
+        # complete; a process that exits before that aborts. A barrier has no tensors, and completes after those.
+        for _ in range(_GLOO_THREADS):
             distributed.barrier()
     finally:
         if opened:
@@ -96,7 +96,7 @@ def join_process_group(device: str) -> Iterator[ProcessGroup]:
 
 def _device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise CpdError(f"device {name!r} was asked for but torch finds no GPU; use 'auto' or 'cpu'")
+        raise CpdError(f"device {name!r} was requested but torch finds no GPU; use 'auto' or 'cpu'")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

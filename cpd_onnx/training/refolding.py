@@ -1,9 +1,9 @@
-"""Batch normalisations that an exporter folded into convolutions: put back for training, folded again at the end.
+"""Batch normalisations that an exporter folded into convolutions: restored for training and refolded at the end.
 
-The restored one takes away the moments of what runs through it, as measured on data, and gives those that the original
-has in the same place: for an unpruned network the function does not change, a pruned one has activations of the right
-mean and spread again before the first update. Folding gives the convolution's own weight and bias new values, and the
-file keeps its nodes.
+A restored normalisation standardizes its input by moments measured on data, and scales it to the moments that the
+original has at the same place: the function of an unpruned network does not change, and a pruned one starts with
+activations of the original's mean and variance. Refolding changes the values of the convolution's weight and bias
+only; the nodes of the file stay the same.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ EPSILON = 1e-5
 
 @dataclass(frozen=True)
 class Restored:
-    """One normalisation that was put back: the convolution's tensors, and the four of its own."""
+    """One restored normalisation: names of the convolution's weight and bias, and of its own four tensors."""
 
     weight: str
     bias: str
@@ -44,14 +44,14 @@ class Restored:
 
 
 def restore(model: ModelProto) -> tuple[ModelProto, tuple[Restored, ...]]:
-    """A copy of the model with a BatchNormalization behind each convolution that looks as if it had lost one.
+    """Return a copy of the model with a BatchNormalization after each convolution into which one was probably folded.
 
-    That is one with a weight and a bias of its own, more than one pixel, and an activation, a sum or another
-    convolution behind it.
+    These are the convolutions with a weight and a bias used nowhere else, an output of more than one pixel, and one of
+    the operators in `_AFTER` next.
     """
-    made = ModelProto()
-    made.CopyFrom(model)
-    graph = made.graph
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    graph = copy.graph
     uses = Counter(name for node in graph.node for name in node.input)
     outputs = {info.name for info in graph.output}
     stored = {tensor.name: tensor for tensor in graph.initializer}
@@ -66,7 +66,7 @@ def restore(model: ModelProto) -> tuple[ModelProto, tuple[Restored, ...]]:
             continue
         if pixels.get(node.output[0], 0) > 1 and stored[node.input[1]].data_type == 1:
             found.append(_insert(graph, node, followers, stored[node.input[1]].dims[0]))
-    return made, tuple(found)
+    return copy, tuple(found)
 
 
 def _follows(node: NodeProto) -> bool:
@@ -75,7 +75,7 @@ def _follows(node: NodeProto) -> bool:
 
 
 def _pixels(model: ModelProto) -> dict[str, int]:
-    """Product of the spatial sizes of the main graph's tensors, where they are known."""
+    """Return the number of pixels of the main graph's tensors with known spatial sizes."""
     values = shapes_of(load(model)).scope.values
     return {name: int(np.prod(v.shape[2:])) for name, v in values.items() if v.shape is not None and len(v.shape) > 2}
 
@@ -83,7 +83,7 @@ def _pixels(model: ModelProto) -> dict[str, int]:
 def _insert(graph: GraphProto, node: NodeProto, followers: Sequence[NodeProto], width: int) -> Restored:
     name = node.output[0]
     names = [f"{name}.restored.{part}" for part in ("scale", "shift", "mean", "var")]
-    # As these stand it is the identity.
+    # With these values it is the identity.
     starts = (np.ones(width), np.zeros(width), np.zeros(width), np.full(width, 1 - EPSILON))
     graph.initializer.extend(
         numpy_helper.from_array(array.astype(np.float32), tensor) for tensor, array in zip(names, starts, strict=True)
@@ -92,16 +92,16 @@ def _insert(graph: GraphProto, node: NodeProto, followers: Sequence[NodeProto], 
         for slot, taken in enumerate(follower.input):
             if taken == name:
                 follower.input[slot] = f"{name}.restored"
-    made = helper.make_node(
+    norm = helper.make_node(
         "BatchNormalization", [name, *names], [f"{name}.restored"], f"{node.name or name}.restored", epsilon=EPSILON
     )
-    graph.node.insert(list(graph.node).index(node) + 1, made)
+    graph.node.insert(list(graph.node).index(node) + 1, norm)
     return Restored(node.input[1], node.input[2], *names)
 
 
 @dataclass(frozen=True)
 class ChannelMoments:
-    """Mean and variance of what runs through a normalisation [channels]."""
+    """Mean and variance of the input of a normalisation [channels]."""
 
     mean: Tensor
     var: Tensor
@@ -110,16 +110,16 @@ class ChannelMoments:
 def measure(
     module: OnnxModule, restored: Sequence[Restored], batches: Iterable[Sequence[Tensor]]
 ) -> dict[str, ChannelMoments]:
-    """Moments of what restored normalisations get, by the names of the convolutions' weights.
+    """Return the moments of the inputs of restored normalisations, by the names of the convolutions' weights.
 
     Args:
-        module: the imported model, with normalisations that train.
-        restored: what `restore` put in.
-        batches: inputs in the order of the graph.
+        module: The imported model, with trainable normalisations.
+        restored: The normalisations that `restore` added.
+        batches: Inputs in the order of the graph.
     """
     sums: dict[int, list[Tensor]] = {}
 
-    def note(layer: Any, arguments: tuple[Tensor, ...]) -> None:
+    def accumulate(layer: Any, arguments: tuple[Tensor, ...]) -> None:
         x, mean = arguments[0].detach().double(), arguments[3]
         axes = [axis for axis in range(x.ndim) if axis != 1]
         count = torch.tensor(float(x.numel() // x.shape[1]))
@@ -128,7 +128,7 @@ def measure(
         sums[id(mean)] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
 
     layers = [layer for layer in module.modules() if isinstance(layer, BatchNorm)]
-    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(accumulate) for layer in layers]
     module.eval()
     with torch.no_grad():
         for inputs in batches:
@@ -151,11 +151,11 @@ def begin(
     own: Mapping[str, ChannelMoments],
     wanted: Mapping[str, ChannelMoments],
 ) -> None:
-    """Set restored normalisations: they take away their own moments and give the wanted ones.
+    """Initialize restored normalisations so that they turn a network's own moments into the wanted ones.
 
-    With a network's own moments wanted, the function stays as it was. With those of its original, a pruned network has
-    activations of the original's mean and spread from the first step on, as one has whose normalisations were not
-    folded. The filters before them are brought to a common size, which a normalisation takes no notice of.
+    If a network's own moments are wanted, its function does not change. If those of its original are, a pruned network
+    has activations of the original's mean and variance from the first step on, like one whose normalisations were
+    never folded. The filters before them are scaled to a common norm, to which a normalisation is invariant.
     """
     with torch.no_grad():
         for entry in restored:
@@ -165,29 +165,29 @@ def begin(
             scale, shift, mean, var = (
                 _tensor(module, name) for name in (entry.scale, entry.shift, entry.mean, entry.var)
             )
-            size = _shrink(_tensor(module, entry.weight), _tensor(module, entry.bias))
-            mean.copy_(mine.mean / size)
-            var.copy_(mine.var / size.square())
-            spread = (mine.var / size.square() + EPSILON).sqrt()
-            # A channel that says nothing is not blown up.
+            norm = _normalize_filters(_tensor(module, entry.weight), _tensor(module, entry.bias))
+            mean.copy_(mine.mean / norm)
+            var.copy_(mine.var / norm.square())
+            deviation = (mine.var / norm.square() + EPSILON).sqrt()
+            # A channel that is almost constant is not amplified.
             gain = torch.where(mine.var > EPSILON * target.var, (target.var / mine.var).sqrt(), 1.0)
-            scale.copy_(spread * size * gain)
+            scale.copy_(deviation * norm * gain)
             shift.copy_(target.mean)
 
 
-def _shrink(weight: Tensor, bias: Tensor) -> Tensor:
-    """Give each filter the size that trained ones have beside a normalisation, and say by how much it was larger.
+def _normalize_filters(weight: Tensor, bias: Tensor) -> Tensor:
+    """Scale each filter to norm one, that of trained filters before a normalisation, and return its previous norm.
 
-    Folding made them larger or smaller. The normalisation behind takes no notice, but how fast they learn depends on
-    it: an update of Adam is of one size whatever the weights'.
+    Folding changed the norms. The normalisation after a filter is invariant to its norm, but the learning speed is not:
+    an update of Adam has the same size whatever that of the weights.
     """
     axes = tuple(range(1, weight.ndim))
     inputs = weight[0].numel()
-    size = (weight.double().square().mean(axes) * inputs).sqrt()
-    size = torch.where(size > 0, size, 1.0)
-    weight.copy_(weight / size.reshape(-1, *[1] * (weight.ndim - 1)))
-    bias.copy_(bias / size)
-    return size
+    norm = (weight.double().square().mean(axes) * inputs).sqrt()
+    norm = torch.where(norm > 0, norm, 1.0)
+    weight.copy_(weight / norm.reshape(-1, *[1] * (weight.ndim - 1)))
+    bias.copy_(bias / norm)
+    return norm
 
 
 def _tensor(module: OnnxModule, name: str) -> Tensor:
@@ -197,7 +197,7 @@ def _tensor(module: OnnxModule, name: str) -> Tensor:
 
 
 def refold(values: Mapping[str, Array], restored: Sequence[Restored]) -> dict[str, Array]:
-    """The values without those of restored normalisations, which go into the convolutions' weights and biases."""
+    """Return the values without restored normalisations, folded into the convolutions' weights and biases."""
     result = dict(values)
     for entry in restored:
         scale, shift, mean, var = (
@@ -211,10 +211,10 @@ def refold(values: Mapping[str, Array], restored: Sequence[Restored]) -> dict[st
 
 
 def calibrate(module: OnnxModule, batches: Iterable[Sequence[Tensor]]) -> None:
-    """Replace the statistics of all normalisations by their averages over batches; nothing else is trained.
+    """Replace the statistics of all normalisations by their averages over batches, without training.
 
     Raises:
-        CpdError: the model has none, or there was no batch.
+        CpdError: The model has no BatchNormalization, or there was no batch.
     """
     layers = [layer for layer in module.modules() if isinstance(layer, BatchNorm)]
     if not layers:

@@ -231,7 +231,7 @@ def content(
         "sensitivity": None,
         "repaired": None if state.repaired is None else dict(state.repaired),
         "training": _training(made),
-        "kept": report.kept_reasons(combed),
+        "kept": report.frozen_reasons(combed),
         "without_rule": dict(combed.without_rule),
         "prunable_fraction": combed.prunable_fraction(),
         "edits": len(state.edits),

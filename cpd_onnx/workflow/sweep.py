@@ -235,4 +235,4 @@ def _draw(content: Mapping[str, Any], path: Path, *, overwrite: bool) -> None:
     if points:
         choices = [plots.Choice(p["name"], p["ms"], p["accuracy"], p["picked"]) for p in points]
         less = lower_is_better(found)
-        plots.pareto(choices, path, metric=found["metric"], is_less_better=less, overwrite=overwrite)
+        plots.tradeoff(choices, found["metric"], is_less_better=less).write(path, overwrite=overwrite)

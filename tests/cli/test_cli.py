@@ -553,4 +553,4 @@ def test_a_difference_that_only_rounding_explains_is_told_as_such() -> None:
     told = report.proof_line(report.comparison(plain))
     assert "(allowed 1e-04, a hundredth of the effect is 1e-02) on" in told
     told = report.proof_line(report.comparison(rounded))
-    assert "1.4e-04 (allowed 3e-04, what rounding does here, a hundredth of the effect is 1e-02) on" in told
+    assert "1.4e-04 (allowed 3e-04, the effect of rounding, a hundredth of the effect is 1e-02) on" in told

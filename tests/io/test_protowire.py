@@ -68,7 +68,7 @@ def test_a_graph_in_two_pieces_is_left_to_protobuf() -> None:
 
 
 def test_data_needs_a_place() -> None:
-    with pytest.raises(ValueError, match="no place"):
+    with pytest.raises(ValueError, match="no empty raw_data"):
         list(joined(a_model([100]).SerializeToString(), {0: 4}))
 
 

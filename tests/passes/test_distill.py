@@ -232,7 +232,7 @@ def test_function_data_trains_for_given_steps() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_missing_gpu_is_reported() -> None:
-    with pytest.raises(CpdError, match="'cuda:1' was asked for but torch finds no GPU"):
+    with pytest.raises(CpdError, match="'cuda:1' was requested but torch finds no GPU"):
         distill(TEACHER, STUDENT, ArraySource(images()), replace(FAST, device="cuda:1"))
 
 

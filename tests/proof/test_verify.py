@@ -570,9 +570,15 @@ def test_a_step_that_gives_something_else_elsewhere_decides_nothing(folder: Path
         (lambda c: c.pop("steps"), "names no steps"),
         (lambda c: c["steps"][0].pop("options"), "is of a version that put no options on record"),
         (lambda c: c["steps"][0].update(options=[1]), "the options of the step 'fix' should be a table"),
-        (lambda c: c["steps"][0].update(options={"sizes": {}, "batch": "two"}), "does not take the options on record"),
-        (lambda c: c["steps"][0].update(options={"sizes": 3, "more": 1}), "does not take the options on record"),
-        (lambda c: c["steps"][0].update(name="__class__"), "'__class__' is not a step that can be done again"),
+        (
+            lambda c: c["steps"][0].update(options={"sizes": {}, "batch": "two"}),
+            "recorded options of the step 'fix' are not valid",
+        ),
+        (
+            lambda c: c["steps"][0].update(options={"sizes": 3, "more": 1}),
+            "recorded options of the step 'fix' are not valid",
+        ),
+        (lambda c: c["steps"][0].update(name="__class__"), "got '__class__'"),
         (lambda c: c["inputs"].pop(0), "does not name the model that went in"),
         (lambda c: c["inputs"][0].update(file="\0"), "name it with --via"),
         (lambda c: c["inputs"][0].update(file="/dev/zero"), "name it with --via"),

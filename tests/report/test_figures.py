@@ -42,20 +42,20 @@ def curves(groups: int) -> dict[str, list[tuple[int, float]]]:
 
 
 def benched(*settings: Setting) -> Draw:
-    return lambda path, overwrite: plots.bench(found(settings), path, overwrite=overwrite)
+    return lambda path, overwrite: plots.bench(found(settings)).write(path, overwrite=overwrite)
 
 
 def sensed(groups: int) -> Draw:
-    return lambda path, overwrite: plots.sensitivity(curves(groups), path, error_name="error", overwrite=overwrite)
+    return lambda path, overwrite: plots.sensitivity(curves(groups), "error").write(path, overwrite=overwrite)
 
 
 DRAWINGS: dict[str, tuple[Draw, tuple[str, ...]]] = {
     "all settings": (benched(*SETTINGS), ("first.onnx", "second.onnx", "batch 8, 2 threads", "the others", "Op6")),
     "one setting": (benched(Setting()), ("first.onnx", "samples at a time", "20.0")),
     "threads": (benched(*SETTINGS[:2]), ("threads", "2")),
-    "one group": (sensed(1), ("layer0", "channels kept", "error")),
+    "one group": (sensed(1), ("layer0", "channels left", "error")),
     "some groups": (sensed(5), ("layer0", "layer4")),
-    "many groups": (sensed(30), ("layer29", "share of the group's channels kept", "error")),
+    "many groups": (sensed(30), ("layer29", "fraction of the group's channels left", "error")),
 }
 
 
@@ -76,19 +76,19 @@ def test_the_same_result_gives_the_same_file(name: str, tmp_path: Path) -> None:
 def test_other_kinds_of_files(suffix: str, start: bytes, tmp_path: Path) -> None:
     files = [tmp_path / f"{name}{suffix}" for name in "ab"]
     for file in files:
-        plots.bench(found(SETTINGS[:1]), file)
+        plots.bench(found(SETTINGS[:1])).write(file)
     assert files[0].read_bytes().startswith(start)
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_what_cannot_be_drawn_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(cpd.UnsupportedError, match=r"figures are \.svg, \.png, \.pdf"):
-        plots.bench(found(SETTINGS), tmp_path / "a.jpg")
-    plots.sensitivity(curves(2), tmp_path / "a.svg", error_name="error", overwrite=False)
+    with pytest.raises(cpd.UnsupportedError, match=r"must end in \.svg, \.png, \.pdf, got"):
+        plots.bench(found(SETTINGS)).write(tmp_path / "a.jpg")
+    plots.sensitivity(curves(2), "error").write(tmp_path / "a.svg")
     with pytest.raises(cpd.ModelError, match="exists"):
-        plots.sensitivity(curves(2), tmp_path / "a.svg", error_name="error", overwrite=False)
+        plots.sensitivity(curves(2), "error").write(tmp_path / "a.svg")
     with pytest.raises(ValueError, match="points"):
-        plots.sensitivity({"layer": []}, tmp_path / "b.svg", error_name="error", overwrite=False)
+        plots.sensitivity({"layer": []}, "error")
     monkeypatch.setattr(plots.util, "find_spec", lambda name: None)
     with pytest.raises(cpd.UnsupportedError, match=r"pip install 'cpd-onnx\[report\]'"):
         plots.require(tmp_path / "b.svg")

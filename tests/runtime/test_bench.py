@@ -74,14 +74,14 @@ def test_time_by_operator_reads_side_by_side() -> None:
     profiles = {"a": {"Conv": 4.0, "Relu": 1.0}, "b": {"Conv": 1.0, "Relu": 1.5}}
     table = report.profiles_table(Bench((), {}, profiles, Setting(8, 1)))
     rows = list(zip(*(column.cells for column in table.columns), strict=True))
-    assert str(table.title) == "Where the time goes, ms (CPU, batch 8, one thread)"
+    assert str(table.title) == "Time by operator, ms (CPU, batch 8, one thread)"
     assert rows == [
         ("Conv", "4.000", "1.000 (25.0 %)"), ("Relu", "1.000", "1.500 (150.0 %)"), ("all", "5.000", "2.500 (50.0 %)")
     ]  # fmt: skip  # rows
 
 
 def test_what_cannot_be_measured_is_said(files: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(cpd.UnsupportedError, match="takes 2 samples at a time"):
+    with pytest.raises(cpd.UnsupportedError, match="fixed batch size of 2"):
         bench(files[2:], settings=[Setting(8)], seconds=0.1)
     with pytest.raises(cpd.UnsupportedError, match=r"no provider 'Abacus'.*CPUExecutionProvider"):
         bench(files[:1], settings=[Setting(provider="Abacus")], seconds=0.1)

@@ -810,7 +810,7 @@ def test_regions_may_be_none() -> None:
 
 def test_regions_of_images_that_are_not_there_are_named() -> None:
     x, corners = torch.ones(1, 3, 8, 8), torch.tensor([[0.0, 0.0, 4.0, 4.0]])
-    with pytest.raises(UnsupportedError, match="RoiAlign takes a region of image 1 in a batch of 1"):
+    with pytest.raises(UnsupportedError, match="RoiAlign has a region in image 1 in a batch of 1"):
         OPERATORS["", "RoiAlign"].function(x, corners, torch.ones(1), opset=16, output_height=2, output_width=2)
-    with pytest.raises(UnsupportedError, match="MaxRoiPool takes a region of image 1 in a batch of 1"):
+    with pytest.raises(UnsupportedError, match="MaxRoiPool has a region in image 1 in a batch of 1"):
         OPERATORS["", "MaxRoiPool"].function(x, torch.cat([torch.ones(1, 1), corners], 1), pooled_shape=[2, 2])

@@ -487,7 +487,7 @@ def test_a_cache_of_changing_images_or_no_cache_at_all_is_refused(tmp_path: Path
     with pytest.raises(CpdError, match="leave out the augmentation"):
         run(options=replace(OPTIONS, teacher_cache=tmp_path / "answers"))
     (tmp_path / "text").write_text("not a table of answers " * 100)
-    with pytest.raises(CpdError, match="does not serve as a cache"):
+    with pytest.raises(CpdError, match="cannot be used as a cache"):
         run(options=replace(OPTIONS, flip=False, shift=0, teacher_cache=tmp_path / "text"))
 
 

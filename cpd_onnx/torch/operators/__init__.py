@@ -1,4 +1,4 @@
-"""The operators, one small function each, by family; importing this package fills `registry.OPERATORS`."""
+"""The operators, one small function each, by family; importing this package registers them in `registry.OPERATORS`."""
 
 from cpd_onnx.torch.operators import (
     elementwise,

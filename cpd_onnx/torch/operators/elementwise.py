@@ -136,14 +136,14 @@ def swiglu(x: Tensor, gate: Tensor | None = None, *, alpha: float = 1.0) -> Tens
 
 @operator("Shrink")
 def shrink(x: Tensor, *, lambd: float = 0.5, bias: float = 0.0) -> Tensor:
-    """Move what is beyond ±lambd towards zero by bias, and the rest to zero."""
+    """Shrink values beyond ±lambd towards zero by bias, and set all others to zero."""
     zero = torch.zeros_like(x)
     return torch.where(x < -lambd, x + bias, torch.where(x > lambd, x - bias, zero))
 
 
 @operator("IsInf")
 def is_inf(x: Tensor, *, detect_negative: int = 1, detect_positive: int = 1) -> Tensor:
-    """Whether an element is infinite, of the wanted signs."""
+    """Return whether an element is infinite, of the given signs."""
     negative, positive = torch.isneginf(x), torch.isposinf(x)
     return (negative & bool(detect_negative)) | (positive & bool(detect_positive))
 
@@ -168,7 +168,7 @@ def clip(
 
 @operator("Cast")
 def cast(x: Tensor, *, to: int, saturate: int = 1, round_mode: str = "up") -> Tensor:
-    """Convert to another type; floats become integers towards zero."""
+    """Convert to another type; floats are truncated to integers."""
     return x.to(elem_dtype(to))
 
 
@@ -185,7 +185,7 @@ def bit_cast(x: Tensor, *, to: int) -> Tensor:
 
 
 def align(x: Tensor, y: Tensor, axis: int | None) -> Tensor:
-    """Give y trailing axes so that its first axis meets `axis` of x: broadcasting before opset 7."""
+    """Append axes to y so that its first axis aligns with `axis` of x: broadcasting before opset 7."""
     if axis is None or y.ndim == 0:
         return y
     axis = axis % x.ndim

@@ -1,4 +1,4 @@
-"""What onnxruntime's graph optimiser puts in place of several standard operators, in its own domain.
+"""Fused operators by which onnxruntime's graph optimiser replaces several standard ones, in its own domain.
 
 Source: onnxruntime's `docs/ContribOperators.md`; shapes are named as there.
 """
@@ -49,7 +49,7 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 
 
 class FusedActivation(TypedDict, total=False):
-    """Attributes of FusedConv: those of Conv, and the activation behind it."""
+    """Attributes of FusedConv: those of Conv, and the activation after it."""
 
     activation: str
     activation_params: Sequence[float]
@@ -73,7 +73,7 @@ _ACTIVATIONS: dict[str, Any] = {
 
 
 def _without_activation(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """The attributes of the operator that an activation was fused into."""
+    """Attributes of an operator with a fused activation."""
     return {key: value for key, value in attributes.items() if not key.startswith("activation")}
 
 
@@ -97,7 +97,7 @@ def fused_conv(
 
 
 class FusedGemm(TypedDict, total=False):
-    """Attributes of FusedGemm: those of Gemm, and the activation behind it."""
+    """Attributes of FusedGemm: those of Gemm, and the activation after it."""
 
     activation: str
     activation_alpha: float
@@ -110,7 +110,7 @@ class FusedGemm(TypedDict, total=False):
 
 @operator("FusedGemm", domain=_ORT, weights=(1, 2))
 def fused_gemm(a: Tensor, b: Tensor, c: Tensor | None = None, **attributes: Unpack[FusedGemm]) -> Tensor:
-    """Gemm and an activation, whose parameters count if they are given."""
+    """Gemm and an activation, with its parameters if they are given."""
     result = gemm(a, b, c, **_without_activation(attributes))
     keys = ("activation_alpha", "activation_beta")
     parameters = [attributes[key] for key in keys if key in attributes]  # type: ignore[literal-required]  # two of them
@@ -169,7 +169,7 @@ class GroupNorm(TypedDict, total=False):
 
 @operator("GroupNorm", domain=_ORT, weights=(1, 2))
 def group_norm(x: Tensor, gamma: Tensor, beta: Tensor, **attributes: Unpack[GroupNorm]) -> Tensor:
-    """Group normalisation of x [N, H, W, C] (or [N, C, H, W]), and SiLU behind it where `activation` is 1."""
+    """Group normalisation of x [N, H, W, C] (or [N, C, H, W]), followed by SiLU if `activation` is 1."""
     last = attributes.get("channels_last", 1)
     y = x.movedim(-1, 1) if last else x
     scale, shift = gamma.to(x.dtype), beta.to(x.dtype)
@@ -182,7 +182,7 @@ def group_norm(x: Tensor, gamma: Tensor, beta: Tensor, **attributes: Unpack[Grou
 def embed_layer_normalization(
     ids: Tensor, segments: Tensor | None, *more: Tensor | None, epsilon: float = 1e-12, mask_index_type: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum the embeddings of words [N, T], positions and segments, and normalise; count the words that a mask leaves.
+    """Sum the embeddings of words [N, T], positions and segments, and normalise; count the words that are not masked.
 
     `more` are the three tables, scale and shift, the mask and the positions. Third output: the sum.
     """
@@ -205,7 +205,7 @@ def embed_layer_normalization(
 def _attended(
     qkv: tuple[Tensor, Tensor, Tensor], mask: Tensor | None, more: Tensor | None, options: Mapping[str, Any]
 ) -> Tensor:
-    """Weighted values [N, heads, T, size]; `mask` says which keys count, `more` is added to the scores."""
+    """Weighted values [N, heads, T, size]; `mask` selects keys, `more` is added to the scores."""
     q, k, v = qkv
     causal = bool(options.get("unidirectional", 0))
     scale = options.get("scale") or 1 / math.sqrt(q.shape[3])
@@ -221,16 +221,16 @@ def _attended(
 
 
 def _hidden(where: Tensor, value: float, like: Tensor) -> Tensor:
-    """What is added to scores: a value at some places, nothing at the others."""
+    """Return the addend of scores: a value at some positions, zero at the others."""
     return torch.zeros(where.shape, dtype=like.dtype, device=like.device).masked_fill(where, value)
 
 
 def _lowest(x: Tensor) -> float:
-    return torch.finfo(x.dtype).min / 2  # room for what else is added
+    return torch.finfo(x.dtype).min / 2  # leaves room for other addends
 
 
 def _key_mask(mask: Tensor | None, keys: int) -> Tensor | None:
-    """Which keys count, to broadcast with [N, heads, T, S], from any of the shapes that onnxruntime takes.
+    """Return the mask of keys, broadcastable to [N, heads, T, S], from any of the shapes that onnxruntime accepts.
 
     [N]: the lengths; [2 N]: ends, then starts; [N, S]: one per key; [N, T, S]: one per query and key.
     """
@@ -257,7 +257,7 @@ def attention(
     x: Tensor, weights: Tensor, bias: Tensor | None = None, *more: Tensor | None, outputs: int,
     **options: Unpack[Attention],
 ) -> list[Tensor]:  # fmt: skip  # inputs, then options
-    """Attention of x [N, T, C] to itself, projected by weights [C, Q + K + V]; `more` are mask, past and a bias.
+    """Self-attention of x [N, T, C], projected by weights [C, Q + K + V]; `more` are mask, past and a bias.
 
     Second output: keys and values, [2, N, heads, S, size].
     """
@@ -326,9 +326,9 @@ class GroupedQuery(TypedDict, total=False):
 def group_query_attention(
     q: Tensor, k: Tensor | None, v: Tensor | None, *more: Tensor | None, outputs: int, **options: Unpack[GroupedQuery]
 ) -> list[Tensor]:
-    """Causal attention of q [N, T, heads * size] to fewer heads of keys and values, behind those of the past.
+    """Causal attention of q [N, T, heads * size] to fewer heads of keys and values, which follow those of the past.
 
-    q may hold keys and values too. `more` are past keys and values, which are all counted, the places of the last keys
+    q may hold keys and values too. `more` are past keys and values, all valid, the positions of the last keys
     [N], the length of all, tables of cosines and sines for the rotation, positions, and a bias to the scores.
     """
     past_k, past_v, lasts, _, cosines, sines, positions, scores = (*more, *[None] * 8)[:8]

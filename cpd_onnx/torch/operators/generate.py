@@ -1,4 +1,4 @@
-"""Operators that make tensors from numbers, and the two crossings between numbers and tensors."""
+"""Operators that create tensors from numbers, and conversions between numbers and tensors."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def _device(like: Tensor | None) -> torch.device:
 
 
 def as_tensor(numbers: Numbers, shape: Sequence[int], *, dtype: torch.dtype, like: Tensor | None) -> Tensor:
-    """Make a tensor of numbers that shape arithmetic gave."""
+    """Create a tensor from numbers computed by shape arithmetic."""
     return torch.tensor(numbers, dtype=dtype, device=_device(like)).reshape(tuple(shape))
 
 
 def as_numbers(x: Tensor) -> Numbers:
-    """Read a tensor's elements, in row-major order, as Python numbers; waits for the device that computes them."""
+    """Read a tensor's elements, in row-major order, as Python numbers; synchronizes with the device."""
     return tuple(x.reshape(-1).tolist())
 
 
 @operator("ConstantOfShape", host=(0,))
 def constant_of_shape(shape: Numbers, *, value: Tensor | None = None, like: Tensor | None = None) -> Tensor:
-    """Fill a shape with one value, float32 zero where none is given."""
+    """Fill a shape with one value, by default a float32 zero."""
     if value is None:
         return torch.zeros(tuple(shape), device=_device(like))
     return value.reshape(()).expand(tuple(shape)).clone()
@@ -50,7 +50,7 @@ def arange(
 
 @operator("EyeLike")
 def eye_like(x: Tensor, *, dtype: int | None = None, k: int = 0) -> Tensor:
-    """Give the matrix of x's shape with ones on diagonal k."""
+    """Return the matrix of x's shape with ones on diagonal k."""
     rows = torch.arange(x.shape[0], device=x.device)[:, None]
     columns = torch.arange(x.shape[1], device=x.device)
     return (columns - rows == k).to(x.dtype if dtype is None else elem_dtype(dtype))
@@ -68,7 +68,7 @@ class Random(TypedDict, total=False):
 
 
 def _random(x: Tensor, options: Random, *, normal: bool) -> Tensor:
-    """Fill a tensor of x's shape, on its device, of the asked-for type or that of x."""
+    """Fill a tensor of x's shape, on its device, of the given type or that of x."""
     target = elem_dtype(options["dtype"]) if "dtype" in options else x.dtype
     if normal:
         values = torch.randn(x.shape, device=x.device) * options.get("scale", 1.0) + options.get("mean", 0.0)
@@ -104,7 +104,7 @@ def random_uniform_like(x: Tensor, **options: Unpack[Random]) -> Tensor:
 
 @operator("Bernoulli")
 def bernoulli(x: Tensor, *, dtype: int | None = None, seed: float | None = None) -> Tensor:
-    """Draw ones with these probabilities, zeros otherwise; `seed` is ignored."""
+    """Draw ones with the given probabilities, and zeros otherwise; `seed` is ignored."""
     return torch.bernoulli(x).to(x.dtype if dtype is None else elem_dtype(dtype))
 
 
@@ -123,7 +123,7 @@ _FLOAT = 1
 def hann_window(
     size: Numbers, *, output_datatype: int = _FLOAT, periodic: int = 1, like: Tensor | None = None
 ) -> Tensor:
-    """Give the Hann window."""
+    """Return the Hann window."""
     return _window(size, (0.5, -0.5), periodic, like).to(elem_dtype(output_datatype))
 
 
@@ -131,7 +131,7 @@ def hann_window(
 def hamming_window(
     size: Numbers, *, output_datatype: int = _FLOAT, periodic: int = 1, like: Tensor | None = None
 ) -> Tensor:
-    """Give the Hamming window."""
+    """Return the Hamming window."""
     alpha = 25 / 46
     return _window(size, (alpha, alpha - 1), periodic, like).to(elem_dtype(output_datatype))
 
@@ -140,5 +140,5 @@ def hamming_window(
 def blackman_window(
     size: Numbers, *, output_datatype: int = _FLOAT, periodic: int = 1, like: Tensor | None = None
 ) -> Tensor:
-    """Give the Blackman window."""
+    """Return the Blackman window."""
     return _window(size, (0.42, -0.5, 0.08), periodic, like).to(elem_dtype(output_datatype))

@@ -1,4 +1,4 @@
-"""Operators that pick, place, sort and count elements."""
+"""Operators that gather, scatter, sort and count elements."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from cpd_onnx.torch.registry import operator
 
 
 def _wrapped(indices: Tensor, size: int) -> Tensor:
-    """Indices as int64 in 0..size, counting from the end where negative."""
+    """Indices as int64 in 0..size, counted from the end if negative."""
     indices = indices.long()
     return torch.where(indices < 0, indices + size, indices)
 
 
 @operator("Gather")
 def gather(x: Tensor, indices: Tensor, *, axis: int = 0) -> Tensor:
-    """Pick slices along an axis; the indices' shape takes the axis's place."""
+    """Gather slices along an axis; the shape of the indices replaces the axis."""
     axis = axis % x.ndim
     picked = x.index_select(axis, _wrapped(indices, x.shape[axis]).reshape(-1))
     return picked.reshape([*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]])
@@ -30,18 +30,18 @@ def gather(x: Tensor, indices: Tensor, *, axis: int = 0) -> Tensor:
 
 @operator("GatherElements")
 def gather_elements(x: Tensor, indices: Tensor, *, axis: int = 0) -> Tensor:
-    """Pick elements along an axis, one for each index."""
+    """Gather elements along an axis, one for each index."""
     return x.gather(axis, _wrapped(indices, x.shape[axis]))
 
 
 def _tuple_index(shape: Sequence[int], indices: Tensor) -> tuple[Tensor, ...]:
-    """Last axis of `indices` as one index tensor for each leading axis of a shape."""
+    """Return the last axis of `indices` as one index tensor for each leading axis of a shape."""
     return tuple(_wrapped(indices[..., place], shape[place]) for place in range(indices.shape[-1]))
 
 
 @operator("GatherND")
 def gather_nd(x: Tensor, indices: Tensor, *, batch_dims: int = 0) -> Tensor:
-    """Pick slices by index tuples in the last axis of `indices`."""
+    """Gather slices by the index tuples in the last axis of `indices`."""
     if batch_dims == 0:
         return x[_tuple_index(x.shape, indices)]
     flat_x, flat_indices = x.flatten(0, batch_dims - 1), indices.flatten(0, batch_dims - 1)
@@ -56,7 +56,7 @@ _REDUCE = {"add": "sum", "mul": "prod", "max": "amax", "min": "amin"}
 
 @operator("ScatterElements", "Scatter")
 def scatter_elements(x: Tensor, indices: Tensor, updates: Tensor, *, axis: int = 0, reduction: str = "none") -> Tensor:
-    """Place updates along an axis, or combine them with what is there."""
+    """Scatter updates along an axis, or combine them with the elements there."""
     index = _wrapped(indices, x.shape[axis])
     if reduction == "none":
         return x.scatter(axis, index, updates)
@@ -65,7 +65,7 @@ def scatter_elements(x: Tensor, indices: Tensor, updates: Tensor, *, axis: int =
 
 @operator("ScatterND")
 def scatter_nd(x: Tensor, indices: Tensor, updates: Tensor, *, reduction: str = "none") -> Tensor:
-    """Place slices at index tuples, or combine them with what is there."""
+    """Scatter slices to index tuples, or combine them with the slices there."""
     index = _tuple_index(x.shape, indices)
     if reduction in ("none", "add"):
         return x.index_put(index, updates, accumulate=reduction == "add")
@@ -82,7 +82,7 @@ def scatter_nd(x: Tensor, indices: Tensor, updates: Tensor, *, reduction: str = 
 def tensor_scatter(
     cache: Tensor, update: Tensor, starts: Tensor | None = None, *, axis: int = -2, mode: str = "linear"
 ) -> Tensor:
-    """Write update b into the cache from `starts[b]` on, around the end for a circular cache."""
+    """Write update b into the cache from `starts[b]` on, wrapping around in a circular cache."""
     axis = axis % cache.ndim
     begin = torch.zeros(cache.shape[0], dtype=torch.int64, device=cache.device) if starts is None else starts
     places = begin[:, None] + torch.arange(update.shape[axis], device=cache.device)
@@ -95,7 +95,7 @@ def tensor_scatter(
 
 @operator("OneHot", host=(1,))
 def one_hot(indices: Tensor, depth: Numbers, values: Tensor, *, axis: int = -1) -> Tensor:
-    """Write values[1] where the new axis meets the index, values[0] elsewhere; nowhere for an index out of range."""
+    """Write values[1] at the index along the new axis and values[0] elsewhere; an index out of range sets nothing."""
     count = int(depth[0])
     axis = axis % (indices.ndim + 1)
     wrapped = torch.where(indices < 0, indices + count, indices).unsqueeze(axis)
@@ -114,7 +114,7 @@ class Top(TypedDict, total=False):
 
 @operator("TopK", host=(1,))
 def top_k(x: Tensor, count: Numbers | None = None, **attributes: Unpack[Top]) -> list[Tensor]:
-    """Give the k largest or smallest elements along an axis, and their indices; equal ones in order of index."""
+    """Return the k largest or smallest elements along an axis, and their indices; equal ones in order of index."""
     k = attributes["k"] if count is None else int(count[0])
     axis, largest = attributes.get("axis", -1), bool(attributes.get("largest", 1))
     values = x if x.is_floating_point() else x.long()
@@ -140,20 +140,20 @@ def arg_min(x: Tensor, *, axis: int = 0, keepdims: int = 1, select_last_index: i
 
 @operator("NonZero")
 def non_zero(x: Tensor) -> Tensor:
-    """Indices of the elements that are not zero, one column each."""
+    """Return the indices of the non-zero elements, one column each."""
     return x.nonzero().T
 
 
 @operator("Compress")
 def compress(x: Tensor, condition: Tensor, *, axis: int | None = None) -> Tensor:
-    """Pick the slices whose condition holds; of the flattened x without an axis."""
+    """Select the slices whose condition holds; without an axis, of the flattened x."""
     places = condition.nonzero().reshape(-1)
     return x.reshape(-1)[places] if axis is None else x.index_select(axis, places)
 
 
 @operator("Unique")
 def unique(x: Tensor, *, axis: int | None = None, sorted: int = 1) -> list[Tensor]:
-    """Give the distinct slices, where each first occurs, where each of x went, and how often each occurs."""
+    """Return the distinct slices, the first index of each, the index of each slice of x in them, and their counts."""
     data = x.reshape(-1) if axis is None else x
     values, inverse, counts = torch.unique(data, return_inverse=True, return_counts=True, dim=axis or 0)
     places = torch.arange(inverse.numel(), device=x.device)
@@ -166,7 +166,7 @@ def unique(x: Tensor, *, axis: int | None = None, sorted: int = 1) -> list[Tenso
 
 
 def _shifted(x: Tensor, axis: int, neutral: float) -> Tensor:
-    """Move everything one step along an axis, with a neutral element in front."""
+    """Shift by one step along an axis, with a neutral element in front."""
     front = torch.full_like(x.narrow(axis, 0, 1), neutral)
     return torch.cat([front, x.narrow(axis, 0, x.shape[axis] - 1)], axis)
 

@@ -1,4 +1,4 @@
-"""Operators that contract: convolutions and matrix products."""
+"""Contractions: convolutions and matrix products."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def window_pads(sizes: Sequence[int], kernel: Sequence[int], window: Window) -> 
 
 
 def split_padding(total: int, mode: str) -> tuple[int, int]:
-    """Share padding between the two ends; the odd one goes where the mode says.
+    """Split padding between the two ends; the mode determines the end with the larger half.
 
     >>> split_padding(3, "SAME_UPPER"), split_padding(3, "SAME_LOWER")
     ((1, 2), (2, 1))
@@ -61,7 +61,7 @@ def pad_spatial(x: Tensor, pads: Sequence[tuple[int, int]], value: float = 0.0) 
 
 
 def symmetric(pads: Sequence[tuple[int, int]]) -> list[int] | None:
-    """Padding that is the same before and after each axis, which torch's functions take; None otherwise."""
+    """Return padding that is symmetric, as torch's functions require; None if it is not."""
     return [before for before, _ in pads] if all(before == after for before, after in pads) else None
 
 
@@ -111,7 +111,7 @@ def conv_transpose(
 
 
 def _transposed_pads(sizes: Sequence[int], kernel: Sequence[int], window: TransposedWindow) -> list[tuple[int, int]]:
-    """What a transposed convolution cuts off at both ends of each axis."""
+    """Return what a transposed convolution crops at both ends of each axis."""
     rank, mode = len(sizes), window.get("auto_pad", "NOTSET")
     strides, dilations = window_steps(rank, window)
     shape, extra = window.get("output_shape"), window.get("output_padding") or [0] * rank
@@ -134,7 +134,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Gemm(TypedDict, total=False):
-    """Attributes of Gemm that transpose, and what its old versions said about broadcasting."""
+    """Attributes of Gemm for transposition, and the broadcasting attribute of its old versions."""
 
     transA: int
     transB: int
@@ -174,7 +174,7 @@ def causal_conv(
     *,
     activation: str = "none",
 ) -> tuple[Tensor, Tensor]:
-    """Convolve x [N, C, T] depthwise with what came before it; also gives the last inputs as the next state."""
+    """Convolve x [N, C, T], preceded by the state, depthwise; the last inputs are the next state."""
     reach = weight.shape[2] - 1
     before = x.new_zeros(x.shape[0], x.shape[1], reach) if past is None else past
     padded = torch.cat([before, x], 2)

@@ -1,4 +1,4 @@
-"""Losses that a graph may hold."""
+"""Loss operators."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from cpd_onnx.torch.registry import operator
 
 _UNUSED = -(1 << 62)
-"""A label that no class has, in the range of int64."""
+"""Default of `ignore_index`: a label in the range of int64 that no class has."""
 
 
 @operator("NegativeLogLikelihoodLoss")

@@ -20,13 +20,13 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class BatchNorm(nn.Module):
-    """BatchNormalization that trains: batch statistics while training, the stored ones move along and serve otherwise.
+    """Trainable BatchNormalization: batch statistics in training mode, with running averages that are used otherwise.
 
-    The tensors stay where they are, in the module that calls this one; the statistics are changed in place.
+    The tensors belong to the module that calls this one; the statistics are updated in place.
     """
 
     def __init__(self, attributes: Mapping[str, Any]) -> None:
-        """Take the node's attributes; ONNX's momentum is the share that the old statistics keep."""
+        """Take the node's attributes; ONNX's momentum is the weight of the old statistics."""
         super().__init__()
         self.epsilon = float(attributes.get("epsilon", 1e-5))
         self.momentum = 1.0 - float(attributes.get("momentum", 0.9))
@@ -37,7 +37,7 @@ class BatchNorm(nn.Module):
 
 
 class BatchNormAttributes(TypedDict, total=False):
-    """Attributes of BatchNormalization, with what its old versions had."""
+    """Attributes of BatchNormalization, including those of its old versions."""
 
     epsilon: float
     momentum: float
@@ -63,7 +63,7 @@ def batch_normalization(
 
 
 def _normalised(x: Tensor, moments: tuple[Tensor, Tensor], affine: tuple[Tensor, Tensor], epsilon: float) -> Tensor:
-    """Apply per-channel moments and an affine map; in the fast way where all types agree."""
+    """Apply per-channel moments and an affine map; with torch's fused kernel if all types agree."""
     (mean, var), (scale, bias) = moments, affine
     widened = x.dtype in _HALF and mean.dtype == torch.float32
     is_computed = mean.requires_grad or var.requires_grad  # torch has no gradient for statistics
@@ -104,7 +104,7 @@ def group_normalization(x: Tensor, scale: Tensor, bias: Tensor, **attributes: Un
 
 
 def _stash(x: Tensor, stash_type: int) -> Tensor:
-    """x in the type that statistics are taken in; a wider x stays as it is."""
+    """Return x in the type of the statistics; a wider type is kept."""
     return x.to(elem_dtype(stash_type)) if x.dtype in _HALF else x
 
 
@@ -120,7 +120,7 @@ class LayerNorm(TypedDict, total=False):
 def layer_normalization(
     x: Tensor, scale: Tensor, bias: Tensor | None = None, *, outputs: int, **attributes: Unpack[LayerNorm]
 ) -> list[Tensor]:
-    """Normalise over the axes from `axis` on; optionally also give mean and inverse standard deviation."""
+    """Normalise over the axes from `axis` on; optionally also return mean and inverse standard deviation."""
     axis, epsilon = attributes.get("axis", -1) % x.ndim, attributes.get("epsilon", 1e-5)
     shape = x.shape[axis:]
     simple = scale.shape == shape and (bias is None or bias.shape == shape) and x.dtype == scale.dtype
@@ -147,7 +147,7 @@ register("SimplifiedLayerNormalization", rms_normalization, weights=(1,))
 
 @operator("MeanVarianceNormalization")
 def mean_variance_normalization(x: Tensor, *, axes: Sequence[int] = (0, 2, 3)) -> Tensor:
-    """Bring to zero mean and unit variance over these axes."""
+    """Standardize to zero mean and unit variance over these axes."""
     var, mean = torch.var_mean(x, list(axes), correction=0, keepdim=True)
     return (x - mean) / (var.sqrt() + 1e-9)
 
@@ -179,7 +179,7 @@ def local_response_normalization(x: Tensor, *, size: int, **attributes: Unpack[L
 
 
 def _from_axis(x: Tensor, axis: int | None, opset: int) -> tuple[Tensor, int]:
-    """x and the axis to normalise; before opset 13, all axes from it on are flattened into one."""
+    """Return x and the axis to normalise; before opset 13, all axes from it on are flattened into one."""
     if opset >= 13:
         return x, -1 if axis is None else axis
     return x.flatten(1 if axis is None else axis % x.ndim), -1
@@ -187,10 +187,10 @@ def _from_axis(x: Tensor, axis: int | None, opset: int) -> tuple[Tensor, int]:
 
 @operator("Softmax")
 def softmax(x: Tensor, *, opset: int, masked: bool, axis: int | None = None) -> Tensor:
-    """Exponentials that sum to one along an axis.
+    """Softmax along an axis.
 
-    Where all are masked by minus infinity the result is NaN, as the standard has it, and graphs put something in its
-    place; the gradient there is zero.
+    Where all elements are masked by minus infinity the result is NaN, as in the standard, which graphs then replace;
+    the gradient there is zero.
     """
     flat, dim = _from_axis(x, axis, opset)
     if not masked or not flat.requires_grad:

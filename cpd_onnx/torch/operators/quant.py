@@ -1,8 +1,8 @@
-"""Quantisation: integers and floats side by side.
+"""Quantised operators.
 
 Integers carry no gradient. Where a DequantizeLinear directly follows its QuantizeLinear, or a stored tensor, the two
-are one function of floats with the straight-through gradient: that of clipping (Bengio et al., arXiv 1308.3432). What
-lies before any other QuantizeLinear does not train.
+are one function of floats with the straight-through gradient: that of clipping (Bengio et al., arXiv 1308.3432).
+Tensors before any other QuantizeLinear are not trained.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Quantisation(TypedDict, total=False):
     saturate: int
 
 
-def _spread(parameter: Tensor, x: Tensor, options: Quantisation) -> Tensor:
+def _expanded(parameter: Tensor, x: Tensor, options: Quantisation) -> Tensor:
     """Scale or zero point in a shape that broadcasts with x: one element, one an index of an axis, or one a block."""
     if parameter.numel() == 1 and parameter.ndim <= 1:
         return parameter.reshape(())
@@ -60,13 +60,13 @@ def quantize_linear(
     """x / scale + zero point, rounded and saturated; the type is that of the zero point."""
     dtype = elem_dtype(options.get("output_dtype") or 2) if zero_point is None else zero_point.dtype
     precision = elem_dtype(options["precision"]) if options.get("precision") else scale.dtype
-    ratio = x.to(precision) / _spread(scale, x, options).to(precision)
+    ratio = x.to(precision) / _expanded(scale, x, options).to(precision)
     if dtype in _FLOAT8:
         limit = torch.finfo(dtype).max
         return (ratio.clamp(-limit, limit) if options.get("saturate", 1) else ratio).to(dtype)
     rounded = ratio.float().round()
     if zero_point is not None:
-        rounded = rounded + _spread(zero_point, x, options).float()
+        rounded = rounded + _expanded(zero_point, x, options).float()
     return _to_integers(rounded, dtype)
 
 
@@ -79,28 +79,28 @@ def dequantize_linear(
     dtype = elem_dtype(options["output_dtype"]) if options.get("output_dtype") else scale.dtype
     values = x.float()
     if zero_point is not None:
-        values = values - _spread(zero_point, x, options).float()
-    return (values * _spread(scale, x, options).float()).to(dtype)
+        values = values - _expanded(zero_point, x, options).float()
+    return (values * _expanded(scale, x, options).float()).to(dtype)
 
 
 def fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor | None = None, **options: Unpack[Quantisation]
 ) -> Tensor:
-    """What is left of x after QuantizeLinear and DequantizeLinear; the gradient is one within the range, else zero."""
+    """Round x as QuantizeLinear and DequantizeLinear do; the gradient is one within the range, zero beyond."""
     integers = quantize_linear(x.detach(), scale, zero_point, **options)
     seen = dequantize_linear(integers, scale, zero_point, **options)
     if not x.requires_grad:
         return seen
     limits = torch.finfo(integers.dtype) if integers.dtype in _FLOAT8 else torch.iinfo(integers.dtype)
-    step = _spread(scale, x, options).to(x.dtype)
-    centre = 0.0 if zero_point is None else _spread(zero_point, x, options).to(x.dtype)
+    step = _expanded(scale, x, options).to(x.dtype)
+    centre = 0.0 if zero_point is None else _expanded(zero_point, x, options).to(x.dtype)
     clipped = torch.minimum(torch.maximum(x, (limits.min - centre) * step), (limits.max - centre) * step)
     return seen + (clipped - clipped.detach())
 
 
 @operator("DynamicQuantizeLinear")
 def dynamic_quantize_linear(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantise to uint8 over the range of x, zero included; also gives scale and zero point."""
+    """Quantise to uint8 over the range of x, zero included; also return scale and zero point."""
     low, high = x.amin().clamp(max=0), x.amax().clamp(min=0)
     scale = torch.where(high == low, torch.ones_like(high), high - low) / 255
     zero_point = (-low / scale).clamp(0, 255).round()
@@ -166,12 +166,12 @@ def qlinear_conv(*inputs: Tensor, **window: Unpack[GroupedWindow]) -> Tensor:
 
 
 def _floats(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    """What quantised numbers stand for; scale and zero point are single, or one per index of the last axis."""
+    """Dequantise; scale and zero point are single numbers, or one per index of the last axis."""
     return _centred(x, zero_point, -1).float() * scale
 
 
 def _quantised(values: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    """The numbers that stand for values; uint8 where no zero point says the type."""
+    """Quantise values to the type of the zero point, uint8 without one."""
     point = torch.zeros((), dtype=torch.uint8) if zero_point is None else zero_point
     return _to_integers((values / scale).round() + point.float(), point.dtype)
 
@@ -192,7 +192,7 @@ def qlinear_mul(*inputs: Tensor) -> Tensor:
 
 @operator("QLinearConcat", domain=_ORT, frozen=(0,))
 def qlinear_concat(scale: Tensor, zero_point: Tensor, *inputs: Tensor, axis: int) -> Tensor:
-    """Quantised tensors one behind the other, quantised alike."""
+    """Concatenation of quantised tensors, quantised."""
     parts = [_floats(*inputs[start : start + 3]) for start in range(0, len(inputs), 3)]
     return _quantised(torch.cat(parts, axis), scale, zero_point)
 
@@ -253,7 +253,7 @@ def matmul_integer_to_float(a: Tensor, b: Tensor, *more: Tensor | None) -> Tenso
 
 
 def rounded_to_range(x: Tensor) -> Tensor:
-    """x as DynamicQuantizeLinear sees it; the gradient is that of x."""
+    """Round x as DynamicQuantizeLinear does; the gradient is that of x."""
     integers, scale, zero_point = dynamic_quantize_linear(x.detach())
     seen = (integers.float() - zero_point.float()) * scale
     return x + (seen - x).detach()
@@ -261,7 +261,7 @@ def rounded_to_range(x: Tensor) -> Tensor:
 
 @operator("DynamicQuantizeMatMul", domain=_ORT, frozen=(2,), weights=(4,))
 def dynamic_quantize_matmul(a: Tensor, b: Tensor, *more: Tensor | None) -> Tensor:
-    """Product of a, quantised on its way, and a quantised matrix; `more` are its scale, zero point and a bias."""
+    """Product of a, quantised dynamically, and a quantised matrix; `more` are its scale, zero point and a bias."""
     scale, zero_point, bias = (*more, None, None)[:3]
     assert scale is not None
     result = rounded_to_range(a) @ _floats(b, scale, zero_point)
@@ -301,7 +301,7 @@ def matmul_n_bits(a: Tensor, packed: Tensor, scales: Tensor, *more: Tensor | Non
 
 
 def _unpacked(packed: Tensor, bits: int) -> Tensor:
-    """Numbers of so many bits, the lowest ones of each byte first, as floats [rows, numbers]."""
+    """Unpack numbers of the given bits, the lowest ones of each byte first, as floats [rows, numbers]."""
     shifts = torch.arange(0, 8, bits, device=packed.device, dtype=torch.uint8)
     return ((packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)).flatten(1).float()
 
@@ -310,7 +310,7 @@ def _unpacked(packed: Tensor, bits: int) -> Tensor:
 def dynamic_quantize_lstm(
     x: Tensor, w: Tensor, r: Tensor, *more: Tensor | None, outputs: int, **options: Unpack[Recurrent]
 ) -> list[Tensor]:
-    """LSTM with quantised weights [directions, input, gates], whose inputs and states are quantised on their way."""
+    """LSTM with quantised weights [directions, input, gates], whose inputs and states are quantised dynamically."""
     w_scale, w_zero, r_scale, r_zero = more[5:9]
     weights = [_per_direction(w, w_scale, w_zero), _per_direction(r, r_scale, r_zero)]
     return lstm((x, *weights, *more[:5]), outputs, options, rounded_to_range)

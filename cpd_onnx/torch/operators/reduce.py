@@ -16,7 +16,7 @@ Reduction = Callable[[Tensor, Axes, bool], Tensor]
 
 
 def _extreme(reduce: Callable[..., Tensor], neutral: Callable[[torch.dtype], float]) -> Reduction:
-    """Largest or smallest element, or the type's own limit where there is none."""
+    """Return the largest or smallest element, or the limit of the type if there is none."""
 
     def compute(x: Tensor, axes: Axes, keep: bool) -> Tensor:
         if x.numel():
@@ -63,7 +63,7 @@ def _norm1(x: Tensor, axes: Axes, keep: bool) -> Tensor:
 
 
 def _norm2(x: Tensor, axes: Axes, keep: bool) -> Tensor:
-    if x.is_floating_point():  # its gradient at zero is zero, where that of a root is infinite
+    if x.is_floating_point():  # its gradient at zero is zero; that of a square root is infinite
         norm: Tensor = torch.linalg.vector_norm(x, 2, axes, keepdim=keep)
         return norm
     return _total(x * x, axes, keep).sqrt().to(x.dtype)
@@ -97,7 +97,7 @@ def _reduction(name: str, function: Reduction) -> None:
 
 
 def _without_reduction(name: str, x: Tensor) -> Tensor:
-    """What a reduction does to each element if it reduces no axis."""
+    """Functions that reductions apply to each element if they reduce no axis."""
     elementwise = {
         "ReduceL1": torch.abs,
         "ReduceL2": torch.abs,

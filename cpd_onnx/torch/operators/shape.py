@@ -1,4 +1,4 @@
-"""Operators that move elements without looking at them."""
+"""Operators that move elements regardless of their values."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from cpd_onnx.torch.registry import operator
 
 @operator("Shape")
 def shape_of(x: Tensor, *, start: int = 0, end: int | None = None) -> Tensor:
-    """Sizes of some axes; used only where the rank is not known while importing."""
+    """Return the sizes of some axes; used only if the rank is unknown at import time."""
     return torch.tensor(x.shape[start:end], dtype=torch.int64, device=x.device)
 
 
 @operator("Size")
 def size_of(x: Tensor) -> Tensor:
-    """Count of elements; used only where the rank is not known while importing."""
+    """Return the number of elements; used only if the rank is unknown at import time."""
     return torch.tensor(x.numel(), dtype=torch.int64, device=x.device)
 
 
 @operator("OptionalGetElement")
 def optional_element(x: Tensor) -> Tensor:
-    """Give the tensor that an optional value holds."""
+    """Return the tensor that an optional value holds."""
     return x
 
 
 @operator("OptionalHasElement")
 def has_element(x: Tensor | None = None) -> Tensor:
-    """Whether an optional value holds a tensor."""
+    """Return whether an optional value holds a tensor."""
     return torch.tensor(x is not None)
 
 
@@ -43,7 +43,7 @@ def has_element(x: Tensor | None = None) -> Tensor:
 def reshape(
     x: Tensor, target: Numbers | None = None, *, shape: Sequence[int] | None = None, allowzero: int = 0
 ) -> Tensor:
-    """Reshape; a zero keeps the size at its place, unless `allowzero`."""
+    """Reshape; a zero copies the size of the same axis, unless `allowzero`."""
     wanted = list(shape or () if target is None else target)
     if not allowzero:
         wanted = [x.shape[axis] if _is_zero(size) else size for axis, size in enumerate(wanted)]
@@ -51,7 +51,7 @@ def reshape(
 
 
 def _is_zero(size: Any) -> bool:
-    """Whether a size is the literal zero; a symbolic size is not asked."""
+    """Return whether a size is the literal zero, without evaluating a symbolic size."""
     return isinstance(size, int) and size == 0
 
 
@@ -64,14 +64,14 @@ def flatten(x: Tensor, *, axis: int = 1) -> Tensor:
 
 @operator("Squeeze", host=(1,))
 def squeeze(x: Tensor, where: Numbers | None = None, *, axes: Sequence[int] | None = None) -> Tensor:
-    """Drop axes of size one: all, or those named."""
+    """Remove axes of size one: all, or the given ones."""
     dims = axes if where is None else where
     return x.squeeze() if dims is None else x.squeeze(tuple(int(dim) for dim in dims))
 
 
 @operator("Unsqueeze", host=(1,))
 def unsqueeze(x: Tensor, where: Numbers | None = None, *, axes: Sequence[int] | None = None) -> Tensor:
-    """Add axes of size one at these places of the result."""
+    """Insert axes of size one at the given positions of the result."""
     dims = list(axes or () if where is None else where)
     rank = x.ndim + len(dims)
     for dim in sorted(int(dim) % rank for dim in dims):
@@ -87,7 +87,7 @@ def transpose(x: Tensor, *, perm: Sequence[int] | None = None) -> Tensor:
 
 @operator("Concat")
 def concat(*inputs: Tensor, axis: int = 1) -> Tensor:
-    """Join along an axis."""
+    """Concatenate along an axis."""
     return torch.cat(inputs, axis)
 
 
@@ -101,7 +101,7 @@ def split_into(
     split: Sequence[int] | None = None,
     num_outputs: int | None = None,
 ) -> list[Tensor]:
-    """Cut along an axis, into parts of given sizes or of equal size; the last one may be smaller."""
+    """Split along an axis, into parts of given sizes or of equal size; the last one may be smaller."""
     wanted = split if sizes is None else sizes
     if wanted is None:
         part = -(-x.shape[axis] // outputs)
@@ -126,7 +126,7 @@ def slice_of(
     steps: Numbers | None = None,
     **attributes: Unpack[LegacySlice],
 ) -> Tensor:
-    """Cut a box out, with steps; a negative step walks backwards."""
+    """Slice with steps along several axes; a negative step goes backwards."""
     first, last = attributes.get("starts", first), attributes.get("ends", last)
     dims = attributes.get("axes", dims)
     assert first is not None
@@ -198,7 +198,7 @@ def pad(
 
 
 def _pad_axis(x: Tensor, dim: int, amounts: tuple[int, int], mode: str) -> Tensor:
-    """Pad one axis with what is found by following the index to outside: its edge, its mirror image, or around."""
+    """Pad one axis by its edge, its mirror image, or periodically."""
     before, after = amounts
     if before == after == 0:
         return x
@@ -217,7 +217,7 @@ def _pad_axis(x: Tensor, dim: int, amounts: tuple[int, int], mode: str) -> Tenso
 
 @operator("DepthToSpace")
 def depth_to_space(x: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:
-    """Move channels into blocks of the plane; DCR counts the block first, CRD the channel."""
+    """Move channels into spatial blocks; DCR and CRD are the orders of depth, column and row."""
     n, c, h, w = x.shape
     b, depth = blocksize, c // blocksize**2
     if mode == "DCR":
@@ -229,7 +229,7 @@ def depth_to_space(x: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:
 
 @operator("SpaceToDepth")
 def space_to_depth(x: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:
-    """Move blocks of the plane into channels."""
+    """Move spatial blocks into channels."""
     n, c, h, w = x.shape
     b = blocksize
     y = x.reshape(n, c, h // b, b, w // b, b)
@@ -239,7 +239,7 @@ def space_to_depth(x: Tensor, *, blocksize: int, mode: str = "DCR") -> Tensor:
 
 @operator("CenterCropPad", host=(1,))
 def center_crop_pad(x: Tensor, shape: Numbers, *, axes: Sequence[int] | None = None) -> Tensor:
-    """Crop or zero-pad around the centre to these sizes."""
+    """Crop or zero-pad around the centre to the given sizes."""
     dims = range(x.ndim) if axes is None else axes
     for dim, want in zip(dims, shape, strict=True):
         size = x.shape[dim]
@@ -271,7 +271,7 @@ def trilu(x: Tensor, k: Numbers | None = None, *, upper: int = 1) -> Tensor:
 
 
 class LegacyDropout(TypedDict, total=False):
-    """Attributes of Dropout: the seed, and what was an attribute before opset 12."""
+    """Attributes of Dropout: the seed, and those that became inputs in opset 12."""
 
     seed: int
     ratio: float
@@ -287,9 +287,9 @@ def dropout(
     outputs: int,
     **attributes: Unpack[LegacyDropout],
 ) -> list[Tensor]:
-    """Pass x through, as at inference; drop elements only where the model itself asks for training mode."""
-    share = float(rate[0]) if rate else 0.5
-    if not (training and training[0]) or share == 0.0:
+    """Return x, as at inference; drop elements only if the model itself sets training mode."""
+    ratio = float(rate[0]) if rate else 0.5
+    if not (training and training[0]) or ratio == 0.0:
         return [x] if outputs == 1 else [x, torch.ones_like(x, dtype=torch.bool)]
-    kept = torch.rand_like(x, dtype=torch.float32) >= share
-    return [torch.where(kept, x / (1 - share), torch.zeros_like(x)), kept][:outputs]
+    mask = torch.rand_like(x, dtype=torch.float32) >= ratio
+    return [torch.where(mask, x / (1 - ratio), torch.zeros_like(x)), mask][:outputs]

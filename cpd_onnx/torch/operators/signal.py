@@ -1,4 +1,4 @@
-"""Fourier transforms and what goes with them."""
+"""Fourier transforms and mel filters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Fourier(TypedDict, total=False):
 
 
 def _complex(x: Tensor) -> Tensor:
-    """Last axis of x, one or two elements, as a complex number."""
+    """Return the last axis of x, one or two elements, as a complex number."""
     return torch.complex(x[..., 0], torch.zeros_like(x[..., 0]) if x.shape[-1] == 1 else x[..., 1])
 
 

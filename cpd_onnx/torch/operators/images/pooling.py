@@ -29,9 +29,9 @@ _AVG_POOL: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
 def _ceiled(x: Tensor, pads: Pads, window: Pool) -> list[tuple[int, int]]:
-    """Padding that, with rounding down, gives the output size that `ceil_mode` asks for.
+    """Return the padding that, with rounding down, gives the output size of `ceil_mode`.
 
-    A last window that would start in the padding behind the input is dropped.
+    A last window that would start in the padding after the input is dropped.
     """
     if not window.get("ceil_mode") or window.get("auto_pad", "NOTSET") not in ("NOTSET", ""):
         return list(pads)
@@ -62,7 +62,7 @@ def _windows(x: Tensor, window: Pool) -> Tensor:
 
 
 def every(x: Tensor, axis: int, step: int) -> Tensor:
-    """Keep every `step`-th index of an axis."""
+    """Select every `step`-th index of an axis."""
     return x if step == 1 else x.index_select(axis, torch.arange(0, x.shape[axis], step, device=x.device))
 
 
@@ -83,7 +83,7 @@ def max_pool(x: Tensor, *, outputs: int, storage_order: int = 0, **window: Unpac
     if padding is None or any(2 * pad > width for pad, width in zip(padding, kernel, strict=True)):
         padded, padding = pad_spatial(x, pads, _lowest(x.dtype)), [0] * rank
         offsets = [before for before, _ in pads]
-    # torch pools no 8-bit integers
+    # torch cannot pool 8-bit integers
     values = padded if padded.is_floating_point() else padded.double()
     pooled = _MAX_POOL[rank](values, list(kernel), strides, padding, dilations, return_indices=outputs > 1)
     if outputs == 1:
@@ -114,7 +114,7 @@ def _flat_index(coordinates: Sequence[Tensor], x: Tensor, storage_order: int) ->
 
 @operator("AveragePool")
 def average_pool(x: Tensor, *, count_include_pad: int = 0, **window: Unpack[Pool]) -> Tensor:
-    """Average each window, over its elements in x or, if asked, in the padded x."""
+    """Average each window over its elements in x or, on request, in the padded x."""
     kernel = window["kernel_shape"]
     rank = len(kernel)
     strides, dilations = window_steps(rank, window)
@@ -165,7 +165,7 @@ def global_lp_pool(x: Tensor, *, p: float = 2) -> Tensor:
 def max_unpool(
     x: Tensor, indices: Tensor, output_shape: Sequence[int] | None = None, **window: Unpack[Window]
 ) -> Tensor:
-    """Put pooled elements back where they came from, zeros elsewhere; `indices` count through the whole tensor."""
+    """Scatter pooled elements to their origins, with zeros elsewhere; `indices` refer to the flattened tensor."""
     kernel = window["kernel_shape"]
     strides, _ = window_steps(len(kernel), window)
     pads = window_pads(x.shape[2:], kernel, window)
@@ -182,17 +182,17 @@ def max_unpool(
 
 
 def require_images(x: Tensor, batch: Tensor, kind: str) -> None:
-    """Raise UnsupportedError where regions lie in images that a batch does not have; waits for the device."""
-    odd = batch[(batch < 0) | (batch >= len(x))]
-    if len(odd):
+    """Raise UnsupportedError if regions refer to images beyond the batch; synchronizes with the device."""
+    invalid = batch[(batch < 0) | (batch >= len(x))]
+    if len(invalid):
         raise UnsupportedError(
-            f"{kind} takes a region of image {odd[0].item():g} in a batch of {len(x)}: the model needs larger batches"
+            f"{kind} has a region in image {invalid[0].item():g} in a batch of {len(x)}: the model needs larger batches"
         )
 
 
 @operator("MaxRoiPool")
 def max_roi_pool(x: Tensor, rois: Tensor, *, pooled_shape: Sequence[int], spatial_scale: float = 1.0) -> Tensor:
-    """Take the largest elements of a grid over each region [batch index, x1, y1, x2, y2]; waits for the device."""
+    """Take the largest elements of a grid over each region [batch, x1, y1, x2, y2]; synchronizes with the device."""
     results = []
     require_images(x, rois[:, 0], "MaxRoiPool")
     for batch, *corners in rois.tolist():

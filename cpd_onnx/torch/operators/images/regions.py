@@ -1,4 +1,4 @@
-"""Sampling at computed places, and object detection."""
+"""Sampling at computed positions, and object detection."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MODES = {"linear": "bilinear", "cubic": "bicubic"}
 def grid_sample(
     x: Tensor, grid: Tensor, *, align_corners: int = 0, mode: str = "linear", padding_mode: str = "zeros"
 ) -> Tensor:
-    """Read x [N, C, ...] at the places of the grid, in -1..1."""
+    """Sample x [N, C, ...] at the positions of the grid, in -1..1."""
     return F.grid_sample(
         x, grid, mode=_MODES.get(mode, mode), padding_mode=padding_mode, align_corners=bool(align_corners)
     )
@@ -29,7 +29,7 @@ def grid_sample(
 
 @operator("AffineGrid", host=(1,))
 def affine_grid(theta: Tensor, size: Numbers, *, align_corners: int = 0) -> Tensor:
-    """Places at which an affine map reads an image of this size."""
+    """Return the grid at which an affine map samples an image of the given size."""
     return F.affine_grid(theta, list(size), align_corners=bool(align_corners))
 
 
@@ -49,7 +49,7 @@ def deform_conv(
     mask: Tensor | None = None,
     **options: Unpack[Deformable],
 ) -> Tensor:
-    """2-D convolution whose taps read x [N, C, H, W] at places moved by `offset`, weighted by `mask`."""
+    """2-D convolution whose taps sample x [N, C, H, W] at positions shifted by `offset`, weighted by `mask`."""
     n, channels, height, width = x.shape
     kernel = weight.shape[2:]
     strides, dilations = window_steps(2, options)
@@ -155,7 +155,7 @@ def _pooled(image: Tensor, rows: Tensor, columns: Tensor, mode: str) -> Tensor:
 def non_max_suppression(boxes: Tensor, scores: Tensor, *limits: Numbers | None, center_point_box: int = 0) -> Tensor:
     """Indices [selected, (batch, class, box)] of the best boxes; limits are count, overlap and score.
 
-    Boxes are [N, boxes, 4], scores [N, classes, boxes]. Waits for the device that computes them.
+    Boxes are [N, boxes, 4], scores [N, classes, boxes]. Synchronizes with the device.
     """
     most, overlap, lowest = ((float(limit[0]) if limit else None) for limit in (*limits, None, None, None)[:3])
     corners = _corners(boxes, center_point_box)
@@ -168,7 +168,7 @@ def non_max_suppression(boxes: Tensor, scores: Tensor, *limits: Numbers | None, 
 
 
 def _corners(boxes: Tensor, centred: int) -> Tensor:
-    """Boxes as [y1, x1, y2, x2] with the smaller corner first."""
+    """Return boxes as [y1, x1, y2, x2] with the smaller corner first."""
     if centred:
         half = boxes[..., 2:] / 2
         return torch.cat([boxes[..., :2] - half, boxes[..., :2] + half], -1)
@@ -177,7 +177,7 @@ def _corners(boxes: Tensor, centred: int) -> Tensor:
 
 
 def _suppress(boxes: Tensor, scores: Tensor, overlap: float, lowest: float | None) -> list[int]:
-    """Boxes in order of score that overlap no better one by more than allowed."""
+    """Return, in order of score, the boxes whose overlap with every better one is within the limit."""
     order = scores.argsort(descending=True, stable=True).tolist()
     kept: list[int] = []
     for box in order:
@@ -189,7 +189,7 @@ def _suppress(boxes: Tensor, scores: Tensor, overlap: float, lowest: float | Non
 
 
 def _overlaps(box: Tensor, others: Tensor) -> Tensor:
-    """Intersection over union of one box with others."""
+    """Return the intersection over union of one box with others."""
     start, end = torch.maximum(box[:2], others[:, :2]), torch.minimum(box[2:], others[:, 2:])
     common = (end - start).clamp(min=0).prod(-1)
     areas = [(area[..., 2:] - area[..., :2]).prod(-1) for area in (box, others)]

@@ -1,7 +1,7 @@
-"""Resize: interpolation along one axis after the other.
+"""Resizing: separable interpolation, one axis after another.
 
-Each axis is a weighted sum of a few shifted reads ("taps"); which, and with what weights, follows from the sizes alone.
-The common bilinear case goes to torch's own kernel.
+Each axis is a weighted sum of a few shifted reads ("taps"), whose positions and weights depend on the sizes only. The
+common bilinear case uses torch's own kernel.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ResizeAttributes(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Axis:
-    """How one axis is resized: sizes, scale, where output elements lie in the input, and how to interpolate."""
+    """The resizing of one axis: sizes, scale, coordinate transformation, and interpolation."""
 
     size: int
     target: int
@@ -96,7 +96,7 @@ def _axes(
     given: tuple[Numbers | None, Numbers | None, Numbers | None],
     options: ResizeAttributes,
 ) -> dict[int, Axis]:
-    """What happens to each axis that changes."""
+    """Return the resizing of each axis that changes."""
     roi, scales, sizes = given
     old = [x.shape[dim] for dim in dims]
     if scales:
@@ -126,7 +126,7 @@ def _axes(
 
 
 def _fitted(old: Sequence[int], new: list[int], policy: str) -> tuple[list[int], list[float]]:
-    """Target sizes and scales; with a policy, one scale for all axes, that of the largest or smallest fit."""
+    """Return target sizes and scales; with a policy, one scale for all axes, that of the largest or smallest fit."""
     scales = [target / size for size, target in zip(old, new, strict=True)]
     if policy == "stretch":
         return new, scales
@@ -147,7 +147,7 @@ def _interpolate(x: Tensor, axes: dict[int, Axis], options: ResizeAttributes) ->
 
 
 def _bilinear(x: Tensor, axes: dict[int, Axis]) -> bool:
-    """Whether torch's bilinear kernel does the same: both spatial axes of an image, common coordinates."""
+    """Return whether torch's bilinear kernel is equivalent: both spatial axes of an image, common coordinates."""
     kernels = {(axis.mode, axis.transform, axis.antialias) for axis in axes.values()}
     modes = {("linear", mode, False) for mode in ("half_pixel", "pytorch_half_pixel", "align_corners")}
     one_wide = any(axis.target == 1 for axis in axes.values())
@@ -177,7 +177,7 @@ def _resize_axis(x: Tensor, dim: int, axis: Axis) -> Tensor:
 
 
 def _extrapolated(x: Tensor, axes: dict[int, Axis], value: float) -> Tensor:
-    """Put a constant where the region of interest reaches out of the input."""
+    """Fill with a constant where the region of interest extends beyond the input."""
     for dim, axis in axes.items():
         places = coordinates(axis)
         outside = torch.from_numpy((places < 0) | (places > axis.size - 1)).to(x.device)
@@ -186,7 +186,7 @@ def _extrapolated(x: Tensor, axes: dict[int, Axis], value: float) -> Tensor:
 
 
 def coordinates(axis: Axis) -> Floats:
-    """Where each output element lies in the input, in input elements."""
+    """Return the coordinate of each output element in the input."""
     out = np.arange(axis.target, dtype=np.float64)
     length = axis.scale * axis.size
     match axis.transform:
@@ -209,14 +209,14 @@ def coordinates(axis: Axis) -> Floats:
 
 
 def taps(axis: Axis) -> tuple[Integers, Floats]:
-    """Input indices and their weights, both [taps, target]; reads beyond the ends read the last element."""
+    """Return input indices and their weights, both [taps, target]; indices are clamped to the input."""
     places = coordinates(axis)
     if axis.mode == "nearest":
         return _nearest(places, axis.nearest).clip(0, axis.size - 1)[None], np.ones((1, axis.target))
     reach = 2 if axis.mode == "cubic" else 1
     shrink = min(axis.scale, 1.0) if axis.antialias else 1.0
     first = math.floor(-reach / shrink) + 1
-    base = np.ceil(places) - 1  # an element exactly on the grid is the right one of the middle pair
+    base = np.ceil(places) - 1  # an element exactly on the grid is the right one of the two central taps
     indices = base + np.arange(first, 2 - first)[:, None]
     distance = (indices - places) * shrink
     weights = _cubic(distance, axis.cubic) if axis.mode == "cubic" else np.clip(1 - np.abs(distance), 0, 1)

@@ -1,4 +1,4 @@
-"""Attention as single operators."""
+"""Attention operators."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def attention(
     """Scaled dot-product attention with key-value cache, grouped queries, masks, soft cap and sliding windows.
 
     q, k and v are [N, heads, T, size], or [N, T, heads * size] with the counts of heads as attributes. `more` are mask,
-    past key, past value and the lengths of the keys that count.
+    past key, past value and the lengths of the valid keys.
     """
     mask, past_k, past_v, lengths = (*more, None, None, None, None)[:4]
     packed = q.ndim == 3
@@ -85,7 +85,7 @@ def _with_past(x: Tensor, past: Tensor | None) -> Tensor:
 def _bias(
     q: Tensor, k: Tensor, context: tuple[Tensor | None, Tensor | None, int], options: AttentionAttributes
 ) -> Tensor | None:
-    """What is added to the scores [N, heads, T, S]: the mask, and minus infinity where a key may not be seen."""
+    """Return the addend of the scores [N, heads, T, S]: the mask, and minus infinity for keys that are excluded."""
     mask, lengths, past = context
     allowed = _allowed(q, k, (lengths, past), options)
     if mask is not None and mask.shape[-1] < k.shape[2]:
@@ -101,7 +101,7 @@ def _bias(
 
 
 def _allowed(q: Tensor, k: Tensor, context: tuple[Tensor | None, int], options: AttentionAttributes) -> Tensor | None:
-    """Whether query i may see key j: not the future, not beyond a window, not padding; None if it may see all."""
+    """Return whether query i may attend to key j, by causality, window and padding; None if it may attend to all."""
     lengths, past = context
     left, right = options.get("left_window_size", -1), options.get("right_window_size", -1)
     if options.get("is_causal"):
@@ -120,7 +120,7 @@ def _allowed(q: Tensor, k: Tensor, context: tuple[Tensor | None, int], options: 
 def _attend(
     qkv: tuple[Tensor, Tensor, Tensor], bias: Tensor | None, options: AttentionAttributes, *, need_scores: bool
 ) -> tuple[Tensor, Tensor]:
-    """The weighted values, and the scores in the state that the mode asks for (or the values, where not needed)."""
+    """Return the weighted values, and the scores at the stage of the mode (or the values if not needed)."""
     q, k, v = qkv
     repeats = q.shape[1] // k.shape[1]
     if repeats > 1:
@@ -139,7 +139,7 @@ def _attend(
 
 
 def _shares(scores: Tensor, bias: Tensor | None) -> Tensor:
-    """Softmax over the keys; a query that may see none gets nothing, and its gradient is zero instead of a NaN."""
+    """Softmax over the keys; a query without keys has zero weights, and a gradient of zero instead of NaN."""
     if bias is None:
         return scores.softmax(-1)
     blind = torch.isneginf(bias.amax(-1, keepdim=True))
@@ -163,7 +163,7 @@ def rotary_embedding(
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor], interleaved: bool, size: int = 0) -> Tensor:
     """Rotate pairs of the first `size` features (of all, for 0) of x by angles given as cosines and sines.
 
-    A pair is a feature and the next one, or the one half of them further on.
+    A pair consists of adjacent features, or of one of each half.
     """
     cosines, sines = angles
     size = size or 2 * cosines.shape[-1]
@@ -178,7 +178,7 @@ def rotate(x: Tensor, angles: tuple[Tensor, Tensor], interleaved: bool, size: in
 def linear_attention(
     q: Tensor, k: Tensor, v: Tensor, *more: Tensor | None, **options: Unpack[LinearAttentionAttributes]
 ) -> tuple[Tensor, Tensor]:
-    """Attention through a state [N, heads, key size, value size] that each step decays, corrects and extends.
+    """Linear attention: a state [N, heads, key size, value size] that each step decays, corrects and extends.
 
     q, k and v are [N, T, heads * size]; `more` are the past state, the decay and the correction rate.
     """

@@ -52,7 +52,7 @@ _PARAMETERS = {"affine": 2, "scaledtanh": 2, "hardsigmoid": 2, "leakyrelu": 1, "
 
 
 def _activations(options: Recurrent, defaults: Sequence[str]) -> Iterator[Activation]:
-    """The activations of all directions; alphas and betas are used up in order by those that take them."""
+    """Return the activations of all directions; alphas and betas are assigned in order to those that have them."""
     alphas = iter(options.get("activation_alpha") or ())
     betas = iter(options.get("activation_beta") or ())
     clip = options.get("clip")
@@ -84,7 +84,7 @@ def long_short_term_memory(
 def lstm(
     inputs: Sequence[Tensor | None], outputs: int, options: Recurrent, seen: Callable[[Tensor], Tensor] = _as_it_is
 ) -> list[Tensor]:
-    """LSTM whose products are with what `seen` makes of inputs and states."""
+    """LSTM whose matrix products take inputs and states transformed by `seen`."""
     x, w, r, *more = inputs
     assert x is not None
     assert w is not None
@@ -168,7 +168,7 @@ def _run(
     make: Callable[[int], Step],
     options: Recurrent,
 ) -> list[Tensor]:
-    """All outputs Y [T, directions, N, hidden] and last states [directions, N, hidden], in the wanted layout."""
+    """Return all outputs Y [T, directions, N, hidden] and last states [directions, N, hidden], in the given layout."""
     (w, bias), (lengths, initial) = projection, given
     first = bool(options.get("layout"))
     if first:
@@ -191,7 +191,7 @@ def _run(
 
 
 def _unroll(pre: Tensor, state: State, step: Step, lengths: Tensor | None) -> tuple[Tensor, State]:
-    """Walk through time; a sequence that has ended keeps its state and gives zeros."""
+    """Iterate over time; a sequence that has ended keeps its state and outputs zeros."""
     results: list[Any] = []
     for time in range(pre.shape[0]):
         new = step(pre[time], state)
@@ -206,7 +206,7 @@ def _unroll(pre: Tensor, state: State, step: Step, lengths: Tensor | None) -> tu
 
 
 def _turned(x: Tensor, lengths: Tensor | None, backwards: bool) -> Tensor:
-    """x [T, N, ...] with time reversed, each sequence within its length."""
+    """Return x [T, N, ...] with time reversed, each sequence within its length."""
     if not backwards:
         return x
     if lengths is None:
