@@ -81,8 +81,8 @@ class DistillResult:
 
     """
 
-    values: dict[str, Array]
-    losses: tuple[float, ...]
+    values: dict[str, Array] = field(repr=False)
+    losses: tuple[float, ...] = field(repr=False)
     kinds: dict[str, LossKind]
     seconds: float
     device: str

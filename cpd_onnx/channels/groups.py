@@ -53,6 +53,10 @@ class Weight:
     uses: tuple[WeightUse, ...]
     is_held: bool
 
+    def __repr__(self) -> str:
+        """One line, without its values."""
+        return f"Weight({self.name!r}, {self.shape})"
+
     @property
     def name(self) -> str:
         """Its name, with the path of the subgraph that holds it."""

@@ -28,6 +28,12 @@ class TooLarge(Exception):
     """The result would have more than `MAX_ELEMENTS` elements."""
 
 
+NOT_COMPUTED = (
+    TooLarge, NotImplementedError, ValueError, IndexError, TypeError, ZeroDivisionError, OverflowError,
+)  # fmt: skip  # a table
+"""What evaluators raise where an operator has no result, or none that is computed here."""
+
+
 @dataclass(frozen=True)
 class Call:
     """What an evaluator may know of its node."""
@@ -56,7 +62,12 @@ def evaluator(*names: str) -> Callable[[Evaluator], Evaluator]:
 
 
 def _elementwise(function: Callable[..., Any]) -> Evaluator:
-    return lambda call, *arrays: np.asarray(function(*arrays))
+    def applied(call: Call, *arrays: Array) -> Array:
+        if "axis" in call.attributes:  # until opset 6, that of the first operand's axes with which the second begins
+            raise NotImplementedError
+        return np.asarray(function(*arrays))
+
+    return applied
 
 
 def _divide(a: Array, b: Array) -> Any:
@@ -207,7 +218,8 @@ def _split(call: Call, data: Array, sizes: Array | None = None) -> tuple[Array, 
 def _constant_of_shape(call: Call, shape: Array) -> Array:
     _check_size(shape.tolist())
     value = call.get("value")
-    filling = np.zeros(1, np.float32) if value is None else to_array(value)
+    filling = np.zeros(1, np.float32) if value is None else value
+    filling = filling if isinstance(filling, np.ndarray) else to_array(filling)
     return np.full(shape.tolist(), filling.ravel()[0], filling.dtype)
 
 

@@ -10,7 +10,7 @@ from onnx import AttributeProto, NodeProto, TensorProto, helper
 from cpd_onnx.algebra.keep import Kept
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.ir.model import Array, attributes_of, to_array
-from cpd_onnx.ops.evaluate import EVALUATORS, Call, TooLarge
+from cpd_onnx.ops.evaluate import EVALUATORS, NOT_COMPUTED, Call
 from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.shapes.editor import Editor
 from cpd_onnx.shapes.values import Scope, Value
@@ -62,16 +62,7 @@ class Arithmetic:
         try:
             with np.errstate(all="ignore"):
                 found = EVALUATORS[node.op_type](call, *inputs)
-        except (
-            TooLarge,
-            KeyError,
-            NotImplementedError,
-            ValueError,
-            IndexError,
-            TypeError,
-            ZeroDivisionError,
-            OverflowError,
-        ):
+        except (KeyError, *NOT_COMPUTED):
             return ()
         return tuple(map(np.asarray, found)) if isinstance(found, tuple) else (np.asarray(found),)
 

@@ -48,6 +48,10 @@ class Pruned:
     model: Model
     edits: tuple[Edit, ...]
 
+    def __repr__(self) -> str:
+        """One line, with the number of edits."""
+        return f"Pruned({self.model!r}, {len(self.edits)} edits)"
+
 
 def rewrite(combed: Combed, kept: Kept) -> Pruned:
     """Delete from a model all indices that `kept` drops.

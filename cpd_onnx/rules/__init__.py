@@ -7,7 +7,7 @@ and sets the atoms of its outputs. `RULES` maps (domain, operator) to its rule; 
 from onnx import defs
 
 from cpd_onnx.ops.traits import operators_with
-from cpd_onnx.rules import attention, elementwise, linear, norm, quant, recurrent, reduce, shape
+from cpd_onnx.rules import attention, elementwise, extent, indexing, linear, norm, quant, recurrent, reduce, shape
 from cpd_onnx.rules.api import FLOATS, RULES, Cost, Demand, GiveUp, Keep, Op, Recorder, Tensor, rule
 from cpd_onnx.rules.reduce import POSITION_USERS
 
@@ -31,7 +31,7 @@ LATEST_OPSET = 26
 """The newest standard opset that was looked at; newer operators and versions have no rule on purpose."""
 _ENTERED = operators_with("has_bodies") | operators_with("is_constant")
 """Combing itself knows these: it takes the value, or goes into the subgraphs."""
-_FAMILIES = (attention, elementwise, linear, norm, quant, recurrent, reduce, shape)
+_FAMILIES = (attention, elementwise, extent, indexing, linear, norm, quant, recurrent, reduce, shape)
 
 
 def supported_operators() -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, TypeAlias
@@ -238,48 +238,58 @@ class Op:
             raise GiveUp(f"{self.name} goes along axis {value}")
         return value
 
+    def given(self, slot: int) -> Tensor | None:
+        """An input, None if the node does not have it; -1 stands for an input that the operator does not know."""
+        return self.inputs[slot] if 0 <= slot < len(self.inputs) else None
+
     def has(self, slot: int) -> bool:
         """Whether the input is there."""
-        return slot < len(self.inputs) and self.inputs[slot] is not None
+        return self.given(slot) is not None
+
+    def value(self, slot: int) -> Value | None:
+        """What is known of the elements of an input; None if it is not there."""
+        tensor = self.given(slot)
+        return None if tensor is None else tensor.value
 
     def input(self, slot: int) -> Tensor:
         """An input that the rule cannot do without."""
-        tensor = self.inputs[slot] if slot < len(self.inputs) else None
+        tensor = self.given(slot)
         if tensor is None:
             raise GiveUp(f"{self.name} lacks input {slot}")
         if tensor.axes is None:
             raise GiveUp(f"the shape of input {slot} of {self.name} is not known")
         return tensor
 
+    def axes(self, slot: int) -> list[Axis]:
+        """The axes of an input; none if it is not there."""
+        return (self.input(slot).axes or []) if self.has(slot) else []
+
     def operand(self, slot: int) -> Array | None:
         """Elements of an operand such as a shape, or None if absent.
 
         Raises GiveUp if they are there but depend on data.
         """
-        tensor = self.inputs[slot] if slot < len(self.inputs) else None
+        tensor = self.given(slot)
         if tensor is None:
             return None
         if tensor.value.value is None:
             raise GiveUp(f"input {slot} of {self.name} is computed from data")
-        for axis in tensor.axes or []:
-            self.freeze(axis, "takes this as an operand")
+        self.freeze_all(tensor.axes or [], "takes this as an operand")
         if tensor.value.from_shape:
             self.demand(slot, [], lambda keep, old: old)
         return tensor.value.value
 
     def static_operand(self, slot: int) -> Array | None:
         """As `operand`, but the elements must not depend on the sizes of the inputs."""
-        array = self.operand(slot)
-        tensor = self.inputs[slot] if array is not None else None
-        if tensor is not None and not tensor.value.is_static:
+        array, value = self.operand(slot), self.value(slot)
+        if value is not None and not value.is_static:
             raise GiveUp(f"input {slot} of {self.name} depends on the size of the input")
         return array
 
     def hold(self, first: int) -> None:
         """Freeze all axes of the inputs from `first` on: they are operands, not data."""
         for tensor in self.inputs[first:]:
-            for axis in (tensor and tensor.axes) or []:
-                self.freeze(axis, "takes this as an operand")
+            self.freeze_all((tensor and tensor.axes) or [], "takes this as an operand")
 
     def set(self, axes: Sequence[Axis], output: int = 0) -> None:
         """Say what atoms an output has; an output that the node does not name is skipped."""
@@ -302,10 +312,15 @@ class Op:
         self.touched += [left, right]
 
     def freeze(self, axis: Axis, why: str) -> None:
-        """Never delete any index of the axis; `why` completes the sentence '<operator> …'."""
+        """Never delete any index of the axis; `why` is a reason, or completes the sentence '<operator> …'."""
         if not self.atoms.all_frozen(axis):
-            self.atoms.freeze(axis, Reason("operator", self.name, why))
+            self.atoms.freeze(axis, why if isinstance(why, Reason) else Reason("operator", self.name, why))
         self.touched.append(axis)
+
+    def freeze_all(self, axes: Iterable[Axis], why: str) -> None:
+        """The same for several axes."""
+        for axis in axes:
+            self.freeze(axis, why)
 
     def frozen(self, count: int, why: str = "makes this axis") -> Axis:
         """Atoms of an axis that is never pruned."""

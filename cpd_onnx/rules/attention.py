@@ -56,6 +56,14 @@ def _scale(op: Op, heads: _Heads) -> None:
         op.pin_attribute("scale", float(1 / np.sqrt(len(heads.dim))), heads.dim)
 
 
+def _scores(op: Op, heads: _Heads, queries: Tensor, *keys: Tensor) -> None:
+    """Multiply queries with keys (which may be packed with them) over the head dimension, and scale the sums."""
+    _scale(op, heads)
+    op.freeze(queries[0], "masks and caches share this axis")
+    op.silence(queries, -1)
+    op.product((queries, -1), *((tensor, -1) for tensor in keys))
+
+
 def _sequence(op: Op, tensor: Tensor, axis: int) -> Axis:
     op.freeze(tensor[axis], "attends along this axis")
     return tensor[axis]
@@ -63,10 +71,7 @@ def _sequence(op: Op, tensor: Tensor, axis: int) -> Axis:
 
 def _mask(op: Op, slot: int, heads: _Heads) -> None:
     """A bias on the scores: (batch, heads, query, key), any of them 1 or missing on the left."""
-    if not op.has(slot):
-        return
-    axes = op.input(slot).axes or []
-    for back, axis in enumerate(reversed(axes), start=1):
+    for back, axis in enumerate(reversed(op.axes(slot)), start=1):
         if back == 3 and len(axis) == len(heads.queries):
             op.unite(axis, heads.queries)
         if back != 3 or len(axis) not in (1, len(heads.queries)):
@@ -109,10 +114,7 @@ def attention(op: Op) -> None:
     for other in (k, v):
         op.unite(other[0], q[0])
         op.freeze(other[2 if q.rank == 4 else 1], "attends along this axis")
-    _scale(op, heads)
-    op.freeze(q[0], "masks and caches share this axis")
-    op.silence(q, -1)
-    op.product((q, -1), (k, -1))
+    _scores(op, heads, q, k)
     _mask(op, 3, heads)
     _caches(op, heads, (4, 5), (1, 2), q[0])
     if op.has(6):
@@ -146,8 +148,7 @@ def _caches(op: Op, heads: _Heads, slots: tuple[int, int], outputs: tuple[int, i
         if shape is not None:
             op.set([batch, heads.groups, op.frozen(shape[2], "attends along this axis"), dim], output)
         elif output < len(op.outputs) and op.outputs[output].value.name:
-            for axis in (heads.groups, dim):
-                op.freeze(axis, "writes a cache of unknown shape")
+            op.freeze_all((heads.groups, dim), "writes a cache of unknown shape")
 
 
 @rule("MultiHeadAttention", domain=MICROSOFT)
@@ -175,10 +176,7 @@ def multi_head_attention(op: Op) -> None:
     freeze_rest(op, 4, but=(5, 6, 7))
     _mask(op, 5, heads)
     _caches(op, heads, (6, 7), (1, 2), q[0])
-    _scale(op, heads)
-    op.freeze(q[0], "masks and caches share this axis")
-    op.silence(q, -1)
-    op.product((q, -1), (k, -1))
+    _scores(op, heads, q, k)
     op.attribute_size("num_heads", heads.groups)
     op.set([q[0], _sequence(op, q, 1), op.atoms.product(heads.groups, heads.value_dim)])
     _cost(op, heads, len(q[0]), q.shape[1], k.shape[2 if k.rank == 4 else 1])
@@ -241,10 +239,7 @@ def group_query_attention(op: Op) -> None:
     _mask(op, 10, heads)
     if op.has(11):
         op.unite(op.input(11)[0], heads.queries)
-    _scale(op, heads)
-    op.freeze(q[0], "masks and caches share this axis")
-    op.silence(q, -1)
-    op.product((q, -1))
+    _scores(op, heads, q)
     op.attribute_size("num_heads", heads.queries)
     op.attribute_size("kv_num_heads", heads.groups)
     op.set([q[0], _sequence(op, q, 1), query])
@@ -284,15 +279,12 @@ def _rotary(op: Op, tables: tuple[int, int], positions: int) -> None:
     op.freeze(x[2 if x.rank == 4 else 1], "shares this axis with its angles")
     for slot in tables:
         table = op.input(slot)
-        for other in (table.axes or [])[:-1]:
-            op.freeze(other, "looks its angles up along this axis")
+        op.freeze_all((table.axes or [])[:-1], "looks its angles up along this axis")
         if len(table[-1]) == len(pairs):
             op.unite(table[-1], pairs)
         else:
             op.freeze(table[-1], "uses a part of its angles")
             op.freeze(pairs, "uses a part of its angles")
-    if op.has(positions):
-        for other in op.input(positions).axes or []:
-            op.freeze(other, "holds positions")
+    op.freeze_all(op.axes(positions), "holds positions")
     op.label(axis, "head_dim")
     op.set(x.axes or [])

@@ -103,5 +103,4 @@ def freeze_rest(op: Op, first: int, *, but: Sequence[int] = ()) -> None:
         tensor = op.inputs[slot]
         if tensor is None or slot in but:
             continue
-        for axis in tensor.axes or []:
-            op.freeze(axis, f"takes input {slot} as a whole")
+        op.freeze_all(tensor.axes or [], f"takes input {slot} as a whole")

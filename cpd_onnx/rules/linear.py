@@ -55,10 +55,7 @@ def deform_conv(op: Op) -> None:
     """As Conv; offsets and mask are as many as the kernel has places, whatever the channels."""
     if op.get("offset_group", 1) != 1:
         raise GiveUp(f"{op.name} has several offset groups")
-    for slot in (2, 4):
-        if op.has(slot):
-            for axis in op.input(slot).axes or []:
-                op.freeze(axis, "takes its offsets and mask as a whole")
+    op.freeze_all([*op.axes(2), *op.axes(4)], "takes its offsets and mask as a whole")
     convolution(op, _Slots(bias=3))
 
 
@@ -104,18 +101,16 @@ def _grouped(op: Op, groups: Axis, weight: tuple[Tensor, int]) -> None:
 def _freeze_spatial(op: Op, x: Tensor, w: Tensor) -> None:
     if x.rank != w.rank:
         raise GiveUp(f"{op.name} has inputs of {x.rank} and {w.rank} axes")
-    for axis in (x.axes or [])[2:]:
-        op.freeze(axis, "slides over this axis")
+    op.freeze_all((x.axes or [])[2:], "slides over this axis")
     for axis in (w.axes or [])[2:]:
-        op.atoms.freeze(axis, KERNEL_EXTENT)
-        op.touched.append(axis)
+        op.freeze(axis, KERNEL_EXTENT)
 
 
 def _finish(op: Op, slots: _Slots, out: Axis, places: Shape) -> None:
     """Bias, scales, output axes and cost; the kernel is applied at `places`."""
     x, w = op.input(0), op.input(slots.w)
     vectors = (slots.bias, *slots.per_output)
-    per_channel(op, out, [slot for slot in vectors if slot > 0 and op.has(slot)])
+    per_channel(op, out, filter(op.has, vectors))
     freeze_rest(op, 1, but=(slots.w, *vectors, 3))
     if slots.zero_point >= 0:
         stands_for(op, w, slots.scale, slots.zero_point, 0)
@@ -127,10 +122,7 @@ def _finish(op: Op, slots: _Slots, out: Axis, places: Shape) -> None:
 
 def stands_for(op: Op, w: Tensor, scale: int, zero_point: int, axis: int) -> None:
     """Remember scale and zero point (input slots, -1 for none) of an integer weight."""
-    scales, zeros = (
-        tensor.value if 0 <= slot < len(op.inputs) and (tensor := op.inputs[slot]) is not None else None
-        for slot in (scale, zero_point)
-    )
+    scales, zeros = op.value(scale), op.value(zero_point)
     if w.value.weight is None:
         _moved_stands_for(op, w, scales, zeros)
         return
@@ -193,43 +185,39 @@ def fused_matmul(op: Op) -> None:
 @rule("MatMulInteger")
 def matmul_integer(op: Op) -> None:
     """As MatMul on integers; B's zero point may be per column."""
-    a, b = op.input(0), op.input(1)
-    stacked_product(op, a, b)
-    _per_row(op, a, (2,))
-    _per_column(op, b[-1], (3,))
-    stands_for(op, b, -1, 3, -1)
+    _integer_product(op, 1, rows=(2,), columns=(3,), scale=-1, zero_point=3)
 
 
 @rule("QLinearMatMul")
 def qlinear_matmul(op: Op) -> None:
     """As MatMul on integers with scales and zero points beside each tensor."""
-    a, b = op.input(0), op.input(3)
-    stacked_product(op, a, b)
-    _per_row(op, a, (1, 2, 6, 7))
-    _per_column(op, b[-1], (4, 5))
-    stands_for(op, b, 4, 5, -1)
+    _integer_product(op, 3, rows=(1, 2, 6, 7), columns=(4, 5), scale=4, zero_point=5)
 
 
 @rule("DynamicQuantizeMatMul", domain=MICROSOFT)
 def dynamic_quantize_matmul(op: Op) -> None:
     """Quantises A over all its elements, then MatMul; B's scale, zero point and the bias are per column."""
-    a, b = op.input(0), op.input(1)
     op.recorder.is_rounding = True
-    for axis in a.axes or []:
+    for axis in op.input(0).axes or []:
         op.reduce(axis)
-    stacked_product(op, a, b)
-    _per_column(op, b[-1], (2, 3, 4))
-    stands_for(op, b, 2, 3, -1)
+    _integer_product(op, 1, rows=(), columns=(2, 3, 4), scale=2, zero_point=3)
 
 
 @rule("MatMulIntegerToFloat", domain=MICROSOFT)
 def matmul_integer_to_float(op: Op) -> None:
     """MatMul on integers, scaled back; scales, zero point and bias of B are per column."""
-    a, b = op.input(0), op.input(1)
+    _integer_product(op, 1, rows=(2, 4), columns=(3, 5, 6), scale=3, zero_point=5)
+
+
+def _integer_product(
+    op: Op, slot: int, *, rows: Sequence[int], columns: Sequence[int], scale: int, zero_point: int
+) -> None:
+    """MatMul of input 0 and the matrix at a slot; other inputs hold numbers for each row of A or each column of B."""
+    a, b = op.input(0), op.input(slot)
     stacked_product(op, a, b)
-    _per_row(op, a, (2, 4))
-    _per_column(op, b[-1], (3, 5, 6))
-    stands_for(op, b, 3, 5, -1)
+    _per_row(op, a, rows)
+    _per_column(op, b[-1], columns)
+    stands_for(op, b, scale, zero_point, -1)
 
 
 @rule("MatMulNBits", domain=MICROSOFT)
@@ -245,8 +233,7 @@ def matmul_nbits(op: Op) -> None:
     blocks = op.atoms.repeated(bytes_, shared or count)
     op.recorder.is_rounding |= op.get("accuracy_level", 0) == 4
     if not shared or len(a[-1]) != count * block or op.has(4):
-        for axis in (blocks, a[-1]):
-            op.freeze(axis, _IN_BLOCKS)
+        op.freeze_all((blocks, a[-1]), _IN_BLOCKS)
     else:
         op.unite(a[-1], op.atoms.repeated(blocks, block))
         op.silence(a, -1)
@@ -288,8 +275,7 @@ def _packed(op: Op, tensor: Tensor, rows: Axis, blocks: Axis) -> None:
         if place == 1 and each == 1 and len(axis) == len(blocks):
             op.unite(axis, blocks)
         else:
-            op.atoms.freeze(axis, BLOCK_BYTES)
-            op.touched.append(axis)
+            op.freeze(axis, BLOCK_BYTES)
 
 
 def stacked_product(op: Op, a: Tensor, b: Tensor, transposed: tuple[bool, bool] = (False, False)) -> None:
@@ -322,16 +308,14 @@ def _summed(tensor: Tensor, *, is_last: bool) -> int:
 def _per_column(op: Op, column: Axis, slots: Sequence[int]) -> None:
     """Numbers for each column of a matrix: a vector, or (…, 1, columns)."""
     for slot in slots:
-        axes = (op.input(slot).axes or []) if op.has(slot) else []
-        for back, axis in enumerate(reversed(axes)):
+        for back, axis in enumerate(reversed(op.axes(slot))):
             _one_each(op, axis, column if back == 0 else None)
 
 
 def _per_row(op: Op, a: Tensor, slots: Sequence[int]) -> None:
     """Numbers for each row of a matrix: a vector, or (…, rows, 1)."""
     for slot in slots:
-        axes = (op.input(slot).axes or []) if op.has(slot) else []
-        for place, axis in enumerate(axes):
+        for place, axis in enumerate(axes := op.axes(slot)):
             is_row = a.rank > 1 and place == max(0, len(axes) - 2)
             _one_each(op, axis, a[-2] if is_row else None)
 

@@ -74,8 +74,7 @@ def embed_layer_norm(op: Op) -> None:
     ids, word = op.input(0), op.input(2)
     for slot in (2, 3, 4):
         if op.has(slot):
-            op.atoms.freeze(op.input(slot)[0], TABLE_ROWS)
-            op.touched.append(op.input(slot)[0])
+            op.freeze(op.input(slot)[0], TABLE_ROWS)
             op.unite(op.input(slot)[1], word[1])
     for slot in (5, 6):
         op.unite(op.input(slot)[0], word[1])

@@ -50,8 +50,7 @@ def gather_block_quantized(op: Op) -> None:
     block, width = op.get("block_size", 128), op.sizes()[-1]
     blocks = op.atoms.fresh(scales.shape[1])
     for table in (x, scales):
-        op.atoms.freeze(table[0], TABLE_ROWS)
-        op.touched.append(table[0])
+        op.freeze(table[0], TABLE_ROWS)
     op.unite(scales[1], blocks)
     stored = len(x[1]) // len(blocks)
     if width != len(blocks) * block or stored * len(blocks) != len(x[1]) or op.has(3):
@@ -60,7 +59,7 @@ def gather_block_quantized(op: Op) -> None:
         freeze_rest(op, 3)
     else:
         parts = op.unmerge(x[1], [len(blocks), stored])
-        op.atoms.freeze(parts[1], BLOCK_BYTES)
+        op.freeze(parts[1], BLOCK_BYTES)
         op.unite(parts[0], blocks)
     op.set([*(indices.axes or []), op.atoms.repeated(blocks, block)[:width]])
 
@@ -74,23 +73,6 @@ def dynamic(op: Op) -> None:
     op.set(x.axes or [])
     op.set([], 1)
     op.set([], 2)
-
-
-@rule("QLinearConcat", domain=MICROSOFT)
-def quantized_concat(op: Op) -> None:
-    """Concat of the tensors at inputs 2, 5, 8, …; the rest are scales and zero points."""
-    slots = list(range(2, len(op.inputs), 3))
-    freeze_rest(op, 0, but=slots)
-    parts = [op.input(slot) for slot in slots]
-    axis = op.get("axis") % parts[0].rank
-    out = list(parts[0].axes or [])
-    for position in range(parts[0].rank):
-        if position == axis:
-            out[position] = op.atoms.joined([p[position] for p in parts])
-            continue
-        for other in parts[1:]:
-            op.unite(parts[0][position], other[position])
-    op.set(out)
 
 
 @rule("Quant", "BipolarQuant", domain="onnx.brevitas")

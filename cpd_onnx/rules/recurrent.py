@@ -101,7 +101,7 @@ def quantized_lstm(op: Op) -> None:
 def _scales(op: Op, gates: Axis) -> None:
     """Scales and zero points of both matrices: per direction, or per direction and column."""
     for slot in range(8, 12):
-        for axis in (op.input(slot).axes or []) if op.has(slot) else []:
+        for axis in op.axes(slot):
             if len(axis) == len(gates):
                 op.unite(axis, gates)
             else:

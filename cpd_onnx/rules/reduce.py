@@ -68,8 +68,7 @@ def softmax(op: Op) -> None:
     x = op.input(0)
     old = op.opset < 13
     first = op.get("axis", 1 if old else -1) % max(1, x.rank)
-    for axis in (x.axes or [])[first : None if old else first + 1]:
-        op.freeze(axis, "normalises to a distribution over this axis")
+    op.freeze_all((x.axes or [])[first : None if old else first + 1], "normalises to a distribution over this axis")
     op.set(x.axes or [])
 
 
@@ -146,8 +145,7 @@ def max_unpool(op: Op) -> None:
 def grid_sample(op: Op) -> None:
     """Sample the spatial axes at the places of a grid (N, …, coordinates)."""
     x, grid = op.input(0), op.input(1)
-    for axis in (grid.axes or [])[1:]:
-        op.freeze(axis, "takes the grid as a whole")
+    op.freeze_all((grid.axes or [])[1:], "takes the grid as a whole")
     op.unite(x[0], grid[0])
     op.set([x[0], x[1], *_output_spatial(op, "samples along this axis")])
 

@@ -1,4 +1,4 @@
-"""Operators that move indices about: reshaping, permuting, cutting, joining, indexing, padding."""
+"""Operators that give the same elements other axes: reshaping, permuting, joining, splitting."""
 
 from __future__ import annotations
 
@@ -7,17 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from cpd_onnx.algebra.atoms import Axis, is_uniform
-from cpd_onnx.ir.model import Array
-from cpd_onnx.ops.evaluate import axes_operand, slice_ranges
 from cpd_onnx.ops.sizes import divided, floor, is_constant, product
-from cpd_onnx.rules.api import DROP, TABLE_ROWS, GiveUp, Keep, Op, Rewrite, Tensor, positions_after, rule
+from cpd_onnx.rules.api import DROP, GiveUp, Keep, Op, Tensor, rule
+from cpd_onnx.rules.elementwise import MICROSOFT, freeze_rest
 from cpd_onnx.shapes.values import Value
-
-_FAR = 2**31 - 1
-"""Slice ends from this on mean 'to the end' in every exporter."""
 
 
 @rule("Reshape")
@@ -29,8 +24,8 @@ def reshape(op: Op) -> None:
             "shape", out, lambda keep, old: [keep.count(a) if s > 0 else s for a, s in zip(out, old, strict=True)]
         )
     else:
-        shape = op.inputs[1]
-        if shape is None or shape.value.value is None:
+        shape = op.value(1)
+        if shape is None or shape.value is None:
             raise GiveUp(f"the target shape of {op.name} is computed from data")
         op.hold(1)
         op.demand_sizes(1, out)
@@ -98,8 +93,7 @@ def _hold_what_differs(op: Op, x: Value, y: Value, axes: list[Axis], before: ran
     assert y.sizes is not None
     old, new = ([sizes[i] for i in places] for sizes, places in ((x.sizes, before), (y.sizes, after)))
     if not all(map(is_constant, (*old, *new))) and not _refine(old, new):
-        for axis in axes:
-            op.freeze(axis, "divides this axis otherwise at other sizes of the input")
+        op.freeze_all(axes, "divides this axis otherwise at other sizes of the input")
 
 
 def _refine(old: list[Any], new: list[Any]) -> bool:
@@ -244,7 +238,19 @@ def _spatial(op: Op, x: Tensor) -> list[Axis]:
 @rule("Concat")
 def concat(op: Op) -> None:
     """Indices follow one another on one axis, the others unite."""
-    parts = [op.input(i) for i in range(len(op.inputs))]
+    join(op, [op.input(i) for i in range(len(op.inputs))])
+
+
+@rule("QLinearConcat", domain=MICROSOFT)
+def quantized_concat(op: Op) -> None:
+    """Concat of the tensors at inputs 2, 5, 8, …; the rest are scales and zero points."""
+    slots = range(2, len(op.inputs), 3)
+    freeze_rest(op, 0, but=slots)
+    join(op, [op.input(slot) for slot in slots])
+
+
+def join(op: Op, parts: Sequence[Tensor]) -> None:
+    """The output is the parts one after another along `axis`; their other axes unite."""
     axis = op.get("axis", 1) % parts[0].rank
     out = list(parts[0].axes or [])
     for position in range(parts[0].rank):
@@ -302,497 +308,3 @@ def _demand_pieces(op: Op, pieces: list[Axis]) -> None:
     op.demand("split" if op.opset < 13 else 1, pieces, sizes)
     if "num_outputs" in op.call.attributes:
         op.demand("num_outputs", pieces, lambda keep, old: None if default(keep) else DROP)
-
-
-@rule("Slice")
-def slice_(op: Op) -> None:
-    """A range of one or several axes."""
-    x, y = op.input(0), op.outputs[0].value
-    op.hold(1)
-    out = list(x.axes or [])
-    ranges = _known_ranges(op, x)
-    if ranges is None:
-        out = _sliced_blindly(op, x, y.shape)
-        op.set(out)
-        return
-    for slot, (axis, start, end, step) in enumerate(ranges):
-        if not (is_constant(start) and is_constant(end)):
-            op.freeze(x[axis], "slices this axis by a range that depends on the input")
-        elif not x.value.has_fixed(axis):
-            op.freeze(x[axis], "slices this axis, whose size depends on the input")
-        if op.atoms.all_frozen(x[axis]):
-            if y.shape is None:
-                raise GiveUp(f"the output shape of {op.name} is not known")
-            out[axis] = op.atoms.stretched(x[axis], y.shape[axis])
-            continue
-        out[axis] = _sliced(op, x[axis], slot, (start, end, step))
-        op.touched.append(x[axis])
-    op.set(out)
-
-
-def _known_ranges(op: Op, x: Tensor) -> list[tuple[int, Any, Any, int]] | None:
-    """(axis, start, end, step) of each sliced axis, starts and ends as expressions; None if they depend on data.
-
-    Which axes are sliced must not depend on the inputs.
-    """
-    values = [None if t is None else t.value for t in op.inputs[1:]] if op.opset >= 10 else []
-    if any(v is not None and (v.value is None or (v.is_open and v.expressions is None)) for v in values):
-        return None
-    if any(v is not None and v.is_open for v in values[2:]):
-        return None
-    operands = [None if v is None else v.expressions if v.is_open else v.value for v in values]
-    return slice_ranges(op.call, x.rank, operands)
-
-
-def _sliced_blindly(op: Op, x: Tensor, shape: Sequence[int] | None) -> list[Axis]:
-    """The range depends on data: axes of unchanged length could be sliced too, so all are frozen."""
-    if shape is None:
-        raise GiveUp(f"the range of {op.name} is computed from data")
-    for axis in x.axes or []:
-        op.freeze(axis, "slices by a range computed from data")
-    return [op.frozen(size, "slices by a range computed from data") for size in shape]
-
-
-def _sliced(op: Op, axis: Axis, slot: int, span: tuple[int, int, int]) -> Axis:
-    """Atoms of a slice of a channel axis."""
-    start, end, step = span
-    size = len(axis)
-    positions = np.arange(size)[slice(start, end if end > -_FAR else None, step)]
-    whole = len(positions) == size
-    if step == 1 or (step == -1 and whole):
-        remap = _contiguous if step == 1 else _reversed
-        _demand_slice(op, axis, slot, remap, start, end)
-        return axis[positions]
-    if step > 1 and size % step == 0 and 0 <= start < step and (end >= size or (end == -1 and start < step - 1)):
-        blocks = op.atoms.fresh(size // step)
-        op.unite(axis, op.atoms.repeated(blocks, step))
-        _demand_slice(op, axis, slot, _strided, start, end)
-        return axis[positions]
-    op.freeze(axis, f"takes every {step}th index")
-    return axis[positions]
-
-
-def _demand_slice(op: Op, axis: Axis, slot: int, remap: Any, start: int, end: int) -> None:
-    """Demand new starts and ends at one place of the two lists."""
-    for which, old_value in ((0, start), (1, end)):
-        rewrite = _replacing_one(axis, slot, remap, which, old_value)
-        op.demand(("starts", "ends")[which] if op.opset < 10 else which + 1, [axis], rewrite)
-
-
-def _replacing_one(axis: Axis, slot: int, remap: Any, which: int, value: int) -> Rewrite:
-    def rewrite(keep: Keep, old: Any) -> Any:
-        new = remap(keep.mask(axis), value, which)
-        if isinstance(old, np.ndarray):
-            made = old.copy()
-            made[slot] = new
-            return made
-        return [*old[:slot], new, *old[slot + 1 :]]
-
-    return rewrite
-
-
-def _contiguous(mask: npt.NDArray[np.bool_], value: int, which: int) -> int:
-    """New start or end of a range of step 1; the sign stays, what is out of range stays."""
-    size, left = len(mask), int(mask.sum())
-    if value >= size or value < -size:
-        return value
-    position = int(positions_after(mask, np.asarray([value % size if value < 0 else value]))[0])
-    if value < 0 and position < left:
-        return position - left
-    return position
-
-
-def _reversed(mask: npt.NDArray[np.bool_], value: int, which: int) -> int:
-    """New start or end of the whole range backwards."""
-    return int(mask.sum()) - 1 if which == 0 and 0 <= value < len(mask) else value
-
-
-def _strided(mask: npt.NDArray[np.bool_], value: int, which: int) -> int:
-    """New end of a strided range from the first block to the last."""
-    return int(mask.sum()) if which == 1 and value == len(mask) else value
-
-
-@rule("Gather")
-def gather(op: Op) -> None:
-    """Constant positions follow the channels; positions from data hold the axis."""
-    x, indices = op.input(0), op.input(1)
-    axis = op.get("axis", 0) % x.rank
-    where = indices.value.value if indices.value.is_static else None
-    axes = x.axes or []
-    picked: list[Axis]
-    is_row = where is not None and (where.ndim < 2 or (not x.is_constant and max(where.shape) == where.size > 1))
-    is_row = is_row and x.value.has_fixed(axis)
-    if op.atoms.all_frozen(x[axis]) or where is None or not is_row:
-        if x.is_constant and not op.atoms.all_frozen(x[axis]):
-            op.atoms.freeze(x[axis], TABLE_ROWS)
-        op.freeze(x[axis], "looks up along this axis by index")
-        picked = indices.axes or []
-    else:
-        op.operand(1)
-        picked = _gather_known(op, x[axis], where)
-    op.set([*axes[:axis], *picked, *axes[axis + 1 :]])
-
-
-def _gather_known(op: Op, axis: Axis, where: Array) -> list[Axis]:
-    """Positions along one axis of the indices; others of size one come with them (a reshape written as a lookup)."""
-    size, row = len(axis), where.reshape(-1)
-    positions = np.where(row < 0, row + size, row).astype(np.int64)
-    if positions.size and not 0 <= positions.min() <= positions.max() < size:
-        raise GiveUp(f"{op.name} takes positions that the axis of {size} has not")
-    op.touched.append(axis)
-    if where.ndim == 0:
-        op.freeze(axis[positions], "picks this index")
-
-    def rewrite(keep: Keep, old: Array) -> Array:
-        mask = keep.mask(axis)
-        stays = mask[positions] if where.ndim else np.ones(1, np.bool_)
-        new = positions_after(mask, positions[stays])
-        made = np.where(row[stays] < 0, new - int(mask.sum()), new)
-        return np.asarray(made, old.dtype).reshape([len(made) if n == row.size else 1 for n in where.shape])
-
-    op.demand(1, [axis], rewrite)
-    return [axis[positions] if n == row.size else np.zeros(1, np.int64) for n in where.shape]
-
-
-@rule("GatherElements")
-def gather_elements(op: Op) -> None:
-    """One index per element along one axis, which stays; the other axes pass where they are taken whole."""
-    x, indices = op.input(0), op.input(1)
-    axis = op.get("axis", 0) % x.rank
-    op.freeze(x[axis], "looks up along this axis by index")
-    out = []
-    for position in range(x.rank):
-        if position == axis:
-            out.append(indices[position])
-            continue
-        _unite_if_whole(op, x[position], indices[position])
-        out.append(indices[position])
-    op.set(out)
-
-
-@rule("ScatterElements", "Scatter")
-def scatter_elements(op: Op) -> None:
-    """One index per element along one axis, which stays; the other axes pass where they are written whole."""
-    x, indices, updates = op.input(0), op.input(1), op.input(2)
-    axis = op.get("axis", 0) % x.rank
-    op.freeze(x[axis], "writes along this axis by index")
-    for position in range(x.rank):
-        op.unite(indices[position], updates[position])
-        if position != axis:
-            _unite_if_whole(op, x[position], indices[position])
-    op.freeze(indices[axis], "holds positions")
-    op.set(x.axes or [])
-
-
-def _unite_if_whole(op: Op, data: Axis, indices: Axis) -> None:
-    """An axis of which the indices cover only the start stays as it is."""
-    if len(data) == len(indices):
-        op.unite(data, indices)
-        return
-    op.freeze(data, "is indexed in part")
-    op.freeze(indices, "indexes another axis in part")
-
-
-@rule("GatherND")
-def gather_nd(op: Op) -> None:
-    """Index tuples choose along the first axes, which stay; the axes behind them pass."""
-    x, indices = op.input(0), op.input(1)
-    batch, depth = op.get("batch_dims", 0), indices.shape[-1]
-    for axis in (x.axes or [])[: batch + depth]:
-        op.freeze(axis, "looks up along this axis by index")
-    op.freeze(indices[-1], "holds index tuples")
-    for axis in (indices.axes or [])[:batch]:
-        op.freeze(axis, "is a batch axis")
-    op.set([*(indices.axes or [])[:-1], *(x.axes or [])[batch + depth :]])
-
-
-@rule("ScatterND")
-def scatter_nd(op: Op) -> None:
-    """Index tuples choose along the first axes, which stay; the axes behind them unite with the updates'."""
-    x, indices, updates = op.input(0), op.input(1), op.input(2)
-    depth, lead = indices.shape[-1], indices.rank - 1
-    for axis in (x.axes or [])[:depth]:
-        op.freeze(axis, "writes along this axis by index")
-    for axis in indices.axes or []:
-        op.freeze(axis, "holds index tuples")
-    for axis in (updates.axes or [])[:lead]:
-        op.freeze(axis, "is written by index")
-    for offset, axis in enumerate((x.axes or [])[depth:]):
-        op.unite(axis, updates[lead + offset])
-    op.set(x.axes or [])
-
-
-@rule("OneHot")
-def one_hot(op: Op) -> None:
-    """A new axis as long as the depth."""
-    indices = op.input(0)
-    for slot in (1, 2):
-        op.operand(slot)
-    shape, axis = op.outputs[0].value.shape, op.get("axis", -1)
-    if shape is None:
-        raise GiveUp(f"the depth of {op.name} is not known")
-    axis %= len(shape)
-    out = list(indices.axes or [])
-    out.insert(axis, op.frozen(shape[axis], "spans its depth"))
-    op.set(out)
-
-
-@rule("Compress")
-def compress(op: Op) -> None:
-    """Choose along one axis by a condition; the others pass."""
-    x, shape = op.input(0), op.outputs[0].value.shape
-    if "axis" not in op.call.attributes or shape is None:
-        raise GiveUp(f"{op.name} flattens its input")
-    axis = op.get("axis") % x.rank
-    op.freeze(x[axis], "chooses along this axis")
-    op.freeze(op.input(1)[0], "is a condition")
-    out = list(x.axes or [])
-    out[axis] = op.frozen(shape[axis], "chooses along this axis")
-    op.set(out)
-
-
-@rule("ReverseSequence")
-def reverse_sequence(op: Op) -> None:
-    """Reverse one axis up to a length per batch entry."""
-    x = op.input(0)
-    for axis in (op.get("time_axis", 0), op.get("batch_axis", 1)):
-        op.freeze(x[axis], "reverses sequences")
-    op.freeze(op.input(1)[0], "takes sequence lengths per sample")
-    op.set(x.axes or [])
-
-
-@rule("Trilu")
-def trilu(op: Op) -> None:
-    """Triangles of the last two axes."""
-    x = op.input(0)
-    for axis in (x.axes or [])[-2:]:
-        op.freeze(axis, "cuts a triangle out of this axis")
-    op.set(x.axes or [])
-
-
-@rule("Pad")
-def pad(op: Op) -> None:
-    """New indices before and after; on a channel axis they can go like any other."""
-    x = op.input(0)
-    op.hold(1)
-    shape = op.sizes()
-    pads, axes = _pads(op, x.rank)
-    out = list(x.axes or [])
-    for place, axis in enumerate(axes):
-        if op.atoms.all_frozen(x[axis]) or pads is None:
-            op.freeze(x[axis], "pads this axis by an amount computed from data")
-            out[axis] = op.atoms.stretched(x[axis], shape[axis]) if len(x[axis]) else op.frozen(shape[axis])
-            continue
-        low, high = pads[place], pads[place + len(axes)]
-        if not (is_constant(low) and is_constant(high) and x.value.has_fixed(axis)):
-            out[axis] = op.along(x[axis], shape[axis], "pads this axis by an amount that depends on the input")
-            continue
-        if op.get("mode", "constant") != "constant" and (low or high):
-            out[axis] = op.along(x[axis], shape[axis], "pads this axis with copies of its own")
-            continue
-        out[axis] = _padded(op, x[axis], place, len(axes), (low, high))
-    op.set(out)
-
-
-def _pads(op: Op, rank: int) -> tuple[list[Any] | None, list[int]]:
-    """Pad widths (None if they depend on data), and the axes that they are for."""
-    axes = axes_operand(op.call, [op.operand(3)] if op.has(3) else [])
-    axes = list(range(rank)) if axes is None else [a % rank for a in axes]
-    if not op.has(1):
-        return list(op.get("pads", op.get("paddings", [0] * (2 * rank)))), axes
-    value = op.inputs[1].value if op.inputs[1] else None
-    if value is None or value.value is None:
-        return None, axes
-    if not value.is_open:
-        return value.value.ravel().tolist(), axes
-    if value.expressions is None:
-        return None, axes
-    return value.expressions.ravel().tolist(), axes
-
-
-def _is_computed(op: Op, places: Sequence[int]) -> bool:
-    """Whether pad widths come out of arithmetic on sizes, so that zeros need not stay zeros."""
-    value = op.inputs[1].value if op.has(1) and op.inputs[1] is not None else None
-    if value is None or not value.from_shape:
-        return False
-    return value.leaves is None or bool((value.leaves.ravel()[list(places)] < 0).any())
-
-
-def _padded(op: Op, axis: Axis, place: int, count: int, widths: tuple[int, int]) -> Axis:
-    """Atoms of a padded channel axis; negative widths cut."""
-    low, high = widths
-    body = axis[max(0, -low) : len(axis) - max(0, -high)]
-    cut = (axis[: max(0, -low)], axis[len(axis) - max(0, -high) :])
-    op.touched += [axis]
-    new = tuple(op.atoms.fresh(max(0, w), may_vanish=True) for w in widths)
-    if not (low or high or _is_computed(op, (place, place + count))):
-        return axis
-    slot: int | str = 1 if op.has(1) else "pads" if "pads" in op.call.attributes else "paddings"
-
-    def rewrite(keep: Keep, old: Any) -> Any:
-        made = old.copy() if isinstance(old, np.ndarray) else list(old)
-        for position, side in ((place, 0), (place + count, 1)):
-            made[position] = keep.count(new[side]) - keep.count(cut[side])
-        return made
-
-    op.demand(slot, [axis, *new], rewrite)
-    return op.atoms.joined([new[0], body, new[1]])
-
-
-@rule("Expand")
-def expand(op: Op) -> None:
-    """Axes of size one stretch; a stretched axis is as long as whoever uses it needs."""
-    x, y = op.input(0), op.outputs[0].value
-    if y.shapes is None or op.inputs[1] is None or op.inputs[1].value.value is None:
-        raise GiveUp(f"the target shape of {op.name} is not known")
-    op.hold(1)
-    stretched = [_new_axis(op, y, axis) for axis in range(len(y.shapes[0]))]
-    out = broadcast_over(op, x, stretched)
-    op.set(out)
-    count = op.inputs[1].value.value.size
-    if count:
-        op.demand_sizes(1, out[len(out) - count :])
-
-
-def broadcast_over(op: Op, x: Tensor, stretched: list[Axis]) -> list[Axis]:
-    """The axes of x where it has them, stretched ones elsewhere."""
-    missing = len(stretched) - x.rank
-    op.touched.extend(x.axes or [])
-    return [
-        axis if back < missing or (len(x[back - missing]) == 1 and len(axis) != 1) else x[back - missing]
-        for back, axis in enumerate(stretched)
-    ]
-
-
-def _new_axis(op: Op, made: Value, axis: int) -> Axis:
-    size = (made.shape or ())[axis]
-    return op.atoms.fresh(size) if made.has_fixed(axis) else op.frozen(size, "makes an axis that depends on the input")
-
-
-@rule("ConstantOfShape")
-def constant_of_shape(op: Op) -> None:
-    """All equal: each axis is as long as whoever uses it needs."""
-    y, shape = op.outputs[0].value, op.inputs[0]
-    if y.shapes is None or y.guessed or shape is None or shape.value.value is None:
-        raise GiveUp(f"the shape of {op.name} is not known")
-    op.hold(0)
-    out = [_new_axis(op, y, axis) for axis in range(len(y.shapes[0]))]
-    op.set(out)
-    if out:
-        op.demand_sizes(0, out)
-
-
-@rule("Tile")
-def tile(op: Op) -> None:
-    """Copies of an axis; an axis of size one stretches."""
-    x, y = op.input(0), op.outputs[0].value
-    if op.opset < 6:
-        raise GiveUp(f"{op.name} had other inputs before opset 6")
-    if y.shapes is None or y.guessed or op.inputs[1] is None or op.inputs[1].value.value is None:
-        raise GiveUp(f"the repeats of {op.name} are not known")
-    op.hold(1)
-    out, counted = [], []
-    for place, axis in enumerate(x.axes or []):
-        if len(axis) == 1:
-            out.append(_new_axis(op, y, place))
-            counted.append(out[-1])
-            continue
-        out.append(op.atoms.stretched(axis, y.shapes[0][place]))
-        counted.append(np.zeros(0, np.int64))
-    op.set(out)
-    op.demand_sizes(1, counted)
-
-
-@rule("Resize", "Upsample")
-def resize(op: Op) -> None:
-    """Axes that are taken as they are pass (channels), the others are resampled, even to the size that they have."""
-    x, y = op.input(0), op.outputs[0].value
-    if y.sizes is None or x.value.sizes is None or y.guessed:
-        raise GiveUp(f"the output shape of {op.name} is not known")
-    op.hold(1)
-    axes = [axis % x.rank for axis in op.get("axes") or range(x.rank)]
-    out = []
-    for position in range(x.rank):
-        same = x.value.sizes[position] == y.sizes[position]
-        passes = same and (position not in axes or _is_left_alone(op, axes.index(position), len(axes)))
-        out.append(x[position] if passes else op.along(x[position], op.sizes()[position], "resamples this axis"))
-    op.set(out)
-    if op.has(3):
-        if op.get("keep_aspect_ratio_policy", "stretch") != "stretch":
-            for axis in axes:
-                op.freeze(x[axis], "keeps the ratio of this axis to others")
-        op.demand_sizes(3, [out[a] for a in axes])
-
-
-def _is_left_alone(op: Op, place: int, count: int) -> bool:
-    """Whether an axis that keeps its size, one of `count` that are resized, keeps its values.
-
-    It does unless its scale is another than one (8 x 1.12 makes 8 again) or sampling starts elsewhere.
-    """
-    mode = op.get("coordinate_transformation_mode", "half_pixel")
-    if mode == "tf_crop_and_resize" and not _is_whole(op, place, count):
-        return False
-    if mode == "tf_half_pixel_for_nn" and op.get("nearest_mode", "round_prefer_floor") not in _ROUND_DOWN:
-        return False
-    slot = 2 if op.opset > 10 else 1
-    if op.has(slot):
-        value = op.inputs[slot].value  # type: ignore[union-attr]  # it is there
-        scales = value.expressions if value.is_open else value.value
-        # An empty list stands for none.
-        return scales is not None and (scales.size != count or bool(scales[place] == 1))
-    scales = op.get("scales")
-    return bool(scales is None or scales[place] == 1)
-
-
-_ROUND_DOWN = {"floor", "round_prefer_floor"}
-
-
-def _is_whole(op: Op, place: int, count: int) -> bool:
-    """Whether the region of interest is the whole of an axis."""
-    roi = op.inputs[1].value if op.has(1) and op.inputs[1] is not None else None
-    if roi is None or not roi.is_static or roi.value is None or roi.value.size != 2 * count:
-        return False
-    return bool(roi.value[place] == 0 and roi.value[place + count] == 1)
-
-
-@rule("Size")
-def size_(op: Op) -> None:
-    """A number that others compute with; where it is not known beforehand, it cannot be put back to what it was."""
-    if op.outputs[0].value.values is None:
-        raise GiveUp(f"the number that {op.name} gives is not known")
-    shape_(op)
-
-
-@rule("Shape")
-def shape_(op: Op) -> None:
-    """Sizes, which follow by themselves."""
-    for axis in (op.inputs[0].axes if op.inputs[0] is not None else None) or []:
-        op.touched.append(axis)
-    op.set([op.frozen(size, "lists sizes") for size in op.sizes()])
-
-
-@rule("Range")
-def range_(op: Op) -> None:
-    """Positions along an axis that somebody else shrinks."""
-    start, limit, step = op.input(0).value, op.input(1).value, op.input(2).value
-    if not (start.is_static and limit.is_static and step.is_static):
-        made_up(op)
-        return
-    op.hold(0)
-    assert start.value is not None
-    assert step.value is not None
-    count = op.sizes()[0]
-    if start.value.item() != 0 or step.value.item() != 1 or count < 2:
-        op.set([op.frozen(count, "counts along this axis")])
-        return
-    axis = op.atoms.fresh(count)
-    op.set([axis])
-    op.positions(axis)
-    op.demand(1, [axis], lambda keep, old: np.asarray(keep.count(axis), old.dtype))
-
-
-@rule("EyeLike", "AffineGrid", "RandomNormalLike", "RandomUniformLike", "Bernoulli")
-def made_up(op: Op) -> None:
-    """Made from sizes and numbers: nothing to prune in it."""
-    op.hold(0)
-    op.set([op.frozen(size) for size in op.sizes()])

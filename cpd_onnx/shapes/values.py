@@ -222,6 +222,10 @@ class Folded:
         """The model as it was given."""
         return self.source or self.model
 
+    def __repr__(self) -> str:
+        """One line, without the values."""
+        return f"Folded({self.original!r})"
+
 
 def taken_branch(condition: Value | None) -> str | None:
     """The branch of an If that runs whatever the inputs, if that is known."""

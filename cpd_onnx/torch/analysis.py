@@ -151,7 +151,7 @@ def shape_values(graph: GraphProto) -> set[str]:
     tensors |= {name for node in graph.node for body in bodies_of(node).values() for name in free_names(body)}
     numbers: set[str] = set()
     for node in reversed(graph.node):
-        moves = node.domain in DEFAULT_DOMAINS and node.op_type in host.RULES and not tensors & set(node.output)
+        moves = node.domain in DEFAULT_DOMAINS and node.op_type in host.OPERATORS and not tensors & set(node.output)
         found = find(node.domain, node.op_type)
         slots = () if found is None else found.host
         tensors |= {name for slot, name in enumerate(node.input) if slot not in slots and not moves}

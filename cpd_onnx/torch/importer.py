@@ -23,6 +23,7 @@ from onnx import GraphProto, ModelProto, NodeProto
 from torch import fx, nn
 
 from cpd_onnx.errors import ModelError, UnsupportedError
+from cpd_onnx.ops.evaluate import Call
 from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.torch import control, host, operators
 from cpd_onnx.torch.analysis import (
@@ -314,15 +315,16 @@ class _Builder:
             return None
         if traits_of(node).reads_sizes:
             return self._sizes(node, inputs[0])
-        rule = host.RULES.get(node.op_type)
+        if node.op_type not in host.OPERATORS:
+            return None
         known = [value if value is None else self._host(value) for value in inputs]
-        if rule is None or any(found is None and value is not None for found, value in zip(known, inputs, strict=True)):
+        if any(found is None and value is not None for found, value in zip(known, inputs, strict=True)):
             return None
         try:
-            result = rule(self._emit, known, attributes_of(node))
+            results = host.compute(node.op_type, self._emit, known, Call(attributes_of(node), self.facts.opset))
         except host.NotOnHostError:
             return None
-        return result if isinstance(result, list) else [result]
+        return results if len(results) >= len(node.output) else None
 
     def _sizes(self, node: NodeProto, value: Value) -> list[Host] | None:
         sizes: Sequence[Any]
@@ -403,7 +405,7 @@ class _Builder:
             "input_type": lambda: self._input_type(node),
             "masked": lambda: node.input[0] in self._masked,
         }
-        return {name: makers[name]() for name in found.reserved}
+        return {name: makers[name]() for name in sorted(found.reserved)}
 
     def _input_type(self, node: NodeProto) -> torch.dtype:
         """Return the torch type of the node's first input."""

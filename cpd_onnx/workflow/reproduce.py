@@ -33,12 +33,13 @@ def reproduce(request: Reproduce, observer: Observer = ignore) -> dict[str, Any]
     What there is to say about it, see `require_same`.
     """
     there = manifest.read(request.manifest)
-    run, made = there.get("run", "compress"), {e["role"]: e for e in there["outputs"] if e.get("repeats")}
-    if run not in _RUNS or "model" not in made or not any(entry["role"] == "model" for entry in there["inputs"]):
+    made = {entry["role"]: entry for entry in there["outputs"] if entry.get("repeats")}
+    owner = next((owner for run, owner in _RUNS.items() if run == there.get("run", "compress")), None)
+    if owner is None or "model" not in made or not any(entry["role"] == "model" for entry in there["inputs"]):
         raise PlanError(f"manifest {request.manifest} names no model, or a run that is none of {', '.join(_RUNS)}")
     require_outputs(request)
     inputs = _inputs(request, there)
-    again = _again(request, there, _RUNS[run], inputs, request.output / _name_of(made["model"], request.manifest))
+    again = _again(request, there, owner, inputs, request.output / _name_of(made["model"], request.manifest))
     with _folder(request.output):
         if isinstance(again, Compress):
             again = _with_choice(again, lambda: _plan_of(made, request))

@@ -438,6 +438,12 @@ TABLE: list[tuple[str, int, str, list[str], dict[str, Any]]] = [
         "else_branch = e () => (float[2, 6] q) { q = Neg(h) }> y = MatMul(a, v) }",
         ["6: v.0 w.1"], {"c": True},
     ),
+    (
+        "channels times channels", 17,
+        "(float[6, 4] x, float[8, 6] w, float[5, 8] v) => (float[5, 4] y) "
+        "{ h = MatMul(w, x) t = Transpose(h) g = MatMul(h, t) k = MatMul(g, h) y = MatMul(v, k) }",
+        ["8: v.1 w.0"], {},
+    ),
     ("unknown operator", 17, f"{MLP}) => (float[2, 4, 5] y) {{ h = MatMul(x, w) a = local.Strange(h) y = MatMul(a, v) }}", [], {}),
 ]  # fmt: skip  # a table
 NAMES = [row[0] for row in TABLE]

@@ -814,3 +814,28 @@ def test_regions_of_images_that_are_not_there_are_named() -> None:
         OPERATORS["", "RoiAlign"].function(x, corners, torch.ones(1), opset=16, output_height=2, output_width=2)
     with pytest.raises(UnsupportedError, match="MaxRoiPool has a region in image 1 in a batch of 1"):
         OPERATORS["", "MaxRoiPool"].function(x, torch.cat([torch.ones(1, 1), corners], 1), pooled_shape=[2, 2])
+
+
+SIZES = {
+    "the largest of three": ("s = Shape(x) r, c = Split<num_outputs=2>(s) k = Constant<value=int64[1]{5}>() m = Max(r, k, c)"
+                             " y = ConstantOfShape(m)", (7,)),
+    "the least of one": ("s = Shape(x) r, c = Split<num_outputs=2>(s) m = Min(r) y = ConstantOfShape(m)", (4,)),
+    "a reduction that reduces nothing": ("s = Shape(x) m = ReduceProd<noop_with_empty_axes=1>(s) y = ConstantOfShape(m)", (4, 7)),
+    "a quotient beyond 53 bits": ("s = Constant<value=int64[1]{9007199254740993}>() d = Constant<value=int64[1]{1}>()"
+                                  " k = Constant<value=int64[1]{8}>() q = Div(s, d) m = Mod(q, k) y = ConstantOfShape(m)", (1,)),
+}  # fmt: skip  # a table
+
+
+@pytest.mark.parametrize("what", SIZES)
+def test_shape_arithmetic_of_all_kinds(what: str) -> None:
+    body, expected = SIZES[what]
+    model = parse(f"(float[4, N] x) => (float[A] y) {{ {body} }}", 18)
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    (made,) = import_model(model)(torch.zeros(4, 7))
+    assert tuple(made.shape) == expected
+
+
+def test_what_would_be_huge_is_not_made_while_importing() -> None:
+    body = "n = Constant<value=int64{4000000000000}>() z = Constant<value=int64{0}>() o = Constant<value=int64{1}>()"
+    model = parse(f"(float[4] x) => (int64[M] r, float[4] y) {{ {body} r = Range(z, n, o) y = Relu(x) }}")
+    import_model(model)  # runs out of memory only when it is run

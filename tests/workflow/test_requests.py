@@ -283,7 +283,8 @@ def test_results_say_what_they_are_in_one_line(folder: Path) -> None:
         state.verification,
         cpd.compressed("model.onnx"),
     )
-    for found in (*results, *state.need("combed", "comb").groups):
+    combed = state.need("combed", "comb")
+    for found in (*results, state.folded, *combed.groups, *combed.weights):
         line = repr(found)
         assert line.startswith(f"{type(found).__name__}("), line
         assert "\n" not in line

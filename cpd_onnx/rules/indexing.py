@@ -1,0 +1,275 @@
+"""Operators that pick elements by position, or write them there: slices, lookups, triangles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cpd_onnx.algebra.atoms import Axis
+from cpd_onnx.ir.model import Array
+from cpd_onnx.ops.evaluate import slice_ranges
+from cpd_onnx.ops.sizes import is_constant
+from cpd_onnx.rules.api import TABLE_ROWS, GiveUp, Keep, Op, Rewrite, Tensor, positions_after, rule
+
+_FAR = 2**31 - 1
+"""Slice ends from this on mean 'to the end' in every exporter."""
+
+
+@rule("Slice")
+def slice_(op: Op) -> None:
+    """A range of one or several axes."""
+    x, y = op.input(0), op.outputs[0].value
+    op.hold(1)
+    out = list(x.axes or [])
+    ranges = _known_ranges(op, x)
+    if ranges is None:
+        out = _sliced_blindly(op, x, y.shape)
+        op.set(out)
+        return
+    for slot, (axis, start, end, step) in enumerate(ranges):
+        if not (is_constant(start) and is_constant(end)):
+            op.freeze(x[axis], "slices this axis by a range that depends on the input")
+        elif not x.value.has_fixed(axis):
+            op.freeze(x[axis], "slices this axis, whose size depends on the input")
+        if op.atoms.all_frozen(x[axis]):
+            if y.shape is None:
+                raise GiveUp(f"the output shape of {op.name} is not known")
+            out[axis] = op.atoms.stretched(x[axis], y.shape[axis])
+            continue
+        out[axis] = _sliced(op, x[axis], slot, (start, end, step))
+        op.touched.append(x[axis])
+    op.set(out)
+
+
+def _known_ranges(op: Op, x: Tensor) -> list[tuple[int, Any, Any, int]] | None:
+    """(axis, start, end, step) of each sliced axis, starts and ends as expressions; None if they depend on data.
+
+    Which axes are sliced must not depend on the inputs.
+    """
+    values = list(map(op.value, range(1, len(op.inputs)))) if op.opset >= 10 else []
+    if any(v is not None and (v.value is None or (v.is_open and v.expressions is None)) for v in values):
+        return None
+    if any(v is not None and v.is_open for v in values[2:]):
+        return None
+    operands = [None if v is None else v.expressions if v.is_open else v.value for v in values]
+    return slice_ranges(op.call, x.rank, operands)
+
+
+def _sliced_blindly(op: Op, x: Tensor, shape: Sequence[int] | None) -> list[Axis]:
+    """The range depends on data: axes of unchanged length could be sliced too, so all are frozen."""
+    if shape is None:
+        raise GiveUp(f"the range of {op.name} is computed from data")
+    op.freeze_all(x.axes or [], "slices by a range computed from data")
+    return [op.frozen(size, "slices by a range computed from data") for size in shape]
+
+
+def _sliced(op: Op, axis: Axis, slot: int, span: tuple[int, int, int]) -> Axis:
+    """Atoms of a slice of a channel axis."""
+    start, end, step = span
+    size = len(axis)
+    positions = np.arange(size)[slice(start, end if end > -_FAR else None, step)]
+    whole = len(positions) == size
+    if step == 1 or (step == -1 and whole):
+        remap = _contiguous if step == 1 else _reversed
+        _demand_slice(op, axis, slot, remap, start, end)
+        return axis[positions]
+    if step > 1 and size % step == 0 and 0 <= start < step and (end >= size or (end == -1 and start < step - 1)):
+        blocks = op.atoms.fresh(size // step)
+        op.unite(axis, op.atoms.repeated(blocks, step))
+        _demand_slice(op, axis, slot, _strided, start, end)
+        return axis[positions]
+    op.freeze(axis, f"takes every {step}th index")
+    return axis[positions]
+
+
+def _demand_slice(op: Op, axis: Axis, slot: int, remap: Any, start: int, end: int) -> None:
+    """Demand new starts and ends at one place of the two lists."""
+    for which, old_value in ((0, start), (1, end)):
+        rewrite = _replacing_one(axis, slot, remap, which, old_value)
+        op.demand(("starts", "ends")[which] if op.opset < 10 else which + 1, [axis], rewrite)
+
+
+def _replacing_one(axis: Axis, slot: int, remap: Any, which: int, value: int) -> Rewrite:
+    def rewrite(keep: Keep, old: Any) -> Any:
+        new = remap(keep.mask(axis), value, which)
+        if isinstance(old, np.ndarray):
+            made = old.copy()
+            made[slot] = new
+            return made
+        return [*old[:slot], new, *old[slot + 1 :]]
+
+    return rewrite
+
+
+def _contiguous(mask: npt.NDArray[np.bool_], value: int, which: int) -> int:
+    """New start or end of a range of step 1; the sign stays, what is out of range stays."""
+    size, left = len(mask), int(mask.sum())
+    if value >= size or value < -size:
+        return value
+    position = int(positions_after(mask, np.asarray([value % size if value < 0 else value]))[0])
+    if value < 0 and position < left:
+        return position - left
+    return position
+
+
+def _reversed(mask: npt.NDArray[np.bool_], value: int, which: int) -> int:
+    """New start or end of the whole range backwards."""
+    return int(mask.sum()) - 1 if which == 0 and 0 <= value < len(mask) else value
+
+
+def _strided(mask: npt.NDArray[np.bool_], value: int, which: int) -> int:
+    """New end of a strided range from the first block to the last."""
+    return int(mask.sum()) if which == 1 and value == len(mask) else value
+
+
+@rule("Gather")
+def gather(op: Op) -> None:
+    """Constant positions follow the channels; positions from data hold the axis."""
+    x, indices = op.input(0), op.input(1)
+    axis = op.get("axis", 0) % x.rank
+    where = indices.value.value if indices.value.is_static else None
+    axes = x.axes or []
+    picked: list[Axis]
+    is_row = where is not None and (where.ndim < 2 or (not x.is_constant and max(where.shape) == where.size > 1))
+    is_row = is_row and x.value.has_fixed(axis)
+    if op.atoms.all_frozen(x[axis]) or where is None or not is_row:
+        op.freeze(x[axis], TABLE_ROWS if x.is_constant else "looks up along this axis by index")
+        picked = indices.axes or []
+    else:
+        op.operand(1)
+        picked = _gather_known(op, x[axis], where)
+    op.set([*axes[:axis], *picked, *axes[axis + 1 :]])
+
+
+def _gather_known(op: Op, axis: Axis, where: Array) -> list[Axis]:
+    """Positions along one axis of the indices; others of size one come with them (a reshape written as a lookup)."""
+    size, row = len(axis), where.reshape(-1)
+    positions = np.where(row < 0, row + size, row).astype(np.int64)
+    if positions.size and not 0 <= positions.min() <= positions.max() < size:
+        raise GiveUp(f"{op.name} takes positions that the axis of {size} has not")
+    op.touched.append(axis)
+    if where.ndim == 0:
+        op.freeze(axis[positions], "picks this index")
+
+    def rewrite(keep: Keep, old: Array) -> Array:
+        mask = keep.mask(axis)
+        stays = mask[positions] if where.ndim else np.ones(1, np.bool_)
+        new = positions_after(mask, positions[stays])
+        made = np.where(row[stays] < 0, new - int(mask.sum()), new)
+        return np.asarray(made, old.dtype).reshape([len(made) if n == row.size else 1 for n in where.shape])
+
+    op.demand(1, [axis], rewrite)
+    return [axis[positions] if n == row.size else np.zeros(1, np.int64) for n in where.shape]
+
+
+@rule("GatherElements")
+def gather_elements(op: Op) -> None:
+    """One index per element along one axis, which stays; the other axes pass where they are taken whole."""
+    x, indices = op.input(0), op.input(1)
+    axis = op.get("axis", 0) % x.rank
+    op.freeze(x[axis], "looks up along this axis by index")
+    out = []
+    for position in range(x.rank):
+        if position == axis:
+            out.append(indices[position])
+            continue
+        _unite_if_whole(op, x[position], indices[position])
+        out.append(indices[position])
+    op.set(out)
+
+
+@rule("ScatterElements", "Scatter")
+def scatter_elements(op: Op) -> None:
+    """One index per element along one axis, which stays; the other axes pass where they are written whole."""
+    x, indices, updates = op.input(0), op.input(1), op.input(2)
+    axis = op.get("axis", 0) % x.rank
+    op.freeze(x[axis], "writes along this axis by index")
+    for position in range(x.rank):
+        op.unite(indices[position], updates[position])
+        if position != axis:
+            _unite_if_whole(op, x[position], indices[position])
+    op.freeze(indices[axis], "holds positions")
+    op.set(x.axes or [])
+
+
+def _unite_if_whole(op: Op, data: Axis, indices: Axis) -> None:
+    """An axis of which the indices cover only the start stays as it is."""
+    if len(data) == len(indices):
+        op.unite(data, indices)
+        return
+    op.freeze(data, "is indexed in part")
+    op.freeze(indices, "indexes another axis in part")
+
+
+@rule("GatherND")
+def gather_nd(op: Op) -> None:
+    """Index tuples choose along the first axes, which stay; the axes behind them pass."""
+    x, indices = op.input(0), op.input(1)
+    batch, depth = op.get("batch_dims", 0), indices.shape[-1]
+    op.freeze_all((x.axes or [])[: batch + depth], "looks up along this axis by index")
+    op.freeze(indices[-1], "holds index tuples")
+    op.freeze_all((indices.axes or [])[:batch], "is a batch axis")
+    op.set([*(indices.axes or [])[:-1], *(x.axes or [])[batch + depth :]])
+
+
+@rule("ScatterND")
+def scatter_nd(op: Op) -> None:
+    """Index tuples choose along the first axes, which stay; the axes behind them unite with the updates'."""
+    x, indices, updates = op.input(0), op.input(1), op.input(2)
+    depth, lead = indices.shape[-1], indices.rank - 1
+    op.freeze_all((x.axes or [])[:depth], "writes along this axis by index")
+    op.freeze_all(indices.axes or [], "holds index tuples")
+    op.freeze_all((updates.axes or [])[:lead], "is written by index")
+    for offset, axis in enumerate((x.axes or [])[depth:]):
+        op.unite(axis, updates[lead + offset])
+    op.set(x.axes or [])
+
+
+@rule("OneHot")
+def one_hot(op: Op) -> None:
+    """A new axis as long as the depth."""
+    indices = op.input(0)
+    for slot in (1, 2):
+        op.operand(slot)
+    shape, axis = op.outputs[0].value.shape, op.get("axis", -1)
+    if shape is None:
+        raise GiveUp(f"the depth of {op.name} is not known")
+    axis %= len(shape)
+    out = list(indices.axes or [])
+    out.insert(axis, op.frozen(shape[axis], "spans its depth"))
+    op.set(out)
+
+
+@rule("Compress")
+def compress(op: Op) -> None:
+    """Choose along one axis by a condition; the others pass."""
+    x, shape = op.input(0), op.outputs[0].value.shape
+    if "axis" not in op.call.attributes or shape is None:
+        raise GiveUp(f"{op.name} flattens its input")
+    axis = op.get("axis") % x.rank
+    op.freeze(x[axis], "chooses along this axis")
+    op.freeze(op.input(1)[0], "is a condition")
+    out = list(x.axes or [])
+    out[axis] = op.frozen(shape[axis], "chooses along this axis")
+    op.set(out)
+
+
+@rule("ReverseSequence")
+def reverse_sequence(op: Op) -> None:
+    """Reverse one axis up to a length per batch entry."""
+    x = op.input(0)
+    for axis in (op.get("time_axis", 0), op.get("batch_axis", 1)):
+        op.freeze(x[axis], "reverses sequences")
+    op.freeze(op.input(1)[0], "takes sequence lengths per sample")
+    op.set(x.axes or [])
+
+
+@rule("Trilu")
+def trilu(op: Op) -> None:
+    """Triangles of the last two axes."""
+    x = op.input(0)
+    op.freeze_all((x.axes or [])[-2:], "cuts a triangle out of this axis")
+    op.set(x.axes or [])
