@@ -8,7 +8,7 @@ from cpd_onnx.proof.comparison import INCONCLUSIVE, VERIFIED
 from tests.support.planted import DEFECTS, NETWORKS, SILENT, verdict_of
 
 FEW = ("inputs of a kernel in another order", "one filter a tenth larger", "other channels of the second group")
-"""All of them with all networks: benchmarks/planted.py."""
+"""All of them with all networks: benchmarks/robustness/planted.py."""
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -207,7 +207,7 @@ def test_an_edit_is_named(name: str, pruned: tuple[Model, ModelProto, Plan]) -> 
 
 
 def test_random_edits_are_named(pruned: tuple[Model, ModelProto, Plan]) -> None:
-    """A short run; `benchmarks/edited.py` has the long one."""
+    """A short run; `benchmarks/robustness/edited.py` has the long one."""
     original, proto, plan = pruned
     silent = []
     for seed in range(40):

@@ -1,4 +1,4 @@
-"""Random graphs and random damage, a short run of each; `benchmarks/fuzz.py` has the long one."""
+"""Random graphs and random damage, a short run of each; `benchmarks/robustness/fuzz.py` has the long one."""
 
 from __future__ import annotations
 

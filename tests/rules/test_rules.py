@@ -484,7 +484,7 @@ def test_an_operator_without_a_rule_keeps_its_channels_and_says_so() -> None:
 
 
 def sampled(name: str) -> bool:
-    """A fixed half of the official tests; all of them run in benchmarks/operators.py."""
+    """A fixed half of the official tests; all of them run in benchmarks/coverage/operators.py."""
     # onnxruntime updates the running mean of a BatchNormalization in training mode in place, input or not.
     return zlib.crc32(name.encode()) % 2 == 0 and "expanded" not in name and "training_mode" not in name
 
@@ -520,7 +520,7 @@ def test_every_rule_is_exercised() -> None:
 
 
 CONTRIB = "com.microsoft"
-GRAPHS = "random graphs, in test_fuzz.py and benchmarks/fuzz.py"
+GRAPHS = "random graphs, in test_fuzz.py and benchmarks/robustness/fuzz.py"
 # Rules that no table row or official test holds, and what does.
 ELSEWHERE = {
     ("", "SimplifiedLayerNormalization"): "shares its rule with LayerNormalization",

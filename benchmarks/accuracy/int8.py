@@ -1,8 +1,8 @@
 """Pruning and quantising together: accuracy, file size and latency of four trained models.
 
-    python benchmarks/int8.py --data DATA [--only gtsrb] [--work FOLDER] [--distill]
-    python benchmarks/int8.py --data DATA --work FOLDER --time
-    python benchmarks/int8.py --table
+    python benchmarks/accuracy/int8.py --data DATA [--only gtsrb] [--work FOLDER] [--distill]
+    python benchmarks/accuracy/int8.py --data DATA --work FOLDER --time
+    python benchmarks/accuracy/int8.py --table
 
 DATA is a folder with `onnx/` and `load.py`, as `without_training.py` takes it, whose cases these are: half of the MACs
 (ESPNet 0.53), no training, 512 unlabelled images (ESPNet 64) for pruning, repair and calibration; all test images count.
@@ -186,7 +186,7 @@ def main() -> None:
         parser.error("give --data, or --table")
     if options.time and options.work is None:
         parser.error("--time needs the files of an earlier run: give --work")
-    line = f"python benchmarks/int8.py {' '.join(Path(word).name for word in sys.argv[1:])}"
+    line = f"python benchmarks/accuracy/int8.py {' '.join(Path(word).name for word in sys.argv[1:])}"
     content |= {"machine": machine(), "commit": commit(), "timed_by" if options.time else "command": line}
     with tempfile.TemporaryDirectory() as folder:
         for name in options.only or (content["cases"] if options.time else CASES):

@@ -1,7 +1,7 @@
 """`cpd-onnx compress` on real files, started as a user does, and judged by a script that knows nothing of it.
 
-    python benchmarks/product.py --data DATA [--only NAME] [--keep FOLDER]
-    python benchmarks/product.py --table
+    python benchmarks/accuracy/product.py --data DATA [--only NAME] [--keep FOLDER]
+    python benchmarks/accuracy/product.py --table
 
 A classifier and a segmentation model with their data, a detector and a text detector without any. For each: what the
 report says of accuracy, bytes and speed, and what `independent.py` finds on the same files.
@@ -71,7 +71,7 @@ def row(case: Case, folder: Path, work: Path) -> dict[str, Any]:
     started = time.perf_counter()
     subprocess.run([*line, *asked], check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - started
-    judge = [sys.executable, str(HERE / "independent.py"), str(original), str(small)]
+    judge = [sys.executable, str(HERE / "accuracy" / "independent.py"), str(original), str(small)]
     judge += ["--data", str(work / "test.npz"), "--metric", case.metric] if case.data else []
     found = json.loads(subprocess.run(judge, check=True, capture_output=True, text=True).stdout)
     report = json.loads(small.with_name(f"{small.name}.report.json").read_text())
@@ -127,7 +127,7 @@ def main() -> None:
             content["rows"][name] = row(CASES[name], options.data, Path(work))
             if options.keep:
                 shutil.copytree(work, options.keep / name.replace(" ", "_"), dirs_exist_ok=True)
-        content |= {"command": "python benchmarks/product.py --data DATA", "machine": machine()}
+        content |= {"command": "python benchmarks/accuracy/product.py --data DATA", "machine": machine()}
         options.out.write_text(json.dumps(content, indent=1) + "\n")
     show(content)
 

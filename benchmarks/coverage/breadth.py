@@ -1,6 +1,6 @@
 """Prune every model of a zoo at half the channels and prove each result.
 
-    python benchmarks/breadth.py --models ZOO [--models DATA/onnx] --out results/breadth.jsonl
+    python benchmarks/coverage/breadth.py --models ZOO [--models DATA/onnx] --out results/breadth.jsonl
 
 Each model runs in a process of its own with a time limit. A line of the result says how far it came: "verified",
 "refused" with the reason, or "failed". `--summary` prints the table from the results alone.

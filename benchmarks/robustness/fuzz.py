@@ -1,6 +1,6 @@
 """Random graphs through the oracles, damaged files through the pipeline and all commands: the long run of tests/robustness/test_fuzz.py.
 
-    python benchmarks/fuzz.py [--graphs 20000] [--open 20000] [--damaged 100000] [--commands 4000] [--data DATA] [--out FILE]
+    python benchmarks/robustness/fuzz.py [--graphs 20000] [--open 20000] [--damaged 100000] [--commands 4000] [--data DATA] [--out FILE]
 
 Graphs (tests/support/graphs.py): operators with rules in random topologies, valid by onnx's checker. Each is folded, combed,
 pruned at random and compared with the masked original in onnxruntime, and its channels are permuted.
@@ -38,13 +38,13 @@ from functools import cache
 from pathlib import Path
 
 import onnx
-from accuracy import HERE, commit, macs
 
 import cpd_onnx as cpd
 from cpd_onnx.runtime import sessions as runtime
 from cpd_onnx.testing import mask_oracle, permutation_oracle
 
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.accuracy.accuracy import HERE, commit, macs
 from tests.support.commands import command_outcome
 from tests.support.damage import damaged
 from tests.support.graphs import seeded

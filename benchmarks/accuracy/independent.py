@@ -1,6 +1,6 @@
 """Judge files with onnxruntime and numpy alone, nothing of this project: is it true what its report says?
 
-    python benchmarks/independent.py ORIGINAL SMALL [--data TEST.npz --metric top1|miou] [--seconds 6]
+    python benchmarks/accuracy/independent.py ORIGINAL SMALL [--data TEST.npz --metric top1|miou] [--seconds 6]
 
 Prints JSON: for both files size, what the test data says (labels in `labels`; 255 does not count), the median
 milliseconds of a run (in turns, one thread). onnx's checker, its full check where the original passes that, and

@@ -1,6 +1,6 @@
 """Planted defects: what the proof says of pruned models that are wrong in one place, and of the right ones.
 
-    python benchmarks/planted.py
+    python benchmarks/robustness/planted.py
 
 `tests/support/planted.py` has the networks, which end in all kinds of outputs, and the defects. The right model should be
 verified; a wrong one must be wrong or, where its outputs show nothing, inconclusive. Rules with a defect
@@ -19,10 +19,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from accuracy import HERE, commit
-
-sys.path.insert(0, str(HERE.parent))
 from cpd_onnx.rules import RULES
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.accuracy.accuracy import HERE, commit
 from tests.rules.test_mutations import MUTATIONS, is_caught
 from tests.rules.test_rules import model_of
 from tests.support.planted import DEFECTS, NETWORKS, verdict_of
@@ -58,7 +58,7 @@ def main() -> None:
             if set(found.values()) != {"wrong"}
         },
         "rules_caught": mutations(),
-        "command": "python benchmarks/planted.py",
+        "command": "python benchmarks/robustness/planted.py",
         "machine": {"cpus": os.cpu_count(), "system": platform.platform()},
         "versions": {name: metadata.version(name) for name in ("onnx", "onnxruntime", "numpy")},
         "commit": commit(),

@@ -1,6 +1,6 @@
 """Whether `verify` names the place of every edit: one value in a file, the plan or manifest beside it unchanged.
 
-    python benchmarks/edited.py [--count 200] [--out results/edited.json]
+    python benchmarks/robustness/edited.py [--count 200] [--out results/edited.json]
 
 The files are pruned, refitted, trained and deployed ones: the example of the README, and a small model with weights in
 initializers, Constant nodes, the branches of an If and a local function (`tests/support/edits.py`). Each edit changes one value
@@ -25,12 +25,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-from accuracy import HERE, commit
 
 from cpd_onnx.cli.main import main as command_line
 from cpd_onnx.report.manifest import versions
 
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.accuracy.accuracy import HERE, commit
 from tests.support.edits import KINDS, edited, nested
 
 MODELS = HERE.parent / "models"

@@ -1,6 +1,6 @@
 """How fast an imported network trains beside the same network written natively in torch.
 
-    python benchmarks/training_speed.py [--model resnet50 --model vit_b_16] [--out results/training_speed.json]
+    python benchmarks/speed/training_speed.py [--model resnet50 --model vit_b_16] [--out results/training_speed.json]
 
 Needs torchvision. The native network is exported with its normalisations in training mode and imported again; both
 take the same batch through forward and backward, in turns, eager and compiled; the ratio of the medians is told
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "training_speed.json")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "training_speed.json")
     options = parser.parse_args()
     content: dict[str, Any] = {"torch": metadata.version("torch"), "device": options.device, "results": {}}
     for name in options.model or ["resnet50", "vit_b_16"]:

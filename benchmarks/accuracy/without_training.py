@@ -1,14 +1,14 @@
 """What is left of real trained models without a gradient step, from unlabelled images alone.
 
-    python benchmarks/without_training.py --data DATA [--only resnet56] [--peer-python TORCH] [--onnxsim-python ONNXSIM]
-    python benchmarks/without_training.py --data DATA --scores [--only resnet56]
-    python benchmarks/without_training.py --table
+    python benchmarks/accuracy/without_training.py --data DATA [--only resnet56] [--peer-python TORCH] [--onnxsim-python ONNXSIM]
+    python benchmarks/accuracy/without_training.py --data DATA --scores [--only resnet56]
+    python benchmarks/accuracy/without_training.py --table
 
 DATA is a folder with `onnx/` and `load.py`, which decodes CIFAR-10, GTSRB and CamVid; all test images count.
 
 The first command prunes each model through the command line (`cpd-onnx prune --data IMAGES`: reconstruction scores, the
 widths with the least damage, repair), and by magnitude and chance with and without repair. TORCH is a Python with torch
-and torch-pruning, which prunes the ResNet (benchmarks/torch_pruning_resnet.py). ONNXSIM is one with onnxsim: structured
+and torch-pruning, which prunes the ResNet (benchmarks/accuracy/torch_pruning_resnet.py). ONNXSIM is one with onnxsim: structured
 pruning by Wanda on the same images at the sparsity that comes nearest to the target, followed by its own recovery.
 
 The second compares all scores at 1.5, 2 and 4 times fewer MACs, all with the spread "optimal", before and after the
@@ -124,7 +124,7 @@ def rows(case: Case, folder: Path, work: Path, options: argparse.Namespace) -> I
         yield way, row(out, time.perf_counter() - started)
     if options.peer_python and case.model.startswith("resnet56"):
         out, started = work / "torch_pruning.onnx", time.perf_counter()
-        script = [options.peer_python, HERE / "torch_pruning_resnet.py", original, str(case.target), out]
+        script = [options.peer_python, HERE / "accuracy" / "torch_pruning_resnet.py", original, str(case.target), out]
         subprocess.run(script, check=True, capture_output=True)
         yield "torch-pruning", row(out, time.perf_counter() - started)
     if options.onnxsim_python:
@@ -225,7 +225,7 @@ def main() -> None:
         return
     content |= {
         "machine": {"cpus": os.cpu_count(), "system": platform.platform(), "onnxruntime": ort.__version__},
-        "commit": commit(), "command": f"python benchmarks/without_training.py {' '.join(Path(word).name for word in sys.argv[1:])}",
+        "commit": commit(), "command": f"python benchmarks/accuracy/without_training.py {' '.join(Path(word).name for word in sys.argv[1:])}",
     }  # fmt: skip  # a record
     with tempfile.TemporaryDirectory() as folder:
         for name in options.only or (WITH_SCORES if options.scores else CASES):

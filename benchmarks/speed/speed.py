@@ -1,6 +1,6 @@
 """How long combing and pruning take: a given model end to end, and chains of 10 to 1,000 layers.
 
-    python benchmarks/speed.py [--model resnet50.onnx] [--out benchmarks/results/speed.json]
+    python benchmarks/speed/speed.py [--model resnet50.onnx] [--out benchmarks/results/speed.json]
 
 Seconds are wall time, the median of several runs, file reading and writing included for the model; imports are not.
 """
@@ -85,10 +85,10 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "speed.json")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "speed.json")
     options = parser.parse_args()
     result: dict[str, Any] = {
-        "command": "python benchmarks/speed.py --model MODEL",
+        "command": "python benchmarks/speed/speed.py --model MODEL",
         "machine": platform.processor() or platform.machine(),
     }
     if options.model:

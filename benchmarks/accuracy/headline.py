@@ -1,11 +1,11 @@
 """Accuracy against measured latency: ours, chance, torch-pruning, and a narrower network trained from scratch.
 
-    python benchmarks/headline.py --data DATA [--peer-python TORCH] [--work FOLDER] [--out FILE] [--plot FILE]
-    python benchmarks/headline.py --segmentation --data DATA [--work FOLDER] [--out FILE]
-    python benchmarks/headline.py --table
+    python benchmarks/accuracy/headline.py --data DATA [--peer-python TORCH] [--work FOLDER] [--out FILE] [--plot FILE]
+    python benchmarks/accuracy/headline.py --segmentation --data DATA [--work FOLDER] [--out FILE]
+    python benchmarks/accuracy/headline.py --table
 
 DATA is a folder with `load.py`, which decodes GTSRB (43 classes of traffic signs). ResNet-18 with its published widths is
-trained there on all labels (benchmarks/torch_resnet18.py) and exported. For each share of its latency (onnxruntime, one
+trained there on all labels (benchmarks/accuracy/torch_resnet18.py) and exported. For each share of its latency (onnxruntime, one
 thread, one image at a time):
 
 * ours: `cpd-onnx prune --target latency=SHARE --data IMAGES`, 512 images without labels, repaired;
@@ -102,11 +102,11 @@ class Run:
         return path
 
     def network(self, name: str, python: Any, *arguments: Any) -> Path:
-        """What benchmarks/torch_resnet18.py makes under a name, once."""
+        """What benchmarks/accuracy/torch_resnet18.py makes under a name, once."""
         path = self.work / f"{name}.onnx"
         if not path.exists():
             job, source, *rest = arguments
-            script = [python, HERE / "torch_resnet18.py", job, source, path.with_suffix(""), *rest]
+            script = [python, HERE / "accuracy" / "torch_resnet18.py", job, source, path.with_suffix(""), *rest]
             script += ["--threads", self.options.threads]
             done = subprocess.run([str(word) for word in script], capture_output=True, text=True, check=False)
             if done.returncode:
@@ -291,7 +291,7 @@ def main() -> None:
         return
     content = {
         "machine": {"cpus": os.cpu_count(), "system": platform.platform()}, "commit": commit(),
-        "command": f"python benchmarks/headline.py {' '.join(Path(word).name for word in sys.argv[1:])}",
+        "command": f"python benchmarks/accuracy/headline.py {' '.join(Path(word).name for word in sys.argv[1:])}",
         "versions": {name: metadata.version(name) for name in ("onnx", "onnxruntime", "torch", "numpy")},
     }  # fmt: skip  # a record
     with tempfile.TemporaryDirectory() as folder:

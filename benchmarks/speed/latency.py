@@ -1,6 +1,6 @@
 """Half of the latency, asked of ten architectures: what is predicted, what is measured, what work is left.
 
-    python benchmarks/latency.py --models ZOO/full [--peer-python TORCH] [--out FILE] [--table]
+    python benchmarks/speed/latency.py --models ZOO/full [--peer-python TORCH] [--out FILE] [--table]
 
 For each model a cost table is measured, the channels are chosen by `l2` with the default spread for a latency target,
 and the model that comes out is timed beside the original anew, for longer than the allocation did. "gain" is the
@@ -30,7 +30,6 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from accuracy import commit
 
 from cpd_onnx.algebra.keep import Kept
 from cpd_onnx.budget.latency import Clock
@@ -40,6 +39,9 @@ from cpd_onnx.errors import CpdError
 from cpd_onnx.ir.model import load
 from cpd_onnx.passes.allocate import Allocate
 from cpd_onnx.scores.registry import score
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.accuracy.accuracy import commit
 
 ARCHITECTURES = (
     "resnet50", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "convnext_tiny", "vit_s_16", "swin_t",
@@ -114,7 +116,7 @@ def peer(python: str, name: str, clock: Clock, latency: float, before: float) ->
     result: dict[str, Any] = {}
     batch = next(len(array) for array in clock.feed.values())
     with tempfile.TemporaryDirectory() as folder:
-        command = [python, "-c", PEER, str(Path(__file__).parent / "zoo"), name, folder, str(batch)]
+        command = [python, "-c", PEER, str(Path(__file__).parents[1] / "zoo"), name, folder, str(batch)]
         try:
             done = subprocess.run(command, capture_output=True, timeout=PEER_SECONDS, check=False).stdout
         except subprocess.TimeoutExpired as late:
@@ -165,7 +167,7 @@ def main() -> None:
     parser.add_argument("--target", type=float, default=0.5)
     parser.add_argument("--batch", type=int, default=1, help="samples at a time (default: 1)")
     parser.add_argument("--seconds", type=float, default=6.0, help="of timing at the end (default: 6)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "latency.json")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "latency.json")
     parser.add_argument("--table", action="store_true", help="only print what is in the file")
     options = parser.parse_args()
     if options.table:
@@ -173,7 +175,7 @@ def main() -> None:
         return
     machine = {"cpus": os.cpu_count(), "system": platform.platform(), "onnxruntime": ort.__version__}
     content: dict[str, Any] = {
-        "command": f"python benchmarks/latency.py {' '.join(Path(word).name for word in sys.argv[1:])}", "machine": machine, "commit": commit(),
+        "command": f"python benchmarks/speed/latency.py {' '.join(Path(word).name for word in sys.argv[1:])}", "machine": machine, "commit": commit(),
         "rows": {},
     }  # fmt: skip  # a record
     for name in options.names:

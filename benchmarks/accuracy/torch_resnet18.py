@@ -1,7 +1,7 @@
 """ResNet-18 for 32x32 images in torch: train it on labelled images, or prune it by torch-pruning, and export it.
 
-    python benchmarks/torch_resnet18.py train IMAGES OUT --classes 43 [--share 1.0] [--epochs 12]
-    python benchmarks/torch_resnet18.py prune WEIGHTS OUT --share 0.5
+    python benchmarks/accuracy/torch_resnet18.py train IMAGES OUT --classes 43 [--share 1.0] [--epochs 12]
+    python benchmarks/accuracy/torch_resnet18.py prune WEIGHTS OUT --share 0.5
 
 IMAGES is an .npz with `input` [N, 3, 32, 32] and `labels` [N]. OUT.onnx is the exported model, OUT.pt its weights. The
 widths are those of He et al. 2016, 64 to 512, times --share, in multiples of 8. `prune` needs torch-pruning: the same

@@ -1,6 +1,6 @@
 """Prune a CIFAR-10 ResNet with zero-padded shortcuts by torch-pruning and export it; needs torch and torch-pruning.
 
-    python benchmarks/torch_pruning_resnet.py resnet56.onnx 0.392 pruned.onnx
+    python benchmarks/accuracy/torch_pruning_resnet.py resnet56.onnx 0.392 pruned.onnx
 
 The network is rebuilt in torch with the weights of the file. torch-pruning cannot follow the zero-padded shortcuts (an
 IndexError), so it is given what one who knows it would: only the first convolution of each block is pruned, and the

@@ -1,6 +1,6 @@
 """All official ONNX operator tests, each between random matrices that set its axes free, pruned and proved.
 
-    python benchmarks/operators.py [--only REGEX] [--out benchmarks/results/operators.json]
+    python benchmarks/coverage/operators.py [--only REGEX] [--out benchmarks/results/operators.json]
 
 Run from the repository: the models are made by tests/support/models.py. Every case is taken twice: with all float inputs as
 activations, and with some of them as weights.
@@ -17,7 +17,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import cpd_onnx as cpd
 from tests.support.models import operator_cases, set_free
@@ -30,7 +30,7 @@ def main() -> None:
     """Count what became of the cases, and print those that are disproved."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=re.compile, default=re.compile(""))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "operators.json")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "operators.json")
     options = parser.parse_args()
     counts: Counter[str] = Counter()
     started = time.perf_counter()
@@ -42,7 +42,7 @@ def main() -> None:
             model = set_free(case, constants=constants)
             if model is not None:
                 counts[outcome(case.name, model)] += 1
-    result = {"command": "python benchmarks/operators.py", "counts": dict(sorted(counts.items()))}
+    result = {"command": "python benchmarks/coverage/operators.py", "counts": dict(sorted(counts.items()))}
     result["seconds"] = round(time.perf_counter() - started, 1)
     print(json.dumps(result, indent=1))
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """Ours, torch-pruning and onnxsim's pruner on the same models, one after the other.
 
-    python benchmarks/peers.py --zoo ZOO --torch-python TORCH --onnxsim-python ONNXSIM --out results/peers.jsonl
+    python benchmarks/coverage/peers.py --zoo ZOO --torch-python TORCH --onnxsim-python ONNXSIM --out results/peers.jsonl
 
 ZOO holds the exports of benchmarks/zoo; TORCH is a Python with torch, torchvision, timm, transformers and
 torch-pruning 1.6.1; ONNXSIM one with onnxsim 0.8.1. For each model ours runs first, then torch-pruning on the torch
@@ -135,7 +135,7 @@ def start(tool: str, python: str) -> float:
 def serve(tool: str) -> None:
     """Do the imports once, then a forked job for each line of standard input."""
     if tool == "torch-pruning":
-        sys.path.insert(0, str(Path(__file__).parent / "zoo"))
+        sys.path.insert(0, str(Path(__file__).parents[1] / "zoo"))
         import torch_models  # noqa: F401  # the expensive imports
         import torch_pruning as tp  # noqa: F401
     elif tool == "ours":
@@ -276,7 +276,7 @@ def main() -> None:
     parser.add_argument("--zoo", type=Path)
     parser.add_argument("--torch-python", default=sys.executable)
     parser.add_argument("--onnxsim-python", default=sys.executable)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "peers.jsonl")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "peers.jsonl")
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--summary", action="store_true")
     options = parser.parse_args()

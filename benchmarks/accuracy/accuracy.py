@@ -1,13 +1,13 @@
 """Accuracy of real trained models after pruning and distilling through the command line, labels unused.
 
-    python benchmarks/accuracy.py --data DATA [--only resnet56] [--peer-python PYTHON] [--steps N] [--out FILE]
+    python benchmarks/accuracy/accuracy.py --data DATA [--only resnet56] [--peer-python PYTHON] [--steps N] [--out FILE]
 
 DATA is a folder with `onnx/` and `load.py`, which decodes CIFAR-10, GTSRB and CamVid. For each model and target: channels
 chosen by reconstruction and repaired, as `prune --data` does, and without repair by the Fisher score, by magnitude and by
 chance; and once the unpruned control. All of them are trained by the same recipe, with the original as teacher; what counts is the accuracy after the last step, on test images that were not trained on.
 
 With PYTHON, one that has torch and torch-pruning, the CIFAR-10 ResNet-56 is also rebuilt there, pruned by torch-pruning
-to the same MACs and exported (`benchmarks/torch_pruning_resnet.py`); what comes out is trained by the same recipe, and so
+to the same MACs and exported (`benchmarks/accuracy/torch_pruning_resnet.py`); what comes out is trained by the same recipe, and so
 is the file that torch-pruning's author published for 2.55 times fewer MACs.
 """
 
@@ -37,7 +37,7 @@ from cpd_onnx.channels.combing import comb
 from cpd_onnx.channels.costs import CostModel
 from cpd_onnx.ir.model import load
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CAMVID = ((110.33139, 108.40919, 105.03353), (72.125206, 72.68849, 69.902596))
 
@@ -176,7 +176,7 @@ class Run:
                 yield f"{name} {target}", path
             if self.peer is not None and self.case.published:
                 path = self.work / f"{self.case.model}_torch-pruning_{target}.onnx"
-                script = HERE / "torch_pruning_resnet.py"
+                script = HERE / "accuracy" / "torch_pruning_resnet.py"
                 done = subprocess.run(
                     [self.peer, script, self.original, str(target), path], capture_output=True, text=True, check=False
                 )

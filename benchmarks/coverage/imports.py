@@ -1,6 +1,6 @@
 """The torch import on every file: does it say what onnxruntime says, and does training lower the loss?
 
-    python benchmarks/imports.py --models ZOO [--models DATA/onnx] --out results/imports.jsonl
+    python benchmarks/coverage/imports.py --models ZOO [--models DATA/onnx] --out results/imports.jsonl
 
 For each file: outputs of the import and of onnxruntime on random inputs that the model accepts, compared at 1e-4
 relative in float32 (a difference below ten times what a nudge of the inputs by 1e-6 does counts as none, as in
@@ -142,7 +142,7 @@ def main() -> None:
     """Run what is not in the results yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, action="append", default=[])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "imports.jsonl")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "imports.jsonl")
     parser.add_argument("--only", type=re.compile, default=re.compile(""))
     parser.add_argument("--timeout", type=float, default=300)
     parser.add_argument("--summary", action="store_true")

@@ -1,6 +1,6 @@
 """Proof that a refactoring changed nothing: the same commands with two checkouts, and every byte that they write compared.
 
-    python benchmarks/unchanged.py --before CHECKOUT --after CHECKOUT --data DATA [--jobs 2] [--words]
+    python benchmarks/robustness/unchanged.py --before CHECKOUT --after CHECKOUT --data DATA [--jobs 2] [--words]
         [--rename=--old=--new] [--only NAME] [--keep FOLDER] [--out results/unchanged.json]
 
 DATA is a folder with real models in `onnx/`. Every command runs in a process of its own, on one thread, from a folder of
@@ -43,7 +43,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 LIMIT = 240
 """Seconds that a command may take."""
 BINARY = {".onnx", ".data"}
@@ -172,7 +172,7 @@ class Server:
             **os.environ, "PYTHONPATH": str(self.tree), "PYTHONHASHSEED": "0", "COLUMNS": "160", "NO_COLOR": "1",
             "PYTHONDONTWRITEBYTECODE": "1", **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
         }  # fmt: skip  # a table
-        line = [sys.executable, str(HERE / Path(__file__).name), "--serve"]
+        line = [sys.executable, str(Path(__file__).resolve()), "--serve"]
         self.process = subprocess.Popen(line, text=True, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def run(self, folder: Path, words: Sequence[str]) -> Outcome:

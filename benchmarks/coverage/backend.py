@@ -1,6 +1,6 @@
 """The official ONNX backend tests through our torch import, and through onnx2torch and onnx2pytorch.
 
-    python benchmarks/backend.py --runner onnx_backend_runner.py [--peers-python PYTHON] --out results/backend.json
+    python benchmarks/coverage/backend.py --runner onnx_backend_runner.py [--peers-python PYTHON] --out results/backend.json
 
 RUNNER is the program that cuts the corpus and scores a converter (a test passes with equal types and shapes, and values
 within the test's own tolerance). PYTHON is one that has onnx2torch and onnx2pytorch with their torch and torchvision;
@@ -57,7 +57,7 @@ def score(python: str, runner: Path, converter: str, scope: list[str]) -> dict[s
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
         line = [python, str(runner), "--converter", converter, *scope, "--json", str(out)]
-        environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}"}
+        environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[2]}"}
         subprocess.run(line, capture_output=True, check=False, env=environment)
         tests = json.loads(out.read_text())["tests"]
     failed = sorted(name for name, test in tests.items() if test["status"] != "pass")
@@ -69,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runner", type=Path, required=True)
     parser.add_argument("--peers-python")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "backend.json")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "backend.json")
     options = parser.parse_args()
     converters = {"ours": (sys.executable, "backend:convert")}
     if options.peers_python:

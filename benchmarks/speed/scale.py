@@ -1,8 +1,8 @@
 """Models larger than memory: time and peak memory against size, beside copying the same files.
 
-    python benchmarks/scale.py [--sizes 0.1 0.3 1 3 10] [--work FOLDER] [--out FILE]
-    python benchmarks/scale.py --nodes 1000 10000 100000
-    python benchmarks/scale.py --table
+    python benchmarks/speed/scale.py [--sizes 0.1 0.3 1 3 10] [--work FOLDER] [--out FILE]
+    python benchmarks/speed/scale.py --nodes 1000 10000 100000
+    python benchmarks/speed/scale.py --table
 
 The first command generates transformers of so many gigabytes (float32, weights in a file of their own), prunes each to
 half of its channels through the command line (`prune --no-verify`), and then has `verify` prove the result; each in a
@@ -24,8 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accuracy import HERE, commit
 from onnx import NodeProto, TensorProto, helper
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.accuracy.accuracy import HERE, commit
 
 LAYER_BYTES = 12 * 4
 """Of a layer, times the square of its width."""

@@ -1,6 +1,6 @@
 """Whether onnx's checker and onnxruntime take every file that is written, and `inspect` every official operator test.
 
-    python benchmarks/accepted.py --models FOLDER [FOLDER …] [--backend] [--out FILE]
+    python benchmarks/robustness/accepted.py --models FOLDER [FOLDER …] [--backend] [--out FILE]
 
 Each model of the folders is pruned to half of its channels by L2 and written; the file is read again by onnx.checker
 (full) and by onnxruntime, which both count only if they take the original. --backend puts the models of the official
@@ -22,13 +22,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
-from accuracy import HERE, commit
 
 import cpd_onnx as cpd
 from cpd_onnx.cli.main import main as command_line
 from cpd_onnx.runtime.sessions import open_model
 
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from benchmarks.accuracy.accuracy import HERE, commit
 from tests.support.models import operator_cases
 
 
