@@ -29,7 +29,16 @@ class DataError(CpdError):
 
 
 class UnsupportedError(CpdError):
-    """The model needs something that this step does not support."""
+    """The model needs something that this step does not support.
+
+    Attributes:
+        problem: The message without the advice that follows it, for callers who have another.
+    """
+
+    def __init__(self, problem: str, advice: str = "") -> None:
+        """Create the error from what is wrong and what to do next."""
+        super().__init__(f"{problem}; {advice}" if advice else problem)
+        self.problem = problem
 
 
 class EndlessError(UnsupportedError):

@@ -178,7 +178,7 @@ def picked(owner: type[T], request: Any, **other: Any) -> T:
 
 def neighbours(name: str, known: Iterable[str]) -> str:
     """What may have been meant by a name that is not known, to stand behind it in a message."""
-    close = difflib.get_close_matches(name, list(known), 3)
+    close = difflib.get_close_matches(name, list(known), cutoff=0.7)
     return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 

@@ -172,13 +172,9 @@ def distill(  # noqa: PLR0913  # what comes after the options is said by name, a
             if restored:
                 _begin(module, restored, teacher, feed, overlap)
             trainer = Trainer(
-                module,
-                _teacher(_with_outputs(teacher, hidden), options, process_group),
-                comparison,
-                options,
-                process_group,
-                freeze=options.freeze,
-            )
+                module, _teacher(_with_outputs(teacher, hidden), options, process_group), comparison, options,
+                process_group, freeze=options.freeze,
+            )  # fmt: skip
             losses = trainer.train(
                 feed,
                 _steps(feed, options),

@@ -137,7 +137,7 @@ class Atoms:
 
     def find(self, axis: Axis) -> Axis:
         """The representative of each atom."""
-        if is_uniform(axis):
+        if axis.strides == (0,) and len(axis) > 1:  # a uniform axis as `uniform` makes it
             return np.broadcast_to(self.find(axis[:1]), len(axis))
         parent = self._parent
         root = parent[axis]

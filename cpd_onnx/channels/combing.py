@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto, TensorProto
 
-from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis, Mask, fingerprint
+from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis, Mask
 from cpd_onnx.algebra.keep import Kept
 from cpd_onnx.algebra.reasons import Reason
 from cpd_onnx.channels.constraints import (
@@ -175,16 +175,14 @@ class _Sweep:
     def account(self, op: Op) -> None:
         """Every axis of every input must have been carried, united, consumed or frozen."""
         carried = [*op.touched, *(axis for tensor in op.outputs for axis in tensor.axes or [])]
-        live = [
+        doubtful = [  # an array that was carried on as it is needs no look at its atoms
             (slot, number, axis)
             for slot, tensor in enumerate(op.inputs)
             for number, axis in enumerate((tensor and tensor.axes) or [])
-            if not self.atoms.all_frozen(axis)
+            if not any(axis is other for other in carried) and not self.atoms.all_frozen(axis)
         ]
-        whole = set(map(fingerprint, carried)) if live else set()
-        lost = [entry for entry in live if fingerprint(entry[-1]) not in whole]
-        settled = {NOTHING}.union(*(self.atoms.parts(a).ravel().tolist() for a in carried)) if lost else set()
-        for slot, number, axis in lost:
+        settled = {NOTHING}.union(*(self.atoms.parts(a).ravel().tolist() for a in carried)) if doubtful else set()
+        for slot, number, axis in doubtful:
             if not settled.issuperset(self.atoms.parts(axis).ravel().tolist()):
                 text = f"the rule of {op.name} does not account for axis {number} of input {slot}"
                 reason = Reason("operator", "", text)

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import NodeProto
 
-from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis, Fingerprint, fingerprint
+from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis
 from cpd_onnx.algebra.reasons import Reason
 from cpd_onnx.channels.groups import Group, Swept
 from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.rules.api import Demand, Recorder
 from cpd_onnx.rules.reduce import POSITION_USERS
-from cpd_onnx.shapes.values import Scope, Use, Value
+from cpd_onnx.shapes.values import Origin, Role, Scope, Use, Value
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class Element:
 
     position: int
     axis: Axis
-    leaf: int
+    origin: Origin
 
 
 def operand_value(demand: Demand) -> Value | None:
@@ -45,10 +45,10 @@ def operand_value(demand: Demand) -> Value | None:
 def elements(demand: Demand, value: Value) -> Iterator[Element]:
     """The elements of a list of sizes that are the size of their axis."""
     assert value.value is not None
-    leaves = np.full(value.value.size, -1) if value.leaves is None else value.leaves.ravel()
+    origins = value.each_origin()
     for position, (axis, old) in enumerate(zip(demand.axes, value.value.ravel().tolist(), strict=True)):
         if old == len(axis):
-            yield Element(position, axis, int(leaves[position]))
+            yield Element(position, axis, origins[position])
 
 
 def hold_positions(swept: Swept) -> None:
@@ -78,14 +78,9 @@ def _stays_a_position(scope: Scope, name: str, within: Value | None) -> bool:
 
 def hold_last_channels(swept: Swept) -> None:
     """Freeze channels without which some axis would be empty."""
-    seen: set[Fingerprint] = set()
-    axes = [a for t in swept.tensors.values() for a in t.axes or []]
-    axes += [a for weight in swept.weights for group in weight.axes for a in group]
-    for axis in axes:
-        key = fingerprint(axis)
-        if key in seen or len(axis) < 1 or (len(axis) == 1 and axis[0] == NOTHING):
+    for axis in (seen.axis for seen in swept.axes):
+        if len(axis) < 1 or (len(axis) == 1 and axis[0] == NOTHING):
             continue
-        seen.add(key)
         parts = swept.atoms.parts(axis)
         if parts.shape[1] == 1 and parts[0, 0] != parts[-1, 0]:
             continue
@@ -149,13 +144,14 @@ def _sizes_in(swept: Swept, scope: Scope, name: str) -> Iterator[Axis]:
         maker = scope.makers.get(todo.pop())
         if value is None or not value.from_shape:
             continue
-        leaves = np.full(1, -1) if value.leaves is None else value.leaves.ravel()
-        for leaf in leaves[leaves < -1].tolist():
-            for source, number in swept.folded.dims[-2 - leaf]:
+        origins = value.each_origin()
+        sizes = [origin for origin in origins if origin.role == Role.SIZES]
+        for origin in sizes:
+            for source, number in swept.folded.products[origin.source]:
                 tensor = swept.tensor_of.get(source)
                 if tensor is not None and tensor.axes is not None:
                     yield tensor.axes[number]
-        if maker is not None and (leaves >= -1).any():
+        if maker is not None and len(sizes) < len(origins):
             # A shape that an operator gives its output is no part of the elements.
             named = swept.recorder.demanded
             slots = enumerate(scope.nodes[maker].input)
@@ -167,7 +163,7 @@ def _sizes_in(swept: Swept, scope: Scope, name: str) -> Iterator[Axis]:
 def _one_round(swept: Swept) -> bool:
     """Whether something had to be frozen or united."""
     atoms, changed = swept.atoms, False
-    sharing: dict[int, list[Axis]] = defaultdict(list)
+    sharing: dict[Origin, list[Axis]] = defaultdict(list)
     for demand in swept.recorder.demands:
         live = [axis for axis in demand.axes if not atoms.all_frozen(axis)]
         value = operand_value(demand)
@@ -200,18 +196,18 @@ def _about(node: NodeProto, text: str) -> Reason:
     return Reason("operator", f"{node.op_type} {node.name or node.output[0]!r}", text)
 
 
-def _dynamic_list(swept: Swept, demand: Demand, value: Value, sharing: dict[int, list[Axis]]) -> bool:
+def _dynamic_list(swept: Swept, demand: Demand, value: Value, sharing: dict[Origin, list[Axis]]) -> bool:
     """A list of sizes of which some depend on the inputs."""
     atoms, changed = swept.atoms, False
     node = demand.scope.nodes[demand.node]
     for element in elements(demand, value):
-        if element.leaf >= 0:
-            if swept.folded.uses[element.leaf >> 32].scope.function:
+        if element.origin.is_constant:
+            if swept.folded.uses[element.origin.source].scope.function:
                 changed |= _freeze(atoms, element.axis, Reason("structure", "", "names this size in a function"))
-            sharing[element.leaf].append(element.axis)
+            sharing[element.origin].append(element.axis)
         elif atoms.all_frozen(element.axis):
             continue
-        elif element.leaf == -1:
+        elif element.origin.role == Role.UNKNOWN:
             changed |= _freeze(atoms, element.axis, _about(node, "computes this size from that of the input"))
         else:
             changed |= _follow(swept, element)
@@ -228,7 +224,7 @@ def _freeze(atoms: Atoms, axis: Axis, reason: Reason) -> bool:
 def _follow(swept: Swept, element: Element) -> bool:
     """The size is that of other tensors' axes, which must then have the same fate."""
     atoms, axes = swept.atoms, []
-    for source, number in swept.folded.dims[-2 - element.leaf]:
+    for source, number in swept.folded.products[element.origin.source]:
         tensor = swept.tensor_of.get(source)
         if tensor is None or tensor.axes is None:
             return _freeze(atoms, element.axis, Reason("structure", "", "is the size of a tensor that is not followed"))

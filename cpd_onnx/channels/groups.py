@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -152,6 +152,15 @@ class Frozen:
     reasons: tuple[Reason, ...]
 
 
+@dataclass(slots=True)
+class SeenAxis:
+    """One axis, the positions at which tensors have it, and the first at which a trained matrix does."""
+
+    axis: Axis
+    positions: list[int]
+    trained: int | None = None
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Swept:
     """What the sweep over a model leaves, before it is clear what has to stay and which channels belong together.
@@ -170,6 +179,29 @@ class Swept:
     recorder: Recorder
     tensors: Mapping[tuple[str, str], Tensor]
     weights: tuple[Weight, ...]
+
+    @cached_property
+    def axes(self) -> Sequence[SeenAxis]:
+        """The axes of all tensors, weights last and in order of use; equal ones together.
+
+        A channel that runs through vectors alone is a part of them that nobody looks at.
+        What is made of constants counts as trained: some files make their weights by ConstantOfShape.
+        """
+        found: dict[Fingerprint, SeenAxis] = {}
+        position = 0
+        tensors = ((tensor.axes or [], tensor.value.is_made_weight) for tensor in self.tensors.values())
+        weights = (
+            (axes, weight.is_trained and not weight.is_vector) for weight in self.weights for axes in weight.axes
+        )
+        for axes, is_trained in itertools.chain(tensors, weights):
+            for axis in axes:
+                key = fingerprint(axis)
+                seen = found.get(key) or found.setdefault(key, SeenAxis(axis, []))
+                seen.positions.append(position)
+                if is_trained and seen.trained is None:
+                    seen.trained = position
+                position += 1
+        return list(found.values())
 
     @cached_property
     def weight_of(self) -> dict[Value, Weight]:
@@ -305,7 +337,7 @@ def grouped(swept: Swept) -> list[Group]:
     signature = np.zeros(len(atoms), np.uint64)
     trained = np.zeros(len(atoms), np.bool_)
     first = np.full(len(atoms), np.iinfo(np.int64).max)
-    for seen in _all_axes(swept):
+    for seen in swept.axes:
         parts = atoms.parts(seen.axis) if len(seen.axis) > 1 else np.zeros((1, 1), np.int64)
         for column in range(parts.shape[1] if parts.any() else 0):
             primitives = parts[:, column]
@@ -330,35 +362,6 @@ def grouped(swept: Swept) -> list[Group]:
             Group(len(made), names.get(lead, f"group{len(made)}"), kinds.get(lead, "channels"), np.sort(channels))
         )
     return _uniquely_named(made)
-
-
-@dataclass(slots=True)
-class _Seen:
-    """One axis, the positions at which tensors have it, and the first at which a trained matrix does."""
-
-    axis: Axis
-    positions: list[int]
-    trained: int | None = None
-
-
-def _all_axes(swept: Swept) -> Iterable[_Seen]:
-    """The axes of all tensors, weights last and in order of use; equal ones together.
-
-    A channel that runs through vectors alone is a part of them that nobody looks at.
-    What is made of constants counts as trained: some files make their weights by ConstantOfShape.
-    """
-    found: dict[Fingerprint, _Seen] = {}
-    position = 0
-    tensors = ((tensor.axes or [], tensor.value.is_made_weight) for tensor in swept.tensors.values())
-    weights = ((axes, weight.is_trained and not weight.is_vector) for weight in swept.weights for axes in weight.axes)
-    for axes, is_trained in itertools.chain(tensors, weights):
-        for axis in axes:
-            seen = found.setdefault(fingerprint(axis), _Seen(axis, []))
-            seen.positions.append(position)
-            if is_trained and seen.trained is None:
-                seen.trained = position
-            position += 1
-    return found.values()
 
 
 def _hashed(position: int, column: int) -> int:

@@ -539,8 +539,7 @@ def _random_feeds(model: Model) -> list[Feed]:
     try:
         return list(working_feeds(fold(model), session, runs_needed(_tolerance(model))))
     except UnsupportedError as error:
-        reason = str(error).partition("; give sizes")[0]
-        raise UnsupportedError(f"{reason}; give data, or fix sizes that the model accepts") from error
+        raise UnsupportedError(error.problem, "give data, or fix sizes that the model accepts") from error
 
 
 def _tolerance(model: Model) -> float:

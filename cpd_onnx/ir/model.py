@@ -24,7 +24,17 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import (
+    AttributeProto,
+    FunctionProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    ValueInfoProto,
+    helper,
+    numpy_helper,
+)
 
 from cpd_onnx.errors import CpdError, ModelError, ProofError, UnsupportedError
 from cpd_onnx.io.files import (
@@ -563,6 +573,15 @@ def to_array(tensor: TensorProto) -> Array:
         return np.asarray(numpy_helper.to_array(tensor))
     except (ValueError, TypeError, KeyError) as error:
         raise ModelError(f"tensor {tensor.name!r}: its data does not fit dims {list(tensor.dims)} ({error})") from error
+
+
+def constant_array(attribute: AttributeProto) -> Array | None:
+    """What an attribute makes a Constant hold; None where that is no dense tensor of numbers."""
+    if attribute.name == "value":
+        return to_array(attribute.t)
+    if attribute.name not in ("value_int", "value_ints", "value_float", "value_floats"):
+        return None
+    return np.asarray(helper.get_attribute_value(attribute), np.int64 if "int" in attribute.name else np.float32)
 
 
 def replace_values(tensor: TensorProto, values: Array) -> None:

@@ -7,17 +7,19 @@ on anything that stands for an element: run on where elements come from, they te
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
 from cpd_onnx.ir.model import Array, element_type, to_array
 
 Attributes: TypeAlias = dict[str, Any]
+K = TypeVar("K")
+V = TypeVar("V")
 Evaluator: TypeAlias = Callable[..., "Array | tuple[Array, ...]"]
 
 MAX_ELEMENTS = 1 << 16
@@ -29,17 +31,18 @@ class TooLarge(Exception):
 
 
 NOT_COMPUTED = (
-    TooLarge, NotImplementedError, ValueError, IndexError, TypeError, ZeroDivisionError, OverflowError,
+    TooLarge, NotImplementedError, ValueError, LookupError, TypeError, ZeroDivisionError, OverflowError,
 )  # fmt: skip  # a table
 """What evaluators raise where an operator has no result, or none that is computed here."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """What an evaluator may know of its node."""
+    """What may be known of a node: its attributes, the version of its operator set, the number of its outputs."""
 
     attributes: Attributes
     opset: int
+    outputs: int = 1
 
     def get(self, name: str, default: Any = None) -> Any:
         """Attribute value or the default."""
@@ -49,25 +52,28 @@ class Call:
 EVALUATORS: dict[str, Evaluator] = {}
 
 
-def evaluator(*names: str) -> Callable[[Evaluator], Evaluator]:
-    """Register the evaluator of some operators of the default domain."""
+def computed(op_type: str, call: Call, inputs: Sequence[Any]) -> tuple[Array, ...] | None:
+    """The outputs of a node of the default domain; None where they cannot be computed here."""
+    try:
+        found = EVALUATORS[op_type](call, *inputs)
+    except NOT_COMPUTED:
+        return None
+    return tuple(map(np.asarray, found)) if isinstance(found, tuple) else (np.asarray(found),)
 
-    def register(function: Evaluator) -> Evaluator:
-        for name in names:
-            assert name not in EVALUATORS, name
-            EVALUATORS[name] = function
+
+def entering(table: dict[K, V], *keys: K) -> Callable[[V], V]:
+    """Enter a function into a table under some keys."""
+
+    def enter(function: V) -> V:
+        assert not table.keys() & set(keys), keys
+        table.update(dict.fromkeys(keys, function))
         return function
 
-    return register
+    return enter
 
 
-def _elementwise(function: Callable[..., Any]) -> Evaluator:
-    def applied(call: Call, *arrays: Array) -> Array:
-        if "axis" in call.attributes:  # until opset 6, that of the first operand's axes with which the second begins
-            raise NotImplementedError
-        return np.asarray(function(*arrays))
-
-    return applied
+evaluator = functools.partial(entering, EVALUATORS)
+"""Register the evaluator of some operators of the default domain."""
 
 
 def _divide(a: Array, b: Array) -> Any:
@@ -76,58 +82,42 @@ def _divide(a: Array, b: Array) -> Any:
     return (np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b))).astype(a.dtype)
 
 
-for _name, _function in {
+_ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "Div": _divide, "Neg": np.negative, "Abs": np.abs,
     "Equal": np.equal, "Less": np.less, "Greater": np.greater, "LessOrEqual": np.less_equal,
     "GreaterOrEqual": np.greater_equal, "Not": np.logical_not, "And": np.logical_and, "Or": np.logical_or,
     "Xor": np.logical_xor, "Floor": np.floor, "Ceil": np.ceil, "Sqrt": np.sqrt, "Sign": np.sign,
     "Reciprocal": lambda a: np.reciprocal(a), "Round": np.rint, "Exp": np.exp, "Log": np.log,
-    "Identity": lambda a: a, "Where": np.where,
-}.items():  # fmt: skip  # one line an operator would be a page
-    evaluator(_name)(_elementwise(cast(Any, _function)))
+    "Identity": lambda a: a, "Where": np.where, "Pow": lambda base, power: np.power(base, power).astype(base.dtype),
+    "CastLike": lambda array, like: array.astype(like.dtype), "Size": lambda array: np.int64(array.size),
+    "NonZero": lambda array: np.asarray(np.nonzero(array), np.int64),
+}  # fmt: skip  # one line an operator would be a page
+_VARIADIC = {"Min": np.minimum, "Max": np.maximum, "Sum": np.add}
 
 
-@evaluator("Pow")
-def _power(call: Call, base: Array, exponent: Array) -> Array:
-    return np.power(base, exponent).astype(base.dtype)
+def _plain(function: Callable[..., Any]) -> Evaluator:
+    def applied(call: Call, *arrays: Array) -> Array:
+        if "axis" in call.attributes:  # until opset 6, that of the first operand's axes with which the second begins
+            raise NotImplementedError
+        return np.asarray(function(*arrays))
+
+    return applied
 
 
-@evaluator("Mod")
-def _mod(call: Call, a: Array, b: Array) -> Array:
-    return np.asarray(np.fmod(a, b) if call.get("fmod", 0) else np.mod(a, b))
+def _repeated(function: Callable[..., Any]) -> Evaluator:
+    return lambda call, *arrays: np.asarray(functools.reduce(function, arrays))
 
 
-def _variadic(function: Callable[[Any, Any], Any]) -> Evaluator:
-    return lambda call, *arrays: np.asarray(reduce(function, arrays))
-
-
-for _name, _function in {"Min": np.minimum, "Max": np.maximum, "Sum": np.add}.items():
-    evaluator(_name)(_variadic(_function))
-
-
-@evaluator("Cast")
-def _cast(call: Call, array: Array) -> Array:
-    return array.astype(element_type(call.get("to")))
-
-
-@evaluator("CastLike")
-def _cast_like(call: Call, array: Array, like: Array) -> Array:
-    return array.astype(like.dtype)
-
-
-@evaluator("Concat")
-def _concat(call: Call, *arrays: Array) -> Array:
-    return np.concatenate(arrays, axis=call.get("axis", 1))
-
-
-@evaluator("Gather")
-def _gather(call: Call, data: Array, indices: Array) -> Array:
-    return np.take(data, indices, axis=call.get("axis", 0))
-
-
-@evaluator("Size")
-def _size(call: Call, array: Array) -> Array:
-    return np.asarray(array.size, np.int64)
+EVALUATORS |= {name: _plain(function) for name, function in _ELEMENTWISE.items()}
+EVALUATORS |= {name: _repeated(function) for name, function in _VARIADIC.items()}
+EVALUATORS |= {
+    "Mod": lambda call, a, b: np.asarray(np.fmod(a, b) if call.get("fmod", 0) else np.mod(a, b)),
+    "Cast": lambda call, array: array.astype(element_type(call.get("to"))),
+    "Concat": lambda call, *arrays: np.concatenate(arrays, axis=call.get("axis", 1)),
+    "Gather": lambda call, data, indices: np.take(data, indices, axis=call.get("axis", 0)),
+    "Transpose": lambda call, data: np.transpose(data, call.get("perm")),
+    "Unsqueeze": lambda call, data, *operands: np.expand_dims(data, tuple(axes_operand(call, operands) or ())),
+}
 
 
 @evaluator("Slice")
@@ -166,11 +156,6 @@ def _squeeze(call: Call, data: Array, *operands: Array | None) -> Array:
     return np.squeeze(data, axis=None if axes is None else tuple(axes))
 
 
-@evaluator("Unsqueeze")
-def _unsqueeze(call: Call, data: Array, *operands: Array | None) -> Array:
-    return np.expand_dims(data, tuple(axes_operand(call, operands) or ()))
-
-
 @evaluator("Reshape")
 def _reshape(call: Call, data: Array, shape: Array | None = None) -> Array:
     target = call.get("shape") if shape is None else shape.tolist()
@@ -183,11 +168,6 @@ def _reshape(call: Call, data: Array, shape: Array | None = None) -> Array:
 def _flatten(call: Call, data: Array) -> Array:
     axis = call.get("axis", 1) % (data.ndim + 1)
     return data.reshape(math.prod(data.shape[:axis]), -1)
-
-
-@evaluator("Transpose")
-def _transpose(call: Call, data: Array) -> Array:
-    return np.transpose(data, call.get("perm"))
 
 
 @evaluator("Expand")
@@ -261,10 +241,10 @@ def _reduction(function: Callable[..., Any]) -> Evaluator:
     return reduced
 
 
-for _name, _function in {
+_REDUCTIONS: dict[str, Callable[..., Any]] = {
     "ReduceProd": np.prod, "ReduceSum": np.sum, "ReduceMax": np.max, "ReduceMin": np.min, "ReduceMean": np.mean,
-}.items():  # fmt: skip  # as above
-    evaluator(_name)(_reduction(cast(Any, _function)))
+}  # fmt: skip  # as above
+EVALUATORS |= {name: _reduction(function) for name, function in _REDUCTIONS.items()}
 
 
 @evaluator("Trilu")
@@ -279,11 +259,6 @@ def _one_hot(call: Call, indices: Array, depth: Array, values: Array) -> Array:
     _check_size([*indices.shape, count])
     hot = np.equal(np.mod(indices[..., None], count), np.arange(count))
     return np.moveaxis(np.where(hot, values[1], values[0]), -1, call.get("axis", -1))
-
-
-@evaluator("NonZero")
-def _non_zero(call: Call, data: Array) -> Array:
-    return np.asarray(np.nonzero(data), np.int64)
 
 
 def _check_size(shape: Sequence[int]) -> None:

@@ -19,6 +19,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from onnx import NodeProto
 
 from cpd_onnx.ir.model import Array, attributes_of
+from cpd_onnx.ops.evaluate import entering
 
 Key: TypeAlias = "tuple[str, str]"
 """Domain and operator."""
@@ -68,12 +69,7 @@ LINEAR: dict[Key, _MakeLinear] = {}
 def linear(*names: str, domain: str = "") -> Callable[[_MakeLinear], _MakeLinear]:
     """Enter an operator; see `LINEAR`."""
 
-    def enter(function: _MakeLinear) -> _MakeLinear:
-        for name in names:
-            LINEAR[(domain, name)] = function
-        return function
-
-    return enter
+    return entering(LINEAR, *((domain, name) for name in names))
 
 
 def key_of(node: NodeProto) -> Key:
@@ -117,12 +113,7 @@ def is_transpose(node: NodeProto) -> bool:
 def affine(*names: str, domain: str = "") -> Callable[[_MakeAffine], _MakeAffine]:
     """Enter an operator; see `AFFINE`."""
 
-    def enter(function: _MakeAffine) -> _MakeAffine:
-        for name in names:
-            AFFINE[(domain, name)] = function
-        return function
-
-    return enter
+    return entering(AFFINE, *((domain, name) for name in names))
 
 
 @affine("BatchNormalization")

@@ -6,69 +6,42 @@ onnx: a function here answers only where the answer is plain.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
-from onnx import TensorProto
 
-from cpd_onnx.ir.model import Array
-from cpd_onnx.ops.evaluate import Call, axes_operand, slice_ranges
+from cpd_onnx.ops.evaluate import Call, axes_operand, entering, slice_ranges
 from cpd_onnx.ops.sizes import floor, is_constant, largest, least, product, whole
-from cpd_onnx.ops.traits import traits
 
 Dims: TypeAlias = tuple[Any, ...]
 """A shape: whole numbers, or sizes that depend on the inputs."""
-Plain: TypeAlias = Callable[[Call, "Sequence[Dims]", "Sequence[Array | None]"], "Dims | None"]
+Function: TypeAlias = Callable[[Call, Sequence[Any], Sequence[Any]], "Dims | list[Dims | None] | None"]
+"""The shape of an operator's first output, or a list for all, from the shapes and values of its inputs; None where it
+is not plain. What is not there may raise, as in arithmetic with None."""
 
-_FUNCTIONS: dict[str, Plain] = {}
+Values: TypeAlias = Sequence[Any]
+"""Elements of the inputs, None for those that are not known."""
+STANDARD: dict[tuple[str, str], Function] = {}
+OPEN: dict[tuple[str, str], Function] = {}
+"""Functions for shapes with open sizes alone: of numbers onnx says more."""
 _FAR = 2**31 - 1
 """Slice ends from this on mean "to the end" in every exporter."""
-_OPTIONAL_INPUTS = {"Clip", "Resize"}
-"""Operators of which inputs after the first may be missing without a change of shape."""
 
 
-def output_shapes(
-    op_type: str, call: Call, shapes: Sequence[Dims | None], values: Sequence[Array | None], count: int
-) -> list[Dims] | None:
-    """Shapes of the `count` outputs of a node of the default domain; None where onnx has to be asked."""
-    function = _FUNCTIONS.get(op_type)
-    if op_type in _OPTIONAL_INPUTS:
-        shapes = shapes[:1]
-    if not shapes or None in shapes:
-        return None
-    try:
-        if op_type == "Split":
-            return _split(call, shapes, values, count)  # type: ignore[arg-type]  # without None
-        made = function(call, shapes, values) if function is not None and count == 1 else None  # type: ignore[arg-type]
-        return None if made is None else [tuple(None if size is None else whole(size) for size in made)]
-    except (IndexError, NotImplementedError, TypeError, ValueError, ZeroDivisionError):
-        return None
+def of_domain(table: dict[tuple[str, str], Function], domain: str, *names: str) -> Callable[[Function], Function]:
+    """Enter a function for some operators of a domain."""
+    return entering(table, *((domain, name) for name in names))
+
+
+_plain = functools.partial(of_domain, STANDARD, "")
+_open = functools.partial(of_domain, OPEN, "")
 
 
 def _are_from(low: int, sizes: Sequence[Any]) -> bool:
     """Whether no size that is a number is below a bound."""
     return all(size >= low for size in sizes if is_constant(size))
-
-
-def output_type(op_type: str, call: Call, types: Sequence[int]) -> int:
-    """Element type of the outputs of those nodes, from that of the inputs."""
-    if traits(op_type).is_boolean:
-        return int(TensorProto.BOOL)
-    if op_type == "Cast":
-        return int(call.get("to"))
-    if op_type == "ConstantOfShape":
-        return int(call.attributes["value"].data_type) if "value" in call.attributes else int(TensorProto.FLOAT)
-    return types[traits(op_type).type_slot or 0]
-
-
-def _plain(*names: str) -> Callable[[Plain], Plain]:
-    def add(function: Plain) -> Plain:
-        for name in names:
-            _FUNCTIONS[name] = function
-        return function
-
-    return add
 
 
 @_plain(
@@ -77,7 +50,7 @@ def _plain(*names: str) -> Callable[[Plain], Plain]:
     "LeakyRelu", "Log", "LogSoftmax", "MeanVarianceNormalization", "Mish", "Neg", "Not", "PRelu", "Reciprocal", "Relu",
     "Selu", "Sigmoid", "Sign", "Sin", "Softmax", "Softplus", "Sqrt", "Tanh",
 )  # fmt: skip  # a table
-def _same(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims:
+def _same(call: Call, shapes: Sequence[Dims], values: Values) -> Dims:
     return shapes[0]
 
 
@@ -85,7 +58,7 @@ def _same(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) ->
     "Add", "And", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Min", "Mul", "Or", "Pow",
     "Sub", "Sum", "Where", "Xor",
 )  # fmt: skip  # a table
-def _broadcast(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
+def _broadcast(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
     return broadcast(*shapes) if call.opset >= 7 else None
 
 
@@ -106,38 +79,48 @@ def broadcast(*shapes: Dims) -> Dims | None:
 
 
 @_plain("MatMul")
-def _matmul(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
+def _matmul(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
     a, b = shapes
     if len(a) < 2 or len(b) < 2 or a[-1] != b[-2]:
         return None
-    batch = broadcast(a[:-2], b[:-2])
-    return None if batch is None else (*batch, a[-2], b[-1])
+    return product_of(a, b)
+
+
+def product_of(a: Sequence[Any], b: Sequence[Any]) -> Dims | None:
+    """The shape of a product of stacks of matrices whose inner sizes fit."""
+    batch = broadcast(tuple(a[:-2]), tuple(b[:-2]))
+    return None if batch is None or len(a) < 2 or len(b) < 2 else (*batch, a[-2], b[-1])
 
 
 @_plain("Gemm")
-def _gemm(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
+def _gemm(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
     a, b = (s[::-1] if call.get(t, 0) else s for s, t in zip(shapes, ("transA", "transB"), strict=False))
     return (a[0], b[1]) if len(a) == len(b) == 2 and a[1] == b[0] else None
 
 
 @_plain("Conv", "MaxPool", "AveragePool")
-def _window(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
+def _window(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
     data, kernel = shapes[0], shapes[1] if len(shapes) > 1 else None
     window = call.get("kernel_shape") or (kernel and kernel[2:])
     if not window or call.get("auto_pad", "NOTSET") != "NOTSET" or call.get("ceil_mode", 0):
         return None
-    rank = len(window)
-    pads, strides = call.get("pads") or [0] * (2 * rank), call.get("strides") or [1] * rank
-    dilations = call.get("dilations") or [1] * rank
-    if len(data) != rank + 2 or (kernel is not None and data[1] != kernel[1] * call.get("group", 1)):
+    if len(data) != len(window) + 2 or (kernel is not None and data[1] != kernel[1] * call.get("group", 1)):
         return None
-    spans = [d * (w - 1) + 1 for w, d in zip(window, dilations, strict=True)]
-    sizes = [(data[2 + i] + pads[i] + pads[i + rank] - spans[i]) // strides[i] + 1 for i in range(rank)]
+    sizes = windows(call, data[2:], window)
     return (data[0], data[1] if kernel is None else kernel[0], *sizes) if _are_from(1, sizes) else None
 
 
+def windows(call: Call, sizes: Sequence[Any], window: Sequence[Any]) -> list[Any]:
+    """Spatial sizes after a sliding window with the pads that a node says."""
+    rank = len(window)
+    pads, strides = call.get("pads") or [0] * (2 * rank), call.get("strides") or [1] * rank
+    dilations = call.get("dilations") or [1] * rank
+    spans = [d * (w - 1) + 1 for w, d in zip(window, dilations, strict=True)]
+    return [(sizes[i] + pads[i] + pads[i + rank] - spans[i]) // strides[i] + 1 for i in range(rank)]
+
+
 @_plain("Resize")
-def _resized(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
+def _resized(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
     """By scales, in float32 as onnxruntime multiplies them; onnx gives one less where the product is rounded up."""
     place = 1 if call.opset < 11 else 2
     scales = values[place] if len(values) == place + 1 else None
@@ -150,12 +133,17 @@ def _resized(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None])
 
 
 @_plain("GlobalAveragePool", "GlobalMaxPool")
-def _global_pool(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
-    return (*shapes[0][:2], *[1] * (len(shapes[0]) - 2)) if len(shapes[0]) > 2 else None
+def _global_pool(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
+    return pooled(shapes[0]) if len(shapes[0]) > 2 else None
+
+
+def pooled(shape: Dims) -> Dims:
+    """One element a channel is left."""
+    return (*shape[:2], *[1] * (len(shape) - 2))
 
 
 @_plain("ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum")
-def _reduce(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
+def _reduce(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
     if len(values) > 1 and values[1] is None:
         return None
     axes = axes_operand(call, values[1:])
@@ -169,13 +157,13 @@ def _reduce(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) 
 
 
 @_plain("Transpose")
-def _transpose(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
+def _transpose(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
     perm = call.get("perm") or range(len(shapes[0]))[::-1]
     return tuple(shapes[0][axis] for axis in perm) if len(perm) == len(shapes[0]) else None
 
 
 @_plain("Reshape")
-def _reshape(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
+def _reshape(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
     wanted = call.get("shape") if len(values) < 2 else values[1]
     sizes = [-1] if wanted is None else [whole(size) for size in wanted]
     if wanted is None or (call.get("allowzero", 0) and 0 in sizes):
@@ -191,34 +179,37 @@ def _reshape(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None])
 
 
 @_plain("Flatten")
-def _flatten(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
+def _flatten(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
     axis = call.get("axis", 1)
     return (product(shapes[0][:axis]), product(shapes[0][axis:])) if 0 <= axis <= len(shapes[0]) else None
 
 
 @_plain("Concat")
-def _concat(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
-    rank = len(shapes[0])
-    axis = call.get("axis", 1) % rank
+def _concat(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
+    axis = call.get("axis", 1) % len(shapes[0])
     rest = {(*shape[:axis], *shape[axis + 1 :]) for shape in shapes}
-    if len(rest) > 1 or any(len(shape) != rank for shape in shapes):
-        return None
-    return (*shapes[0][:axis], sum(shape[axis] for shape in shapes), *shapes[0][axis + 1 :])
+    return joined(shapes, axis) if len(rest) == 1 else None
+
+
+def joined(shapes: Sequence[Dims], axis: int) -> Dims:
+    """The shape of several put together along an axis."""
+    first, axis = shapes[0], axis % len(shapes[0])
+    return (*first[:axis], sum(shape[axis] for shape in shapes), *first[axis + 1 :])
 
 
 @_plain("Gather")
-def _gather(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims:
+def _gather(call: Call, shapes: Sequence[Dims], values: Values) -> Dims:
     axis = call.get("axis", 0) % len(shapes[0])
     return (*shapes[0][:axis], *shapes[1], *shapes[0][axis + 1 :])
 
 
 @_plain("GatherElements")
-def _gather_elements(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims:
+def _gather_elements(call: Call, shapes: Sequence[Dims], values: Values) -> Dims:
     return shapes[1]
 
 
 @_plain("Unsqueeze")
-def _unsqueeze(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
+def _unsqueeze(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
     axes = axes_operand(call, values[1:])
     if not axes:
         return None
@@ -228,7 +219,7 @@ def _unsqueeze(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None
 
 
 @_plain("Squeeze")
-def _squeeze(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
+def _squeeze(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
     axes = axes_operand(call, values[1:])
     if not axes:
         return None
@@ -239,17 +230,17 @@ def _squeeze(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None])
 
 
 @_plain("Expand")
-def _expand(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
+def _expand(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
     return None if values[1] is None else broadcast(shapes[0], tuple(values[1].tolist()))
 
 
 @_plain("ConstantOfShape")
-def _constant_of_shape(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
+def _constant_of_shape(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
     return None if values[0] is None or not _are_from(0, values[0].tolist()) else tuple(values[0].tolist())
 
 
 @_plain("Slice")
-def _slice(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
+def _slice(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
     if call.opset >= 10 and any(value is None for value in values[1:]):
         return None
     sizes = list(shapes[0])
@@ -272,37 +263,10 @@ def _place(position: Any, size: Any) -> Any:
     return least(position, size) if least(position, 0) == 0 else None
 
 
-_OPEN: dict[str, Plain] = {}
-"""Functions for shapes with open sizes alone: of numbers onnx says more."""
-
-
-def open_shapes(
-    op_type: str, call: Call, shapes: Sequence[Dims | None], values: Sequence[Array | None]
-) -> list[Dims] | None:
-    """The shape of the first output of operators whose operands may hold open sizes; None where that is not plain."""
-    function = _OPEN.get(op_type)
-    if function is None or not shapes or shapes[0] is None:
-        return None
-    try:
-        made = function(call, shapes, values)  # type: ignore[arg-type]  # each looks at what it needs
-        return None if made is None else [tuple(map(whole, made))]
-    except (AttributeError, IndexError, NotImplementedError, TypeError, ValueError, ZeroDivisionError):
-        return None
-
-
-def _open(*names: str) -> Callable[[Plain], Plain]:
-    def add(function: Plain) -> Plain:
-        for name in names:
-            _OPEN[name] = function
-        return function
-
-    return add
-
-
 @_open("Pad")
-def _pad(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims:
+def _pad(call: Call, shapes: Sequence[Dims], values: Values) -> Dims:
     sizes = list(shapes[0])
-    pads = call.get("pads") if len(values) < 2 else values[1].tolist()  # type: ignore[union-attr]  # caught
+    pads = call.get("pads") if len(values) < 2 else values[1].tolist()
     axes = values[3].tolist() if len(values) > 3 and values[3] is not None else range(len(sizes))
     for place, axis in enumerate(axes):
         sizes[axis] = sizes[axis] + pads[place] + pads[place + len(axes)]
@@ -310,12 +274,12 @@ def _pad(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> 
 
 
 @_open("Tile")
-def _tile(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims:
-    return tuple(size * times for size, times in zip(shapes[0], values[1].tolist(), strict=True))  # type: ignore[union-attr]  # caught
+def _tile(call: Call, shapes: Sequence[Dims], values: Values) -> Dims:
+    return tuple(size * times for size, times in zip(shapes[0], values[1].tolist(), strict=True))
 
 
 @_open("Resize", "Upsample")
-def _resize(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims | None:
+def _resize(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
     if call.get("keep_aspect_ratio_policy", "stretch") != "stretch":
         return None
     axes = call.get("axes") or range(len(shapes[0]))
@@ -332,26 +296,28 @@ def _resize(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) 
 
 
 @_open("TopK")
-def _top_k(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims:
+def _top_k(call: Call, shapes: Sequence[Dims], values: Values) -> Dims:
     sizes, axis = list(shapes[0]), call.get("axis", -1)
-    sizes[axis] = call.get("k") if len(values) < 2 else values[1].ravel().tolist()[0]  # type: ignore[union-attr]  # caught
+    sizes[axis] = call.get("k") if len(values) < 2 else values[1].ravel().tolist()[0]
     return tuple(sizes)
 
 
 @_open("Range")
-def _range(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims:
-    start, limit, step = (value.item() for value in values)  # type: ignore[union-attr]  # caught
+def _range(call: Call, shapes: Sequence[Dims], values: Values) -> Dims:
+    start, limit, step = (value.item() for value in values)
     return (largest(-((start - limit) // step), 0),)
 
 
 @_open("OneHot")
-def _one_hot(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None]) -> Dims:
+def _one_hot(call: Call, shapes: Sequence[Dims], values: Values) -> Dims:
     sizes, axis = list(shapes[0]), call.get("axis", -1) % (len(shapes[0]) + 1)
-    sizes.insert(axis, values[1].item())  # type: ignore[union-attr]  # caught
+    sizes.insert(axis, values[1].item())
     return tuple(sizes)
 
 
-def _split(call: Call, shapes: Sequence[Dims], values: Sequence[Array | None], count: int) -> list[Dims] | None:
+@_plain("Split")
+def _split(call: Call, shapes: Sequence[Dims], values: Values) -> list[Dims | None] | None:
+    count = call.outputs
     axis = call.get("axis", 0) % len(shapes[0])
     size = shapes[0][axis]
     if len(values) > 1:

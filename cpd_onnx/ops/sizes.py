@@ -10,11 +10,11 @@ Symbols are sizes of axes, so they are taken to be at least one.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cached_property
 from operator import index
 from typing import Any, TypeAlias
 
@@ -23,7 +23,7 @@ import numpy.typing as npt
 from onnx import TensorProto
 
 from cpd_onnx.ir.model import Array
-from cpd_onnx.ops.evaluate import EVALUATORS, Call, axes_operand
+from cpd_onnx.ops.evaluate import EVALUATORS, NOT_COMPUTED, Call, axes_operand
 from cpd_onnx.ops.traits import traits
 
 Number: TypeAlias = "int | Fraction"
@@ -54,7 +54,7 @@ class Term:
     kind: str
     arguments: tuple[Any, ...]
 
-    @cached_property
+    @functools.cached_property
     def _hash(self) -> int:
         return hash((self.kind, self.arguments))
 
@@ -62,7 +62,7 @@ class Term:
         """Computed once: terms nest."""
         return self._hash
 
-    @cached_property
+    @functools.cached_property
     def key(self) -> str:
         """What terms are ordered by."""
         return f"{self.kind}({', '.join(map(str, self.arguments))})"
@@ -92,7 +92,7 @@ class Size:
         """Whether both are the same polynomial."""
         return isinstance(other, Size) and self._hash == other._hash and self.coefficients == other.coefficients
 
-    @cached_property
+    @functools.cached_property
     def is_unsaid(self) -> bool:
         """Whether it holds an unknown."""
         terms = [term for monomial in self.coefficients for term, _ in monomial]
@@ -366,6 +366,7 @@ class Bindings:
     """What symbols and unknowns are under each of some bindings."""
 
     numbers: dict[Term, tuple[int, ...]] = field(default_factory=dict)
+    _measured: dict[tuple[int, ...], Size] = field(default_factory=dict)
     _known: dict[tuple[Size, int], Number | None] = field(default_factory=dict)
 
     def bind(self, size: Size, numbers: tuple[int, ...]) -> Size:
@@ -381,6 +382,25 @@ class Bindings:
         if (size, binding) not in self._known:
             self._known[size, binding] = self._at(size, binding)
         return self._known[size, binding]
+
+    def comes_to(self, size: Extent, numbers: tuple[int, ...]) -> bool:
+        """Whether a size is these numbers under the bindings."""
+        return all(self.at(size, binding) == number for binding, number in enumerate(numbers))
+
+    def measure(self, place: tuple[Any, ...], numbers: tuple[int, ...], known: Iterable[Extent] = ()) -> Extent:
+        """The expression of a size of which only the numbers are known: one of those at hand that comes to them.
+
+        What is the same under all bindings is constant if nothing at hand is that depends on the inputs; sizes that
+        agree under all of them are one, since operators demand it.
+        """
+        alike = [size for size in known if self.comes_to(size, numbers)]
+        if alike:
+            return min(alike, key=lambda size: isinstance(size, Size) and size.is_unsaid)
+        if len(set(numbers)) == 1:
+            return numbers[0]
+        if numbers not in self._measured:
+            self._measured[numbers] = self.bind(unknown(*place), numbers)
+        return self._measured[numbers]
 
     def _at(self, size: Size, binding: int) -> Number | None:
         total: Number = 0
@@ -415,21 +435,23 @@ class Bindings:
 def computed_sizes(
     op_type: str, call: Call, inputs: list[Expressions | None], is_open: list[bool]
 ) -> list[Expressions]:
-    """The outputs of a node on arrays of sizes.
+    """The outputs of a node on arrays of sizes; none where the operator has no such arithmetic.
 
-    `is_open` says which inputs hold sizes that are no numbers. Raises NotImplementedError where the operator has no
-    such arithmetic.
+    `is_open` says which inputs hold sizes that are no numbers.
     """
-    function = _SYMBOLIC.get(op_type)
-    if function is not None:
-        return [_objects(function(call, *inputs))]
-    if not traits(op_type).moves_elements:
-        raise NotImplementedError
     carried = traits(op_type).carried(len(inputs))
-    if any(here for slot, here in enumerate(is_open) if slot not in carried):
-        raise NotImplementedError
-    numbers = [a if slot in carried or a is None else _numbers(a) for slot, a in enumerate(inputs)]
-    found = EVALUATORS[op_type](call, *numbers)
+    try:
+        if op_type in _SYMBOLIC:
+            found = _SYMBOLIC[op_type](call, *inputs)
+        elif not traits(op_type).moves_elements or any(
+            here for slot, here in enumerate(is_open) if slot not in carried
+        ):
+            return []
+        else:
+            numbers = [a if slot in carried or a is None else _numbers(a) for slot, a in enumerate(inputs)]
+            found = EVALUATORS[op_type](call, *numbers)
+    except NOT_COMPUTED:
+        return []
     return [_objects(f) for f in (found if isinstance(found, tuple) else (found,))]
 
 
@@ -446,28 +468,16 @@ def objects(array: Array) -> Expressions:
 
 
 def _objects(found: Any) -> Expressions:
-    if isinstance(found, np.ndarray) and found.dtype == object:
-        return found
-    made = np.empty((), object)
-    made[()] = found
-    return made
+    is_done = isinstance(found, np.ndarray) and found.dtype == object
+    return found if is_done else objects(np.asarray(found, object))
 
 
 def _each(function: Callable[..., Any]) -> Callable[..., Any]:
-    def applied(call: Call, *arrays: Expressions) -> Any:
-        return np.frompyfunc(function, len(arrays), 1)(*arrays)
-
-    return applied
+    return lambda call, *arrays: np.frompyfunc(function, len(arrays), 1)(*arrays)
 
 
 def _fold(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
-    def applied(call: Call, first: Expressions, *rest: Expressions) -> Any:
-        found: Any = first
-        for array in rest:
-            found = np.frompyfunc(function, 2, 1)(found, array)
-        return found
-
-    return applied
+    return lambda call, *arrays: functools.reduce(np.frompyfunc(function, 2, 1), arrays)
 
 
 def _quotient(call: Call, a: Expressions, b: Expressions) -> Any:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
-from onnx import AttributeProto, NodeProto, TensorProto, helper
+from onnx import AttributeProto, NodeProto, TensorProto
 
 from cpd_onnx.algebra.keep import Kept
 from cpd_onnx.channels.groups import Combed
-from cpd_onnx.ir.model import Array, attributes_of, to_array
-from cpd_onnx.ops.evaluate import EVALUATORS, NOT_COMPUTED, Call
+from cpd_onnx.ir.model import Array, attributes_of, constant_array
+from cpd_onnx.ops.evaluate import Call, computed
 from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.shapes.editor import Editor
 from cpd_onnx.shapes.values import Scope, Value
@@ -29,7 +27,7 @@ class Arithmetic:
 
     def value(self, scope: Scope, name: str) -> Array | None:
         """Elements of a tensor as a node of the scope sees it, None if they are not known."""
-        for here in _outwards(scope):
+        for here in scope.outwards():
             if (here.path, name) in self._values:
                 return self._values[(here.path, name)]
             original = here.values.get(name)
@@ -59,15 +57,11 @@ class Arithmetic:
         inputs = [self.value(scope, name) if name else None for name in node.input]
         if any(array is None and name for array, name in zip(inputs, node.input, strict=True)):
             return ()
-        try:
-            with np.errstate(all="ignore"):
-                found = EVALUATORS[node.op_type](call, *inputs)
-        except (KeyError, *NOT_COMPUTED):
-            return ()
-        return tuple(map(np.asarray, found)) if isinstance(found, tuple) else (np.asarray(found),)
+        with np.errstate(all="ignore"):
+            return computed(node.op_type, call, inputs) or ()
 
     def _shape(self, scope: Scope, name: str) -> list[int]:
-        for here in _outwards(scope):
+        for here in scope.outwards():
             tensor = self._combed.tensors.get((here.path, name))
             if tensor is not None and tensor.axes is not None:
                 return [self._kept.count(axis) for axis in tensor.axes]
@@ -81,18 +75,7 @@ class Arithmetic:
         """A weight as it is in the edited model."""
         if isinstance(value.source, AttributeProto):
             attribute = next(a for a in self._editor.maker(scope, value.name).attribute if a.name == value.source.name)
-            if attribute.name == "value":
-                return to_array(attribute.t)
-            return np.asarray(
-                helper.get_attribute_value(attribute), np.int64 if "int" in attribute.name else np.float32
-            )
+            return constant_array(attribute)
         if isinstance(value.source, TensorProto) and not scope.address and self._editor.model.has(value.name):
             return self._editor.model.array(value.name)
         return value.value
-
-
-def _outwards(scope: Scope) -> Iterator[Scope]:
-    here: Scope | None = scope
-    while here is not None:
-        yield here
-        here = here.parent

@@ -20,7 +20,7 @@ from cpd_onnx.rewrite.arithmetic import Arithmetic
 from cpd_onnx.rules.api import DROP, Demand, Tensor
 from cpd_onnx.shapes.editor import Editor
 from cpd_onnx.shapes.inference import fold_again
-from cpd_onnx.shapes.values import DIVISOR, SCALED, Folded, Scope, Use, Value
+from cpd_onnx.shapes.values import Folded, Origin, Role, Scope, Use, Value
 
 
 @dataclass(frozen=True)
@@ -148,26 +148,26 @@ class _Rewriter(Editor):
 
     def leaf_operands(self) -> None:
         """Rewrite the constants from which sizes in computed operands come."""
-        wanted: dict[int, dict[int, int]] = defaultdict(dict)
+        wanted: dict[int, dict[Origin, int]] = defaultdict(dict)
         for demand, value in self.pins:
             if demand.per_element and not value.is_static:
                 for element in elements(demand, value):
-                    if element.leaf >= 0 and not element.leaf & DIVISOR:
-                        wanted[element.leaf >> 32][element.leaf & 0xFFFFFFFF] = self.kept.count(element.axis)
+                    if element.origin.role in (Role.ELEMENT, Role.FACTOR):
+                        wanted[element.origin.source][element.origin] = self.kept.count(element.axis)
         for number, sizes in sorted(wanted.items()):
             self.leaf_operand(number, sizes)
 
-    def leaf_operand(self, number: int, sizes: dict[int, int]) -> None:
+    def leaf_operand(self, number: int, sizes: dict[Origin, int]) -> None:
         """New values for some elements of what enters at one use."""
         use = self.combed.folded.uses[number]
         value = use.scope.lookup(use.scope.nodes[use.node].input[use.slot])
         assert value is not None
         array = np.array(value.value)
-        for place, size in sizes.items():
-            if place & SCALED:
+        for origin, size in sizes.items():
+            if origin.role == Role.FACTOR:
                 array[...] = self.factor(number, size, array)
             else:
-                array.reshape(-1)[place] = size
+                array.reshape(-1)[origin.element] = size
         if value.weight is None:
             self.leaves[use] = array
         elif not np.array_equal(array, np.asarray(value.value)):
@@ -181,7 +181,7 @@ class _Rewriter(Editor):
             for d, v in self.pins
             if d.per_element
             for e in elements(d, v)
-            if e.leaf >= 0 and e.leaf >> 32 == number
+            if e.origin.is_constant and e.origin.source == number
         )
         return int(factor.item()) * size // len(old)
 
@@ -305,10 +305,10 @@ class _Rewriter(Editor):
             return False
         changed = False
         for element in elements(demand, value):
-            if element.leaf < 0:
+            if not element.origin.is_constant:
                 continue
-            use = self.combed.folded.uses[element.leaf >> 32]
-            if element.leaf & DIVISOR:
+            use = self.combed.folded.uses[element.origin.source]
+            if element.origin.role == Role.DIVISOR:
                 array = self.divisor(use, now, int(right.reshape(-1)[element.position]))
             else:
                 array = self.leaves.pop(use, None)

@@ -59,7 +59,8 @@ def _is_computed(op: Op, places: Sequence[int]) -> bool:
     value = op.value(1)
     if value is None or not value.from_shape:
         return False
-    return value.leaves is None or bool((value.leaves.ravel()[list(places)] < 0).any())
+    origins = value.each_origin()
+    return value.origins is None or not all(origins[place].is_constant for place in places)
 
 
 def _padded(op: Op, axis: Axis, place: int, count: int, widths: tuple[int, int]) -> Axis:
@@ -179,7 +180,7 @@ def _is_left_alone(op: Op, place: int, count: int) -> bool:
         return False
     value = op.value(2 if op.opset > 10 else 1)
     if value is not None:
-        scales = value.expressions if value.is_open else value.value
+        scales = value.entries
         # An empty list stands for none.
         return scales is not None and (scales.size != count or bool(scales[place] == 1))
     scales = op.get("scales")

@@ -54,7 +54,7 @@ def _known_ranges(op: Op, x: Tensor) -> list[tuple[int, Any, Any, int]] | None:
         return None
     if any(v is not None and v.is_open for v in values[2:]):
         return None
-    operands = [None if v is None else v.expressions if v.is_open else v.value for v in values]
+    operands = [None if v is None else v.entries for v in values]
     return slice_ranges(op.call, x.rank, operands)
 
 

@@ -51,6 +51,15 @@ def reduction(op: Op) -> None:
     op.set(out)
 
 
+@rule("Det")
+def determinant(op: Op) -> None:
+    """One number for each matrix, none of whose rows and columns can go; the axes before them pass."""
+    axes = op.input(0).axes or []
+    for axis in axes[-2:]:
+        op.freeze(axis, "takes the determinant over this axis")
+    op.set(axes[:-2])
+
+
 @rule("ArgMax", "ArgMin")
 def argument(op: Op) -> None:
     """The result is an index: the axis must stay."""

@@ -220,7 +220,7 @@ def working_feeds(folded: Folded, session: Runner, count: int = 2) -> Iterator[F
                 execute(session, feed)
                 break
         else:
-            raise UnsupportedError(f"{first}; give sizes of the inputs that it accepts with --input-shape") from first
+            raise UnsupportedError(str(first), "give sizes of the inputs that it accepts with --input-shape") from first
     rng = np.random.default_rng(1)
     for _ in range(count):
         yield feed

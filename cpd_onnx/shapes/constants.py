@@ -18,11 +18,11 @@ from collections import Counter
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from cpd_onnx.ir.model import (
     Array,
@@ -37,9 +37,8 @@ from cpd_onnx.ir.model import (
     graphs_of,
 )
 from cpd_onnx.ops.traits import traits_of
-
-Known: TypeAlias = "Mapping[str, tuple[int, tuple[int, ...] | None]]"
-"""Element type and shape of tensors by name."""
+from cpd_onnx.shapes.editor import Editor
+from cpd_onnx.shapes.values import Evaluated, Scope, Value
 
 _TRAINED = {
     TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE, TensorProto.INT8,
@@ -56,39 +55,19 @@ _SLACK = 1 << 16
 """Elements, or bytes, that do not matter."""
 
 
-@dataclass(frozen=True)
-class Evaluated:
-    """A model with results of weight arithmetic as initializers.
-
-    Attributes:
-        model: a copy of the model.
-        weights: for each result, by name, the stored weights that it was computed from.
-        nodes: what is gone since nothing uses it any more, operator and name of each.
-        tensors: the same of stored tensors.
-
-    """
-
-    model: Model
-    weights: Mapping[str, tuple[str, ...]]
-    nodes: tuple[str, ...]
-    tensors: tuple[str, ...]
-
-
-def evaluated(model: Model, known: Known) -> Evaluated | None:
+def evaluated(model: Model, scope: Scope) -> Evaluated | None:
     """Evaluate the weight arithmetic of a model; None if it has none that is worth it, or onnxruntime does not run it.
 
     The same model gives the same bytes with one version of onnxruntime on one kind of processor.
     """
-    arrays: list[Array | None] = []
+    results: list[tuple[_Constant, Array]] = []
     feed: dict[str, Array] = {}
-    for constant in _Finder(model.graph, known, functions_of(model.proto)).wanted():
+    for constant in _Finder(model).wanted(scope):
         proto, feed = _part(model, constant, feed)
-        arrays.append(_run(proto, feed))
-    if all(array is None for array in arrays):
-        return None
-    copy = model.copy()
-    wanted = _Finder(copy.graph, known, functions_of(model.proto)).wanted()
-    return _Writer(copy, [(c, a) for c, a in zip(wanted, arrays, strict=True) if a is not None]).run()
+        array = _run(proto, feed)
+        if array is not None:
+            results.append((constant, array))
+    return _Writer(model.copy(), scope, results).run() if results else None
 
 
 @dataclass(eq=False)
@@ -96,26 +75,34 @@ class _Constant:
     """A tensor that is stored, or computed from stored ones alone.
 
     Attributes:
-        name, dtype, shape: as in the file; the shape is None if it is not known.
-        graph: the graph that holds it or the node that makes it.
+        value: what is known of it.
+        scope: the graph that holds it or the node that makes it.
         position: of that node, -1 for an initializer.
         inputs: what it is computed from.
         is_computed: whether more was done on the way than moving elements about.
 
     """
 
-    name: str
-    dtype: int
-    shape: tuple[int, ...] | None
-    graph: GraphProto
+    value: Value
+    scope: Scope
     position: int = -1
     inputs: Sequence[_Constant] = ()
     is_computed: bool = False
 
     @property
+    def name(self) -> str:
+        """As in the file."""
+        return self.value.name
+
+    @property
     def node(self) -> NodeProto | None:
         """The node that makes it, None for an initializer."""
-        return self.graph.node[self.position] if self.position >= 0 else None
+        return self.scope.nodes[self.position] if self.position >= 0 else None
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether it holds numbers as they are trained, and no sizes or indices."""
+        return self.value.dtype in _TRAINED
 
     @property
     def is_stored(self) -> bool:
@@ -125,12 +112,12 @@ class _Constant:
     @cached_property
     def size(self) -> float:
         """Number of elements; infinite if it is not known."""
-        return math.inf if self.shape is None else math.prod(self.shape)
+        return math.inf if self.value.shape is None else math.prod(self.value.shape)
 
     @property
     def bytes(self) -> float:
         """Bytes that its elements take."""
-        return self.size * element_bytes(self.dtype)
+        return self.size * element_bytes(self.value.dtype)
 
     @cached_property
     def largest(self) -> float:
@@ -141,7 +128,7 @@ class _Constant:
     def sources(self) -> frozenset[_Constant]:
         """The weights that it is computed from."""
         if self.is_stored:
-            return frozenset([self] if self.dtype in _TRAINED and self.size > _FEWEST else [])
+            return frozenset([self] if self.is_weight and self.size > _FEWEST else [])
         return frozenset().union(*(each.sources for each in self.inputs))
 
     @property
@@ -167,22 +154,16 @@ class _Constant:
 
 @dataclass(eq=False)
 class _Finder:
-    """Finds the constants of a graph and of those inside it, and which of them enter the network."""
+    """Finds the constants of a model, and which of them enter the network."""
 
-    graph: GraphProto
-    known: Known
-    functions: Container[FunctionName]
+    model: Model
     taken: dict[int, _Constant] = field(default_factory=dict)
     handed_out: set[int] = field(default_factory=set)
 
-    def wanted(self) -> list[_Constant]:
+    def wanted(self, scope: Scope) -> list[_Constant]:
         """The constants whose values are to be written down, in the order of the graph."""
-        self.sweep(self.graph, {})
-        results = [
-            constant
-            for constant in self.taken.values()
-            if not constant.is_stored and constant.dtype in _TRAINED and id(constant) not in self.handed_out
-        ]
+        self.sweep(scope, {})
+        results = [c for c in self.taken.values() if not c.is_stored and c.is_weight and id(c) not in self.handed_out]
         chosen = {id(c) for c in results if c.is_computed and c.sources and c.is_affordable}
         for source in dict.fromkeys(source for c in results for source in _in_order(c)):
             chosen |= self.parts(source, chosen)
@@ -198,25 +179,25 @@ class _Finder:
         parts = [constant for constant in self.taken.values() if source in constant.sources]
         there = frozenset[_Constant]().union(*(part.sources for part in parts))
         fits = sum(part.bytes for part in parts) <= _GROWTH * sum(each.bytes for each in there)
-        if len(parts) < 2 or not fits or any(part.dtype not in _TRAINED for part in parts):
+        if len(parts) < 2 or not fits or not all(part.is_weight for part in parts):
             return set()
         known = all((part.size < source.size and part.is_affordable) or id(part) in chosen for part in parts)
         return {id(part) for part in parts if id(part) not in self.handed_out} if known else set()
 
-    def sweep(self, graph: GraphProto, outer: Mapping[str, _Constant]) -> None:
+    def sweep(self, scope: Scope, outer: Mapping[str, _Constant]) -> None:
         """Go through a graph that sees some constants outside."""
-        here = {name: constant for name, constant in outer.items() if name not in {v.name for v in graph.input}}
-        for tensor in graph.initializer:
-            here[tensor.name] = _Constant(tensor.name, tensor.data_type, tuple(tensor.dims), graph)
-        for position, node in enumerate(graph.node):
+        here = {name: constant for name, constant in outer.items() if name not in scope.inputs}
+        stored = [value for value in scope.values.values() if isinstance(value.source, TensorProto)]
+        here |= {value.name: _Constant(value, scope) for value in stored}
+        for position, node in enumerate(scope.nodes):
             if self.is_constant(node, here):
-                made = self.made(graph, position, node, here)
-                here |= {constant.name: constant for constant in made}
+                here |= {constant.name: constant for constant in _made(scope, position, node, here)}
                 continue
             self.taken |= {id(here[name]): here[name] for name in node.input if name in here}
-            for body in bodies_of(node).values():
-                self.sweep(body, here)
-        self.handed_out |= {id(here[output.name]) for output in graph.output if output.name in here}
+            for body in scope.bodies.get(position, {}).values():
+                if not body.function:
+                    self.sweep(body, here)
+        self.handed_out |= {id(here[name]) for name in scope.outputs if name in here}
 
     def is_constant(self, node: NodeProto, here: Mapping[str, _Constant]) -> bool:
         """Whether a node computes the same whatever the inputs of the model."""
@@ -229,18 +210,20 @@ class _Finder:
         given = [name for name in node.input if name]
         return bool(given) and all(name in here for name in given) and not bodies_of(node)
 
-    def made(
-        self, graph: GraphProto, position: int, node: NodeProto, here: Mapping[str, _Constant]
-    ) -> Iterator[_Constant]:
-        """The outputs of a node."""
-        inputs, own = [here[name] for name in node.input if name], traits_of(node)
-        weights = [constant for constant in inputs if constant.dtype in _TRAINED]
-        for name in filter(None, node.output):
-            dtype, shape = self.known.get(name, (TensorProto.UNDEFINED, None))
-            constant = _Constant(name, dtype, shape, graph, position, inputs)
-            is_new = not (own.moves_elements or own.casts or own.fills_sizes or own.reads_sizes) and bool(inputs)
-            constant.is_computed = dtype in _TRAINED and (is_new or any(c.is_computed for c in weights))
-            yield constant
+    @cached_property
+    def functions(self) -> Container[FunctionName]:
+        """Names of the functions that stand in the model itself."""
+        return functions_of(self.model.proto)
+
+
+def _made(scope: Scope, position: int, node: NodeProto, here: Mapping[str, _Constant]) -> Iterator[_Constant]:
+    """The outputs of a node."""
+    inputs, own = [here[name] for name in node.input if name], traits_of(node)
+    is_new = not (own.moves_elements or own.casts or own.fills_sizes or own.reads_sizes) and bool(inputs)
+    for name in filter(None, node.output):
+        constant = _Constant(scope.values.get(name) or Value(name), scope, position, inputs)
+        constant.is_computed = constant.is_weight and (is_new or any(c.is_computed for c in inputs if c.is_weight))
+        yield constant
 
 
 def _in_order(constant: _Constant) -> Iterator[_Constant]:
@@ -250,7 +233,7 @@ def _in_order(constant: _Constant) -> Iterator[_Constant]:
 
 def _stored(constant: _Constant) -> Iterator[str]:
     """Names of the stored numbers that a constant is computed from, sizes and indices apart."""
-    return (step.name for step in constant.steps() if step.is_stored and step.dtype in _TRAINED)
+    return (step.name for step in constant.steps() if step.is_stored and step.is_weight)
 
 
 def _part(model: Model, constant: _Constant, before: Mapping[str, Array]) -> tuple[ModelProto, dict[str, Array]]:
@@ -260,17 +243,18 @@ def _part(model: Model, constant: _Constant, before: Mapping[str, Array]) -> tup
     proto.graph.name = "weights"
     nodes: dict[tuple[int, int], NodeProto] = {}
     for step in constant.steps():
+        name, source = step.name, step.value.source
         if step.node is not None:
-            nodes[(id(step.graph), step.position)] = step.node
-        elif step.graph is not model.graph:
-            proto.graph.initializer.append(next(t for t in step.graph.initializer if t.name == step.name))
-        elif element_type(step.dtype).kind in "fiub":
-            proto.graph.input.append(helper.make_tensor_value_info(step.name, step.dtype, step.shape))
-            feed[step.name] = before[step.name] if step.name in before else model.array(step.name)
+            nodes[(id(step.scope), step.position)] = step.node
+        elif step.scope.parent is not None:
+            proto.graph.initializer.append(source)
+        elif element_type(step.value.dtype).kind in "fiub":
+            proto.graph.input.append(helper.make_tensor_value_info(name, step.value.dtype, step.value.shape))
+            feed[name] = before[name] if name in before else model.array(name)
         else:
-            proto.graph.initializer.append(numpy_helper.from_array(model.array(step.name), step.name))
+            proto.graph.initializer.append(numpy_helper.from_array(model.array(name), name))
     proto.graph.node.extend(nodes.values())
-    proto.graph.output.append(helper.make_tensor_value_info(constant.name, constant.dtype, None))
+    proto.graph.output.append(helper.make_tensor_value_info(constant.name, constant.value.dtype, None))
     return proto, feed
 
 
@@ -290,30 +274,30 @@ def _run(proto: ModelProto, feed: Mapping[str, Array]) -> Array | None:
     return np.asarray(array)
 
 
-class _Writer:
+class _Writer(Editor):
     """Puts results into a copy of the model and drops what nothing uses any more."""
 
-    def __init__(self, model: Model, results: Sequence[tuple[_Constant, Array]]) -> None:
-        self.model, self.arrays = model, results
-        self.results = [constant for constant, _ in results]
+    def __init__(self, model: Model, scope: Scope, results: Sequence[tuple[_Constant, Array]]) -> None:
+        super().__init__(model)
+        self.results = results
+        self.kept = {(result.scope, result.name) for result, _ in results}
         graphs = list(graphs_of(model.graph))
         self.uses = Counter(name for graph in graphs for node in graph.node for name in node.input)
         self.uses.update(output.name for graph in graphs for output in graph.output)
-        self.order = {id(graph): place for place, graph in enumerate(graphs)}
-        self.names = model.names()
+        self.order = {each: place for place, each in enumerate(scope.walk())}
 
     def run(self) -> Evaluated:
-        steps = list({id(step): step for result in self.results for step in result.steps()}.values())
-        weights = {result.name: tuple(sorted(_stored(result))) for result in self.results}
-        nodes = {(id(step.graph), step.position): step for step in steps if step.node is not None}
+        steps = list({id(step): step for result, _ in self.results for step in result.steps()}.values())
+        weights = {result.name: tuple(sorted(_stored(result))) for result, _ in self.results}
+        nodes = {(step.scope, step.position): step for step in steps if step.node is not None}
         dead = [step for step in sorted(nodes.values(), key=self.place, reverse=True) if self.is_unused(step)]
         words = [f"{step.node.op_type} {step.node.name or step.name!r}" for step in reversed(dead) if step.node]
         stored = [step for step in steps if step.position < 0 and not self.uses[step.name]]
         for step in dead:
-            del step.graph.node[step.position]
+            del self.graph(step.scope).node[self.place(step)[1]]
         for step in stored:
             self.drop(step)
-        for result, array in self.arrays:
+        for result, array in self.results:
             self.store(result, array)
         gone = {step.name for step in (*dead, *stored)} - weights.keys()
         for graph in graphs_of(self.model.graph):
@@ -322,44 +306,34 @@ class _Writer:
 
     def place(self, step: _Constant) -> tuple[int, int]:
         """Where a node stands; graphs inside others come after them."""
-        return self.order[id(step.graph)], step.position
+        return self.order[step.scope], step.scope.order[step.position]
 
     def is_unused(self, step: _Constant) -> bool:
         """Whether a node can go; what it takes has a use less then, and what it shares a name with has one no more."""
-        node = step.node
-        assert node is not None
-        results = {result.name for result in self.results if result.graph is step.graph}
-        if any(self.uses[name] and name not in results for name in node.output):
+        node = self.node(step.scope, step.position)
+        if any(self.uses[name] and (step.scope, name) not in self.kept for name in node.output):
             for number, name in enumerate(node.output):
-                if name in results:
+                if (step.scope, name) in self.kept:
                     node.output[number] = self.fresh(f"{name}_unused")
             return False
         self.uses.subtract(node.input)
         return True
 
-    def fresh(self, wish: str) -> str:
-        name, number = wish, 1
-        while name in self.names:
-            name, number = f"{wish}_{number}", number + 1
-        self.names.add(name)
-        return name
-
     def drop(self, step: _Constant) -> None:
         """Take a stored tensor out of the file."""
-        if step.graph is self.model.graph:
+        graph = self.graph(step.scope)
+        if step.scope.parent is None:
             self.model.drop_initializer(step.name)
         else:
-            _without(step.graph.initializer, {step.name})
-        _without(step.graph.input, {step.name})
+            _without(graph.initializer, {step.name})
+        _without(graph.input, {step.name})
 
     def store(self, result: _Constant, array: Array) -> None:
         """Put a result into the graph that computed it."""
-        if result.graph is not self.model.graph:
-            result.graph.initializer.append(numpy_helper.from_array(array, result.name))
-            return
-        self.model.add_initializer(result.name, Lazy(array.dtype, array.shape, lambda: array))
-        if self.model.proto.ir_version < 4:
-            self.model.graph.input.append(helper.make_tensor_value_info(result.name, result.dtype, array.shape))
+        if result.scope.parent is None:
+            self.add(result.name, Lazy(array.dtype, array.shape, lambda: array))
+        else:
+            self.graph(result.scope).initializer.append(numpy_helper.from_array(array, result.name))
 
 
 def _without(entries: Any, names: set[str]) -> None:

@@ -50,11 +50,15 @@ class Editor:
     def added(self, wish: str, array: Array | Lazy) -> str:
         """A new initializer in the main graph, which all subgraphs see."""
         name = self.fresh(wish)
+        self.add(name, array)
+        return name
+
+    def add(self, name: str, array: Array | Lazy) -> None:
+        """Put an initializer of a name that is free into the main graph."""
         self.model.add_initializer(name, array)
         if self.model.proto.ir_version < 4:
             kind = helper.np_dtype_to_tensor_dtype(array.dtype)
             self.model.graph.input.append(helper.make_tensor_value_info(name, kind, array.shape))
-        return name
 
     def replace(self, weight: Value, scope: Scope, values: Array | Lazy) -> None:
         """Put new values where a weight of a scope lies."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import IntEnum
 from functools import cached_property
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,21 +15,58 @@ from onnx import NodeProto, TensorProto, TypeProto
 
 from cpd_onnx.ir.model import Array, Model
 from cpd_onnx.ops.sizes import Expressions, Extents, is_constant
-from cpd_onnx.shapes.constants import Evaluated
 
 Shape: TypeAlias = tuple[int, ...]
-Leaves: TypeAlias = npt.NDArray[np.int64]
 Numbers: TypeAlias = "tuple[int, ...]"
 """What a symbol is bound to, a number for each binding."""
-SCALED = 1 << 31
-"""Added to the code of a leaf that is a factor of the element, the rest of which depends on the inputs."""
-DIVISOR = 1 << 30
-"""The same for one that divides."""
 GUESSES = (37, 41, 43)
 """Sizes for dimensions that depend on data (NonZero, TopK of a computed k): any would do."""
 BINDINGS = range(len(GUESSES))
 """Each symbol is bound to so many numbers."""
 COMPUTABLE_TYPES = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16}
+T = TypeVar("T")
+
+
+class Role(IntEnum):
+    """What an element of shape arithmetic is to its source, from `ELEMENT` on a constant."""
+
+    UNKNOWN = 0
+    """It has no source that is known."""
+    SIZES = 1
+    """It is the product of the sizes."""
+    ELEMENT = 2
+    """It is an element of the constant."""
+    FACTOR = 3
+    """It is the constant times something that depends on the inputs."""
+    DIVISOR = 4
+    """It is something that depends on the inputs, divided by the constant."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where one element of shape arithmetic comes from.
+
+    Attributes:
+        role: what the element is to its source.
+        source: number of the source, in `Folded.uses` for a constant and in `Folded.products` for sizes.
+        element: position in the constant.
+
+    """
+
+    role: Role = Role.UNKNOWN
+    source: int = -1
+    element: int = 0
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether its source is a constant."""
+        return self.role >= Role.ELEMENT
+
+
+Origins: TypeAlias = npt.NDArray[np.void]
+"""An array of the records `ORIGIN`, which operators that only move elements move like the elements themselves."""
+ORIGIN = np.dtype([("role", np.int8), ("source", np.int64), ("element", np.int64)])
+"""The fields of an `Origin`."""
 
 
 @dataclass(slots=True, eq=False)
@@ -42,9 +80,7 @@ class Value:
         extents: the same as expressions, where some are no numbers.
         values: its elements under each of the bindings where they are known.
         expressions: the same as expressions, where some are no numbers and the shape is always the same.
-        is_open: whether the elements are known but depend on the sizes of the inputs.
-        leaves: per element where it was moved from: use << 32 | element for one of a constant (or of anything else
-            that is the same whatever the inputs), -2 - n for the size that `Folded.dims[n]` names, -1 for neither.
+        origins: where each element comes from, None if nothing is known of any.
         weight: name of the initializer or Constant output that it is, if it is one.
         constants: the weights it is computed from, if it depends on nothing else.
         moved: whether it holds the elements of `constants` as they are, moved about: zeros stay zeros.
@@ -60,8 +96,7 @@ class Value:
     extents: Extents | None = None
     values: tuple[Array, ...] | None = None
     expressions: Expressions | None = None
-    is_open: bool = False
-    leaves: Leaves | None = None
+    origins: Origins | None = None
     weight: str | None = None
     constants: frozenset[str] | None = None
     moved: bool = False
@@ -81,6 +116,16 @@ class Value:
         return None if self.values is None else self.values[0]
 
     @property
+    def is_open(self) -> bool:
+        """Whether the elements are known but depend on the sizes of the inputs."""
+        return self.expressions is not None or (self.values is not None and len(set(self.shapes or ())) > 1)
+
+    @property
+    def entries(self) -> Array | Expressions | None:
+        """The elements: numbers where they are the same whatever the inputs, expressions otherwise if there are any."""
+        return self.expressions if self.is_open else self.value
+
+    @property
     def is_static(self) -> bool:
         """Whether the elements are known and the same whatever the sizes of the inputs."""
         return self.values is not None and not self.is_open
@@ -93,7 +138,18 @@ class Value:
     @property
     def holds_sizes(self) -> bool:
         """Whether an operator may take it for a size, a count or a position that depends on the inputs."""
-        return self.is_open and self.expressions is not None and self.expressions.ndim < 2
+        return self.expressions is not None and self.expressions.ndim < 2
+
+    def each_origin(self) -> list[Origin]:
+        """Where each element comes from, in order."""
+        if self.origins is None:
+            return [Origin()] * (1 if self.value is None else max(1, self.value.size))
+        return [Origin(Role(role), source, element) for role, source, element in self.origins.ravel().tolist()]
+
+    def set_sizes(self, sizes: Extents) -> None:
+        """Take down the sizes of the axes; those that are the same whatever the inputs are in `shapes` already."""
+        if not all(map(is_constant, sizes)):
+            self.extents = sizes
 
     def has_fixed(self, axis: int) -> bool:
         """Whether an axis is as long whatever the inputs."""
@@ -144,12 +200,7 @@ class Scope:
 
     def lookup(self, name: str) -> Value | None:
         """The value of that name here or in an enclosing graph."""
-        scope: Scope | None = self
-        while scope is not None:
-            if name in scope.values:
-                return scope.values[name]
-            scope = scope.parent
-        return None
+        return next((scope.values[name] for scope in self.outwards() if name in scope.values), None)
 
     @cached_property
     def consumers(self) -> dict[str, list[Use]]:
@@ -166,7 +217,14 @@ class Scope:
         """The position of the node of this graph that makes each name."""
         return {name: position for position, node in enumerate(self.nodes) for name in node.output}
 
-    def walk(self) -> Iterable[Scope]:
+    def outwards(self) -> Iterator[Scope]:
+        """This scope and those around it."""
+        scope: Scope | None = self
+        while scope is not None:
+            yield scope
+            scope = scope.parent
+
+    def walk(self) -> Iterator[Scope]:
         """This scope and all inside it."""
         yield self
         for bodies in self.bodies.values():
@@ -189,14 +247,32 @@ class Use:
 
 
 @dataclass(frozen=True)
+class Evaluated:
+    """A model with results of weight arithmetic as initializers.
+
+    Attributes:
+        model: a copy of the model.
+        weights: for each result, by name, the stored weights that it was computed from.
+        nodes: what is gone since nothing uses it any more, operator and name of each.
+        tensors: the same of stored tensors.
+
+    """
+
+    model: Model
+    weights: Mapping[str, tuple[str, ...]]
+    nodes: tuple[str, ...]
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Folded:
     """What is known of a model's tensors.
 
     Attributes:
         model: the model, with weights that the graph computed from others evaluated.
         scope: the main graph.
-        uses: slots of constants, indexed by the upper half of leaf codes.
-        dims: sizes that are elements of tensors, as products of (tensor, axis), indexed by -2 - leaf code.
+        uses: slots where constants enter shape arithmetic.
+        products: sizes that are elements of tensors, each as the (tensor, axis) whose sizes are multiplied.
         unknown: operators whose output shapes could not be inferred, "domain::op_type" to the first node's name.
         batch: size that the first binding gives to the leading dynamic dimension, 1 if it is fixed.
         evaluated: what was evaluated, None if there was nothing.
@@ -209,7 +285,7 @@ class Folded:
     model: Model
     scope: Scope
     uses: tuple[Use, ...]
-    dims: tuple[tuple[tuple[Value, int], ...], ...]
+    products: tuple[tuple[tuple[Value, int], ...], ...]
     unknown: Mapping[str, str]
     batch: int
     evaluated: Evaluated | None = None
@@ -225,6 +301,11 @@ class Folded:
     def __repr__(self) -> str:
         """One line, without the values."""
         return f"Folded({self.original!r})"
+
+
+def always(found: T) -> tuple[T, ...]:
+    """What is the same under all bindings."""
+    return (found,) * len(BINDINGS)
 
 
 def taken_branch(condition: Value | None) -> str | None:

@@ -10,7 +10,7 @@ import pytest
 
 from cpd_onnx.algebra.reasons import Reason
 from cpd_onnx.channels.combing import comb
-from cpd_onnx.report.tables import kept_reasons
+from cpd_onnx.report.tables import frozen_reasons
 from tests.support.models import from_text
 
 CONV = "(float[1, 3, 4, 4] x, float[8, 3, 3, 3] w, float[5, 8, 1, 1] v) => (float[1, 5, 2, 2] y)"
@@ -39,7 +39,7 @@ def test_reasons_say_what_they_are_about() -> None:
 
 def test_axes_without_channels_are_told_last() -> None:
     text = "{ h = MatMul(x, w) y = com.microsoft.MatMulNBits<K = 64, N = 8, bits = 4, block_size = 32>(h, q, s) }"
-    reasons = [entry["reason"] for entry in kept_reasons(comb(from_text(f"{PACKED} {text}")))]
+    reasons = [entry["reason"] for entry in frozen_reasons(comb(from_text(f"{PACKED} {text}")))]
     assert reasons[-1] == "bytes of a block of numbers"
     assert [reason.kind for reason in reasons].count("no channels") == 1
 

@@ -12,12 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import onnx.defs
+import onnx.numpy_helper
 import onnx.parser
 import pytest
 
+from cpd_onnx.ir.model import load
 from cpd_onnx.ops.evaluate import EVALUATORS, Call
 from cpd_onnx.ops.traits import MICROSOFT, Traits, operators_with, traits, traits_of, type_slot
 from cpd_onnx.rules import RULES
+from cpd_onnx.shapes.inference import fold
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted({p.resolve() for folder in ("cpd_onnx", "passes") for p in (ROOT / folder).rglob("*.py")})
@@ -146,3 +149,27 @@ def test_where_the_type_of_a_result_stands() -> None:
     assert type_slot(node(whole)) == 1  # a float, as the scale is
     assert type_slot(node(whole.replace("c)", "c, v, w)"))) == 0  # an integer, as the data are
     assert type_slot(node("y = com.microsoft.QLinearConcat (s, z, a, b)")) == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "kind"),
+    [
+        ("QuantizeLinear (f, s, z)", onnx.TensorProto.UINT8),
+        ("DequantizeLinear (a, s, z)", onnx.TensorProto.FLOAT),
+        ("QGemm (a, s, z, b, s, z)", onnx.TensorProto.FLOAT),
+        ("QGemm (a, s, z, b, s, z, c, s, z)", onnx.TensorProto.UINT8),
+    ],
+)
+def test_shape_inference_knows_the_type_of_what_onnxruntime_adds(call: str, kind: int) -> None:
+    model = onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["": 17, "com.microsoft": 1]>
+        g (float[2, 4] f, uint8[2, 4] a) => (y) <float s = {{1}}, uint8 z = {{1}}, uint8[4, 3] b, int32[3] c>
+        {{ y = com.microsoft.{call} }}""")
+    del model.graph.value_info[:]
+    for name, dims, dtype in (("b", (4, 3), np.uint8), ("c", (3,), np.int32)):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(dims, dtype), name))
+    assert fold(load(model)).scope.values["y"].dtype == kind
+
+
+@pytest.mark.parametrize("name", ["Swish", "Mish", "Celu", "Softsign", "ThresholdedRelu"])
+def test_activations_are_known_for_such(name: str) -> None:
+    assert traits(name).is_activation

@@ -33,7 +33,7 @@ MODULES = modules()
 
 
 def trains(name: str) -> bool:
-    return any(name == one or name.startswith(f"{one}.") for one in TRAINS)
+    return name != "training.options" and any(name == one or name.startswith(f"{one}.") for one in TRAINS)
 
 
 def imports(node: ast.AST, *, late: bool = False) -> Iterator[tuple[str, bool]]:

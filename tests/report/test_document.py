@@ -462,7 +462,7 @@ def test_pareto_writes_a_file(tmp_path: Path) -> None:
     ("drawing", "words"),
     [
         (plots.widths([("one", 4, 2), ("two", 8, 8)]), ("one", "two", "4 → 2", "8")),
-        (plots.widths([(f"g{k}", 2 ** (k % 11), 1) for k in range(300)]), ("% kept", "1024")),
+        (plots.widths([(f"g{k}", 2 ** (k % 11), 1) for k in range(300)]), ("% left", "1024")),
         (plots.training([1.0]), ("Loss", "each update")),
         (plots.training([1.0, math.nan, math.inf, 0.5]), ("smoothed",)),
         (plots.training([math.nan]), ("Loss",)),

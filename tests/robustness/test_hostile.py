@@ -356,12 +356,12 @@ def nested_bytes(levels: int) -> bytes:
 
 FILES: dict[str, tuple[bytes, str]] = {
     "nothing": (b"", "empty"),
-    "noise": (np.random.default_rng(0).bytes(4096), "not a whole ONNX file|empty"),
-    "text": (b"this is no model\n" * 100, "not a whole ONNX file|empty"),
-    "json": (b'{"graph": []}', "not a whole ONNX file|empty"),
-    "an archive": (b"PK\x03\x04" + bytes(1000), "not a whole ONNX file|empty"),
-    "nested a thousand deep": (nested_bytes(1000), "not a whole ONNX file"),
-    "zeros": (bytes(100_000), "not a whole ONNX file|empty"),
+    "noise": (np.random.default_rng(0).bytes(4096), "not a complete ONNX file|empty"),
+    "text": (b"this is no model\n" * 100, "not a complete ONNX file|empty"),
+    "json": (b'{"graph": []}', "not a complete ONNX file|empty"),
+    "an archive": (b"PK\x03\x04" + bytes(1000), "not a complete ONNX file|empty"),
+    "nested a thousand deep": (nested_bytes(1000), "not a complete ONNX file"),
+    "zeros": (bytes(100_000), "not a complete ONNX file|empty"),
 }
 
 

@@ -140,6 +140,12 @@ TABLE: list[tuple[str, int, str, list[str], dict[str, Any]]] = [
         f"y = {CONV}(a, v) }}",
         ["2: b.0 s.0 v.1 w.0", "4: v.1 w.0"], {"g": [0, 2, -1], "c": [2, 8, 8, 8]},
     ),
+    (
+        "determinant", 17,
+        "(float[2, 3, 4, 4] x, float[6, 3, 1, 1] w, float[6, 5] v) => (float[2, 5] y) "
+        "{ h = Conv(x, w) a = Det(h) y = MatMul(a, v) }",
+        ["6: v.0 w.0"], {},
+    ),
     ("lp norm", 17, f"{MLP}) => (float[2, 4, 5] y) {{ h = MatMul(x, w) a = LpNormalization <axis = -1>(h) y = MatMul(a, v) }}", ["12: v.0 w.1"], {}),
     ("lrn", 17, f"{HEAD}) => (float[2, 5, 8, 8] y) {{ h = {CONV}(x, w) a = LRN <size = 3>(h) y = {CONV}(a, v) }}", [], {}),
     ("softmax", 17, f"{MLP}) => (float[2, 4, 5] y) {{ h = MatMul(x, w) a = Softmax(h) y = MatMul(a, v) }}", [], {}),

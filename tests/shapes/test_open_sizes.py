@@ -244,3 +244,12 @@ def test_masks_along_the_batch_are_those_of_its_size() -> None:
     sizes = [found[1].count(axis) for axis in found[0].tensors[("", "g")].axes or []]
     assert sizes == [3 * 4, 35]
     assert np.prod(sizes) == 420
+
+
+def test_symbols_in_products_are_bound_to_different_numbers() -> None:
+    proto = from_text("(float[n, 3, h, w] x) => (float[] y) { y = Relu(x) }")
+    for axis, name in ((2, "2*h"), (3, "2*w")):
+        proto.graph.input[0].type.tensor_type.shape.dim[axis].dim_param = name
+    values = fold(cpd.load(proto)).scope.values
+    assert len(set(values["x"].shape or ())) == 4
+    assert list(map(str, values["y"].sizes or ())) == ["n", "3", "2*h", "2*w"]

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper
 
 from cpd_onnx.ir.model import attributes_of
 from cpd_onnx.ops.evaluate import Call
-from cpd_onnx.ops.shapes_standard import output_shapes, output_type
+from cpd_onnx.ops.output_shapes import output_shapes, output_type
 from tests.support.models import operator_cases
 
 CASES = {case.name: case for case in operator_cases() if len(case.model.graph.node) == 1}
@@ -25,17 +25,17 @@ def test_official_operator_tests() -> None:
             continue
         given = dict(zip([i.name for i in case.model.graph.input], inputs, strict=False))
         opset = next((o.version for o in case.model.opset_import if o.domain in ("", "ai.onnx")), 1)
-        call = Call(attributes_of(node), opset)
+        call = Call(attributes_of(node), opset, len(node.output))
         arrays = [given.get(i) for i in node.input]
         shapes = [None if array is None else array.shape for array in arrays]
-        found = output_shapes(node.op_type, call, shapes, arrays, len(node.output)) if not node.domain else None
+        found = output_shapes(("", node.op_type), call, shapes, arrays) if not node.domain else None
         if found is None:
             continue
         answered.add(node.op_type)
         assert found == [array.shape for array in outputs], name
         types = [0 if a is None else helper.np_dtype_to_tensor_dtype(a.dtype) for a in arrays]
         expected = {helper.np_dtype_to_tensor_dtype(array.dtype) for array in outputs}
-        assert {output_type(node.op_type, call, types)} == expected, name
+        assert {output_type(node, call, types)} == expected, name
     assert len(answered) > 60
 
 
@@ -56,14 +56,15 @@ def test_official_operator_tests() -> None:
 def test_what_is_not_plain_is_left_to_onnx(
     op_type: str, attributes: dict[str, Any], shapes: list[Any], values: list[Any]
 ) -> None:
-    assert output_shapes(op_type, Call(attributes, 17), shapes, values, 1) is None
+    assert output_shapes(("", op_type), Call(attributes, 17), shapes, values) is None
 
 
 def test_broadcasting_by_attribute_is_left_to_onnx() -> None:
-    assert output_shapes("Add", Call({"broadcast": 1, "axis": 0}, 6), [(2, 3), (2,)], [None, None], 1) is None
+    assert output_shapes(("", "Add"), Call({"broadcast": 1, "axis": 0}, 6), [(2, 3), (2,)], [None, None]) is None
 
 
 def test_a_made_constant_has_the_type_of_its_value() -> None:
     value = helper.make_tensor("v", TensorProto.DOUBLE, [1], [1.0])
-    assert output_type("ConstantOfShape", Call({"value": value}, 17), [TensorProto.INT64]) == TensorProto.DOUBLE
-    assert output_type("ConstantOfShape", Call({}, 17), [TensorProto.INT64]) == TensorProto.FLOAT
+    node = helper.make_node("ConstantOfShape", ["n"], ["y"])
+    assert output_type(node, Call({"value": value}, 17), [TensorProto.INT64]) == TensorProto.DOUBLE
+    assert output_type(node, Call({}, 17), [TensorProto.INT64]) == TensorProto.FLOAT

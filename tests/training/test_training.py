@@ -76,7 +76,7 @@ def stop_at(step: int) -> Any:
 def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, mode: Any) -> None:
     options, traces = replace(OPTIONS, batch_norm=mode), Traces(tmp_path / "run.checkpoint", csv=tmp_path / "log.csv")
     whole = run(options=options)
-    with pytest.raises(StoppedError, match=r"after step 5 of 12: .*--resume"):
+    with pytest.raises(StoppedError, match=r"interrupted after step 5 of 12; .*--resume"):
         run(options=options, progress=stop_at(4), traces=traces)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     resumed = run(options=options, traces=replace(traces, resume=True))

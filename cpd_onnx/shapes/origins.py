@@ -1,0 +1,96 @@
+"""Where the elements of shape arithmetic come from, node by node.
+
+Operators that only move elements move the records of where these come from in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+from onnx import NodeProto
+
+from cpd_onnx.ir.model import Array
+from cpd_onnx.ops.evaluate import Call, computed
+from cpd_onnx.ops.traits import traits_of
+from cpd_onnx.shapes.values import ORIGIN, Origins, Role, Scope, Use, Value
+
+Place: TypeAlias = "tuple[Scope, int]"
+"""A node: its scope and its position there."""
+
+
+@dataclass
+class Provenance:
+    """The sources that elements come from, as `Folded` has them in the end."""
+
+    uses: list[Use] = field(default_factory=list)
+    products: list[tuple[tuple[Value, int], ...]] = field(default_factory=list)
+
+    def of_size(self, value: Value) -> Origins:
+        """The number of elements of a tensor."""
+        return self._product([(value, axis) for axis in range(len(value.shape or ()))], 0)
+
+    def of_shape(self, value: Value) -> Origins:
+        """The sizes of all axes of a tensor."""
+        first, rank = len(self.products), len(value.shape or ())
+        self.products += [((value, axis),) for axis in range(rank)]
+        return _filled((rank,), Role.SIZES, np.arange(first, first + rank))
+
+    def of_outputs(
+        self, place: Place, node: NodeProto, call: Call, inputs: Sequence[Value | None], result: Array
+    ) -> Sequence[Origins] | None:
+        """The elements of a node's outputs (`result` is the first) where it moves elements or multiplies sizes."""
+        if node.op_type == "Div":
+            return self._scaled(place, inputs, Role.DIVISOR, result)
+        if node.op_type == "Mul":
+            return self._scaled(place, inputs, Role.FACTOR, result) or self._multiplied(inputs, result)
+        if node.op_type == "ReduceProd":
+            return self._multiplied(inputs[:1], result)
+        if not traits_of(node).moves_elements:
+            return None
+        carried = traits_of(node).carried(len(inputs))
+        operands = [
+            value and (self._of_input(Use(*place, slot), value) if slot in carried else value.value)
+            for slot, value in enumerate(inputs)
+        ]
+        # Origins have no other element type to go to.
+        return computed("Identity" if node.op_type == "Cast" else node.op_type, call, operands)
+
+    def _of_input(self, use: Use, value: Value) -> Origins:
+        """The elements of an input: where they came from if that is known, or from here if they are constant."""
+        assert value.value is not None
+        found, shape = value.origins, value.value.shape
+        is_traced = found is not None and bool((found["role"] >= Role.ELEMENT).all())
+        if not is_traced and (value.weight is not None or value.is_static):
+            self.uses.append(use)
+            return _filled(shape, Role.ELEMENT, len(self.uses) - 1, np.arange(value.value.size).reshape(shape))
+        return _filled(shape, Role.UNKNOWN, -1) if found is None else found
+
+    def _scaled(
+        self, place: Place, inputs: Sequence[Value | None], role: Role, result: Array
+    ) -> Sequence[Origins] | None:
+        """A size that depends on the inputs, times or by a number that does not (batch x heads)."""
+        static = [slot for slot, value in enumerate(inputs) if value is not None and value.is_static]
+        if result.size != 1 or len(static) != 1 or (role == Role.DIVISOR and static != [1]):
+            return None
+        self.uses.append(Use(*place, static[0]))
+        return [_filled(result.shape, role, len(self.uses) - 1)]
+
+    def _multiplied(self, inputs: Sequence[Value | None], result: Array) -> Sequence[Origins] | None:
+        """The product of all elements, which are sizes."""
+        origins = [origin for value in inputs if value is not None for origin in value.each_origin()]
+        if result.size != 1 or any(origin.role != Role.SIZES for origin in origins):
+            return None
+        return [self._product([axis for origin in origins for axis in self.products[origin.source]], result.ndim)]
+
+    def _product(self, axes: Sequence[tuple[Value, int]], rank: int) -> Origins:
+        self.products.append(tuple(axes))
+        return _filled((1,) * rank, Role.SIZES, len(self.products) - 1)
+
+
+def _filled(shape: tuple[int, ...], role: Role, source: int | Array, element: int | Array = 0) -> Origins:
+    made = np.empty(shape, ORIGIN)
+    made["role"], made["source"], made["element"] = role, source, element
+    return made
