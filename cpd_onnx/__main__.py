@@ -6,7 +6,7 @@ import sys
 
 def entry() -> None:
     """The `cpd-onnx` command."""
-    os.environ["PYTHONSAFEPATH"] = "1"  # processes that are started import nothing from the current folder
+    os.environ["PYTHONSAFEPATH"] = "1"  # child processes import nothing from the current folder
     try:
         from cpd_onnx.cli.loading import Start
         from cpd_onnx.cli.supervise import supervised
@@ -15,10 +15,10 @@ def entry() -> None:
         open_closed_streams()
         start = Start()
         code = supervised(start.run)
-    except (ImportError, MemoryError, OSError) as error:  # where not even these fit into memory, or no process
+    except (ImportError, MemoryError, OSError) as error:  # too little memory even for these, or no child process
         sys.exit(f"error: cannot start: {' '.join(str(error).split()) or 'not enough memory'}")
-    if code and not start.is_done:  # the libraries ended the process, and had nothing to say
-        print_error(start.COMPLAINT)
+    if code and not start.is_done:  # a library ended the process without a message
+        print_error(start.MESSAGE)
     sys.exit(code)
 
 

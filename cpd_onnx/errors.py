@@ -4,8 +4,10 @@ The message of each is one line: what is wrong, with the name and the value, and
 Misuse of a function raises `ValueError` or `TypeError`; a broken invariant of this package is an `AssertionError`.
 """
 
-REPORT_BUG = "please report it to the maintainers with the model"
-"""End of every message about an internal error; the only place that says where to report one."""
+ISSUES = "https://github.com/cpd-onnx/cpd-onnx/issues"
+"""URL of the issue tracker, the same as in pyproject.toml; the only place in the code that names it."""
+REPORT_BUG = f"please report it at {ISSUES}"
+"""End of every message about an internal error."""
 
 
 class CpdError(Exception):

@@ -32,23 +32,38 @@ MODULES = {
     "cpd_onnx.weights": "cpd_onnx.channels.weights",
 }
 """Modules: the old name -> the new one."""
+_ALLOCATION = "Curves=LossCurves allocate_on_the_clock=allocate_measured curves_of=loss_curves"
+_SCORES = (
+    "SCORERS=SCORE_FUNCTIONS Question=ScoreContext Scorer=ScoreFunction scorer=score_function "
+    "scorer_of=find_score_function"
+)
 _NAMES = (
+    ("cpd_onnx.algebra.keep", "cpd_onnx.algebra.keep", "Kept=KeepMask"),
+    ("cpd_onnx.budget.allocation", "cpd_onnx.budget.allocation", _ALLOCATION),
+    ("cpd_onnx.budget.latency", "cpd_onnx.budget.latency", "Clock=LatencyProbe"),
     ("cpd_onnx.data", "cpd_onnx.data.sources", "LABELS ArraySource FunctionSource ImageFolder ImageOptions Source"),
     ("cpd_onnx.data", "cpd_onnx.data.sources", "inputs_of open_source read_npz"),
     ("cpd_onnx.ir", "cpd_onnx.integrations.onnx_ir", "CompressPass"),
-    ("cpd_onnx.passes.allocate", "cpd_onnx.budget.allocation", "Allocation Budget allocate"),
+    ("cpd_onnx.passes.allocate", "cpd_onnx.budget.allocation", f"Allocation Budget allocate {_ALLOCATION}"),
     ("cpd_onnx.passes.comb", "cpd_onnx.channels.combing", "comb"),
-    ("cpd_onnx.passes.score", "cpd_onnx.scores.registry", "SCORERS Question score scorer scorer_of"),
+    ("cpd_onnx.passes.score", "cpd_onnx.scores.registry", f"score {_SCORES}"),
+    ("cpd_onnx.passes.sensitivity", "cpd_onnx.passes.sensitivity", "curves_of=measured_curves"),
     ("cpd_onnx.passes.verify", "cpd_onnx.proof.files", "FileVerification data_feeds verify_files"),
     ("cpd_onnx.pipeline", "cpd_onnx.pipeline.pipeline", "PASSES Pass make parse run"),
     ("cpd_onnx.report", "cpd_onnx.report.tables", "comparison inspection proof_line result table_of"),
     ("cpd_onnx.report", "cpd_onnx.summary", "count share"),
     ("cpd_onnx.runtime", "cpd_onnx.data.synthetic", "Synthetic"),
     ("cpd_onnx.runtime", "cpd_onnx.runtime.sessions", "execute latency_ratio open_model random_feed"),
+    ("cpd_onnx.scores", "cpd_onnx.scores.registry", _SCORES),
+    ("cpd_onnx.scores.registry", "cpd_onnx.scores.registry", _SCORES),
     ("cpd_onnx.shapes", "cpd_onnx.shapes.inference", "Folded fold"),
 )
-NAMES = {(old, name): new for old, new, names in _NAMES for name in names.split()}
-"""Names in modules that are still there: (module, name) -> the module that has the name now."""
+NAMES = {
+    (old, name): (new, renamed or name)
+    for old, new, names in _NAMES
+    for name, _, renamed in (entry.partition("=") for entry in names.split())
+}
+"""Names that left a module or were renamed: (module, old name) -> (module, name) where it is now."""
 _LEFT = {old for old, _ in NAMES}
 
 
@@ -62,8 +77,8 @@ def _moved_name(module: str, name: str) -> Any:
     new = NAMES.get((module, name))
     if new is None:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
-    _warn(f"{module}.{name}", f"{new}.{name}")
-    return getattr(import_module(new), name)
+    _warn(f"{module}.{name}", ".".join(new))
+    return getattr(import_module(new[0]), new[1])
 
 
 class _MovedModule:

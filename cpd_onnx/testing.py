@@ -13,7 +13,7 @@ import numpy as np
 from onnx import NodeProto
 
 from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis, fingerprint
-from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.budget.allocation import Allocation, Budget, allocate
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.channels.groups import Combed, Weight
@@ -231,7 +231,7 @@ def _permute(combed: Combed, editor: Editor, weight: Weight, image: Axis) -> Non
             editor.node(slot.scope, slot.node).input[slot.slot] = editor.added(f"{weight.value.name}_permuted", array)
 
 
-def _zeroed(combed: Combed, kept: Kept) -> Model:
+def _zeroed(combed: Combed, kept: KeepMask) -> Model:
     """The model with its matrices and kernels zero wherever something is dropped."""
     editor = Editor(combed.folded.model.copy())
     for weight in combed.weights:

@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 
 import cpd_onnx as cpd
-from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.channels.costs import CostModel
 from cpd_onnx.data.sources import LABELS, ArraySource
@@ -150,7 +150,7 @@ def _print(found: Mapping[str, cpd.Model], task: Task) -> None:
     table = report.table_of(task.name, "", task.metric, "MACs", "parameters", "file", "ms, batch of 16")
     for (name, model), taken in zip(found.items(), seconds, strict=True):
         combed = comb(model)
-        costs = CostModel(combed).total(Kept(combed.atoms))
+        costs = CostModel(combed).total(KeepMask(combed.atoms))
         sizes = (count(costs.macs), count(costs.params), f"{count(len(model.serialize()))}B")
         table.add_row(name, f"{task.judge(model.complete_proto()):.3f}", *sizes, f"{1e3 * taken:.2f}")
     Console(width=120, highlight=False).print(table)

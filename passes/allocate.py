@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from cpd_onnx.budget.allocation import KINDS, SPREADS, Budget, Chooser
-from cpd_onnx.budget.latency import Clock, load_table, measure_table
+from cpd_onnx.budget.latency import LatencyProbe, load_table, measure_table
 from cpd_onnx.budget.widths import Limits, Shares
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.errors import TargetError
 from cpd_onnx.options import natural, option, positive, ratio
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.runtime.bench import Setting
-from cpd_onnx.scores.registry import scorer_of
+from cpd_onnx.scores.registry import find_score_function
 
 
 def bounds(text: str) -> tuple[str, Shares]:
@@ -51,7 +51,7 @@ class AllocateOptions:
     spread: str | None = option(
         None,
         "Allocation policy: the same share of each group (uniform), all channels competing (global), those of like "
-        "groups competing (isomorphic), or the widths that do the least damage (optimal)",
+        "groups competing (isomorphic), or the widths that do the least loss (optimal)",
         choices=SPREADS,
     )
     multiple: int | None = option(
@@ -144,13 +144,13 @@ class Allocate(AllocateOptions):
             table.require_parts(combed)
             return Chooser(self.budget, table)
         setting = Setting(self.latency_batch, self.latency_threads, self.latency_provider)
-        clock = Clock(combed, setting)
-        return Chooser(self.budget, measure_table(clock), clock)
+        probe = LatencyProbe(combed, setting)
+        return Chooser(self.budget, measure_table(probe), probe)
 
     def __call__(self, state: State) -> State:
         """Fill in `allocation`."""
         budget = self.budget
-        is_loss = bool(state.score) and scorer_of(state.score["score"]).is_loss
+        is_loss = bool(state.score) and find_score_function(state.score["score"]).is_loss
         combed, scores = state.need("combed", "comb"), state.need("scores", "score")
         allocation = self.chooser(combed)(combed, scores, is_loss=is_loss, curves=state.curves)
         words = budget.as_words() | ({"latency": dict(allocation.latency)} if allocation.latency else {})

@@ -20,7 +20,7 @@ import torch
 from onnx import ModelProto, helper
 from torch import Tensor
 
-from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.data import metrics
 from cpd_onnx.data.sources import LABELS, Source, check_source, inputs_of
@@ -236,7 +236,7 @@ class Distill(DistillOptions):
         return replace(state, model=made, distilled=summary(result), plan=plan)
 
 
-def overlap_of(combed: Combed, kept: Kept, hidden: int = 0) -> Overlap:
+def overlap_of(combed: Combed, kept: KeepMask, hidden: int = 0) -> Overlap:
     """What is common to a model and what remains of it, with so many inner tensors."""
     filters = {
         weight.value.name: np.flatnonzero(kept.mask(weight.axes[0][0]))
@@ -246,7 +246,7 @@ def overlap_of(combed: Combed, kept: Kept, hidden: int = 0) -> Overlap:
     return Overlap(_shared_tensors(combed, kept, hidden) if hidden else {}, filters)
 
 
-def _shared_tensors(combed: Combed, kept: Kept, count: int) -> dict[str, dict[int, Array]]:
+def _shared_tensors(combed: Combed, kept: KeepMask, count: int) -> dict[str, dict[int, Array]]:
     """Up to `count` inner tensors, evenly spread over the depth of the network, that lost channels but not all sense.
 
     For each group of channels the last tensor that it runs through is a candidate: behind the sum and the activation.
@@ -258,7 +258,7 @@ def _shared_tensors(combed: Combed, kept: Kept, count: int) -> dict[str, dict[in
             tensor = combed.tensors.get((scope.path, name))
             if tensor is None or not tensor.axes or tensor.value.dtype not in FLOATS or name in scope.outputs:
                 continue
-            shrunk = [axis for axis in tensor.axes if kept.touches(axis)]
+            shrunk = [axis for axis in tensor.axes if kept.shrinks(axis)]
             if len(shrunk) == 1 and tensor.value.constants is None:
                 candidates[tuple(sorted(set(combed.atoms.parts(shrunk[0]).ravel().tolist())))] = name
     names = list(candidates.values())
@@ -268,7 +268,7 @@ def _shared_tensors(combed: Combed, kept: Kept, count: int) -> dict[str, dict[in
     found = {}
     for name in dict.fromkeys(chosen):
         axes = combed.tensors[(scope.path, name)].axes or []
-        found[name] = {i: np.flatnonzero(kept.mask(a)) for i, a in enumerate(axes) if kept.touches(a)}
+        found[name] = {i: np.flatnonzero(kept.mask(a)) for i, a in enumerate(axes) if kept.shrinks(a)}
     return found
 
 

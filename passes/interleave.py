@@ -47,11 +47,11 @@ class Interleave(DistillOptions, Iterate):
         *,
         watched: Watched | None = None,
         traces: Traces | None = None,
-        **known: Any,
+        **resume: Any,
     ) -> State:
         """As a pass; the observer is told of each round and what training gave, `progress` of each step.
 
-        The files of `traces` are made for each round, see `of_round`; `known` goes to `in_rounds`.
+        The files of `traces` are made for each round, see `of_round`; `resume` goes to `in_rounds`.
         """
         if state.data is None:
             raise DataError("distillation needs data: give --data, or a source as `data`")
@@ -71,7 +71,7 @@ class Interleave(DistillOptions, Iterate):
 
         # One process group for all rounds: processes that leave it do not find each other again.
         with join_process_group(self.device) as process_group:
-            state = self.in_rounds(state, tuned, process_group.shared, **known)
+            state = self.in_rounds(state, tuned, process_group.shared, **resume)
         distilled = summary(results[-1]) | {
             "steps": sum(len(r.losses) for r in results),
             "seconds": round(sum(r.seconds for r in results), 2),

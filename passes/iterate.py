@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.budget.allocation import Allocation, Chooser
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.channels.costs import CostModel, Costs
@@ -33,7 +33,7 @@ from cpd_onnx.passes.repair import RepairOptions, repair, summary
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.rewrite.plan import Plan, make_plan, match
 from cpd_onnx.rewrite.rewriter import evaluation_of, rewrite
-from cpd_onnx.scores.registry import SAMPLES, SCORERS, Scores, score, scorer_of
+from cpd_onnx.scores.registry import SAMPLES, SCORE_FUNCTIONS, Scores, find_score_function, score
 from cpd_onnx.shapes.inference import fold_again
 
 _GONE = -1.0
@@ -53,12 +53,12 @@ class Round:
 
     number: int
     combed: Combed
-    kept: Kept
+    kept: KeepMask
     small: Model
 
 
 @dataclass(frozen=True, eq=False)
-class Stage:
+class CachedRound:
     """How far a round is before its weights are tuned.
 
     Attributes:
@@ -73,8 +73,8 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Stages:
-    """Files with the stages of a run, so that one that was stopped goes on with what it has chosen and repaired.
+class RunCache:
+    """Files that record the choices and repairs of a run, so that an interrupted run can be resumed.
 
     Attributes:
         path: what their names start with; the number of the round follows.
@@ -89,16 +89,16 @@ class Stages:
         words, model = (self.path.with_name(f"{self.path.name}.{number}.{kind}") for kind in ("json", "onnx"))
         return words, model
 
-    def save(self, number: int, stage: Stage) -> None:
-        """Write a stage; without its model where that is too large for one file."""
+    def save(self, number: int, cached: CachedRound) -> None:
+        """Write the state of a round, without its model where that is too large for one file."""
         words, place = self.files(number)
-        if stage.model is not None and not stage.model.is_over_limit:
-            stage.model.save(place, overwrite=True, weights="inside")
-        content = {"identity": self.identity, "chosen": asdict(stage.chosen), "repaired": stage.repaired}
+        if cached.model is not None and not cached.model.is_over_limit:
+            cached.model.save(place, overwrite=True, weights="inside")
+        content = {"identity": self.identity, "chosen": asdict(cached.chosen), "repaired": cached.repaired}
         write_atomically(words, json.dumps(content).encode())
 
-    def load(self, number: int, combed: Combed) -> Stage | None:
-        """Read a stage, if there is one; raises CpdError if it is that of another run, or damaged."""
+    def load(self, number: int, combed: Combed) -> CachedRound | None:
+        """Return the state of a round, None without a file; raises CpdError for another run's or a damaged one."""
         words, place = self.files(number)
         if not words.exists():
             return None
@@ -114,7 +114,7 @@ class Stages:
             raise CpdError(f"{words} is damaged ({error}): start anew with --force") from error
         if repaired is not None and not isinstance(repaired, dict):
             raise CpdError(f"{words} is damaged (repaired): start anew with --force")
-        return Stage(allocation, load(place) if place.exists() else None, repaired)
+        return CachedRound(allocation, load(place) if place.exists() else None, repaired)
 
     def discard(self, rounds: int) -> None:
         """Remove the files."""
@@ -135,7 +135,7 @@ def _structure(model: Model) -> tuple[list[bytes], list[tuple[str, int, tuple[in
 
 
 def _allocation(chosen: Any, combed: Combed) -> Allocation:
-    """What a stage has on record; TypeError, KeyError or ValueError where that is no allocation."""
+    """Return the allocation of a cached round; raises TypeError, KeyError or ValueError if it is not valid."""
     costs = {name: Costs(**chosen[name]) for name in ("before", "after")}
     numbers = [value for cost in costs.values() for value in asdict(cost).values()]
     pairs = zip(combed.groups, chosen["removed"], strict=True)
@@ -155,7 +155,7 @@ class ScoringOptions(AllocateOptions):
     samples: int | None = option(
         None,
         f"Number of samples used for scoring (default: {SAMPLES}; "
-        f"{SCORERS['reconstruction'].samples} with reconstruction)",
+        f"{SCORE_FUNCTIONS['reconstruction'].samples} with reconstruction)",
         read=positive,
     )
     score_labels: bool = option(False, "Score by the labels of the samples instead of the model's own answers")
@@ -189,30 +189,30 @@ class Iterate(ScoringOptions, Allocate):
         shared: Callable[[Any], Any] = lambda said: said,
         *,
         given: Plan | None = None,
-        stages: Stages | None = None,
+        cache: RunCache | None = None,
     ) -> State:
         """Go through the rounds; `tuned` gives other weights to what each has made.
 
         Where several processes go together, rounding may let them choose differently: `shared` is what the first says.
-        A plan that is `given` is carried out, in one round, instead of choosing anything. What `stages` has on record
+        A plan that is `given` is carried out, in one round, instead of choosing anything. What `cache` has on record
         is not done again.
         """
         self._check(state, given)
         original = now = comb(state.model, state.input_shapes)
         choose = _Choice(self, state, original, given)
         for number in range(1, self.rounds + 1):
-            stage = stages.load(number, now) if stages else None
-            chosen = shared(stage.chosen if stage else choose(now, number))
+            cached = cache.load(number, now) if cache else None
+            chosen = shared(cached.chosen if cached else choose(now, number))
             kept = chosen.keep_mask(now)
             pruned = rewrite(now, kept)
-            if stage is not None and stage.model is not None and not _is_alike(stage.model, pruned.model):
+            if cached is not None and cached.model is not None and not _is_alike(cached.model, pruned.model):
                 raise CpdError("the model of the unfinished run is not what its choice makes: start anew with --force")
-            if stage is None or stage.model is None:
-                stage = self._repaired(state.data, (original, kept), Stage(chosen, pruned.model))
-                if stages:
-                    stages.save(number, stage)
-            assert stage.model is not None
-            small, repaired = tuned(Round(number, now, kept, stage.model)), stage.repaired
+            if cached is None or cached.model is None:
+                cached = self._repaired(state.data, (original, kept), CachedRound(chosen, pruned.model))
+                if cache:
+                    cache.save(number, cached)
+            assert cached.model is not None
+            small, repaired = tuned(Round(number, now, kept, cached.model)), cached.repaired
             choose.removed = chosen.removed
             if number < self.rounds:
                 now = comb(fold_again(now.folded, _enlarged(now, kept, small)))
@@ -234,15 +234,15 @@ class Iterate(ScoringOptions, Allocate):
         if self.repair and state.data is None:
             raise DataError("a repair looks at samples: give --data, or a source as `data`")
 
-    def _repaired(self, data: Source | None, of: tuple[Combed, Kept], stage: Stage) -> Stage:
-        """The stage with the model's weights fitted to the original, if that is wanted."""
+    def _repaired(self, data: Source | None, of: tuple[Combed, KeepMask], cached: CachedRound) -> CachedRound:
+        """Return the round with its model's weights fitted to the original, if a repair was requested."""
         if not self.repair:
-            return stage
+            return cached
         assert data is not None
-        assert stage.model is not None
+        assert cached.model is not None
         options = RepairOptions(samples=self.repair_samples, seed=self.seed)
-        made = repair(*of, stage.model, data, options)
-        return replace(stage, model=made.model, repaired=summary(made))
+        made = repair(*of, cached.model, data, options)
+        return replace(cached, model=made.model, repaired=summary(made))
 
     def _plan(self, original: Combed, chosen: Allocation) -> Plan:
         words: dict[str, Any] = self.budget.as_words()
@@ -270,13 +270,13 @@ class _Choice:
         """The channels that are gone after this round; costs are those of the model as it is now, and of the rest."""
         options = self.options
         if self.given is not None:
-            removed, whole = match(now, self.given), CostModel(now).total(Kept(now.atoms))
+            removed, whole = match(now, self.given), CostModel(now).total(KeepMask(now.atoms))
             chosen = Allocation([removed.get(group.id, []) for group in now.groups], whole, whole)
         else:
             asked = {"labels": options.score_labels, "seed": options.seed}
             scores = score(now, options.score, samples=options.samples, data=self.state.data, **asked)
             share = 1 - (1 - self.chooser.budget.fraction) * number / options.rounds
-            is_loss = scorer_of(options.score).is_loss
+            is_loss = find_score_function(options.score).is_loss
             found = self.chooser(now, _without(scores, self.removed), share, is_loss=is_loss)
             chosen = _joined(found, self.removed)
         return replace(chosen, after=CostModel(now).total(chosen.keep_mask(now)))
@@ -298,7 +298,7 @@ def _joined(chosen: Allocation, removed: list[list[int]]) -> Allocation:
     return replace(chosen, removed=both)
 
 
-def _enlarged(combed: Combed, kept: Kept, small: Model) -> Model:
+def _enlarged(combed: Combed, kept: KeepMask, small: Model) -> Model:
     """The model that was combed with the values of the pruned one where it still has them."""
     made = combed.folded.model.copy()
     for weight in combed.weights:

@@ -15,7 +15,7 @@ from typing import ClassVar
 import numpy as np
 
 from cpd_onnx.algebra.atoms import Mask
-from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.data.sources import Source, calibration
 from cpd_onnx.errors import DataError
@@ -91,7 +91,7 @@ class Repaired:
 
 def repair(
     combed: Combed,
-    kept: Kept,
+    kept: KeepMask,
     pruned: Model,
     data: Source,
     options: RepairOptions | None = None,
@@ -150,7 +150,7 @@ class _Repairer:
     def __init__(
         self,
         combed: Combed,
-        kept: Kept,
+        kept: KeepMask,
         pruned: Model,
         feeds: Sequence[Feed],
         options: RepairOptions,
@@ -161,7 +161,7 @@ class _Repairer:
         found = units_of(combed.folded, self.model)
         self.units = [unit for unit in found.found if only is None or unit.weight in only]
         self.left = {name: why for name, why in found.left.items() if only is None or name in only}
-        self.makers = combed.folded.scope.makers
+        self.makers = combed.folded.scope.producers
         self.old = Stepwise(combed.folded, combed.folded.model, feeds, [unit.target for unit in self.units])
         self.new = Stepwise(combed.folded, self.model, feeds)
         self.sampler = Sampler(options.rows, options.seed)

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from cpd_onnx.pipeline.state import State
-from cpd_onnx.scores.registry import score, scorer_of
+from cpd_onnx.scores.registry import find_score_function, score
 
 
 @dataclass(frozen=True)
 class Score:
-    """Say how much each channel matters; the options are those of `Question`."""
+    """Say how much each channel matters; the options are those of `ScoreContext`."""
 
     kind: str = "l2"
     seed: int = 0
@@ -26,6 +26,6 @@ class Score:
         more = {"samples": self.samples, "labels": self.labels, "seed": self.seed}
         scores = score(state.need("combed", "comb"), self.kind, data=state.data, **more)
         words = {"score": self.kind, "seed": self.seed}
-        if scorer_of(self.kind).needs_data:
-            words |= {"samples": self.samples or scorer_of(self.kind).samples, "labels": self.labels}
+        if find_score_function(self.kind).needs_data:
+            words |= {"samples": self.samples or find_score_function(self.kind).samples, "labels": self.labels}
         return replace(state, scores=scores, score=words)

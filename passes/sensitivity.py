@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from cpd_onnx.algebra.keep import Kept
-from cpd_onnx.budget.allocation import Curves
+from cpd_onnx.algebra.keep import KeepMask
+from cpd_onnx.budget.allocation import LossCurves
 from cpd_onnx.channels.groups import Combed, Group
 from cpd_onnx.data.sources import Source, calibration
 from cpd_onnx.errors import DataError
@@ -89,7 +89,7 @@ def sensitivity(
         order = np.argsort(values, kind="stable")
         points = [Point(len(group), 0.0)]
         for width in _widths(len(group), chosen.shares):
-            kept = Kept(combed.atoms, group.channels[order[: len(group) - width]])
+            kept = KeepMask(combed.atoms, group.channels[order[: len(group) - width]])
             small = rewrite(combed, kept).model
             if chosen.repair:
                 consumers = {member.weight.value.name for member in combed.members(group)}
@@ -138,15 +138,15 @@ def _error(wanted: Iterable[Sequence[Array]], made: Iterable[Sequence[Array]]) -
     return float(np.mean(errors)) if errors else 0.0
 
 
-def curves_of(combed: Combed, found: Mapping[str, Sequence[Point]]) -> Curves:
-    """The measured errors as damage for the spread "optimal", between the points by straight lines."""
-    damage = []
+def measured_curves(combed: Combed, found: Mapping[str, Sequence[Point]]) -> LossCurves:
+    """The measured errors as loss for the spread "optimal", between the points by straight lines."""
+    loss = []
     for group in combed.groups:
         points = found[group.name]
         gone = [len(group) - point.width for point in points]
         line = np.interp(np.arange(len(group)), gone, [point.error for point in points])
-        damage.append(np.maximum.accumulate(line))
-    return Curves(tuple(damage))
+        loss.append(np.maximum.accumulate(line))
+    return LossCurves(tuple(loss))
 
 
 def as_json(found: Mapping[str, Sequence[Point]]) -> list[dict[str, Any]]:
@@ -174,4 +174,4 @@ class Sensitivity(SensitivityOptions):
         if scores is None:
             scores = score(combed, self.score, data=state.data, seed=self.seed)
         found = sensitivity(combed, scores, state.data, self)
-        return replace(state, scores=scores, curves=curves_of(combed, found))
+        return replace(state, scores=scores, curves=measured_curves(combed, found))

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.channels.costs import CostModel
 from cpd_onnx.ir.model import load
@@ -130,7 +130,7 @@ def commit() -> str:
 def macs(path: Path) -> int:
     """Multiply-accumulates of one sample."""
     combed = comb(load(path))
-    return int(CostModel(combed).total(Kept(combed.atoms)).macs)
+    return int(CostModel(combed).total(KeepMask(combed.atoms)).macs)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from cpd_onnx.errors import CpdError
 from cpd_onnx.ir.model import Model, load
 from cpd_onnx.passes.prune import prune
 from cpd_onnx.passes.repair import RepairOptions, repair
-from cpd_onnx.scores.registry import SCORERS, score
+from cpd_onnx.scores.registry import SCORE_FUNCTIONS, score
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def compared(case: Case, folder: Path) -> Iterator[dict[str, Any]]:
 
     combed = comb(model)
     yield {"score": "dense", "raw": value(model)}
-    for kind, scorer in SCORERS.items():
+    for kind, scorer in SCORE_FUNCTIONS.items():
         started = time.perf_counter()
         scores = score(combed, kind, data=data)
         seconds = time.perf_counter() - started

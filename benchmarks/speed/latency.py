@@ -31,8 +31,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from cpd_onnx.algebra.keep import Kept
-from cpd_onnx.budget.latency import Clock
+from cpd_onnx.algebra.keep import KeepMask
+from cpd_onnx.budget.latency import LatencyProbe
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.channels.costs import CostModel
 from cpd_onnx.errors import CpdError
@@ -61,19 +61,19 @@ def measure(path: Path, target: float, batch: int | None, seconds: float, python
     tabled = time.perf_counter()
     chosen = chooser(combed, scores)
     done = time.perf_counter()
-    clock, table = chooser.clock, chooser.table
-    assert clock is not None
+    probe, table = chooser.probe, chooser.table
+    assert probe is not None
     assert table is not None
-    latency = clock.ratio(chosen.channels(combed), seconds)
+    latency = probe.ratio(chosen.channels(combed), seconds)
     macs = chosen.after.macs / chosen.before.macs
-    inputs = {name: list(array.shape) for name, array in clock.feed.items()}
+    inputs = {name: list(array.shape) for name, array in probe.feed.items()}
     row = {
         "inputs": inputs, "ms": table.ms, "asked": target, "predicted": chosen.latency["predicted"],
         "in the loop": chosen.latency["measured"], "measured": latency, "macs": macs, "gain": macs / latency,
         "table seconds": tabled - started, "loop seconds": done - tabled, "notes": list(chosen.notes),
     }  # fmt: skip  # a row
     if python is not None:
-        row["peer"] = peer(python, path.name.split(".")[0], clock, latency, chosen.before.macs)
+        row["peer"] = peer(python, path.name.split(".")[0], probe, latency, chosen.before.macs)
     return row
 
 
@@ -110,11 +110,11 @@ for round_to in (None, 8):
 """
 
 
-def peer(python: str, name: str, clock: Clock, latency: float, before: float) -> dict[str, Any]:
+def peer(python: str, name: str, probe: LatencyProbe, latency: float, before: float) -> dict[str, Any]:
     """What torch-pruning leaves of the multiply-accumulates at a latency, by its rounding of widths."""
     found: dict[str, list[tuple[float, float]]] = {"None": [(1.0, 1.0)], "8": [(1.0, 1.0)]}
     result: dict[str, Any] = {}
-    batch = next(len(array) for array in clock.feed.values())
+    batch = next(len(array) for array in probe.feed.values())
     with tempfile.TemporaryDirectory() as folder:
         command = [python, "-c", PEER, str(Path(__file__).parents[1] / "zoo"), name, folder, str(batch)]
         try:
@@ -127,10 +127,10 @@ def peer(python: str, name: str, clock: Clock, latency: float, before: float) ->
                 result[f"round_to={round_to}"] = path
                 continue
             combed = comb(load(path))
-            samples = batch / combed.folded.batch if clock.setting.batch is not None else 1  # its batch is fixed
-            macs = CostModel(combed).total(Kept(combed.atoms)).macs / samples / before
+            samples = batch / combed.folded.batch if probe.setting.batch is not None else 1  # its batch is fixed
+            macs = CostModel(combed).total(KeepMask(combed.atoms)).macs / samples / before
             try:
-                found[str(round_to)].append((clock.ratio_of(load(path), 1.0), macs))
+                found[str(round_to)].append((probe.ratio_of(load(path), 1.0), macs))
             except CpdError as error:
                 result[f"round_to={round_to}"] = {"error": str(error)[:100]}
     for round_to, points in found.items():

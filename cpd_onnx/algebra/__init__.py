@@ -1,1 +1,1 @@
-"""The algebra of channels: indices of axes that can only be deleted together, and what survives."""
+"""The channel algebra: which indices of axes must be removed together, and which survive."""

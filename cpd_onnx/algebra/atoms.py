@@ -1,8 +1,8 @@
-"""The channel algebra: which indices of which axes can only be deleted together.
+"""Atoms: which indices of which axes must be removed together.
 
 Every axis of every tensor carries one *atom* per index. An atom is *primitive* (a free channel), *composite*
-(an ordered tuple of primitives: deleted if and only if any part is deleted; what merging heads and head dimension
-into one axis gives) or *frozen* (never deleted, with a reason).
+(an ordered tuple of primitives, removed if and only if any part is removed: an index of an axis merged from heads and
+head dimension) or *frozen* (never removed, with a reason).
 
 >>> atoms = Atoms()
 >>> conv1, conv2 = atoms.fresh(3), atoms.fresh(3)
@@ -27,35 +27,40 @@ import numpy.typing as npt
 from cpd_onnx.algebra.reasons import Reason
 
 Axis: TypeAlias = npt.NDArray[np.int64]
-"""The atoms of an axis, one per index; once made it is not written into.
+"""The atoms of an axis, one per index; do not write into it.
 
-A plain array, so that rules cut, join and compare axes with numpy; a class around it would wrap and unwrap at each of
-these steps. What an axis is follows from its atoms alone: a copy is the same axis, and whatever is known of an axis is
-found by its `fingerprint`. An axis of one atom (`is_uniform`) best lies in memory once, as `uniform` makes it.
+A plain array, so that rules slice, concatenate and compare axes with numpy. The identity of an axis is its atoms: a
+copy is the same axis, and caches are keyed by `fingerprint`. An axis of a single atom (`is_uniform`) should be built
+with `uniform`, which stores the atom once.
 """
 Mask: TypeAlias = npt.NDArray[np.bool_]
+"""One truth value per index of an axis."""
 Fingerprint: TypeAlias = tuple[int, bytes]
+"""Dictionary key of an axis, as `fingerprint` computes it."""
 
 NOTHING = 0
-"""The atom that stands for an empty place in a row of parts; frozen, without a reason worth reporting."""
+"""Padding of a row of parts: a frozen atom whose reason is not reported."""
 
 _WIDTH = 6
-"""Parts that a composite can hold; beyond that the last ones move together, which is coarser and still sound."""
+"""Maximum number of parts of a composite atom, a heuristic; further parts are united with the last one, which is
+coarser and still sound."""
 
 _MOST_BYTES = 1 << 30
-"""Memory for indices that are followed one by one; a quarter of it is for one axis at most."""
+"""Limit on the memory of indices followed one by one, in bytes (1 GiB, a heuristic); one axis may take a quarter of
+it."""
 _INDEX_BYTES, _ATOM_BYTES, _COMPOSITE_BYTES = 8, 33, 128
-"""What an index takes that is written down once more, that gets an atom of its own, or a composite one."""
+"""Bytes per index of a copied axis, per new primitive atom, and per new composite atom: sizes of the array entries
+below, rounded up for composites."""
 
 
 class Atoms:
     """A union-find over atoms, vectorised over whole axes.
 
-    All methods take and give integer arrays of atom numbers, one per index of an axis.
+    Methods take and return integer arrays of atom numbers, one per index of an axis.
     """
 
     def __init__(self) -> None:
-        """Start with the one atom that is always frozen."""
+        """Create the structure with its one permanent atom, `NOTHING`."""
         self._size = 0
         self._parent: Axis = np.zeros(1024, np.int64)
         self._row: Axis = np.zeros(1024, np.int64)
@@ -66,36 +71,36 @@ class Atoms:
         self._origins = 0
         self._known: dict[Fingerprint, Axis] | None = None
         self._reasons: dict[Reason, int] = {}
-        self._cold: dict[tuple[int, int], Axis] = {}
+        self._frozen_axes: dict[tuple[int, int], Axis] = {}
         self._bytes = 0
         self._texts: dict[int, Reason] = {NOTHING: Reason("structure", "", "of size one")}
         self._allocate(1)
         self._frozen[NOTHING] = True
 
     def __len__(self) -> int:
-        """Count of atoms made so far."""
+        """Return the number of atoms allocated so far."""
         return self._size
 
     def fresh(self, count: int, *, may_vanish: bool = False) -> Axis:
-        """Make `count` new primitive atoms; a single one would empty its axis and is frozen, unless it may.
+        """Return an axis of `count` new primitive atoms; a single one is frozen unless its axis may vanish.
 
-        Raises ValueError if the count is below zero, TypeError if it is no whole number.
+        Raises ValueError if the count is negative, TypeError if it is not an integer.
         """
         if operator.index(count) < 0:
-            raise ValueError(f"there is no axis of {count} indices")
+            raise ValueError(f"count must be at least 0, got {count}")
         if count == 1 and not may_vanish:
             return np.zeros(1, np.int64)
         return self._allocate(count) if self._has_room(count, _ATOM_BYTES) else self._too_long(count)
 
     def frozen(self, count: int, reason: Reason) -> Axis:
-        """An axis of `count` indices that are never deleted; the same array for the same reason."""
+        """Return a frozen axis of `count` indices; the same array for the same reason."""
         key = (count, self.reason_atom(reason))
-        if key not in self._cold:
-            self._cold[key] = uniform(key[1], count)
-        return self._cold[key]
+        if key not in self._frozen_axes:
+            self._frozen_axes[key] = uniform(key[1], count)
+        return self._frozen_axes[key]
 
     def freeze(self, axis: Axis, reason: Reason) -> None:
-        """Never delete any index of `axis`, the parts of composites included."""
+        """Freeze all indices of an axis, the parts of composites included."""
         table = self.parts(axis)
         table = table[:1] if is_uniform(axis) else table
         live = table[table != NOTHING]
@@ -103,7 +108,7 @@ class Atoms:
         self._parent[live] = self.reason_atom(reason)
 
     def reason_atom(self, reason: Reason) -> int:
-        """The frozen atom that carries `reason`."""
+        """Return the frozen atom that carries `reason`."""
         if reason not in self._reasons:
             atom = int(self._allocate(1)[0])
             self._frozen[atom] = True
@@ -112,15 +117,15 @@ class Atoms:
         return self._reasons[reason]
 
     def is_frozen(self, axis: Axis) -> Mask:
-        """Which indices can never be deleted."""
+        """Return which indices of an axis are frozen."""
         return np.asarray(self.parts(axis)[:, 0] == NOTHING)
 
     def all_frozen(self, axis: Axis) -> bool:
-        """Whether no index of the axis can be deleted."""
+        """Return whether all indices of an axis are frozen."""
         axis = axis[:1] if is_uniform(axis) else axis
         if not len(axis):
             return True
-        # The first index tells most axes apart at once.
+        # The first index decides for most axes.
         first = self._parent[axis[0]]
         if not self._frozen[self._parent[first]] and not self._row[first] and self._parent[first] == first:
             return False
@@ -130,14 +135,14 @@ class Atoms:
         return bool(self._row[roots].any()) and bool(self.is_frozen(axis).all())
 
     def reasons(self, axis: Axis) -> list[Reason]:
-        """Why the frozen indices of an axis are kept, without repetition."""
+        """Return the distinct reasons why indices of an axis are frozen."""
         roots = self._root_parts(axis[:1] if is_uniform(axis) else axis)
         frozen = roots[self._frozen[roots] & (roots != NOTHING)]
         return [self._texts[atom] for atom in sorted(set(frozen.tolist()))]
 
     def find(self, axis: Axis) -> Axis:
-        """The representative of each atom."""
-        if axis.strides == (0,) and len(axis) > 1:  # a uniform axis as `uniform` makes it
+        """Return the representative of each atom."""
+        if axis.strides == (0,) and len(axis) > 1:  # a uniform axis built by `uniform`
             return np.broadcast_to(self.find(axis[:1]), len(axis))
         parent = self._parent
         root = parent[axis]
@@ -152,7 +157,7 @@ class Atoms:
         return root
 
     def parts(self, axis: Axis) -> Axis:
-        """The primitives whose deletion deletes each index: shape (len(axis), width), padded with `NOTHING`.
+        """Return the primitives that each index is removed with: shape (len(axis), width), padded with `NOTHING`.
 
         The first column is `NOTHING` exactly where the index is frozen.
         """
@@ -164,7 +169,7 @@ class Atoms:
         return self._known[key]
 
     def settle(self) -> None:
-        """From now on little changes: look each axis up once, until something does change."""
+        """Start caching the result of `parts`; every change of the atoms clears the cache."""
         self._known = {}
 
     def _changed(self) -> None:
@@ -183,7 +188,7 @@ class Atoms:
         return _compress(table)
 
     def canonical(self, axis: Axis) -> Axis:
-        """A number for each index: equal numbers for indices that are deleted by the same primitives, 0 if frozen."""
+        """Return a number per index: equal for indices that are removed by the same primitives, 0 if frozen."""
         table = self.parts(axis)
         if table.shape[1] == 1:
             return np.asarray(table[:, 0])
@@ -195,11 +200,11 @@ class Atoms:
         return np.where(table[:, -1] == NOTHING, 0, number + 1 + self._size)
 
     def origin(self, axis: Axis) -> Axis:
-        """A number for each index: equal for atoms (first parts of composites) that were made together."""
+        """Return a number per index: equal for atoms (first parts of composites) allocated by the same call."""
         return np.asarray(self._origin[self.parts(axis)[:, 0]])
 
     def product(self, *axes: Axis) -> Axis:
-        """The axis that merging `axes`, row-major, gives; frozen factors drop out."""
+        """Return the axis that merges `axes` in row-major order; frozen factors drop out."""
         count = math.prod(map(len, axes))
         if not count:
             return np.zeros(0, np.int64)
@@ -213,25 +218,25 @@ class Atoms:
         return merged
 
     def joined(self, axes: Sequence[Axis]) -> Axis:
-        """The axis that `axes`, one after another, give."""
+        """Return the concatenation of `axes`."""
         count = sum(map(len, axes))
         return np.concatenate(axes) if self._has_room(count, _INDEX_BYTES) else self._too_long(count, *axes)
 
     def stretched(self, axis: Axis, count: int) -> Axis:
-        """The atoms of an axis over and over until there are `count`."""
+        """Return an axis of `count` indices that repeats a whole axis cyclically."""
         if is_uniform(axis):
             return uniform(axis[0], count)
         return np.resize(axis, count) if self._has_room(count, _INDEX_BYTES) else self._too_long(count, axis)
 
     def repeated(self, axis: Axis, times: int) -> Axis:
-        """Each atom of an axis several times in a row."""
+        """Return an axis that repeats each index of an axis `times` times in a row."""
         count = len(axis) * times
         if is_uniform(axis):
             return uniform(axis[0], count)
         return np.repeat(axis, times) if self._has_room(count, _INDEX_BYTES) else self._too_long(count, axis)
 
     def unite(self, left: Axis, right: Axis) -> None:
-        """Give the two axes, index by index, the same fate."""
+        """Couple two axes index by index; raises ValueError if their sizes differ."""
         if left.shape != right.shape:
             raise ValueError(f"axes of {left.shape} and {right.shape} indices cannot be united")
         if not len(left):
@@ -251,21 +256,18 @@ class Atoms:
         self._known = None if known is None else {}
 
     def _unite_primitives(self, left: Axis, right: Axis) -> None:
-        """Roots without composites among them."""
-        cold, also_cold = self._frozen[left], self._frozen[right]
-        free = ~(cold | also_cold)
+        """Unite axes of primitive roots."""
+        left_frozen, right_frozen = self._frozen[left], self._frozen[right]
+        free = ~(left_frozen | right_frozen)
         if free.any():
             self._union(left[free], right[free])
-        for frozen, other, mask in ((left, right, cold & ~also_cold), (right, left, also_cold & ~cold)):
+        sides = ((left, right, left_frozen & ~right_frozen), (right, left, right_frozen & ~left_frozen))
+        for frozen, other, mask in sides:
             if mask.any():
                 self._parent[self.find(other[mask])] = frozen[mask]
 
-    def deleted(self, axis: Axis, gone: Mask) -> Mask:
-        """Which indices go when the primitives marked in `gone` (length `len(self)`) go."""
-        return np.asarray(gone[self.parts(axis)].any(axis=1))
-
     def _has_room(self, count: int, each: int) -> bool:
-        """Whether `count` more indices may take `each` bytes; if so, they count as taken."""
+        """Return whether `count` more indices of `each` bytes fit the memory limit; if so, reserve them."""
         taken = count * each
         if taken > _MOST_BYTES // 4 or self._bytes + taken > _MOST_BYTES:
             return False
@@ -273,7 +275,7 @@ class Atoms:
         return True
 
     def _too_long(self, count: int, *axes: Axis) -> Axis:
-        """Freeze axes and give what they would become: one frozen axis of `count` indices."""
+        """Freeze axes whose combination is too long, and return a frozen axis of `count` indices in its place."""
         text = f"leads to an axis of {count:,} indices, which are too many to follow one by one"
         reason = Reason("structure", "", text)
         for axis in axes:
@@ -289,14 +291,14 @@ class Atoms:
             self._row = np.concatenate([self._row, np.zeros(room, np.int64)])
             self._frozen = np.concatenate([self._frozen, np.zeros(room, np.bool_)])
             self._origin = np.concatenate([self._origin, np.zeros(room, np.int64)])
-        made = np.arange(start, self._size)
-        self._parent[start : self._size] = made
+        atoms = np.arange(start, self._size)
+        self._parent[start : self._size] = atoms
         self._origins += 1
         self._origin[start : self._size] = self._origins
-        return made
+        return atoms
 
     def _allocate_rows(self, table: Axis) -> Axis:
-        """Store rows of parts; row 0 means 'primitive'."""
+        """Store rows of parts and return their row numbers; row 0 is reserved for primitives."""
         start = self._rows + 1
         self._rows += len(table)
         while self._rows >= len(self._parts):
@@ -306,7 +308,7 @@ class Atoms:
         return np.arange(start, start + len(table))
 
     def _root_parts(self, axis: Axis) -> Axis:
-        """As `parts`, frozen places not yet cleared and columns not yet compressed."""
+        """Return the roots of `parts`, before frozen places are cleared and columns compressed."""
         table = self.find(np.asarray(axis, np.int64))[:, None]
         while True:
             rows = self._row[table]
@@ -328,26 +330,26 @@ class Atoms:
         return merged
 
     def _composites(self, table: Axis) -> Axis:
-        """Composite atoms for rows of at least one part each."""
+        """Return an atom for each row of at least one part: the part itself, or a new composite."""
         if table.shape[1] > _WIDTH:
             for column in range(_WIDTH, table.shape[1]):
                 extra = table[:, column] != NOTHING
                 self.unite(table[extra, _WIDTH - 1], table[extra, column])
             table = self.find(table[:, :_WIDTH])
         single = (table[:, 1] == NOTHING) if table.shape[1] > 1 else np.ones(len(table), np.bool_)
-        made = table[:, 0].copy()
+        found = table[:, 0].copy()
         atoms = self._allocate(int((~single).sum()))
         self._row[atoms] = self._allocate_rows(table[~single])
-        made[~single] = atoms
-        return made
+        found[~single] = atoms
+        return found
 
     def _unite_step(self, left: Axis, right: Axis) -> tuple[Axis, Axis]:
-        """One round: settle what is simple, return the pairs that are left to unite."""
+        """Unite the simple pairs, and return the pairs that remain."""
         a, b = _same_width(self.parts(left), self.parts(right))
         count_a, count_b = (a != NOTHING).sum(1), (b != NOTHING).sum(1)
         frozen = (count_a == 0) | (count_b == 0)
         if frozen.any():
-            self._spread_frost(left[frozen], right[frozen], a[frozen], b[frozen])
+            self._freeze_pairs(left[frozen], right[frozen], a[frozen], b[frozen])
         simple = (count_a == 1) & (count_b == 1)
         self._union(a[simple, 0], b[simple, 0])
         hard = ~(frozen | simple)
@@ -357,15 +359,16 @@ class Atoms:
             return left[hard], right[hard]
         return self._unite_composites(left, right, a, b)
 
-    def _spread_frost(self, left: Axis, right: Axis, a: Axis, b: Axis) -> None:
-        frost = np.where(a[:, 0] == NOTHING, self._frost(left), NOTHING)
-        cold = np.where((frost == NOTHING) & (b[:, 0] == NOTHING), self._frost(right), frost)
+    def _freeze_pairs(self, left: Axis, right: Axis, a: Axis, b: Axis) -> None:
+        """Freeze both sides of pairs of which one is frozen, for its reason."""
+        root = np.where(a[:, 0] == NOTHING, self._frozen_root(left), NOTHING)
+        root = np.where((root == NOTHING) & (b[:, 0] == NOTHING), self._frozen_root(right), root)
         for table in (a, b):
             live = table != NOTHING
-            self._parent[table[live]] = np.broadcast_to(cold[:, None], table.shape)[live]
+            self._parent[table[live]] = np.broadcast_to(root[:, None], table.shape)[live]
 
-    def _frost(self, axis: Axis) -> Axis:
-        """A frozen root for each index that is frozen, one with a reason where there is one."""
+    def _frozen_root(self, axis: Axis) -> Axis:
+        """Return a frozen root per frozen index, one with a reason if any has one."""
         roots = self._root_parts(axis)
         return np.asarray(np.where(self._frozen[roots], roots, NOTHING).max(axis=1))
 
@@ -377,7 +380,7 @@ class Atoms:
             np.minimum.at(self._parent, np.maximum(a, b), np.minimum(a, b))
 
     def _unite_composites(self, left: Axis, right: Axis, a: Axis, b: Axis) -> tuple[Axis, Axis]:
-        """Pairs of which at least one side has several parts."""
+        """Unite pairs of which at least one side has several parts, and return the pairs that remain."""
         first = np.stack([a[:, 0], b[:, 0]])
         common_a = ((a[:, :, None] == b[:, None, :]) & (a != NOTHING)[:, :, None]).any(2)
         common_b = ((b[:, :, None] == a[:, None, :]) & (b != NOTHING)[:, :, None]).any(2)
@@ -385,7 +388,7 @@ class Atoms:
         rest_a, rest_b = _same_width(rest_a, rest_b)
         count_a, count_b = (rest_a != NOTHING).sum(1), (rest_b != NOTHING).sum(1)
         todo: list[tuple[Axis, Axis]] = []
-        # One side holds the other: what is left over must follow the part that both have.
+        # One side contains the other: its other parts are united with the first part of the contained side.
         for rest, other, anchor in ((rest_a, count_b, first[1]), (rest_b, count_a, first[0])):
             rows, columns = np.nonzero((rest != NOTHING) & (other == 0)[:, None])
             todo.append((rest[rows, columns], anchor[rows]))
@@ -402,7 +405,7 @@ class Atoms:
         return np.concatenate([x for x, _ in todo]), np.concatenate([y for _, y in todo])
 
     def _become(self, one: Axis, many: Axis) -> Mask:
-        """Turn each primitive of `one` into the composite of its row of `many`; says which rows were done."""
+        """Turn each primitive of `one` into the composite of its row of `many`, and return which rows were done."""
         order = np.argsort(one, kind="stable")
         ranked = one[order]
         chosen = np.ones(len(one), np.bool_)
@@ -416,27 +419,27 @@ class Atoms:
 
 
 def uniform(atom: int | np.int64, count: int) -> Axis:
-    """An axis of `count` indices that have one atom, as frozen ones do; it takes the memory of one index."""
+    """Return an axis of `count` indices with one atom, which takes the memory of one index."""
     return np.broadcast_to(np.int64(atom), count)
 
 
 def is_uniform(axis: Axis) -> bool:
-    """Whether an axis has several indices and all of them have one atom."""
+    """Return whether an axis has several indices, all with the same atom."""
     if axis.ndim != 1 or len(axis) < 2:
         return False
-    if axis.strides == (0,):  # as `uniform` makes them: nothing to compare
+    if axis.strides == (0,):  # built by `uniform`
         return True
     return bool(axis.item(0) == axis.item(-1)) and bool((axis == axis[0]).all())
 
 
 def fingerprint(axis: Axis) -> Fingerprint:
-    """What stands for an axis in a dictionary: equal for axes of equal atoms, whichever array holds them."""
+    """Return the dictionary key of an axis: equal for axes of equal atoms."""
     atoms = axis[:1] if is_uniform(axis) else axis
     return len(axis), atoms.tobytes()
 
 
 def _same(left: Axis, right: Axis) -> bool:
-    """Whether two arrays of one shape are equal, in a fifth of the time that numpy's comparison takes on short ones."""
+    """Return whether two arrays of one shape are equal; five times as fast as `np.array_equal` on short ones."""
     return left.tobytes() == right.tobytes()
 
 
@@ -446,7 +449,7 @@ def _same_width(a: Axis, b: Axis) -> tuple[Axis, Axis]:
 
 
 def _pair_parts(a: Axis, b: Axis) -> list[tuple[Axis, Axis]]:
-    """Part by part; what one side has more of goes with the other side's last part."""
+    """Pair the parts of two sides in order; surplus parts of one side are paired with the last part of the other."""
     counts = [(t != NOTHING).sum(1) for t in (a, b)]
     pairs = []
     for column in range(a.shape[1]):
@@ -458,7 +461,7 @@ def _pair_parts(a: Axis, b: Axis) -> list[tuple[Axis, Axis]]:
 
 
 def _compress(table: Axis) -> Axis:
-    """Drop repeated parts of each row and move the empty places to its end."""
+    """Drop repeated parts of each row and move the padding to its end."""
     if table.shape[1] == 1:
         return table
     copied = False

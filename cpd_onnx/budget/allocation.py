@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from cpd_onnx.algebra.atoms import NOTHING, Axis
-from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.budget.knapsack import solve
-from cpd_onnx.budget.latency import Clock, CostTable
+from cpd_onnx.budget.latency import CostTable, LatencyProbe
 from cpd_onnx.budget.widths import Limits, allowed_widths
 from cpd_onnx.channels.costs import CostModel, Costs, Floats, WidthCost
 from cpd_onnx.channels.groups import Combed
@@ -62,7 +62,7 @@ class Budget:
         fraction: of the original that may remain, 0 to 1.
         spread: "uniform" removes the same share from each group, "global" lets all channels compete, "isomorphic" those
             of groups that do the same in different places (each such class loses the same share), "optimal" takes the
-            widths with the least damage.
+            widths with the least loss.
         limits: which widths are allowed.
 
     """
@@ -94,25 +94,25 @@ class Budget:
 
 
 @dataclass(frozen=True, eq=False)
-class Curves:
+class LossCurves:
     """What the model loses with the channels of each group.
 
     Attributes:
-        damage: for each group, at r, the damage without its r least important channels; r = 0 … size - 1. It starts at
+        loss: for each group, at r, the loss without its r least important channels; r = 0 … size - 1. It starts at
             nothing and does not fall. Groups are compared by it as it is.
     """
 
-    damage: tuple[Floats, ...]
+    loss: tuple[Floats, ...]
 
     def check(self, combed: Combed) -> None:
         """Raise ValueError where a curve is not that of its group."""
-        if [len(curve) for curve in self.damage] != [len(group) for group in combed.groups]:
-            raise ValueError("a damage curve has one number for each of 0 … size - 1 channels that go")
-        if any(curve[0] != 0 or bool((np.diff(curve) < 0).any()) for curve in self.damage):
-            raise ValueError("a damage curve starts at 0 and does not fall")
+        if [len(curve) for curve in self.loss] != [len(group) for group in combed.groups]:
+            raise ValueError("a loss curve has one number for each of 0 … size - 1 channels that go")
+        if any(curve[0] != 0 or bool((np.diff(curve) < 0).any()) for curve in self.loss):
+            raise ValueError("a loss curve starts at 0 and does not fall")
 
 
-def curves_of(scores: Sequence[Scores], *, is_loss: bool) -> Curves:
+def loss_curves(scores: Sequence[Scores], *, is_loss: bool) -> LossCurves:
     """Damage that scores tell: the losses of the channels that go, summed.
 
     Scores that are no losses are importances. What passes through the layers is multiplied from one to the next, so the
@@ -128,7 +128,7 @@ def curves_of(scores: Sequence[Scores], *, is_loss: bool) -> Curves:
             share = gone / gone[-1] if gone[-1] else np.arange(len(gone)) / len(ascending)
             gone = (-np.log(np.maximum(1 - share, _LEAST_SHARE))) ** _EVENNESS
         made.append(np.maximum.accumulate(gone[:-1] - gone[0]))
-    return Curves(tuple(made))
+    return LossCurves(tuple(made))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -165,9 +165,9 @@ class Allocation(Summarised):
         gone = [group.channels[removed] for group, removed in zip(combed.groups, self.removed, strict=True)]
         return np.concatenate([np.zeros(0, np.int64), *gone]).astype(np.int64)
 
-    def keep_mask(self, combed: Combed) -> Kept:
+    def keep_mask(self, combed: Combed) -> KeepMask:
         """What stays of each axis."""
-        return Kept(combed.atoms, self.channels(combed))
+        return KeepMask(combed.atoms, self.channels(combed))
 
 
 def allocate(
@@ -176,14 +176,14 @@ def allocate(
     budget: Budget,
     *,
     is_loss: bool = False,
-    curves: Curves | None = None,
+    curves: LossCurves | None = None,
     table: CostTable | None = None,
 ) -> Allocation:
     """Choose the channels to remove, at least one stays in each group.
 
     Where channels compete, they are ranked by their score over the mean of their group; or, if the scores estimate
-    what the model loses with a channel, by the loss for what it saves. The spread "optimal" goes by damage curves, see
-    `curves_of`; others may be given. Latency is what `table` says.
+    what the model loses with a channel, by the loss for what it saves. The spread "optimal" goes by loss curves, see
+    `loss_curves`; others may be given. Latency is what `table` says.
 
     Raises TargetError if the budget cannot be met, with what stands in the way.
     """
@@ -196,8 +196,8 @@ def allocate(
     return _Allocator(combed, scores, budget, is_loss=is_loss, curves=curves, table=table).run()
 
 
-def allocate_on_the_clock(
-    choose: Callable[[Budget, CostTable], Allocation], budget: Budget, table: CostTable, clock: Clock
+def allocate_measured(
+    choose: Callable[[Budget, CostTable], Allocation], budget: Budget, table: CostTable, probe: LatencyProbe
 ) -> Allocation:
     """Allocate for a latency, measure what comes out beside the original, correct the target, and again.
 
@@ -221,9 +221,9 @@ def allocate_on_the_clock(
                 continue
             if known is not table:
                 break
-            known, asked, tried = table.loosened(clock.combed), budget.fraction, []
+            known, asked, tried = table.loosened(probe.combed), budget.fraction, []
             continue
-        measured = clock.ratio(chosen.channels(clock.combed), max(_SECONDS, _TIMED_ROUNDS * 1.5e-3 * table.ms))
+        measured = probe.ratio(chosen.channels(probe.combed), max(_SECONDS, _TIMED_ROUNDS * 1.5e-3 * table.ms))
         chosen = replace(chosen, latency={**chosen.latency, "target": budget.fraction, "measured": measured})
         if best is None or _miss(chosen) < _miss(best):
             best = chosen
@@ -283,12 +283,12 @@ class Chooser:
 
     Attributes:
         table: what latency is predicted by, where that is the target.
-        clock: what it is measured with, if it is.
+        probe: what it is measured with, if it is.
     """
 
     budget: Budget
     table: CostTable | None = None
-    clock: Clock | None = None
+    probe: LatencyProbe | None = None
 
     def __call__(
         self,
@@ -297,7 +297,7 @@ class Chooser:
         fraction: float | None = None,
         *,
         is_loss: bool = False,
-        curves: Curves | None = None,
+        curves: LossCurves | None = None,
     ) -> Allocation:
         """Choose the channels that go; `fraction` is what may remain, if not that of the budget."""
         budget = self.budget if fraction is None else replace(self.budget, fraction=fraction)
@@ -313,8 +313,8 @@ class Chooser:
                     return replace(found, notes=(*found.notes, *([_TOO_WIDE] if halvings else [])))
             return allocate(combed, scores, wish, is_loss=is_loss, curves=curves, table=table.finer(_HALVINGS))
 
-        if self.clock is not None:
-            return allocate_on_the_clock(choose, budget, self.table, self.clock)
+        if self.probe is not None:
+            return allocate_measured(choose, budget, self.table, self.probe)
         chosen = choose(budget, self.table)
         return replace(chosen, notes=(*chosen.notes, *_latency_notes(chosen, self.table)))
 
@@ -327,13 +327,13 @@ class _Allocator:
         budget: Budget,
         *,
         is_loss: bool,
-        curves: Curves | None,
+        curves: LossCurves | None,
         table: CostTable | None,
     ) -> None:
         self.is_loss = is_loss
         self.combed, self.scores, self.budget = combed, list(scores), budget
         more = {"latency": table.terms(combed)} if table is not None else {}
-        self.costs, whole = CostModel(combed, more), Kept(combed.atoms)
+        self.costs, whole = CostModel(combed, more), KeepMask(combed.atoms)
         self.before = self.costs.total(whole)
         self.full = self.costs.cost(budget.kind, whole)
         if table is not None:
@@ -366,18 +366,18 @@ class _Allocator:
         return self.result(counts, tuple(notes))
 
     def optimal(self, target: float) -> list[int]:
-        """The widths with the least damage."""
-        curves = self.curves or curves_of(self.scores, is_loss=self.is_loss)
+        """The widths with the least loss."""
+        curves = self.curves or loss_curves(self.scores, is_loss=self.is_loss)
         allowed, follows = self.widths.allowed, self.curves is None and not self.is_loss
         cost, asked, counts = self.costs.in_widths(self.budget.kind), target, self.sizes
         work = self.costs.in_widths("macs") if self.budget.kind == "latency" else cost
         weights = _weights(work, counts) if follows else np.ones(len(counts))
         for _ in range(_CORRECTIONS):
-            damage = [
+            loss = [
                 weight * curve[size - widths]
-                for weight, curve, size, widths in zip(weights, curves.damage, self.sizes, allowed, strict=True)
+                for weight, curve, size, widths in zip(weights, curves.loss, self.sizes, allowed, strict=True)
             ]
-            before, counts = counts, solve(allowed, damage, cost, asked)
+            before, counts = counts, solve(allowed, loss, cost, asked)
             over = self.cost(counts) - target
             if over <= 0.1 * _TOLERANCE * self.full and (not follows or counts == before):
                 break
@@ -473,9 +473,9 @@ class _Allocator:
     def cost(self, counts: Sequence[int]) -> float:
         return self.costs.cost(self.budget.kind, self.kept(counts))
 
-    def kept(self, counts: Sequence[int]) -> Kept:
+    def kept(self, counts: Sequence[int]) -> KeepMask:
         gone = [channels[: len(channels) - n] for channels, n in zip(self.least_first, counts, strict=True)]
-        return Kept(self.combed.atoms, np.concatenate(gone))
+        return KeepMask(self.combed.atoms, np.concatenate(gone))
 
     def result(self, counts: Sequence[int], notes: tuple[str, ...]) -> Allocation:
         kept = self.kept(counts)
@@ -501,7 +501,7 @@ class _Allocator:
 
 
 def _weights(work: WidthCost, counts: Sequence[int]) -> Floats:
-    """How much the damage of each group counts where scores are no losses: by the work that is left in it.
+    """How much the loss of each group counts where scores are no losses: by the work that is left in it.
 
     A group that runs through many layers, as a residual stage does, saves much and harms each of them and what they do
     together. So it counts more than they do by themselves.

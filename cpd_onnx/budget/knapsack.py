@@ -1,4 +1,4 @@
-"""Which width each group gets, so that a budget is met with the least damage: a multiple-choice knapsack.
+"""Which width each group gets, so that a budget is met with the least loss: a multiple-choice knapsack.
 
 Damage is a sum over the groups, but what a width costs depends on the other groups' widths (a convolution costs the
 product of two). So the cost is linearised around the present widths, the knapsack that results is solved but for one
@@ -51,8 +51,8 @@ class _Problem:
         """Cost of one choice for each group."""
         return float(self.cost(self.width[None, chosen])[0])
 
-    def damage_of(self, chosen: Counts) -> float:
-        """Summed damage of one choice for each group."""
+    def loss_of(self, chosen: Counts) -> float:
+        """Summed loss of one choice for each group."""
         return float(self.harm[chosen].sum())
 
     def moves(self, chosen: Counts) -> Floats:
@@ -62,12 +62,12 @@ class _Problem:
         return self.cost(rows) - self.cost_of(chosen)
 
 
-def solve(widths: Sequence[Counts], damage: Sequence[Floats], cost: Cost, target: float) -> list[int]:
-    """Widths that cost at most `target` with little damage; the cheapest ones if none are that cheap.
+def solve(widths: Sequence[Counts], loss: Sequence[Floats], cost: Cost, target: float) -> list[int]:
+    """Widths that cost at most `target` with little loss; the cheapest ones if none are that cheap.
 
     Args:
         widths: for each group those that it may have, ascending.
-        damage: for each group what each of these widths does, falling with the width, not negative.
+        loss: for each group what each of these widths does, falling with the width, not negative.
         cost: from rows of widths, a column for each group, to what they cost; grows with each width.
         target: what the widths may cost.
     """
@@ -75,8 +75,8 @@ def solve(widths: Sequence[Counts], damage: Sequence[Floats], cost: Cost, target
     for extreme, enough in ((most, True), (least, False)):
         if (float(cost(np.asarray([extreme]))[0]) <= target) == enough:
             return extreme
-    scale = max(float(np.max(harm)) for harm in damage) or 1.0
-    harms = [harm / scale for harm in damage]
+    scale = max(float(np.max(harm)) for harm in loss) or 1.0
+    harms = [harm / scale for harm in loss]
     looked_at = [_spaced(0, len(w) - 1) for w in widths]
     found = [len(w) - 1 for w in widths]
     while True:
@@ -127,12 +127,12 @@ def _at_target(problem: _Problem, chosen: Counts, target: float) -> Counts:
     best, asked = problem.starts, target
     if problem.cost_of(chosen) <= target:
         best = chosen
-    least = problem.damage_of(best)
+    least = problem.loss_of(best)
     for _ in range(_ROUNDS):
         after = _linear(problem, chosen, asked)
-        cost, damage = problem.cost_of(after), problem.damage_of(after)
-        if cost <= target and damage < least:
-            best, least = after, damage
+        cost, loss = problem.cost_of(after), problem.loss_of(after)
+        if cost <= target and loss < least:
+            best, least = after, loss
         settled = bool((after == chosen).all())
         if settled and cost <= target:
             break
@@ -144,8 +144,8 @@ def _at_target(problem: _Problem, chosen: Counts, target: float) -> Counts:
 def _linear(problem: _Problem, chosen: Counts, target: float) -> Counts:
     """A choice near the present one that is optimal, but for the last step, if the cost were a sum over the groups.
 
-    From the cheapest widths on, the step is taken that spares the most damage for what it costs. Only steps along the
-    lower convex hull of a group's (cost, damage) are looked at, so that they come in order.
+    From the cheapest widths on, the step is taken that spares the most loss for what it costs. Only steps along the
+    lower convex hull of a group's (cost, loss) are looked at, so that they come in order.
     """
     change = problem.moves(chosen)
     reach = np.abs(np.log(problem.width / problem.width[chosen][problem.owner])) <= math.log(_REACH) + _EPSILON
@@ -190,7 +190,7 @@ def _is_above(first: int, middle: int, last: int, cost: Floats, harm: Floats) ->
 
 
 def _polished(problem: _Problem, chosen: Counts, target: float) -> Counts:
-    """Exchange the choice of one group or two while that lessens the damage within the target."""
+    """Exchange the choice of one group or two while that lessens the loss within the target."""
     for _ in range(_EXCHANGES):
         change = problem.moves(chosen)
         gain = problem.harm[chosen][problem.owner] - problem.harm
@@ -207,7 +207,7 @@ def _polished(problem: _Problem, chosen: Counts, target: float) -> Counts:
 
 
 def _exchange(problem: _Problem, chosen: Counts, change: Floats, gain: Floats, target: float) -> Counts | None:
-    """Widen one group and narrow another, if that lessens the damage within the target.
+    """Widen one group and narrow another, if that lessens the loss within the target.
 
     What both change together is at least what they change one by one, less what one changes of the other's change.
     """

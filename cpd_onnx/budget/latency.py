@@ -40,7 +40,7 @@ import onnxruntime as ort
 from scipy.optimize import nnls
 
 from cpd_onnx.algebra.atoms import Axis, Fingerprint, fingerprint
-from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.budget.widths import is_width
 from cpd_onnx.channels.costs import Floats, Term
 from cpd_onnx.channels.groups import Combed, Group
@@ -269,7 +269,7 @@ def _amount(value: Any) -> float:
     return value
 
 
-class Clock:
+class LatencyProbe:
     """Measures models pruned to any channels beside the original."""
 
     def __init__(self, combed: Combed, setting: Setting) -> None:
@@ -282,7 +282,7 @@ class Clock:
 
     def pruned(self, channels: npt.NDArray[np.int64]) -> Model:
         """The model without some primitive atoms."""
-        return rewrite(self.combed, Kept(self.combed.atoms, channels)).model
+        return rewrite(self.combed, KeepMask(self.combed.atoms, channels)).model
 
     def session(self, model: Model, profile: Path | None = None) -> ort.InferenceSession:
         """Open a model under the setting."""
@@ -328,15 +328,15 @@ class Clock:
         return taken[0], taken[1]
 
 
-def measure_table(clock: Clock, *, seed: int = 0, observer: Observer | None = None) -> CostTable:
+def measure_table(probe: LatencyProbe, *, seed: int = 0, observer: Observer | None = None) -> CostTable:
     """Measure what a model takes as a function of its widths.
 
     Raises TargetError if it has no groups, UnsupportedError if onnxruntime does not run it.
     """
-    combed = clock.combed
+    combed = probe.combed
     if not combed.groups:
         raise TargetError("nothing can be pruned in this model, so its time cannot be less")
-    made = _Samples(clock, observer)
+    made = _Samples(probe, observer)
     rng = np.random.default_rng(seed)
     made.add(np.asarray([len(g) for g in combed.groups]))
     turns: dict[int, list[int]] = defaultdict(list)
@@ -358,7 +358,7 @@ def measure_table(clock: Clock, *, seed: int = 0, observer: Observer | None = No
     rest = max(0.0, float(np.median([made.ms[s] - accounted for s, accounted in zip(fitted, known, strict=True)])))
     return CostTable(
         combed.folded.original.sha256(),
-        clock.setting,
+        probe.setting,
         made.original,
         rest,
         unknown,
@@ -447,8 +447,8 @@ def _watching(kernels: Sequence[float], ms: float) -> float:
 class _Samples:
     """The models that were measured: widths of the groups, kernels, and sizes of all axes, one row each."""
 
-    def __init__(self, clock: Clock, observer: Observer | None) -> None:
-        self.clock, self.combed, self.observer = clock, clock.combed, observer
+    def __init__(self, probe: LatencyProbe, observer: Observer | None) -> None:
+        self.probe, self.combed, self.observer = probe, probe.combed, observer
         self.order = [np.random.default_rng(g.id).permutation(g.channels) for g in self.combed.groups]
         self.axes = list(_variable_axes(self.combed))
         self.widths: list[npt.NDArray[np.int64]] = []
@@ -461,13 +461,13 @@ class _Samples:
     def add(self, widths: npt.NDArray[np.int64]) -> int:
         """Measure one choice of widths; its number."""
         gone = np.concatenate([order[width:] for order, width in zip(self.order, widths.tolist(), strict=True)])
-        model = self.clock.pruned(gone) if len(gone) else self.combed.folded.model
-        times, ms, meanwhile = self.clock.profile(model)
+        model = self.probe.pruned(gone) if len(gone) else self.combed.folded.model
+        times, ms, meanwhile = self.probe.profile(model)
         self.original = self.original or meanwhile
         speed = self.original / meanwhile
         self.times.append({name: replace(kernel, ms=speed * kernel.ms) for name, kernel in times.items()})
         self.ms.append(speed * ms)
-        kept = Kept(self.combed.atoms, gone)
+        kept = KeepMask(self.combed.atoms, gone)
         self.rows.append([kept.count(axis) for _, axis in self.axes])
         self.widths.append(widths)
         if self.observer is not None:

@@ -9,13 +9,13 @@ import numpy as np
 from onnx import NodeProto, TensorProto
 
 from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis, Mask
-from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.algebra.reasons import Reason
 from cpd_onnx.channels.constraints import (
-    hold_last_channels,
-    hold_positions,
-    hold_ungrouped,
-    hold_what_cannot_be_edited,
+    freeze_last_channels,
+    freeze_positions,
+    freeze_uneditable,
+    freeze_ungrouped,
 )
 from cpd_onnx.channels.groups import Combed, Swept, Weight, WeightUse, grouped, is_vector
 from cpd_onnx.ir.model import ModelSource, attributes_of, bodies_of, load, translate_errors
@@ -39,18 +39,18 @@ def comb(source: ModelSource | Folded, input_shapes: Mapping[str, Sequence[int]]
     with translate_errors(model):
         sweep = _Sweep(source if isinstance(source, Folded) else fold(model, input_shapes))
         swept = sweep.run()
-        hold_positions(swept)
-        hold_what_cannot_be_edited(swept)
-        hold_last_channels(swept)
+        freeze_positions(swept)
+        freeze_uneditable(swept)
+        freeze_last_channels(swept)
         groups = grouped(swept)
-        hold_ungrouped(swept, groups)
+        freeze_ungrouped(swept, groups)
         return Combed(
             swept.folded, swept.atoms, swept.recorder, swept.tensors, swept.weights,
             groups, sweep.without_rule, sweep.unaccounted,
         )  # fmt: skip  # what it holds
 
 
-def at_sizes(combed: Combed, kept: Kept, numbers: Mapping[str, int]) -> tuple[Combed, Kept] | None:
+def at_sizes(combed: Combed, keep: KeepMask, numbers: Mapping[str, int]) -> tuple[Combed, KeepMask] | None:
     """The same model combed with other numbers for the symbols of its inputs, and the same channels there.
 
     None if what is removed from the weights cannot be removed there: channels are coupled otherwise.
@@ -66,11 +66,11 @@ def at_sizes(combed: Combed, kept: Kept, numbers: Mapping[str, int]) -> tuple[Co
             if use.use.key not in uses:
                 continue
             for there, axis in zip(uses[use.use.key].axes, use.axes, strict=True):
-                mask, parts = kept.mask(there), here.atoms.parts(axis)
+                mask, parts = keep.mask(there), here.atoms.parts(axis)
                 goes[parts[~mask]], stays[parts[mask]] = True, True
                 wanted.append((axis, mask))
     goes[NOTHING] = False
-    found = Kept(here.atoms, np.flatnonzero(goes & ~stays))
+    found = KeepMask(here.atoms, np.flatnonzero(goes & ~stays))
     return (here, found) if all(np.array_equal(found.mask(axis), mask) for axis, mask in wanted) else None
 
 
@@ -96,21 +96,21 @@ class _Sweep:
         self.shared: dict[Value, list[Axis]] = {}
         self.without_rule: dict[str, str] = {}
         self.unaccounted: list[str] = []
-        self.held: set[Value] = set()
+        self.originals: set[Value] = set()
 
     def run(self) -> Swept:
         scope = self.folded.scope
         for value in scope.values.values():
             if value.name in scope.inputs and value.weight is None:
                 reason = Reason("interface", "", f"graph input {value.name!r}")
-                self.put(scope, value.name, Tensor(value, self.cold(value, reason)))
+                self.put(scope, value.name, Tensor(value, self.frozen_axes(value, reason)))
         self.sweep(scope)
         self.atoms.settle()
         for name in scope.outputs:
             self.freeze(self.get(scope, name), Reason("interface", "", f"graph output {name!r}"))
             self.freeze_reported_sizes(scope, name)
         weights = tuple(
-            Weight(value, self.owner(uses[0].use.scope, value.name), tuple(uses), value in self.held)
+            Weight(value, self.owner(uses[0].use.scope, value.name), tuple(uses), value in self.originals)
             for value, uses in self.uses.items()
         )
         return Swept(self.folded, self.atoms, self.recorder, self.tensors, weights)
@@ -124,7 +124,7 @@ class _Sweep:
             self.node(scope, position, inputs, outputs)
             for tensor in outputs:
                 if tensor.axes is None:
-                    tensor.axes = self.cold(tensor.value, _about(node, "makes this axis"))
+                    tensor.axes = self.frozen_axes(tensor.value, _about(node, "makes this axis"))
                 if tensor.value.name:
                     self.put(scope, tensor.value.name, tensor)
 
@@ -138,7 +138,7 @@ class _Sweep:
         where = f"{domain}::{node.op_type}" if domain else node.op_type
         if bodies_of(node):
             for name in sorted(all_inputs(node) - set(node.input)):
-                self.hold(scope, name, Reason("operator", f"operator {where}", _UNFOLLOWED))
+                self.freeze_original(scope, name, Reason("operator", f"operator {where}", _UNFOLLOWED))
         rule = RULES.get((domain, node.op_type))
         if rule is None:
             self.without_rule.setdefault(where, node.name or node.output[0])
@@ -148,7 +148,7 @@ class _Sweep:
             return
         call = Call(attributes_of(node), scope.opset)
         op = Op(scope, position, call, inputs, outputs, self.atoms, self.recorder)
-        marks = len(self.recorder.demands), len(self.recorder.costs)
+        marks = len(self.recorder.size_uses), len(self.recorder.costs)
         try:
             rule(op)
         except GiveUp as given:
@@ -160,7 +160,7 @@ class _Sweep:
         else:
             self.account(op)
             return
-        del self.recorder.demands[marks[0] :], self.recorder.costs[marks[1] :]
+        del self.recorder.size_uses[marks[0] :], self.recorder.costs[marks[1] :]
         self.give_up(inputs, outputs, reason)
 
     def is_arithmetic(self, inputs: list[Tensor | None], outputs: list[Tensor]) -> bool:
@@ -174,7 +174,7 @@ class _Sweep:
 
     def account(self, op: Op) -> None:
         """Every axis of every input must have been carried, united, consumed or frozen."""
-        carried = [*op.touched, *(axis for tensor in op.outputs for axis in tensor.axes or [])]
+        carried = [*op.accounted, *(axis for tensor in op.outputs for axis in tensor.axes or [])]
         doubtful = [  # an array that was carried on as it is needs no look at its atoms
             (slot, number, axis)
             for slot, tensor in enumerate(op.inputs)
@@ -195,14 +195,14 @@ class _Sweep:
         for tensor in (*inputs, *outputs):
             self.freeze(tensor, reason)
         for tensor in outputs:
-            tensor.axes = self.cold(tensor.value, reason)
+            tensor.axes = self.frozen_axes(tensor.value, reason)
 
     def freeze(self, tensor: Tensor | None, reason: Reason) -> None:
         for axis in (tensor.axes if tensor is not None else None) or []:
             if not self.atoms.all_frozen(axis):
                 self.atoms.freeze(axis, reason)
 
-    def cold(self, value: Value, reason: Reason) -> list[Axis] | None:
+    def frozen_axes(self, value: Value, reason: Reason) -> list[Axis] | None:
         """Frozen axes for a tensor; None if its shape is unknown."""
         return None if value.shape is None else [self.atoms.frozen(size, reason) for size in value.shape]
 
@@ -272,14 +272,14 @@ class _Sweep:
     def freeze_captured(self, body: Scope, reason: Reason) -> None:
         """Freeze all that a body which is not followed takes from outside."""
         for name in body.consumers:
-            self.hold(body, name, reason)
+            self.freeze_original(body, name, reason)
 
-    def hold(self, scope: Scope, name: str, reason: Reason) -> None:
+    def freeze_original(self, scope: Scope, name: str, reason: Reason) -> None:
         """Leave a tensor as it is for somebody who is not followed; a vector's other users may take another version."""
         tensor = self.get(scope, name)
         self.freeze(tensor, reason)
         if tensor is not None and tensor.value.weight is not None:
-            self.held.add(tensor.value)
+            self.originals.add(tensor.value)
 
     def call(self, body: Scope, inputs: list[Tensor | None], outputs: list[Tensor]) -> None:
         for name, tensor in zip(body.inputs, inputs, strict=False):
@@ -292,7 +292,7 @@ class _Sweep:
                 and value.name not in body.inputs
             ):
                 reason = _flow("lies in a function that several nodes may call")
-                self.put(body, value.name, Tensor(value, self.cold(value, reason)))
+                self.put(body, value.name, Tensor(value, self.frozen_axes(value, reason)))
         self.sweep(body)
         for tensor, name in zip(outputs, body.outputs, strict=False):
             inner = self.result(body, name)
@@ -365,7 +365,7 @@ class _Sweep:
                 )
             if inner.axes is None or tuple(map(len, inner.axes)) != inner.value.shape:
                 self.freeze(outer, _about(node, "changes its shape from round to round"))
-                inner.axes = self.cold(inner.value, _about(node, "makes this axis"))
+                inner.axes = self.frozen_axes(inner.value, _about(node, "makes this axis"))
             self.put(body, name, inner)
         self.sweep(body)
         skip = 1 if is_loop else 0

@@ -18,7 +18,7 @@ from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis
 from cpd_onnx.algebra.reasons import Reason
 from cpd_onnx.channels.groups import Group, Swept
 from cpd_onnx.ops.traits import traits_of
-from cpd_onnx.rules.api import Demand, Recorder
+from cpd_onnx.rules.api import Recorder, SizeUse
 from cpd_onnx.rules.reduce import POSITION_USERS
 from cpd_onnx.shapes.values import Origin, Role, Scope, Use, Value
 
@@ -32,26 +32,26 @@ class Element:
     origin: Origin
 
 
-def operand_value(demand: Demand) -> Value | None:
+def operand_value(size_use: SizeUse) -> Value | None:
     """The value at a demand's slot; None if the slot is empty or it is an attribute."""
-    if isinstance(demand.slot, str):
+    if isinstance(size_use.slot, str):
         return None
-    node = demand.scope.nodes[demand.node]
-    if demand.slot >= len(node.input) or not node.input[demand.slot]:
+    node = size_use.scope.nodes[size_use.node]
+    if size_use.slot >= len(node.input) or not node.input[size_use.slot]:
         return None
-    return demand.scope.lookup(node.input[demand.slot])
+    return size_use.scope.lookup(node.input[size_use.slot])
 
 
-def elements(demand: Demand, value: Value) -> Iterator[Element]:
+def elements(size_use: SizeUse, value: Value) -> Iterator[Element]:
     """The elements of a list of sizes that are the size of their axis."""
     assert value.value is not None
     origins = value.each_origin()
-    for position, (axis, old) in enumerate(zip(demand.axes, value.value.ravel().tolist(), strict=True)):
+    for position, (axis, old) in enumerate(zip(size_use.axes, value.value.ravel().tolist(), strict=True)):
         if old == len(axis):
             yield Element(position, axis, origins[position])
 
 
-def hold_positions(swept: Swept) -> None:
+def freeze_positions(swept: Swept) -> None:
     """Freeze axes that somebody counts along, unless who uses the positions counts along the same axes."""
     for scope, name, axis, within in swept.recorder.positions:
         if not swept.atoms.all_frozen(axis) and not _stays_a_position(scope, name, within):
@@ -76,7 +76,7 @@ def _stays_a_position(scope: Scope, name: str, within: Value | None) -> bool:
     return True
 
 
-def hold_last_channels(swept: Swept) -> None:
+def freeze_last_channels(swept: Swept) -> None:
     """Freeze channels without which some axis would be empty."""
     for axis in (seen.axis for seen in swept.axes):
         if len(axis) < 1 or (len(axis) == 1 and axis[0] == NOTHING):
@@ -90,7 +90,7 @@ def hold_last_channels(swept: Swept) -> None:
                 swept.atoms.freeze(np.asarray([primitive]), Reason("structure", "", "can only go as a whole"))
 
 
-def hold_ungrouped(swept: Swept, groups: Sequence[Group]) -> None:
+def freeze_ungrouped(swept: Swept, groups: Sequence[Group]) -> None:
     """Freeze what is left on the weights' axes: parts of vectors that no matrix has to do with."""
     known = np.zeros(len(swept.atoms), np.bool_)
     known[NOTHING] = True
@@ -102,9 +102,9 @@ def hold_ungrouped(swept: Swept, groups: Sequence[Group]) -> None:
             swept.atoms.freeze(parts[~known[parts]], Reason("structure", "", "runs through no matrix"))
 
 
-def hold_what_cannot_be_edited(swept: Swept) -> None:
+def freeze_uneditable(swept: Swept) -> None:
     """Freeze, or unite, the axes whose sizes stand where they cannot be rewritten one by one."""
-    _hold_numbers_of_inputs(swept)
+    _freeze_numbers_of_inputs(swept)
     while _one_round(swept):
         pass
 
@@ -115,10 +115,10 @@ def is_number(recorder: Recorder, use: Use) -> bool:
     Demands apart, which name sizes or positions.
     """
     made = [use.scope.values.get(output) for output in use.scope.nodes[use.node].output]
-    return not all(v is not None and v.values is not None for v in made) and use.key not in recorder.demanded
+    return not all(v is not None and v.values is not None for v in made) and use.key not in recorder.size_slots
 
 
-def _hold_numbers_of_inputs(swept: Swept) -> None:
+def _freeze_numbers_of_inputs(swept: Swept) -> None:
     """Freeze what numbers are computed from that depend on the sizes of the inputs too, as a count of all elements.
 
     They belong to the function and must stay as they are, but cannot be written down.
@@ -141,7 +141,7 @@ def _sizes_in(swept: Swept, scope: Scope, name: str) -> Iterator[Axis]:
     todo, seen = [name], {name}
     while todo:
         value = scope.lookup(todo[-1])
-        maker = scope.makers.get(todo.pop())
+        maker = scope.producers.get(todo.pop())
         if value is None or not value.from_shape:
             continue
         origins = value.each_origin()
@@ -153,7 +153,7 @@ def _sizes_in(swept: Swept, scope: Scope, name: str) -> Iterator[Axis]:
                     yield tensor.axes[number]
         if maker is not None and len(sizes) < len(origins):
             # A shape that an operator gives its output is no part of the elements.
-            named = swept.recorder.demanded
+            named = swept.recorder.size_slots
             slots = enumerate(scope.nodes[maker].input)
             inputs = {entry for slot, entry in slots if (scope.path, maker, slot) not in named}
             todo += inputs - seen
@@ -164,15 +164,15 @@ def _one_round(swept: Swept) -> bool:
     """Whether something had to be frozen or united."""
     atoms, changed = swept.atoms, False
     sharing: dict[Origin, list[Axis]] = defaultdict(list)
-    for demand in swept.recorder.demands:
-        live = [axis for axis in demand.axes if not atoms.all_frozen(axis)]
-        value = operand_value(demand)
-        if live and (reason := _uneditable(demand, value)):
+    for size_use in swept.recorder.size_uses:
+        live = [axis for axis in size_use.axes if not atoms.all_frozen(axis)]
+        value = operand_value(size_use)
+        if live and (reason := _uneditable(size_use, value)):
             for axis in live:
                 atoms.freeze(axis, reason)
             changed = True
-        elif value is not None and demand.per_element and not value.is_static:
-            changed |= _dynamic_list(swept, demand, value, sharing)
+        elif value is not None and size_use.per_element and not value.is_static:
+            changed |= _dynamic_list(swept, size_use, value, sharing)
     for axes in sharing.values():
         for other in axes[1:]:
             if not np.array_equal(atoms.canonical(axes[0]), atoms.canonical(other)):
@@ -181,13 +181,13 @@ def _one_round(swept: Swept) -> bool:
     return changed
 
 
-def _uneditable(demand: Demand, value: Value | None) -> Reason | None:
-    node = demand.scope.nodes[demand.node]
-    if demand.scope.function:
+def _uneditable(size_use: SizeUse, value: Value | None) -> Reason | None:
+    node = size_use.scope.nodes[size_use.node]
+    if size_use.scope.function:
         return _about(node, "names this size in a function that several nodes may call")
     if value is not None and value.value is None:
         return _about(node, "names this size in an operand computed from data")
-    if value is not None and not value.is_static and not demand.per_element:
+    if value is not None and not value.is_static and not size_use.per_element:
         return _about(node, "has an operand that depends on the size of the input")
     return None
 
@@ -196,11 +196,11 @@ def _about(node: NodeProto, text: str) -> Reason:
     return Reason("operator", f"{node.op_type} {node.name or node.output[0]!r}", text)
 
 
-def _dynamic_list(swept: Swept, demand: Demand, value: Value, sharing: dict[Origin, list[Axis]]) -> bool:
+def _dynamic_list(swept: Swept, size_use: SizeUse, value: Value, sharing: dict[Origin, list[Axis]]) -> bool:
     """A list of sizes of which some depend on the inputs."""
     atoms, changed = swept.atoms, False
-    node = demand.scope.nodes[demand.node]
-    for element in elements(demand, value):
+    node = size_use.scope.nodes[size_use.node]
+    for element in elements(size_use, value):
         if element.origin.is_constant:
             if swept.folded.uses[element.origin.source].scope.function:
                 changed |= _freeze(atoms, element.axis, Reason("structure", "", "names this size in a function"))

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis, fingerprint
-from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.ir.model import element_bytes
 
@@ -65,7 +65,7 @@ class CostModel:
             self._weights.append((tuple(axes), weight.size))
             self._prunable += [axis for axis in axes if not combed.atoms.all_frozen(axis)]
         for tensor in combed.tensors.values():
-            if tensor.value.is_made_weight:
+            if tensor.value.is_generated_weight:
                 self._prunable += [axis for axis in tensor.axes or [] if not combed.atoms.all_frozen(axis)]
 
         model = combed.folded.model
@@ -82,14 +82,14 @@ class CostModel:
         self._sizes = _Sizes(combed.atoms, [axis for terms in lists.values() for _, axes in terms for axis in axes])
         self._sums = {kind: self._sizes.laid_out(terms) for kind, terms in lists.items()}
 
-    def total(self, kept: Kept) -> Costs:
-        """Costs with the channels in `kept`."""
-        return Costs(*(self.cost(kind, kept) for kind in ("macs", "params", "channels", "bytes")))
+    def total(self, keep: KeepMask) -> Costs:
+        """Costs with the channels in `keep`."""
+        return Costs(*(self.cost(kind, keep) for kind in ("macs", "params", "channels", "bytes")))
 
-    def cost(self, kind: str, kept: Kept) -> float:
+    def cost(self, kind: str, keep: KeepMask) -> float:
         """One of the costs."""
         factors, places = self._sums[kind]
-        return float((factors * self._sizes.of(kept)[places].prod(axis=1)).sum())
+        return float((factors * self._sizes.of(keep)[places].prod(axis=1)).sum())
 
     def in_widths(self, kind: str) -> WidthCost:
         """One of the costs as a function of how many channels of each group stay."""
@@ -171,9 +171,9 @@ class _Sizes:
         for start, table in zip(self._starts.tolist(), tables, strict=False):
             self._parts[start : start + len(table), : table.shape[1]] = table
 
-    def of(self, kept: Kept) -> Floats:
+    def of(self, keep: KeepMask) -> Floats:
         """Indices that stay on each axis; a one follows, for axes that are not there."""
-        before = np.concatenate([[0.0], np.cumsum(kept.stays(self._parts), dtype=np.float64)])
+        before = np.concatenate([[0.0], np.cumsum(keep.surviving(self._parts), dtype=np.float64)])
         return np.concatenate([np.diff(before[self._starts]), [1.0]])
 
     def rows(self, places: Axis) -> tuple[Axis, Axis]:

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 from onnx import TensorProto
 
-from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis, Fingerprint, Mask, fingerprint
+from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis, Fingerprint, fingerprint
 from cpd_onnx.algebra.reasons import Reason
 from cpd_onnx.rules.api import FLOATS, Recorder, Tensor
 from cpd_onnx.shapes.values import Folded, Scope, Use, Value
@@ -51,7 +50,7 @@ class Weight:
     value: Value
     scope: Scope
     uses: tuple[WeightUse, ...]
-    is_held: bool
+    keeps_original: bool
 
     def __repr__(self) -> str:
         """One line, without its values."""
@@ -189,7 +188,7 @@ class Swept:
         """
         found: dict[Fingerprint, SeenAxis] = {}
         position = 0
-        tensors = ((tensor.axes or [], tensor.value.is_made_weight) for tensor in self.tensors.values())
+        tensors = ((tensor.axes or [], tensor.value.is_generated_weight) for tensor in self.tensors.values())
         weights = (
             (axes, weight.is_trained and not weight.is_vector) for weight in self.weights for axes in weight.axes
         )
@@ -293,10 +292,10 @@ class Combed(Swept, Summarised):
                 continue
             for axes in weight.axes:
                 for axis, atoms in enumerate(axes):
-                    cold = int(self.atoms.is_frozen(atoms).sum())
-                    if len(atoms) > 1 and cold and (weight.name, axis) not in found:
+                    frozen = int(self.atoms.is_frozen(atoms).sum())
+                    if len(atoms) > 1 and frozen and (weight.name, axis) not in found:
                         reasons = tuple(self.atoms.reasons(atoms))
-                        found[(weight.name, axis)] = Frozen(weight.name, axis, cold, len(atoms), reasons)
+                        found[(weight.name, axis)] = Frozen(weight.name, axis, frozen, len(atoms), reasons)
         return list(found.values())
 
     def prunable_fraction(self) -> float:
@@ -309,11 +308,11 @@ class Combed(Swept, Summarised):
             axes = weight.axes[0]
             if not weight.is_trained or weight.size <= 1:
                 continue
-            kept = float(np.prod([self.atoms.is_frozen(a).mean() for a in axes if len(a) > 1]))
-            if kept == 1.0 and self._only_interface(axes):
+            frozen = float(np.prod([self.atoms.is_frozen(a).mean() for a in axes if len(a) > 1]))
+            if frozen == 1.0 and self._only_interface(axes):
                 continue
             total += weight.size
-            prunable += weight.size * (1.0 - kept)
+            prunable += weight.size * (1.0 - frozen)
         return prunable / total if total else 1.0
 
     def _only_interface(self, axes: list[Axis]) -> bool:
@@ -413,10 +412,3 @@ def _uniquely_named(groups: list[Group]) -> list[Group]:
         name = group.name if counts[group.name] == 1 else f"{group.name}#{counts[group.name]}"
         made.append(Group(group.id, name, group.kind, group.channels))
     return made
-
-
-def marked(atoms: Atoms, channels: npt.NDArray[np.int64]) -> Mask:
-    """A mask over all atoms, true at the given ones."""
-    gone = np.zeros(len(atoms), np.bool_)
-    gone[channels] = True
-    return gone

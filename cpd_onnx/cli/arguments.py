@@ -1,11 +1,11 @@
-"""The command line, made of the requests: an argument for each option."""
+"""The parser of the command line, built from the requests: one argument per option."""
 
 from __future__ import annotations
 
 import argparse
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING
+from dataclasses import MISSING, fields
 from typing import Any, NoReturn
 
 from cpd_onnx.io import trust
@@ -13,35 +13,40 @@ from cpd_onnx.io.streams import printable
 from cpd_onnx.options import Named, build, options_of
 from cpd_onnx.version import __version__
 from cpd_onnx.workflow import recipe
-from cpd_onnx.workflow.requests import COMMANDS
+from cpd_onnx.workflow.requests import COMMANDS, Request
 
 _REQUEST = "request"
-"""Name among the arguments of the class of the request."""
+"""Attribute of the parsed arguments that holds the class of the request."""
+_OF_ALL = {entry.name for entry in fields(Request)}
+"""Names of the options that every command has."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line, and show what was typed without obeying it."""
+    """A parser whose errors are one line, in which control characters are escaped."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong, and end with exit code 2."""
+        """Print the error and exit with code 2."""
         self.exit(2, f"error: {printable(message)}; see {self.prog} --help\n")
 
 
 def command_line() -> argparse.ArgumentParser:
-    """The parser of all commands: what it gives has only what was typed, by the names of the options."""
+    """Return the parser of all commands; its result holds only the options that were given, by their names."""
     parser = _Parser(
-        prog="cpd-onnx", description="Make a trained ONNX model smaller and faster, and prove that nothing broke."
+        prog="cpd-onnx", description="Make a trained ONNX model smaller and faster, and prove the result correct."
     )
     parser.add_argument("--version", action="version", version=f"cpd-onnx {__version__}")
-    parser.add_argument("-v", "--verbose", action="store_true", help="show where an error came from")
+    parser.add_argument("-v", "--verbose", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for name, owner in COMMANDS.items():
-        about = (inspect.getdoc(owner) or "").splitlines()[0]
+        description = (inspect.getdoc(owner) or "").splitlines()[0]
         command = commands.add_parser(
-            name, help=_lowered(about).removesuffix("."), description=about, argument_default=argparse.SUPPRESS
+            name,
+            help=_lowered(description).removesuffix("."),
+            description=description,
+            argument_default=argparse.SUPPRESS,
         )
         groups: dict[str, Any] = {"": command}
-        for named in options_of(owner):
+        for named in sorted(options_of(owner), key=_rank):
             title = named.option.group
             if title not in groups:
                 groups[title] = command.add_argument_group(title)
@@ -50,33 +55,44 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
+def _rank(named: Named) -> int:
+    """Return the sort key of an option in the help: required options first, those of every command last."""
+    return 0 if named.default is MISSING else 2 if named.name in _OF_ALL else 1
+
+
 def _lowered(text: str) -> str:
-    return text[0].lower() + text[1:]
+    """Return the text with a lower-case first letter, unless its first word is an acronym or a placeholder."""
+    return text if text[:2].isupper() else text[0].lower() + text[1:]
 
 
-def _add(place: Any, named: Named) -> None:
-    """The argument of an option."""
+def _add(group: Any, named: Named) -> None:
+    """Add the argument of an option to a group of the parser."""
     option = named.option
-    words: dict[str, Any] = {"help": help_of(named).replace("%", "%%")}
+    help_text = help_of(named).replace("%", "%%")
     if named.is_positional:
         more: dict[str, Any] = {"nargs": "+"} if option.is_many else {}
         kinds = {"choices": option.choices} if option.choices else {"type": _typed(option.read)}
-        action = place.add_argument(named.name, metavar=option.metavar, **kinds, **more, **words)
+        action = group.add_argument(named.name, metavar=option.metavar, help=help_text, **kinds, **more)
     elif named.is_switch:
         kind: Any = "store_true" if named.default is False else argparse.BooleanOptionalAction
-        action = place.add_argument(f"--{named.key}", dest=named.name, action=kind, **words)
+        action = group.add_argument(f"--{named.key}", dest=named.name, action=kind, help=help_text)
     else:
         flags = option.flag.split("/") if "/" in option.flag else [f"--{named.key}"]
         more = {"action": "append"} if option.is_many else {"required": named.default is MISSING}
-        action = place.add_argument(
-            *flags, dest=named.name, type=_typed(option.read), choices=option.choices, metavar=option.metavar, **more,
-            **words,
-        )  # fmt: skip  # what and how
-    action.option = option  # what completion wants to know
+        action = group.add_argument(
+            *flags,
+            dest=named.name,
+            type=_typed(option.read),
+            choices=option.choices,
+            metavar=option.metavar,
+            help=help_text,
+            **more,
+        )
+    action.option = option  # read by completion
 
 
 def _typed(read: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A reader whose complaint argparse shows as it is."""
+    """Return a reader whose ValueError argparse shows unchanged."""
 
     def typed(text: str) -> Any:
         try:
@@ -88,13 +104,13 @@ def _typed(read: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def help_of(named: Named) -> str:
-    """What an option is for, and its default."""
-    words, default = named.option.help, default_of(named)
-    return _lowered(words) if not default or "(default:" in words else f"{_lowered(words)} (default: {default})"
+    """Return the help text of an option, with its default."""
+    text, default = _lowered(named.option.help), default_of(named)
+    return text if not default or "(default:" in text else f"{text} (default: {default})"
 
 
 def default_of(named: Named) -> str:
-    """The default of an option as it would be typed; nothing where there is none."""
+    """Return the default of an option as it would be typed; an empty text if it has none."""
     default = named.default
     if default is MISSING or default is None or default is False or default in ((), {}):
         return ""
@@ -106,21 +122,21 @@ def default_of(named: Named) -> str:
 
 
 def request_of(arguments: argparse.Namespace) -> Any:
-    """The request that was typed, with what its recipe says beside; raises CpdError for what is wrong with that."""
+    """Return the request that the arguments describe, completed from its recipe; raises CpdError if that is invalid."""
     typed = {name: value for name, value in vars(arguments).items() if name not in (_REQUEST, "verbose")}
     owner = getattr(arguments, _REQUEST)
     options = {named.name: named for named in options_of(owner)}
     values = {name: options[name].collected(value) for name, value in typed.items()}
     if "recipe" in values:
-        said = recipe.read(values["recipe"], owner)
-        left = {name: value for name, value in said.items() if name not in values or options[name].option.is_many}
-        found = trust.taken(left, options, values["recipe"], values.get("trust", ()))
-        values = {name: options[name].joined(found.get(name), values.get(name)) for name in {*found, *values}}
+        recorded = recipe.read(values["recipe"], owner)
+        used = {name: value for name, value in recorded.items() if name not in values or options[name].option.is_many}
+        trusted = trust.taken(used, options, values["recipe"], values.get("trust", ()))
+        values = {name: options[name].joined(trusted.get(name), values.get(name)) for name in {*trusted, *values}}
     return build(owner, values)
 
 
 def actions_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """The arguments of all commands."""
+    """Yield the arguments of the parser and of all its commands."""
     for action in parser._actions:
         yield action
         if isinstance(action, argparse._SubParsersAction):

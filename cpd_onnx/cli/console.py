@@ -1,4 +1,4 @@
-"""What the commands share: the two streams, and how far a command is."""
+"""Output shared by all commands: standard output, standard error and the progress line."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ from rich.text import Text
 from cpd_onnx.errors import CpdError
 from cpd_onnx.io.streams import output_error, printable, write_stdout
 from cpd_onnx.ir.model import load
+from cpd_onnx.report import tables as report
 from cpd_onnx.runtime.sessions import open_model, working_feeds
 from cpd_onnx.shapes.inference import fold
 from cpd_onnx.workflow.places import STDOUT, json_text
 from cpd_onnx.workflow.requests import Observer, Request
 
 _PIPE_WIDTH = 120
-"""Columns of tables that no terminal shows."""
+"""Width of tables, in columns, where standard output is not a terminal; a heuristic."""
 
 
 class _Console(Console):
-    """A console that shows names as they are written, whatever is in them, and says where it cannot write."""
+    """A console that escapes control characters and raises OutputError when it cannot write."""
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Text of a line or of a cell: no control character in it gets through."""
+        """Return the text of a line or table cell with its control characters escaped."""
         return super().render_str(printable(text), **options)
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print; raises OutputError where nothing can be written."""
+        """Print objects; raises OutputError if the stream cannot be written to."""
         if sys.stdout is None and not self.stderr:
             raise output_error(None)
         try:
@@ -43,7 +44,7 @@ class _Console(Console):
             raise output_error(error) from error
 
     def on_broken_pipe(self) -> None:
-        """What rich asks for where nobody reads any more."""
+        """Raise OutputError; rich calls this when the reader of a pipe has closed it."""
         raise output_error(BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)))
 
 
@@ -58,11 +59,8 @@ out = _console()
 err = _console(stderr=True)
 
 
-# What commands share.
-
-
 def fault_of(paths: Iterable[Path]) -> str | None:
-    """Why a model of these cannot be worked with: it is not valid ONNX, or onnxruntime does not run it."""
+    """Return why one of these models is unusable (invalid ONNX, or rejected by onnxruntime); None if all are usable."""
     for path in paths:
         try:
             model = load(path)
@@ -76,31 +74,48 @@ def fault_of(paths: Iterable[Path]) -> str | None:
     return None
 
 
+def print_lines(*lines: str) -> None:
+    """Print lines of text, which the terminal wraps at its own width."""
+    for line in lines:
+        out.print(line, soft_wrap=True)
+
+
+def print_result(content: Mapping[str, Any], *measured: str, written: Iterable[object]) -> None:
+    """Print what a pruning run did: its costs, what was measured, its notes and its proof."""
+    out.print(report.costs_table(content))
+    if any(entry["weights"] for entry in content["kept"]):
+        out.print(report.frozen_table(content["kept"], limit=report.FEW_REASONS))
+    print_lines(*measured, *(f"note: {note}" for note in (*content["notes"], *content.get("advice", ()))))
+    if content["repaired"] is not None:
+        print_lines(report.repair_line(content["repaired"]))
+    print_lines(report.proof_line(content["verification"]), f"wrote {', '.join(map(str, written))}")
+
+
 def printed_json(request: Request, content: Mapping[str, Any]) -> bool:
-    """Print the result as JSON if that is where it should go; whether it is."""
+    """Print the result as JSON if `--json -` was given; returns whether it was."""
     if request.json != STDOUT:
         return False
-    write_stdout(json_text(content).replace("\x7f", "\\u007f"))  # the one control character that JSON leaves as it is
+    write_stdout(json_text(content).replace("\x7f", "\\u007f"))  # json.dumps escapes all other control characters
     return True
 
 
 class _Description(TextColumn):
-    """What is being done, with names as they are."""
+    """Column that shows the description of a task with its markup unparsed."""
 
     def render(self, task: Task) -> Text:
-        """The description of a task."""
+        """Return the description of a task with its control characters escaped."""
         return Text(printable(task.description))
 
 
 def progress_line(*columns: BarColumn) -> Progress:
-    """A line on a terminal that says what is being done; nothing elsewhere."""
+    """Return a progress line on standard error, disabled where that is not a terminal."""
     shown = (SpinnerColumn(), _Description(""), *columns, TimeElapsedColumn())
     return Progress(*shown, console=err, transient=True, disable=not err.is_terminal)
 
 
 @contextlib.contextmanager
-def observed(what: str, *, visible: bool = True) -> Iterator[Observer]:
-    """Show on a terminal what is being done, beginning with `what`, as the observer is told."""
+def observed(step: str, *, visible: bool = True) -> Iterator[Observer]:
+    """Yield an observer that updates a progress line, which first shows `step`."""
     with progress_line(BarColumn()) as line:
-        task = line.add_task(what, total=None, visible=visible)
+        task = line.add_task(step, total=None, visible=visible)
         yield lambda now, done, total: line.update(task, description=now, completed=done, total=total)

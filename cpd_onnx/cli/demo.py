@@ -1,4 +1,4 @@
-"""The embedded example: comb, prune, repair, distill, verify, with an unpruned control and random pruning beside it."""
+"""The embedded example: comb, prune, repair, distill and verify, against unpruned and randomly pruned controls."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.channels.costs import CostModel, Costs
 from cpd_onnx.data.metrics import open_session
 from cpd_onnx.data.metrics import run as run_session
@@ -38,15 +38,16 @@ from cpd_onnx.workflow.api import compressed
 from cpd_onnx.workflow.requests import Demo
 
 _BATCH = 64
+"""Batch size of the training and of the latency measurement."""
 _SECONDS = 2.0
-"""For which the files are timed for the report."""
+"""Seconds for which each file is timed for the report; a heuristic."""
 _FILES = ("digits.onnx", "digits_pruned.onnx", "digits_pruned.onnx.plan.json")
 _RECIPE: dict[str, Any] = {"batch_size": _BATCH, "lr": 3e-3, "shift": 1, "threads": 1}
 
 
 @dataclass(frozen=True, eq=False)
 class _Variant:
-    """A model of the table."""
+    """A row of the table: a model with its costs and its accuracy."""
 
     name: str
     model: Model
@@ -55,12 +56,12 @@ class _Variant:
 
 
 def run(request: Demo, out: Path, observer: Callable[[str], None]) -> dict[str, Any]:
-    """Compress the embedded digits network: pruned, repaired and, where there is torch, distilled.
+    """Compress the embedded digits network: prune and repair it and, if torch is installed, distill it.
 
-    Accuracies are those of the last epoch, on images that were not trained on. `report` of what is given back is the
-    content of a report, with latency, memory and operators measured on the files that were written to `out`.
+    Accuracies are those after the last epoch, on the test images. The entry `report` of the result is the content of a
+    report, with latency, memory and operators measured on the files that were written to `out`.
 
-    Raises TargetError if the target cannot be met, ModelError if a file is in the way.
+    Raises TargetError if the target cannot be met, ModelError if a file already exists.
     """
     started = time.perf_counter()
     kind, fraction = request.target
@@ -74,20 +75,23 @@ def run(request: Demo, out: Path, observer: Callable[[str], None]) -> dict[str, 
     observer("comb, prune, repair" + (", distill" if is_trained else ""))
     training = {"epochs": request.epochs, **_RECIPE} if is_trained else False
     made = compressed(model, unlabelled, train=training, seed=request.seed, **target)
-    chance = _at_random(model, request)
-    by_chance = (chance.model, chance.need("allocation", "allocate").after)
+    control = _randomly_pruned(model, request)
+    random_channels = (control.model, control.need("allocation", "allocate").after)
     costs = made.state.need("allocation", "prune").after
     untrained = made.untrained if made.untrained is not None else made.state.model
     variants = [
         _variant("the original", (model, _costs(model)), test),
         _variant("pruned and repaired", (untrained, costs), test),
-        _variant("random channels", by_chance, test),
+        _variant("random channels", random_channels, test),
     ]
     if is_trained:
         variants.append(_variant("pruned, repaired, distilled", (made.state.model, costs), test))
-        students = {"random channels, distilled": by_chance, "the original, trained on": (model, variants[0].costs)}
+        students = {
+            "random channels, distilled": random_channels,
+            "the original, trained on": (model, variants[0].costs),
+        }
         variants += _trained(model, students, (unlabelled, test), request, observer)
-    ours = variants[3] if is_trained else variants[1]
+    result = variants[3] if is_trained else variants[1]
     observer("latency")
     seconds = latency_ratio([v.model for v in variants], _feed(model, test), threads=1)
     found = made.found
@@ -98,7 +102,7 @@ def run(request: Demo, out: Path, observer: Callable[[str], None]) -> dict[str, 
             "batch": _BATCH,
             "threads": 1,
             "before_ms": 1e3 * seconds[0],
-            "after_ms": 1e3 * seconds[variants.index(ours)],
+            "after_ms": 1e3 * seconds[variants.index(result)],
         },
         "verification": report.comparison(found.comparison),
         "trained_weights": len(found.trained),
@@ -114,7 +118,7 @@ def run(request: Demo, out: Path, observer: Callable[[str], None]) -> dict[str, 
 def _report(
     made: compression.Compressed, variants: Sequence[_Variant], timed: Bench, request: Demo, samples: int
 ) -> dict[str, Any]:
-    """The content of the report; the controls are told in its notes."""
+    """Return the content of the report; its notes list the controls."""
     scores = {variant.name: variant.accuracy for variant in variants}
     names = {
         "the original": "original",
@@ -134,7 +138,7 @@ def _report(
 
 
 def table(content: dict[str, Any]) -> Table:
-    """Accuracy and costs of each variant."""
+    """Return a table of the accuracy and the costs of each variant."""
     title = f"Handwritten digits, {content['test_images']} test images"
     made = report.table_of(title, "", "accuracy", "MACs", "parameters", "file", "latency")
     for row in content["rows"]:
@@ -144,34 +148,34 @@ def table(content: dict[str, Any]) -> Table:
 
 
 def lines(content: dict[str, Any]) -> list[str]:
-    """What else there is to say."""
+    """Return the lines that follow the table: latency, proof, training and duration."""
     latency = content["latency"]
     ratio = latency["before_ms"] / latency["after_ms"]
-    said = [
+    result = [
         f"{ratio:.2f} times faster (onnxruntime, batch {latency['batch']}, one thread, interleaved, median)",
         report.proof_line(content["verification"]),
     ]
     if content["torch"]:
-        said.append(
+        result.append(
             f"distilled without labels, {content['settings']['epochs']} epochs: the values of "
-            f"{content['trained_weights']} weights were trained, the file still has the proven structure"
+            f"{content['trained_weights']} weights were trained, the proven structure is unchanged"
         )
     else:
-        said.append("not trained: pip install 'cpd-onnx[torch]' to see distillation bring accuracy back")
-    return [*said, f"{content['seconds']:.0f} s in all"]
+        result.append("not distilled: distillation, which recovers accuracy, needs pip install 'cpd-onnx[torch]'")
+    return [*result, f"{content['seconds']:.0f} s in total"]
 
 
 def _prepare(out: Path, *, overwrite: bool) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ModelError(f"cannot make folder {out}: {error.strerror}") from error
+        raise ModelError(f"cannot create folder {out}: {error.strerror}") from error
     for name in _FILES:
         require_free(out / name, overwrite=overwrite)
 
 
 def _save(out: Path, made: compression.Compressed, feed: Mapping[str, Any]) -> Bench:
-    """Write the files, and time both."""
+    """Write the files, and measure the latency of both models."""
     for name, each in zip(_FILES, (made.state.original, made.state.model), strict=False):
         each.save(out / name, overwrite=True)
     made.state.need("plan", "prune").save(out / _FILES[2], overwrite=True)
@@ -189,22 +193,22 @@ def _feed(model: Model, source: ArraySource) -> dict[str, Any]:
     return {info.name: batch[info.name] for info in model.graph.input if info.name in batch}
 
 
-def _at_random(model: Model, request: Demo) -> State:
-    """Channels by chance, nothing repaired."""
+def _randomly_pruned(model: Model, request: Demo) -> State:
+    """Return the control: randomly chosen channels are removed, and nothing is repaired."""
     allocate = Allocate(**target_options(*request.target))
     return run_passes([Comb(), Score("random", request.seed), allocate, Prune(), Verify()], model)
 
 
 def _costs(model: Model) -> Costs:
     combed = run_passes([Comb()], model).need("combed", "comb")
-    return CostModel(combed).total(Kept(combed.atoms))
+    return CostModel(combed).total(KeepMask(combed.atoms))
 
 
 def _variant(name: str, made: tuple[Model, Costs], test: ArraySource) -> _Variant:
     model, costs = made
     session = open_session(model.complete_proto())
     right = [run_session(session, batch)[0].argmax(1) == batch[LABELS] for batch in test.batches(_BATCH)]
-    # Counted here: the demo works without torch.
+    # Computed here, because the demo also works without torch.
     return _Variant(name, model, costs, float(np.concatenate(right).mean()))
 
 
@@ -220,7 +224,7 @@ def _trained(
     request: Demo,
     observer: Callable[[str], None],
 ) -> list[_Variant]:
-    """The students after training against the teacher, all with the same recipe and without labels."""
+    """Return the students after distillation from the teacher, all with the same options and without labels."""
     from cpd_onnx.passes import distill
 
     unlabelled, test = data

@@ -1,4 +1,4 @@
-"""Loading the libraries: where that fails, as with too little memory, it is one line and not a page."""
+"""Loads the libraries, so that a failure, such as too little memory, ends with a one-line error."""
 
 from __future__ import annotations
 
@@ -13,52 +13,54 @@ from typing import ClassVar
 from cpd_onnx.io.streams import print_error
 
 _LENGTH = 300
-"""Characters of a reason."""
+"""Length of a reason, in characters, above which it is cut off; a heuristic."""
 _LEAST = 390 << 20
-"""Bytes of address space that Python and the libraries take on two cores (measured: 384 MiB are too few, 400 do); with
-less, the one or the other waits for memory for ever."""
+"""Bytes of address space that Python and the libraries need on two cores (measured: 384 MiB is too little, 400 MiB is
+enough); with less, some libraries wait for memory forever."""
 _PATIENCE = 120
-"""Seconds that loading may take where the address space is limited, with which libraries may wait for ever."""
+"""Seconds that loading may take under a limited address space, where libraries may wait forever; a heuristic."""
 
 
 class Start:
-    """The way from the first process to the command: what fails on it is said once, by whoever still can."""
+    """The start of a command, across the first process and its child: a failure is reported exactly once."""
 
-    COMPLAINT: ClassVar[str] = "error: the libraries cannot be loaded: is there enough memory (ulimit -v)?"
+    MESSAGE: ClassVar[str] = "error: cannot load the libraries; check the memory limit (ulimit -v)"
 
     def __init__(self) -> None:
-        """Share a byte with the process that will do the work."""
+        """Allocate a byte that is shared with the child process."""
         self._done = mmap.mmap(-1, 1)
 
     @property
     def is_done(self) -> bool:
-        """Whether the command has begun, or it was said why not."""
+        """Whether the command has started, or the reason why it could not was printed."""
         return self._done[0] != 0
 
     def run(self) -> int:
-        """Load the libraries and run the command; its exit code."""
+        """Load the libraries and run the command; return its exit code."""
         main = self._loaded()
         self._done[0] = 1
         return 1 if main is None else main()
 
     def _loaded(self) -> Callable[[], int] | None:
-        """The function behind the command line; None where it cannot be loaded, which is said then."""
+        """Return the main function of the command line; None, after an error message, if it cannot be loaded."""
         limit = address_space()
         if limit is not None and limit < _LEAST:
-            print_error(f"error: {limit >> 20} MiB of memory (ulimit -v) are too few: give it {_LEAST >> 20} at least")
+            print_error(
+                f"error: the memory limit (ulimit -v) must be at least {_LEAST >> 20} MiB, got {limit >> 20} MiB"
+            )
             return None
         try:
-            with _held_back(), _bounded(limit):
+            with _stderr_deferred(), _bounded(limit):
                 from cpd_onnx.cli.main import main
         except ModuleNotFoundError as error:
             print_error(f"error: the package {error.name} is not installed: pip install cpd-onnx")
             return None
         except (ImportError, MemoryError, OSError, RuntimeError, SystemError, AttributeError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            print_error(f"{self.COMPLAINT} ({reason[:_LENGTH]})")
+            print_error(f"{self.MESSAGE} ({reason[:_LENGTH]})")
             return None
-        except KeyboardInterrupt:  # OpenBLAS sends the signal itself where it gets no threads
-            print_error("stopped" if limit is None else self.COMPLAINT)
+        except KeyboardInterrupt:  # OpenBLAS sends SIGINT to its own process when it cannot start threads
+            print_error("interrupted" if limit is None else self.MESSAGE)
             return None
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(AttributeError, OSError, ValueError):
@@ -67,7 +69,7 @@ class Start:
 
 
 def address_space() -> int | None:
-    """Bytes of address space that this process may have; None where there is no limit."""
+    """Return the limit of this process's address space, in bytes; None if there is none."""
     try:
         import resource
 
@@ -79,7 +81,7 @@ def address_space() -> int | None:
 
 @contextlib.contextmanager
 def _bounded(limit: int | None) -> Iterator[None]:
-    """End this process if what is inside takes too long where the address space is limited."""
+    """End this process if the block takes too long under a limited address space."""
     if limit is None:
         yield
         return
@@ -91,10 +93,10 @@ def _bounded(limit: int | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _held_back() -> Iterator[None]:
-    """What goes to standard error meanwhile, by whatever way, comes after all went well.
+def _stderr_deferred() -> Iterator[None]:
+    """Hold back everything written to standard error in the block, and write it afterwards if the block succeeds.
 
-    Libraries written in C print lines of their own when they get no memory or no threads.
+    Native libraries print messages of their own when they cannot allocate memory or start threads.
     """
     if not hasattr(os, "memfd_create"):
         yield

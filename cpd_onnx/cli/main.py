@@ -1,4 +1,4 @@
-"""What the commands do: they parse, call the workflow and print."""
+"""The commands: each parses its request, calls the workflow and prints the result."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpd_onnx.budget.latency import Clock, measure_table
+from cpd_onnx.budget.latency import LatencyProbe, measure_table
 from cpd_onnx.budget.widths import held_groups
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.channels.groups import Combed
@@ -20,9 +21,9 @@ from cpd_onnx.cli import deploy as cli_deploy
 from cpd_onnx.cli import sweep as cli_sweep
 from cpd_onnx.cli import verify as cli_verify
 from cpd_onnx.cli.arguments import command_line, request_of
-from cpd_onnx.cli.console import fault_of, observed, out, printed_json
+from cpd_onnx.cli.console import fault_of, observed, out, print_lines, print_result, printed_json
 from cpd_onnx.data.open import FORMS
-from cpd_onnx.errors import CpdError, DataError, InconclusiveError, OutputError, ProofError, StoppedError
+from cpd_onnx.errors import REPORT_BUG, CpdError, DataError, InconclusiveError, OutputError, ProofError, StoppedError
 from cpd_onnx.io.files import commit_together
 from cpd_onnx.io.streams import PIPE_CLOSED, flush_stdout, print_error, redirect_to_null, write_stdout
 from cpd_onnx.options import picked
@@ -34,11 +35,11 @@ from cpd_onnx.rules import supported_operators, unsupported_operators
 from cpd_onnx.runtime.bench import Setting, bench
 from cpd_onnx.scores.registry import score
 from cpd_onnx.summary import Summary
+from cpd_onnx.workflow.api import run as carry_out
 from cpd_onnx.workflow.compress_files import page_kinds, write_page
-from cpd_onnx.workflow.distill import distill, is_first_process
+from cpd_onnx.workflow.distill import is_first_process
 from cpd_onnx.workflow.places import read_model, require_apart, require_outputs, source_of, write_json
-from cpd_onnx.workflow.prune import apply, prune
-from cpd_onnx.workflow.reproduce import reproduce, require_same
+from cpd_onnx.workflow.reproduce import require_same
 from cpd_onnx.workflow.requests import (
     Apply,
     Bench,
@@ -57,28 +58,28 @@ from cpd_onnx.workflow.requests import (
 )
 
 _EXIT_CODES: dict[type[Exception], int] = {InconclusiveError: 4, ProofError: 5}
-"""Of what is no mere error: two of the three verdicts of a proof."""
+"""Exit codes of the two verdicts of a proof that are failures; every other error ends with 1."""
 _LINE = 1000
-"""Characters of a complaint."""
+"""Length of an error message, in characters, above which its middle is cut out; a heuristic."""
 _NO_MEMORY = re.compile("can't allocate memory|bad_alloc|can't start new thread|failed to allocate", re.IGNORECASE)
-"""What libraries say in exceptions of other kinds when memory runs out."""
+"""Messages of RuntimeErrors that libraries raise when memory runs out."""
 _MODELS = ("model", "original", "pruned", "teacher", "student")
-"""Arguments that are models."""
+"""Fields of requests that are paths of models."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code.
+    """Run one command and return its exit code.
 
-    0: done, and what was to be proved is; 1: something that the user can act on; 4: the proof is inconclusive; 5: the
-    proof says that the result is wrong; 130: a signal ended it; 141, as of a program that SIGPIPE ends: nobody reads
-    what it prints. argparse ends with 2 where the command line makes no sense.
+    0: success, with every required proof; 1: an error that the user can act on; 2, from argparse: a usage error; 4: the
+    proof is inconclusive; 5: the proof shows that the result is wrong; 130: interrupted by a signal; 141, as for a
+    program that SIGPIPE ends: the reader of standard output closed it.
     """
-    stopped: SystemExit | None = None
+    ended: SystemExit | None = None
     try:
         try:
             code = _run(arguments)
         except SystemExit as error:  # of the parser: a usage error, or --help
-            code, stopped = 1, error
+            code, ended = 1, error
         flush_stdout()
     except OutputError as error:
         redirect_to_null(sys.stdout)
@@ -86,8 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return PIPE_CLOSED
         print_error(f"error: {error}")
         return 1
-    if stopped is not None:
-        raise stopped
+    if ended is not None:
+        raise ended
     return code
 
 
@@ -103,7 +104,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         print_error(_one_line(str(error)))
         return 130
     except KeyboardInterrupt as error:
-        print_error(_one_line("; ".join(["stopped", *getattr(error, "__notes__", ())])))
+        print_error(_one_line("; ".join(["interrupted", *getattr(error, "__notes__", ())])))
         return 130
     except Exception as error:
         if getattr(typed, "verbose", False):
@@ -114,25 +115,24 @@ def _run(arguments: Sequence[str] | None) -> int:
 
 
 def _complaint(error: Exception, request: Any) -> str:
-    """What went wrong, and what else there is to know."""
-    more = getattr(error, "__notes__", ())
-    return "; ".join([_reason(error, request), *more])
+    """Return the message for an error, followed by the notes that were added to it."""
+    return "; ".join([_reason(error, request), *getattr(error, "__notes__", ())])
 
 
 def _reason(error: Exception, request: Any) -> str:
     if isinstance(error, CpdError):
         return str(error)
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
-        return "there is not enough memory for this model"
+        return "not enough memory for this model"
     if isinstance(error, ImportError) or (isinstance(error, OSError) and "shared object" in str(error)):
-        return f"a library cannot be loaded, {error}: is it whole, and is there enough memory (ulimit -v)?"
+        return f"cannot load a library: {error}; check its installation and the memory limit (ulimit -v)"
     if isinstance(error, OSError):
         reason = error.strerror or str(error)
         return f"{error.filename}: {reason}" if error.filename is not None else reason
     fault = _fault(request) if request is not None else None
     if fault:
         return fault
-    return f"a defect of ours, {type(error).__name__}: {error}; please report it, with what --verbose prints"
+    return f"internal error: {type(error).__name__}: {error}; {REPORT_BUG} with the output of --verbose"
 
 
 def _show_traceback(error: Exception) -> None:
@@ -141,21 +141,18 @@ def _show_traceback(error: Exception) -> None:
 
 
 def _fault(request: Any) -> str | None:
-    """What is wrong with the models that a command was given, if that is why it failed."""
+    """Return what is wrong with the models of a request, if that is why the command failed."""
     given = vars(request)
     try:
         return fault_of(given.get("models") or [given[name] for name in _MODELS if given.get(name) is not None])
-    except Exception:  # what failed may fail here as well
+    except Exception:  # the same failure may occur again here
         return None
 
 
 def _one_line(text: str) -> str:
-    """The text without line breaks, and not without end: what is too much is left out of the middle."""
+    """Return the text as one line of limited length, with an ellipsis in the middle if it is longer."""
     line = " ".join(text.split())
     return line if len(line) <= _LINE else f"{line[: _LINE // 2]}…{line[-_LINE // 2 + 1 :]}"
-
-
-# What the commands do.
 
 
 def _inspect(request: Inspect) -> None:
@@ -163,7 +160,7 @@ def _inspect(request: Inspect) -> None:
     if request.plot is not None:
         plots.require(request.plot)
     if request.sensitivity != (request.data is not None) or (request.plot and not request.sensitivity):
-        raise DataError(f"sensitivity is measured on samples: give --sensitivity and --data, {FORMS}")
+        raise DataError(f"--sensitivity needs samples, and --data and --plot need --sensitivity: give --data, {FORMS}")
     model = read_model(request.model, request.input_shapes)
     combed = comb(model, request.input_shapes)
     content = report.inspection(combed, sorted(held_groups(combed, request.keep)))
@@ -177,18 +174,18 @@ def _inspect(request: Inspect) -> None:
         write_json(request, content)
     if printed_json(request, content):
         return
-    out.print(f"{request.model.name}: {report.costs_line(content['costs'])}", soft_wrap=True)
+    print_lines(f"{request.model.name}: {report.costs_line(content['costs'])}")
     out.print(report.groups_table(content))
     out.print(report.frozen_table(content["kept"]))
     out.print(f"{100 * content['prunable_fraction']:.1f} % of the weights lie on a prunable axis")
     for operator, node in content["without_rule"].items():
-        out.print(f"no rule for {operator} (at {node}): its channels are kept", soft_wrap=True)
+        print_lines(f"no rule for {operator} (at {node}): its channels are frozen")
     if found:
         out.print(report.sensitivity_table(content["sensitivity"]))
 
 
 def _sensitivity(combed: Combed, request: Inspect) -> dict[str, tuple[sensitivity.Point, ...]]:
-    """The errors of the outputs at some widths of each group."""
+    """Return the output errors at several widths of each group, by group name."""
     source = source_of(request.data, combed.folded.model, request)
     assert source is not None
     chosen = picked(sensitivity.SensitivityOptions, request)
@@ -201,52 +198,30 @@ def _sensitivity(combed: Combed, request: Inspect) -> dict[str, tuple[sensitivit
         )
 
 
-def _prune(request: Prune) -> None:
-    with observed("read") as observer:
-        content = prune(request, observer)
-    if not printed_json(request, content):
-        _print_pruned(content)
-
-
-def _print_pruned(content: dict[str, Any]) -> None:
-    out.print(report.costs_table(content))
-    if any(entry["weights"] for entry in content["kept"]):
-        out.print(report.frozen_table(content["kept"], limit=report.FEW_REASONS))
-    out.print(
+def _show_pruned(_: Prune, content: dict[str, Any]) -> None:
+    pruned = (
         f"{content['groups_pruned']} of {content['groups']} groups pruned, {len(content['edits'])} edits, "
         f"{content['seconds']:.1f} s"
     )
-    for note in content["notes"]:
-        out.print(f"note: {note}", soft_wrap=True)
-    if content["repaired"] is not None:
-        out.print(report.repair_line(content["repaired"]), soft_wrap=True)
-    out.print(report.proof_line(content["verification"]), soft_wrap=True)
-    out.print(f"wrote {content['output']} and {content['plan']}", soft_wrap=True)
+    print_result(content, pruned, written=[f"{content['output']} and {content['plan']}"])
 
 
-def _apply(request: Apply) -> None:
-    content = apply(request)
-    if not printed_json(request, content):
-        if content["without_values"]:
-            said = f"{len(content['without_values'])} weights that were refitted or trained later"
-            out.print(f"note: the plan names {said}; here they have the original's values", soft_wrap=True)
-        out.print(f"wrote {request.output}", soft_wrap=True)
+def _show_applied(request: Apply, content: dict[str, Any]) -> None:
+    if content["without_values"]:
+        print_lines(
+            f"note: the plan lists {len(content['without_values'])} weights that were refitted or trained afterwards; "
+            "the output has the original's values for them"
+        )
+    print_lines(f"wrote {request.output}")
 
 
-def _distill(request: Distill) -> None:
-    with observed("distill", visible=is_first_process()) as observer:
-        content = distill(request, observer)
-    if content is not None and not printed_json(request, content):
-        _print_distilled(content)
-
-
-def _print_distilled(content: dict[str, Any]) -> None:
+def _show_distilled(_: Distill, content: dict[str, Any]) -> None:
     values = {"steps": f"{content['steps']}, {content['seconds']:.1f} s on {content['device']}"}
     if content["steps"]:
         kinds = ", ".join(f"{name} by {kind}" for name, kind in content["losses"].items())
         values = {"loss": f"{content['first_loss']:.4f} -> {content['last_loss']:.4f} ({kinds})"} | values
     if content["restored"]:
-        values["batch norms put back"] = f"{content['restored']}, and folded again"
+        values["batch norms restored"] = f"{content['restored']}, refolded after training"
     if content["compared"]:
         values["inner tensors compared"] = ", ".join(content["compared"])
     for name in ("teacher", "student", "distilled"):
@@ -254,16 +229,11 @@ def _print_distilled(content: dict[str, Any]) -> None:
             values[f"{name} {content['metric']}"] = f"{content[name]:.4f}"
     out.print(report.summary_table(Summary.of(values)))
     written = [content[name] for name in ("output", "plan") if name in content]
-    out.print(f"wrote {' and '.join(written)}", soft_wrap=True)
+    print_lines(f"wrote {' and '.join(written)}")
 
 
-def _reproduce(request: Reproduce) -> None:
-    with observed("compare") as observer:
-        content = reproduce(request, observer)
-    if not printed_json(request, content):
-        for row in content["files"]:
-            out.print(f"{row['file']}: {'the same bytes' if row['same'] else 'OTHER BYTES'}", soft_wrap=True)
-    require_same(content)
+def _show_reproduced(_: Reproduce, content: dict[str, Any]) -> None:
+    print_lines(*(f"{row['file']}: {'identical' if row['same'] else 'DIFFERENT'}" for row in content["files"]))
 
 
 def _bench(request: Bench) -> None:
@@ -295,7 +265,7 @@ def _bench(request: Bench) -> None:
         out.print(report.profiles_table(found))
         out.print(report.summary_table(found.memory_summary()))
         if request.plot is not None:
-            out.print(f"wrote {request.plot}", soft_wrap=True)
+            print_lines(f"wrote {request.plot}")
 
 
 def _latency(request: Latency) -> None:
@@ -306,7 +276,7 @@ def _latency(request: Latency) -> None:
     setting = Setting(request.latency_batch, request.latency_threads, request.latency_provider)
     with observed("measure") as observer:
         table = measure_table(
-            Clock(combed, setting),
+            LatencyProbe(combed, setting),
             seed=request.seed,
             observer=lambda done, of: observer("measure", done, of),
         )
@@ -315,7 +285,7 @@ def _latency(request: Latency) -> None:
         write_json(request, table.as_json())
     if not printed_json(request, table.as_json()):
         out.print(report.latency_table(table))
-        out.print(f"wrote {request.output}", soft_wrap=True)
+        print_lines(f"wrote {request.output}")
 
 
 def _demo(request: Demo) -> None:
@@ -332,8 +302,7 @@ def _demo(request: Demo) -> None:
     if not printed_json(request, content):
         to_read = next((page for page in pages if page.suffix == ".html"), pages[0])
         out.print(demo.table(content))
-        for line in (*demo.lines(content), f"a report to read: {to_read}"):
-            out.print(line, soft_wrap=True)
+        print_lines(*demo.lines(content), f"report: {to_read}")
 
 
 def _operators(request: Operators) -> None:
@@ -342,18 +311,53 @@ def _operators(request: Operators) -> None:
     content = {"followed": not request.missing, "operators": list(names)}
     write_json(request, content)
     if not printed_json(request, content):
-        for name in names:
-            out.print(name, soft_wrap=True)
+        print_lines(*names)
 
 
 def _completion(request: Completion) -> None:
-    from cpd_onnx.cli import completion  # and the library behind it, which nothing else takes
+    from cpd_onnx.cli import completion  # only this command needs shtab
 
     write_stdout(completion.script(request.shell))
 
 
+@dataclass(frozen=True)
+class _Work:
+    """A command that `workflow.api.run` carries out.
+
+    Attributes:
+        first_step: Description on the progress line until the workflow reports another one.
+        show: Prints the result, unless it was printed as JSON.
+        require: Raises CpdError if the result is a failure.
+    """
+
+    first_step: str
+    show: Callable[[Any, dict[str, Any]], None]
+    require: Callable[[dict[str, Any]], None] = lambda _: None
+
+    def __call__(self, request: Any) -> None:
+        """Carry out a request and print its result; only the first process of a training run prints."""
+        with observed(self.first_step, visible=is_first_process()) as observer:
+            content = carry_out(request, observer)
+        if content is None:
+            return
+        if not printed_json(request, content):
+            self.show(request, content)
+        self.require(content)
+
+
 _COMMANDS: dict[type, Callable[[Any], None]] = {
-    Inspect: _inspect, Prune: _prune, VerifyFile: cli_verify.run, Apply: _apply, Distill: _distill,
-    Compress: cli_compress.run, Reproduce: _reproduce, Sweep: cli_sweep.run, Deploy: cli_deploy.run, Bench: _bench,
-    Latency: _latency, Demo: _demo, Operators: _operators, Completion: _completion,
-}  # fmt: skip  # a table
+    Inspect: _inspect,
+    Prune: _Work("read", _show_pruned),
+    VerifyFile: cli_verify.run,
+    Apply: _Work("apply", _show_applied),
+    Distill: _Work("distill", _show_distilled),
+    Compress: _Work("comb, score, prune", cli_compress.show),
+    Reproduce: _Work("compare", _show_reproduced, require_same),
+    Sweep: _Work("comb and score", cli_sweep.show),
+    Deploy: _Work("read", cli_deploy.show),
+    Bench: _bench,
+    Latency: _latency,
+    Demo: _demo,
+    Operators: _operators,
+    Completion: _completion,
+}

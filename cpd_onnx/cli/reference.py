@@ -1,4 +1,4 @@
-"""The table of all options in docs/options.md, made of the requests.
+"""Generator of the table of all options in docs/options.md, from the requests.
 
 python -m cpd_onnx.cli.reference docs/options.md
 """
@@ -15,35 +15,35 @@ from cpd_onnx.options import options_of
 from cpd_onnx.workflow.requests import COMMANDS
 
 _IN_WORDS = re.compile(r" \(default: ([^)]*)\)")
-"""Where the help says the default in words."""
+"""Matches a default that the help text describes in words."""
 HEADING = "## All options\n"
 _ABOUT = """
-What `--help` says of each command, in one table; a recipe has the same names without the hyphens. It is made of the
-requests in `cpd_onnx/workflow/requests.py` and the options of the passes, by
+The `--help` of every command in one table; keys of a recipe are the same names without the leading hyphens. The table
+is generated from the requests in `cpd_onnx/workflow/requests.py` and the options of the passes by
 `python -m cpd_onnx.cli.reference docs/options.md`.
 
-| option | what it is for | default | commands |
+| option | description | default | commands |
 |---|---|---|---|
 """
 
 
 def table() -> str:
-    """The section, with one row for each option; commands in which it means the same share it."""
+    """Return the section, with one row per option; commands for which the option means the same share a row."""
     rows: dict[tuple[str, str, str], list[str]] = {}
     for command, owner in COMMANDS.items():
         for named in options_of(owner):
             if not named.is_positional:
-                said = _IN_WORDS.search(named.option.help)
-                default = said[1] if said else default_of(named)
-                words = _IN_WORDS.sub("", named.option.help)
-                rows.setdefault((named.key, words, default), []).append(command)
-    cells = ((f"`--{key}`", words, default, ", ".join(commands)) for (key, words, default), commands in rows.items())
+                described = _IN_WORDS.search(named.option.help)
+                default = described[1] if described else default_of(named)
+                text = _IN_WORDS.sub("", named.option.help)
+                rows.setdefault((named.key, text, default), []).append(command)
+    cells = ((f"`--{key}`", text, default, ", ".join(commands)) for (key, text, default), commands in rows.items())
     lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in sorted(cells)]
     return HEADING + _ABOUT + "\n".join(lines) + "\n"
 
 
 def updated(page: str) -> str:
-    """A page whose section of that heading, the last one, is the table."""
+    """Return a page whose last section, that of the heading, is replaced by the table."""
     return page.partition(HEADING)[0] + table()
 
 

@@ -1,4 +1,4 @@
-"""The work of a command in a process of its own: a library that crashes on a damaged file still gives one line."""
+"""Runs a command in a child process, so that a crash of a native library still ends with a one-line error."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ import signal
 import sys
 from collections.abc import Callable
 
+from cpd_onnx.errors import REPORT_BUG
 from cpd_onnx.io.streams import print_error
 
 _DIE_WITH_PARENT = 1
-"""PR_SET_PDEATHSIG of prctl(2)."""
+"""PR_SET_PDEATHSIG of prctl(2), from <linux/prctl.h>."""
 
 
 def supervised(work: Callable[[], int]) -> int:
-    """Do `work` in a child process: its exit code, or 1 and a line on stderr if it crashed or was killed.
+    """Run `work` in a child process; return its exit code, or 1 after a one-line error if it crashed or was killed.
 
-    onnx and onnxruntime are compiled: a division by zero or a read outside memory in them ends the process that called
-    them, and no handler of Python's can say so. Call this before libraries with threads are loaded. Signals that are
-    sent to this process go on to the child, which does not outlive it. Not on Linux, `work` is done right here.
+    onnx and onnxruntime are native libraries: a division by zero or an invalid memory access in them ends the calling
+    process, and no Python exception handler can report it. Call this before libraries that start threads are loaded.
+    Signals sent to this process are forwarded to the child, which does not outlive it. On systems other than Linux,
+    `work` runs in this process.
     """
     if sys.platform != "linux":
         return work()
@@ -35,25 +37,26 @@ def supervised(work: Callable[[], int]) -> int:
         return work()
     ended, status = 0, 0
     while not ended:
-        told = signal.sigwaitinfo(waited)
-        if told.si_signo != signal.SIGCHLD and told.si_code <= 0:  # the terminal's own reach the child without us
-            os.kill(child, told.si_signo)
+        received = signal.sigwaitinfo(waited)
+        if received.si_signo != signal.SIGCHLD and received.si_code <= 0:  # those of the terminal reach the child too
+            os.kill(child, received.si_signo)
         ended, status = os.waitpid(child, os.WNOHANG)
     if os.WIFEXITED(status):
         return os.WEXITSTATUS(status)
     number = signal.Signals(os.WTERMSIG(status))
     if number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         return 128 + number
-    if number == signal.SIGALRM:  # nobody waited any longer, and says so
+    if number == signal.SIGALRM:  # loading timed out; the caller prints the error
         return 1
-    print_error(f"error: {_complaint(number)}; no file is left half-written")
+    print_error(f"error: {_cause(number)}; no partly written file is left behind")
     return 1
 
 
-def _complaint(number: signal.Signals) -> str:
+def _cause(number: signal.Signals) -> str:
+    """Return why the child ended, and what to do about it."""
     if number == signal.SIGKILL:
-        return "the work was killed from outside, as the system does when memory runs out: give it more memory"
+        return "the process was killed, most likely by the system because memory ran out; provide more memory"
     return (
-        f"onnxruntime, onnx or torch crashed in the midst of the work ({number.name}), as they do on some damaged "
-        "files: see whether onnxruntime runs this one, and report it if it does"
+        f"onnxruntime, onnx or torch crashed ({number.name}), as they do on some damaged files; if onnxruntime runs "
+        f"this model, {REPORT_BUG}"
     )

@@ -14,7 +14,7 @@ from onnx import ModelProto, NodeProto, TensorProto
 from cpd_onnx.errors import UnsupportedError
 from cpd_onnx.ir.model import Model, graphs_of, load
 from cpd_onnx.ops.traits import traits_of
-from cpd_onnx.shapes.order import topological
+from cpd_onnx.shapes.order import topological_order
 
 Notify: TypeAlias = Callable[[str], None]
 """Callback that receives each message for the user, one sentence at a time."""
@@ -107,7 +107,7 @@ def _sort_nodes(proto: ModelProto) -> None:
     known = {info.name for info in graph.input} | {tensor.name for tensor in graph.initializer}
     known |= {tensor.values.name for tensor in graph.sparse_initializer}
     nodes = list(graph.node)
-    order = topological(nodes, known, "the quantised model")
+    order = topological_order(nodes, known, "the quantised model")
     del graph.node[:]
     graph.node.extend(nodes[place] for place in order)
 

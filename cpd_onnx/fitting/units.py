@@ -128,7 +128,7 @@ class _Finder:
         """Return the initializer that a weight comes from, and whether the graph transposes it."""
         if self.model.has(name):
             return name, False
-        maker = self.scope.makers.get(name)
+        maker = self.scope.producers.get(name)
         node = None if maker is None else self.node(maker)
         if node is None or not is_transpose(node) or self.uses[name] != 1 or not self.model.has(node.input[0]):
             return None
@@ -183,7 +183,7 @@ class _Finder:
 
     def constant(self, name: str) -> Array | None:
         while not self.model.has(name):
-            maker = self.scope.makers.get(name)
+            maker = self.scope.producers.get(name)
             # Exporters put an Identity behind constants that several nodes share.
             if maker is None or not traits_of(self.node(maker)).is_identity:
                 return None
@@ -216,6 +216,6 @@ class _Finder:
             return end, None
         other = user.input[1] if user.input[0] == end else user.input[0]
         value = self.scope.values.get(other)
-        if value is None or value.constants is not None or self.scope.makers.get(other, -1) >= position:
+        if value is None or value.constants is not None or self.scope.producers.get(other, -1) >= position:
             return end, None
         return (user.output[0], other) if self.shape(other) == self.shape(end) != () else (end, None)

@@ -1,1 +1,1 @@
-"""What an operator is: its nature, its values, its output shapes, as a matrix product."""
+"""Facts about operators: traits, evaluation, output shapes, symbolic sizes, and linear operators as matrix products."""

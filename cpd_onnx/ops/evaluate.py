@@ -1,8 +1,8 @@
-"""Shape arithmetic: the small integer tensors that exporters compute at run time, computed here with numpy.
+"""Evaluation of shape arithmetic with numpy: the small integer tensors that exported graphs compute at run time.
 
-Each evaluator takes the node's attributes and opset and its input arrays and gives the outputs. It is called only
-where every input is known and small. Evaluators of operators that only *move* elements (`Traits.moves_elements`) work
-on anything that stands for an element: run on where elements come from, they tell where those of the result come from.
+An evaluator takes the node's attributes and opset (`Call`) and its input arrays, and returns the outputs. It is called
+only if every input is known and small. Evaluators of operators that only *rearrange* elements (`Traits.moves_elements`)
+work for any element type: applied to provenance records, they return the provenance of the result.
 """
 
 from __future__ import annotations
@@ -18,42 +18,53 @@ import numpy as np
 from cpd_onnx.ir.model import Array, element_type, to_array
 
 Attributes: TypeAlias = dict[str, Any]
+"""Values of a node's attributes by name."""
 K = TypeVar("K")
 V = TypeVar("V")
 Evaluator: TypeAlias = Callable[..., "Array | tuple[Array, ...]"]
+"""A function of a `Call` and the input arrays that returns the output, or a tuple of all outputs."""
 
 MAX_ELEMENTS = 1 << 16
-"""Results with more elements than this are not computed; a hostile ConstantOfShape asks for terabytes."""
+"""Largest number of elements of an evaluated tensor. Heuristic: far above real shape arithmetic, and small enough that
+a malicious ConstantOfShape cannot exhaust memory."""
 
 
 class TooLarge(Exception):
-    """The result would have more than `MAX_ELEMENTS` elements."""
+    """Raised if a result would have more than `MAX_ELEMENTS` elements."""
 
 
 NOT_COMPUTED = (
     TooLarge, NotImplementedError, ValueError, LookupError, TypeError, ZeroDivisionError, OverflowError,
 )  # fmt: skip  # a table
-"""What evaluators raise where an operator has no result, or none that is computed here."""
+"""Exceptions that evaluators raise if an operator has no result for these inputs, or none that is supported here."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """What may be known of a node: its attributes, the version of its operator set, the number of its outputs."""
+    """A node without its inputs.
+
+    Attributes:
+        attributes: Values of the node's attributes by name.
+        opset: Version of the default operator set.
+        outputs: Number of outputs.
+
+    """
 
     attributes: Attributes
     opset: int
     outputs: int = 1
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Attribute value or the default."""
+        """Return the value of an attribute, or the default if the node does not have it."""
         return self.attributes.get(name, default)
 
 
 EVALUATORS: dict[str, Evaluator] = {}
+"""Evaluators by operator of the default domain."""
 
 
-def computed(op_type: str, call: Call, inputs: Sequence[Any]) -> tuple[Array, ...] | None:
-    """The outputs of a node of the default domain; None where they cannot be computed here."""
+def compute_outputs(op_type: str, call: Call, inputs: Sequence[Any]) -> tuple[Array, ...] | None:
+    """Return the outputs of a node of the default domain; None if they cannot be computed here."""
     try:
         found = EVALUATORS[op_type](call, *inputs)
     except NOT_COMPUTED:
@@ -61,8 +72,8 @@ def computed(op_type: str, call: Call, inputs: Sequence[Any]) -> tuple[Array, ..
     return tuple(map(np.asarray, found)) if isinstance(found, tuple) else (np.asarray(found),)
 
 
-def entering(table: dict[K, V], *keys: K) -> Callable[[V], V]:
-    """Enter a function into a table under some keys."""
+def register_in(table: dict[K, V], *keys: K) -> Callable[[V], V]:
+    """Return a decorator that registers a function in a table under the given keys."""
 
     def enter(function: V) -> V:
         assert not table.keys() & set(keys), keys
@@ -72,8 +83,8 @@ def entering(table: dict[K, V], *keys: K) -> Callable[[V], V]:
     return enter
 
 
-evaluator = functools.partial(entering, EVALUATORS)
-"""Register the evaluator of some operators of the default domain."""
+evaluator = functools.partial(register_in, EVALUATORS)
+"""Return a decorator that registers the evaluator of the given operators of the default domain."""
 
 
 def _divide(a: Array, b: Array) -> Any:
@@ -129,7 +140,10 @@ def _slice(call: Call, data: Array, *operands: Array | None) -> Array:
 
 
 def slice_ranges(call: Call, rank: int, operands: Sequence[Array | None]) -> list[tuple[int, int, int, int]]:
-    """(axis, start, end, step) of each sliced axis, as written; opset below 10 has them as attributes."""
+    """Return (axis, start, end, step) of each sliced axis, starts and ends as written in the file.
+
+    `operands` are the inputs after the data; before opset 10 the attributes are used instead.
+    """
     if call.opset < 10:
         starts, ends = call.get("starts"), call.get("ends")
         axes, steps = call.get("axes"), None
@@ -143,7 +157,7 @@ def slice_ranges(call: Call, rank: int, operands: Sequence[Array | None]) -> lis
 
 
 def axes_operand(call: Call, operands: Sequence[Array | None]) -> list[int] | None:
-    """Axes given as an input (newer opsets) or an attribute, or None if absent."""
+    """Return the axes given as the first operand (newer opsets) or as an attribute; None if absent."""
     if operands and operands[0] is not None:
         return [int(a) for a in np.ravel(operands[0])]
     axes = call.get("axes")

@@ -1,9 +1,9 @@
-"""Operators that multiply by a weight and sum, as one matrix product: rows of what they take, times a matrix.
+"""Linear operators (convolutions, matrix products) as one batched matrix product.
 
     rows [groups, rows, features]  x  matrix [groups, features, outputs]  =  targets [groups, rows, outputs]
 
-A row is one place of the output: a pixel, a token. And operators behind them that only scale and shift each output.
-New operators are entered with `@linear` and `@affine`.
+A row holds the input features of one position of the output: a pixel, a token. Affine operators, which scale and shift
+each channel, are described too. New operators are registered with `@linear` and `@affine`.
 """
 
 from __future__ import annotations
@@ -19,77 +19,78 @@ from numpy.lib.stride_tricks import sliding_window_view
 from onnx import NodeProto
 
 from cpd_onnx.ir.model import Array, attributes_of
-from cpd_onnx.ops.evaluate import entering
+from cpd_onnx.ops.evaluate import register_in
 
 Key: TypeAlias = "tuple[str, str]"
-"""Domain and operator."""
+"""Domain ("" for the standard's) and name of an operator."""
 Vector: TypeAlias = npt.NDArray[np.float64]
+"""One number for each channel, or one for all."""
 
 
 class Linear(Protocol):
-    """One node as a matrix product."""
+    """A linear node as a matrix product."""
 
     @property
     def bias(self) -> int:
-        """Input slot of the bias, -1 for none; data is in slot 0, the weight in slot 1."""
+        """Input slot of the bias; -1 if the operator has none. The data is in slot 0, the weight in slot 1."""
 
     @property
     def in_axis(self) -> int:
-        """Axis of the data that is summed over."""
+        """Axis of the data over which the product sums."""
 
     @property
     def out_axis(self) -> int:
-        """Axis of the output that the matrix' columns, group by group, lie on."""
+        """Axis of the output that holds the columns of the matrix, group by group."""
 
     @property
     def taps(self) -> int:
-        """Neighbouring features that belong to one index of the data's axis: places of a kernel."""
+        """Number of features for each index of `in_axis`: the number of kernel positions."""
 
     def count(self, out: Sequence[int]) -> int:
-        """Places in an output of this shape: of one sample, or of all where an operator knows no samples."""
+        """Return the number of positions of an output shape: of one sample, or of all for operators without a batch."""
 
     def rows(self, data: Array, places: Array) -> Array:
-        """Features at some places [groups, rows, features]."""
+        """Return the input features at some positions [groups, rows, features]."""
 
     def targets(self, out: Array, places: Array) -> Array:
-        """The output at the same places [groups, rows, outputs]."""
+        """Return the output at the same positions [groups, rows, outputs]."""
 
     def matrix(self, weight: Array) -> Array:
-        """The weight as a matrix [groups, features, outputs]."""
+        """Return a weight as a matrix [groups, features, outputs]."""
 
     def weight(self, matrix: Array) -> Array:
-        """The matrix as a weight again."""
+        """Return a matrix as a weight: the inverse of `matrix`."""
 
 
 _MakeLinear: TypeAlias = "Callable[[NodeProto, Sequence[int]], Linear | None]"
 LINEAR: dict[Key, _MakeLinear] = {}
-"""What makes a `Linear` of a node and the shape of its weight; None where it is not one."""
+"""Functions by operator that take a node and the shape of its weight and return its `Linear`; None if not linear."""
 
 
 def linear(*names: str, domain: str = "") -> Callable[[_MakeLinear], _MakeLinear]:
-    """Enter an operator; see `LINEAR`."""
+    """Return a decorator that registers a function in `LINEAR`."""
 
-    return entering(LINEAR, *((domain, name) for name in names))
+    return register_in(LINEAR, *((domain, name) for name in names))
 
 
 def key_of(node: NodeProto) -> Key:
-    """Domain and operator of a node."""
+    """Return domain and operator of a node."""
     return ("" if node.domain == "ai.onnx" else node.domain, node.op_type)
 
 
 def linear_of(node: NodeProto, weight: Sequence[int]) -> Linear | None:
-    """The node as a matrix product, None if it is none that is known."""
+    """Return a node as a matrix product; None if it is not linear or its operator is not registered."""
     make = LINEAR.get(key_of(node))
     return None if make is None else make(node, weight)
 
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """What a node does to each channel of a tensor: factor * x + addend.
+    """An affine map of each channel of a tensor: factor * x + addend.
 
     Attributes:
-        factor, addend: one number for each channel, or one for all.
-        bias: constant that is added as it is, so that it can be given other values.
+        factor, addend: One number for each channel, or one for all.
+        bias: Name of the constant that is added unscaled and whose values can therefore be refitted; None for none.
     """
 
     factor: Vector
@@ -98,22 +99,22 @@ class Affine:
 
 
 Constants: TypeAlias = "Callable[[str], Array | None]"
-"""The values of a constant by name, None for what is none."""
+"""A function that returns the values of a constant by name; None if the tensor is not constant."""
 _MakeAffine: TypeAlias = "Callable[[NodeProto, str, tuple[int, int], Constants], Affine | None]"
 AFFINE: dict[Key, _MakeAffine] = {}
-"""From a node, the name of its input, that input's channel axis counted from the front and from the end, and the
-constants."""
+"""Functions by operator that return the `Affine` of a node, None if it is not affine. Arguments: the node, the name of
+its data input, that input's channel axis counted from the front and from the end, and the constants."""
 
 
 def is_transpose(node: NodeProto) -> bool:
-    """Whether a node turns a matrix round, if it gets one."""
+    """Whether a node is a Transpose that transposes a matrix."""
     return key_of(node) == ("", "Transpose") and list(attributes_of(node).get("perm", [1, 0])) == [1, 0]
 
 
 def affine(*names: str, domain: str = "") -> Callable[[_MakeAffine], _MakeAffine]:
-    """Enter an operator; see `AFFINE`."""
+    """Return a decorator that registers a function in `AFFINE`."""
 
-    return entering(AFFINE, *((domain, name) for name in names))
+    return register_in(AFFINE, *((domain, name) for name in names))
 
 
 @affine("BatchNormalization")
@@ -141,7 +142,7 @@ def _mul(node: NodeProto, name: str, axis: tuple[int, int], constants: Constants
 
 
 def _along(array: Array | None, axis: int) -> Vector | None:
-    """A constant that is one number, or one for each index of an axis."""
+    """Return a constant as a vector along an axis; None if it varies along another one or is not float."""
     if array is None or not np.issubdtype(array.dtype, np.floating):
         return None
     long = [place - array.ndim for place, size in enumerate(array.shape) if size > 1]
@@ -150,15 +151,15 @@ def _along(array: Array | None, axis: int) -> Vector | None:
 
 @dataclass(frozen=True)
 class _Convolution:
-    """A sliding product over any number of spatial axes.
+    """A convolution over any number of spatial axes.
 
     Attributes:
-        groups: of channels that do not mix.
-        shape: of the weight (out, in/groups, …), as of a Conv.
-        strides, dilations: one for each spatial axis.
-        pads: before and after, one pair for each spatial axis; None where they follow from the sizes ("SAME").
-        upper: whether what "SAME" cannot share evenly goes behind.
-        spread: zeros are put between neighbours, as a ConvTranspose does: its stride.
+        groups: Number of channel groups.
+        shape: Shape of the weight (out, in/groups, …), as of a Conv.
+        strides, dilations: One number for each spatial axis.
+        pads: (begin, end) pads of each spatial axis; None if they follow from the sizes ("SAME").
+        upper: Whether an odd pad of "SAME" is added at the end (SAME_UPPER).
+        spread: Strides of a ConvTranspose, which inserts zeros between elements; empty for a convolution.
     """
 
     groups: int
@@ -199,7 +200,7 @@ class _Convolution:
             data = wide
         kernel = self.shape[2:]
         pads = self.pads or self._same(data.shape[2:])
-        # A ConvTranspose may cut off instead of pad.
+        # A ConvTranspose may crop instead of pad.
         data = np.pad(data, ((0, 0), (0, 0), *((max(0, a), max(0, b)) for a, b in pads)))
         cuts = tuple(slice(max(0, -a), n - max(0, -b)) for (a, b), n in zip(pads, data.shape[2:], strict=True))
         data = data[(slice(None), slice(None), *cuts)]
@@ -225,8 +226,8 @@ class _Convolution:
         return np.ascontiguousarray(flat.transpose(1, 0, 3, 2)).reshape(self.groups, samples * count, -1)
 
     def matrix(self, weight: Array) -> Array:
-        made = weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
-        return np.ascontiguousarray(made.transpose(0, 2, 1))
+        array = weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
+        return np.ascontiguousarray(array.transpose(0, 2, 1))
 
     def weight(self, matrix: Array) -> Array:
         return matrix.transpose(0, 2, 1).reshape(self.shape)
@@ -234,24 +235,24 @@ class _Convolution:
 
 @dataclass(frozen=True)
 class _Transposed(_Convolution):
-    """A ConvTranspose: a convolution of what is spread by zeros, with the kernel turned round and its axes swapped."""
+    """A ConvTranspose: a convolution of the data with inserted zeros, kernel flipped and channel axes swapped."""
 
     def matrix(self, weight: Array) -> Array:
         return super().matrix(self._turned(weight))
 
     def weight(self, matrix: Array) -> Array:
-        made = super().weight(matrix)  # (out, in/groups, …)
-        groups, (out, inner), kernel = self.groups, made.shape[:2], made.shape[2:]
-        made = made.reshape(groups, out // groups, inner, *kernel).swapaxes(1, 2)
-        made = made.reshape(groups * inner, out // groups, *kernel)
-        return np.flip(made, tuple(range(2, made.ndim)))
+        array = super().weight(matrix)  # (out, in/groups, …)
+        groups, (out, inner), kernel = self.groups, array.shape[:2], array.shape[2:]
+        array = array.reshape(groups, out // groups, inner, *kernel).swapaxes(1, 2)
+        array = array.reshape(groups * inner, out // groups, *kernel)
+        return np.flip(array, tuple(range(2, array.ndim)))
 
     def _turned(self, weight: Array) -> Array:
-        """(in, out/groups, …) as (out, in/groups, …) with the kernel turned round."""
+        """Return a weight (in, out/groups, …) as (out, in/groups, …) with the kernel flipped."""
         groups, (full, out), kernel = self.groups, weight.shape[:2], weight.shape[2:]
-        made = weight.reshape(groups, full // groups, out, *kernel).swapaxes(1, 2)
-        made = made.reshape(groups * out, full // groups, *kernel)
-        return np.flip(made, tuple(range(2, made.ndim)))
+        array = weight.reshape(groups, full // groups, out, *kernel).swapaxes(1, 2)
+        array = array.reshape(groups * out, full // groups, *kernel)
+        return np.flip(array, tuple(range(2, array.ndim)))
 
 
 @dataclass(frozen=True)
@@ -259,7 +260,7 @@ class _Product:
     """A matrix product with the weight on the right.
 
     Attributes:
-        flipped_data, flipped_weight: which factor is transposed first.
+        flipped_data, flipped_weight: Whether the factor is transposed before the product.
     """
 
     flipped_data: bool = False

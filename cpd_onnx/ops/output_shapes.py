@@ -1,4 +1,4 @@
-"""Shapes and element types of a node's outputs, from the shapes and values of its inputs."""
+"""Shapes and element types of a node's outputs, computed from the shapes and values of its inputs."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from cpd_onnx.ir.model import Array
 from cpd_onnx.ops.evaluate import NOT_COMPUTED, Call
 from cpd_onnx.ops.shapes_contrib import CONTRIB
 from cpd_onnx.ops.shapes_standard import OPEN, STANDARD, Dims, Function
-from cpd_onnx.ops.sizes import whole
+from cpd_onnx.ops.sizes import as_size
 from cpd_onnx.ops.traits import traits_of, type_slot
 
 _FUNCTIONS = STANDARD | CONTRIB
 _OPTIONAL_INPUTS = {"Clip", "Resize"}
-"""Operators of which inputs after the first may be missing without a change of shape."""
+"""Operators whose inputs after the first may be absent or have an unknown shape."""
 
 
 def output_shapes(
     key: tuple[str, str], call: Call, shapes: Sequence[Dims | None], values: Sequence[Array | None]
 ) -> list[Dims | None] | None:
-    """Shapes of the outputs of an operator (domain, type); None where onnx has to be asked.
+    """Return the shapes of the outputs of an operator (domain, type); None if there is no shape function for the case.
 
-    Outputs that are not listed at the end have no known shape.
+    The list may be shorter than the outputs; shapes of the remaining ones are unknown.
     """
     domain, op_type = key
     shapes = shapes[:1] if op_type in _OPTIONAL_INPUTS else shapes
@@ -36,12 +36,15 @@ def output_shapes(
 def open_shapes(
     key: tuple[str, str], call: Call, shapes: Sequence[Dims | None], values: Sequence[Array | None]
 ) -> list[Dims | None] | None:
-    """The shape of the first output of operators whose operands may hold open sizes; None where that is not plain."""
+    """Return the shape of the first output of an operator whose operands may hold symbolic sizes; None if unknown."""
     return _called(OPEN, key, call, shapes, values) if shapes and shapes[0] is not None else None
 
 
 def output_type(node: NodeProto, call: Call, types: Sequence[int | None]) -> int:
-    """Element type of the outputs of those nodes, from that of the inputs, None for one that is missing."""
+    """Return the element type of the outputs of a node with a shape function.
+
+    `types` are those of the inputs, None for an absent one.
+    """
     if traits_of(node).is_boolean:
         return int(TensorProto.BOOL)
     if node.op_type == "Cast":
@@ -58,7 +61,7 @@ def _called(
     shapes: Sequence[Dims | None],
     values: Sequence[Array | None],
 ) -> list[Dims | None] | None:
-    """What the function of an operator says; None where there is none, or it cannot tell."""
+    """Return the shapes by the shape function of an operator; None if there is none or it does not cover the case."""
     if key not in functions:
         return None
     try:
@@ -66,6 +69,6 @@ def _called(
         if found is None:
             return None
         shapes = found if isinstance(found, list) else [found]
-        return [dims and tuple(None if size is None else whole(size) for size in dims) for dims in shapes]
+        return [dims and tuple(None if size is None else as_size(size) for size in dims) for dims in shapes]
     except (*NOT_COMPUTED, AttributeError):
         return None

@@ -1,4 +1,4 @@
-"""Output shapes of operators that onnx has no schema for: onnxruntime's fusions and a few foreign ones."""
+"""Shape functions of operators without an onnx schema: onnxruntime's contrib operators and a few other domains."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from cpd_onnx.ops.sizes import product
 from cpd_onnx.ops.traits import MICROSOFT
 
 CONTRIB: dict[tuple[str, str], Function] = {}
+"""Shape functions by (domain, operator). Inputs and outputs are those of onnxruntime's ContribOperators.md and of the
+other domains' documentation."""
 
 _register = functools.partial(of_domain, CONTRIB)
 
@@ -84,7 +86,7 @@ def _conv_channels_last(call: Call, shapes: Sequence[Any], values: Values) -> Di
 
 
 def _windows(call: Call, sizes: Sequence[Any], kernel: Sequence[Any]) -> list[Any]:
-    """Spatial sizes after a sliding window."""
+    """Return the spatial sizes after a sliding window, with automatic padding."""
     window = call.get("kernel_shape") or kernel[2:]
     if call.get("auto_pad", "NOTSET") in ("SAME_UPPER", "SAME_LOWER"):
         strides = call.get("strides") or [1] * len(window)
@@ -125,7 +127,7 @@ def _gather_blocks(call: Call, shapes: Sequence[Any], values: Values) -> Dims:
     table, indices, scales = list(shapes[0]), shapes[1], shapes[2]
     axis = call.get("quantize_axis", 1) % len(table)
     block, each = call.get("block_size", 128), 8 // call.get("bits", 4)
-    # Numbers of less than a byte lie in a type of their own, or several to a byte.
+    # Numbers of less than a byte are stored in a type of their own, or several to a byte.
     if -(-table[axis] // block) != scales[axis]:
         table[axis] *= each
     rows = call.get("gather_axis", 0) % len(table)
@@ -156,7 +158,7 @@ def _grouped_query(call: Call, shapes: Sequence[Any], values: Values) -> list[Di
     packed = len(shapes) < 2 or shapes[1] is None
     size = query[2] // (heads + 2 * groups) if packed else query[2] // heads
     past = shapes[3][2] if len(shapes) > 3 and shapes[3] is not None else 0
-    # With a shared buffer the present keys take the place of the past ones; what is new is counted all the same.
+    # With a shared buffer the present keys overwrite the past ones; the new tokens are added to the length regardless.
     present = (query[0], groups, past + query[1], size)
     return [(query[0], query[1], heads * size), present, present]
 

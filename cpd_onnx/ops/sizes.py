@@ -1,11 +1,11 @@
-"""Sizes that depend on what a model is fed, as expressions over its open dimensions.
+"""Symbolic sizes: expressions over the open dimensions of a model's inputs.
 
-A size is a whole number, or a polynomial with rational coefficients over *terms*: the symbols of the inputs, floors of
-quotients, minima, and unknowns for what cannot be written down. Normal forms are unique enough that two sizes which are
-equal for all inputs nearly always compare equal; two which compare equal always are. What is a number here is a number
-whatever the model is fed: this is what `fold` means by "constant".
+A size is an integer, or a polynomial with rational coefficients over *terms*: symbols of the inputs, floors of
+quotients, minima, and unknowns, which stand for sizes without a symbolic form. Sizes that compare equal are equal for
+all inputs; the converse nearly always holds, because polynomials have a normal form. A size that is a number is the
+same for all inputs: this is what "constant" means in shape inference.
 
-Symbols are sizes of axes, so they are taken to be at least one.
+Symbols are sizes of axes and are assumed to be at least one.
 """
 
 from __future__ import annotations
@@ -27,27 +27,30 @@ from cpd_onnx.ops.evaluate import EVALUATORS, NOT_COMPUTED, Call, axes_operand
 from cpd_onnx.ops.traits import traits
 
 Number: TypeAlias = "int | Fraction"
+"""A coefficient, or the value of a size under a binding."""
 Extent: TypeAlias = "int | Size"
-"""The size of an axis: a whole number where it is the same for all inputs."""
+"""The size of an axis: an integer if it is the same for all inputs, else a `Size`."""
 Extents: TypeAlias = "tuple[Extent, ...]"
+"""The sizes of the axes of a tensor."""
 Expressions: TypeAlias = npt.NDArray[Any]
-"""An array of objects: numbers and sizes."""
+"""An object array of numbers and `Size`s: the elements of a tensor of sizes."""
 Monomial: TypeAlias = "tuple[tuple[Term, int], ...]"
+"""A product of powers, as sorted (term, exponent) pairs; empty for the constant monomial."""
 
-_FINEST = 1 << 10
-"""Floats with a larger denominator are no factors of sizes: their products are rounded to float32, which may go over
-the next whole number."""
-_MOST_MONOMIALS = 40
-"""Longer polynomials become unknowns, so that odd graphs take no time without end."""
+_MAX_DENOMINATOR = 1 << 10
+"""Largest denominator of a float factor of a size. Heuristic: products with finer factors are rounded to float32, which
+may cross the next integer."""
+_MAX_MONOMIALS = 40
+"""Largest number of monomials of a polynomial; longer ones become unknowns. Heuristic that bounds the time."""
 
 
 @dataclass(frozen=True)
 class Term:
-    """What polynomials are made of.
+    """An indivisible factor of a monomial.
 
     Attributes:
-        kind: "symbol", "floor" (of a size over a whole number), "quotient" (of two sizes), "min", or "unknown".
-        arguments: the symbol's name, the sizes that it is made of, or what tells an unknown from others.
+        kind: "symbol", "floor" (of a size over an integer), "quotient" (of two sizes), "min", or "unknown".
+        arguments: Name of a symbol, operands of a floor, quotient or min, or unique key of an unknown.
 
     """
 
@@ -59,16 +62,16 @@ class Term:
         return hash((self.kind, self.arguments))
 
     def __hash__(self) -> int:
-        """Computed once: terms nest."""
+        """Return the cached hash: terms nest, so that computing it is expensive."""
         return self._hash
 
     @functools.cached_property
     def key(self) -> str:
-        """What terms are ordered by."""
+        """Sort key of the term."""
         return f"{self.kind}({', '.join(map(str, self.arguments))})"
 
     def __str__(self) -> str:
-        """As in the file for a symbol."""
+        """Return the name of a symbol, or a readable expression; "?" for an unknown."""
         if self.kind == "symbol":
             return str(self.arguments[0])
         if self.kind in ("floor", "quotient"):
@@ -77,15 +80,15 @@ class Term:
 
 
 class Size:
-    """A polynomial that is no constant; made by `symbol`, `unknown` and arithmetic."""
+    """A polynomial that is not a constant; created by `symbol`, `unknown` and arithmetic."""
 
     def __init__(self, coefficients: Mapping[Monomial, Number]) -> None:
-        """Take coefficients by monomial, none of them zero."""
+        """Create a size from its nonzero coefficients by monomial."""
         self.coefficients = dict(coefficients)
         self._hash = hash(frozenset(self.coefficients.items()))
 
     def __hash__(self) -> int:
-        """That of the polynomial."""
+        """Return the hash of the polynomial."""
         return self._hash
 
     def __eq__(self, other: object) -> bool:
@@ -93,22 +96,22 @@ class Size:
         return isinstance(other, Size) and self._hash == other._hash and self.coefficients == other.coefficients
 
     @functools.cached_property
-    def is_unsaid(self) -> bool:
-        """Whether it holds an unknown."""
+    def has_unknowns(self) -> bool:
+        """Whether it contains an unknown term."""
         terms = [term for monomial in self.coefficients for term, _ in monomial]
-        return any(t.kind == "unknown" or any(getattr(a, "is_unsaid", False) for a in t.arguments) for t in terms)
+        return any(t.kind == "unknown" or any(getattr(a, "has_unknowns", False) for a in t.arguments) for t in terms)
 
     def __add__(self, other: Any) -> Any:
         """Sum."""
-        return _made(_summed(self, other))
+        return _normalized(_summed(self, other))
 
     def __sub__(self, other: Any) -> Any:
         """Difference."""
-        return _made(_summed(self, other, -1))
+        return _normalized(_summed(self, other, -1))
 
     def __rsub__(self, other: Any) -> Any:
         """Difference."""
-        return _made(_summed(other, self, -1))
+        return _normalized(_summed(other, self, -1))
 
     def __mul__(self, other: Any) -> Any:
         """Product."""
@@ -137,11 +140,11 @@ class Size:
     __radd__, __rmul__ = __add__, __mul__
 
     def __bool__(self) -> bool:
-        """Not known: whoever asks cannot go on."""
+        """Raise TypeError: the truth value depends on the inputs."""
         raise TypeError(f"whether {self} is zero depends on the inputs")
 
     def __repr__(self) -> str:
-        """As one writes it."""
+        """Return the polynomial in the usual notation."""
         parts = []
         for monomial, coefficient in sorted(self.coefficients.items(), key=lambda item: _order(item[0]), reverse=True):
             factors = [str(term) if power == 1 else f"{term}^{power}" for term, power in monomial]
@@ -150,22 +153,22 @@ class Size:
 
 
 def symbol(name: str) -> Size:
-    """An open dimension."""
+    """Return the size of an open dimension."""
     return Size({((Term("symbol", (name,)), 1),): 1})
 
 
 def unknown(*key: Any) -> Size:
-    """A number of which nothing is known but that it is the same wherever it has the same key."""
+    """Return a size without a symbolic form; unknowns with the same key are the same number."""
     return Size({((Term("unknown", key), 1),): 1})
 
 
-def whole(value: Any) -> Any:
-    """A size of an axis; TypeError if it is neither a whole number nor a size."""
+def as_size(value: Any) -> Any:
+    """Return a value as the size of an axis; TypeError if it is neither an integer nor a `Size`."""
     return value if isinstance(value, Size) else index(value)
 
 
 def is_constant(size: Any) -> bool:
-    """Whether a size is a number."""
+    """Whether a size is a number, the same for all inputs."""
     return not isinstance(size, Size)
 
 
@@ -185,20 +188,20 @@ def _number(value: Any) -> Number:
         return int(value) if isinstance(value, int) or value.denominator == 1 else value
     if isinstance(value, np.integer | np.bool_):
         return int(value)
-    exact = Fraction(float(value))  # OverflowError, ValueError for what is no number
-    if exact.denominator > _FINEST:
+    exact = Fraction(float(value))  # OverflowError, ValueError for infinities and NaN
+    if exact.denominator > _MAX_DENOMINATOR:
         raise ValueError(f"products with {value} are rounded")
     return int(exact) if exact.denominator == 1 else exact
 
 
-def _made(coefficients: Mapping[Monomial, Number]) -> Any:
-    """A number or a size."""
+def _normalized(coefficients: Mapping[Monomial, Number]) -> Any:
+    """Return the number or size with these coefficients, zeros dropped."""
     found = {m: _number(c) for m, c in coefficients.items() if c}
     if not found:
         return 0
     if len(found) == 1 and () in found:
         return found[()]
-    if len(found) > _MOST_MONOMIALS:
+    if len(found) > _MAX_MONOMIALS:
         return unknown("long", hash(frozenset(found.items())))
     return Size(found)
 
@@ -216,7 +219,7 @@ def _product(a: Any, b: Any) -> Any:
         for right, y in _coefficients(b).items():
             monomial = _joined(left, right)
             found[monomial] = found.get(monomial, 0) + x * y
-    return _made(found)
+    return _normalized(found)
 
 
 def _joined(left: Monomial, right: Monomial) -> Monomial:
@@ -229,14 +232,14 @@ def _joined(left: Monomial, right: Monomial) -> Monomial:
 
 
 def divided(a: Any, b: Any) -> Any:
-    """The exact quotient of two sizes where there is a polynomial one, None otherwise."""
+    """Return the exact quotient of two sizes if it is a polynomial, None otherwise."""
     rest, divisor, quotient = dict(_coefficients(a)), _coefficients(b), dict[Monomial, Number]()
     if not divisor:
         return None
     lead = max(divisor, key=_order)
-    for _ in range(_MOST_MONOMIALS):
+    for _ in range(_MAX_MONOMIALS):
         if not rest:
-            return _made(quotient)
+            return _normalized(quotient)
         top = max(rest, key=_order)
         monomial = _over(top, lead)
         if monomial is None:
@@ -261,17 +264,17 @@ def _over(top: Monomial, lead: Monomial) -> Monomial | None:
 
 
 def floor(value: Any) -> Any:
-    """The value rounded down; what is whole comes out of the floor."""
+    """Return a value rounded down; integer parts are moved out of the floor."""
     if not isinstance(value, Size):
         return math.floor(value)
     below = math.lcm(*(Fraction(c).denominator for c in value.coefficients.values()))
     if below == 1:
         return value
     top = {m: int(c * below) for m, c in value.coefficients.items()}
-    whole = _made({m: c // below for m, c in top.items()})
-    rest = _made({m: c % below for m, c in top.items()})
+    whole = _normalized({m: c // below for m, c in top.items()})
+    rest = _normalized({m: c % below for m, c in top.items()})
     if not isinstance(rest, Size):
-        return whole  # what is less than one over something whole
+        return whole  # the remainder is less than one
     inner = [m[0][0] for m in rest.coefficients if len(m) == 1 and m[0][0].kind == "floor" and m[0][1] == 1]
     if len(inner) == 1 and rest.coefficients[((inner[0], 1),)] == 1:
         # floor((floor(p / q) + r) / s) = floor((p + q r) / (q s))
@@ -282,7 +285,7 @@ def floor(value: Any) -> Any:
 
 
 def floor_divided(a: Any, b: Any) -> Any:
-    """The quotient rounded down."""
+    """Return the quotient of two sizes, rounded down."""
     if not isinstance(b, Size):
         number = _number(b)
         if not number:
@@ -293,8 +296,8 @@ def floor_divided(a: Any, b: Any) -> Any:
 
 
 def least(a: Any, b: Any) -> Any:
-    """The smaller of two sizes."""
-    difference = _made(_summed(a, b, -1))
+    """Return the minimum of two sizes."""
+    difference = _normalized(_summed(a, b, -1))
     if _is_at_least(difference, 0):
         return b
     if _is_at_least(_product(difference, -1), 0):
@@ -304,13 +307,13 @@ def least(a: Any, b: Any) -> Any:
 
 
 def largest(a: Any, b: Any) -> Any:
-    """The larger of two sizes."""
-    return _made(_summed(_made(_summed(a, b)), least(a, b), -1))
+    """Return the maximum of two sizes."""
+    return _normalized(_summed(_normalized(_summed(a, b)), least(a, b), -1))
 
 
 def is_equal(a: Any, b: Any) -> Any:
-    """Whether two sizes are equal; an unknown where it depends on the inputs."""
-    difference = _made(_summed(a, b, -1))
+    """Return whether two sizes are equal; an unknown if it depends on the inputs."""
+    difference = _normalized(_summed(a, b, -1))
     if not isinstance(difference, Size):
         return not difference
     if _is_at_least(difference, 1) or _is_at_least(_product(difference, -1), 1):
@@ -319,30 +322,30 @@ def is_equal(a: Any, b: Any) -> Any:
 
 
 def is_less(a: Any, b: Any) -> Any:
-    """Whether one size is less than another; an unknown where it depends on the inputs."""
-    if _is_at_least(_made(_summed(b, a, -1)), 1):
+    """Return whether one size is less than another; an unknown if it depends on the inputs."""
+    if _is_at_least(_normalized(_summed(b, a, -1)), 1):
         return True
-    if _is_at_least(_made(_summed(a, b, -1)), 0):
+    if _is_at_least(_normalized(_summed(a, b, -1)), 0):
         return False
     return unknown("less", a, b)
 
 
 def _is_at_least(value: Any, bound: int) -> bool:
-    """Whether a size is never below a bound, as far as the signs of its coefficients tell."""
+    """Whether the signs of its coefficients prove that a size is at least `bound` for all inputs."""
     if not isinstance(value, Size):
         return bool(value >= bound)
     lowest: Number = 0
     for monomial, coefficient in value.coefficients.items():
         if not monomial:
             lowest += coefficient
-        elif coefficient < 0 or not all(_is_no_less_than_zero(term) for term, _ in monomial):
+        elif coefficient < 0 or not all(_is_nonnegative(term) for term, _ in monomial):
             return False
         elif all(term.kind == "symbol" for term, _ in monomial):
             lowest += coefficient
     return lowest >= bound
 
 
-def _is_no_less_than_zero(term: Term) -> bool:
+def _is_nonnegative(term: Term) -> bool:
     if term.kind == "symbol":
         return True
     if term.kind == "quotient" and not _is_at_least(term.arguments[1], 1):
@@ -351,7 +354,7 @@ def _is_no_less_than_zero(term: Term) -> bool:
 
 
 def product(sizes: Iterable[Any]) -> Any:
-    """The product of sizes."""
+    """Return the product of sizes."""
     sizes = list(sizes)
     if all(isinstance(size, int) for size in sizes):
         return math.prod(sizes)
@@ -363,39 +366,44 @@ def product(sizes: Iterable[Any]) -> Any:
 
 @dataclass
 class Bindings:
-    """What symbols and unknowns are under each of some bindings."""
+    """Numbers of symbols and unknowns under each binding.
+
+    Attributes:
+        numbers: Numbers of each symbol or unknown, one for each binding.
+
+    """
 
     numbers: dict[Term, tuple[int, ...]] = field(default_factory=dict)
     _measured: dict[tuple[int, ...], Size] = field(default_factory=dict)
     _known: dict[tuple[Size, int], Number | None] = field(default_factory=dict)
 
     def bind(self, size: Size, numbers: tuple[int, ...]) -> Size:
-        """Put on record what a symbol or unknown stands for."""
+        """Record the numbers of a symbol or unknown, unless it has some, and return it."""
         (monomial,) = size.coefficients
         self.numbers.setdefault(monomial[0][0], numbers)
         return size
 
     def at(self, size: Any, binding: int) -> Number | None:
-        """The number that a size is; None if it holds an unknown that has none."""
+        """Return the value of a size under a binding; None if it contains a term without a number."""
         if not isinstance(size, Size):
             return _number(size)
         if (size, binding) not in self._known:
             self._known[size, binding] = self._at(size, binding)
         return self._known[size, binding]
 
-    def comes_to(self, size: Extent, numbers: tuple[int, ...]) -> bool:
-        """Whether a size is these numbers under the bindings."""
+    def evaluates_to(self, size: Extent, numbers: tuple[int, ...]) -> bool:
+        """Whether a size has these values under the bindings."""
         return all(self.at(size, binding) == number for binding, number in enumerate(numbers))
 
     def measure(self, place: tuple[Any, ...], numbers: tuple[int, ...], known: Iterable[Extent] = ()) -> Extent:
-        """The expression of a size of which only the numbers are known: one of those at hand that comes to them.
+        """Return a size with the given values: one of `known` if it has them, else a constant, else an unknown.
 
-        What is the same under all bindings is constant if nothing at hand is that depends on the inputs; sizes that
-        agree under all of them are one, since operators demand it.
+        Equal values under all bindings make a constant unless a size in `known` has them too. Unknowns with the same
+        values are the same size, since operators require sizes to match. `place` is the key of a new unknown.
         """
-        alike = [size for size in known if self.comes_to(size, numbers)]
+        alike = [size for size in known if self.evaluates_to(size, numbers)]
         if alike:
-            return min(alike, key=lambda size: isinstance(size, Size) and size.is_unsaid)
+            return min(alike, key=lambda size: isinstance(size, Size) and size.has_unknowns)
         if len(set(numbers)) == 1:
             return numbers[0]
         if numbers not in self._measured:
@@ -429,15 +437,13 @@ class Bindings:
         return math.floor(Fraction(a) / Fraction(b)) if b else None
 
 
-# Arithmetic on arrays of sizes, as nodes do it.
+# Operators on arrays of sizes.
 
 
-def computed_sizes(
-    op_type: str, call: Call, inputs: list[Expressions | None], is_open: list[bool]
-) -> list[Expressions]:
-    """The outputs of a node on arrays of sizes; none where the operator has no such arithmetic.
+def compute_sizes(op_type: str, call: Call, inputs: list[Expressions | None], is_open: list[bool]) -> list[Expressions]:
+    """Return the outputs of a node on arrays of sizes; empty if the operator has no symbolic evaluation.
 
-    `is_open` says which inputs hold sizes that are no numbers.
+    `is_open` marks the inputs that contain symbolic sizes.
     """
     carried = traits(op_type).carried(len(inputs))
     try:
@@ -456,12 +462,12 @@ def computed_sizes(
 
 
 def _numbers(array: Expressions) -> Array:
-    """An operand without sizes, as whole numbers."""
+    """Return an operand without symbolic sizes as an int64 array."""
     return np.asarray(array.tolist(), np.int64).reshape(array.shape)
 
 
 def objects(array: Array) -> Expressions:
-    """Numbers as an array of objects."""
+    """Return an array of numbers as an object array."""
     found = np.empty(array.shape, object)
     found[...] = array.tolist() if array.ndim else array.item()
     return found
@@ -481,7 +487,7 @@ def _fold(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
 
 
 def _quotient(call: Call, a: Expressions, b: Expressions) -> Any:
-    """Division: rounded for whole numbers, which the call says."""
+    """Return the quotient, rounded down if the call has the attribute `is_whole` (integer operands)."""
     if call.get("is_whole"):
         return np.frompyfunc(floor_divided, 2, 1)(a, b)
     return np.frompyfunc(_ratio, 2, 1)(a, b)
@@ -543,7 +549,7 @@ def _reduced(function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     return applied
 
 
-_SYMBOLIC: dict[str, Callable[..., Any]] = {
+_SYMBOLIC: dict[str, Callable[..., Any]] = {  # evaluation of operators on arrays of sizes
     "Add": _each(lambda a, b: a + b), "Sub": _each(lambda a, b: a - b), "Mul": _each(lambda a, b: a * b),
     "Div": _quotient, "Mod": _each(lambda a, b: a % b), "Neg": _each(lambda a: -a), "Floor": _each(floor),
     "Ceil": _each(lambda a: -floor(-a)), "Cast": _cast, "Sum": _fold(lambda a, b: a + b), "Min": _fold(least),

@@ -1,8 +1,8 @@
-"""What each operator is, one row an operator.
+"""Traits of operators: a table with one row for each operator.
 
-Everything that asks what kind of operator a node has asks here: shape inference, combing, repair, proof, deployment and
-the import into torch. How channels flow through an operator is its rule (`rules/`), and how it is computed stands in
-`evaluate`. An operator without a row has none of the properties, and whoever asks then assumes the least.
+This table is the only place that classifies operators: shape inference, combing, repair, proof, deployment and the
+import into torch query it. How channels flow through an operator is defined by its rule (`rules/`), how it is computed
+by its evaluator (`ops.evaluate`). An operator without a row has none of the traits, which is the conservative choice.
 """
 
 from __future__ import annotations
@@ -16,41 +16,41 @@ from onnx import NodeProto
 
 @dataclass(frozen=True)
 class Traits:
-    """Properties of an operator.
+    """Traits of an operator; a trait that is False, None or the default is not known to hold.
 
     Attributes:
-        moves_elements: each element of the result is an element of an input, perhaps in another element type.
-        moved: the first of the inputs that these elements come from, and the end, None for all that follow.
-        casts: the result is the first input in another element type.
-        keeps_zeros: zeros of a weight stay zeros, moved about.
-        carries_indices: an index into a table is still one behind it (only through the first input).
-        carries_positions: positions along an axis are still positions along it.
-        picks: an input says where numbers are taken from, or put.
-        reveals_operand: the result shows all that its one operand shows which is no constant.
-        fills_sizes: makes axes out of sizes alone.
-        reads_sizes: looks at the shape of its input, not at the values.
-        is_identity: hands on what it takes.
-        is_sum: adds two tensors.
-        is_rectifier: cuts off what is below zero.
-        is_activation: an activation function, element by element: it saturates, and comes behind normalisations.
-        saturates: gives nearly the same for a range of numbers, element by element or along an axis.
-        leaps: the result is a float, but steps.
-        is_boolean: gives truth values.
-        compares: compares two numbers.
-        is_random: gives something else each time it runs.
-        may_mask: may put a mask of minus infinity onto attention scores.
-        follows_normalisation: in networks, comes behind a convolution that was normalised.
-        is_quantizer: goes from numbers to the integers that stand for them, or back.
-        rounds_activations: rounds activations to integers, be it inside.
-        is_quantized: stands in quantised models only.
-        stays_float: loses much in eight bits and takes little time.
-        is_constant: its result stands in its attributes.
-        has_bodies: runs subgraphs, chosen or repeated by data.
-        iterates: runs its subgraph several times.
-        data_slot: the first input that is data.
-        type_slot: the input whose element type the first output has, where it is not the data's.
-        shape_slot: the input that lists the sizes of the output.
-        output_rank: the number of axes of the output, where it is not the data's.
+        moves_elements: Each element of the output is an element of an input, possibly cast to another type.
+        moved: Input slots from which these elements come: first and end, None for all that follow.
+        casts: The output is the first input cast to another element type.
+        keeps_zeros: Rearranges or casts a weight so that its zeros remain zeros.
+        carries_indices: Indices into a table, given as the first input, are still such indices in the output.
+        carries_positions: Positions along an axis of an input are still positions along it in the output.
+        selects_by_input: An input (index, condition, start) determines which elements are read or written.
+        reveals_operand: A change of its only non-constant operand is visible in the output.
+        fills_sizes: Creates axes whose sizes are values of an input (shape, repeats, range).
+        reads_sizes: Uses the shape of its input, not the values.
+        is_identity: Returns its input unchanged.
+        is_sum: Adds two tensors.
+        is_rectifier: Sets negative elements to zero.
+        is_activation: Elementwise activation function, which may saturate and commonly follows a normalisation.
+        saturates: Maps a range of inputs to nearly the same output, elementwise or along an axis.
+        is_step_function: The float output is a discontinuous function of the input (rounding, remainder, sampling).
+        is_boolean: The outputs are boolean.
+        compares: Compares two numeric tensors.
+        is_random: The output differs from run to run.
+        may_mask: May apply an additive mask of minus infinity to attention scores.
+        follows_normalisation: Commonly follows a convolution whose BatchNormalization was folded into it.
+        is_quantizer: Converts between real numbers and the integers that represent them.
+        rounds_activations: Rounds activations to integers, possibly internally.
+        is_quantized: Occurs in quantised models only.
+        stays_float: Excluded from int8 quantisation: a high loss of accuracy for little time saved.
+        is_constant: The output is stored in the node's attributes.
+        has_bodies: Runs subgraphs.
+        iterates: Runs its subgraph repeatedly.
+        data_slot: Input slot of the first data input.
+        type_slot: Input slot with the element type of the first output; None for that of `data_slot`.
+        shape_slot: Input slot that lists the sizes of the output; None if there is none.
+        output_rank: Rank of the output; None for that of the data input.
     """
 
     moves_elements: bool = False
@@ -59,7 +59,7 @@ class Traits:
     keeps_zeros: bool = False
     carries_indices: bool = False
     carries_positions: bool = False
-    picks: bool = False
+    selects_by_input: bool = False
     reveals_operand: bool = False
     fills_sizes: bool = False
     reads_sizes: bool = False
@@ -68,7 +68,7 @@ class Traits:
     is_rectifier: bool = False
     is_activation: bool = False
     saturates: bool = False
-    leaps: bool = False
+    is_step_function: bool = False
     is_boolean: bool = False
     compares: bool = False
     is_random: bool = False
@@ -87,16 +87,17 @@ class Traits:
     output_rank: int | None = None
 
     def carried(self, count: int) -> range:
-        """Those of a node's `count` inputs whose elements are the result's."""
+        """Return the slots, out of `count` inputs of a node, whose elements the output consists of."""
         return range(count)[slice(*self.moved)]
 
 
 DEFAULT_DOMAINS = ("", "ai.onnx")
-"""The two spellings of the domain of the standard's operators."""
+"""The two spellings of the domain of the ONNX standard's operators."""
 MICROSOFT = "com.microsoft"
 """The domain of onnxruntime's own operators."""
 _TABLE: dict[tuple[str, str], Traits] = {}
-_FAMILIES = {
+"""Traits by (domain, operator)."""
+_FAMILY_TRAITS = {
     "BipolarQuant": "rounds_activations",
     "ConvInteger": "is_quantized",
     "DequantizeLinear": "is_quantized",
@@ -111,88 +112,91 @@ _FAMILIES = {
     "Quant": "rounds_activations",
     "QuantizeLinear": "is_quantized",
 }
-"""What all operators have whose names begin like this, whatever their domain: nobody knows the names of all of them."""
+"""Traits of all operators whose name starts with the key, in any domain: quantised operators come in open-ended
+families."""
 
 
 def traits_of(node: NodeProto) -> Traits:
-    """Properties of a node's operator."""
+    """Return the traits of a node's operator."""
     return traits(node.op_type, node.domain)
 
 
 @cache
 def traits(name: str, domain: str = "") -> Traits:
-    """Properties of an operator by its name."""
+    """Return the traits of an operator by name and domain."""
     found = _TABLE.get(("" if domain in DEFAULT_DOMAINS else domain, name))
-    return _made(name, "", {}) if found is None else found
+    return _traits_of_row(name, "", {}) if found is None else found
 
 
 def operators_with(trait: str, domain: str = "") -> frozenset[str]:
-    """Names of a domain's operators that have a property."""
+    """Return the names of a domain's operators that have a trait."""
     return frozenset(name for (own, name), row in _TABLE.items() if own == domain and getattr(row, trait))
 
 
 def type_slot(node: NodeProto) -> int:
-    """The input whose element type a node's first output has."""
+    """Return the input slot with the element type of a node's first output."""
     row = traits_of(node)
-    if row.type_slot is None or (node.op_type == "QGemm" and len(node.input) > 7):  # then it rounds its result, too
+    if row.type_slot is None or (
+        node.op_type == "QGemm" and len(node.input) > 7
+    ):  # then the output is quantised as well
         return row.data_slot
     return row.type_slot
 
 
-def _made(name: str, words: str, rest: dict[str, int | tuple[int, int | None]]) -> Traits:
-    """The properties in a row, with those of the family."""
-    words = " ".join([words, *(own for start, own in _FAMILIES.items() if name.startswith(start))])
+def _traits_of_row(name: str, words: str, rest: dict[str, int | tuple[int, int | None]]) -> Traits:
+    """Return the traits of a row together with those of the operator's family."""
+    words = " ".join([words, *(own for start, own in _FAMILY_TRAITS.items() if name.startswith(start))])
     return Traits(**dict.fromkeys(words.split(), True) | rest)  # type: ignore[arg-type]  # some are no truth values
 
 
 def _row(name: str, words: str = "", domains: Sequence[str] = ("",), **rest: int | tuple[int, int | None]) -> None:
-    """Enter an operator: the names of the properties that it has, and the others with their values."""
+    """Add an operator to the table: names of its boolean traits, and values of the others."""
     for domain in domains:
         assert (domain, name) not in _TABLE, f"{domain}::{name} has a row already"
-        _TABLE[(domain, name)] = _made(name, words, rest)
+        _TABLE[(domain, name)] = _traits_of_row(name, words, rest)
 
 
-_OWN, _BOTH = (MICROSOFT,), ("", MICROSOFT)
+_MICROSOFT_ONLY, _BOTH_DOMAINS = (MICROSOFT,), ("", MICROSOFT)
 
-# What moves elements, makes them of sizes, or reads sizes; constants.
+# Operators that rearrange elements, create axes from sizes, or read sizes; constants.
 _row("Cast", "moves_elements casts keeps_zeros carries_indices carries_positions reveals_operand")
 _row("CastLike", "casts reveals_operand")
-_row("Compress", "picks")
+_row("Compress", "selects_by_input")
 _row("Concat", "moves_elements keeps_zeros reveals_operand follows_normalisation", moved=(0, None))
 _row("Constant", "is_constant")
 _row("ConstantOfShape", "fills_sizes", shape_slot=0)
 _row("DepthToSpace", "reveals_operand")
 _row("Expand", "moves_elements keeps_zeros carries_positions reveals_operand fills_sizes")
 _row("Flatten", "moves_elements keeps_zeros carries_indices reveals_operand")
-_row("Gather", "moves_elements keeps_zeros picks")
-_row("GatherElements", "picks")
-_row("GatherND", "picks")
+_row("Gather", "moves_elements keeps_zeros selects_by_input")
+_row("GatherElements", "selects_by_input")
+_row("GatherND", "selects_by_input")
 _row("Identity", "moves_elements keeps_zeros carries_indices carries_positions reveals_operand is_identity")
-_row("Pad", "reveals_operand", _BOTH)
-_row("Range", "fills_sizes", _BOTH)
+_row("Pad", "reveals_operand", _BOTH_DOMAINS)
+_row("Range", "fills_sizes", _BOTH_DOMAINS)
 _row("Reshape", "moves_elements keeps_zeros carries_indices carries_positions reveals_operand", shape_slot=1)
-_row("ScatterElements", "picks")
-_row("ScatterND", "picks")
+_row("ScatterElements", "selects_by_input")
+_row("ScatterND", "selects_by_input")
 _row("Shape", "reads_sizes")
 _row("Size", "reads_sizes")
-_row("Slice", "moves_elements keeps_zeros carries_indices carries_positions reveals_operand picks")
+_row("Slice", "moves_elements keeps_zeros carries_indices carries_positions reveals_operand selects_by_input")
 _row("SpaceToDepth", "reveals_operand")
 _row("Split", "moves_elements keeps_zeros reveals_operand")
 _row("Squeeze", "moves_elements keeps_zeros carries_indices carries_positions reveals_operand")
 _row("Tile", "moves_elements keeps_zeros reveals_operand fills_sizes")
 _row("Transpose", "moves_elements keeps_zeros carries_indices reveals_operand")
 _row("Unsqueeze", "moves_elements keeps_zeros carries_indices carries_positions reveals_operand")
-_row("Where", "moves_elements picks may_mask stays_float", moved=(1, 3), type_slot=1)
+_row("Where", "moves_elements selects_by_input may_mask stays_float", moved=(1, 3), type_slot=1)
 
 # Arithmetic, comparison, logic.
 _row("Add", "carries_positions reveals_operand is_sum may_mask follows_normalisation")
 _row("And", "is_boolean")
 _row("ArgMax", "stays_float")
-_row("Ceil", "leaps")
+_row("Ceil", "is_step_function")
 _row("CumSum", "stays_float")
 _row("Div", "reveals_operand")
 _row("Equal", "is_boolean compares")
-_row("Floor", "leaps")
+_row("Floor", "is_step_function")
 _row("Greater", "is_boolean compares")
 _row("GreaterOrEqual", "is_boolean compares")
 _row("IsInf", "is_boolean")
@@ -200,16 +204,16 @@ _row("IsNaN", "is_boolean")
 _row("Less", "is_boolean compares")
 _row("LessOrEqual", "is_boolean compares")
 _row("Max", "may_mask")
-_row("Mod", "leaps")
+_row("Mod", "is_step_function")
 _row("Mul", "carries_positions reveals_operand follows_normalisation")
 _row("Neg", "reveals_operand")
 _row("Not", "is_boolean")
-_row("OneHot", "leaps")
+_row("OneHot", "is_step_function")
 _row("OptionalHasElement", "is_boolean")
 _row("Or", "is_boolean")
 _row("RegexFullMatch", "is_boolean")
-_row("Round", "leaps")
-_row("Sign", "leaps")
+_row("Round", "is_step_function")
+_row("Sign", "is_step_function")
 _row("Sub", "carries_positions reveals_operand may_mask")
 _row("Sum", "may_mask")
 _row("TopK", "stays_float")
@@ -218,21 +222,21 @@ _row("Xor", "is_boolean")
 # Layers.
 _row("BatchNormalization", "stays_float")
 _row("Conv", "follows_normalisation")
-_row("DynamicQuantizeLSTM", domains=_OWN, output_rank=4)
-_row("EmbedLayerNormalization", domains=_OWN, type_slot=2, output_rank=3)
-_row("GatherBlockQuantized", domains=_OWN, type_slot=2)
+_row("DynamicQuantizeLSTM", domains=_MICROSOFT_ONLY, output_rank=4)
+_row("EmbedLayerNormalization", domains=_MICROSOFT_ONLY, type_slot=2, output_rank=3)
+_row("GatherBlockQuantized", domains=_MICROSOFT_ONLY, type_slot=2)
 _row("InstanceNormalization", "stays_float")
 _row("LayerNormalization", "stays_float")
 _row("MaxPool", "follows_normalisation")
 
-# Activation functions, and what else saturates.
-_row("BiasGelu", "is_activation", _OWN)
+# Activation functions and other saturating operators.
+_row("BiasGelu", "is_activation", _MICROSOFT_ONLY)
 _row("Celu", "is_activation")
 _row("Clip", "is_activation carries_indices")
 _row("Elu", "is_activation")
 _row("Erf", "saturates")
-_row("FastGelu", "is_activation", _OWN)
-_row("Gelu", "is_activation", _BOTH)
+_row("FastGelu", "is_activation", _MICROSOFT_ONLY)
+_row("Gelu", "is_activation", _BOTH_DOMAINS)
 _row("HardSigmoid", "is_activation")
 _row("HardSwish", "is_activation")
 _row("Hardmax", "saturates")
@@ -240,7 +244,7 @@ _row("LeakyRelu", "is_activation")
 _row("LogSoftmax", "saturates")
 _row("Mish", "is_activation")
 _row("PRelu", "is_activation")
-_row("QuickGelu", "is_activation", _OWN)
+_row("QuickGelu", "is_activation", _MICROSOFT_ONLY)
 _row("Relu", "is_activation is_rectifier")
 _row("Selu", "is_activation")
 _row("Shrink", "saturates")
@@ -253,20 +257,20 @@ _row("Tanh", "is_activation")
 _row("ThresholdedRelu", "is_activation")
 
 # Randomness.
-_row("Bernoulli", "is_random leaps")
+_row("Bernoulli", "is_random is_step_function")
 _row("Dropout", "is_random")
 _row("Multinomial", "is_random")
 _row("RandomNormalLike", "is_random")
 _row("RandomUniformLike", "is_random")
 
-# Integers that stand for numbers; see `_FAMILIES` too.
-_row("DequantizeLinear", "is_quantizer keeps_zeros reveals_operand", _BOTH, type_slot=1)
-_row("MatMulIntegerToFloat", domains=_OWN, type_slot=2)
-_row("QGemm", domains=_OWN, type_slot=1)
-_row("QLinearConcat", domains=_OWN, data_slot=2)
-_row("QuantizeLinear", "is_quantizer keeps_zeros saturates", _BOTH, type_slot=2)
+# Quantisation; see also `_FAMILY_TRAITS`.
+_row("DequantizeLinear", "is_quantizer keeps_zeros reveals_operand", _BOTH_DOMAINS, type_slot=1)
+_row("MatMulIntegerToFloat", domains=_MICROSOFT_ONLY, type_slot=2)
+_row("QGemm", domains=_MICROSOFT_ONLY, type_slot=1)
+_row("QLinearConcat", domains=_MICROSOFT_ONLY, data_slot=2)
+_row("QuantizeLinear", "is_quantizer keeps_zeros saturates", _BOTH_DOMAINS, type_slot=2)
 
-# What runs subgraphs.
+# Control flow.
 _row("If", "has_bodies")
 _row("Loop", "has_bodies iterates")
 _row("Scan", "has_bodies iterates")

@@ -11,7 +11,7 @@ from cpd_onnx.ir.model import Model
 from cpd_onnx.summary import Summarised, Summary, count
 
 if TYPE_CHECKING:
-    from cpd_onnx.budget.allocation import Allocation, Curves
+    from cpd_onnx.budget.allocation import Allocation, LossCurves
     from cpd_onnx.channels.groups import Combed
     from cpd_onnx.data.sources import Source
     from cpd_onnx.proof.comparison import Comparison
@@ -34,7 +34,7 @@ class State(Summarised):
         combed: the coupled channels of `original`.
         score: name of the score, and its seed.
         scores: one array per group.
-        curves: damage by group, where a pass has measured it; the scores tell it otherwise.
+        curves: loss by group, where a pass has measured it; the scores tell it otherwise.
         budget: what was asked for, in the plan's words.
         allocation: which channels go.
         edits: what differs between original and pruned file.
@@ -53,7 +53,7 @@ class State(Summarised):
     combed: Combed | None = None
     score: Mapping[str, Any] = field(default_factory=dict)
     scores: Sequence[Any] | None = None
-    curves: Curves | None = None
+    curves: LossCurves | None = None
     budget: Mapping[str, Any] = field(default_factory=dict)
     allocation: Allocation | None = None
     edits: tuple[Edit, ...] = ()

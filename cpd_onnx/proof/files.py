@@ -63,13 +63,13 @@ def verify_files(
     Raises PlanError if the plan belongs to another original, ProofError if the file is something else or a check fails,
     InconclusiveError if the comparison shows too little, unless it is allowed to.
     """
-    combed, kept = planned(original, plan)
-    replay = rewrite(combed, kept).model
+    combed, keep = planned(original, plan)
+    replay = rewrite(combed, keep).model
     plan.stamp(replay)
     require_replay(replay, pruned, plan)
     given = None if feeds is None else list(feeds)
     trained = tuple(plan.values)
-    found = verify(combed, kept, replay if trained else pruned, given)
+    found = verify(combed, keep, replay if trained else pruned, given)
     comparison = proved(found, allow_inconclusive=allow_inconclusive)
     if not trained:
         return FileVerification(True, trained, comparison, same_bytes(replay, pruned))

@@ -14,7 +14,7 @@ import numpy as np
 from onnx import NodeProto, helper
 
 from cpd_onnx.algebra.atoms import Axis, Mask
-from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.channels.groups import Combed, Weight
 from cpd_onnx.channels.weights import constant_of, lazy_weight
 from cpd_onnx.ir.model import Array, Model, element_type, map_lazy
@@ -23,55 +23,55 @@ from cpd_onnx.shapes.editor import Editor
 from cpd_onnx.shapes.values import Scope
 
 
-def masked(combed: Combed, kept: Kept, pruned: Model) -> Model:
+def masked(combed: Combed, keep: KeepMask, pruned: Model) -> Model:
     """The original model with the dropped indices masked; `pruned` gives the attributes of the gathered operators."""
-    return _Masker(combed, kept, pruned).run()
+    return _Masker(combed, keep, pruned).run()
 
 
-def is_bound_to_sizes(combed: Combed, kept: Kept) -> bool:
+def is_bound_to_sizes(combed: Combed, keep: KeepMask) -> bool:
     """Whether the masked model would only run at the sizes that the model was combed at.
 
     It does where masks lie along an axis of open size that holds channels, as when they are merged with the batch.
     """
     scopes = {scope.path: scope for scope in combed.folded.scope.walk()}
-    for path, position in (*combed.recorder.sensitive, *combed.recorder.silenced):
+    for path, position in (*combed.recorder.count_dependent, *combed.recorder.masked_slots):
         node = scopes[path].nodes[position]
         for name in (*node.input, *node.output):
             tensor, value = combed.tensors.get((path, name)), scopes[path].lookup(name)
             axes = (tensor and tensor.axes) or []
-            if value is not None and any(kept.touches(a) and not value.has_fixed(i) for i, a in enumerate(axes)):
+            if value is not None and any(keep.shrinks(a) and not value.has_fixed(i) for i, a in enumerate(axes)):
                 return True
     return False
 
 
 class _Masker(Editor):
-    def __init__(self, combed: Combed, kept: Kept, pruned: Model) -> None:
+    def __init__(self, combed: Combed, keep: KeepMask, pruned: Model) -> None:
         super().__init__(combed.folded.model.copy())
-        self.combed, self.kept = combed, kept
+        self.combed, self.keep = combed, keep
         self.pruned = Editor(pruned)
         self.indices: dict[tuple[str, bytes], str] = {}
 
     def run(self) -> Model:
         for weight in self.combed.weights:
             if weight.value.name in self.combed.recorder.kernels and not weight.scope.function:
-                self.silence(weight)
+                self.mask_weight(weight)
         for scope in reversed(list(self.combed.folded.scope.walk())):
             found = self.combed.recorder
-            gathered = {p for path, p in found.sensitive if path == scope.path}
-            silenced = {p for path, p in found.silenced if path == scope.path} - gathered
-            if (gathered or silenced) and not scope.function:
-                self.rebuild(scope, gathered, silenced)
+            gathered = {p for path, p in found.count_dependent if path == scope.path}
+            zeroed = {p for path, p in found.masked_slots if path == scope.path} - gathered
+            if (gathered or zeroed) and not scope.function:
+                self.rebuild(scope, gathered, zeroed)
         return self.model
 
-    def silence(self, weight: Weight) -> None:
+    def mask_weight(self, weight: Weight) -> None:
         """Zero a weight at the deleted indices, for each user as it sees them."""
         original = lazy_weight(self.combed.folded.model, weight)
         for number, use in enumerate(weight.uses):
-            if not any(map(self.kept.touches, use.axes)):
+            if not any(map(self.keep.shrinks, use.axes)):
                 continue
-            masks = {axis: self.kept.mask(use.axes[axis]) for axis in self.summed(weight)}
+            masks = {axis: self.keep.mask(use.axes[axis]) for axis in self.summed(weight)}
             zero = zero_of(self.combed, weight)
-            array = map_lazy(original, original.shape, partial(_silenced, masks=masks, zero=zero))
+            array = map_lazy(original, original.shape, partial(_masked_weight, masks=masks, zero=zero))
             if number == 0 or not weight.has_own_axes_per_use:
                 self.replace(weight.value, weight.scope, array)
             else:
@@ -83,7 +83,7 @@ class _Masker(Editor):
         axes = self.combed.recorder.kernels[weight.value.name]
         return list(range(len(weight.shape))) if EVERY_AXIS in axes else sorted(axes)
 
-    def rebuild(self, scope: Scope, gathered: set[int], silenced: set[int]) -> None:
+    def rebuild(self, scope: Scope, gathered: set[int], zeroed: set[int]) -> None:
         """Put nodes around those of a graph that need it."""
         graph = self.graph(scope)
         place = {index: position for position, index in enumerate(scope.order)}
@@ -91,8 +91,8 @@ class _Masker(Editor):
         for index, node in enumerate(graph.node):
             if place[index] in gathered:
                 nodes += self.gathered(scope, place[index], node)
-            elif place[index] in silenced:
-                nodes += self.silenced(scope, place[index], node)
+            elif place[index] in zeroed:
+                nodes += self.zeroed(scope, place[index], node)
             else:
                 nodes.append(node)
         copies = [NodeProto() for _ in nodes]
@@ -111,36 +111,36 @@ class _Masker(Editor):
         after: list[NodeProto] = []
         for slot, name in enumerate(node.output):
             axes = self.axes(scope, position, name, None)
-            touched = [(i, self.kept.mask(a)) for i, a in enumerate(axes) if self.kept.touches(a)]
-            if touched:
+            shrinking = [(i, self.keep.mask(a)) for i, a in enumerate(axes) if self.keep.shrinks(a)]
+            if shrinking:
                 made.output[slot] = self.fresh(f"{name}_of_kept")
-                after += self.chain(made.output[slot], name, [(i, _spread(mask)) for i, mask in touched])
+                after += self.chain(made.output[slot], name, [(i, _spread(mask)) for i, mask in shrinking])
         return [*before, made, *after]
 
-    def silenced(self, scope: Scope, position: int, node: NodeProto) -> list[NodeProto]:
+    def zeroed(self, scope: Scope, position: int, node: NodeProto) -> list[NodeProto]:
         """The node with some of its inputs zeroed at the deleted indices."""
         before, made = [], NodeProto()
         made.CopyFrom(node)
-        for slot, axis in sorted(self.combed.recorder.silenced[(scope.path, position)]):
+        for slot, axis in sorted(self.combed.recorder.masked_slots[(scope.path, position)]):
             axes = self.axes(scope, position, node.input[slot], slot)
-            if not axes or not self.kept.touches(axes[axis]):
+            if not axes or not self.keep.shrinks(axes[axis]):
                 continue
             shape = [-1 if i == axis else 1 for i in range(len(axes))]
-            stays = self.added("stays", self.kept.mask(axes[axis]).reshape(shape))
+            stays = self.added("stays", self.keep.mask(axes[axis]).reshape(shape))
             value = scope.lookup(node.input[slot])
             assert value is not None
             nothing = self.added("nothing", np.zeros((), element_type(value.dtype)))
-            made.input[slot] = self.fresh(f"{node.input[slot]}_silenced")
+            made.input[slot] = self.fresh(f"{node.input[slot]}_zeroed")
             before.append(helper.make_node("Where", [stays, node.input[slot], nothing], [made.input[slot]]))
         return [*before, made]
 
     def around(self, scope: Scope, position: int, made: NodeProto, slot: int, name: str) -> list[NodeProto]:
         axes = self.axes(scope, position, name, slot)
-        touched = [(i, np.flatnonzero(self.kept.mask(a))) for i, a in enumerate(axes) if self.kept.touches(a)]
-        if not touched:
+        shrinking = [(i, np.flatnonzero(self.keep.mask(a))) for i, a in enumerate(axes) if self.keep.shrinks(a)]
+        if not shrinking:
             return []
         made.input[slot] = self.fresh(f"{name}_kept")
-        return self.chain(name, made.input[slot], touched)
+        return self.chain(name, made.input[slot], shrinking)
 
     def axes(self, scope: Scope, position: int, name: str, slot: int | None) -> list[Axis]:
         """Atoms of a tensor as the node sees it."""
@@ -177,7 +177,7 @@ class _Masker(Editor):
         return self.indices[key]
 
 
-def _silenced(array: Array, masks: Mapping[int, Mask], zero: Array) -> Array:
+def _masked_weight(array: Array, masks: Mapping[int, Mask], zero: Array) -> Array:
     """A weight with zero where the mask of some axis says so."""
     stays = np.ones([1] * array.ndim, np.bool_)
     for axis, mask in masks.items():

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from onnx import NodeProto, TensorProto
 
-from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.proof.comparison import DISCRETE, SATURATING, VALUES, Observed
@@ -23,19 +23,19 @@ _MOST = 64
 _DOMAINS = ("", "ai.onnx", "com.microsoft")
 
 
-def observed(combed: Combed, kept: Kept, floating: frozenset[str] = frozenset()) -> list[Observed]:
+def observed(combed: Combed, keep: KeepMask, floating: frozenset[str] = frozenset()) -> list[Observed]:
     """What is to be compared, outputs first and in order.
 
     `floating` names tensors that are integers in the file but numbers in the models that run.
     """
-    return _Finder(combed, kept, floating).run()
+    return _Finder(combed, keep, floating).run()
 
 
 class _Finder:
-    def __init__(self, combed: Combed, kept: Kept, floating: frozenset[str]) -> None:
-        self.combed, self.kept, self.floating = combed, kept, floating
+    def __init__(self, combed: Combed, keep: KeepMask, floating: frozenset[str]) -> None:
+        self.combed, self.keep, self.floating = combed, keep, floating
         self.scope = combed.folded.scope
-        removal = _Removal(combed, kept)
+        removal = _Removal(combed, keep)
         takers = removal.takers()
         self.behind = removal.behind(takers)
         self.affected = removal.behind(removal.sums(takers))
@@ -70,7 +70,7 @@ class _Finder:
     def made(self, name: str, output: str, kind: str) -> Observed:
         tensor = self.combed.tensors.get(("", name))
         axes = (tensor.axes if tensor is not None else None) or []
-        masks = {place: self.kept.mask(axis) for place, axis in enumerate(axes) if self.kept.touches(axis)}
+        masks = {place: self.keep.mask(axis) for place, axis in enumerate(axes) if self.keep.shrinks(axis)}
         return Observed(name, output, kind, name in self.affected, name in self.behind, masks)
 
     def can_be_shown(self, name: str) -> bool:
@@ -104,10 +104,10 @@ class _Finder:
         own, data = traits_of(node), [i for i in node.input if i and not self.is_constant(i)]
         numbers = [i for i in data if self.is_number(i)]
         decisions = [i for i in data if i not in numbers and i in self.affected and self.numbers_before(i)]
-        if decisions and own.picks:
+        if decisions and own.selects_by_input:
             self.kinds[top] = DISCRETE
             self.waiting += [*numbers, *(n for i in decisions for n in self.numbers_before(i))]
-        elif own.leaps or (node.op_type == "Cast" and not numbers):
+        elif own.is_step_function or (node.op_type == "Cast" and not numbers):
             self.kinds[top] = DISCRETE
             self.waiting += [*numbers, *decisions]
         elif self.is_rounding(node) or any(map(self.is_leap, numbers)):
@@ -134,12 +134,12 @@ class _Finder:
             if node.op_type == "Cast" and not numbers:
                 return True
             if not traits_of(node).reveals_operand or len(numbers) != 1:
-                return traits_of(node).leaps
+                return traits_of(node).is_step_function
             name = numbers[0]
         return False
 
     def maker(self, name: str) -> NodeProto | None:
-        position: int | None = self.scope.makers.get(name)
+        position: int | None = self.scope.producers.get(name)
         return None if position is None else self.scope.nodes[position]
 
     def is_constant(self, name: str) -> bool:
@@ -167,8 +167,8 @@ class _Finder:
 class _Removal:
     """Where in a model it shows that channels were removed."""
 
-    def __init__(self, combed: Combed, kept: Kept) -> None:
-        self.combed, self.kept = combed, kept
+    def __init__(self, combed: Combed, keep: KeepMask) -> None:
+        self.combed, self.keep = combed, keep
         self.scope = combed.folded.scope
         self.outer = {
             inner.path: position
@@ -191,18 +191,18 @@ class _Removal:
             self.place(use.use.scope.path, use.use.node)
             for weight in self.combed.weights
             for use in weight.uses
-            if any(map(self.kept.touches, use.axes))
+            if any(map(self.keep.shrinks, use.axes))
         }
         for (path, name), tensor in self.combed.tensors.items():
-            if any(map(self.kept.touches, tensor.axes or [])):
+            if any(map(self.keep.shrinks, tensor.axes or [])):
                 found.update(self.uses(path, name))
         return found
 
     def sums(self, takers: set[int]) -> set[int]:
         """Those of them that sum over what goes, or normalise over it: the others leave what survives as it was."""
         recorder = self.combed.recorder
-        factors = {f.value for product in recorder.products for f in product if self.kept.touches(f.atoms)}
-        summing = {self.place(*key) for key in (*recorder.sensitive, *recorder.silenced)}
+        factors = {f.value for product in recorder.products for f in product if self.keep.shrinks(f.atoms)}
+        summing = {self.place(*key) for key in (*recorder.count_dependent, *recorder.masked_slots)}
         return {
             position
             for position in takers
@@ -221,5 +221,5 @@ class _Removal:
             yield self.outer[path]
             return
         yield from (self.place(use.scope.path, use.node) for use in self.scope.consumers.get(name, []))
-        if name in self.scope.makers:
-            yield self.scope.makers[name]
+        if name in self.scope.producers:
+            yield self.scope.producers[name]

@@ -10,7 +10,7 @@ import numpy as np
 from onnx import TensorProto, helper
 
 from cpd_onnx.algebra.atoms import Axis
-from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.channels.combing import at_sizes
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.errors import REPORT_BUG, InconclusiveError, ProofError, UnsupportedError
@@ -45,7 +45,7 @@ _PIECEWISE_BYTES = 1 << 28
 
 def verify(
     combed: Combed,
-    kept: Kept,
+    keep: KeepMask,
     pruned: Model,
     feeds: Iterable[Mapping[str, Array]] | None = None,
 ) -> Comparison:
@@ -55,7 +55,7 @@ def verify(
     onnxruntime cannot run the original, ProofError if it runs that but not the pruned model, DataError if the original
     gives NaN.
     """
-    return _Proof(combed, kept, pruned, _Masked(combed, kept, pruned).at, _others(combed, kept)).run(feeds)
+    return _Proof(combed, keep, pruned, _Masked(combed, keep, pruned).at, _others(combed, keep)).run(feeds)
 
 
 def equal(combed: Combed, other: Model, channels: Axis) -> Comparison:
@@ -63,27 +63,27 @@ def equal(combed: Combed, other: Model, channels: Axis) -> Comparison:
 
     Masking `channels` shows how much there is to see. Errors are those of `verify`.
     """
-    kept = Kept(combed.atoms, channels)
-    return _Proof(combed, kept, other, lambda _: combed.folded.model, channels, is_pruned=False).run(None)
+    keep = KeepMask(combed.atoms, channels)
+    return _Proof(combed, keep, other, lambda _: combed.folded.model, channels, is_pruned=False).run(None)
 
 
 class _Masked:
     """The original with the removed channels masked, as a model for inputs of certain sizes."""
 
-    def __init__(self, combed: Combed, kept: Kept, pruned: Model) -> None:
-        self.combed, self.kept, self.pruned = combed, kept, pruned
-        self.is_bound = is_bound_to_sizes(combed, kept)
+    def __init__(self, combed: Combed, keep: KeepMask, pruned: Model) -> None:
+        self.combed, self.keep, self.pruned = combed, keep, pruned
+        self.is_bound = is_bound_to_sizes(combed, keep)
         self._always: Model | None = None
         self._here: dict[tuple[tuple[int, ...], ...], Model | None] = {}
 
     def at(self, feed: Feed) -> Model:
         """The model; the same one for all inputs where it runs at all sizes. _UncomparableError if there is none."""
         if not self.is_bound:
-            self._always = self._always or masked(self.combed, self.kept, self.pruned)
+            self._always = self._always or masked(self.combed, self.keep, self.pruned)
             return self._always
         key = tuple(array.shape for array in feed.values())
         if key not in self._here:
-            found = at_sizes(self.combed, self.kept, numbers_in(self.combed.folded, feed))
+            found = at_sizes(self.combed, self.keep, numbers_in(self.combed.folded, feed))
             self._here[key] = None if found is None else masked(*found, self.pruned)
         model = self._here[key]
         if model is None:
@@ -127,20 +127,20 @@ class _Form:
 class _Proof:
     """The original, the reference made of it (with the removed channels masked), and a model that should equal this.
 
-    `decoy` are channels that are masked where `kept` removes too little to see anything.
+    `decoy` are channels that are masked where `keep` removes too little to see anything.
     """
 
     def __init__(
         self,
         combed: Combed,
-        kept: Kept,
+        keep: KeepMask,
         other: Model,
         reference: Callable[[Feed], Model],
         decoy: Axis,
         *,
         is_pruned: bool = True,
     ) -> None:
-        self.combed, self.kept, self.other, self.reference = combed, kept, other, reference
+        self.combed, self.keep, self.other, self.reference = combed, keep, other, reference
         self.channels, self.is_pruned = decoy, is_pruned
         self.original = combed.folded.model
         self.runner = runner_of(combed)
@@ -195,7 +195,7 @@ class _Proof:
         """Whether something inside of a subgraph lost channels."""
         uses = (use for weight in self.combed.weights for use in weight.uses)
         return any(
-            f"{use.use.scope.path}/".startswith(f"{path}/") and any(map(self.kept.touches, use.axes)) for use in uses
+            f"{use.use.scope.path}/".startswith(f"{path}/") and any(map(self.keep.shrinks, use.axes)) for use in uses
         )
 
     def require_evaluated(self, session: Runner, given: Sequence[Feed]) -> None:
@@ -236,7 +236,7 @@ class _Proof:
 
     def compare(self, given: list[Feed]) -> Comparison:
         """The verdict on the models in one form."""
-        compared = observed(self.combed, self.kept, self.form.floating)
+        compared = observed(self.combed, self.keep, self.form.floating)
         self.compared = [one for one in compared if (self.is_pruned or not one.masks) and self.has_fixed_masks(one)]
         original = self.open(self.original)
         self.feeds = given
@@ -293,7 +293,7 @@ class _Proof:
             raise ProofError(f"onnxruntime runs the original but not what was made of it: {error}") from error
         for info, a, b in zip(self.original.graph.output, before, after, strict=True):
             value = self.combed.folded.scope.values.get(info.name)
-            if a.shape != b.shape and not (value is not None and value.guessed):
+            if a.shape != b.shape and not (value is not None and value.has_placeholder):
                 raise ProofError(
                     f"output {info.name!r} has shape {list(b.shape)} after pruning, {list(a.shape)} before"
                 )
@@ -304,10 +304,10 @@ class _Proof:
         """What the original gives with as many other channels of the same groups masked."""
         if not len(self.channels):
             return None
-        kept = Kept(self.combed.atoms, self.channels)
+        keep = KeepMask(self.combed.atoms, self.channels)
         try:
-            small = rewrite(self.combed, kept).model
-            return self.with_masks(_Masked(self.combed, kept, small).at, self.feeds)
+            small = rewrite(self.combed, keep).model
+            return self.with_masks(_Masked(self.combed, keep, small).at, self.feeds)
         except (ProofError, UnsupportedError, _UncomparableError):  # these cannot go together
             return None
 
@@ -320,12 +320,12 @@ def _single(feed: Mapping[str, Array]) -> Feed:
     }
 
 
-def _others(combed: Combed, kept: Kept) -> Axis:
+def _others(combed: Combed, keep: KeepMask) -> Axis:
     """Channels that survive, from each group as many as are removed, as far as there are so many."""
     rng = np.random.default_rng(0)
     chosen = [np.zeros(0, np.int64)]
     for group in combed.groups:
-        stays = kept.stays(group.channels.reshape(-1, 1))
+        stays = keep.surviving(group.channels.reshape(-1, 1))
         others = group.channels[stays]
         count = min(len(group) - len(others), len(others))
         chosen.append(np.sort(rng.permutation(others)[:count]))

@@ -102,7 +102,7 @@ def measured(
 def _require_alike(folded: Folded, name: str, expected: Array, got: Array) -> None:
     """Raise ProofError where an output is not what it should be; its sizes may depend on values."""
     value = folded.scope.values.get(name)
-    is_known = value is not None and value.shapes is not None and not value.guessed
+    is_known = value is not None and value.shapes is not None and not value.has_placeholder
     if expected.dtype != got.dtype or expected.ndim != got.ndim or (is_known and expected.shape != got.shape):
         raise ProofError(
             f"output {name!r} of the file is {got.dtype}{list(got.shape)}, "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
-from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.algebra.reasons import Reason
 from cpd_onnx.channels.costs import CostModel
 from cpd_onnx.channels.groups import Combed, Frozen
@@ -52,7 +52,7 @@ def inspection(combed: Combed, held: Sequence[int] = ()) -> dict[str, Any]:
         "format": INSPECT_FORMAT,
         "version": 1,
         "source": {"file": model.path.name if model.path else "", "sha256": model.sha256()},
-        "costs": asdict(costs.total(Kept(combed.atoms))),
+        "costs": asdict(costs.total(KeepMask(combed.atoms))),
         "prunable_fraction": combed.prunable_fraction(),
         "groups": groups_of(combed),
         "group_costs": [

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from onnx import AttributeProto, NodeProto, TensorProto
 
-from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.ir.model import Array, attributes_of, constant_array
-from cpd_onnx.ops.evaluate import Call, computed
+from cpd_onnx.ops.evaluate import Call, compute_outputs
 from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.shapes.editor import Editor
 from cpd_onnx.shapes.values import Scope, Value
@@ -17,9 +17,9 @@ from cpd_onnx.shapes.values import Scope, Value
 class Arithmetic:
     """Values of the small tensors of an edited model, under the first binding."""
 
-    def __init__(self, combed: Combed, kept: Kept, editor: Editor) -> None:
+    def __init__(self, combed: Combed, keep: KeepMask, editor: Editor) -> None:
         """Compute them all, in the order of the graph."""
-        self._combed, self._kept, self._editor = combed, kept, editor
+        self._combed, self._keep, self._editor = combed, keep, editor
         self._values: dict[tuple[str, str], Array] = {}
         for scope in combed.folded.scope.walk():
             if not scope.function:
@@ -58,13 +58,13 @@ class Arithmetic:
         if any(array is None and name for array, name in zip(inputs, node.input, strict=True)):
             return ()
         with np.errstate(all="ignore"):
-            return computed(node.op_type, call, inputs) or ()
+            return compute_outputs(node.op_type, call, inputs) or ()
 
     def _shape(self, scope: Scope, name: str) -> list[int]:
         for here in scope.outwards():
             tensor = self._combed.tensors.get((here.path, name))
             if tensor is not None and tensor.axes is not None:
-                return [self._kept.count(axis) for axis in tensor.axes]
+                return [self._keep.count(axis) for axis in tensor.axes]
             value = here.values.get(name)
             if value is not None:
                 new = self._constant(here, value) if value.weight is not None else None

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.channels.costs import Costs
 from cpd_onnx.channels.groups import Combed, Group
@@ -225,7 +225,7 @@ def make_plan(
         more["input_shapes"] = {name: list(shape) for name, shape in combed.folded.input_shapes.items()}
     if combed.folded.evaluated is not None:
         more["evaluated"] = {name: list(parts) for name, parts in combed.folded.evaluated.weights.items()}
-    model, kept = combed.folded.original, Kept(combed.atoms, channels_of(combed, dict(enumerate(removed))))
+    model, keep = combed.folded.original, KeepMask(combed.atoms, channels_of(combed, dict(enumerate(removed))))
     groups = [_group(combed, group, gone) for group, gone in zip(combed.groups, removed, strict=True)]
     frozen = [
         {"tensor": f.tensor, "axis": f.axis, "indices": f.indices, "of": f.of, "reason": "; ".join(f.reasons)}
@@ -239,7 +239,7 @@ def make_plan(
             "source": {"file": model.path.name if model.path else "", "sha256": model.sha256(), **more},
             "groups": groups,
             "frozen": frozen,
-            "removed": _removed(combed, kept),
+            "removed": _removed(combed, keep),
             "budget": dict(budget),
             "before": asdict(before),
             "after": asdict(after),
@@ -285,20 +285,20 @@ def _group(combed: Combed, group: Group, removed: list[int]) -> dict[str, Any]:
     return made | {"members": members, "removed": list(removed)}
 
 
-def _removed(combed: Combed, kept: Kept) -> dict[str, dict[str, list[int]]]:
+def _removed(combed: Combed, keep: KeepMask) -> dict[str, dict[str, list[int]]]:
     """Indices removed from each weight; where its users differ, those of the first."""
     found: dict[str, dict[str, list[int]]] = {}
     for weight in combed.weights:
         axes = weight.axes[0]
         if not weight.is_trained or weight.scope.function:
             continue
-        gone = {str(i): np.flatnonzero(~kept.mask(a)).tolist() for i, a in enumerate(axes) if kept.touches(a)}
+        gone = {str(i): np.flatnonzero(~keep.mask(a)).tolist() for i, a in enumerate(axes) if keep.shrinks(a)}
         if gone:
             found[weight.name] = gone
     return found
 
 
-def planned(source: ModelSource, plan: Plan) -> tuple[Combed, Kept]:
+def planned(source: ModelSource, plan: Plan) -> tuple[Combed, KeepMask]:
     """The model that a plan was made for, and what the plan leaves of it; PlanError if it was made for another."""
     combed = comb(source, plan.input_shapes)
-    return combed, Kept(combed.atoms, channels_of(combed, match(combed, plan)))
+    return combed, KeepMask(combed.atoms, channels_of(combed, match(combed, plan)))

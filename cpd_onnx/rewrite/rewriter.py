@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from onnx import AttributeProto, NodeProto, TensorShapeProto, ValueInfoProto, helper
 
-from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.channels.constraints import elements, is_number, operand_value
 from cpd_onnx.channels.groups import Combed, Weight
 from cpd_onnx.channels.weights import lazy_weight
 from cpd_onnx.errors import ProofError
 from cpd_onnx.ir.model import Array, Lazy, Model, drop_attribute, map_lazy, set_attribute
 from cpd_onnx.rewrite.arithmetic import Arithmetic
-from cpd_onnx.rules.api import DROP, Demand, Tensor
+from cpd_onnx.rules.api import DROP, SizeUse, Tensor
 from cpd_onnx.shapes.editor import Editor
 from cpd_onnx.shapes.inference import fold_again
 from cpd_onnx.shapes.values import Folded, Origin, Role, Scope, Use, Value
@@ -53,12 +53,12 @@ class Pruned:
         return f"Pruned({self.model!r}, {len(self.edits)} edits)"
 
 
-def rewrite(combed: Combed, kept: Kept) -> Pruned:
-    """Delete from a model all indices that `kept` drops.
+def rewrite(combed: Combed, keep: KeepMask) -> Pruned:
+    """Delete from a model all indices that `keep` drops.
 
     Raises ProofError if the result does not have the shapes that the channels say it should (a defect of a rule).
     """
-    return _Rewriter(combed, kept).run()
+    return _Rewriter(combed, keep).run()
 
 
 def evaluation_of(folded: Folded) -> tuple[Edit, ...]:
@@ -88,56 +88,56 @@ class _Variants:
 
 
 class _Rewriter(Editor):
-    def __init__(self, combed: Combed, kept: Kept) -> None:
+    def __init__(self, combed: Combed, keep: KeepMask) -> None:
         super().__init__(combed.folded.model.copy())
-        self.combed, self.kept = combed, kept
+        self.combed, self.keep = combed, keep
         self.edits: list[Edit] = []
         self.operands: dict[tuple[int, int, int], Array] = {}
         self.leaves: dict[Use, Array] = {}
-        self.pins: list[tuple[Demand, Value]] = []
+        self.pins: list[tuple[SizeUse, Value]] = []
 
     def run(self) -> Pruned:
         self.edits += evaluation_of(self.combed.folded)
-        for demand in self.combed.recorder.demands:
-            value = operand_value(demand)
-            if value is not None and value.weight is None and value.value is not None and not demand.scope.function:
-                self.pins.append((demand, value))
-            elif any(map(self.kept.touches, demand.axes)):
-                self.meet(demand)
+        for size_use in self.combed.recorder.size_uses:
+            value = operand_value(size_use)
+            if value is not None and value.weight is None and value.value is not None and not size_use.scope.function:
+                self.pins.append((size_use, value))
+            elif any(map(self.keep.shrinks, size_use.axes)):
+                self.meet(size_use)
         self.leaf_operands()
         self.slice_weights()
         self.describe()
-        while self.mend(Arithmetic(self.combed, self.kept, self)):
+        while self.mend(Arithmetic(self.combed, self.keep, self)):
             pass
         self.check(fold_again(self.combed.folded, self.model))
         return Pruned(self.model, tuple(self.edits))
 
     # Operands and attributes.
 
-    def meet(self, demand: Demand) -> None:
+    def meet(self, size_use: SizeUse) -> None:
         """Rewrite an attribute or an operand, or leave it for when the pruned model's arithmetic is known."""
-        node = self.node(demand.scope, demand.node)
-        if isinstance(demand.slot, str):
-            self.meet_attribute(demand, node, demand.slot)
+        node = self.node(size_use.scope, size_use.node)
+        if isinstance(size_use.slot, str):
+            self.meet_attribute(size_use, node, size_use.slot)
             return
-        value = operand_value(demand)
+        value = operand_value(size_use)
         if value is None:
-            made = demand.rewrite(self.kept, None)
+            made = size_use.rewrite(self.keep, None)
             if made is not None:
-                while len(node.input) <= demand.slot:
+                while len(node.input) <= size_use.slot:
                     node.input.append("")
-                node.input[demand.slot] = self.added(f"{node.output[0]}_operand", made)
-                self.log("operand", self.slot_name(demand), f"absent -> {made.tolist()}")
+                node.input[size_use.slot] = self.added(f"{node.output[0]}_operand", made)
+                self.log("operand", self.slot_name(size_use), f"absent -> {made.tolist()}")
         else:
-            key = (id(demand.scope), demand.node, demand.slot)
+            key = (id(size_use.scope), size_use.node, size_use.slot)
             old = self.operands.get(key, value.value)
-            self.operands[key] = demand.rewrite(self.kept, old)
-            self.log("operand", self.slot_name(demand), f"{_short(old)} -> {_short(self.operands[key])}")
+            self.operands[key] = size_use.rewrite(self.keep, old)
+            self.log("operand", self.slot_name(size_use), f"{_short(old)} -> {_short(self.operands[key])}")
 
-    def meet_attribute(self, demand: Demand, node: NodeProto, name: str) -> None:
+    def meet_attribute(self, size_use: SizeUse, node: NodeProto, name: str) -> None:
         attribute = next((a for a in node.attribute if a.name == name), None)
         old = None if attribute is None else helper.get_attribute_value(attribute)
-        new = demand.rewrite(self.kept, old)
+        new = size_use.rewrite(self.keep, old)
         where = f"{node.op_type} {node.name or node.output[0]!r} {name}"
         if new is DROP:
             drop_attribute(node, name)
@@ -149,11 +149,11 @@ class _Rewriter(Editor):
     def leaf_operands(self) -> None:
         """Rewrite the constants from which sizes in computed operands come."""
         wanted: dict[int, dict[Origin, int]] = defaultdict(dict)
-        for demand, value in self.pins:
-            if demand.per_element and not value.is_static:
-                for element in elements(demand, value):
+        for size_use, value in self.pins:
+            if size_use.per_element and not value.is_static:
+                for element in elements(size_use, value):
                     if element.origin.role in (Role.ELEMENT, Role.FACTOR):
-                        wanted[element.origin.source][element.origin] = self.kept.count(element.axis)
+                        wanted[element.origin.source][element.origin] = self.keep.count(element.axis)
         for number, sizes in sorted(wanted.items()):
             self.leaf_operand(number, sizes)
 
@@ -195,7 +195,7 @@ class _Rewriter(Editor):
             variants = self.variants(weight)
             if variants is None:
                 continue
-            if weight.is_held or (weight.value.name in outputs and not weight.scope.address):
+            if weight.keeps_original or (weight.value.name in outputs and not weight.scope.address):
                 variants.arrays.insert(0, lazy_weight(self.combed.folded.model, weight))
                 variants.uses.insert(0, [])
             self.store(weight, variants)
@@ -203,7 +203,7 @@ class _Rewriter(Editor):
     def variants(self, weight: Weight) -> _Variants | None:
         """What the users of a weight want; None if all want it as it is."""
         edited = any((id(u.use.scope), u.use.node, u.use.slot) in self.operands for u in weight.uses)
-        if not edited and not any(self.kept.touches(axis) for axes in weight.axes for axis in axes):
+        if not edited and not any(self.keep.shrinks(axis) for axes in weight.axes for axis in axes):
             return None
         original = lazy_weight(self.combed.folded.model, weight)
         sliced: dict[bytes, Array | Lazy] = {}
@@ -213,7 +213,7 @@ class _Rewriter(Editor):
             if key in self.operands:
                 found.add(use.use, self.operands[key])
                 continue
-            masks = [self.kept.mask(axis) for axis in use.axes]
+            masks = [self.keep.mask(axis) for axis in use.axes]
             mark = b"|".join(np.packbits(mask).tobytes() for mask in masks)
             if mark not in sliced:
                 sliced[mark] = _compressed(original, masks)
@@ -252,8 +252,8 @@ class _Rewriter(Editor):
         if not scope.address and self.model.has(info.name):
             return list(self.model.tensor(info.name).dims)
         tensor = self.combed.tensors.get((scope.path, info.name))
-        if tensor is not None and tensor.axes is not None and any(map(self.kept.touches, tensor.axes)):
-            return [self.kept.count(a) if self.kept.touches(a) else None for a in tensor.axes]
+        if tensor is not None and tensor.axes is not None and any(map(self.keep.shrinks, tensor.axes)):
+            return [self.keep.count(a) if self.keep.shrinks(a) else None for a in tensor.axes]
         value = scope.values.get(info.name)
         if value is not None and isinstance(value.source, AttributeProto) and value.source.name == "value":
             return list(self.maker(scope, info.name).attribute[0].t.dims)
@@ -278,33 +278,33 @@ class _Rewriter(Editor):
     def mend(self, now: Arithmetic) -> bool:
         """Write down operands and scales that come out wrong; whether there were any."""
         changed = False
-        together: dict[tuple[int, int, int | str], list[tuple[Demand, Value]]] = defaultdict(list)
-        for demand, value in self.pins:
-            together[(id(demand.scope), demand.node, demand.slot)].append((demand, value))
-        for demands in together.values():
-            demand, value = demands[0]
-            node = self.node(demand.scope, demand.node)
-            assert isinstance(demand.slot, int)
-            actual = now.value(demand.scope, node.input[demand.slot])
+        together: dict[tuple[int, int, int | str], list[tuple[SizeUse, Value]]] = defaultdict(list)
+        for size_use, value in self.pins:
+            together[(id(size_use.scope), size_use.node, size_use.slot)].append((size_use, value))
+        for size_uses in together.values():
+            size_use, value = size_uses[0]
+            node = self.node(size_use.scope, size_use.node)
+            assert isinstance(size_use.slot, int)
+            actual = now.value(size_use.scope, node.input[size_use.slot])
             right = np.asarray(value.value)
-            for each, _ in demands:
-                right = np.asarray(each.rewrite(self.kept, right))
+            for each, _ in size_uses:
+                right = np.asarray(each.rewrite(self.keep, right))
             if actual is None or _same(right, actual):
                 continue
             if not value.is_static:
-                changed |= self.pin_leaves(demand, value, now, right)
+                changed |= self.pin_leaves(size_use, value, now, right)
                 continue
-            node.input[demand.slot] = self.added(f"{node.input[demand.slot]}_pruned", right)
-            self.log("operand", self.slot_name(demand), f"{_short(value.value)} -> {_short(right)}")
+            node.input[size_use.slot] = self.added(f"{node.input[size_use.slot]}_pruned", right)
+            self.log("operand", self.slot_name(size_use), f"{_short(value.value)} -> {_short(right)}")
             changed = True
-        return self.hold_numbers(now) or changed
+        return self.pin_numbers(now) or changed
 
-    def pin_leaves(self, demand: Demand, value: Value, now: Arithmetic, right: Array) -> bool:
+    def pin_leaves(self, size_use: SizeUse, value: Value, now: Arithmetic, right: Array) -> bool:
         """Write down what enters a list of sizes from other arithmetic and no longer comes out right."""
-        if not demand.per_element:
+        if not size_use.per_element:
             return False
         changed = False
-        for element in elements(demand, value):
+        for element in elements(size_use, value):
             if not element.origin.is_constant:
                 continue
             use = self.combed.folded.uses[element.origin.source]
@@ -327,7 +327,7 @@ class _Rewriter(Editor):
             return None
         return np.full_like(old, dividend.item() // quotient)
 
-    def hold_numbers(self, now: Arithmetic) -> bool:
+    def pin_numbers(self, now: Arithmetic) -> bool:
         """Numbers derived from a pruned size, such as 1/sqrt(d), belong to the function and stay as they were."""
         changed = False
         for scope, name, value in self.derived():
@@ -364,9 +364,9 @@ class _Rewriter(Editor):
                 tensor = self.combed.tensors.get((scope.path, name))
                 if tensor is None or tensor.axes is None or value.shape is None or tensor.value.weight is not None:
                     continue
-                if tensor.value.guessed or value.guessed:
+                if tensor.value.has_placeholder or value.has_placeholder:
                     continue
-                expected = tuple(self.kept.count(axis) for axis in tensor.axes)
+                expected = tuple(self.keep.count(axis) for axis in tensor.axes)
                 if value.shape != expected:
                     raise ProofError(f"tensor {name!r} came out as {list(value.shape)} instead of {list(expected)}")
                 self.check_open(name, tensor, value)
@@ -381,7 +381,7 @@ class _Rewriter(Editor):
             return
         for number, axis in enumerate(tensor.axes or []):
             sizes = [[shape[number] for shape in shapes] for shapes in (before.shapes, now.shapes)]
-            if not self.kept.touches(axis) and sizes[0] != sizes[1]:
+            if not self.keep.shrinks(axis) and sizes[0] != sizes[1]:
                 raise ProofError(
                     f"axis {number} of tensor {name!r} depends on the size of the input otherwise than before"
                 )
@@ -389,9 +389,9 @@ class _Rewriter(Editor):
     def log(self, what: str, where: str, change: str) -> None:
         self.edits.append(Edit(what, where, change))
 
-    def slot_name(self, demand: Demand) -> str:
-        assert isinstance(demand.slot, int)
-        return self.use_name(Use(demand.scope, demand.node, demand.slot))
+    def slot_name(self, size_use: SizeUse) -> str:
+        assert isinstance(size_use.slot, int)
+        return self.use_name(Use(size_use.scope, size_use.node, size_use.slot))
 
     @staticmethod
     def use_name(use: Use) -> str:

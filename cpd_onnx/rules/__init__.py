@@ -8,7 +8,7 @@ from onnx import defs
 
 from cpd_onnx.ops.traits import operators_with
 from cpd_onnx.rules import attention, elementwise, extent, indexing, linear, norm, quant, recurrent, reduce, shape
-from cpd_onnx.rules.api import FLOATS, RULES, Cost, Demand, GiveUp, Keep, Op, Recorder, Tensor, rule
+from cpd_onnx.rules.api import FLOATS, RULES, Cost, GiveUp, Keep, Op, Recorder, SizeUse, Tensor, rule
 from cpd_onnx.rules.reduce import POSITION_USERS
 
 __all__ = [
@@ -16,11 +16,11 @@ __all__ = [
     "POSITION_USERS",
     "RULES",
     "Cost",
-    "Demand",
     "GiveUp",
     "Keep",
     "Op",
     "Recorder",
+    "SizeUse",
     "Tensor",
     "rule",
     "supported_operators",

@@ -1,12 +1,13 @@
-"""What a rule sees and may do."""
+"""The interface of rules: what a rule reads from a node, and what it records about the axes."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -15,48 +16,54 @@ from onnx import TensorProto
 from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis, Mask, is_uniform, uniform
 from cpd_onnx.algebra.reasons import Reason
 from cpd_onnx.ir.model import Array
+from cpd_onnx.moved import GONE_IN
 from cpd_onnx.ops.evaluate import Call
 from cpd_onnx.shapes.values import Scope, Shape, Value
 
 _MOST_AXES = 1 << 10
+"""Largest absolute value of an axis attribute that is accepted; a heuristic, far above the rank of any tensor."""
 
 
 class GiveUp(Exception):
-    """A rule cannot follow the channels here: all axes of the node are frozen, with this reason."""
+    """Raised by a rule that cannot follow the channels; all axes of the node are then frozen with this reason."""
 
 
 class Keep(Protocol):
-    """Which indices of an axis stay, once it is decided which channels go."""
+    """Which indices of an axis survive; `KeepMask` implements it."""
 
     def mask(self, axis: Axis) -> Mask:
-        """True where the index stays."""
+        """Return a mask over the indices of an axis, true where the index survives."""
 
     def count(self, axis: Axis) -> int:
-        """Indices that stay."""
+        """Return the number of indices of an axis that survive."""
 
 
 KERNEL_EXTENT = Reason("no channels", "", "extent of a kernel")
-"""Reason of the axes of a kernel that slide."""
+"""Reason for freezing the spatial axes of a convolution kernel."""
 BLOCK_BYTES = Reason("no channels", "", "bytes of a block of numbers")
-"""Reason of the axis of packed weights that holds the numbers of one block."""
+"""Reason for freezing the axis of block-quantised weights that holds the bytes of one block."""
 TABLE_ROWS = Reason("no channels", "", "rows of a table that is looked up by index")
-"""Reason of the first axis of an embedding."""
+"""Reason for freezing the first axis of an embedding table."""
 _NO_ACTIVATIONS = "sums over this axis of weights, through which no activation runs"
+"""Reason for freezing the summed axes of a product of constants: masking needs an activation to act on."""
 FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
-"""Element types of trained weights."""
+"""Element types (`onnx.TensorProto`) of trained weights that are not quantised."""
 EVERY_AXIS = -1
-"""Stands for all axes of a weight."""
+"""Value of `Recorder.kernels` that stands for all axes of a weight."""
 DROP = "drop"
-"""What a rewrite answers to take an attribute away."""
+"""Result of a `Rewrite` that removes the attribute."""
 Rewrite: TypeAlias = Callable[[Keep, Any], Any]
-"""From what stays and the value in the file to the value in the pruned file."""
+"""A function from the surviving indices and the value in the original file to the value in the pruned file."""
 
 
 @dataclass(eq=False)
 class Tensor:
-    """An input or output of a node: its value as folded, and one atom per index of each axis.
+    """An input or output of a node, with one atom per index of each axis.
 
-    `axes` is None where the shape is unknown; nothing can be followed through such a tensor.
+    Attributes:
+        value: Inferred shape and elements of the tensor.
+        axes: Atoms of each axis; None where the shape is unknown, so that no channel can be followed through it.
+
     """
 
     value: Value
@@ -64,7 +71,7 @@ class Tensor:
 
     @property
     def shape(self) -> Shape:
-        """Sizes under the first binding."""
+        """Sizes of the axes under the first binding of the open sizes."""
         return (
             tuple(map(len, self.axes)) if self.value.shape is None and self.axes is not None else self.value.shape or ()
         )
@@ -76,7 +83,7 @@ class Tensor:
 
     @property
     def is_constant(self) -> bool:
-        """Whether it is computed from weights alone."""
+        """Whether the tensor is computed from weights alone."""
         return self.value.constants is not None
 
     def __getitem__(self, axis: int) -> Axis:
@@ -86,18 +93,18 @@ class Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Demand:
-    """A node's operand or attribute that names sizes of, or positions on, axes that may shrink.
+class SizeUse:
+    """An operand or attribute of a node that names sizes of axes that may shrink, or positions on them.
 
     Attributes:
-        scope: where the node is.
-        node: its position in the scope.
-        slot: input slot, or attribute name.
-        axes: what it depends on; for operands with `per_element`, one axis per element.
-        rewrite: gives the value in the pruned file from the one in the file, which is None where the node has no
-            such operand or attribute. It answers None to leave things as they are and DROP to take them away.
-        per_element: whether the operand is a list of sizes, one for each of `axes`. An element that differs from
-            its axis' size means something else (-1, 0 to copy, 1 to broadcast) and stays.
+        scope: Graph that holds the node.
+        node: Position of the node in the scope.
+        slot: Input slot, or name of the attribute.
+        axes: Axes whose surviving indices determine the value; with `per_element`, one axis per element.
+        rewrite: Function from the original value (None where the node lacks the operand or attribute) to the value in
+            the pruned file; it returns None for no change and `DROP` to remove the attribute.
+        per_element: Whether the operand is a list of sizes, one for each of `axes`. An element that differs from the
+            size of its axis has another meaning (-1, 0 to copy, 1 to broadcast) and is not changed.
 
     """
 
@@ -111,7 +118,15 @@ class Demand:
 
 @dataclass(frozen=True, eq=False)
 class Cost:
-    """Multiply-accumulates of a node: `factor` times the product of the sizes of `axes`."""
+    """Multiply-accumulates of a node: `factor` times the product of the sizes of `axes`.
+
+    Attributes:
+        scope: Graph that holds the node.
+        node: Position of the node in the scope.
+        factor: Multiply-accumulates for each combination of indices of `axes`.
+        axes: Axes that the cost is proportional to.
+
+    """
 
     scope: Scope
     node: int
@@ -121,10 +136,14 @@ class Cost:
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """What an integer weight stands for: (weight - zero_point) * scale, both per index of `axis` or single numbers.
+    """Dequantisation of an integer weight: (weight - zero_point) * scale.
 
-    None stands for a scale of one and a zero point of zero. Where `block` is not 0, there is one number for each so
-    many indices of `axis`, for all indices of the other axes.
+    Attributes:
+        scale: Scale, a single number or one per index of `axis`; None for one.
+        zero_point: Zero point, likewise; None for zero.
+        axis: Axis of the weight that scale and zero point belong to.
+        block: Number of consecutive indices of `axis` that share a scale and a zero point; 0 without blocks.
+
     """
 
     scale: Value | None
@@ -133,7 +152,7 @@ class Quantized:
     block: int = 0
 
     def aligned(self, numbers: Array, shape: Shape) -> Array:
-        """Scales or zero points so that they broadcast against a weight of a shape."""
+        """Return scales or zero points in a shape that broadcasts against a weight of the given shape."""
         if numbers.size == 1:
             return numbers.reshape(())
         if self.block:
@@ -146,7 +165,7 @@ class Quantized:
         return numbers.reshape([-1 if i == axis else 1 for i in range(len(shape))])
 
     def fits(self, shape: Shape) -> bool:
-        """Whether there is a number for each element of a weight of a shape."""
+        """Return whether scale and zero point broadcast against a weight of the given shape."""
         for value in (self.scale, self.zero_point):
             if value is not None and value.shape is not None:
                 try:
@@ -160,7 +179,14 @@ class Quantized:
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """What a node multiplies and sums over: a tensor, the axis of the sum, and its atoms as the node sees them."""
+    """One factor of a sum of products.
+
+    Attributes:
+        value: The tensor that is multiplied.
+        axis: Axis of the tensor that is summed over.
+        atoms: Atoms of this axis at the node that sums.
+
+    """
 
     value: Value
     axis: int
@@ -169,47 +195,73 @@ class Factor:
 
 @dataclass(eq=False)
 class Recorder:
-    """What the rules of a whole model leave behind, beside the atoms.
+    """What the rules record about a model, apart from the atoms.
 
     Attributes:
-        demands: operands and attributes that depend on what is pruned.
-        costs: multiply-accumulates.
-        labels: kinds of channels.
-        kernels: weights that multiply and are summed over, and along which of their axes (`EVERY_AXIS` where they
-            are moved about before): where they are zero, nothing passes.
-        silenced: for nodes that multiply two activations and sum, the (slot, axis) whose zeros let nothing pass.
-        products: for each sum of products its factors, without those that never leave their node. Index meets index
-            along the axis of the sum; a weight that works in groups has fewer of them there, and as many blocks on its
-            first axis as there are groups.
-        quantized: integer weights by their value.
-        scales: the values that batch normalisations multiply channels with.
-        sensitive: nodes whose result depends on which indices are there, beyond what zeros would add.
-        positions: values that count along an axis, and what they are positions in, if not just in that axis.
-        is_rounding: whether some node rounds activations to integers inside.
+        size_uses: Operands and attributes that name sizes of axes, or positions on them.
+        costs: Multiply-accumulates of each node.
+        labels: Axes with the kind of their channels, for reports.
+        kernels: Names of weights that are factors of a sum of products, with the axes that are summed over
+            (`EVERY_AXIS` for a weight that is transposed or reshaped before): zeros there mask a channel.
+        masked_slots: Nodes, as (scope path, position), that multiply two activations and sum, with the (slot, axis)
+            pairs whose zeros mask a channel.
+        products: Factors of each sum of products, without factors internal to a node. Factors are matched index by
+            index along the summed axis; the weight of a grouped convolution has fewer indices there, and one block on
+            its first axis for each group.
+        quantized: Dequantisation of each integer weight.
+        scales: Scale vectors of batch normalisations.
+        count_dependent: Nodes, as (scope path, position), whose result changes when indices with value zero are removed
+            (a mean, a variance, a maximum).
+        positions: Tensors that hold positions on an axis, as (scope, name, axis, image): `image` is the tensor whose
+            flattened images are counted through, None where positions are on the axis alone.
+        is_rounding: Whether some node rounds activations to integers internally.
 
     """
 
-    demands: list[Demand] = field(default_factory=list)
+    size_uses: list[SizeUse] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
     labels: list[tuple[Axis, str]] = field(default_factory=list)
     kernels: dict[str, set[int]] = field(default_factory=dict)
-    silenced: dict[tuple[str, int], set[tuple[int, int]]] = field(default_factory=dict)
+    masked_slots: dict[tuple[str, int], set[tuple[int, int]]] = field(default_factory=dict)
     products: list[tuple[Factor, ...]] = field(default_factory=list)
     quantized: dict[Value, Quantized] = field(default_factory=dict)
     scales: set[Value] = field(default_factory=set)
-    sensitive: set[tuple[str, int]] = field(default_factory=set)
+    count_dependent: set[tuple[str, int]] = field(default_factory=set)
     positions: list[tuple[Scope, str, Axis, Value | None]] = field(default_factory=list)
     is_rounding: bool = False
 
     @cached_property
-    def demanded(self) -> set[tuple[str, int, int]]:
-        """The input slots among the demands, as `Use.key` has them; to be asked for when all nodes have been seen."""
-        return {(d.scope.path, d.node, d.slot) for d in self.demands if isinstance(d.slot, int)}
+    def size_slots(self) -> set[tuple[str, int, int]]:
+        """The input slots of all size uses, as `Use.key`; complete only after the sweep."""
+        return {(d.scope.path, d.node, d.slot) for d in self.size_uses if isinstance(d.slot, int)}
+
+
+_RENAMED = {
+    "demand": "use_size",
+    "demand_sizes": "use_shape",
+    "hold": "freeze_operands",
+    "silence": "mask_input",
+    "touched": "accounted",
+}
+"""Names of `Op` in the version before: the old name -> the new one."""
 
 
 @dataclass(eq=False)
 class Op:
-    """One node as its rule sees it."""
+    """One node of the graph, with the methods that a rule reads it and records its axes by.
+
+    Attributes:
+        scope: Graph that holds the node.
+        position: Position of the node in the scope.
+        call: Attributes and opset of the node.
+        inputs: Input tensors; None for an omitted input.
+        outputs: Output tensors, whose axes the rule sets.
+        atoms: Atoms of the model.
+        recorder: Everything else that the rules record.
+        accounted: Axes that the rule has united, frozen, summed over or dropped on purpose. An axis of an input that is
+            neither here nor carried on to an output is an error of the rule.
+
+    """
 
     scope: Scope
     position: int
@@ -218,56 +270,66 @@ class Op:
     outputs: list[Tensor]
     atoms: Atoms
     recorder: Recorder
-    touched: list[Axis] = field(default_factory=list)
+    accounted: list[Axis] = field(default_factory=list)
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Return what a renamed method or attribute is called now, with a DeprecationWarning."""
+            if name not in _RENAMED:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            text = f"Op.{name} is now Op.{_RENAMED[name]}; the old name no longer works in version {GONE_IN}"
+            warnings.warn(text, DeprecationWarning, stacklevel=2)
+            return getattr(self, _RENAMED[name])
 
     @property
     def name(self) -> str:
-        """Operator and node name, for reasons."""
+        """Operator type and node name, as reasons give them."""
         node = self.scope.nodes[self.position]
         return f"{node.op_type} {node.name or (node.output[0] if node.output else '')!r}"
 
     @property
     def opset(self) -> int:
-        """Version of the default operator set."""
+        """Opset version of the default domain."""
         return self.call.opset
 
     def get(self, attribute: str, default: Any = None) -> Any:
-        """Attribute value or the default; gives up on an axis that no tensor has, which some kernels wrap around."""
+        """Return an attribute, or the default; raises GiveUp for an axis that no tensor has."""
         value = self.call.get(attribute, default)
         if attribute == "axis" and isinstance(value, int) and abs(value) > _MOST_AXES:
-            raise GiveUp(f"{self.name} goes along axis {value}")
+            raise GiveUp(f"{self.name} has axis {value}, which is out of range")
         return value
 
     def given(self, slot: int) -> Tensor | None:
-        """An input, None if the node does not have it; -1 stands for an input that the operator does not know."""
+        """Return an input; None if the node omits it, or for slot -1 (the operator has no such input)."""
         return self.inputs[slot] if 0 <= slot < len(self.inputs) else None
 
     def has(self, slot: int) -> bool:
-        """Whether the input is there."""
+        """Return whether the node has an input at a slot."""
         return self.given(slot) is not None
 
     def value(self, slot: int) -> Value | None:
-        """What is known of the elements of an input; None if it is not there."""
+        """Return the inferred shape and elements of an input; None if the node omits it."""
         tensor = self.given(slot)
         return None if tensor is None else tensor.value
 
     def input(self, slot: int) -> Tensor:
-        """An input that the rule cannot do without."""
+        """Return an input; raises GiveUp if the node omits it or its shape is unknown."""
         tensor = self.given(slot)
         if tensor is None:
-            raise GiveUp(f"{self.name} lacks input {slot}")
+            raise GiveUp(f"{self.name} has no input {slot}")
         if tensor.axes is None:
             raise GiveUp(f"the shape of input {slot} of {self.name} is not known")
         return tensor
 
     def axes(self, slot: int) -> list[Axis]:
-        """The axes of an input; none if it is not there."""
+        """Return the axes of an input; an empty list if the node omits it."""
         return (self.input(slot).axes or []) if self.has(slot) else []
 
     def operand(self, slot: int) -> Array | None:
-        """Elements of an operand such as a shape, or None if absent.
+        """Return the elements of an operand such as a shape, and freeze its axes; None if the node omits it.
 
-        Raises GiveUp if they are there but depend on data.
+        Raises GiveUp if the elements are computed from data.
         """
         tensor = self.given(slot)
         if tensor is None:
@@ -276,23 +338,26 @@ class Op:
             raise GiveUp(f"input {slot} of {self.name} is computed from data")
         self.freeze_all(tensor.axes or [], "takes this as an operand")
         if tensor.value.from_shape:
-            self.demand(slot, [], lambda keep, old: old)
+            self.use_size(slot, [], lambda keep, old: old)
         return tensor.value.value
 
     def static_operand(self, slot: int) -> Array | None:
-        """As `operand`, but the elements must not depend on the sizes of the inputs."""
+        """Return what `operand` does; raises GiveUp if the elements depend on the sizes of the inputs."""
         array, value = self.operand(slot), self.value(slot)
         if value is not None and not value.is_static:
             raise GiveUp(f"input {slot} of {self.name} depends on the size of the input")
         return array
 
-    def hold(self, first: int) -> None:
-        """Freeze all axes of the inputs from `first` on: they are operands, not data."""
+    def freeze_operands(self, first: int) -> None:
+        """Freeze all axes of the inputs from slot `first` on, which are operands (shapes, bounds, pads), not data."""
         for tensor in self.inputs[first:]:
             self.freeze_all((tensor and tensor.axes) or [], "takes this as an operand")
 
     def set(self, axes: Sequence[Axis], output: int = 0) -> None:
-        """Say what atoms an output has; an output that the node does not name is skipped."""
+        """Set the axes of an output; nothing happens for an output that the node omits.
+
+        Raises GiveUp if their sizes are not those of the inferred shape.
+        """
         if output >= len(self.outputs) or not self.outputs[output].value.name:
             return
         tensor = self.outputs[output]
@@ -305,30 +370,34 @@ class Op:
         tensor.axes = list(axes)
 
     def unite(self, left: Axis, right: Axis) -> None:
-        """Give two axes the same fate; both count as accounted for."""
+        """Couple two axes index by index; raises GiveUp if their sizes differ."""
         if len(left) != len(right):
             raise GiveUp(f"{self.name} joins axes of {len(left)} and {len(right)} indices")
         self.atoms.unite(left, right)
-        self.touched += [left, right]
+        self.accounted += [left, right]
 
     def freeze(self, axis: Axis, why: str) -> None:
-        """Never delete any index of the axis; `why` is a reason, or completes the sentence '<operator> …'."""
+        """Freeze an axis; `why` is a `Reason`, or completes the sentence "<operator> …"."""
         if not self.atoms.all_frozen(axis):
             self.atoms.freeze(axis, why if isinstance(why, Reason) else Reason("operator", self.name, why))
-        self.touched.append(axis)
+        self.accounted.append(axis)
 
     def freeze_all(self, axes: Iterable[Axis], why: str) -> None:
-        """The same for several axes."""
+        """Freeze several axes for the same reason."""
         for axis in axes:
             self.freeze(axis, why)
 
     def frozen(self, count: int, why: str = "makes this axis") -> Axis:
-        """Atoms of an axis that is never pruned."""
+        """Return a new frozen axis of `count` indices."""
         return self.atoms.frozen(count, Reason("operator", self.name, why))
 
     def unmerge(self, flat: Axis, sizes: Sequence[int]) -> list[Axis]:
-        """Split a merged axis: each part takes what varies along it alone; parts that vary together get fresh atoms."""
-        self.touched.append(flat)
+        """Split a merged axis into axes of the given sizes, and return them.
+
+        A part takes the atoms that vary along it alone; parts along which the atoms vary together get fresh atoms,
+        whose product is united with the merged axis.
+        """
+        self.accounted.append(flat)
         if math.prod(sizes) != len(flat):
             raise GiveUp(f"{self.name} divides an axis of {len(flat)} into {list(sizes)}")
         wide = [k for k, size in enumerate(sizes) if size != 1]
@@ -337,12 +406,12 @@ class Op:
             parts[wide[0]] = flat
             return parts
         if is_uniform(flat):
-            self.freeze(flat, "splits an axis that can only go as a whole")
+            self.freeze(flat, "splits an axis that can only be removed as a whole")
             return [self.atoms.stretched(flat, size) if k in wide else parts[k] for k, size in enumerate(sizes)]
         fate, table = self.atoms.canonical(flat).reshape(sizes), flat.reshape(sizes)
         varying = [k for k in wide if bool((np.diff(fate, axis=k) != 0).any())]
         if not varying:
-            self.freeze(flat, "splits an axis that can only go as a whole")
+            self.freeze(flat, "splits an axis that can only be removed as a whole")
         if len(varying) > 1 and self._is_joined(table, varying[0]):
             return self._tied(table, varying[0])
         for k in wide:
@@ -356,7 +425,7 @@ class Op:
         return parts
 
     def _is_joined(self, table: Axis, axis: int) -> bool:
-        """Whether the blocks along an axis are tensors that were joined: none of them can go as a whole."""
+        """Return whether the blocks along an axis are concatenated tensors, none of which can be removed as a whole."""
         origins = np.moveaxis(self.atoms.origin(table.ravel()).reshape(table.shape), axis, 0).reshape(
             table.shape[axis], -1
         )
@@ -364,7 +433,7 @@ class Op:
         return uniform and len(set(origins[:, 0].tolist())) == len(origins)
 
     def _tied(self, table: Axis, axis: int) -> list[Axis]:
-        """Parts of an axis whose blocks share one fate index by index."""
+        """Unite the blocks along an axis index by index, and return the axes of the split."""
         blocks = np.moveaxis(table, axis, 0).reshape(table.shape[axis], -1)
         for block in blocks[1:]:
             self.unite(blocks[0], block)
@@ -374,34 +443,34 @@ class Op:
         return parts
 
     def along(self, axis: Axis, size: int, why: str) -> Axis:
-        """Freeze an axis and give its atoms, with their reason, to an axis of another size."""
+        """Freeze an axis, and return a frozen axis of another size with the same reason."""
         self.freeze(axis, why)
         return self.atoms.stretched(axis, size) if len(axis) else self.frozen(size, why)
 
     def sizes(self, output: int = 0) -> Shape:
-        """Shape of an output; raises GiveUp if it is not known."""
+        """Return the shape of an output; raises GiveUp if it is unknown."""
         shape = self.outputs[output].value.shape
         if shape is None:
             raise GiveUp(f"the output shape of {self.name} is not known")
         return shape
 
     def positions(self, axis: Axis, output: int = 0, within: Value | None = None) -> None:
-        """The values of an output count along an axis, `within` some images: they are others once it shrinks."""
+        """Record that an output holds positions on an axis, or in the flattened images of `within`."""
         self.recorder.positions.append((self.scope, self.outputs[output].value.name, axis, within))
 
     def contract(self, a: Tensor, i: int, b: Tensor, j: int) -> None:
-        """Sum over axis i of `a` and axis j of `b`."""
+        """Unite axis i of `a` with axis j of `b`, and record that their product is summed over them."""
         self.unite(a[i], b[j])
         self.multiply_and_sum((a, i), (b, j))
 
     @property
     def is_weight_arithmetic(self) -> bool:
-        """Whether no activation enters."""
+        """Whether all inputs of the node are constants."""
         given = [tensor for tensor in self.inputs if tensor is not None]
         return bool(given) and all(tensor.is_constant for tensor in given)
 
     def multiply_and_sum(self, *factors: tuple[Tensor, int]) -> None:
-        """Sum a product over one axis of each input in it: where a weight among them is zero, nothing passes."""
+        """Record a sum of products over one axis of each factor; zeros in a weight among them mask a channel."""
         if self.is_weight_arithmetic:
             for tensor, place in factors:
                 self.freeze(tensor[place], _NO_ACTIVATIONS)
@@ -413,29 +482,32 @@ class Op:
             for name in tensor.value.constants or ():
                 self.recorder.kernels.setdefault(name, set()).add(along)
         if not weights:
-            self.silence(*factors[0])
+            self.mask_input(*factors[0])
 
     def product(self, *factors: tuple[Tensor, int]) -> None:
-        """Put on record that inputs are multiplied with one another and summed over one axis of each."""
+        """Record the factors of a sum of products, as (tensor, axis), for scores and repair."""
         found = (Factor(tensor.value, place % tensor.rank, tensor[place]) for tensor, place in factors)
         self.recorder.products.append(tuple(found))
 
-    def silence(self, tensor: Tensor, place: int) -> None:
-        """An input is multiplied by others and summed over an axis: where it is zero there, nothing passes."""
+    def mask_input(self, tensor: Tensor, place: int) -> None:
+        """Record that zeros along an axis of an input mask a channel: the input is multiplied by others and summed."""
         axis = tensor[place]
-        self.touched.append(axis)
+        self.accounted.append(axis)
         if tensor.value.dtype not in FLOATS:
             self.reduce(axis)
         elif self.scope.function:
             self.freeze(axis, "sums over this axis in a function that several nodes may call")
         elif not self.atoms.all_frozen(axis):
             slot = [own and own.value for own in self.inputs].index(tensor.value)
-            silenced = self.recorder.silenced.setdefault((self.scope.path, self.position), set())
-            silenced.add((slot, place % tensor.rank))
+            masked_slots = self.recorder.masked_slots.setdefault((self.scope.path, self.position), set())
+            masked_slots.add((slot, place % tensor.rank))
 
     def reduce(self, axis: Axis) -> None:
-        """The result depends on which indices of the axis are there, beyond what zeros would add."""
-        self.touched.append(axis)
+        """Record that the result depends on how many indices the axis has, as a mean or a variance does.
+
+        The mask check then computes the node on the surviving indices alone.
+        """
+        self.accounted.append(axis)
         if self.atoms.all_frozen(axis):
             return
         if self.is_weight_arithmetic:
@@ -443,35 +515,38 @@ class Op:
             return
         if self.scope.function:
             self.freeze(axis, "reduces over this axis in a function that several nodes may call")
-        self.recorder.sensitive.add((self.scope.path, self.position))
+        self.recorder.count_dependent.add((self.scope.path, self.position))
 
     def label(self, axis: Axis, kind: str) -> None:
-        """Name the kind of channel, for reports."""
+        """Record the kind of the channels on an axis, such as "heads", for reports."""
         self.recorder.labels.append((axis, kind))
 
     def cost(self, factor: float, *axes: Axis) -> None:
-        """Multiply-accumulates: `factor` times the sizes of the axes."""
+        """Record multiply-accumulates of the node: `factor` times the product of the sizes of the axes."""
         self.recorder.costs.append(Cost(self.scope, self.position, factor, axes))
 
-    def demand(self, slot: int | str, axes: Sequence[Axis], rewrite: Rewrite) -> None:
-        """An operand or attribute depends on which indices of the axes stay."""
-        self.recorder.demands.append(Demand(self.scope, self.position, slot, tuple(axes), rewrite))
+    def use_size(self, slot: int | str, axes: Sequence[Axis], rewrite: Rewrite) -> None:
+        """Record that an operand (by slot) or attribute (by name) depends on which indices of the axes survive."""
+        self.recorder.size_uses.append(SizeUse(self.scope, self.position, slot, tuple(axes), rewrite))
 
-    def demand_sizes(self, slot: int, axes: Sequence[Axis]) -> None:
-        """An operand lists sizes, one for each of `axes`; elements that are not the size mean something else."""
-        self.recorder.demands.append(Demand(self.scope, self.position, slot, tuple(axes), resized(axes), True))
+    def use_shape(self, slot: int, axes: Sequence[Axis]) -> None:
+        """Record that an operand is a shape: a list of sizes, one for each of `axes`.
+
+        An element that is not the size of its axis has another meaning (-1, 0 to copy, 1 to broadcast).
+        """
+        self.recorder.size_uses.append(SizeUse(self.scope, self.position, slot, tuple(axes), resized(axes), True))
 
     def attribute_size(self, name: str, axis: Axis) -> None:
-        """An attribute is the size of an axis."""
-        self.demand(name, [axis], lambda keep, old: keep.count(axis))
+        """Record that an attribute is the size of an axis."""
+        self.use_size(name, [axis], lambda keep, old: keep.count(axis))
 
     def pin_attribute(self, name: str, value: Any, axis: Axis) -> None:
-        """Once `axis` shrinks, an attribute that was derived from its size must be written down."""
-        self.demand(name, [axis], lambda keep, old: value if keep.count(axis) != len(axis) else None)
+        """Record that an attribute, derived from the size of `axis` by default, is set to `value` once it shrinks."""
+        self.use_size(name, [axis], lambda keep, old: value if keep.count(axis) != len(axis) else None)
 
 
 def resized(axes: Sequence[Axis]) -> Rewrite:
-    """Rewrite of a list of sizes: those that were their axis' size become its new size."""
+    """Return the rewrite of a shape: elements that are the size of their axis become its new size."""
 
     def rewrite(keep: Keep, old: Array) -> Array:
         pairs = zip(axes, old.ravel().tolist(), strict=True)
@@ -482,11 +557,16 @@ def resized(axes: Sequence[Axis]) -> Rewrite:
 
 
 Rule: TypeAlias = Callable[[Op], None]
+"""A function that records how channels flow through one node."""
 RULES: dict[tuple[str, str], Rule] = {}
+"""The rule of each operator by (domain, operator type); the default domain is the empty string."""
 
 
 def rule(*names: str, domain: str = "") -> Callable[[Rule], Rule]:
-    """Register the rule of one or more operators; registering one twice is an error."""
+    """Return a decorator that registers a function as the rule of one or more operators.
+
+    Raises AssertionError if an operator has a rule already.
+    """
 
     def register(function: Rule) -> Rule:
         for name in names:
@@ -498,6 +578,9 @@ def rule(*names: str, domain: str = "") -> Callable[[Rule], Rule]:
 
 
 def positions_after(mask: npt.NDArray[np.bool_], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """New index of each old one when those not in `mask` are deleted; old ones may be len(mask) (an end)."""
+    """Return the new position of each old one after the indices outside of `mask` are removed.
+
+    A position may be `len(mask)`, the end of a range.
+    """
     before = np.concatenate([[0], np.cumsum(mask)])
     return np.asarray(before[positions])

@@ -60,7 +60,7 @@ def _scores(op: Op, heads: _Heads, queries: Tensor, *keys: Tensor) -> None:
     """Multiply queries with keys (which may be packed with them) over the head dimension, and scale the sums."""
     _scale(op, heads)
     op.freeze(queries[0], "masks and caches share this axis")
-    op.silence(queries, -1)
+    op.mask_input(queries, -1)
     op.product((queries, -1), *((tensor, -1) for tensor in keys))
 
 
@@ -76,7 +76,7 @@ def _mask(op: Op, slot: int, heads: _Heads) -> None:
             op.unite(axis, heads.queries)
         if back != 3 or len(axis) not in (1, len(heads.queries)):
             op.freeze(axis, "attends along this axis")
-        op.touched.append(axis)
+        op.accounted.append(axis)
 
 
 def _cost(op: Op, heads: _Heads, batch: int, query: int, key: int) -> None:
@@ -172,7 +172,7 @@ def multi_head_attention(op: Op) -> None:
     if op.has(3):
         sizes = [op.atoms.product(heads.groups, dim) for dim in (heads.dim, heads.dim, heads.value_dim)]
         op.unite(op.input(3)[0], op.atoms.joined(sizes))
-        op.silence(op.input(3), 0)
+        op.mask_input(op.input(3), 0)
     freeze_rest(op, 4, but=(5, 6, 7))
     _mask(op, 5, heads)
     _caches(op, heads, (6, 7), (1, 2), q[0])
@@ -207,7 +207,7 @@ def packed_attention(op: Op) -> None:
         counts = [keep.count(part) for part in parts]
         return None if old is None and len(set(counts)) == 1 else counts
 
-    op.demand("qkv_hidden_sizes", parts, hidden_sizes)
+    op.use_size("qkv_hidden_sizes", parts, hidden_sizes)
     op.attribute_size("num_heads", heads.groups)
     op.set([x[0], _sequence(op, x, 1), parts[2]])
     op.cost(float(len(x[0]) * x.shape[1]), w[0], w[1])

@@ -45,7 +45,7 @@ def broadcasting(op: Op) -> None:
 def cast_like(op: Op) -> None:
     """Pass all axes; of the second input only the type matters."""
     op.set(op.input(0).axes or [])
-    op.touched.extend(op.input(1).axes or [])
+    op.accounted.extend(op.input(1).axes or [])
 
 
 @rule("QLinearAdd", "QLinearMul", domain=MICROSOFT)
@@ -62,7 +62,7 @@ def broadcast(op: Op, operands: Sequence[Sequence[Axis]]) -> list[Axis]:
     for back in range(rank, 0, -1):
         present = [axes[-back] for axes in operands if len(axes) >= back]
         wide = [axis for axis in present if len(axis) != 1]
-        op.touched.extend(axis for axis in present if len(axis) == 1)
+        op.accounted.extend(axis for axis in present if len(axis) == 1)
         for other in wide[1:]:
             op.unite(wide[0], other)
         result.append(wide[0] if wide else np.zeros(1, np.int64))
@@ -83,7 +83,7 @@ def legacy_broadcast(op: Op, left: Tensor, right: Tensor, axis: int) -> list[Axi
     """Opset 6 and below: the second input's axes start at an axis of the first."""
     start = axis % left.rank
     for offset, own in enumerate(right.axes or []):
-        op.touched.append(own)
+        op.accounted.append(own)
         if len(own) > 1:
             op.unite(left[start + offset], own)
     return list(left.axes or [])

@@ -18,7 +18,7 @@ from cpd_onnx.shapes.values import Value
 def pad(op: Op) -> None:
     """New indices before and after; on a channel axis they can go like any other."""
     x = op.input(0)
-    op.hold(1)
+    op.freeze_operands(1)
     shape = op.sizes()
     pads, axes = _pads(op, x.rank)
     out = list(x.axes or [])
@@ -68,7 +68,7 @@ def _padded(op: Op, axis: Axis, place: int, count: int, widths: tuple[int, int])
     low, high = widths
     body = axis[max(0, -low) : len(axis) - max(0, -high)]
     cut = (axis[: max(0, -low)], axis[len(axis) - max(0, -high) :])
-    op.touched += [axis]
+    op.accounted += [axis]
     new = tuple(op.atoms.fresh(max(0, w), may_vanish=True) for w in widths)
     if not (low or high or _is_computed(op, (place, place + count))):
         return axis
@@ -80,7 +80,7 @@ def _padded(op: Op, axis: Axis, place: int, count: int, widths: tuple[int, int])
             made[position] = keep.count(new[side]) - keep.count(cut[side])
         return made
 
-    op.demand(slot, [axis, *new], rewrite)
+    op.use_size(slot, [axis, *new], rewrite)
     return op.atoms.joined([new[0], body, new[1]])
 
 
@@ -90,18 +90,18 @@ def expand(op: Op) -> None:
     x, y, shape = op.input(0), op.outputs[0].value, op.value(1)
     if y.shapes is None or shape is None or shape.value is None:
         raise GiveUp(f"the target shape of {op.name} is not known")
-    op.hold(1)
+    op.freeze_operands(1)
     stretched = [_new_axis(op, y, axis) for axis in range(len(y.shapes[0]))]
     out = broadcast_over(op, x, stretched)
     op.set(out)
     if shape.value.size:
-        op.demand_sizes(1, out[len(out) - shape.value.size :])
+        op.use_shape(1, out[len(out) - shape.value.size :])
 
 
 def broadcast_over(op: Op, x: Tensor, stretched: list[Axis]) -> list[Axis]:
     """The axes of x where it has them, stretched ones elsewhere."""
     missing = len(stretched) - x.rank
-    op.touched.extend(x.axes or [])
+    op.accounted.extend(x.axes or [])
     return [
         axis if back < missing or (len(x[back - missing]) == 1 and len(axis) != 1) else x[back - missing]
         for back, axis in enumerate(stretched)
@@ -117,13 +117,13 @@ def _new_axis(op: Op, made: Value, axis: int) -> Axis:
 def constant_of_shape(op: Op) -> None:
     """All equal: each axis is as long as whoever uses it needs."""
     y, shape = op.outputs[0].value, op.value(0)
-    if y.shapes is None or y.guessed or shape is None or shape.value is None:
+    if y.shapes is None or y.has_placeholder or shape is None or shape.value is None:
         raise GiveUp(f"the shape of {op.name} is not known")
-    op.hold(0)
+    op.freeze_operands(0)
     out = [_new_axis(op, y, axis) for axis in range(len(y.shapes[0]))]
     op.set(out)
     if out:
-        op.demand_sizes(0, out)
+        op.use_shape(0, out)
 
 
 @rule("Tile")
@@ -132,9 +132,9 @@ def tile(op: Op) -> None:
     x, y, repeats = op.input(0), op.outputs[0].value, op.value(1)
     if op.opset < 6:
         raise GiveUp(f"{op.name} had other inputs before opset 6")
-    if y.shapes is None or y.guessed or repeats is None or repeats.value is None:
+    if y.shapes is None or y.has_placeholder or repeats is None or repeats.value is None:
         raise GiveUp(f"the repeats of {op.name} are not known")
-    op.hold(1)
+    op.freeze_operands(1)
     out, counted = [], []
     for place, axis in enumerate(x.axes or []):
         if len(axis) == 1:
@@ -144,16 +144,16 @@ def tile(op: Op) -> None:
         out.append(op.atoms.stretched(axis, y.shapes[0][place]))
         counted.append(np.zeros(0, np.int64))
     op.set(out)
-    op.demand_sizes(1, counted)
+    op.use_shape(1, counted)
 
 
 @rule("Resize", "Upsample")
 def resize(op: Op) -> None:
     """Axes that are taken as they are pass (channels), the others are resampled, even to the size that they have."""
     x, y = op.input(0), op.outputs[0].value
-    if y.sizes is None or x.value.sizes is None or y.guessed:
+    if y.sizes is None or x.value.sizes is None or y.has_placeholder:
         raise GiveUp(f"the output shape of {op.name} is not known")
-    op.hold(1)
+    op.freeze_operands(1)
     axes = [axis % x.rank for axis in op.get("axes") or range(x.rank)]
     out = []
     for position in range(x.rank):
@@ -165,7 +165,7 @@ def resize(op: Op) -> None:
         if op.get("keep_aspect_ratio_policy", "stretch") != "stretch":
             for axis in axes:
                 op.freeze(x[axis], "keeps the ratio of this axis to others")
-        op.demand_sizes(3, [out[a] for a in axes])
+        op.use_shape(3, [out[a] for a in axes])
 
 
 def _is_left_alone(op: Op, place: int, count: int) -> bool:
@@ -210,7 +210,7 @@ def size_(op: Op) -> None:
 def shape_(op: Op) -> None:
     """Sizes, which follow by themselves."""
     data = op.given(0)
-    op.touched.extend((data and data.axes) or [])
+    op.accounted.extend((data and data.axes) or [])
     op.set([op.frozen(size, "lists sizes") for size in op.sizes()])
 
 
@@ -221,7 +221,7 @@ def range_(op: Op) -> None:
     if not (start.is_static and limit.is_static and step.is_static):
         made_up(op)
         return
-    op.hold(0)
+    op.freeze_operands(0)
     assert start.value is not None
     assert step.value is not None
     count = op.sizes()[0]
@@ -231,11 +231,11 @@ def range_(op: Op) -> None:
     axis = op.atoms.fresh(count)
     op.set([axis])
     op.positions(axis)
-    op.demand(1, [axis], lambda keep, old: np.asarray(keep.count(axis), old.dtype))
+    op.use_size(1, [axis], lambda keep, old: np.asarray(keep.count(axis), old.dtype))
 
 
 @rule("EyeLike", "AffineGrid", "RandomNormalLike", "RandomUniformLike", "Bernoulli")
 def made_up(op: Op) -> None:
     """Made from sizes and numbers: nothing to prune in it."""
-    op.hold(0)
+    op.freeze_operands(0)
     op.set([op.frozen(size) for size in op.sizes()])

@@ -22,7 +22,7 @@ _FAR = 2**31 - 1
 def slice_(op: Op) -> None:
     """A range of one or several axes."""
     x, y = op.input(0), op.outputs[0].value
-    op.hold(1)
+    op.freeze_operands(1)
     out = list(x.axes or [])
     ranges = _known_ranges(op, x)
     if ranges is None:
@@ -40,7 +40,7 @@ def slice_(op: Op) -> None:
             out[axis] = op.atoms.stretched(x[axis], y.shape[axis])
             continue
         out[axis] = _sliced(op, x[axis], slot, (start, end, step))
-        op.touched.append(x[axis])
+        op.accounted.append(x[axis])
     op.set(out)
 
 
@@ -74,22 +74,22 @@ def _sliced(op: Op, axis: Axis, slot: int, span: tuple[int, int, int]) -> Axis:
     whole = len(positions) == size
     if step == 1 or (step == -1 and whole):
         remap = _contiguous if step == 1 else _reversed
-        _demand_slice(op, axis, slot, remap, start, end)
+        _record_slice(op, axis, slot, remap, start, end)
         return axis[positions]
     if step > 1 and size % step == 0 and 0 <= start < step and (end >= size or (end == -1 and start < step - 1)):
         blocks = op.atoms.fresh(size // step)
         op.unite(axis, op.atoms.repeated(blocks, step))
-        _demand_slice(op, axis, slot, _strided, start, end)
+        _record_slice(op, axis, slot, _strided, start, end)
         return axis[positions]
     op.freeze(axis, f"takes every {step}th index")
     return axis[positions]
 
 
-def _demand_slice(op: Op, axis: Axis, slot: int, remap: Any, start: int, end: int) -> None:
+def _record_slice(op: Op, axis: Axis, slot: int, remap: Any, start: int, end: int) -> None:
     """Demand new starts and ends at one place of the two lists."""
     for which, old_value in ((0, start), (1, end)):
         rewrite = _replacing_one(axis, slot, remap, which, old_value)
-        op.demand(("starts", "ends")[which] if op.opset < 10 else which + 1, [axis], rewrite)
+        op.use_size(("starts", "ends")[which] if op.opset < 10 else which + 1, [axis], rewrite)
 
 
 def _replacing_one(axis: Axis, slot: int, remap: Any, which: int, value: int) -> Rewrite:
@@ -150,7 +150,7 @@ def _gather_known(op: Op, axis: Axis, where: Array) -> list[Axis]:
     positions = np.where(row < 0, row + size, row).astype(np.int64)
     if positions.size and not 0 <= positions.min() <= positions.max() < size:
         raise GiveUp(f"{op.name} takes positions that the axis of {size} has not")
-    op.touched.append(axis)
+    op.accounted.append(axis)
     if where.ndim == 0:
         op.freeze(axis[positions], "picks this index")
 
@@ -161,7 +161,7 @@ def _gather_known(op: Op, axis: Axis, where: Array) -> list[Axis]:
         made = np.where(row[stays] < 0, new - int(mask.sum()), new)
         return np.asarray(made, old.dtype).reshape([len(made) if n == row.size else 1 for n in where.shape])
 
-    op.demand(1, [axis], rewrite)
+    op.use_size(1, [axis], rewrite)
     return [axis[positions] if n == row.size else np.zeros(1, np.int64) for n in where.shape]
 
 

@@ -236,7 +236,7 @@ def matmul_nbits(op: Op) -> None:
         op.freeze_all((blocks, a[-1]), _IN_BLOCKS)
     else:
         op.unite(a[-1], op.atoms.repeated(blocks, block))
-        op.silence(a, -1)
+        op.mask_input(a, -1)
         op.attribute_size("K", a[-1])
     _packed(op, op.input(1), rows, blocks)
     _packed(op, op.input(2), rows, blocks)
@@ -322,7 +322,7 @@ def _per_row(op: Op, a: Tensor, slots: Sequence[int]) -> None:
 
 def _one_each(op: Op, axis: Axis, counted: Axis | None) -> None:
     """An axis of numbers that has one for each index of another axis, or one for all."""
-    op.touched.append(axis)
+    op.accounted.append(axis)
     if len(axis) > 1:
         if counted is None:
             raise GiveUp(f"{op.name} has numbers for each matrix of a batch")
@@ -384,4 +384,4 @@ def _sum_over(op: Op, pairs: list[tuple[Tensor, int]]) -> None:
     wide = [(tensor, place) for tensor, place in pairs if len(tensor[place]) > 1]
     if wide:
         op.multiply_and_sum(*wide)
-    op.touched.extend(tensor[place] for tensor, place in pairs)
+    op.accounted.extend(tensor[place] for tensor, place in pairs)

@@ -24,7 +24,7 @@ def linear(op: Op) -> None:
         elif vector.rank == 1 and vector.shape[0] > 1:
             op.unite(vector[0], x[axis])
         else:
-            op.touched.extend(vector.axes or [])
+            op.accounted.extend(vector.axes or [])
     if op.outputs[0].value.dtype in _FLOATS:
         stands_for(op, x, 1, 2, axis)
     op.set(x.axes or [])

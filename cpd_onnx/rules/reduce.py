@@ -145,8 +145,8 @@ def max_unpool(op: Op) -> None:
             op.freeze(left, "places values along this axis")
     out = [*(x.axes or [])[:2], *_output_spatial(op, "places values along this axis")]
     if op.has(2):
-        op.demand_sizes(2, out)
-        op.hold(2)
+        op.use_shape(2, out)
+        op.freeze_operands(2)
     op.set(out)
 
 

@@ -20,22 +20,22 @@ def reshape(op: Op) -> None:
     """Runs of axes with equal product match; each run is merged and split again."""
     out = regroup(op)
     if "shape" in op.call.attributes:
-        op.demand(
+        op.use_size(
             "shape", out, lambda keep, old: [keep.count(a) if s > 0 else s for a, s in zip(out, old, strict=True)]
         )
     else:
         shape = op.value(1)
         if shape is None or shape.value is None:
             raise GiveUp(f"the target shape of {op.name} is computed from data")
-        op.hold(1)
-        op.demand_sizes(1, out)
+        op.freeze_operands(1)
+        op.use_shape(1, out)
     op.set(out)
 
 
 @rule("Flatten", "Unsqueeze")
 def reshape_freely(op: Op) -> None:
     """As Reshape, with nothing that names a size."""
-    op.hold(1)
+    op.freeze_operands(1)
     op.set(regroup(op))
 
 
@@ -45,7 +45,7 @@ def squeeze(op: Op) -> None:
 
     They cannot be where an axis of open size may be one too: then two indices of each axis stay.
     """
-    op.hold(1)
+    op.freeze_operands(1)
     out = regroup(op)
     op.set(out)
     if op.has(1) or "axes" in op.call.attributes:
@@ -63,25 +63,25 @@ def squeeze(op: Op) -> None:
             return None
         return ones if op.opset < 13 else np.asarray(ones, np.int64)
 
-    op.demand("axes" if op.opset < 13 else 1, out, axes)
+    op.use_size("axes" if op.opset < 13 else 1, out, axes)
 
 
 def regroup(op: Op) -> list[Axis]:
     """Atoms of the output of a reshape."""
     x, y = op.input(0), op.outputs[0].value
-    if y.shapes is None or y.guessed:
+    if y.shapes is None or y.has_placeholder:
         raise GiveUp(f"the output shape of {op.name} is not known")
     if x.value.shapes is None:
         raise GiveUp(f"the shape of input 0 of {op.name} is not known")
     out: list[Axis] = []
     for before, after in _runs(x.value.shapes, y.shapes):
         axes = [x[i] for i in before]
-        _hold_what_differs(op, x.value, y, axes, before, after)
+        _freeze_what_differs(op, x.value, y, axes, before, after)
         out += _regroup_run(op, axes, [y.shapes[0][i] for i in after])
     return out
 
 
-def _hold_what_differs(op: Op, x: Value, y: Value, axes: list[Axis], before: range, after: range) -> None:
+def _freeze_what_differs(op: Op, x: Value, y: Value, axes: list[Axis], before: range, after: range) -> None:
     """Freeze the axes of a run that is divided otherwise at other sizes of the inputs.
 
     Where both sides are products of the same sizes in the same order, the places of the indices follow from these
@@ -267,7 +267,7 @@ def split(op: Op) -> None:
     """Consecutive pieces of one axis."""
     x = op.input(0)
     axis = op.get("axis", 0) % x.rank
-    op.hold(1)
+    op.freeze_operands(1)
     sizes = []
     for output in op.outputs:
         if output.value.shape is None:
@@ -283,10 +283,10 @@ def split(op: Op) -> None:
         out[axis] = piece
         op.set(out, number)
     if not op.atoms.all_frozen(x[axis]):
-        _demand_pieces(op, pieces)
+        _record_pieces(op, pieces)
 
 
-def _demand_pieces(op: Op, pieces: list[Axis]) -> None:
+def _record_pieces(op: Op, pieces: list[Axis]) -> None:
     """Keep the sizes of the pieces right, and write them down once they are no longer what the default gives."""
 
     def default(keep: Keep) -> bool:
@@ -303,8 +303,8 @@ def _demand_pieces(op: Op, pieces: list[Axis]) -> None:
         return counts if op.opset < 13 else np.asarray(counts, np.int64)
 
     if op.has(1):
-        op.demand_sizes(1, pieces)
+        op.use_shape(1, pieces)
         return
-    op.demand("split" if op.opset < 13 else 1, pieces, sizes)
+    op.use_size("split" if op.opset < 13 else 1, pieces, sizes)
     if "num_outputs" in op.call.attributes:
-        op.demand("num_outputs", pieces, lambda keep, old: None if default(keep) else DROP)
+        op.use_size("num_outputs", pieces, lambda keep, old: None if default(keep) else DROP)

@@ -130,7 +130,7 @@ class Stepwise:
                 continue
             nodes[position] = self._node(position)
             for name in sorted(all_inputs(nodes[position]) - {""}):
-                maker = self._scope.makers.get(name)
+                maker = self._scope.producers.get(name)
                 if self._model.has(name):
                     weights[name] = None
                 elif maker is not None and self._is_constant[maker]:

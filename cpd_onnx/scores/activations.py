@@ -25,11 +25,11 @@ from cpd_onnx.ir.model import Array
 from cpd_onnx.rules.api import FLOATS, Factor
 from cpd_onnx.runtime.sessions import execute, open_model
 from cpd_onnx.scores.magnitude import l2
-from cpd_onnx.scores.registry import Scores, scorer
+from cpd_onnx.scores.registry import Scores, score_function
 from cpd_onnx.shapes.values import Value
 
 if TYPE_CHECKING:
-    from cpd_onnx.scores.registry import Question
+    from cpd_onnx.scores.registry import ScoreContext
 
 CHUNK_BYTES = 1 << 28
 """What the tensors that one run gives back may take together, one tensor at least."""
@@ -93,7 +93,7 @@ def fluctuation(consumed: Consumed) -> Scores:
     return consumed.own.variance * consumed.squares
 
 
-def summed(question: Question, measure: Measure) -> list[Scores]:
+def summed(context: ScoreContext, measure: Measure) -> list[Scores]:
     """Sum a measure over all consumers of each channel; L2 norm of the weights for groups that none is seen to consume.
 
     A composite index counts towards each of its parts: the d dimensions of a head make up the head's sum.
@@ -102,30 +102,30 @@ def summed(question: Question, measure: Measure) -> list[Scores]:
         DataError: the data does not fit the model, or holds no samples.
         UnsupportedError: onnxruntime does not run the model.
     """
-    combed = question.combed
+    combed = context.combed
     totals, is_seen = np.zeros(len(combed.atoms)), np.zeros(len(combed.atoms), np.bool_)
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows, or is no number, stays
-        for consumed in consumers(question):
+        for consumed in consumers(context):
             values = np.nan_to_num(measure(consumed), nan=_LARGEST, posinf=_LARGEST)
             parts = combed.atoms.parts(consumed.channels)
             for column in range(parts.shape[1]):
                 np.add.at(totals, parts[:, column], values)
             is_seen[parts] = True
     totals[NOTHING], is_seen[NOTHING] = 0.0, False
-    pairs = zip(combed.groups, l2(question), strict=True)
+    pairs = zip(combed.groups, l2(context), strict=True)
     return [totals[g.channels] if is_seen[g.channels].any() else magnitude for g, magnitude in pairs]
 
 
-def consumers(question: Question) -> Iterator[Consumed]:
+def consumers(context: ScoreContext) -> Iterator[Consumed]:
     """Every activation with channels that some node multiplies and sums over, as the samples show it.
 
     Raises as `summed`.
     """
-    combed = question.combed
+    combed = context.combed
     products = [p for p in combed.recorder.products if any(not combed.atoms.all_frozen(f.atoms) for f in p)]
     carried = [f for product in products for f in _activations(product) if _is_visible(combed, f.value)]
-    moments = _observed(question, carried)
-    made = _computed(question, [f.value for product in products for f in product if _is_computed(combed, f.value)])
+    moments = _observed(context, carried)
+    made = _computed(context, [f.value for product in products for f in product if _is_computed(combed, f.value)])
     for product in products:
         for factor in _activations(product):
             own = moments.get((factor.value, factor.axis))
@@ -230,14 +230,14 @@ class _Sums:
         return ChannelMoments(energy if is_float else variance, variance)
 
 
-def _observed(question: Question, factors: Sequence[Factor]) -> dict[tuple[Value, int], ChannelMoments]:
+def _observed(context: ScoreContext, factors: Sequence[Factor]) -> dict[tuple[Value, int], ChannelMoments]:
     """Moments of the activations along the axes of the factors."""
     values = {factor.value.name: factor.value for factor in factors}
     sums: dict[str, dict[int, _Sums]] = {name: {} for name in values}
     for factor in factors:
         sums[factor.value.name].setdefault(factor.axis, _Sums())
-    for chunk in _chunks(question, list(values.values())):
-        for arrays in batches(question, chunk):
+    for chunk in _chunks(context, list(values.values())):
+        for arrays in batches(context, chunk):
             for name, array in arrays.items():
                 for axis, found in sums[name].items():
                     found.add(array, axis)
@@ -248,17 +248,17 @@ def _observed(question: Question, factors: Sequence[Factor]) -> dict[tuple[Value
     }
 
 
-def _computed(question: Question, values: Sequence[Value]) -> dict[Value, Array]:
+def _computed(context: ScoreContext, values: Sequence[Value]) -> dict[Value, Array]:
     """Weights that the graph itself transposes or scales before they are used."""
     named = {value.name: value for value in values}
-    arrays = next(batches(question, list(named))) if named else {}
+    arrays = next(batches(context, list(named))) if named else {}
     return {named[name]: array for name, array in arrays.items()}
 
 
-def _chunks(question: Question, values: Sequence[Value]) -> Iterator[list[str]]:
+def _chunks(context: ScoreContext, values: Sequence[Value]) -> Iterator[list[str]]:
     """Names of values that may be held together."""
-    assert question.data is not None
-    batch = calibration_batch(question.combed.folded.model.proto, question.data, question.samples)
+    assert context.data is not None
+    batch = calibration_batch(context.combed.folded.model.proto, context.data, context.samples)
     names, held = list[str](), 0
     for value in values:
         shape = value.shape or ()
@@ -272,46 +272,46 @@ def _chunks(question: Question, values: Sequence[Value]) -> Iterator[list[str]]:
         yield names
 
 
-def batches(question: Question, names: Sequence[str]) -> Iterator[dict[str, Array]]:
+def batches(context: ScoreContext, names: Sequence[str]) -> Iterator[dict[str, Array]]:
     """The named values on one batch after the other.
 
     Raises DataError if there is no batch.
     """
-    model = question.combed.folded.model.copy()
-    values = question.combed.folded.scope.values
+    model = context.combed.folded.model.copy()
+    values = context.combed.folded.scope.values
     fed = {info.name for info in model.graph.input if not model.has(info.name)}
     wanted = [name for name in names if name not in fed]
     del model.graph.output[:]
     model.graph.output.extend(helper.make_tensor_value_info(name, values[name].dtype, None) for name in wanted)
     session = open_model(model) if wanted else None
-    assert question.data is not None
-    proto = question.combed.folded.model.proto
-    for feed in calibration(proto, question.data, question.samples, seed=question.seed):
+    assert context.data is not None
+    proto = context.combed.folded.model.proto
+    for feed in calibration(proto, context.data, context.samples, seed=context.seed):
         found = execute(session, feed) if session is not None else []
         yield {name: feed[name] for name in names if name in fed} | dict(zip(wanted, found, strict=True))
 
 
-@scorer(
+@score_function(
     "activation",
     source="mean square of Molchanov et al.'s activations, ICLR 2017, where they are consumed",
     needs_data=True,
 )
-def activation(question: Question) -> list[Scores]:
+def activation(context: ScoreContext) -> list[Scores]:
     """Energy at the inputs of the consumers, relative to the tensor's: what is zero there does nothing."""
-    return summed(question, energy)
+    return summed(context, energy)
 
 
-@scorer(
+@score_function(
     "wanda",
     source="Sun et al., A Simple and Effective Pruning Approach for LLMs, ICLR 2024, by channel",
     needs_data=True,
 )
-def wanda(question: Question) -> list[Scores]:
+def wanda(context: ScoreContext) -> list[Scores]:
     """Activations times the absolute weights that consume them."""
-    return summed(question, reach)
+    return summed(context, reach)
 
 
-@scorer("variance", source="An et al., FLAP, AAAI 2024: weighted input feature variance", needs_data=True)
-def variance(question: Question) -> list[Scores]:
+@score_function("variance", source="An et al., FLAP, AAAI 2024: weighted input feature variance", needs_data=True)
+def variance(context: ScoreContext) -> list[Scores]:
     """Variance of the activations times the squared weights that consume them: a bias can do what is constant."""
-    return summed(question, fluctuation)
+    return summed(context, fluctuation)

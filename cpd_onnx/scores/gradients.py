@@ -19,7 +19,7 @@ from cpd_onnx.torch.dtypes import to_torch
 from cpd_onnx.training.losses import class_axis, is_distribution, kind_of, label_loss
 
 if TYPE_CHECKING:
-    from cpd_onnx.scores.registry import Question
+    from cpd_onnx.scores.registry import ScoreContext
 
 _SMALLEST = 1e-7
 """Probability below which one counts as this."""
@@ -30,7 +30,7 @@ _LOOKED_AT = 16
 """Samples from which the nature of the outputs is seen."""
 
 
-def changes(question: Question) -> Iterator[Scores]:
+def changes(context: ScoreContext) -> Iterator[Scores]:
     """For one sample after another, the sum of weight times gradient over each channel (each primitive atom).
 
     That is, to first order, minus what the loss changes by when the channel goes. The loss asks the model about an
@@ -41,7 +41,7 @@ def changes(question: Question) -> Iterator[Scores]:
         DataError: the data does not fit the model, or has no labels where they are asked for.
         UnsupportedError: the model cannot be imported into torch.
     """
-    combed, source = question.combed, question.data
+    combed, source = context.combed, context.data
     assert source is not None
     proto = combed.folded.model.complete_proto()
     inputs = inputs_of(proto)
@@ -53,19 +53,19 @@ def changes(question: Question) -> Iterator[Scores]:
         for weight in combed.weights
         if weight.value.name in parameters and not weight.is_vector and not weight.scope.function
     ]
-    generator = torch.Generator().manual_seed(question.seed)
+    generator = torch.Generator().manual_seed(context.seed)
     fixed = fixed_batch(inputs)
     size = fixed or 1
-    first = next(iter(source.batches(fixed or _LOOKED_AT, seed=question.seed)))
+    first = next(iter(source.batches(fixed or _LOOKED_AT, seed=context.seed)))
     with torch.no_grad():
         seen = module(*(to_torch(first[entry.name]) for entry in inputs))
     axes = [class_axis(answer) if kind_of(answer) == "kl" else None for answer in seen]
-    batches = source.batches(size, seed=question.seed)
-    for batch in itertools.islice(batches, max(1, question.samples // size)):
+    batches = source.batches(size, seed=context.seed)
+    for batch in itertools.islice(batches, max(1, context.samples // size)):
         module.zero_grad(set_to_none=True)
         made = module(*(to_torch(batch[entry.name]) for entry in inputs))
         answers = [(answer, axis) for answer, axis in zip(made, axes, strict=True) if answer.requires_grad]
-        if question.labels:
+        if context.labels:
             loss = _about_labels(answers, to_torch(batch[LABELS]) if LABELS in batch else None)
         else:
             loss = torch.stack([about_itself(answer, axis, generator) for answer, axis in answers]).sum()

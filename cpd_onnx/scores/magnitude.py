@@ -11,7 +11,7 @@ import numpy as np
 from cpd_onnx.channels.groups import Combed, Weight
 from cpd_onnx.channels.weights import dequantized
 from cpd_onnx.ir.model import Array
-from cpd_onnx.scores.registry import Question, Scores, scorer
+from cpd_onnx.scores.registry import ScoreContext, Scores, score_function
 
 Summand: TypeAlias = Callable[[Array], Array]
 
@@ -20,23 +20,27 @@ _BLOCK = 1 << 22
 """Bytes of a weight that are looked at together."""
 
 
-@scorer("l1", source="Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, summed over the coupled layers")
-def l1(question: Question) -> list[Scores]:
+@score_function(
+    "l1", source="Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, summed over the coupled layers"
+)
+def l1(context: ScoreContext) -> list[Scores]:
     """Sum of absolute values."""
-    return _magnitudes(question.combed, np.abs)
+    return _magnitudes(context.combed, np.abs)
 
 
-@scorer("l2", source="Fang et al., DepGraph, CVPR 2023: group magnitude")
-def l2(question: Question) -> list[Scores]:
+@score_function("l2", source="Fang et al., DepGraph, CVPR 2023: group magnitude")
+def l2(context: ScoreContext) -> list[Scores]:
     """Root of the sum of squares."""
-    return [np.sqrt(total) for total in _magnitudes(question.combed, np.square)]
+    return [np.sqrt(total) for total in _magnitudes(context.combed, np.square)]
 
 
-@scorer("lamp", source="Lee et al., Layer-adaptive Sparsity for the Magnitude-based Pruning, ICLR 2021", is_loss=True)
-def lamp(question: Question) -> list[Scores]:
+@score_function(
+    "lamp", source="Lee et al., Layer-adaptive Sparsity for the Magnitude-based Pruning, ICLR 2021", is_loss=True
+)
+def lamp(context: ScoreContext) -> list[Scores]:
     """Square over the sum of all squares in the group that are no smaller."""
     found = []
-    for total in _magnitudes(question.combed, np.square):
+    for total in _magnitudes(context.combed, np.square):
         order = np.argsort(total, kind="stable")
         rest = np.cumsum(total[order][::-1])[::-1]
         made = np.empty_like(total)
@@ -45,29 +49,31 @@ def lamp(question: Question) -> list[Scores]:
     return found
 
 
-@scorer("bn", source="Liu et al., Learning Efficient Convolutional Networks through Network Slimming, ICCV 2017")
-def batch_norm_scale(question: Question) -> list[Scores]:
+@score_function(
+    "bn", source="Liu et al., Learning Efficient Convolutional Networks through Network Slimming, ICCV 2017"
+)
+def batch_norm_scale(context: ScoreContext) -> list[Scores]:
     """Sum of the absolute scales of the batch normalisations that a channel runs through; L2 where there is none."""
-    combed = question.combed
+    combed = context.combed
     totals = np.zeros(len(combed.atoms))
     for weight in combed.weights:
         if weight.value in combed.recorder.scales:
             add_per_channel(totals, combed, weight, np.abs(dequantized(combed, weight)))
-    pairs = zip(combed.groups, l2(question), strict=True)
+    pairs = zip(combed.groups, l2(context), strict=True)
     return [totals[group.channels] if totals[group.channels].any() else magnitude for group, magnitude in pairs]
 
 
-@scorer("fpgm", source="He et al., Filter Pruning via Geometric Median, CVPR 2019, over all coupled layers")
-def geometric_median(question: Question) -> list[Scores]:
+@score_function("fpgm", source="He et al., Filter Pruning via Geometric Median, CVPR 2019, over all coupled layers")
+def geometric_median(context: ScoreContext) -> list[Scores]:
     """Sum of the distances to the other channels of the group: what is near the others can be said by them."""
     found = []
-    for group in question.combed.groups:
+    for group in context.combed.groups:
         squares = np.zeros((len(group), len(group)))
-        for member in question.combed.members(group):
+        for member in context.combed.members(group):
             counts = {len(places) for places in member.indices}
             if not member.weight.is_trained or member.weight.is_vector or len(counts) != 1:
                 continue
-            rows = np.moveaxis(dequantized(question.combed, member.weight), member.axis, 0)
+            rows = np.moveaxis(dequantized(context.combed, member.weight), member.axis, 0)
             vectors = rows[np.asarray(member.indices)].reshape(len(group), -1).astype(np.float64)
             lengths = np.square(vectors).sum(1)
             squares += np.maximum(lengths[:, None] + lengths - 2 * vectors @ vectors.T, 0.0)
@@ -75,11 +81,11 @@ def geometric_median(question: Question) -> list[Scores]:
     return found
 
 
-@scorer("random", source="a baseline")
-def at_random(question: Question) -> list[Scores]:
+@score_function("random", source="a baseline")
+def at_random(context: ScoreContext) -> list[Scores]:
     """Anything."""
-    generator = np.random.default_rng(question.seed)
-    return [generator.random(len(group)) for group in question.combed.groups]
+    generator = np.random.default_rng(context.seed)
+    return [generator.random(len(group)) for group in context.combed.groups]
 
 
 def _magnitudes(combed: Combed, summand: Summand) -> list[Scores]:

@@ -29,10 +29,10 @@ from cpd_onnx.ir.model import Array
 from cpd_onnx.rules.api import Factor
 from cpd_onnx.runtime.stepwise import Stepwise
 from cpd_onnx.scores.magnitude import l2
-from cpd_onnx.scores.registry import Scores, scorer
+from cpd_onnx.scores.registry import Scores, score_function
 
 if TYPE_CHECKING:
-    from cpd_onnx.scores.registry import Question
+    from cpd_onnx.scores.registry import ScoreContext
 
 _RIDGE = 1e-3
 _ROWS = 1 << 14
@@ -91,7 +91,7 @@ class _Consumer:
         self.matrix[:, places] = 0.0
 
 
-def losses(question: Question) -> list[Scores]:
+def losses(context: ScoreContext) -> list[Scores]:
     """What is lost with each channel once all lesser ones of its group are gone, as a share of what is computed.
 
     Groups that no weight or product is seen to consume get their channels' shares of the squared magnitude.
@@ -100,11 +100,11 @@ def losses(question: Question) -> list[Scores]:
         DataError: the data does not fit the model, or holds no samples.
         UnsupportedError: onnxruntime does not run the model, or some piece of it.
     """
-    combed = question.combed
-    consumers = _Observer(question).run()
+    combed = context.combed
+    consumers = _Observer(context).run()
     prices = CostModel(combed).of_groups(combed)
     scores = []
-    for magnitude in l2(question):
+    for magnitude in l2(context):
         squares = np.square(np.nan_to_num(magnitude, nan=np.inf, posinf=1e150))
         scores.append(squares / (squares.sum() or 1.0))
     for together in _components(consumers):
@@ -144,9 +144,9 @@ def _taken_apart(
         before = sum(math.log(consumer.left) for consumer in consumers)
         for consumer in consumers:
             consumer.remove(gone)
-        damage = before - sum(math.log(consumer.left) for consumer in consumers)
+        loss = before - sum(math.log(consumer.left) for consumer in consumers)
         for (group, channel), share in zip(gone, shares.tolist(), strict=True):
-            worst[group] = max(worst[group], damage * share)
+            worst[group] = max(worst[group], loss * share)
             scores[group][channel] = worst[group]
             alive[group].remove(channel)
     for group, values in scores.items():
@@ -179,18 +179,18 @@ Looks = Callable[[], None]
 class _Observer:
     """Goes through the model once and looks at what comes by."""
 
-    question: Question
+    context: ScoreContext
     found: list[_Consumer] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        combed, question = self.question.combed, self.question
-        assert question.data is not None
+        combed, context = self.context.combed, self.context
+        assert context.data is not None
         self.combed: Combed = combed
         self.owner, self.rank = combed.owners
         proto = combed.folded.model.proto
-        self.feeds = list(calibration(proto, question.data, question.samples, batch=_BATCH, seed=question.seed))
-        self.sampler = Sampler(_ROWS, question.seed)
-        self.makers = combed.folded.scope.makers
+        self.feeds = list(calibration(proto, context.data, context.samples, batch=_BATCH, seed=context.seed))
+        self.sampler = Sampler(_ROWS, context.seed)
+        self.makers = combed.folded.scope.producers
 
     def run(self) -> list[_Consumer]:
         """All consumers of channels."""
@@ -306,14 +306,14 @@ def _met(left: Array, i: int, right: Array, j: int) -> npt.NDArray[np.float64]:
     return np.asarray(products.reshape(-1, *products.shape[-2:]).sum(axis=0))
 
 
-@scorer(
+@score_function(
     "reconstruction",
     source="Frantar and Alistarh, Optimal Brain Compression, NeurIPS 2022, for channels; after He et al., ICCV 2017",
     needs_data=True,
     is_loss=True,
     samples=512,
 )
-def reconstruction(question: Question) -> list[Scores]:
+def reconstruction(context: ScoreContext) -> list[Scores]:
     """What least squares cannot make up for when a channel goes, over all its consumers."""
     with one_thread():
-        return losses(question)
+        return losses(context)

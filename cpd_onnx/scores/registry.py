@@ -2,9 +2,9 @@
 
 Scores are functions in a table, and users add theirs:
 
-    @scorer("widest", source="my own idea")
-    def widest(question: Question) -> list[Scores]:
-        return [np.arange(len(group), dtype=float) for group in question.combed.groups]
+    @score_function("widest", source="my own idea")
+    def widest(context: ScoreContext) -> list[Scores]:
+        return [np.arange(len(group), dtype=float) for group in context.combed.groups]
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SAMPLES = 64
 
 
 @dataclass(frozen=True)
-class Question:
+class ScoreContext:
     """What a score may look at.
 
     Attributes:
@@ -46,7 +46,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Scorer:
+class ScoreFunction:
     """How channels are scored.
 
     Attributes:
@@ -58,30 +58,30 @@ class Scorer:
         samples: that it looks at where nobody says how many.
     """
 
-    function: Callable[[Question], list[Scores]]
+    function: Callable[[ScoreContext], list[Scores]]
     source: str
     needs_data: bool = False
     is_loss: bool = False
     samples: int = SAMPLES
 
 
-SCORERS: dict[str, Scorer] = {}
+SCORE_FUNCTIONS: dict[str, ScoreFunction] = {}
 """All scores by name."""
 
 
-def scorer(
+def score_function(
     name: str, *, source: str, needs_data: bool = False, is_loss: bool = False, samples: int = SAMPLES
-) -> Callable[[Callable[[Question], list[Scores]]], Callable[[Question], list[Scores]]]:
-    """Enter a function into the table of scores; see `Scorer`.
+) -> Callable[[Callable[[ScoreContext], list[Scores]]], Callable[[ScoreContext], list[Scores]]]:
+    """Enter a function into the table of scores; see `ScoreFunction`.
 
     Raises:
         ValueError: there is a score of that name.
     """
-    if name in SCORERS:
+    if name in SCORE_FUNCTIONS:
         raise ValueError(f"there is a score {name!r} already")
 
-    def enter(function: Callable[[Question], list[Scores]]) -> Callable[[Question], list[Scores]]:
-        SCORERS[name] = Scorer(function, source, needs_data, is_loss, samples)
+    def enter(function: Callable[[ScoreContext], list[Scores]]) -> Callable[[ScoreContext], list[Scores]]:
+        SCORE_FUNCTIONS[name] = ScoreFunction(function, source, needs_data, is_loss, samples)
         return function
 
     return enter
@@ -92,32 +92,32 @@ def score(combed: Combed, kind: str = "l2", *, samples: int | None = None, **mor
 
     Args:
         combed: the model.
-        kind: a name in `SCORERS`.
+        kind: a name in `SCORE_FUNCTIONS`.
         samples: that are looked at; None leaves that to the score.
-        more: further fields of `Question`.
+        more: further fields of `ScoreContext`.
 
     Raises:
         TargetError: no score has that name, or it gives something else.
         DataError: it needs data and there is none.
     """
-    found = scorer_of(kind)
-    question = Question(combed, samples=samples or found.samples, **more)
-    if found.needs_data and question.data is None:
+    found = find_score_function(kind)
+    context = ScoreContext(combed, samples=samples or found.samples, **more)
+    if found.needs_data and context.data is None:
         raise DataError(f"score {kind!r} looks at samples: give --data, or a source as `data`")
-    scores = [np.asarray(values, np.float64) for values in found.function(question)]
+    scores = [np.asarray(values, np.float64) for values in found.function(context)]
     if [s.shape for s in scores] != [(len(group),) for group in combed.groups]:
         raise TargetError(f"score {kind!r} should give one number per channel for each of {len(combed.groups)} groups")
     return scores
 
 
-def scorer_of(kind: str) -> Scorer:
+def find_score_function(kind: str) -> ScoreFunction:
     """Look a score up, or import the one that "module:function" names.
 
     A function may have the attributes `needs_data` and `is_loss`. Raises TargetError if there is none of that name.
     """
-    if kind in SCORERS:
-        return SCORERS[kind]
+    if kind in SCORE_FUNCTIONS:
+        return SCORE_FUNCTIONS[kind]
     if kind.count(":") != 1:
-        raise TargetError(f"no score is called {kind!r}: choose one of {', '.join(SCORERS)}, or module:function")
+        raise TargetError(f"unknown score {kind!r}: choose one of {', '.join(SCORE_FUNCTIONS)}, or module:function")
     function = imported(kind, "that scores channels")
-    return Scorer(function, kind, getattr(function, "needs_data", False), getattr(function, "is_loss", False))
+    return ScoreFunction(function, kind, getattr(function, "needs_data", False), getattr(function, "is_loss", False))

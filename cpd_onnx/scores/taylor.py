@@ -6,37 +6,37 @@ import numpy as np
 
 from cpd_onnx.errors import DataError, UnsupportedError
 from cpd_onnx.scores.magnitude import Summand
-from cpd_onnx.scores.registry import Question, Scores, scorer
+from cpd_onnx.scores.registry import ScoreContext, Scores, score_function
 
 
-@scorer("taylor", source="Molchanov et al., Importance Estimation, CVPR 2019", needs_data=True, is_loss=True)
-def taylor(question: Question) -> list[Scores]:
+@score_function("taylor", source="Molchanov et al., Importance Estimation, CVPR 2019", needs_data=True, is_loss=True)
+def taylor(context: ScoreContext) -> list[Scores]:
     """Mean over the samples of the absolute first-order change of the loss when a channel goes."""
-    return _from_gradients(question, np.abs)
+    return _from_gradients(context, np.abs)
 
 
-@scorer(
+@score_function(
     "fisher",
     source="Schmitt et al., ITSC 2024, after Liu et al., Group Fisher Pruning, ICML 2021",
     needs_data=True,
     is_loss=True,
 )
-def fisher(question: Question) -> list[Scores]:
+def fisher(context: ScoreContext) -> list[Scores]:
     """Mean over the samples of the squared first-order change of the loss: the diagonal of its curvature."""
-    return _from_gradients(question, np.square)
+    return _from_gradients(context, np.square)
 
 
-def _from_gradients(question: Question, summand: Summand) -> list[Scores]:
+def _from_gradients(context: ScoreContext, summand: Summand) -> list[Scores]:
     try:
         from cpd_onnx.scores.gradients import changes
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
         raise UnsupportedError("scores from gradients need torch: pip install 'cpd-onnx[torch]'") from error
-    total, count = np.zeros(len(question.combed.atoms)), 0
-    for change in changes(question):
+    total, count = np.zeros(len(context.combed.atoms)), 0
+    for change in changes(context):
         total += summand(change)
         count += 1
     if not count:
         raise DataError("the data has no samples to score with")
-    return [total[group.channels] / count for group in question.combed.groups]
+    return [total[group.channels] / count for group in context.combed.groups]

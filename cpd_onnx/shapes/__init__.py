@@ -1,1 +1,1 @@
-"""What is known of tensors: shapes, values, sizes."""
+"""Shape inference: shapes, values and symbolic sizes of the tensors of a model."""

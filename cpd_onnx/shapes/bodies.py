@@ -1,4 +1,4 @@
-"""What goes into subgraphs and functions, and what comes out of them."""
+"""Inputs and outputs of subgraphs and of model-local functions during shape inference."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from onnx import AttributeProto, GraphProto, NodeProto
 from cpd_onnx.ir.model import attributes_of
 from cpd_onnx.ops.evaluate import MAX_ELEMENTS
 from cpd_onnx.ops.sizes import Bindings, unknown
-from cpd_onnx.shapes.values import GUESSES, Numbers, Scope, T, Value, always, taken_branch
+from cpd_onnx.shapes.values import PLACEHOLDER_SIZES, Numbers, Scope, T, Value, for_all_bindings, taken_branch
 
 
 def formal_inputs(node: NodeProto, body: GraphProto, inputs: Sequence[Value | None]) -> dict[str, Value]:
-    """The inputs of a subgraph: shapes of the arguments, values unknown."""
+    """Return the inputs of a subgraph by name, with the shapes of the arguments and unknown values."""
     if node.op_type == "If":
         return {}
     attributes = attributes_of(node)
     scans = attributes.get("num_scan_inputs", 0)
     first_scan, axes = len(body.input) - scans, attributes.get("scan_input_axes") or [0] * scans
-    made = {}
+    results = {}
     for index, info in enumerate(body.input):
         actual = (inputs[index] if index < len(inputs) else None) or Value(info.name)
         value = Value(info.name, info.type.tensor_type.elem_type or actual.dtype, actual.shapes, actual.extents)
@@ -29,34 +29,34 @@ def formal_inputs(node: NodeProto, body: GraphProto, inputs: Sequence[Value | No
             value.shapes = tuple(_without(shape, axis) for shape in actual.shapes)
             value.extents = None if actual.extents is None else _without(actual.extents, axis)
         if node.op_type == "Loop" and index < 2:
-            value.shapes, value.extents = always(()), None
-        made[info.name] = value
-    return made
+            value.shapes, value.extents = for_all_bindings(()), None
+        results[info.name] = value
+    return results
 
 
 def if_outputs(
     node: NodeProto, condition: Value | None, branches: Mapping[str, Scope], bindings: Bindings
 ) -> list[Value]:
-    """What all branches that may run agree on."""
+    """Return the outputs of an If: the properties on which all branches that may run agree."""
     taken = taken_branch(condition)
     scopes = [branches[name] for name in (("then_branch", "else_branch") if taken is None else (taken,))]
-    made = []
+    results = []
     for index, name in enumerate(node.output):
         found = [scope.lookup(scope.outputs[index]) for scope in scopes]
         sources = [value for value in found if value is not None]
         if found[0] is None or len({value.shapes if value else None for value in found}) > 1:
-            made.append(Value(name, found[0].dtype if found[0] else 0))
+            results.append(Value(name, found[0].dtype if found[0] else 0))
             continue
         result = renamed(found[0], name)
         if taken is None:
             result.values = result.expressions = None
             _set_common_sizes(result, sources, bindings, (scopes[0].path, index))
-        made.append(result)
-    return made
+        results.append(result)
+    return results
 
 
 def _set_common_sizes(result: Value, sources: Sequence[Value], bindings: Bindings, place: tuple[str, int]) -> None:
-    """Give the output of an If the sizes that both branches have; one on which they differ depends on the inputs."""
+    """Set the sizes of an If's output; a size on which the branches differ becomes an unknown of the inputs."""
     if all(value.extents is None for value in sources):
         return
     rows = zip(*(value.sizes or () for value in sources), strict=True)
@@ -70,12 +70,12 @@ def _set_common_sizes(result: Value, sources: Sequence[Value], bindings: Binding
 def loop_outputs(
     node: NodeProto, graph: GraphProto, inputs: Sequence[Value | None], body: Scope, bindings: Bindings
 ) -> list[Value]:
-    """The states after the last round of a Loop or Scan, and what the rounds made, stacked."""
+    """Return the outputs of a Loop or Scan: final states, then the per-iteration outputs stacked along an axis."""
     attributes, skipped = attributes_of(node), 1 if node.op_type == "Loop" else 0  # the condition
     arguments = inputs[2 * skipped :]
     states = len(arguments) - attributes.get("num_scan_inputs", 0)
     axes = attributes.get("scan_output_axes") or [0] * len(node.output)
-    made = []
+    results = []
     for index, name in enumerate(node.output):
         inner = body.lookup(graph.output[index + skipped].name) or Value(name)
         value = Value(name, inner.dtype)
@@ -89,54 +89,56 @@ def loop_outputs(
             value.shapes = tuple((*shape[:axis], length, *shape[axis:]) for shape, length in shapes)
             sizes, length = inner.sizes or (), bindings.measure((body.path, index), lengths)
             value.set_sizes((*sizes[:axis], length, *sizes[axis:]))
-            value.guessed = bool(skipped) or inner.guessed or inputs[-1] is None or inputs[-1].guessed
-        made.append(value)
-    return made
+            value.has_placeholder = (
+                bool(skipped) or inner.has_placeholder or inputs[-1] is None or inputs[-1].has_placeholder
+            )
+        results.append(value)
+    return results
 
 
 def _rounds(node: NodeProto, inputs: Sequence[Value | None]) -> Numbers:
-    """Length of what a Loop or Scan stacks: known for Scan, for Loop a stand-in unless its count is known."""
+    """Return the number of iterations of a Loop or Scan; a placeholder for a Loop whose trip count is unknown."""
     if node.op_type == "Scan":
         last, axis = inputs[-1], (attributes_of(node).get("scan_input_axes") or [0])[-1]
         if last is None or last.shapes is None or not -len(last.shapes[0]) <= axis < len(last.shapes[0]):
-            return GUESSES
+            return PLACEHOLDER_SIZES
         return tuple(shape[axis] for shape in last.shapes)
     count = inputs[0]
     if count is not None and count.values is not None and 0 < int(count.values[0].item()) < MAX_ELEMENTS:
         return tuple(int(array.item()) for array in count.values)
-    return GUESSES
+    return PLACEHOLDER_SIZES
 
 
 def renamed(value: Value | None, name: str) -> Value:
-    """The same tensor under the name that it has outside; its elements are known outside as inside."""
+    """Return a body's output under its outer name, without the provenance that is valid only inside the body."""
     if value is None:
         return Value(name)
     return replace(value, name=name, origins=None, weight=None, constants=None, moved=False, source=None, _types=None)
 
 
 def with_attributes(node: NodeProto, given: Mapping[str, AttributeProto]) -> NodeProto:
-    """A function's node with references to the call's attributes resolved, in its subgraphs too."""
+    """Return a node of a function with its attribute references resolved from the call, also in its subgraphs."""
     if not _refers(node):
         return node
-    made = NodeProto()
-    made.CopyFrom(node)
-    del made.attribute[:]
+    result = NodeProto()
+    result.CopyFrom(node)
+    del result.attribute[:]
     for attribute in node.attribute:
         source = given.get(attribute.ref_attr_name) if attribute.ref_attr_name else attribute
         if source is None:
             continue
-        copied = made.attribute.add()
+        copied = result.attribute.add()
         copied.CopyFrom(source)
         copied.name = attribute.name
         if source is attribute:
             inner = [with_attributes(each, given) for each in attribute.g.node]
             del copied.g.node[:]
             copied.g.node.extend(inner)
-    return made
+    return result
 
 
 def _refers(node: NodeProto) -> bool:
-    """Whether a node, or one inside it, takes an attribute of the function's call."""
+    """Whether a node, or one of its subgraphs, references an attribute of the function call."""
     return any(a.ref_attr_name or any(map(_refers, a.g.node)) for a in node.attribute)
 
 

@@ -1,4 +1,4 @@
-"""Refusals of damaged models, before onnx or onnxruntime trip over them."""
+"""Checks that reject damaged models before they crash onnx or onnxruntime."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from cpd_onnx.ops.evaluate import Call
 from cpd_onnx.shapes.values import Shape, Value
 
 _MAX_DIM = 1 << 28
-"""No axis is longer; each index of it would take eight bytes."""
-_MOST_CALLED = 200_000
-"""Nodes in functions that are looked at, each as often as it is called."""
+"""Longest credible axis, in elements. Heuristic: at this length one int64 index array of the axis takes 2 GiB."""
+_MAX_CALLED_NODES = 200_000
+"""Largest number of nodes after expansion of all function calls. Heuristic that bounds the time of inference."""
 
 
-def require_few_calls(model: Model, functions: Mapping[FunctionName, FunctionProto]) -> None:
-    """Raise ModelError where functions that call functions come to more nodes than anybody can look at."""
+def require_bounded_calls(model: Model, functions: Mapping[FunctionName, FunctionProto]) -> None:
+    """Raise ModelError if the function calls of a model expand to more than `_MAX_CALLED_NODES` nodes."""
     known: dict[FunctionName, int] = {}
 
     def inside(nodes: Iterable[NodeProto]) -> int:
@@ -35,59 +35,59 @@ def require_few_calls(model: Model, functions: Mapping[FunctionName, FunctionPro
         count = inside(model.graph.node)
     except RecursionError as error:
         raise ModelError("subgraphs or functions nest too deep (recursive function?)") from error
-    if count > _MOST_CALLED:
-        raise ModelError(f"functions that call functions come to {count:,} nodes, more than {_MOST_CALLED:,}")
+    if count > _MAX_CALLED_NODES:
+        raise ModelError(f"function calls expand to {count:,} nodes; at most {_MAX_CALLED_NODES:,} are supported")
 
 
-def sane(shape: Shape) -> Shape:
-    """The shape, unless a damaged file made it absurd."""
+def credible_shape(shape: Shape) -> Shape:
+    """Return the shape; raise ModelError if a size is negative or larger than any real tensor has."""
     if max(shape, default=0) > _MAX_DIM or min(shape, default=0) < 0:
         raise ModelError(f"a tensor of shape {list(shape)} is not credible: is the file damaged?")
     return shape
 
 
 def require_bodies(node: NodeProto, bodies: Mapping[str, GraphProto]) -> None:
-    """Raise ModelError where subgraphs are missing, or have not the inputs and outputs that the node calls for."""
-    attributes, given, made = attributes_of(node), len(node.input), len(node.output)
+    """Raise ModelError if subgraphs of an If, Loop or Scan are missing or their inputs and outputs do not fit it."""
+    attributes, inputs, outputs = attributes_of(node), len(node.input), len(node.output)
     wanted = {"If": ("then_branch", "else_branch")}.get(node.op_type, ("body",))
     fits = all(name in bodies for name in wanted)
     if node.op_type == "If":
-        fits = fits and given == 1 and all(len(bodies[name].output) >= made for name in wanted)
+        fits = fits and inputs == 1 and all(len(bodies[name].output) >= outputs for name in wanted)
     elif node.op_type == "Loop":
-        fits = fits and given >= 2 and len(bodies["body"].input) == given and len(bodies["body"].output) > made
+        fits = fits and inputs >= 2 and len(bodies["body"].input) == inputs and len(bodies["body"].output) > outputs
     else:
         scans = attributes.get("num_scan_inputs", 0)
         axes = [(name, attributes.get(f"scan_{name}_axes")) for name in ("input", "output")]
-        count = {"input": scans, "output": made - (given - scans)}
-        fits = fits and 0 < scans <= given and len(bodies["body"].output) >= made
-        fits = fits and len(bodies["body"].input) in (given - 1, given)  # one less before opset 9
+        count = {"input": scans, "output": outputs - (inputs - scans)}
+        fits = fits and 0 < scans <= inputs and len(bodies["body"].output) >= outputs
+        fits = fits and len(bodies["body"].input) in (inputs - 1, inputs)  # one less before opset 9
         fits = fits and all(found is None or len(found) == count[name] for name, found in axes)
     if not fits:
-        name = node.name or (node.output[0] if made else "")
+        name = node.name or (node.output[0] if outputs else "")
         raise ModelError(f"the subgraphs of {node.op_type} {name!r} do not fit its inputs and outputs")
 
 
 def _require_scales(node: NodeProto, call: Call, inputs: Sequence[Value | None]) -> None:
-    """Refuse scales that make a size below zero: onnxruntime ends the whole process at the next Slice."""
+    """Reject scales that are not positive: negative sizes abort the onnxruntime process at the next Slice."""
     given = inputs[2 if call.opset > 10 else 1 :]
     if given and given[0] is not None and given[0].values is not None:
         scales = given[0].values[0].ravel().tolist()
         if not all(scale > 0 for scale in scales):
-            raise _damaged(node, f"resizes by {scales}, not all above zero")
+            raise _damaged(node, f"must have positive scales, got {scales}")
 
 
 def _require_batch_dims(node: NodeProto, call: Call, _inputs: Sequence[Value | None]) -> None:
-    """Refuse axes counted from the end: the shape inference of onnx and onnxruntime reads what is not its own."""
+    """Reject negative `batch_dims`: the shape inference of onnx and onnxruntime reads out of bounds."""
     _require_number(node, call, "batch_dims", 0, range(1 << 10))
 
 
 def _require_groups(node: NodeProto, call: Call, _inputs: Sequence[Value | None]) -> None:
-    """Refuse what onnxruntime divides by."""
+    """Reject group counts below one, by which onnxruntime divides."""
     _require_number(node, call, "group", 1, range(1, _MAX_DIM))
 
 
 def _require_heads(node: NodeProto, call: Call, inputs: Sequence[Value | None]) -> None:
-    """Refuse heads that have no channels: onnxruntime divides by how many each has."""
+    """Reject more heads than channels: onnxruntime divides by the number of channels of a head."""
     for value, name in zip(inputs, ("q_num_heads", "kv_num_heads"), strict=False):
         if value is not None and value.shapes is not None and len(value.shapes[0]) == 3:
             _require_number(node, call, name, 0, range(1, value.shapes[0][2] + 1))
@@ -96,26 +96,26 @@ def _require_heads(node: NodeProto, call: Call, inputs: Sequence[Value | None]) 
 def _require_number(node: NodeProto, call: Call, name: str, default: int, among: range) -> None:
     found = call.get(name, default)
     if not isinstance(found, int) or found not in among:
-        raise _damaged(node, f"has {name} {found!r}, which makes no sense")
+        raise _damaged(node, f"must have {name} from {among.start:,} to {among.stop - 1:,}, got {found!r}")
 
 
-def _require_five(node: NodeProto, _call: Call, inputs: Sequence[Value | None]) -> None:
-    """Refuse fewer inputs than onnxruntime makes its table of when it opens the model."""
+def _require_five_inputs(node: NodeProto, _call: Call, inputs: Sequence[Value | None]) -> None:
+    """Reject fewer than five inputs: onnxruntime reads all five when it builds its lookup table."""
     if len(inputs) < 5:
-        raise _damaged(node, f"has {len(inputs)} inputs instead of 5")
+        raise _damaged(node, f"must have at least 5 inputs, got {len(inputs)}")
 
 
 def _damaged(node: NodeProto, what: str) -> ModelError:
-    """The error that says what is wrong with a node."""
+    """Return the ModelError for a node; `what` follows its name in the message."""
     return ModelError(f"node {node.name or node.output[0]!r} {what}: is the file damaged?")
 
 
-DEADLY = {
+NODE_CHECKS = {
     ("", "Attention"): _require_heads,
     ("", "ConvTranspose"): _require_groups,
     ("", "GatherND"): _require_batch_dims,
     ("", "Resize"): _require_scales,
-    ("com.microsoft", "QLinearLeakyRelu"): _require_five,
-    ("com.microsoft", "QLinearSigmoid"): _require_five,
+    ("com.microsoft", "QLinearLeakyRelu"): _require_five_inputs,
+    ("com.microsoft", "QLinearSigmoid"): _require_five_inputs,
 }
-"""Checks of what onnx or onnxruntime would not survive."""
+"""Checks by (domain, operator) of nodes on which onnx or onnxruntime would crash the process."""

@@ -1,14 +1,14 @@
-"""Weights that a graph computes from other weights alone, evaluated once.
+"""Constant folding of weight arithmetic: weights that a graph computes from other weights alone are evaluated once.
 
-Spectral and weight normalisation, weight standardisation and parameters cut from one flat buffer reach a file as
-nodes between the stored tensors and the operator that uses them. Channels of such arithmetic are no channels of the
-network: no activation runs through them, and taking some away changes what the others are. So the result is written
-down as an initializer under the name that it has already, and is from then on a weight like any other; nodes and
-tensors that nothing uses any more are dropped.
+Spectral and weight normalisation, weight standardisation and parameters sliced from one flat buffer appear in a file as
+nodes between the stored tensors and the operator that uses them. Channels of such arithmetic are not channels of the
+network: no activation passes through them, and removing some changes the values of the others. The result is therefore
+stored as an initializer under the name of the computed tensor and is a weight like any other from then on; unused nodes
+and tensors are removed.
 
-What only moves elements about (Transpose, Reshape, Cast and the like) is left alone: pruning follows it through to the
-stored tensor. So are quantised weights, and arithmetic that makes much out of little (tables of angles, masks, factors
-of a product): to write that down would let the file grow.
+Operators that only rearrange elements (Transpose, Reshape, Cast and the like) are left in place, since pruning traces
+them back to the stored tensor. So are quantised weights, and arithmetic that expands small inputs into large results
+(tables of angles, masks, factors of a product), because storing its results would enlarge the file.
 """
 
 from __future__ import annotations
@@ -40,25 +40,28 @@ from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.shapes.editor import Editor
 from cpd_onnx.shapes.values import Evaluated, Scope, Value
 
-_TRAINED = {
+_WEIGHT_TYPES = {
     TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE, TensorProto.INT8,
     TensorProto.UINT8,
 }  # fmt: skip  # a table
-_FEWEST = 8
-"""Constants up to this many elements are settings of the arithmetic (an epsilon, an exponent), no weights."""
+"""Element types of trained parameters; sizes, indices and masks have other types."""
+_MAX_SETTING_ELEMENTS = 8
+"""Largest size, in elements, of a constant that counts as a setting (an epsilon, an exponent), not as a weight.
+Heuristic."""
 _DOMAINS = {"", "ai.onnx", "com.microsoft"}
-_GROWTH = 2.0
-"""A result takes at most so many times the bytes of what it is computed from: float16 may become float32."""
-_SWELL = 16
-"""The same of the elements of what is computed on the way."""
-_SLACK = 1 << 16
-"""Elements, or bytes, that do not matter."""
+"""Operator domains whose operators onnxruntime evaluates: the standard's and its own."""
+_MAX_STORED_GROWTH = 2.0
+"""Largest ratio of the bytes of a result to those of its sources: float16 may become float32. Heuristic."""
+_MAX_INTERMEDIATE_GROWTH = 16
+"""Largest ratio of the elements of an intermediate result to those of the sources. Heuristic that bounds memory."""
+_NEGLIGIBLE_ELEMENTS = 1 << 16
+"""Intermediate results up to this many elements are allowed whatever the size of the sources. Heuristic."""
 
 
-def evaluated(model: Model, scope: Scope) -> Evaluated | None:
-    """Evaluate the weight arithmetic of a model; None if it has none that is worth it, or onnxruntime does not run it.
+def evaluate_weights(model: Model, scope: Scope) -> Evaluated | None:
+    """Evaluate the weight arithmetic of a model; None if there is none to evaluate or onnxruntime cannot run it.
 
-    The same model gives the same bytes with one version of onnxruntime on one kind of processor.
+    The result is deterministic for one version of onnxruntime and one type of processor.
     """
     results: list[tuple[_Constant, Array]] = []
     feed: dict[str, Array] = {}
@@ -72,14 +75,14 @@ def evaluated(model: Model, scope: Scope) -> Evaluated | None:
 
 @dataclass(eq=False)
 class _Constant:
-    """A tensor that is stored, or computed from stored ones alone.
+    """A tensor that is stored in the file or computed from stored tensors alone.
 
     Attributes:
-        value: what is known of it.
-        scope: the graph that holds it or the node that makes it.
-        position: of that node, -1 for an initializer.
-        inputs: what it is computed from.
-        is_computed: whether more was done on the way than moving elements about.
+        value: Inferred properties of the tensor.
+        scope: Graph that contains the tensor, or its producer.
+        position: Position of the producer in `scope`; -1 for an initializer.
+        inputs: Constants that the producer takes.
+        is_computed: Whether the tensor results from arithmetic, not from rearranging elements only.
 
     """
 
@@ -91,55 +94,58 @@ class _Constant:
 
     @property
     def name(self) -> str:
-        """As in the file."""
+        """Name of the tensor in the file."""
         return self.value.name
 
     @property
     def node(self) -> NodeProto | None:
-        """The node that makes it, None for an initializer."""
+        """Producer of the tensor; None for an initializer."""
         return self.scope.nodes[self.position] if self.position >= 0 else None
 
     @property
     def is_weight(self) -> bool:
-        """Whether it holds numbers as they are trained, and no sizes or indices."""
-        return self.value.dtype in _TRAINED
+        """Whether the element type is one of trained parameters, not of sizes or indices."""
+        return self.value.dtype in _WEIGHT_TYPES
 
     @property
     def is_stored(self) -> bool:
-        """Whether its elements lie in the file."""
+        """Whether the elements are stored in the file."""
         return not self.inputs
 
     @cached_property
     def size(self) -> float:
-        """Number of elements; infinite if it is not known."""
+        """Number of elements; infinite if unknown."""
         return math.inf if self.value.shape is None else math.prod(self.value.shape)
 
     @property
     def bytes(self) -> float:
-        """Bytes that its elements take."""
+        """Size of the elements in bytes."""
         return self.size * element_bytes(self.value.dtype)
 
     @cached_property
     def largest(self) -> float:
-        """Elements of the largest tensor on the way to it."""
+        """Number of elements of the largest tensor in its computation, itself included."""
         return max([self.size, *(each.largest for each in self.inputs)])
 
     @cached_property
     def sources(self) -> frozenset[_Constant]:
-        """The weights that it is computed from."""
+        """Stored weights from which it is computed."""
         if self.is_stored:
-            return frozenset([self] if self.is_weight and self.size > _FEWEST else [])
+            return frozenset([self] if self.is_weight and self.size > _MAX_SETTING_ELEMENTS else [])
         return frozenset().union(*(each.sources for each in self.inputs))
 
     @property
     def is_affordable(self) -> bool:
-        """Whether its value may be written down in place of its sources."""
+        """Whether storing the value in place of its sources keeps the growth of file and memory within the limits."""
         there = sum(source.size for source in self.sources)
         stored = sum(source.bytes for source in self.sources)
-        return self.bytes <= _GROWTH * stored and self.largest <= _SWELL * there + _SLACK
+        return (
+            self.bytes <= _MAX_STORED_GROWTH * stored
+            and self.largest <= _MAX_INTERMEDIATE_GROWTH * there + _NEGLIGIBLE_ELEMENTS
+        )
 
     def steps(self) -> Iterator[_Constant]:
-        """What it is computed from and itself, each once, in an order in which it can be computed."""
+        """Yield the constants in its computation and itself, each once, in topological order."""
         seen: set[int] = set()
         waiting = [(self, False)]
         while waiting:
@@ -154,57 +160,64 @@ class _Constant:
 
 @dataclass(eq=False)
 class _Finder:
-    """Finds the constants of a model, and which of them enter the network."""
+    """Finds the constants of a model and those that are operands of its data-dependent nodes.
+
+    Attributes:
+        model: Model to search.
+        taken: Constants that data-dependent nodes consume, by `id`.
+        outputs: `id` of the constants that are outputs of a graph.
+
+    """
 
     model: Model
     taken: dict[int, _Constant] = field(default_factory=dict)
-    handed_out: set[int] = field(default_factory=set)
+    outputs: set[int] = field(default_factory=set)
 
     def wanted(self, scope: Scope) -> list[_Constant]:
-        """The constants whose values are to be written down, in the order of the graph."""
+        """Return the constants to be replaced by their values, in the order of the graph."""
         self.sweep(scope, {})
-        results = [c for c in self.taken.values() if not c.is_stored and c.is_weight and id(c) not in self.handed_out]
+        results = [c for c in self.taken.values() if not c.is_stored and c.is_weight and id(c) not in self.outputs]
         chosen = {id(c) for c in results if c.is_computed and c.sources and c.is_affordable}
         for source in dict.fromkeys(source for c in results for source in _in_order(c)):
             chosen |= self.parts(source, chosen)
         return [constant for constant in results if id(constant) in chosen]
 
     def parts(self, source: _Constant, chosen: set[int]) -> set[int]:
-        """The parts that a buffer is cut into, if it serves nothing else and they are not much more than it.
+        """Return the `id` of the slices of a flat buffer, if it has no other use and they are not much larger.
 
-        What has as many elements is no part but the same in another order, as the gates of recurrent layers.
+        A tensor with as many elements as the buffer is a permutation of it (gates of recurrent layers), not a slice.
         """
-        if id(source) in self.taken or id(source) in self.handed_out:
+        if id(source) in self.taken or id(source) in self.outputs:
             return set()
         parts = [constant for constant in self.taken.values() if source in constant.sources]
         there = frozenset[_Constant]().union(*(part.sources for part in parts))
-        fits = sum(part.bytes for part in parts) <= _GROWTH * sum(each.bytes for each in there)
+        fits = sum(part.bytes for part in parts) <= _MAX_STORED_GROWTH * sum(each.bytes for each in there)
         if len(parts) < 2 or not fits or not all(part.is_weight for part in parts):
             return set()
         known = all((part.size < source.size and part.is_affordable) or id(part) in chosen for part in parts)
-        return {id(part) for part in parts if id(part) not in self.handed_out} if known else set()
+        return {id(part) for part in parts if id(part) not in self.outputs} if known else set()
 
     def sweep(self, scope: Scope, outer: Mapping[str, _Constant]) -> None:
-        """Go through a graph that sees some constants outside."""
+        """Collect the constants of a graph and its subgraphs; `outer` are those of the enclosing graphs by name."""
         here = {name: constant for name, constant in outer.items() if name not in scope.inputs}
         stored = [value for value in scope.values.values() if isinstance(value.source, TensorProto)]
         here |= {value.name: _Constant(value, scope) for value in stored}
         for position, node in enumerate(scope.nodes):
             if self.is_constant(node, here):
-                here |= {constant.name: constant for constant in _made(scope, position, node, here)}
+                here |= {constant.name: constant for constant in _outputs_of(scope, position, node, here)}
                 continue
             self.taken |= {id(here[name]): here[name] for name in node.input if name in here}
             for body in scope.bodies.get(position, {}).values():
                 if not body.function:
                     self.sweep(body, here)
-        self.handed_out |= {id(here[name]) for name in scope.outputs if name in here}
+        self.outputs |= {id(here[name]) for name in scope.outputs if name in here}
 
     def is_constant(self, node: NodeProto, here: Mapping[str, _Constant]) -> bool:
-        """Whether a node computes the same whatever the inputs of the model."""
+        """Whether the outputs of a node are independent of the inputs of the model."""
         if node.op_type == "Constant" and node.domain in _DOMAINS:
             return True
         own = traits_of(node)
-        # Quantizers stand for the format in which a weight is stored.
+        # Quantizers belong to the format in which a weight is stored.
         if node.domain not in _DOMAINS or own.is_random or own.is_quantizer or called_by(node) in self.functions:
             return False
         given = [name for name in node.input if name]
@@ -212,12 +225,12 @@ class _Finder:
 
     @cached_property
     def functions(self) -> Container[FunctionName]:
-        """Names of the functions that stand in the model itself."""
+        """Names of the model-local functions."""
         return functions_of(self.model.proto)
 
 
-def _made(scope: Scope, position: int, node: NodeProto, here: Mapping[str, _Constant]) -> Iterator[_Constant]:
-    """The outputs of a node."""
+def _outputs_of(scope: Scope, position: int, node: NodeProto, here: Mapping[str, _Constant]) -> Iterator[_Constant]:
+    """Yield the outputs of a node whose inputs are constants."""
     inputs, own = [here[name] for name in node.input if name], traits_of(node)
     is_new = not (own.moves_elements or own.casts or own.fills_sizes or own.reads_sizes) and bool(inputs)
     for name in filter(None, node.output):
@@ -227,17 +240,17 @@ def _made(scope: Scope, position: int, node: NodeProto, here: Mapping[str, _Cons
 
 
 def _in_order(constant: _Constant) -> Iterator[_Constant]:
-    """The sources of a constant, the same way in each run."""
+    """Yield the sources of a constant in a deterministic order."""
     return (step for step in constant.steps() if step in constant.sources)
 
 
 def _stored(constant: _Constant) -> Iterator[str]:
-    """Names of the stored numbers that a constant is computed from, sizes and indices apart."""
+    """Yield the names of the stored weights from which a constant is computed."""
     return (step.name for step in constant.steps() if step.is_stored and step.is_weight)
 
 
 def _part(model: Model, constant: _Constant, before: Mapping[str, Array]) -> tuple[ModelProto, dict[str, Array]]:
-    """The part of a model that computes a constant, and what enters it; `before` is what the last one took."""
+    """Return the part of a model that computes a constant, and its inputs; `before` are arrays already loaded."""
     proto, feed = ModelProto(ir_version=model.proto.ir_version), dict[str, Array]()
     proto.opset_import.extend(model.proto.opset_import)
     proto.graph.name = "weights"
@@ -259,7 +272,7 @@ def _part(model: Model, constant: _Constant, before: Mapping[str, Array]) -> tup
 
 
 def _run(proto: ModelProto, feed: Mapping[str, Array]) -> Array | None:
-    """The only output of a model, None where onnxruntime does not run it."""
+    """Return the only output of a model; None if onnxruntime cannot run it."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
@@ -275,12 +288,12 @@ def _run(proto: ModelProto, feed: Mapping[str, Array]) -> Array | None:
 
 
 class _Writer(Editor):
-    """Puts results into a copy of the model and drops what nothing uses any more."""
+    """Stores results in a copy of the model and removes unused nodes and tensors."""
 
     def __init__(self, model: Model, scope: Scope, results: Sequence[tuple[_Constant, Array]]) -> None:
         super().__init__(model)
         self.results = results
-        self.kept = {(result.scope, result.name) for result, _ in results}
+        self.results_by_name = {(result.scope, result.name) for result, _ in results}
         graphs = list(graphs_of(model.graph))
         self.uses = Counter(name for graph in graphs for node in graph.node for name in node.input)
         self.uses.update(output.name for graph in graphs for output in graph.output)
@@ -305,22 +318,22 @@ class _Writer(Editor):
         return Evaluated(self.model, weights, tuple(words), tuple(step.name for step in stored))
 
     def place(self, step: _Constant) -> tuple[int, int]:
-        """Where a node stands; graphs inside others come after them."""
+        """Return the sort key of a node: its graph, enclosing graphs first, and its position in the file."""
         return self.order[step.scope], step.scope.order[step.position]
 
     def is_unused(self, step: _Constant) -> bool:
-        """Whether a node can go; what it takes has a use less then, and what it shares a name with has one no more."""
+        """Whether a node is unused; if so, its inputs lose a use, if not, outputs that results replace are renamed."""
         node = self.node(step.scope, step.position)
-        if any(self.uses[name] and (step.scope, name) not in self.kept for name in node.output):
+        if any(self.uses[name] and (step.scope, name) not in self.results_by_name for name in node.output):
             for number, name in enumerate(node.output):
-                if (step.scope, name) in self.kept:
+                if (step.scope, name) in self.results_by_name:
                     node.output[number] = self.fresh(f"{name}_unused")
             return False
         self.uses.subtract(node.input)
         return True
 
     def drop(self, step: _Constant) -> None:
-        """Take a stored tensor out of the file."""
+        """Remove a stored tensor from the file."""
         graph = self.graph(step.scope)
         if step.scope.parent is None:
             self.model.drop_initializer(step.name)
@@ -329,7 +342,7 @@ class _Writer(Editor):
         _without(graph.input, {step.name})
 
     def store(self, result: _Constant, array: Array) -> None:
-        """Put a result into the graph that computed it."""
+        """Store a result as an initializer of the graph that computed it."""
         if result.scope.parent is None:
             self.add(result.name, Lazy(array.dtype, array.shape, lambda: array))
         else:
@@ -337,6 +350,6 @@ class _Writer(Editor):
 
 
 def _without(entries: Any, names: set[str]) -> None:
-    """Delete the entries of some names from a list of protobuf."""
+    """Delete the entries with the given names from a repeated protobuf field."""
     for position in reversed([n for n, entry in enumerate(entries) if entry.name in names]):
         del entries[position]

@@ -1,4 +1,4 @@
-"""Edit a copy of a model whose scopes and nodes are known from the original."""
+"""Editing of a copy of a model whose scopes and nodes were inferred on the original."""
 
 from __future__ import annotations
 
@@ -9,17 +9,23 @@ from cpd_onnx.shapes.values import Scope, Value
 
 
 class Editor:
-    """Finds the counterparts of scopes, nodes and weights in a copy of the model that they come from."""
+    """Locates the counterparts of scopes, nodes and weights in a copy of the model, and edits them.
+
+    Attributes:
+        model: Copy of the model, edited in place.
+        names: All names in use in the copy.
+
+    """
 
     def __init__(self, model: Model) -> None:
-        """Take the copy, which is edited in place."""
+        """Create an editor of a copy of the model."""
         self.model = model
         self.names = model.names()
         self._graphs: dict[str, GraphProto] = {}
         self._makers: dict[str, dict[str, NodeProto]] = {}
 
     def graph(self, scope: Scope) -> GraphProto:
-        """The graph of a scope."""
+        """Return the graph of a scope."""
         if scope.path not in self._graphs:
             graph = self.model.graph
             for position, attribute in scope.address:
@@ -28,40 +34,40 @@ class Editor:
         return self._graphs[scope.path]
 
     def node(self, scope: Scope, position: int) -> NodeProto:
-        """The node at a position of a scope."""
+        """Return the node at a position of a scope."""
         found: NodeProto = self.graph(scope).node[scope.order[position]]
         return found
 
     def maker(self, scope: Scope, name: str) -> NodeProto:
-        """The Constant node that makes a value."""
+        """Return the Constant node whose output has the given name."""
         if scope.path not in self._makers:
             nodes = self.graph(scope).node
             self._makers[scope.path] = {n.output[0]: n for n in nodes if n.op_type == "Constant"}
         return self._makers[scope.path][name]
 
-    def fresh(self, wish: str) -> str:
-        """A name that nothing has yet, as near to a wish as can be."""
-        name, number = wish, 1
+    def fresh(self, preferred: str) -> str:
+        """Return an unused name and reserve it: `preferred`, with a numeric suffix if it is taken."""
+        name, number = preferred, 1
         while name in self.names:
-            name, number = f"{wish}_{number}", number + 1
+            name, number = f"{preferred}_{number}", number + 1
         self.names.add(name)
         return name
 
-    def added(self, wish: str, array: Array | Lazy) -> str:
-        """A new initializer in the main graph, which all subgraphs see."""
-        name = self.fresh(wish)
+    def added(self, preferred: str, array: Array | Lazy) -> str:
+        """Add an initializer to the main graph, visible in all subgraphs, and return its name."""
+        name = self.fresh(preferred)
         self.add(name, array)
         return name
 
     def add(self, name: str, array: Array | Lazy) -> None:
-        """Put an initializer of a name that is free into the main graph."""
+        """Add an initializer with an unused name to the main graph."""
         self.model.add_initializer(name, array)
         if self.model.proto.ir_version < 4:
             kind = helper.np_dtype_to_tensor_dtype(array.dtype)
             self.model.graph.input.append(helper.make_tensor_value_info(name, kind, array.shape))
 
     def replace(self, weight: Value, scope: Scope, values: Array | Lazy) -> None:
-        """Put new values where a weight of a scope lies."""
+        """Replace the values of a weight of a scope, wherever they are stored."""
         name, source = weight.name, weight.source
         if not scope.address and not isinstance(source, AttributeProto):
             self.model.set_array(name, values)

@@ -1,10 +1,10 @@
-"""Shapes of all tensors, and the values of the small ones: what `fold` finds out.
+"""Shape inference (`fold`): shapes of all tensors, and the values of small ones.
 
-Open dimensions are symbols, and sizes are expressions over them (`sizes`): what is a number there is the same whatever
-the model is fed. Beside that each symbol is bound to several numbers, which differ from symbol to symbol, and the graph
-is inferred under all of these bindings: operators whose shapes nobody here writes down as expressions are known by what
-they come to. `value_info` in the file is not trusted. Shape arithmetic is computed element by element, and each element
-knows which constant it came from.
+Open dimensions are symbols, and sizes are expressions over them (`ops.sizes`): a size that is a number is the same for
+all inputs. In addition each symbol is bound to several numbers, different for each symbol, and the graph is inferred
+under each of these bindings, so that sizes of operators without a symbolic shape function are recognised by their
+numbers. `value_info` in the file is not trusted. Shape arithmetic is computed element by element, and the provenance of
+each element is recorded.
 """
 
 from __future__ import annotations
@@ -32,27 +32,38 @@ from cpd_onnx.ir.model import (
     to_array,
     translate_errors,
 )
-from cpd_onnx.ops.evaluate import MAX_ELEMENTS, Call, computed
+from cpd_onnx.ops.evaluate import MAX_ELEMENTS, Call, compute_outputs
 from cpd_onnx.ops.matrix_view import key_of
 from cpd_onnx.ops.output_shapes import open_shapes, output_shapes, output_type
-from cpd_onnx.ops.sizes import Bindings, Expressions, Size, computed_sizes, is_constant, objects, product, unknown
+from cpd_onnx.ops.sizes import Bindings, Expressions, Size, compute_sizes, is_constant, objects, product, unknown
 from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.shapes.bodies import formal_inputs, if_outputs, loop_outputs, renamed, with_attributes
-from cpd_onnx.shapes.checks import DEADLY, require_bodies, require_few_calls, sane
-from cpd_onnx.shapes.constants import evaluated
+from cpd_onnx.shapes.checks import NODE_CHECKS, credible_shape, require_bodies, require_bounded_calls
+from cpd_onnx.shapes.constants import evaluate_weights
 from cpd_onnx.shapes.open_inputs import PROFILES, OpenInputs, Profile, has_open_inputs, real_inputs
-from cpd_onnx.shapes.order import topological
+from cpd_onnx.shapes.order import topological_order
 from cpd_onnx.shapes.origins import Provenance
-from cpd_onnx.shapes.values import BINDINGS, COMPUTABLE_TYPES, GUESSES, Folded, Scope, Shape, Value, always
+from cpd_onnx.shapes.values import (
+    BINDINGS,
+    COMPUTABLE_TYPES,
+    PLACEHOLDER_SIZES,
+    Folded,
+    Scope,
+    Shape,
+    Value,
+    for_all_bindings,
+)
 
 Inputs: TypeAlias = "Sequence[Value | None]"
+"""The inputs of a node; None for an optional input that is absent."""
 Inferred: TypeAlias = "tuple[int, tuple[int | None, ...] | None]"
-"""Element type and shape, as far as they are known."""
+"""Element type (0 if unknown) and shape (None for an unknown size or rank)."""
 
-_SMALL_FLOATS = 8
-"""Float constants up to this many elements may be shape arithmetic (scales, bounds); larger ones are weights."""
-_DEEPEST = 64
-"""Subgraphs and functions nest no deeper."""
+_MAX_SMALL_FLOATS = 8
+"""Largest size, in elements, of a float constant that may be shape arithmetic (scales, bounds), not a weight.
+Heuristic."""
+_MAX_DEPTH = 64
+"""Largest nesting depth of subgraphs and function calls. Heuristic that stops recursive functions."""
 
 
 def fold(
@@ -60,29 +71,29 @@ def fold(
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     numbers: Mapping[str, int] | None = None,
 ) -> Folded:
-    """Infer all shapes and compute the shape arithmetic of a model.
+    """Infer all shapes and evaluate the shape arithmetic of a model.
 
-    `input_shapes` fixes the shapes of inputs by name where the file leaves them open and the defaults do not fit.
-    `numbers` says what symbols are bound to first; they stay symbols.
-    Raises ModelError if the graph is cyclic, uses values that nobody makes or makes no sense otherwise.
+    `input_shapes` fixes the shapes of inputs, by name, if the file leaves them open and the default sizes do not fit.
+    `numbers` gives the numbers of symbols under the first binding, by name; the dimensions remain symbolic.
+    Raises ModelError if the graph has a cycle, an input without a producer, or is invalid otherwise.
     """
     shapes = {name: tuple(shape) for name, shape in (input_shapes or {}).items()}
     bound = dict(numbers or {})
     with translate_errors(model):
-        found = _best_folded(model, shapes, bound)
-        made = evaluated(model, found.scope)
-        if made is None:
+        found = _best_inferred(model, shapes, bound)
+        weights = evaluate_weights(model, found.scope)
+        if weights is None:
             return found
-        return replace(_best_folded(made.model, shapes, bound), evaluated=made, source=model)
+        return replace(_best_inferred(weights.model, shapes, bound), evaluated=weights, source=model)
 
 
 def fold_again(folded: Folded, model: Model, numbers: Mapping[str, int] | None = None) -> Folded:
-    """Fold a model with the same inputs, under the same input shapes and, unless others are given, numbers."""
+    """Infer a model with the same inputs under the input shapes and, unless given, the numbers of `folded`."""
     return fold(model, folded.input_shapes, folded.numbers if numbers is None else numbers)
 
 
-def _best_folded(model: Model, input_shapes: Mapping[str, Shape], numbers: Mapping[str, int]) -> Folded:
-    """The result of the first profile that leaves fewest operators unknown."""
+def _best_inferred(model: Model, input_shapes: Mapping[str, Shape], numbers: Mapping[str, int]) -> Folded:
+    """Return the result of the first profile that leaves fewest operators unknown."""
     best: Folded | None = None
     for profile in PROFILES if has_open_inputs(model) and not input_shapes else PROFILES[:1]:
         folded = _Folder(model, profile, input_shapes, numbers).run()
@@ -95,7 +106,7 @@ def _best_folded(model: Model, input_shapes: Mapping[str, Shape], numbers: Mappi
 
 
 class _Folder:
-    """One sweep over the model with one way to bind its symbols."""
+    """Inference of a model whose symbols are bound by one profile."""
 
     def __init__(
         self, model: Model, profile: Profile, input_shapes: Mapping[str, Shape], numbers: Mapping[str, int]
@@ -109,14 +120,14 @@ class _Folder:
         self.opset_ids = [helper.make_opsetid(domain, version) for domain, version in self.opsets.items()]
         self.functions = functions_of(model.proto)
         self.depth = 0
-        require_few_calls(model, self.functions)
+        require_bounded_calls(model, self.functions)
 
     def run(self) -> Folded:
         graph, inputs = self.model.graph, real_inputs(self.model)
         values = {tensor.name: self.weight(tensor.name, tensor, tensor) for tensor in graph.initializer}
         for sparse in graph.sparse_initializer:
             name = sparse.values.name
-            values[name] = Value(name, sparse.values.data_type, always(tuple(sparse.dims)))
+            values[name] = Value(name, sparse.values.data_type, for_all_bindings(tuple(sparse.dims)))
         values |= {info.name: self.inputs.value(info) for info in inputs}
         with np.errstate(all="ignore"):
             scope = self.scope("", graph, values, ())
@@ -126,7 +137,7 @@ class _Folder:
         return Folded(
             self.model, scope, uses, products, self.unknown, batch,
             input_shapes=self.inputs.shapes, numbers=self.inputs.numbers,
-        )  # fmt: skip  # what was found, and under what
+        )  # fmt: skip  # the result, then its conditions
 
     # Scopes.
 
@@ -139,7 +150,7 @@ class _Folder:
         parent: Scope | None = None,
     ) -> Scope:
         names = set(values).union(*(scope.values for scope in parent.outwards())) if parent else set(values)
-        order = topological(graph.node, names, path or "the graph")
+        order = topological_order(graph.node, names, path or "the graph")
         scope = Scope(path, [graph.node[i] for i in order], values, [o.name for o in graph.output], parent)
         scope.function = parent is not None and parent.function
         scope.inputs = [i.name for i in graph.input]
@@ -149,9 +160,9 @@ class _Folder:
 
     def sweep(self, scope: Scope) -> None:
         self.depth += 1
-        if self.depth > _DEEPEST:
+        if self.depth > _MAX_DEPTH:
             raise ModelError(
-                f"{scope.path}: subgraphs or functions nest more than {_DEEPEST} deep (recursive function?)"
+                f"{scope.path}: subgraphs or functions nest more than {_MAX_DEPTH} deep (recursive function?)"
             )
         for position, node in enumerate(scope.nodes):
             inputs = [scope.lookup(name) if name else None for name in node.input]
@@ -161,7 +172,7 @@ class _Folder:
         self.depth -= 1
 
     def node(self, scope: Scope, position: int, node: NodeProto, inputs: Inputs) -> Sequence[Value]:
-        """The outputs of a node."""
+        """Return the outputs of a node."""
         if traits_of(node).is_constant:
             return [self.constant(node)]
         if traits_of(node).has_bodies:
@@ -169,13 +180,13 @@ class _Folder:
         if called_by(node) in self.functions:
             return self.call(scope, position, node, inputs)
         call = Call(attributes_of(node), self.opsets[""], len(node.output))
-        if (check := DEADLY.get(key_of(node))) is not None:
+        if (check := NODE_CHECKS.get(key_of(node))) is not None:
             check(node, call, inputs)
         results = self.computed(scope, position, node, call, inputs) or self.inferred(
             scope, position, node, call, inputs
         )
         parents = [value for value in inputs if value is not None]
-        # ConstantOfShape, Range and Shape of constants count too: they depend on weights alone.
+        # ConstantOfShape, Range and Shape of constants are included: they depend on weights alone.
         if parents and all(value.constants is not None for value in parents):
             merged = frozenset(itertools.chain.from_iterable(value.constants or () for value in parents))
             moved = traits_of(node).keeps_zeros and all(value.moved for value in parents)
@@ -184,11 +195,11 @@ class _Folder:
         return results
 
     def call(self, scope: Scope, position: int, node: NodeProto, inputs: Inputs) -> list[Value]:
-        """A call of a model-local function: its body with the arguments in place."""
+        """Return the outputs of a call of a model-local function, whose body is inferred with the arguments."""
         function, opsets = self.functions[called_by(node)], self.opsets
         given = {a.name: a for a in (*function.attribute_proto, *node.attribute)}
         values = {formal: actual for formal, actual in zip(function.input, inputs, strict=False) if formal and actual}
-        order = topological(function.node, set(function.input), node.op_type)
+        order = topological_order(function.node, set(function.input), node.op_type)
         nodes = [with_attributes(function.node[i], given) for i in order]
         path = f"{scope.path}/{node.name or node.output[0]}"
         inner = Scope(path, nodes, values, list(function.output), function=True)
@@ -201,42 +212,42 @@ class _Folder:
         return [renamed(inner.values.get(f), name) for f, name in zip(function.output, node.output, strict=False)]
 
     def body_node(self, scope: Scope, position: int, node: NodeProto, inputs: Inputs) -> list[Value]:
-        """If, Loop, Scan: sweep the bodies; outputs are what all branches or rounds agree on."""
+        """Return the outputs of an If, Loop or Scan: the properties on which all branches or iterations agree."""
         bodies = bodies_of(node)
         require_bodies(node, bodies)
-        made: dict[str, Scope] = {}
+        scopes: dict[str, Scope] = {}
         for name, graph in bodies.items():
             values = {tensor.name: self.weight(tensor.name, tensor, tensor) for tensor in graph.initializer}
             values |= formal_inputs(node, graph, inputs)
             address = (*scope.address, (scope.order[position], name))
             path = f"{scope.path}/{node.name or node.output[0]}.{name}"
-            made[name] = self.scope(path, graph, values, address, scope)
-        scope.bodies[position] = made
+            scopes[name] = self.scope(path, graph, values, address, scope)
+        scope.bodies[position] = scopes
         if node.op_type == "If":
-            return if_outputs(node, inputs[0], made, self.bindings)
-        return loop_outputs(node, bodies["body"], inputs, made["body"], self.bindings)
+            return if_outputs(node, inputs[0], scopes, self.bindings)
+        return loop_outputs(node, bodies["body"], inputs, scopes["body"], self.bindings)
 
     # Constants.
 
     def weight(self, name: str, tensor: TensorProto, source: TensorProto | AttributeProto) -> Value:
-        """A stored tensor."""
-        shape = sane(tuple(tensor.dims))
-        value = Value(name, tensor.data_type, always(shape), weight=name, source=source)
+        """Return the value of a stored tensor."""
+        shape = credible_shape(tuple(tensor.dims))
+        value = Value(name, tensor.data_type, for_all_bindings(shape), weight=name, source=source)
         value.constants, value.moved = frozenset((name,)), True
-        if math.prod(shape) <= (_SMALL_FLOATS if tensor.data_type in COMPUTABLE_TYPES else MAX_ELEMENTS):
+        if math.prod(shape) <= (_MAX_SMALL_FLOATS if tensor.data_type in COMPUTABLE_TYPES else MAX_ELEMENTS):
             is_main = self.model.has(tensor.name) and self.model.tensor(tensor.name) is tensor
-            value.values = always(self.model.array(tensor.name) if is_main else to_array(tensor))
+            value.values = for_all_bindings(self.model.array(tensor.name) if is_main else to_array(tensor))
         return value
 
     def constant(self, node: NodeProto) -> Value:
-        """The output of a Constant."""
+        """Return the output of a Constant node."""
         name = node.output[0]
         for attribute in node.attribute:
             if attribute.name == "value":
                 return self.weight(name, attribute.t, attribute)
             array = constant_array(attribute)
             if array is not None:
-                value = _known(name, always(array))
+                value = _known(name, for_all_bindings(array))
                 value.weight, value.source = name, attribute
                 value.constants, value.moved = frozenset((name,)), True
                 return value
@@ -247,28 +258,29 @@ class _Folder:
     def computed(
         self, scope: Scope, position: int, node: NodeProto, call: Call, inputs: Inputs
     ) -> Sequence[Value] | None:
-        """The outputs by arithmetic, if all inputs are known."""
+        """Return the outputs by evaluation; None if an input is unknown or the operator is not evaluated here."""
         domain, op_type = key_of(node)
         if domain:
             return None
         if traits_of(node).reads_sizes and inputs[0] is not None and inputs[0].shapes is not None:
-            return None if inputs[0].guessed else [self.shape_of(node, call, inputs[0])]
+            return None if inputs[0].has_placeholder else [self.shape_of(node, call, inputs[0])]
         present = [value for value in inputs if value is not None]
         if not present or any(value.values is None for value in present):
             return None
         is_static = all(value.is_static for value in present)
         found: list[tuple[Array, ...]] = []
         for binding in BINDINGS[:1] if is_static else BINDINGS:
-            outputs = computed(op_type, call, [v and v.values and v.values[binding] for v in inputs])
+            outputs = compute_outputs(op_type, call, [v and v.values and v.values[binding] for v in inputs])
             if outputs is None or len(node.output) > len(outputs) or (not found and _are_large(outputs)):
                 return None
             found.append(outputs)
         origins = self.provenance.of_outputs((scope, position), node, call, inputs, found[0][0])
         sizes = [] if is_static else _as_expressions(node, call, inputs)
-        made = []
+        results = []
         for index, name in enumerate(node.output):
             value = _known(
-                name, tuple(outputs[index] for outputs in found) if len(found) > 1 else always(found[0][index])
+                name,
+                tuple(outputs[index] for outputs in found) if len(found) > 1 else for_all_bindings(found[0][index]),
             )
             value.from_shape = any(v.from_shape for v in present)
             value.origins = None if origins is None else origins[index]
@@ -276,11 +288,11 @@ class _Folder:
                 self.open_shape(value, node, call, inputs, (scope.path, position, index))
             elif not is_static:
                 self.open(value, sizes[index] if index < len(sizes) else None, (scope.path, position, index))
-            made.append(value)
-        return made
+            results.append(value)
+        return results
 
     def open(self, value: Value, found: Expressions | None, place: tuple[Any, ...]) -> None:
-        """Put the expressions of the elements on record; without any, each may depend on the inputs."""
+        """Record the symbolic elements of a value; without any, each becomes an unknown of the inputs."""
         assert value.shapes is not None
         assert value.values is not None
         if found is None or found.shape != value.shapes[0]:
@@ -291,56 +303,58 @@ class _Folder:
         _set_expressions(value, found)
 
     def open_shape(self, value: Value, node: NodeProto, call: Call, inputs: Inputs, place: tuple[Any, ...]) -> None:
-        """Put the shape of a value that has another number of elements under each binding on record."""
+        """Record the symbolic shape of a value whose number of elements differs between bindings."""
         if value.shapes is not None and len({*map(len, value.shapes)}) == 1:
             sizes = _inferred_sizes(node, call, inputs)
             self.set_sizes(value, sizes[place[-1]] if place[-1] < len(sizes) else None, inputs, place)
 
     def shape_of(self, node: NodeProto, call: Call, value: Value) -> Value:
-        """The output of a Shape or Size."""
+        """Return the output of a Shape or Size node."""
         assert value.shapes is not None
         arrays = [np.asarray(shape, np.int64) for shape in value.shapes]
         sizes = objects(np.asarray(value.sizes, object))
         if node.op_type == "Size":
-            made = _known(node.output[0], tuple(np.asarray(array.prod()) for array in arrays))
-            made.origins, sizes = self.provenance.of_size(value), objects(np.asarray(product(sizes.tolist()), object))
+            result = _known(node.output[0], tuple(np.asarray(array.prod()) for array in arrays))
+            result.origins, sizes = self.provenance.of_size(value), objects(np.asarray(product(sizes.tolist()), object))
         else:
             part = slice(call.get("start", 0), call.get("end"))
-            made = _known(node.output[0], tuple(array[part] for array in arrays))
-            made.origins, sizes = self.provenance.of_shape(value)[part], sizes[part]
-        made.from_shape = True
-        _set_expressions(made, sizes)
-        return made
+            result = _known(node.output[0], tuple(array[part] for array in arrays))
+            result.origins, sizes = self.provenance.of_shape(value)[part], sizes[part]
+        result.from_shape = True
+        _set_expressions(result, sizes)
+        return result
 
     # Shape inference.
 
     def inferred(self, scope: Scope, position: int, node: NodeProto, call: Call, inputs: Inputs) -> list[Value]:
-        """The outputs by shape inference under all bindings, and as expressions."""
+        """Return the outputs by shape inference, under all bindings and as symbolic sizes."""
         first = self.infer(node, call, inputs, 0)
-        is_dynamic = any(value is not None and not _is_the_same(value) for value in inputs)
+        is_dynamic = any(value is not None and not _is_independent_of_bindings(value) for value in inputs)
         rest = [self.infer(node, call, inputs, binding) if is_dynamic else first for binding in BINDINGS[1:]]
         sizes = _inferred_sizes(node, call, inputs) if is_dynamic else []
-        made = []
+        results = []
         for index, name in enumerate(node.output):
             value = Value(name, first[index][0])
             shapes = [found[index][1] for found in (first, *rest)]
             complete = [shape for shape in shapes if shape is not None]
             if len(complete) == len(shapes) and len({*map(len, complete)}) == 1:
-                value.guessed = any(None in shape for shape in complete)
-                value.shapes = tuple(_complete(shape, guess) for shape, guess in zip(complete, GUESSES, strict=True))
+                value.has_placeholder = any(None in shape for shape in complete)
+                value.shapes = tuple(
+                    _complete(shape, guess) for shape, guess in zip(complete, PLACEHOLDER_SIZES, strict=True)
+                )
                 if is_dynamic:
                     place = (scope.path, position, index)
                     self.set_sizes(value, sizes[index] if index < len(sizes) else None, inputs, place)
             elif name:
                 self.unknown.setdefault(f"{node.domain or 'ai.onnx'}::{node.op_type}", node.name or node.output[0])
-            made.append(value)
-        return made
+            results.append(value)
+        return results
 
     def set_sizes(self, value: Value, sizes: Any, inputs: Inputs, place: tuple[Any, ...]) -> None:
-        """Give a value the expressions of its axes: those that were found where they come to its shape.
+        """Set the symbolic sizes of a value: the given ones, if they evaluate to its shape under all bindings.
 
-        A size that nobody wrote down is one of an input, or constant if it is under all bindings. Where an operand
-        holds sizes, as a start or a count, that says nothing: the operator may take a minimum.
+        Otherwise a size is matched to one of the inputs, or is a number if it is the same under all bindings. If an
+        operand holds sizes (a start, a count), equal numbers prove nothing, since the operator may take a minimum.
         """
         assert value.shapes is not None
         known = [size for v in inputs if v is not None for size in v.sizes or () if not is_constant(size)]
@@ -348,7 +362,7 @@ class _Folder:
         found: list[Any] = []
         for axis, numbers in enumerate(zip(*value.shapes, strict=True)):
             size = sizes[axis] if sizes is not None and axis < len(sizes) else None
-            if size is None or not self.bindings.comes_to(size, numbers):
+            if size is None or not self.bindings.evaluates_to(size, numbers):
                 if has_operands and len(set(numbers)) == 1:
                     size = self.bindings.bind(unknown(*place, axis), numbers)
                 else:
@@ -357,22 +371,22 @@ class _Folder:
         value.set_sizes(tuple(found))
 
     def infer(self, node: NodeProto, call: Call, inputs: Inputs, binding: int) -> Sequence[Inferred]:
-        """What the outputs are under a binding, where they are plain; else what onnx says."""
+        """Return types and shapes of the outputs under a binding, by a shape function or else by onnx."""
         shapes = [None if v is None or v.shapes is None else v.shapes[binding] for v in inputs]
         values = [None if v is None or v.values is None else v.values[binding] for v in inputs]
         own = output_shapes(key_of(node), call, shapes, values)
         if own is None:
             return self.infer_by_onnx(node, inputs, binding)
         dtype = output_type(node, call, [None if v is None else v.dtype for v in inputs])
-        made: list[Inferred] = [(dtype, shape) for shape in own[: call.outputs]]
-        return made + [(0, None)] * (call.outputs - len(made))
+        results: list[Inferred] = [(dtype, shape) for shape in own[: call.outputs]]
+        return results + [(0, None)] * (call.outputs - len(results))
 
     def infer_by_onnx(self, node: NodeProto, inputs: Inputs, binding: int) -> Sequence[Inferred]:
         domain, _ = key_of(node)
         try:
             schema = onnx.defs.get_schema(node.op_type, self.opsets.get(domain, 1), domain)
-            # In a function a value goes by the name of the formal input. Inference wants names; a node that takes the
-            # same value twice gives it once.
+            # A function's values have the names of the formal inputs. onnx identifies inputs by name, so a value that
+            # a node takes twice is passed once.
             named = {name: v for name, v in zip(node.input, inputs, strict=True) if v is not None}
             types = {name: v.type(binding) for name, v in named.items()}
             data = {name: numpy_helper.from_array(v.values[binding], name) for name, v in named.items() if v.values}
@@ -388,18 +402,18 @@ class _Folder:
 
 
 def _as_expressions(node: NodeProto, call: Call, inputs: Inputs) -> Sequence[Expressions]:
-    """The outputs as expressions, none if the operator or an input has none."""
+    """Return the outputs as symbolic elements; empty if the operator or an input has no symbolic form."""
     present = [value for value in inputs if value is not None]
     if any(value.entries is None for value in present):
         return []
     arrays = [None if v is None else v.expressions if v.is_open else objects(np.asarray(v.value)) for v in inputs]
     is_whole = {value.value.dtype.kind for value in present if value.value is not None} <= set("iub")
     call = replace(call, attributes=call.attributes | {"is_whole": is_whole})
-    return computed_sizes(node.op_type, call, arrays, [v is not None and v.is_open for v in inputs])
+    return compute_sizes(node.op_type, call, arrays, [v is not None and v.is_open for v in inputs])
 
 
 def _inferred_sizes(node: NodeProto, call: Call, inputs: Inputs) -> Sequence[Any]:
-    """The shapes of the outputs as expressions where functions give them; none if there are none."""
+    """Return the symbolic shapes of the outputs; empty if there is no shape function."""
     key, shapes = key_of(node), [None if value is None else value.sizes for value in inputs]
     values = [None if value is None else value.entries for value in inputs]
     plain = output_shapes(key, call, shapes, values)
@@ -411,7 +425,7 @@ def _set_expressions(value: Value, found: Expressions) -> None:
         value.expressions = found
 
 
-def _is_the_same(value: Value) -> bool:
+def _is_independent_of_bindings(value: Value) -> bool:
     """Whether shape and elements are the same under all bindings."""
     return value.extents is None and (value.shapes is None or value.shapes[0] == value.shapes[1]) and not value.is_open
 
@@ -430,7 +444,7 @@ def _tensor_type(dtype: np.dtype[Any]) -> int:
 
 
 def _dims(proto: TypeProto | None) -> Inferred:
-    """Element type and shape as onnx says them."""
+    """Return element type and shape of an ONNX type."""
     if proto is None or not proto.HasField("tensor_type"):
         return 0, None
     kind = proto.tensor_type
@@ -441,9 +455,9 @@ def _dims(proto: TypeProto | None) -> Inferred:
 
 
 def _complete(shape: Sequence[int | None], guess: int) -> Shape:
-    return sane(tuple(guess if size is None else size for size in shape))
+    return credible_shape(tuple(guess if size is None else size for size in shape))
 
 
 def _opsets(imports: Any) -> dict[str, int]:
-    """Versions of operator sets by domain."""
+    """Return the versions of the imported operator sets by domain."""
     return {"" if entry.domain == "ai.onnx" else entry.domain: entry.version for entry in imports}

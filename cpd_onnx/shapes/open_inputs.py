@@ -1,4 +1,4 @@
-"""The inputs of a model: symbols for their open sizes, and the numbers that these are bound to."""
+"""Inputs of a model: symbols for their open dimensions, and the numbers to which the symbols are bound."""
 
 from __future__ import annotations
 
@@ -14,19 +14,29 @@ from onnx import TensorShapeProto, ValueInfoProto
 
 from cpd_onnx.ir.model import Model
 from cpd_onnx.ops.sizes import Bindings, Extent, symbol
-from cpd_onnx.shapes.checks import sane
-from cpd_onnx.shapes.values import BINDINGS, COMPUTABLE_TYPES, Numbers, Shape, Value, always
+from cpd_onnx.shapes.checks import credible_shape
+from cpd_onnx.shapes.values import BINDINGS, COMPUTABLE_TYPES, Numbers, Shape, Value, for_all_bindings
 
 _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv,
 }  # fmt: skip  # a table
+"""Functions of the operators that symbolic dimensions may contain ("past + 1")."""
 Kind: TypeAlias = "tuple[Numbers, ...]"
-"""What symbols of one kind are bound to: a row for the first symbol, one for the second and so on."""
+"""Numbers for the symbols of one kind of dimension: a row for the first symbol, one for the second and so on; the last
+row serves all further symbols. A row has one number for each binding."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Numbers for batch, sequence-like, image-like dimensions and samples of sound; last rows serve all that follow."""
+    """Numbers for the symbols of each kind of dimension.
+
+    Attributes:
+        batch: Numbers for axis 0.
+        sequence: Numbers for sequence lengths, in tokens.
+        image: Numbers for image heights and widths, in pixels.
+        sound: Numbers for lengths of audio, in samples.
+
+    """
 
     batch: Kind
     sequence: Kind
@@ -35,49 +45,52 @@ class Profile:
 
     @cached_property
     def frames(self) -> Kind:
-        """What the second and third axes of three are bound to: frames of sound, points, tokens."""
+        """Numbers for the second and third axis of three: audio frames, points, tokens; eight times `sequence`."""
         return tuple(tuple(8 * number for number in row) for row in self.sequence)
 
 
-_BATCHES = ((2, 5, 7),)  # symbols of their own, but models that have several seldom run on different ones
+_BATCHES = ((2, 5, 7),)
+"""Batch sizes. Several symbols share them, since models with several batch axes seldom run on different sizes."""
 _SEQUENCES = ((14, 22, 5), (15, 26, 6), (13, 21, 4), (17, 19, 3))
+"""Sequence lengths, in tokens; short and pairwise different, so that coincidences are unlikely. Heuristic."""
 _IMAGES = ((64, 160, 32), (96, 224, 64))
+"""Image heights and widths, in pixels: multiples of 32, the total stride of most backbones. Heuristic."""
 PROFILES = (
     Profile(_BATCHES, _SEQUENCES, ((64, 161, 35), (96, 227, 67))),
     Profile(_BATCHES, _SEQUENCES, _IMAGES),
-    # Differently named symbols that must be equal, images that must be square.
+    # For models whose differently named symbols must be equal, or whose images must be square.
     Profile(_BATCHES, _SEQUENCES[:1], _IMAGES[:1]),
     Profile(_BATCHES, ((64, 96, 80),), ((224, 256, 320), (256, 320, 224))),
     Profile(_BATCHES, ((64, 96, 80),), ((224, 256, 320),)),
     Profile(_BATCHES, ((512, 768, 640),), ((512, 640, 768),)),
     Profile(_BATCHES, ((16000, 24000, 20000),), ((299, 331, 363),), ((16000, 24000, 20000),)),
-    # Detectors of speech take chunks of one size only.
+    # Voice activity detectors take chunks of one fixed size.
     Profile(_BATCHES, _SEQUENCES[:1], _IMAGES[:1], ((512, 512, 512),)),
     Profile(_BATCHES, _SEQUENCES[:1], _IMAGES[:1], ((576, 576, 576),)),
 )
-"""Ways to bind symbols, of which the first that leaves no shape unknown is taken; many models want images whose sides
-are multiples of 32."""
+"""Profiles in order of preference; the first that leaves fewest operators unknown is used. Heuristic: the sizes that
+real models were found to accept; many require images whose sides are multiples of 32."""
 
 
 def real_inputs(model: Model) -> list[ValueInfoProto]:
-    """The inputs of a model that are not initializers too."""
+    """Return the inputs of a model that are not initializers."""
     return [info for info in model.graph.input if not model.has(info.name)]
 
 
 def has_open_inputs(model: Model) -> bool:
-    """Whether some input has an axis whose size the file does not say."""
+    """Whether some input has a dimension without a fixed size."""
     return any(dim.dim_value <= 0 for info in real_inputs(model) for dim in info.type.tensor_type.shape.dim)
 
 
 @dataclass
 class OpenInputs:
-    """Values for the inputs of a model, by one profile.
+    """Inferred values of a model's inputs under one profile.
 
     Attributes:
-        profile: what symbols are bound to.
-        shapes: shapes of inputs by name, which take the place of those in the file.
-        numbers: what symbols are bound to first, by name; they stay symbols.
-        bindings: the record of what each symbol is bound to.
+        profile: Numbers to which symbols are bound.
+        shapes: Shapes of inputs by name, which override those of the file.
+        numbers: Numbers of symbols under the first binding, by name; the dimensions remain symbolic.
+        bindings: Record of the numbers to which each symbol is bound.
 
     """
 
@@ -89,23 +102,23 @@ class OpenInputs:
     _counts: Counter[Kind] = field(default_factory=Counter)
 
     def value(self, info: ValueInfoProto) -> Value:
-        """An input as it is known before any node ran."""
+        """Return the inferred value of an input: its element type, shape under each binding and symbolic sizes."""
         kind = info.type.tensor_type
         if not info.type.HasField("tensor_type") or not kind.HasField("shape"):
             return Value(info.name, kind.elem_type)
         if info.name in self.shapes:
-            return Value(info.name, kind.elem_type, always(self.shapes[info.name]))
+            return Value(info.name, kind.elem_type, for_all_bindings(self.shapes[info.name]))
         dims = list(kind.shape.dim)
         # Recurrent states are (layers, batch, hidden).
         is_state = [dim.dim_value > 0 for dim in dims] == [True, False, True]
         sizes = tuple(self._size(info, dim, axis, 0 if is_state else axis) for axis, dim in enumerate(dims))
         numbers = (tuple(int(self.bindings.at(size, binding) or 0) for size in sizes) for binding in BINDINGS)
-        value = Value(info.name, kind.elem_type, tuple(map(sane, numbers)))
+        value = Value(info.name, kind.elem_type, tuple(map(credible_shape, numbers)))
         value.set_sizes(sizes)
         return value
 
     def _size(self, info: ValueInfoProto, dim: TensorShapeProto.Dimension, axis: int, seeming: int) -> Extent:
-        """The size of an axis, which seems to be of the kind of another."""
+        """Return the size of a dimension; `seeming` is the axis by which its kind is chosen."""
         if dim.dim_value > 0:
             return int(dim.dim_value)
         name = dim.dim_param or f"{info.name}[{axis}]"
@@ -117,7 +130,7 @@ class OpenInputs:
         return self._symbol(name, kind)
 
     def _symbol(self, name: str, kind: Kind) -> Extent:
-        """A symbol and what it is bound to; a number where the profile knows but one."""
+        """Return the symbol of a name, bound to numbers; a number if the profile has only one for it."""
         if name not in self._symbols:
             row = kind[min(self._counts[kind], len(kind) - 1)]
             self._counts[kind] += 1
@@ -127,7 +140,7 @@ class OpenInputs:
         return self._symbols[name]
 
     def _kind(self, axis: int, info: ValueInfoProto) -> Kind:
-        """What a symbol may be bound to."""
+        """Return the numbers for a symbol on an axis of an input."""
         kind, profile = info.type.tensor_type, self.profile
         if axis == 0:
             return profile.batch
@@ -137,7 +150,7 @@ class OpenInputs:
         return {2: profile.sound, 3: profile.frames}.get(rank, profile.image)
 
     def _expression(self, name: str, kind: Kind) -> Extent | None:
-        """A size that is computed from other symbols, as exporters write ("past + 1", "8*height")."""
+        """Return a size computed from other symbols, as exporters write it ("past + 1", "8*height"); None if plain."""
         if name == "total_sequence_length":
             name = "past_sequence_length + sequence_length"
         try:
@@ -147,7 +160,7 @@ class OpenInputs:
             return None  # a name like any other
 
     def _parsed(self, tree: ast.expr, kind: Kind) -> Any:
-        """What an expression of symbols comes to; ValueError where it has other parts than exporters write."""
+        """Return the size of an expression; ValueError if it has parts other than those exporters write."""
         if isinstance(tree, ast.Constant) and isinstance(tree.value, int):
             return tree.value
         if isinstance(tree, ast.Name):

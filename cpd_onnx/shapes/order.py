@@ -1,4 +1,4 @@
-"""The order of nodes: each after what it takes."""
+"""Topological order of the nodes of a graph."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from cpd_onnx.errors import ModelError
 from cpd_onnx.ir.model import bodies_of
 
 
-def topological(nodes: Sequence[NodeProto], known: set[str], where: str) -> list[int]:
-    """Positions of the nodes in an order in which each comes after its inputs; 0, 1, 2 … where the file has one.
+def topological_order(nodes: Sequence[NodeProto], known: set[str], where: str) -> list[int]:
+    """Return the positions of the nodes in topological order: 0, 1, 2 … if the file is already sorted.
 
-    Raises ModelError where there is no such order.
+    `known` are the names available before the first node, `where` is the graph's name in messages.
+    Raises ModelError if the graph has a cycle or an input without a producer.
     """
     needs = [all_inputs(node) for node in nodes]
     waiting, done, order = list(range(len(nodes))), set(known) | {""}, []
@@ -27,17 +28,17 @@ def topological(nodes: Sequence[NodeProto], known: set[str], where: str) -> list
             done.update(nodes[index].output)
         if len(later) == len(waiting):
             node, missing = nodes[later[0]], min(needs[later[0]] - done)
-            made = {name for index in later for name in nodes[index].output}
-            what = "is part of a cycle" if missing in made else "is made by no node"
+            produced = {name for index in later for name in nodes[index].output}
+            what = "is part of a cycle" if missing in produced else "is not produced by any node"
             raise ModelError(
-                f"{where}: input {missing!r} of node {node.name or node.op_type!r} {what}; export it again"
+                f"{where}: input {missing!r} of node {node.name or node.op_type!r} {what}; export the model again"
             )
         waiting = later
     return order
 
 
 def all_inputs(node: NodeProto) -> set[str]:
-    """Inputs of a node and what its bodies take from outside."""
+    """Return the inputs of a node and the outer values that its subgraphs capture."""
     found = set(node.input)
     for body in bodies_of(node).values():
         inner = {v.name for v in body.input} | {t.name for t in body.initializer}

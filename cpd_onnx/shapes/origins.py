@@ -1,6 +1,6 @@
-"""Where the elements of shape arithmetic come from, node by node.
+"""Provenance of the elements of shape arithmetic, node by node.
 
-Operators that only move elements move the records of where these come from in the same way.
+Operators that only rearrange elements rearrange the provenance records in the same way.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from onnx import NodeProto
 
 from cpd_onnx.ir.model import Array
-from cpd_onnx.ops.evaluate import Call, computed
+from cpd_onnx.ops.evaluate import Call, compute_outputs
 from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.shapes.values import ORIGIN, Origins, Role, Scope, Use, Value
 
@@ -23,17 +23,23 @@ Place: TypeAlias = "tuple[Scope, int]"
 
 @dataclass
 class Provenance:
-    """The sources that elements come from, as `Folded` has them in the end."""
+    """Recorder of the sources of elements.
+
+    Attributes:
+        uses: Input slots at which constants enter shape arithmetic; becomes `Folded.uses`.
+        products: Factors of each recorded size, as (tensor, axis); becomes `Folded.products`.
+
+    """
 
     uses: list[Use] = field(default_factory=list)
     products: list[tuple[tuple[Value, int], ...]] = field(default_factory=list)
 
     def of_size(self, value: Value) -> Origins:
-        """The number of elements of a tensor."""
+        """Return the origin of a Size output: the product of all sizes of a tensor."""
         return self._product([(value, axis) for axis in range(len(value.shape or ()))], 0)
 
     def of_shape(self, value: Value) -> Origins:
-        """The sizes of all axes of a tensor."""
+        """Return the origins of a Shape output: the size of each axis of a tensor."""
         first, rank = len(self.products), len(value.shape or ())
         self.products += [((value, axis),) for axis in range(rank)]
         return _filled((rank,), Role.SIZES, np.arange(first, first + rank))
@@ -41,7 +47,10 @@ class Provenance:
     def of_outputs(
         self, place: Place, node: NodeProto, call: Call, inputs: Sequence[Value | None], result: Array
     ) -> Sequence[Origins] | None:
-        """The elements of a node's outputs (`result` is the first) where it moves elements or multiplies sizes."""
+        """Return the origins of a node's outputs, None unless it rearranges elements or multiplies sizes.
+
+        `result` is the value of the first output.
+        """
         if node.op_type == "Div":
             return self._scaled(place, inputs, Role.DIVISOR, result)
         if node.op_type == "Mul":
@@ -55,11 +64,11 @@ class Provenance:
             value and (self._of_input(Use(*place, slot), value) if slot in carried else value.value)
             for slot, value in enumerate(inputs)
         ]
-        # Origins have no other element type to go to.
-        return computed("Identity" if node.op_type == "Cast" else node.op_type, call, operands)
+        # Records cannot be cast to another element type.
+        return compute_outputs("Identity" if node.op_type == "Cast" else node.op_type, call, operands)
 
     def _of_input(self, use: Use, value: Value) -> Origins:
-        """The elements of an input: where they came from if that is known, or from here if they are constant."""
+        """Return the origins of an input: its own if they are traced, or the slot itself if it is constant."""
         assert value.value is not None
         found, shape = value.origins, value.value.shape
         is_traced = found is not None and bool((found["role"] >= Role.ELEMENT).all())
@@ -71,7 +80,7 @@ class Provenance:
     def _scaled(
         self, place: Place, inputs: Sequence[Value | None], role: Role, result: Array
     ) -> Sequence[Origins] | None:
-        """A size that depends on the inputs, times or by a number that does not (batch x heads)."""
+        """Return the origin of a dynamic size multiplied or divided by a constant (batch x heads)."""
         static = [slot for slot, value in enumerate(inputs) if value is not None and value.is_static]
         if result.size != 1 or len(static) != 1 or (role == Role.DIVISOR and static != [1]):
             return None
@@ -79,7 +88,7 @@ class Provenance:
         return [_filled(result.shape, role, len(self.uses) - 1)]
 
     def _multiplied(self, inputs: Sequence[Value | None], result: Array) -> Sequence[Origins] | None:
-        """The product of all elements, which are sizes."""
+        """Return the origin of a product of sizes; None if an element is not a size."""
         origins = [origin for value in inputs if value is not None for origin in value.each_origin()]
         if result.size != 1 or any(origin.role != Role.SIZES for origin in origins):
             return None
@@ -91,6 +100,6 @@ class Provenance:
 
 
 def _filled(shape: tuple[int, ...], role: Role, source: int | Array, element: int | Array = 0) -> Origins:
-    made = np.empty(shape, ORIGIN)
-    made["role"], made["source"], made["element"] = role, source, element
-    return made
+    records = np.empty(shape, ORIGIN)
+    records["role"], records["source"], records["element"] = role, source, element
+    return records

@@ -1,4 +1,4 @@
-"""What is known of the tensors of a model: values, the graphs that hold them, and the result of inference."""
+"""Data model of shape inference: values (tensors), the scopes (graphs) that contain them, and the result."""
 
 from __future__ import annotations
 
@@ -17,39 +17,41 @@ from cpd_onnx.ir.model import Array, Model
 from cpd_onnx.ops.sizes import Expressions, Extents, is_constant
 
 Shape: TypeAlias = tuple[int, ...]
+"""The sizes of the axes of a tensor."""
 Numbers: TypeAlias = "tuple[int, ...]"
-"""What a symbol is bound to, a number for each binding."""
-GUESSES = (37, 41, 43)
-"""Sizes for dimensions that depend on data (NonZero, TopK of a computed k): any would do."""
-BINDINGS = range(len(GUESSES))
-"""Each symbol is bound to so many numbers."""
+"""The numbers to which a symbol is bound, one for each binding."""
+PLACEHOLDER_SIZES = (37, 41, 43)
+"""Sizes of data-dependent dimensions (NonZero, TopK of a computed k) under each binding. Heuristic: any primes do."""
+BINDINGS = range(len(PLACEHOLDER_SIZES))
+"""Indices of the bindings: inference runs once with each number of every symbol."""
 COMPUTABLE_TYPES = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16}
+"""Float element types in which weights and activations are computed."""
 T = TypeVar("T")
 
 
 class Role(IntEnum):
-    """What an element of shape arithmetic is to its source, from `ELEMENT` on a constant."""
+    """Relation of an element of shape arithmetic to its source; from `ELEMENT` on, the source is a constant."""
 
     UNKNOWN = 0
-    """It has no source that is known."""
+    """The source is unknown."""
     SIZES = 1
-    """It is the product of the sizes."""
+    """The element is the product of the sizes of some axes."""
     ELEMENT = 2
-    """It is an element of the constant."""
+    """The element is an element of the constant."""
     FACTOR = 3
-    """It is the constant times something that depends on the inputs."""
+    """The element is the constant times a number that depends on the inputs."""
     DIVISOR = 4
-    """It is something that depends on the inputs, divided by the constant."""
+    """The element is a number that depends on the inputs, divided by the constant."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where one element of shape arithmetic comes from.
+    """Provenance of one element of shape arithmetic.
 
     Attributes:
-        role: what the element is to its source.
-        source: number of the source, in `Folded.uses` for a constant and in `Folded.products` for sizes.
-        element: position in the constant.
+        role: Relation of the element to its source.
+        source: Index of the source in `Folded.uses` for a constant, in `Folded.products` for sizes; -1 if unknown.
+        element: Position in the constant, in row-major order.
 
     """
 
@@ -59,34 +61,34 @@ class Origin:
 
     @property
     def is_constant(self) -> bool:
-        """Whether its source is a constant."""
+        """Whether the source is a constant."""
         return self.role >= Role.ELEMENT
 
 
 Origins: TypeAlias = npt.NDArray[np.void]
-"""An array of the records `ORIGIN`, which operators that only move elements move like the elements themselves."""
+"""An array of `ORIGIN` records, which operators that rearrange elements rearrange like the elements themselves."""
 ORIGIN = np.dtype([("role", np.int8), ("source", np.int64), ("element", np.int64)])
-"""The fields of an `Origin`."""
+"""Structured element type with the fields of `Origin`."""
 
 
 @dataclass(slots=True, eq=False)
 class Value:
-    """One tensor of the graph.
+    """Inferred properties of one tensor of the graph.
 
     Attributes:
-        name: its name.
-        dtype: ONNX element type, 0 if unknown or not a tensor.
-        shapes: its shape under each of the bindings, None if the rank is unknown.
-        extents: the same as expressions, where some are no numbers.
-        values: its elements under each of the bindings where they are known.
-        expressions: the same as expressions, where some are no numbers and the shape is always the same.
-        origins: where each element comes from, None if nothing is known of any.
-        weight: name of the initializer or Constant output that it is, if it is one.
-        constants: the weights it is computed from, if it depends on nothing else.
-        moved: whether it holds the elements of `constants` as they are, moved about: zeros stay zeros.
-        from_shape: whether its elements depend on the shape of some tensor.
-        guessed: whether some dimension is a stand-in for one that depends on data.
-        source: where a weight's data lies: its TensorProto, or the attribute of its Constant node.
+        name: Name of the tensor.
+        dtype: ONNX element type; 0 if unknown or not a tensor.
+        shapes: Shape under each binding; None if the rank is unknown.
+        extents: Shape as symbolic sizes; None if all sizes are the same for all inputs.
+        values: Elements under each binding; None if unknown.
+        expressions: Elements as symbolic sizes; None if all are the same for all inputs, or the shape is dynamic.
+        origins: Provenance of each element; None if none is known.
+        weight: Name of the initializer or Constant output that the tensor is; None for any other tensor.
+        constants: Names of the weights from which it is computed; None if it depends on the inputs.
+        moved: Whether its elements are those of `constants`, only rearranged, so that zeros remain zeros.
+        from_shape: Whether its elements depend on the shape of a tensor.
+        has_placeholder: Whether a placeholder stands for the size of a data-dependent dimension.
+        source: Storage of a weight: its TensorProto, or the attribute of its Constant node; None for other tensors.
 
     """
 
@@ -101,7 +103,7 @@ class Value:
     constants: frozenset[str] | None = None
     moved: bool = False
     from_shape: bool = False
-    guessed: bool = False
+    has_placeholder: bool = False
     source: TensorProto | onnx.AttributeProto | None = None
     _types: list[TypeProto] | None = None
 
@@ -117,51 +119,51 @@ class Value:
 
     @property
     def is_open(self) -> bool:
-        """Whether the elements are known but depend on the sizes of the inputs."""
+        """Whether the elements are known as functions of the input sizes."""
         return self.expressions is not None or (self.values is not None and len(set(self.shapes or ())) > 1)
 
     @property
     def entries(self) -> Array | Expressions | None:
-        """The elements: numbers where they are the same whatever the inputs, expressions otherwise if there are any."""
+        """Elements: numbers if they are the same for all inputs, else symbolic sizes; None if unknown."""
         return self.expressions if self.is_open else self.value
 
     @property
     def is_static(self) -> bool:
-        """Whether the elements are known and the same whatever the sizes of the inputs."""
+        """Whether the elements are known and the same for all input sizes."""
         return self.values is not None and not self.is_open
 
     @property
     def sizes(self) -> Extents | None:
-        """The shape: a number for each axis that is as long whatever the inputs, an expression for the others."""
+        """Shape: a number for each axis of fixed size, a symbolic size for the others; None if the rank is unknown."""
         return self.extents if self.extents is not None or self.shapes is None else self.shapes[0]
 
     @property
     def holds_sizes(self) -> bool:
-        """Whether an operator may take it for a size, a count or a position that depends on the inputs."""
+        """Whether it may be an operand that gives a dynamic size, count or position: a scalar or vector of sizes."""
         return self.expressions is not None and self.expressions.ndim < 2
 
     def each_origin(self) -> list[Origin]:
-        """Where each element comes from, in order."""
+        """Return the origin of each element, in row-major order."""
         if self.origins is None:
             return [Origin()] * (1 if self.value is None else max(1, self.value.size))
         return [Origin(Role(role), source, element) for role, source, element in self.origins.ravel().tolist()]
 
     def set_sizes(self, sizes: Extents) -> None:
-        """Take down the sizes of the axes; those that are the same whatever the inputs are in `shapes` already."""
+        """Set the symbolic sizes of the axes; without effect if all are numbers, which `shapes` has already."""
         if not all(map(is_constant, sizes)):
             self.extents = sizes
 
     def has_fixed(self, axis: int) -> bool:
-        """Whether an axis is as long whatever the inputs."""
+        """Whether an axis has the same size for all inputs."""
         return self.shapes is not None and (self.extents is None or is_constant(self.extents[axis]))
 
     @property
-    def is_made_weight(self) -> bool:
-        """Whether it is float and made of constants by the graph itself, as by ConstantOfShape."""
+    def is_generated_weight(self) -> bool:
+        """Whether it is a float tensor that nodes generate from constants alone (ConstantOfShape)."""
         return self.constants is not None and self.weight is None and self.dtype in COMPUTABLE_TYPES
 
     def type(self, binding: int) -> TypeProto:
-        """The type under a binding, as shape inference wants it."""
+        """Return the type under a binding, for shape inference by onnx."""
         if self._types is None:
             shapes = self.shapes or (None,) * len(BINDINGS)
             self._types = [_type_proto(self.dtype, shape) for shape in shapes]
@@ -173,16 +175,17 @@ class Scope:
     """The values of one graph, subgraph or function call.
 
     Attributes:
-        path: where it hangs, e.g. "" or "/If_3.then_branch".
-        nodes: its nodes in topological order.
-        values: the values made in it.
-        outputs: names of its outputs.
-        parent: the enclosing scope, None for the main graph and for functions.
-        bodies: for the node at each position, the scopes inside it by attribute name ("body" for a function call).
-        function: whether this is the body of a model-local function (or lies in one).
-        order: for each node its position in the file.
+        path: Path from the main graph, such as "" or "/If_3.then_branch".
+        nodes: Nodes in topological order.
+        values: Values defined in the scope, by name.
+        outputs: Names of the outputs.
+        parent: Enclosing scope; None for the main graph and for functions.
+        bodies: Scopes inside a node, by its position and the attribute name ("body" for a function call).
+        function: Whether this is the body of a model-local function, or inside one.
+        inputs: Names of the inputs.
+        order: Position in the file of each node.
         address: (position in the file, attribute name) of the nodes that lead here from the main graph.
-        opset: version of the default operator set that its nodes are written in.
+        opset: Version of the default operator set of the nodes.
 
     """
 
@@ -199,12 +202,12 @@ class Scope:
     opset: int = 0
 
     def lookup(self, name: str) -> Value | None:
-        """The value of that name here or in an enclosing graph."""
+        """Return the value of a name in this scope or the nearest enclosing one; None if there is none."""
         return next((scope.values[name] for scope in self.outwards() if name in scope.values), None)
 
     @cached_property
     def consumers(self) -> dict[str, list[Use]]:
-        """The slots that take each name, in this graph and in all inside it."""
+        """Input slots that consume each name, in this graph and its subgraphs."""
         found: dict[str, list[Use]] = {}
         for scope in self.walk():
             for position, node in enumerate(scope.nodes):
@@ -213,19 +216,19 @@ class Scope:
         return found
 
     @cached_property
-    def makers(self) -> dict[str, int]:
-        """The position of the node of this graph that makes each name."""
+    def producers(self) -> dict[str, int]:
+        """Position of the node of this graph that produces each name."""
         return {name: position for position, node in enumerate(self.nodes) for name in node.output}
 
     def outwards(self) -> Iterator[Scope]:
-        """This scope and those around it."""
+        """Yield this scope and its enclosing scopes, innermost first."""
         scope: Scope | None = self
         while scope is not None:
             yield scope
             scope = scope.parent
 
     def walk(self) -> Iterator[Scope]:
-        """This scope and all inside it."""
+        """Yield this scope and all scopes inside it, depth first."""
         yield self
         for bodies in self.bodies.values():
             for body in bodies.values():
@@ -234,7 +237,14 @@ class Scope:
 
 @dataclass(frozen=True, eq=False)
 class Use:
-    """One input slot of one node."""
+    """One input slot of one node.
+
+    Attributes:
+        scope: Scope of the node.
+        node: Position of the node in the scope.
+        slot: Index of the input.
+
+    """
 
     scope: Scope
     node: int
@@ -242,19 +252,19 @@ class Use:
 
     @property
     def key(self) -> tuple[str, int, int]:
-        """What tells it from other slots."""
+        """Unique, sortable key of the slot."""
         return (self.scope.path, self.node, self.slot)
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A model with results of weight arithmetic as initializers.
+    """A model whose weight arithmetic was evaluated.
 
     Attributes:
-        model: a copy of the model.
-        weights: for each result, by name, the stored weights that it was computed from.
-        nodes: what is gone since nothing uses it any more, operator and name of each.
-        tensors: the same of stored tensors.
+        model: Copy of the model with the results as initializers.
+        weights: Names of the stored weights from which each result was computed, by the result's name.
+        nodes: Removed nodes, which are no longer used: operator and name of each.
+        tensors: Names of removed initializers, which are no longer used.
 
     """
 
@@ -266,19 +276,19 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Folded:
-    """What is known of a model's tensors.
+    """Result of shape inference: a model with the inferred properties of its tensors.
 
     Attributes:
-        model: the model, with weights that the graph computed from others evaluated.
-        scope: the main graph.
-        uses: slots where constants enter shape arithmetic.
-        products: sizes that are elements of tensors, each as the (tensor, axis) whose sizes are multiplied.
-        unknown: operators whose output shapes could not be inferred, "domain::op_type" to the first node's name.
-        batch: size that the first binding gives to the leading dynamic dimension, 1 if it is fixed.
-        evaluated: what was evaluated, None if there was nothing.
-        source: the model as it was given, None if that is `model`.
-        input_shapes: shapes that `fold` was given, by input name.
-        numbers: numbers that `fold` was given for the first binding of symbols, by name.
+        model: Model whose weight arithmetic is evaluated.
+        scope: Main graph.
+        uses: Input slots at which constants enter shape arithmetic.
+        products: Sizes that are elements of tensors, each as the (tensor, axis) pairs whose sizes are multiplied.
+        unknown: Operators whose output shapes could not be inferred: "domain::op_type" -> name of the first node.
+        batch: Size of the leading dynamic dimension under the first binding; 1 if it is fixed.
+        evaluated: Evaluated weight arithmetic; None if there was none.
+        source: Model as given to `fold`; None if that is `model`.
+        input_shapes: Shapes given to `fold`, by input name.
+        numbers: Numbers given to `fold` for the first binding of symbols, by name.
 
     """
 
@@ -295,21 +305,21 @@ class Folded:
 
     @property
     def original(self) -> Model:
-        """The model as it was given."""
+        """Model as given to `fold`."""
         return self.source or self.model
 
     def __repr__(self) -> str:
-        """One line, without the values."""
+        """Return one line that names the model."""
         return f"Folded({self.original!r})"
 
 
-def always(found: T) -> tuple[T, ...]:
-    """What is the same under all bindings."""
+def for_all_bindings(found: T) -> tuple[T, ...]:
+    """Return one entry for each binding, all the same."""
     return (found,) * len(BINDINGS)
 
 
 def taken_branch(condition: Value | None) -> str | None:
-    """The branch of an If that runs whatever the inputs, if that is known."""
+    """Return the attribute name of the branch of an If that always runs; None if it depends on the inputs."""
     if condition is None or not condition.is_static:
         return None
     assert condition.value is not None

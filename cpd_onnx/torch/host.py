@@ -1,11 +1,11 @@
-"""Shape arithmetic done while importing.
+"""Shape arithmetic on the host, evaluated during the import into torch.
 
 Exporters compute the operands of Reshape, Slice or Resize with chains of small integer tensors that start at a Shape.
-Such a tensor is held here as a `Host`: a numpy array of Python numbers and, where a size is known only when the module
-runs, of fx nodes that stand for one number each. What is known is computed and moved by the evaluators that the whole
-project shares (`ops.evaluate`); for the rest scalar arithmetic is emitted, so that
-the imported module computes its shapes from `x.size(i)` with Python integers: no tensor is built, a GPU is never waited
-for, and torch.compile sees ordinary symbolic sizes.
+Such a tensor is represented by a `Host`: a numpy array of Python numbers and, for sizes known only at run time, of fx
+nodes that stand for one number each. Known elements are computed and rearranged by the shared evaluators
+(`ops.evaluate`); for the others scalar arithmetic is emitted, so that the imported module computes its shapes from
+`x.size(i)` with Python integers: no tensor is built, the GPU is not synchronised, and torch.compile handles ordinary
+symbolic sizes.
 """
 
 from __future__ import annotations
@@ -27,25 +27,29 @@ from cpd_onnx.ops.traits import operators_with, traits
 from cpd_onnx.torch.dtypes import numpy_dtype
 
 Array = npt.NDArray[Any]
+"""A numpy array of any element type."""
 Emit = Callable[[Callable[..., Any], tuple[Any, ...]], fx.Node]
+"""A function that emits a call of a function on arguments into the fx graph and returns its node."""
 Attributes = Mapping[str, Any]
+"""Values of a node's attributes by name."""
 Rule = Callable[[str, Emit, Sequence[Any], Call], "Host | list[Host]"]
+"""A function that computes the outputs of an operator from its name, the emitter, the inputs and the call."""
 
-LARGEST = 1024
-"""Elements above which a tensor is data, not a shape."""
+MAX_HOST_ELEMENTS = 1024
+"""Largest size, in elements, of a tensor that is treated as shape arithmetic; larger ones are data. Heuristic."""
 
 
 class NotOnHostError(Exception):
-    """The rule needs a number that is known only when the module runs."""
+    """Raised if a node cannot be computed on the host, for instance because a number is known only at run time."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """A small tensor known while importing.
+    """A small tensor held on the host during the import.
 
     Attributes:
-        array: its elements; of type object if some are fx nodes.
-        dtype: the element type that it stands for.
+        array: Elements; an object array if some are fx nodes.
+        dtype: Element type of the tensor that it represents.
     """
 
     array: Array
@@ -57,12 +61,12 @@ class Host:
         return self.array.dtype != object
 
     def scalars(self) -> tuple[Any, ...]:
-        """The elements in row-major order, as Python numbers and fx nodes."""
+        """Return the elements in row-major order, as Python numbers and fx nodes."""
         return tuple(self.array.reshape(-1).tolist())
 
 
 def make(array: Array, dtype: np.dtype[Any]) -> Host:
-    """Hold an array, as plain numbers if no element is an fx node."""
+    """Return a `Host` of an array, with plain numbers if no element is an fx node."""
     array = np.asarray(array)
     if array.dtype == object and any(isinstance(element, fx.Node) for element in array.reshape(-1).tolist()):
         return Host(array, dtype)
@@ -70,21 +74,21 @@ def make(array: Array, dtype: np.dtype[Any]) -> Host:
 
 
 def shape_of(sizes: Sequence[Any], attributes: Attributes) -> Host:
-    """Give the value of a Shape node whose input has these sizes (numbers or fx nodes)."""
+    """Return the output of a Shape node whose input has the given sizes (numbers or fx nodes)."""
     picked = list(sizes)[slice(attributes.get("start", 0), attributes.get("end"))]
     array = np.empty(len(picked), dtype=object)
     array[:] = picked
     return make(array, np.dtype(np.int64))
 
 
-def number_of(emit: Emit, sizes: Sequence[Any]) -> Host:
-    """Give the value of a Size node whose input has these sizes."""
+def element_count(emit: Emit, sizes: Sequence[Any]) -> Host:
+    """Return the output of a Size node whose input has the given sizes (numbers or fx nodes)."""
     array = np.empty((), dtype=object)
     array[()] = functools.reduce(functools.partial(_apply, emit, operator.mul), sizes, 1)
     return make(array, np.dtype(np.int64))
 
 
-# Scalar arithmetic: what is called for an element that is known only when the module runs.
+# Scalar arithmetic: functions that the module calls for elements known only at run time.
 
 
 def _apply(emit: Emit, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -94,7 +98,7 @@ def _apply(emit: Emit, function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def single(value: float) -> float:
-    """Round a double to the nearest float32, with arithmetic that symbolic sizes allow too (Veltkamp's split).
+    """Return a double rounded to the nearest float32 (Veltkamp's splitting), for numbers and symbolic floats.
 
     >>> single(0.1) == float(np.float32(0.1))
     True
@@ -104,7 +108,7 @@ def single(value: float) -> float:
 
 
 def truncated_division(a: int, b: int) -> int:
-    """Divide integers as ONNX does: towards zero.
+    """Return the quotient of two integers rounded towards zero, as ONNX defines it.
 
     >>> truncated_division(-7, 2), truncated_division(7, 2)
     (-3, 3)
@@ -113,47 +117,47 @@ def truncated_division(a: int, b: int) -> int:
 
 
 def divide(a: float, b: float) -> float:
-    """Divide as float32 does."""
+    """Return the quotient of two numbers, rounded to float32."""
     return single(a / b)
 
 
 def select(condition: bool, a: Any, b: Any) -> Any:
-    """Pick one of two numbers: Where on a single element."""
+    """Return `a` if the condition holds, else `b`: Where on a single element."""
     return a if condition else b
 
 
 def logical_and(a: bool, b: bool) -> bool:
-    """Conjunction of two truth values."""
+    """Return the conjunction of two truth values."""
     return bool(a) and bool(b)
 
 
 def logical_or(a: bool, b: bool) -> bool:
-    """Disjunction of two truth values."""
+    """Return the disjunction of two truth values."""
     return bool(a) or bool(b)
 
 
 def reciprocal(a: float) -> float:
-    """Divide one by a number as float32 does."""
+    """Return the reciprocal of a number, rounded to float32."""
     return divide(1.0, a)
 
 
 def single_add(a: float, b: float) -> float:
-    """Add as float32 does."""
+    """Return the sum of two numbers, rounded to float32."""
     return single(a + b)
 
 
 def single_subtract(a: float, b: float) -> float:
-    """Subtract as float32 does."""
+    """Return the difference of two numbers, rounded to float32."""
     return single(a - b)
 
 
 def single_multiply(a: float, b: float) -> float:
-    """Multiply as float32 does."""
+    """Return the product of two numbers, rounded to float32."""
     return single(a * b)
 
 
 def single_root(a: float) -> float:
-    """Take the square root as float32 does."""
+    """Return the square root of a number, rounded to float32."""
     return single(math.sqrt(a))
 
 
@@ -178,7 +182,7 @@ _SCALARS: dict[str, tuple[Callable[..., Any] | None, Callable[..., Any] | None]]
     "Or": (logical_or, None),
     "Not": (operator.not_, None),
 }
-"""What is called for single elements: for integers and truth values, and for floats of 32 bits."""
+"""Scalar functions of elementwise operators: for integers and booleans, and for float32; None if there is none."""
 
 _FOLDS: dict[str, Callable[..., Any]] = {
     "Min": torch.sym_min,
@@ -188,7 +192,7 @@ _FOLDS: dict[str, Callable[..., Any]] = {
     "ReduceMax": torch.sym_max,
     "ReduceMin": torch.sym_min,
 }
-"""What is called for two elements, and again for what comes of them and the next one."""
+"""Binary functions of reductions and variadic operators, applied successively to all elements."""
 
 
 def _elementwise(name: str, emit: Emit, inputs: Sequence[Host], call: Call) -> Host:
@@ -235,7 +239,7 @@ def _reduce(name: str, emit: Emit, inputs: Sequence[Any], call: Call) -> Host:
 
 
 def _moved(name: str, emit: Emit, inputs: Sequence[Any], call: Call) -> Host | list[Host]:
-    """Move elements, whatever they are; where to must be known."""
+    """Rearrange elements, numbers and fx nodes alike; the operands that determine the arrangement must be known."""
     carried = traits(name).carried(len(inputs))
     arrays = [host.array if slot in carried else _known(host) for slot, host in enumerate(inputs)]
     found, dtype = EVALUATORS[name](call, *arrays), inputs[carried[0]].dtype
@@ -250,20 +254,21 @@ def _known(host: Host | None) -> Array | None:
     return host.array
 
 
+# Rules by operator of the default domain.
 _RULES: dict[str, Rule] = dict.fromkeys(operators_with("moves_elements"), _moved)
 _RULES |= dict.fromkeys([*_SCALARS, *_FOLDS], _elementwise)
 _RULES |= dict.fromkeys([name for name in _FOLDS if name.startswith("Reduce")], _reduce)
 _RULES |= {"Cast": _cast, "Where": _where}
 
 OPERATORS = _RULES.keys() | operators_with("fills_sizes")
-"""Operators of the default domain that can be computed while importing."""
+"""Operators of the default domain that can be computed on the host during the import."""
 
 
 def compute(name: str, emit: Emit, inputs: Sequence[Host | None], call: Call) -> list[Host]:
-    """Give the outputs of a node of one of `OPERATORS`.
+    """Return the outputs of a node whose operator is in `OPERATORS`.
 
     Raises:
-        NotOnHostError: it has to be computed with tensors, when the module runs.
+        NotOnHostError: The node must be computed with tensors when the module runs.
     """
     try:
         if name not in _RULES or all(host is None or host.known for host in inputs):
@@ -277,7 +282,7 @@ def compute(name: str, emit: Emit, inputs: Sequence[Host | None], call: Call) ->
 def _of_numbers(name: str, inputs: Sequence[Host | None], call: Call) -> list[Host]:
     with np.errstate(all="ignore"):  # a constant may be infinite by design, such as the log of a zero mask
         found = EVALUATORS[name](call, *map(_known, inputs))
-    made = [np.asarray(part) for part in (found if isinstance(found, tuple) else (found,))]
-    if name == "ConstantOfShape" and made[0].size > LARGEST:
+    arrays = [np.asarray(part) for part in (found if isinstance(found, tuple) else (found,))]
+    if name == "ConstantOfShape" and arrays[0].size > MAX_HOST_ELEMENTS:
         raise NotOnHostError
-    return [Host(array, array.dtype) for array in made]
+    return [Host(array, array.dtype) for array in arrays]

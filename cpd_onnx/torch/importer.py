@@ -336,14 +336,18 @@ class _Builder:
                 return None
             sizes = [self.graph.call_method("size", (value, axis)) for axis in range(known.rank)]
         if node.op_type == "Size":
-            return [host.number_of(self._emit, sizes)]
+            return [host.element_count(self._emit, sizes)]
         return [host.shape_of(sizes, attributes_of(node))]
 
     def _host(self, value: Value) -> Host | None:
         """Return the value as numbers, if it is small and not a weight."""
         if isinstance(value, Host):
             return value
-        if not isinstance(value, StoredWeight) or value.name in self.facts.trainable or value.array.size > host.LARGEST:
+        if (
+            not isinstance(value, StoredWeight)
+            or value.name in self.facts.trainable
+            or value.array.size > host.MAX_HOST_ELEMENTS
+        ):
             return None
         if value.array.dtype.kind not in "iub" and value.array.size > 1 and value.name not in self.facts.numbers:
             return None

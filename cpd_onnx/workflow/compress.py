@@ -16,7 +16,7 @@ from cpd_onnx.deploy.profiles import load_profile
 from cpd_onnx.errors import UnsupportedError
 from cpd_onnx.ir.model import Model, translate_errors
 from cpd_onnx.options import picked
-from cpd_onnx.passes.iterate import Iterate, Round, Stages
+from cpd_onnx.passes.iterate import Iterate, Round, RunCache
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.proof.files import FileVerification, verify_files
 from cpd_onnx.report import tables as report
@@ -41,18 +41,18 @@ _NO_LABELS = "how good the model still is was not measured: --eval takes labelle
 
 
 @dataclass(frozen=True)
-class Known:
+class ResumeState:
     """What a run may start from.
 
     Attributes:
         plan: is carried out, instead of choosing channels.
-        stages: files with what an earlier run had found out.
+        cache: files with what an earlier run had found out.
         traces: of the training.
         watched: data to judge the student on while it trains.
     """
 
     plan: Plan | None = None
-    stages: Stages | None = None
+    cache: RunCache | None = None
     traces: Traces | None = None
     watched: Watched | None = None
 
@@ -131,7 +131,7 @@ def multiple_of(options: Any) -> int | None:
 def compress(
     step: Iterate,
     state: State,
-    known: Known | None = None,
+    resume: ResumeState | None = None,
     *,
     progress: Callable[[int, Progress], None] | None = None,
     allow_inconclusive: bool = False,
@@ -144,13 +144,13 @@ def compress(
     InconclusiveError if that cannot be told, unless it is allowed.
     """
     with translate_errors(state.original):
-        return _compress(step, state, known or Known(), progress, allow_inconclusive=allow_inconclusive)
+        return _compress(step, state, resume or ResumeState(), progress, allow_inconclusive=allow_inconclusive)
 
 
 def _compress(
     step: Iterate,
     state: State,
-    known: Known,
+    resume: ResumeState,
     progress: Callable[[int, Progress], None] | None,
     *,
     allow_inconclusive: bool,
@@ -170,11 +170,11 @@ def _compress(
             results.append(result)
 
         state = step.run(
-            state, note, progress and (lambda now: progress(len(results) + 1, now)), watched=known.watched,
-            traces=known.traces, given=known.plan, stages=known.stages,
+            state, note, progress and (lambda now: progress(len(results) + 1, now)), watched=resume.watched,
+            traces=resume.traces, given=resume.plan, cache=resume.cache,
         )  # fmt: skip  # what and how
     else:
-        state = step.in_rounds(state, lambda made: made.small, given=known.plan, stages=known.stages)
+        state = step.in_rounds(state, lambda made: made.small, given=resume.plan, cache=resume.cache)
     ended = time.perf_counter()
     plan = state.need("plan", step.name)
     found = verify_files(state.original, state.model, plan, allow_inconclusive=allow_inconclusive)

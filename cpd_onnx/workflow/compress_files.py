@@ -21,7 +21,7 @@ from cpd_onnx.ir.model import Model
 from cpd_onnx.options import picked
 from cpd_onnx.passes import sensitivity
 from cpd_onnx.passes.allocate import target_options
-from cpd_onnx.passes.iterate import Iterate, Stages
+from cpd_onnx.passes.iterate import Iterate, RunCache
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.report import manifest
 from cpd_onnx.report import tables as report
@@ -118,10 +118,10 @@ def compress(request: Compress, observer: Observer = ignore, *, called: str | No
     model.path = Path(called or request.model)
     source = source_of(request.data, model, request)
     step = _step(request, source)
-    traces, stages = _left_behind(request, step, model)
-    known = compression.Known(given, stages if is_first_process() else None, traces, watched_on(request, model))
-    with _leaving_no_more(step, stages, traces):
-        made = _made(step, State(model, model, shapes, source), known, request, observer)
+    traces, cache = _left_behind(request, step, model)
+    resume = compression.ResumeState(given, cache if is_first_process() else None, traces, watched_on(request, model))
+    with _leaving_no_more(step, cache, traces):
+        made = _made(step, State(model, model, shapes, source), resume, request, observer)
         if not is_first_process():
             return None
         content = _reported(request, made, source) | {"rounds": step.rounds}
@@ -136,33 +136,33 @@ def compress(request: Compress, observer: Observer = ignore, *, called: str | No
                 request, places, content, dict(made.seconds) | {"all": round(time.perf_counter() - started, 2)}
             )
             write_json(request, content)
-    _discard(step, stages, traces)
+    _discard(step, cache, traces)
     return content
 
 
 @contextlib.contextmanager
-def _leaving_no_more(step: Iterate, stages: Stages, traces: Any) -> Iterator[None]:
+def _leaving_no_more(step: Iterate, cache: RunCache, traces: Any) -> Iterator[None]:
     """Where something fails inside, leave what `--resume` goes on from, if that can help, and say so."""
-    with saying_what_is_left(lambda: _unfinished(step, stages, traces)):
+    with saying_what_is_left(lambda: _unfinished(step, cache, traces)):
         try:
             yield
         except (ModelError, ProofError, InconclusiveError) as error:
             # Whoever goes on meets it again, unless it was the disk; a training may be worth keeping.
             is_worth_it = step.name == "interleave" and isinstance(error, InconclusiveError)
             if not isinstance(error.__cause__, OSError) and not is_worth_it:
-                _discard(step, stages, traces)
+                _discard(step, cache, traces)
             raise
 
 
 def _made(
-    step: Iterate, state: State, known: compression.Known, request: Compress, observer: Observer
+    step: Iterate, state: State, resume: compression.ResumeState, request: Compress, observer: Observer
 ) -> compression.Compressed:
     """The compressed model."""
     observer("comb, score, prune", 0, None)
     return compression.compress(
         step,
         state,
-        known,
+        resume,
         progress=lambda number, now: observer(
             f"round {number} of {step.rounds}, step {now.step}, loss {now.loss:.4f}", now.step, now.steps
         ),
@@ -179,22 +179,22 @@ def _step(request: Compress, source: Source | None) -> Iterate:
     return compression.step_of(request, target, training, has_data=has_data)
 
 
-def _left_behind(request: Compress, step: Iterate, model: Model) -> tuple[Any, Stages]:
+def _left_behind(request: Compress, step: Iterate, model: Model) -> tuple[Any, RunCache]:
     """What the run writes while it goes on; refuses to lose what an unfinished one has done."""
     place = checkpoint_of(request)
     words = (model.sha256(), step, request.input_shapes, request.data, request.like)
-    stages = Stages(place, hashlib.sha256(repr(words).encode()).hexdigest())
+    cache = RunCache(place, hashlib.sha256(repr(words).encode()).hexdigest())
     traces = traces_of(request) if step.name == "interleave" else None
-    require_new_run(request, *_unfinished(step, stages, traces))
+    require_new_run(request, *_unfinished(step, cache, traces))
     if not request.resume:
-        stages.discard(step.rounds)
-    return traces, stages
+        cache.discard(step.rounds)
+    return traces, cache
 
 
-def _unfinished(step: Iterate, stages: Stages, traces: Any) -> Iterator[Path]:
+def _unfinished(step: Iterate, cache: RunCache, traces: Any) -> Iterator[Path]:
     """The files of a run that was stopped."""
     for number in range(1, step.rounds + 1):
-        yield from stages.files(number)
+        yield from cache.files(number)
         if traces is not None:
             from cpd_onnx.passes.interleave import of_round
 
@@ -203,8 +203,8 @@ def _unfinished(step: Iterate, stages: Stages, traces: Any) -> Iterator[Path]:
                 yield checkpoint
 
 
-def _discard(step: Iterate, stages: Stages, traces: Any) -> None:
-    for path in _unfinished(step, stages, traces):
+def _discard(step: Iterate, cache: RunCache, traces: Any) -> None:
+    for path in _unfinished(step, cache, traces):
         path.unlink(missing_ok=True)
 
 

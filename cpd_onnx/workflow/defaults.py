@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import util
 
 from cpd_onnx.errors import DataError
-from cpd_onnx.scores.registry import scorer_of
+from cpd_onnx.scores.registry import find_score_function
 
 TARGET = ("macs", 0.5)
 """What `compress` leaves."""
@@ -26,7 +26,7 @@ SPREAD = "optimal with data and for latency, else uniform"
 def score(said: str | None, *, has_data: bool) -> str:
     """The score; raises TargetError if there is none of that name."""
     kind = said or (_INFORMED if has_data else _BLIND)
-    scorer_of(kind)
+    find_score_function(kind)
     return kind
 
 

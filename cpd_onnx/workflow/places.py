@@ -139,7 +139,7 @@ def objections(profile: str | None, model: Model) -> list[str]:
     if profile is None:
         return []
     found = load_profile(profile)
-    return [f"{found.name} objects: {sentence}" for sentence in problems(model, found)]
+    return [f"profile {found.name}: {sentence}" for sentence in problems(model, found)]
 
 
 # What is written.

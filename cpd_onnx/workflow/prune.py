@@ -99,7 +99,7 @@ def apply(request: Apply, observer: Observer = ignore) -> dict[str, Any]:
 def verify(request: VerifyFile, observer: Observer = ignore) -> dict[str, Any]:
     """Check a file against its original, by its plan or by the manifest of `deploy` that names it.
 
-    What there is to say about it, see `require_shown`; raises ProofError if the file is something else.
+    What there is to say about it, see `require_conclusive`; raises ProofError if the file is something else.
     """
     plan = request.plan or plan_path_of(request.pruned)
     require_outputs(request, reads=[plan])
@@ -123,7 +123,7 @@ def verify(request: VerifyFile, observer: Observer = ignore) -> dict[str, Any]:
     return content
 
 
-def require_shown(content: Mapping[str, Any]) -> None:
+def require_conclusive(content: Mapping[str, Any]) -> None:
     """Raise InconclusiveError if the proof of the pruned file shows too little."""
     if content.get("verdict") == INCONCLUSIVE:
         raise InconclusiveError(report.proof_line(content))

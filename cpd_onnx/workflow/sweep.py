@@ -22,7 +22,7 @@ from cpd_onnx.report import manifest
 from cpd_onnx.report import tables as report
 from cpd_onnx.rewrite.plan import make_plan
 from cpd_onnx.runtime.bench import Bench
-from cpd_onnx.scores.registry import score, scorer_of
+from cpd_onnx.scores.registry import find_score_function, score
 from cpd_onnx.workflow import compress as compression
 from cpd_onnx.workflow import recipe
 from cpd_onnx.workflow.compress_files import can_draw, compress, page_kinds, timed, write_page
@@ -128,7 +128,7 @@ def _planned(
     place = request.output / "plans"
     made = {}
     for name, (_, fraction) in targets.items():
-        chosen = chooser(combed, scores, fraction, is_loss=scorer_of(kind).is_loss)
+        chosen = chooser(combed, scores, fraction, is_loss=find_score_function(kind).is_loss)
         words: dict[str, Any] = replace(step.budget, fraction=fraction).as_words()
         words |= {"latency": dict(chosen.latency)} if chosen.latency else {}
         words |= {"score": kind, "seed": request.seed}

@@ -1,4 +1,4 @@
-"""The channel algebra: what was united has one fate, whatever the order."""
+"""The channel algebra: united indices are removed together, in whatever order they were united."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpd_onnx.algebra.atoms import NOTHING, Atoms
+from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.algebra.reasons import Reason
 
 STEP = st.tuples(
@@ -57,16 +58,17 @@ def test_what_was_united_has_one_fate(sizes: list[int], steps: list[tuple[str, i
 @given(
     st.lists(st.sampled_from([2, 3, 4, 6]), min_size=2, max_size=4), st.lists(STEP, max_size=10), st.integers(0, 2**31)
 )
-def test_the_questions_agree(sizes: list[int], steps: list[tuple[str, int, int]], seed: int) -> None:
-    """`canonical`, `is_frozen`, `all_frozen` and `deleted` say what `parts` says."""
+def test_methods_agree_with_parts(sizes: list[int], steps: list[tuple[str, int, int]], seed: int) -> None:
+    """`canonical`, `is_frozen`, `all_frozen` and `KeepMask` agree with `parts`."""
     atoms, axes, _ = build(sizes, steps)
-    gone = np.random.default_rng(seed).random(len(atoms)) < 0.3
-    gone[NOTHING] = False
+    removed = np.random.default_rng(seed).random(len(atoms)) < 0.3
+    removed[NOTHING] = False
+    keep = KeepMask(atoms, np.flatnonzero(removed))
     for axis in axes:
         fate = fates(atoms, axis)
         assert atoms.is_frozen(axis).tolist() == [not f for f in fate]
         assert atoms.all_frozen(axis) == (not any(fate))
-        assert atoms.deleted(axis, gone).tolist() == [bool(gone[list(f)].any()) for f in fate]
+        assert keep.mask(axis).tolist() == [not removed[list(f)].any() for f in fate]
         numbers: dict[int, frozenset[int]] = {}
         for number, f in zip(atoms.canonical(axis).tolist(), fate, strict=True):
             assert numbers.setdefault(number, f) == f
@@ -79,9 +81,8 @@ def test_a_product_splits_again() -> None:
     merged = atoms.product(heads, dims)
     other = atoms.fresh(12)
     atoms.unite(other, merged)
-    gone = np.zeros(len(atoms), np.bool_)
-    gone[heads[1]] = True
-    assert atoms.deleted(other, gone).tolist() == [False] * 3 + [True] * 3 + [False] * 6
+    keep = KeepMask(atoms, heads[1:2])
+    assert keep.mask(other).tolist() == [True] * 3 + [False] * 3 + [True] * 6
 
 
 def test_frost_spreads_with_its_reason() -> None:

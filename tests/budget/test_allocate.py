@@ -10,13 +10,13 @@ import pytest
 from onnx import ModelProto
 
 import cpd_onnx as cpd
-from cpd_onnx.algebra.keep import Kept
-from cpd_onnx.budget.allocation import SPREADS, Allocation, Curves, allocate, curves_of
+from cpd_onnx.algebra.keep import KeepMask
+from cpd_onnx.budget.allocation import SPREADS, Allocation, allocate, LossCurves, loss_curves
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.channels.costs import CostModel
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.passes.allocate import Allocate
-from cpd_onnx.scores.registry import SCORERS, Scorer, score, scorer
+from cpd_onnx.scores.registry import SCORE_FUNCTIONS, ScoreFunction, score, score_function
 from tests.rules.test_rules import model_of
 from tests.support.models import from_text
 
@@ -71,18 +71,18 @@ def test_bytes_are_those_of_the_file() -> None:
     assert after / before == pytest.approx(0.5, abs=0.02)
 
 
-def damage_of(combed: Combed, allocation: Allocation) -> float:
-    curves = curves_of(score(combed), is_loss=False)
-    return sum(float(c[len(r)]) for c, r in zip(curves.damage, allocation.removed, strict=True))
+def loss_of(combed: Combed, allocation: Allocation) -> float:
+    curves = loss_curves(score(combed), is_loss=False)
+    return sum(float(c[len(r)]) for c, r in zip(curves.loss, allocation.removed, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["macs", "params"])
 def test_the_optimum_does_the_least_damage(kind: str) -> None:
     combed = comb(wide())
     scores = score(combed)
-    curves = curves_of(scores, is_loss=False)
+    curves = loss_curves(scores, is_loss=False)
     budgets = {spread: Allocate(**{kind: 0.4}, spread=spread).budget for spread in SPREADS}  # type: ignore[arg-type]
-    found = {s: damage_of(combed, allocate(combed, scores, budget, curves=curves)) for s, budget in budgets.items()}
+    found = {s: loss_of(combed, allocate(combed, scores, budget, curves=curves)) for s, budget in budgets.items()}
     assert found["optimal"] == min(found.values())
     assert found["optimal"] < 0.95 * found["uniform"]
 
@@ -94,14 +94,14 @@ def test_the_optimum_is_that_of_trying_all(target: float) -> None:
         " => (float[1, 2, 4, 4] y) { a = Conv(x, w) b = Conv(a, u) c = Conv(b, t) y = Conv(c, v) }"
     )
     combed = comb(model)
-    made = curves_of(score(combed), is_loss=False)
+    made = loss_curves(score(combed), is_loss=False)
     allocation = allocate(combed, score(combed), Allocate(macs=target, spread="optimal").budget, curves=made)
-    curves = made.damage
+    curves = made.loss
     cost = CostModel(combed).in_widths("macs")
     every = np.array(list(itertools.product(*(range(1, len(g) + 1) for g in combed.groups))))
-    damage = sum(curve[len(curve) - every[:, k]] for k, curve in enumerate(curves))
-    least = damage[cost(every) <= target * allocation.before.macs].min()
-    assert damage_of(combed, allocation) == pytest.approx(least)
+    loss = sum(curve[len(curve) - every[:, k]] for k, curve in enumerate(curves))
+    least = loss[cost(every) <= target * allocation.before.macs].min()
+    assert loss_of(combed, allocation) == pytest.approx(least)
 
 
 def test_what_many_layers_share_is_not_what_goes_first() -> None:
@@ -126,7 +126,7 @@ def test_costs_in_widths_are_those_of_channels() -> None:
     combed = comb(model_of("attention 4d"))
     for kind in ("macs", "params", "channels", "bytes"):
         costs = CostModel(combed)
-        kept = Kept(combed.atoms, np.concatenate([group.channels[: len(group) // 2] for group in combed.groups]))
+        kept = KeepMask(combed.atoms, np.concatenate([group.channels[: len(group) // 2] for group in combed.groups]))
         widths = np.asarray([[len(group) - len(group) // 2 for group in combed.groups]])
         assert costs.in_widths(kind)(widths)[0] == pytest.approx(costs.cost(kind, kept))
 
@@ -135,13 +135,13 @@ def test_curves_from_outside() -> None:
     combed = comb(wide())
     steep = [np.arange(len(g)) * (100.0 if g.name == "u" else 1.0) for g in combed.groups]
     budget = Allocate(macs=0.5, spread="optimal").budget
-    allocation = allocate(combed, score(combed), budget, curves=Curves(tuple(steep)))
+    allocation = allocate(combed, score(combed), budget, curves=LossCurves(tuple(steep)))
     removed = {g.name: len(r) for g, r in zip(combed.groups, allocation.removed, strict=True)}
     assert removed["u"] == 0
     assert allocation.after.macs / allocation.before.macs == pytest.approx(0.5, abs=0.02)
     for wrong in (steep[:2], [curve[1:] for curve in steep], [1 + curve for curve in steep]):
-        with pytest.raises(ValueError, match="damage curve"):
-            allocate(combed, score(combed), budget, curves=Curves(tuple(wrong)))
+        with pytest.raises(ValueError, match="loss curve"):
+            allocate(combed, score(combed), budget, curves=LossCurves(tuple(wrong)))
 
 
 def test_groups_that_do_the_same_compete_among_themselves() -> None:
@@ -283,7 +283,9 @@ def test_scale_of_a_normalisation() -> None:
 def test_scores_that_estimate_the_loss_compete_by_what_they_save(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two groups with the same scores: the one whose channels cost more loses more."""
     monkeypatch.setitem(
-        SCORERS, "flat", Scorer(lambda q: [1 + np.arange(len(g)) / 99 for g in q.combed.groups], "", is_loss=True)
+        SCORE_FUNCTIONS,
+        "flat",
+        ScoreFunction(lambda q: [1 + np.arange(len(g)) / 99 for g in q.combed.groups], "", is_loss=True),
     )
     state = cpd.run("comb, score{kind='flat'}, allocate{macs=0.6, spread='global'}", wide())
     combed, allocation = state.combed, state.allocation
@@ -306,7 +308,7 @@ def test_a_score_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(cpd.TargetError, match="one number per channel"):
         score(comb(wide()), "mine:wrong")
     with pytest.raises(ValueError, match="already"):
-        scorer("l2", source="")
+        score_function("l2", source="")
 
 
 def test_random_score_follows_the_seed() -> None:

@@ -12,10 +12,10 @@ import pytest
 from onnx import ModelProto
 
 import cpd_onnx as cpd
-from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.budget import latency
 from cpd_onnx.budget.allocation import SPREADS, Chooser
-from cpd_onnx.budget.latency import Clock, CostTable, load_table, measure_table
+from cpd_onnx.budget.latency import CostTable, LatencyProbe, load_table, measure_table
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.channels.costs import CostModel
 from cpd_onnx.channels.groups import Combed
@@ -36,7 +36,7 @@ def stack() -> ModelProto:
     return from_text(STACK)
 
 
-class MadeUp(Clock):
+class MadeUp(LatencyProbe):
     """A machine whose kernels work in blocks of 16 channels, and at widths that are no multiples of 4 three times as long."""
 
     def profile(self, model: Model) -> tuple[dict[str, latency._Kernel], float, float]:
@@ -88,10 +88,10 @@ def test_kernels_are_told_by_the_axes_they_follow(table: CostTable) -> None:
 
 
 def test_the_table_says_what_other_widths_take(combed: Combed, table: CostTable) -> None:
-    clock = MadeUp(combed, Setting())
+    probe = MadeUp(combed, Setting())
     gone = np.concatenate([group.channels[:32] for group in combed.groups])
-    said = CostModel(combed, {"latency": table.terms(combed)}).cost("latency", Kept(combed.atoms, gone))
-    assert said == pytest.approx(clock.profile(clock.pruned(gone))[1], rel=0.02)
+    said = CostModel(combed, {"latency": table.terms(combed)}).cost("latency", KeepMask(combed.atoms, gone))
+    assert said == pytest.approx(probe.profile(probe.pruned(gone))[1], rel=0.02)
 
 
 @pytest.mark.parametrize("spread", SPREADS)
@@ -105,12 +105,12 @@ def test_a_target_by_the_table(combed: Combed, table: CostTable, spread: str) ->
 def test_the_clock_corrects_the_table(combed: Combed, table: CostTable) -> None:
     budget = Allocate(latency=0.6).budget
     assert budget.spread == "optimal"
-    clock, scores = MadeUp(combed, Setting()), score(combed)
-    blind, seeing = (Chooser(budget, table, watch)(combed, scores) for watch in (None, clock))
-    missed = abs(clock.ratio(blind.channels(combed)) - 0.6)
+    probe, scores = MadeUp(combed, Setting()), score(combed)
+    blind, seeing = (Chooser(budget, table, watch)(combed, scores) for watch in (None, probe))
+    missed = abs(probe.ratio(blind.channels(combed)) - 0.6)
     assert abs(seeing.latency["measured"] - 0.6) <= missed
     assert seeing.latency["measured"] == pytest.approx(0.6, abs=0.03)
-    assert seeing.latency["measured"] == clock.ratio(seeing.channels(combed))
+    assert seeing.latency["measured"] == probe.ratio(seeing.channels(combed))
 
 
 def test_a_target_out_of_reach(combed: Combed, table: CostTable) -> None:
@@ -129,12 +129,12 @@ def test_finer_widths_where_the_fast_ones_do_not_go_that_low(combed: Combed, tab
 
 def test_the_clock_tries_what_the_table_takes_to_be_out_of_reach(combed: Combed, table: CostTable) -> None:
     slow = replace(table, rest=0.4 * table.ms)
-    clock, scores, budget = MadeUp(combed, Setting()), score(combed), Allocate(latency=0.4).budget
+    probe, scores, budget = MadeUp(combed, Setting()), score(combed), Allocate(latency=0.4).budget
     with pytest.raises(cpd.TargetError, match="cannot be reached"):
         Chooser(budget, slow)(combed, scores)
-    assert Chooser(budget, slow, clock)(combed, scores).latency["measured"] == pytest.approx(0.4, abs=0.04)
+    assert Chooser(budget, slow, probe)(combed, scores).latency["measured"] == pytest.approx(0.4, abs=0.04)
     with pytest.raises(cpd.TargetError, match=r"latency=0.05 cannot be reached"):
-        Chooser(Allocate(latency=0.05).budget, slow, clock)(combed, scores)
+        Chooser(Allocate(latency=0.05).budget, slow, probe)(combed, scores)
 
 
 def test_what_the_table_takes_to_be_fixed_is_corrected(combed: Combed, table: CostTable) -> None:

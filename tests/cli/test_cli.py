@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 
 import cpd_onnx as cpd
 from cpd_onnx.cli.main import main
+from cpd_onnx.errors import ISSUES
 from cpd_onnx.proof.comparison import WRONG, Comparison
 from cpd_onnx.report import tables as report
 from cpd_onnx.rewrite.plan import schema
@@ -516,7 +517,19 @@ def test_interruption(folder: Path, capsys: pytest.CaptureFixture[str], monkeypa
 
     monkeypatch.setattr("cpd_onnx.cli.main.comb", interrupted)
     assert run("inspect", folder / "model.onnx") == 130
-    assert capsys.readouterr().err == "stopped\n"
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_internal_error_names_the_issue_tracker(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: object) -> None:
+        raise KeyError("axis")
+
+    monkeypatch.setattr("cpd_onnx.cli.main.comb", broken)
+    assert run("inspect", folder / "model.onnx") == 1
+    expected = f"error: internal error: KeyError: 'axis'; please report it at {ISSUES} with the output of --verbose\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_verbose_shows_where_an_error_came_from(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

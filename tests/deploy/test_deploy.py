@@ -630,12 +630,12 @@ def test_prune_then_deploy_with_everything(tmp_path: Path, capsys: pytest.Captur
     small, made = tmp_path / "small.onnx", tmp_path / "made.onnx"
     line = ("prune", EXAMPLE, "-o", small, "--target", "macs=0.6", "--data", TRAIN, "--profile", "ort-mobile")
     assert run(*line, "--samples", 64, "--repair-samples", 64) == 0
-    assert "note: ort-mobile objects: input 'image' is" in capsys.readouterr().out
+    assert "note: profile ort-mobile: input 'image' is" in capsys.readouterr().out
     assert json.loads((tmp_path / "small.onnx.plan.json").read_text())["budget"]["multiple"] == 8
     wish = ("--profile", "ort-mobile", "--int8", "--data", TRAIN, "--ort", tmp_path / "made.ort", "--eval", TEST)
     assert run("deploy", small, "-o", made, *wish, "--json", tmp_path / "made.json") == 0
     said = capsys.readouterr().out
-    assert "ort-mobile objects to nothing" in said
+    assert "profile ort-mobile: no problems found" in said
     assert "top1 after: 0." in said
     content = json.loads((tmp_path / "made.json").read_text())
     assert [step["name"] for step in content["steps"]] == ["fix", "int8", "ort"]

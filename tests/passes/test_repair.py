@@ -13,7 +13,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.budget.allocation import Budget, allocate
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.cli.main import main
@@ -25,7 +25,7 @@ from cpd_onnx.ir.model import Model, load
 from cpd_onnx.ops.matrix_view import linear_of
 from cpd_onnx.passes.prune import prune
 from cpd_onnx.passes.repair import RepairOptions, repair
-from cpd_onnx.passes.sensitivity import SensitivityOptions, curves_of, sensitivity
+from cpd_onnx.passes.sensitivity import SensitivityOptions, measured_curves, sensitivity
 from cpd_onnx.pipeline.pipeline import run
 from cpd_onnx.runtime.sessions import execute, open_model
 from cpd_onnx.runtime.stepwise import Stepwise
@@ -180,7 +180,7 @@ def test_repair_changes_values_and_nothing_else():
 def test_a_model_that_lost_nothing_is_left_as_it_is():
     model, data = residual(), ArraySource(inputs())
     combed = comb(model)
-    kept = Kept(combed.atoms)
+    kept = KeepMask(combed.atoms)
     fixed = repair(combed, kept, model.copy(), data)
     assert fixed.fits == ()
     assert fixed.model.serialize() == model.serialize()
@@ -296,9 +296,9 @@ def test_sensitivity_is_the_error_with_one_group_alone_pruned(tmp_path):
         assert errors == sorted(errors)
     raw = sensitivity(combed, scores, data, SensitivityOptions(shares=(0.5, 0.0), repair=False))
     assert raw["w1"][1].error > 1.2 * found["w1"][1].error
-    curves = curves_of(combed, found)
+    curves = measured_curves(combed, found)
     curves.check(combed)
-    assert curves.damage[1][6] == found["w1"][1].error
+    assert curves.loss[1][6] == found["w1"][1].error
 
 
 def test_measured_sensitivity_can_choose_the_widths():

@@ -43,7 +43,7 @@ from cpd_onnx.cli.arguments import command_line
 from cpd_onnx.cli.main import main
 from cpd_onnx.io.streams import PIPE_CLOSED
 from cpd_onnx.rules import RULES
-from cpd_onnx.scores.registry import SCORERS
+from cpd_onnx.scores.registry import SCORE_FUNCTIONS
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ("digits.onnx", "digits_train.npz", "digits_test.npz")
@@ -285,7 +285,7 @@ def test_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for name in [Path(block.file).stem for block in blocks(page.read_text()) if block.file]:
         monkeypatch.delitem(sys.modules, name, raising=False)  # another test may have a module of that name
     before = set(sys.modules)
-    tables = [(table, dict(table)) for table in (RULES, SCORERS)]
+    tables = [(table, dict(table)) for table in (RULES, SCORE_FUNCTIONS)]
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("COLUMNS", raising=False)
     monkeypatch.syspath_prepend(tmp_path)

@@ -45,7 +45,7 @@ import warnings
 from cpd_onnx.moved import NAMES
 
 warnings.simplefilter("error")
-for (module, name), new in NAMES.items():
+for (module, name), (new, new_name) in NAMES.items():
     if new.startswith("cpd_onnx.integrations"):
         continue
     there = importlib.import_module(module)
@@ -54,10 +54,10 @@ for (module, name), new in NAMES.items():
         exec(f"from {module} import {name}")
         assert kept, f"{module}.{name} says nothing"
     except DeprecationWarning as warning:
-        assert f"{module}.{name} has moved to {new}.{name};" in str(warning), warning
+        assert f"{module}.{name} has moved to {new}.{new_name};" in str(warning), warning
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert getattr(there, name) is getattr(importlib.import_module(new), name), (module, name)
+        assert getattr(there, name) is getattr(importlib.import_module(new), new_name), (module, name)
 print(len(NAMES))
 """
 

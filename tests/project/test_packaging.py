@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import cpd_onnx
+from cpd_onnx.errors import ISSUES
 from cpd_onnx.rules import unsupported_operators
 
 ROOT = Path(__file__).parents[2]
@@ -180,3 +181,7 @@ def test_readme_lists_the_operators_as_they_are() -> None:
     text = (ROOT / "README.md").read_text()
     missing = ", ".join(f"`{name}`" for name in unsupported_operators())
     assert f"{missing}\n" in text.replace(",\n", ", ")
+
+
+def test_issue_tracker_of_messages_and_package_agree() -> None:
+    assert PROJECT["project"]["urls"]["Issues"] == ISSUES

@@ -11,7 +11,7 @@ import pytest
 from onnx import ModelProto, helper, numpy_helper
 
 import cpd_onnx as cpd
-from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.budget.allocation import Budget, allocate
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.cli.main import main
@@ -142,7 +142,7 @@ def test_channels_that_nobody_reads_need_show_nothing() -> None:
     text = f"({MLP.replace('16, 5', '4, 5')}, int64[4] i) => (float[4, 5] y) {{ h = MatMul(x, w) a = Gather <axis = 1>(h, i) y = MatMul(a, v) }}"
     combed = comb(cpd.load(from_text(text, values={"i": [3, 1, 7, 5]})))
     unread = next(group for group in combed.groups if len(group) == 12)
-    kept = Kept(combed.atoms, unread.channels[:6])
+    kept = KeepMask(combed.atoms, unread.channels[:6])
     from cpd_onnx.rewrite.rewriter import rewrite
 
     assert verify(combed, kept, rewrite(combed, kept).model).verdict == VERIFIED

@@ -470,8 +470,8 @@ def test_a_deployed_file_is_followed_back(name: str, folder: Path, capsys: pytes
     capsys.readouterr()
     assert run("verify", "model.onnx", "out.onnx") == 0
     said = capsys.readouterr().out
-    assert "small.onnx is, byte for byte, what the plan makes of the original" in said
-    assert "out.onnx is, value for value, what these steps make" in said
+    assert "small.onnx equals, byte for byte, the result of replaying the plan on the original" in said
+    assert "out.onnx equals, value for value, the result of these steps" in said
     assert run("verify", "model.onnx", "out.onnx", "--json", "-") == 0
     content = json.loads(capsys.readouterr().out)
     assert content["passed"]
@@ -604,4 +604,4 @@ def test_a_fresh_plan_takes_precedence_over_an_old_manifest(folder: Path, capsys
     assert run("prune", "model.onnx", "-o", "out.onnx", "--target", "macs=0.7", "--force") == 0
     capsys.readouterr()
     assert run("verify", "model.onnx", "out.onnx") == 0
-    assert capsys.readouterr().out.startswith("the file is, byte for byte")
+    assert capsys.readouterr().out.startswith("the file equals, byte for byte")

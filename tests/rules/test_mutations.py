@@ -22,7 +22,7 @@ def pass_first(op: Op) -> None:
 
 def touch_all(op: Op) -> None:
     """Silence the accounting, so that the oracles have to see it."""
-    op.touched += [axis for tensor in op.inputs if tensor for axis in tensor.axes or []]
+    op.accounted += [axis for tensor in op.inputs if tensor for axis in tensor.axes or []]
 
 
 def silent_pass_first(op: Op) -> None:
@@ -45,7 +45,7 @@ def conv_forgets_input(op: Op) -> None:
 
 def depthwise_keeps_group(op: Op) -> None:
     RULES_BEFORE[("", "Conv")](op)
-    op.recorder.demands[:] = [d for d in op.recorder.demands if d.slot != "group"]
+    op.recorder.size_uses[:] = [d for d in op.recorder.size_uses if d.slot != "group"]
 
 
 def gemm_ignores_transposition(op: Op) -> None:
@@ -69,7 +69,7 @@ def split_shifted(op: Op) -> None:
     sizes = np.cumsum([o.value.shape[-1] for o in op.outputs if o.value.shape])[:-1]
     for number, piece in enumerate(np.split(axis, sizes)):
         op.set([*(x.axes or [])[:-1], piece], number)
-    op.demand_sizes(1, np.split(axis, sizes))
+    op.use_shape(1, np.split(axis, sizes))
 
 
 def slice_shifted(op: Op) -> None:
@@ -86,7 +86,7 @@ def reshape_always_fresh(op: Op) -> None:
 
 def reshape_forgets_operand(op: Op) -> None:
     RULES_BEFORE[("", "Reshape")](op)
-    op.recorder.demands[:] = [d for d in op.recorder.demands if d.slot != 1]
+    op.recorder.size_uses[:] = [d for d in op.recorder.size_uses if d.slot != 1]
 
 
 def layer_norm_forgets_scale(op: Op) -> None:
@@ -125,7 +125,7 @@ def attention_forgets_values(op: Op) -> None:
 
 def attention_rescales(op: Op) -> None:
     RULES_BEFORE[("", "Attention")](op)
-    op.recorder.demands[:] = [d for d in op.recorder.demands if d.slot != "scale"]
+    op.recorder.size_uses[:] = [d for d in op.recorder.size_uses if d.slot != "scale"]
 
 
 def depth_to_space_strided(op: Op) -> None:
@@ -138,7 +138,7 @@ def depth_to_space_strided(op: Op) -> None:
 
 def gather_keeps_positions(op: Op) -> None:
     RULES_BEFORE[("", "Gather")](op)
-    op.recorder.demands[:] = [d for d in op.recorder.demands if d.scope.nodes[d.node].op_type != "Gather"]
+    op.recorder.size_uses[:] = [d for d in op.recorder.size_uses if d.scope.nodes[d.node].op_type != "Gather"]
 
 
 MUTATIONS: list[tuple[str, Callable[[Op], None], str]] = [

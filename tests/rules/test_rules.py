@@ -14,6 +14,7 @@ import cpd_onnx as cpd
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.rules import RULES
+from cpd_onnx.rules.shape import regroup
 from cpd_onnx.testing import mask_oracle, permutation_oracle, widen_oracle
 from tests.support.models import from_text, operator_cases, set_free
 
@@ -481,6 +482,25 @@ def test_oracles(name: str) -> None:  # onnxruntime has no Add of opset 6
     for outcome in (mask_oracle(model), permutation_oracle(model), widen_oracle(model)):
         assert outcome.passed
         assert outcome.groups > 0
+
+
+def test_rules_may_use_the_old_names_of_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    def old(op: Any) -> None:
+        op.hold(1)
+        out = regroup(op)
+        op.demand_sizes(1, out)
+        op.touched += out
+        op.set(out)
+
+    name = next(row[0] for row in TABLE if "Reshape(" in row[2])
+    monkeypatch.setitem(RULES, ("", "Reshape"), old)
+    with pytest.warns(
+        DeprecationWarning, match=r"Op\.(hold|demand_sizes|touched) is now Op\.\w+; .* in version"
+    ) as caught:
+        combed = comb(model_of(name))
+    assert signature(combed) == TABLE[NAMES.index(name)][3]
+    assert combed.unaccounted == []
+    assert {str(each.message).split()[0] for each in caught} == {"Op.hold", "Op.demand_sizes", "Op.touched"}
 
 
 def test_an_operator_without_a_rule_keeps_its_channels_and_says_so() -> None:

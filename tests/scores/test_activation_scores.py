@@ -20,7 +20,7 @@ from cpd_onnx.data.sources import ArraySource, inputs_of
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.runtime.sessions import execute, open_model
 from cpd_onnx.scores import activations
-from cpd_onnx.scores.registry import Question, score
+from cpd_onnx.scores.registry import ScoreContext, score
 from tests.support.models import from_text
 
 DATA = Path(os.environ.get("CPD_DATA", Path(__file__).parents[3] / "shared" / "data")) / "onnx"
@@ -156,9 +156,9 @@ def test_every_operator_says_where_it_consumes(name: str) -> None:
 
 
 def _run(combed: Combed, feed: dict[str, Any], name: str) -> np.ndarray:
-    question = Question(combed, ArraySource(feed), len(next(iter(feed.values()))))
-    order = np.random.default_rng(0).permutation(question.samples)
-    (found,) = list(activations.batches(question, [name]))
+    context = ScoreContext(combed, ArraySource(feed), len(next(iter(feed.values()))))
+    order = np.random.default_rng(0).permutation(context.samples)
+    (found,) = list(activations.batches(context, [name]))
     return found[name][np.argsort(order)].astype(np.float64)
 
 
@@ -171,7 +171,9 @@ def test_groups_meet_their_own_weights() -> None:
     combed = comb(model)
     feed = data_of(combed)
     hidden, weight = _run(combed, feed, "a"), combed.folded.model.array("v").astype(np.float64)
-    consumed = next(c for c in activations.consumers(Question(combed, ArraySource(feed), 6)) if len(c.channels) == 8)
+    consumed = next(
+        c for c in activations.consumers(ScoreContext(combed, ArraySource(feed), 6)) if len(c.channels) == 8
+    )
     expected = np.concatenate([np.abs(weight[3 * g : 3 * g + 3]).sum((0, 2, 3)) for g in range(2)])
     np.testing.assert_allclose(consumed.absolute, expected, rtol=1e-6)
     np.testing.assert_allclose(consumed.own.energy, (hidden**2).mean((0, 2, 3)), rtol=1e-4)
@@ -214,7 +216,7 @@ def test_queries_and_keys_meet_in_fused_attention() -> None:
     combed = comb(model)
     feed = data_of(combed)
     queries, keys = (np.square(_run(combed, feed, name)).mean((0, 1)) for name in "ab")
-    pairs = [c for c in activations.consumers(Question(combed, ArraySource(feed), 6)) if not (c.met == 1).all()]
+    pairs = [c for c in activations.consumers(ScoreContext(combed, ArraySource(feed), 6)) if not (c.met == 1).all()]
     for consumed, own, other in zip(pairs, (queries, keys), (keys, queries), strict=True):
         np.testing.assert_allclose(consumed.own.energy, own, rtol=1e-4)
         np.testing.assert_allclose(consumed.met, other, rtol=1e-4)
@@ -229,7 +231,7 @@ def test_real_models(name: str) -> None:
     shape = [size if isinstance(size, int) else 2 for size in entry.shape or ()]
     data = ArraySource({entry.name: np.random.default_rng(0).normal(size=shape).astype(entry.dtype)})
     seen = np.zeros(len(combed.atoms), np.bool_)
-    for consumed in activations.consumers(Question(combed, data, 2)):
+    for consumed in activations.consumers(ScoreContext(combed, data, 2)):
         seen[combed.atoms.parts(consumed.channels)] = True
         assert len({len(consumed.channels), len(consumed.own.energy), len(consumed.absolute)}) == 1
         assert np.isfinite(consumed.own.energy).all()

@@ -19,7 +19,7 @@ from cpd_onnx.cli.main import main
 from cpd_onnx.data.metrics import evaluate
 from cpd_onnx.data.sources import LABELS, ArraySource
 from cpd_onnx.scores.gradients import about_itself, changes
-from cpd_onnx.scores.registry import Question, score
+from cpd_onnx.scores.registry import ScoreContext, score
 from tests.support.models import from_text
 
 TEXT = (
@@ -39,7 +39,7 @@ def model(second: np.ndarray = V) -> ModelProto:
 def test_changes_are_the_gradient_of_a_mask() -> None:
     """Weights times gradients, summed over both sides of a channel, are twice the gradient of a factor on it."""
     combed, source = comb(model()), ArraySource(LABELLED)
-    found = list(changes(Question(combed, source, samples=4, labels=True)))
+    found = list(changes(ScoreContext(combed, source, samples=4, labels=True)))
     assert len(found) == 4
     for change, batch in zip(found, source.batches(1, seed=0), strict=False):
         mask = torch.ones(4, requires_grad=True)
@@ -100,7 +100,7 @@ def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
         score(combed, "fisher", data=ArraySource(PLAIN), labels=True)
     target = ["-o", str(tmp_path / "small.onnx"), "--score"]
     assert main(["prune", str(DIGITS / "digits.onnx"), *target, "best"]) == 1
-    assert "no score is called 'best'" in capsys.readouterr().err
+    assert "unknown score 'best'" in capsys.readouterr().err
     np.savez(tmp_path / "few.npz", **{k: v[:8] for k, v in np.load(DIGITS / "digits_train.npz").items()})
     command = ["prune", str(DIGITS / "digits.onnx"), *target, "fisher"]
     assert main(command) == 1

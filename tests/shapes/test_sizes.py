@@ -100,8 +100,8 @@ def test_an_unknown_has_the_numbers_that_it_was_bound_to() -> None:
     other = unknown("place")
     assert bindings.at(other, 0) is None
     assert bindings.at(bindings.bind(other, (7, 9)) + H, 1) == 14
-    assert other.is_unsaid
-    assert not H.is_unsaid
+    assert other.has_unknowns
+    assert not H.has_unknowns
 
 
 def test_numbers_become_objects() -> None:

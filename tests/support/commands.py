@@ -62,7 +62,7 @@ def command_outcome(content: bytes, seed: int, folder: Path) -> str:
         return "done"
     if code not in (1, INCONCLUSIVE, WRONG) or sum(line.startswith("error: ") for line in said.splitlines()) != 1:
         return f"EXIT CODE {code}, not one line: {command}: {said[-300:]}"
-    if "defect of ours" in said:
+    if "error: internal error" in said:
         return f"DEFECT: {command}: {said[-300:]}"
     left = {path.name for path in folder.iterdir()} - before
     return f"LEFT {', '.join(left)}: {command}: {said[-300:]}" if left else "refused"

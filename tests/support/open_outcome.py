@@ -9,7 +9,7 @@ import numpy as np
 from onnx import ModelProto, helper
 
 import cpd_onnx as cpd
-from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.budget.allocation import Budget, allocate
 from cpd_onnx.channels.combing import at_sizes, comb
 from cpd_onnx.channels.groups import Combed
@@ -61,7 +61,7 @@ def outcome_of(model: ModelProto, seed: int) -> str:
     return compared(combed, kept, pruned, tried)
 
 
-def compared(combed: Combed, kept: Kept, pruned: Model, feeds: list[Feed]) -> str:
+def compared(combed: Combed, kept: KeepMask, pruned: Model, feeds: list[Feed]) -> str:
     """Whether a pruned file gives what the masked original gives."""
     smaller, is_bound = open_model(pruned, optimise=False), is_bound_to_sizes(combed, kept)
     reference = None if is_bound else open_model(masked(combed, kept, pruned), optimise=False)

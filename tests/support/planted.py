@@ -11,7 +11,7 @@ import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import cpd_onnx as cpd
-from cpd_onnx.algebra.keep import Kept
+from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.budget.allocation import Budget, allocate
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.channels.groups import Combed
@@ -236,7 +236,7 @@ class Case:
     """A network, what survives of it, and what pruning makes of it."""
 
     combed: Combed
-    kept: Kept
+    kept: KeepMask
     removed: list[list[int]]
 
     def pruned(self) -> Model:
@@ -249,7 +249,7 @@ class Case:
             change(gone, len(each)) if each.id == group % len(self.combed.groups) else gone
             for gone, each in zip(self.removed, self.combed.groups, strict=True)
         ]
-        kept = Kept(self.combed.atoms, _channels(self.combed, removed))
+        kept = KeepMask(self.combed.atoms, _channels(self.combed, removed))
         return rewrite(self.combed, kept).model
 
 

@@ -240,7 +240,7 @@ def test_what_goes_to_a_target_can_be_repeated(folder: Path, capsys: pytest.Capt
     assert {"model", "data", "ort"} == set(files)
     assert files["ort"]["sha256"] == sha256(folder / "small.ort")
     assert run("reproduce", place, "-o", "again") == 0
-    assert "small.onnx: the same bytes" in capsys.readouterr().out
+    assert "small.onnx: identical" in capsys.readouterr().out
     assert run("deploy", "digits.onnx", "-o", "small.onnx", *made) == 1
 
 
