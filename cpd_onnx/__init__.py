@@ -1,10 +1,10 @@
-"""Make a trained ONNX model smaller and faster, and prove that nothing broke.
+"""Make a trained ONNX model smaller and faster, and prove the result correct.
 
 >>> import cpd_onnx as cpd
 >>> state = cpd.run("comb, score{kind='l2'}, allocate{macs=0.5}, prune, verify", "model.onnx")  # doctest: +SKIP
 >>> state.save("small.onnx")  # doctest: +SKIP
 
-Or all in one go, with samples repaired and distilled as well:
+Or in a single call, which with samples also repairs and distills:
 
 >>> cpd.compress("model.onnx", "train.npz", macs=0.5).save("small.onnx")  # doctest: +SKIP
 """
@@ -63,7 +63,7 @@ _HOMES = {
     "load_plan": "rewrite.plan",
     "run": "pipeline.pipeline",
 }
-"""The modules of names that are imported when they are asked for: their libraries take a second to load."""
+"""Modules of names that are imported on first use, because their libraries take a second to load."""
 
 keep_old_names()
 

@@ -1,7 +1,7 @@
-"""Names that have moved since the last version keep working under their old ones, with a DeprecationWarning.
+"""Compatibility: names that have moved since the last version still work, with a DeprecationWarning.
 
-`MODULES` and `NAMES` are the whole of it: a name that moves gets a row there, and this file goes with `GONE_IN`.
-Nothing is imported before an old name is used.
+A name that moves gets a row in `MODULES` or `NAMES`; the file is deleted in version `GONE_IN`. Nothing is imported
+before an old name is used.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
-    from importlib.abc import Loader  # which loads tempfile and more
+    from importlib.abc import Loader  # slow to import, as it loads tempfile and more
 
 GONE_IN = "0.2"
 """The version in which the old names no longer work."""
@@ -32,7 +32,7 @@ MODULES = {
     "cpd_onnx.weights": "cpd_onnx.channels.weights",
 }
 """Modules: the old name -> the new one."""
-_ALLOCATION = "Curves=LossCurves allocate_on_the_clock=allocate_measured curves_of=loss_curves"
+_ALLOCATION = "Curves=LossCurves SPREADS=POLICIES allocate_on_the_clock=allocate_measured curves_of=loss_curves"
 _SCORES = (
     "SCORERS=SCORE_FUNCTIONS Question=ScoreContext Scorer=ScoreFunction scorer=score_function "
     "scorer_of=find_score_function"
@@ -63,8 +63,9 @@ NAMES = {
     for old, new, names in _NAMES
     for name, _, renamed in (entry.partition("=") for entry in names.split())
 }
-"""Names that left a module or were renamed: (module, old name) -> (module, name) where it is now."""
+"""Names that have moved or were renamed: (old module, old name) -> (new module, new name)."""
 _LEFT = {old for old, _ in NAMES}
+"""Modules out of which names have moved."""
 
 
 def _warn(old: str, new: str) -> None:
@@ -73,7 +74,7 @@ def _warn(old: str, new: str) -> None:
 
 
 def _moved_name(module: str, name: str) -> Any:
-    """What a module is asked for that it does not have (PEP 562)."""
+    """Return a name that has moved out of a module, as the module's `__getattr__` (PEP 562)."""
     new = NAMES.get((module, name))
     if new is None:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
@@ -82,32 +83,32 @@ def _moved_name(module: str, name: str) -> Any:
 
 
 class _MovedModule:
-    """Gives the module of the new name under the old one."""
+    """Loader that provides a moved module under its old name."""
 
     def create_module(self, _: ModuleSpec) -> None:
-        """Leave that to Python."""
+        """Return None, so that Python creates the module."""
 
     def exec_module(self, module: ModuleType) -> None:
-        """Put the module of the new name in the place of this one."""
+        """Replace the module by the one of the new name."""
         old = module.__name__
         _warn(old, MODULES[old])
         sys.modules[old] = import_module(MODULES[old])
 
 
 class _LeftModule(SourceFileLoader):
-    """Loads a module that some names have left."""
+    """Loader of a module out of which names have moved."""
 
     def exec_module(self, module: ModuleType) -> None:
-        """Run the module, and let it find what has left it."""
+        """Execute the module, with a `__getattr__` that finds its moved names."""
         module.__dict__["__getattr__"] = partial(_moved_name, module.__name__)
         super().exec_module(module)
 
 
 class _Finder:
-    """Finds modules with a row in one of the tables, and no others."""
+    """Meta path finder of the modules in the tables."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """How to load a module; None where this is not known here."""
+        """Return the spec of a module in the tables, else None."""
         if name in MODULES:
             return ModuleSpec(name, cast("Loader", _MovedModule()))
         if name not in _LEFT:
@@ -119,6 +120,6 @@ class _Finder:
 
 
 def keep_old_names() -> None:
-    """Let imports find old names from now on."""
+    """Make imports find the old names."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

@@ -1,13 +1,13 @@
-"""Options: the fields of dataclasses, each with what there is to know of it.
+"""Options: fields of dataclasses, each with a description from which every interface is generated.
 
     @dataclass(frozen=True)
     class Allocate:
-        multiple: int = option(1, "Remaining widths are multiples of this number", read=positive)
+        round_to: int = option(1, "Remaining widths are multiples of this number", read=positive)
 
-The argument of the command line and its help, the key of a recipe, Olive's option and the row of docs/options.md are
-made from that, as are the signatures of `compress` and its like. tyro and jsonargparse do something similar: they take
-a third of a second to import, speak other flags and messages than those that scripts rely on, and know nothing of
-recipes, whose paths and functions must be told from other texts.
+The command-line argument and its help, the recipe key, the Olive option and the row of docs/options.md are generated
+from it, as are the signatures of `compress` and similar functions. tyro and jsonargparse do something similar, but take
+a third of a second to import, use other flags and messages than those that scripts rely on, and do not support recipes,
+which must distinguish paths and functions from other text.
 """
 
 from __future__ import annotations
@@ -15,18 +15,22 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from cpd_onnx.errors import CpdError
+from cpd_onnx.moved import GONE_IN
 
 _KEY = "option"
+RENAMED_FROM = "renamed_from"
+"""Key in the metadata of a field that is no option, for its former name."""
 _PART = "part"
 _LARGEST = 2**31 - 1
-"""The largest whole number that every library takes."""
+"""Largest integer that every library accepts: that of 32 bits, with sign."""
 _DIGITS = 4000
-"""Python refuses to read numbers of more than 4300."""
+"""Number of digits up to which integers are read; Python refuses more than 4300."""
 T = TypeVar("T")
 S = TypeVar("S")
 D = TypeVar("D")
@@ -36,20 +40,22 @@ P = ParamSpec("P")
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """What there is to know of a field that is an option.
+    """The description of a field that is an option.
 
     Attributes:
-        help: what it is for, a whole phrase without a full stop; the default is added to it.
-        read: makes its value of a text, or raises ValueError; `bool` for one that is true or false.
-        choices: the values that it may have, if these are few.
-        flag: how it is spelled on the command line, if not like the field; " " for an argument without a name.
-        metavar: what stands for its value in the help.
-        group: the heading in the help that it stands under.
-        takes: "file" for a path; "data" for what samples are read from, a path or a function; "function" for
-            `module:function`; "profile" for a profile's name or path. A recipe is not free to say these.
-        is_output: whether the path is written to.
-        is_many: whether it may be repeated, and has a tuple or a mapping of values.
-        is_recorded: whether a recipe has it; where things go is said anew each time.
+        help: Purpose of the option, as a whole phrase without a full stop; the default is appended in the help.
+        read: Function that converts text to a value or raises ValueError; `bool` for a switch.
+        choices: Allowed values; None if they cannot be listed.
+        flag: Spelling on the command line; empty if it follows from the field's name, " " for a positional argument.
+        metavar: Placeholder of the value in the help; None for that of argparse.
+        group: Heading in the help; empty for the general options.
+        takes: "file" for a path; "data" for a source of samples, which is a path or a function; "function" for
+            `module:function`; "profile" for the name or path of a profile. Recipes may use these only if trusted.
+        is_output: Whether the path is written to.
+        is_many: Whether the option may be repeated; its value is then a tuple or a mapping.
+        is_recorded: Whether recipes contain it; paths of outputs are given anew for each run.
+        renamed_from: Former name of the field, which is accepted until version `GONE_IN`; empty if it has always had
+            this one.
     """
 
     help: str
@@ -62,6 +68,7 @@ class Option:
     is_output: bool = False
     is_many: bool = False
     is_recorded: bool = True
+    renamed_from: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,9 +76,9 @@ class Named:
     """An option of a request.
 
     Attributes:
-        name: how it is called, "image_mean" for field `mean` of the part `images`.
-        default: its value where nothing is said; MISSING if something must be.
-        option: all else.
+        name: Name of the option, such as "image_mean" for field `mean` of the part `images`.
+        default: Value if the option is not given; MISSING for a required option.
+        option: Description of the option.
     """
 
     name: str
@@ -80,34 +87,39 @@ class Named:
 
     @property
     def key(self) -> str:
-        """Its key in a recipe, and its flag without the hyphens."""
+        """Key in a recipe, which is the flag without its leading hyphens."""
         return self.option.flag.split("--")[-1].strip() or self.name.replace("_", "-")
 
     @property
+    def former_key(self) -> str:
+        """The key that it had under its former name; empty if it was not renamed."""
+        return self.option.renamed_from.replace("_", "-")
+
+    @property
     def is_positional(self) -> bool:
-        """Whether it is an argument without a name."""
+        """Whether it is a positional argument."""
         return self.option.flag == " "
 
     @property
     def is_switch(self) -> bool:
-        """Whether it is true or false."""
+        """Whether the value is true or false."""
         return self.option.read is bool
 
     def collected(self, value: Any) -> Any:
-        """Its value from what was read: values of one that may be repeated are a list until then."""
+        """Return the value of the field from what was read, which is a list for an option that may be repeated."""
         if not self.option.is_many:
             return value
         return dict(value) if isinstance(self.default, dict) else tuple(value)
 
     def joined(self, first: Any, then: Any) -> Any:
-        """What counts of a recipe's value and one that was typed: the latter, or both where it may be repeated."""
+        """Return the second of two values, or both for an option that may be repeated; None stands for no value."""
         if first is None or then is None or not self.option.is_many:
             return first if then is None else then
         return {**first, **then} if isinstance(first, Mapping) else (*first, *then)
 
 
 def option(default: Any, help: str, **more: Any) -> Any:  # as argparse calls it
-    """A field that is an option, see `Option`; `MISSING` is the default of one that must be given."""
+    """Return a field that is an option, see `Option`; `MISSING` is the default of a required one."""
     if isinstance(default, bool):
         more["read"] = bool
     metadata = {_KEY: Option(help=help, **more)}
@@ -117,20 +129,20 @@ def option(default: Any, help: str, **more: Any) -> Any:  # as argparse calls it
 
 
 def again(owner: type, name: str, **other: Any) -> Any:
-    """The option of another dataclass once more; what is not said to be other, its default too, is as it is there."""
+    """Return a copy of the option of another dataclass, with `other` (and the default) replaced."""
     named = next(entry for entry in options_of(owner) if entry.name == name)
     default = other.pop("default", named.default)
-    made = replace(named.option, **other)
-    return option(default, **{entry.name: getattr(made, entry.name) for entry in fields(Option)})
+    copy = replace(named.option, **other)
+    return option(default, **{entry.name: getattr(copy, entry.name) for entry in fields(Option)})
 
 
 def part(owner: type, prefix: str) -> Any:
-    """A field whose value is a dataclass of options; their names begin with the prefix."""
+    """Return a field whose value is a dataclass of options, whose names get the prefix."""
     return field(default_factory=owner, metadata={_PART: (owner, prefix)})
 
 
 def options_of(owner: type) -> Iterator[Named]:
-    """The options of a dataclass and of its parts, in order."""
+    """Yield the options of a dataclass and of its parts, in order."""
     for entry in fields(owner):
         if _KEY in entry.metadata:
             yield Named(entry.name, _default(entry), entry.metadata[_KEY])
@@ -143,8 +155,70 @@ def _default(entry: Field[Any]) -> Any:
     return entry.default if entry.default_factory is MISSING else entry.default_factory()
 
 
+class Renaming(type):
+    """Metaclass of dataclasses with renamed fields: their former names are accepted, with a DeprecationWarning.
+
+    It covers calls (`Allocate(spread="global")`) and the attributes of instances (`budget.spread`).
+    """
+
+    def __init__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> None:
+        """Create a class whose instances have the former names of their fields as attributes."""
+        super().__init__(name, bases, namespace)
+        cls.__getattr__ = _former_attribute
+
+    def __call__(cls, *args: Any, **values: Any) -> Any:
+        """Create an instance, with the values under the present names of their fields."""
+        return super().__call__(*args, **_renamed(cls, values))
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """The signature of `__init__` without `self`, which `inspect` would not find behind `__call__`."""
+        made = inspect.signature(cls.__init__)  # type: ignore[misc]  # that of this very class
+        return made.replace(parameters=list(made.parameters.values())[1:])
+
+
+@functools.cache
+def former_names(owner: type) -> dict[str, str]:
+    """Return the present names of renamed fields by their former ones."""
+    found = {}
+    for entry in fields(owner):
+        option = entry.metadata.get(_KEY)
+        old = option.renamed_from if option else entry.metadata.get(RENAMED_FROM)
+        if old:
+            found[old] = entry.name
+    return found
+
+
+def _renamed(owner: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values of fields by present names; raises TypeError if one is given under both."""
+    made = dict(values)
+    for old, new in former_names(owner).items() if values else ():
+        if old not in made:
+            continue
+        if new in made:
+            raise TypeError(f"{old!r} is the former name of {new!r}: give only {new!r}")
+        _warn_of(old, new, 4)
+        made[new] = made.pop(old)
+    return made
+
+
+def _former_attribute(self: Any, name: str) -> Any:
+    """Return the value of a field by its former name (called only for attributes that do not exist)."""
+    owner: type = type(self)
+    new = former_names(owner).get(name)
+    if new is None:
+        raise AttributeError(f"{owner.__name__!r} object has no attribute {name!r}")
+    _warn_of(name, new, 3)
+    return getattr(self, new)
+
+
+def _warn_of(old: str, new: str, depth: int) -> None:
+    text = f"{old!r} is now called {new!r}; the old name no longer works in version {GONE_IN}"
+    warnings.warn(text, DeprecationWarning, stacklevel=depth)
+
+
 def build(owner: type[T], values: Mapping[str, Any]) -> T:
-    """A dataclass from the values of its options by name; those of its parts go there."""
+    """Return an instance of a dataclass from the values of its options, and of those of its parts, by name."""
     given: dict[str, Any] = {}
     for entry in fields(owner):  # type: ignore[arg-type]  # a dataclass
         if _PART in entry.metadata:
@@ -159,7 +233,7 @@ def build(owner: type[T], values: Mapping[str, Any]) -> T:
 
 
 def values_of(request: Any) -> dict[str, Any]:
-    """The values of all options of a dataclass, by name: what `build` takes."""
+    """Return the values of all options of an instance by name, the inverse of `build`."""
     found: dict[str, Any] = {}
     for entry in fields(request):
         value = getattr(request, entry.name)
@@ -171,30 +245,32 @@ def values_of(request: Any) -> dict[str, Any]:
 
 
 def picked(owner: type[T], request: Any, **other: Any) -> T:
-    """A dataclass with those fields that a request has too; `other` are said otherwise."""
+    """Return an instance of a dataclass with the values of the fields that a request shares, and `other` replaced."""
     names = [entry.name for entry in fields(owner) if hasattr(request, entry.name)]  # type: ignore[arg-type]
     return owner(**{name: getattr(request, name) for name in names} | other)
 
 
 def neighbours(name: str, known: Iterable[str]) -> str:
-    """What may have been meant by a name that is not known, to stand behind it in a message."""
+    """Return a suggestion of similar names to append to a message about an unknown name; empty if there are none."""
     close = difflib.get_close_matches(name, list(known), cutoff=0.7)
     return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
 def taking(owner: Callable[P, D]) -> Callable[[Callable[[S, D], R]], Callable[Concatenate[S, P], R]]:
-    """A function of something and a dataclass becomes one that takes the fields as arguments, for people to call.
+    """Return a decorator for functions of a subject and a dataclass, which makes them take the fields as arguments.
 
-    Its signature says so. What is no field is a TypeError that names the fields that are called alike.
+    The signature of the function lists the fields. An argument that is not a field is a TypeError that names similar
+    fields.
     """
 
     def decorated(function: Callable[[S, D], R]) -> Callable[Concatenate[S, P], R]:
-        said = inspect.signature(function)
-        first = next(iter(said.parameters.values()))
-        signature = said.replace(parameters=[first, *inspect.signature(owner).parameters.values()])
+        original = inspect.signature(function)
+        first = next(iter(original.parameters.values()))
+        signature = original.replace(parameters=[first, *inspect.signature(owner).parameters.values()])
 
         @functools.wraps(function)
         def called(*arguments: Any, **options: Any) -> R:
+            options = _renamed(owner, options)  # type: ignore[arg-type]  # a dataclass
             for name in options:
                 if name not in signature.parameters:
                     close = neighbours(name, signature.parameters)
@@ -202,31 +278,31 @@ def taking(owner: Callable[P, D]) -> Callable[[Callable[[S, D], R]], Callable[Co
             given = signature.bind(*arguments, **options).arguments
             return function(given.pop(first.name), owner(**given))  # type: ignore[call-arg]  # by `bind`
 
-        called.__signature__ = signature  # type: ignore[attr-defined]  # where `inspect` looks for it
+        called.__signature__ = signature  # type: ignore[attr-defined]  # read by inspect.signature
         return called
 
     return decorated
 
 
-# Readers: the value that a text says, or a ValueError.
+# Readers: each returns the value of a text, or raises ValueError.
 
 
 def natural(text: str) -> int:
-    """A whole number from 0 on."""
+    """Return an integer of at least 0."""
     if not text.isdecimal() or len(text) > _DIGITS or int(text) > _LARGEST:
         raise ValueError(f"{text!r} is not a whole number from 0 to {_LARGEST}")
     return int(text)
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on."""
+    """Return an integer of at least 1."""
     if natural(text) == 0:
-        raise ValueError("0 is not a whole number from 1 on")
+        raise ValueError("0 is not a whole number of at least 1")
     return int(text)
 
 
 def integer(text: str) -> int:
-    """A whole number."""
+    """Return an integer."""
     try:
         return int(text)
     except ValueError as error:
@@ -234,7 +310,7 @@ def integer(text: str) -> int:
 
 
 def number(text: str) -> float:
-    """Any number."""
+    """Return a number, which may be infinite or NaN."""
     try:
         return float(text)
     except ValueError as error:
@@ -242,33 +318,33 @@ def number(text: str) -> float:
 
 
 def above_zero(text: str) -> float:
-    """A finite number above zero."""
+    """Return a finite number greater than 0."""
     if not 0 < number(text) < float("inf"):
-        raise ValueError(f"{text!r} is not a number above 0")
+        raise ValueError(f"{text!r} is not a number greater than 0")
     return float(text)
 
 
 def not_negative(text: str) -> float:
-    """A finite number from zero on."""
+    """Return a finite number of at least 0."""
     if not 0 <= number(text) < float("inf"):
-        raise ValueError(f"{text!r} is not a number from 0 on")
+        raise ValueError(f"{text!r} is not a number of at least 0")
     return float(text)
 
 
 def ratio(text: str) -> float:
-    """A number from 0 to 1."""
+    """Return a number from 0 to 1."""
     if not 0 <= number(text) <= 1:
-        raise ValueError(f"{text!r} is not a share from 0 to 1")
+        raise ValueError(f"{text!r} is not a ratio from 0 to 1")
     return float(text)
 
 
 def commas(read: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
-    """Reads values with commas between them."""
+    """Return a reader of values separated by commas."""
     return lambda text: tuple(read(entry) for entry in text.split(","))
 
 
 def pair(form: str, read: Callable[[str], T], sign: str = "=") -> Callable[[str], tuple[str, T]]:
-    """Reads NAME=VALUE, of which the name may hold further signs; `form` is how to write it."""
+    """Return a reader of NAME=VALUE, split at the last sign; `form` is the expected syntax, for messages."""
 
     def pair_of(text: str) -> tuple[str, T]:
         name, found, value = text.rpartition(sign)
@@ -280,12 +356,12 @@ def pair(form: str, read: Callable[[str], T], sign: str = "=") -> Callable[[str]
 
 
 def output_pair(read: Callable[[str], T]) -> Callable[[str], tuple[str, T]]:
-    """Reads OUTPUT=VALUE; what is wrong with it is a CpdError."""
+    """Return a reader of OUTPUT=VALUE, which raises CpdError for invalid text."""
 
     def pair_of(text: str) -> tuple[str, T]:
         name, sign, value = text.rpartition("=")
         if not sign or not name:
-            raise CpdError(f"{text!r} should be OUTPUT=VALUE")
+            raise CpdError(f"{text!r} must be OUTPUT=VALUE")
         try:
             return name, read(value)
         except ValueError as error:

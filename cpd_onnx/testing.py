@@ -1,6 +1,6 @@
-"""Three proofs that hold for any architecture and need no trained model; for tests of rules, files and exporters.
+"""Three oracles that need no trained model and hold for any architecture, for tests of rules, files and exporters.
 
-Each takes a model as `cpd_onnx.load` does and returns an `Outcome`.
+Each takes whatever `cpd_onnx.load` takes and returns an `Outcome`.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from cpd_onnx.shapes.values import Scope
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an oracle found.
+    """Result of an oracle.
 
     Attributes:
-        passed: whether the promise is shown to hold: nothing less than "verified".
-        difference: largest difference between outputs, relative to their largest value.
-        groups: how many groups were exercised; 0 means that nothing was proved.
+        passed: Whether the verdict is "verified".
+        difference: Largest difference between outputs, relative to their largest value.
+        groups: Number of groups that were exercised; with 0, nothing was proved.
         verdict: "verified", "inconclusive" or "wrong".
-        notes: why it is inconclusive.
+        notes: Reasons for an inconclusive verdict.
 
     """
 
@@ -50,9 +50,9 @@ class Outcome:
 
 
 def mask_oracle(source: ModelSource, *, fraction: float = 0.5, seed: int = 0) -> Outcome:
-    """Prune random channels: the result must equal the original with those channels masked.
+    """Check that the model with random channels pruned equals the original with these channels masked.
 
-    Raises TargetError if the model has nothing to prune, ProofError if the pruned shapes are not what they should be.
+    Raises TargetError if the model has nothing to prune, ProofError if the pruned shapes are wrong.
     """
     combed = comb(load(source))
     chosen = allocate(combed, score(combed, "random", seed=seed), Budget("channels", fraction))
@@ -66,12 +66,12 @@ def _outcome(found: Comparison, groups: int) -> Outcome:
 
 
 def permutation_oracle(source: ModelSource, *, seed: int = 0) -> Outcome:
-    """Permute the channels of each group in all its members: no output may change.
+    """Check that permuting the channels of each group in all its members changes no output.
 
-    Coupled channels are symmetries of the network, so a single missed coupling shows. Groups of which some channels
-    stand on places that are picked or filled up otherwise than those of the rest are none, and stay as they are. Each
-    group has a permutation of its own; an index that occurs several times on an axis (the gates of an LSTM, the halves
-    of a gated unit) goes occurrence by occurrence.
+    A group of coupled channels is a symmetry of the network, so a single missed coupling changes an output. It is not
+    one if some of its channels are at positions that are selected or padded differently from the others; such groups
+    are not permuted. Each group has its own permutation; a channel that occurs several times on an axis (the gates of
+    an LSTM, the halves of a gated unit) is moved occurrence by occurrence.
     """
     combed = comb(load(source))
     image, groups = _permutation(combed, np.random.default_rng(seed))
@@ -83,10 +83,10 @@ def permutation_oracle(source: ModelSource, *, seed: int = 0) -> Outcome:
 
 
 def widen_oracle(source: ModelSource, *, seed: int = 0) -> Outcome:
-    """Insert dead channels, prune by score, and come back to the same bytes.
+    """Check that pruning inserted dead channels by score restores the same bytes.
 
-    The narrow model is the source with random channels pruned; the wide one is the source with the weights of those
-    channels zeroed, which is the narrow one with dead channels inserted. The L2 score must find exactly these.
+    The narrow model is the source with random channels pruned; the wide model is the source with the weights of those
+    channels zeroed, which equals the narrow one with dead channels inserted. The L2 score must select exactly these.
     """
     combed = comb(load(source))
     magnitude = score(combed, "l2")
@@ -105,7 +105,10 @@ def widen_oracle(source: ModelSource, *, seed: int = 0) -> Outcome:
 
 
 def _permutation(combed: Combed, rng: np.random.Generator) -> tuple[Axis, int]:
-    """For each atom the one whose place it takes; groups for which some axis lacks an image stay as they are."""
+    """Return for each atom the one whose position it takes, and the number of permuted groups.
+
+    Groups that cannot be permuted on one of their axes are left unchanged.
+    """
     image = np.arange(len(combed.atoms))
     for group in combed.groups:
         image[group.channels] = rng.permutation(group.channels)
@@ -121,14 +124,14 @@ def _permutation(combed: Combed, rng: np.random.Generator) -> tuple[Axis, int]:
             if _order(combed.atoms, axis, image) is None:
                 stuck |= _leave(combed, image, combed.atoms.parts(axis))
         for axis, result, picked in moves:
-            here, there = (_order(combed.atoms, a, image) for a in (axis, result))
-            if here is None or there is None or not np.array_equal(here[picked], picked[there]):
+            before, after = (_order(combed.atoms, a, image) for a in (axis, result))
+            if before is None or after is None or not np.array_equal(before[picked], picked[after]):
                 stuck |= _leave(combed, image, combed.atoms.parts(axis))
     return image, sum(bool((image[g.channels] != g.channels).any()) for g in combed.groups)
 
 
 def _leave(combed: Combed, image: Axis, atoms: Axis) -> bool:
-    """Put the groups of some atoms back in their places; whether one was elsewhere."""
+    """Undo the permutation of the groups that contain these atoms; return whether one of them was permuted."""
     owner, moved = combed.owners[0], False
     for index in set(np.unique(owner[atoms[atoms != NOTHING]]).tolist()) - {-1}:
         channels = combed.groups[index].channels
@@ -148,7 +151,7 @@ def _nodes(combed: Combed, *operators: str) -> Iterator[tuple[Scope, NodeProto]]
 
 
 def _filled(combed: Combed) -> Axis:
-    """Atoms that lie on places which padding fills up as well: what is put there cannot change places with others."""
+    """Return the atoms of axes on which padding inserts values, which cannot be permuted with others."""
     found = [np.zeros(0, np.int64)]
     for scope, node in _nodes(combed, "Pad"):
         for pair in zip(*(_axes_of(combed, scope, name) for name in (node.input[0], node.output[0])), strict=False):
@@ -158,16 +161,16 @@ def _filled(combed: Combed) -> Axis:
 
 
 def _moves(combed: Combed) -> Iterator[tuple[Axis, Axis, Axis]]:
-    """For what picks places of an axis: the axis, that of the result, and where each of its places comes from.
+    """Yield for each node that selects positions of an axis: the axis, the result's axis, and the selected positions.
 
-    An axis may hold a channel several times. A channel of which the first and the second place are picked does not
-    change places with one of which only the first is.
+    An axis may hold a channel several times. A channel of which the first and the second position are selected cannot
+    be permuted with one of which only the first is.
     """
     for scope, node in _nodes(combed, "Gather", "Slice", "Split"):
         known = [scope.lookup(name) if name else None for name in node.input[1:]]
         operands = [None if value is None or value.values is None else value.values[0] for value in known]
         if any(name and operand is None for name, operand in zip(node.input[1:], operands, strict=True)):
-            continue  # computed from data: combing keeps the axis
+            continue  # the positions depend on the inputs: combing freezes the axis
         call = Call(attributes_of(node), combed.folded.model.opset)
         axes = _axes_of(combed, scope, node.input[0])
         for number, axis in enumerate(axes):
@@ -188,10 +191,10 @@ def _axes(combed: Combed) -> list[Axis]:
 
 
 def _order(atoms: Atoms, axis: Axis, image: Axis) -> Axis | None:
-    """For each place the index whose channel takes it; None where some channel finds no place."""
+    """Return for each position of an axis the position whose channel takes it; None if a channel finds no position."""
     parts = atoms.parts(axis)
-    here, there = (np.sort(table, axis=1) for table in (parts, image[parts]))
-    _, keys = np.unique(np.concatenate([here, there]), axis=0, return_inverse=True)
+    before, after = (np.sort(table, axis=1) for table in (parts, image[parts]))
+    _, keys = np.unique(np.concatenate([before, after]), axis=0, return_inverse=True)
     places, movers = keys.ravel()[: len(axis)], keys.ravel()[len(axis) :]
     frozen = atoms.is_frozen(axis)
     places, movers = (
@@ -220,7 +223,7 @@ def _permute(combed: Combed, editor: Editor, weight: Weight, image: Axis) -> Non
         array: Array = original
         for axis, atoms in enumerate(use.axes):
             order = _order(combed.atoms, atoms, image)
-            assert order is not None, "groups without an image were left out"
+            assert order is not None, "groups that cannot be permuted were left unchanged"
             array = np.take(array, order, axis=axis)
         arrays[use.use] = array
     first = next(iter(arrays.values()), original)
@@ -228,22 +231,24 @@ def _permute(combed: Combed, editor: Editor, weight: Weight, image: Axis) -> Non
         editor.replace(weight.value, weight.scope, np.ascontiguousarray(first))
     for slot, array in arrays.items():
         if not np.array_equal(array, first):
-            editor.node(slot.scope, slot.node).input[slot.slot] = editor.added(f"{weight.value.name}_permuted", array)
+            editor.node(slot.scope, slot.node).input[slot.slot] = editor.add_fresh(
+                f"{weight.value.name}_permuted", array
+            )
 
 
 def _zeroed(combed: Combed, kept: KeepMask) -> Model:
-    """The model with its matrices and kernels zero wherever something is dropped."""
+    """Return the model with its matrices and kernels zeroed at the removed channels."""
     editor = Editor(combed.folded.model.copy())
     for weight in combed.weights:
         axes = weight.axes[0]
         if weight.is_vector or not weight.is_trained or weight.scope.function:
             continue
         original = weight_array(combed.folded.model, weight)
-        stays = np.ones(original.shape, np.bool_)
+        survives = np.ones(original.shape, np.bool_)
         for axis, atoms in enumerate(axes):
-            stays &= kept.mask(atoms).reshape([-1 if i == axis else 1 for i in range(original.ndim)])
-        if not stays.all():
+            survives &= kept.mask(atoms).reshape([-1 if i == axis else 1 for i in range(original.ndim)])
+        if not survives.all():
             editor.replace(
-                weight.value, weight.scope, np.where(stays, original, zero_of(combed, weight)).astype(original.dtype)
+                weight.value, weight.scope, np.where(survives, original, zero_of(combed, weight)).astype(original.dtype)
             )
     return editor.model

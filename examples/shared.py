@@ -115,7 +115,7 @@ def compare(original: onnx.ModelProto, task: Task, out: Path | None = None) -> N
         [
             Comb(),
             Score("reconstruction", samples=task.samples),
-            Allocate(macs=task.macs, spread="optimal"),
+            Allocate(macs=task.macs, policy="optimal"),
             Prune(),
             Verify(),
             Repair(samples=task.samples),

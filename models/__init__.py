@@ -1,1 +1,1 @@
-"""The example models, the data that they were trained on, and the scripts that made them."""
+"""Example models, their training data, and the scripts that create them."""

@@ -2,10 +2,10 @@
 
     python models/digits.py
 
-writes, beside itself, `digits.onnx`, the split as `digits_train.npz` and `digits_test.npz` (arrays named as the
-model's input, plus `labels`: what `--data` takes), and the model's entry in `manifest.json`. Needs torch and
-scikit-learn; takes about one minute on one core. The architecture has what makes pruning interesting: residual sums,
-a depthwise and a grouped convolution, a concatenation and squeeze-and-excitation.
+writes to its own folder `digits.onnx`, the split as `digits_train.npz` and `digits_test.npz` (arrays named like the
+model's input, and `labels`, in the format of `--data`), and the model's entry in `manifest.json`. It needs torch and
+scikit-learn, and takes about one minute on one core. The architecture has the structures that make pruning difficult:
+residual sums, a depthwise and a grouped convolution, a concatenation and squeeze-and-excitation.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 def split() -> tuple[Arrays, Arrays]:
-    """The digits in a fixed, stratified split: 1,000 to train and 797 to test, images [N, 1, 8, 8] in 0..1."""
-    from sklearn.datasets import load_digits  # needed only here, and slow to import
+    """Return a fixed, stratified split of the digits: 1,000 to train, 797 to test, images [N, 1, 8, 8] in 0..1."""
+    from sklearn.datasets import load_digits  # slow to import
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
@@ -46,17 +46,17 @@ def split() -> tuple[Arrays, Arrays]:
 
 
 def conv(inputs: int, outputs: int, kernel: int, *, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    """Convolution and batch normalisation."""
+    """Return a convolution followed by batch normalisation."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False), nn.BatchNorm2d(outputs)
     )
 
 
 class Squeeze(nn.Module):
-    """Squeeze-and-excitation: each channel scaled by what all channels are on average."""
+    """Squeeze-and-excitation: scales each channel by a function of the spatial means of all channels."""
 
     def __init__(self, channels: int) -> None:
-        """Make the two layers that compute the scales."""
+        """Create the two layers that compute the scales."""
         super().__init__()
         self.down, self.up = nn.Conv2d(channels, channels // 4, 1), nn.Conv2d(channels // 4, channels, 1)
 
@@ -71,7 +71,7 @@ class Residual(nn.Module):
     """Two convolutions, squeeze-and-excitation, and a shortcut around them."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        """Make the layers; the shortcut is a convolution where the shape changes."""
+        """Create the layers; the shortcut is a convolution if the shape changes."""
         super().__init__()
         self.conv1, self.conv2 = conv(inputs, outputs, 3, stride=stride), conv(outputs, outputs, 3)
         self.scale = Squeeze(outputs)
@@ -84,10 +84,10 @@ class Residual(nn.Module):
 
 
 class Inverted(nn.Module):
-    """Widen, filter each channel by itself, narrow: MobileNetV2's block, with a residual sum."""
+    """The inverted residual block of MobileNetV2: expansion, depthwise convolution, projection and a residual sum."""
 
     def __init__(self, channels: int, width: int) -> None:
-        """Make the three convolutions."""
+        """Create the three convolutions."""
         super().__init__()
         self.widen, self.filter = conv(channels, width, 1), conv(width, width, 3, groups=width)
         self.narrow = conv(width, channels, 1)
@@ -99,10 +99,10 @@ class Inverted(nn.Module):
 
 
 class Digits(nn.Module):
-    """About 210,000 parameters: stem, residual blocks, an inverted block, two branches that are concatenated."""
+    """A network of about 210,000 parameters: stem, residual blocks, an inverted block and two concatenated branches."""
 
     def __init__(self) -> None:
-        """Make the layers."""
+        """Create the layers."""
         super().__init__()
         self.stem = conv(1, 32, 3)
         self.block1, self.block2 = Residual(32, 32, 1), Residual(32, 64, 2)
@@ -112,22 +112,22 @@ class Digits(nn.Module):
         self.head = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scores [N, 10] of images [N, 1, 8, 8]."""
+        """Return the scores [N, 10] of images [N, 1, 8, 8]."""
         x = self.block3(self.block2(self.block1(F.relu(self.stem(x)))))
         x = F.relu(torch.cat([self.left(x), self.right(x)], 1))
         scores: Tensor = self.head(self.block4(x).mean((2, 3)))
         return scores
 
 
-def moved(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Images shifted by up to one pixel, each by its own step."""
+def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Return the images, each shifted by a random step of up to one pixel."""
     padded = F.pad(images, [1, 1, 1, 1])
     steps = torch.randint(0, 3, (len(images), 2), generator=generator).tolist()
     return torch.stack([image[:, y : y + 8, x : x + 8] for image, (y, x) in zip(padded, steps, strict=True)])
 
 
 def train(data: Arrays) -> Digits:
-    """Train from scratch; the same seed gives the same model on the same machine."""
+    """Train from random weights; the same seed gives the same model on the same machine."""
     torch.manual_seed(SEED)
     generator = torch.Generator().manual_seed(SEED)
     model = Digits().train()
@@ -138,7 +138,7 @@ def train(data: Arrays) -> Digits:
     for _ in range(EPOCHS):
         order = torch.randperm(len(images), generator=generator)
         for rows in torch.split(order[: len(order) // BATCH * BATCH], BATCH):
-            loss = F.cross_entropy(model(moved(images[rows], generator)), labels[rows], label_smoothing=0.05)
+            loss = F.cross_entropy(model(shifted(images[rows], generator)), labels[rows], label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
             optimizer.step()
@@ -147,9 +147,9 @@ def train(data: Arrays) -> Digits:
 
 
 def export(model: Digits, path: Path) -> None:
-    """Write ONNX opset 17 with a free batch size; BatchNormalization is kept, so that it can be trained on."""
+    """Write the model with opset 17 and a symbolic batch size; BatchNormalization is preserved for further training."""
     with warnings.catch_warnings():
-        # torch's newer exporter needs onnxscript, the older one says that it is old
+        # torch's newer exporter needs onnxscript, and the older one warns that it is deprecated
         warnings.simplefilter("ignore", DeprecationWarning)
         torch.onnx.export(
             model,
@@ -166,8 +166,8 @@ def export(model: Digits, path: Path) -> None:
 
 
 def main() -> None:
-    """Train, export, score and describe the model."""
-    torch.set_num_threads(1)  # the layers are too small for more, and sums then do not depend on the machine's cores
+    """Train, export and evaluate the model, and write its manifest."""
+    torch.set_num_threads(1)  # the layers are too small for more, and results then do not depend on the number of cores
     training, test = split()
     for name, part in (("train", training), ("test", test)):
         np.savez_compressed(HERE / f"digits_{name}.npz", image=part[INPUT], labels=part[LABELS])

@@ -8,21 +8,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from cpd_onnx.budget.allocation import KINDS, SPREADS, Budget, Chooser
+from cpd_onnx.budget.allocation import KINDS, POLICIES, Budget, Chooser
 from cpd_onnx.budget.latency import LatencyProbe, load_table, measure_table
-from cpd_onnx.budget.widths import Limits, Shares
+from cpd_onnx.budget.widths import Limits, Ratios
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.errors import TargetError
-from cpd_onnx.options import natural, option, positive, ratio
+from cpd_onnx.options import Renaming, natural, option, positive, ratio
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.runtime.bench import Setting
 from cpd_onnx.scores.registry import find_score_function
 
 
-def bounds(text: str) -> tuple[str, Shares]:
+def bounds(text: str) -> tuple[str, Ratios]:
     """Reads PATTERN=LOW..HIGH, or PATTERN=BOTH; raises ValueError."""
-    name, _, shares = text.rpartition("=")
-    low, dots, high = shares.partition("..")
+    name, _, ratios = text.rpartition("=")
+    low, dots, high = ratios.partition("..")
     if not name or not low or (dots and not high):
         raise ValueError(f"{text!r} is not PATTERN=LOW..HIGH")
     return name, (ratio(low), ratio(high if dots else low))
@@ -45,23 +45,39 @@ def target_options(kind: str, fraction: float) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AllocateOptions:
+class AllocateOptions(metaclass=Renaming):
     """How channels are chosen to meet a target; the command line, recipes and Olive have these options from here."""
 
-    spread: str | None = option(
+    policy: str | None = option(
         None,
-        "Allocation policy: the same share of each group (uniform), all channels competing (global), those of like "
-        "groups competing (isomorphic), or the widths that do the least loss (optimal)",
-        choices=SPREADS,
+        "Allocation policy: the same ratio of each group (uniform), all channels competing (global), those of like "
+        "groups competing (isomorphic), or the widths with the least loss (optimal)",
+        choices=POLICIES,
+        renamed_from="spread",
     )
-    multiple: int | None = option(
-        None, "Widths that remain are multiples of this number (default: 1, or the profile's)", read=int
+    round_to: int | None = option(
+        None,
+        "Number of which the remaining widths are multiples (default: 1, or the profile's)",
+        read=int,
+        renamed_from="multiple",
     )
-    min_share: float = option(0.0, "Share of each group's channels that stays at least", read=ratio, metavar="SHARE")
-    max_share: float = option(1.0, "Share of each group's channels that stays at most", read=ratio, metavar="SHARE")
-    widths: Sequence[tuple[str, Shares]] = option(
+    min_ratio: float = option(
+        0.0,
+        "Minimum ratio of each group's channels that survives",
+        read=ratio,
+        metavar="RATIO",
+        renamed_from="min_share",
+    )
+    max_ratio: float = option(
+        1.0,
+        "Maximum ratio of each group's channels that survives",
+        read=ratio,
+        metavar="RATIO",
+        renamed_from="max_share",
+    )
+    widths: Sequence[tuple[str, Ratios]] = option(
         (),
-        "Shares of the channels of single groups that may stay, as in 'layer1.*=0.25..1'; may be repeated",
+        "Minimum and maximum ratio for single groups, as in 'layer1.*=0.25..1'; may be repeated",
         read=bounds,
         flag="--width",
         metavar="PATTERN=LOW..HIGH",
@@ -104,7 +120,7 @@ class AllocateOptions:
 class Allocate(AllocateOptions):
     """Choose the channels that go; one of `channels`, `macs`, `params`, `bytes`, `latency` is the share that remains.
 
-    The spread is "uniform" if none is given, and "optimal" for latency. That is measured on this machine, under the
+    The policy is "uniform" if none is given, and "optimal" for latency. That is measured on this machine, under the
     `latency_` options, until it is met; or predicted by a cost table made elsewhere, the file `cost_table`.
 
     `widths` are bounds by pattern, as in [("layer1.*", (0.25, 1.0))]; for the rest see `AllocateOptions`.
@@ -128,11 +144,11 @@ class Allocate(AllocateOptions):
             raise TargetError(f"give one target, not {' and '.join(given)}")
         kind, fraction = next(iter(given.items()), self.usual_target)
         of = tuple((pattern, (float(low), float(high))) for pattern, (low, high) in self.widths)
-        multiple = 1 if self.multiple is None else self.multiple
+        round_to = 1 if self.round_to is None else self.round_to
         keep = (self.keep,) if isinstance(self.keep, str) else tuple(self.keep)
-        limits = Limits(keep, multiple, (self.min_share, self.max_share), of)
-        spread = self.spread or ("optimal" if kind == "latency" else Budget.spread)
-        return Budget(kind, fraction, spread, limits)
+        limits = Limits(keep, round_to, (self.min_ratio, self.max_ratio), of)
+        policy = self.policy or ("optimal" if kind == "latency" else Budget.policy)
+        return Budget(kind, fraction, policy, limits)
 
     def chooser(self, combed: Combed) -> Chooser:
         """What allocates under this budget; for a latency target it measures or reads the cost table first."""

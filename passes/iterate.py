@@ -170,7 +170,7 @@ class Iterate(ScoringOptions, Allocate):
     `repair` says whether weights are fitted to the original by least squares, on so many `repair_samples`.
     """
 
-    spread: str | None = again(AllocateOptions, "spread", default="optimal")
+    policy: str | None = again(AllocateOptions, "policy", default="optimal")
     score: str = "reconstruction"
     repair: bool = True
     rounds: int = option(1, "Rounds of scoring, pruning, repairing and, in compress, distilling", read=positive)

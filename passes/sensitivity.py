@@ -18,7 +18,7 @@ from cpd_onnx.channels.groups import Combed, Group
 from cpd_onnx.data.sources import Source, calibration
 from cpd_onnx.errors import DataError
 from cpd_onnx.ir.model import Array, Model
-from cpd_onnx.options import commas, option, positive, ratio
+from cpd_onnx.options import Renaming, commas, option, positive, ratio
 from cpd_onnx.passes.repair import RepairOptions, repair
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.rewrite.rewriter import rewrite
@@ -37,14 +37,15 @@ class Point:
 
 
 @dataclass(frozen=True)
-class SensitivityOptions:
+class SensitivityOptions(metaclass=Renaming):
     """What is measured; `seed` is that of the choice of samples."""
 
-    shares: tuple[float, ...] = option(
+    ratios: tuple[float, ...] = option(
         (0.75, 0.5, 0.25, 0.0),
-        "Shares of each group's channels that stay, one point each; 0 is one channel",
+        "Ratios of each group's channels at which the loss is measured; 0: one channel",
         read=commas(ratio),
-        metavar="S,S",
+        metavar="R,R",
+        renamed_from="shares",
         group="sensitivity",
     )
     score: str = option(
@@ -88,7 +89,7 @@ def sensitivity(
             observer(group)
         order = np.argsort(values, kind="stable")
         points = [Point(len(group), 0.0)]
-        for width in _widths(len(group), chosen.shares):
+        for width in _widths(len(group), chosen.ratios):
             kept = KeepMask(combed.atoms, group.channels[order[: len(group) - width]])
             small = rewrite(combed, kept).model
             if chosen.repair:
@@ -109,9 +110,9 @@ def distance(original: Model, model: Model, data: Source, samples: int = Sensiti
     return _error(_outputs(original, feeds), _outputs(model, feeds))
 
 
-def _widths(size: int, shares: Iterable[float]) -> list[int]:
+def _widths(size: int, ratios: Iterable[float]) -> list[int]:
     """Widths below the full one, the widest first."""
-    return sorted({max(1, round(share * size)) for share in shares} - {size}, reverse=True)
+    return sorted({max(1, round(each * size)) for each in ratios} - {size}, reverse=True)
 
 
 def _outputs(model: Model, feeds: Sequence[Feed]) -> Iterator[list[Array]]:
@@ -159,7 +160,7 @@ def as_json(found: Mapping[str, Sequence[Point]]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Sensitivity(SensitivityOptions):
-    """Measure what each group's channels do to the outputs, for an allocation with the spread "optimal"."""
+    """Measure what each group's channels do to the outputs, for an allocation under the policy "optimal"."""
 
     name: ClassVar[str] = "sensitivity"
     requires: ClassVar[tuple[str, ...]] = ("combed",)

@@ -2,13 +2,14 @@
 
     python benchmarks/accuracy/accuracy.py --data DATA [--only resnet56] [--peer-python PYTHON] [--steps N] [--out FILE]
 
-DATA is a folder with `onnx/` and `load.py`, which decodes CIFAR-10, GTSRB and CamVid. For each model and target: channels
-chosen by reconstruction and repaired, as `prune --data` does, and without repair by the Fisher score, by magnitude and by
-chance; and once the unpruned control. All of them are trained by the same recipe, with the original as teacher; what counts is the accuracy after the last step, on test images that were not trained on.
+DATA is a folder with `onnx/` and `load.py`, which decodes CIFAR-10, GTSRB and CamVid. For each model and target, channels
+are chosen by reconstruction and repaired, as `prune --data` does, and without repair by the Fisher score, by magnitude
+and at random; the unpruned control is added once. All are trained by the same recipe with the original as teacher.
+Accuracy is measured after the last step, on test images that were not used for training.
 
-With PYTHON, one that has torch and torch-pruning, the CIFAR-10 ResNet-56 is also rebuilt there, pruned by torch-pruning
-to the same MACs and exported (`benchmarks/accuracy/torch_pruning_resnet.py`); what comes out is trained by the same recipe, and so
-is the file that torch-pruning's author published for 2.55 times fewer MACs.
+With PYTHON, an interpreter with torch and torch-pruning, the CIFAR-10 ResNet-56 is also rebuilt in torch, pruned by
+torch-pruning to the same MACs and exported (`benchmarks/accuracy/torch_pruning_resnet.py`); the result is trained by the
+same recipe, and so is the file that torch-pruning's author published for 2.55 times fewer MACs.
 """
 
 from __future__ import annotations
@@ -39,16 +40,22 @@ from cpd_onnx.ir.model import load
 
 HERE = Path(__file__).parents[1]
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and standard deviation of ImageNet's channels, red first, on a scale of 1."""
 CAMVID = ((110.33139, 108.40919, 105.03353), (72.125206, 72.68849, 69.902596))
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model, its data, and how it is trained.
+    """A model, its data, and its training recipe.
 
     Attributes:
-        targets: shares of the MACs that may remain.
-        published: a pruned file of someone else to train beside ours.
+        model: Stem of the file in DATA/onnx.
+        data: Name of the data set in `load.py`.
+        metric: Name of the metric.
+        targets: Target MACs as ratios of the original's.
+        steps: Updates of distillation.
+        recipe: Further options of `distill`.
+        published: Stem of a pruned file published by torch-pruning's author, trained in the same way; None for none.
     """
 
     model: str
@@ -83,15 +90,15 @@ CASES = {
 
 CHOICES = {
     "reconstruction, repaired": ("--data",),
-    "fisher": ("--score", "fisher", "--spread", "global", "--samples", "512", "--no-repair", "--data"),
+    "fisher": ("--score", "fisher", "--policy", "global", "--samples", "512", "--no-repair", "--data"),
     "l2": ("--score", "l2"),
     "random": ("--score", "random"),
 }
-"""How channels are chosen, by name: options of `prune`, the last of which may want the training images."""
+"""Options of `prune` that choose the channels, by name; a final `--data` is followed by the training images."""
 
 
 def images(folder: Path, name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels and labels."""
+    """Return pixels and labels of a split of a data set."""
     spec = importlib.util.spec_from_file_location("load", folder / "load.py")
     assert spec is not None
     assert spec.loader is not None
@@ -102,7 +109,7 @@ def images(folder: Path, name: str, split: str) -> tuple[np.ndarray, np.ndarray]
 
 
 def prepared(x: np.ndarray, name: str) -> np.ndarray:
-    """As the models were trained: channels first, normalised."""
+    """Return images as the models expect them: channels first, normalised."""
     if name == "camvid":
         mean, std = (np.float32(v) for v in CAMVID)
         values = (x[..., ::-1].astype(np.float32) - mean) / std / 255
@@ -113,7 +120,7 @@ def prepared(x: np.ndarray, name: str) -> np.ndarray:
 
 
 def command(*arguments: Any) -> Any:
-    """Run `cpd-onnx` and read the JSON that it prints."""
+    """Run `cpd-onnx` and return the JSON that it prints; None without `--json`."""
     line = [sys.executable, "-m", "cpd_onnx", *map(str, arguments)]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -122,20 +129,20 @@ def command(*arguments: Any) -> Any:
 
 
 def commit() -> str:
-    """The version of the code that is measured."""
+    """Return the commit of the measured code."""
     done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=HERE)
     return done.stdout.strip()
 
 
 def macs(path: Path) -> int:
-    """Multiply-accumulates of one sample."""
+    """Return the multiply-accumulates of one sample."""
     combed = comb(load(path))
     return int(CostModel(combed).total(KeepMask(combed.atoms)).macs)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One case, with the places of its files."""
+    """One case with its files and options."""
 
     case: Case
     folder: Path
@@ -150,7 +157,7 @@ class Run:
         return self.archives()[0]
 
     def archives(self) -> tuple[Path, Path]:
-        """All training images, without labels, and all test images with them."""
+        """Archives of all training images, without labels, and of all test images with labels."""
         name = onnx.load(self.original, load_external_data=False).graph.input[0].name
         train, test = (self.work / f"{self.case.data}_{split}_{name}.npz" for split in ("train", "test"))
         for path, split in ((train, "train"), (test, "test")):
@@ -162,11 +169,11 @@ class Run:
 
     @property
     def original(self) -> Path:
-        """The dense model."""
+        """The original model."""
         return self.folder / "onnx" / f"{self.case.model}.onnx"
 
     def students(self) -> Iterator[tuple[str, Path]]:
-        """All models to train, by name: the control first."""
+        """Yield the models to train with their names, the unpruned control first."""
         yield "control", self.original
         for target in self.case.targets:
             for name, choice in CHOICES.items():
@@ -187,9 +194,9 @@ class Run:
             yield "torch-pruning, published", self.folder / "onnx" / f"{self.case.published}.onnx"
 
     def measure(self, known: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Train each of them; the results so far, those known included, again and again."""
+        """Train each student; yield all results so far, including the known ones, after each."""
         train, test = self.archives()
-        dense = macs(self.original)
+        original = macs(self.original)
         result: dict[str, Any] = {"model": self.case.model, "data": self.case.data, "metric": self.case.metric}
         result |= {"recipe": [*map(str, self.training)], "students": known.get("students", {})}
         for key, student in self.students():
@@ -201,7 +208,7 @@ class Run:
             )  # fmt: skip  # one command
             result["dense"] = trained["teacher"]
             result["students"][key] = {
-                "fewer_macs": round(dense / macs(student), 3),
+                "fewer_macs": round(original / macs(student), 3),
                 "before": trained["student"], "after": trained["distilled"], "seconds": trained["seconds"],
             }  # fmt: skip  # a table
             print(key, result["students"][key], flush=True)
@@ -209,29 +216,34 @@ class Run:
 
 
 def table(results: dict[str, Any]) -> Iterator[str]:
-    """The results as lines of Markdown."""
-    yield "| model, data | student | fewer MACs | before training | after | change |"
+    """Yield the results as lines of Markdown."""
+    yield "| model | chosen by | fewer MACs | before training | distilled | change |"
     yield "| --- | --- | --- | --- | --- | --- |"
     for entry in results.values():
         for key, student in entry["students"].items():
+            label = "unpruned control" if key == "control" else key
             name = f"{entry['model']}, {entry['metric']} {100 * entry['dense']:.1f}" if key == "control" else ""
             yield (
-                f"| {name} | {key} | {student['fewer_macs']:.2f}x | {100 * student['before']:.1f} "
+                f"| {name} | {label} | {student['fewer_macs']:.2f}x | {100 * student['before']:.1f} "
                 f"| {100 * student['after']:.1f} | {100 * (student['after'] - entry['dense']):+.1f} |"
             )
 
 
 def main() -> None:
-    """Run what was asked for and write the results."""
+    """Run the requested measurements and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=os.environ.get("CPD_DATA"), required="CPD_DATA" not in os.environ)
     parser.add_argument("--only", choices=CASES, action="append")
-    parser.add_argument("--students", type=re.compile, default=re.compile(""), help="train only these")
-    parser.add_argument("--steps", type=int, help="of training (default: the case's own)")
-    parser.add_argument("--threads", type=int, default=0, help="of torch; 1 on a busy machine")
-    parser.add_argument("--peer-python", type=Path, help="a Python that has torch and torch-pruning")
+    parser.add_argument(
+        "--students", type=re.compile, default=re.compile(""), help="regular expression: names of the students to train"
+    )
+    parser.add_argument("--steps", type=int, help="updates of distillation (default: that of the case)")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="threads of torch (default 0: its own choice); use 1 on a busy machine"
+    )
+    parser.add_argument("--peer-python", type=Path, help="Python interpreter with torch and torch-pruning")
     parser.add_argument("--work", type=Path, help="folder for intermediate files (default: a temporary one)")
-    parser.add_argument("--table", action="store_true", help="print what was measured before, and run nothing")
+    parser.add_argument("--table", action="store_true", help="print the stored results and run nothing")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "accuracy.json")
     options = parser.parse_args()
     content = json.loads(options.out.read_text()) if options.out.exists() else {"results": {}}

@@ -1,10 +1,10 @@
-"""Judge files with onnxruntime and numpy alone, nothing of this project: is it true what its report says?
+"""Evaluate an original and a compressed model with onnxruntime and numpy only, independently of cpd-onnx.
 
     python benchmarks/accuracy/independent.py ORIGINAL SMALL [--data TEST.npz --metric top1|miou] [--seconds 6]
 
-Prints JSON: for both files size, what the test data says (labels in `labels`; 255 does not count), the median
-milliseconds of a run (in turns, one thread). onnx's checker, its full check where the original passes that, and
-onnxruntime must accept both.
+Prints JSON: for both files the size, the metric on the test data (labels in `labels`; 255 is ignored) and the median
+milliseconds of a run (interleaved, one thread). Both files must pass onnx's checker, in full if the original does, and
+load in onnxruntime.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TYPES = {
     "tensor(bool)": np.bool_,
 }
 FREE = 64
-"""Size of a free axis of images, rounded up to what detectors divide by."""
+"""A fifth of the size of an open image axis, in pixels; a multiple of the total stride of detectors."""
 
 
 def is_valid(path: Path) -> bool:
@@ -50,26 +50,26 @@ def batches(session: ort.InferenceSession, arrays: dict[str, np.ndarray]) -> lis
     return [{name: arrays[name][i : i + size] for name in (*names, "labels")} for i in range(0, count - size + 1, size)]
 
 
-def judged(session: ort.InferenceSession, arrays: dict[str, np.ndarray], metric: str) -> float:
+def scored(session: ort.InferenceSession, arrays: dict[str, np.ndarray], metric: str) -> float:
     right = seen = 0
     pairs = np.zeros((0, 0), np.int64)
     for batch in batches(session, arrays):
         labels = batch.pop("labels")
         scores = session.run(None, batch)[0]
-        said, counts = scores.argmax(1), labels != 255
-        right += int((said == labels)[counts].sum())
+        predicted, counts = scores.argmax(1), labels != 255
+        right += int((predicted == labels)[counts].sum())
         seen += int(counts.sum())
         if metric == "miou":
             n = scores.shape[1]
             pairs = pairs if len(pairs) else np.zeros((n, n), np.int64)
-            pairs += np.bincount(n * labels[counts].astype(np.int64) + said[counts], minlength=n * n).reshape(n, n)
+            pairs += np.bincount(n * labels[counts].astype(np.int64) + predicted[counts], minlength=n * n).reshape(n, n)
     if metric == "top1":
         return right / seen
     union = pairs.sum(0) + pairs.sum(1) - pairs.diagonal()
     return float((pairs.diagonal()[union > 0] / union[union > 0]).mean())
 
 
-def made_up(session: ort.InferenceSession) -> dict[str, np.ndarray]:
+def random_inputs(session: ort.InferenceSession) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     feed = {}
     for entry in session.get_inputs():
@@ -98,17 +98,17 @@ def main() -> None:
     parser.add_argument("--metric", choices=("top1", "miou"), default="top1")
     parser.add_argument("--seconds", type=float, default=6.0)
     options = parser.parse_args()
-    is_full = is_valid(options.files[0])  # what the original does not pass is not asked of the other
+    is_full = is_valid(options.files[0])  # the compressed model must pass only what the original passes
     for path in options.files:
         onnx.checker.check_model(str(path), full_check=is_full)
     sessions = [opened(path) for path in options.files]
     arrays = dict(np.load(options.data)) if options.data else {}
     names = [entry.name for entry in sessions[0].get_inputs()]
-    feed = {name: arrays[name][:1] for name in names} if arrays else made_up(sessions[0])
+    feed = {name: arrays[name][:1] for name in names} if arrays else random_inputs(sessions[0])
     found = [{"file": path.name, "bytes": path.stat().st_size, "ms": ms}
              for path, ms in zip(options.files, timed(sessions, feed, options.seconds), strict=True)]  # fmt: skip
     for entry, session in zip(found, sessions, strict=True):
-        entry["quality"] = judged(session, arrays, options.metric) if arrays else None
+        entry["quality"] = scored(session, arrays, options.metric) if arrays else None
         entry["finite"] = all(np.isfinite(out).all() for out in session.run(None, feed) if out.dtype.kind == "f")
     print(json.dumps(found))
 

@@ -7,14 +7,14 @@
 DATA is a folder with `onnx/` and `load.py`, as `without_training.py` takes it, whose cases these are: half of the MACs
 (ESPNet 0.53), no training, 512 unlabelled images (ESPNet 64) for pruning, repair and calibration; all test images count.
 
-Each model is measured as it is, pruned (`cpd-onnx prune --data`), quantised (`cpd-onnx deploy --int8 --data`), and pruned,
-then quantised. One is also quantised first and pruned then, by L2, because nothing is fitted to weights of eight bits, and
-pruned to widths that are multiples of 8 (`--profile avx2`; multiples of 16 cannot reach half of its MACs).
-With --distill that model is trained too, for a few updates: pruned, trained, quantised beside pruned, quantised, trained.
+Each model is measured unchanged, pruned (`cpd-onnx prune --data`), quantised (`cpd-onnx deploy --int8 --data`), and
+pruned, then quantised. One is also quantised first and then pruned by L2, because repair does not fit weights of eight
+bits, and pruned to widths that are multiples of 8 (`--profile avx2`; multiples of 16 cannot reach half of its MACs).
+With --distill that model is also trained for a few updates: pruned, trained, quantised; and pruned, quantised, trained.
 
-Latency: one thread, one sample (or as many as the model takes) at a time, all files of a model in turns, in changing
-order; medians of the processor's time of that thread, which other jobs do not add to, and of the time by the clock. --time
-takes the times of the files in FOLDER once more and leaves the rest. A run that was stopped goes on with those files.
+Latency: one thread, batch size 1 (or the model's fixed one), all files of a model interleaved in random order; medians
+of the thread's CPU time, which other jobs do not affect, and of wall time. --time repeats the timing of the files in
+FOLDER and keeps all other results. An interrupted run continues with the files in FOLDER.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from cpd_onnx.runtime.bench import machine
 from cpd_onnx.runtime.sessions import execute, open_model
 
 BOTH_ORDERS = "gtsrb"
-"""The model that is also quantised first, and trained."""
+"""Case that is also quantised first, pruned to multiples of 8, and trained."""
 SECONDS = 20.0
-"""Of timing for each model."""
+"""Seconds of interleaved timing for each model."""
 RECIPE = ("--steps", 300, "--batch-size", 64, "--lr", 0.001, "--shift", 2, "--threads", 1)
 WAYS = {
     "pruned": ("dense", "prune", ()),
@@ -55,8 +55,15 @@ WAYS = {
     "pruned, distilled, int8": ("pruned, distilled", "deploy", ()),
     "pruned, int8, distilled": ("pruned, int8", "distill", ()),
 }
-"""From what a file is made, by which command, with which options besides the usual ones."""
+"""How each file is produced: from which file, by which command, with which additional options."""
 USUAL = ("pruned", "int8", "pruned, int8")
+"""Files that are produced for every model."""
+LABELS = {
+    "dense": "original",
+    "pruned in eights": "pruned in multiples of 8",
+    "pruned in eights, int8": "pruned in multiples of 8, int8",
+}
+"""Printed names of files that the results name differently."""
 
 
 def ways(name: str, *, distill: bool) -> list[str]:
@@ -65,19 +72,19 @@ def ways(name: str, *, distill: bool) -> list[str]:
 
 
 def made(way: str, files: dict[str, Path], case: Case, archive: Path, training: Path | None) -> float:
-    """Make one file through the command line; seconds that it took."""
+    """Produce one file through the command line and return the seconds that it took."""
     source, verb, options = WAYS[way]
     out, started = file_of(case, files["dense"].parent, way), time.perf_counter()
-    wish: tuple[Any, ...] = ("--data", archive, "--samples", case.samples)
+    arguments: tuple[Any, ...] = ("--data", archive, "--samples", case.samples)
     if verb == "prune":
-        wish = (*wish, "--target", f"macs={case.target}", "--repair-samples", case.samples)
+        arguments = (*arguments, "--target", f"macs={case.target}", "--repair-samples", case.samples)
     if verb == "deploy":
-        wish = (*wish, "--int8")
+        arguments = (*arguments, "--int8")
     if verb == "distill":
-        wish = ("--data", training, *RECIPE)
-        command(verb, files["dense"], files[source], "-o", out, *wish, "--force")
+        arguments = ("--data", training, *RECIPE)
+        command(verb, files["dense"], files[source], "-o", out, *arguments, "--force")
     else:
-        command(verb, files[source], "-o", out, *wish, *options, "--force")
+        command(verb, files[source], "-o", out, *arguments, *options, "--force")
     files[way] = out
     return time.perf_counter() - started
 
@@ -85,7 +92,7 @@ def made(way: str, files: dict[str, Path], case: Case, archive: Path, training: 
 def rows(
     name: str, folder: Path, work: Path, known: dict[str, Any], *, distill: bool
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """One row a file, also those that are known and whose files are there; what it takes in time once all are made."""
+    """Yield one row for each file, reusing known rows whose files exist; timing follows once all files are produced."""
     case = CASES[name]
     original = folder / "onnx" / f"{case.model}.onnx"
     (entry,) = inputs_of(load(original).proto)
@@ -117,7 +124,7 @@ def rows(
 
 
 def timed(files: dict[str, Path], feed: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Medians of each file, in rounds of changing order; three runs of each do not count."""
+    """Return the median times of each file, interleaved in random order after three warm-up runs."""
     rng = np.random.default_rng(0)
     sessions = {way: open_model(load(path), threads=1) for way, path in files.items()}
     for session in [*sessions.values()] * 3:
@@ -140,7 +147,7 @@ def timed(files: dict[str, Path], feed: dict[str, Any]) -> dict[str, dict[str, A
 
 
 def again(name: str, folder: Path, work: Path, case: dict[str, Any]) -> dict[str, Any]:
-    """The rows with their times taken once more."""
+    """Return the rows with new times."""
     files = {way: file_of(CASES[name], work, way) for way in case}
     (entry,) = inputs_of(load(files["dense"]).proto)
     test = tested(CASES[name], folder, entry.name, 64)
@@ -153,17 +160,15 @@ def file_of(case: Case, work: Path, way: str) -> Path:
 
 
 def show(content: dict[str, Any]) -> None:
-    print(
-        "| model | how | accuracy | change | file, kB | of dense | CPU ms | of dense |\n|---|---|---|---|---|---|---|---|"
-    )
+    print("| | | score | change | file, kB | of original | CPU ms | of original |\n|---|---|---|---|---|---|---|---|")
     for name, case in content["cases"].items():
         metric = CASES[name].metric
-        dense = case["dense"]
+        original = case["dense"]
         for way, row in case.items():
-            change = "" if way == "dense" else f"{100 * (row[metric] - dense[metric]):+.1f}"
+            change = "" if way == "dense" else f"{100 * (row[metric] - original[metric]):+.1f}"
             cells = (
-                name, way, f"{100 * row[metric]:.1f}", change, f"{row['bytes'] / 1e3:.0f}",
-                f"{row['bytes'] / dense['bytes']:.2f}", f"{row['cpu_ms']:.2f}", f"{row['of_dense']:.2f}",
+                name, LABELS.get(way, way), f"{100 * row[metric]:.1f}", change, f"{row['bytes'] / 1e3:.0f}",
+                f"{row['bytes'] / original['bytes']:.2f}", f"{row['cpu_ms']:.2f}", f"{row['of_dense']:.2f}",
             )  # fmt: skip  # a row
             print(f"| {' | '.join(cells)} |")
 
@@ -172,10 +177,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--only", choices=CASES, action="append")
-    parser.add_argument("--work", type=Path, help="folder for the files that are made (default: none are kept)")
-    parser.add_argument("--distill", action="store_true", help=f"train {BOTH_ORDERS} too")
-    parser.add_argument("--time", action="store_true", help="take the times of the files in --work again, nothing else")
-    parser.add_argument("--table", action="store_true", help="print what was measured before, and run nothing")
+    parser.add_argument("--work", type=Path, help="folder for the produced files (default: they are deleted)")
+    parser.add_argument("--distill", action="store_true", help=f"also train {BOTH_ORDERS}")
+    parser.add_argument("--time", action="store_true", help="only repeat the timing of the files in --work")
+    parser.add_argument("--table", action="store_true", help="print the stored results and run nothing")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "int8.json")
     options = parser.parse_args()
     content = json.loads(options.out.read_text()) if options.out.exists() else {"cases": {}}
@@ -183,9 +188,9 @@ def main() -> None:
         show(content)
         return
     if options.data is None:
-        parser.error("give --data, or --table")
+        parser.error("--data is required unless --table is given")
     if options.time and options.work is None:
-        parser.error("--time needs the files of an earlier run: give --work")
+        parser.error("--time requires --work with the files of an earlier run")
     line = f"python benchmarks/accuracy/int8.py {' '.join(Path(word).name for word in sys.argv[1:])}"
     content |= {"machine": machine(), "commit": commit(), "timed_by" if options.time else "command": line}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,10 +1,10 @@
-"""`cpd-onnx compress` on real files, started as a user does, and judged by a script that knows nothing of it.
+"""End-to-end check of `cpd-onnx compress` on real files, through the command line and an independent evaluation.
 
     python benchmarks/accuracy/product.py --data DATA [--only NAME] [--keep FOLDER]
     python benchmarks/accuracy/product.py --table
 
-A classifier and a segmentation model with their data, a detector and a text detector without any. For each: what the
-report says of accuracy, bytes and speed, and what `independent.py` finds on the same files.
+A classifier and a segmentation model with data, a detector and a text detector without. For each, the report's accuracy,
+size and speed are listed beside those that `independent.py` measures on the same files.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from cpd_onnx.runtime.bench import machine
 
 @dataclass(frozen=True)
 class Case:
-    """A model, its data if there is any, and what is asked for."""
+    """A model, its data set and metric (None and "" for none), and the options of `compress`."""
 
     model: str
     data: str | None
     metric: str
-    asked: tuple[str, ...]
+    target: tuple[str, ...]
 
 
 CASES = {
@@ -51,25 +51,25 @@ CASES = {
 
 
 def data_of(case: Case, folder: Path, work: Path) -> list[str]:
-    """Training inputs without labels and all test images, as options."""
+    """Return options with the training inputs, without labels, and all test images."""
     if case.data is None:
         return []
     name = load(folder / "onnx" / f"{case.model}.onnx").graph.input[0].name
-    said = []
+    options = []
     for part, option in (("train", "--data"), ("test", "--eval")):
         x, y = images(folder, case.data, part)
         arrays = {name: prepared(x, case.data)} | ({"labels": y} if part == "test" else {})
         np.savez(work / f"{part}.npz", **arrays)
-        said += [option, str(work / f"{part}.npz")]
-    return [*said, "--metric", case.metric]
+        options += [option, str(work / f"{part}.npz")]
+    return [*options, "--metric", case.metric]
 
 
 def row(case: Case, folder: Path, work: Path) -> dict[str, Any]:
     original, small = folder / "onnx" / f"{case.model}.onnx", work / f"{case.model}_small.onnx"
     line = [sys.executable, "-m", "cpd_onnx", "compress", str(original), "-o", str(small)]
-    asked = [*case.asked, *data_of(case, folder, work)]
+    target = [*case.target, *data_of(case, folder, work)]
     started = time.perf_counter()
-    subprocess.run([*line, *asked], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*line, *target], check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - started
     judge = [sys.executable, str(HERE / "accuracy" / "independent.py"), str(original), str(small)]
     judge += ["--data", str(work / "test.npz"), "--metric", case.metric] if case.data else []
@@ -79,7 +79,7 @@ def row(case: Case, folder: Path, work: Path) -> dict[str, Any]:
     values = list((report["accuracy"] or {"values": {}})["values"].values())
     pages = [small.with_name(f"{small.name}.{kind}") for kind in ("report.html", "report.md", "manifest.json")]
     return {
-        "model": case.model, "asked": " ".join(case.asked), "seconds": round(seconds, 1),
+        "model": case.model, "asked": " ".join(case.target), "seconds": round(seconds, 1),
         "report": {
             "ms": timings, "faster": timings[0] / timings[1], "quality": [values[0], values[-1]] if case.data else None,
             "untrained": values[1] if len(values) > 2 else None, "bytes": report["bytes"],
@@ -97,19 +97,19 @@ def row(case: Case, folder: Path, work: Path) -> dict[str, Any]:
 
 def show(content: dict[str, Any]) -> None:
     print(
-        "| | asked | MACs left | times faster: report, independent | score: original, compressed, independent | file | s |"
+        "| | target | MACs left | times faster: report, independent | score: original, compressed, independent | file | s |"
     )
     print("|---|---|---|---|---|---|---|")
     for name, entry in content["rows"].items():
-        said, seen = entry["report"], entry["independent"]
+        reported, measured = entry["report"], entry["independent"]
         quality = "not known"
-        if said["quality"]:
-            quality = ", ".join(f"{100 * value:.1f}" for value in (*said["quality"], seen["quality"][1]))
-        size = f"{said['bytes']['before'] / 1e6:.2f} -> {said['bytes']['after'] / 1e6:.2f} MB"
-        faster = f"{said['faster']:.2f}, {seen['faster']:.2f}"
-        asked = entry["asked"].split()[1]
+        if reported["quality"]:
+            quality = ", ".join(f"{100 * value:.1f}" for value in (*reported["quality"], measured["quality"][1]))
+        size = f"{reported['bytes']['before'] / 1e6:.2f} -> {reported['bytes']['after'] / 1e6:.2f} MB"
+        faster = f"{reported['faster']:.2f}, {measured['faster']:.2f}"
+        target = entry["asked"].split()[1]
         print(
-            f"| {name} ({entry['model']}) | {asked} | {said['macs']:.2f} | {faster} | {quality} | {size} | {entry['seconds']:.0f} |"
+            f"| {name} ({entry['model']}) | {target} | {reported['macs']:.2f} | {faster} | {quality} | {size} | {entry['seconds']:.0f} |"
         )
 
 
@@ -117,8 +117,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--only", choices=CASES, action="append")
-    parser.add_argument("--keep", type=Path, help="folder for what was made")
-    parser.add_argument("--table", action="store_true", help="print what was measured before, and run nothing")
+    parser.add_argument(
+        "--keep", type=Path, help="folder in which the produced files are kept (default: they are deleted)"
+    )
+    parser.add_argument("--table", action="store_true", help="print the stored results and run nothing")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "product.json")
     options = parser.parse_args()
     content = json.loads(options.out.read_text()) if options.out.exists() else {"rows": {}}

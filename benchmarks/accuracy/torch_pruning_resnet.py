@@ -2,9 +2,9 @@
 
     python benchmarks/accuracy/torch_pruning_resnet.py resnet56.onnx 0.392 pruned.onnx
 
-The network is rebuilt in torch with the weights of the file. torch-pruning cannot follow the zero-padded shortcuts (an
-IndexError), so it is given what one who knows it would: only the first convolution of each block is pruned, and the
-share is raised until the target in MACs is met.
+The network is rebuilt in torch with the weights of the file. torch-pruning does not support the zero-padded shortcuts
+(IndexError), so it is restricted as an expert would do: only the first convolution of each block is pruned, and the
+pruning ratio is raised until the target MACs are reached.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WIDTHS = (16, 16, 32, 64)
 
 
 class Block(nn.Module):
-    """Two convolutions around a shortcut without weights."""
+    """Residual block of two convolutions with a shortcut without weights."""
 
     def __init__(self, before: int, width: int, stride: int) -> None:
         super().__init__()
@@ -56,30 +56,30 @@ class ResNet(nn.Module):
 
 
 def loaded(path: str) -> ResNet:
-    """The network with the weights of a file, whose initializers have the names of the module."""
+    """Return the network with the weights of a file whose initializers have the module's parameter names."""
     weights = {i.name: torch.tensor(numpy_helper.to_array(i)) for i in onnx.load(path).graph.initializer}
     network = ResNet(sum(name.startswith("layer1.") and name.endswith("conv1.weight") for name in weights))
     missing, unexpected = network.load_state_dict(weights, strict=False)
     if unexpected or any("num_batches_tracked" not in name for name in missing):
-        raise SystemExit(f"{path} is no such ResNet: {missing} missing, {unexpected} too many")
+        raise SystemExit(f"{path} is not such a ResNet: {missing} missing, {unexpected} too many")
     return network.eval()
 
 
 def pruned(network: ResNet, target: float) -> nn.Module:
-    """The largest network below the target, by group magnitude."""
+    """Return the largest network within the target MACs, pruned by group magnitude."""
     example = torch.randn(1, 3, 32, 32)
-    dense, _ = tp.utils.count_ops_and_params(network, example)
+    original, _ = tp.utils.count_ops_and_params(network, example)
     for percent in range(1, 100):
-        made = copy.deepcopy(network)
-        blocks = [module for module in made.modules() if isinstance(module, Block)]
-        kept = [made.conv1, made.linear, *(block.conv2 for block in blocks)]
+        candidate = copy.deepcopy(network)
+        blocks = [module for module in candidate.modules() if isinstance(module, Block)]
+        kept = [candidate.conv1, candidate.linear, *(block.conv2 for block in blocks)]
         importance = tp.importance.GroupMagnitudeImportance(p=2)
         tp.pruner.BasePruner(
-            made, example, importance=importance, pruning_ratio=percent / 100, ignored_layers=kept
+            candidate, example, importance=importance, pruning_ratio=percent / 100, ignored_layers=kept
         ).step()
-        if tp.utils.count_ops_and_params(made, example)[0] <= target * dense:
-            return made
-    raise SystemExit(f"{target} cannot be reached")
+        if tp.utils.count_ops_and_params(candidate, example)[0] <= target * original:
+            return candidate
+    raise SystemExit(f"the target of {target} of the MACs cannot be reached")
 
 
 def main() -> None:
@@ -90,7 +90,7 @@ def main() -> None:
         network, (torch.randn(1, 3, 32, 32),), out, input_names=["input"], output_names=["logits"], dynamo=False,
         dynamic_axes={"input": {0: "n"}, "logits": {0: "n"}}, training=torch.onnx.TrainingMode.PRESERVE,
         do_constant_folding=False,
-    )  # fmt: skip  # BatchNormalization stays, as in the file that is read
+    )  # fmt: skip  # BatchNormalization is kept, as in the original file
 
 
 if __name__ == "__main__":

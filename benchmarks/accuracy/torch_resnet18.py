@@ -1,11 +1,11 @@
-"""ResNet-18 for 32x32 images in torch: train it on labelled images, or prune it by torch-pruning, and export it.
+"""Train ResNet-18 for 32x32 images in torch on labelled images, or prune it by torch-pruning, and export it to ONNX.
 
     python benchmarks/accuracy/torch_resnet18.py train IMAGES OUT --classes 43 [--share 1.0] [--epochs 12]
     python benchmarks/accuracy/torch_resnet18.py prune WEIGHTS OUT --share 0.5
 
 IMAGES is an .npz with `input` [N, 3, 32, 32] and `labels` [N]. OUT.onnx is the exported model, OUT.pt its weights. The
-widths are those of He et al. 2016, 64 to 512, times --share, in multiples of 8. `prune` needs torch-pruning: the same
-share of all layers (there --share is what stays), by L2 over coupled channels, in multiples of 8.
+widths are those of He et al. 2016, 64 to 512, times --share, in multiples of 8. `prune` needs torch-pruning and keeps
+the ratio --share of the channels of each layer, by L2 over coupled channels, in multiples of 8.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ import torch.nn.functional as F
 from torch import nn
 
 WIDTHS = (64, 128, 256, 512)
+"""Channels of the four stages (He et al. 2016)."""
 MULTIPLE = 8
+"""Divisor of all widths."""
 
 
 class Block(nn.Module):
-    """Two convolutions around a shortcut, which is a convolution where sizes change."""
+    """Residual block of two convolutions, with a convolution as the shortcut if shapes change."""
 
     def __init__(self, before: int, width: int, stride: int) -> None:
         super().__init__()
@@ -40,7 +42,7 @@ class Block(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """Four stages of two blocks, the first at full size."""
+    """ResNet-18: four stages of two blocks, the first at full resolution."""
 
     def __init__(self, classes: int, share: float = 1.0) -> None:
         super().__init__()
@@ -58,7 +60,7 @@ class ResNet18(nn.Module):
 
 
 def trained(network: ResNet18, images: torch.Tensor, labels: torch.Tensor, epochs: int, batch: int = 64) -> None:
-    """By AdamW on shifted images under one cosine of learning rates, in bfloat16 where torch does that."""
+    """Train by AdamW on shifted images with a one-cycle learning rate and bfloat16 autocast."""
     steps = epochs * (len(images) // batch)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
@@ -82,7 +84,7 @@ def trained(network: ResNet18, images: torch.Tensor, labels: torch.Tensor, epoch
 
 
 def export(network: nn.Module, out: Path) -> None:
-    """Write the model with its BatchNormalization, and its weights."""
+    """Write the ONNX model, with its BatchNormalization, and the weights."""
     network.eval()
     torch.onnx.export(
         network, (torch.randn(1, 3, 32, 32),), f"{out}.onnx", input_names=["input"], output_names=["logits"],

@@ -1,4 +1,4 @@
-"""What is left of real trained models without a gradient step, from unlabelled images alone.
+"""Accuracy of real trained models that are pruned without training, from unlabelled images alone.
 
     python benchmarks/accuracy/without_training.py --data DATA [--only resnet56] [--peer-python TORCH] [--onnxsim-python ONNXSIM]
     python benchmarks/accuracy/without_training.py --data DATA --scores [--only resnet56]
@@ -7,12 +7,12 @@
 DATA is a folder with `onnx/` and `load.py`, which decodes CIFAR-10, GTSRB and CamVid; all test images count.
 
 The first command prunes each model through the command line (`cpd-onnx prune --data IMAGES`: reconstruction scores, the
-widths with the least damage, repair), and by magnitude and chance with and without repair. TORCH is a Python with torch
-and torch-pruning, which prunes the ResNet (benchmarks/accuracy/torch_pruning_resnet.py). ONNXSIM is one with onnxsim: structured
-pruning by Wanda on the same images at the sparsity that comes nearest to the target, followed by its own recovery.
+widths with the least loss, repair), and by magnitude and at random with and without repair. TORCH is a Python with torch
+and torch-pruning, which prunes the ResNet (benchmarks/accuracy/torch_pruning_resnet.py). ONNXSIM is one with onnxsim:
+structured pruning by Wanda on the same images at the lowest sparsity that reaches the target, then its own recovery.
 
-The second compares all scores at 1.5, 2 and 4 times fewer MACs, all with the spread "optimal", before and after the
-repair, on 256 unlabelled images and 2,000 test images, both drawn with a fixed seed.
+The second compares all scores at 1.5, 2 and 4 times fewer MACs, all with the allocation policy "optimal", before and
+after the repair, on 256 unlabelled images and 2,000 test images, both drawn with a fixed seed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from cpd_onnx.scores.registry import SCORE_FUNCTIONS, score
 
 @dataclass(frozen=True)
 class Case:
-    """A model, its data, and how many unlabelled images of that are looked at."""
+    """A model, its data, the target MACs as a ratio, and the number of unlabelled images used."""
 
     model: str
     data: str
@@ -63,7 +63,9 @@ CASES = {
     "espnet": Case("espnet_p2_q8_camvid", "camvid", "miou", 0.53, 64),
 }
 WITH_SCORES = ("resnet56", "vit", "gtsrb")
+"""Cases for which all scores are compared."""
 TARGETS = (1 / 1.5, 1 / 2, 1 / 4)
+"""Target MACs of the comparison of scores, as ratios of the original's."""
 WAYS = {
     "ours": (),
     "l2, repaired": ("--score", "l2"),
@@ -71,8 +73,18 @@ WAYS = {
     "l2": ("--score", "l2", "--no-repair"),
     "random": ("--score", "random", "--no-repair"),
 }
-"""Options of `prune` by name."""
+"""Additional options of `prune` by name."""
+LABELS = {
+    "dense": "original",
+    "ours": "cpd-onnx",
+    "l2, repaired": "L2, uniform, repaired",
+    "random, repaired": "random, uniform, repaired",
+    "l2": "L2, uniform",
+    "random": "random, uniform",
+}
+"""Printed names of rows that the results name differently."""
 PEER_SECONDS = 180
+"""Seconds after which onnxsim is stopped."""
 ONNXSIM = """
 import sys, numpy as np, onnx, onnxsim
 model, data, out, sparsity = onnx.load(sys.argv[1]), np.load(sys.argv[2]), sys.argv[3], float(sys.argv[4])
@@ -85,21 +97,21 @@ onnx.save(onnxsim.apply_pruning_finetune(model, pruned, batches), out)
 
 
 def calibration(case: Case, folder: Path, name: str) -> np.ndarray:
-    """Unlabelled images of the training set, drawn with a fixed seed."""
+    """Return unlabelled images of the training set, drawn with a fixed seed."""
     x, _ = images(folder, case.data, "train")
     chosen = np.random.default_rng(0).permutation(len(x))[: case.samples]
     return prepared(x[chosen], case.data)
 
 
 def tested(case: Case, folder: Path, name: str, count: int | None) -> Source:
-    """Test images, so many of them drawn with a fixed seed."""
+    """Return `count` test images drawn with a fixed seed; all if None."""
     x, y = images(folder, case.data, "test")
     chosen = np.random.default_rng(0).permutation(len(x))[:count]
     return ArraySource({name: prepared(x[chosen], case.data), "labels": y[chosen]})
 
 
 def rows(case: Case, folder: Path, work: Path, options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    """One row after the other: the dense model first."""
+    """Yield the rows of a case with their names, the original first."""
     original = folder / "onnx" / f"{case.model}.onnx"
     model = load(original)
     name = model.graph.input[0].name
@@ -119,8 +131,8 @@ def rows(case: Case, folder: Path, work: Path, options: argparse.Namespace) -> I
     for way, chosen in WAYS.items():
         out = work / f"{case.model}_{way.replace(', ', '_')}.onnx"
         started = time.perf_counter()
-        wish = ("--target", f"macs={case.target}", "--data", archive, "--samples", case.samples)
-        command("prune", original, "-o", out, *wish, "--repair-samples", case.samples, *chosen, "--force")
+        arguments = ("--target", f"macs={case.target}", "--data", archive, "--samples", case.samples)
+        command("prune", original, "-o", out, *arguments, "--repair-samples", case.samples, *chosen, "--force")
         yield way, row(out, time.perf_counter() - started)
     if options.peer_python and case.model.startswith("resnet56"):
         out, started = work / "torch_pruning.onnx", time.perf_counter()
@@ -132,7 +144,7 @@ def rows(case: Case, folder: Path, work: Path, options: argparse.Namespace) -> I
 
 
 def onnxsim(case: Case, original: Path, archive: Path, work: Path, python: str, row: Any) -> dict[str, Any]:
-    """The first sparsity, in steps of a twentieth, that comes to the target; none is tried where half removes nothing."""
+    """Return the row of the first sparsity, in steps of 0.05, that reaches the target; an error if 0.5 has no effect."""
 
     def at(step: int) -> dict[str, Any]:
         out, started = work / f"onnxsim_{step}.onnx", time.perf_counter()
@@ -156,7 +168,7 @@ def onnxsim(case: Case, original: Path, archive: Path, work: Path, python: str, 
 
 
 def compared(case: Case, folder: Path) -> Iterator[dict[str, Any]]:
-    """All scores at all targets."""
+    """Yield the results of all scores at all targets."""
     model = load(folder / "onnx" / f"{case.model}.onnx")
     name = model.graph.input[0].name
     data = ArraySource({name: calibration(replace(case, samples=256), folder, name)})
@@ -188,15 +200,17 @@ def show(content: dict[str, Any]) -> None:
     print("| model | how | MACs left | accuracy | change | seconds |\n|---|---|---|---|---|---|")
     for name, case in content["cases"].items():
         metric = CASES[name].metric
-        dense = case["dense"][metric]
+        original = case["dense"][metric]
         for way, row in case.items():
             if "error" in row:
-                print(f"| {name} | {way} | {row['error']} |")
+                print(f"| {name} | {LABELS.get(way, way)} | {row['error']} |")
                 continue
-            change = "" if way == "dense" else f"{100 * (row[metric] - dense):+.1f}"
-            print(f"| {name} | {way} | {row['macs']:.3f} | {100 * row[metric]:.1f} | {change} | {row['seconds']:.0f} |")
+            change = "" if way == "dense" else f"{100 * (row[metric] - original):+.1f}"
+            print(
+                f"| {name} | {LABELS.get(way, way)} | {row['macs']:.3f} | {100 * row[metric]:.1f} | {change} | {row['seconds']:.0f} |"
+            )
     for name, entries in content["scores"].items():
-        print(f"\n{name}, dense {100 * entries[0]['raw']:.1f}: before -> after the repair, at fewer MACs\n")
+        print(f"\n{name}, original {100 * entries[0]['raw']:.1f}: before -> after the repair, at fewer MACs\n")
         fewer = sorted({entry["fewer"] for entry in entries if "fewer" in entry})
         print("| score |", " | ".join(f"{x:g}x" for x in fewer), "| s |\n|---|" + "---|" * (len(fewer) + 1))
         for kind in dict.fromkeys(entry["score"] for entry in entries[1:]):
@@ -213,10 +227,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--only", choices=CASES, action="append")
-    parser.add_argument("--scores", action="store_true", help="compare all scores instead")
-    parser.add_argument("--peer-python", help="one with torch-pruning")
-    parser.add_argument("--onnxsim-python", help="one with onnxsim")
-    parser.add_argument("--table", action="store_true", help="print what was measured before, and run nothing")
+    parser.add_argument("--scores", action="store_true", help="compare all scores")
+    parser.add_argument("--peer-python", help="Python interpreter with torch-pruning")
+    parser.add_argument("--onnxsim-python", help="Python interpreter with onnxsim")
+    parser.add_argument("--table", action="store_true", help="print the stored results and run nothing")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "without_training.json")
     options = parser.parse_args()
     content = json.loads(options.out.read_text()) if options.out.exists() else {"cases": {}, "scores": {}}

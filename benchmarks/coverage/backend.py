@@ -1,10 +1,10 @@
-"""The official ONNX backend tests through our torch import, and through onnx2torch and onnx2pytorch.
+"""The official ONNX backend tests through cpd-onnx's torch import, onnx2torch and onnx2pytorch.
 
     python benchmarks/coverage/backend.py --runner onnx_backend_runner.py [--peers-python PYTHON] --out results/backend.json
 
-RUNNER is the program that cuts the corpus and scores a converter (a test passes with equal types and shapes, and values
-within the test's own tolerance). PYTHON is one that has onnx2torch and onnx2pytorch with their torch and torchvision;
-without it only ours is counted.
+RUNNER is the program that selects the tests and scores a converter (a test passes with equal types and shapes, and
+values within the test's own tolerance). PYTHON is an interpreter with onnx2torch, onnx2pytorch, and compatible versions
+of torch and torchvision; without it only cpd-onnx is scored.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PEERS = ("onnx2torch", "onnx2pytorch")
 
 
 def convert(model: onnx.ModelProto) -> Callable[[list[np.ndarray]], list[np.ndarray]]:
-    """Our import as the runner wants it."""
+    """Return the imported model as a function, the interface that the runner expects."""
     import torch
 
     from cpd_onnx.torch import import_model
@@ -53,7 +53,7 @@ def convert(model: onnx.ModelProto) -> Callable[[list[np.ndarray]], list[np.ndar
 
 
 def score(python: str, runner: Path, converter: str, scope: list[str]) -> dict[str, Any]:
-    """Tests passed and tests in all, with what failed."""
+    """Return the number of passed tests, the number of all tests, and the names of the failed ones."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
         line = [python, str(runner), "--converter", converter, *scope, "--json", str(out)]
@@ -65,7 +65,7 @@ def score(python: str, runner: Path, converter: str, scope: list[str]) -> dict[s
 
 
 def main() -> None:
-    """Count, print, write."""
+    """Score the converters, print and write the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runner", type=Path, required=True)
     parser.add_argument("--peers-python")
@@ -79,7 +79,10 @@ def main() -> None:
         for name, (python, converter) in converters.items():
             found = score(python, options.runner, converter, arguments)
             result["counts"].setdefault(scope, {})[name] = found if name == "ours" else found | {"failed": None}
-            print(f"{scope:46} {name:14} {found['passed']:5} of {found['of']}", flush=True)
+            print(
+                f"{scope:46} {'cpd-onnx' if name == 'ours' else name:14} {found['passed']:5} of {found['of']}",
+                flush=True,
+            )
     options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -1,9 +1,9 @@
-"""Prune every model of a zoo at half the channels and prove each result.
+"""Prune every model of a zoo to half of its channels and prove each result.
 
     python benchmarks/coverage/breadth.py --models ZOO [--models DATA/onnx] --out results/breadth.jsonl
 
-Each model runs in a process of its own with a time limit. A line of the result says how far it came: "verified",
-"refused" with the reason, or "failed". `--summary` prints the table from the results alone.
+Each model runs in a separate process with a time limit. Each line of the results has the status of a model: "verified",
+"refused" with the reason, or "failed". `--summary` prints the table of the stored results.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Result = dict[str, Any]
 
 
 def check(path: Path, *, permute: bool) -> Result:
-    """Everything the proof needs, for one model."""
+    """Comb, prune and prove one model; return the row of the results."""
     result: Result = {"status": "failed"}
     started = time.perf_counter()
     try:
@@ -67,13 +67,13 @@ def check(path: Path, *, permute: bool) -> Result:
 
 
 def models(folders: list[Path]) -> Iterator[Path]:
-    """All ONNX files, smallest first in each folder."""
+    """Yield all ONNX files, smallest first in each folder."""
     for folder in folders:
         yield from sorted(folder.rglob("*.onnx"), key=lambda p: (p.parent, p.stat().st_size))
 
 
 def summary(results: list[Result]) -> str:
-    """Counts by exporter and what fell short."""
+    """Return a table of counts by folder and status."""
     table: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     lines = []
     for result in results:
@@ -89,14 +89,14 @@ def summary(results: list[Result]) -> str:
 
 
 def main() -> None:
-    """Run what is not in the results yet."""
+    """Run the models without stored results and print the summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, action="append", default=[])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", type=re.compile, default=re.compile(""))
     parser.add_argument("--timeout", type=float, default=300)
     parser.add_argument("--no-permutation", action="store_true")
-    parser.add_argument("--again", action="store_true", help="repeat what did not end verified")
+    parser.add_argument("--again", action="store_true", help="repeat the models that were not verified")
     parser.add_argument("--summary", action="store_true")
     options = parser.parse_args()
     known = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []

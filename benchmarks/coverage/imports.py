@@ -1,11 +1,12 @@
-"""The torch import on every file: does it say what onnxruntime says, and does training lower the loss?
+"""The torch import on every file of a zoo: agreement with onnxruntime, and whether training lowers the loss.
 
     python benchmarks/coverage/imports.py --models ZOO [--models DATA/onnx] --out results/imports.jsonl
 
-For each file: outputs of the import and of onnxruntime on random inputs that the model accepts, compared at 1e-4
-relative in float32 (a difference below ten times what a nudge of the inputs by 1e-6 does counts as none, as in
-`verify`); then ten updates of a copy whose weights were disturbed by a tenth of their spread, towards the original on
-one batch: the loss after the last, over that before the first. Each file runs in a process of its own.
+For each file the outputs of the imported module and of onnxruntime are compared on random inputs that the model accepts,
+with a relative tolerance of 1e-4 in float32, or ten times the effect of perturbing the inputs by 1e-6, as in `verify`.
+Then a copy whose weights are perturbed by a tenth of their standard deviation is trained for ten updates towards the
+original's outputs on one batch; reported is the ratio of the losses after and before. Each file runs in a separate
+process.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ STEPS = 10
 
 
 def check(path: Path) -> Result:
-    """Both questions, for one model."""
+    """Compare and train one model; return the row of the results."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     result: Result = {"status": "failed"}
@@ -77,7 +78,7 @@ def check(path: Path) -> Result:
 
 
 def trained(module: Any, inputs: list[torch.Tensor], targets: list[np.ndarray]) -> Result:
-    """Loss after a few updates over the loss before, from disturbed weights; nothing where nothing trains."""
+    """Return the ratio of the losses after and before a few updates from perturbed weights, if anything trains."""
     parameters = [p for p in module.parameters() if p.is_floating_point()]
     wanted = [to_torch(t).float() for t in targets if t.dtype.kind == "f"]
     if not parameters or not wanted:
@@ -104,7 +105,7 @@ def trained(module: Any, inputs: list[torch.Tensor], targets: list[np.ndarray]) 
         return {"trains": False}
     best, first = float("inf"), float(loss())
     start = [p.detach().clone() for p in parameters]
-    # The right step differs from model to model; training picks it, here the largest of four that works.
+    # The learning rate differs from model to model: use the largest of four that lowers the loss.
     for rate in (1e-3, 1e-4, 1e-5, 1e-6):
         with torch.no_grad():
             for p, value in zip(parameters, start, strict=True):
@@ -128,7 +129,7 @@ def trained(module: Any, inputs: list[torch.Tensor], targets: list[np.ndarray]) 
 
 
 def summary(results: list[Result]) -> str:
-    """Counts by folder and status."""
+    """Return a table of counts by folder and status."""
     table: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for result in results:
         table[Path(result["model"]).parent.name][result["status"]] += 1
@@ -139,7 +140,7 @@ def summary(results: list[Result]) -> str:
 
 
 def main() -> None:
-    """Run what is not in the results yet."""
+    """Run the models without stored results and print the summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, action="append", default=[])
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "imports.jsonl")

@@ -1,4 +1,4 @@
-"""Benchmark jobs in processes of their own: a crash or a hang costs one model."""
+"""Benchmark jobs in separate processes, so that a crash or a hang affects one model only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Result = dict[str, Any]
 
 
 def limited(job: Callable[[], Result], seconds: float) -> Result:
-    """What a job gives, run in a process that is stopped after some time."""
+    """Return the result of a job, run in a process that is killed after some seconds."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=lambda: sender.send(job()))

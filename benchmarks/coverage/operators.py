@@ -1,8 +1,8 @@
-"""All official ONNX operator tests, each between random matrices that set its axes free, pruned and proved.
+"""Prune and prove all official ONNX operator tests, each between random matrices that make its axes prunable.
 
     python benchmarks/coverage/operators.py [--only REGEX] [--out benchmarks/results/operators.json]
 
-Run from the repository: the models are made by tests/support/models.py. Every case is taken twice: with all float inputs as
+Run from the repository: the models are built by tests/support/models.py. Every case runs twice: with all float inputs as
 activations, and with some of them as weights.
 """
 
@@ -27,7 +27,7 @@ EXCLUDED = re.compile("training_mode")
 
 
 def main() -> None:
-    """Count what became of the cases, and print those that are disproved."""
+    """Count the outcomes of the cases and print the disproved ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=re.compile, default=re.compile(""))
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "operators.json")

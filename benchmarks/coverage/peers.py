@@ -1,17 +1,17 @@
-"""Ours, torch-pruning and onnxsim's pruner on the same models, one after the other.
+"""cpd-onnx, torch-pruning and onnxsim's pruner on the same models, one after the other.
 
     python benchmarks/coverage/peers.py --zoo ZOO --torch-python TORCH --onnxsim-python ONNXSIM --out results/peers.jsonl
 
-ZOO holds the exports of benchmarks/zoo; TORCH is a Python with torch, torchvision, timm, transformers and
-torch-pruning 1.6.1; ONNXSIM one with onnxsim 0.8.1. For each model ours runs first, then torch-pruning on the torch
-module followed by an export, then onnxsim on the file that ours took. Each job has a process of its own, forked from
-one that has its imports done, and a limit: 30 CPU seconds for analysis and pruning of torch-pruning, 120 s of wall
-time for all else.
+ZOO contains the exports of benchmarks/zoo; TORCH is a Python with torch, torchvision, timm, transformers and
+torch-pruning 1.6.1; ONNXSIM one with onnxsim 0.8.1. For each model cpd-onnx runs first, then torch-pruning on the torch
+module followed by an export, then onnxsim on the same file as cpd-onnx. Each job runs in a separate process, forked from
+one that has imported the tool, with a limit: 30 CPU seconds for analysis and pruning by torch-pruning, 120 s of wall
+time for everything else.
 
-"job" is the time from the trained model (module in memory, or file on disk) to the pruned file on disk; "analysis"
-that until all groups are known (`build_dependency` and `get_all_groups`; fold and comb); "graph" that of
-`build_dependency` by itself. "start" is the median time that a process takes to import what the tool needs, its
-models not included; job and start together are what a person waits for. `--summary` prints the table.
+"job" is the time from the trained model (module in memory, or file on disk) to the pruned file on disk; "analysis" the
+time until all groups are known (`build_dependency` and `get_all_groups`; fold and comb); "graph" that of
+`build_dependency` alone. "start" is the median time in which a process imports the tool, without models; a user waits
+for start and job together. `--summary` prints the table of the stored results.
 """
 
 from __future__ import annotations
@@ -34,12 +34,15 @@ from typing import Any
 
 Result = dict[str, Any]
 RATIO = 0.5
+"""Ratio of the channels to keep, or sparsity."""
 CPU_SECONDS = 30
+"""CPU seconds after which torch-pruning is stopped."""
 WALL_SECONDS = 120
+"""Wall seconds after which a job is stopped."""
 
 
 def ours(model: Path, out: Path, tell: Callable[[Result], None]) -> None:
-    """Prune with this package."""
+    """Prune the file with cpd-onnx."""
     import cpd_onnx as cpd
     from cpd_onnx.channels.combing import comb
     from cpd_onnx.shapes.inference import fold
@@ -59,7 +62,7 @@ def ours(model: Path, out: Path, tell: Callable[[Result], None]) -> None:
 
 
 def torch_pruning(model: Path, out: Path, tell: Callable[[Result], None]) -> None:
-    """Prune the torch module as torch-pruning's README does, and export it."""
+    """Prune the torch module by the procedure of torch-pruning's README, and export it."""
     import torch
     import torch_pruning as tp
     from torch import nn
@@ -116,6 +119,8 @@ TOOLS: dict[str, Callable[[Path, Path, Callable[[Result], None]], None]] = {
 }  # fmt: skip  # a table
 
 
+LABELS = {"ours": "cpd-onnx"}
+"""Printed names of tools that the results name differently."""
 IMPORTS = {
     "ours": "import cpd_onnx.cli.main, cpd_onnx.passes.verify", "torch-pruning": "import torch, torch_pruning",
     "onnxsim": "import onnx, onnxsim",
@@ -123,7 +128,7 @@ IMPORTS = {
 
 
 def start(tool: str, python: str) -> float:
-    """Seconds from the start of a process until the tool is imported, in the median of five after one to warm up."""
+    """Return the median seconds from the start of a process until the tool is imported, of five runs after a warm-up."""
     times = []
     for _ in range(6):
         began = time.perf_counter()
@@ -133,7 +138,7 @@ def start(tool: str, python: str) -> float:
 
 
 def serve(tool: str) -> None:
-    """Do the imports once, then a forked job for each line of standard input."""
+    """Import the tool once, then run a forked job for each line of standard input."""
     if tool == "torch-pruning":
         sys.path.insert(0, str(Path(__file__).parents[1] / "zoo"))
         import torch_models  # noqa: F401  # the expensive imports
@@ -144,14 +149,14 @@ def serve(tool: str) -> None:
         import cpd_onnx.passes.verify  # noqa: F401
     else:
         import onnxsim as imported  # noqa: F401
-    gc.freeze()  # what was imported is not looked through again in each fork
+    gc.freeze()  # imported objects are not collected again in each fork
     for line in sys.stdin:
         model, out = map(Path, json.loads(line))
         print(json.dumps(limited(tool, model, out)), flush=True)
 
 
 def limited(tool: str, model: Path, out: Path) -> Result:
-    """One job in a process of its own."""
+    """Run one job in a separate process with the time limit and return its result."""
     receiver, sender = multiprocessing.get_context("fork").Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=_job, args=(tool, model, out, sender))
     process.start()
@@ -175,12 +180,12 @@ def _job(tool: str, model: Path, out: Path, sender: Any) -> None:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the life of the process
     try:
         TOOLS[tool](model, out, sender.send)
-    except BaseException as error:  # what a tool raises is its result
+    except BaseException as error:  # an exception of a tool is its result
         sender.send({"error": f"{type(error).__name__}: {str(error)[:200]}"})
 
 
 def weights(path: Path) -> int:
-    """Elements of all float tensors in a file."""
+    """Return the number of elements of all float tensors in a file."""
     import onnx
 
     model = onnx.load(path)
@@ -199,7 +204,7 @@ def weights(path: Path) -> int:
 
 
 def judged(result: Result, before: int, out: Path) -> Result:
-    """Whether onnxruntime takes the file, and what is left of the weights."""
+    """Return the result with its status: whether onnxruntime accepts the file, and the ratio of weights left."""
     import onnxruntime as ort
 
     if not out.exists() or "job" not in result:
@@ -216,7 +221,7 @@ def judged(result: Result, before: int, out: Path) -> Result:
 
 
 def summary(results: list[Result]) -> str:
-    """The table."""
+    """Return the table and the comparison of times."""
     lines = [
         f"{len(results)} models",
         f"{'':16}{'full':>8}{'part':>8}{'untouched':>11}{'invalid':>9}{'failed':>8}{'refused':>9}{'job, median s':>15}{'analysis':>10}",
@@ -229,7 +234,7 @@ def summary(results: list[Result]) -> str:
         jobs = [r["job"] for r in rows if "job" in r]
         analyses = [r["analysis"] for r in rows if "analysis" in r]
         numbers = "".join(f"{c:>{w}}" for c, w in zip(counts, (8, 8, 11, 9, 8, 9), strict=True))
-        lines.append(f"{tool:16}{numbers}{_median(jobs):>15}{_median(analyses):>10}")
+        lines.append(f"{LABELS.get(tool, tool):16}{numbers}{_median(jobs):>15}{_median(analyses):>10}")
     both = [
         r
         for r in results
@@ -241,7 +246,7 @@ def summary(results: list[Result]) -> str:
                 sum(r["torch-pruning"].get(p, 0) for p in parts) / sum(r["ours"].get(p, 0) for p in parts) for r in both
             ]
             lines.append(
-                f"{what}, torch-pruning / ours, on {len(both)} models that both prune: "
+                f"{what}, torch-pruning / cpd-onnx, on {len(both)} models that both prune: "
                 f"median {statistics.median(ratios):.2f}, {sum(q < 1 for q in ratios)} slower"
             )
     timed = [r for r in results if all("analysis" in r[t] for t in ("ours", "torch-pruning"))]
@@ -249,7 +254,7 @@ def summary(results: list[Result]) -> str:
         ratios = [r["torch-pruning"]["analysis"] / r["ours"]["analysis"] for r in timed]
         slower = [f"{r['model']} {1 / q:.2f}x" for r, q in zip(timed, ratios, strict=True) if q < 1]
         lines.append(
-            f"analysis, torch-pruning / ours, on {len(timed)} models: median {statistics.median(ratios):.2f}; ours slower on {len(slower)}: {', '.join(slower)}"
+            f"analysis, torch-pruning / cpd-onnx, on {len(timed)} models: median {statistics.median(ratios):.2f}; cpd-onnx slower on {len(slower)}: {', '.join(slower)}"
         )
     graphs = [
         r["torch-pruning"]["graph"] / r["ours"]["analysis"]
@@ -258,10 +263,10 @@ def summary(results: list[Result]) -> str:
     ]
     if graphs:
         lines.append(
-            f"build_dependency by itself / our whole analysis, on {len(graphs)} models: median {statistics.median(graphs):.2f}"
+            f"build_dependency alone / analysis of cpd-onnx, on {len(graphs)} models: median {statistics.median(graphs):.2f}"
         )
     slow = [r["model"] for r in results if r["ours"].get("analysis", 0) > 2]
-    lines.append(f"ours over 2 s: {', '.join(slow) or 'none'}")
+    lines.append(f"analysis of cpd-onnx over 2 s: {', '.join(slow) or 'none'}")
     return "\n".join(lines)
 
 
@@ -270,7 +275,7 @@ def _median(values: list[float]) -> str:
 
 
 def main() -> None:
-    """Run what is not in the results yet, or print the table."""
+    """Run the models without stored results, or print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--serve", choices=TOOLS, help=argparse.SUPPRESS)
     parser.add_argument("--zoo", type=Path)

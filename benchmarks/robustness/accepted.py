@@ -1,10 +1,10 @@
-"""Whether onnx's checker and onnxruntime take every file that is written, and `inspect` every official operator test.
+"""Whether onnx's checker and onnxruntime accept every written file, and `inspect` accepts every official operator test.
 
     python benchmarks/robustness/accepted.py --models FOLDER [FOLDER …] [--backend] [--out FILE]
 
-Each model of the folders is pruned to half of its channels by L2 and written; the file is read again by onnx.checker
-(full) and by onnxruntime, which both count only if they take the original. --backend puts the models of the official
-ONNX operator tests through `cpd-onnx inspect`.
+Each model of the folders is pruned to half of its channels by L2 and written; the file must pass the full check of
+onnx.checker and load in onnxruntime, unless the original does not. --backend runs `cpd-onnx inspect` on the models of
+the official ONNX tests.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tests.support.models import operator_cases
 
 
 def complaint(path: Path) -> str | None:
-    """What the checker or onnxruntime has against a file."""
+    """Return the error of the checker or of onnxruntime for a file; None if both accept it."""
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:  # of several libraries
@@ -46,7 +46,7 @@ def complaint(path: Path) -> str | None:
 
 
 def outcome(path: Path, work: Path) -> str:
-    """What became of one model."""
+    """Prune one model and return the outcome."""
     small = work / "small.onnx"
     try:
         cpd.run("comb, score, allocate, prune", path).save(small, overwrite=True)
@@ -59,24 +59,24 @@ def outcome(path: Path, work: Path) -> str:
 
 
 def inspected(work: Path) -> Iterator[tuple[str, str]]:
-    """Names and exit codes of the models of the official tests: of operators, and of what comes with onnx."""
+    """Yield name and outcome of `inspect` for the models of the official tests and those shipped with onnx."""
     folder, path = Path(onnx.__file__).parent / "backend" / "test" / "data", work / "case.onnx"
     files = {file.parent.name: file.read_bytes() for file in sorted(folder.glob("*/*/model.onnx"))}
     for name, content in (files | {case.name: case.model.SerializeToString() for case in operator_cases()}).items():
         path.write_bytes(content)
-        said = io.StringIO()
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             try:
                 code = command_line(["inspect", str(path)])
             except Exception as error:
-                code, said = 70, io.StringIO(f"{type(error).__name__}: {error}")
-        last = (said.getvalue().strip().splitlines() or [""])[-1]
-        lucky = code in (0, 1) and "defect of ours" not in last
-        yield name, f"exit code {code}" if lucky else f"CRASH: {last}"
+                code, printed = 70, io.StringIO(f"{type(error).__name__}: {error}")
+        last = (printed.getvalue().strip().splitlines() or [""])[-1]
+        is_expected = code in (0, 1) and "error: internal error" not in last
+        yield name, f"exit code {code}" if is_expected else f"CRASH: {last}"
 
 
 def main() -> None:
-    """Run what was asked for and write the counts."""
+    """Run the requested checks and write the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, nargs="*", default=[])
     parser.add_argument("--backend", action="store_true")

@@ -1,11 +1,11 @@
-"""Whether `verify` names the place of every edit: one value in a file, the plan or manifest beside it unchanged.
+"""Whether `verify` detects and names every edit of a single value in a file whose plan or manifest is unchanged.
 
     python benchmarks/robustness/edited.py [--count 200] [--out results/edited.json]
 
-The files are pruned, refitted, trained and deployed ones: the example of the README, and a small model with weights in
-initializers, Constant nodes, the branches of an If and a local function (`tests/support/edits.py`). Each edit changes one value
-of a tensor or attribute, at times by its last bit alone. It counts as named if `cpd-onnx verify` ends with an error and
-the line names the tensor, or the node of the attribute. Files without an edit must pass.
+The files are pruned, refitted, trained and deployed models: the example of the README, and a small model with weights in
+initializers, Constant nodes, the branches of an If and a local function (`tests/support/edits.py`). Each edit changes one
+value of a tensor or attribute, sometimes only its last bit. It counts as named if `cpd-onnx verify` fails and its message
+names the tensor, or the node of the attribute. Files without an edit must pass.
 """
 
 from __future__ import annotations
@@ -38,7 +38,14 @@ MODELS = HERE.parent / "models"
 
 @dataclass(frozen=True)
 class Group:
-    """Edits of one kind: of which original and which file, where in it."""
+    """A group of edits.
+
+    Attributes:
+        name: Name of the group.
+        original: Name of the original file.
+        file: Name of the file to edit.
+        kinds: Kinds of places to edit.
+    """
 
     name: str
     original: str
@@ -62,7 +69,7 @@ GROUPS = (
 
 
 def run(arguments: Sequence[object]) -> tuple[int, str]:
-    """Exit code and complaint of a command."""
+    """Run a command and return its exit code and standard error."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = command_line([str(argument) for argument in arguments])
@@ -70,7 +77,7 @@ def run(arguments: Sequence[object]) -> tuple[int, str]:
 
 
 def make(work: Path) -> None:
-    """Write the files that are edited."""
+    """Write the files to edit."""
     digits, data = work / "digits.onnx", MODELS / "digits_train.npz"
     digits.write_bytes((MODELS / "digits.onnx").read_bytes())
     onnx.save(nested(), work / "nested.onnx")
@@ -90,35 +97,35 @@ def make(work: Path) -> None:
         ["deploy", small, "-o", work / "digits_int8.onnx", "--int8", "--data", data, "--samples", 32],
     ]  # fmt: skip  # a table
     for command in commands:
-        code, said = run(command)
+        code, message = run(command)
         if code:
-            raise SystemExit(f"{' '.join(map(str, command))}: {said}")
+            raise SystemExit(f"{' '.join(map(str, command))}: {message}")
 
 
 def measured(work: Path, group: Group, seeds: Sequence[int]) -> dict[str, Any]:
-    """How many edits of a group are named."""
+    """Return the counts of detected and named edits of a group."""
     place, original = work / group.file, work / group.original
-    whole = place.read_bytes()
+    content = place.read_bytes()
     passes = run(["verify", original, place])[0] == 0
     result: dict[str, Any] = {"edits": 0, "named": 0, "refused": 0, "unedited passes": passes, "not named": []}
     for seed in seeds:
-        found = edited(onnx.load_from_string(whole), seed, group.kinds)
+        found = edited(onnx.load_from_string(content), seed, group.kinds)
         if found is None:
             raise SystemExit(f"{group.file} has no place of the kinds {', '.join(group.kinds)}")
         place.write_bytes(found[0].SerializeToString())
-        code, said = run(["verify", original, place])
-        named = code != 0 and f"'{found[1].name}'" in said
+        code, message = run(["verify", original, place])
+        named = code != 0 and f"'{found[1].name}'" in message
         result["edits"] += 1
         result["refused"] += code != 0
         result["named"] += named
         if not named:
-            result["not named"].append({"seed": seed, "place": found[1].name, "code": code, "said": said[:300]})
-    place.write_bytes(whole)
+            result["not named"].append({"seed": seed, "place": found[1].name, "code": code, "said": message[:300]})
+    place.write_bytes(content)
     return result
 
 
 def main() -> None:
-    """Make the files, edit them, write the counts."""
+    """Write the files, edit them, and write the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "edited.json")

@@ -1,23 +1,25 @@
-"""Random graphs through the oracles, damaged files through the pipeline and all commands: the long run of tests/robustness/test_fuzz.py.
+"""Fuzzing: random graphs through the oracles, damaged files through the pipeline and all commands.
 
     python benchmarks/robustness/fuzz.py [--graphs 20000] [--open 20000] [--damaged 100000] [--commands 4000] [--data DATA] [--out FILE]
 
-Graphs (tests/support/graphs.py): operators with rules in random topologies, valid by onnx's checker. Each is folded, combed,
-pruned at random and compared with the masked original in onnxruntime, and its channels are permuted.
+The long version of tests/robustness/test_fuzz.py.
 
-Graphs with open sizes (tests/support/open_graphs.py): shape arithmetic as exporters and people write it. Each is pruned and proved;
-the pruned file is then compared with the masked original at five sets of sizes that were not used for either.
+Graphs (tests/support/graphs.py): operators with rules in random topologies, valid by onnx's checker. Each is inferred,
+combed, pruned at random and compared with the masked original in onnxruntime, and its channels are permuted.
 
-Damage (tests/support/damage.py) is done to such graphs, to the files in DATA/onnx of less than 1.5 MB and to the light models of
-the onnx package: attributes, inputs, tensors, types and bytes are changed. Each must be pruned and proved, or be
-refused with one line, within a minute of the processor's time; those that take long to run have their turn less often, and
-only some are proved.
+Graphs with open sizes (tests/support/open_graphs.py): shape arithmetic as exporters and people write it. Each is pruned
+and proved; the pruned file is then compared with the masked original at five sets of sizes that neither step used.
 
-Of further such files (tests/support/commands.py) each goes through one of all commands, picked at random: it must succeed, or end
-in one line that is no defect of ours and leave nothing.
+Damaged files (tests/support/damage.py): such graphs, the files in DATA/onnx of less than 1.5 MB and the light models of
+the onnx package with changed attributes, inputs, tensors, types or bytes. Each must be pruned and proved, or be refused
+with a message of one line, within a minute of CPU time. Models that take long to run occur less often, and only some of
+them are proved.
 
-Workers are processes; one that dies is a crash of the file that it had. Whatever goes wrong is printed with its seed.
-A run goes on where the last one stopped, after the seeds that the results name.
+Commands (tests/support/commands.py): each further damaged file is the input of a command chosen at random, which must
+succeed, or end with a message of one line that is not an internal error and leave no files.
+
+Workers are processes; if one dies, its file counts as a crash. Every failure is printed with its seed. A run continues
+after the seeds of the stored results.
 """
 
 from __future__ import annotations
@@ -51,13 +53,14 @@ from tests.support.graphs import seeded
 from tests.support.open_outcome import open_outcome
 
 CHUNK, SECONDS, SMALL = 50, 60, 1_500_000
+"""Number of seeds of a process, CPU seconds for one of them, and largest size in bytes of a file to damage."""
 LONG, LARGE, TURNS, PROVED = 2e7, 1_000_000, 40, 10
-"""Multiply-accumulates or bytes from which on a file takes long, how many turns the others have for one of its, and of how
-many of its prunings one is proved."""
+"""Multiply-accumulates and bytes above which a file counts as slow; it is used once in `TURNS` rounds, and one in
+`PROVED` of its pruned models is proved. Heuristics."""
 
 
 class TooSlowError(BaseException):
-    """A minute is over; no handler of the commands' takes it for theirs."""
+    """Raised when the time is over; a BaseException, which no handler of the commands catches."""
 
 
 def alarm(*_: object) -> None:
@@ -65,7 +68,7 @@ def alarm(*_: object) -> None:
 
 
 def graph_outcome(seed: int, work: Path, data: Path | None) -> str:
-    """What became of the graph of a seed."""
+    """Return the outcome of the graph of a seed."""
     model = seeded(seed)
     onnx.checker.check_model(model, full_check=True)
     try:
@@ -81,7 +84,7 @@ def graph_outcome(seed: int, work: Path, data: Path | None) -> str:
 
 @cache
 def originals(data: Path | None) -> list[tuple[bytes, bool]]:
-    """Files to damage, in turns, and whether they take long to run."""
+    """Return the contents of the files to damage, in order of use, and whether each is slow."""
     light = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
     files = [*sorted(light.glob("*.onnx")), *(sorted((data / "onnx").glob("*.onnx")) if data else [])]
     small = {file: file.read_bytes() for file in files if file.stat().st_size < SMALL}
@@ -96,13 +99,13 @@ def originals(data: Path | None) -> list[tuple[bytes, bool]]:
 
 
 def of_open_graph(seed: int, work: Path, data: Path | None) -> str:
-    """What became of the graph with open sizes of a seed."""
-    runtime.RUN_SECONDS = SECONDS / 3  # other work on the machine is no reason to give one up
+    """Return the outcome of the graph with open sizes of a seed."""
+    runtime.RUN_SECONDS = SECONDS / 3  # generous, since other jobs may run on the machine
     return open_outcome(seed)
 
 
 def damage_outcome(seed: int, work: Path, data: Path | None) -> str:
-    """What became of the damaged file of a seed."""
+    """Return the outcome of the damaged file of a seed in the pipeline."""
     path, rng, files = work / f"{os.getpid()}.onnx", random.Random(seed), originals(data)
     turn, place = divmod(seed, len(files))
     content, is_long = files[place]
@@ -120,7 +123,7 @@ def damage_outcome(seed: int, work: Path, data: Path | None) -> str:
 
 
 def of_command(seed: int, work: Path, data: Path | None) -> str:
-    """What a command made of the damaged file of a seed."""
+    """Return the outcome of a command on the damaged file of a seed."""
     files = [content for content, is_long in originals(data) if not is_long]
     folder = work / str(os.getpid())
     folder.mkdir(exist_ok=True)
@@ -130,7 +133,7 @@ def of_command(seed: int, work: Path, data: Path | None) -> str:
 def chunk(
     outcome: Callable[[int, Path, Path | None], str], seeds: range, work: Path, data: Path | None, log: Path
 ) -> None:
-    """Write one line for each seed, before and after."""
+    """Run some seeds and log one line before and one after each."""
     runtime.RUN_SECONDS = SECONDS / 20
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(1, 2)
@@ -139,7 +142,7 @@ def chunk(
         for seed in seeds:
             stream.write(f"{seed} CRASH: the process died\n")
             stream.flush()
-            signal.setitimer(signal.ITIMER_PROF, SECONDS)  # of the processor: others may be at work
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)  # CPU time: other jobs may run
             try:
                 found = outcome(seed, work, data)
             except TooSlowError:
@@ -153,7 +156,7 @@ def chunk(
 def run(
     outcome: Callable[[int, Path, Path | None], str], seeds: range, data: Path | None, cores: int
 ) -> Iterator[tuple[int, dict[str, str]]]:
-    """All seeds, in processes of so many at a time: how many were done and what became of them, in order."""
+    """Run all seeds in `cores` processes; yield the number of finished seeds and their outcomes, in order of seeds."""
     waiting, running = list(seeds), list[tuple[multiprocessing.Process, range, Path, float]]()
     done: dict[int, dict[str, str]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -162,9 +165,9 @@ def run(
                 part = range(waiting[0], min(waiting[0] + CHUNK, seeds.stop))
                 del waiting[: len(part)]
                 log = Path(folder) / f"{part.start}.log"
-                made = multiprocessing.Process(target=chunk, args=(outcome, part, Path(folder), data, log))
-                made.start()
-                running.append((made, part, log, time.monotonic() + 2 * SECONDS * CHUNK))
+                process = multiprocessing.Process(target=chunk, args=(outcome, part, Path(folder), data, log))
+                process.start()
+                running.append((process, part, log, time.monotonic() + 2 * SECONDS * CHUNK))
             time.sleep(0.05)
             for entry in [e for e in running if not e[0].is_alive() or time.monotonic() > e[3]]:
                 entry[0].kill()
@@ -179,7 +182,7 @@ def run(
 
 
 def main() -> None:
-    """Go on from the results that there are to so many seeds, and write the counts now and then."""
+    """Continue from the stored results up to the given numbers of seeds, and update the counts regularly."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--graphs", type=int, default=20_000)
     parser.add_argument("--open", type=int, default=20_000)
@@ -190,7 +193,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "fuzz.json")
     options = parser.parse_args()
     content = json.loads(options.out.read_text()) if options.out.exists() else {}
-    originals(options.data)  # the processes have them from here
+    originals(options.data)  # cached before the workers are forked
     content |= {"machine": {"cpus": os.cpu_count(), "system": platform.platform()}, "commit": commit()}
     for kind, outcome, count in (
         ("graphs", graph_outcome, options.graphs),
@@ -201,8 +204,8 @@ def main() -> None:
         entry = content.setdefault(kind, {"seeds": 0, "seconds": 0.0, "outcomes": {}, "wrong": []})
         last = time.perf_counter()
         for number, found in run(outcome, range(entry["seeds"], count), options.data, options.cores):
-            counts = Counter(entry["outcomes"]) + Counter(said.split(":")[0] for said in found.values())
-            wrong = [f"{seed} {said}" for seed, said in found.items() if said[:3].isupper()]
+            counts = Counter(entry["outcomes"]) + Counter(line.split(":")[0] for line in found.values())
+            wrong = [f"{seed} {line}" for seed, line in found.items() if line[:3].isupper()]
             print(*(f"{kind} {line}" for line in wrong), sep="\n", end="\n" if wrong else "", flush=True)
             now = time.perf_counter()
             entry |= {"seeds": entry["seeds"] + number, "seconds": round(entry["seconds"] + now - last, 1)}

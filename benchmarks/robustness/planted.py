@@ -1,10 +1,10 @@
-"""Planted defects: what the proof says of pruned models that are wrong in one place, and of the right ones.
+"""Planted defects: verdicts of the proof on pruned models with one defect each, and on the correct models.
 
     python benchmarks/robustness/planted.py
 
-`tests/support/planted.py` has the networks, which end in all kinds of outputs, and the defects. The right model should be
-verified; a wrong one must be wrong or, where its outputs show nothing, inconclusive. Rules with a defect
-(`tests/rules/test_mutations.py`) are counted beside them.
+`tests/support/planted.py` contains the networks, which have all kinds of outputs, and the defects. The correct model
+should be verified; a defective one must be found wrong, or inconclusive if its outputs cannot reveal the defect. Defective
+rules (`tests/rules/test_mutations.py`) are counted separately.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.support.planted import DEFECTS, NETWORKS, verdict_of
 
 
 def mutations() -> dict[str, bool]:
-    """For each rule with a defect whether it is caught."""
+    """Return for each defective rule whether the proof detects it."""
     found = {}
     for operator, mutation, name in MUTATIONS:
         before = RULES[("", operator)]
@@ -42,7 +42,7 @@ def mutations() -> dict[str, bool]:
 
 
 def main() -> None:
-    """Run all of them."""
+    """Run all networks and defects and write the verdicts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "planted.json")
     options = parser.parse_args()

@@ -1,20 +1,21 @@
-"""Proof that a refactoring changed nothing: the same commands with two checkouts, and every byte that they write compared.
+"""Regression test of a refactoring: run the same commands with two checkouts and compare every byte that they write.
 
     python benchmarks/robustness/unchanged.py --before CHECKOUT --after CHECKOUT --data DATA [--jobs 2] [--words]
         [--rename=--old=--new] [--only NAME] [--keep FOLDER] [--out results/unchanged.json]
 
-DATA is a folder with real models in `onnx/`. Every command runs in a process of its own, on one thread, from a folder of
-its own in which inputs lie under the same names, so that the two runs see the same. Exit codes, what is printed, and the
-bytes of all files are compared: models, plans, reports, manifests, recipes. Before that only what must differ is taken
-out: the version of the tool, seconds, and absolute paths. Of .ort files the size alone is compared, since onnxruntime
-writes other bytes each time.
+DATA is a folder with real models in `onnx/`. Every command runs in a separate process, on one thread, in a separate
+folder whose inputs have the same names for both checkouts. Exit codes, printed output and the bytes of all files are
+compared: models, plans, reports, manifests, recipes. Only what must differ is replaced first: the version of the tool,
+seconds, and absolute paths. Of .ort files only the size is compared, since onnxruntime writes different bytes each time.
 
-Latencies are no property of the code. So that reports can be compared to the last byte, the commands run by a clock that
-goes on with each run of a model (1/16 s) and each reading of the clock (2^-30 s) only, every operator takes one
-microsecond in a profile, and a process takes no memory.
+Latencies vary from run to run. For a comparison to the last byte the commands therefore use a simulated clock, which
+advances with each run of a model (1/16 s) and each reading of the clock (2^-30 s) only; every operator takes one
+microsecond in a profile, and the memory of a process is reported as zero.
 
-With --words only the models are compared, and of the plans the values, not the sentences: for a change that rewords what
-is said. --rename gives the checkout after the change the new name of an option.
+--words is for changes of wording: models are compared by their bytes, JSON files by their values without sentences,
+recipes as sets of lines; printed output, Markdown, HTML, plots, and the sizes and hashes of text files in manifests are
+skipped. --rename gives the new name of an option to the checkout after the change. Cases whose default allocation policy
+was changed on purpose pass --spread.
 """
 
 from __future__ import annotations
@@ -45,10 +46,15 @@ from typing import IO, Any
 
 HERE = Path(__file__).parents[1]
 LIMIT = 240
-"""Seconds that a command may take."""
+"""Seconds after which a command is stopped."""
 BINARY = {".onnx", ".data"}
+"""Suffixes of files that are compared byte by byte in every mode."""
 PROSE = {"reason", "made_by", "note", "notes", "version"}
-"""Keys of a plan behind which there are sentences, or the version of its format."""
+"""Keys of JSON files whose values are sentences, or the version of the format or the tool."""
+WORDING = {"stdout", "stderr"}
+"""Names of the files with the printed output."""
+WORDING_SUFFIXES = {".md", ".html", ".svg"}
+"""Suffixes of files that consist of sentences."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +62,10 @@ class Case:
     """Commands that run one after the other in one folder.
 
     Attributes:
-        model: file of DATA/onnx or of `models/`, which lies in the folder as `m.onnx`.
-        commands: their words; `m.npz` are samples, `test.npz` labelled ones of the digits.
-        samples: number of random samples in `m.npz`; 0 for none, and for the digits the real ones.
+        name: Unique name of the case.
+        model: Stem of a file in DATA/onnx, or "digits" for that in `models/`; copied into the folder as `m.onnx`.
+        commands: Command lines without `cpd-onnx`; `m.npz` are samples, `test.npz` labelled samples of the digits.
+        samples: Number of random samples in `m.npz`; 0 for no file, or for the real samples of the digits.
     """
 
     name: str
@@ -93,17 +100,20 @@ CASES = (
         "apply m.onnx p.onnx.plan.json -o a.onnx",
     ), 40),
     Case("wanda, two rounds", "resnet20_gtsrb_bnfold", (
-        "prune m.onnx -o p.onnx --data m.npz --score wanda --samples 16 --repair-samples 16 --rounds 2",
+        "prune m.onnx -o p.onnx --data m.npz --score wanda --spread optimal --samples 16 --repair-samples 16 --rounds 2",
     ), 24),
     Case("activation, not repaired", "resnet20_cifar10", (
-        "prune m.onnx -o p.onnx --data m.npz --score activation --samples 16 --no-repair --target macs=0.4",
+        "prune m.onnx -o p.onnx --data m.npz --score activation --spread uniform --samples 16 --no-repair "
+        "--target macs=0.4",
     ), 24),
     Case("variance, two rounds", "resnet20_cifar10_bnfold", (
-        "prune m.onnx -o p.onnx --data m.npz --score variance --samples 16 --no-repair --rounds 2 --target macs=0.4",
+        "prune m.onnx -o p.onnx --data m.npz --score variance --spread optimal --samples 16 --no-repair --rounds 2 "
+        "--target macs=0.4",
     ), 24),
     Case("gradients", "digits", (
-        "prune m.onnx -o t.onnx --data m.npz --score taylor --samples 32 --target macs=0.5 --no-repair",
-        "prune m.onnx -o f.onnx --data m.npz --score fisher --samples 32 --score-labels --target macs=0.5 --no-repair",
+        "prune m.onnx -o t.onnx --data m.npz --score taylor --spread uniform --samples 32 --target macs=0.5 --no-repair",
+        "prune m.onnx -o f.onnx --data m.npz --score fisher --spread uniform --samples 32 --score-labels "
+        "--target macs=0.5 --no-repair",
     )),
     Case("optimal widths", "digits", (
         "prune m.onnx -o p.onnx --spread optimal --target macs=0.3 --width=*=0.25..1",
@@ -148,11 +158,12 @@ CASES = (
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What one command did.
+    """The outcome of one command.
 
     Attributes:
-        code: exit code; None where it took too long.
-        written: name of each file that it wrote or changed, and of `stdout` and `stderr` -> content.
+        code: Exit code; None after `LIMIT` seconds.
+        seconds: Wall time in seconds.
+        written: Contents of the files that it wrote or changed, by name, with `stdout` and `stderr`.
     """
 
     code: int | None
@@ -162,7 +173,7 @@ class Outcome:
 
 @dataclass(eq=False)
 class Server:
-    """A process that has the libraries loaded, and forks for each command of one checkout."""
+    """A process with loaded libraries that forks for each command of one checkout."""
 
     tree: Path
     process: subprocess.Popen[str] = field(init=False)
@@ -176,7 +187,7 @@ class Server:
         self.process = subprocess.Popen(line, text=True, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def run(self, folder: Path, words: Sequence[str]) -> Outcome:
-        """Run one command in a folder."""
+        """Run one command in a folder and return its outcome."""
         before = contents(folder)
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -194,12 +205,12 @@ class Server:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files of a folder."""
+    """Return the contents of all files of a folder by name."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def serve() -> None:
-    """Run commands that come in on stdin, each in a fork of this process, which has the slow libraries loaded."""
+    """Run the commands read from stdin, each in a fork of this process, which has the slow libraries loaded."""
     import numpy
     import onnx
     import onnx_graphsurgeon
@@ -223,7 +234,7 @@ def serve() -> None:
 
 
 def ended(child: int, until: float) -> int | None:
-    """The exit code of a process; None if it had to be killed."""
+    """Return the exit code of a process; None if it was killed at the time `until`."""
     while time.perf_counter() < until:
         found, status = os.waitpid(child, os.WNOHANG)
         if found:
@@ -235,7 +246,7 @@ def ended(child: int, until: float) -> int | None:
 
 
 def command(folder: Path, words: Sequence[str]) -> None:
-    """Be the `cpd-onnx` command, in a folder."""
+    """Run a `cpd-onnx` command in a folder, in this process, which then exits."""
     os.chdir(folder)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
@@ -256,7 +267,7 @@ def command(folder: Path, words: Sequence[str]) -> None:
 
 
 def steady() -> None:
-    """Make measurements of time and memory in this process repeat to the last bit."""
+    """Make measurements of time and memory in this process reproducible to the last bit."""
     import onnxruntime
 
     now = [0.0]
@@ -288,7 +299,7 @@ def steady() -> None:
 
 
 def prepare(case: Case, folder: Path, data: Path) -> None:
-    """Put the inputs of a case into a folder."""
+    """Write the inputs of a case to a folder."""
     import numpy as np
     import onnx
 
@@ -308,22 +319,22 @@ def prepare(case: Case, folder: Path, data: Path) -> None:
 
 
 def scrubbed(name: str, content: bytes, paths: Iterable[str], version: str) -> bytes:
-    """A file without what must differ."""
+    """Return the content of a file with everything that must differ replaced."""
     if Path(name).suffix in BINARY:
         return content
-    if Path(name).suffix == ".ort":  # onnxruntime writes other bytes each time
+    if Path(name).suffix == ".ort":  # onnxruntime writes different bytes each time
         return b"%d bytes" % len(content)
     text = content.decode("utf-8", "surrogateescape")
     for path in sorted(paths, key=len, reverse=True):
         text = text.replace(path, "PATH")
     text = re.sub(rf"(cpd-onnx[^0-9\n]{{1,40}}){re.escape(version)}", r"\1VERSION", text)
-    text = re.sub(r'("(?:seconds|pruning|training|verification|all)": )[0-9.e+-]+', r"\1SECONDS", text)
+    text = re.sub(r'("(?:seconds|pruning|training|verification|all)": )[0-9.e+-]+', r'\1"SECONDS"', text)
     text = re.sub(r"\b[0-9]+(\.[0-9]+)? s\b", "SECONDS s", text)
     return text.encode("utf-8", "surrogateescape")
 
 
 def without_digests(files: dict[str, bytes], known: dict[str, str]) -> dict[str, bytes]:
-    """Files in which the SHA-256 of others stands as their names: those differ where only what must differ does."""
+    """Return files with the SHA-256 of text files replaced by their names, since scrubbing leaves the digests as is."""
     result = {}
     for name, content in files.items():
         if Path(name).suffix not in BINARY:
@@ -334,14 +345,23 @@ def without_digests(files: dict[str, bytes], known: dict[str, str]) -> dict[str,
     return result
 
 
-def values(content: bytes) -> Any:
-    """What a plan says without its sentences."""
-    return _values(json.loads(content))
+def without_wording(name: str, content: bytes) -> Any:
+    """Return what is compared of a file with --words; None for a file that consists of sentences."""
+    suffix = Path(name).suffix
+    if name in WORDING or suffix in WORDING_SUFFIXES:
+        return None
+    if suffix == ".json":
+        return _values(json.loads(content))
+    if suffix == ".toml":
+        return set(content.splitlines())
+    return content
 
 
 def _values(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _values(inner) for key, inner in value.items() if key not in PROSE}
+        is_text = "sha256" in value and Path(str(value.get("file", ""))).suffix not in BINARY
+        skipped = PROSE | ({"bytes", "sha256"} if is_text else set())
+        return {key: _values(inner) for key, inner in value.items() if key not in skipped}
     if isinstance(value, list):
         return [_values(inner) for inner in value]
     return None if isinstance(value, str) and " " in value else value
@@ -349,7 +369,15 @@ def _values(value: Any) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Tree:
-    """One of the two checkouts, and how its commands are run."""
+    """One of the two checkouts, with the servers that run its commands.
+
+    Attributes:
+        path: Folder of the checkout.
+        work: Folder in which the commands run.
+        version: Version of the tool.
+        servers: Idle servers.
+        renamed: New names of options by old name.
+    """
 
     path: Path
     work: Path
@@ -358,7 +386,7 @@ class Tree:
     renamed: dict[str, str]
 
     def run(self, case: Case, data: Path) -> list[Outcome]:
-        """All commands of a case, with what they wrote made comparable."""
+        """Run all commands of a case and return their outcomes, scrubbed for comparison."""
         folder = self.work / re.sub(r"\W+", "_", case.name)
         prepare(case, folder, data)
         server = self.servers.get()
@@ -377,37 +405,33 @@ class Tree:
         return outcomes
 
     def word(self, word: str) -> str:
-        """A word of a command, as this checkout knows it."""
+        """Return a word of a command with this checkout's name of the option."""
         option, equals, value = word.partition("=")
         return self.renamed.get(option, option) + equals + value
 
 
-def differing(before: Outcome, after: Outcome, only_values: bool) -> list[str]:
-    """Names of what two outcomes differ in."""
+def differing(before: Outcome, after: Outcome, *, ignores_wording: bool) -> list[str]:
+    """Return the names of files in which two outcomes differ, and a different exit code."""
     found = [] if before.code == after.code else [f"exit code {before.code} -> {after.code}"]
     for name in sorted(before.written.keys() | after.written.keys()):
-        is_plan = name.endswith("plan.json")
-        if only_values and not is_plan and Path(name).suffix not in BINARY:
-            continue
-        pair = before.written.get(name), after.written.get(name)
-        if pair[0] == pair[1]:
-            continue
-        if only_values and is_plan and None not in pair and values(pair[0] or b"") == values(pair[1] or b""):
-            continue
-        found.append(name if None not in pair else f"{name} ({'not there before' if pair[0] is None else 'gone'})")
+        old, new = before.written.get(name), after.written.get(name)
+        if old is None or new is None:
+            found.append(f"{name} ({'new' if old is None else 'missing'})")
+        elif old != new and not (ignores_wording and without_wording(name, old) == without_wording(name, new)):
+            found.append(name)
     return found
 
 
 def version_of(tree: Path) -> str:
-    """The version of a checkout."""
+    """Return the version of a checkout."""
     found = re.search(r'__version__ = "([^"]+)"', (tree / "cpd_onnx" / "version.py").read_text())
     if found is None:
-        raise SystemExit(f"{tree} is no checkout of cpd-onnx")
+        raise SystemExit(f"{tree} is not a checkout of cpd-onnx")
     return found[1]
 
 
 def commit_of(tree: Path) -> str | None:
-    """The commit of a checkout; None where it is none of git."""
+    """Return the commit of a checkout; None if it is not a git repository."""
     done = subprocess.run(["git", "-C", tree, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return done.stdout.strip() or None
 
@@ -421,30 +445,30 @@ def shown(row: dict[str, Any], stream: IO[str]) -> None:
 
 
 def compared(trees: Sequence[Tree], case: Case, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The lines of one case."""
+    """Return the rows of one case, one for each command."""
     first, second = (tree.run(case, options.data) for tree in trees)
     rows = []
     for line, before, after in zip(case.commands, first, second, strict=True):
         rows.append({
             "case": case.name, "model": case.model, "command": line, "code": before.code, "files": len(before.written),
             "seconds": [round(before.seconds, 2), round(after.seconds, 2)],
-            "differs": differing(before, after, options.words),
+            "differs": differing(before, after, ignores_wording=options.words),
             "sha256": {n: hashlib.sha256(c).hexdigest() for n, c in before.written.items() if Path(n).suffix in BINARY},
         })  # fmt: skip  # a table
     return rows
 
 
 def main() -> None:
-    """Run all commands with both checkouts and write what differs."""
+    """Run all commands with both checkouts and write the differences."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--before", type=Path, required=True)
-    parser.add_argument("--after", type=Path, required=True)
+    parser.add_argument("--before", type=Path, required=True, help="checkout before the change")
+    parser.add_argument("--after", type=Path, required=True, help="checkout after the change")
     parser.add_argument("--data", type=Path, default=os.environ.get("CPD_DATA"), help="default: $CPD_DATA")
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--words", action="store_true")
-    parser.add_argument("--rename", action="append", default=[], metavar="--OLD=--NEW")
-    parser.add_argument("--only", help="cases whose names contain this")
-    parser.add_argument("--keep", type=Path, help="leave all files in this folder")
+    parser.add_argument("--jobs", type=int, default=1, help="number of cases that run at the same time (default 1)")
+    parser.add_argument("--words", action="store_true", help="ignore changes of wording")
+    parser.add_argument("--rename", action="append", default=[], metavar="--OLD=--NEW", help="renamed option")
+    parser.add_argument("--only", help="run only the cases whose names contain this text")
+    parser.add_argument("--keep", type=Path, help="folder in which all files are kept (default: they are deleted)")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "unchanged.json")
     options = parser.parse_args()
     if options.data is None:

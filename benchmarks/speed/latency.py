@@ -1,17 +1,16 @@
-"""Half of the latency, asked of ten architectures: what is predicted, what is measured, what work is left.
+"""Pruning of eleven architectures to half of their latency: predicted latency, measured latency, and MACs left.
 
     python benchmarks/speed/latency.py --models ZOO/full [--peer-python TORCH] [--out FILE] [--table]
 
-For each model a cost table is measured, the channels are chosen by `l2` with the default spread for a latency target,
-and the model that comes out is timed beside the original anew, for longer than the allocation did. "gain" is the
-speed-up in latency over that in MACs: at 1, the multiply-accumulates that went are paid back in time. onnxruntime on the
-CPU, one thread; the models have random weights, inputs of the size that they were published with, and take --batch
-samples at a time.
+For each model a cost table is measured, channels are chosen by `l2` with the default allocation policy of a latency
+target, and the pruned model is timed interleaved with the original, for longer than during the allocation. "gain" is
+the speed-up in latency divided by that in MACs: at 1, time falls in proportion to the MACs. onnxruntime on the CPU, one
+thread; the models have random weights, inputs of their published size and --batch samples.
 
-TORCH is a Python with what made the models (benchmarks/zoo) and torch-pruning: it prunes each by the same share of all
-layers, at several shares and with round_to as it is and at 8, and exports them; they are timed beside the same original.
-"peer" is what it leaves of the multiply-accumulates at the latency that ours was measured at, between two shares by a
-straight line.
+TORCH is a Python with the libraries of benchmarks/zoo and torch-pruning: it prunes each model by the same ratio of all
+layers, at several ratios, with its default round_to and with 8, and exports them; they are timed in the same way.
+"torch-pruning keeps" is the ratio of MACs that it keeps at the measured latency of cpd-onnx's result, interpolated
+linearly between two ratios.
 """
 
 from __future__ import annotations
@@ -50,13 +49,13 @@ ARCHITECTURES = (
 
 
 def measure(path: Path, target: float, batch: int | None, seconds: float, python: str | None) -> dict[str, Any]:
-    """One row."""
+    """Return the row of one model."""
     combed = comb(load(path))
     scores = score(combed)
     started = time.perf_counter()
     try:
         chooser = Allocate(latency=target, latency_batch=batch).chooser(combed)
-    except CpdError:  # it takes a fixed number of samples
+    except CpdError:  # the model has a fixed batch size
         chooser = Allocate(latency=target).chooser(combed)
     tabled = time.perf_counter()
     chosen = chooser(combed, scores)
@@ -78,6 +77,7 @@ def measure(path: Path, target: float, batch: int | None, seconds: float, python
 
 
 PEER_SECONDS = 240
+"""Seconds after which torch-pruning is stopped."""
 PEER = """
 import json, sys, warnings
 sys.path.insert(0, sys.argv[1])
@@ -111,7 +111,7 @@ for round_to in (None, 8):
 
 
 def peer(python: str, name: str, probe: LatencyProbe, latency: float, before: float) -> dict[str, Any]:
-    """What torch-pruning leaves of the multiply-accumulates at a latency, by its rounding of widths."""
+    """Return the ratio of MACs that torch-pruning keeps at a latency, by its rounding of widths."""
     found: dict[str, list[tuple[float, float]]] = {"None": [(1.0, 1.0)], "8": [(1.0, 1.0)]}
     result: dict[str, Any] = {}
     batch = next(len(array) for array in probe.feed.values())
@@ -142,7 +142,9 @@ def peer(python: str, name: str, probe: LatencyProbe, latency: float, before: fl
 
 
 def show(content: dict[str, Any]) -> None:
-    print("| model | ms | asked | predicted | measured | MACs left | gain | peer, peer at 8 | table + loop, s |")
+    print(
+        "| model | ms | target | predicted | measured | MACs kept | gain | torch-pruning keeps, in multiples of 8 | s |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for name, row in content["rows"].items():
         if "error" in row:
@@ -151,8 +153,8 @@ def show(content: dict[str, Any]) -> None:
         cells = (f"{row[key]:.3f}" for key in ("asked", "predicted", "measured", "macs"))
         seconds = f"{row['table seconds']:.0f} + {row['loop seconds']:.0f}"
         peers = (row.get("peer", {}).get(f"round_to={n}", {}).get("macs") for n in (None, 8))
-        told = ", ".join("-" if macs is None else f"{macs:.3f}" for macs in peers)
-        print(f"| {name} | {row['ms']:.2f} | {' | '.join(cells)} | {row['gain']:.2f} | {told} | {seconds} |")
+        kept = ", ".join("-" if macs is None else f"{macs:.3f}" for macs in peers)
+        print(f"| {name} | {row['ms']:.2f} | {' | '.join(cells)} | {row['gain']:.2f} | {kept} | {seconds} |")
     rows = [row for row in content["rows"].values() if "error" not in row]
     missed = [abs(row["measured"] / row["asked"] - 1) for row in rows]
     print(f"\nwithin 5 %: {sum(m <= 0.05 for m in missed)} of {len(content['rows'])}; ", end="")
@@ -161,14 +163,14 @@ def show(content: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, help="folder of exported models")
-    parser.add_argument("--peer-python", help="one with torch-pruning")
+    parser.add_argument("--models", type=Path, help="folder with the exported models")
+    parser.add_argument("--peer-python", help="Python interpreter with torch-pruning")
     parser.add_argument("--names", nargs="*", default=ARCHITECTURES)
     parser.add_argument("--target", type=float, default=0.5)
-    parser.add_argument("--batch", type=int, default=1, help="samples at a time (default: 1)")
-    parser.add_argument("--seconds", type=float, default=6.0, help="of timing at the end (default: 6)")
+    parser.add_argument("--batch", type=int, default=1, help="batch size (default: 1)")
+    parser.add_argument("--seconds", type=float, default=6.0, help="seconds of timing at the end (default: 6)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "latency.json")
-    parser.add_argument("--table", action="store_true", help="only print what is in the file")
+    parser.add_argument("--table", action="store_true", help="print the stored results and run nothing")
     options = parser.parse_args()
     if options.table:
         show(json.loads(options.out.read_text()))

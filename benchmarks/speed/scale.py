@@ -1,13 +1,14 @@
-"""Models larger than memory: time and peak memory against size, beside copying the same files.
+"""Time and peak memory of pruning against model size, up to models larger than memory, and of copying the same files.
 
     python benchmarks/speed/scale.py [--sizes 0.1 0.3 1 3 10] [--work FOLDER] [--out FILE]
     python benchmarks/speed/scale.py --nodes 1000 10000 100000
     python benchmarks/speed/scale.py --table
 
-The first command generates transformers of so many gigabytes (float32, weights in a file of their own), prunes each to
-half of its channels through the command line (`prune --no-verify`), and then has `verify` prove the result; each in a
-process of its own, whose peak of resident memory counts, mapped files included. "copy" is reading and writing the same
-files in pieces, and having them on the disk, in a process of its own too. The second inspects and prunes chains of so many nodes.
+The first command generates transformers of the given sizes in gigabytes (float32, external weights), prunes each to half
+of its channels through the command line (`prune --no-verify`), and proves the result with `verify`. Each command runs in
+a separate process, whose peak resident memory is measured, mapped files included. "copy" reads and writes the same files
+in blocks and waits for the disk, also in a separate process. The second command inspects, prunes and verifies chains with
+the given numbers of nodes.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.accuracy.accuracy import HERE, commit
 
 LAYER_BYTES = 12 * 4
-"""Of a layer, times the square of its width."""
+"""Bytes of a layer divided by the square of its width: twelve float32 matrices."""
 WIDTHS = {0.1: 512, 0.3: 768, 1.0: 1280, 3.0: 1792, 10.0: 2560}
+"""Width of the transformer by size in gigabytes."""
 HEAD = 64
+"""Width of an attention head."""
 MEASURED = """
 import resource, subprocess, sys, time
 start = time.perf_counter()
@@ -53,7 +56,7 @@ for source in sys.argv[2:]:
 
 
 def transformer(path: Path, gigabytes: float) -> list[Path]:
-    """Write a transformer of about that size; its files."""
+    """Write a transformer of about the given size and return its files."""
     width = WIDTHS.get(gigabytes, 1280)
     layers = max(1, round(gigabytes * 1e9 / (LAYER_BYTES * width**2)))
     side, rng = path.with_suffix(".weights"), np.random.default_rng(0)
@@ -112,7 +115,7 @@ def transformer(path: Path, gigabytes: float) -> list[Path]:
 
 
 def chain(path: Path, count: int) -> None:
-    """Write a residual network of about so many nodes, with small weights."""
+    """Write a residual network of about `count` nodes with small weights."""
     rng, width = np.random.default_rng(0), 8
     nodes, tensors = [helper.make_node("MatMul", ["x", "w"], ["v0"])], []
     tensors.append(helper.make_tensor("w", TensorProto.FLOAT, [4, width], rng.standard_normal(4 * width)))
@@ -137,7 +140,7 @@ def chain(path: Path, count: int) -> None:
 
 
 def measured(*command: Any) -> dict[str, float]:
-    """Seconds and megabytes at the peak of a process."""
+    """Run a command and return its seconds and peak memory in megabytes."""
     line = [sys.executable, "-c", MEASURED, *map(str, command)]
     done = subprocess.run(line, capture_output=True, text=True, check=True).stdout
     seconds, kilobytes, code = done.splitlines()[0].split()
@@ -147,7 +150,7 @@ def measured(*command: Any) -> dict[str, float]:
 
 
 def row(work: Path, gigabytes: float) -> dict[str, Any]:
-    """Prune, verify and copy one transformer."""
+    """Copy, prune and verify one transformer; return the row."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=work) as name:
         folder = Path(name)
@@ -165,7 +168,7 @@ def row(work: Path, gigabytes: float) -> dict[str, Any]:
 
 
 def nodes_row(work: Path, count: int) -> dict[str, Any]:
-    """Inspect and prune one chain."""
+    """Inspect, prune and verify one chain; return the row."""
     with tempfile.TemporaryDirectory(dir=work) as name:
         model, tool = Path(name) / "chain.onnx", (sys.executable, "-m", "cpd_onnx")
         chain(model, count)
@@ -188,12 +191,12 @@ def show(content: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Run what was asked for and write the results."""
+    """Run the requested measurements and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=float, nargs="*", default=[])
     parser.add_argument("--nodes", type=int, nargs="*", default=[])
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--table", action="store_true", help="print what was measured before, and run nothing")
+    parser.add_argument("--table", action="store_true", help="print the stored results and run nothing")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "scale.json")
     options = parser.parse_args()
     content = json.loads(options.out.read_text()) if options.out.exists() else {"sizes": {}, "nodes": {}}

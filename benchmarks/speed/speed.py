@@ -1,8 +1,8 @@
-"""How long combing and pruning take: a given model end to end, and chains of 10 to 1,000 layers.
+"""Time of combing and pruning: a given model end to end, and chains of 10 to 1,000 layers.
 
     python benchmarks/speed/speed.py [--model resnet50.onnx] [--out benchmarks/results/speed.json]
 
-Seconds are wall time, the median of several runs, file reading and writing included for the model; imports are not.
+Seconds are wall time, the median of several runs, with reading and writing of files for the model, without imports.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cpd_onnx.shapes.inference import fold
 
 
 def chain(layers: int) -> ModelProto:
-    """Residual blocks of convolution, batch norm and ReLU: `layers` convolutions of 32 channels."""
+    """Return a residual network of `layers` convolutions of 32 channels, each with batch norm and ReLU."""
     rng = np.random.default_rng(0)
     nodes, weights, last = [], [], "x"
     for number in range(layers):
@@ -53,7 +53,7 @@ def chain(layers: int) -> ModelProto:
 
 
 def seconds(job: Callable[[], Any], runs: int) -> float:
-    """Median wall time."""
+    """Return the median wall time of a job in seconds."""
     taken = []
     for _ in range(runs):
         start = time.perf_counter()
@@ -63,7 +63,7 @@ def seconds(job: Callable[[], Any], runs: int) -> float:
 
 
 def end_to_end(path: Path) -> dict[str, float]:
-    """Seconds of each step for a file."""
+    """Return the seconds of each step for a file."""
     with tempfile.TemporaryDirectory() as folder:
 
         def everything() -> None:

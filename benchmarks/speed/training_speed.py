@@ -1,10 +1,10 @@
-"""How fast an imported network trains beside the same network written natively in torch.
+"""Training speed of an imported network compared with the same network written natively in torch.
 
     python benchmarks/speed/training_speed.py [--model resnet50 --model vit_b_16] [--out results/training_speed.json]
 
-Needs torchvision. The native network is exported with its normalisations in training mode and imported again; both
-take the same batch through forward and backward, in turns, eager and compiled; the ratio of the medians is told
-(over 1: the import is faster), and the largest difference of their outputs and gradients, which must be the same.
+Needs torchvision. The native network is exported with its normalisations in training mode and imported again; both run
+forward and backward passes on the same batch, interleaved, eager and compiled. Reported are the ratio of the median
+times (above 1: the import is faster) and the largest difference of the outputs in evaluation mode.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from cpd_onnx.torch import import_model
 
 
 def exported(network: torch.nn.Module, x: torch.Tensor) -> onnx.ModelProto:
-    """The network as an ONNX file, nothing folded."""
+    """Return the network as an ONNX model without constant folding."""
     stream = io.BytesIO()
     torch.onnx.export(
         network, (x,), stream, dynamo=False, opset_version=17, training=torch.onnx.TrainingMode.PRESERVE,
@@ -38,7 +38,7 @@ def exported(network: torch.nn.Module, x: torch.Tensor) -> onnx.ModelProto:
 
 
 def step(run: Callable[[torch.Tensor], Any], parameters: list[torch.Tensor], x: torch.Tensor) -> float:
-    """Seconds of one forward and backward pass."""
+    """Run one forward and backward pass and return its seconds."""
     for p in parameters:
         p.grad = None
     _wait(x)
@@ -55,7 +55,7 @@ def _wait(x: torch.Tensor) -> None:
 
 
 def compare(name: str, batch: int, rounds: int, device: str) -> dict[str, Any]:
-    """Both networks, eager and compiled."""
+    """Return the times of both networks, eager and compiled."""
     torch.manual_seed(0)
     network = getattr(torchvision.models, name)(weights=None).eval()
     x = torch.randn(batch, 3, 224, 224)
@@ -87,7 +87,7 @@ def compare(name: str, batch: int, rounds: int, device: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Time, print, write."""
+    """Measure, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append")
     parser.add_argument("--batch", type=int, default=8)

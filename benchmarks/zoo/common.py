@@ -51,7 +51,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Entry:
-    """What the manifest says of one model; dimensions are integers or symbolic names."""
+    """Entry of the manifest for one model; dimensions are integers or symbolic names."""
 
     name: str
     file: str
@@ -113,7 +113,7 @@ def random_feeds(
 
 
 def session(path: Path) -> ort.InferenceSession:
-    """Open a model on the CPU with two threads and no chatter."""
+    """Open a model on the CPU with two threads and without log output."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 2
     options.log_severity_level = 3
@@ -170,7 +170,7 @@ def _check(job: Job, path: Path) -> dict[str, Any]:
 
 
 def _isolated(work: Callable[[], dict[str, Any]], timeout: float) -> tuple[str, dict[str, Any]]:
-    """Call ``work`` in a forked process: a crash, a leak or a hang costs one model. Return (error, result)."""
+    """Call ``work`` in a forked process, so that a crash, a leak or a hang affects one model only. Return (error, result)."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(work, sender))
@@ -186,7 +186,7 @@ def _isolated(work: Callable[[], dict[str, Any]], timeout: float) -> tuple[str, 
 
 
 def _answer(work: Callable[[], dict[str, Any]], sender: Any) -> None:
-    """Send (error, result) of ``work``: the boundary where a failure becomes a line; ZOO_DEBUG keeps the traceback."""
+    """Send (error, result) of ``work``, with a failure as one line; ZOO_DEBUG keeps the traceback."""
     debug = "ZOO_DEBUG" in os.environ
     if not debug:
         _silence()
@@ -199,14 +199,14 @@ def _answer(work: Callable[[], dict[str, Any]], sender: Any) -> None:
 
 
 def _silence() -> None:
-    """Drop what exporters print, also from C++."""
+    """Suppress the output of exporters, also from C++."""
     sink = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(sink, stream)
 
 
 def _one_line(error: BaseException) -> str:
-    """Shorten an exception to its type and the line that says most."""
+    """Shorten an exception to its type and its most informative line."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     root = error.__cause__
     told = f" <- {_one_line(root)}" if root is not None else ""
@@ -222,7 +222,7 @@ def _record(path: Path, entry: Entry) -> None:
 
 
 def read_manifest(path: Path) -> list[dict[str, Any]]:
-    """Read a manifest; one that does not exist is empty."""
+    """Read a manifest; return an empty one if the file does not exist."""
     return json.loads(path.read_text()) if path.exists() else []
 
 

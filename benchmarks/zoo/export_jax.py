@@ -250,7 +250,7 @@ def _noisy(key: Array, x: Array) -> Array:
 
 
 def main() -> None:
-    """Export what the command line asks for."""
+    """Export the models selected by the command line."""
     args = common.arguments(__doc__)
     common.run(jobs(), args, exporter="jax2onnx", version=version("jax2onnx"))
 

@@ -169,7 +169,7 @@ def perturb(model: Layer, spec: paddle.static.InputSpec) -> None:
 
 
 def main() -> None:
-    """Export what the command line asks for."""
+    """Export the models selected by the command line."""
     args = common.arguments(__doc__)
     common.run(jobs(), args, exporter="paddle2onnx", version=version("paddle2onnx"))
 

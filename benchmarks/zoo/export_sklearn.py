@@ -71,7 +71,7 @@ def export(estimator: BaseEstimator, options: dict[str, object], opset: int, pat
 
 
 def main() -> None:
-    """Export what the command line asks for."""
+    """Export the models selected by the command line."""
     args = common.arguments(__doc__)
     common.run(jobs(), args, exporter="skl2onnx", version=skl2onnx.__version__)
 

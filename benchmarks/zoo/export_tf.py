@@ -88,7 +88,7 @@ def tagger(cell: Callable[..., object]) -> Callable[[], Model]:
     """Embed, run two recurrent layers, tag each token."""
 
     def make() -> Model:
-        """Build it."""
+        """Build the network."""
         x = inputs = L.Input((12,), dtype="int32")
         x = L.Embedding(50, 24)(x)
         x = cell()(cell()(x))
@@ -196,7 +196,7 @@ def perturb(model: Model) -> None:
 
 
 def main() -> None:
-    """Export what the command line asks for."""
+    """Export the models selected by the command line."""
     versions = {"tf2onnx": tf2onnx.__version__, "keras": keras.__version__}
     args = common.arguments(__doc__, exporter=list(versions))
     for exporter in [args.exporter] if args.exporter else versions:

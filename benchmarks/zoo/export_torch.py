@@ -63,7 +63,7 @@ def export(net: Net, path: Path, exporter: str, opset: int) -> None:
 
 
 def _full_size(net: Net, path: Path) -> None:
-    """Build and export one model; how long it takes does not depend on its weights."""
+    """Build and export one model for timing, with unperturbed weights."""
     torch.manual_seed(0)
     _torchscript(net, net.make().eval(), path, DEFAULT["torchscript"], True)
 
@@ -89,7 +89,7 @@ def _dynamo(net: Net, model: torch.nn.Module, path: Path, opset: int, dynamic: b
 
 
 def main() -> None:
-    """Export what the command line asks for."""
+    """Export the models selected by the command line."""
     args = common.arguments(__doc__, exporter=list(DEFAULT), sizes=["small", "full"])
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Derive further forms of existing models: conversions, rewrites, precisions, layouts of weights.
+"""Derive variants of existing models: conversions, rewrites, precisions, layouts of weights.
 
 Environment: pip install onnx==1.23.2 onnxruntime==1.31.1 sympy
 
@@ -87,7 +87,7 @@ def _weight(rng: np.random.Generator, shape: list[int], role: str) -> np.ndarray
 
 
 def extended(source: Path, path: Path) -> None:
-    """Save what onnxruntime makes of the model at level EXTENDED."""
+    """Save the model as optimised by onnxruntime at level EXTENDED."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(path)
@@ -95,7 +95,7 @@ def extended(source: Path, path: Path) -> None:
 
 
 def fused(source: Path, path: Path, *, kind: str, heads: int, width: int) -> None:
-    """Run the transformer optimizer; something of attention or normalisation must be fused.
+    """Run the transformer optimizer, which must fuse an attention or a normalisation.
 
     Raises:
         ValueError: nothing was fused.
@@ -110,12 +110,12 @@ class Reader(q.CalibrationDataReader):
     """Four random inputs."""
 
     def __init__(self, source: Path) -> None:
-        """Look at the inputs of ``source``."""
+        """Read the inputs of ``source``."""
         inputs = common.session(source).get_inputs()
         self.feeds = iter([common.random_feeds(inputs, high=90, seed=seed) for seed in range(4)])
 
     def get_next(self) -> dict[str, np.ndarray] | None:
-        """Hand out the next input."""
+        """Return the next input."""
         return next(self.feeds, None)
 
 
@@ -243,7 +243,7 @@ def variant_jobs(zoo: Path) -> Iterator[common.Job]:
 
 
 def main() -> None:
-    """Derive what the command line asks for."""
+    """Derive the variants selected by the command line."""
     args = common.arguments(__doc__, exporter=["light", "variants"])
     if args.exporter != "variants":
         common.run(light_jobs(), args, exporter="light", version=onnx.__version__)

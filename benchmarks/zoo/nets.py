@@ -1,4 +1,4 @@
-"""Home-made networks: the coupling patterns that model libraries lack or hide in large models."""
+"""Small networks with coupling patterns that model libraries lack or hide in large models."""
 
 import math
 from collections.abc import Sequence
@@ -267,7 +267,7 @@ class TiedLanguageModel(nn.Module):
 
 
 class OddDenseNet(nn.Module):
-    """DenseNet with growth rates and widths that are no multiples of anything."""
+    """DenseNet with irregular growth rates and widths."""
 
     def __init__(self) -> None:
         """Build two dense blocks with a transition."""

@@ -1,4 +1,4 @@
-"""Make every weight of a randomly initialised torch model matter, so that an edit of any of them shows."""
+"""Perturb a randomly initialised torch model such that every weight affects the outputs."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -34,7 +34,7 @@ def _tensors(module: nn.Module) -> chain:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Tell norms by their class name: libraries have dozens of classes of their own."""
+    """Recognise norms by their class name, since libraries define dozens of their own classes."""
     return "Norm" in type(module).__name__
 
 
@@ -70,7 +70,7 @@ def _replace(module: nn.Module, name: str, tensor: torch.Tensor, noise: torch.Ge
 
 
 def _varied(name: str, tensor: torch.Tensor, normal: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """Return what replaces a constant tensor."""
+    """Return the replacement of a constant tensor."""
     value = abs(float(tensor.flatten()[0]))
     if value == 0 and (tensor.ndim < 2 or "bias" in name):
         return 0.1 * normal

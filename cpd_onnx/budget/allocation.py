@@ -17,13 +17,14 @@ from cpd_onnx.budget.widths import Limits, allowed_widths
 from cpd_onnx.channels.costs import CostModel, Costs, Floats, WidthCost
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.errors import TargetError
+from cpd_onnx.options import RENAMED_FROM, Renaming
 from cpd_onnx.scores.registry import Scores
 from cpd_onnx.summary import Summarised, Summary, count
 
 _SHOWN = (("MACs", "macs"), ("parameters", "params"))
 """Costs that a summary shows, and their names."""
 KINDS = ("channels", "macs", "params", "bytes", "latency")
-SPREADS = ("uniform", "global", "isomorphic", "optimal")
+POLICIES = ("uniform", "global", "isomorphic", "optimal")
 _STEPS = 24
 """Halvings of the search interval: finer than any group's channels."""
 _TOLERANCE = 0.02
@@ -54,13 +55,13 @@ _LEAST_SHARE = 1e-6
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(metaclass=Renaming):
     """What may remain.
 
     Attributes:
         kind: "channels", "macs", "params", "bytes" (of the file) or "latency" (median time of a run).
         fraction: of the original that may remain, 0 to 1.
-        spread: "uniform" removes the same share from each group, "global" lets all channels compete, "isomorphic" those
+        policy: "uniform" removes the same share from each group, "global" lets all channels compete, "isomorphic" those
             of groups that do the same in different places (each such class loses the same share), "optimal" takes the
             widths with the least loss.
         limits: which widths are allowed.
@@ -69,7 +70,7 @@ class Budget:
 
     kind: str = "channels"
     fraction: float = 0.5
-    spread: str = "uniform"
+    policy: str = field(default="uniform", metadata={RENAMED_FROM: "spread"})
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -80,17 +81,17 @@ class Budget:
             raise TargetError(
                 f"target {self.kind}={self.fraction:g}: give the fraction that may remain, above 0 up to 1"
             )
-        if self.spread not in SPREADS:
-            raise TargetError(f"no spread is called {self.spread!r}: choose one of {', '.join(SPREADS)}")
+        if self.policy not in POLICIES:
+            raise TargetError(f"unknown policy {self.policy!r}: choose one of {', '.join(POLICIES)}")
 
     def as_words(self) -> dict[str, Any]:
         """The same in the plan's words."""
         limits = self.limits
-        words: dict[str, Any] = {"kind": self.kind, "target": self.fraction, "spread": self.spread}
-        words |= {"multiple": limits.multiple, "keep": list(limits.keep)}
-        if limits.shares != Limits.shares:
-            words["shares"] = list(limits.shares)
-        return words | ({"widths": {name: list(shares) for name, shares in limits.of}} if limits.of else {})
+        words: dict[str, Any] = {"kind": self.kind, "target": self.fraction, "policy": self.policy}
+        words |= {"round_to": limits.round_to, "keep": list(limits.keep)}
+        if limits.ratios != Limits.ratios:
+            words["ratios"] = list(limits.ratios)
+        return words | ({"widths": {name: list(ratios) for name, ratios in limits.of}} if limits.of else {})
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +183,7 @@ def allocate(
     """Choose the channels to remove, at least one stays in each group.
 
     Where channels compete, they are ranked by their score over the mean of their group; or, if the scores estimate
-    what the model loses with a channel, by the loss for what it saves. The spread "optimal" goes by loss curves, see
+    what the model loses with a channel, by the loss for what it saves. The policy "optimal" goes by loss curves, see
     `loss_curves`; others may be given. Latency is what `table` says.
 
     Raises TargetError if the budget cannot be met, with what stands in the way.
@@ -353,7 +354,7 @@ class _Allocator:
         floor, tolerance = self.cost(self.widths.least), _TOLERANCE * self.full
         if floor > target + tolerance:
             raise TargetError(self.unreachable(floor))
-        counts = self.optimal(target) if self.budget.spread == "optimal" else self.searched(target)
+        counts = self.optimal(target) if self.budget.policy == "optimal" else self.searched(target)
         if counts == self.sizes and self.budget.fraction < 1:
             raise TargetError(
                 f"target {self.budget.kind}={self.budget.fraction:g} would remove nothing: the smallest step is larger"
@@ -440,10 +441,10 @@ class _Allocator:
     def competing(self) -> list[list[int]]:
         """The groups whose channels compete, in classes that each lose the same share."""
         free = [index for index in range(len(self.sizes)) if index not in self.widths.held]
-        if self.budget.spread == "global":
+        if self.budget.policy == "global":
             return [free]
         classes: dict[Any, list[int]] = {}
-        for index in free if self.budget.spread == "isomorphic" else []:
+        for index in free if self.budget.policy == "isomorphic" else []:
             classes.setdefault(self.combed.dependency(self.combed.groups[index]), []).append(index)
         return list(classes.values())
 
@@ -491,10 +492,10 @@ class _Allocator:
         why = f"target {kind}={self.budget.fraction:g} cannot be reached: {least}"
         if self.widths.held:
             return f"{why}; {len(self.widths.held)} groups are held by --keep"
-        if limits.multiple > 1:
-            return f"{why}; widths are multiples of {limits.multiple}"
-        if limits.shares[0] > 0 or limits.of:
-            return f"{why}; shares of groups have lower bounds"
+        if limits.round_to > 1:
+            return f"{why}; widths are multiples of {limits.round_to}"
+        if limits.ratios[0] > 0 or limits.of:
+            return f"{why}; groups have minimum ratios"
         frozen = sorted(self.combed.frozen(), key=lambda f: -f.indices)
         reasons = {reason: None for f in frozen for reason in f.reasons}
         return f"{why}; kept are: {'; '.join(list(reasons)[:3])}"

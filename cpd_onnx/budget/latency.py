@@ -265,7 +265,7 @@ def _whole(value: Any, least: int) -> bool:
 def _amount(value: Any) -> float:
     """A finite number from zero on."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ValueError(f"{reprlib.repr(value)} is not a number from 0 on")
+        raise ValueError(f"{reprlib.repr(value)} is not a number of at least 0")
     return value
 
 

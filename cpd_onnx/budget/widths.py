@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
@@ -13,39 +13,41 @@ import numpy.typing as npt
 
 from cpd_onnx.channels.groups import Combed, Group
 from cpd_onnx.errors import TargetError
+from cpd_onnx.options import RENAMED_FROM, Renaming
 
 Counts: TypeAlias = npt.NDArray[np.int64]
-Shares: TypeAlias = tuple[float, float]
-"""The smallest and the largest share of a group's channels that may stay."""
+Ratios: TypeAlias = tuple[float, float]
+"""Minimum and maximum ratio of a group's channels that may survive."""
 
 _COUNTED = {"heads", "groups"}
 """Kinds of groups that are counts, not widths."""
 
 
 @dataclass(frozen=True)
-class Limits:
+class Limits(metaclass=Renaming):
     """What widths are allowed.
 
     Attributes:
         keep: patterns (with * and ?) of groups, weights and nodes that are not touched.
-        multiple: widths that remain are multiples of this, where a group has that many channels.
-        shares: of each group's channels that may stay, lowest and highest.
-        of: the same by pattern, of groups or, where none has such a name, of weights and nodes; the last one counts.
+        round_to: Number of which surviving widths are multiples, where a group has that many channels.
+        ratios: Minimum and maximum ratio of each group's channels that may survive.
+        of: The same by pattern, which matches names of groups or, if it matches none, of weights and nodes; the last
+            match takes precedence.
 
     """
 
     keep: tuple[str, ...] = ()
-    multiple: int = 1
-    shares: Shares = (0.0, 1.0)
-    of: tuple[tuple[str, Shares], ...] = ()
+    round_to: int = field(default=1, metadata={RENAMED_FROM: "multiple"})
+    ratios: Ratios = field(default=(0.0, 1.0), metadata={RENAMED_FROM: "shares"})
+    of: tuple[tuple[str, Ratios], ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""
-        if self.multiple < 1:
-            raise TargetError(f"a width multiple of {self.multiple} makes no sense: give 1 or more")
-        for low, high in (self.shares, *(shares for _, shares in self.of)):
+        if self.round_to < 1:
+            raise TargetError(f"round_to must be at least 1, got {self.round_to}")
+        for low, high in (self.ratios, *(ratios for _, ratios in self.of)):
             if not 0 <= low <= high <= 1 or high == 0:
-                raise TargetError(f"from {low:g} to {high:g} of a group's channels: give shares from 0 to 1, in order")
+                raise TargetError(f"ratios of a group must be from 0 to 1 and in order, got {low:g} to {high:g}")
 
 
 @dataclass(frozen=True)
@@ -82,18 +84,18 @@ def allowed_widths(combed: Combed, limits: Limits, multiples: Mapping[int, int] 
     Raises TargetError if a pattern names nothing.
     """
     held = held_groups(combed, limits.keep)
-    shares = dict.fromkeys(range(len(combed.groups)), limits.shares)
+    ratios = dict.fromkeys(range(len(combed.groups)), limits.ratios)
     for pattern, bounds in limits.of:
         named = {group.id for group in combed.groups if _matches(group.name, [pattern])}
-        shares |= dict.fromkeys(named or held_groups(combed, (pattern,), "--width"), bounds)
+        ratios |= dict.fromkeys(named or held_groups(combed, (pattern,), "--width"), bounds)
     allowed = []
     for group in combed.groups:
         if group.id in held:
             allowed.append(np.asarray([len(group)]))
             continue
-        multiple = limits.multiple if is_width(combed, group) else 1
+        multiple = limits.round_to if is_width(combed, group) else 1
         multiple = math.lcm(multiple, (multiples or {}).get(group.id, 1))
-        allowed.append(_between(len(group), multiple, shares[group.id]))
+        allowed.append(_between(len(group), multiple, ratios[group.id]))
     return Widths(tuple(allowed), frozenset(held))
 
 
@@ -104,10 +106,10 @@ def is_width(combed: Combed, group: Group) -> bool:
     return group.kind == "groups" and all(len(m.indices[0]) == 1 for m in combed.members(group))
 
 
-def _between(size: int, multiple: int, shares: Shares) -> Counts:
-    """Multiples, and the whole width, within shares of a size; the lower bound where there are none."""
-    low = max(1, math.ceil(shares[0] * size - 1e-9))
-    high = max(low, math.floor(shares[1] * size + 1e-9))
+def _between(size: int, multiple: int, ratios: Ratios) -> Counts:
+    """Return the multiples within ratios of a size, and the size itself; the lower bound if there are none."""
+    low = max(1, math.ceil(ratios[0] * size - 1e-9))
+    high = max(low, math.floor(ratios[1] * size + 1e-9))
     first = -(-low // multiple) * multiple
     widths = [*range(first, min(high, size - 1) + 1, multiple), *([size] if high == size else [])]
     return np.asarray(widths or [low], np.int64)

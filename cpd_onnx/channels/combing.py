@@ -1,4 +1,4 @@
-"""Comb: find the coupled channels of a model in one forward sweep."""
+"""Combing: find the coupled channels of a model in one forward sweep."""
 
 from __future__ import annotations
 
@@ -27,13 +27,15 @@ from cpd_onnx.shapes.order import all_inputs
 from cpd_onnx.shapes.values import Folded, Scope, Use, Value, taken_branch
 
 _UNFOLLOWED = "uses this in a subgraph that is not followed"
+"""Reason for freezing what the subgraph of an operator other than If, Loop and Scan captures."""
 _UNPRUNABLE_TYPES = {TensorProto.BOOL, TensorProto.STRING, TensorProto.UNDEFINED}
+"""Element types of constants that are never sliced."""
 
 
 def comb(source: ModelSource | Folded, input_shapes: Mapping[str, Sequence[int]] | None = None) -> Combed:
-    """Find the coupled channels of a model.
+    """Find the coupled channels of a model, whose open input sizes `input_shapes` may fix.
 
-    Raises ModelError if the graph is cyclic or uses values that nobody makes.
+    Raises ModelError if the graph has a cycle or uses a tensor that no node, input or initializer defines.
     """
     model = source.model if isinstance(source, Folded) else load(source)
     with translate_errors(model):
@@ -47,17 +49,17 @@ def comb(source: ModelSource | Folded, input_shapes: Mapping[str, Sequence[int]]
         return Combed(
             swept.folded, swept.atoms, swept.recorder, swept.tensors, swept.weights,
             groups, sweep.without_rule, sweep.unaccounted,
-        )  # fmt: skip  # what it holds
+        )  # fmt: skip  # its fields
 
 
 def at_sizes(combed: Combed, keep: KeepMask, numbers: Mapping[str, int]) -> tuple[Combed, KeepMask] | None:
-    """The same model combed with other numbers for the symbols of its inputs, and the same channels there.
+    """Comb the model again with other values of its open sizes, and return it with the same channels removed.
 
-    None if what is removed from the weights cannot be removed there: channels are coupled otherwise.
+    None if the same indices of the weights cannot be removed there, because channels are coupled differently.
     """
     here = comb(fold_again(combed.folded, combed.folded.model, numbers))
     known = {(w.scope.path, w.value.name): w for w in combed.weights}
-    goes, stays = (np.zeros(len(here.atoms), np.bool_) for _ in range(2))
+    removed, surviving = (np.zeros(len(here.atoms), np.bool_) for _ in range(2))
     wanted: list[tuple[Axis, Mask]] = []
     for weight in here.weights:
         counterpart = known.get((weight.scope.path, weight.value.name))
@@ -67,25 +69,25 @@ def at_sizes(combed: Combed, keep: KeepMask, numbers: Mapping[str, int]) -> tupl
                 continue
             for there, axis in zip(uses[use.use.key].axes, use.axes, strict=True):
                 mask, parts = keep.mask(there), here.atoms.parts(axis)
-                goes[parts[~mask]], stays[parts[mask]] = True, True
+                removed[parts[~mask]], surviving[parts[mask]] = True, True
                 wanted.append((axis, mask))
-    goes[NOTHING] = False
-    found = KeepMask(here.atoms, np.flatnonzero(goes & ~stays))
+    removed[NOTHING] = False
+    found = KeepMask(here.atoms, np.flatnonzero(removed & ~surviving))
     return (here, found) if all(np.array_equal(found.mask(axis), mask) for axis, mask in wanted) else None
 
 
 def _about(node: NodeProto, text: str) -> Reason:
-    """A reason that a node of a body, or with bodies, gives."""
+    """Return a reason that concerns a node."""
     return Reason("operator", f"{node.op_type} {node.name!r}", text)
 
 
 def _flow(text: str) -> Reason:
-    """A reason that lies in how If, Loop, Scan and functions are put together."""
+    """Return a reason that concerns If, Loop, Scan or a call of a function, not a single operator."""
     return Reason("structure", "", text)
 
 
 class _Sweep:
-    """One sweep over a folded model, node by node; it collects what `Swept` holds."""
+    """The sweep over a model, node by node, which collects the content of `Swept`."""
 
     def __init__(self, folded: Folded) -> None:
         self.folded = folded
@@ -129,7 +131,7 @@ class _Sweep:
                     self.put(scope, tensor.value.name, tensor)
 
     def node(self, scope: Scope, position: int, inputs: list[Tensor | None], outputs: list[Tensor]) -> None:
-        """Run what knows about the node and check that no axis fell off."""
+        """Apply the rule of a node, or enter its bodies, and check that every axis is accounted for."""
         node = scope.nodes[position]
         if position in scope.bodies:
             self.enter(scope, position, inputs, outputs)
@@ -154,7 +156,7 @@ class _Sweep:
         except GiveUp as given:
             reason = Reason("operator", "", str(given))
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            text = f"has inputs or attributes that make no sense to its rule ({error})"
+            text = f"has inputs or attributes that its rule cannot handle ({error})"
             reason = Reason("operator", op.name, text)
             self.unaccounted.append(reason)
         else:
@@ -164,7 +166,7 @@ class _Sweep:
         self.give_up(inputs, outputs, reason)
 
     def is_arithmetic(self, inputs: list[Tensor | None], outputs: list[Tensor]) -> bool:
-        """Whether this computes sizes or indices from what is never pruned."""
+        """Return whether a node computes sizes or indices from frozen tensors, which needs no rule."""
         if any(t.value.dtype in FLOATS and t.value.values is None for t in outputs):
             return False
         for tensor in inputs:
@@ -173,9 +175,9 @@ class _Sweep:
         return True
 
     def account(self, op: Op) -> None:
-        """Every axis of every input must have been carried, united, consumed or frozen."""
+        """Freeze the node, and record an error of its rule, unless every input axis is carried on or accounted for."""
         carried = [*op.accounted, *(axis for tensor in op.outputs for axis in tensor.axes or [])]
-        doubtful = [  # an array that was carried on as it is needs no look at its atoms
+        doubtful = [  # the same array needs no comparison of atoms
             (slot, number, axis)
             for slot, tensor in enumerate(op.inputs)
             for number, axis in enumerate((tensor and tensor.axes) or [])
@@ -187,7 +189,7 @@ class _Sweep:
                 text = f"the rule of {op.name} does not account for axis {number} of input {slot}"
                 reason = Reason("operator", "", text)
                 self.unaccounted.append(reason)
-                for other in (*op.inputs, *op.outputs):  # what else it says cannot be relied on
+                for other in (*op.inputs, *op.outputs):  # its other statements are not reliable either
                     self.freeze(other, reason)
                 return
 
@@ -203,14 +205,14 @@ class _Sweep:
                 self.atoms.freeze(axis, reason)
 
     def frozen_axes(self, value: Value, reason: Reason) -> list[Axis] | None:
-        """Frozen axes for a tensor; None if its shape is unknown."""
+        """Return frozen axes for a tensor; None if its shape is unknown."""
         return None if value.shape is None else [self.atoms.frozen(size, reason) for size in value.shape]
 
     def put(self, scope: Scope, name: str, tensor: Tensor) -> None:
         self.tensors[(scope.path, name)] = tensor
 
     def get(self, scope: Scope, name: str) -> Tensor | None:
-        """The tensor of that name as the scope sees it; weights with shared atoms."""
+        """Return the tensor that a name refers to in a scope; a weight with the atoms that all its uses share."""
         here: Scope | None = scope
         while here is not None:
             if (here.path, name) in self.tensors:
@@ -222,7 +224,7 @@ class _Sweep:
         return None
 
     def at_slot(self, scope: Scope, position: int, slot: int, name: str) -> Tensor | None:
-        """What an input slot of a node takes; a weight there gets its use on record."""
+        """Return the tensor at an input slot of a node, and record the use of a weight."""
         if not name:
             return None
         tensor = self.get(scope, name)
@@ -244,7 +246,7 @@ class _Sweep:
         raise AssertionError(name)
 
     def weight_axes(self, value: Value) -> list[Axis]:
-        """The atoms that all uses of a matrix share."""
+        """Return the atoms that all uses of a matrix share."""
         if value not in self.shared:
             self.shared[value] = self.fresh_axes(value)
         return self.shared[value]
@@ -270,12 +272,12 @@ class _Sweep:
             self.call(bodies["body"], inputs, outputs)
 
     def freeze_captured(self, body: Scope, reason: Reason) -> None:
-        """Freeze all that a body which is not followed takes from outside."""
+        """Freeze all tensors that a body which is not followed captures."""
         for name in body.consumers:
             self.freeze_original(body, name, reason)
 
     def freeze_original(self, scope: Scope, name: str, reason: Reason) -> None:
-        """Leave a tensor as it is for somebody who is not followed; a vector's other users may take another version."""
+        """Freeze a tensor for a use that is not followed; other uses of a vector may still take a pruned copy."""
         tensor = self.get(scope, name)
         self.freeze(tensor, reason)
         if tensor is not None and tensor.value.weight is not None:
@@ -299,7 +301,7 @@ class _Sweep:
             tensor.axes = inner.axes if inner is not None else None
 
     def branches(self, bodies: dict[str, Scope], inputs: list[Tensor | None], outputs: list[Tensor]) -> None:
-        """Unite the results of both branches, or follow the only one that runs."""
+        """Unite the results of both branches of an If, or follow the branch that always runs."""
         taken = taken_branch(inputs[0].value if inputs[0] is not None else None)
         shapes = {key: tuple(getattr(b.lookup(name), "shape", None) for name in b.outputs) for key, b in bodies.items()}
         if not taken or len(set(shapes.values())) == 1:
@@ -320,7 +322,7 @@ class _Sweep:
                 self.alike(tensor, other)
 
     def alike(self, tensor: Tensor, other: Tensor | None) -> None:
-        """Make one of the axes that have equal sizes in two tensors of one rank, one of which is never there."""
+        """Unite the axes of equal size of a result and of the same result of a branch that never runs."""
         if tensor.axes is None or other is None or other.axes is None or len(tensor.axes) != len(other.axes):
             return
         for left, right in zip(tensor.axes, other.axes, strict=True):
@@ -328,14 +330,14 @@ class _Sweep:
                 self.atoms.unite(left, right)
 
     def result(self, body: Scope, name: str) -> Tensor | None:
-        """An output of a body; a weight handed out as it is takes no slot where it could be edited."""
+        """Return an output of a body; a weight returned directly is frozen, as no input slot takes it."""
         tensor = self.get(body, name)
         if tensor is not None and tensor.value.weight is not None and (body.path, name) not in self.tensors:
-            self.freeze(tensor, _flow("is handed out of a subgraph as it is"))
+            self.freeze(tensor, _flow("is an output of a subgraph"))
         return tensor
 
     def same(self, tensor: Tensor, results: Sequence[Tensor | None], reason: Reason) -> None:
-        """Give `tensor` the atoms of `results`, which become one."""
+        """Unite the axes of `results`, and give them to `tensor`; freeze all if their shapes differ."""
         axes = [r.axes for r in results if r is not None]
         if len(axes) < len(results) or not self.agree(tensor.value, axes):
             self.give_up(results, [tensor], reason)
@@ -351,7 +353,7 @@ class _Sweep:
         return shapes == {value.shape} and value.shape is not None
 
     def rounds(self, node: NodeProto, body: Scope, inputs: list[Tensor | None], outputs: list[Tensor]) -> None:
-        """Loop and Scan: what is carried from round to round keeps its atoms, what is stacked gains an axis."""
+        """Follow Loop and Scan: carried states keep their atoms, stacked outputs gain a frozen axis."""
         is_loop, attributes = node.op_type == "Loop", attributes_of(node)
         scans = attributes.get("num_scan_inputs", 0)
         first_in = 2 if is_loop else 0
@@ -364,7 +366,7 @@ class _Sweep:
                     attributes, outer, index - first_in - states, is_scanned=index - first_in >= states
                 )
             if inner.axes is None or tuple(map(len, inner.axes)) != inner.value.shape:
-                self.freeze(outer, _about(node, "changes its shape from round to round"))
+                self.freeze(outer, _about(node, "changes its shape between iterations"))
                 inner.axes = self.frozen_axes(inner.value, _about(node, "makes this axis"))
             self.put(body, name, inner)
         self.sweep(body)
@@ -382,9 +384,9 @@ class _Sweep:
         if not is_scanned:
             return axes
         where = (attributes.get("scan_input_axes") or [0] * (scan + 1))[scan]
-        gone = axes.pop(where)
-        if not self.atoms.all_frozen(gone):
-            self.atoms.freeze(gone, _flow("is scanned one by one"))
+        scanned = axes.pop(where)
+        if not self.atoms.all_frozen(scanned):
+            self.atoms.freeze(scanned, _flow("is scanned one by one"))
         return axes
 
     def stack(self, attributes: dict[str, Any], tensor: Tensor, result: Tensor | None, scan: int) -> None:
@@ -400,7 +402,7 @@ class _Sweep:
             self.freeze(result, _flow("is stacked by a loop to an unknown shape"))
 
     def freeze_reported_sizes(self, scope: Scope, output: str) -> None:
-        """Sizes that a graph output reports stay as they are."""
+        """Freeze the axes whose sizes a graph output reports."""
         makers = {name: node for node in scope.nodes for name in node.output} if scope.values[output].from_shape else {}
         reason = Reason("interface", "", f"graph output {output!r} gives this size")
         waiting, seen = [output], {output}

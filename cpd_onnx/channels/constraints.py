@@ -1,8 +1,8 @@
-"""What has to stay: positions, last channels, and operands that name sizes and cannot be rewritten.
+"""Constraints on the whole graph: freeze counted axes, last channels, and sizes that cannot be rewritten.
 
-An operand may be a constant, computed from constants, or computed from the sizes of other tensors. Constants are
-edited where they enter the computation; what follows from sizes follows by itself; an operand that is the same
-whatever the inputs can in the end be written down.
+An operand that names a size may be a constant, computed from constants, or computed from the sizes of other tensors.
+Constants are edited where they enter the computation; operands computed from sizes of tensors follow by themselves; an
+operand with the same value for all inputs can be replaced by a constant.
 """
 
 from __future__ import annotations
@@ -25,7 +25,14 @@ from cpd_onnx.shapes.values import Origin, Role, Scope, Use, Value
 
 @dataclass(frozen=True, eq=False)
 class Element:
-    """One size in an operand: its position, the axis that it is the size of, and where it comes from."""
+    """One size in an operand.
+
+    Attributes:
+        position: Index of the element in the operand.
+        axis: Axis that the element is the size of.
+        origin: Provenance of the element.
+
+    """
 
     position: int
     axis: Axis
@@ -33,7 +40,7 @@ class Element:
 
 
 def operand_value(size_use: SizeUse) -> Value | None:
-    """The value at a demand's slot; None if the slot is empty or it is an attribute."""
+    """Return the value of the operand of a size use; None for an attribute or an omitted input."""
     if isinstance(size_use.slot, str):
         return None
     node = size_use.scope.nodes[size_use.node]
@@ -43,7 +50,7 @@ def operand_value(size_use: SizeUse) -> Value | None:
 
 
 def elements(size_use: SizeUse, value: Value) -> Iterator[Element]:
-    """The elements of a list of sizes that are the size of their axis."""
+    """Yield the elements of a shape operand that are the size of their axis."""
     assert value.value is not None
     origins = value.each_origin()
     for position, (axis, old) in enumerate(zip(size_use.axes, value.value.ravel().tolist(), strict=True)):
@@ -52,13 +59,14 @@ def elements(size_use: SizeUse, value: Value) -> Iterator[Element]:
 
 
 def freeze_positions(swept: Swept) -> None:
-    """Freeze axes that somebody counts along, unless who uses the positions counts along the same axes."""
+    """Freeze axes on which a tensor holds positions, unless all uses of the positions count along the same axes."""
     for scope, name, axis, within in swept.recorder.positions:
-        if not swept.atoms.all_frozen(axis) and not _stays_a_position(scope, name, within):
-            swept.atoms.freeze(axis, Reason("structure", "", f"is counted along by {name!r}"))
+        if not swept.atoms.all_frozen(axis) and not _is_position_only(scope, name, within):
+            swept.atoms.freeze(axis, Reason("structure", "", f"has positions in tensor {name!r}"))
 
 
-def _stays_a_position(scope: Scope, name: str, within: Value | None) -> bool:
+def _is_position_only(scope: Scope, name: str, within: Value | None) -> bool:
+    """Return whether positions reach only operators that count along the same axes."""
     waiting, seen = [name], {name}
     while waiting:
         taken = waiting.pop()
@@ -71,27 +79,27 @@ def _stays_a_position(scope: Scope, name: str, within: Value | None) -> bool:
                 continue
             if not traits_of(node).carries_positions or use.scope is not scope:
                 return False
-            waiting += [made for made in node.output if made not in seen]
+            waiting += [output for output in node.output if output not in seen]
             seen.update(node.output)
     return True
 
 
 def freeze_last_channels(swept: Swept) -> None:
-    """Freeze channels without which some axis would be empty."""
-    for axis in (seen.axis for seen in swept.axes):
+    """Freeze channels that every index of some axis depends on: removing them would empty it."""
+    for axis in (each.axis for each in swept.axes):
         if len(axis) < 1 or (len(axis) == 1 and axis[0] == NOTHING):
             continue
         parts = swept.atoms.parts(axis)
         if parts.shape[1] == 1 and parts[0, 0] != parts[-1, 0]:
             continue
-        # What every index hangs on, the first and the last do too.
+        # A primitive of every index is one of the first and of the last.
         for primitive in set(parts[0].tolist()).intersection(parts[-1].tolist()) - {NOTHING}:
             if bool((parts == primitive).any(axis=1).all()):
-                swept.atoms.freeze(np.asarray([primitive]), Reason("structure", "", "can only go as a whole"))
+                swept.atoms.freeze(np.asarray([primitive]), Reason("structure", "", "can only be removed as a whole"))
 
 
 def freeze_ungrouped(swept: Swept, groups: Sequence[Group]) -> None:
-    """Freeze what is left on the weights' axes: parts of vectors that no matrix has to do with."""
+    """Freeze primitives of vectors that belong to no group, since no trained matrix has them."""
     known = np.zeros(len(swept.atoms), np.bool_)
     known[NOTHING] = True
     for group in groups:
@@ -103,25 +111,25 @@ def freeze_ungrouped(swept: Swept, groups: Sequence[Group]) -> None:
 
 
 def freeze_uneditable(swept: Swept) -> None:
-    """Freeze, or unite, the axes whose sizes stand where they cannot be rewritten one by one."""
+    """Freeze or unite the axes whose sizes are named where they cannot be rewritten independently."""
     _freeze_numbers_of_inputs(swept)
     while _one_round(swept):
         pass
 
 
 def is_number(recorder: Recorder, use: Use) -> bool:
-    """Whether a slot takes sizes as numbers to compute with, so that what is made of them is not known beforehand.
+    """Return whether a slot takes sizes as numbers to compute with, for a result that inference does not know.
 
-    Demands apart, which name sizes or positions.
+    Slots of size uses do not count: they name sizes or positions.
     """
-    made = [use.scope.values.get(output) for output in use.scope.nodes[use.node].output]
-    return not all(v is not None and v.values is not None for v in made) and use.key not in recorder.size_slots
+    outputs = [use.scope.values.get(output) for output in use.scope.nodes[use.node].output]
+    return not all(v is not None and v.values is not None for v in outputs) and use.key not in recorder.size_slots
 
 
 def _freeze_numbers_of_inputs(swept: Swept) -> None:
-    """Freeze what numbers are computed from that depend on the sizes of the inputs too, as a count of all elements.
+    """Freeze axes whose sizes enter numbers that also depend on open sizes, such as a count of all elements.
 
-    They belong to the function and must stay as they are, but cannot be written down.
+    Such a number is part of the computed function and must not change, but no constant can replace it.
     """
     for scope in swept.folded.scope.walk():
         for name, value in scope.values.items():
@@ -130,14 +138,14 @@ def _freeze_numbers_of_inputs(swept: Swept) -> None:
             for use in scope.consumers.get(name, []):
                 if is_number(swept.recorder, use):
                     node = use.scope.nodes[use.node]
-                    reason = _about(node, "computes with a number made of this size")
+                    reason = _about(node, "computes with a number derived from this size")
                     for axis in _sizes_in(swept, scope, name):
                         _freeze(swept.atoms, axis, reason)
                     break
 
 
 def _sizes_in(swept: Swept, scope: Scope, name: str) -> Iterator[Axis]:
-    """The axes of whose sizes a value is computed."""
+    """Yield the axes from whose sizes a value is computed."""
     todo, seen = [name], {name}
     while todo:
         value = scope.lookup(todo[-1])
@@ -152,7 +160,7 @@ def _sizes_in(swept: Swept, scope: Scope, name: str) -> Iterator[Axis]:
                 if tensor is not None and tensor.axes is not None:
                     yield tensor.axes[number]
         if maker is not None and len(sizes) < len(origins):
-            # A shape that an operator gives its output is no part of the elements.
+            # The operand that shapes an output does not enter its elements.
             named = swept.recorder.size_slots
             slots = enumerate(scope.nodes[maker].input)
             inputs = {entry for slot, entry in slots if (scope.path, maker, slot) not in named}
@@ -161,7 +169,7 @@ def _sizes_in(swept: Swept, scope: Scope, name: str) -> Iterator[Axis]:
 
 
 def _one_round(swept: Swept) -> bool:
-    """Whether something had to be frozen or united."""
+    """Freeze or unite axes once, and return whether that changed anything."""
     atoms, changed = swept.atoms, False
     sharing: dict[Origin, list[Axis]] = defaultdict(list)
     for size_use in swept.recorder.size_uses:
@@ -197,7 +205,7 @@ def _about(node: NodeProto, text: str) -> Reason:
 
 
 def _dynamic_list(swept: Swept, size_use: SizeUse, value: Value, sharing: dict[Origin, list[Axis]]) -> bool:
-    """A list of sizes of which some depend on the inputs."""
+    """Freeze or unite the axes of a shape operand that depends on open sizes; return whether that changed anything."""
     atoms, changed = swept.atoms, False
     node = size_use.scope.nodes[size_use.node]
     for element in elements(size_use, value):
@@ -222,7 +230,7 @@ def _freeze(atoms: Atoms, axis: Axis, reason: Reason) -> bool:
 
 
 def _follow(swept: Swept, element: Element) -> bool:
-    """The size is that of other tensors' axes, which must then have the same fate."""
+    """Unite an axis with the axes of other tensors that its size is computed from; return whether that changed it."""
     atoms, axes = swept.atoms, []
     for source, number in swept.folded.products[element.origin.source]:
         tensor = swept.tensor_of.get(source)
@@ -231,7 +239,7 @@ def _follow(swept: Swept, element: Element) -> bool:
         axes.append(tensor.axes[number])
     axis = atoms.product(*axes)
     if len(axis) != len(element.axis):
-        return _freeze(atoms, element.axis, Reason("structure", "", "is not the size that it is taken for"))
+        return _freeze(atoms, element.axis, Reason("structure", "", "does not have the size that is computed for it"))
     if np.array_equal(atoms.canonical(axis), atoms.canonical(element.axis)):
         return False
     atoms.unite(axis, element.axis)

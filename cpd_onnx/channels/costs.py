@@ -1,4 +1,4 @@
-"""What a model costs: multiply-accumulates, parameters, bytes, as a function of the channels that stay."""
+"""Costs of a model: multiply-accumulates, parameters and bytes as functions of the surviving channels."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from cpd_onnx.ir.model import element_bytes
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Term: TypeAlias = "tuple[float, tuple[Axis, ...]]"
-"""A factor, and the axes whose sizes it is multiplied by."""
+"""A factor, and the axes whose sizes it is multiplied with."""
 
 _AT_ONCE = 4_000_000
-"""Numbers that costs of many widths take in memory at a time."""
+"""Limit on the elements of the arrays that `WidthCost` allocates at a time (32 MB each); a heuristic."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs of a model, or of what a group runs through.
+    """Costs of a model, or of the nodes and weights of a group.
 
     Attributes:
-        macs: multiply-accumulates of one sample (the batch is divided out).
-        params: elements of trained weights.
-        channels: indices of prunable weight axes.
-        bytes: of the file: its weights, and what does not change.
+        macs: Multiply-accumulates of one sample (divided by the batch size).
+        params: Number of elements of trained weights.
+        channels: Number of indices of prunable weight axes.
+        bytes: Size of the file in bytes: its weights, and a constant remainder.
 
     """
 
@@ -42,15 +42,15 @@ class Costs:
     bytes: float
 
     def of(self, kind: str) -> float:
-        """The cost of that name."""
+        """Return the cost of a given name."""
         return float(getattr(self, kind))
 
 
 class CostModel:
-    """Costs of a combed model for any choice of channels."""
+    """Costs of a combed model for any set of surviving channels."""
 
     def __init__(self, combed: Combed, more: Mapping[str, Sequence[Term]] | None = None) -> None:
-        """Collect what costs; `more` are further costs by name, as sums of terms."""
+        """Collect the terms of all costs; `more` are further costs by name, each a sum of terms."""
         self._combed = combed
         self._batch = combed.folded.batch
         self._work = [(cost.factor, cost.axes) for cost in combed.recorder.costs]
@@ -83,20 +83,20 @@ class CostModel:
         self._sums = {kind: self._sizes.laid_out(terms) for kind, terms in lists.items()}
 
     def total(self, keep: KeepMask) -> Costs:
-        """Costs with the channels in `keep`."""
+        """Return the costs with the surviving channels of `keep`."""
         return Costs(*(self.cost(kind, keep) for kind in ("macs", "params", "channels", "bytes")))
 
     def cost(self, kind: str, keep: KeepMask) -> float:
-        """One of the costs."""
+        """Return one cost with the surviving channels of `keep`."""
         factors, places = self._sums[kind]
         return float((factors * self._sizes.of(keep)[places].prod(axis=1)).sum())
 
     def in_widths(self, kind: str) -> WidthCost:
-        """One of the costs as a function of how many channels of each group stay."""
+        """Return one cost as a function of the number of surviving channels of each group."""
         return WidthCost(self._combed, self._sizes, self._sums[kind])
 
     def of_groups(self, combed: Combed) -> dict[int, Costs]:
-        """For each group by id, the costs of the nodes and weights that it runs through."""
+        """Return, for each group by id, the costs of the nodes and weights that have its channels."""
         owner, _ = combed.owners
         macs: dict[int, float] = defaultdict(float)
         params: dict[int, float] = defaultdict(float)
@@ -114,19 +114,19 @@ class CostModel:
 
 
 _Sum: TypeAlias = "tuple[Floats, Axis]"
-"""Factors of terms, and the places of their axes, a row each."""
+"""Factors of terms, and a row of axis numbers for each (the number of axes where a term has fewer)."""
 
 
 class WidthCost:
     """A cost as a polynomial in the widths of the groups.
 
-    An axis is as long as its indices are many that no removed channel takes with it; where the channels of a group
-    take equally many, as almost everywhere, this needs no look at single channels, and thousands of widths are
-    weighed at once.
+    The size of an axis is the number of indices with no removed primitive. It is estimated from the fraction of each
+    group that survives, which is exact where the channels of a group have equally many indices, as in almost all
+    models, and thousands of choices are evaluated at once.
     """
 
     def __init__(self, combed: Combed, sizes: _Sizes, terms: _Sum) -> None:
-        """Count for each axis the indices by the groups that they hang on."""
+        """Count the indices of each axis by the set of groups they depend on."""
         self.factors, self._places = terms
         count = len(combed.groups)
         used = np.unique(self._places[self._places < sizes.count])
@@ -143,7 +143,7 @@ class WidthCost:
         self._full = np.asarray([len(group) for group in combed.groups], np.float64)
 
     def __call__(self, widths: npt.NDArray[np.int64]) -> Floats:
-        """Costs of many choices, a row of widths each."""
+        """Return the costs of many choices, given as rows of widths."""
         row = len(self._counts) * max(1, self._groups.shape[1]) + self._places.size
         step = max(1, _AT_ONCE // max(1, row))
         blocks = [self._costs(widths[start : start + step]) for start in range(0, len(widths), step)]
@@ -158,7 +158,7 @@ class WidthCost:
 
 
 class _Sizes:
-    """The sizes of the axes that can shrink, all at once, for one choice of channels after another."""
+    """The sizes of all axes that can shrink, computed together for a set of surviving channels."""
 
     def __init__(self, atoms: Atoms, axes: Sequence[Axis]) -> None:
         known = {fingerprint(axis): axis for axis in axes if not atoms.all_frozen(axis)}
@@ -172,18 +172,18 @@ class _Sizes:
             self._parts[start : start + len(table), : table.shape[1]] = table
 
     def of(self, keep: KeepMask) -> Floats:
-        """Indices that stay on each axis; a one follows, for axes that are not there."""
+        """Return the number of surviving indices of each axis, followed by a one for missing axes."""
         before = np.concatenate([[0.0], np.cumsum(keep.surviving(self._parts), dtype=np.float64)])
         return np.concatenate([np.diff(before[self._starts]), [1.0]])
 
     def rows(self, places: Axis) -> tuple[Axis, Axis]:
-        """For each index of some axes the place of its axis, and its primitives."""
+        """Return, for each index of the chosen axes, the number of its axis and its primitives."""
         which = np.repeat(np.arange(self.count), np.diff(self._starts))
         chosen = np.isin(which, places)
         return which[chosen], self._parts[chosen]
 
     def laid_out(self, terms: Sequence[Term]) -> _Sum:
-        """Factors of terms, what never shrinks multiplied in, and the places of their other axes, a row each."""
+        """Return terms with the sizes of frozen axes multiplied into the factors, and the numbers of other axes."""
         rank = max((len(axes) for _, axes in terms), default=0)
         factors, places = np.zeros(len(terms)), np.full((len(terms), rank), self.count, np.int64)
         for row, (factor, axes) in enumerate(terms):

@@ -1,4 +1,4 @@
-"""Values of a combed model's weights, wherever they lie: initializers, Constant nodes, subgraphs."""
+"""Values of a combed model's weights: initializers and Constant nodes, of the main graph or a subgraph."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from cpd_onnx.shapes.values import Value
 
 
 def weight_array(model: Model, weight: Weight) -> Array:
-    """Values of a weight; do not write into them."""
+    """Return the values of a weight; do not write into them."""
     return materialize(lazy_weight(model, weight))
 
 
 def lazy_weight(model: Model, weight: Weight) -> Array | Lazy:
-    """The same, but not read yet where the model is large."""
+    """Return the values of a weight, read on demand where the model is large."""
     source = weight.value.source
     if isinstance(source, TensorProto):
         return (
@@ -29,7 +29,7 @@ def lazy_weight(model: Model, weight: Weight) -> Array | Lazy:
 
 
 def dequantized(combed: Combed, weight: Weight) -> Array:
-    """Values of a weight as the network means them: (weight - zero point) * scale for quantised ones."""
+    """Return the values of a weight; those of a quantised weight as (weight - zero point) * scale."""
     values = weight_array(combed.folded.model, weight)
     quantized = combed.recorder.quantized.get(weight.value)
     if quantized is None or weight.is_float:
@@ -43,6 +43,6 @@ def dequantized(combed: Combed, weight: Weight) -> Array:
 
 
 def constant_of(combed: Combed, value: Value) -> Array | None:
-    """The array of a value that is a weight or known, None otherwise."""
+    """Return the elements of a weight or of an inferred constant; None for anything else."""
     weight = combed.weight_of.get(value)
     return weight_array(combed.folded.model, weight) if weight is not None else value.value

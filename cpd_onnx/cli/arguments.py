@@ -9,7 +9,8 @@ from dataclasses import MISSING, fields
 from typing import Any, NoReturn
 
 from cpd_onnx.io import trust
-from cpd_onnx.io.streams import printable
+from cpd_onnx.io.streams import print_error, printable
+from cpd_onnx.moved import GONE_IN
 from cpd_onnx.options import Named, build, options_of
 from cpd_onnx.version import __version__
 from cpd_onnx.workflow import recipe
@@ -27,6 +28,16 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the error and exit with code 2."""
         self.exit(2, f"error: {printable(message)}; see {self.prog} --help\n")
+
+
+class _Renamed(argparse.Action):
+    """A hidden option under its former name: it sets the one that is now used instead, and says so."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, flag: str | None = None) -> None:
+        """Store the value, after a line on stderr."""
+        new = self.dest.replace("_", "-")
+        print_error(f"warning: {self.option_strings[0]} is now --{new}; the old name goes in version {GONE_IN}")
+        setattr(namespace, self.dest, values)
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -68,6 +79,11 @@ def _lowered(text: str) -> str:
 def _add(group: Any, named: Named) -> None:
     """Add the argument of an option to a group of the parser."""
     option = named.option
+    if named.former_key:
+        group.add_argument(
+            f"--{named.former_key}", dest=named.name, type=_typed(option.read), choices=option.choices,
+            metavar=option.metavar, help=argparse.SUPPRESS, action=_Renamed,
+        )  # fmt: skip  # what and how
     help_text = help_of(named).replace("%", "%%")
     if named.is_positional:
         more: dict[str, Any] = {"nargs": "+"} if option.is_many else {}

@@ -39,7 +39,7 @@ from cpd_onnx.deploy.quantize import Quantization, Ranges, extremes, quantize_re
 from cpd_onnx.errors import DataError, ProofError, TargetError, UnsupportedError
 from cpd_onnx.io.files import require_free, write_atomically
 from cpd_onnx.ir.model import Array, Model
-from cpd_onnx.proof.comparison import QUANTIZED, TOLERANCES, Difference, compare, output_difference, runs_needed
+from cpd_onnx.proof.comparison import QUANTIZED, TOLERANCES, OutputDifference, compare, output_difference, runs_needed
 from cpd_onnx.runtime.sessions import Feed, Runner, execute, execute_all, open_model, precisely, working_feeds
 from cpd_onnx.shapes.inference import fold
 
@@ -108,7 +108,7 @@ class Step:
 
     name: str
     what: str
-    difference: Difference | None
+    difference: OutputDifference | None
     bytes: int
     seconds: float
     notes: tuple[str, ...] = ()
@@ -322,7 +322,7 @@ def ort_bytes(model: Model, level: str = "extended", provider: str = "CPUExecuti
 
 def ort_measured(
     model: Model, level: str = "extended", provider: str = "CPUExecutionProvider"
-) -> tuple[bytes, Difference]:
+) -> tuple[bytes, OutputDifference]:
     """Return the result of `ort_bytes`, and the difference of its outputs from the model's."""
     if level not in LEVELS:
         raise TargetError(f"optimisation level must be one of {', '.join(LEVELS)}, got {level!r}")
@@ -349,7 +349,7 @@ def _writing_options(path: Path, level: str) -> ort.SessionOptions:
     return options
 
 
-def ort_difference(model: Model, path: Path, feeds: Sequence[Feed]) -> Difference:
+def ort_difference(model: Model, path: Path, feeds: Sequence[Feed]) -> OutputDifference:
     """Return the difference between an .ort file and its model; raises ProofError if it exceeds that of rounding."""
     first, second = open_model(model), open_model(path)
     found = output_difference(execute_all(first, feeds), execute_all(second, feeds))
@@ -552,7 +552,7 @@ def _tolerance(model: Model) -> float:
     return TOLERANCES["float16" if TensorProto.FLOAT16 in kinds else "float32"]
 
 
-def compared(before: Model, after: Model, feeds: Sequence[Feed], name: str, notify: Notify) -> Difference | None:
+def compared(before: Model, after: Model, feeds: Sequence[Feed], name: str, notify: Notify) -> OutputDifference | None:
     """Return the difference between two models; None, with a message, if onnxruntime runs the second one only.
 
     Raises UnsupportedError if it runs neither, and ProofError if it runs the first one only.

@@ -103,7 +103,9 @@ _ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "CastLike": lambda array, like: array.astype(like.dtype), "Size": lambda array: np.int64(array.size),
     "NonZero": lambda array: np.asarray(np.nonzero(array), np.int64),
 }  # fmt: skip  # one line an operator would be a page
+"""Functions of operators with a fixed number of inputs and without attributes."""
 _VARIADIC = {"Min": np.minimum, "Max": np.maximum, "Sum": np.add}
+"""Binary functions of variadic operators."""
 
 
 def _plain(function: Callable[..., Any]) -> Evaluator:
@@ -258,6 +260,7 @@ def _reduction(function: Callable[..., Any]) -> Evaluator:
 _REDUCTIONS: dict[str, Callable[..., Any]] = {
     "ReduceProd": np.prod, "ReduceSum": np.sum, "ReduceMax": np.max, "ReduceMin": np.min, "ReduceMean": np.mean,
 }  # fmt: skip  # as above
+"""Functions of reductions over axes."""
 EVALUATORS |= {name: _reduction(function) for name, function in _REDUCTIONS.items()}
 
 

@@ -63,6 +63,7 @@ class Linear(Protocol):
 
 
 _MakeLinear: TypeAlias = "Callable[[NodeProto, Sequence[int]], Linear | None]"
+"""The type of a function in `LINEAR`."""
 LINEAR: dict[Key, _MakeLinear] = {}
 """Functions by operator that take a node and the shape of its weight and return its `Linear`; None if not linear."""
 
@@ -101,6 +102,7 @@ class Affine:
 Constants: TypeAlias = "Callable[[str], Array | None]"
 """A function that returns the values of a constant by name; None if the tensor is not constant."""
 _MakeAffine: TypeAlias = "Callable[[NodeProto, str, tuple[int, int], Constants], Affine | None]"
+"""The type of a function in `AFFINE`."""
 AFFINE: dict[Key, _MakeAffine] = {}
 """Functions by operator that return the `Affine` of a node, None if it is not affine. Arguments: the node, the name of
 its data input, that input's channel axis counted from the front and from the end, and the constants."""

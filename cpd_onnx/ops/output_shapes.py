@@ -14,6 +14,7 @@ from cpd_onnx.ops.sizes import as_size
 from cpd_onnx.ops.traits import traits_of, type_slot
 
 _FUNCTIONS = STANDARD | CONTRIB
+"""All shape functions by (domain, operator)."""
 _OPTIONAL_INPUTS = {"Clip", "Resize"}
 """Operators whose inputs after the first may be absent or have an unknown shape."""
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 from cpd_onnx.data.open import Data, source_of
 from cpd_onnx.errors import UnsupportedError
 from cpd_onnx.ir.model import ModelSource, load, translate_errors
-from cpd_onnx.options import neighbours
+from cpd_onnx.options import former_names, neighbours
 from cpd_onnx.pipeline.state import State
 
 PASSES = (
@@ -87,8 +87,9 @@ def make(name: str, options: Mapping[str, Any]) -> Pass:
         raise ValueError(f"no pass is called {name!r}{neighbours(name, PASSES)}: there are {', '.join(PASSES)}")
     cls = getattr(_module(name), name.capitalize())
     known = [field.name for field in fields(cls)]
+    former = former_names(cls)
     for option in options:
-        if option not in known:
+        if option not in known and option not in former:
             close = neighbours(option, known)
             raise ValueError(f"pass {name!r} has no option {option!r}{close}: it has {', '.join(known) or 'none'}")
     made: Pass = cls(**options)

@@ -1,8 +1,8 @@
-"""Whether two models compute the same: how far apart each of their outputs is, and what that proves.
+"""Comparison of the outputs of two models, and its verdict.
 
-Three verdicts. *Verified*: each output agrees to within its own tolerance, and that is at most a hundredth of what the
-removed channels change in it, so that an error in their removal would have shown. *Wrong*: some output is further away
-than rounding explains. *Inconclusive*: neither can be said on these inputs.
+Three verdicts. *Verified*: each output agrees to within its tolerance, and the difference is at most a hundredth of the
+effect of the removed channels, so that an error in their removal would have shown. *Wrong*: some output differs by more
+than rounding explains. *Inconclusive*: neither holds on these inputs.
 """
 
 from __future__ import annotations
@@ -23,44 +23,47 @@ from cpd_onnx.runtime.sessions import Feed, Runner, execute_all
 from cpd_onnx.summary import Summarised, Summary
 
 TOLERANCES = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 1e-1}
-"""Largest relative difference by the narrowest float type of the weights; quantised models get `QUANTIZED`."""
+"""Largest allowed difference, relative to the largest value of an output, by the narrowest float type of the weights; a
+heuristic, some hundred roundings of each type. Quantised models get `QUANTIZED`."""
 QUANTIZED = 5e-2
-"""Median over the inputs of the root mean square instead: where sums are taken in another order, rounding may fall to
-the other side, which deep networks amplify."""
+"""Allowed difference of models that round to integers (heuristic): the median over the inputs of the relative root mean
+square, as another order of summation may flip roundings, which deep networks amplify."""
 VERIFIED, INCONCLUSIVE, WRONG = "verified", "inconclusive", "wrong"
+"""The verdicts of a comparison."""
 VERDICTS = (VERIFIED, INCONCLUSIVE, WRONG)
-"""What a comparison can find, best first."""
+"""All verdicts, best first."""
 VALUES, SATURATING, DISCRETE = "values", "saturating", "discrete"
-"""Kinds of compared tensors: numbers; numbers behind a non-linearity that may hide all in front of it; decisions, which
-change by leaps and are compared by the share of elements that are the same."""
+"""Kinds of compared tensors: numbers; numbers after a non-linearity that may saturate; decisions (an ArgMax, an index),
+which change in steps and are compared by the fraction of equal elements."""
 _PIECE = 1 << 20
-"""Elements that are compared at a time."""
+"""Number of elements compared at a time, to bound memory (8 MB as float64)."""
 _NUDGE = 1e-6
-"""Relative change of float inputs, of the size of a few roundings, that shows how much a model amplifies them."""
+"""Standard deviation of the relative change of inputs that measures how much a model amplifies rounding: about eight
+roundings of a float32 (heuristic)."""
 _MARGIN = 10.0
-"""Two models that differ by less than this many times what a nudge does cannot be told apart."""
+"""Multiple of the effect of such a change below which a difference counts as rounding (heuristic)."""
 _OF_EFFECT = 0.01
-"""Share of what the removed channels change that two models may be apart."""
+"""Largest difference of two models as a fraction of the effect of the removed channels (heuristic)."""
 _LEAST_EFFECT = 100 * 2.0**-23
-"""Relative change below which a hundredth is less than one rounding of a float32."""
+"""Smallest relative effect that proves something: a hundredth of it is one rounding of a float32 (2^-23)."""
 _FLIPPED = 1e-3
-"""Share of decisions (an ArgMax, say) that may differ because two candidates are as good as equal."""
+"""Fraction of decisions that may differ because two candidates are nearly equal (heuristic)."""
 
 Outputs: TypeAlias = Sequence[Sequence[Array]]
-"""For each set of inputs the compared tensors."""
+"""The compared tensors, for each set of inputs."""
 
 
 @dataclass(frozen=True, eq=False)
-class Observed:
+class ComparedTensor:
     """A tensor that is compared.
 
     Attributes:
-        name: of the tensor, in all models.
-        output: the graph output for which it is compared: itself, or one that it is in front of.
+        name: Name of the tensor, the same in all models.
+        output: Graph output that it is compared for: itself, or one computed from it.
         kind: `VALUES`, `SATURATING` or `DISCRETE`.
-        is_affected: whether channels were removed from a sum that it depends on.
-        is_behind: whether it depends on anything from which channels were removed, if only on the others.
-        masks: for axes of it that were pruned themselves, which indices survive.
+        is_affected: Whether it depends on a sum that channels were removed from.
+        is_behind: Whether it depends on any tensor that channels were removed from.
+        masks: Surviving indices of its own pruned axes, by axis.
 
     """
 
@@ -72,7 +75,7 @@ class Observed:
     masks: Mapping[int, Mask] = field(default_factory=dict)
 
     def surviving(self, array: Array) -> Array:
-        """The tensor of a model of the original size without what was removed."""
+        """Return the surviving part of the tensor of a model of the original size."""
         for axis, mask in self.masks.items():
             array = np.compress(mask, array, axis=axis)
         return array
@@ -80,18 +83,18 @@ class Observed:
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of one compared tensor; all numbers are relative to its largest value.
+    """Result for one compared tensor; numbers are relative to its largest value.
 
     Attributes:
-        output: the graph output.
-        tensor: the tensor, the output itself or one in front of it.
-        kind: see `Observed`.
-        difference: between the masked original and the pruned model.
-        allowed: what it may be.
-        effect: difference between the original and the masked original.
-        power: the same where as many other channels are masked, if that had to be asked.
-        noise: what changing the inputs by a few roundings does, if that had to be asked.
-        verdict: one of `VERDICTS`.
+        output: Graph output.
+        tensor: The compared tensor: the output itself, or one that it is computed from.
+        kind: Kind of the tensor, see `ComparedTensor`.
+        difference: Difference between the masked original and the pruned model.
+        allowed: Largest allowed difference.
+        effect: Difference between the original and the masked original.
+        power: Difference that masking as many other channels makes; None if it was not needed.
+        noise: Difference that changing the inputs by a few roundings makes; None if it was not needed.
+        verdict: One of `VERDICTS`.
 
     """
 
@@ -108,21 +111,21 @@ class Finding:
 
 @dataclass(frozen=True, repr=False)
 class Comparison(Summarised):
-    """How far two models are apart, and what follows from it.
+    """Difference between two models, and the verdict.
 
-    The numbers are those of the output that comes nearest to its limit.
+    The numbers are those of the output that is closest to its limit.
 
     Attributes:
-        difference: largest difference, relative to the largest value of that output.
-        tolerance: what it may be for the number formats in the model.
-        noise: the same for the reference alone when its inputs change by a few roundings; 0 if nobody had to ask.
-        runs: sets of inputs tried.
-        effect: the same between the original and the reference: how much there was to see.
-        allowed: what the difference may be: the tolerance, or what rounding explains, but no more than a hundredth of
-            what the removed channels change.
-        verdict: one of `VERDICTS`.
-        outputs: what was found of each compared tensor.
-        notes: sentences that say why it is inconclusive, or what the verdict leaves open.
+        difference: Largest difference, relative to the largest value of the output.
+        tolerance: Tolerance of the number formats in the model.
+        noise: Difference that changing the reference's inputs by a few roundings makes; 0 if it was not needed.
+        runs: Number of sets of inputs.
+        effect: Difference between the original and the reference.
+        allowed: Largest allowed difference: the tolerance, or what rounding explains, but at most a hundredth of the
+            effect of the removed channels.
+        verdict: One of `VERDICTS`.
+        outputs: Result for each compared tensor.
+        notes: Sentences that say why it is inconclusive, or qualify the verdict.
 
     """
 
@@ -142,17 +145,17 @@ class Comparison(Summarised):
         return self.verdict == VERIFIED
 
     def noted(self, *sentences: str) -> Comparison:
-        """The same with sentences that qualify it."""
+        """Return the comparison with sentences that qualify it."""
         return replace(self, notes=(*self.notes, *sentences))
 
     def doubted(self, *sentences: str) -> Comparison:
-        """The same with sentences that say why it can be inconclusive at best."""
+        """Return the comparison as inconclusive at best, for the reasons given; unchanged without any."""
         if not sentences:
             return self
         return replace(self, verdict=max(self.verdict, INCONCLUSIVE, key=VERDICTS.index)).noted(*sentences)
 
     def summary(self) -> Summary:
-        """The verdict and what it is based on."""
+        """Return the verdict and the numbers it is based on."""
         return Summary.of({
             "verdict": self.verdict, "difference": f"{self.difference:.2g}",
             "allowed": f"{self.allowed:.2g}", "by rounding alone": f"{self.noise:.2g}",
@@ -162,14 +165,14 @@ class Comparison(Summarised):
 
 @dataclass(frozen=True, eq=False)
 class Runs:
-    """What the models gave for each set of inputs.
+    """Outputs of the models for each set of inputs.
 
     Attributes:
-        plain: the original.
-        masked: the reference: the original with the removed channels masked.
-        pruned: the model that should equal it.
-        nudged: gives the reference's outputs where the inputs change by a few roundings.
-        decoy: gives those of the original with other channels masked; None where there are none.
+        plain: Outputs of the original.
+        masked: Outputs of the reference: the original with the removed channels masked.
+        pruned: Outputs of the model that should equal the reference.
+        nudged: Function that runs the reference on inputs changed by a few roundings.
+        decoy: Function that runs the original with other channels masked; it returns None without other channels.
 
     """
 
@@ -183,15 +186,15 @@ class Runs:
 def compare(
     plain: Outputs, reference: Runner, other: Runner, feeds: Sequence[Mapping[str, Array]], allowed: float
 ) -> Comparison:
-    """Run two models: `other` should equal `reference`, each output to within its tolerance or what rounding does.
+    """Run two models and compare `other` with `reference`, each output to within `allowed` or what rounding explains.
 
-    `plain` is what the original gives for each of the inputs: the scale of the outputs. Raises DataError if there is
-    NaN in it, or there are no inputs.
+    `plain` holds the outputs of the original for each of the inputs, which scale the differences. Raises DataError if
+    they contain NaN, or there are no inputs.
     """
     require_numbers(plain)
     names = [f"output {number}" for number in range(len(plain[0]))]
     observed = [
-        Observed(name, name, VALUES if array.dtype.kind == "f" else DISCRETE)
+        ComparedTensor(name, name, VALUES if array.dtype.kind == "f" else DISCRETE)
         for name, array in zip(names, plain[0], strict=True)
     ]
     expected, found = execute_all(reference, feeds), execute_all(other, feeds)
@@ -200,26 +203,26 @@ def compare(
 
 
 def require_numbers(plain: Outputs) -> None:
-    """Raise DataError where the original gives NaN, or nothing was fed."""
+    """Raise DataError if the outputs of the original contain NaN, or there are no inputs."""
     if not plain:
-        raise DataError("there is no input to compare on")
+        raise DataError("there are no inputs to compare the models on")
     if any(o.dtype.kind == "f" and np.isnan(o).any() for outputs in plain for o in outputs):
         raise DataError("the original gives NaN on the inputs that were tried: give real data with --data")
 
 
-def judge(observed: Sequence[Observed], runs: Runs, tolerance: float) -> Comparison:
-    """The verdict on each compared tensor, and on all of them: the worst."""
+def judge(observed: Sequence[ComparedTensor], runs: Runs, tolerance: float) -> Comparison:
+    """Return the result for each compared tensor, and the worst verdict for all."""
     return _Judge(observed, runs, tolerance).run()
 
 
 class _Judge:
-    def __init__(self, observed: Sequence[Observed], runs: Runs, tolerance: float) -> None:
+    def __init__(self, observed: Sequence[ComparedTensor], runs: Runs, tolerance: float) -> None:
         self.observed, self.runs, self.tolerance = observed, runs, tolerance
         self.is_rms = tolerance == QUANTIZED
         self.notes: list[str] = []
         sizes = {one.name: sum(o[place].size for o in runs.plain) for place, one in enumerate(observed)}
         self.empty = {name for name, size in sizes.items() if not size}
-        self._asked: dict[str, Outputs | None] = {}
+        self._further: dict[str, Outputs | None] = {}
 
     def run(self) -> Comparison:
         found = tuple(self.finding(place, one) for place, one in enumerate(self.observed))
@@ -230,22 +233,22 @@ class _Judge:
             difference=numbers[0], tolerance=self.tolerance, noise=max((f.noise or 0.0 for f in found), default=0.0),
             runs=len(self.runs.plain), effect=numbers[1], allowed=numbers[2], verdict=verdict, outputs=found,
             notes=tuple(dict.fromkeys(self.notes)),
-        )  # fmt: skip  # what it is and its number
+        )  # fmt: skip  # names and numbers
 
-    def finding(self, place: int, one: Observed) -> Finding:
+    def finding(self, place: int, one: ComparedTensor) -> Finding:
         difference = self.apart(place, one, self.runs.masked, self.runs.pruned, is_pruned=True)
         effect = self.apart(place, one, self.runs.plain, self.runs.masked)
         tolerance = _FLIPPED if one.kind == DISCRETE else self.tolerance
         noise = None
         if tolerance < difference < float("inf"):
-            noise = self.apart(place, one, self.runs.masked, self.asked("nudged", self.runs.nudged))
+            noise = self.apart(place, one, self.runs.masked, self.further("nudged", self.runs.nudged))
         allowed = max(tolerance, _MARGIN * (noise or 0.0))
         power = None
         verdict = VERIFIED if difference <= allowed else WRONG
         if verdict == VERIFIED and one.is_behind:
             is_shown = self.is_shown(place, one, effect, difference)
             if not is_shown and one.is_affected:
-                power = self.apart(place, one, self.runs.plain, self.asked("decoy", self.runs.decoy))
+                power = self.apart(place, one, self.runs.plain, self.further("decoy", self.runs.decoy))
                 is_shown = self.is_shown(place, one, power, difference)
             if one.kind == VALUES and one.is_affected:
                 allowed = min(allowed, _OF_EFFECT * max(effect, power or 0.0))
@@ -254,32 +257,32 @@ class _Judge:
                 self.notes.append(_doubt(one, difference, max(effect, power or 0.0)))
         return Finding(one.output, one.name, one.kind, difference, allowed, effect, power, noise, verdict)
 
-    def is_shown(self, place: int, one: Observed, effect: float, difference: float) -> bool:
-        """Whether an error would have shown, with so much to see."""
+    def is_shown(self, place: int, one: ComparedTensor, effect: float, difference: float) -> bool:
+        """Return whether an error would have shown in a tensor, given an effect on it."""
         if one.kind == DISCRETE or one.output in self.empty:
-            return True  # the numbers in front of it show that; and of nothing there is nothing to show
+            return True  # tensors that a decision is computed from are compared too; an empty output shows nothing
         if one.kind == SATURATING or not one.is_affected:
             return effect > 0 or self.varies(place)
         return effect >= _LEAST_EFFECT and difference <= _OF_EFFECT * effect
 
     def varies(self, place: int) -> bool:
-        """Whether a tensor changes with the inputs at all."""
+        """Return whether a tensor of the original varies, over its elements or over the inputs."""
         arrays = [outputs[place] for outputs in self.runs.plain]
         if len(arrays) == 1:
             low, high = _bounds(arrays[0])
             return bool(low != high)
         return any(_differ(a, b) for a, b in pairwise(arrays))
 
-    def asked(self, name: str, give: Callable[[], Outputs | None]) -> Outputs | None:
-        """What a further run gives, which is done once and only if it has to be."""
-        if name not in self._asked:
-            self._asked[name] = give()
-        return self._asked[name]
+    def further(self, name: str, run: Callable[[], Outputs | None]) -> Outputs | None:
+        """Return the outputs of a further run, which is made once and only where it is needed."""
+        if name not in self._further:
+            self._further[name] = run()
+        return self._further[name]
 
     def apart(
-        self, place: int, one: Observed, first: Outputs, second: Outputs | None, *, is_pruned: bool = False
+        self, place: int, one: ComparedTensor, first: Outputs, second: Outputs | None, *, is_pruned: bool = False
     ) -> float:
-        """How far a tensor of two models is apart over all inputs."""
+        """Return the difference of a tensor between two models over all inputs."""
         values = []
         for plain, left, right in zip(self.runs.plain, first, second or (), strict=second is not None):
             a, b = one.surviving(left[place]), right[place] if is_pruned else one.surviving(right[place])
@@ -293,7 +296,7 @@ class _Judge:
 
 
 def _differ(a: Array, b: Array) -> bool:
-    """Whether a tensor has other values on other inputs; where sizes differ, whether their range is another."""
+    """Return whether two tensors differ, by their range where their shapes differ."""
     return not np.array_equal(a, b) if a.shape == b.shape else _bounds(a) != _bounds(b)
 
 
@@ -302,32 +305,32 @@ def _bounds(array: Array) -> tuple[Any, Any]:
 
 
 def _closeness(found: Finding) -> tuple[int, bool, float, float]:
-    """How near a finding is to its limit, by which the one that is shown is chosen: numbers before decisions."""
+    """Return the sort key of findings: verdict, numbers before decisions, difference as a fraction of the limit."""
     ratio = _ratio(found.difference, found.allowed)
     return VERDICTS.index(found.verdict), found.kind == VALUES, ratio, found.effect
 
 
-def _doubt(one: Observed, difference: float, effect: float) -> str:
-    """Why nothing is proved of a tensor, and which inputs would decide."""
+def _doubt(one: ComparedTensor, difference: float, effect: float) -> str:
+    """Return why a tensor proves nothing, and which inputs would."""
     where = f"output {one.output!r}"
     if one.name != one.output:
-        where += f" (compared at {one.name!r}, in front of it)"
+        where += f" (compared at {one.name!r}, which it is computed from)"
     if effect < _LEAST_EFFECT:
         return (
-            f"{where}: on these inputs masking channels changes nothing in it, so that an error would not show; "
+            f"{where}: masking channels does not change it on these inputs, so that an error would not show; "
             "give inputs on which it responds, with --data"
         )
     return (
-        f"{where}: the models are {difference:.1e} apart, as rounding explains, and masking channels changes it by "
-        f"{effect:.1e} only, where at least a hundred times as much is needed; give inputs on which it responds more, "
-        "with --data"
+        f"{where}: the models differ by {difference:.1e}, which rounding explains, but masking channels changes it by "
+        f"only {effect:.1e}, less than a hundred times that; give inputs on which it responds more, with --data"
     )
 
 
 def distance(expected: Array, got: Array, scale_of: Array, *, rms: bool = False) -> float:
-    """Largest (or root mean square) difference, relative to that of the larger of `expected` and `scale_of`.
+    """Return the largest difference relative to the largest value of `expected` and `scale_of`.
 
-    Infinite where shapes or finiteness differ, or nothing is finite.
+    With `rms`, the root mean square difference relative to that of `expected`. Infinite where shapes or finiteness
+    differ, or no value is finite.
     """
     if expected.shape != got.shape:
         return float("inf")
@@ -350,7 +353,7 @@ def distance(expected: Array, got: Array, scale_of: Array, *, rms: bool = False)
 
 
 def flipped(expected: Array, got: Array, tolerance: float) -> float:
-    """Share of the elements that differ, floats by more than a tolerance; infinite where shapes do."""
+    """Return the fraction of differing elements, floats by more than a tolerance; infinite where shapes differ."""
     if expected.shape != got.shape:
         return float("inf")
     if not expected.size:
@@ -363,7 +366,7 @@ def flipped(expected: Array, got: Array, tolerance: float) -> float:
 
 
 class _Extent:
-    """How large some numbers are, which are seen a piece at a time: outputs can be large."""
+    """Largest absolute value and root mean square of numbers that are added piece by piece."""
 
     def __init__(self) -> None:
         self.largest, self.squares, self.count = 0.0, 0.0, 0
@@ -389,7 +392,7 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def tolerance(combed: Combed) -> float:
-    """What the narrowest number format in the model allows."""
+    """Return the tolerance of the narrowest number format in a model."""
     activations = {t.value.dtype for t in combed.tensors.values()}
     if combed.recorder.is_rounding or activations & {TensorProto.INT8, TensorProto.UINT8}:
         return QUANTIZED
@@ -399,12 +402,12 @@ def tolerance(combed: Combed) -> float:
 
 
 def runs_needed(allowed: float) -> int:
-    """Sets of random inputs to try."""
+    """Return the number of sets of random inputs to try for a tolerance."""
     return 5 if allowed == QUANTIZED else 2
 
 
 def nudged(feeds: Sequence[Mapping[str, Array]]) -> list[Feed]:
-    """Inputs that differ from others by a few roundings."""
+    """Return inputs changed by a few roundings, the same for the same inputs."""
     return [_nudged(feed) for feed in feeds]
 
 
@@ -419,18 +422,16 @@ def _nudged(feed: Mapping[str, Array]) -> Feed:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """How far a model is from the one that it was made of.
+class OutputDifference:
+    """Difference between the outputs of a model and of the model it was derived from.
 
     Attributes:
-        largest: difference of any output, relative to its spread (largest minus smallest value).
-        typical: root mean square of the differences of an output, relative to its standard deviation; of the output
-            where that is most.
-        agreement: share of samples (of pixels, for maps) whose largest score is the same; None where the first output
+        largest: Largest difference of any output, relative to its range (largest minus smallest value).
+        typical: Root mean square difference relative to the standard deviation, of the output where it is largest.
+        agreement: Fraction of samples (of pixels, for maps) with the same highest score; None where the first output
             has no axis of scores.
-        samples: that were run.
-        allowed: what the largest may be where a step only rounds, relative to the largest value; None where it is not
-            judged.
+        samples: Number of samples.
+        allowed: Largest allowed difference, relative to the largest value, of a step that only rounds; None for others.
 
     """
 
@@ -441,18 +442,18 @@ class Difference:
     allowed: float | None = None
 
 
-def output_difference(plain: Sequence[Sequence[Array]], found: Sequence[Sequence[Array]]) -> Difference:
-    """How far outputs are apart."""
+def output_difference(plain: Sequence[Sequence[Array]], found: Sequence[Sequence[Array]]) -> OutputDifference:
+    """Return the difference between two lists of outputs, one entry for each set of inputs."""
     pairs = [(a, b) for ours, theirs in zip(plain, found, strict=True) for a, b in zip(ours, theirs, strict=True)]
     apart = [_relative(a, b) for a, b in pairs] or [(0.0, 0.0)]
     scores = [(ours[0], theirs[0]) for ours, theirs in zip(plain, found, strict=True) if ours]
     count = sum(len(ours[0]) if ours and ours[0].ndim else 1 for ours in plain)
     largest, typical = (max(values) for values in zip(*apart, strict=True))
-    return Difference(largest, typical, _agreement(scores), count)
+    return OutputDifference(largest, typical, _agreement(scores), count)
 
 
 def _relative(a: Array, b: Array) -> tuple[float, float]:
-    """Largest and typical difference, by the spread of the first; infinite where shapes or finiteness differ."""
+    """Return largest and typical difference relative to the first array; infinite where shapes or finiteness differ."""
     never = (float("inf"), float("inf"))
     if a.shape != b.shape:
         return never
@@ -466,14 +467,14 @@ def _relative(a: Array, b: Array) -> tuple[float, float]:
     if not errors.any():
         return 0.0, 0.0
     size = float(np.abs(wide).max())
-    spread, deviation = float(np.ptp(wide)) or size, float(wide.std()) or size
+    extent, deviation = float(np.ptp(wide)) or size, float(wide.std()) or size
     if not size:
         return never
-    return float(np.abs(errors).max()) / spread, float(np.sqrt(np.mean(errors**2))) / deviation
+    return float(np.abs(errors).max()) / extent, float(np.sqrt(np.mean(errors**2))) / deviation
 
 
 def _agreement(pairs: Sequence[tuple[Array, Array]]) -> float | None:
-    """Share of the largest scores, along axis 1, that are the same."""
+    """Return the fraction of equal highest scores along axis 1; None without scores."""
     if not pairs or any(a.ndim < 2 or a.shape[1] < 2 or a.shape != b.shape or a.dtype.kind != "f" for a, b in pairs):
         return None
     same = [(a.argmax(1) == b.argmax(1)).ravel() for a, b in pairs]

@@ -1,9 +1,9 @@
-"""Inputs for the proof: at sizes that the analysis did not use, reaching every branch that some input reaches.
+"""Inputs for the proof, at sizes that the analysis did not use, chosen to reach every branch.
 
-Where a model leaves sizes open, the proof runs at the least ones that it accepts, with a batch of one, and at unequal
-odd ones. Boolean inputs take both values. Which branches of an If and how many iterations of a Loop an input reaches
-is read from onnxruntime's profile of the original; inputs of other magnitudes, and the constants that the graph
-compares with, are tried for what is not reached.
+Where a model leaves sizes open, the proof runs at the smallest sizes that it accepts, with a batch of one, and at
+unequal odd sizes. Boolean inputs take both values. The branches of an If and the iterations of a Loop that an input
+reaches are read from onnxruntime's profile of the original; for those not reached, inputs of other magnitudes, and
+constants that the graph compares with, are tried.
 """
 
 from __future__ import annotations
@@ -44,31 +44,33 @@ from cpd_onnx.shapes.inference import fold_again
 from cpd_onnx.shapes.values import Folded, Scope, taken_branch
 
 _SMALL = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 512)
-"""Sizes that are tried for the least one that a model accepts."""
+"""Sizes that are tried, in order, for the smallest one that a model accepts (heuristic)."""
 _BATCHES = (1, 4, 3)
-"""Batch sizes of the three runs; the analysis uses others for the first batch axis."""
+"""Batch sizes of the three runs, different from those of the analysis."""
 _STEPS = (1, 2, 4, 7, 8, 14, 16, 32, 64)
-"""Numbers that models want sizes to be multiples of."""
+"""Common divisors that models require of sizes, tried in order (heuristic)."""
 _MOST_FED = 1 << 24
-"""Elements of an input up to which a size is tried."""
+"""Limit on the number of elements of an input that is tried (64 MB as float32)."""
 _MAGNITUDES = (0.0, 1e-3, 30.0, 1e4)
-"""Factors of random inputs that are tried to reach a branch."""
+"""Factors on random inputs that are tried to reach a branch (heuristic)."""
 _MOST_VARIANTS = 48
+"""Limit on the number of inputs that are tried to reach branches (heuristic)."""
 _MOST_EXTRA = 6
-"""Further inputs that are added to reach branches."""
+"""Limit on the number of inputs that are added to the proof to reach branches (heuristic)."""
 _USUAL = (3, 9, 11, 7, 13)
-"""Sizes of the first symbol, the second and so on while one of them is varied."""
+"""Sizes of the symbols, in order, while one of them is varied (heuristic; the last one repeats)."""
 _MARK = "cpd-mark"
+"""Prefix of the names of marked nodes."""
 
 
 @dataclass(frozen=True)
 class ProofInputs:
-    """What a proof runs on.
+    """Inputs of a proof.
 
     Attributes:
-        feeds: the inputs.
-        unreached: branches and counts of iterations that none of them reaches, in words, each with the path of the body
-            that has not run, "" where it has.
+        feeds: The inputs.
+        unreached: Branches and numbers of iterations that no input reaches, as (path, description): the path of the
+            body that has not run, or "" if it has run.
 
     """
 
@@ -79,10 +81,10 @@ class ProofInputs:
 def proof_inputs(
     folded: Folded, session: Runner, count: int = 2, *, given: Sequence[Feed] = (), is_large: bool = False
 ) -> ProofInputs:
-    """Inputs that are given, and random ones at sizes that the analysis did not use: at least `count` in all.
+    """Return the given inputs, and random ones at sizes that the analysis did not use: at least `count` in all.
 
-    Of a large model, each run of which takes long, no branches are observed, and whether it accepts sizes is told from
-    its shapes. Raises UnsupportedError with onnxruntime's first complaint if the model accepts nothing.
+    For a large model, branches are not observed, and accepted sizes are inferred from shapes instead of runs. Raises
+    UnsupportedError with onnxruntime's first error if the model accepts no input.
     """
     random = [*_at_other_sizes(folded, None if is_large else session)]
     if is_large and random and not _runs(session, random[-1]):
@@ -100,7 +102,7 @@ def proof_inputs(
 
 
 def numbers_in(folded: Folded, feed: Feed) -> dict[str, int]:
-    """What the symbols of a model are in some inputs, by name; those that cannot be told are left out."""
+    """Return the values of a model's symbols in some inputs, by name, without those that cannot be determined."""
     known: dict[Term, tuple[int, ...]] = {}
     waiting = [pair for v in fed(folded) for pair in zip(v.sizes or (), feed[v.name].shape, strict=True)]
     for _ in waiting:
@@ -118,7 +120,7 @@ def numbers_in(folded: Folded, feed: Feed) -> dict[str, int]:
 
 
 def feed_at(folded: Folded, assignment: Assignment, seed: int) -> Feed | None:
-    """Random inputs of the sizes that an assignment gives; None if they are too large or below zero."""
+    """Return random inputs of the assigned sizes; None if they are too large or negative."""
     rng, bindings = np.random.default_rng(seed), Bindings({term: (n,) for term, n in assignment.items()})
     feed: Feed = {}
     for value in fed(folded):
@@ -132,9 +134,9 @@ def feed_at(folded: Folded, assignment: Assignment, seed: int) -> Feed | None:
 
 
 def _at_other_sizes(folded: Folded, session: Runner | None) -> Iterator[Feed]:
-    """Up to three inputs: the least sizes, and unequal odd ones or odd multiples of what the model demands.
+    """Yield up to three inputs: at the smallest sizes, and at unequal odd multiples of a common divisor.
 
-    Without a session, sizes are taken that leave no shape unknown.
+    Without a session, accepted sizes are those that leave no shape unknown.
     """
     symbols = symbols_of(folded)
     if not symbols and not any(map(_is_number, random_feed(folded).values())):
@@ -157,13 +159,13 @@ def _at_other_sizes(folded: Folded, session: Runner | None) -> Iterator[Feed]:
 
 
 def _odd(free: Sequence[Term], least: int) -> Iterator[Assignment]:
-    """Sizes above the least that have no factor in common but the step, smallest step first; equal ones at last."""
+    """Yield sizes above the smallest with no common factor but the step, by increasing step; then equal sizes."""
     yield from _multiples(free, least, (5, 7, 9, 11, 13))
     yield from _multiples(free, least, (5,))
 
 
 def _odd_reversed(free: Sequence[Term], least: int) -> Iterator[Assignment]:
-    """The same, larger ones first."""
+    """Yield sizes as `_odd` does, with the larger ones for the first symbols."""
     yield from _multiples(free, least, (9, 5, 11, 7, 13))
     yield from _multiples(free, least, (7,))
 
@@ -179,7 +181,7 @@ def _multiples(free: Sequence[Term], least: int, factors: Sequence[int]) -> Iter
 
 
 def _accepted(folded: Folded, session: Runner | None, assignment: Assignment, seed: int) -> Feed | None:
-    """Inputs of these sizes, if the original runs on them, perhaps with other numbers where a single one is wanted."""
+    """Return inputs of the assigned sizes that the original accepts, with other scalar integers if needed; or None."""
     feed = feed_at(folded, assignment, seed) if is_feasible(folded, assignment) else None
     if feed is None:
         return None
@@ -199,26 +201,26 @@ def _changed(feed: Feed, change: _Change) -> Feed:
 
 
 def _with_flags(feed: Feed, number: int) -> Feed:
-    """Boolean inputs all true, all false, and mixed in turn."""
-    made = dict(feed)
+    """Return inputs with Boolean ones all true, all false or mixed, by the number of the run."""
+    flagged = dict(feed)
     for name, array in feed.items():
         if array.dtype == np.bool_ and number % 3:
             mixed = np.random.default_rng(number).integers(0, 2, array.shape).astype(np.bool_)
-            made[name] = np.zeros_like(array) if number % 3 == 1 else mixed
-    return made
+            flagged[name] = np.zeros_like(array) if number % 3 == 1 else mixed
+    return flagged
 
 
 # Branches.
 
 
 class Marks:
-    """The original with marked nodes in the bodies of If, Loop and Scan, by which a profile says what ran."""
+    """A copy of the original with a marked node in each body of If, Loop and Scan, to be found in a profile."""
 
     def __init__(self, folded: Folded) -> None:
-        """Mark a copy of the model."""
+        """Copy the model and mark its bodies."""
         self._editor = Editor(folded.model.copy())
         self.places: dict[str, _Body] = {}
-        """Bodies by the mark of a node in them."""
+        """Bodies by the mark of their node."""
         self._mark(folded.scope)
 
     def _mark(self, scope: Scope) -> None:
@@ -227,7 +229,7 @@ class Marks:
             taken = taken_branch(scope.lookup(node.input[0])) if node.op_type == "If" else None
             for name, body in bodies.items():
                 if body.function or (taken is not None and name != taken):
-                    continue  # functions have no graph of their own; a branch that no input reaches
+                    continue  # a function has no graph of its own; no input reaches the other branch
                 self._mark_body(_body_of(scope, node, name, body), body)
                 self._mark(body)
 
@@ -235,13 +237,13 @@ class Marks:
         nodes = self._editor.graph(body).node
         marked = next((n for n in nodes if n.op_type != "Constant" and any(n.output)), None)
         if marked is None:
-            return  # nothing runs in it that could be seen
+            return  # it has no node that a profile would list
         mark = f"{_MARK}-{len(self.places)}-"
         marked.name = f"{mark}{marked.name}"
         self.places[mark] = found
 
     def counts(self, feeds: Sequence[Mapping[str, Array]]) -> list[Counter[str]]:
-        """How often each mark runs, for each of some inputs that the model accepts."""
+        """Return how often each mark runs, for each of some inputs that the model accepts."""
         if not feeds:
             return []
         with tempfile.TemporaryDirectory() as folder:
@@ -258,11 +260,11 @@ class Marks:
         return found
 
     def reached(self, counts: Counter[str]) -> set[str]:
-        """What an input reaches, in words."""
+        """Return descriptions of what an input reaches, from its counts."""
         return {goal for mark, body in self.places.items() for goal in body.reached(counts[mark])}
 
     def wanted(self) -> dict[str, str]:
-        """All that may be reached, in words, with the paths of the scopes that only run if it is."""
+        """Return descriptions of everything reachable, with the path of the body that runs only then, or ""."""
         return {goal: path for body in self.places.values() for goal, path in body.goals.items()}
 
 
@@ -271,9 +273,9 @@ class _Body:
     """A body of an If, Loop or Scan.
 
     Attributes:
-        what: names it: the branch of an If, the loop itself.
-        is_loop: whether it may run several times.
-        goals: what inputs may reach, in words, with the path of the body where it only runs if they do.
+        what: Description: the branch of an If, or the loop.
+        is_loop: Whether it may run several times.
+        goals: Descriptions of what inputs may reach, with the path of the body where it runs only then, or "".
 
     """
 
@@ -282,14 +284,11 @@ class _Body:
     goals: Mapping[str, str]
 
     def reached(self, count: int) -> Iterator[str]:
-        """What is reached if the body runs so often."""
+        """Yield what is reached if the body runs `count` times."""
         if not self.is_loop:
             yield from (self.what,) * min(count, 1)
             return
-        if not count:
-            yield f"{self.what} with no iteration"
-        if count:
-            yield f"{self.what} with an iteration"
+        yield f"{self.what} with {'an' if count else 'no'} iteration"
         if count > 1:
             yield f"{self.what} with several iterations"
 
@@ -308,19 +307,19 @@ def _body_of(scope: Scope, node: NodeProto, name: str, body: Scope) -> _Body:
 
 
 def _iterations(scope: Scope, node: NodeProto) -> tuple[int, float]:
-    """The fewest and the most iterations that a Loop or Scan may have, as far as the graph says."""
+    """Return the smallest and largest number of iterations of a Loop or Scan that the graph allows."""
     if node.op_type == "Scan":
-        return 1, math.inf  # an axis without an index is nothing that is tried
+        return 1, math.inf  # empty axes are not tried
     count, condition = (scope.lookup(name) if name else None for name in (*node.input, "", "")[:2])
     most = int(count.value.item()) if count is not None and count.is_static and count.value is not None else math.inf
-    goes_on = condition is None or (
+    continues = condition is None or (
         condition.is_static and condition.value is not None and bool(condition.value.item())
     )
-    return (1 if goes_on and node.input[0] and 0 < most < math.inf else 0), most
+    return (1 if continues and node.input[0] and 0 < most < math.inf else 0), most
 
 
 def _covering(folded: Folded, session: Runner, marks: Marks, feeds: Sequence[Feed]) -> ProofInputs:
-    """The inputs, and others that reach what these do not."""
+    """Return the inputs, and further ones that reach what these do not."""
     wanted, chosen = marks.wanted(), list(feeds)
     missing = set(wanted).difference(*(marks.reached(counts) for counts in marks.counts(feeds)))
     if missing:
@@ -335,14 +334,14 @@ def _covering(folded: Folded, session: Runner, marks: Marks, feeds: Sequence[Fee
 
 
 def _runs(session: Runner, feed: Feed) -> bool:
-    """Whether the original runs on some inputs, and gives numbers."""
+    """Return whether the original runs on some inputs with outputs free of NaN."""
     with contextlib.suppress(UnsupportedError):
         return not any(array.dtype.kind == "f" and np.isnan(array).any() for array in execute(session, feed))
     return False
 
 
 def _variants(folded: Folded, feeds: Sequence[Feed]) -> Iterator[Feed]:
-    """Inputs of other magnitudes and signs, and of numbers that the graph compares with."""
+    """Yield inputs of other magnitudes and signs, and with numbers that the graph compares with."""
     numbers = _compared_with(folded)
     count = 0
     for feed in feeds[:2]:
@@ -356,7 +355,7 @@ def _variants(folded: Folded, feeds: Sequence[Feed]) -> Iterator[Feed]:
 
 
 def _at_compared_sizes(folded: Folded, session: Runner) -> Iterator[Feed]:
-    """Inputs whose sizes are, one symbol at a time, those that the graph compares with, or make them by halving."""
+    """Yield inputs at sizes near constants that the graph compares with, or twice or four times these, by symbol."""
     symbols = symbols_of(folded)
     usual = {term: _USUAL[min(place, len(_USUAL) - 1)] for place, term in enumerate(symbols)}
     numbers = sorted({int(n) for n in _compared_with(folded) if 0 < n < _SMALL[-1] and n == int(n)})
@@ -383,23 +382,23 @@ def _integer_changes(numbers: Sequence[float]) -> Iterator[_Change]:
 
 
 class _Change:
-    """A change of the inputs of some kinds."""
+    """A change of the inputs with dtypes of some kinds."""
 
     def __init__(self, kinds: str, function: object) -> None:
         self._kinds, self._function = kinds, function
 
     def __call__(self, array: Array) -> Array:
-        """The changed input, or the same array if it is of another kind or the change does not fit its type."""
+        """Return the changed input, or the same array if its dtype is of another kind or cannot hold the result."""
         if array.dtype.kind not in self._kinds:
             return array
         with np.errstate(all="ignore"), contextlib.suppress(OverflowError, ValueError):
-            made = self._function(array)  # type: ignore[operator]  # a function
-            return made if made is array else np.asarray(made).astype(array.dtype)
+            changed = self._function(array)  # type: ignore[operator]  # a function
+            return changed if changed is array else np.asarray(changed).astype(array.dtype)
         return array
 
 
 def _compared_with(folded: Folded) -> list[float]:
-    """Constants with which nodes compare, of one element."""
+    """Return the scalar constants that nodes compare with, in order."""
     found: set[float] = set()
     for scope in folded.scope.walk():
         for node in scope.nodes:

@@ -1,8 +1,8 @@
-"""The original with all that a plan deletes made zero: what the pruned model must compute.
+"""The masked original: the original with the removed channels set to zero, which the pruned model must equal.
 
-Weights that are summed over are zeroed at the deleted indices, and so is one factor of a product of two activations. An
-operator whose result depends on which indices are there (a normalisation, a mean) is evaluated on the kept ones alone:
-gathered before it, spread again behind it.
+Weights that are summed over are zeroed at the removed indices, and so is one factor of a product of two activations. An
+operator whose result depends on the number of indices (a normalisation, a mean) is evaluated on the surviving indices
+alone: its inputs are gathered, its outputs scattered back.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from cpd_onnx.shapes.values import Scope
 
 
 def masked(combed: Combed, keep: KeepMask, pruned: Model) -> Model:
-    """The original model with the dropped indices masked; `pruned` gives the attributes of the gathered operators."""
+    """Return the original with the removed indices masked; operators on gathered inputs take attributes of `pruned`."""
     return _Masker(combed, keep, pruned).run()
 
 
 def is_bound_to_sizes(combed: Combed, keep: KeepMask) -> bool:
-    """Whether the masked model would only run at the sizes that the model was combed at.
+    """Return whether the masked original runs only at the sizes that the model was combed at.
 
-    It does where masks lie along an axis of open size that holds channels, as when they are merged with the batch.
+    It does if an axis of open size is masked, as where channels are merged with the batch.
     """
     scopes = {scope.path: scope for scope in combed.folded.scope.walk()}
     for path, position in (*combed.recorder.count_dependent, *combed.recorder.masked_slots):
@@ -64,7 +64,7 @@ class _Masker(Editor):
         return self.model
 
     def mask_weight(self, weight: Weight) -> None:
-        """Zero a weight at the deleted indices, for each user as it sees them."""
+        """Zero a weight at the removed indices, separately for uses with separate atoms."""
         original = lazy_weight(self.combed.folded.model, weight)
         for number, use in enumerate(weight.uses):
             if not any(map(self.keep.shrinks, use.axes)):
@@ -76,15 +76,15 @@ class _Masker(Editor):
                 self.replace(weight.value, weight.scope, array)
             else:
                 node = self.node(use.use.scope, use.use.node)
-                node.input[use.use.slot] = self.added(f"{weight.value.name}_masked", array)
+                node.input[use.use.slot] = self.add_fresh(f"{weight.value.name}_masked", array)
 
     def summed(self, weight: Weight) -> list[int]:
-        """The axes along which a weight is zeroed."""
+        """Return the axes along which a weight is zeroed."""
         axes = self.combed.recorder.kernels[weight.value.name]
         return list(range(len(weight.shape))) if EVERY_AXIS in axes else sorted(axes)
 
     def rebuild(self, scope: Scope, gathered: set[int], zeroed: set[int]) -> None:
-        """Put nodes around those of a graph that need it."""
+        """Add nodes before and after those of a graph that need them."""
         graph = self.graph(scope)
         place = {index: position for position, index in enumerate(scope.order)}
         nodes: list[NodeProto] = []
@@ -102,48 +102,49 @@ class _Masker(Editor):
         graph.node.extend(copies)
 
     def gathered(self, scope: Scope, position: int, node: NodeProto) -> list[NodeProto]:
-        """The node on kept indices alone."""
-        made = NodeProto()
-        made.CopyFrom(node)
-        del made.attribute[:]
-        made.attribute.extend(self.pruned.node(scope, position).attribute)
-        before = [n for slot, name in enumerate(node.input) for n in self.around(scope, position, made, slot, name)]
+        """Return nodes that compute a node on the surviving indices alone."""
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        del copy.attribute[:]
+        copy.attribute.extend(self.pruned.node(scope, position).attribute)
+        before = [n for slot, name in enumerate(node.input) for n in self.around(scope, position, copy, slot, name)]
         after: list[NodeProto] = []
         for slot, name in enumerate(node.output):
             axes = self.axes(scope, position, name, None)
             shrinking = [(i, self.keep.mask(a)) for i, a in enumerate(axes) if self.keep.shrinks(a)]
             if shrinking:
-                made.output[slot] = self.fresh(f"{name}_of_kept")
-                after += self.chain(made.output[slot], name, [(i, _spread(mask)) for i, mask in shrinking])
-        return [*before, made, *after]
+                copy.output[slot] = self.fresh(f"{name}_of_surviving")
+                after += self.chain(copy.output[slot], name, [(i, _scattered(mask)) for i, mask in shrinking])
+        return [*before, copy, *after]
 
     def zeroed(self, scope: Scope, position: int, node: NodeProto) -> list[NodeProto]:
-        """The node with some of its inputs zeroed at the deleted indices."""
-        before, made = [], NodeProto()
-        made.CopyFrom(node)
+        """Return a node after nodes that zero its inputs at the removed indices."""
+        before, copy = [], NodeProto()
+        copy.CopyFrom(node)
         for slot, axis in sorted(self.combed.recorder.masked_slots[(scope.path, position)]):
             axes = self.axes(scope, position, node.input[slot], slot)
             if not axes or not self.keep.shrinks(axes[axis]):
                 continue
             shape = [-1 if i == axis else 1 for i in range(len(axes))]
-            stays = self.added("stays", self.keep.mask(axes[axis]).reshape(shape))
+            surviving = self.add_fresh("surviving", self.keep.mask(axes[axis]).reshape(shape))
             value = scope.lookup(node.input[slot])
             assert value is not None
-            nothing = self.added("nothing", np.zeros((), element_type(value.dtype)))
-            made.input[slot] = self.fresh(f"{node.input[slot]}_zeroed")
-            before.append(helper.make_node("Where", [stays, node.input[slot], nothing], [made.input[slot]]))
-        return [*before, made]
+            zero = self.add_fresh("zero", np.zeros((), element_type(value.dtype)))
+            copy.input[slot] = self.fresh(f"{node.input[slot]}_zeroed")
+            before.append(helper.make_node("Where", [surviving, node.input[slot], zero], [copy.input[slot]]))
+        return [*before, copy]
 
-    def around(self, scope: Scope, position: int, made: NodeProto, slot: int, name: str) -> list[NodeProto]:
+    def around(self, scope: Scope, position: int, copy: NodeProto, slot: int, name: str) -> list[NodeProto]:
+        """Return nodes that gather an input of a node, and connect its copy to them."""
         axes = self.axes(scope, position, name, slot)
         shrinking = [(i, np.flatnonzero(self.keep.mask(a))) for i, a in enumerate(axes) if self.keep.shrinks(a)]
         if not shrinking:
             return []
-        made.input[slot] = self.fresh(f"{name}_kept")
-        return self.chain(name, made.input[slot], shrinking)
+        copy.input[slot] = self.fresh(f"{name}_surviving")
+        return self.chain(name, copy.input[slot], shrinking)
 
     def axes(self, scope: Scope, position: int, name: str, slot: int | None) -> list[Axis]:
-        """Atoms of a tensor as the node sees it."""
+        """Return the axes of a tensor at an input slot or output of a node."""
         if not name:
             return []
         here: Scope | None = scope
@@ -162,7 +163,7 @@ class _Masker(Editor):
         return []
 
     def chain(self, source: str, target: str, steps: list[tuple[int, Array]]) -> list[NodeProto]:
-        """Gather along one axis after another."""
+        """Return nodes that gather a tensor along one axis after another."""
         nodes = []
         for number, (axis, index) in enumerate(steps):
             to = target if number == len(steps) - 1 else self.fresh(f"{target}_axis{axis}")
@@ -173,25 +174,25 @@ class _Masker(Editor):
     def index(self, index: Array) -> str:
         key = ("index", index.tobytes())
         if key not in self.indices:
-            self.indices[key] = self.added("kept_indices", index.astype(np.int64))
+            self.indices[key] = self.add_fresh("surviving_indices", index.astype(np.int64))
         return self.indices[key]
 
 
 def _masked_weight(array: Array, masks: Mapping[int, Mask], zero: Array) -> Array:
-    """A weight with zero where the mask of some axis says so."""
-    stays = np.ones([1] * array.ndim, np.bool_)
+    """Return a weight with zeros at the indices that some axis mask excludes."""
+    surviving = np.ones([1] * array.ndim, np.bool_)
     for axis, mask in masks.items():
-        stays = stays & mask.reshape([-1 if i == axis else 1 for i in range(array.ndim)])
-    return np.where(stays, array, zero.astype(array.dtype))
+        surviving = surviving & mask.reshape([-1 if i == axis else 1 for i in range(array.ndim)])
+    return np.where(surviving, array, zero.astype(array.dtype))
 
 
-def _spread(mask: Mask) -> Array:
-    """For each old index its place among the kept; the deleted ones show the first, which nobody may look at."""
+def _scattered(mask: Mask) -> Array:
+    """Return the position of each old index among the surviving ones; 0, an arbitrary value, for removed ones."""
     return np.where(mask, np.cumsum(mask) - 1, 0)
 
 
 def zero_of(combed: Combed, weight: Weight) -> Array:
-    """What stands for zero in a weight, broadcast against it: the zero point of a quantised one."""
+    """Return the zero of a weight, broadcast against it: the zero point of a quantised weight."""
     quantized = combed.recorder.quantized.get(weight.value)
     value = quantized.zero_point if quantized is not None else None
     found = constant_of(combed, value) if value is not None else None

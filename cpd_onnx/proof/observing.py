@@ -1,7 +1,8 @@
-"""Which tensors tell whether two models are the same: the outputs, and what stands in front of those that tell little.
+"""Choice of the tensors to compare: the outputs, and tensors that outputs of little information are computed from.
 
-A decision (an ArgMax, an index, a comparison) leaps or stays as it is, and a saturated sigmoid or a dead rectifier
-hides everything before it. So the numbers in front of them are compared as well, back through what only moves numbers.
+A decision (an ArgMax, an index, a comparison) changes in steps or not at all, and a saturated sigmoid or a dead
+rectifier hides its input. The numbers that such outputs are computed from are compared as well, found by following the
+graph backwards through operators that only move numbers.
 """
 
 from __future__ import annotations
@@ -13,20 +14,21 @@ from onnx import NodeProto, TensorProto
 from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.ops.traits import traits_of
-from cpd_onnx.proof.comparison import DISCRETE, SATURATING, VALUES, Observed
+from cpd_onnx.proof.comparison import DISCRETE, SATURATING, VALUES, ComparedTensor
 from cpd_onnx.rules.api import FLOATS
 from cpd_onnx.shapes.order import all_inputs
 from cpd_onnx.shapes.values import Value
 
 _MOST = 64
-"""Tensors in front of one output."""
+"""Limit on the tensors that are compared for one output (heuristic)."""
 _DOMAINS = ("", "ai.onnx", "com.microsoft")
+"""Domains whose operators are followed backwards."""
 
 
-def observed(combed: Combed, keep: KeepMask, floating: frozenset[str] = frozenset()) -> list[Observed]:
-    """What is to be compared, outputs first and in order.
+def compared_tensors(combed: Combed, keep: KeepMask, floating: frozenset[str] = frozenset()) -> list[ComparedTensor]:
+    """Return the tensors to compare, the graph outputs first and in order.
 
-    `floating` names tensors that are integers in the file but numbers in the models that run.
+    `floating` names tensors that are integers in the file but floats in the models that run.
     """
     return _Finder(combed, keep, floating).run()
 
@@ -45,33 +47,33 @@ class _Finder:
         self.seen: set[str] = set()
         self.inside: list[tuple[str, str]] = []
 
-    def run(self) -> list[Observed]:
+    def run(self) -> list[ComparedTensor]:
         outputs = list(dict.fromkeys(o.name for o in self.combed.folded.model.graph.output))
-        found: list[Observed] = []
+        found: list[ComparedTensor] = []
         behind: dict[str, dict[str, str]] = {}
         for output in outputs:
             self.kinds, self.waiting, self.seen, self.inside = {}, [output], set(), []
             while self.waiting and len(self.kinds) < _MOST:
-                self.look(self.waiting.pop())
-            for whole, part in reversed(self.inside):  # what shows a decision is one
+                self.classify(self.waiting.pop())
+            for whole, part in reversed(self.inside):  # a tensor that shows a decision is one
                 if self.kinds.get(part) == DISCRETE:
                     self.kinds[whole] = DISCRETE
             behind[output] = self.kinds
         for output in outputs:
-            found.append(self.made(output, output, behind[output].pop(output, VALUES)))
+            found.append(self.compared(output, output, behind[output].pop(output, VALUES)))
         taken = set(outputs)
         for output in outputs:
             for name, kind in behind[output].items():
                 if name not in taken and name in self.affected and self.can_be_shown(name):
                     taken.add(name)
-                    found.append(self.made(name, output, kind))
+                    found.append(self.compared(name, output, kind))
         return found
 
-    def made(self, name: str, output: str, kind: str) -> Observed:
+    def compared(self, name: str, output: str, kind: str) -> ComparedTensor:
         tensor = self.combed.tensors.get(("", name))
         axes = (tensor.axes if tensor is not None else None) or []
         masks = {place: self.keep.mask(axis) for place, axis in enumerate(axes) if self.keep.shrinks(axis)}
-        return Observed(name, output, kind, name in self.affected, name in self.behind, masks)
+        return ComparedTensor(name, output, kind, name in self.affected, name in self.behind, masks)
 
     def can_be_shown(self, name: str) -> bool:
         value = self.scope.values.get(name)
@@ -82,8 +84,8 @@ class _Finder:
         kind = value.dtype if value is not None and value.dtype else self.declared.get(name, TensorProto.UNDEFINED)
         return kind in FLOATS or name in self.floating
 
-    def look(self, top: str) -> None:
-        """Decide how a tensor is compared, and what in front of it is to be looked at."""
+    def classify(self, top: str) -> None:
+        """Decide how a tensor is compared, and queue the tensors it is computed from where it shows little."""
         if top in self.seen or top not in self.affected:
             return
         self.seen.add(top)
@@ -97,7 +99,7 @@ class _Finder:
             name = self.before(top, name)
 
     def before(self, top: str, name: str) -> str | None:
-        """The tensor of which another is a moved copy; None where `top` is compared, or what is in front of it too."""
+        """Return the tensor that `name` is a moved copy of; None where the search ends, after `top` is classified."""
         node = self.maker(name)
         if node is None or node.domain not in _DOMAINS:
             return None
@@ -128,7 +130,7 @@ class _Finder:
         return node.op_type == "QuantizeLinear" and node.output[0] not in self.floating
 
     def is_leap(self, name: str) -> bool:
-        """Whether a float is a decision in another type: a mask that numbers are multiplied with, say."""
+        """Return whether a float tensor is a decision cast to float, such as a mask."""
         while name in self.affected and (node := self.maker(name)) is not None:
             numbers = [i for i in node.input if i and not self.is_constant(i) and self.is_number(i)]
             if node.op_type == "Cast" and not numbers:
@@ -147,7 +149,7 @@ class _Finder:
         return value is not None and value.constants is not None
 
     def numbers_before(self, name: str) -> list[str]:
-        """The nearest float tensors that an integer or a truth value is computed from, which removals affect."""
+        """Return the nearest affected float tensors that an integer or truth value is computed from."""
         waiting, seen, found = [name], {name}, list[str]()
         while waiting:
             node = self.maker(waiting.pop())
@@ -165,7 +167,7 @@ class _Finder:
 
 
 class _Removal:
-    """Where in a model it shows that channels were removed."""
+    """The nodes and tensors of a model that the removal of channels affects."""
 
     def __init__(self, combed: Combed, keep: KeepMask) -> None:
         self.combed, self.keep = combed, keep
@@ -178,7 +180,7 @@ class _Removal:
         }
 
     def behind(self, positions: set[int]) -> set[str]:
-        """Tensors of the main graph that some nodes make, or that depend on them."""
+        """Return the tensors of the main graph that depend on the outputs of the given nodes, these included."""
         found = set[str]()
         for position, node in enumerate(self.scope.nodes):
             if position in positions or (not traits_of(node).reads_sizes and not found.isdisjoint(all_inputs(node))):
@@ -186,7 +188,7 @@ class _Removal:
         return found
 
     def takers(self) -> set[int]:
-        """Nodes of the main graph with an input or output, or something inside, of which a part goes."""
+        """Return the nodes of the main graph with a pruned input or output, in a subgraph or directly."""
         found = {
             self.place(use.use.scope.path, use.use.node)
             for weight in self.combed.weights
@@ -199,7 +201,7 @@ class _Removal:
         return found
 
     def sums(self, takers: set[int]) -> set[int]:
-        """Those of them that sum over what goes, or normalise over it: the others leave what survives as it was."""
+        """Return those of the nodes that sum or normalise over removed channels, which changes surviving values."""
         recorder = self.combed.recorder
         factors = {f.value for product in recorder.products for f in product if self.keep.shrinks(f.atoms)}
         summing = {self.place(*key) for key in (*recorder.count_dependent, *recorder.masked_slots)}
@@ -213,7 +215,7 @@ class _Removal:
         return {self.scope.values.get(name) for name in self.scope.nodes[position].input if name}
 
     def place(self, path: str, position: int) -> int:
-        """The node of the main graph that a node is, or is inside of."""
+        """Return the node of the main graph that a node is or lies in."""
         return self.outer.get(path, position)
 
     def uses(self, path: str, name: str) -> Iterator[int]:

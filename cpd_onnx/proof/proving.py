@@ -1,4 +1,4 @@
-"""The proof: a pruned model computes what the original computes with the removed channels masked."""
+"""The proof that a pruned model equals the original with the removed channels masked."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from cpd_onnx.proof.comparison import (
     QUANTIZED,
     TOLERANCES,
     WRONG,
+    ComparedTensor,
     Comparison,
-    Observed,
     Outputs,
     Runs,
     distance,
@@ -32,15 +32,15 @@ from cpd_onnx.proof.comparison import (
 )
 from cpd_onnx.proof.inputs import ProofInputs, numbers_in, proof_inputs
 from cpd_onnx.proof.masking import is_bound_to_sizes, masked
-from cpd_onnx.proof.observing import observed
-from cpd_onnx.proof.unrounded import HALF_TYPES, Undoable, rounding_of, single, unrounded
+from cpd_onnx.proof.observing import compared_tensors
+from cpd_onnx.proof.unrounded import HALF_TYPES, NotUnroundableError, rounding_of, single, unrounded
 from cpd_onnx.rewrite.rewriter import rewrite
 from cpd_onnx.runtime.sessions import Feed, Runner, execute_all, open_model
 from cpd_onnx.runtime.stepwise import Piecewise
 from cpd_onnx.shapes.inference import fold_again
 
 _PIECEWISE_BYTES = 1 << 28
-"""Models with more bytes of weights are run piece by piece, and what is made of them."""
+"""Bytes of weights (256 MB, a heuristic) above which a model and those derived from it are run piece by piece."""
 
 
 def verify(
@@ -49,26 +49,26 @@ def verify(
     pruned: Model,
     feeds: Iterable[Mapping[str, Array]] | None = None,
 ) -> Comparison:
-    """Compare the pruned model with the masked original in onnxruntime, optimisations off.
+    """Compare the pruned model with the masked original in onnxruntime, with optimisations off.
 
-    Runs on the inputs that are given, and on random ones at sizes that combing did not use. Raises UnsupportedError if
-    onnxruntime cannot run the original, ProofError if it runs that but not the pruned model, DataError if the original
-    gives NaN.
+    The models run on the given inputs and on random inputs of sizes that combing did not use. Raises UnsupportedError
+    if onnxruntime cannot run the original, ProofError if it runs the original but not the pruned model, and DataError
+    if outputs of the original contain NaN.
     """
     return _Proof(combed, keep, pruned, _Masked(combed, keep, pruned).at, _others(combed, keep)).run(feeds)
 
 
 def equal(combed: Combed, other: Model, channels: Axis) -> Comparison:
-    """Compare the original with a model that should compute the same, as `verify` does.
+    """Compare the original with a model that should be equivalent, as `verify` does and with its errors.
 
-    Masking `channels` shows how much there is to see. Errors are those of `verify`.
+    The effect that differences are judged by is that of masking `channels`.
     """
     keep = KeepMask(combed.atoms, channels)
     return _Proof(combed, keep, other, lambda _: combed.folded.model, channels, is_pruned=False).run(None)
 
 
 class _Masked:
-    """The original with the removed channels masked, as a model for inputs of certain sizes."""
+    """The masked original, built again for inputs of other sizes where that is necessary."""
 
     def __init__(self, combed: Combed, keep: KeepMask, pruned: Model) -> None:
         self.combed, self.keep, self.pruned = combed, keep, pruned
@@ -77,7 +77,7 @@ class _Masked:
         self._here: dict[tuple[tuple[int, ...], ...], Model | None] = {}
 
     def at(self, feed: Feed) -> Model:
-        """The model; the same one for all inputs where it runs at all sizes. _UncomparableError if there is none."""
+        """Return the masked original for some inputs; raises _UncomparableError if there is none of their sizes."""
         if not self.is_bound:
             self._always = self._always or masked(self.combed, self.keep, self.pruned)
             return self._always
@@ -92,7 +92,7 @@ class _Masked:
 
 
 class _UncomparableError(Exception):
-    """The masked original cannot be made for inputs of some sizes, since channels are coupled otherwise there."""
+    """Raised for inputs of sizes at which channels are coupled differently, so that the removal has no counterpart."""
 
 
 def _is_large(combed: Combed) -> bool:
@@ -100,7 +100,7 @@ def _is_large(combed: Combed) -> bool:
 
 
 def runner_of(combed: Combed) -> Callable[[Model], Runner]:
-    """What runs a model of that size: onnxruntime, or pieces of it where the model may be larger than memory."""
+    """Return the function that opens models of this size: onnxruntime, piece by piece for large models."""
     if _is_large(combed):
         return lambda model: Piecewise(fold_again(combed.folded, model))
     return partial(open_model, optimise=False)
@@ -108,13 +108,13 @@ def runner_of(combed: Combed) -> Callable[[Model], Runner]:
 
 @dataclass(frozen=True, eq=False)
 class _Form:
-    """How models are written for the comparison.
+    """A numerical form of the models for the comparison.
 
     Attributes:
-        written: gives a copy of a model in this form.
-        floating: tensors that are integers in the file, numbers in this form.
-        tolerance: what outputs may be apart.
-        notes: what the form leaves out.
+        written: Function from a model to the model in this form.
+        floating: Names of tensors that are integers in the file and floats in this form.
+        tolerance: Largest allowed difference of outputs.
+        notes: Sentences on what the form leaves out.
 
     """
 
@@ -125,9 +125,9 @@ class _Form:
 
 
 class _Proof:
-    """The original, the reference made of it (with the removed channels masked), and a model that should equal this.
+    """The comparison of a model with a reference derived from the original (with the removed channels masked).
 
-    `decoy` are channels that are masked where `keep` removes too little to see anything.
+    `decoy` holds channels that are masked instead where the effect of the removed ones is too small.
     """
 
     def __init__(
@@ -146,11 +146,11 @@ class _Proof:
         self.runner = runner_of(combed)
         self.feeds: list[Feed] = []
         self.form = _Form(lambda model: model)
-        self.compared: list[Observed] = []
+        self.compared: list[ComparedTensor] = []
         self.doubts: list[str] = []
 
     def run(self, feeds: Iterable[Mapping[str, Array]] | None) -> Comparison:
-        """The verdict, on inputs that are given or on random ones."""
+        """Return the verdict on given and random inputs."""
         session = self.runner(self.combed.folded.original)
         given = [] if feeds is None else [dict(feed) for feed in feeds]
         count, is_large = runs_needed(self.form.tolerance), _is_large(self.combed)
@@ -171,20 +171,22 @@ class _Proof:
         return self.reached(found, inputs)
 
     def is_comparable(self, feed: Feed) -> bool:
-        """Whether the reference can be made for the sizes of some inputs; puts a doubt on record where it cannot.
+        """Return whether there is a reference for the sizes of some inputs; records a doubt where there is none.
 
-        None does, without a doubt, where an axis of one index makes other channels the only ones.
+        Inputs with an axis of size one are skipped without a doubt: there, other channels are the last ones of an axis.
         """
         try:
             self.reference(feed)
         except _UncomparableError as error:
             if not any(1 in array.shape for array in feed.values()):
-                self.doubts.append(f"with inputs {error} other channels are coupled than at the sizes of the analysis")
+                self.doubts.append(
+                    f"channels are coupled differently with inputs {error} than at the sizes of the analysis"
+                )
             return False
         return True
 
     def reached(self, found: Comparison, inputs: ProofInputs) -> Comparison:
-        """The verdict in view of what no input reached: branches that hold removed channels prove nothing."""
+        """Return the verdict with a doubt for each pruned branch that no input reached, and a note for others."""
         found = found.doubted(*self.doubts)
         for path, what in inputs.unreached:
             sentence = f"no input reached {what}; give inputs that do, with --data"
@@ -192,78 +194,78 @@ class _Proof:
         return found
 
     def is_edited(self, path: str) -> bool:
-        """Whether something inside of a subgraph lost channels."""
+        """Return whether channels were removed from a weight used inside a subgraph."""
         uses = (use for weight in self.combed.weights for use in weight.uses)
         return any(
             f"{use.use.scope.path}/".startswith(f"{path}/") and any(map(self.keep.shrinks, use.axes)) for use in uses
         )
 
     def require_evaluated(self, session: Runner, given: Sequence[Feed]) -> None:
-        """Raise ProofError where evaluating weights that the graph computes changes its outputs."""
+        """Raise ProofError if evaluating the weights that the graph computes changed its outputs."""
         if self.combed.folded.evaluated is None:
             return
         before, after = execute_all(session, given), execute_all(self.runner(self.original), given)
         pairs = (pair for ours, theirs in zip(before, after, strict=True) for pair in zip(ours, theirs, strict=True))
-        apart = max((distance(expected, got, expected) for expected, got in pairs), default=0.0)
+        difference = max((distance(expected, got, expected) for expected, got in pairs), default=0.0)
         allowed = max(TOLERANCES.values()) if rounding_of(self.original) else self.form.tolerance
-        if not apart <= allowed:
+        if not difference <= allowed:
             raise ProofError(
-                f"wrong: evaluating the weights that the graph computes changes its outputs by {apart:.2g}, at most "
-                f"{allowed:.0e} is allowed; nothing is written. "
+                f"wrong: evaluating the weights that the graph computes changes its outputs by {difference:.2g}, "
+                f"at most {allowed:.0e} is allowed; nothing is written. "
                 f"This is an internal error: {REPORT_BUG}"
             )
 
     def without_rounding(self, given: list[Feed], *, has_integers: bool) -> Comparison:
-        """The verdict on models in which nothing is rounded; where that cannot be, as they are, by a looser measure."""
+        """Return the verdict on models without rounding; where that fails, with integer rounding and `QUANTIZED`."""
         wide = [_single(feed) for feed in given]
         if not has_integers:
             self.form = _Form(single, notes=("compared as float32, without rounding to 16 bits",))
             return self.compare(wide)
         folded = self.combed.folded
         try:
-            made, floating = unrounded(single(self.original), folded)
-            self.runner(made)
+            model, floating = unrounded(single(self.original), folded)
+            self.runner(model)
             self.form = _Form(
                 lambda model: unrounded(single(model), folded)[0],
                 floating,
                 notes=("compared as float32, without rounding to integers",),
             )
             return self.compare(wide)
-        except (Undoable, UnsupportedError) as error:
+        except (NotUnroundableError, UnsupportedError) as error:
             why = f"compared with its rounding to integers, which cannot be left out: {error}"
             self.form = _Form(single, tolerance=QUANTIZED, notes=(why,))
             return self.compare(wide)
 
     def compare(self, given: list[Feed]) -> Comparison:
-        """The verdict on the models in one form."""
-        compared = observed(self.combed, self.keep, self.form.floating)
+        """Return the verdict on the models in the present form."""
+        compared = compared_tensors(self.combed, self.keep, self.form.floating)
         self.compared = [one for one in compared if (self.is_pruned or not one.masks) and self.has_fixed_masks(one)]
         original = self.open(self.original)
         self.feeds = given
         plain = execute_all(original, given)
-        del original  # what it holds is not needed twice
+        del original  # frees its memory before other sessions are opened
         require_numbers([outputs[: self.outputs] for outputs in plain])
         try:
             expected, found = self.with_masks(self.reference, given), execute_all(self.open(self.other), given)
             runs = Runs(plain, expected, found, lambda: self.with_masks(self.reference, nudged(given)), self.decoy)
             return judge(self.compared, runs, self.form.tolerance).noted(*self.form.notes)
         except UnsupportedError as error:
-            raise ProofError(f"onnxruntime runs the original but not what was made of it: {error}") from error
+            raise ProofError(f"onnxruntime runs the original but not a model derived from it: {error}") from error
 
-    def has_fixed_masks(self, one: Observed) -> bool:
-        """Whether the masks of a tensor fit it at all sizes of the inputs."""
+    def has_fixed_masks(self, one: ComparedTensor) -> bool:
+        """Return whether the masks of a tensor apply at all sizes of the inputs."""
         value = self.combed.folded.scope.values.get(one.name)
         return not one.masks or (value is not None and all(map(value.has_fixed, one.masks)))
 
     def with_masks(self, reference: Callable[[Feed], Model], feeds: Sequence[Feed]) -> Outputs:
-        """What the masked original gives for each of some inputs; inputs that share a model share a session."""
+        """Return the outputs of the reference for each of some inputs; inputs with the same model share a session."""
         models = [reference(feed) for feed in feeds]
         found: list[list[Array]] = [[] for _ in feeds]
         for model in {id(m): m for m in models}.values():
             places = [place for place, one in enumerate(models) if one is model]
             outputs = execute_all(self.open(model), [feeds[place] for place in places])
-            for place, made in zip(places, outputs, strict=True):
-                found[place] = made
+            for place, each in zip(places, outputs, strict=True):
+                found[place] = each
         return found
 
     @property
@@ -272,7 +274,7 @@ class _Proof:
         return len(self.original.graph.output)
 
     def open(self, model: Model) -> Runner:
-        """Something that runs a model and gives all compared tensors, in order."""
+        """Open a session of a model that returns all compared tensors, in order."""
         written = self.form.written(model)
         extra = self.compared[self.outputs :]
         if extra:
@@ -286,34 +288,34 @@ class _Proof:
         return self.runner(written)
 
     def require_as_stored(self, feed: Feed, before: Sequence[Array]) -> None:
-        """Raise where a model that rounds does not run as it is, or gives other shapes than the original."""
+        """Raise ProofError if a model with rounding does not run as stored, or its outputs have other shapes."""
         try:
             after = execute_all(self.runner(self.other), [feed])[0]
         except UnsupportedError as error:
-            raise ProofError(f"onnxruntime runs the original but not what was made of it: {error}") from error
+            raise ProofError(f"onnxruntime runs the original but not a model derived from it: {error}") from error
         for info, a, b in zip(self.original.graph.output, before, after, strict=True):
             value = self.combed.folded.scope.values.get(info.name)
             if a.shape != b.shape and not (value is not None and value.has_placeholder):
                 raise ProofError(
-                    f"output {info.name!r} has shape {list(b.shape)} after pruning, {list(a.shape)} before"
+                    f"output {info.name!r} of the pruned model must have shape {list(a.shape)}, got {list(b.shape)}"
                 )
 
     # The power of the comparison.
 
     def decoy(self) -> Outputs | None:
-        """What the original gives with as many other channels of the same groups masked."""
+        """Return the outputs of the original with the decoy channels masked; None if that is not possible."""
         if not len(self.channels):
             return None
         keep = KeepMask(self.combed.atoms, self.channels)
         try:
             small = rewrite(self.combed, keep).model
             return self.with_masks(_Masked(self.combed, keep, small).at, self.feeds)
-        except (ProofError, UnsupportedError, _UncomparableError):  # these cannot go together
+        except (ProofError, UnsupportedError, _UncomparableError):  # these channels cannot be removed together
             return None
 
 
 def _single(feed: Mapping[str, Array]) -> Feed:
-    """Inputs with half floats as float32."""
+    """Return inputs with half floats converted to float32."""
     return {
         name: array.astype(np.float32) if array.dtype.itemsize == 2 and array.dtype.kind not in "iu" else array
         for name, array in feed.items()
@@ -321,19 +323,18 @@ def _single(feed: Mapping[str, Array]) -> Feed:
 
 
 def _others(combed: Combed, keep: KeepMask) -> Axis:
-    """Channels that survive, from each group as many as are removed, as far as there are so many."""
+    """Return surviving channels of each group, as many as are removed from it if there are."""
     rng = np.random.default_rng(0)
     chosen = [np.zeros(0, np.int64)]
     for group in combed.groups:
-        stays = keep.surviving(group.channels.reshape(-1, 1))
-        others = group.channels[stays]
+        others = group.channels[keep.surviving(group.channels.reshape(-1, 1))]
         count = min(len(group) - len(others), len(others))
         chosen.append(np.sort(rng.permutation(others)[:count]))
     return np.concatenate(chosen)
 
 
 def proved(found: Comparison, *, allow_inconclusive: bool = False) -> Comparison:
-    """The verification if it passed; raises ProofError if it failed, InconclusiveError if it shows too little."""
+    """Return a comparison that is verified; raises ProofError if it is wrong, InconclusiveError if inconclusive."""
     if found.verdict == WRONG:
         worst = next((f for f in found.outputs if f.verdict == WRONG), None)
         where = f" in output {worst.output!r}" if worst is not None else ""

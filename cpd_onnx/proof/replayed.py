@@ -1,4 +1,4 @@
-"""Replayed: whether a file is, value for value, what a plan makes of the original, and what the file computes."""
+"""Comparison of a file with its replay, the original with the plan applied, and of its outputs with the original's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cpd_onnx.errors import ProofError, UnsupportedError
 from cpd_onnx.ir.differences import differences, named_places
 from cpd_onnx.ir.model import Array, Model
 from cpd_onnx.ir.tensors import StoredTensor, same_bits, stored_tensors, values_sha256
-from cpd_onnx.proof.comparison import TOLERANCES, Difference, output_difference, runs_needed
+from cpd_onnx.proof.comparison import TOLERANCES, OutputDifference, output_difference, runs_needed
 from cpd_onnx.proof.inputs import proof_inputs
 from cpd_onnx.rewrite.plan import Plan
 from cpd_onnx.runtime.sessions import Runner, execute_all
@@ -20,55 +20,51 @@ _NO_VALUES = (
     "; the plan names no refitted or trained weights (if it was written before plans named them, repair or distill "
     "again)"
 )
+"""Advice after a message about a weight with other values, where the plan names no weights."""
 
 
 def require_replay(replay: Model, pruned: Model, plan: Plan) -> None:
-    """Raise ProofError, with the first place, where a file is not what the plan makes of the original."""
+    """Raise ProofError, which names the first difference, if a file differs from its replay."""
     named = plan.values
-    odd: list[str] = []
-    is_value = False
-    for found in differences(replay, pruned):
-        if found.tensor not in named:
-            is_value = is_value or (not odd and bool(found.tensor))
-            odd.append(str(found))
-    odd = odd or _wrong_values(replay, pruned, named)
-    if odd:
-        more = f" (and {len(odd) - 1} more differences)" if len(odd) > 1 else ""
-        why = _NO_VALUES if is_value and not named else ""
-        raise ProofError(f"the file is not what the plan makes of the original: {odd[0]}{more}{why}")
+    unplanned = [found for found in differences(replay, pruned) if found.tensor not in named]
+    wrong = [str(found) for found in unplanned] or _wrong_values(replay, pruned, named)
+    if wrong:
+        more = f" (and {len(wrong) - 1} more differences)" if len(wrong) > 1 else ""
+        advice = _NO_VALUES if unplanned and unplanned[0].tensor and not named else ""
+        raise ProofError(f"the file is not what the plan makes of the original: {wrong[0]}{more}{advice}")
 
 
 def _wrong_values(replay: Model, pruned: Model, named: Mapping[str, str]) -> list[str]:
-    """Weights that the plan names as refitted or trained, and that are not what it says."""
+    """Return a sentence for each weight that the plan names as refitted or trained and that differs from it."""
     ours, theirs = stored_tensors(replay), stored_tensors(pruned)
     found = ((name, _wrong(ours.get(name), theirs.get(name), digest)) for name, digest in named.items())
-    odd = {name: why for name, why in found if why}
-    places = named_places(replay) if odd else {}
-    return [f"{places.get(name, f'weight {name!r}')}: {why}" for name, why in odd.items()]
+    wrong = {name: why for name, why in found if why}
+    places = named_places(replay) if wrong else {}
+    return [f"{places.get(name, f'weight {name!r}')}: {why}" for name, why in wrong.items()]
 
 
 def _wrong(ours: StoredTensor | None, theirs: StoredTensor | None, digest: str) -> str:
-    """What is wrong with a weight that the plan names as refitted or trained; empty if nothing is."""
+    """Return what is wrong with a weight that the plan names as refitted or trained; empty if nothing is."""
     if ours is None or theirs is None:
-        return "the plan names it as refitted or trained, and it is not in the file"
+        return "the plan names it as refitted or trained, but the file does not have it"
     values, before = theirs.array(), ours.array()
     if values.dtype.kind in "OSU":
-        return "the plan names it as refitted or trained, and it is text"
+        return "the plan names it as refitted or trained, but its elements are text"
     found = values_sha256(theirs.data_type, values)
     if found != digest:
-        said = "the values from before the repair or training" if same_bits(before, values) else "other values"
-        return f"it has {said}: their SHA-256 is {found[:12]}…, the plan names {digest[:12]}…"
+        state = "the values from before the repair or training" if same_bits(before, values) else "other values"
+        return f"it has {state}: their SHA-256 is {found[:12]}…, the plan names {digest[:12]}…"
     return "" if _is_finite(values, before) else "it was refitted or trained to values that are not finite"
 
 
 def _is_finite(values: Array, before: Array) -> bool:
-    """Whether values are finite wherever they were before."""
+    """Return whether values are finite wherever they were before."""
     kinds = [array.astype(np.float64) if array.dtype.kind in "fV" else array for array in (values, before)]
     return bool((np.isfinite(kinds[0]) | ~np.isfinite(kinds[1])).all())
 
 
 def same_bytes(replay: Model, pruned: Model) -> bool:
-    """Whether a file with the values of the replay has its bytes too."""
+    """Return whether a file equals the replay byte for byte, given that their values are equal."""
     if replay.is_over_limit or pruned.is_external:
         return False
     return replay.sha256() == pruned.sha256()
@@ -79,16 +75,16 @@ def measured(
     pruned: Model,
     feeds: Sequence[Mapping[str, Array]] | None,
     runner: Callable[[Model], Runner],
-) -> Difference:
-    """How far outputs of a file are from the original's, on random inputs if none are given.
+) -> OutputDifference:
+    """Return the difference between outputs of a file and of the original, on random inputs if none are given.
 
-    Raises ProofError if the file does not run, or gives outputs of other types or shapes, or that are not finite where
-    the original's are.
+    Raises ProofError if the file does not run, or its outputs have other types or shapes, or are not finite where the
+    original's are.
     """
     original = runner(folded.original)
     given = feeds or proof_inputs(folded, original, runs_needed(TOLERANCES["float32"]), is_large=True).feeds
     plain = execute_all(original, given)
-    del original  # what it holds is not needed twice
+    del original  # frees its memory before the other session is opened
     try:
         found = execute_all(runner(pruned), given)
     except UnsupportedError as error:
@@ -100,7 +96,7 @@ def measured(
 
 
 def _require_alike(folded: Folded, name: str, expected: Array, got: Array) -> None:
-    """Raise ProofError where an output is not what it should be; its sizes may depend on values."""
+    """Raise ProofError if type, rank, known shape or finiteness of an output differ from the original's."""
     value = folded.scope.values.get(name)
     is_known = value is not None and value.shapes is not None and not value.has_placeholder
     if expected.dtype != got.dtype or expected.ndim != got.ndim or (is_known and expected.shape != got.shape):

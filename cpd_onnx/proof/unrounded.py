@@ -1,9 +1,9 @@
-"""The same model with nothing rounded: half floats as float32, and integers that stand for numbers as these numbers.
+"""The same model without rounding: half floats become float32, and quantised integers become floats.
 
-Whether the right channels went does not depend on the number format, but seeing it does: rounding to 16 or 8 bits moves
-the outputs by as much as a small error would, and in a deep network a number that falls to the other side of a step
-moves everything behind it. So models are compared in this form: half floats become float32; what `QuantizeLinear` makes
-is scaled, shifted and cut off at the limits of its type, but not rounded; operators on integers become those on floats.
+Whether the right channels were removed does not depend on the number format, but detecting errors does: rounding to 16
+or 8 bits changes outputs as much as a small error would, and a deep network amplifies a single flipped rounding. Models
+are therefore compared in this form: half floats become float32; the result of `QuantizeLinear` is scaled, shifted and
+clipped to the limits of its type, but not rounded; operators on integers become operators on floats.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from cpd_onnx.shapes.editor import Editor
 from cpd_onnx.shapes.values import Folded
 
 HALF_TYPES = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
-"""Element types of 16 bits that `single` turns into float32."""
+"""16-bit floating-point types (`onnx.TensorProto`), which `single` converts to float32."""
 _LIMITS: dict[int, tuple[int, int]] = {
     TensorProto.INT8: (-128, 127), TensorProto.UINT8: (0, 255), TensorProto.INT16: (-32768, 32767),
     TensorProto.UINT16: (0, 65535), TensorProto.INT4: (-8, 7), TensorProto.UINT4: (0, 15),
 }  # fmt: skip  # a table
-"""Integer types that numbers are rounded to, and their smallest and largest values."""
+"""Smallest and largest value of each integer type that activations are quantised to."""
 _TYPE_ATTRIBUTES = {"to", "dtype", "output_dtype", "stash_type"}
-"""Attributes that name an element type."""
+"""Names of attributes whose value is an element type (ONNX operator specification)."""
 
 
-class Undoable(Exception):
-    """A model cannot be written without its rounding; says why."""
+class NotUnroundableError(Exception):
+    """Raised where a model cannot be expressed without its rounding."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Rounding:
     """How a model rounds.
 
     Attributes:
-        has_halves: whether there are half floats in it.
-        has_integers: whether activations are rounded to integers.
+        has_halves: Whether it has 16-bit floats.
+        has_integers: Whether it rounds activations to integers.
 
     """
 
@@ -62,12 +62,12 @@ class Rounding:
     has_integers: bool
 
     def __bool__(self) -> bool:
-        """Whether it does at all."""
+        """Return whether the model rounds at all."""
         return self.has_halves or self.has_integers
 
 
 def rounding_of(model: Model) -> Rounding:
-    """How a model rounds."""
+    """Return how a model rounds."""
     constants = {tensor.name for graph in graphs_of(model.graph) for tensor in graph.initializer}
     nodes = [node for graph in graphs_of(model.graph) for node in graph.node]
     nodes += [node for function in model.proto.functions for node in function.node]
@@ -87,7 +87,7 @@ def _is_rounding(node: NodeProto) -> bool:
 
 
 def _types(model: Model, nodes: Iterable[NodeProto]) -> Iterator[int]:
-    """Element types that a model names."""
+    """Yield the element types that a model names."""
     for graph in graphs_of(model.graph):
         yield from (tensor.data_type for tensor in graph.initializer)
         yield from (info.type.tensor_type.elem_type for info in (*graph.input, *graph.output))
@@ -99,7 +99,7 @@ def _types(model: Model, nodes: Iterable[NodeProto]) -> Iterator[int]:
 
 
 def single(model: Model) -> Model:
-    """A copy in which half floats are float32."""
+    """Return a copy of a model with half floats converted to float32."""
     copy = model.copy()
     for tensor in list(copy.graph.initializer):
         if tensor.data_type in HALF_TYPES:
@@ -143,15 +143,15 @@ def _widen_nodes(nodes: Iterable[NodeProto]) -> None:
 
 
 def unrounded(model: Model, folded: Folded) -> tuple[Model, frozenset[str]]:
-    """A copy without rounding to integers, and the names of the tensors that are numbers in it, integers in the file.
+    """Return a copy without rounding to integers, and the names of tensors that are floats in it, integers in the file.
 
-    `folded` is the original that the model was made of: it says what types tensors have.
+    `folded` is the original that the model was derived from, with the types of its tensors.
 
-    Raises Undoable where that cannot be written down.
+    Raises NotUnroundableError if no such model exists.
     """
-    made = _Unrounder(model.copy(), folded)
-    made.run()
-    return made.model, frozenset(made.floating)
+    unrounder = _Unrounder(model.copy(), folded)
+    unrounder.run()
+    return unrounder.model, frozenset(unrounder.floating)
 
 
 class _Unrounder(Editor):
@@ -165,11 +165,11 @@ class _Unrounder(Editor):
 
     def run(self) -> None:
         if any(_is_rounding(node) for function in self.model.proto.functions for node in function.node):
-            raise Undoable("a function of the file rounds")
+            raise NotUnroundableError("a function of the model rounds")
         self.walk(self.model.graph)
 
     def walk(self, graph: GraphProto) -> None:
-        """Rewrite a graph, whose nodes are in order."""
+        """Rewrite a graph, whose nodes are in topological order."""
         self.constants |= dict.fromkeys(t.name for t in graph.initializer)
         outside, self.nodes = self.nodes, []
         for node in graph.node:
@@ -184,7 +184,7 @@ class _Unrounder(Editor):
                 info.type.tensor_type.elem_type = TensorProto.FLOAT
 
     def rewrite(self, node: NodeProto) -> None:
-        """Write what takes the place of a node."""
+        """Append the nodes that replace a node."""
         if node.op_type == "Constant":
             self.constants[node.output[0]] = next((a.t for a in node.attribute if a.name == "value"), None)
             self.nodes.append(node)
@@ -197,12 +197,12 @@ class _Unrounder(Editor):
             drop_attribute(node, "accuracy_level")
             self.nodes.append(node)
         elif _is_rounding(node):
-            raise Undoable(f"{node.op_type} rounds inside")
+            raise NotUnroundableError(f"{node.op_type} rounds inside")
         else:
             self.pass_on(node)
 
     def pass_on(self, node: NodeProto) -> None:
-        """An operator that works on integers as on floats, if it takes any that are numbers now."""
+        """Append an operator that works on integers as on floats, with the types of its inputs changed if needed."""
         bodies = bodies_of(node)
         for body in bodies.values():
             self.walk(body)
@@ -224,44 +224,44 @@ class _Unrounder(Editor):
             self.widen(node)
 
     def leave(self, node: NodeProto, bodies: Sequence[GraphProto]) -> None:
-        """A node with bodies: what comes out of an If may be numbers now, if it is in both branches."""
+        """Append a node with bodies; an output of an If may be float if it is in both branches."""
         results = [[o.name in self.floating for o in body.output] for body in bodies]
         if node.op_type == "If" and all(flags == results[0] for flags in results):
             self.floating |= {name for name, flag in zip(node.output, results[0], strict=True) if flag}
         elif any(map(any, results)) or not self.floating.isdisjoint(node.input):
-            raise Undoable(f"{node.op_type} carries integers that stand for numbers")
+            raise NotUnroundableError(f"{node.op_type} carries quantised integers")
         self.nodes.append(node)
 
     def widen(self, node: NodeProto) -> None:
-        """Give a node floats wherever it wants one type, by the operator's own signature."""
+        """Convert all inputs of a node whose type parameter is now float, by the operator's schema."""
         try:
             schema = defs.get_schema(node.op_type, self.opsets.get(node.domain, 1), node.domain)
         except defs.SchemaError as error:
-            raise Undoable(f"{node.op_type} takes integers that stand for numbers") from error
+            raise NotUnroundableError(f"{node.op_type} takes quantised integers") from error
         kinds = [_formal(schema.inputs, slot) for slot in range(len(node.input))]
         changed = {kind for kind, name in zip(kinds, node.input, strict=True) if name in self.floating}
         allowed = {c.type_param_str: c.allowed_type_strs for c in schema.type_constraints}
         if not all("tensor(float)" in allowed.get(kind, ()) for kind in changed):
-            raise Undoable(f"{node.op_type} takes integers that stand for numbers")
+            raise NotUnroundableError(f"{node.op_type} takes quantised integers")
         for slot, (kind, name) in enumerate(zip(kinds, node.input, strict=True)):
             if kind in changed and name and name not in self.floating:
                 node.input[slot] = self.number(name)
         self.nodes.append(node)
-        made = (name for place, name in enumerate(node.output) if name and _formal(schema.outputs, place) in changed)
-        self.floating.update(made)
+        outputs = (name for place, name in enumerate(node.output) if name and _formal(schema.outputs, place) in changed)
+        self.floating.update(outputs)
 
-    # Pieces to write with.
+    # Helpers that append nodes.
 
     def put(
         self, operator: str, inputs: Sequence[str], output: str = "", *, domain: str = "", **attributes: Any
     ) -> str:
-        """Write a node; the name of what it gives."""
+        """Append a node, and return the name of its output."""
         name = output or self.fresh(f"{operator.lower()}_unrounded")
         self.nodes.append(helper.make_node(operator, list(inputs), [name], domain=domain, **attributes))
         return name
 
     def constant(self, name: str) -> Array | Lazy | None:
-        """Values of a constant, or of what is computed of constants; None of anything else."""
+        """Return the values of a constant, or of a node of constants; None for other tensors."""
         if self.model.has(name):
             return self.model.lazy_array(name)
         source = self.constants.get(name)
@@ -277,31 +277,31 @@ class _Unrounder(Editor):
         return np.asarray(evaluate(Call(attributes_of(source), self.model.opset), *known))
 
     def number(self, name: str) -> str:
-        """A tensor as floats."""
+        """Return the name of a tensor converted to float."""
         value = self.folded.scope.values.get(name)
         if name in self.floating or (value is not None and value.dtype == TensorProto.FLOAT):
             return name
         values = self.constant(name)
         if values is not None:
             wide = Lazy(np.dtype(np.float32), tuple(values.shape), partial(_as_float, values))
-            return self.added(f"{name}_unrounded", wide if isinstance(values, Lazy) else wide.make())
+            return self.add_fresh(f"{name}_unrounded", wide if isinstance(values, Lazy) else wide.make())
         return self.put("Cast", [name], to=TensorProto.FLOAT)
 
     def along(self, name: str, axis: int, rank: int | None) -> str:
-        """A scale or zero point as floats that broadcast along an axis of a tensor."""
+        """Return the name of a scale or zero point, as floats that broadcast along an axis of a tensor."""
         values = self.constant(name)
         if values is None:
             value = self.folded.scope.values.get(name)
             if value is None or value.shape is None or np.prod(value.shape) != 1:
-                raise Undoable(f"{name!r} is computed")
+                raise NotUnroundableError(f"{name!r} is computed")
             return self.number(name)
         array = _as_float(values)
         if array.size == 1:
-            return self.added(f"{name}_unrounded", array.reshape(()))
+            return self.add_fresh(f"{name}_unrounded", array.reshape(()))
         if array.ndim != 1 or rank is None:
-            raise Undoable(f"{name!r} belongs to blocks")
+            raise NotUnroundableError(f"{name!r} belongs to blocks")
         place = axis % rank
-        return self.added(f"{name}_unrounded", array.reshape([-1 if i == place else 1 for i in range(rank)]))
+        return self.add_fresh(f"{name}_unrounded", array.reshape([-1 if i == place else 1 for i in range(rank)]))
 
     def rank(self, *names: str) -> int | None:
         for name in names:
@@ -311,7 +311,7 @@ class _Unrounder(Editor):
         return None
 
     def real(self, node: NodeProto, slots: tuple[int, int, int], axis: int = 1) -> str:
-        """What the integers at a slot stand for, with scale and zero point at others (-1: there is none)."""
+        """Return the name of the dequantised input at a slot, with scale and zero point at others (-1 for none)."""
         x, scale, zero = (_at(node, slot) for slot in slots)
         rank = self.rank(x, node.output[0])
         if x not in self.floating and self.constant(x) is not None:
@@ -322,13 +322,13 @@ class _Unrounder(Editor):
         return self.put("Mul", [found, self.along(scale, axis, rank)]) if scale else found
 
     def stored(self, name: str, scale: str, zero: str, axis: int) -> str:
-        """The numbers that a constant stands for."""
+        """Return the name of a dequantised constant."""
         values = self.constant(name)
         assert values is not None
         numbers = [None if not each else self.constant(each) for each in (scale, zero)]
         if any(each and number is None for each, number in zip((scale, zero), numbers, strict=True)):
-            raise Undoable(f"the scale of {name!r} is computed")
-        factor, shift = (None if n is None else _spread(_as_float(n), values.shape, axis) for n in numbers)
+            raise NotUnroundableError(f"the scale of {name!r} is computed")
+        factor, shift = (None if n is None else _aligned(_as_float(n), values.shape, axis) for n in numbers)
 
         def make() -> Array:
             array = _as_float(values)
@@ -336,28 +336,28 @@ class _Unrounder(Editor):
             return np.asarray(array if factor is None else array * factor, np.float32)
 
         wide = Lazy(np.dtype(np.float32), tuple(values.shape), make)
-        return self.added(f"{name}_unrounded", wide if isinstance(values, Lazy) else wide.make())
+        return self.add_fresh(f"{name}_unrounded", wide if isinstance(values, Lazy) else wide.make())
 
     def bias(self, name: str, scales: tuple[str, str]) -> str:
-        """What a bias of integers stands for: its scale is the product of two others."""
+        """Return the name of a dequantised bias, whose scale is the product of two others."""
         values = [self.constant(each) for each in (name, *scales)]
         if any(value is None for value in values):
-            raise Undoable(f"{name!r} or its scale is computed")
+            raise NotUnroundableError(f"{name!r} or its scale is computed")
         bias, first, second = (_as_float(value) for value in values if value is not None)
-        return self.added(f"{name}_unrounded", (bias * first * second).astype(np.float32))
+        return self.add_fresh(f"{name}_unrounded", (bias * first * second).astype(np.float32))
 
     def cut(self, x: str, node: NodeProto, slots: tuple[int, int], axis: int = 1) -> None:
-        """What becomes of floats where they would be rounded; the node's first output."""
+        """Append nodes that scale, shift and clip floats in place of a quantisation to the node's first output."""
         scale, zero = (_at(node, slot) for slot in slots)
         output = node.output[0]
         kind = self.type_of(zero) if zero else attributes_of(node).get("output_dtype", 0) or TensorProto.UINT8
         if kind not in _LIMITS:
-            raise Undoable(f"{node.op_type} makes floats of 8 bits")
+            raise NotUnroundableError(f"{node.op_type} has a float8 output")
         rank = self.rank(node.input[0], output)
         found = self.put("Div", [x, self.along(scale, axis, rank)])
         if zero:
             found = self.put("Add", [found, self.along(zero, axis, rank)])
-        low, high = (self.added("limit", np.asarray(limit, np.float32)) for limit in _LIMITS[kind])
+        low, high = (self.add_fresh("limit", np.asarray(limit, np.float32)) for limit in _LIMITS[kind])
         found = self.put("Max", [found, low])
         self.put("Min", [found, high], output)
         self.floating.add(output)
@@ -374,12 +374,12 @@ def _as_float(values: Array | Lazy) -> Array:
     return np.asarray(materialize(values)).astype(np.float32)
 
 
-def _spread(numbers: Array, shape: Sequence[int], axis: int) -> Array:
-    """Scales or zero points so that they broadcast against a weight."""
+def _aligned(numbers: Array, shape: Sequence[int], axis: int) -> Array:
+    """Return scales or zero points in a shape that broadcasts against a weight."""
     if numbers.size == 1:
         return numbers.reshape(())
     if numbers.ndim != 1 or numbers.size != shape[axis]:
-        raise Undoable("scales belong to blocks")
+        raise NotUnroundableError("scales belong to blocks")
     place = axis % len(shape)
     return numbers.reshape([-1 if i == place else 1 for i in range(len(shape))])
 
@@ -389,11 +389,11 @@ def _at(node: NodeProto, slot: int) -> str:
 
 
 def _formal(formal: Sequence[Any], slot: int) -> str:
-    """The type parameter of a slot of an operator's signature."""
+    """Return the type parameter of a slot of an operator's schema."""
     return str(formal[min(slot, len(formal) - 1)].type_str)
 
 
-# Operators that round, or take integers for numbers.
+# Operators that round, or take quantised integers.
 
 _Writer = Callable[[_Unrounder, NodeProto], None]
 
@@ -459,7 +459,7 @@ def _binary(operator: str, to: _Unrounder, node: NodeProto) -> None:
 def _unary(operator: str, to: _Unrounder, node: NodeProto) -> None:
     attributes = attributes_of(node)
     if attributes.pop("channels_last", 0):
-        raise Undoable(f"{node.op_type} has its channels last")
+        raise NotUnroundableError(f"{node.op_type} has channels last")
     attributes.pop("opset", None)
     to.cut(to.put(operator, [to.real(node, (0, 1, 2))], **attributes), node, (3, 4))
 
@@ -485,11 +485,11 @@ def _lstm(to: _Unrounder, node: NodeProto) -> None:
     for slot, scale in ((1, 8), (2, 10)):
         arrays = [to.constant(node.input[place]) for place in (slot, scale, scale + 1)]
         if any(array is None for array in arrays):
-            raise Undoable("the weights of DynamicQuantizeLSTM are computed")
+            raise NotUnroundableError("the weights of DynamicQuantizeLSTM are computed")
         values, factor, zero = (_as_float(array) for array in arrays if array is not None)
         factor, zero = (a.reshape(len(values), 1, -1) for a in (factor, zero))
         array = np.ascontiguousarray(((values - zero) * factor).transpose(0, 2, 1), np.float32)
-        matrices.append(to.added(f"{node.input[slot]}_unrounded", array))
+        matrices.append(to.add_fresh(f"{node.input[slot]}_unrounded", array))
     made = helper.make_node("LSTM", [node.input[0], *matrices, *node.input[3:8]], list(node.output))
     for name, value in attributes_of(node).items():
         set_attribute(made, name, value)

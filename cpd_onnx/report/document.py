@@ -54,11 +54,11 @@ def markdown(content: Mapping[str, Any]) -> str:
 
 
 def check(content: Mapping[str, Any]) -> None:
-    """Raise ValueError unless the content is that of a report of this version."""
+    """Raise ValueError unless the content is that of a report, of this version or the one before."""
     given = content.get("format"), content.get("version")
-    if given != (REPORT_FORMAT, REPORT_VERSION):
+    if given not in ((REPORT_FORMAT, 1), (REPORT_FORMAT, REPORT_VERSION)):
         raise ValueError(
-            f"format and version of a report must be {REPORT_FORMAT!r} and {REPORT_VERSION}, "
+            f"format and version of a report must be {REPORT_FORMAT!r} and 1 or {REPORT_VERSION}, "
             f"got {given[0]!r} and {given[1]!r}"
         )
 

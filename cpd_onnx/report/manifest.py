@@ -20,7 +20,7 @@ from cpd_onnx.runtime.bench import machine
 from cpd_onnx.version import __version__
 
 FORMAT = "cpd-onnx/manifest"
-VERSION = 1
+VERSION = 2
 _PACKAGES = ("numpy", "onnx", "onnx-graphsurgeon", "onnxruntime", "scipy", "torch", "torchmetrics")
 """Whose versions a result may depend on."""
 
@@ -124,8 +124,8 @@ def read(path: Path) -> dict[str, Any]:
         raise PlanError(f"cannot read manifest {path}: {error.strerror}") from error
     except ValueError as error:
         raise PlanError(f"manifest {path} is not JSON: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("version") != VERSION:
-        raise PlanError(f"{path} is not a manifest: 'format' should be {FORMAT!r} and 'version' {VERSION}")
+    if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("version") not in (1, VERSION):
+        raise PlanError(f"{path} is not a manifest: 'format' must be {FORMAT!r} and 'version' 1 or {VERSION}")
     if not isinstance(content.get("recipe"), str) or not all(_is_list(content.get(n)) for n in ("inputs", "outputs")):
         raise PlanError(f"manifest {path} lacks its recipe, inputs or outputs")
     if not _are_versions(content.get("versions", {})):

@@ -15,6 +15,7 @@ from cpd_onnx.data.metrics import lower_is_better
 from cpd_onnx.proof.comparison import INCONCLUSIVE, VERDICTS, VERIFIED, WRONG
 from cpd_onnx.report import figures as plots
 from cpd_onnx.report.tables import bytes_text, cost_rows, largest_text, longest, repair_line
+from cpd_onnx.rewrite.plan import current_budget
 from cpd_onnx.runtime.bench import Bench, Setting, Timing
 from cpd_onnx.summary import count, share
 
@@ -42,7 +43,7 @@ _BUDGETS = {"macs": "MACs", "params": "parameters", "channels": "channels", "byt
 """Names of the kinds of budget."""
 _COST_CARDS = {"MACs": "MACs", "parameters": "Params", "file": "File"}
 """Costs that have a card, and its label."""
-_OF_BUDGET = ("kind", "target", "spread")
+_OF_BUDGET = ("kind", "target", "policy")
 """Entries of the budget that have words of their own."""
 _PROOF_CARDS = {
     None: ("Not verified", "nothing shows that the file computes what its plan says", "bad"),
@@ -347,11 +348,11 @@ def _size(content: Content) -> Iterator[Part]:
     rows = [(name, _cost(name, before), _cost(name, after), left) for name, before, after, left in _costs(content)]
     if rows:
         yield Sheet("", ("", "before", "after", "left"), tuple(rows), is_wide=False)
-    budget = content.get("budget") or {}
+    budget = current_budget(content.get("budget") or {})
     if "kind" in budget:
         kind, target = str(budget["kind"]), budget.get("target")
         asked = f"Target: {_percent(target)} of the {_BUDGETS.get(kind, kind)}"
-        policy = f", allocation policy {budget['spread']}" if budget.get("spread") else ""
+        policy = f", allocation policy {budget['policy']}" if budget.get("policy") else ""
         more = [
             f"{name} {_plain(value)}"
             for name, value in budget.items()

@@ -32,7 +32,7 @@ INSPECT_FORMAT = "cpd-onnx/inspect"
 """Format name of `inspection`."""
 RESULT_FORMAT = "cpd-onnx/result"
 """Format name of `result`."""
-REPORT_FORMAT, REPORT_VERSION = "cpd-onnx/report", 1
+REPORT_FORMAT, REPORT_VERSION = "cpd-onnx/report", 2
 """Format name and version of a report's content."""
 _SIZE_ONE = Reason("structure", "", "its size is one, or fixed with that of another")
 FEW_REASONS = 5

@@ -1,4 +1,4 @@
-"""The shape arithmetic of a pruned model, computed from the sizes that its tensors are going to have."""
+"""Shape arithmetic of a pruned model, computed from the sizes of its surviving axes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from cpd_onnx.shapes.values import Scope, Value
 
 
 class Arithmetic:
-    """Values of the small tensors of an edited model, under the first binding."""
+    """Values of the shape tensors of an edited model under the first binding of the open sizes."""
 
     def __init__(self, combed: Combed, keep: KeepMask, editor: Editor) -> None:
-        """Compute them all, in the order of the graph."""
+        """Compute all values, in the order of the graph."""
         self._combed, self._keep, self._editor = combed, keep, editor
         self._values: dict[tuple[str, str], Array] = {}
         for scope in combed.folded.scope.walk():
@@ -26,7 +26,7 @@ class Arithmetic:
                 self._sweep(scope)
 
     def value(self, scope: Scope, name: str) -> Array | None:
-        """Elements of a tensor as a node of the scope sees it, None if they are not known."""
+        """Return the elements of the tensor that a name refers to in a scope; None if they are unknown."""
         for here in scope.outwards():
             if (here.path, name) in self._values:
                 return self._values[(here.path, name)]
@@ -47,7 +47,7 @@ class Arithmetic:
                 self._values[(scope.path, name)] = output
 
     def _computed(self, scope: Scope, node: NodeProto) -> tuple[Array, ...]:
-        """Outputs of a node; nothing if they can no longer be computed."""
+        """Return the outputs of a node; an empty tuple if they cannot be computed."""
         call = Call(attributes_of(node), scope.opset)
         if traits_of(node).reads_sizes:
             sizes = np.asarray(self._shape(scope, node.input[0]), np.int64)
@@ -72,9 +72,11 @@ class Arithmetic:
         return []
 
     def _constant(self, scope: Scope, value: Value) -> Array | None:
-        """A weight as it is in the edited model."""
+        """Return a weight of the edited model."""
         if isinstance(value.source, AttributeProto):
-            attribute = next(a for a in self._editor.maker(scope, value.name).attribute if a.name == value.source.name)
+            attribute = next(
+                a for a in self._editor.constant_node(scope, value.name).attribute if a.name == value.source.name
+            )
             return constant_array(attribute)
         if isinstance(value.source, TensorProto) and not scope.address and self._editor.model.has(value.name):
             return self._editor.model.array(value.name)

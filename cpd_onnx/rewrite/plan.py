@@ -1,4 +1,4 @@
-"""plan.json: what was removed from which file, so that it can be read, compared and replayed bit for bit."""
+"""Plans (plan.json): what was removed from which file, to be read, compared, and replayed bit for bit."""
 
 from __future__ import annotations
 
@@ -26,17 +26,21 @@ from cpd_onnx.summary import Summarised, Summary, count
 from cpd_onnx.version import __version__
 
 FORMAT = "cpd-onnx/plan"
-VERSION = 1
+"""Value of the key 'format' of a plan."""
+VERSION = 2
+"""Version of the format that is written; version 1 is read as well."""
+_RENAMED = {"spread": "policy", "multiple": "round_to", "shares": "ratios"}
+"""Keys of `budget`: those of format version 1, and what they are called since version 2."""
 _STAMP = "cpd-onnx."
-"""What the keys of our entries in a model's metadata start with."""
+"""Prefix of the keys that `Plan.stamp` writes to `metadata_props` of a model."""
 
 
 @dataclass(frozen=True, repr=False)
 class Plan(Summarised):
-    """What was removed from a model.
+    """The record of what was removed from a model.
 
     Attributes:
-        content: the JSON document, as `schema()` describes it.
+        content: The JSON document, which follows `schema()`.
 
     """
 
@@ -44,7 +48,7 @@ class Plan(Summarised):
 
     @property
     def removed(self) -> dict[int, list[int]]:
-        """Channels removed from each group, by group id."""
+        """Indices of the channels removed from each group, by group id."""
         return {group["id"]: list(group["removed"]) for group in self.content["groups"]}
 
     @property
@@ -54,18 +58,18 @@ class Plan(Summarised):
 
     @property
     def input_shapes(self) -> dict[str, list[int]]:
-        """Sizes of inputs that were given when the plan was made."""
+        """Input shapes that were given for the analysis, by input name."""
         return {name: list(shape) for name, shape in self.content["source"].get("input_shapes", {}).items()}
 
     @property
     def values(self) -> dict[str, str]:
-        """Weights that were refitted or trained after the removal: SHA-256 of their values, see `values_sha256`."""
+        """SHA-256 of the values of weights that were refitted or trained after the removal, see `values_sha256`."""
         return dict(self.content.get("values", {}))
 
     def with_values(self, before: Model, after: Model) -> Plan:
-        """The plan of a model that was given other values: what differs between the two is on record in it.
+        """Return the plan with the SHA-256 of all values that differ between two models.
 
-        `before` is the model as it was, with all that this plan names already.
+        `before` is the model that this plan describes already.
         """
         changed = changed_values(before, after)
         if not changed:
@@ -74,45 +78,44 @@ class Plan(Summarised):
         return Plan({**self.content, "values": {name: known[name] for name in stored_tensors(after) if name in known}})
 
     def without_values(self) -> Plan:
-        """The plan of the removal alone."""
+        """Return the plan of the removal alone, without refitted or trained weights."""
         return Plan({key: value for key, value in self.content.items() if key != "values"})
 
-    def dumps(self) -> str:
-        """The document as text, the same for the same plan; a line for each group and each tensor."""
-        return self._text
+    def dumps(self, version: int = VERSION) -> str:
+        """Return the document in a format version, as deterministic JSON text with a line per group and per tensor."""
+        return self._text if version == VERSION else _text(_in_version(self.content, version))
 
     @cached_property
     def _text(self) -> str:
-        return (
-            "{\n" + ",\n".join(f" {json.dumps(key)}: {_lines(value)}" for key, value in self.content.items()) + "\n}\n"
-        )
+        return _text(self.content)
 
     def stamp(self, model: Model) -> None:
-        """Note in a model's metadata where it comes from: tool, source and plan; nothing where nothing was removed.
+        """Write tool, source and plan to a model's metadata, unless nothing was removed.
 
-        The plan's SHA-256 is that of the removal, without `values`: a repair or a training changes neither the removal
-        nor this entry, and the model that the plan is replayed to has the same one.
+        The plan's SHA-256 excludes `values`: repair and training do not change the entry, and the replay of the plan
+        has the same one. It is that of the text in format version 1, so that a model has the same entry whatever
+        version its plan is stored in.
         """
         if not any(self.removed.values()):
             return
         entries = {
             "tool": str(self.content.get("made_by", "")),
             "source.sha256": self.sha256,
-            "plan.sha256": hashlib.sha256(self.without_values().dumps().encode()).hexdigest(),
+            "plan.sha256": hashlib.sha256(self.without_values().dumps(1).encode()).hexdigest(),
         }
         properties = model.proto.metadata_props
-        for old in [entry for entry in properties if entry.key.startswith(_STAMP)]:  # of what this was made from
+        for old in [entry for entry in properties if entry.key.startswith(_STAMP)]:  # from the source file
             properties.remove(old)
         for key, value in entries.items():
             properties.add(key=f"{_STAMP}{key}", value=value)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
-        """Write the document; raises ModelError if the file exists and `overwrite` is not set."""
+        """Write the document to a file; raises ModelError if it exists and `overwrite` is not set."""
         require_free(Path(path), overwrite=overwrite)
         write_atomically(Path(path), self.dumps().encode())
 
     def summary(self) -> Summary:
-        """What the plan takes away."""
+        """Return source, budget, costs and the numbers of removed channels."""
         content, removed = self.content, self.removed
         costs = {
             name: f"{count(content['before'][key])} -> {count(content['after'][key])}"
@@ -120,14 +123,30 @@ class Plan(Summarised):
         }
         return Summary.of({
             "plan for": f"{content['source'].get('file', '')} ({self.sha256[:12]}…)",
-            "asked for": " ".join(f"{content['budget'].get(name)}" for name in ("kind", "target", "spread")), **costs,
+            "asked for": " ".join(f"{content['budget'].get(name)}" for name in ("kind", "target", "policy")), **costs,
             "groups pruned": f"{sum(map(bool, removed.values()))} of {len(removed)}",
             "channels removed": str(sum(map(len, removed.values()))),
         })  # fmt: skip  # a table
 
 
+def _in_version(content: Mapping[str, Any], version: int) -> dict[str, Any]:
+    """Return a plan's content in the terms of a format version; the order of its keys is the same in all."""
+    names = _RENAMED if version == VERSION else {new: old for old, new in _RENAMED.items()}
+    budget = {names.get(key, key): value for key, value in content["budget"].items()}
+    return {**content, "version": version, "budget": budget}
+
+
+def current_budget(budget: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a `budget` of any format version in the terms of the present one."""
+    return {_RENAMED.get(key, key): value for key, value in budget.items()}
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    return "{\n" + ",\n".join(f" {json.dumps(key)}: {_lines(value)}" for key, value in content.items()) + "\n}\n"
+
+
 def _lines(value: Any) -> str:
-    """JSON with a line for each entry; all in all the encoder of C, which indents nothing, is ten times as fast."""
+    """Return JSON with one line per entry, from the C encoder, which cannot indent but is ten times as fast."""
     if isinstance(value, list) and value:
         return "[\n" + ",\n".join(f"  {json.dumps(entry)}" for entry in value) + "\n ]"
     has_lines = isinstance(value, Mapping) and (
@@ -144,14 +163,14 @@ def _is_digest(value: Any) -> bool:
 
 
 def schema() -> dict[str, Any]:
-    """The JSON schema of a plan (draft 2020-12)."""
+    """Return the JSON schema of a plan (draft 2020-12)."""
     text = resources.files("cpd_onnx.rewrite").joinpath("plan.schema.json").read_text("utf-8")
     found: dict[str, Any] = json.loads(text)
     return found
 
 
 def load_plan(path: str | Path) -> Plan:
-    """Read a plan.
+    """Read a plan from a file; a plan of format version 1 is converted to the present one.
 
     Raises PlanError if the file cannot be read or is not a plan.
     """
@@ -162,41 +181,39 @@ def load_plan(path: str | Path) -> Plan:
     except ValueError as error:
         raise PlanError(f"plan {path} is not JSON: {error}") from error
     _check(content, str(path))
-    return Plan(content)
+    return Plan(_in_version(content, VERSION))
 
 
 def _check(content: Any, where: str) -> None:
-    """The parts of the schema that replaying depends on."""
+    """Raise PlanError where content violates the parts of the schema that a replay depends on."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise PlanError(f"{where} is not a plan: 'format' should be {FORMAT!r}")
-    if content.get("version") != VERSION:
-        raise PlanError(
-            f"{where} is a plan of version {content.get('version')!r}; this program reads version {VERSION}"
-        )
+        raise PlanError(f"{where} is not a plan: 'format' must be {FORMAT!r}")
+    if content.get("version") not in (1, VERSION):
+        raise PlanError(f"version of plan {where} must be 1 or {VERSION}, got {content.get('version')!r}")
     source, groups = content.get("source"), content.get("groups")
     if not isinstance(source, dict) or not isinstance(source.get("sha256"), str):
-        raise PlanError(f"{where}: 'source' names no sha256")
+        raise PlanError(f"{where}: 'source' has no 'sha256'")
     _check_shapes(source.get("input_shapes", {}), where)
     if not isinstance(content.get("budget"), dict) or not isinstance(source.get("file", ""), str):
-        raise PlanError(f"{where}: 'budget' or 'file' of 'source' is of a wrong type")
+        raise PlanError(f"{where}: 'budget' or 'file' of 'source' has the wrong type")
     if not isinstance(groups, list):
-        raise PlanError(f"{where}: 'groups' should be a list")
+        raise PlanError(f"{where}: 'groups' must be a list")
     for group in groups:
         _check_group(group, where)
     if len({group["id"] for group in groups}) < len(groups):
-        raise PlanError(f"{where}: a group is named twice")
+        raise PlanError(f"{where}: two groups have the same id")
     values = content.get("values", {})
     if not isinstance(values, dict) or not all(map(_is_digest, values.values())):
-        raise PlanError(f"{where}: 'values' should map names of weights to SHA-256 in hexadecimal digits")
+        raise PlanError(f"{where}: 'values' must map names of weights to SHA-256 in hexadecimal digits")
 
 
 def _check_shapes(shapes: Any, where: str) -> None:
     if not isinstance(shapes, dict) or not all(isinstance(shape, list) for shape in shapes.values()):
-        raise PlanError(f"{where}: 'input_shapes' should map names to lists of sizes")
+        raise PlanError(f"{where}: 'input_shapes' must map names to lists of sizes")
     if any(
         not isinstance(size, int) or isinstance(size, bool) or size < 1 for shape in shapes.values() for size in shape
     ):
-        raise PlanError(f"{where}: 'input_shapes' has sizes that are no positive integers")
+        raise PlanError(f"{where}: 'input_shapes' has sizes that are not positive integers")
 
 
 def _check_group(group: Any, where: str) -> None:
@@ -204,9 +221,9 @@ def _check_group(group: Any, where: str) -> None:
         raise PlanError(f"{where}: a group lacks one of id, name, size, removed")
     removed, size = group["removed"], group["size"]
     if not isinstance(removed, list) or not isinstance(size, int) or not isinstance(group["id"], int):
-        raise PlanError(f"{where}: group {group['name']!r} has fields of a wrong type")
+        raise PlanError(f"{where}: group {group['name']!r} has fields of the wrong type")
     if any(not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < size for i in removed):
-        raise PlanError(f"{where}: group {group['name']!r} removes channels that it does not have")
+        raise PlanError(f"{where}: group {group['name']!r} removes channels out of range")
     if len(set(removed)) != len(removed) or len(removed) >= size:
         raise PlanError(f"{where}: group {group['name']!r} removes a channel twice, or all of them")
 
@@ -219,14 +236,14 @@ def make_plan(
     before: Costs,
     after: Costs,
 ) -> Plan:
-    """Put on record what is removed, where it lies, and what is kept and why."""
+    """Create the plan: what is removed, on which axes of the weights, and which axes are frozen and why."""
     more: dict[str, Any] = {}
     if combed.folded.input_shapes:
         more["input_shapes"] = {name: list(shape) for name, shape in combed.folded.input_shapes.items()}
     if combed.folded.evaluated is not None:
         more["evaluated"] = {name: list(parts) for name, parts in combed.folded.evaluated.weights.items()}
     model, keep = combed.folded.original, KeepMask(combed.atoms, channels_of(combed, dict(enumerate(removed))))
-    groups = [_group(combed, group, gone) for group, gone in zip(combed.groups, removed, strict=True)]
+    groups = [_group(combed, group, each) for group, each in zip(combed.groups, removed, strict=True)]
     frozen = [
         {"tensor": f.tensor, "axis": f.axis, "indices": f.indices, "of": f.of, "reason": "; ".join(f.reasons)}
         for f in combed.frozen()
@@ -248,20 +265,20 @@ def make_plan(
 
 
 def groups_of(combed: Combed) -> list[dict[str, Any]]:
-    """The groups of a model in the plan's words, nothing removed."""
+    """Return the groups of a model as entries of a plan, with nothing removed."""
     return [_group(combed, group, []) for group in combed.groups]
 
 
 def channels_of(combed: Combed, removed: Mapping[int, list[int]]) -> Any:
-    """The primitive atoms of removed channels, by group id."""
-    gone = [combed.groups[index].channels[channels] for index, channels in removed.items() if channels]
-    return np.concatenate(gone) if gone else np.zeros(0, np.int64)
+    """Return the primitive atoms of removed channels, which are given by group id."""
+    atoms = [combed.groups[index].channels[channels] for index, channels in removed.items() if channels]
+    return np.concatenate(atoms) if atoms else np.zeros(0, np.int64)
 
 
 def match(combed: Combed, plan: Plan) -> dict[int, list[int]]:
-    """The plan's removed channels, after a look whether it belongs to the model.
+    """Return the removed channels of a plan, by group id.
 
-    Raises PlanError if it does not.
+    Raises PlanError if the plan belongs to another model.
     """
     actual = combed.folded.original.sha256()
     if plan.sha256 != actual:
@@ -286,19 +303,19 @@ def _group(combed: Combed, group: Group, removed: list[int]) -> dict[str, Any]:
 
 
 def _removed(combed: Combed, keep: KeepMask) -> dict[str, dict[str, list[int]]]:
-    """Indices removed from each weight; where its users differ, those of the first."""
+    """Return the indices removed from each weight, by axis; those of the first use where uses differ."""
     found: dict[str, dict[str, list[int]]] = {}
     for weight in combed.weights:
         axes = weight.axes[0]
         if not weight.is_trained or weight.scope.function:
             continue
-        gone = {str(i): np.flatnonzero(~keep.mask(a)).tolist() for i, a in enumerate(axes) if keep.shrinks(a)}
-        if gone:
-            found[weight.name] = gone
+        indices = {str(i): np.flatnonzero(~keep.mask(a)).tolist() for i, a in enumerate(axes) if keep.shrinks(a)}
+        if indices:
+            found[weight.name] = indices
     return found
 
 
 def planned(source: ModelSource, plan: Plan) -> tuple[Combed, KeepMask]:
-    """The model that a plan was made for, and what the plan leaves of it; PlanError if it was made for another."""
+    """Comb the source of a plan, and return it with the surviving channels; raises PlanError for another model."""
     combed = comb(source, plan.input_shapes)
     return combed, KeepMask(combed.atoms, channels_of(combed, match(combed, plan)))

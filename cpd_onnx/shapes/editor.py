@@ -22,7 +22,7 @@ class Editor:
         self.model = model
         self.names = model.names()
         self._graphs: dict[str, GraphProto] = {}
-        self._makers: dict[str, dict[str, NodeProto]] = {}
+        self._constant_nodes: dict[str, dict[str, NodeProto]] = {}
 
     def graph(self, scope: Scope) -> GraphProto:
         """Return the graph of a scope."""
@@ -38,12 +38,12 @@ class Editor:
         found: NodeProto = self.graph(scope).node[scope.order[position]]
         return found
 
-    def maker(self, scope: Scope, name: str) -> NodeProto:
+    def constant_node(self, scope: Scope, name: str) -> NodeProto:
         """Return the Constant node whose output has the given name."""
-        if scope.path not in self._makers:
+        if scope.path not in self._constant_nodes:
             nodes = self.graph(scope).node
-            self._makers[scope.path] = {n.output[0]: n for n in nodes if n.op_type == "Constant"}
-        return self._makers[scope.path][name]
+            self._constant_nodes[scope.path] = {n.output[0]: n for n in nodes if n.op_type == "Constant"}
+        return self._constant_nodes[scope.path][name]
 
     def fresh(self, preferred: str) -> str:
         """Return an unused name and reserve it: `preferred`, with a numeric suffix if it is taken."""
@@ -53,7 +53,7 @@ class Editor:
         self.names.add(name)
         return name
 
-    def added(self, preferred: str, array: Array | Lazy) -> str:
+    def add_fresh(self, preferred: str, array: Array | Lazy) -> str:
         """Add an initializer to the main graph, visible in all subgraphs, and return its name."""
         name = self.fresh(preferred)
         self.add(name, array)
@@ -74,7 +74,7 @@ class Editor:
             return
         array = materialize(values)
         if isinstance(source, AttributeProto):
-            attribute = next(a for a in self.maker(scope, name).attribute if a.name == source.name)
+            attribute = next(a for a in self.constant_node(scope, name).attribute if a.name == source.name)
             if attribute.name == "value":
                 replace_values(attribute.t, array)
             else:

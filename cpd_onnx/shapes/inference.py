@@ -96,7 +96,7 @@ def _best_inferred(model: Model, input_shapes: Mapping[str, Shape], numbers: Map
     """Return the result of the first profile that leaves fewest operators unknown."""
     best: Folded | None = None
     for profile in PROFILES if has_open_inputs(model) and not input_shapes else PROFILES[:1]:
-        folded = _Folder(model, profile, input_shapes, numbers).run()
+        folded = _Inference(model, profile, input_shapes, numbers).run()
         if best is None or len(folded.unknown) < len(best.unknown):
             best = folded
         if not best.unknown:
@@ -105,7 +105,7 @@ def _best_inferred(model: Model, input_shapes: Mapping[str, Shape], numbers: Map
     return best
 
 
-class _Folder:
+class _Inference:
     """Inference of a model whose symbols are bound by one profile."""
 
     def __init__(

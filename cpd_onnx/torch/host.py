@@ -56,7 +56,7 @@ class Host:
     dtype: np.dtype[Any]
 
     @property
-    def known(self) -> bool:
+    def is_known(self) -> bool:
         """Whether all elements are numbers."""
         return self.array.dtype != object
 
@@ -249,7 +249,7 @@ def _moved(name: str, emit: Emit, inputs: Sequence[Any], call: Call) -> Host | l
 def _known(host: Host | None) -> Array | None:
     if host is None:
         return None
-    if not host.known:
+    if not host.is_known:
         raise NotOnHostError
     return host.array
 
@@ -271,7 +271,7 @@ def compute(name: str, emit: Emit, inputs: Sequence[Host | None], call: Call) ->
         NotOnHostError: The node must be computed with tensors when the module runs.
     """
     try:
-        if name not in _RULES or all(host is None or host.known for host in inputs):
+        if name not in _RULES or all(host is None or host.is_known for host in inputs):
             return _of_numbers(name, inputs, call)
         found = _RULES[name](name, emit, inputs, call)
     except NOT_COMPUTED as error:

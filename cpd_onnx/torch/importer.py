@@ -255,7 +255,7 @@ class _Builder:
     def _if(self, node: NodeProto, inputs: Sequence[Value]) -> Sequence[Value]:
         """Import the branch that is taken inline if it is known; otherwise both as modules."""
         condition, bodies = self._host(inputs[0]), bodies_of(node)
-        if condition is not None and condition.known:
+        if condition is not None and condition.is_known:
             return self._in_place(bodies["then_branch" if condition.array.item() else "else_branch"])
         then, otherwise = self._module(bodies["then_branch"]), self._module(bodies["else_branch"])
         return self._outputs(node, control.branch, (self._tensor(inputs[0]), *then, *otherwise), {})
@@ -298,7 +298,7 @@ class _Builder:
         """Return whether a value is known at import time, and thus inside a body too."""
         if isinstance(value, StoredWeight):
             return value.name not in self.facts.trainable
-        return value is None or (isinstance(value, Host) and value.known)
+        return value is None or (isinstance(value, Host) and value.is_known)
 
     def _outputs(
         self, node: NodeProto, function: Callable[..., Any], arguments: tuple[Any, ...], keywords: dict[str, Any]
@@ -441,7 +441,7 @@ class _Builder:
             return self._stored(value)
         if not isinstance(value, Host):
             return value
-        if value.known:
+        if value.is_known:
             return self._unnamed(value.array)
         dtype, shape = torch_dtype(value.dtype), tuple(value.array.shape)
         return self.graph.call_function(as_tensor, (value.scalars(), shape), {"dtype": dtype, "like": self.like})

@@ -1,1 +1,1 @@
-"""What a user asks for from end to end: compress, and what records and repeats a run."""
+"""End-to-end workflows: from a request to the written files, with the records that allow a run to be repeated."""

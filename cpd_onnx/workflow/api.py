@@ -1,4 +1,4 @@
-"""For Python: what `cpd-onnx compress` does in one call, for a model in any form and without files; and any request."""
+"""The Python interface: `compress` for models in memory or on disk, and `run` for any request."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ P = ParamSpec("P")
 
 @dataclass(frozen=True, kw_only=True)
 class CompressOptions(ScoringOptions, Allocate):
-    """What `compress` can be told: the arguments of that function are these fields.
+    """Options of `compress`, whose arguments are these fields.
 
     Attributes:
-        data: samples, see `open.source_of`. With some hundred of them, unlabelled, those channels go that the rest can
-            make up for, and the rest is fitted to the original; without them channels go by their weights.
-        train: whether the result is trained against the original: by default where there is data and torch. A mapping
-            has fields of `DistillOptions`, as in {"steps": 1000}.
-        input_shapes: sizes of inputs that the model leaves open, by name.
-        allow_inconclusive: whether a model is returned of which the inputs that were tried show too little to prove it
-            right or wrong.
-        score, repair: as on the command line; None leaves them to `workflow.defaults`.
+        data: Samples, see `open.source_of`; None for none. With a few hundred unlabelled samples, the channels are
+            removed whose loss the remaining weights can compensate, and these weights are fitted to the original;
+            without samples, channels are chosen by their weights.
+        train: Whether to train the result against the original (default: with data, if torch is installed). A mapping
+            sets fields of `DistillOptions`, such as {"steps": 1000}.
+        input_shapes: Shapes of inputs with symbolic sizes, by name.
+        allow_inconclusive: Whether to return a model whose proof is inconclusive.
+        score, repair: As on the command line; None leaves the choice to `workflow.defaults`.
+        rounds: Number of rounds of scoring, pruning, repairing and training.
     """
 
     data: Data | None = field(default=None, kw_only=False)
@@ -48,7 +49,7 @@ class CompressOptions(ScoringOptions, Allocate):
 
 
 class _InKind(Protocol[P]):
-    """A function that gives a model in the form of the one that it is given."""
+    """A function that returns a model of the same type as its argument; a `Model` for a path."""
 
     @overload
     def __call__(self, model: str | os.PathLike[str], /, *args: P.args, **options: P.kwargs) -> Model: ...
@@ -63,33 +64,33 @@ def _in_kind(function: Callable[Concatenate[Any, P], Any]) -> _InKind[P]:
 @_in_kind
 @taking(CompressOptions)
 def compress(model: Any, options: CompressOptions) -> Any:
-    """A smaller model, proven, in the form of the one that is given: a `ModelProto` for a `ModelProto`, and so on.
+    """Return a smaller model, proven correct, of the same type as the argument: a `ModelProto` for a `ModelProto`.
 
     >>> compress("model.onnx", "train.npz", macs=0.5).save("small.onnx")  # doctest: +SKIP
 
     Args:
-        model: a path (a `Model` comes back), `onnx.ModelProto`, `onnx_graphsurgeon.Graph`, `onnx_ir.Model` or `Model`;
-            it is not changed.
-        options: the fields of `CompressOptions`, each an argument: the share that may remain of `macs` (0.5 if none is
-            given), `params`, `channels`, `bytes` or `latency`, then `data`, `train`, `score`, `rounds`, `keep` and so
-            on.
+        model: Path (for which a `Model` is returned), `onnx.ModelProto`, `onnx_graphsurgeon.Graph`, `onnx_ir.Model` or
+            `Model`; it is not changed.
+        options: The fields of `CompressOptions`, each an argument: the fraction that may remain of `macs` (0.5 if no
+            target is given), `params`, `channels`, `bytes` or `latency`, then `data`, `train`, `score`, `rounds`,
+            `keep` and so on.
 
     Raises:
-        CpdError: what can be acted on is wrong with the model, the data or the options; an InconclusiveError if the
-            inputs show too little, a ProofError if the result is wrong.
-        TypeError: there is no such option.
+        CpdError: The model, the data or the options are invalid; InconclusiveError if the proof is inconclusive,
+            ProofError if the result is wrong.
+        TypeError: An argument is not an option.
     """
     return in_form_of(model, compressed_by(model, options).state.model)
 
 
 @taking(CompressOptions)
 def compressed(model: ModelSource, options: CompressOptions) -> Compressed:
-    """As `compress`, but all that there is to know: the plan, the proof, the losses of the training."""
+    """Compress as `compress` does, and return all results: the model, the plan, the proof and the training losses."""
     return compressed_by(model, options)
 
 
 def compressed_by(model: ModelSource, options: CompressOptions) -> Compressed:
-    """The same, with the options as an object."""
+    """Compress as `compressed` does, with the options as one object."""
     original, shapes = load(model), dict(options.input_shapes or {})
     source = None if options.data is None else source_of(options.data, original, shapes)
     has_data = source is not None
@@ -103,7 +104,7 @@ def compressed_by(model: ModelSource, options: CompressOptions) -> Compressed:
     return compression.compress(step, state, allow_inconclusive=options.allow_inconclusive)
 
 
-_CARRIED_OUT: dict[type[Request], Callable[..., dict[str, Any] | None]] = {
+_WORKFLOWS: dict[type[Request], Callable[..., dict[str, Any] | None]] = {
     requests.Prune: prune.prune, requests.VerifyFile: prune.verify, requests.Apply: prune.apply,
     requests.Distill: distill.distill, requests.Compress: compress_files.compress, requests.Sweep: sweep.sweep,
     requests.Reproduce: reproduce.reproduce, requests.Deploy: deploy.deploy,
@@ -111,15 +112,15 @@ _CARRIED_OUT: dict[type[Request], Callable[..., dict[str, Any] | None]] = {
 
 
 def run(request: Request, observer: Observer = ignore) -> dict[str, Any] | None:
-    """Carry out a request, and write what it asks for; what there is to say about it, as its `--json` has it.
+    """Carry out a request, write its files, and return its result as `--json` writes it.
 
-    The observer is told how far it is. Nothing is given back in a process of a training run that is not the first.
+    The observer is called with the progress. In a distributed training run, all processes but the first return None.
 
     Raises:
-        CpdError: what can be acted on is wrong with the files or the options.
-        TypeError: it is none that is carried out from here.
+        CpdError: The files or the options are invalid, or the result is not proven.
+        TypeError: The request is of a type that only the command line carries out.
     """
-    if type(request) not in _CARRIED_OUT:
-        known = ", ".join(owner.__name__ for owner in _CARRIED_OUT)
-        raise TypeError(f"a {type(request).__name__} is not carried out here, but {known}")
-    return _CARRIED_OUT[type(request)](request, observer)
+    if type(request) not in _WORKFLOWS:
+        known = ", ".join(owner.__name__ for owner in _WORKFLOWS)
+        raise TypeError(f"run takes one of {known}, got {type(request).__name__}")
+    return _WORKFLOWS[type(request)](request, observer)

@@ -1,8 +1,8 @@
-"""Chain: a file that went through `deploy`, back through its manifest to the pruned file, its plan and the original.
+"""Chain: traces a file written by `deploy` back through its manifests to the pruned file, its plan and the original.
 
-The steps that the manifest has on record are done again, which takes no data: an int8 step has the ranges of its
-calibration on record. The file must be what comes out, value for value, and have the SHA-256 that the manifest names.
-Files are looked for in the folder of the manifest only, and must have the SHA-256 that it names.
+The steps that a manifest records are repeated, which needs no data, because the record of an int8 step holds its
+calibrated ranges. The file must equal the result value for value, and have the SHA-256 that the manifest names. Inputs
+are searched for only in the folder of the manifest, and must have the SHA-256 that it names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cpd_onnx.deploy.steps import compared, feeds_for, ort_difference, redo
 from cpd_onnx.errors import InconclusiveError, PlanError, ProofError
 from cpd_onnx.ir.differences import differences
 from cpd_onnx.ir.model import Array, Model, load
-from cpd_onnx.proof.comparison import Difference
+from cpd_onnx.proof.comparison import OutputDifference
 from cpd_onnx.proof.files import FileVerification, verify_files
 from cpd_onnx.report import manifest
 from cpd_onnx.rewrite.plan import load_plan
@@ -25,19 +25,19 @@ from cpd_onnx.runtime import bench
 from cpd_onnx.runtime.sessions import Feed
 
 _LONGEST = 16
-"""Files that were made of one another, at most."""
+"""Number of consecutive deploy runs up to which a file is traced back; a heuristic against cycles."""
 _ORT = "ort"
 
 
 @dataclass(frozen=True)
 class Given:
-    """What is known beside the original and the file.
+    """Optional inputs of the check, besides the original and the file.
 
     Attributes:
-        plan: of the pruned file; None is the one beside it.
-        via: files from which others were made, wherever they are.
-        feeds: inputs for the proof of the pruned file; random ones without.
-        source: gives samples for a model to measure the steps on; None where there are none.
+        plan: Path of the plan of the pruned file; None for the one beside it.
+        via: Paths of inputs of deploy runs, in any folder.
+        feeds: Returns the inputs for the proof of the pruned file, or None for random inputs.
+        source: Returns the samples of a model on which the steps are measured, or None for random inputs.
     """
 
     plan: Path | None = None
@@ -48,24 +48,24 @@ class Given:
 
 @dataclass(frozen=True)
 class StepCheck:
-    """One step that was done again.
+    """One step of a deploy run that was repeated.
 
     Attributes:
-        name: of the step.
-        what: it did, in words.
-        recorded: difference that the manifest names, as plain values; None where it was not measured.
-        measured: the same here.
+        name: Name of the step.
+        what: Description of the step.
+        recorded: Output difference that the manifest records, as plain values; None if it was not measured.
+        measured: Output difference measured now; None if it was not measured.
     """
 
     name: str
     what: str
     recorded: Mapping[str, Any] | None
-    measured: Difference | None
+    measured: OutputDifference | None
 
 
 @dataclass(frozen=True)
 class Link:
-    """A file, what it was made of, and how."""
+    """One deploy run: the file that it wrote, the file that it read, and its steps."""
 
     file: str
     source: str
@@ -74,22 +74,22 @@ class Link:
 
 @dataclass(frozen=True)
 class Chain:
-    """Outcome of following a deployed file back to the original.
+    """Result of tracing a deployed file back to the original.
 
     Attributes:
-        links: from the pruned file to the deployed one.
-        pruned: the check of the pruned file; None where the original itself was deployed.
-        measured: how far outputs of the deployed file are from the original's.
+        links: Deploy runs, from the pruned file to the deployed one.
+        pruned: Check of the pruned file; None if the original itself was deployed.
+        measured: Output difference between the deployed file and the original; None if it was not measured.
     """
 
     links: tuple[Link, ...] = ()
     pruned: FileVerification | None = None
-    measured: Difference | None = None
+    measured: OutputDifference | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class _Manifest:
-    """A manifest of `deploy` that names a file."""
+    """A manifest of `deploy`, with the entry of the file that it was looked up for."""
 
     path: Path
     content: Mapping[str, Any]
@@ -97,32 +97,32 @@ class _Manifest:
 
     @property
     def source(self) -> Mapping[str, Any]:
-        """The entry of the model that the file was made of."""
+        """The entry of the model that was deployed."""
         for entry in self.content["inputs"]:
             if entry["role"] == "model":
                 found: Mapping[str, Any] = entry
                 return found
-        raise PlanError(f"manifest {self.path} does not name the model that went in")
+        raise PlanError(f"manifest {self.path} does not name the input model")
 
     @property
     def steps(self) -> list[Mapping[str, Any]]:
-        """The steps that were done, each with its options."""
+        """The recorded steps that change the model, each with its options."""
         steps = self.content.get("steps")
         if not isinstance(steps, list) or not all(
             isinstance(s, dict) and isinstance(s.get("name"), str) for s in steps
         ):
             raise PlanError(f"manifest {self.path} names no steps")
         if not all("options" in step for step in steps):
-            raise PlanError(f"manifest {self.path} is of a version that put no options on record: deploy again")
+            raise PlanError(f"manifest {self.path} was written by a version that recorded no options: deploy again")
         return [step for step in steps if step["options"] is not None]
 
 
 def manifest_of(path: Path, named: Path | None = None) -> _Manifest | None:
-    """The manifest of `deploy` that names a file: the given one, that beside it, or another one of its folder."""
+    """Return the manifest of `deploy` that names a file: the given one, the one beside it, or another in its folder."""
     if named is not None:
         found = _naming(named, path)
         if found is None:
-            raise PlanError(f"manifest {named} is not of a deploy that made {path.name}")
+            raise PlanError(f"manifest {named} is not that of the deploy run that wrote {path.name}")
         return found
     places = [manifest.place_of(path), *sorted(path.parent.glob("*.manifest.json"))]
     for place in places:
@@ -132,7 +132,7 @@ def manifest_of(path: Path, named: Path | None = None) -> _Manifest | None:
 
 
 def _naming(place: Path, path: Path) -> _Manifest | None:
-    """A manifest, if it is one of `deploy` that names the file as made by it."""
+    """Return the manifest at a path if it is one of `deploy` that lists the file as an output, else None."""
     try:
         content = manifest.read(place)
     except PlanError:
@@ -147,57 +147,59 @@ def _naming(place: Path, path: Path) -> _Manifest | None:
     return None
 
 
-def is_intact(path: Path, there: _Manifest) -> bool:
-    """Whether a file has the SHA-256 that its manifest names."""
-    return bool(_sha256(path) == there.entry["sha256"])
+def is_intact(path: Path, record: _Manifest) -> bool:
+    """Return whether a file has the SHA-256 that its manifest names."""
+    return bool(_sha256(path) == record.entry["sha256"])
 
 
-def verify_deployed(original: Model, path: Path, there: _Manifest, given: Given | None = None) -> Chain:
-    """Follow a deployed file back to the original, and check each step on the way.
+def verify_deployed(original: Model, path: Path, record: _Manifest, given: Given | None = None) -> Chain:
+    """Trace a deployed file back to the original, and check each step on the way.
 
     Raises:
-        PlanError: a manifest or plan is malformed, or a file is not there or another one than it names.
-        ProofError: the file is not what the steps make, or the pruned file is not what its plan makes of the original.
-        InconclusiveError: the steps give something else here, with other versions or on another processor than then.
+        PlanError: A manifest or plan is malformed, or a file that it names is missing or has changed.
+        ProofError: The file is not the result of the steps, or the pruned file is not the result of its plan.
+        InconclusiveError: The steps have another result now, with other versions or on another processor.
     """
-    return _Follower(original, given or Given()).chain(path, there, 1)
+    return _Tracer(original, given or Given()).chain(path, record, 1)
 
 
 @dataclass(eq=False)
-class _Follower:
+class _Tracer:
+    """Traces files back to the original; `feeds` are the inputs on which the latest link was measured."""
+
     original: Model
     given: Given
     feeds: list[Feed] = field(default_factory=list)
 
-    def chain(self, path: Path, there: _Manifest, length: int) -> Chain:
-        """The chain that ends in a file."""
+    def chain(self, path: Path, record: _Manifest, length: int) -> Chain:
+        """Return the chain that ends in a file; `length` counts the links from the deployed file to this one."""
         if length > _LONGEST:
-            raise PlanError(f"{path} was made in more than {_LONGEST} runs of deploy: name the pruned file with --via")
-        source = self.source(path, there)
+            raise PlanError(f"{path} comes from more than {_LONGEST} deploy runs: name the pruned file with --via")
+        source = self.source(path, record)
         before, base = self.base(source, length)
-        link = self.link(path, there, source, before)
+        link = self.link(path, record, source, before)
         measured = None
-        if there.entry["role"] != _ORT:
+        if record.entry["role"] != _ORT:
             measured = compared(self.original, load(path), self.feeds, "all", lambda _: None) if self.feeds else None
         return Chain((*base.links, link), base.pruned, measured)
 
-    def source(self, path: Path, there: _Manifest) -> Path:
-        """The file that another one was made of: one that was given, or one in the folder of the manifest."""
-        wanted = there.source
+    def source(self, path: Path, record: _Manifest) -> Path:
+        """Return the input of the run that wrote a file: one given by `via`, or one in the folder of the manifest."""
+        wanted = record.source
         for candidate in self.given.via:
             if candidate.is_file() and _sha256(candidate) == wanted["sha256"]:
                 return candidate
         name = Path(wanted["file"]).name
-        found = next((p for p in _inside(there.path.parent, wanted["file"]) if _sha256(p) == wanted["sha256"]), None)
+        found = next((p for p in _inside(record.path.parent, wanted["file"]) if _sha256(p) == wanted["sha256"]), None)
         if found is None:
             raise PlanError(
-                f"{path.name} was made of {name!r} with SHA-256 {wanted['sha256'][:12]}…, which is not beside its "
-                "manifest: name it with --via"
+                f"{path.name} was made from {name!r} with SHA-256 {wanted['sha256'][:12]}…, which is not in the folder "
+                "of its manifest: name it with --via"
             )
         return found
 
     def base(self, source: Path, length: int) -> tuple[Model, Chain]:
-        """The file that was deployed, which must be the original, a pruned file with its plan, or deployed itself."""
+        """Return a deployed model and its chain; it is the original, a pruned file with a plan, or a deployed file."""
         place = self.original.path
         if place is not None and _sha256(source) == _sha256(place):
             return self.original, Chain()
@@ -206,25 +208,23 @@ class _Follower:
         if further is not None and (is_intact(source, further) or not plan.is_file()):
             return load(source), self.chain(source, further, length + 1)
         if not plan.is_file():
-            raise PlanError(
-                f"{source} has neither a plan nor a manifest of deploy beside it: name the plan with --plan"
-            )
+            raise PlanError(f"{source} has neither a plan nor a manifest of deploy beside it: give --plan")
         model = load(source)
         return model, Chain(
             (), verify_files(self.original, model, load_plan(plan), self.given.feeds(), allow_inconclusive=True)
         )
 
-    def link(self, path: Path, there: _Manifest, source: Path, before: Model) -> Link:
-        """The steps from one file to another, done again."""
-        steps = [step for step in there.steps if step["name"] != _ORT]
+    def link(self, path: Path, record: _Manifest, source: Path, before: Model) -> Link:
+        """Repeat the steps from one file to another, and measure them."""
+        steps = [step for step in record.steps if step["name"] != _ORT]
         states = [before]
         for step in steps:
-            states.append(redo(states[-1], step["name"], _options(step, there.path)))
+            states.append(redo(states[-1], step["name"], _options(step, record.path)))
         checked = []
-        if there.entry["role"] == _ORT:
-            _require_intact(path, there)
+        if record.entry["role"] == _ORT:
+            _require_intact(path, record)
         else:
-            states[-1] = _required(states[-1], path, there, source)
+            states[-1] = _required(states[-1], path, record, source)
         self.feeds = []
         for step, first, second in zip(steps, states, states[1:], strict=False):
             self.feeds = self.feeds or feeds_for(step["name"], first, second, self.given.source(second))
@@ -232,8 +232,8 @@ class _Follower:
             checked.append(StepCheck(step["name"], str(step.get("what", "")), _recorded(step), measured))
         if not self.feeds:
             self.feeds = feeds_for("", states[-1], states[-1], self.given.source(states[-1]))
-        if there.entry["role"] == _ORT:
-            last = next((step for step in there.steps if step["name"] == _ORT), {})
+        if record.entry["role"] == _ORT:
+            last = next((step for step in record.steps if step["name"] == _ORT), {})
             measured = ort_difference(states[-1], path, self.feeds)
             checked.append(StepCheck(_ORT, str(last.get("what", "")), _recorded(last), measured))
         return Link(path.name, source.name, tuple(checked))
@@ -242,7 +242,7 @@ class _Follower:
 def _options(step: Mapping[str, Any], place: Path) -> Mapping[str, Any]:
     options = step["options"]
     if not isinstance(options, dict):
-        raise PlanError(f"manifest {place}: the options of the step {step['name']!r} should be a table")
+        raise PlanError(f"manifest {place}: the options of step {step['name']!r} must be an object")
     return options
 
 
@@ -251,40 +251,40 @@ def _recorded(step: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _required(replay: Model, path: Path, there: _Manifest, source: Path) -> Model:
-    """The model of a file, which must be what the steps make, and the one that the manifest names."""
+def _required(replay: Model, path: Path, record: _Manifest, source: Path) -> Model:
+    """Return the model of a file, which must equal the result of the steps and be the file that the manifest names."""
     model = load(path)
     found = next(differences(replay, model), None)
-    intact = is_intact(path, there)
-    others = [*manifest.differences(there.content), *_other_machine(there.content)]
+    intact = is_intact(path, record)
+    others = [*manifest.differences(record.content), *_other_machine(record.content)]
     if found is None:
-        _require_intact(path, there)
+        _require_intact(path, record)
         return model
-    what = f"{path.name} is not what the steps of its manifest make of {source.name}: {found}"
+    problem = f"{path.name} is not the result of the steps of its manifest on {source.name}: {found}"
     if intact and others:
-        raise InconclusiveError(f"{what}; they were done elsewhere, which may be why: {', '.join(others)}")
-    raise ProofError(what if intact else f"{what}. Its SHA-256 is not the one that the manifest names either")
+        raise InconclusiveError(f"{problem}; the cause may be another environment: {', '.join(others)}")
+    raise ProofError(problem if intact else f"{problem}. Its SHA-256 differs from that of the manifest as well")
 
 
 def _other_machine(content: Mapping[str, Any]) -> list[str]:
-    """Processors, where they are others than in a manifest: kernels that fold constants may round otherwise."""
+    """Return the processors if they differ from those of a manifest, as kernels that fold constants may then too."""
     machine = content.get("machine")
     then = machine.get("processor") if isinstance(machine, dict) else None
     now = bench.machine()["processor"]
     return [] if then == now else [f"processor {then} then, {now} now"]
 
 
-def _require_intact(path: Path, there: _Manifest) -> None:
-    """Raise ProofError where a file does not have the SHA-256 that its manifest names."""
-    if not is_intact(path, there):
+def _require_intact(path: Path, record: _Manifest) -> None:
+    """Raise ProofError if a file does not have the SHA-256 that its manifest names."""
+    if not is_intact(path, record):
         raise ProofError(
-            f"{path.name} is not the file that was made: its SHA-256 is {_sha256(path)[:12]}…, the manifest names "
-            f"{there.entry['sha256'][:12]}…"
+            f"{path.name} has changed since it was written: its SHA-256 is {_sha256(path)[:12]}…, but the manifest "
+            f"names {record.entry['sha256'][:12]}…"
         )
 
 
 def _inside(folder: Path, name: str) -> list[Path]:
-    """Files in a folder that a name in a manifest may mean: where it says, or of that name beside the manifest."""
+    """Return the existing files in a folder that a path in a manifest may name: at that path, or directly in it."""
     if "\0" in name:
         return []
     base = folder.resolve()
@@ -293,7 +293,7 @@ def _inside(folder: Path, name: str) -> list[Path]:
         try:
             if candidate.resolve().is_relative_to(base) and candidate.is_file():
                 found.append(candidate)
-        except (OSError, RuntimeError):  # a name that no file can have, or links in a circle
+        except (OSError, RuntimeError):  # an invalid name, or a cycle of links
             continue
     return found
 

@@ -1,10 +1,7 @@
-"""Compress: from a model to a smaller one in one go, with what can be had: pruned always, repaired with samples,
-distilled with samples and torch; and what there is to say about the outcome.
-"""
+"""Compress a model in memory: prune it, repair it with samples, distill it with samples and torch; and its report."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -31,24 +28,26 @@ if TYPE_CHECKING:
     from cpd_onnx.passes.distill import DistillResult, Progress, Traces, Watched
 
 _NO_DATA = (
-    "no data: the channels went by their weights alone and nothing was fitted to make up for them. With --data, some "
-    "hundred unlabelled inputs, those go that the rest can make up for, the rest is fitted to the original, and "
-    "with torch it is distilled as well"
+    "no data: channels were chosen by their weights alone, and nothing was repaired. With --data, a few hundred "
+    "unlabelled samples, the channels are removed whose loss the remaining weights can compensate, these weights are "
+    "fitted to the original, and with torch the model is distilled as well"
 )
-_MADE_UP = "the inputs were made up ('synthetic'): some hundred real ones, unlabelled, give better choices and fits"
-_NO_TORCH = "torch is not installed: with it the model is distilled too (pip install 'cpd-onnx[torch]')"
-_NO_LABELS = "how good the model still is was not measured: --eval takes labelled data, with --metric"
+_SYNTHETIC = (
+    "the samples were synthetic: a few hundred real unlabelled ones improve the choice of channels and the repair"
+)
+_NO_TORCH = "torch is not installed: with it, the model is distilled as well (pip install 'cpd-onnx[torch]')"
+_NO_LABELS = "the quality of the model was not measured: give --eval with labelled data, and --metric"
 
 
 @dataclass(frozen=True)
 class ResumeState:
-    """What a run may start from.
+    """State that a run starts from.
 
     Attributes:
-        plan: is carried out, instead of choosing channels.
-        cache: files with what an earlier run had found out.
-        traces: of the training.
-        watched: data to judge the student on while it trains.
+        plan: Plan whose channels are removed; None to choose channels.
+        cache: Files with the finished rounds of an interrupted run.
+        traces: Checkpoint and logs of the training.
+        watched: Samples on which the student is measured during training.
     """
 
     plan: Plan | None = None
@@ -59,15 +58,15 @@ class ResumeState:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Compressed(Summarised):
-    """What a run made.
+    """Result of a run.
 
     Attributes:
-        state: after the last pass; its model is the result.
-        untrained: the pruned and perhaps repaired model before training, where there was one round of it.
-        found: outcome of the check against the original and the plan.
-        losses: of each update, in order.
-        judged: updates done, and what the student scored then.
-        seconds: what the parts took.
+        state: State after the last pass; its model is the result.
+        untrained: Model after pruning and repair, before training; None unless there was exactly one round of training.
+        found: Result of the check against the original and the plan.
+        losses: Training loss of each update, in order.
+        judged: Metric of the student during training, as pairs of finished updates and value.
+        seconds: Duration of each part, in seconds.
     """
 
     state: State
@@ -78,37 +77,28 @@ class Compressed(Summarised):
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     def summary(self) -> Summary:
-        """How far the model has come."""
+        """Return the summary of the final state."""
         return self.state.summary()
-
-
-def finite(value: Any) -> Any:
-    """The same with None for numbers that JSON does not have."""
-    if isinstance(value, Mapping):
-        return {name: finite(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def step_of(
     options: Any, target: Mapping[str, float], training: Mapping[str, Any] | None, *, has_data: bool
 ) -> Iterate:
-    """The pass that does it: `interleave` where there are options of a training, else `iterate`.
+    """Return the pass that compresses: `interleave` if the result is to be trained, else `iterate`.
 
     Args:
-        options: has the fields of `ScoringOptions`, and `score` and `repair`, of which None leaves it to `defaults`.
-        target: the target, as an option of `Allocate`.
-        training: fields of `DistillOptions` that `options` has not; None to train nothing.
-        has_data: whether there are samples.
+        options: Object with the fields of `ScoringOptions`, `score` and `repair`; None leaves a choice to `defaults`.
+        target: The target, as an option of `Allocate`.
+        training: Fields of `DistillOptions` that `options` lacks; None for no training.
+        has_data: Whether samples are given.
 
-    Raises UnsupportedError if there is no torch for the training, and as `defaults` does.
+    Raises UnsupportedError if training needs torch and it is not installed, and the errors of `defaults`.
     """
     decided: dict[str, Any] = {
         "score": defaults.score(options.score, has_data=has_data),
-        "spread": defaults.spread(options.spread, has_data=has_data),
+        "policy": defaults.policy(options.policy, has_data=has_data),
         "repair": defaults.repair(options.repair, has_data=has_data),
-        "multiple": multiple_of(options),
+        "round_to": round_to_of(options),
         **target,
     }
     if training is None:
@@ -120,11 +110,11 @@ def step_of(
     return picked(Interleave, options, **decided | dict(training))
 
 
-def multiple_of(options: Any) -> int | None:
-    """What widths are multiples of: where nothing is said, as the profile of the target has it, if there is one."""
+def round_to_of(options: Any) -> int | None:
+    """Return the number of which widths are multiples: the given one or that of the profile, else None."""
     profile = getattr(options, "profile", None)
-    if options.multiple is not None or profile is None:
-        return options.multiple  # type: ignore[no-any-return]  # an option of `Allocate`
+    if options.round_to is not None or profile is None:
+        return options.round_to  # type: ignore[no-any-return]  # an option of `Allocate`
     return load_profile(profile).multiple
 
 
@@ -136,12 +126,12 @@ def compress(
     progress: Callable[[int, Progress], None] | None = None,
     allow_inconclusive: bool = False,
 ) -> Compressed:
-    """Take a model through `iterate` or `interleave`, and check what came out against the original and the plan.
+    """Run `iterate` or `interleave` on a model, and check the result against the original and the plan.
 
-    `progress` is told the number of the round and where its training is.
+    `progress` is called with the number of the round and the progress of its training.
 
-    Raises CpdError as the passes do; ProofError if the result is not what the plan makes of the original,
-    InconclusiveError if that cannot be told, unless it is allowed.
+    Raises the errors of the passes; ProofError if the result is not that of the plan on the original,
+    InconclusiveError if the proof is inconclusive, unless that is allowed.
     """
     with translate_errors(state.original):
         return _compress(step, state, resume or ResumeState(), progress, allow_inconclusive=allow_inconclusive)
@@ -156,7 +146,7 @@ def _compress(
     allow_inconclusive: bool,
 ) -> Compressed:
     started = time.perf_counter()
-    if not state.original.is_over_limit:  # the proof runs it: better known before the training than after
+    if not state.original.is_over_limit:  # the proof runs it; fail before the training, not after
         next(working_feeds(fold(state.original, state.input_shapes), open_model(state.original, optimise=False)))
     rounds: list[Round] = []
     results: list[DistillResult] = []
@@ -191,7 +181,7 @@ def _compress(
 
 
 def _judged(results: Sequence[DistillResult]) -> tuple[tuple[int, float], ...]:
-    """The scores of all rounds, updates counted through."""
+    """Return the measurements of all rounds, with updates counted across rounds."""
     found, before = [], 0
     for result in results:
         found += [(before + step, value) for step, value in result.judged]
@@ -202,7 +192,7 @@ def _judged(results: Sequence[DistillResult]) -> tuple[tuple[int, float], ...]:
 def content(
     made: Compressed, *, bench: Bench | None = None, accuracy: Mapping[str, Any] | None = None, **more: Any
 ) -> dict[str, Any]:
-    """The report as plain values, see `report.schema.json`; `more` are entries of it that come from elsewhere."""
+    """Return the report as plain values, see `report.schema.json`; `more` are additional entries."""
     state = made.state
     combed, allocation, plan = (state.need(name, "prune") for name in ("combed", "allocation", "plan"))
     per_group = CostModel(combed).of_groups(combed)
@@ -243,24 +233,22 @@ def content(
 
 
 def _place(combed: Combed, group: Group) -> tuple[str, int]:
-    """Where in the network a group begins: the node that takes the first of its weights."""
+    """Return the position of a group in the graph: that of the first node that uses one of its weights."""
     uses = (use.use for member in combed.members(group) for use in member.weight.uses)
     return min(((use.scope.path, use.node) for use in uses), default=("", 0))
 
 
 def _training(made: Compressed) -> dict[str, Any] | None:
-    told = made.state.distilled
-    if told is None:
+    summary = made.state.distilled
+    if summary is None:
         return None
-    by = {"losses_by": told["losses"], "losses": list(made.losses)}
     watched = [{"step": step, "value": value} for step, value in made.judged]
-    return dict(told) | by | {"watched": watched}
+    return {**summary, "losses_by": summary["losses"], "losses": list(made.losses), "watched": watched}
 
 
 def advice(*, data: str | None, has_labels: bool) -> list[str]:
-    """What else could be had for the asking."""
+    """Return advice on what further inputs would improve the result or measure it."""
     if data is None:
         return [_NO_DATA]
-    said = [_MADE_UP] if data == "synthetic" else []
-    said += [] if defaults.can_train() else [_NO_TORCH]
-    return said + ([] if has_labels else [_NO_LABELS])
+    is_given = {_SYNTHETIC: data != "synthetic", _NO_TORCH: defaults.can_train(), _NO_LABELS: has_labels}
+    return [text for text, given in is_given.items() if not given]

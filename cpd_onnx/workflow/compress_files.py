@@ -1,4 +1,4 @@
-"""Compress, from file to file: the model with its plan, recipe, report and manifest."""
+"""Compress from file to file: write the model with its plan, recipe, report and manifest."""
 
 from __future__ import annotations
 
@@ -34,13 +34,14 @@ from cpd_onnx.workflow import defaults, recipe
 from cpd_onnx.workflow.distill import (
     checkpoint_of,
     is_first_process,
+    noting_checkpoints,
     require_new_run,
-    saying_what_is_left,
     traces_of,
     watched_on,
 )
 from cpd_onnx.workflow.places import (
     beside,
+    finite,
     objections,
     plan_path_of,
     read_model,
@@ -55,21 +56,22 @@ from cpd_onnx.workflow.places import (
 from cpd_onnx.workflow.requests import Compress, Compressing, Observer, ignore
 
 _BENCH_SECONDS = 4.0
+"""Seconds for which each model is timed; a heuristic."""
 _SAMPLES = 256
-"""Samples on which answers are compared with the original's, where there is nothing better."""
+"""Number of samples on which outputs are compared with the original's if there is no --eval; a heuristic."""
 _SENSITIVITY = sensitivity.SensitivityOptions((0.5, 0.0), samples=32, repair=False)
-"""What the report shows of it: two widths of each group, nothing fitted anew."""
-_FEW = 8
-"""Samples where so many take too long."""
-_PATIENCE = 60.0
-"""Seconds, about, that it may take without being asked for."""
-_WORTH = 0.6
-"""Of the share of work that went, what should be gone of the time."""
+"""Options of the sensitivity in the report: two widths of each group, without repair; a heuristic."""
+_FEWER_SAMPLES = 8
+"""Number of samples of the sensitivity where more take too long; a heuristic."""
+_MOST_SECONDS = 60.0
+"""Estimated seconds up to which the sensitivity is measured by default; a heuristic."""
+_LEAST_SAVING = 0.6
+"""Ratio of saved latency to saved MACs below which a note says that the latency is disappointing; a heuristic."""
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where everything goes that is made beside a model."""
+    """Paths of all files that a run writes."""
 
     output: Path
     plan: Path
@@ -78,12 +80,12 @@ class Places:
     pages: tuple[Path, ...]
 
     def all(self) -> tuple[Path, ...]:
-        """All of them, the model first."""
+        """Return all paths, the model first."""
         return (self.output, self.plan, self.recipe, self.manifest, *self.pages)
 
 
 def places_of(request: Compress) -> Places:
-    """Where everything of a run goes."""
+    """Return the paths that a run writes."""
     output = request.output
     pages = tuple(beside(output, f"report.{kind}") for kind in (page_kinds() if request.report else ()))
     plan = request.plan or plan_path_of(output)
@@ -91,26 +93,26 @@ def places_of(request: Compress) -> Places:
 
 
 def can_draw() -> bool:
-    """Whether there is what makes pages and figures, the extra "report"."""
+    """Return whether the libraries of the extra "report", which write pages and figures, are installed."""
     return all(util.find_spec(name) for name in ("jinja2", "matplotlib"))
 
 
 def page_kinds() -> tuple[str, ...]:
-    """The forms that a report can be written in here."""
+    """Return the formats that a report can be written in, as endings of file names."""
     return ("json", "html", "md") if can_draw() else ("json",)
 
 
 def compress(request: Compress, observer: Observer = ignore, *, called: str | None = None) -> dict[str, Any] | None:
     """Prune, repair, distill and prove a model, and write it with its plan, recipe, report and manifest.
 
-    `called` is what the model's file was called, where it has another name now. The report is given back, or nothing
-    in a process of a training run that is not the first.
+    `called` is the recorded name of the model's file, if it has been renamed since. Returns the report, or None in all
+    processes of a training run but the first.
     """
     started = time.perf_counter()
     places = places_of(request)
     written = require_outputs(request, *places.all())
     check_metric(request.metric)
-    recipe.text(request)  # refuses now what cannot be put on record at the end
+    recipe.text(request)  # fails now, not at the end, if an option cannot be recorded
     given = None if request.like is None else load_plan(request.like)
     shapes = request.input_shapes or (given.input_shapes if given else {})
     model = read_model(request.model, request.input_shapes)
@@ -118,10 +120,10 @@ def compress(request: Compress, observer: Observer = ignore, *, called: str | No
     model.path = Path(called or request.model)
     source = source_of(request.data, model, request)
     step = _step(request, source)
-    traces, cache = _left_behind(request, step, model)
+    traces, cache = _checkpoints(request, step, model)
     resume = compression.ResumeState(given, cache if is_first_process() else None, traces, watched_on(request, model))
-    with _leaving_no_more(step, cache, traces):
-        made = _made(step, State(model, model, shapes, source), resume, request, observer)
+    with _keeping_checkpoints(step, cache, traces):
+        made = _compressed(step, State(model, model, shapes, source), resume, request, observer)
         if not is_first_process():
             return None
         content = _reported(request, made, source) | {"rounds": step.rounds}
@@ -141,23 +143,23 @@ def compress(request: Compress, observer: Observer = ignore, *, called: str | No
 
 
 @contextlib.contextmanager
-def _leaving_no_more(step: Iterate, cache: RunCache, traces: Any) -> Iterator[None]:
-    """Where something fails inside, leave what `--resume` goes on from, if that can help, and say so."""
-    with saying_what_is_left(lambda: _unfinished(step, cache, traces)):
+def _keeping_checkpoints(step: Iterate, cache: RunCache, traces: Any) -> Iterator[None]:
+    """After an error in the block, keep the files that `--resume` can use, and name them; delete them if it cannot."""
+    with noting_checkpoints(lambda: _unfinished(step, cache, traces)):
         try:
             yield
         except (ModelError, ProofError, InconclusiveError) as error:
-            # Whoever goes on meets it again, unless it was the disk; a training may be worth keeping.
+            # A resumed run would fail again, except after an error of the disk; keep a finished training.
             is_worth_it = step.name == "interleave" and isinstance(error, InconclusiveError)
             if not isinstance(error.__cause__, OSError) and not is_worth_it:
                 _discard(step, cache, traces)
             raise
 
 
-def _made(
+def _compressed(
     step: Iterate, state: State, resume: compression.ResumeState, request: Compress, observer: Observer
 ) -> compression.Compressed:
-    """The compressed model."""
+    """Return the compressed model."""
     observer("comb, score, prune", 0, None)
     return compression.compress(
         step,
@@ -171,7 +173,7 @@ def _made(
 
 
 def _step(request: Compress, source: Source | None) -> Iterate:
-    """What can be done: with data it is repaired, with torch as well it is trained."""
+    """Return the pass that compresses: with repair if there is data, and with training if there is torch as well."""
     has_data = source is not None
     trains = defaults.training(request.distill, has_data=has_data)
     training = vars(picked(DistillOptions, request)) if trains else None
@@ -179,11 +181,11 @@ def _step(request: Compress, source: Source | None) -> Iterate:
     return compression.step_of(request, target, training, has_data=has_data)
 
 
-def _left_behind(request: Compress, step: Iterate, model: Model) -> tuple[Any, RunCache]:
-    """What the run writes while it goes on; refuses to lose what an unfinished one has done."""
+def _checkpoints(request: Compress, step: Iterate, model: Model) -> tuple[Any, RunCache]:
+    """Return where the run writes its checkpoints; raises CpdError if those of an unfinished run would be lost."""
     place = checkpoint_of(request)
-    words = (model.sha256(), step, request.input_shapes, request.data, request.like)
-    cache = RunCache(place, hashlib.sha256(repr(words).encode()).hexdigest())
+    identity = (model.sha256(), step, request.input_shapes, request.data, request.like)
+    cache = RunCache(place, hashlib.sha256(repr(identity).encode()).hexdigest())
     traces = traces_of(request) if step.name == "interleave" else None
     require_new_run(request, *_unfinished(step, cache, traces))
     if not request.resume:
@@ -192,7 +194,7 @@ def _left_behind(request: Compress, step: Iterate, model: Model) -> tuple[Any, R
 
 
 def _unfinished(step: Iterate, cache: RunCache, traces: Any) -> Iterator[Path]:
-    """The files of a run that was stopped."""
+    """Yield the paths of the checkpoints of an unfinished run."""
     for number in range(1, step.rounds + 1):
         yield from cache.files(number)
         if traces is not None:
@@ -208,11 +210,11 @@ def _discard(step: Iterate, cache: RunCache, traces: Any) -> None:
         path.unlink(missing_ok=True)
 
 
-# What is measured of the result.
+# Measurements of the result.
 
 
 def _reported(request: Compress, made: compression.Compressed, source: Source | None) -> dict[str, Any]:
-    """The report, but for what the files that are written add to it; what cannot be measured is said in its notes."""
+    """Return the report without the facts about the written files; its notes say what could not be measured."""
     small = made.state.model
     notes: list[str] = []
     found: Bench | None = None
@@ -230,15 +232,15 @@ def _reported(request: Compress, made: compression.Compressed, source: Source | 
     content["notes"] += [
         *notes,
         *objections(request.profile, small),
-        *_slow(content),
-        *_worse(content["accuracy"], request.label_weight),
+        *_latency_note(content),
+        *_training_note(content["accuracy"], request.label_weight),
     ]
     return content
 
 
 def _bench_before_writing(request: Compress, made: compression.Compressed, source: Source | None) -> Bench:
-    """The latency of a copy: the output appears once everything about it is known."""
-    _require_small(made.state.original)
+    """Return the latency, measured on a copy, because the output is written only after all measurements."""
+    _require_within_limit(made.state.original)
     with tempfile.TemporaryDirectory(prefix="cpd-onnx-") as folder:
         copy = Path(folder) / request.output.name
         made.state.model.save(copy, weights=request.weights)
@@ -246,8 +248,8 @@ def _bench_before_writing(request: Compress, made: compression.Compressed, sourc
 
 
 def timed(request: Compressing, source: Source | None, model: Model, others: Iterable[Path], seconds: float) -> Bench:
-    """The original and what was made of it side by side, under the conditions that a latency target has."""
-    _require_small(model)
+    """Return the latency of the original and other models side by side, under the conditions of a latency target."""
+    _require_within_limit(model)
     feed = None if source is None else next(calibration(model.proto, source, 1, batch=request.latency_batch or 1))
     setting = Setting(request.latency_batch, request.latency_threads, request.latency_provider)
     return bench(
@@ -256,13 +258,13 @@ def timed(request: Compressing, source: Source | None, model: Model, others: Ite
     )  # fmt: skip  # what and how
 
 
-def _require_small(model: Model) -> None:
+def _require_within_limit(model: Model) -> None:
     if model.is_over_limit:
-        raise UnsupportedError("the model is over 2 GiB; 'cpd-onnx bench' loads it all the same")
+        raise UnsupportedError("the model is larger than 2 GiB; 'cpd-onnx bench' can measure it")
 
 
 def _accuracy(request: Compress, made: compression.Compressed, source: Source | None) -> dict[str, Any] | None:
-    """What the models score on the data for that; without any, how far their answers are from the original's."""
+    """Return the metric of the models on the data of --eval or, without it, their output error against the original."""
     original, small = made.state.original, made.state.model
     is_repaired = made.state.repaired is not None
     early = "pruned and repaired" if is_repaired else "pruned"
@@ -284,21 +286,21 @@ def _accuracy(request: Compress, made: compression.Compressed, source: Source | 
     return {"metric": sensitivity.ERROR, "on": "the original's answers", "samples": _SAMPLES, "values": values}
 
 
-def _slow(content: Mapping[str, Any]) -> Iterator[str]:
-    """Where work went and time did not."""
+def _latency_note(content: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a note if the latency fell much less than the MACs."""
     if content["bench"] is None or content["budget"]["kind"] == "latency":
         return
     time_left = content["bench"]["timings"][1]["ratio"]
     work_left = content["after"]["macs"] / content["before"]["macs"]
-    if 1 - time_left < _WORTH * (1 - work_left):
+    if 1 - time_left < _LEAST_SAVING * (1 - work_left):
         yield (
-            f"{work_left:.0%} of the work takes {time_left:.0%} of the time: kernels are fast at some widths only. "
-            "--target latency=… chooses those by measuring, --profile or --multiple by what they are multiples of"
+            f"{work_left:.0%} of the MACs take {time_left:.0%} of the time: kernels are efficient at some widths only. "
+            "Use --target latency=…, which measures the widths, or --profile or --round-to, which round them"
         )
 
 
-def _worse(accuracy: Mapping[str, Any] | None, label_weight: float) -> Iterator[str]:
-    """Where training without labels has taken the answers away from the original's."""
+def _training_note(accuracy: Mapping[str, Any] | None, label_weight: float) -> Iterator[str]:
+    """Yield a note if training without labels made the metric worse."""
     values = list((accuracy or {"values": {}})["values"].values())
     if len(values) < 3 or label_weight:
         return
@@ -306,33 +308,35 @@ def _worse(accuracy: Mapping[str, Any] | None, label_weight: float) -> Iterator[
     _, before, after = values
     if (after > before) if lower_is_better(accuracy) else (after < before):
         yield (
-            f"training made it worse ({before:.4g} before, {after:.4g} after): give it more --steps or a smaller --lr, "
-            "or leave it out with --no-distill"
+            f"training made the model worse ({before:.4g} before, {after:.4g} after): use more --steps or a smaller "
+            "--lr, or skip it with --no-distill"
         )
 
 
 def _sensitivity(request: Compress, made: compression.Compressed, source: Source | None) -> dict[str, Any] | None:
-    """What the outputs lose with each group: on fewer samples, or not at all, where that takes long."""
+    """Return the output error of pruning each group alone; None if that was not requested and would take long."""
     if source is None or request.sensitivity is False:
         return None
     combed, original = made.state.need("combed", "prune"), made.state.original
     started = time.perf_counter()
-    sensitivity.distance(original, original, source, _FEW)
-    whole = len(combed.groups) * (time.perf_counter() - started)  # two runs of the model for two widths
-    if whole > _PATIENCE and not request.sensitivity:
+    sensitivity.distance(original, original, source, _FEWER_SAMPLES)
+    estimate = len(combed.groups) * (time.perf_counter() - started)  # two runs of the model for two widths
+    if estimate > _MOST_SECONDS and not request.sensitivity:
         return None
-    samples = _SENSITIVITY.samples if whole * _SENSITIVITY.samples / _FEW <= _PATIENCE else _FEW
+    samples = (
+        _SENSITIVITY.samples if estimate * _SENSITIVITY.samples / _FEWER_SAMPLES <= _MOST_SECONDS else _FEWER_SAMPLES
+    )
     found = sensitivity.sensitivity(combed, score(combed, "l2"), source, replace(_SENSITIVITY, samples=samples))
     return {"error": sensitivity.ERROR, "groups": sensitivity.as_json(found)}
 
 
-# What is written of it.
+# Written files.
 
 
 def write_page(path: Path, content: Mapping[str, Any]) -> None:
-    """Write the report in the form that the end of the name says."""
+    """Write the report in the format given by the ending of the path: .json, .html or .md."""
     if path.suffix == ".json":
-        text = json.dumps(compression.finite(content), indent=1) + "\n"
+        text = json.dumps(finite(content), indent=1) + "\n"
     else:
         from cpd_onnx.report import document
 
@@ -341,7 +345,7 @@ def write_page(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _write_pages(request: Compress, places: Places, content: dict[str, Any], seconds: Mapping[str, float]) -> None:
-    """Write the report and the manifest of what has been written; the report gets what that adds."""
+    """Add the facts about the written files to the report, and write it with the manifest."""
     content["provenance"] = manifest.provenance((places.output, places.plan, places.recipe), request.seed)
     content["provenance"]["seconds"] |= seconds
     content["output"] = {"file": request.output.name, "sha256": content["provenance"]["files"][0]["sha256"]}

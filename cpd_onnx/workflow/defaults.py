@@ -1,6 +1,6 @@
-"""What is done where nothing is said: decided here, for the command line, Python, Olive and onnx-ir alike.
+"""Defaults that depend on the inputs, shared by the command line, Python, Olive and onnx-ir.
 
-Numbers that a pass has whatever it is called from are the defaults of its fields.
+Defaults that do not depend on the inputs are those of the fields of the passes.
 """
 
 from __future__ import annotations
@@ -11,44 +11,44 @@ from cpd_onnx.errors import DataError
 from cpd_onnx.scores.registry import find_score_function
 
 TARGET = ("macs", 0.5)
-"""What `compress` leaves."""
+"""Target of `compress`: half of the original's MACs remain."""
 DEMO_TARGET = ("macs", 0.2)
-"""What `demo` leaves, of a network that has much to spare."""
+"""Target of `demo`: a fifth of the MACs remain of its network, which is larger than its task needs."""
 METRIC = "top1"
-"""What models are measured by."""
+"""Metric that measures models."""
 _INFORMED, _BLIND = "reconstruction", "l2"
-"""The score that says what a repair cannot make up for, and the best of those that look at weights alone."""
+"""Score used with data, the loss that a repair cannot compensate, and the most accurate score that needs no data."""
 SCORE = f"{_INFORMED} with data, else {_BLIND}"
-SPREAD = "optimal with data and for latency, else uniform"
-"""The rules below in words, for the help."""
+POLICY = "optimal with data and for latency, else uniform"
+"""Descriptions of the rules below, for the help."""
 
 
 def score(said: str | None, *, has_data: bool) -> str:
-    """The score; raises TargetError if there is none of that name."""
+    """Return the name of the score; raises TargetError if there is no score of that name."""
     kind = said or (_INFORMED if has_data else _BLIND)
     find_score_function(kind)
     return kind
 
 
-def spread(said: str | None, *, has_data: bool) -> str | None:
-    """The allocation policy; None leaves it to `Allocate`, which knows what the target is."""
+def policy(said: str | None, *, has_data: bool) -> str | None:
+    """Return the allocation policy; None leaves it to `Allocate`, which chooses it by the target."""
     return said or ("optimal" if has_data else None)
 
 
-def repair(said: bool | None, *, has_data: bool) -> bool:
-    """Whether weights are fitted to the original: with data. Raises DataError if there is none for it."""
-    if said and not has_data:
-        raise DataError("a repair needs inputs: give --data, or samples as `data`")
-    return has_data if said is None else said
+def repair(requested: bool | None, *, has_data: bool) -> bool:
+    """Return whether weights are fitted to the original (default: with data); raises DataError without data."""
+    if requested and not has_data:
+        raise DataError("repair needs samples: give --data, or `data` in Python")
+    return has_data if requested is None else requested
 
 
-def training(said: bool | None, *, has_data: bool) -> bool:
-    """Whether the result is trained: with data, and torch. Raises DataError if there is no data for it."""
-    if said and not has_data:
-        raise DataError("training needs inputs: give --data, or samples as `data`")
-    return has_data and can_train() if said is None else said
+def training(requested: bool | None, *, has_data: bool) -> bool:
+    """Return whether the result is trained (default: with data and torch); raises DataError without data."""
+    if requested and not has_data:
+        raise DataError("training needs samples: give --data, or `data` in Python")
+    return has_data and can_train() if requested is None else requested
 
 
 def can_train() -> bool:
-    """Whether torch is there."""
+    """Return whether torch is installed."""
     return util.find_spec("torch") is not None

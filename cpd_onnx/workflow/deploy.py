@@ -1,8 +1,7 @@
-"""Deploy: make a model ready for its target, and write it with its manifest."""
+"""Deploy: convert a model for its target, and write it with its manifest."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -21,22 +20,23 @@ from cpd_onnx.options import options_of
 from cpd_onnx.report import manifest
 from cpd_onnx.report import tables as report
 from cpd_onnx.workflow import recipe
-from cpd_onnx.workflow.places import evaluated, require_apart, require_outputs, source_of, write_json
+from cpd_onnx.workflow.places import evaluated, finite, require_apart, require_outputs, source_of, write_json
 from cpd_onnx.workflow.requests import Deploy, Observer, ignore
 
 FORMAT = "cpd-onnx/deploy"
+"""Format of the JSON result."""
 _OF_INT8 = ("samples", "calibration", "per_tensor", "exclude")
-"""Options that say how to quantise."""
+"""Options that have an effect only with --int8."""
 
 
 def deploy(request: Deploy, observer: Observer = ignore) -> dict[str, Any]:
-    """Make a model ready for its target, and write it with its manifest; what there is to say about it."""
+    """Convert a model for its target, write it with its manifest, and return the result as plain values."""
     place = manifest.place_of(request.output)
     places = [request.output, place, *([request.ort] if request.ort is not None else [])]
     written = require_outputs(request, *places)
     _require_sense(request)
     check_metric(request.metric)
-    recipe.text(request)  # refuses now what cannot be put on record at the end
+    recipe.text(request)  # fails now, not at the end, if an option cannot be recorded
     started = time.perf_counter()
     profile = None if request.profile is None else load_profile(request.profile)
     wish = _wish(request, profile)
@@ -45,13 +45,13 @@ def deploy(request: Deploy, observer: Observer = ignore) -> dict[str, Any]:
     source = source_of(request.data, shaped(model, wish), request)
     made = deploy_model(model, wish, source, lambda name: observer(name, 0, None))
     scores = evaluated(request, {"before": model, "after": made.model}, model)
-    entry = manifest.file_entry(request.model, "model")  # which the output may replace
+    entry = manifest.file_entry(request.model, "model")  # read now, as the output may replace the file
     with locked_folder(request.output.parent), commit_together():
         made = replace(made, steps=(*made.steps, *_write(request, model, made.model)))
         content = _content(request, model, made) | {"seconds": round(time.perf_counter() - started, 3)}
         content |= {"metric": request.metric, "accuracy": scores} if scores else {}
         read = {"model": entry, "data": request.data, "eval": request.eval, "profile": request.profile}
-        beside = {} if request.ort is None else {request.ort: "ort"}  # of which no two are the same
+        beside = {} if request.ort is None else {request.ort: "ort"}  # onnxruntime writes different bytes each time
         manifest.write(
             place,
             recipe.text(request),
@@ -69,20 +69,20 @@ def deploy(request: Deploy, observer: Observer = ignore) -> dict[str, Any]:
 def _require_sense(request: Deploy) -> None:
     """Refuse options that would have no effect."""
     if request.int8 and request.data is None:
-        raise DataError(f"quantising looks at samples: give --data, {FORMS}")
+        raise DataError(f"--int8 needs samples for calibration: give --data, {FORMS}")
     of_int8 = (named for named in options_of(Deploy) if named.name in _OF_INT8)
     given = [named.key for named in of_int8 if getattr(request, named.name) != named.default]
     if given and not request.int8:
-        raise CpdError(f"--{given[0]} says how to quantise: give --int8 too")
+        raise CpdError(f"--{given[0]} has no effect without --int8: give --int8 as well")
     if request.storage_only and request.half is None:
-        raise CpdError("--storage-only says how to store half floats: give --half too")
+        raise CpdError("--storage-only has no effect without --half: give --half as well")
     wishes = (request.profile, request.fix, request.batch, request.opset, request.int8, request.half, request.ort)
     if not any(wishes):
-        raise CpdError("there is nothing to do: give --profile, --fix, --batch, --opset, --int8, --half or --ort")
+        raise CpdError("nothing to do: give --profile, --fix, --batch, --opset, --int8, --half or --ort")
 
 
 def _wish(request: Deploy, profile: Profile | None) -> Deployment:
-    """What the command line asks for; how to quantise is the profile's matter where there is one."""
+    """Return the requested conversions; a profile sets how activations and weights are quantised."""
     of_target: dict[str, Any] = {}
     if profile is not None:
         names = ("activations", "symmetric", "reduce_range", "quantized_bias")
@@ -103,9 +103,9 @@ def _wish(request: Deploy, profile: Profile | None) -> Deployment:
 
 
 def _write(request: Deploy, model: Model, made: Model) -> Iterator[Step]:
-    """Write the model, and what onnxruntime makes of it, which is a step."""
+    """Write the model and, if requested, its .ort file; yield the step that converts to .ort."""
     weights = "beside" if request.weights == "as-is" and model.is_external else request.weights
-    made.data_files |= model.data_files  # which stay, whatever they are called
+    made.data_files |= model.data_files  # never overwritten, whatever their names
     if request.ort is not None:
         started = time.perf_counter()
         content, difference = ort_measured(made, request.ort_level)
@@ -116,7 +116,7 @@ def _write(request: Deploy, model: Model, made: Model) -> Iterator[Step]:
 
 
 def _content(request: Deploy, model: Model, made: Deployed) -> dict[str, Any]:
-    """The result."""
+    """Return the result as plain values."""
     sizes = {"before": report.size_of(model, request.model), "after": report.size_of(made.model, request.output)}
     return {
         "format": FORMAT,
@@ -132,11 +132,6 @@ def _content(request: Deploy, model: Model, made: Deployed) -> dict[str, Any]:
 
 
 def _plain(step: Step) -> dict[str, Any]:
-    """A step as JSON has it: what is not finite is null."""
-    content = asdict(step)
-    if step.difference is not None:
-        values = asdict(step.difference).items()
-        content["difference"] = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values
-        }
-    return content
+    """Return a step as JSON represents it."""
+    difference = None if step.difference is None else finite(asdict(step.difference))
+    return asdict(step) | {"difference": difference}

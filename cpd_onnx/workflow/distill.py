@@ -1,4 +1,4 @@
-"""Distill: train a pruned model against its original, from file to file; and what every training needs."""
+"""Distill: train a pruned model against its original, from files to files; and helpers of every training."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def distill_module() -> ModuleType:
-    """`cpd_onnx.passes.distill`; raises UnsupportedError if there is no torch."""
+    """Return `cpd_onnx.passes.distill`; raises UnsupportedError if torch is not installed."""
     try:
         from cpd_onnx.passes import distill
     except ModuleNotFoundError as error:
@@ -47,17 +47,17 @@ def distill_module() -> ModuleType:
 
 
 def is_first_process() -> bool:
-    """Whether this is the only process of a training run, or the first one that a launcher started."""
+    """Return whether this is the only process of a training run, or the first of a distributed one."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def checkpoint_of(request: Tracing) -> Path:
-    """Where a run that is stopped leaves what it has done."""
+    """Return the path of the checkpoint of a run."""
     return request.checkpoint or Path(f"{request.output}.checkpoint")
 
 
 def traces_of(request: Tracing) -> Traces:
-    """What the run leaves behind while it goes on."""
+    """Return where the training writes its checkpoint and its logs."""
     made: Traces = distill_module().Traces(
         checkpoint_of(request), request.checkpoint_seconds, request.resume, request.log, request.tensorboard
     )
@@ -65,7 +65,7 @@ def traces_of(request: Tracing) -> Traces:
 
 
 def watched_on(request: Compress | Distill, model: Model) -> Watched | None:
-    """The data to judge the student on while it trains, if any."""
+    """Return the samples on which the student is measured during training, or None."""
     source = source_of(request.watch, model, request)
     if source is None:
         return None
@@ -74,35 +74,33 @@ def watched_on(request: Compress | Distill, model: Model) -> Watched | None:
 
 
 @contextlib.contextmanager
-def saying_what_is_left(unfinished: Callable[[], Iterable[Path]]) -> Iterator[None]:
-    """Where something fails inside, add to the error which files hold what was done until then, if any do."""
+def noting_checkpoints(unfinished: Callable[[], Iterable[Path]]) -> Iterator[None]:
+    """Add to an error in the block a note that names the existing files from which the run can be continued."""
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
         left = [path.name for path in unfinished() if path.exists()]
-        if left and not isinstance(error, StoppedError):  # which says so itself
-            error.add_note(
-                f"what was done so far is in {', '.join(left)}: go on with --resume, or start anew with --force"
-            )
+        if left and not isinstance(error, StoppedError):  # its message names the checkpoint
+            error.add_note(f"checkpoint written to {', '.join(left)}: continue with --resume, or restart with --force")
         raise
 
 
 def require_new_run(request: Tracing, *checkpoints: Path) -> None:
-    """Refuse to lose what an unfinished run has done."""
+    """Raise CpdError if a checkpoint of an unfinished run would be lost."""
     for path in checkpoints:
         if path.exists() and not (request.resume or request.force):
-            raise CpdError(f"{path} holds an unfinished run: go on with --resume, or start anew with --force")
+            raise CpdError(f"{path} holds an unfinished run: continue with --resume, or restart with --force")
 
 
 def distill(request: Distill, observer: Observer = ignore) -> dict[str, Any] | None:
-    """Train the student and write it; what there is to say, or nothing in a process of a run that is not the first."""
+    """Train the student, write it, and return the result; None in all processes of a run but the first."""
     plan = _student_plan(request)
     plan_path = None if plan is None else plan_path_of(request.output)
     places = [request.output, recipe_path_of(request.output), *([] if plan_path is None else [plan_path])]
     written = require_outputs(request, *places, reads=[request.plan or plan_path_of(request.student)])
     training = distill_module()
     check_metric(request.metric)
-    recipe.text(request)  # refuses now what cannot be put on record at the end
+    recipe.text(request)  # fails now, not at the end, if an option cannot be recorded
     models = {"teacher": load(request.teacher), "student": load(request.student)}
     require_apart(written, *models.values())
     source = _required_source(models["student"], request)
@@ -115,7 +113,7 @@ def distill(request: Distill, observer: Observer = ignore) -> dict[str, Any] | N
     watched = watched_on(request, models["student"])
     accuracies = evaluated(request, models, models["teacher"]) if is_first_process() else {}
     teacher, student = (model.complete_proto() for model in models.values())
-    with saying_what_is_left(lambda: [checkpoint]):
+    with noting_checkpoints(lambda: [checkpoint]):
         result = training.distill(
             teacher, student, source, settings,
             lambda now: observer(f"distill, step {now.step} of {now.steps}, loss {now.loss:.4f}", now.step, now.steps),
@@ -138,12 +136,12 @@ def distill(request: Distill, observer: Observer = ignore) -> dict[str, Any] | N
 def _required_source(model: Model, request: Distill) -> Source:
     source = source_of(request.data, model, request)
     if source is None:
-        raise DataError(f"training needs inputs: give --data, {FORMS}")
+        raise DataError(f"training needs samples: give --data, {FORMS}")
     return source
 
 
 def _student_plan(request: Distill) -> Plan | None:
-    """The plan that the student was made by; None where there is none and none is needed."""
+    """Return the plan of the student; None if it has none and none is needed."""
     path = request.plan or plan_path_of(request.student)
     if not path.exists() and request.plan is None and not request.hidden:
         return None
@@ -151,7 +149,7 @@ def _student_plan(request: Distill) -> Plan | None:
 
 
 def _write(request: Distill, student: Model, made: Model, plan: Plan | None) -> None:
-    """Write the trained model, the options, and a plan that names the trained weights, if the student has one."""
+    """Write the trained model and the recipe and, if the student has a plan, one that records the trained weights."""
     if plan is None:
         made.save(request.output, overwrite=request.force, weights=request.weights)
     else:

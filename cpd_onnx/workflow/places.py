@@ -1,8 +1,9 @@
-"""Where what a request makes goes, and what it reads: refused before the work starts where files would be lost."""
+"""Paths that a request writes and reads; conflicts between them are refused before the work starts."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,26 +21,26 @@ from cpd_onnx.rewrite.plan import Plan
 from cpd_onnx.workflow.requests import Evaluating, OnSamples, Request, Saving
 
 STDOUT = "-"
-"""Stands for standard output among the names of files."""
+"""File name that stands for standard output."""
 
 
 def beside(path: Path, ending: str) -> Path:
-    """The file of the same name with something behind it."""
+    """Return the path with a further ending appended to its name."""
     return path.with_name(f"{path.name}.{ending}")
 
 
 def plan_path_of(path: Path) -> Path:
-    """Where the plan of a file lies."""
+    """Return the default path of the plan of a model file."""
     return beside(path, "plan.json")
 
 
 def recipe_path_of(path: Path) -> Path:
-    """Where the options that made a file are put on record."""
+    """Return the path of the recipe of a model file."""
     return beside(path, "recipe.toml")
 
 
 def _inputs(request: Request) -> list[Path]:
-    """What a request reads, or may: a name that is no file does no harm here."""
+    """Return the paths that a request may read; those that are not files do no harm."""
     found: list[Path] = []
     for named in options_of(type(request)):
         value = getattr(request, named.name, None)
@@ -49,10 +50,10 @@ def _inputs(request: Request) -> list[Path]:
 
 
 def require_outputs(request: Request, *paths: Path, reads: Sequence[Path] = ()) -> list[Path]:
-    """Refuse before the work starts: files that are there, folders that are not, one file for two things.
+    """Raise ModelError for outputs that exist, whose folder is missing, or that are also an input or another output.
 
-    No file that is read is ever replaced, in whatever spelling or through whatever link it is named. The files that
-    will be written are given back, for `require_apart`.
+    A file that is read is never replaced, whatever the spelling of its path or the links to it. Returns the paths that
+    will be written, for `require_apart`.
     """
     more = [getattr(request, name, None) for name in ("json", "plot")]
     new = [*paths, *(Path(name) for name in more if name not in (None, STDOUT))]
@@ -61,14 +62,14 @@ def require_outputs(request: Request, *paths: Path, reads: Sequence[Path] = ()) 
     written = [*new, *([log] if log is not None else []), *kept]
     for place, path in enumerate(written):
         if any(is_same_file(path, other) for other in read) or _is_sample(path, read):
-            raise ModelError(f"{path} is named for two things, it is read and would be lost: choose another name")
+            raise ModelError(f"{path} is both an input and an output, and would be overwritten: choose another name")
         if any(is_same_file(path, other) for other in written[:place]):
-            raise ModelError(f"{path} is named for two things: choose another name")
+            raise ModelError(f"{path} is given for two outputs: choose another name")
     for path in new:
         require_free(path, overwrite=request.force)
     if log is not None:
         require_free(log, overwrite=request.force or bool(getattr(request, "resume", False)))
-    for path in kept:  # from an earlier run, perhaps
+    for path in kept:  # possibly from an earlier run
         require_free(path, overwrite=True)
     if paths:
         _require_room(paths[0])
@@ -76,14 +77,14 @@ def require_outputs(request: Request, *paths: Path, reads: Sequence[Path] = ()) 
 
 
 def require_apart(written: Iterable[Path], *models: Model) -> None:
-    """Refuse to replace the data files of the models that are read, which are known once these are."""
+    """Raise ModelError if an output would replace an external data file of a model that is read."""
     for path in written:
         if any(is_same_file(path, file) for model in models for file in model.data_files):
-            raise ModelError(f"{path} holds weights of the model that is read, and would be lost: choose another name")
+            raise ModelError(f"{path} holds weights of an input model, and would be overwritten: choose another name")
 
 
 def _require_room(path: Path) -> None:
-    """Refuse a name so long that the names of what lies beside the file would be too long."""
+    """Raise ModelError if the names of files beside the output would be too long for the file system."""
     for ending in (".00000000.data", ".checkpoint.00.onnx"):
         try:
             os.lstat(path.with_name(path.name + ending))
@@ -94,7 +95,7 @@ def _require_room(path: Path) -> None:
 
 
 def _is_sample(path: Path, read: Iterable[Path]) -> bool:
-    """Whether a file is one of the images in a folder that is read."""
+    """Return whether a file is one of the images in a folder that is read."""
     if path.suffix.lower() not in IMAGE_SUFFIXES or not path.is_file():
         return False
     return any(folder.is_dir() and path.resolve().is_relative_to(folder.resolve()) for folder in read)
@@ -104,7 +105,7 @@ def _is_sample(path: Path, read: Iterable[Path]) -> bool:
 
 
 def read_model(path: Path, shapes: Mapping[str, Sequence[int]] | None = None) -> Model:
-    """Load a model; a shape for an input that it has not is an error."""
+    """Return the model of a file; raises DataError if a shape is given for an input that it does not have."""
     model = load(path)
     known = {info.name for info in model.graph.input}
     for name in shapes or {}:
@@ -114,19 +115,19 @@ def read_model(path: Path, shapes: Mapping[str, Sequence[int]] | None = None) ->
 
 
 def source_of(data: str | None, model: Model, request: OnSamples) -> Source | None:
-    """Where samples for a model come from, if data is named."""
+    """Return the source of samples for a model; None if no data is given."""
     shapes = getattr(request, "input_shapes", None)
     return None if data is None else sources.source_of(data, model, shapes, request.images)
 
 
 def evaluated(request: Evaluating, models: Mapping[str, Model], teacher: Model) -> dict[str, float]:
-    """What the models score on the data for that, by name; nothing where there is no such data."""
+    """Return the metric of each model on the data of --eval, by name; empty without such data."""
     source = source_of(request.eval, teacher, request)
     return {} if source is None else scored(request, source, models, teacher)
 
 
 def scored(request: Evaluating, source: Source, models: Mapping[str, Model], teacher: Model) -> dict[str, float]:
-    """What the models score on some data, by name."""
+    """Return the metric of each model on a source of samples, by name."""
     reference = teacher.complete_proto() if request.metric in OF_TWO_MODELS else None
     return {
         name: evaluate(model.complete_proto(), source, request.metric, reference=reference)
@@ -135,7 +136,7 @@ def scored(request: Evaluating, source: Source, models: Mapping[str, Model], tea
 
 
 def objections(profile: str | None, model: Model) -> list[str]:
-    """What a target objects to in a model; nothing where none is named."""
+    """Return the problems of a model under a profile; empty without a profile."""
     if profile is None:
         return []
     found = load_profile(profile)
@@ -146,18 +147,27 @@ def objections(profile: str | None, model: Model) -> list[str]:
 
 
 def write_both(request: Saving, model: Model, plan: Plan, plan_path: Path) -> None:
-    """Write the model and its plan; if one cannot be written, neither is, and what was there stays."""
+    """Write the model and its plan; if one cannot be written, neither is, and existing files are unchanged."""
     with locked_folder(request.output.parent), commit_together():
         plan.save(plan_path, overwrite=request.force)
         model.save(request.output, overwrite=request.force, weights=request.weights)
 
 
 def write_json(request: Request, content: Mapping[str, Any]) -> None:
-    """Write the result as JSON, if it goes to a file."""
+    """Write the result as JSON if --json names a file."""
     if request.json not in (None, "", STDOUT):
         write_atomically(Path(str(request.json)), json_text(content).encode())
 
 
+def finite(value: Any) -> Any:
+    """Return a value with None for every number that JSON cannot represent."""
+    if isinstance(value, Mapping):
+        return {name: finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def json_text(content: Mapping[str, Any]) -> str:
-    """The result as JSON."""
+    """Return the result as JSON text."""
     return json.dumps(content, indent=1) + "\n"

@@ -1,8 +1,7 @@
-"""Prune, apply and verify: a file, the smaller one, and the plan between them."""
+"""Prune, apply and verify: workflows on an original, a pruned file and the plan that relates them."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -21,13 +20,14 @@ from cpd_onnx.passes.repair import Repair
 from cpd_onnx.passes.score import Score
 from cpd_onnx.passes.verify import Verify
 from cpd_onnx.pipeline import pipeline
-from cpd_onnx.proof.comparison import INCONCLUSIVE, Difference
+from cpd_onnx.proof.comparison import INCONCLUSIVE, OutputDifference
 from cpd_onnx.proof.files import FileVerification, data_feeds, verify_files
 from cpd_onnx.report import tables as report
 from cpd_onnx.rewrite.plan import load_plan
 from cpd_onnx.workflow.chain import Chain, Given, is_intact, manifest_of, verify_deployed
 from cpd_onnx.workflow.compress import step_of
 from cpd_onnx.workflow.places import (
+    finite,
     objections,
     plan_path_of,
     read_model,
@@ -40,11 +40,11 @@ from cpd_onnx.workflow.places import (
 from cpd_onnx.workflow.requests import Apply, Observer, Prune, VerifyFile, ignore
 
 _BATCHES = 2
-"""Of the data that a pruned file is compared on."""
+"""Number of batches of data on which a pruned file is compared with its original; a heuristic."""
 
 
 def prune(request: Prune, observer: Observer = ignore) -> dict[str, Any]:
-    """Prune a model, prove the result and write it with its plan; what there is to say about it."""
+    """Prune a model, prove the result, write it with its plan, and return the result as plain values."""
     plan_path = request.plan or plan_path_of(request.output)
     written = require_outputs(request, request.output, plan_path)
     steps = _passes(request)
@@ -70,9 +70,9 @@ def prune(request: Prune, observer: Observer = ignore) -> dict[str, Any]:
 
 
 def _passes(request: Prune) -> list[pipeline.Pass]:
-    """The passes: with data, channels are chosen by what a repair cannot make up for, and repaired."""
+    """Return the passes that a request asks for; the defaults depend on whether it has data."""
     step = step_of(request, target_options(*request.target), None, has_data=request.data is not None)
-    _ = step.budget  # refuses what makes no sense before the work starts
+    _ = step.budget  # raises TargetError for invalid options before the work starts
     proof: list[pipeline.Pass] = [] if request.no_verify else [Verify(allow_inconclusive=request.allow_inconclusive)]
     if step.rounds > 1:
         return [step, *proof]
@@ -82,7 +82,7 @@ def _passes(request: Prune) -> list[pipeline.Pass]:
 
 
 def apply(request: Apply, observer: Observer = ignore) -> dict[str, Any]:
-    """Replay a plan and write what it makes; what there is to say about it."""
+    """Replay a plan, write the pruned model, and return the result as plain values."""
     written = require_outputs(request, request.output)
     model, plan = load(request.model), load_plan(request.plan)
     require_apart(written, model)
@@ -99,7 +99,7 @@ def apply(request: Apply, observer: Observer = ignore) -> dict[str, Any]:
 def verify(request: VerifyFile, observer: Observer = ignore) -> dict[str, Any]:
     """Check a file against its original, by its plan or by the manifest of `deploy` that names it.
 
-    What there is to say about it, see `require_conclusive`; raises ProofError if the file is something else.
+    Returns the result as plain values, see `require_conclusive`; raises ProofError if the file does not match.
     """
     plan = request.plan or plan_path_of(request.pruned)
     require_outputs(request, reads=[plan])
@@ -109,10 +109,10 @@ def verify(request: VerifyFile, observer: Observer = ignore) -> dict[str, Any]:
         source = source_of(request.data, original, request)
         return None if source is None else data_feeds(original, source, _BATCHES)
 
-    there = None if request.plan is not None and not request.via else manifest_of(request.pruned, request.manifest)
-    if there is not None and (request.manifest or is_intact(request.pruned, there) or not plan.is_file()):
+    record = None if request.plan is not None and not request.via else manifest_of(request.pruned, request.manifest)
+    if record is not None and (request.manifest or is_intact(request.pruned, record) or not plan.is_file()):
         given = Given(request.plan, request.via, feeds, lambda model: source_of(request.data, model, request))
-        chain = verify_deployed(original, request.pruned, there, given)
+        chain = verify_deployed(original, request.pruned, record, given)
         content = {**_pruned(chain.pruned), "deployed": _deployed(chain)}
     elif not plan.is_file() and request.plan is None:
         raise PlanError(f"{request.pruned} has neither a plan nor a manifest of deploy beside it: give --plan")
@@ -124,13 +124,13 @@ def verify(request: VerifyFile, observer: Observer = ignore) -> dict[str, Any]:
 
 
 def require_conclusive(content: Mapping[str, Any]) -> None:
-    """Raise InconclusiveError if the proof of the pruned file shows too little."""
+    """Raise InconclusiveError if the proof of the pruned file is inconclusive."""
     if content.get("verdict") == INCONCLUSIVE:
         raise InconclusiveError(report.proof_line(content))
 
 
 def _pruned(found: FileVerification | None) -> dict[str, Any]:
-    """The check of a pruned file; nothing where the original itself was deployed."""
+    """Return the check of a pruned file as plain values; empty if the original itself was deployed."""
     if found is None:
         return {}
     return {
@@ -157,9 +157,6 @@ def _deployed(chain: Chain) -> dict[str, Any]:
     return {"links": links, "measured": _plain(chain.measured)}
 
 
-def _plain(found: Difference | None) -> dict[str, Any] | None:
-    """A difference as JSON has it: what is not finite is null."""
-    if found is None:
-        return None
-    values = asdict(found).items()
-    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values}
+def _plain(found: OutputDifference | None) -> dict[str, Any] | None:
+    """Return an output difference as JSON represents it."""
+    return None if found is None else finite(asdict(found))

@@ -1,6 +1,6 @@
-"""Recipes: the options of a command as a TOML file, written beside what it made and read again to repeat it.
+"""Recipes: the options of a command as a TOML file, written beside its output, from which it can be repeated.
 
-Paths in a recipe are as seen from its folder, so that both can be moved together.
+Paths in a recipe are relative to its folder, so that files and recipe can be moved together.
 """
 
 from __future__ import annotations
@@ -21,10 +21,7 @@ from cpd_onnx.version import __version__
 
 
 def read(path: Path, owner: type) -> dict[str, Any]:
-    """Values for the options of a request, by name.
-
-    Raises CpdError if the file is no recipe for it.
-    """
+    """Return the values of the options of a request by name; raises CpdError if the file is not a recipe for it."""
     try:
         content = read_text(path)
     except OSError as error:
@@ -35,16 +32,18 @@ def read(path: Path, owner: type) -> dict[str, Any]:
 
 
 def parsed(content: str, owner: type, path: Path) -> dict[str, Any]:
-    """The same from the text of a recipe, which lies at `path`."""
+    """Return the values of the options from the text of a recipe; `path` is named in messages."""
     try:
-        said = tomllib.loads(content)
-    except (ValueError, RecursionError) as error:  # a number of too many digits is no TOMLDecodeError
+        entries = tomllib.loads(content)
+    except (ValueError, RecursionError) as error:  # a number with too many digits raises a plain ValueError
         raise CpdError(f"{path} is not a TOML file: {_reason(error)}") from error
     known = {named.key: named for named in _recorded_of(owner)}
-    said.pop("made_by", None)
+    former = {named.former_key: named for named in known.values() if named.former_key}
+    entries.pop("made_by", None)
     values = {}
-    for key, value in said.items():
-        named = known.get(key.replace("_", "-"))
+    for key, value in entries.items():
+        name = key.replace("_", "-")
+        named = known.get(name) or former.get(name)
         if named is None:
             raise CpdError(f"{path}: this command has no option {key!r}{neighbours(key, known)}")
         values[named.name] = _checked(f"{path}: {key} = {reprlib.repr(value)}", value, named)
@@ -52,19 +51,19 @@ def parsed(content: str, owner: type, path: Path) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    return "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 def write(path: Path, request: Any, *, overwrite: bool, owner: type | None = None) -> None:
-    """Put the options of a request on record; those that another one has too, if that is given."""
+    """Write the options of a request, restricted to those of the type `owner` if it is given."""
     require_free(path, overwrite=overwrite)
     write_atomically(path, text(request, owner, path.parent).encode())
 
 
 def text(request: Any, owner: type | None = None, folder: Path | None = None) -> str:
-    """What `write` writes, with paths as seen from a folder, that of the output unless another one is given.
+    """Return the text of a recipe, with paths relative to a folder (default: that of the output).
 
-    Raises CpdError where a name cannot be put on record.
+    Raises CpdError for a name that a recipe cannot hold.
     """
     lines = [f'made_by = "cpd-onnx {__version__}"']
     values = values_of(request)
@@ -79,11 +78,11 @@ def text(request: Any, owner: type | None = None, folder: Path | None = None) ->
 
 
 def _recorded(key: str, value: str) -> str:
-    """A value as TOML can hold it; CpdError for a name that is not UTF-8."""
+    """Return a value with its control characters escaped; raises CpdError for a name that is not UTF-8."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise CpdError(f"--{key} {value}: a recipe cannot hold a name that is not UTF-8: give it another") from error
+        raise CpdError(f"--{key} {value}: a recipe cannot hold a name that is not UTF-8: rename the file") from error
     return value.replace("\x7f", "\\u007f")
 
 
@@ -92,11 +91,11 @@ def _recorded_of(owner: type) -> Iterator[Named]:
 
 
 def _checked(where: str, value: Any, named: Named) -> Any:
-    """A value as the command line would have it; texts are read as there."""
+    """Return a value as the command line would read it; raises CpdError if it is invalid."""
     is_many = named.option.is_many
     if isinstance(value, bool) != named.is_switch or isinstance(value, list) != is_many:
-        wanted = "true or false" if named.is_switch else "a list" if is_many else "one value"
-        raise CpdError(f"{where}: it should be {wanted}")
+        wanted = "true or false" if named.is_switch else "a list" if is_many else "a single value"
+        raise CpdError(f"{where}: must be {wanted}")
     if named.is_switch:
         return value
     try:
@@ -104,21 +103,21 @@ def _checked(where: str, value: Any, named: Named) -> Any:
     except ValueError as error:
         raise CpdError(f"{where}: {error}") from error
     if named.option.choices is not None and found not in named.option.choices:
-        raise CpdError(f"{where}: choose one of {', '.join(named.option.choices)}")
+        raise CpdError(f"{where}: must be one of {', '.join(named.option.choices)}")
     return found
 
 
 def _single(value: Any, named: Named) -> Any:
-    """One value; ValueError where it is no text, and no number where one can be."""
+    """Return one value as the command line would read it; raises ValueError for one of the wrong type."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError("it should be a text or a number")
+        raise ValueError("must be a string or a number")
     if named.option.read in (str, Path) and not isinstance(value, str):
-        raise ValueError("it should be a text")
+        raise ValueError("must be a string")
     return named.option.read(value if isinstance(value, str) else str(value))
 
 
 def _toml(value: Any, named: Named) -> str:
-    """A value as TOML."""
+    """Return a value in TOML syntax."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
@@ -134,7 +133,7 @@ def _quoted(text: str) -> str:
 
 
 def _text_of(value: Any, named: Named) -> str:
-    """As it is said on the command line: NAME:SIZE,SIZE, NAME=LOW..HIGH, NAME=VALUE or values with commas."""
+    """Return a value in command-line syntax: NAME:SIZE,SIZE, NAME=LOW..HIGH, NAME=VALUE or VALUE,VALUE."""
     if not isinstance(value, tuple):
         return str(value)
     if len(value) != 2 or not isinstance(value[0], str):

@@ -1,8 +1,9 @@
-"""Reproduce: the run of a manifest once more, and every byte compared."""
+"""Reproduce: repeat the run that a manifest records, and compare the files byte for byte."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping
@@ -14,67 +15,76 @@ from cpd_onnx.errors import CpdError, PlanError
 from cpd_onnx.io import trust
 from cpd_onnx.options import build, options_of
 from cpd_onnx.report import manifest
+from cpd_onnx.rewrite.plan import load_plan
 from cpd_onnx.workflow import defaults, recipe
 from cpd_onnx.workflow.compress_files import compress
 from cpd_onnx.workflow.deploy import deploy
 from cpd_onnx.workflow.places import beside, require_outputs, write_json
 from cpd_onnx.workflow.requests import Compress, Deploy, Observer, Reproduce, ignore
 
-_RUNS: dict[str, type[Compress] | type[Deploy]] = {"compress": Compress, "deploy": Deploy}
+_REPEATABLE: dict[str, type[Compress] | type[Deploy]] = {"compress": Compress, "deploy": Deploy}
 _ROLES = ("model", "data", "watch", "plan", "cost-table", "profile")
-"""Inputs that a run is repeated with, each an option. What only measured is not looked at."""
+"""Roles of inputs that a run is repeated with, each an option; data that only measures is not needed."""
 _TRACES = ("log", "tensorboard", "teacher_cache", "ort")
-"""Options that say where things go that are not written again, or elsewhere."""
+"""Options that name outputs which are not written again, or are written elsewhere."""
 
 
 def reproduce(request: Reproduce, observer: Observer = ignore) -> dict[str, Any]:
-    """Repeat the run of a manifest and compare what comes out with what came out then.
-
-    What there is to say about it, see `require_same`.
-    """
-    there = manifest.read(request.manifest)
-    made = {entry["role"]: entry for entry in there["outputs"] if entry.get("repeats")}
-    owner = next((owner for run, owner in _RUNS.items() if run == there.get("run", "compress")), None)
-    if owner is None or "model" not in made or not any(entry["role"] == "model" for entry in there["inputs"]):
-        raise PlanError(f"manifest {request.manifest} names no model, or a run that is none of {', '.join(_RUNS)}")
+    """Repeat the run that a manifest records, compare its files, and return the comparison, see `require_same`."""
+    record = manifest.read(request.manifest)
+    outputs = {entry["role"]: entry for entry in record["outputs"] if entry.get("repeats")}
+    owner = next((owner for run, owner in _REPEATABLE.items() if run == record.get("run", "compress")), None)
+    if owner is None or "model" not in outputs or not any(entry["role"] == "model" for entry in record["inputs"]):
+        raise PlanError(f"manifest {request.manifest} names no model, or a run other than {' or '.join(_REPEATABLE)}")
     require_outputs(request)
-    inputs = _inputs(request, there)
-    again = _again(request, there, owner, inputs, request.output / _name_of(made["model"], request.manifest))
+    inputs = _inputs(request, record)
+    repeated = _repeated_request(
+        request, record, owner, inputs, request.output / _name_of(outputs["model"], request.manifest)
+    )
     with _folder(request.output):
-        if isinstance(again, Compress):
-            again = _with_choice(again, lambda: _plan_of(made, request))
+        if isinstance(repeated, Compress):
+            repeated = _with_recorded_choice(repeated, lambda: _plan_of(outputs, request))
             compress(
-                again, observer, called=next(Path(e["file"]).name for e in there["inputs"] if e["role"] == "model")
+                repeated, observer, called=next(Path(e["file"]).name for e in record["inputs"] if e["role"] == "model")
             )
-            if again.teacher_cache is not None:
-                again.teacher_cache.unlink(missing_ok=True)
+            if repeated.teacher_cache is not None:
+                repeated.teacher_cache.unlink(missing_ok=True)
         else:
-            deploy(again, observer)
+            deploy(repeated, observer)
     rows = []
-    for entry in made.values():
+    for entry in outputs.values():
         path = request.output / _name_of(entry, request.manifest)
-        same = path.exists() and manifest.file_entry(path, "")["sha256"] == entry["sha256"]
+        same = path.exists() and _is_same(path, entry)
         rows.append({"file": path.name, "role": entry["role"], "sha256": entry["sha256"], "same": same})
-    content = {"files": rows, "other_versions": manifest.differences(there)}
+    content = {"files": rows, "other_versions": manifest.differences(record)}
     write_json(request, content)
     return content
 
 
+def _is_same(path: Path, entry: Mapping[str, Any]) -> bool:
+    """Return whether a file is the one of the manifest; a plan may have been written in format version 1 then."""
+    if manifest.file_entry(path, "")["sha256"] == entry["sha256"]:
+        return True
+    if entry["role"] != "plan":
+        return False
+    return hashlib.sha256(load_plan(path).dumps(1).encode()).hexdigest() == str(entry["sha256"])
+
+
 def require_same(content: Mapping[str, Any]) -> None:
-    """Raise CpdError unless all files came out the same."""
+    """Raise CpdError unless all files are identical."""
     if not all(row["same"] for row in content["files"]):
         versions = "; ".join(content["other_versions"])
-        why = versions or "another processor, or another number of threads (--threads) then"
-        raise CpdError(f"what came out differs from what the manifest names: {why}")
+        cause = versions or "another processor or number of threads (--threads)"
+        raise CpdError(f"the files differ from those of the manifest; possible cause: {cause}")
 
 
-def _inputs(request: Reproduce, there: Mapping[str, Any]) -> dict[str, Path]:
-    """Where the inputs lie now, by their roles.
+def _inputs(request: Reproduce, record: Mapping[str, Any]) -> dict[str, Path]:
+    """Return the paths of the inputs by their roles.
 
-    Raises CpdError if one is not there, is another file, or lies outside the manifest's folder and is not named on the
-    command line; all that should be named are in the one line.
+    Raises CpdError if one is missing, has changed, or is outside the manifest's folder and not named on the command
+    line; the message lists all that must be named.
     """
-    entries = {entry["role"]: entry for entry in there["inputs"] if entry["role"] in _ROLES}
+    entries = {entry["role"]: entry for entry in record["inputs"] if entry["role"] in _ROLES}
     found: dict[str, Path] = {}
     outside: list[str] = []
     for role, entry in entries.items():
@@ -86,8 +96,7 @@ def _inputs(request: Reproduce, there: Mapping[str, Any]) -> dict[str, Path]:
             outside.append(f"--{role} {shlex.quote(place)}")
     if outside:
         raise CpdError(
-            f"{request.manifest} names inputs outside its folder; if they should be used, name them too: "
-            f"{' '.join(outside)}"
+            f"{request.manifest} names inputs outside its folder; to use them, add these options: {' '.join(outside)}"
         )
     for role, path in found.items():
         _require_the_same(path, role, entries[role])
@@ -96,65 +105,68 @@ def _inputs(request: Reproduce, there: Mapping[str, Any]) -> dict[str, Path]:
 
 def _require_the_same(path: Path, role: str, entry: Mapping[str, Any]) -> None:
     if not path.exists():
-        raise CpdError(f"{path} is not there: say with --{role} where the {role} is now")
+        raise CpdError(f"{path} does not exist: name the {role} with --{role}")
     if manifest.file_entry(path, "")["sha256"] != entry["sha256"]:
-        raise CpdError(f"{path} is another file than then: its SHA-256 should be {entry['sha256']}")
+        raise CpdError(f"{path} has changed: its SHA-256 must be {entry['sha256']}")
 
 
 def _name_of(entry: Mapping[str, Any], origin: Path) -> str:
-    """What an output is called: a plain name, whatever folder it was in."""
+    """Return the name of an output, without the folder in which it was."""
     name = Path(entry["file"]).name
     if name in ("", "..") or "\0" in name:
-        raise PlanError(f"manifest {origin} names an output {entry['file']!r}, which is not the name of a file")
+        raise PlanError(f"manifest {origin} names an output {entry['file']!r}, which is not a file name")
     return name
 
 
-def _plan_of(made: Mapping[str, Mapping[str, Any]], request: Reproduce) -> Path | None:
-    """The plan that came out then."""
-    if "plan" not in made:
+def _plan_of(outputs: Mapping[str, Mapping[str, Any]], request: Reproduce) -> Path | None:
+    """Return the path of the plan that the run wrote; None if there is none."""
+    if "plan" not in outputs:
         return None
     given: Path | None = request.plan
-    place = given or trust.inside(made["plan"]["file"], request.manifest, "--plan")
+    place = given or trust.inside(outputs["plan"]["file"], request.manifest, "--plan")
     return place if place.exists() else None
 
 
-def _again(
+def _repeated_request(
     request: Reproduce,
-    there: Mapping[str, Any],
+    record: Mapping[str, Any],
     owner: type[Compress] | type[Deploy],
     inputs: Mapping[str, Path],
     output: Path,
 ) -> Compress | Deploy:
-    """The request of the run, with the inputs where they lie now; nothing is scored on other data again."""
+    """Return the request of the run, with the present paths of its inputs and without its measurements."""
     options = {named.name: named for named in options_of(owner)}
-    said = recipe.parsed(there["recipe"], owner, request.manifest)
+    recorded = recipe.parsed(record["recipe"], owner, request.manifest)
     fixed: dict[str, Any] = {role: str(inputs[role]) for role in ("data", "watch", "profile") if role in inputs}
     fixed |= {"model": inputs["model"], "output": output, "force": request.force, "eval": None, "report": False}
     fixed |= {"like": inputs.get("plan"), "cost_table": inputs.get("cost-table"), **dict.fromkeys(_TRACES)}
-    if said.get("teacher_cache") is not None:
+    if recorded.get("teacher_cache") is not None:
         fixed["teacher_cache"] = beside(output, "answers")
-    if not said.get("patience"):
+    if not recorded.get("patience"):
         fixed |= {"watch": None, "metric": defaults.METRIC}
-    left = {name: value for name, value in said.items() if name not in fixed}
-    found = trust.taken(left, options, request.manifest, (*request.trust, str(request.data), str(request.watch)))
-    return build(owner, found | {name: value for name, value in fixed.items() if name in options})
+    others = {name: value for name, value in recorded.items() if name not in fixed}
+    trusted = trust.taken(others, options, request.manifest, (*request.trust, str(request.data), str(request.watch)))
+    return build(owner, trusted | {name: value for name, value in fixed.items() if name in options})
 
 
-def _with_choice(again: Compress, plan_of: Callable[[], Path | None]) -> Compress:
-    """Where channels were chosen by measuring, the plan says which: measuring again would choose others."""
-    if again.target[0] != "latency" or again.cost_table is not None or again.like is not None:
-        return again
-    plan = None if again.rounds > 1 else plan_of()
+def _with_recorded_choice(repeated: Compress, plan_of: Callable[[], Path | None]) -> Compress:
+    """Return the request with the recorded plan if channels were chosen by latency, as a new measurement may differ."""
+    if repeated.target[0] != "latency" or repeated.cost_table is not None or repeated.like is not None:
+        return repeated
+    plan = None if repeated.rounds > 1 else plan_of()
     if plan is None:
-        raise CpdError("its channels were chosen by measuring in rounds, which nobody can repeat: use --cost-table")
-    return replace(again, like=plan)
+        raise CpdError(
+            "the run chose channels by measured latency in several rounds, which cannot be repeated; compress with "
+            "--cost-table for a reproducible run"
+        )
+    return replace(repeated, like=plan)
 
 
 @contextlib.contextmanager
 def _folder(folder: Path) -> Iterator[None]:
-    """A folder that is there, or is made; one that is made and stays empty goes again."""
+    """Create a folder if it does not exist; remove it after the block if it was created and is still empty."""
     if folder.exists() and not folder.is_dir():
-        raise CpdError(f"{folder} is a file: name a folder")
+        raise CpdError(f"{folder} is a file: choose a folder")
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:

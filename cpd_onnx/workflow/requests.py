@@ -219,15 +219,15 @@ class Choosing(ScoringOptions, OnSamples, OfSizes):
         f"Score that ranks channels: {', '.join(SCORE_FUNCTIONS)} or module:function (default: {defaults.SCORE})",
         takes="function",
     )
-    spread: str | None = again(
+    policy: str | None = again(
         AllocateOptions,
-        "spread",
-        help="Allocation policy: the same share of each group (uniform), all channels competing (global), those of "
-        f"like groups competing (isomorphic), or the least damage (optimal) (default: {defaults.SPREAD})",
+        "policy",
+        help="Allocation policy: the same ratio of each group (uniform), all channels competing (global), those of "
+        f"like groups competing (isomorphic), or the least loss (optimal) (default: {defaults.POLICY})",
     )
     profile: str | None = _profile(
         f"Target that the model is for, {', '.join(profile_names())} or a file: sets "
-        "--multiple; the result is checked against it"
+        "--round-to; the result is checked against it"
     )
     repair: bool | None = option(
         None,
@@ -268,7 +268,7 @@ class Inspect(OnSamples, OfSizes):
     sensitivity: bool = option(False, "Measure the output error at several widths of each group", group="sensitivity")
     score: str = again(SensitivityOptions, "score")
     samples: int = again(SensitivityOptions, "samples")
-    shares: tuple[float, ...] = again(SensitivityOptions, "shares")
+    ratios: tuple[float, ...] = again(SensitivityOptions, "ratios")
     repair: bool = again(SensitivityOptions, "repair")
     plot: Path | None = _written(
         f"File to draw the result to: {', '.join(SUFFIXES)}", metavar="FILE", group="sensitivity"

@@ -1,4 +1,4 @@
-"""Sweep: several targets in one run, so that one can be picked by what it costs."""
+"""Sweep: compress a model to several targets in one run, and compare the results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from cpd_onnx.workflow.places import read_model, require_apart, require_outputs,
 from cpd_onnx.workflow.requests import Compress, Observer, Sweep, ignore
 
 _SECONDS = 2.0
-"""For which each model is timed, in turns with the others."""
+"""Seconds for which each model is timed, interleaved with the others; a heuristic."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,14 @@ class SweepPoint:
     """One model of a sweep.
 
     Attributes:
-        name: the target that it was made for.
-        file: its file.
-        quality: what it scores, None where nobody knows.
-        before: what it scored before any training.
-        macs, params, bytes: shares of the original's that are left.
-        ms, ratio: its median latency, and that of the original's.
-        picked: whether it is the fastest that is good enough.
+        name: Target of the model, such as "macs=0.5".
+        file: Path of the model.
+        quality: Metric of the model; None if it was not measured.
+        before: Metric before training; None if it was not trained or not measured.
+        macs, params: Fractions of the original's that remain.
+        bytes: Size of the file, in bytes.
+        ms, ratio: Median latency in milliseconds, and as a fraction of the original's.
+        picked: Whether the model is the fastest within the allowed loss.
     """
 
     name: str
@@ -59,7 +60,7 @@ class SweepPoint:
     picked: bool = False
 
     def as_json(self) -> dict[str, Any]:
-        """As an entry of the report."""
+        """Return the point as an entry of the report."""
         return {
             "name": self.name, "file": self.file.name, "ms": self.ms, "ratio": self.ratio, "accuracy": self.quality,
             "untrained": self.before, "macs": self.macs, "params": self.params, "bytes": self.bytes,
@@ -68,9 +69,9 @@ class SweepPoint:
 
 
 def sweep(request: Sweep, observer: Observer = ignore) -> dict[str, Any]:
-    """Choose channels for each target by the same scores, make the models side by side, and time them in turns.
+    """Choose channels for each target by the same scores, compress in parallel, and time the models interleaved.
 
-    Each model appears with its plan, recipe and manifest once it is made; the report of all at the end.
+    Each model is written with its plan, recipe and manifest as soon as it is finished, and the report at the end.
     """
     folder, targets = request.output, _targets(request.targets)
     files = {name: folder / f"{name}.onnx" for name in targets}
@@ -103,22 +104,22 @@ def sweep(request: Sweep, observer: Observer = ignore) -> dict[str, Any]:
 
 
 def pages_of(request: Sweep) -> list[Path]:
-    """The forms that the report is written in."""
+    """Return the paths of the report in its formats."""
     return [request.output / f"sweep.{kind}" for kind in (*page_kinds(), *(["svg"] if can_draw() else []))]
 
 
 def _targets(said: Sequence[tuple[str, float]]) -> dict[str, tuple[str, float]]:
-    """By the name of their file; the largest first."""
+    """Return the targets by the name of their file, largest first."""
     found = {f"{kind}={fraction:g}": (kind, fraction) for kind, fraction in said}
     if len({kind for kind, _ in found.values()}) > 1:
-        raise TargetError("the targets of a sweep are all of one kind: --targets latency=0.7,0.5,0.3")
+        raise TargetError("all targets of a sweep must be of one kind, as in --targets latency=0.7,0.5,0.3")
     return dict(sorted(found.items(), key=lambda pair: -pair[1][1]))
 
 
 def _planned(
     request: Sweep, model: Model, source: Source | None, targets: Mapping[str, tuple[str, float]]
 ) -> dict[str, Path]:
-    """A plan for each target, in files: combed, scored and, for latency, measured once."""
+    """Write a plan for each target and return their paths; combing, scoring and measuring latency happen once."""
     combed = comb(model, request.input_shapes)
     first = target_options(*next(iter(targets.values())))
     step = compression.step_of(request, first, None, has_data=source is not None)
@@ -140,11 +141,11 @@ def _planned(
 
 
 def _jobs(request: Sweep, files: Mapping[str, Path], plans: Mapping[str, Path]) -> list[Compress]:
-    """What is asked for each model, in order; the options of all are put on record as well."""
+    """Return a request for each model, in order, and write the recipe of all."""
     recipe.write(request.output / "sweep.recipe.toml", request, overwrite=request.force, owner=Compress)
     shared = {entry.name: getattr(request, entry.name) for entry in fields(Compress) if hasattr(request, entry.name)}
     if _most_jobs(request) > 1 and not request.threads:
-        shared["threads"] = 1  # or they stand in each other's way
+        shared["threads"] = 1  # parallel jobs would compete for cores
     shared |= {"report": False, "json": None, "recipe": None}
     return [
         Compress(**shared | {"target": target, "output": files[name], "like": plans[name]})
@@ -162,13 +163,13 @@ def _executor(request: Sweep) -> Executor:
     made = imported(request.executor, "that gives a concurrent.futures.Executor")()
     if not isinstance(made, Executor):
         raise CpdError(
-            f"--executor {request.executor} gives a {type(made).__name__}, not a concurrent.futures.Executor"
+            f"--executor {request.executor} returned a {type(made).__name__}, not a concurrent.futures.Executor"
         )
     return made
 
 
 def _one(request: Compress) -> dict[str, Any]:
-    """Make one model, in a process of its own, or on a machine that sees the same folders."""
+    """Compress one model, in a worker process that shares the folders."""
     content = compress(request)
     assert content is not None
     return content
@@ -191,11 +192,11 @@ def _points(
 def _picked(
     points: Sequence[SweepPoint], accuracy: Mapping[str, Any] | None, most_lost: float | None
 ) -> SweepPoint | None:
-    """The fastest that loses no more than that of the original's score."""
+    """Return the fastest model that loses at most `most_lost` of the original's metric; None without one."""
     if most_lost is None:
         return None
     if accuracy is None:
-        raise CpdError("--most-lost wants to know what a model scores: give --eval, or --data to compare answers on")
+        raise CpdError("--most-lost needs a metric: give --eval, or --data to compare outputs with the original's")
     whole = accuracy["values"]["original"]
     sign = -1.0 if lower_is_better(accuracy) else 1.0
     good = [point for point in points if point.quality is not None and sign * (whole - point.quality) <= most_lost]
@@ -205,7 +206,7 @@ def _picked(
 def _content(
     request: Sweep, points: Sequence[SweepPoint], made: Sequence[Mapping[str, Any]], found: Bench
 ) -> dict[str, Any]:
-    """The report of all of it."""
+    """Return the report of the sweep."""
     first = made[0]
     accuracy = first["accuracy"] or {"metric": None, "on": None, "values": {"original": None}}
     whole = accuracy["values"]["original"]
@@ -229,7 +230,7 @@ def _content(
 
 
 def _draw(content: Mapping[str, Any], path: Path, *, overwrite: bool) -> None:
-    """The score against the latency, where there is a score."""
+    """Draw the metric against the latency, if the metric was measured."""
     found = content["sweep"]
     points = [point for point in found["points"] if point["accuracy"] is not None]
     if points:

@@ -11,7 +11,7 @@ from onnx import ModelProto
 
 import cpd_onnx as cpd
 from cpd_onnx.algebra.keep import KeepMask
-from cpd_onnx.budget.allocation import SPREADS, Allocation, allocate, LossCurves, loss_curves
+from cpd_onnx.budget.allocation import POLICIES, Allocation, LossCurves, allocate, loss_curves
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.channels.costs import CostModel
 from cpd_onnx.channels.groups import Combed
@@ -35,18 +35,18 @@ def chosen(model: ModelProto, kind: str, fraction: float, **options: object) -> 
     return combed, allocate(combed, score(combed), Allocate(**{kind: fraction}, **options).budget)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("kind", ["channels", "macs", "params", "bytes"])
 @pytest.mark.parametrize("fraction", [0.75, 0.5, 0.25])
-def test_target_is_met_within_two_percent(kind: str, fraction: float, spread: str) -> None:
-    _, allocation = chosen(wide(), kind, fraction, spread=spread)
+def test_target_is_met_within_two_percent(kind: str, fraction: float, policy: str) -> None:
+    _, allocation = chosen(wide(), kind, fraction, policy=policy)
     assert allocation.after.of(kind) / allocation.before.of(kind) == pytest.approx(fraction, abs=0.02)
     assert allocation.notes == ()
 
 
-@pytest.mark.parametrize("spread", SPREADS)
-def test_bounds_are_held(spread: str) -> None:
-    options = {"spread": spread, "min_share": 0.4, "max_share": 0.9, "widths": [("u", (0.75, 1.0))]}
+@pytest.mark.parametrize("policy", POLICIES)
+def test_bounds_are_held(policy: str) -> None:
+    options = {"policy": policy, "min_ratio": 0.4, "max_ratio": 0.9, "widths": [("u", (0.75, 1.0))]}
     combed, allocation = chosen(wide(), "macs", 0.5, **options)
     left = {g.name: 1 - len(r) / len(g) for g, r in zip(combed.groups, allocation.removed, strict=True)}
     assert 0.4 <= left["w"] <= 0.9
@@ -55,8 +55,8 @@ def test_bounds_are_held(spread: str) -> None:
 
 
 def test_bounds_that_cannot_be_held_are_named() -> None:
-    with pytest.raises(cpd.TargetError, match="lower bounds"):
-        chosen(wide(), "macs", 0.2, min_share=0.8)
+    with pytest.raises(cpd.TargetError, match="minimum ratios"):
+        chosen(wide(), "macs", 0.2, min_ratio=0.8)
     with pytest.raises(cpd.TargetError, match=r"--width 'no\*' matches no group"):
         chosen(wide(), "macs", 0.5, widths=[("no*", (0.5, 1.0))])
 
@@ -81,7 +81,7 @@ def test_the_optimum_does_the_least_damage(kind: str) -> None:
     combed = comb(wide())
     scores = score(combed)
     curves = loss_curves(scores, is_loss=False)
-    budgets = {spread: Allocate(**{kind: 0.4}, spread=spread).budget for spread in SPREADS}  # type: ignore[arg-type]
+    budgets = {policy: Allocate(**{kind: 0.4}, policy=policy).budget for policy in POLICIES}  # type: ignore[arg-type]
     found = {s: loss_of(combed, allocate(combed, scores, budget, curves=curves)) for s, budget in budgets.items()}
     assert found["optimal"] == min(found.values())
     assert found["optimal"] < 0.95 * found["uniform"]
@@ -95,7 +95,7 @@ def test_the_optimum_is_that_of_trying_all(target: float) -> None:
     )
     combed = comb(model)
     made = loss_curves(score(combed), is_loss=False)
-    allocation = allocate(combed, score(combed), Allocate(macs=target, spread="optimal").budget, curves=made)
+    allocation = allocate(combed, score(combed), Allocate(macs=target, policy="optimal").budget, curves=made)
     curves = made.loss
     cost = CostModel(combed).in_widths("macs")
     every = np.array(list(itertools.product(*(range(1, len(g) + 1) for g in combed.groups))))
@@ -115,7 +115,7 @@ def test_what_many_layers_share_is_not_what_goes_first() -> None:
     text = f"(float[1, 3, 9, 9] x, float[32, 3, 3, 3] w, {weights}, float[32, 4] v) => (float[1, 4] y) {{ s0 = Conv(x, w) {blocks} {ends} }}"
     combed = comb(from_text(text))
     alike = [np.ones(len(group)) for group in combed.groups]
-    allocation = allocate(combed, alike, Allocate(macs=0.5, spread="optimal").budget)
+    allocation = allocate(combed, alike, Allocate(macs=0.5, policy="optimal").budget)
     left = [1 - len(removed) / 32 for removed in allocation.removed]
     assert len(left) == 5
     assert left[0] > max(left[1:]) > min(left[1:]) > 0.5
@@ -134,7 +134,7 @@ def test_costs_in_widths_are_those_of_channels() -> None:
 def test_curves_from_outside() -> None:
     combed = comb(wide())
     steep = [np.arange(len(g)) * (100.0 if g.name == "u" else 1.0) for g in combed.groups]
-    budget = Allocate(macs=0.5, spread="optimal").budget
+    budget = Allocate(macs=0.5, policy="optimal").budget
     allocation = allocate(combed, score(combed), budget, curves=LossCurves(tuple(steep)))
     removed = {g.name: len(r) for g, r in zip(combed.groups, allocation.removed, strict=True)}
     assert removed["u"] == 0
@@ -158,7 +158,7 @@ def test_groups_that_do_the_same_compete_among_themselves() -> None:
     scores = [
         np.linspace(1, 2, len(g)) if g.name != "c" else np.r_[np.zeros(15), np.full(5, 9.0)] for g in combed.groups
     ]
-    allocation = allocate(combed, scores, Allocate(channels=0.5, spread="isomorphic").budget)
+    allocation = allocate(combed, scores, Allocate(channels=0.5, policy="isomorphic").budget)
     left = {g.name: 1 - len(r) / len(g) for g, r in zip(combed.groups, allocation.removed, strict=True)}
     assert left["c"] < left["a"]
     assert (left["a"] + left["c"]) / 2 == pytest.approx(left["w"], abs=0.05)
@@ -169,7 +169,7 @@ def test_a_multiple_holds_for_depthwise_convolutions() -> None:
         "(float[1, 3, 8, 8] x, float[20, 3, 3, 3] w, float[20, 1, 3, 3] d, float[2, 20, 1, 1] v) => (float[1, 2, 4, 4] y)"
         " { a = Conv(x, w) b = Conv<group=20>(a, d) y = Conv(b, v) }"
     )
-    _, allocation = chosen(model, "channels", 0.6, multiple=8)
+    _, allocation = chosen(model, "channels", 0.6, round_to=8)
     assert [len(removed) for removed in allocation.removed] == [12]
 
 
@@ -217,7 +217,7 @@ def test_heads_take_the_share_first() -> None:
 
 
 def test_multiple() -> None:
-    combed, allocation = chosen(wide(), "macs", 0.5, multiple=8)
+    combed, allocation = chosen(wide(), "macs", 0.5, round_to=8)
     assert all(
         (len(group) - len(removed)) % 8 == 0 for group, removed in zip(combed.groups, allocation.removed, strict=True)
     )
@@ -242,9 +242,9 @@ def test_keep_that_matches_nothing_is_an_error() -> None:
         {"macs": 0.0},
         {"macs": 1.5},
         {"macs": 0.5, "params": 0.5},
-        {"min_share": 0.9, "max_share": 0.5},
-        {"spread": "odd"},
-        {"multiple": 0},
+        {"min_ratio": 0.9, "max_ratio": 0.5},
+        {"policy": "odd"},
+        {"round_to": 0},
     ],
 )
 def test_senseless_budget(options: dict[str, object]) -> None:
@@ -287,7 +287,7 @@ def test_scores_that_estimate_the_loss_compete_by_what_they_save(monkeypatch: py
         "flat",
         ScoreFunction(lambda q: [1 + np.arange(len(g)) / 99 for g in q.combed.groups], "", is_loss=True),
     )
-    state = cpd.run("comb, score{kind='flat'}, allocate{macs=0.6, spread='global'}", wide())
+    state = cpd.run("comb, score{kind='flat'}, allocate{macs=0.6, policy='global'}", wide())
     combed, allocation = state.combed, state.allocation
     assert combed is not None
     assert allocation is not None

@@ -14,7 +14,7 @@ from onnx import ModelProto
 import cpd_onnx as cpd
 from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.budget import latency
-from cpd_onnx.budget.allocation import SPREADS, Chooser
+from cpd_onnx.budget.allocation import POLICIES, Chooser
 from cpd_onnx.budget.latency import CostTable, LatencyProbe, load_table, measure_table
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.channels.costs import CostModel
@@ -94,9 +94,9 @@ def test_the_table_says_what_other_widths_take(combed: Combed, table: CostTable)
     assert said == pytest.approx(probe.profile(probe.pruned(gone))[1], rel=0.02)
 
 
-@pytest.mark.parametrize("spread", SPREADS)
-def test_a_target_by_the_table(combed: Combed, table: CostTable, spread: str) -> None:
-    chosen = Chooser(Allocate(latency=0.5, spread=spread).budget, table)(combed, score(combed))
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_target_by_the_table(combed: Combed, table: CostTable, policy: str) -> None:
+    chosen = Chooser(Allocate(latency=0.5, policy=policy).budget, table)(combed, score(combed))
     assert chosen.latency["predicted"] == pytest.approx(0.5, abs=0.1)
     assert all((len(g) - len(r)) % 16 == 0 for g, r in zip(combed.groups, chosen.removed, strict=True))
     assert any("not measured here" in note for note in chosen.notes)
@@ -104,7 +104,7 @@ def test_a_target_by_the_table(combed: Combed, table: CostTable, spread: str) ->
 
 def test_the_clock_corrects_the_table(combed: Combed, table: CostTable) -> None:
     budget = Allocate(latency=0.6).budget
-    assert budget.spread == "optimal"
+    assert budget.policy == "optimal"
     probe, scores = MadeUp(combed, Setting()), score(combed)
     blind, seeing = (Chooser(budget, table, watch)(combed, scores) for watch in (None, probe))
     missed = abs(probe.ratio(blind.channels(combed)) - 0.6)
@@ -143,7 +143,7 @@ def test_what_the_table_takes_to_be_fixed_is_corrected(combed: Combed, table: Co
         replace(kernel, terms=((kernel.ms, ()),)) if kernel.name == "kernel of t" else kernel
         for kernel in table.kernels
     )
-    wish = Allocate(latency=0.5, min_share=0.5).budget
+    wish = Allocate(latency=0.5, min_ratio=0.5).budget
     found = Chooser(wish, replace(table, kernels=blind), MadeUp(combed, Setting()))(combed, score(combed))
     assert found.latency["measured"] == pytest.approx(0.5, abs=0.02)
 
@@ -186,7 +186,7 @@ def test_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert (tmp_path / "one.onnx").read_bytes() == (tmp_path / "two.onnx").read_bytes()
     plan = json.loads((tmp_path / "one.onnx.plan.json").read_text())
     assert plan["budget"]["kind"] == "latency"
-    assert plan["budget"]["spread"] == "optimal"
+    assert plan["budget"]["policy"] == "optimal"
     assert plan["budget"]["latency"]["predicted"] == pytest.approx(0.7, abs=0.2)
 
 

@@ -165,8 +165,8 @@ def test_bad_files_get_one_clear_line(
         (["--target", "speed=0.5"], "channels, macs, params, bytes, latency"),
         (["--target", "macs=0"], "above 0"),
         (["--keep", "nothing*"], "matches no group"),
-        (["--multiple", "0"], "1 or more"),
-        (["--min-share", "0.9", "--max-share", "0.1"], "in order"),
+        (["--round-to", "0"], "at least 1"),
+        (["--min-ratio", "0.9", "--max-ratio", "0.1"], "in order"),
         (["--width", "nothing*=0.5..1"], "matches no group"),
         (["--target", "latency=0.5", "--cost-table", "nowhere.json"], "cannot read cost table"),
         (["--input-shape", "z:1,3"], "inputs are"),
@@ -371,7 +371,7 @@ def test_input_shapes_are_part_of_the_plan(tmp_path: Path, capsys: pytest.Captur
     content["source"]["input_shapes"] = {"x": ["two"]}
     plan.write_text(json.dumps(content))
     assert run("verify", model, small) == 1
-    assert "no positive integers" in capsys.readouterr().err
+    assert "not positive integers" in capsys.readouterr().err
 
 
 def test_external_data_stays_external(tmp_path: Path) -> None:
@@ -422,7 +422,7 @@ def test_weights_go_where_they_are_wanted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "option",
     [
-        ["--spread", "far"],
+        ["--policy", "far"],
         ["--seed", "-1"],
         ["--seed", "x"],
         ["--input-shape", "x"],

@@ -631,7 +631,7 @@ def test_prune_then_deploy_with_everything(tmp_path: Path, capsys: pytest.Captur
     line = ("prune", EXAMPLE, "-o", small, "--target", "macs=0.6", "--data", TRAIN, "--profile", "ort-mobile")
     assert run(*line, "--samples", 64, "--repair-samples", 64) == 0
     assert "note: profile ort-mobile: input 'image' is" in capsys.readouterr().out
-    assert json.loads((tmp_path / "small.onnx.plan.json").read_text())["budget"]["multiple"] == 8
+    assert json.loads((tmp_path / "small.onnx.plan.json").read_text())["budget"]["round_to"] == 8
     wish = ("--profile", "ort-mobile", "--int8", "--data", TRAIN, "--ort", tmp_path / "made.ort", "--eval", TEST)
     assert run("deploy", small, "-o", made, *wish, "--json", tmp_path / "made.json") == 0
     said = capsys.readouterr().out
@@ -659,8 +659,8 @@ def test_weights_beside_the_model_stay_there(digits: Model, tmp_path: Path) -> N
     [
         ((), "nothing to do"),
         (("--int8",), "give --data"),
-        (("--exclude", "Conv", "--half", "float16"), "give --int8 too"),
-        (("--storage-only", "--batch", 2), "give --half too"),
+        (("--exclude", "Conv", "--half", "float16"), "give --int8 as well"),
+        (("--storage-only", "--batch", 2), "give --half as well"),
         (("--int8", "--data", TRAIN, "--half", "float16"), "not both"),
         (("--profile", "abacus"), "no profile is called"),
         (("--fix", "N=3"), "no input or symbolic size 'N'"),

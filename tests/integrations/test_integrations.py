@@ -150,12 +150,12 @@ def test_what_makes_no_sense_is_refused() -> None:
         cpd.compress(DIGITS, feeds())
     with pytest.raises(TypeError, match="feeds or a function, not int"):
         cpd.compress(DIGITS, 5)  # type: ignore[arg-type]  # that is the point
-    with pytest.raises(cpd.DataError, match="training needs inputs: give --data, or samples as `data`"):
+    with pytest.raises(cpd.DataError, match="training needs samples: give --data, or `data` in Python"):
         cpd.compress(DIGITS, train=True)
     with pytest.raises(cpd.TargetError, match="give one target"):
         cpd.compress(DIGITS, macs=0.5, params=0.5)
-    with pytest.raises(TypeError, match=r"compress has no option 'spred' \(did you mean spread\?\)"):
-        cpd.compress(DIGITS, spred="optimal")  # type: ignore[call-overload]  # that is the point
+    with pytest.raises(TypeError, match=r"compress has no option 'polici' \(did you mean policy\?\)"):
+        cpd.compress(DIGITS, polici="optimal")  # type: ignore[call-overload]  # that is the point
     with pytest.raises(cpd.DataError, match="the data holds 'picture'"):
         cpd.compress(DIGITS, {"picture": samples(8)["image"]})
 
@@ -318,8 +318,8 @@ def test_completion_scripts(shell: str, capsys: pytest.CaptureFixture[str]) -> N
     ("words", "completed"),
     [
         ("comple", {"completion"}),
-        ("prune digits.onnx --spr", {"--spread"}),
-        ("prune digits.onnx --spread o", {"optimal"}),
+        ("prune digits.onnx --pol", {"--policy"}),
+        ("prune digits.onnx --policy o", {"optimal"}),
         ("inspect dig", {"digits.onnx"}),
         ("compress digits.onnx --data tr", {"train.npz"}),
         ("sweep digits.onnx -o s", {"some"}),

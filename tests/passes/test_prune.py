@@ -277,7 +277,7 @@ def test_where_a_file_comes_from_is_in_its_metadata() -> None:
     assert found == {
         "cpd-onnx.tool": f"cpd-onnx {cpd.__version__}",
         "cpd-onnx.source.sha256": hashlib.sha256(model.SerializeToString()).hexdigest(),
-        "cpd-onnx.plan.sha256": hashlib.sha256(state.plan.dumps().encode()).hexdigest(),
+        "cpd-onnx.plan.sha256": hashlib.sha256(state.plan.dumps(1).encode()).hexdigest(),
     }
 
 

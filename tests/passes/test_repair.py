@@ -247,7 +247,7 @@ def test_queries_and_keys_are_scored_by_what_their_product_loses():
 
 def test_as_passes():
     data = ArraySource(inputs())
-    text = "comb, score{kind='reconstruction'}, allocate{macs=0.5,spread='global'}, prune, verify, repair"
+    text = "comb, score{kind='reconstruction'}, allocate{macs=0.5,policy='global'}, prune, verify, repair"
     state = run(text, residual(), data=data)
     assert state.verification is not None
     assert state.repaired["fitted"]
@@ -281,20 +281,20 @@ def test_prune_with_data_repairs_unless_told_otherwise(tmp_path, capsys):
         assert main(["verify", str(tmp_path / "model.onnx"), str(tmp_path / f"{name}.onnx")]) == 0
     capsys.readouterr()
     assert main(["prune", str(tmp_path / "model.onnx"), "-o", str(tmp_path / "x.onnx"), "--repair"]) == 1
-    assert "a repair needs inputs: give --data" in capsys.readouterr().err
+    assert "repair needs samples: give --data" in capsys.readouterr().err
 
 
 def test_sensitivity_is_the_error_with_one_group_alone_pruned(tmp_path):
     model, data = residual(), ArraySource(inputs())
     combed = comb(model)
     scores = score(combed, "reconstruction", data=data)
-    found = sensitivity(combed, scores, data, SensitivityOptions(shares=(0.5, 0.0)))
+    found = sensitivity(combed, scores, data, SensitivityOptions(ratios=(0.5, 0.0)))
     assert {name: [p.width for p in points] for name, points in found.items()} == {"w0": [8, 4, 1], "w1": [12, 6, 1]}
     for points in found.values():
         errors = [p.error for p in points]
         assert errors[0] == 0.0
         assert errors == sorted(errors)
-    raw = sensitivity(combed, scores, data, SensitivityOptions(shares=(0.5, 0.0), repair=False))
+    raw = sensitivity(combed, scores, data, SensitivityOptions(ratios=(0.5, 0.0), repair=False))
     assert raw["w1"][1].error > 1.2 * found["w1"][1].error
     curves = measured_curves(combed, found)
     curves.check(combed)
@@ -302,7 +302,7 @@ def test_sensitivity_is_the_error_with_one_group_alone_pruned(tmp_path):
 
 
 def test_measured_sensitivity_can_choose_the_widths():
-    text = "comb, sensitivity, allocate{macs=0.5,spread='optimal'}, prune, verify, repair"
+    text = "comb, sensitivity, allocate{macs=0.5,policy='optimal'}, prune, verify, repair"
     state = run(text, residual(), data=ArraySource(inputs()))
     assert state.curves is not None
     assert state.repaired["fitted"]
@@ -313,7 +313,7 @@ def test_inspect_measures_and_draws_sensitivity(tmp_path, capsys):
     np.savez(tmp_path / "data.npz", **inputs())
     common = ["inspect", str(tmp_path / "model.onnx"), "--data", str(tmp_path / "data.npz")]
     plot, told = tmp_path / "plot.svg", tmp_path / "told.json"
-    assert main([*common, "--sensitivity", "--shares", "0.5,0", "--plot", str(plot), "--json", str(told)]) == 0
+    assert main([*common, "--sensitivity", "--ratios", "0.5,0", "--plot", str(plot), "--json", str(told)]) == 0
     content = json.loads(told.read_text())["sensitivity"]
     assert [entry["group"] for entry in content["groups"]] == ["w0", "w1"]
     assert "squared error" in content["error"]

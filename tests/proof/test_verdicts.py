@@ -23,8 +23,8 @@ from cpd_onnx.proof.comparison import (
     SATURATING,
     VERIFIED,
     WRONG,
+    ComparedTensor,
     Comparison,
-    Observed,
     Runs,
     judge,
 )
@@ -49,7 +49,7 @@ def proof(model: ModelProto, kind: str = "random", feeds: Any = None) -> Compari
 def judged(plain: Array, masked: Array, pruned: Array, **changes: Any) -> Comparison:
     """What is said of one tensor, with noise that is nothing unless it is given."""
     kind, nudged = changes.pop("kind", "values"), changes.pop("nudged", masked)
-    one = Observed("y", "y", kind, is_affected=True, is_behind=True)
+    one = ComparedTensor("y", "y", kind, is_affected=True, is_behind=True)
     return judge([one], Runs([[plain]], [[masked]], [[pruned]], lambda: [[nudged]], **changes), 1e-4)
 
 
@@ -108,7 +108,7 @@ def test_decisions_count_by_the_share_that_differs() -> None:
 
 def test_a_tolerance_belongs_to_one_output() -> None:
     """What one chaotic output may do is not allowed to the others."""
-    observed = [Observed(name, name, is_affected=True, is_behind=True) for name in "ab"]
+    observed = [ComparedTensor(name, name, is_affected=True, is_behind=True) for name in "ab"]
     plain, masked = [numbers(0.9), numbers(0.9)], [numbers(0.1), numbers(0.1)]
     pruned, nudged = [numbers(0.6), numbers(0.11)], [numbers(0.6), numbers(0.1)]
     found = judge(observed, Runs([plain], [masked], [pruned], lambda: [nudged]), 1e-4)

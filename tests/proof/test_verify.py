@@ -369,7 +369,7 @@ def test_values_that_no_plan_names_are_refused(repaired: cpd.State) -> None:
     assert "the plan names no refitted or trained weights" in said
     more = Plan({**repaired.plan.content, "values": {**repaired.plan.values, "gone": "0" * 64}})
     said = complaint(repaired.original, repaired.model.complete_proto(), more)
-    assert "weight 'gone': the plan names it as refitted or trained, and it is not in the file" in said
+    assert "weight 'gone': the plan names it as refitted or trained, but the file does not have it" in said
 
 
 def test_a_file_that_does_not_run_is_not_verified(repaired: cpd.State) -> None:
@@ -385,7 +385,7 @@ def test_a_file_that_does_not_run_is_not_verified(repaired: cpd.State) -> None:
 def test_a_plan_with_other_values_is_refused(values: Any, repaired: cpd.State, tmp_path: Path) -> None:
     assert repaired.plan is not None
     (tmp_path / "plan.json").write_text(json.dumps({**repaired.plan.content, "values": values}))
-    with pytest.raises(PlanError, match="'values' should map names of weights to SHA-256"):
+    with pytest.raises(PlanError, match="'values' must map names of weights to SHA-256"):
         cpd.load_plan(tmp_path / "plan.json")
 
 
@@ -495,7 +495,7 @@ def test_an_ort_file_is_followed_back(folder: Path, capsys: pytest.CaptureFixtur
     data[len(data) // 2] ^= 1
     (folder / "out.ort").write_bytes(data)
     assert run("verify", "model.onnx", "out.ort") > 0
-    assert "out.ort is not the file that was made: its SHA-256 is" in capsys.readouterr().err
+    assert "out.ort has changed since it was written: its SHA-256 is" in capsys.readouterr().err
 
 
 def test_files_that_were_deployed_twice_are_followed_back(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -506,7 +506,7 @@ def test_files_that_were_deployed_twice_are_followed_back(folder: Path, capsys: 
     assert [link["file"] for link in content["deployed"]["links"]] == ["one.onnx", "two.onnx"]
     onnx.save(changed(onnx.load("one.onnx"), lambda m: stored(tensor(m, "w"), with_element(5))), "one.onnx")
     assert run("verify", "model.onnx", "two.onnx") > 0
-    assert "two.onnx was made of 'one.onnx' with SHA-256" in capsys.readouterr().err
+    assert "two.onnx was made from 'one.onnx' with SHA-256" in capsys.readouterr().err
 
 
 def test_what_was_deployed_of_the_original_itself(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -524,7 +524,7 @@ def test_the_pruned_file_may_lie_elsewhere(folder: Path, capsys: pytest.CaptureF
     assert run("deploy", "small.onnx", "-o", "papers/out.onnx", "--batch", 2) == 0
     assert "../small.onnx" in (folder / "papers" / "out.onnx.manifest.json").read_text()
     assert run("verify", "model.onnx", "papers/out.onnx") == 1
-    assert "which is not beside its manifest: name it with --via" in capsys.readouterr().err
+    assert "which is not in the folder of its manifest: name it with --via" in capsys.readouterr().err
     (folder / "papers" / "small.onnx").symlink_to(folder / "small.onnx")
     assert run("verify", "model.onnx", "papers/out.onnx") == 1
     (folder / "papers" / "small.onnx").unlink()
@@ -557,10 +557,10 @@ def test_a_step_that_gives_something_else_elsewhere_decides_nothing(folder: Path
     place.write_text(json.dumps(content))
     original, there = load("model.onnx"), manifest_of(folder / "out.onnx")
     assert there is not None
-    with pytest.raises(ProofError, match=r"not what the steps of its manifest make of .*: graph, doc_string"):
+    with pytest.raises(ProofError, match=r"not the result of the steps of its manifest on .*: graph, doc_string"):
         verify_deployed(original, folder / "out.onnx", there)
     older = {**content, "versions": {**content["versions"], "onnxruntime": "1.0"}}
-    with pytest.raises(InconclusiveError, match=r"elsewhere, which may be why: onnxruntime 1.0 then, .* now"):
+    with pytest.raises(InconclusiveError, match=r"the cause may be another environment: onnxruntime 1.0 then, .* now"):
         verify_deployed(original, folder / "out.onnx", replace(there, content=older))
 
 
@@ -568,8 +568,8 @@ def test_a_step_that_gives_something_else_elsewhere_decides_nothing(folder: Path
     ("change", "words"),
     [
         (lambda c: c.pop("steps"), "names no steps"),
-        (lambda c: c["steps"][0].pop("options"), "is of a version that put no options on record"),
-        (lambda c: c["steps"][0].update(options=[1]), "the options of the step 'fix' should be a table"),
+        (lambda c: c["steps"][0].pop("options"), "was written by a version that recorded no options"),
+        (lambda c: c["steps"][0].update(options=[1]), "the options of step 'fix' must be an object"),
         (
             lambda c: c["steps"][0].update(options={"sizes": {}, "batch": "two"}),
             "recorded options of the step 'fix' are not valid",
@@ -579,7 +579,7 @@ def test_a_step_that_gives_something_else_elsewhere_decides_nothing(folder: Path
             "recorded options of the step 'fix' are not valid",
         ),
         (lambda c: c["steps"][0].update(name="__class__"), "got '__class__'"),
-        (lambda c: c["inputs"].pop(0), "does not name the model that went in"),
+        (lambda c: c["inputs"].pop(0), "does not name the input model"),
         (lambda c: c["inputs"][0].update(file="\0"), "name it with --via"),
         (lambda c: c["inputs"][0].update(file="/dev/zero"), "name it with --via"),
     ],

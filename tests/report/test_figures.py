@@ -105,7 +105,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(line) == 1
     assert "exists" in capsys.readouterr().err
     assert main([*line, "--force", "--json", str(figure)]) == 1
-    assert "named for two things" in capsys.readouterr().err
+    assert "is given for two outputs" in capsys.readouterr().err
 
 
 def test_matplotlib_is_not_imported_before_it_is_needed() -> None:

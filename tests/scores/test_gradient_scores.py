@@ -105,4 +105,4 @@ def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
     command = ["prune", str(DIGITS / "digits.onnx"), *target, "fisher"]
     assert main(command) == 1
     assert "--data" in capsys.readouterr().err
-    assert main([*command, "--data", str(tmp_path / "few.npz"), "--samples", "4", "--spread", "global"]) == 0
+    assert main([*command, "--data", str(tmp_path / "few.npz"), "--samples", "4", "--policy", "global"]) == 0

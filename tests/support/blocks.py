@@ -1,4 +1,4 @@
-"""The blocks of random graphs that exporters write all the time."""
+"""Blocks of random graphs with the operators that exporters write most often."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def instance_normalization(b: Builder, x: str) -> str | None:
 
 @block(4)
 def group_normalization(b: Builder, x: str) -> str | None:
-    """As torch writes it before opset 21: InstanceNormalization of [N, groups, rest], then scale and shift."""
+    """Group normalisation as torch exports it before opset 21: InstanceNormalization of [N, groups, rest], affine."""
     n, c, h, w = b.shapes[x]
     groups = b.choices.pick([g for g in (1, 2, 4) if c % g == 0])
     if c * h * w // groups < 8:
@@ -127,7 +127,7 @@ def residual(b: Builder, x: str) -> str | None:
 
 @block(2, 3, 4)
 def scaled(b: Builder, x: str) -> str | None:
-    """A constant along some axes: positions, scales."""
+    """A constant along some axes, such as positions or scales."""
     shape = b.shapes[x]
     axes = (1, *(b.choices.pick((1, size)) for size in shape[1:]))
     values = b.constant(b.rng.uniform(0.5, 1.5, axes).astype(np.float32))
@@ -231,7 +231,7 @@ def resizing(b: Builder, x: str) -> str | None:
 
 @block(4)
 def channels_last(b: Builder, x: str) -> str | None:
-    """A MatMul over channels that lie last, as TensorFlow and ConvNeXt do."""
+    """A MatMul over the channels as the last axis, as in TensorFlow and ConvNeXt."""
     n, c, h, w = b.shapes[x]
     last = b.node("Transpose", [x], (n, h, w, c), perm=[0, 2, 3, 1])
     wide = b.activated(b.matmul(last, b.width()))
@@ -287,7 +287,7 @@ def perceptron(b: Builder, x: str) -> str | None:
 
 @block(3)
 def attention(b: Builder, x: str) -> str | None:
-    """Heads by reshape and transposition, from one projection or three."""
+    """Attention heads by reshape and transposition, from one projection or three."""
     n, t, c = b.shapes[x]
     heads, each = b.choices.pick((1, 2, 3)), b.choices.pick((2, 4))
     size = heads * each
@@ -338,7 +338,7 @@ def einsum(b: Builder, x: str) -> str | None:
 
 @block(3)
 def turned(b: Builder, x: str) -> str | None:
-    """A mixing of tokens: channels become tokens for a while."""
+    """A token-mixing layer: the token axis is transposed with the channels and back."""
     n, t, c = b.shapes[x]
     flipped = b.node("Transpose", [x], (n, c, t), perm=[0, 2, 1])
     mixed = b.matmul(b.activated(b.matmul(flipped, b.width())), t)
@@ -364,7 +364,7 @@ def to_sequence(b: Builder, x: str) -> str | None:
 
 @block(2, 3, 4)
 def reduction(b: Builder, x: str) -> str | None:
-    """Something of all channels, which then each of them is divided by."""
+    """A norm over all channels, by which each channel is divided."""
     shape = b.shapes[x]
     axis = 1 if len(shape) == 4 else len(shape) - 1
     single = tuple(1 if place == axis else size for place, size in enumerate(shape))
@@ -381,7 +381,7 @@ def softmax(b: Builder, x: str) -> str | None:
 
 @block(2, 3, 4)
 def chosen(b: Builder, x: str) -> str | None:
-    """Where the one, elsewhere the other."""
+    """A Where that selects between two tensors."""
     shape = b.shapes[x]
     others = b.others(shape, x) or [b.activated(x)]
     mask = b.constant(b.rng.random((1, *shape[1:])) > 0.5)
@@ -390,7 +390,7 @@ def chosen(b: Builder, x: str) -> str | None:
 
 @block(2, 3, 4)
 def branches(b: Builder, x: str) -> str | None:
-    """An If whose branches scale what is outside."""
+    """An If whose branches scale an outer value."""
     shape, bodies = b.shapes[x], []
     for branch in ("then", "else"):
         name = b.name(branch)

@@ -1,4 +1,4 @@
-"""What random graphs are made of: choices, a graph that grows by them, and lists of what can be put into it."""
+"""Random graphs: sources of choices, a builder that grows a graph, and registries of its blocks."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ BATCH = 2
 
 
 class Choices(Protocol):
-    """Where decisions come from."""
+    """Source of random decisions."""
 
     def integer(self, low: int, high: int) -> int:
-        """A number from low to high."""
+        """Return an integer from `low` to `high`, both included."""
 
     def pick(self, among: Sequence[T]) -> T:
-        """One of several."""
+        """Return one of several values."""
 
 
 class Seeded:
-    """Choices by a seed."""
+    """Choices determined by a seed."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -43,7 +43,7 @@ class Seeded:
 
 
 class Drawn:
-    """Choices by hypothesis."""
+    """Choices drawn by hypothesis."""
 
     def __init__(self, draw: Callable[..., Any]) -> None:
         self._draw = draw
@@ -58,9 +58,9 @@ class Drawn:
 
 Block = Callable[["Builder", str], "str | None"]
 BLOCKS: dict[int, list[Block]] = {2: [], 3: [], 4: []}
-"""What can be put behind a tensor [N, C], [N, T, C] or [N, C, H, W]; None where it does not fit."""
+"""Blocks by rank of their input: [N, C], [N, T, C] or [N, C, H, W]; they return None if they are not applicable."""
 RARE: dict[int, list[Block]] = {2: [], 3: [], 4: []}
-"""The same of operators that exporters write more rarely."""
+"""Blocks of less common operators, by rank of their input."""
 
 
 def block(*ranks: int, among: dict[int, list[Block]] = BLOCKS) -> Callable[[Block], Block]:
@@ -73,7 +73,7 @@ def block(*ranks: int, among: dict[int, list[Block]] = BLOCKS) -> Callable[[Bloc
 
 
 class Builder:
-    """A graph that grows."""
+    """A builder that grows a graph node by node."""
 
     def __init__(self, choices: Choices, opsets: Sequence[int] = OPSETS) -> None:
         self.choices = choices
@@ -87,22 +87,22 @@ class Builder:
 
     # Names and values.
 
-    def name(self, wish: str) -> str:
+    def name(self, prefix: str) -> str:
         self.count += 1
-        return f"{wish}{self.count}"
+        return f"{prefix}{self.count}"
 
-    def constant(self, array: Any, wish: str = "k") -> str:
-        """An initializer or, now and then, a Constant node."""
-        values, name = np.asarray(array), self.name(wish)
+    def constant(self, array: Any, prefix: str = "k") -> str:
+        """Add a constant: an initializer or, occasionally, a Constant node."""
+        values, name = np.asarray(array), self.name(prefix)
         if self.choices.integer(0, 5) == 0:
             self.nodes.append(helper.make_node("Constant", [], [name], value=numpy_helper.from_array(values)))
         else:
             self.tensors.append(numpy_helper.from_array(values, name))
         return name
 
-    def weight(self, *shape: int, fan: int | None = None, wish: str = "w") -> str:
+    def weight(self, *shape: int, fan: int | None = None, prefix: str = "w") -> str:
         scale = 1 / math.sqrt(fan if fan is not None else max(1, math.prod(shape[1:])))
-        return self.constant((scale * self.rng.standard_normal(shape)).astype(np.float32), wish)
+        return self.constant((scale * self.rng.standard_normal(shape)).astype(np.float32), prefix)
 
     def vector(self, size: int, *, positive: bool = False, shape: Shape | None = None) -> str:
         values = self.rng.uniform(0.5, 1.5, size) if positive else 0.3 * self.rng.standard_normal(size)
@@ -112,20 +112,20 @@ class Builder:
         return self.constant(np.asarray(values, np.int64), "i")
 
     def node(self, kind: str, inputs: Sequence[str], shape: Shape, domain: str = "", **attributes: Any) -> str:
-        """One node with one output of a known shape."""
+        """Add a node with one output of a known shape."""
         name = self.name(kind.lower())
         self.nodes.append(helper.make_node(kind, list(inputs), [name], name=f"/{name}", domain=domain, **attributes))
         self.shapes[name] = shape
         return name
 
     def raw(self, kind: str, inputs: Sequence[str], domain: str = "", **attributes: Any) -> str:
-        """One node with one output that nothing else is put behind."""
+        """Add a node with one output to which no further blocks are attached."""
         name = self.node(kind, inputs, (), domain, **attributes)
         del self.shapes[name]
         return name
 
     def several(self, kind: str, inputs: Sequence[str], count: int, domain: str = "", **attributes: Any) -> list[str]:
-        """One node with several outputs that nothing else is put behind."""
+        """Add a node with several outputs to which no further blocks are attached."""
         names = [self.name(kind.lower()) for _ in range(count)]
         self.nodes.append(helper.make_node(kind, list(inputs), names, name=f"/{names[0]}", domain=domain, **attributes))
         return names
@@ -134,10 +134,10 @@ class Builder:
         return self.choices.pick((2, 3, 4, 6, 8, 12))
 
     def others(self, shape: Shape, *but: str) -> list[str]:
-        """Other tensors of a shape."""
+        """Return the names of other tensors of the same shape."""
         return [name for name, other in self.shapes.items() if other == shape and name not in but]
 
-    # What operator sets write in different ways.
+    # Operators whose form depends on the operator set.
 
     def with_axes(self, kind: str, x: str, axes: Sequence[int], shape: Shape, since: int, **more: Any) -> str:
         if self.opset >= since:
@@ -145,7 +145,7 @@ class Builder:
         return self.node(kind, [x], shape, axes=list(axes), **more)
 
     def reshape(self, x: str, shape: Shape) -> str:
-        """Reshape to [N, …], by one of the ways that exporters know."""
+        """Reshape to [N, …] in one of the forms that exporters write."""
         way = self.choices.integer(0, 3)
         if way == 0 and not self.is_open:
             target = self.ints(*shape)
@@ -176,7 +176,7 @@ class Builder:
         return names
 
     def activated(self, x: str) -> str:
-        """A smooth or rectifying function of each element."""
+        """Apply a random elementwise function."""
         shape = self.shapes[x]
         plain = ["Relu", "Sigmoid", "Tanh", "Softplus", "Elu", "LeakyRelu", "HardSigmoid", "Selu", "Softsign", "Erf"]
         plain += ["Celu"] if self.opset >= 12 else []
@@ -198,7 +198,7 @@ class Builder:
         return self.node(kind if kind != "clip" else "Relu", [x], shape)
 
     def matmul(self, x: str, size: int) -> str:
-        """x [..., C] times a matrix, with a bias or not."""
+        """Multiply x [..., C] by a matrix, with or without a bias."""
         shape = self.shapes[x]
         y = self.node("MatMul", [x, self.weight(shape[-1], size, fan=shape[-1])], (*shape[:-1], size))
         return self.node("Add", [y, self.vector(size)], (*shape[:-1], size)) if self.choices.integer(0, 1) else y

@@ -1,4 +1,4 @@
-"""All commands with a model among their inputs, for files that may be damaged."""
+"""All commands that read a model, run on files that may be damaged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COMMANDS = (
     f"inspect MODEL --sensitivity {_SMALL} --json made",
     f"prune MODEL -o made {_SMALL} --score fisher",
     f"prune MODEL -o made {_SMALL} --repair-samples 16",
-    f"prune MODEL -o made {_SMALL} --score activation --spread isomorphic",
+    f"prune MODEL -o made {_SMALL} --score activation --policy isomorphic",
     "prune MODEL -o made --target latency=0.7",
     "deploy MODEL -o made --opset 21",
     "deploy MODEL -o made --batch 1 --ort made.ort",
@@ -36,13 +36,14 @@ COMMANDS = (
 
 
 INCONCLUSIVE, WRONG = 4, 5
-"""Exit codes of a proof; what was damaged may be anything, so that it may be proved wrong."""
+"""Exit codes of a proof; a damaged file may be a valid model that the proof finds wrong."""
 
 
 def command_outcome(content: bytes, seed: int, folder: Path) -> str:
-    """What one of the commands makes of a damaged file: "done", "refused", or what went wrong, in capitals.
+    """Run one of the commands on a damaged file; return "done", "refused", or the failure in capitals.
 
-    It must succeed, or say in one line what is wrong with the model, exit with 1, or with the code of a verdict, and leave nothing.
+    The command must succeed, or print one line with the error, exit with 1 or with the code of a verdict, and leave no
+    files.
     """
     rng = random.Random(seed)
     names = {"MODEL": "damaged.onnx", "ORIGINAL": "original.onnx", "PLAN": "plan.json"}
@@ -53,23 +54,23 @@ def command_outcome(content: bytes, seed: int, folder: Path) -> str:
     for path in folder.glob("made*"):
         path.unlink()
     original, plan, pruned = str(paths["ORIGINAL"]), str(paths["PLAN"]), str(folder / "pruned.onnx")
-    _said(["prune", original, "-o", pruned, "--plan", plan, "--no-verify", "--force"])
+    _run(["prune", original, "-o", pruned, "--plan", plan, "--no-verify", "--force"])
     before = {path.name for path in folder.iterdir()}
     words = rng.choice(COMMANDS).split()
-    code, said = _said([str(paths.get(word, folder / word if word.startswith("made") else word)) for word in words])
+    code, message = _run([str(paths.get(word, folder / word if word.startswith("made") else word)) for word in words])
     command = " ".join(words)
     if code == 0:
         return "done"
-    if code not in (1, INCONCLUSIVE, WRONG) or sum(line.startswith("error: ") for line in said.splitlines()) != 1:
-        return f"EXIT CODE {code}, not one line: {command}: {said[-300:]}"
-    if "error: internal error" in said:
-        return f"DEFECT: {command}: {said[-300:]}"
+    if code not in (1, INCONCLUSIVE, WRONG) or sum(line.startswith("error: ") for line in message.splitlines()) != 1:
+        return f"EXIT CODE {code}, not one line: {command}: {message[-300:]}"
+    if "error: internal error" in message:
+        return f"DEFECT: {command}: {message[-300:]}"
     left = {path.name for path in folder.iterdir()} - before
-    return f"LEFT {', '.join(left)}: {command}: {said[-300:]}" if left else "refused"
+    return f"LEFT {', '.join(left)}: {command}: {message[-300:]}" if left else "refused"
 
 
-def _said(arguments: list[str]) -> tuple[int, str]:
-    """Exit code and standard error of a command."""
+def _run(arguments: list[str]) -> tuple[int, str]:
+    """Run a command and return its exit code and standard error."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as complaints:
         try:
             code = main(arguments)

@@ -1,4 +1,4 @@
-"""Damage to ONNX files that knows their structure: what a broken exporter, a bad edit or malice would leave."""
+"""Structure-aware damage to ONNX files, as by a broken exporter, a bad edit or an attacker."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ OPERATORS = (
 
 
 def graphs(graph: GraphProto) -> list[GraphProto]:
-    """A graph and those in it."""
+    """Yield a graph and its subgraphs."""
     inner = [a.g for node in graph.node for a in node.attribute if a.type == AttributeProto.GRAPH]
     return [graph, *(found for body in inner for found in graphs(body))]
 
 
 def names(graph: GraphProto) -> list[str]:
-    """All names of values, and some that nobody has."""
+    """Return all names of values, and some that do not exist."""
     found = [name for node in graph.node for name in (*node.input, *node.output)]
     return [*found, *(t.name for t in graph.initializer), *(i.name for i in graph.input), "", "nobody"]
 
 
 def attribute_value(rng: random.Random, attribute: AttributeProto) -> Any:
-    """Another value for an attribute, now and then of another type."""
+    """Set another value of an attribute, occasionally of another type."""
     kinds: list[Callable[[], Any]] = [
         lambda: rng.choice(NUMBERS),
         lambda: [rng.choice(NUMBERS) for _ in range(rng.randint(1, 5))],
@@ -154,7 +154,7 @@ CHANGES = (
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:
-    """The file with one to three changes."""
+    """Return the file with one to three changes."""
     if rng.random() < 0.15:
         return damaged_bytes(content, rng)
     model = ModelProto.FromString(content)
@@ -168,7 +168,7 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
 
 
 def damaged_bytes(content: bytes, rng: random.Random) -> bytes:
-    """The file with some bytes changed, gone, doubled, or its end missing."""
+    """Return the file with some bytes changed, removed or duplicated, or truncated."""
     made = bytearray(content)
     for _ in range(rng.randint(1, 4)):
         at, way = rng.randrange(len(made)), rng.randrange(4)

@@ -1,4 +1,4 @@
-"""Edits of one value in a model, each with the name of the place, which `verify` must give."""
+"""Edits of a single value in a model, each with the name of the place, which `verify` must report."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
 KINDS = ("initializer", "constant", "subgraph", "function", "attribute")
+"""Kinds of places in which a value can be stored."""
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,9 @@ class Place:
     """A place where one value can be changed.
 
     Attributes:
-        kind: one of `KINDS`.
-        name: of the tensor, or of the node.
-        change: changes the value, by a source of chance.
+        kind: One of `KINDS`.
+        name: Name of the tensor, or of the node of an attribute.
+        change: Changes the value, given a random generator.
     """
 
     kind: str
@@ -29,7 +30,7 @@ class Place:
 
 
 def places(model: ModelProto) -> list[Place]:
-    """All of them, in initializers, Constant nodes, subgraphs, functions and attributes."""
+    """Return all places in initializers, Constant nodes, subgraphs, functions and attributes."""
     found = list(_of_graph(model.graph))
     for function in model.functions:
         found += [_inside("function", place) for place in _of_nodes(function.node)]
@@ -37,17 +38,17 @@ def places(model: ModelProto) -> list[Place]:
 
 
 def edited(model: ModelProto, seed: int, kinds: tuple[str, ...] = KINDS) -> tuple[ModelProto, Place] | None:
-    """A copy with one other value; None where the model has no place of these kinds."""
-    made = ModelProto()
-    made.CopyFrom(model)
-    chance = random.Random(seed)
-    found = [place for place in places(made) if place.kind in kinds]
+    """Return a copy with one changed value, and its place; None if the model has no place of these kinds."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    rng = random.Random(seed)
+    found = [place for place in places(copy) if place.kind in kinds]
     if not found:
         return None
-    place = chance.choice(found)
-    place.change(chance)
-    assert made != model
-    return made, place
+    place = rng.choice(found)
+    place.change(rng)
+    assert copy != model
+    return copy, place
 
 
 def _of_graph(graph: GraphProto) -> Iterator[Place]:
@@ -74,11 +75,11 @@ def _inside(kind: str, place: Place) -> Place:
 
 
 def _tensor_change(tensor: TensorProto) -> Callable[[random.Random], None]:
-    def change(chance: random.Random) -> None:
+    def change(rng: random.Random) -> None:
         array = np.array(numpy_helper.to_array(tensor))
         flat = array.reshape(-1)
-        index = chance.randrange(flat.size)
-        flat[index] = other_value(flat[index], chance)
+        index = rng.randrange(flat.size)
+        flat[index] = other_value(flat[index], rng)
         external = tensor.data_location
         tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
         assert external == TensorProto.DEFAULT
@@ -86,48 +87,48 @@ def _tensor_change(tensor: TensorProto) -> Callable[[random.Random], None]:
     return change
 
 
-def other_value(value: np.generic, chance: random.Random) -> np.generic:
-    """Another value of the same type, at times by the last bit alone."""
+def other_value(value: np.generic, rng: random.Random) -> np.generic:
+    """Return another value of the same type, which sometimes differs only in the last bit."""
     bits = np.array([value]).view(np.uint8)
-    if value.dtype == np.bool_ or chance.random() < 0.3:
+    if value.dtype == np.bool_ or rng.random() < 0.3:
         bits[0] ^= 1
     elif value.dtype.kind == "f":
-        found = chance.choice([float("nan"), float("inf"), 0.0, -float(value), 7 * float(value), float(value) + 1])
+        found = rng.choice([float("nan"), float("inf"), 0.0, -float(value), 7 * float(value), float(value) + 1])
         other = np.array([found]).astype(value.dtype)
         bits = other.view(np.uint8) if other.tobytes() != bits.tobytes() else bits ^ np.uint8(1)
     else:
-        bits[0] ^= np.uint8(1 << chance.randrange(7))
+        bits[0] ^= np.uint8(1 << rng.randrange(7))
     found_value: np.generic = bits.view(value.dtype)[0]
     return found_value
 
 
 def _attribute_change(attribute: AttributeProto) -> Callable[[random.Random], None]:
-    return lambda chance: _CHANGES[attribute.type](attribute, chance)
+    return lambda rng: _CHANGES[attribute.type](attribute, rng)
 
 
 def _change_int(attribute: AttributeProto, _: random.Random) -> None:
     attribute.i += 1
 
 
-def _change_float(attribute: AttributeProto, chance: random.Random) -> None:
-    attribute.f = float(other_value(np.float32(attribute.f), chance))
+def _change_float(attribute: AttributeProto, rng: random.Random) -> None:
+    attribute.f = float(other_value(np.float32(attribute.f), rng))
 
 
 def _change_text(attribute: AttributeProto, _: random.Random) -> None:
     attribute.s += b"_"
 
 
-def _change_ints(attribute: AttributeProto, chance: random.Random) -> None:
+def _change_ints(attribute: AttributeProto, rng: random.Random) -> None:
     if attribute.ints:
-        attribute.ints[chance.randrange(len(attribute.ints))] += 1
+        attribute.ints[rng.randrange(len(attribute.ints))] += 1
     else:
         attribute.ints.append(1)
 
 
-def _change_floats(attribute: AttributeProto, chance: random.Random) -> None:
+def _change_floats(attribute: AttributeProto, rng: random.Random) -> None:
     if attribute.floats:
-        index = chance.randrange(len(attribute.floats))
-        attribute.floats[index] = float(other_value(np.float32(attribute.floats[index]), chance))
+        index = rng.randrange(len(attribute.floats))
+        attribute.floats[index] = float(other_value(np.float32(attribute.floats[index]), rng))
     else:
         attribute.floats.append(1.0)
 
@@ -171,7 +172,7 @@ gated (h) => (g)
 
 
 def nested() -> ModelProto:
-    """A model with weights in initializers, Constant nodes, the branches of an If, and a local function."""
+    """Return a model with weights in initializers, Constant nodes, the branches of an If, and a local function."""
     from tests.support.models import from_text
 
     rng = np.random.default_rng(3)

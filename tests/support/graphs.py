@@ -31,7 +31,7 @@ from . import blocks, rare_blocks  # noqa: F401  # they enter themselves
 
 
 def build(choices: Choices, *, is_common: bool = False) -> ModelProto:
-    """A model of one input and one or two outputs, of common operators or of all that have rules."""
+    """Return a model with one input and one or two outputs, of common operators or of all operators with rules."""
     b = Builder(choices, OPSETS if is_common else ALL_OPSETS)
     rank = choices.pick((2, 3, 4, 4))
     shape: Shape = {2: (BATCH, 6), 3: (BATCH, 5, 6), 4: (BATCH, 3, 8, 8)}[rank]
@@ -62,11 +62,11 @@ def build(choices: Choices, *, is_common: bool = False) -> ModelProto:
 
 
 def seeded(seed: int, *, is_common: bool = False) -> ModelProto:
-    """The model of a seed."""
+    """Return the model of a seed."""
     return build(Seeded(seed), is_common=is_common)
 
 
 @st.composite
 def models(draw: Callable[..., Any]) -> ModelProto:
-    """Models for hypothesis."""
+    """Strategy of models for hypothesis."""
     return build(Drawn(draw))

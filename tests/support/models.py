@@ -1,4 +1,4 @@
-"""Models for the tests: from ONNX text, and from the official operator tests with all axes set free."""
+"""Models for the tests: from ONNX text, and from the official operator tests with all axes made prunable."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FLOATS = {TensorProto.FLOAT: np.float32, TensorProto.DOUBLE: np.float64, TensorP
 def from_text(
     graph: str, *, opset: int = 17, ir: int = 8, values: dict[str, Any] | None = None, functions: str = ""
 ) -> ModelProto:
-    """A model whose inputs not called x… are made initializers: given values, or random ones."""
+    """Return a model whose inputs not named x… become initializers, with the given values or random ones."""
     text = f'<ir_version: {ir}, opset_import: ["": {opset}, "com.microsoft": 1, "local": 1]> agraph {graph} {functions}'
     model = onnx.parser.parse_model(text)
     rng = np.random.default_rng(0)
@@ -40,7 +40,7 @@ def from_text(
 
 
 class Mixer:
-    """Multiplies every axis of a tensor by a random matrix, so that none is fixed by an input or output."""
+    """Multiplies every axis of a tensor by a random matrix, so that no axis is frozen by an input or output."""
 
     def __init__(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
@@ -48,7 +48,7 @@ class Mixer:
         self.weights: list[TensorProto] = []
 
     def mix(self, source: str, target: str, shape: tuple[int, ...], dtype: Any, tag: str) -> None:
-        """Nodes from `source` to `target`."""
+        """Return the nodes that compute `target` from `source`."""
         axes = [axis for axis, size in enumerate(shape) if size >= 2]
         for axis in axes:
             size, rank = shape[axis], len(shape)
@@ -66,9 +66,9 @@ class Mixer:
 
 
 def set_free(case: Any, *, constants: bool, seed: int = 0) -> ModelProto | None:
-    """The model of an official operator test between random matrices on all axes of its float inputs and outputs.
+    """Return the model of an official operator test between random matrices on all axes of its float tensors.
 
-    With `constants` some float inputs become weights. None where the test has no float tensors to work on.
+    With `constants` some float inputs become weights. None if the test has no suitable float tensors.
     """
     source, (inputs, outputs) = case.model, case.data_sets[0]
     before, after = Mixer(seed), Mixer(seed + 1)
@@ -108,7 +108,7 @@ def _is_mixable(kind: int, value: np.ndarray) -> bool:
 
 @functools.cache
 def operator_cases() -> list[Any]:
-    """The official operator tests whose opset onnxruntime runs."""
+    """Return the official operator tests whose opset onnxruntime supports."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some casts of the corpus overflow on purpose
         from onnx.backend.test.case.node import collect_testcases

@@ -1,8 +1,8 @@
-"""Random ONNX graphs whose inputs leave sizes open, with the shape arithmetic that exporters and people write.
+"""Random ONNX graphs with open input sizes and the shape arithmetic that exporters and people write.
 
-Every tensor that a block is put behind is one of three kinds: maps [N, C, H, W], tokens [N, T, C] and vectors [N, C],
-with a known number of channels; all other sizes are open. Blocks may make graphs that run at some sizes only, or at
-none: who uses the graphs asks onnxruntime.
+Every tensor that serves as the input of a block is of one of three kinds: maps [N, C, H, W], tokens [N, T, C] and
+vectors [N, C], with a known number of channels; all other sizes are open. The graphs may run at some sizes only, or at
+none: callers must test them with onnxruntime.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def block(*kinds: str) -> Callable[[Block], Block]:
 
 
 class Open:
-    """A graph that grows by the choices of a seed."""
+    """A builder that grows a graph by the choices of a seed."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -39,22 +39,22 @@ class Open:
         self.nodes: list[NodeProto] = []
         self.tensors: list[TensorProto] = []
         self.kinds: dict[str, tuple[str, int, str]] = {}
-        """Kind, channels and a mark that tensors of equal open sizes share."""
+        """Kind, number of channels, and a mark shared by tensors of equal open sizes."""
         self.count = 0
 
     def pick(self, *among: Any) -> Any:
         return self.random.choice(among)
 
-    def name(self, wish: str) -> str:
+    def name(self, prefix: str) -> str:
         self.count += 1
-        return f"{wish}{self.count}"
+        return f"{prefix}{self.count}"
 
     def node(self, kind: str, *inputs: str, **attributes: Any) -> str:
         name = self.name(kind.lower())
         self.nodes.append(helper.make_node(kind, list(inputs), [name], name=f"/{name}", **attributes))
         return name
 
-    def made(self, name: str, kind: str, channels: int, mark: str) -> str:
+    def register(self, name: str, kind: str, channels: int, mark: str) -> str:
         self.kinds[name] = (kind, channels, mark)
         return name
 
@@ -79,7 +79,7 @@ class Open:
     # Shape arithmetic.
 
     def size(self, x: str, axis: int) -> str:
-        """One size of a tensor, as a list of one number."""
+        """Return one size of a tensor, as a tensor of one element."""
         shape = self.node("Shape", x)
         if self.pick(True, False):
             return self.node("Slice", shape, self.ints(axis), self.ints(axis + 1))
@@ -89,7 +89,7 @@ class Open:
         return self.node("Unsqueeze", single, self.ints(0))
 
     def like(self, x: str, axis: int) -> str:
-        """The size of an axis, perhaps of another tensor that should have the same."""
+        """Return the size of an axis, possibly of another tensor that should have the same size."""
         mark = self.kinds[x][2] if x in self.kinds else None
         others = [n for n, (k, _, m) in self.kinds.items() if m == mark and x in self.kinds and k == self.kinds[x][0]]
         return self.size(self.random.choice(others) if others and axis != self.channel_axis(x) else x, axis)
@@ -98,11 +98,11 @@ class Open:
         return 2 if x in self.kinds and self.kinds[x][0] == "tokens" else 1
 
     def target(self, *parts: str | int) -> str:
-        """A list of sizes from constants and computed ones."""
+        """Concatenate constant and computed sizes."""
         return self.node("Concat", *(self.ints(p) if isinstance(p, int) else p for p in parts), axis=0)
 
     def changed(self, size: str) -> str:
-        """A size that comes out as another computation of the same, or near it."""
+        """Return a size by another computation with the same or nearly the same result."""
         way = self.random.randint(0, 4)
         if way == 0:
             return self.node("Mul", self.node("Div", size, self.ints(2)), self.ints(2))
@@ -119,23 +119,23 @@ class Open:
         inputs = [x, self.weight(size, channels // more.get("group", 1), kernel, kernel)]
         inputs += [self.weight(size)] if self.pick(True, False) else []
         made = self.node("Conv", *inputs, pads=[kernel // 2] * 4, **more)
-        return self.made(made, "map", size, mark if more.get("strides", [1])[0] == 1 else self.name("m"))
+        return self.register(made, "map", size, mark if more.get("strides", [1])[0] == 1 else self.name("m"))
 
     def matmul(self, x: str, size: int) -> str:
         kind, channels, mark = self.kinds[x]
-        return self.made(self.node("MatMul", x, self.weight(channels, size)), kind, size, mark)
+        return self.register(self.node("MatMul", x, self.weight(channels, size)), kind, size, mark)
 
     def back(self, x: str) -> str:
-        """To the output: some channels of what there is."""
+        """Add the output: some channels of the current tensors."""
         return self.conv(x, 3) if self.kinds[x][0] == "map" else self.matmul(x, 3)
 
 
 def seeded(seed: int) -> ModelProto:
-    """The model of a seed."""
+    """Return the model of a seed."""
     b = Open(seed)
     kind = b.pick("map", "map", "tokens", "map")
     first = {"map": ("n", 3, "h", "w"), "tokens": ("n", "t", 6)}[kind]
-    b.made("x", kind, 3 if kind == "map" else 6, "m0")
+    b.register("x", kind, 3 if kind == "map" else 6, "m0")
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, first)]
     last = b.conv("x", b.width(), b.pick(1, 3)) if kind == "map" else b.matmul("x", b.width())
     if b.random.random() < 0.2:  # a second input with symbols of its own
@@ -144,7 +144,7 @@ def seeded(seed: int) -> ModelProto:
             "tokens": (b.pick("n", "n2"), b.pick("t", "s"), 6),
         }[kind]
         inputs.append(helper.make_tensor_value_info("y", TensorProto.FLOAT, symbols))
-        b.made("y", kind, 3 if kind == "map" else 6, "m1")
+        b.register("y", kind, 3 if kind == "map" else 6, "m1")
         other = b.conv("y", b.width()) if kind == "map" else b.matmul("y", b.width())
         del b.kinds["y"]
         last = b.pick(last, other)
@@ -175,13 +175,13 @@ def convolution(b: Open, x: str) -> str | None:
 
 @block("map", "tokens", "vector")
 def activation(b: Open, x: str) -> str | None:
-    return b.made(b.node(b.pick("Relu", "Sigmoid", "Tanh", "LeakyRelu", "Abs"), x), *b.kinds[x])
+    return b.register(b.node(b.pick("Relu", "Sigmoid", "Tanh", "LeakyRelu", "Abs"), x), *b.kinds[x])
 
 
 @block("map", "tokens", "vector")
 def residual(b: Open, x: str) -> str | None:
     others = [n for n, kind in b.kinds.items() if kind == b.kinds[x] and n != x]
-    return b.made(b.node(b.pick("Add", "Mul", "Max"), x, b.random.choice(others)), *b.kinds[x]) if others else None
+    return b.register(b.node(b.pick("Add", "Mul", "Max"), x, b.random.choice(others)), *b.kinds[x]) if others else None
 
 
 @block("map", "tokens")
@@ -190,31 +190,31 @@ def concatenation(b: Open, x: str) -> str | None:
     others = [n for n, (k, _, m) in b.kinds.items() if k == kind and m == mark]
     other = b.random.choice(others)
     joined = b.node("Concat", x, other, axis=b.channel_axis(x))
-    return b.made(joined, kind, channels + b.kinds[other][1], mark)
+    return b.register(joined, kind, channels + b.kinds[other][1], mark)
 
 
 @block("map")
 def concatenated_rows(b: Open, x: str) -> str | None:
     kind, channels, mark = b.kinds[x]
     others = [n for n, (k, c, m) in b.kinds.items() if (k, c, m) == (kind, channels, mark)]
-    return b.made(b.node("Concat", x, b.random.choice(others), axis=b.pick(2, 3)), kind, channels, b.name("m"))
+    return b.register(b.node("Concat", x, b.random.choice(others), axis=b.pick(2, 3)), kind, channels, b.name("m"))
 
 
 @block("map")
 def pooling(b: Open, x: str) -> str | None:
     more: dict[str, Any] = b.pick({"ceil_mode": 1}, {}, {"auto_pad": "SAME_UPPER"})
     pooled = b.node(b.pick("MaxPool", "AveragePool"), x, kernel_shape=[2, 2], strides=[2, 2], **more)
-    return b.made(pooled, "map", b.kinds[x][1], b.name("m"))
+    return b.register(pooled, "map", b.kinds[x][1], b.name("m"))
 
 
 @block("map")
 def upsampled_to_another(b: Open, x: str) -> str | None:
-    """A stride and back to the size of what was before."""
+    """A strided operator, then a resize back to the previous size."""
     _, channels, mark = b.kinds[x]
     small = b.conv(x, channels, 3, strides=[2, 2])
     sizes = b.target(*(b.size(x if axis > 1 else small, axis) for axis in range(4)))
     wide = b.node("Resize", small, "", "", sizes, mode=b.pick("nearest", "linear"))
-    return b.made(b.node("Add", b.made(wide, "map", channels, mark), x), "map", channels, mark)
+    return b.register(b.node("Add", b.register(wide, "map", channels, mark), x), "map", channels, mark)
 
 
 @block("map")
@@ -225,14 +225,14 @@ def upsampled_and_cut(b: Open, x: str) -> str | None:
     wide = b.node("Resize", small, "", scales, mode="nearest")
     ends = b.target(b.size(x, 2), b.size(x, 3))
     cut = b.node("Slice", wide, b.ints(0, 0), ends, b.ints(2, 3))
-    return b.made(b.node("Add", cut, x), "map", channels, mark)
+    return b.register(b.node("Add", cut, x), "map", channels, mark)
 
 
 @block("map")
 def odd_scale(b: Open, x: str) -> str | None:
     _, channels, _ = b.kinds[x]
     scales = b.constant(np.asarray([1, b.pick(1.0, 1.0, 1.0, 1.05), b.pick(1.5, 2.0, 1.3), 2], np.float32))
-    return b.made(b.node("Resize", x, "", scales, mode="nearest"), "map", channels, b.name("m"))
+    return b.register(b.node("Resize", x, "", scales, mode="nearest"), "map", channels, b.name("m"))
 
 
 @block("map")
@@ -241,12 +241,12 @@ def padded_to_a_multiple(b: Open, x: str) -> str | None:
     rest = b.node("Mod", b.size(x, 2), b.ints(4))
     missing = b.node("Mod", b.node("Sub", b.ints(4), rest), b.ints(4))
     pads = b.target(0, 0, 0, 0, 0, b.pick(0, 0, 1), missing, 0)
-    return b.made(b.node("Pad", x, pads), "map", channels, b.name("m")) if b.pick(True, True) else None
+    return b.register(b.node("Pad", x, pads), "map", channels, b.name("m")) if b.pick(True, True) else None
 
 
 @block("map")
 def flat_and_back(b: Open, x: str) -> str | None:
-    """[N, C, H, W] -> [N, C, HW] -> [N, C, H, W], by some of the ways there are."""
+    """[N, C, H, W] -> [N, C, HW] -> [N, C, H, W], in one of several forms."""
     kind, channels, mark = b.kinds[x]
     count = b.node("Mul", b.like(x, 2), b.like(x, 3))
     flat = b.node(
@@ -258,7 +258,7 @@ def flat_and_back(b: Open, x: str) -> str | None:
         b.target(b.like(x, 0), -1, b.like(x, 2), b.like(x, 3)),
         b.target(0, b.size(x, 1), b.like(x, 2), b.changed(b.like(x, 3))),
     )
-    return b.made(b.node("Reshape", flat, back), kind, channels, mark)
+    return b.register(b.node("Reshape", flat, back), kind, channels, mark)
 
 
 @block("map")
@@ -267,21 +267,21 @@ def to_tokens(b: Open, x: str) -> str | None:
     flat = b.node(
         "Reshape", x, b.pick(b.target(0, 0, -1), b.target(0, channels, -1), b.target(b.size(x, 0), b.size(x, 1), -1))
     )
-    return b.made(b.node("Transpose", flat, perm=[0, 2, 1]), "tokens", channels, f"{mark}t")
+    return b.register(b.node("Transpose", flat, perm=[0, 2, 1]), "tokens", channels, f"{mark}t")
 
 
 @block("map")
 def wrong_view(b: Open, x: str) -> str | None:
-    """Channels and pixels mixed: right only in that it runs."""
+    """Channels and pixels mixed: a valid graph without a meaning."""
     _, channels, _ = b.kinds[x]
     last = b.pick(channels, 2, channels * 2)
-    return b.made(b.node("Reshape", x, b.target(b.pick(0, b.size(x, 0)), -1, last)), "tokens", last, b.name("m"))
+    return b.register(b.node("Reshape", x, b.target(b.pick(0, b.size(x, 0)), -1, last)), "tokens", last, b.name("m"))
 
 
 @block("map")
 def baked(b: Open, x: str) -> str | None:
     _, channels, _ = b.kinds[x]
-    return b.made(b.node("Reshape", x, b.ints(-1, channels, 8, 8)), "map", channels, b.name("m"))
+    return b.register(b.node("Reshape", x, b.ints(-1, channels, 8, 8)), "map", channels, b.name("m"))
 
 
 @block("map")
@@ -293,7 +293,7 @@ def shuffled(b: Open, x: str) -> str | None:
     apart = b.node("Reshape", x, b.target(b.like(x, 0), groups, each, rows, columns))
     turned = b.node("Transpose", apart, perm=[0, 2, 1, 3, 4])
     whole = b.pick(-1, channels, b.size(x, 1))
-    return b.made(b.node("Reshape", turned, b.target(b.like(x, 0), whole, rows, columns)), kind, channels, mark)
+    return b.register(b.node("Reshape", turned, b.target(b.like(x, 0), whole, rows, columns)), kind, channels, mark)
 
 
 @block("map")
@@ -305,22 +305,22 @@ def pixel_shuffle(b: Open, x: str) -> str | None:
     apart = b.node("Reshape", x, b.target(b.size(x, 0), b.pick(-1, channels // 4), 2, 2, rows, columns))
     turned = b.node("Transpose", apart, perm=[0, 1, 4, 2, 5, 3])
     twice = [b.node("Mul", size, b.ints(2)) for size in (rows, columns)]
-    return b.made(b.node("Reshape", turned, b.target(0, channels // 4, *twice)), "map", channels // 4, b.name("m"))
+    return b.register(b.node("Reshape", turned, b.target(0, channels // 4, *twice)), "map", channels // 4, b.name("m"))
 
 
 @block("map")
 def windows(b: Open, x: str) -> str | None:
-    """Windows of two by two become part of the batch."""
+    """Windows of two by two pixels become part of the batch."""
     _, channels, _ = b.kinds[x]
     halves = [b.node("Div", b.size(x, axis), b.ints(2)) for axis in (2, 3)]
     apart = b.node("Reshape", x, b.target(b.size(x, 0), channels, halves[0], 2, halves[1], 2))
     turned = b.node("Transpose", apart, perm=[0, 2, 4, 3, 5, 1])
-    return b.made(b.node("Reshape", turned, b.ints(-1, 4, channels)), "tokens", channels, b.name("m"))
+    return b.register(b.node("Reshape", turned, b.ints(-1, 4, channels)), "tokens", channels, b.name("m"))
 
 
 @block("map")
 def merged_with_the_batch(b: Open, x: str) -> str | None:
-    """[N, C, H, W] -> [N*C, 1, H, W] or [N*C, HW], something of each channel, and back."""
+    """[N, C, H, W] -> [N*C, 1, H, W] or [N*C, HW], an operation on each channel, and back."""
     kind, channels, mark = b.kinds[x]
     rows, columns = b.like(x, 2), b.like(x, 3)
     if b.pick(True, False):
@@ -330,12 +330,12 @@ def merged_with_the_batch(b: Open, x: str) -> str | None:
         each = b.node("Flatten", x, axis=2)
         each = b.node(b.pick("Softmax", "LpNormalization"), each, axis=1)
     back = b.target(b.like(x, 0), b.pick(channels, b.size(x, 1)), rows, columns)
-    return b.made(b.node("Reshape", each, back), kind, channels, mark)
+    return b.register(b.node("Reshape", each, back), kind, channels, mark)
 
 
 @block("map")
 def sizes_as_numbers(b: Open, x: str) -> str | None:
-    """Divide by what is computed from sizes."""
+    """Division by a number computed from sizes."""
     kind, channels, mark = b.kinds[x]
     first, second = (b.size(x, b.random.randint(0, 3)) for _ in range(2))
     number = b.node(b.pick("Mul", "Add", "Max", "Min"), first, second)
@@ -344,12 +344,12 @@ def sizes_as_numbers(b: Open, x: str) -> str | None:
     number = b.node("Add", b.node("Cast", number, to=TensorProto.FLOAT), b.constant(np.float32(1)))
     if b.pick(True, False):
         number = b.node("Sqrt", number)
-    return b.made(b.node("Div", x, number), kind, channels, mark)
+    return b.register(b.node("Div", x, number), kind, channels, mark)
 
 
 @block("map", "tokens")
 def cut_by_a_size(b: Open, x: str) -> str | None:
-    """A slice of the channels or of an open axis, to where a size says."""
+    """A slice of the channels or of an open axis whose end is computed from a size."""
     kind, channels, mark = b.kinds[x]
     axis = b.channel_axis(x) if b.pick(True, False, False) else b.random.randint(1, 3 if kind == "map" else 2)
     limit = b.pick(b.ints(b.pick(1, 2, 8)), b.size(x, b.pick(0, 1, 2)), b.node("Div", b.size(x, axis), b.ints(2)))
@@ -357,9 +357,9 @@ def cut_by_a_size(b: Open, x: str) -> str | None:
         limit = b.node(b.pick("Min", "Max"), limit, b.pick(b.ints(8), b.size(x, b.pick(1, 2))))
     cut = b.node("Slice", x, b.ints(0), limit, b.ints(axis))
     if axis != b.channel_axis(x):
-        return b.made(cut, kind, channels, b.name("m"))
+        return b.register(cut, kind, channels, b.name("m"))
     total = b.node("ReduceSum", cut, b.ints(axis), keepdims=1)
-    return b.made(b.node("Mul", x, total), kind, channels, mark)
+    return b.register(b.node("Mul", x, total), kind, channels, mark)
 
 
 @block("map", "tokens")
@@ -378,19 +378,19 @@ def halves(b: Open, x: str) -> str | None:
             b.node("Slice", x, b.ints(0), half, b.ints(axis)),
             b.node("Slice", x, half, b.ints(_FAR), b.ints(axis)),
         ]
-    return b.made(b.node("Mul", pieces[0], b.node("Sigmoid", pieces[1])), kind, channels // 2, mark)
+    return b.register(b.node("Mul", pieces[0], b.node("Sigmoid", pieces[1])), kind, channels // 2, mark)
 
 
 @block("map")
 def patches(b: Open, x: str) -> str | None:
-    """Every second row and column, joined along the channels."""
+    """Every second row and column, concatenated along the channels."""
     _, channels, _ = b.kinds[x]
     if channels > 8:
         return None
     parts = [
         b.node("Slice", x, b.ints(i, j), b.ints(_FAR, _FAR), b.ints(2, 3), b.ints(2, 2)) for i in (0, 1) for j in (0, 1)
     ]
-    return b.made(b.node("Concat", *parts, axis=1), "map", 4 * channels, b.name("m"))
+    return b.register(b.node("Concat", *parts, axis=1), "map", 4 * channels, b.name("m"))
 
 
 @block("map")
@@ -406,37 +406,37 @@ def pooled_vector(b: Open, x: str) -> str | None:
         flat = b.node("Reshape", mean, b.pick(b.target(0, -1), b.target(b.size(x, 0), -1), b.target(-1, channels)))
     else:
         flat = b.node("Flatten", mean, axis=1)
-    return b.made(flat, "vector", channels, "v")
+    return b.register(flat, "vector", channels, "v")
 
 
 @block("map")
 def gate(b: Open, x: str) -> str | None:
     kind, channels, mark = b.kinds[x]
-    mean = b.made(b.node("ReduceMean", x, **({"axes": [2, 3]} if b.opset < 18 else {})), "map", channels, "1")
+    mean = b.register(b.node("ReduceMean", x, **({"axes": [2, 3]} if b.opset < 18 else {})), "map", channels, "1")
     if b.opset >= 18:
         b.nodes[-1].input.append(b.ints(2, 3))
     hidden = b.conv(mean, b.width())
-    opened = b.node("Sigmoid", b.conv(b.made(b.node("Relu", hidden), *b.kinds[hidden]), channels))
+    opened = b.node("Sigmoid", b.conv(b.register(b.node("Relu", hidden), *b.kinds[hidden]), channels))
     for name in list(b.kinds):
         if b.kinds[name][2] == "1":
             del b.kinds[name]
     if b.pick(True, False):
         opened = b.node("Expand", opened, b.pick(b.node("Shape", x), b.target(1, channels, b.size(x, 2), 1)))
-    return b.made(b.node("Mul", x, opened), kind, channels, mark)
+    return b.register(b.node("Mul", x, opened), kind, channels, mark)
 
 
 @block("map")
 def positions(b: Open, x: str) -> str | None:
-    """Something that depends on the row, made by Range, joined or added."""
+    """A row-dependent tensor from Range, concatenated or added."""
     kind, channels, mark = b.kinds[x]
     size = b.node("Squeeze", b.size(x, 2), b.ints(0))
     row = b.node("Cast", b.node("Range", b.constant(np.int64(0)), size, b.constant(np.int64(1))), to=TensorProto.FLOAT)
     column = b.node("Reshape", row, b.ints(1, 1, -1, 1))
     if b.pick(True, False):
-        return b.made(b.node("Add", x, column), kind, channels, mark)
+        return b.register(b.node("Add", x, column), kind, channels, mark)
     ones = b.node("ConstantOfShape", b.target(b.size(x, 0), 1, b.size(x, 2), b.size(x, 3)))
     joined = b.node("Concat", x, b.node("Add", ones, column), axis=1)
-    return b.made(joined, kind, channels + 1, mark)
+    return b.register(joined, kind, channels + 1, mark)
 
 
 @block("map")
@@ -448,7 +448,7 @@ def statistics_of_groups(b: Open, x: str) -> str | None:
         "InstanceNormalization", flat, b.constant(np.ones(groups, np.float32)), b.constant(np.zeros(groups, np.float32))
     )
     back = b.node("Reshape", normal, b.pick(b.node("Shape", x), b.target(0, channels, b.size(x, 2), b.size(x, 3))))
-    return b.made(
+    return b.register(
         b.node("Mul", back, b.constant(b.rng.uniform(0.5, 1.5, (channels, 1, 1)).astype(np.float32))),
         kind,
         channels,
@@ -458,7 +458,7 @@ def statistics_of_groups(b: Open, x: str) -> str | None:
 
 @block("map")
 def correlation(b: Open, x: str) -> str | None:
-    """Each pixel with each, or each channel with each."""
+    """Products of all pairs of pixels, or of all pairs of channels."""
     kind, channels, mark = b.kinds[x]
     flat = b.node("Reshape", x, b.target(0, channels, -1))
     turned = b.node("Transpose", flat, perm=[0, 2, 1])
@@ -469,12 +469,12 @@ def correlation(b: Open, x: str) -> str | None:
         shares = b.node("Softmax", b.node("MatMul", flat, turned), axis=-1)
         mixed = b.node("MatMul", shares, flat)
     back = b.target(b.like(x, 0), b.pick(channels, -1, b.size(x, 1)), b.like(x, 2), b.like(x, 3))
-    return b.made(b.node("Reshape", mixed, back), kind, channels, mark)
+    return b.register(b.node("Reshape", mixed, back), kind, channels, mark)
 
 
 @block("map", "tokens")
 def by_size(b: Open, x: str) -> str | None:
-    """An If on a size."""
+    """An If whose condition depends on a size."""
     kind, channels, mark = b.kinds[x]
     single = b.node("Squeeze", b.size(x, b.random.randint(0, 2)), b.ints(0))
     condition = b.node(b.pick("Equal", "Less"), single, b.constant(np.int64(b.pick(1, 4, 8))))
@@ -485,7 +485,7 @@ def by_size(b: Open, x: str) -> str | None:
         node = helper.make_node(b.pick("Mul", "Add"), [x, f"{name}_scale"], [name])
         info = helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
         bodies.append(helper.make_graph([node], name, [], [info], [scale]))
-    return b.made(b.node("If", condition, then_branch=bodies[0], else_branch=bodies[1]), kind, channels, mark)
+    return b.register(b.node("If", condition, then_branch=bodies[0], else_branch=bodies[1]), kind, channels, mark)
 
 
 # Tokens.
@@ -501,7 +501,7 @@ def layer_normalization(b: Open, x: str) -> str | None:
     channels = b.kinds[x][1]
     if b.opset < 17 or channels < 3:
         return None
-    return b.made(b.node("LayerNormalization", x, b.numbers(channels), b.weight(channels), axis=-1), *b.kinds[x])
+    return b.register(b.node("LayerNormalization", x, b.numbers(channels), b.weight(channels), axis=-1), *b.kinds[x])
 
 
 @block("tokens")
@@ -529,20 +529,20 @@ def attention(b: Open, x: str) -> str | None:
     flat = b.node(
         "Reshape", mixed, b.pick(b.target(batch, length, size), b.target(0, 0, -1), b.target(batch, -1, size))
     )
-    return b.matmul(b.made(flat, kind, size, mark), channels)
+    return b.matmul(b.register(flat, kind, size, mark), channels)
 
 
 @block("tokens")
 def tokens_flat(b: Open, x: str) -> str | None:
     """[N, T, C] -> [N*T, C] and back."""
     kind, channels, mark = b.kinds[x]
-    flat = b.made(
+    flat = b.register(
         b.node("Reshape", x, b.pick(b.ints(-1, channels), b.target(-1, b.size(x, 2)))), "vector", channels, b.name("m")
     )
     wide = b.matmul(flat, b.width())
     size = b.kinds[wide][1]
     back = b.target(b.like(x, 0), b.pick(b.like(x, 1), -1), size)
-    return b.made(b.node("Reshape", wide, back), kind, size, mark)
+    return b.register(b.node("Reshape", wide, back), kind, size, mark)
 
 
 @block("tokens")
@@ -551,9 +551,9 @@ def to_map(b: Open, x: str) -> str | None:
     _, channels, _ = b.kinds[x]
     turned = b.node("Transpose", x, perm=[0, 2, 1])
     if b.pick(True, False):
-        return b.made(b.node("Unsqueeze", turned, b.ints(3)), "map", channels, b.name("m"))
+        return b.register(b.node("Unsqueeze", turned, b.ints(3)), "map", channels, b.name("m"))
     half = b.node("Div", b.size(x, 1), b.ints(2))
-    return b.made(
+    return b.register(
         b.node("Reshape", turned, b.target(0, b.pick(0, channels), b.pick(half, -1), 2)), "map", channels, b.name("m")
     )
 
@@ -562,19 +562,19 @@ def to_map(b: Open, x: str) -> str | None:
 def tokens_to_vector(b: Open, x: str) -> str | None:
     _, channels, _ = b.kinds[x]
     if b.pick(True, False):
-        return b.made(b.node("Gather", x, b.constant(np.int64(b.pick(0, -1))), axis=1), "vector", channels, "v")
+        return b.register(b.node("Gather", x, b.constant(np.int64(b.pick(0, -1))), axis=1), "vector", channels, "v")
     mean = b.node("ReduceMean", x, keepdims=0, **({"axes": [1]} if b.opset < 18 else {}))
     if b.opset >= 18:
         b.nodes[-1].input.append(b.ints(1))
-    return b.made(mean, "vector", channels, "v")
+    return b.register(mean, "vector", channels, "v")
 
 
 @block("tokens")
 def turned_view(b: Open, x: str) -> str | None:
-    """[N, T, C] read as [N, C, T]: not a transposition."""
+    """[N, T, C] reshaped to [N, C, T] without a transposition."""
     kind, channels, mark = b.kinds[x]
     read = b.node("Reshape", x, b.target(0, channels, -1))
-    return b.made(b.node("Transpose", read, perm=[0, 2, 1]), kind, channels, mark)
+    return b.register(b.node("Transpose", read, perm=[0, 2, 1]), kind, channels, mark)
 
 
 @block("tokens")
@@ -582,16 +582,16 @@ def class_token(b: Open, x: str) -> str | None:
     _, channels, _ = b.kinds[x]
     token = b.weight(1, 1, channels)
     wide = b.node("Expand", token, b.target(b.size(x, 0), 1, channels))
-    return b.made(b.node("Concat", wide, x, axis=1), "tokens", channels, b.name("m"))
+    return b.register(b.node("Concat", wide, x, axis=1), "tokens", channels, b.name("m"))
 
 
 @block("tokens")
 def embedded_positions(b: Open, x: str) -> str | None:
-    """Rows of a table as long as the sequence, which it limits."""
+    """The first rows of a position table, whose length limits the sequence."""
     kind, channels, mark = b.kinds[x]
     table = b.weight(1, 64, channels)
     rows = b.node("Slice", table, b.ints(0), b.size(x, 1), b.ints(1))
-    return b.made(b.node("Add", x, rows), kind, channels, mark)
+    return b.register(b.node("Add", x, rows), kind, channels, mark)
 
 
 @block("tokens")
@@ -604,18 +604,18 @@ def recurrence(b: Open, x: str) -> str | None:
         "GRU", first, b.weight(1, 3 * size, channels), b.weight(1, 3 * size, size), "", "", state, hidden_size=size
     )
     flat = b.node("Squeeze", y, b.ints(1))
-    return b.made(b.node("Transpose", flat, perm=[1, 0, 2]), kind, size, mark)
+    return b.register(b.node("Transpose", flat, perm=[1, 0, 2]), kind, size, mark)
 
 
 @block("tokens")
 def tiled(b: Open, x: str) -> str | None:
-    """A vector of the mean, once for each token."""
+    """The mean over the tokens, repeated for each token."""
     kind, channels, mark = b.kinds[x]
     mean = b.node("ReduceMax", x, keepdims=1, **({"axes": [1]} if b.opset < 18 else {}))
     if b.opset >= 18:
         b.nodes[-1].input.append(b.ints(1))
     copies = b.node("Tile", mean, b.target(1, b.size(x, 1), 1))
-    return b.made(b.node("Concat", x, copies, axis=2), kind, 2 * channels, mark)
+    return b.register(b.node("Concat", x, copies, axis=2), kind, 2 * channels, mark)
 
 
 # Vectors.
@@ -630,9 +630,9 @@ def vector_to_map(b: Open, x: str) -> str | None:
     single = b.node("Unsqueeze", x, b.ints(2, 3))
     if b.pick(True, False):
         single = b.node("Expand", single, b.target(1, b.pick(1, b.kinds[x][1]), b.size(other, 2), b.size(other, 3)))
-    return b.made(b.node(b.pick("Mul", "Add"), other, single), *b.kinds[other])
+    return b.register(b.node(b.pick("Mul", "Add"), other, single), *b.kinds[other])
 
 
 def models(seeds: Sequence[int]) -> list[ModelProto]:
-    """The models of some seeds."""
+    """Return the models of some seeds."""
     return [seeded(seed) for seed in seeds]

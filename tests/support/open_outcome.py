@@ -1,4 +1,4 @@
-"""What becomes of a random graph with open sizes: pruned, proved, and compared at sizes that nobody here had used."""
+"""Outcome of a random graph with open sizes: it is pruned, proved, and compared at sizes that neither step used."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from cpd_onnx.shapes.values import Folded
 from tests.support.open_graphs import seeded
 
 BINDINGS, TRIES = 5, 30
-"""Sets of sizes to compare at, and how many are tried to find as many that the original accepts."""
+"""Number of sets of sizes for the comparison, and of attempts to find as many that the original accepts."""
 _SIZES = (1, 2, 3, 4, 5, 6, 8, 9, 10, 12, 16)
 _SYMBOLS = ("n", "n2", "h", "h2", "w", "t", "s")
 
 
 def open_outcome(seed: int) -> str:
-    """What became of the graph of a seed."""
+    """Return the outcome of the graph of a seed."""
     return outcome_of(seeded(seed), seed)
 
 
 def outcome_of(model: ModelProto, seed: int) -> str:
-    """What became of a model: in capitals where a file was written wrong, and what it is about."""
+    """Return the outcome of a model; it starts with capitals if a wrong file was accepted."""
     try:
         session = open_model(model, optimise=False)
     except cpd.UnsupportedError:
@@ -62,7 +62,7 @@ def outcome_of(model: ModelProto, seed: int) -> str:
 
 
 def compared(combed: Combed, kept: KeepMask, pruned: Model, feeds: list[Feed]) -> str:
-    """Whether a pruned file gives what the masked original gives."""
+    """Compare the outputs of a pruned model with those of the masked original and return the outcome."""
     smaller, is_bound = open_model(pruned, optimise=False), is_bound_to_sizes(combed, kept)
     reference = None if is_bound else open_model(masked(combed, kept, pruned), optimise=False)
     for feed in feeds:
@@ -86,7 +86,7 @@ def compared(combed: Combed, kept: KeepMask, pruned: Model, feeds: list[Feed]) -
 
 
 def _accepted(model: ModelProto, folded: Folded, session: Runner, rng: random.Random) -> Iterator[Feed]:
-    """Inputs of random sizes on which the original runs, and gives the same twice."""
+    """Yield inputs of random sizes on which the original runs deterministically."""
     count = 0
     for number in range(TRIES):
         sizes = {name: rng.choice(_SIZES) for name in _SYMBOLS}
@@ -113,7 +113,7 @@ def _accepted(model: ModelProto, folded: Folded, session: Runner, rng: random.Ra
 
 
 def _apart_by_rounding(expected: Array, got: Array, nudged_: Array) -> bool:
-    """Whether inputs that change by a few roundings drive a chaotic model as far."""
+    """Whether a change of the inputs by a few roundings changes the outputs of a chaotic model as much."""
     if _alike(expected, got):
         return True
     return expected.shape == got.shape and float(np.abs(expected - got).max()) <= 10 * float(

@@ -1,4 +1,4 @@
-"""Planted defects: small networks with all kinds of outputs, and pruned models of them that are wrong in one place."""
+"""Planted defects: small networks with all kinds of outputs, and pruned models of them with one defect each."""
 
 from __future__ import annotations
 
@@ -89,13 +89,13 @@ ENDINGS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
         "{ p = Sigmoid(l) }, else_branch = no () => (float[2, 6, 8, 8] q) { q = Identity(l) }>", {"t": -100.0},
     ),
 }  # fmt: skip  # a table
-"""By name: more weights, outputs, nodes and values."""
+"""Endings of the networks by name: additional weights, outputs, nodes, and values of weights."""
 SILENT = {"dead rectifier"}
-"""Networks of which random inputs show nothing."""
+"""Networks whose defects random inputs cannot reveal."""
 
 
 def network(name: str) -> ModelProto:
-    """A network with one of the endings, or in one of the number formats."""
+    """Return a network with one of the endings, or in one of the number formats."""
     if name in FORMATS:
         return FORMATS[name]()
     more, outputs, nodes, values = ENDINGS[name]
@@ -105,7 +105,7 @@ def network(name: str) -> ModelProto:
 
 
 def _balanced(model: ModelProto) -> ModelProto:
-    """Kernels of such a size that numbers stay about as large from layer to layer."""
+    """Return the model with its kernels scaled such that activations have about the same size in all layers."""
     for tensor in model.graph.initializer:
         array = numpy_helper.to_array(tensor)
         if array.ndim == 4:
@@ -128,7 +128,7 @@ _STEP, _WEIGHT_STEP = 0.05, 0.01
 
 
 def _quantised_tensors(*, with_bias: bool) -> list[TensorProto]:
-    """The weights in eight bits, biases in 32, and scales and zero points."""
+    """Return weights in eight bits, biases in 32 bits, scales and zero points."""
     made = []
     for tensor in network("plain").graph.initializer:
         array = numpy_helper.to_array(tensor)
@@ -160,7 +160,7 @@ def _model(nodes: list[Any], output: int, tensors: list[TensorProto]) -> ModelPr
 
 
 def _qdq() -> ModelProto:
-    """QuantizeLinear and DequantizeLinear around each layer."""
+    """Return the network with QuantizeLinear and DequantizeLinear around each layer."""
     nodes = []
 
     def add(kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
@@ -184,7 +184,7 @@ def _qdq() -> ModelProto:
 
 
 def _qoperator() -> ModelProto:
-    """Operators on integers; the output is one."""
+    """Return the network with integer operators and an integer output."""
     nodes = []
 
     def add(kind: str, inputs: list[str], output: str, domain: str = "", **attributes: Any) -> str:
@@ -206,7 +206,7 @@ def _qoperator() -> ModelProto:
 
 
 def _dynamic() -> ModelProto:
-    """Activations quantised by what is seen."""
+    """Return the network with dynamically quantised activations."""
     text = (
         "(float[4, 12] x, uint8[12, 16] w1, float[16] b1, uint8[16, 20] w2, float[20] b2, uint8[20, 16] w3, float[16] b3, "
         "uint8[16, 6] w4, float[6] b4, uint8 zw, float sw) => (float[4, 6] y) {"
@@ -233,18 +233,18 @@ NETWORKS = (*ENDINGS, *FORMATS)
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A network, what survives of it, and what pruning makes of it."""
+    """A network, the surviving channels, and the removed channels of each group."""
 
     combed: Combed
     kept: KeepMask
     removed: list[list[int]]
 
     def pruned(self) -> Model:
-        """The right one."""
+        """Return the correctly pruned model."""
         return rewrite(self.combed, self.kept).model
 
     def otherwise(self, change: Callable[[list[int], int], list[int]], group: int) -> Model:
-        """The model that loses other channels of one group."""
+        """Return the model with other removed channels in one group."""
         removed = [
             change(gone, len(each)) if each.id == group % len(self.combed.groups) else gone
             for gone, each in zip(self.removed, self.combed.groups, strict=True)
@@ -259,7 +259,7 @@ def _channels(combed: Combed, removed: list[list[int]]) -> Array:
 
 @cache
 def case_of(name: str) -> Case:
-    """A network at half of its channels."""
+    """Return a network with half of its channels chosen for removal."""
     combed = comb(cpd.load(network(name)))
     chosen = allocate(combed, score(combed, "random", seed=3), Budget("channels", 0.5))
     kept = chosen.keep_mask(combed)
@@ -267,7 +267,7 @@ def case_of(name: str) -> Case:
 
 
 def edited(case: Case, name: str, change: Callable[[Array], Array]) -> Model:
-    """The right model with other values of one weight."""
+    """Return the correctly pruned model with changed values of one weight."""
     model = case.pruned()
     name = next(t.name for t in model.graph.initializer if t.name == name or t.name.startswith(f"{name}_"))
     array = model.array(name)
@@ -276,7 +276,7 @@ def edited(case: Case, name: str, change: Callable[[Array], Array]) -> Model:
 
 
 def first_alone(factor: float) -> Callable[[Array], Array]:
-    """Multiply what belongs to the first output, as far as the type goes."""
+    """Return a change that scales the weights of the first output, within the range of the type."""
 
     def change(array: Array) -> Array:
         made = array.astype(np.float64)
@@ -295,7 +295,7 @@ def _alpha(case: Case) -> Model:
 
 
 def _without(case: Case, slot: int, name: str) -> Model:
-    """The right model with one layer's input taken from its own output's place: a shortcut that is forgotten."""
+    """Return the correctly pruned model in which an addition takes the same input twice: a missing shortcut."""
     model = case.pruned()
     node = next(n for n in model.graph.node if n.output[0] == "s")
     other = [i for i in node.input if i.startswith(name)]
@@ -322,7 +322,7 @@ DEFECTS: dict[str, Callable[[Case], Model]] = {
 
 
 def verdict_of(name: str, defect: str | None = None) -> str:
-    """What the proof says of a network, with a defect or without."""
+    """Return the verdict of the proof on a network, with or without a defect."""
     case = case_of(name)
     try:
         model = case.pruned() if defect is None else DEFECTS[defect](case)

@@ -29,17 +29,17 @@ def between(b: Builder, x: str) -> str:
 
 
 def positive(b: Builder, x: str) -> str:
-    """Values from one on."""
+    """Values of at least one."""
     return b.raw("Add", [b.raw("Abs", [x]), number(b, 1)])
 
 
 def whole(b: Builder, x: str, kind: int) -> str:
-    """Whole numbers from 0 to 15."""
+    """Integers from 0 to 15."""
     return b.raw("Cast", [b.raw("Mul", [b.raw("Sigmoid", [x]), number(b, 15)])], to=kind)
 
 
 def added(b: Builder, x: str, other: str) -> str:
-    """x and what is of other types or smaller, as small numbers."""
+    """x and derived tensors of other types, with small values."""
     small = b.raw("Mul", [b.raw("Cast", [other], to=TensorProto.FLOAT), number(b, 0.1)])
     return b.node("Add", [x, small], b.shapes[x])
 
@@ -211,7 +211,7 @@ def described(name: str, rank: int, kind: int = TensorProto.FLOAT) -> ValueInfoP
 
 @rare(2, 3, 4)
 def loop(b: Builder, x: str) -> str | None:
-    """Twice the same with what is outside, which keeps its shape."""
+    """Two iterations of a body that uses an outer value and keeps the shape."""
     shape, mark = b.shapes[x], b.name("round")
     scale = numpy_helper.from_array(b.rng.uniform(0.5, 1.5, (1, *shape[1:])).astype(np.float32), f"{mark}_scale")
     nodes = [
@@ -227,7 +227,7 @@ def loop(b: Builder, x: str) -> str | None:
 
 @rare(3)
 def scan(b: Builder, x: str) -> str | None:
-    """A sum that forgets, token by token."""
+    """A decaying sum over the tokens."""
     n, _t, c = b.shapes[x]
     if b.is_open:
         return None
@@ -259,7 +259,7 @@ def tiled(b: Builder, x: str) -> str | None:
 
 @rare(2, 3, 4)
 def expanded(b: Builder, x: str) -> str | None:
-    """A constant of one index on some axes, stretched to the shape of a tensor, which is known or asked for."""
+    """A constant of size one on some axes, expanded to the shape of a tensor, fixed or computed."""
     shape = b.shapes[x]
     axes = (1, *(b.choices.pick((1, size)) for size in shape[1:]))
     values = b.constant(b.rng.uniform(0.5, 1.5, axes).astype(np.float32))
@@ -307,7 +307,7 @@ def compressed(b: Builder, x: str) -> str | None:
 
 @rare(2, 3, 4)
 def picked(b: Builder, x: str) -> str | None:
-    """Elements at places that are given for each, or at tuples of places."""
+    """Elements gathered by an index for each, or by index tuples."""
     shape = b.shapes[x]
     if b.opset < 12:
         return None
@@ -358,7 +358,7 @@ def one_hot(b: Builder, x: str) -> str | None:
 
 @rare(3)
 def embedded(b: Builder, x: str) -> str | None:
-    """Words by their numbers, positions added, normalised."""
+    """Word embeddings with positions, normalised."""
     n, t, _c = b.shapes[x]
     size = b.width()
     if size < 3:
@@ -479,7 +479,7 @@ def fused_matmul(b: Builder, x: str) -> str | None:
 
 @rare(3)
 def attention_in_one(b: Builder, x: str) -> str | None:
-    """The operators that take queries, keys and values, with rotated positions or not."""
+    """Attention operators on queries, keys and values, with or without rotary positions."""
     n, t, c = b.shapes[x]
     heads, each = b.choices.pick((1, 2, 4)), b.choices.pick((4, 8))
     size, way = heads * each, b.choices.integer(0, 3)

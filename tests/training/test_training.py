@@ -147,7 +147,7 @@ def test_an_unfinished_run_is_not_overwritten(tmp_path: Path, capsys: pytest.Cap
     command = [*on_disk(tmp_path), "-o", str(tmp_path / "out.onnx")]
     (tmp_path / "out.onnx.checkpoint").write_bytes(b"something")
     assert main(command) == 1
-    assert "holds an unfinished run: go on with --resume" in capsys.readouterr().err
+    assert "holds an unfinished run: continue with --resume" in capsys.readouterr().err
 
 
 # What goes wrong.

@@ -132,9 +132,9 @@ def test_reproduce_says_what_is_not_as_it_was(folder: Path, what: str, capsys: p
     capsys.readouterr()
     assert run("reproduce", place, "-o", "more") == 1
     wanted = {
-        "model": "is not there: say with --model where the model is now",
-        "data": "is another file than then: its SHA-256 should be",
-        "result": "differs from what the manifest names: onnx 0.1 then",
+        "model": "does not exist: name the model with --model",
+        "data": "has changed: its SHA-256 must be",
+        "result": "differ from those of the manifest; possible cause: onnx 0.1 then",
         "json": "is not JSON",
     }
     assert wanted[what] in capsys.readouterr().err
@@ -143,11 +143,11 @@ def test_reproduce_says_what_is_not_as_it_was(folder: Path, what: str, capsys: p
 def test_without_data_it_does_what_can_be_done(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("compress", "digits.onnx", "-o", "small.onnx") == 0
     shown = capsys.readouterr().out
-    assert "note: no data: the channels went by their weights alone" in shown
+    assert "note: no data: channels were chosen by their weights alone" in shown
     report = json.loads((folder / "small.onnx.report.json").read_text())
     assert report["training"] is report["repaired"] is report["accuracy"] is report["sensitivity"] is None
     assert report["budget"]["score"] == "l2"
-    assert report["budget"]["spread"] == "uniform"
+    assert report["budget"]["policy"] == "uniform"
     assert report["verification"]["is_replay"]
     assert "weights alone" in report["advice"][0]
 
@@ -168,7 +168,7 @@ def test_without_torch_it_is_pruned_and_repaired(folder: Path, monkeypatch: pyte
 def test_training_that_makes_it_worse_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = ("--data", "train.npz", "--steps", 4, "--lr", 1.0, "--threads", 1, "--no-sensitivity")
     assert run("compress", "digits.onnx", "-o", "small.onnx", *bad) == 0
-    assert "note: training made it worse (" in capsys.readouterr().out
+    assert "note: training made the model worse (" in capsys.readouterr().out
 
 
 def test_a_plan_is_carried_out(folder: Path) -> None:
@@ -334,8 +334,8 @@ def test_a_sweep_is_made_in_processes(folder: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--targets", "macs=0.5,params=0.5"], "the targets of a sweep are all of one kind"),
-        (["--targets", "macs=0.5", "--most-lost", "0.1"], "wants to know what a model scores"),
+        (["--targets", "macs=0.5,params=0.5"], "all targets of a sweep must be of one kind"),
+        (["--targets", "macs=0.5", "--most-lost", "0.1"], "--most-lost needs a metric"),
         (["--targets", "macs=0.5", "--executor", "executors_of_tests:not_one"], "gives a list, not a concurrent"),
     ],
 )

@@ -47,11 +47,11 @@ def test_a_recipe_repeats_a_run(folder: Path) -> None:
     ("text", "message"),
     [
         ("learning_rate = 1", "no option 'learning_rate'"),
-        ("lr = -1", "is not a number above 0"),
-        ("lr = [1, 2]", "it should be one value"),
-        ("flip = 1", "it should be true or false"),
-        ('batch-norm = "often"', "choose one of auto, frozen"),
-        ("keep = 'a'", "it should be a list"),
+        ("lr = -1", "is not a number greater than 0"),
+        ("lr = [1, 2]", "must be a single value"),
+        ("flip = 1", "must be true or false"),
+        ('batch-norm = "often"', "must be one of auto, frozen"),
+        ("keep = 'a'", "must be a list"),
         ("lr = ", "is not a TOML file"),
     ],
 )
@@ -64,8 +64,8 @@ def test_what_is_wrong_with_a_recipe(folder: Path, text: str, message: str, caps
 
 def test_training_needs_data(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compress(folder, "a.onnx", "--distill") == 1
-    assert "training needs inputs: give --data" in capsys.readouterr().err
+    assert "training needs samples: give --data" in capsys.readouterr().err
     assert compress(folder, "a.onnx", "--repair") == 1
-    assert "a repair needs inputs: give --data" in capsys.readouterr().err
+    assert "repair needs samples: give --data" in capsys.readouterr().err
     assert compress(folder, "a.onnx", "--recipe", folder / "none.toml") == 1
     assert "cannot read recipe" in capsys.readouterr().err

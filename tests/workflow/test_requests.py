@@ -58,7 +58,7 @@ EXAMPLES = {
 }  # fmt: skip  # a table
 OF_NAMES = {
     "image_mean": "0.5,0.25,0.5", "image_std": "0.5", "losses": "scores=mse", "output_weights": "scores=0.5",
-    "shares": "0.5,0.25", "batch": "1,8", "threads": "1,2", "fix": "image=2,1,8,8",
+    "ratios": "0.5,0.25", "batch": "1,8", "threads": "1,2", "fix": "image=2,1,8,8",
 }  # fmt: skip  # a table
 
 
@@ -115,8 +115,8 @@ image-scale = 0.00392156862745098
 image-order = "RGB"
 samples = 32
 score-labels = false
-min-share = 0.25
-max-share = 1.0
+min-ratio = 0.25
+max-ratio = 1.0
 width = ["head*=0.5..1.0"]
 distill = false
 latency-threads = 1
@@ -150,8 +150,8 @@ def test_a_recipe_of_an_earlier_version_is_read(folder: Path) -> None:
 
 
 def test_an_unknown_name_brings_those_that_are_like_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(TypeError, match=r"compress has no option 'multipel' \(did you mean multiple\?\)"):
-        cpd.compress("model.onnx", **{"multipel": 8})
+    with pytest.raises(TypeError, match=r"compress has no option 'roundto' \(did you mean round_to or rounds\?\)"):
+        cpd.compress("model.onnx", **{"roundto": 8})
     with pytest.raises(ValueError, match=r"'allocate' has no option 'mac' \(did you mean macs\?\)"):
         cpd.run("comb, score, allocate{mac=0.5}", "model.onnx")
     Path("r.toml").write_text("epoch = 1\n")
@@ -224,7 +224,7 @@ def test_no_default_is_stated_twice() -> None:
         (("--score", "l2"), "uniform"),
         (("--data", "data.npz"), "optimal"),
         (("--data", "data.npz", "--score", "l2"), "optimal"),
-        (("--data", "data.npz", "--spread", "global"), "global"),
+        (("--data", "data.npz", "--policy", "global"), "global"),
     ],
 )
 def test_one_rule_says_what_the_allocation_policy_is(folder: Path, options: tuple[str, ...], policy: str) -> None:
@@ -232,12 +232,12 @@ def test_one_rule_says_what_the_allocation_policy_is(folder: Path, options: tupl
     assert command("prune", "model.onnx", "-o", "once.onnx", *options, *few) == 0
     assert command("prune", "model.onnx", "-o", "twice.onnx", *options, *few, "--rounds", 2) == 0
     for name in ("once", "twice"):
-        assert json.loads(Path(f"{name}.onnx.plan.json").read_text())["budget"]["spread"] == policy
+        assert json.loads(Path(f"{name}.onnx.plan.json").read_text())["budget"]["policy"] == policy
     named = {"data": "data.npz"} if "--data" in options else {}
     score = "l2" if "l2" in options else None
-    spread = "global" if "global" in options else None
-    made = cpd.compressed("model.onnx", score=score, spread=spread, train=False, samples=16, repair_samples=16, **named)
-    assert made.state.need("plan", "prune").content["budget"]["spread"] == policy
+    chosen = "global" if "global" in options else None
+    made = cpd.compressed("model.onnx", score=score, policy=chosen, train=False, samples=16, repair_samples=16, **named)
+    assert made.state.need("plan", "prune").content["budget"]["policy"] == policy
 
 
 # What is given.
