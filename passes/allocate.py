@@ -1,4 +1,4 @@
-"""Allocate: how many channels each group loses, and which, to meet a budget."""
+"""Allocate: choose the channels to remove from each group to meet a budget."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cpd_onnx.scores.registry import find_score_function
 
 
 def bounds(text: str) -> tuple[str, Ratios]:
-    """Reads PATTERN=LOW..HIGH, or PATTERN=BOTH; raises ValueError."""
+    """Return the pattern and ratios of PATTERN=LOW..HIGH, or PATTERN=BOTH; raises ValueError for another text."""
     name, _, ratios = text.rpartition("=")
     low, dots, high = ratios.partition("..")
     if not name or not low or (dots and not high):
@@ -29,7 +29,7 @@ def bounds(text: str) -> tuple[str, Ratios]:
 
 
 def target(text: str) -> tuple[str, float]:
-    """Reads KIND=FRACTION; raises ValueError."""
+    """Return kind and fraction of KIND=FRACTION; raises ValueError for another text."""
     kind, _, fraction = text.partition("=")
     try:
         return kind, float(fraction)
@@ -38,15 +38,15 @@ def target(text: str) -> tuple[str, float]:
 
 
 def target_options(kind: str, fraction: float) -> dict[str, Any]:
-    """A target as an option of `Allocate`; raises TargetError if there is none of that kind."""
+    """Return a target as an option of `Allocate`; raises TargetError for an unknown kind."""
     if kind not in KINDS:
-        raise TargetError(f"no target is called {kind!r}: choose one of {', '.join(KINDS)}")
+        raise TargetError(f"unknown target {kind!r}: choose one of {', '.join(KINDS)}")
     return {kind: fraction}
 
 
 @dataclass(frozen=True, kw_only=True)
 class AllocateOptions(metaclass=Renaming):
-    """How channels are chosen to meet a target; the command line, recipes and Olive have these options from here."""
+    """Options of the allocation, also of the command line, recipes and Olive."""
 
     policy: str | None = option(
         None,
@@ -85,30 +85,30 @@ class AllocateOptions(metaclass=Renaming):
     )
     keep: Sequence[str] = option(
         (),
-        "Groups, weights or nodes that are not touched (* and ? allowed); may be repeated",
+        "Groups, weights or nodes that are pinned, from which nothing is removed (* and ? allowed); may be repeated",
         metavar="PATTERN",
         is_many=True,
     )
     latency_threads: int = option(
         1,
-        "Threads for one operator where latency is measured; 0: onnxruntime's choice",
+        "Number of intra-op threads for the measurement of latency; 0: onnxruntime's default",
         read=natural,
         metavar="N",
         group="latency",
     )
     latency_batch: int | None = option(
         None,
-        "Samples at a time where latency is measured (default: the model's)",
+        "Batch size for the measurement of latency (default: the model's)",
         read=positive,
         metavar="N",
         group="latency",
     )
     latency_provider: str = option(
-        Setting.provider, "Execution provider of onnxruntime that latency is measured with", group="latency"
+        Setting.provider, "Execution provider of onnxruntime for the measurement of latency", group="latency"
     )
     cost_table: str | os.PathLike[str] | None = option(
         None,
-        "Latencies that 'latency' has measured elsewhere; nothing is measured here",
+        "Cost table that 'latency' measured, to be used instead of a measurement on this machine",
         read=Path,
         metavar="FILE",
         takes="file",
@@ -118,12 +118,13 @@ class AllocateOptions(metaclass=Renaming):
 
 @dataclass(frozen=True, kw_only=True)
 class Allocate(AllocateOptions):
-    """Choose the channels that go; one of `channels`, `macs`, `params`, `bytes`, `latency` is the share that remains.
+    """Choose the channels to remove; one of `channels`, `macs`, `params`, `bytes`, `latency` is the remaining fraction.
 
-    The policy is "uniform" if none is given, and "optimal" for latency. That is measured on this machine, under the
-    `latency_` options, until it is met; or predicted by a cost table made elsewhere, the file `cost_table`.
+    The default policy is "optimal" for latency, else "uniform". Latency is measured on this machine under the
+    `latency_` options until the target is met, or predicted by the cost table in the file `cost_table`.
 
-    `widths` are bounds by pattern, as in [("layer1.*", (0.25, 1.0))]; for the rest see `AllocateOptions`.
+    `widths` are minimum and maximum ratios by pattern, as in [("layer1.*", (0.25, 1.0))]; for the other fields see
+    `AllocateOptions`.
     """
 
     channels: float | None = None
@@ -138,10 +139,10 @@ class Allocate(AllocateOptions):
 
     @property
     def budget(self) -> Budget:
-        """The options as a budget; raises TargetError if they make none."""
+        """The options as a budget; raises TargetError if they are not valid."""
         given = {kind: getattr(self, kind) for kind in KINDS if getattr(self, kind) is not None}
         if len(given) > 1:
-            raise TargetError(f"give one target, not {' and '.join(given)}")
+            raise TargetError(f"only one target is allowed, got {' and '.join(given)}")
         kind, fraction = next(iter(given.items()), self.usual_target)
         of = tuple((pattern, (float(low), float(high))) for pattern, (low, high) in self.widths)
         round_to = 1 if self.round_to is None else self.round_to
@@ -151,7 +152,7 @@ class Allocate(AllocateOptions):
         return Budget(kind, fraction, policy, limits)
 
     def chooser(self, combed: Combed) -> Chooser:
-        """What allocates under this budget; for a latency target it measures or reads the cost table first."""
+        """Return the allocator of this budget; for a latency target, measure or read the cost table first."""
         if self.budget.kind != "latency":
             return Chooser(self.budget)
         if self.cost_table is not None:

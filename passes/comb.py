@@ -18,6 +18,6 @@ class Comb:
     provides: ClassVar[tuple[str, ...]] = ("folded", "combed")
 
     def __call__(self, state: State) -> State:
-        """Fill in `combed`; fold first if nobody has."""
+        """Fill in `combed`, and `folded` if it is missing."""
         folded = state.folded if state.folded is not None else fold(state.model, state.input_shapes)
         return replace(state, folded=folded, combed=comb(folded))

@@ -1,7 +1,7 @@
-"""Knowledge distillation: fine-tune a pruned model until it answers like the original, without labels.
+"""Knowledge distillation: fine-tune a pruned model to reproduce the outputs of the original, without labels.
 
-Both models run in torch through `cpd_onnx.torch`; the student's initializers are the parameters, so what comes out is a
-new value for each of them.
+The student runs in torch through `cpd_onnx.torch`, with its initializers as parameters; the result is a new value for
+each of them. The teacher runs in torch or onnxruntime.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from cpd_onnx.training.process_group import ProcessGroup, join_process_group
 
 Array: TypeAlias = npt.NDArray[Any]
 Shared: TypeAlias = Mapping[str, Mapping[int, Array]]
-"""Inner tensors to compare by name: for each axis that shrank, the teacher's indices that stay."""
+"""Hidden tensors to compare by name: for each pruned axis, the indices of the teacher that survive."""
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """What a teacher and its pruned student have in common.
+    """Correspondence between a teacher and its pruned student.
 
     Attributes:
-        tensors: inner tensors to compare.
-        filters: weight name -> the teacher's indices on its first axis that stay.
+        tensors: Hidden tensors to compare.
+        filters: Surviving indices of the teacher on the first axis of each weight, by name.
 
     """
 
@@ -59,25 +59,25 @@ class Overlap:
 
 
 _ENOUGH_FOR_STATISTICS = 16
-"""Samples in a batch from which on its own statistics are good enough to train with."""
+"""Minimum batch size for training with batch statistics (heuristic)."""
 _MEASURED = 20
-"""Batches from which the moments of restored normalisations are taken."""
+"""Number of batches from which the moments of restored normalizations are computed (heuristic)."""
 
 
 @dataclass(frozen=True)
 class DistillResult:
-    """What training gave.
+    """Result of training.
 
     Attributes:
-        values: initializer -> new value, for those that changed; types and shapes are the model's.
-        losses: loss of each update.
-        kinds: output -> how it was compared.
-        seconds: wall-clock time.
-        device: where it ran.
-        restored: normalisations that were put back for the training.
-        compared: inner tensors that were compared.
-        judged: updates done, and what the student then scored on held-out data.
-        metric: by what it was scored, see `Metric.as_json`; empty where it was not.
+        values: New values of the changed initializers, with the types and shapes of the model.
+        losses: Loss of each update.
+        kinds: Kind of loss of each output.
+        seconds: Wall-clock time in seconds.
+        device: Device of the training.
+        restored: Number of batch normalizations that were restored for the training.
+        compared: Hidden tensors that were compared.
+        judged: Number of updates and score on held-out data, for each evaluation.
+        metric: Metric of that score, see `Metric.as_json`; empty without held-out data.
 
     """
 
@@ -94,13 +94,14 @@ class DistillResult:
 
 @dataclass(frozen=True)
 class Watched:
-    """Held-out data that the student is scored on while it trains.
+    """Evaluation of the student on held-out data during training.
 
     Attributes:
-        source: the data.
-        metric: see `metrics.evaluate`.
-        every: updates between two evaluations.
-        patience: evaluations without a new best after which training stops, the best weights being the result; 0 never.
+        source: The data.
+        metric: Metric, see `metrics.evaluate`.
+        every: Number of updates between two evaluations.
+        patience: Number of evaluations without improvement after which training stops and the best weights are the
+            result; 0 means never.
 
     """
 
@@ -110,7 +111,7 @@ class Watched:
     patience: int = 0
 
 
-def distill(  # noqa: PLR0913  # what comes after the options is said by name, and seldom
+def distill(  # noqa: PLR0913  # the arguments after the options are keywords
     teacher: ModelProto,
     student: ModelProto,
     batches: Source,
@@ -121,24 +122,24 @@ def distill(  # noqa: PLR0913  # what comes after the options is said by name, a
     watched: Watched | None = None,
     traces: Traces | None = None,
 ) -> DistillResult:
-    """Train the student to give the teacher's outputs; the state after the last step is the result.
+    """Train the student to reproduce the teacher's outputs; the state after the last step is the result.
 
     Args:
-        teacher: the original, with its weights; it may be any model that onnxruntime runs.
-        student: the model to train, with the same inputs and outputs; it is not changed.
-        batches: training data; labels are used only with a label weight.
-        options: see `DistillOptions`.
-        progress: called now and then.
-        overlap: what the models have in common, see `overlap_of`; needed for `options.hidden`, and good for restored
-            normalisations.
-        watched: data to judge the student on while it trains.
-        traces: checkpoint and logs.
+        teacher: The original, with its weights: any model that onnxruntime can run.
+        student: The model to train, with the same inputs and outputs; it is not changed.
+        batches: Training data; labels are used only with a label weight.
+        options: Options of the training.
+        progress: Called after some of the steps.
+        overlap: Correspondence between the models, see `overlap_of`; required for `options.hidden`, and used to
+            initialize restored normalizations.
+        watched: Evaluation of the student during training.
+        traces: Checkpoint and logs.
 
     Raises:
-        UnsupportedError: the student cannot be imported into torch.
-        DataError: the data does not fit the models.
-        CpdError: the models do not fit each other, or the loss became infinite or NaN.
-        StoppedError: the process was told to stop; the checkpoint has all that was done.
+        UnsupportedError: The student cannot be imported into torch.
+        DataError: The data does not fit the models.
+        CpdError: The models have different signatures, or the loss became infinite or NaN.
+        StoppedError: The process was interrupted; the checkpoint contains all completed steps.
 
     """
     options = options or DistillOptions()
@@ -194,7 +195,7 @@ def distill(  # noqa: PLR0913  # what comes after the options is said by name, a
 
 
 def summary(result: DistillResult) -> dict[str, Any]:
-    """What training gave, without the values."""
+    """Return the result of training without the values."""
     steps = {"steps": len(result.losses), "seconds": round(result.seconds, 2), "device": result.device}
     losses = {"first_loss": result.losses[0], "last_loss": result.losses[-1]} if result.losses else {}
     return steps | losses | {
@@ -203,7 +204,7 @@ def summary(result: DistillResult) -> dict[str, Any]:
 
 
 def trained(student: Model, result: DistillResult) -> Model:
-    """The student with the values that training gave; nothing else changes."""
+    """Return the student with the trained values; nothing else changes."""
     made = student.copy()
     rest = {}
     for name, value in result.values.items():
@@ -237,7 +238,7 @@ class Distill(DistillOptions):
 
 
 def overlap_of(combed: Combed, kept: KeepMask, hidden: int = 0) -> Overlap:
-    """What is common to a model and what remains of it, with so many inner tensors."""
+    """Return the correspondence between a model and its pruned version, with that many hidden tensors."""
     filters = {
         weight.value.name: np.flatnonzero(kept.mask(weight.axes[0][0]))
         for weight in combed.weights
@@ -247,9 +248,9 @@ def overlap_of(combed: Combed, kept: KeepMask, hidden: int = 0) -> Overlap:
 
 
 def _shared_tensors(combed: Combed, kept: KeepMask, count: int) -> dict[str, dict[int, Array]]:
-    """Up to `count` inner tensors, evenly spread over the depth of the network, that lost channels but not all sense.
+    """Return up to `count` pruned hidden tensors, evenly distributed over the depth of the network.
 
-    For each group of channels the last tensor that it runs through is a candidate: behind the sum and the activation.
+    For each group of channels the last tensor that it runs through is a candidate: after the sum and the activation.
     """
     scope = combed.folded.scope
     candidates: dict[tuple[int, ...], str] = {}
@@ -272,11 +273,11 @@ def _shared_tensors(combed: Combed, kept: KeepMask, count: int) -> dict[str, dic
     return found
 
 
-# What training needs.
+# Preparation of the training.
 
 
 def _check(teacher: ModelProto, student: ModelProto, batches: Source, options: DistillOptions) -> None:
-    """Refuse before anything starts."""
+    """Check models, data and options; raises CpdError."""
     inputs = inputs_of(student)
     names = [{entry.name for entry in entries} for entries in (inputs_of(teacher), inputs)]
     outputs = [[info.name for info in model.graph.output] for model in (teacher, student)]
@@ -291,14 +292,14 @@ def _check(teacher: ModelProto, student: ModelProto, batches: Source, options: D
             raise CpdError(f"{what} are given for {unknown}, but the model's outputs are {outputs[1]}")
     check_source(batches, inputs)
     if options.teacher_cache is not None and (options.flip or options.shift):
-        raise CpdError("a cache needs the same images again and again: leave out the augmentation, or the cache")
+        raise CpdError("a teacher cache needs the same images in every epoch: leave out the augmentation, or the cache")
     if options.label_weight and LABELS not in next(iter(batches.batches(1))):
         raise DataError(f"label weight {options.label_weight:g} needs an array {LABELS!r} in the data; there is none")
 
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """So many CPU threads in torch, and then as many as before."""
+    """Set the number of CPU threads of torch in the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -315,11 +316,11 @@ def _feed(batches: Source, student: ModelProto, options: DistillOptions, process
 
 
 def _steps(feed: Feed, options: DistillOptions) -> int:
-    """Updates in all."""
+    """Return the total number of updates."""
     if options.steps is not None:
         return options.steps
     if feed.per_pass is None:
-        raise DataError("the data does not say how long it is; say how many steps to train")
+        raise DataError("the length of the data is unknown: give the number of steps with --steps")
     return feed.per_pass * options.epochs
 
 
@@ -330,7 +331,7 @@ def _batch_norm(options: DistillOptions, batch_size: int) -> str:
 
 
 def _with_outputs(model: ModelProto, hidden: Shared) -> ModelProto:
-    """The model with inner tensors as further outputs."""
+    """Return the model with hidden tensors as additional outputs."""
     if not hidden:
         return model
     made = ModelProto()
@@ -346,7 +347,7 @@ def _indices(kept: Mapping[int, Array]) -> dict[int, Tensor]:
 def _begin(
     module: OnnxModule, restored: Sequence[refolding.Restored], teacher: ModelProto, feed: Feed, overlap: Overlap
 ) -> None:
-    """Start restored normalisations with the moments that the teacher has in the same places, where these are known."""
+    """Initialize restored normalizations with the moments of the teacher at the same places, where these are known."""
     batches = [inputs for inputs, _ in itertools.islice(feed.batches(), _MEASURED)]
     own = refolding.measure(module, restored, batches)
     wanted: dict[str, refolding.ChannelMoments] = {}
@@ -362,13 +363,13 @@ def _begin(
 
 
 def _teacher(model: ModelProto, options: DistillOptions, process_group: ProcessGroup) -> Run:
-    """The teacher as a function without gradients."""
+    """Return the teacher as a function without gradients."""
     answer = _running(model, options, process_group)
     return answer if options.teacher_cache is None else AnswerCache(options.teacher_cache, answer, _digest(model))
 
 
 def _running(model: ModelProto, options: DistillOptions, process_group: ProcessGroup) -> Run:
-    """The teacher in torch or onnxruntime."""
+    """Return the teacher running in torch or onnxruntime."""
     makers: dict[str, Callable[[ModelProto, ProcessGroup], Run]] = {"torch": _in_torch, "onnxruntime": _in_onnxruntime}
     if options.teacher_runtime != "auto":
         return makers[options.teacher_runtime](model, process_group)
@@ -385,7 +386,7 @@ def _in_torch(model: ModelProto, process_group: ProcessGroup) -> Run:
 
 
 def _placed(module: OnnxModule, process_group: ProcessGroup) -> OnnxModule:
-    """The module on the device, with the channels of filters innermost, as convolutions like them best."""
+    """Return the module on the device, in the memory format channels-last, in which convolutions are fastest."""
     placed: OnnxModule = module.to(process_group.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return placed
 
@@ -413,7 +414,7 @@ def _held_out(
 
 
 def _identity(teacher: ModelProto, student: ModelProto, options: DistillOptions, process_group: ProcessGroup) -> str:
-    """What tells this run from another: the models, the options, the number of processes."""
+    """Return the identity of a run: a digest of the models, the options and the number of processes."""
     digest = hashlib.sha256(
         repr((replace(options, device="", threads=0, teacher_cache=None), process_group.size)).encode()
     )

@@ -1,4 +1,4 @@
-"""Fold: find the shapes of all tensors and compute the shape arithmetic; the file is not changed."""
+"""Fold: infer the shapes of all tensors and evaluate the shape arithmetic; the model is not changed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cpd_onnx.shapes.inference import fold
 
 @dataclass(frozen=True)
 class Fold:
-    """Find the shapes of all tensors."""
+    """Infer the shapes of all tensors."""
 
     name: ClassVar[str] = "fold"
     provides: ClassVar[tuple[str, ...]] = ("folded",)

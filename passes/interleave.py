@@ -1,4 +1,4 @@
-"""Interleave: score, remove a little, distill, and again, until the target is met (Schmitt et al., ITSC 2024)."""
+"""Interleave: rounds of scoring, pruning and distillation until the target is met (Schmitt et al., ITSC 2024)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from cpd_onnx.training.process_group import join_process_group
 
 @dataclass(frozen=True)
 class Interleave(DistillOptions, Iterate):
-    """Prune in rounds with distillation in each; epochs and steps are those of all rounds together.
+    """Prune in rounds, each followed by distillation; epochs and steps are totals over all rounds.
 
     The options are those of `Iterate` and `DistillOptions`.
     """
@@ -49,9 +49,9 @@ class Interleave(DistillOptions, Iterate):
         traces: Traces | None = None,
         **resume: Any,
     ) -> State:
-        """As a pass; the observer is told of each round and what training gave, `progress` of each step.
+        """Run the pass; the observer is called with each round and its training result, `progress` after each step.
 
-        The files of `traces` are made for each round, see `of_round`; `resume` goes to `in_rounds`.
+        Each round has its own files of `traces`, see `of_round`; `resume` has arguments of `in_rounds`.
         """
         if state.data is None:
             raise DataError("distillation needs data: give --data, or a source as `data`")
@@ -69,7 +69,7 @@ class Interleave(DistillOptions, Iterate):
                 observer(made, result)
             return trained(made.small, replace(result, values=process_group.shared(result.values)))
 
-        # One process group for all rounds: processes that leave it do not find each other again.
+        # One process group for all rounds: processes that leave it cannot join it again.
         with join_process_group(self.device) as process_group:
             state = self.in_rounds(state, tuned, process_group.shared, **resume)
         distilled = summary(results[-1]) | {
@@ -81,7 +81,7 @@ class Interleave(DistillOptions, Iterate):
         return replace(state, distilled=distilled)
 
     def _options(self, number: int) -> DistillOptions:
-        """This round's share of the training; each has an order of the data of its own."""
+        """Return the options of one round: its part of the steps or epochs, and a seed of its own."""
         options = picked(DistillOptions, self)
         if self.steps is not None:
             done, then = ((self.steps * n) // self.rounds for n in (number - 1, number))
@@ -90,9 +90,9 @@ class Interleave(DistillOptions, Iterate):
 
 
 def of_round(traces: Traces, number: int) -> Traces:
-    """The files of one round, its number in their names; a round that has no checkpoint yet starts anew.
+    """Return the files of one round, with its number in their names; a round without a checkpoint starts from scratch.
 
-    A finished round leaves the checkpoint of its last step, so that resuming passes over it.
+    The checkpoint of the last step of a finished round is kept, so that resuming skips the round.
     """
     checkpoint, table, board = (
         path and path.with_name(f"{path.name}.{number}") for path in (traces.checkpoint, traces.csv, traces.tensorboard)

@@ -1,8 +1,8 @@
-"""Iterate: score, remove a little, repair, and again, until the target is met.
+"""Iterate: rounds of scoring, pruning and repair until the target is met.
 
-The rounds share one plan. After each, the new values are put back into a model of the original size, where the next
-round scores them; channels that went stay away. So the file at the end is what its plan makes of the original, with
-other weights, however many rounds there were.
+The rounds share one plan. After each, the new weights are copied into a model of the original size, which the next
+round scores; channels that were removed before remain removed. So the result is what its plan makes of the original,
+with other weights, for any number of rounds.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from cpd_onnx.scores.registry import SAMPLES, SCORE_FUNCTIONS, Scores, find_scor
 from cpd_onnx.shapes.inference import fold_again
 
 _GONE = -1.0
-"""Score of channels that went in an earlier round: below all others, which are no less than zero."""
+"""Score of channels removed in an earlier round: below all others, which are not negative."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """What one round has made.
+    """Result of one round.
 
     Attributes:
-        number: from 1 on.
-        combed: the model of the original size that was scored.
-        kept: what stays of it.
-        small: the pruned model, repaired if that was asked for.
+        number: Number of the round, from 1.
+        combed: The scored model, of the original size.
+        kept: Mask of what survives of it.
+        small: The pruned model, repaired if a repair was requested.
     """
 
     number: int
@@ -59,12 +59,12 @@ class Round:
 
 @dataclass(frozen=True, eq=False)
 class CachedRound:
-    """How far a round is before its weights are tuned.
+    """State of a round before its weights are trained.
 
     Attributes:
-        chosen: what goes.
-        model: pruned and, if that is wanted, repaired; None where that is to be done again.
-        repaired: summary of the repair.
+        chosen: The channels to remove.
+        model: The pruned model, repaired if a repair was requested; None if it has to be computed again.
+        repaired: Summary of the repair.
     """
 
     chosen: Allocation
@@ -77,15 +77,15 @@ class RunCache:
     """Files that record the choices and repairs of a run, so that an interrupted run can be resumed.
 
     Attributes:
-        path: what their names start with; the number of the round follows.
-        identity: what tells this run from others.
+        path: Start of the file names, which the number of the round follows.
+        identity: Digest of the model and the options, which identifies the run.
     """
 
     path: Path
     identity: str
 
     def files(self, number: int) -> tuple[Path, Path]:
-        """The files of one round: what was chosen, and the model."""
+        """Return the files of one round: the chosen channels, and the model."""
         words, model = (self.path.with_name(f"{self.path.name}.{number}.{kind}") for kind in ("json", "onnx"))
         return words, model
 
@@ -105,15 +105,15 @@ class RunCache:
         try:
             content = read_json(words)
         except (OSError, ValueError) as error:
-            raise CpdError(f"{words} cannot be read ({error}): start anew with --force") from error
+            raise CpdError(f"{words} cannot be read ({error}): start again with --force") from error
         if not isinstance(content, dict) or content.get("identity") != self.identity:
-            raise CpdError(f"{words} is of a run with another model or other options: start anew with --force")
+            raise CpdError(f"{words} belongs to a run with another model or other options: start again with --force")
         try:
             allocation, repaired = _allocation(content["chosen"], combed), content["repaired"]
         except (KeyError, TypeError, ValueError) as error:
-            raise CpdError(f"{words} is damaged ({error}): start anew with --force") from error
+            raise CpdError(f"{words} is damaged ({error}): start again with --force") from error
         if repaired is not None and not isinstance(repaired, dict):
-            raise CpdError(f"{words} is damaged (repaired): start anew with --force")
+            raise CpdError(f"{words} is damaged (repaired): start again with --force")
         return CachedRound(allocation, load(place) if place.exists() else None, repaired)
 
     def discard(self, rounds: int) -> None:
@@ -124,7 +124,7 @@ class RunCache:
 
 
 def _is_alike(model: Model, other: Model) -> bool:
-    """Whether two models differ in values at most."""
+    """Return whether two models differ in values at most."""
     return _structure(model) == _structure(other)
 
 
@@ -142,15 +142,15 @@ def _allocation(chosen: Any, combed: Combed) -> Allocation:
     if any(isinstance(n, bool) or not isinstance(n, int | float) for n in numbers) or any(
         isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < len(group) for group, gone in pairs for i in gone
     ):
-        raise ValueError("numbers of a wrong type")
+        raise ValueError("numbers have a wrong type")
     if not all(isinstance(note, str) for note in chosen["notes"]) or not isinstance(chosen.get("latency", {}), dict):
-        raise ValueError("notes of a wrong type")
+        raise ValueError("notes have a wrong type")
     return Allocation(**chosen | costs | {"notes": tuple(chosen["notes"])})
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringOptions(AllocateOptions):
-    """How channels are scored and chosen, and what is left is repaired."""
+    """Options of scoring, allocation and repair."""
 
     samples: int | None = option(
         None,
@@ -158,22 +158,24 @@ class ScoringOptions(AllocateOptions):
         f"{SCORE_FUNCTIONS['reconstruction'].samples} with reconstruction)",
         read=positive,
     )
-    score_labels: bool = option(False, "Score by the labels of the samples instead of the model's own answers")
+    score_labels: bool = option(False, "Score by the labels of the samples instead of the model's own outputs")
     repair_samples: int = again(RepairOptions, "samples")
-    seed: int = option(0, "Seed of everything random", read=natural)
+    seed: int = option(0, "Seed of all random choices", read=natural)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Iterate(ScoringOptions, Allocate):
     """Prune in rounds, each followed by a repair; the options are those of `Allocate` and `Score`.
 
-    `repair` says whether weights are fitted to the original by least squares, on so many `repair_samples`.
+    With `repair`, weights are fitted to the original by least squares on `repair_samples` samples.
     """
 
     policy: str | None = again(AllocateOptions, "policy", default="optimal")
     score: str = "reconstruction"
     repair: bool = True
-    rounds: int = option(1, "Rounds of scoring, pruning, repairing and, in compress, distilling", read=positive)
+    rounds: int = option(
+        1, "Number of rounds of scoring, pruning, repair and, in compress, distillation", read=positive
+    )
     name: ClassVar[str] = "iterate"
     requires: ClassVar[tuple[str, ...]] = ()
     provides: ClassVar[tuple[str, ...]] = ("combed", "allocation", "budget", "edits", "plan")
@@ -186,16 +188,19 @@ class Iterate(ScoringOptions, Allocate):
         self,
         state: State,
         tuned: Callable[[Round], Model],
-        shared: Callable[[Any], Any] = lambda said: said,
+        shared: Callable[[Any], Any] = lambda value: value,
         *,
         given: Plan | None = None,
         cache: RunCache | None = None,
     ) -> State:
-        """Go through the rounds; `tuned` gives other weights to what each has made.
+        """Run the rounds.
 
-        Where several processes go together, rounding may let them choose differently: `shared` is what the first says.
-        A plan that is `given` is carried out, in one round, instead of choosing anything. What `cache` has on record
-        is not done again.
+        Args:
+            state: State with the model and, for scores and repairs that need it, the data.
+            tuned: Returns the model of a round with trained weights.
+            shared: Returns the first process's value in all processes, whose rounding errors may differ.
+            given: Plan to carry out in one round, instead of choosing channels.
+            cache: Files with the results of an interrupted run, which are not computed again.
         """
         self._check(state, given)
         original = now = comb(state.model, state.input_shapes)
@@ -206,7 +211,7 @@ class Iterate(ScoringOptions, Allocate):
             kept = chosen.keep_mask(now)
             pruned = rewrite(now, kept)
             if cached is not None and cached.model is not None and not _is_alike(cached.model, pruned.model):
-                raise CpdError("the model of the unfinished run is not what its choice makes: start anew with --force")
+                raise CpdError("the model of the interrupted run does not match its plan: start again with --force")
             if cached is None or cached.model is None:
                 cached = self._repaired(state.data, (original, kept), CachedRound(chosen, pruned.model))
                 if cache:
@@ -228,11 +233,11 @@ class Iterate(ScoringOptions, Allocate):
 
     def _check(self, state: State, given: Plan | None) -> None:
         if self.rounds < 1:
-            raise TargetError(f"{self.rounds} rounds make no sense: give 1 or more")
+            raise TargetError(f"rounds must be at least 1, got {self.rounds}")
         if given is not None and self.rounds > 1:
-            raise TargetError(f"a plan is carried out in one round, not in {self.rounds}")
+            raise TargetError(f"a plan is carried out in one round, got {self.rounds} rounds")
         if self.repair and state.data is None:
-            raise DataError("a repair looks at samples: give --data, or a source as `data`")
+            raise DataError("a repair needs samples: give --data, or a source as `data`")
 
     def _repaired(self, data: Source | None, of: tuple[Combed, KeepMask], cached: CachedRound) -> CachedRound:
         """Return the round with its model's weights fitted to the original, if a repair was requested."""
@@ -253,9 +258,9 @@ class Iterate(ScoringOptions, Allocate):
 
 
 class _Choice:
-    """What goes in each round, by score and budget, or as a plan says.
+    """Chooses the channels to remove in each round, by score and budget or from a plan.
 
-    What it takes to choose, a cost table perhaps, is made when something is chosen first.
+    The chooser, which may have to measure a cost table, is created on first use.
     """
 
     def __init__(self, options: Iterate, state: State, original: Combed, given: Plan | None) -> None:
@@ -267,23 +272,23 @@ class _Choice:
         return self.options.chooser(self.original)
 
     def __call__(self, now: Combed, number: int) -> Allocation:
-        """The channels that are gone after this round; costs are those of the model as it is now, and of the rest."""
+        """Return all channels removed up to this round; costs are those of the whole model and of what remains."""
         options = self.options
         if self.given is not None:
             removed, whole = match(now, self.given), CostModel(now).total(KeepMask(now.atoms))
             chosen = Allocation([removed.get(group.id, []) for group in now.groups], whole, whole)
         else:
-            asked = {"labels": options.score_labels, "seed": options.seed}
-            scores = score(now, options.score, samples=options.samples, data=self.state.data, **asked)
-            share = 1 - (1 - self.chooser.budget.fraction) * number / options.rounds
+            more = {"labels": options.score_labels, "seed": options.seed}
+            scores = score(now, options.score, samples=options.samples, data=self.state.data, **more)
+            fraction = 1 - (1 - self.chooser.budget.fraction) * number / options.rounds
             is_loss = find_score_function(options.score).is_loss
-            found = self.chooser(now, _without(scores, self.removed), share, is_loss=is_loss)
+            found = self.chooser(now, _without(scores, self.removed), fraction, is_loss=is_loss)
             chosen = _joined(found, self.removed)
         return replace(chosen, after=CostModel(now).total(chosen.keep_mask(now)))
 
 
 def _without(scores: list[Scores], removed: list[list[int]]) -> list[Scores]:
-    """The scores with those of channels that are gone below all others."""
+    """Return the scores with those of removed channels below all others."""
     made = []
     for values, gone in zip(scores, removed, strict=True):
         lowered = values.copy()
@@ -293,13 +298,13 @@ def _without(scores: list[Scores], removed: list[list[int]]) -> list[Scores]:
 
 
 def _joined(chosen: Allocation, removed: list[list[int]]) -> Allocation:
-    """The allocation, and what went before."""
+    """Return the allocation with the channels removed before added."""
     both = [sorted({*now, *before}) for now, before in zip(chosen.removed, removed, strict=True)]
     return replace(chosen, removed=both)
 
 
 def _enlarged(combed: Combed, kept: KeepMask, small: Model) -> Model:
-    """The model that was combed with the values of the pruned one where it still has them."""
+    """Return the combed model with the values of the pruned one at the surviving positions."""
     made = combed.folded.model.copy()
     for weight in combed.weights:
         name = weight.value.name

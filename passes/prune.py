@@ -1,4 +1,4 @@
-"""Prune: rewrite the model without the channels that were chosen."""
+"""Prune: rewrite the model without the allocated channels."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from cpd_onnx.rewrite.rewriter import Pruned, rewrite
 
 
 def prune(combed: Combed, allocation: Allocation) -> Pruned:
-    """The model without the allocated channels; nothing else in it changes.
+    """Return the model without the allocated channels; nothing else in it changes.
 
-    Raises ProofError if the result's shapes are not what the channels say (a defect that is ours).
+    Raises ProofError if the shapes of the result are not those that the channels imply, which is an internal error.
     """
     return rewrite(combed, allocation.keep_mask(combed))
 
 
 def apply(source: ModelSource, plan: Plan) -> Pruned:
-    """Replay a plan on the model that it was made for; raises PlanError if it was made for another model."""
+    """Return the model pruned as in a plan; raises PlanError if the plan was made for another model."""
     pruned = rewrite(*planned(source, plan))
     plan.stamp(pruned.model)
     return pruned
@@ -31,7 +31,7 @@ def apply(source: ModelSource, plan: Plan) -> Pruned:
 
 @dataclass(frozen=True)
 class Prune:
-    """Rewrite the model without the channels that were chosen."""
+    """Rewrite the model without the allocated channels."""
 
     name: ClassVar[str] = "prune"
     requires: ClassVar[tuple[str, ...]] = ("combed", "allocation")
@@ -42,7 +42,7 @@ class Prune:
         combed, chosen = state.need("combed", "comb"), state.need("allocation", "allocate")
         with ThreadPoolExecutor(1) as pool:
             if combed.folded.original.path is not None:
-                pool.submit(combed.folded.original.sha256)  # the plan wants it; hashing a file leaves this thread free
+                pool.submit(combed.folded.original.sha256)  # the plan needs it; hashing releases the GIL
             pruned = prune(combed, chosen)
         plan = make_plan(combed, chosen.removed, budget=state.budget, before=chosen.before, after=chosen.after)
         plan.stamp(pruned.model)

@@ -1,9 +1,9 @@
-"""Repair: give a pruned model's weights new values by least squares, so that it computes what the original did.
+"""Repair: fit the weights of a pruned model by least squares, so that it reproduces the outputs of the original.
 
-Layer after layer: each weight that is multiplied and summed is fitted to the original's output at the same place, on
-the inputs that the pruned and already repaired model has there, so that errors do not pile up (He et al., Channel
-Pruning for Accelerating Very Deep Neural Networks, ICCV 2017). Where the output is added to another tensor (a
-residual), what that lacks is made up for as well. There are no gradients, no labels and no torch.
+Weights of linear operators are fitted one after the other to the original's output of the same operator, on the inputs
+in the pruned and already repaired model, so that errors do not accumulate (He et al., Channel Pruning for Accelerating
+Very Deep Neural Networks, ICCV 2017). If the output is added to another tensor (a residual connection), the error of
+that tensor is compensated as well. No gradients, labels or torch are needed.
 """
 
 from __future__ import annotations
@@ -28,28 +28,31 @@ from cpd_onnx.runtime.sessions import Feed
 from cpd_onnx.runtime.stepwise import Stepwise
 
 _BATCH = 32
+"""Number of samples in a run of the models."""
 _SILENT = 1e-6
-"""A factor below which nothing passes, so that nothing can be said of what comes before."""
+"""Factor below which an output has no measurable effect, so that nothing is fitted before it (heuristic)."""
 _STRONGER = 10.0
-"""From one ridge to the next that is tried."""
+"""Factor from one regularization strength to the next that is tried (heuristic)."""
 _MOST_TRIED = 4
+"""Maximum number of regularization strengths that are tried (heuristic)."""
 _CHECKED = 8
-"""One in so many rows is kept from the fit, to see whether it is one."""
+"""One in this many rows is held out to validate the fit (heuristic)."""
 _GOOD = 1e-5
-"""Relative error of what needs no repair."""
+"""Relative error up to which a weight is not refitted (heuristic)."""
 
 
 @dataclass(frozen=True)
 class RepairOptions:
-    """How weights are fitted.
+    """Options of the repair.
 
     Attributes:
-        samples: see the option.
-        rows: places in them that one fit looks at, about.
-        ridge: how strongly weights are held to what they were at least, as a share of the mean square of a feature;
-            more where that is better on rows that the fit does not see.
-        rounds: of asking anew for what a rectifier cuts off anyway; 0 fits what goes into it.
-        seed: of the choice of samples and rows.
+        samples: Number of samples.
+        rows: Approximate number of rows (positions in the samples) for each fit.
+        ridge: Minimum strength of the regularization towards the initial weights, as a fraction of the mean square of a
+            feature; stronger values are chosen if they are better on held-out rows.
+        rounds: Number of times that targets below zero, which a rectifier cuts off, are replaced by the fitted values;
+            0 fits the inputs of the rectifier.
+        seed: Seed of the choice of samples and rows.
     """
 
     samples: int = option(512, "Number of samples used for the repair", read=positive)
@@ -61,12 +64,12 @@ class RepairOptions:
 
 @dataclass(frozen=True)
 class Fit:
-    """One weight that was fitted.
+    """One fitted weight.
 
     Attributes:
-        weight: its name.
-        target: tensor whose values in the original were aimed at.
-        before, after: root mean square error over the spread of the target, on rows that the fit did not see.
+        weight: Name of the weight.
+        target: Tensor whose values in the original are the targets.
+        before, after: Root mean square error over the standard deviation of the target, on held-out rows.
     """
 
     weight: str
@@ -80,8 +83,9 @@ class Repaired:
     """A model with fitted weights.
 
     Attributes:
-        fits: in the order of the graph.
-        left: weights that multiply but were not fitted, and why.
+        model: The model.
+        fits: Fitted weights in the order of the graph.
+        left: Weights of linear operators that were not fitted, and why.
     """
 
     model: Model
@@ -101,16 +105,16 @@ def repair(
     """Fit the weights of a pruned model to the original.
 
     Args:
-        combed: the original.
-        kept: what stayed of it.
-        pruned: the model without the rest; it is not changed.
-        data: samples; labels do not matter.
-        options: see there.
-        only: weights that may be fitted; None stands for all.
+        combed: The original.
+        kept: Mask of what survives of it.
+        pruned: The pruned model, which is not changed.
+        data: Samples; labels are not used.
+        options: Options of the repair.
+        only: Weights that may be fitted; None means all.
 
     Raises:
-        DataError: the data does not fit the model or there is none.
-        UnsupportedError: onnxruntime does not run some piece of the model.
+        DataError: The data does not fit the model or there is none.
+        UnsupportedError: onnxruntime cannot run a part of the model.
     """
     chosen = options or RepairOptions()
     proto = combed.folded.model.proto
@@ -128,9 +132,9 @@ class Repair(RepairOptions):
     provides: ClassVar[tuple[str, ...]] = ("repaired",)
 
     def __call__(self, state: State) -> State:
-        """Fill in `repaired`; `model` becomes the one with fitted weights, which the plan names."""
+        """Fill in `repaired`; `model` becomes the model with fitted weights, which are recorded in the plan."""
         if state.data is None:
-            raise DataError("a repair looks at samples: give --data, or a source as `data`")
+            raise DataError("a repair needs samples: give --data, or a source as `data`")
         combed, chosen = state.need("combed", "comb"), state.need("allocation", "allocate")
         options = RepairOptions(**{f.name: getattr(self, f.name) for f in fields(RepairOptions)})
         made = repair(combed, chosen.keep_mask(combed), state.model, state.data, options)
@@ -139,7 +143,7 @@ class Repair(RepairOptions):
 
 
 def summary(made: Repaired) -> dict[str, object]:
-    """What was done, as plain values."""
+    """Return the fitted and the other weights as plain values."""
     return {
         "fitted": [{"weight": f.weight, "before": round(f.before, 5), "after": round(f.after, 5)} for f in made.fits],
         "left": dict(made.left),
@@ -179,7 +183,7 @@ class _Repairer:
         return Repaired(self.model, tuple(fits), self.left)
 
     def rows(self, unit: Unit) -> tuple[Array, Array]:
-        """Features in the pruned model, and what the original has at the same places."""
+        """Return features in the pruned model and targets from the original at the same positions."""
         masks = [self.kept.mask(axis) for axis in self.combed.tensors[("", unit.target)].axes or []]
         wanted = [_kept(array, masks) for array in self.old.tensor(unit.target)]
         if unit.other is not None:
@@ -196,7 +200,7 @@ def _kept(array: Array, masks: Sequence[Mask]) -> Array:
 
 
 class _Problem:
-    """One weight, its rows, and what it should make of them: most to fit, the last ones, of other samples, to check."""
+    """The fit of one weight: rows and targets, of which the last ones, from other samples, are held out."""
 
     def __init__(self, unit: Unit, model: Model, rows: Array, wanted: Array, options: RepairOptions) -> None:
         self.unit, self.model, self.options = unit, model, options
@@ -205,17 +209,17 @@ class _Problem:
         self.check = (rows[:, cut:], wanted[:, cut:]) if cut < rows.shape[1] else (rows, wanted)
         self.start: Matrix = unit.matrix(model)
         self.gain, self.shift = (v.reshape(len(rows), 1, -1) for v in (unit.gain, unit.shift))
-        # What reaches the target hardly or not at all stays as it is.
-        self.speaks = np.abs(self.gain) > _SILENT
+        # Outputs without an effect on the target are not changed.
+        self.is_effective = np.abs(self.gain) > _SILENT
 
     def solved(self) -> Fit | None:
-        """Fit and store the weight; None where it is good as it is, or does not get better."""
-        spread = float(np.sqrt(self.wanted.var(axis=1).mean())) or 1.0
-        before = self.error(self.start, np.zeros(1)) / spread
+        """Fit and store the weight; returns None if it needs no repair or does not improve."""
+        deviation = float(np.sqrt(self.wanted.var(axis=1).mean())) or 1.0
+        before = self.error(self.start, np.zeros(1)) / deviation
         if not before > _GOOD or self.rows.shape[2] > MAX_FEATURES:
             return None
         fitted, constant = self.fitted()
-        after = self.error(fitted, constant) / spread
+        after = self.error(fitted, constant) / deviation
         if not after < before:
             return None
         self.unit.store(self.model, fitted)
@@ -236,22 +240,24 @@ class _Problem:
                 break
             (fitted, constant), ridge = stronger, ridge * _STRONGER
         for _ in range(self.options.rounds if self.unit.rectified else 0):
-            # What is cut off may be anything below zero.
+            # The rectifier cuts off negative values, so that any negative value is a correct one.
             aims = np.where(self.wanted > 0, self.wanted, np.minimum(self.made(self.rows, fitted, constant), 0))
             fitted, constant = self.once(moments, aims, ridge)
         return fitted, constant
 
     def once(self, moments: Moments, aims: Array, ridge: float) -> tuple[Matrix, Matrix]:
-        """The fit to some aims, which lie behind gain and shift."""
-        fitted, constant = moments.fit((aims - self.shift) / np.where(self.speaks, self.gain, 1.0), self.start, ridge)
-        return np.where(self.speaks, fitted, self.start), np.where(self.speaks, constant, 0.0)
+        """Return the fit to targets, which are the products after gain and shift."""
+        fitted, constant = moments.fit(
+            (aims - self.shift) / np.where(self.is_effective, self.gain, 1.0), self.start, ridge
+        )
+        return np.where(self.is_effective, fitted, self.start), np.where(self.is_effective, constant, 0.0)
 
     def made(self, rows: Array, matrix: Matrix, constant: Matrix) -> Array:
         product = rows @ matrix.astype(np.float32) + constant.astype(np.float32)
         return np.asarray(product * self.gain.astype(np.float32) + self.shift.astype(np.float32))
 
     def error(self, matrix: Matrix, constant: Matrix) -> float:
-        """Root mean square on the rows to check, behind the rectifier if there is one."""
+        """Return the root mean square error on the held-out rows, after the rectifier if there is one."""
         rows, wanted = self.check
         floor = 0.0 if self.unit.rectified else -np.inf
         made = np.maximum(self.made(rows, matrix, constant), floor)

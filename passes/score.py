@@ -1,4 +1,4 @@
-"""Score: how much each coupled channel matters."""
+"""Score: compute the importance of each coupled channel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cpd_onnx.scores.registry import find_score_function, score
 
 @dataclass(frozen=True)
 class Score:
-    """Say how much each channel matters; the options are those of `ScoreContext`."""
+    """Compute the importance of each channel; the options are those of `ScoreContext`."""
 
     kind: str = "l2"
     seed: int = 0

@@ -26,11 +26,12 @@ from cpd_onnx.runtime.sessions import Feed, execute, open_model
 from cpd_onnx.scores.registry import Scores, score
 
 ERROR = "squared error of the outputs over their variance"
+"""Name of the error that is measured."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """The error at one width."""
+    """The error at one width of a group."""
 
     width: int
     error: float
@@ -38,7 +39,7 @@ class Point:
 
 @dataclass(frozen=True)
 class SensitivityOptions(metaclass=Renaming):
-    """What is measured; `seed` is that of the choice of samples."""
+    """Options of the measurement; `seed` is that of the choice of samples."""
 
     ratios: tuple[float, ...] = option(
         (0.75, 0.5, 0.25, 0.0),
@@ -49,12 +50,10 @@ class SensitivityOptions(metaclass=Renaming):
         group="sensitivity",
     )
     score: str = option(
-        "reconstruction", "Score that says which channels go first", takes="function", group="sensitivity"
+        "reconstruction", "Score that determines the order of removal", takes="function", group="sensitivity"
     )
-    samples: int = option(64, "Number of samples that it is measured on", read=positive, group="sensitivity")
-    repair: bool = option(
-        True, "Fit the weights that consume the group anew before it is measured", group="sensitivity"
-    )
+    samples: int = option(64, "Number of samples for the measurement", read=positive, group="sensitivity")
+    repair: bool = option(True, "Refit the weights that consume the group before the measurement", group="sensitivity")
     seed: int = 0
 
 
@@ -66,18 +65,18 @@ def sensitivity(
     *,
     observer: Callable[[Group], None] | None = None,
 ) -> dict[str, tuple[Point, ...]]:
-    """For each group by name, the error of the outputs at some of its widths, the full one first.
+    """Return, for each group by name, the error of the outputs at some of its widths, the full width first.
 
     Args:
-        combed: the model.
-        scores: of all groups; the least go first.
-        data: samples; labels do not matter.
-        options: see there.
-        observer: told of each group before it is measured.
+        combed: The model and its coupled channels.
+        scores: Scores of all groups; channels with the lowest are removed first.
+        data: Samples; labels are not used.
+        options: Options of the measurement.
+        observer: Called with each group before it is measured.
 
     Raises:
-        DataError: the data does not fit the model or there is none.
-        UnsupportedError: onnxruntime does not run the model.
+        DataError: The data does not fit the model or there is none.
+        UnsupportedError: onnxruntime cannot run the model.
     """
     chosen = options or SensitivityOptions()
     proto = combed.folded.model.proto
@@ -102,16 +101,16 @@ def sensitivity(
 
 
 def distance(original: Model, model: Model, data: Source, samples: int = SensitivityOptions.samples) -> float:
-    """`ERROR` of a model whose outputs should be the original's, on so many samples.
+    """Return the `ERROR` of a model's outputs relative to the original's, on that many samples.
 
-    Raises DataError if the data does not fit, UnsupportedError if onnxruntime does not run a model.
+    Raises DataError if the data does not fit, UnsupportedError if onnxruntime cannot run a model.
     """
     feeds = list(calibration(original.proto, data, samples))
     return _error(_outputs(original, feeds), _outputs(model, feeds))
 
 
 def _widths(size: int, ratios: Iterable[float]) -> list[int]:
-    """Widths below the full one, the widest first."""
+    """Return the widths below the full one, the widest first."""
     return sorted({max(1, round(each * size)) for each in ratios} - {size}, reverse=True)
 
 
@@ -122,9 +121,9 @@ def _outputs(model: Model, feeds: Sequence[Feed]) -> Iterator[list[Array]]:
 
 
 def _error(wanted: Iterable[Sequence[Array]], made: Iterable[Sequence[Array]]) -> float:
-    """Mean squared error over the variance of each output, the mean over the outputs.
+    """Return the mean over the outputs of their mean squared error over their variance.
 
-    An output whose size depends on the data counts as wholly wrong where it came out in another size.
+    An output whose size depends on the data has an error of 1 in batches where its sizes differ.
     """
     squares: dict[int, list[tuple[float, float, float, int]]] = {}
     for want, made_ in zip(wanted, made, strict=True):
@@ -134,13 +133,13 @@ def _error(wanted: Iterable[Sequence[Array]], made: Iterable[Sequence[Array]]) -
     errors = []
     for rows in squares.values():
         wrong, total, square, count = np.sum(rows, axis=0).tolist()
-        spread = square - total**2 / max(1, count)
-        errors.append(wrong / spread if spread > 0 else 0.0)
+        deviation = square - total**2 / max(1, count)
+        errors.append(wrong / deviation if deviation > 0 else 0.0)
     return float(np.mean(errors)) if errors else 0.0
 
 
 def measured_curves(combed: Combed, found: Mapping[str, Sequence[Point]]) -> LossCurves:
-    """The measured errors as loss for the spread "optimal", between the points by straight lines."""
+    """Return the measured errors as loss curves for the policy "optimal", interpolated linearly between points."""
     loss = []
     for group in combed.groups:
         points = found[group.name]
@@ -151,7 +150,7 @@ def measured_curves(combed: Combed, found: Mapping[str, Sequence[Point]]) -> Los
 
 
 def as_json(found: Mapping[str, Sequence[Point]]) -> list[dict[str, Any]]:
-    """The same as plain values."""
+    """Return the measurements as plain values."""
     return [
         {"group": name, "points": [{"width": point.width, "error": point.error} for point in points]}
         for name, points in found.items()
@@ -160,14 +159,14 @@ def as_json(found: Mapping[str, Sequence[Point]]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Sensitivity(SensitivityOptions):
-    """Measure what each group's channels do to the outputs, for an allocation under the policy "optimal"."""
+    """Measure the effect of each group's channels on the outputs, for an allocation under the policy "optimal"."""
 
     name: ClassVar[str] = "sensitivity"
     requires: ClassVar[tuple[str, ...]] = ("combed",)
     provides: ClassVar[tuple[str, ...]] = ("scores", "curves")
 
     def __call__(self, state: State) -> State:
-        """Fill in `scores` if nobody has, and `curves`."""
+        """Fill in `curves`, and `scores` if they are missing."""
         if state.data is None:
             raise DataError("sensitivity is measured on samples: give --data, or a source as `data`")
         combed = state.need("combed", "comb")

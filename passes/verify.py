@@ -1,4 +1,4 @@
-"""Verify: the pruned model computes what the original computes with the removed channels masked."""
+"""Verify: prove that the pruned model computes what the original with the removed channels masked computes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from cpd_onnx.proof.proving import proved, verify
 class Verify:
     """Prove that the pruned model computes what the masked original computes.
 
-    Where weights have been given other values since, that is shown of what the plan makes of the original; all else
-    must be the same, and these weights must be those that the plan names. `batches` batches of the data are used where
-    there is data, random inputs otherwise. `allow_inconclusive` accepts a model of which these inputs show too little
-    to say that it is right or wrong.
+    If weights were refitted or trained since, the proof is of the plan applied to the original; the model may differ
+    from that only in the weights that the plan names. The inputs are `batches` batches of the data, or random inputs
+    without data. `allow_inconclusive` accepts a model that these inputs prove neither right nor wrong.
     """
 
     batches: int = 2

@@ -1,1 +1,1 @@
-"""Who goes: widths under a budget in channels, MACs, parameters, bytes or latency."""
+"""Allocation: the widths of groups under a budget in channels, MACs, parameters, bytes or latency."""

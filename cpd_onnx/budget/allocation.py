@@ -1,4 +1,4 @@
-"""Allocate: how many channels each group loses, and which, to meet a budget."""
+"""Allocation: how many channels, and which, are removed from each group to meet a budget."""
 
 from __future__ import annotations
 
@@ -22,49 +22,51 @@ from cpd_onnx.scores.registry import Scores
 from cpd_onnx.summary import Summarised, Summary, count
 
 _SHOWN = (("MACs", "macs"), ("parameters", "params"))
-"""Costs that a summary shows, and their names."""
+"""Names and fields of the costs that a summary shows."""
 KINDS = ("channels", "macs", "params", "bytes", "latency")
+"""Kinds of targets."""
 POLICIES = ("uniform", "global", "isomorphic", "optimal")
+"""Allocation policies, see `Budget`."""
 _STEPS = 24
-"""Halvings of the search interval: finer than any group's channels."""
+"""Number of bisections of the ratio: their resolution of 2^-24 is finer than one channel of any group."""
 _TOLERANCE = 0.02
-"""Share of the original by which a target may be missed without a note."""
+"""Deviation from the target, as a fraction of the original's cost, above which a note is made (heuristic)."""
 _CORRECTIONS = 6
-"""Times that the optimum is looked for again: where single channels cost other than the mean of their group its target
-is lowered, and where scores are no losses its weights follow what is left."""
+"""Maximum number of times that the optimum is computed (heuristic). Between them the target is lowered where channels
+cost more than the mean of their group, and the weights of groups follow the remaining work if scores are not losses."""
 _EVENNESS = 1.5
-"""Power of what groups lose: at 1 the widths with the most work for their cost are taken, however uneven; the higher,
-the more alike are shares."""
+"""Exponent of the loss of a group (heuristic): the higher it is above 1, the more evenly groups are pruned."""
 _TOGETHER = 1.5
-"""Power of the work that runs through a group: above 1, since layers that share channels are harmed together."""
+"""Exponent of the work in a group that weights its loss (heuristic): above 1, since layers that share channels lose
+accuracy together."""
 _LEAST_WEIGHT = 0.05
-"""Of a group, where 1 is the mean."""
+"""Minimum weight of a group's loss, where the mean weight is about 1 (heuristic)."""
 _ROUNDS = 8
-"""Allocations that are measured for a latency target."""
+"""Maximum number of allocations that are measured for a latency target (heuristic)."""
 _MORE = 0.04
-"""By how much more is asked for if the table takes a target to be out of reach."""
+"""Increase of the requested fraction while the cost table predicts that it cannot be reached (heuristic)."""
 _NEAR = 0.02
-"""A measured latency that near to its target will do."""
+"""Relative deviation from the target at which a measured latency is accepted (heuristic)."""
 _HALVINGS = 3
-"""Of the multiples at which kernels are fast, for targets out of reach there."""
-_TOO_WIDE = "the widths at which kernels are fast do not go that low: finer ones were taken"
+"""Maximum number of times that the multiples at which kernels are fast are halved to reach a target."""
+_TOO_WIDE = "the target cannot be reached at the widths where kernels are fast: finer widths were chosen"
 _SECONDS, _TIMED_ROUNDS = 2.0, 40
-"""For which, and in so many rounds, each of them is timed at least."""
+"""Minimum duration in seconds, and number of rounds, of a measurement of latency (heuristic)."""
 _LEAST_SHARE = 1e-6
-"""Of a group's importance: what is taken for nothing."""
+"""Smallest fraction of a group's importance that may remain, which keeps its logarithm finite."""
 
 
 @dataclass(frozen=True)
 class Budget(metaclass=Renaming):
-    """What may remain.
+    """What may remain of a model.
 
     Attributes:
         kind: "channels", "macs", "params", "bytes" (of the file) or "latency" (median time of a run).
-        fraction: of the original that may remain, 0 to 1.
-        policy: "uniform" removes the same share from each group, "global" lets all channels compete, "isomorphic" those
-            of groups that do the same in different places (each such class loses the same share), "optimal" takes the
-            widths with the least loss.
-        limits: which widths are allowed.
+        fraction: Fraction of the original that may remain, above 0 up to 1.
+        policy: "uniform" removes the same ratio of each group; "global" ranks all channels together; "isomorphic" ranks
+            those of groups with the same structure together, and removes the same ratio of each such class; "optimal"
+            chooses the widths with the least total loss.
+        limits: Constraints on the widths.
 
     """
 
@@ -74,18 +76,18 @@ class Budget(metaclass=Renaming):
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
-        """Refuse what makes no sense."""
+        """Check the values; raises TargetError."""
         if self.kind not in KINDS:
-            raise TargetError(f"no target is called {self.kind!r}: choose one of {', '.join(KINDS)}")
+            raise TargetError(f"unknown target {self.kind!r}: choose one of {', '.join(KINDS)}")
         if not 0 < self.fraction <= 1:
             raise TargetError(
-                f"target {self.kind}={self.fraction:g}: give the fraction that may remain, above 0 up to 1"
+                f"the target must be the fraction that may remain, above 0 up to 1, got {self.kind}={self.fraction:g}"
             )
         if self.policy not in POLICIES:
             raise TargetError(f"unknown policy {self.policy!r}: choose one of {', '.join(POLICIES)}")
 
     def as_words(self) -> dict[str, Any]:
-        """The same in the plan's words."""
+        """Return the budget as the entries of a plan."""
         limits = self.limits
         words: dict[str, Any] = {"kind": self.kind, "target": self.fraction, "policy": self.policy}
         words |= {"round_to": limits.round_to, "keep": list(limits.keep)}
@@ -96,30 +98,30 @@ class Budget(metaclass=Renaming):
 
 @dataclass(frozen=True, eq=False)
 class LossCurves:
-    """What the model loses with the channels of each group.
+    """Loss of the model as a function of the number of channels removed from each group.
 
     Attributes:
-        loss: for each group, at r, the loss without its r least important channels; r = 0 … size - 1. It starts at
-            nothing and does not fall. Groups are compared by it as it is.
+        loss: For each group an array with, at index r = 0 … size - 1, the loss without its r least important channels.
+            It starts at 0 and never decreases. Losses of different groups are comparable.
     """
 
     loss: tuple[Floats, ...]
 
     def check(self, combed: Combed) -> None:
-        """Raise ValueError where a curve is not that of its group."""
+        """Raise ValueError unless there is a valid curve for each group."""
         if [len(curve) for curve in self.loss] != [len(group) for group in combed.groups]:
-            raise ValueError("a loss curve has one number for each of 0 … size - 1 channels that go")
+            raise ValueError("a loss curve must have one number for each of 0 … size - 1 removed channels")
         if any(curve[0] != 0 or bool((np.diff(curve) < 0).any()) for curve in self.loss):
-            raise ValueError("a loss curve starts at 0 and does not fall")
+            raise ValueError("a loss curve must start at 0 and never decrease")
 
 
 def loss_curves(scores: Sequence[Scores], *, is_loss: bool) -> LossCurves:
-    """Damage that scores tell: the losses of the channels that go, summed.
+    """Return the loss curves that scores imply: sums of the scores of the removed channels.
 
-    Scores that are no losses are importances. What passes through the layers is multiplied from one to the next, so the
-    share of the importance that stays counts by its logarithm: half of a group does as much as half of another, and to
-    take the last channels does more than any cost can save. A power of it is what counts, so that the first channels
-    cost little and shares come out alike, as far as nothing speaks against it.
+    Scores that are not losses are importances. A signal is multiplied from layer to layer, so the loss is the negative
+    logarithm of the fraction of the importance that remains: removing half of any group costs the same, and removing
+    its last channels costs more than any saving. The loss is raised to a power (`_EVENNESS`) so that the first channels
+    cost little and groups are pruned evenly unless their costs differ.
     """
     made = []
     for score in scores:
@@ -134,15 +136,15 @@ def loss_curves(scores: Sequence[Scores], *, is_loss: bool) -> LossCurves:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Allocation(Summarised):
-    """Which channels go.
+    """The channels to remove.
 
     Attributes:
-        removed: for each group the positions (in `Group.channels`) that go, sorted.
-        before: costs of the original.
-        after: costs of what remains.
-        notes: what kept the target from being met exactly, if anything did, and what was measured.
-        latency: where that was the target: share of the original's time that was asked for, predicted and, unless a
-            cost table was given, measured.
+        removed: For each group the sorted positions (in `Group.channels`) of the removed channels.
+        before: Costs of the original.
+        after: Costs of what remains.
+        notes: Remarks on a target that was not met exactly, and on measurements.
+        latency: For a latency target, the requested, the predicted and, unless a cost table was given, the measured
+            ratio to the original's latency.
 
     """
 
@@ -153,7 +155,7 @@ class Allocation(Summarised):
     latency: Mapping[str, float] = field(default_factory=dict)
 
     def summary(self) -> Summary:
-        """How much goes."""
+        """Return the numbers of removed channels and the costs as a table."""
         costs = ((name, getattr(self.before, key), getattr(self.after, key)) for name, key in _SHOWN)
         return Summary.of({
             "groups": f"{sum(map(bool, self.removed))} of {len(self.removed)}",
@@ -162,12 +164,12 @@ class Allocation(Summarised):
         })  # fmt: skip  # a table
 
     def channels(self, combed: Combed) -> Axis:
-        """The primitive atoms that go."""
+        """Return the primitive atoms of the removed channels."""
         gone = [group.channels[removed] for group, removed in zip(combed.groups, self.removed, strict=True)]
         return np.concatenate([np.zeros(0, np.int64), *gone]).astype(np.int64)
 
     def keep_mask(self, combed: Combed) -> KeepMask:
-        """What stays of each axis."""
+        """Return the mask of what survives of each axis."""
         return KeepMask(combed.atoms, self.channels(combed))
 
 
@@ -180,13 +182,13 @@ def allocate(
     curves: LossCurves | None = None,
     table: CostTable | None = None,
 ) -> Allocation:
-    """Choose the channels to remove, at least one stays in each group.
+    """Choose the channels to remove; at least one of each group survives.
 
-    Where channels compete, they are ranked by their score over the mean of their group; or, if the scores estimate
-    what the model loses with a channel, by the loss for what it saves. The policy "optimal" goes by loss curves, see
-    `loss_curves`; others may be given. Latency is what `table` says.
+    Policies that rank channels use the score relative to the mean of the group or, if scores are losses, the loss per
+    cost saved. The policy "optimal" uses `curves`, by default the `loss_curves` of the scores. Latency is predicted by
+    `table`.
 
-    Raises TargetError if the budget cannot be met, with what stands in the way.
+    Raises TargetError, which names the obstacle, if the budget cannot be met.
     """
     if not combed.groups:
         raise TargetError(f"nothing can be pruned in this model: {why_nothing(combed)}")
@@ -200,29 +202,35 @@ def allocate(
 def allocate_measured(
     choose: Callable[[Budget, CostTable], Allocation], budget: Budget, table: CostTable, probe: LatencyProbe
 ) -> Allocation:
-    """Allocate for a latency, measure what comes out beside the original, correct the target, and again.
+    """Allocate for a latency target, measure the result beside the original, correct the request, and repeat.
 
-    `choose` is `allocate` with all but its budget and table given. Of the rounds the one that came nearest counts. What
-    the table takes to be out of reach may not be: then more is asked for first, and from there on what it takes to be
-    fixed is taken to shrink with the model.
+    Returns the allocation whose measured latency is nearest to the target. If the table predicts that the target cannot
+    be reached, a larger fraction is requested first; from then on the time that the table takes for constant is assumed
+    to shrink with the model.
 
-    Raises TargetError if the target is out of reach.
+    Args:
+        choose: `allocate` with all arguments but budget and table.
+        budget: The budget, of kind "latency".
+        table: Predicts latencies.
+        probe: Measures latencies.
+
+    Raises TargetError if the target cannot be reached.
     """
-    asked, tried = budget.fraction, list[tuple[float, float]]()
+    request, tried = budget.fraction, list[tuple[float, float]]()
     best: Allocation | None = None
     refused: TargetError | None = None
-    known = table
-    while len(tried) < _ROUNDS and asked <= 1:
+    predictor = table
+    while len(tried) < _ROUNDS and request <= 1:
         try:
-            chosen = choose(replace(budget, fraction=asked), known)
+            chosen = choose(replace(budget, fraction=request), predictor)
         except TargetError as error:
             refused = refused or error
             if best is None:
-                asked += _MORE
+                request += _MORE
                 continue
-            if known is not table:
+            if predictor is not table:
                 break
-            known, asked, tried = table.loosened(probe.combed), budget.fraction, []
+            predictor, request, tried = table.loosened(probe.combed), budget.fraction, []
             continue
         measured = probe.ratio(chosen.channels(probe.combed), max(_SECONDS, _TIMED_ROUNDS * 1.5e-3 * table.ms))
         chosen = replace(chosen, latency={**chosen.latency, "target": budget.fraction, "measured": measured})
@@ -230,27 +238,27 @@ def allocate_measured(
             best = chosen
         if _miss(chosen) <= _NEAR:
             break
-        tried.append((asked, measured))
-        asked = _next_to_ask(tried, budget.fraction)
+        tried.append((request, measured))
+        request = _next_request(tried, budget.fraction)
     if refused is not None and (best is None or best.latency["measured"] > budget.fraction + _TOLERANCE):
         raise refused
     assert best is not None
     return replace(best, notes=(*(n for n in best.notes if n == _TOO_WIDE), *_latency_notes(best, table)))
 
 
-def _next_to_ask(tried: Sequence[tuple[float, float]], target: float) -> float:
-    """What to ask for, so that the target is measured: along the line through the two that came nearest."""
+def _next_request(tried: Sequence[tuple[float, float]], target: float) -> float:
+    """Return the fraction to request next, by the secant through the two (request, measurement) pairs nearest to it."""
     near = sorted(tried, key=lambda pair: abs(pair[1] - target))[:2]
-    asked, measured = near[0]
-    slope = measured / asked
+    request, measured = near[0]
+    slope = measured / request
     if len(near) > 1 and near[0][0] != near[1][0]:
-        slope = (measured - near[1][1]) / (asked - near[1][0])
+        slope = (measured - near[1][1]) / (request - near[1][0])
     slope = min(max(slope, 0.5), 2.0)
-    return min(1.0, max(asked + (target - measured) / slope, asked / 2))
+    return min(1.0, max(request + (target - measured) / slope, request / 2))
 
 
 def _miss(chosen: Allocation) -> float:
-    """By what share the measured latency is not the target."""
+    """Return the relative deviation of the measured latency from the target."""
     return abs(chosen.latency["measured"] / chosen.latency["target"] - 1)
 
 
@@ -262,13 +270,13 @@ def _latency_notes(chosen: Allocation, table: CostTable) -> Iterator[str]:
     else:
         yield f"latency {found['measured']:.3f} measured ({where}), {found['predicted']:.3f} predicted"
         if _miss(chosen) > _TOLERANCE:
-            yield f"latency={found['measured']:.3f} is the nearest that was found to {found['target']:g}"
+            yield f"latency={found['measured']:.3f} is the nearest to {found['target']:g} that was found"
     if table.unattributed > _TOLERANCE:
-        yield f"{table.unattributed:.0%} of the time is in kernels that come and go: the cost table takes it for fixed"
+        yield f"{table.unattributed:.0%} of the time is in kernels not present at all widths: it is taken for constant"
 
 
 def why_nothing(combed: Combed) -> str:
-    """The commonest reasons why a model has no prunable channels."""
+    """Return the commonest reasons why a model has no prunable channels."""
     if not any(weight.is_trained and not weight.is_vector for weight in combed.weights):
         ops = ", ".join(combed.without_rule) or "its operators"
         return f"it has no weight matrices or kernels (operators without channels: {ops})"
@@ -280,11 +288,12 @@ def why_nothing(combed: Combed) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Chooser:
-    """Allocates under a budget, again and again for what becomes of a model in rounds.
+    """Allocates under a budget, once in each round of pruning.
 
     Attributes:
-        table: what latency is predicted by, where that is the target.
-        probe: what it is measured with, if it is.
+        budget: The budget.
+        table: Predicts latencies; None for other targets.
+        probe: Measures latencies; None to rely on the table.
     """
 
     budget: Budget
@@ -300,19 +309,20 @@ class Chooser:
         is_loss: bool = False,
         curves: LossCurves | None = None,
     ) -> Allocation:
-        """Choose the channels that go; `fraction` is what may remain, if not that of the budget."""
+        """Choose the channels to remove; `fraction` replaces that of the budget."""
         budget = self.budget if fraction is None else replace(self.budget, fraction=fraction)
 
         if self.table is None:
             return allocate(combed, scores, budget, is_loss=is_loss, curves=curves)
 
-        def choose(wish: Budget, table: CostTable) -> Allocation:
-            """At widths that are fast or, if the target is out of reach there, at finer ones."""
+        def choose(wanted: Budget, table: CostTable) -> Allocation:
+            """Allocate at widths where kernels are fast or, if these cannot reach the target, at finer ones."""
             for halvings in range(_HALVINGS):
                 with contextlib.suppress(TargetError):
-                    found = allocate(combed, scores, wish, is_loss=is_loss, curves=curves, table=table.finer(halvings))
+                    finer = table.finer(halvings)
+                    found = allocate(combed, scores, wanted, is_loss=is_loss, curves=curves, table=finer)
                     return replace(found, notes=(*found.notes, *([_TOO_WIDE] if halvings else [])))
-            return allocate(combed, scores, wish, is_loss=is_loss, curves=curves, table=table.finer(_HALVINGS))
+            return allocate(combed, scores, wanted, is_loss=is_loss, curves=curves, table=table.finer(_HALVINGS))
 
         if self.probe is not None:
             return allocate_measured(choose, budget, self.table, self.probe)
@@ -338,7 +348,7 @@ class _Allocator:
         self.before = self.costs.total(whole)
         self.full = self.costs.cost(budget.kind, whole)
         if table is not None:
-            self.full = min(self.full, table.ms)  # what the fit leaves out at full width is not there to be saved
+            self.full = min(self.full, table.ms)  # time that the fit adds at full width cannot be saved
         multiples = table.multiples(combed) if table is not None else None
         self.widths = allowed_widths(combed, budget.limits, multiples)
         self.sizes = [len(group) for group in combed.groups]
@@ -367,10 +377,10 @@ class _Allocator:
         return self.result(counts, tuple(notes))
 
     def optimal(self, target: float) -> list[int]:
-        """The widths with the least loss."""
+        """Return the widths with the least total loss."""
         curves = self.curves or loss_curves(self.scores, is_loss=self.is_loss)
         allowed, follows = self.widths.allowed, self.curves is None and not self.is_loss
-        cost, asked, counts = self.costs.in_widths(self.budget.kind), target, self.sizes
+        cost, limit, counts = self.costs.in_widths(self.budget.kind), target, self.sizes
         work = self.costs.in_widths("macs") if self.budget.kind == "latency" else cost
         weights = _weights(work, counts) if follows else np.ones(len(counts))
         for _ in range(_CORRECTIONS):
@@ -378,17 +388,17 @@ class _Allocator:
                 weight * curve[size - widths]
                 for weight, curve, size, widths in zip(weights, curves.loss, self.sizes, allowed, strict=True)
             ]
-            before, counts = counts, solve(allowed, loss, cost, asked)
+            before, counts = counts, solve(allowed, loss, cost, limit)
             over = self.cost(counts) - target
             if over <= 0.1 * _TOLERANCE * self.full and (not follows or counts == before):
                 break
-            asked -= max(0.0, over)
+            limit -= max(0.0, over)
             if follows:
                 weights = (weights + _weights(work, counts)) / 2
         return counts
 
     def searched(self, target: float) -> list[int]:
-        """The widths that one number gives, which is searched for by halving."""
+        """Return the widths of the ratio that meets the target, found by bisection."""
         low, high = 0.0, 1.0
         few, many = self.counts(0.0), self.counts(1.0)
         for _ in range(_STEPS):
@@ -403,7 +413,7 @@ class _Allocator:
         return self.between(few, many, target)
 
     def between(self, low: list[int], high: list[int], target: float) -> list[int]:
-        """Of two neighbouring choices, take the second for as many groups as the target allows."""
+        """Return the second of two neighbouring choices for as many groups as the target allows, else the first."""
         differing = [i for i, (a, b) in enumerate(zip(low, high, strict=True)) if a != b]
         first, last = 0, len(differing)
         while first < last:
@@ -424,22 +434,22 @@ class _Allocator:
         return [high[i] if i in chosen else low[i] for i in range(len(low))]
 
     def counts(self, ratio: float) -> list[int]:
-        """Channels that stay in each group for a share of what may stay."""
+        """Return the number of surviving channels of each group at a ratio."""
         if self.rankings:
             return self.ranked_counts(ratio)
-        kept = list(self.sizes)
+        found = list(self.sizes)
         for index in self.sequence:
             if index in self.widths.held:
                 continue
             already = min(
-                (np.prod([kept[o] / self.sizes[o] for o in outer]) for outer in self.outer[index]), default=1.0
+                (np.prod([found[o] / self.sizes[o] for o in outer]) for outer in self.outer[index]), default=1.0
             )
-            share = min(1.0, ratio / float(already)) if already else 1.0
-            kept[index] = self.widths.nearest(index, share * self.sizes[index])
-        return kept
+            own = min(1.0, ratio / float(already)) if already else 1.0
+            found[index] = self.widths.nearest(index, own * self.sizes[index])
+        return found
 
     def competing(self) -> list[list[int]]:
-        """The groups whose channels compete, in classes that each lose the same share."""
+        """Return the classes of groups whose channels are ranked together; each class loses the same ratio."""
         free = [index for index in range(len(self.sizes)) if index not in self.widths.held]
         if self.budget.policy == "global":
             return [free]
@@ -449,7 +459,7 @@ class _Allocator:
         return list(classes.values())
 
     def ranked(self, groups: Sequence[int]) -> list[int]:
-        """Group of each channel of some groups, the least important channel first."""
+        """Return the group of each channel of a class, the least important channel first."""
         pairs = []
         for index in groups:
             score, order = self.scores[index], self.order[index]
@@ -458,7 +468,7 @@ class _Allocator:
         return [index for _, index in sorted(pairs)]
 
     def price(self, index: int) -> float:
-        """What one channel of a group costs."""
+        """Return the cost of one channel of a group."""
         fewer = [size - (place == index and size > 1) for place, size in enumerate(self.sizes)]
         return self.cost(self.sizes) - self.cost(fewer)
 
@@ -488,24 +498,24 @@ class _Allocator:
 
     def unreachable(self, floor: float) -> str:
         kind, limits = self.budget.kind, self.budget.limits
-        least = f"with the least that may stay, {floor / self.full:.3f} remain"
+        least = f"at the smallest allowed widths, {floor / self.full:.3f} remains"
         why = f"target {kind}={self.budget.fraction:g} cannot be reached: {least}"
         if self.widths.held:
-            return f"{why}; {len(self.widths.held)} groups are held by --keep"
+            return f"{why}; {len(self.widths.held)} groups are pinned by --keep"
         if limits.round_to > 1:
             return f"{why}; widths are multiples of {limits.round_to}"
         if limits.ratios[0] > 0 or limits.of:
             return f"{why}; groups have minimum ratios"
         frozen = sorted(self.combed.frozen(), key=lambda f: -f.indices)
         reasons = {reason: None for f in frozen for reason in f.reasons}
-        return f"{why}; kept are: {'; '.join(list(reasons)[:3])}"
+        return f"{why}; not prunable: {'; '.join(list(reasons)[:3])}"
 
 
 def _weights(work: WidthCost, counts: Sequence[int]) -> Floats:
-    """How much the loss of each group counts where scores are no losses: by the work that is left in it.
+    """Return the weight of each group's loss where scores are importances: a power of the work that remains in it.
 
-    A group that runs through many layers, as a residual stage does, saves much and harms each of them and what they do
-    together. So it counts more than they do by themselves.
+    Removing a channel from a group that runs through many layers, as in a residual stage, saves much but degrades all
+    of them, so that its loss counts more than theirs taken one by one.
     """
     fewer = np.asarray(counts) - np.eye(len(counts), dtype=np.int64)
     through = np.maximum(work(np.asarray([counts])) - work(fewer), 0.0) * counts
@@ -513,9 +523,9 @@ def _weights(work: WidthCost, counts: Sequence[int]) -> Floats:
 
 
 def _outer_groups(combed: Combed) -> dict[int, list[tuple[int, ...]]]:
-    """For each group the tuples of groups that stand before it in the composites of some weight axis.
+    """Return, for each group, the tuples of groups that precede it in the composite indices of some weight axis.
 
-    Where heads and head dimension share an axis, heads are outer: they take the wanted share, the rest follows.
+    Where heads and head dimension share an axis, heads are outer: the ratio applies to them first, then to the rest.
     """
     owner, _ = combed.owners
     found: dict[int, set[tuple[int, ...]]] = {group.id: set() for group in combed.groups}
@@ -536,7 +546,7 @@ def _note_rows(found: dict[int, set[tuple[int, ...]]], rows: Axis) -> None:
 
 
 def _outer_first(outer: dict[int, list[tuple[int, ...]]], count: int) -> list[int]:
-    """An order in which each group comes after its outer ones, as far as there is one."""
+    """Return an order in which each group follows its outer ones, as far as there is one."""
     done: list[int] = []
     waiting = list(range(count))
     while waiting:

@@ -1,10 +1,10 @@
-"""Which width each group gets, so that a budget is met with the least loss: a multiple-choice knapsack.
+"""Widths that meet a budget with the least total loss: a multiple-choice knapsack problem.
 
-Damage is a sum over the groups, but what a width costs depends on the other groups' widths (a convolution costs the
-product of two). So the cost is linearised around the present widths, the knapsack that results is solved but for one
-step (Sinha and Zoltners, The Multiple-Choice Knapsack Problem, Operations Research 1979), and this is done again around
-the answer, in steps small enough for the line to hold, until nothing gets better. What the linear cost got wrong, and
-what is left of the budget, exchanges of one or two groups on the true cost mend.
+The loss is a sum over the groups, but the cost of a width depends on the widths of other groups (the cost of a
+convolution is the product of two). So the cost is linearised around the current widths, and the resulting knapsack
+problem is solved up to its last step (Sinha and Zoltners, The Multiple-Choice Knapsack Problem, Operations Research
+1979). This is repeated around each solution, in steps small enough for the linearisation to hold, until there is no
+improvement. Exchanges of one or two groups, evaluated at the true cost, then use up the rest of the budget.
 """
 
 from __future__ import annotations
@@ -23,23 +23,33 @@ Counts: TypeAlias = npt.NDArray[np.int64]
 Cost: TypeAlias = Callable[[Counts], Floats]
 
 _CHOICES = 16
-"""Widths of a group that are looked at together; then those around the one that was taken."""
+"""Number of widths of a group that are considered at a time; later ones lie around the chosen one (heuristic)."""
 
 _STEP = 0.85
-"""Share of the present cost that one step on the way to the target leaves."""
+"""Fraction of the current cost that remains after one step towards the target (heuristic)."""
 _REACH = 2.0
-"""Factor by which a step may change a width, where a group has widths that near."""
+"""Maximum factor by which a step changes a width, if the group has widths that near (heuristic)."""
 _ROUNDS = 8
-"""Linearisations at the target."""
+"""Maximum number of linearisations at the target (heuristic)."""
 _EXCHANGES = 200
+"""Maximum number of exchanges (heuristic)."""
 _TRIED = 128
-"""Exchanges of two groups whose true cost is looked at in one round, best first."""
+"""Maximum number of exchanges of two groups whose true cost is evaluated in one round, best first (heuristic)."""
 _EPSILON = 1e-9
+"""Smallest relative improvement that counts, well above the rounding error of float64."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Problem:
-    """The choices of all groups in one row: whose they are, how wide, what they do; `starts` is where groups begin."""
+    """A problem, with the choices of all groups in one row.
+
+    Attributes:
+        owner: Group of each choice.
+        width: Width of each choice.
+        harm: Loss of each choice.
+        starts: Position of the first choice of each group.
+        cost: Function from rows of widths to costs.
+    """
 
     owner: Counts
     width: Counts
@@ -48,28 +58,28 @@ class _Problem:
     cost: Cost
 
     def cost_of(self, chosen: Counts) -> float:
-        """Cost of one choice for each group."""
+        """Return the cost of one choice for each group."""
         return float(self.cost(self.width[None, chosen])[0])
 
     def loss_of(self, chosen: Counts) -> float:
-        """Summed loss of one choice for each group."""
+        """Return the total loss of one choice for each group."""
         return float(self.harm[chosen].sum())
 
     def moves(self, chosen: Counts) -> Floats:
-        """How the cost changes if one group takes another choice, for all of them."""
+        """Return the change of the cost for every choice, if its group alone takes it."""
         rows = np.repeat(self.width[None, chosen], len(self.width), axis=0)
         rows[np.arange(len(rows)), self.owner] = self.width
         return self.cost(rows) - self.cost_of(chosen)
 
 
 def solve(widths: Sequence[Counts], loss: Sequence[Floats], cost: Cost, target: float) -> list[int]:
-    """Widths that cost at most `target` with little loss; the cheapest ones if none are that cheap.
+    """Return widths that cost at most `target` with a small total loss; the cheapest widths if none are that cheap.
 
     Args:
-        widths: for each group those that it may have, ascending.
-        loss: for each group what each of these widths does, falling with the width, not negative.
-        cost: from rows of widths, a column for each group, to what they cost; grows with each width.
-        target: what the widths may cost.
+        widths: For each group its allowed widths, ascending.
+        loss: For each group the loss at each of these widths, which is not negative and decreases with the width.
+        cost: Function from rows of widths, with a column for each group, to costs; it increases with each width.
+        target: Maximum cost.
     """
     least, most = ([int(w[place]) for w in widths] for place in (0, -1))
     for extreme, enough in ((most, True), (least, False)):
@@ -96,7 +106,7 @@ def solve(widths: Sequence[Counts], loss: Sequence[Floats], cost: Cost, target: 
 
 
 def _spaced(first: int, last: int, present: int | None = None) -> Counts:
-    """Some of the whole numbers from first to last, both and the present one among them."""
+    """Return evenly spaced integers from first to last, including both and the present one."""
     places = np.linspace(first, last, min(_CHOICES, last - first + 1)).round()
     return np.unique(np.append(places, first if present is None else present)).astype(np.int64)
 
@@ -113,7 +123,7 @@ def _problem(widths: Sequence[Counts], harms: Sequence[Floats], looked_at: Seque
 
 
 def _descended(problem: _Problem, chosen: Counts, target: float) -> Counts:
-    """From a choice that costs too much to one near the target, in steps small enough for the line to hold."""
+    """Return a choice near the target, reached in steps small enough for the linearisation to hold."""
     while (now := problem.cost_of(chosen)) > target / _STEP:
         after = _linear(problem, chosen, _STEP * now)
         if problem.cost_of(after) >= now * (1 - _EPSILON):
@@ -123,29 +133,29 @@ def _descended(problem: _Problem, chosen: Counts, target: float) -> Counts:
 
 
 def _at_target(problem: _Problem, chosen: Counts, target: float) -> Counts:
-    """The best choice within the target that linearisations around one another find."""
-    best, asked = problem.starts, target
+    """Return the best choice within the target that repeated linearisation finds."""
+    best, limit = problem.starts, target
     if problem.cost_of(chosen) <= target:
         best = chosen
     least = problem.loss_of(best)
     for _ in range(_ROUNDS):
-        after = _linear(problem, chosen, asked)
+        after = _linear(problem, chosen, limit)
         cost, loss = problem.cost_of(after), problem.loss_of(after)
         if cost <= target and loss < least:
             best, least = after, loss
         settled = bool((after == chosen).all())
         if settled and cost <= target:
             break
-        asked -= max(0.0, cost - target)
+        limit -= max(0.0, cost - target)
         chosen = after
     return best
 
 
 def _linear(problem: _Problem, chosen: Counts, target: float) -> Counts:
-    """A choice near the present one that is optimal, but for the last step, if the cost were a sum over the groups.
+    """Return a choice near the present one that is optimal, up to the last step, for the linearised cost.
 
-    From the cheapest widths on, the step is taken that spares the most loss for what it costs. Only steps along the
-    lower convex hull of a group's (cost, loss) are looked at, so that they come in order.
+    Starting at the cheapest widths, it takes the steps with the largest reduction of the loss per cost first. Only
+    steps along the lower convex hull of a group's (cost, loss) points are considered, so that they come in order.
     """
     change = problem.moves(chosen)
     reach = np.abs(np.log(problem.width / problem.width[chosen][problem.owner])) <= math.log(_REACH) + _EPSILON
@@ -172,7 +182,7 @@ def _linear(problem: _Problem, chosen: Counts, target: float) -> Counts:
 
 
 def _hull(choices: Sequence[int], cost: Floats, harm: Floats) -> list[int]:
-    """The choices on the lower convex hull, the cheapest one first."""
+    """Return the choices on the lower convex hull, the cheapest first."""
     hull: list[int] = []
     for choice in sorted(choices, key=lambda c: (cost[c], harm[c])):
         if hull and harm[choice] >= harm[hull[-1]]:
@@ -184,13 +194,13 @@ def _hull(choices: Sequence[int], cost: Floats, harm: Floats) -> list[int]:
 
 
 def _is_above(first: int, middle: int, last: int, cost: Floats, harm: Floats) -> bool:
-    """Whether the middle one of three choices is not below the line through the others."""
+    """Return whether the middle of three choices is on or above the line through the others."""
     left = (harm[middle] - harm[first]) * (cost[last] - cost[first])
     return bool(left >= (harm[last] - harm[first]) * (cost[middle] - cost[first]))
 
 
 def _polished(problem: _Problem, chosen: Counts, target: float) -> Counts:
-    """Exchange the choice of one group or two while that lessens the loss within the target."""
+    """Return the choice after exchanges of one or two groups that reduce the loss within the target."""
     for _ in range(_EXCHANGES):
         change = problem.moves(chosen)
         gain = problem.harm[chosen][problem.owner] - problem.harm
@@ -207,9 +217,9 @@ def _polished(problem: _Problem, chosen: Counts, target: float) -> Counts:
 
 
 def _exchange(problem: _Problem, chosen: Counts, change: Floats, gain: Floats, target: float) -> Counts | None:
-    """Widen one group and narrow another, if that lessens the loss within the target.
+    """Return the choice with one group widened and another narrowed, None if no such pair reduces the loss.
 
-    What both change together is at least what they change one by one, less what one changes of the other's change.
+    Pairs are filtered by a lower bound of their cost: the sum of both changes plus their product over the cost.
     """
     now = problem.cost_of(chosen)
     wider, narrower = np.flatnonzero(gain > _EPSILON), np.flatnonzero(change < 0)

@@ -1,21 +1,21 @@
-"""Latency as a cost: where the time of a model goes under onnxruntime, as a function of its widths.
+"""Latency as a cost: the time of each kernel in onnxruntime as a function of the model's widths.
 
-The model is its own benchmark, so that fusions, layouts and threads count as they are, and nothing is known here about
-operators. It is pruned to several dozen random widths, and each time onnxruntime's profiler tells what each kernel took
-and what shapes it saw. A size in these shapes that changes as an axis of the model does is that axis, rounded up to
-whole blocks of the kernel or not. So each kernel is known to depend on certain axes, and its time is fitted, with
-factors that are not negative, by products of their sizes.
+The model is its own benchmark, so that fusions, layouts and threads are included, and no knowledge of operators is
+needed. It is pruned to several dozen random widths, and each time onnxruntime's profiler reports the time and the
+shapes of each kernel. A size in these shapes that varies like an axis of the model is identified with that axis,
+possibly rounded up to whole blocks of the kernel. The time of a kernel is then fitted by products of the sizes of its
+axes, with coefficients that are not negative.
 
-onnxruntime may run a node as another kernel where its widths are no whole blocks, and convert layouts in between.
-Kernels whose names start as that of a node, or of what it makes, are therefore taken for one; the time of those that
-still come and go is fitted as a whole, by the multiply-accumulates of the model and the elements of its tensors.
+onnxruntime may run a node as another kernel where its widths are not whole blocks, and convert layouts in between.
+Kernels whose names start with that of a node or of its outputs are therefore merged; the time of kernels that are still
+not present at all widths is fitted as a whole, by the MACs of the model and the elements of its tensors.
 
-Kernels are fast at some widths only: a convolution may take twice as long at 63 channels as at 64. So the first of
-these widths are, in turn, multiples of 1, 2, 4, … and of no more, at about the same shares: what a group's kernels take
-in each turn, compared with their share of the original's work, says which multiple its widths should be of. Only such
-widths are looked at further.
+Kernels are fast at some widths only: a convolution may take twice as long at 63 channels as at 64. So the first widths
+are multiples of 1, 2, 4, … but not of the next power, at about the same ratios. The time of a group's kernels at each
+multiple, relative to their work, determines the multiple that its widths should have. Only such widths are used
+afterwards.
 
-While a model runs, so does the original in between: what else the machine does then slows both, and is divided out.
+Runs of a model alternate with runs of the original: other load on the machine slows both, and is divided out.
 """
 
 from __future__ import annotations
@@ -54,33 +54,33 @@ from cpd_onnx.runtime.sessions import execute, interleaved, open_model, working_
 FORMAT = "cpd-onnx/latency"
 VERSION = 1
 MULTIPLES = (1, 2, 4, 8, 16, 32)
-"""Of which widths are tried."""
+"""Multiples that are tried for widths."""
 
 _BLOCKS = (1, 2, 4, 8, 16, 32, 64)
-"""To whose multiples a kernel may round a width up."""
+"""Block sizes to multiples of which kernels may round widths up."""
 _TURNS = 3
-"""Times that each multiple is tried."""
+"""Number of models that are measured for each multiple (heuristic)."""
 _SAMPLES = 20
-"""Widths that the kernels' times are fitted to."""
-_SHARES = (0.3, 0.95)
-"""Of each group's channels that stay when multiples are compared."""
-_LEAST_SHARE = 0.2
-"""Of the widths that times are fitted to."""
+"""Number of models that the times of kernels are fitted to (heuristic)."""
+_RATIOS = (0.3, 0.95)
+"""Range of the ratios of surviving channels when multiples are compared (heuristic)."""
+_LEAST_RATIO = 0.2
+"""Minimum ratio of the widths that times are fitted to (heuristic)."""
 _NEARLY = 1.06
-"""A multiple this near to the fastest one is as good."""
+"""Slowdown, relative to the fastest multiple, up to which a smaller multiple is preferred (heuristic)."""
 _SLOW = 1.5
-"""A group stays whole if its fastest smaller widths are that much slower, for their work, than where it was whole."""
+"""Slowdown of the fastest smaller widths, relative to their work, above which a group is not pruned (heuristic)."""
 _SHRINK = 0.05
-"""Share of the whole time by which what a group says is mixed with what all groups say."""
+"""Weight of the measurements of all groups in that of one group, as a fraction of the total time (heuristic)."""
 _WATCHED_SECONDS, _LEAST_RUNS, _MOST_RUNS = 0.12, 5, 60
-"""How long each model runs under the profiler, and again without it."""
+"""Duration in seconds, and minimum and maximum number, of a model's runs with and without the profiler (heuristic)."""
 _OTHERS = "others"
-"""The name of all kernels that are not there in all models."""
+"""Name for all kernels that are not present in all models."""
 _FITTED_AXES = 3
-"""Axes of a kernel all products of which are fitted; of more, only the product of all."""
+"""Maximum number of axes for which all products are fitted; with more, only single axes and the product of all."""
 
 Observer: TypeAlias = Callable[[int, int], None]
-"""Called with the number of models that have been measured, and how many it will be."""
+"""Called with the number of models measured so far, and their total number."""
 _Times: TypeAlias = "dict[str, _Kernel]"
 _Axis: TypeAlias = tuple[str, str, int]
 """Scope path, name of the tensor, number of the axis."""
@@ -88,14 +88,14 @@ _Axis: TypeAlias = tuple[str, str, int]
 
 @dataclass(frozen=True)
 class KernelCost:
-    """What one kernel takes.
+    """The time of one kernel as a function of widths.
 
     Attributes:
-        name: as onnxruntime has it.
-        operator: likewise.
-        ms: in the original.
-        error: root of the mean squared difference of fit and measurement, relative to the mean.
-        terms: milliseconds, and the axes (scope path, tensor, number) whose sizes they are multiplied by.
+        name: Name in onnxruntime, or that of the node.
+        operator: Operator in onnxruntime.
+        ms: Milliseconds in a run of the original.
+        error: Root mean square error of the fit, relative to the mean time.
+        terms: Coefficients in milliseconds, each with the axes (scope path, tensor, number) whose sizes multiply it.
     """
 
     name: str
@@ -107,7 +107,14 @@ class KernelCost:
 
 @dataclass(frozen=True)
 class GroupWidths:
-    """Which multiples a group's widths should be of; `slowdown` is what each multiple costs, relative to its work."""
+    """Widths of a group at which kernels are fast.
+
+    Attributes:
+        name: Name of the group.
+        size: Number of its channels.
+        multiple: Number of which its widths should be multiples.
+        slowdown: Time at each multiple, relative to the work.
+    """
 
     name: str
     size: int
@@ -117,17 +124,17 @@ class GroupWidths:
 
 @dataclass(frozen=True)
 class CostTable:
-    """What a model takes on one machine for any widths.
+    """The latency of a model on one machine as a function of its widths.
 
     Attributes:
-        sha256: of the model.
-        setting: under what conditions it was measured.
-        ms: a run of the original, without the profiler.
-        rest: milliseconds between kernels, and in those that are not there at all widths.
-        unattributed: share of the kernels' time that no axis accounts for.
-        groups: which widths are worth looking at.
-        kernels: what each kernel takes.
-        machine: what it was measured on.
+        sha256: SHA-256 of the model.
+        setting: Conditions of the measurement.
+        ms: Milliseconds in a run of the original, without the profiler.
+        rest: Milliseconds between kernels, and in kernels that are not present at all widths.
+        unattributed: Fraction of the kernels' time that no axis accounts for.
+        groups: Fast widths of each group.
+        kernels: Fitted time of each kernel.
+        machine: Description of the machine.
     """
 
     sha256: str
@@ -140,21 +147,21 @@ class CostTable:
     machine: Mapping[str, Any] = field(default_factory=dict)
 
     def multiples(self, combed: Combed) -> dict[int, int]:
-        """For each group the multiple of its widths, by id; ValueError if the groups are not those of the table."""
-        known = {(g.name, g.size): g.multiple for g in self.groups}
-        if set(known) != {(g.name, len(g)) for g in combed.groups}:
+        """Return the multiple of each group's widths, by id; raises ValueError if the model has other groups."""
+        found = {(g.name, g.size): g.multiple for g in self.groups}
+        if set(found) != {(g.name, len(g)) for g in combed.groups}:
             raise ValueError("the cost table has other groups than the model")
-        return {g.id: known[(g.name, len(g))] for g in combed.groups}
+        return {g.id: found[(g.name, len(g))] for g in combed.groups}
 
     def finer(self, halvings: int) -> CostTable:
-        """The same with multiples halved so many times, for targets that need narrower widths than the fast ones.
+        """Return the table with multiples halved that many times, for targets out of reach at the fast widths.
 
-        Groups that should stay whole then have the fastest of their smaller widths.
+        Groups that should not be pruned then get the fastest of their smaller widths.
         """
         return replace(self, groups=tuple(_halved(group, halvings) for group in self.groups)) if halvings else self
 
     def loosened(self, combed: Combed) -> CostTable:
-        """The same with what no width seems to change shrinking with the multiply-accumulates of the model."""
+        """Return the table with the time that is constant in it made proportional to the MACs of the model."""
         fixed = self.rest + sum(ms for kernel in self.kernels for ms, axes in kernel.terms if not axes)
         kernels = tuple(replace(k, terms=tuple(term for term in k.terms if term[1])) for k in self.kernels)
         work = _terms_of(combed, [(cost.factor, cost.axes) for cost in combed.recorder.costs])
@@ -163,14 +170,14 @@ class CostTable:
         return replace(self, rest=0.0, kernels=(*kernels, KernelCost(_OTHERS, "", fixed, 0.0, shrinking)))
 
     def terms(self, combed: Combed) -> list[Term]:
-        """Milliseconds as a sum over products of axes."""
+        """Return the milliseconds of a run as a sum over products of axes."""
         kernels = (
             (ms, tuple(_axis_of(combed, axis) for axis in axes)) for kernel in self.kernels for ms, axes in kernel.terms
         )
         return [(self.rest, ()), *kernels]
 
     def require(self, model: Model) -> None:
-        """Raise DataError if the table is of another model."""
+        """Raise DataError if the table belongs to another model."""
         if self.sha256 != model.sha256():
             raise DataError(
                 f"the cost table belongs to another file: it names sha256 {self.sha256[:12]}…, "
@@ -184,11 +191,11 @@ class CostTable:
             self.terms(combed)
         except (ValueError, LookupError) as error:
             raise DataError(
-                "the cost table has other groups or axes than the model: measure it anew with 'cpd-onnx latency'"
+                "the cost table has other groups or axes than the model: measure it again with 'cpd-onnx latency'"
             ) from error
 
     def as_json(self) -> dict[str, Any]:
-        """The same as plain values, with format and version."""
+        """Return the table as plain values, with format and version."""
         return {"format": FORMAT, "version": VERSION, **asdict(self)}
 
     def save(self, path: Path) -> None:
@@ -197,7 +204,7 @@ class CostTable:
 
 
 def _text(name: str | bytes) -> str:
-    """A name as a trace has it; one that is no text comes as bytes."""
+    """Return a name as it is in a trace; names that are not text are given as bytes."""
     return name.decode("utf-8", "replace") if isinstance(name, bytes) else name
 
 
@@ -221,9 +228,9 @@ def load_table(path: Path) -> CostTable:
 
 
 def _table_of(content: Any) -> CostTable:
-    """The table of a JSON document; ValueError, KeyError, TypeError or AttributeError where it is not one."""
+    """Return the table of a JSON document; raises ValueError, KeyError, TypeError or AttributeError for another one."""
     if not isinstance(content, dict) or (content["format"], content["version"]) != (FORMAT, VERSION):
-        raise ValueError(f"'format' should be {FORMAT!r} and 'version' {VERSION}")
+        raise ValueError(f"'format' must be {FORMAT!r} and 'version' {VERSION}")
     setting = Setting(**content["setting"])
     batch, threads = setting.batch, setting.threads
     if not (batch is None or _whole(batch, 1)) or not _whole(threads, 0) or not isinstance(setting.provider, str):
@@ -263,17 +270,23 @@ def _whole(value: Any, least: int) -> bool:
 
 
 def _amount(value: Any) -> float:
-    """A finite number from zero on."""
+    """Return a number; raises ValueError unless it is finite and not negative."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
         raise ValueError(f"{reprlib.repr(value)} is not a number of at least 0")
     return value
 
 
 class LatencyProbe:
-    """Measures models pruned to any channels beside the original."""
+    """Measures the latency of pruned models beside the original.
+
+    Attributes:
+        combed: The original and its groups.
+        setting: Conditions of the measurement.
+        feed: Inputs.
+    """
 
     def __init__(self, combed: Combed, setting: Setting) -> None:
-        """Open the original; raises UnsupportedError if onnxruntime does not run it so."""
+        """Open the original; raises UnsupportedError if onnxruntime cannot run it under the setting."""
         self.combed, self.setting = combed, setting
         self.feed = _feed(combed, setting.batch)
         named = [node for node in combed.folded.scope.nodes if node.name and node.output]
@@ -281,7 +294,7 @@ class LatencyProbe:
         self._original = self.session(combed.folded.model)
 
     def pruned(self, channels: npt.NDArray[np.int64]) -> Model:
-        """The model without some primitive atoms."""
+        """Return the model without some primitive atoms."""
         return rewrite(self.combed, KeepMask(self.combed.atoms, channels)).model
 
     def session(self, model: Model, profile: Path | None = None) -> ort.InferenceSession:
@@ -289,19 +302,19 @@ class LatencyProbe:
         return open_model(model, threads=self.setting.threads, provider=self.setting.provider, profile=profile)
 
     def ratio(self, channels: npt.NDArray[np.int64], seconds: float = 2.0) -> float:
-        """Median time of the model without some primitive atoms over that of the original, in interleaved rounds."""
+        """Return the ratio of the median latencies of the model without some primitive atoms and of the original."""
         return self.ratio_of(self.pruned(channels), seconds)
 
     def ratio_of(self, model: Model, seconds: float = 2.0) -> float:
-        """The same of any model that takes the original's inputs."""
+        """Return the ratio of the median latencies of a model with the original's inputs and of the original."""
         times = interleaved([self._original, self.session(model)], self.feed, seconds)
         return float(np.median(times[1]) / np.median(times[0]))
 
     def profile(self, model: Model) -> tuple[_Times, float, float]:
-        """What each kernel of a model takes with the shapes that it sees; milliseconds of the model and the original.
+        """Return the time and shapes of each kernel of a model, and milliseconds of the model and of the original.
 
-        The profiler slows each kernel by about as much: by so much that without it they take what the model takes when
-        nobody looks.
+        The overhead of the profiler is about the same for each kernel. It is estimated such that the times of kernels
+        without it add up to that of the model without the profiler.
         """
         with tempfile.TemporaryDirectory() as folder:
             session = self.session(model, Path(folder) / "trace")
@@ -311,12 +324,12 @@ class LatencyProbe:
         speed = _typical(meanwhile, len(meanwhile)) / _typical(first, len(first))
         kernels = _kernels(events, len(first), self._nodes)
         ms = _typical(taken, len(taken))
-        watching = _watching([speed * kernel.ms for kernel in kernels.values()], ms)
-        times = {name: replace(k, ms=max(0.0, speed * k.ms - watching)) for name, k in kernels.items()}
+        overhead = _overhead([speed * kernel.ms for kernel in kernels.values()], ms)
+        times = {name: replace(k, ms=max(0.0, speed * k.ms - overhead)) for name, k in kernels.items()}
         return times, ms, _typical(meanwhile, len(meanwhile))
 
     def _in_turns(self, session: ort.InferenceSession) -> tuple[list[float], list[float]]:
-        """Milliseconds of some runs of a model, and of the original in between; the first one warms up."""
+        """Return the milliseconds of alternating runs of a model and of the original, after a warm-up run."""
         execute(session, self.feed)
         taken: list[list[float]] = [[], []]
         until = time.perf_counter() + _WATCHED_SECONDS
@@ -329,28 +342,28 @@ class LatencyProbe:
 
 
 def measure_table(probe: LatencyProbe, *, seed: int = 0, observer: Observer | None = None) -> CostTable:
-    """Measure what a model takes as a function of its widths.
+    """Measure the latency of a model as a function of its widths.
 
-    Raises TargetError if it has no groups, UnsupportedError if onnxruntime does not run it.
+    Raises TargetError if it has no groups, UnsupportedError if onnxruntime cannot run it.
     """
     combed = probe.combed
     if not combed.groups:
-        raise TargetError("nothing can be pruned in this model, so its time cannot be less")
+        raise TargetError("the model has no prunable channels, so its latency cannot be reduced")
     made = _Samples(probe, observer)
     rng = np.random.default_rng(seed)
     made.add(np.asarray([len(g) for g in combed.groups]))
     turns: dict[int, list[int]] = defaultdict(list)
     for _ in range(_TURNS):
-        shares = rng.uniform(*_SHARES, len(combed.groups))
+        ratios = rng.uniform(*_RATIOS, len(combed.groups))
         for multiple in MULTIPLES:
-            turns[multiple].append(made.add(np.asarray(list(_strict(combed, multiple, shares)))))
+            turns[multiple].append(made.add(np.asarray(list(_strict(combed, multiple, ratios)))))
     groups = _fast_widths(made, turns)
     least = [_nearest(g.size, g.multiple, 0.0) for g in groups]
     fitted = [0, made.add(np.asarray(least))]
     for _ in range(_SAMPLES):
-        share = rng.uniform(_LEAST_SHARE, 1.0)
-        shares = np.clip(share + rng.uniform(-0.4, 0.4, len(groups)), _LEAST_SHARE, 1.0)
-        widths = [_nearest(g.size, g.multiple, s) for g, s in zip(groups, shares, strict=True)]
+        mean = rng.uniform(_LEAST_RATIO, 1.0)
+        ratios = np.clip(mean + rng.uniform(-0.4, 0.4, len(groups)), _LEAST_RATIO, 1.0)
+        widths = [_nearest(g.size, g.multiple, r) for g, r in zip(groups, ratios, strict=True)]
         fitted.append(made.add(np.asarray(widths)))
     kernels, unknown = _fitted(made, fitted)
     names = {kernel.name for kernel in kernels}
@@ -373,7 +386,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _feed(combed: Combed, batch: int | None) -> dict[str, Array]:
-    """Inputs that the model accepts, with so many samples if it leaves their number open."""
+    """Return inputs that the model accepts, with that many samples if its batch size is dynamic."""
     folded = combed.folded
     feed = next(working_feeds(folded, open_model(folded.model, threads=1), 1))
     if batch is None:
@@ -381,16 +394,16 @@ def _feed(combed: Combed, batch: int | None) -> dict[str, Array]:
     values = {name: folded.scope.values[name] for name in feed}
     free = [name for name, value in values.items() if value.shape and not value.has_fixed(0)]
     if not free:
-        raise UnsupportedError(f"the model takes a fixed number of samples at a time: leave out the batch of {batch}")
+        raise UnsupportedError(f"the model has a fixed batch size: leave out the batch size of {batch}")
     return {name: np.resize(x, (batch, *x.shape[1:])) if name in free else x for name, x in feed.items()}
 
 
-# What the profiler says.
+# Traces of the profiler.
 
 
 @dataclass(frozen=True)
 class _Kernel:
-    """One kernel in one model: its operator, milliseconds in a run, and all sizes in its shapes."""
+    """One kernel in one model: operator, milliseconds in a run, and all sizes in its shapes."""
 
     operator: str
     ms: float
@@ -398,7 +411,7 @@ class _Kernel:
 
 
 def _kernels(events: Sequence[Mapping[str, Any]], runs: int, nodes: Mapping[str, str]) -> _Times:
-    """Kernels by name, or by that of the node that they are made of, of so many runs."""
+    """Return the kernels of a trace of that many runs, by the name of their node or else their own."""
     taken: dict[str, list[float]] = defaultdict(list)
     about: dict[str, tuple[str, tuple[int, ...]]] = {}
     for event in events:
@@ -417,7 +430,7 @@ def _kernels(events: Sequence[Mapping[str, Any]], runs: int, nodes: Mapping[str,
 
 
 def _node_of(kernel: str, nodes: Mapping[str, str]) -> str:
-    """The node whose name, or that of whose output, is the longest start of a kernel's name; else that name."""
+    """Return the node whose name or output is the longest prefix of a kernel's name; that name if there is none."""
     start = kernel
     while start and start not in nodes:
         start = start.rpartition("_")[0]
@@ -425,9 +438,9 @@ def _node_of(kernel: str, nodes: Mapping[str, str]) -> str:
 
 
 def _typical(ms: Sequence[float], runs: int) -> float:
-    """Milliseconds in a run of what runs once or, in a loop, several times in each; the faster half counts.
+    """Return the milliseconds in a run of a kernel, which a loop may call several times: the mean of the faster half.
 
-    The other runs warm up or meet with something else that the machine does.
+    The slower half contains warm-up runs and runs disturbed by other load.
     """
     each = (
         np.sort(np.asarray(ms[len(ms) % runs :]).reshape(runs, -1).sum(axis=1)) if len(ms) >= runs else np.asarray(ms)
@@ -435,8 +448,8 @@ def _typical(ms: Sequence[float], runs: int) -> float:
     return float(each[: max(1, len(each) // 2)].mean())
 
 
-def _watching(kernels: Sequence[float], ms: float) -> float:
-    """Milliseconds that the profiler adds to each kernel: without them the kernels take what the whole model takes."""
+def _overhead(kernels: Sequence[float], ms: float) -> float:
+    """Return the milliseconds that the profiler adds to each kernel, such that the rest adds up to the model's time."""
     low, high = 0.0, max(kernels, default=0.0)
     for _ in range(40):
         middle = (low + high) / 2
@@ -445,7 +458,7 @@ def _watching(kernels: Sequence[float], ms: float) -> float:
 
 
 class _Samples:
-    """The models that were measured: widths of the groups, kernels, and sizes of all axes, one row each."""
+    """The measured models: widths of the groups, times of kernels, and sizes of all axes, one row each."""
 
     def __init__(self, probe: LatencyProbe, observer: Observer | None) -> None:
         self.probe, self.combed, self.observer = probe, probe.combed, observer
@@ -459,7 +472,7 @@ class _Samples:
         self._known: dict[Any, tuple[int, ...]] = {}
 
     def add(self, widths: npt.NDArray[np.int64]) -> int:
-        """Measure one choice of widths; its number."""
+        """Measure one choice of widths; returns its row."""
         gone = np.concatenate([order[width:] for order, width in zip(self.order, widths.tolist(), strict=True)])
         model = self.probe.pruned(gone) if len(gone) else self.combed.folded.model
         times, ms, meanwhile = self.probe.profile(model)
@@ -475,14 +488,14 @@ class _Samples:
         return len(self.times) - 1
 
     def sum(self, terms: Sequence[tuple[float, tuple[_Axis, ...]]]) -> Floats:
-        """What a sum of products of axes comes to in each model."""
+        """Return the value of a sum of products of axes in each model."""
         place = {name: number for number, (name, _) in enumerate(self.axes)}
         rows = np.asarray(self.rows, float)
         return np.asarray(sum(factor * rows[:, [place[a] for a in axes]].prod(axis=1) for factor, axes in terms))
 
     def places(self, name: str) -> tuple[int, ...]:
-        """Places of the axes that a kernel's sizes follow, each once; from all models that have the kernel."""
-        forms: dict[int, list[int]] = defaultdict(list)  # it may see more tensors in one model than in another
+        """Return the positions of the axes that a kernel's sizes follow, each once, from all models with the kernel."""
+        forms: dict[int, list[int]] = defaultdict(list)  # the kernel may have more tensors in one model than in another
         for sample, times in enumerate(self.times):
             if name in times:
                 forms[len(times[name].sizes)].append(sample)
@@ -495,7 +508,7 @@ class _Samples:
         return tuple(place for place in found if place is not None)
 
     def _place(self, rows: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], having: tuple[int, ...]) -> int | None:
-        """The first axis that is as long as the sizes say in all models, rounded up to blocks or not."""
+        """Return the first axis with these sizes in all models, rounded up to blocks or not."""
         key = (having, tuple(sizes.tolist()))
         if key not in self._known:
             column = sizes[:, None]
@@ -513,7 +526,7 @@ def _axis_of(combed: Combed, axis: _Axis) -> Axis:
 def _terms_of(
     combed: Combed, products: Sequence[tuple[float, Sequence[Axis]]]
 ) -> list[tuple[float, tuple[_Axis, ...]]]:
-    """A sum of products of axes, those that channels can go from by name, alike ones as one."""
+    """Return a sum of products of axes with prunable axes by name and equal products merged."""
     names = {fingerprint(axis): name for name, axis in _variable_axes(combed)}
     terms: dict[tuple[_Axis, ...], float] = defaultdict(float)
     for factor, axes in products:
@@ -524,7 +537,7 @@ def _terms_of(
 
 
 def _variable_axes(combed: Combed) -> Iterator[tuple[_Axis, npt.NDArray[np.int64]]]:
-    """All axes of tensors that channels can go from, each once."""
+    """Yield all prunable axes of tensors, each once."""
     seen: set[Fingerprint] = set()
     for (path, name), tensor in combed.tensors.items():
         for number, axis in enumerate(tensor.axes or []):
@@ -533,28 +546,28 @@ def _variable_axes(combed: Combed) -> Iterator[tuple[_Axis, npt.NDArray[np.int64
                 yield (path, name, number), axis
 
 
-# Which widths are fast.
+# Fast widths.
 
 
-def _strict(combed: Combed, multiple: int, shares: Floats) -> Iterator[int]:
-    """Widths near shares of the groups that are multiples of one number and of no higher one that is tried."""
-    for group, share in zip(combed.groups, shares, strict=True):
+def _strict(combed: Combed, multiple: int, ratios: Floats) -> Iterator[int]:
+    """Yield a width near each ratio that is a multiple of one number but not of the next higher one in `MULTIPLES`."""
+    for group, ratio in zip(combed.groups, ratios, strict=True):
         step = multiple if multiple == MULTIPLES[-1] else 2 * multiple
         widths = [*range(multiple, len(group), step)] or [len(group)]
-        yield _closest(widths, share * len(group))
+        yield _closest(widths, ratio * len(group))
 
 
-def _nearest(size: int, multiple: int, share: float) -> int:
+def _nearest(size: int, multiple: int, ratio: float) -> int:
     widths = [*range(multiple, size, multiple), size]
-    return _closest(widths, share * size)
+    return _closest(widths, ratio * size)
 
 
-def _closest(widths: Sequence[int], wish: float) -> int:
-    return widths[int(np.argmin(np.abs(np.asarray(widths) - wish)))]
+def _closest(widths: Sequence[int], number: float) -> int:
+    return widths[int(np.argmin(np.abs(np.asarray(widths) - number)))]
 
 
 def _fast_widths(made: _Samples, turns: Mapping[int, Sequence[int]]) -> list[GroupWidths]:
-    """For each group the smallest multiple at which its kernels are about as fast as at any, for the work they do."""
+    """Return for each group the smallest multiple at which its kernels are about as fast, per work, as at any."""
     count = len(made.combed.groups)
     owners = _owners(made)
     took, work = np.zeros((len(MULTIPLES), count + 1)), np.zeros((len(MULTIPLES), count + 1))
@@ -575,7 +588,7 @@ def _fast_widths(made: _Samples, turns: Mapping[int, Sequence[int]]) -> list[Gro
 
 
 def _group_widths(combed: Combed, group: Group, slowdown: Floats) -> GroupWidths:
-    """The multiple for one group; where all smaller widths are slow, its size."""
+    """Return the multiple for one group; its size if all smaller widths are slow."""
     size = len(group)
     possible = {m: round(float(s), 3) for m, s in zip(MULTIPLES, slowdown, strict=True) if m < size}
     if not possible or not is_width(combed, group):
@@ -588,7 +601,7 @@ def _group_widths(combed: Combed, group: Group, slowdown: Floats) -> GroupWidths
 
 
 def _owners(made: _Samples) -> list[tuple[int, ...]]:
-    """The groups that each axis hangs on."""
+    """Return the groups that each axis depends on."""
     owner, _ = made.combed.owners
     parts = (owner[made.combed.atoms.parts(axis)].ravel().tolist() for _, axis in made.axes)
     return [tuple(sorted(set(found) - {-1})) for found in parts]
@@ -598,11 +611,11 @@ def _groups(made: _Samples, owners: Sequence[tuple[int, ...]], name: str) -> lis
     return sorted({group for place in made.places(name) for group in owners[place]})
 
 
-# How long kernels take.
+# Times of kernels.
 
 
 def _fitted(made: _Samples, samples: Sequence[int]) -> tuple[list[KernelCost], float]:
-    """What each kernel takes, those that are not there in all models as one; the share of their time that is fixed."""
+    """Return the fitted time of each kernel, with those not present in all models as one; the constant part of that."""
     costs = []
     others = np.asarray([sum(kernel.ms for kernel in made.times[sample].values()) for sample in samples])
     total = float(others.sum())
@@ -632,7 +645,7 @@ def _fitted(made: _Samples, samples: Sequence[int]) -> tuple[list[KernelCost], f
 
 
 def _terms(sizes: npt.NDArray[np.int64], ms: Floats) -> tuple[list[tuple[float, tuple[int, ...]]], float]:
-    """Milliseconds as a sum of products of sizes, with factors that are not negative, and the relative error."""
+    """Return times as a sum of products of sizes with coefficients that are not negative, and the relative error."""
     count = sizes.shape[1]
     chosen: list[tuple[int, ...]] = [()]
     ranks = range(1, count + 1) if count <= _FITTED_AXES else (1, count)

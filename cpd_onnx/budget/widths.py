@@ -1,4 +1,4 @@
-"""How many channels a group may keep: what is held, bounds, multiples."""
+"""Allowed widths of groups: pinned groups, minimum and maximum ratios, multiples."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Ratios: TypeAlias = tuple[float, float]
 """Minimum and maximum ratio of a group's channels that may survive."""
 
 _COUNTED = {"heads", "groups"}
-"""Kinds of groups that are counts, not widths."""
+"""Kinds of groups whose size is a number of heads or groups, not a width in channels."""
 
 
 @dataclass(frozen=True)
 class Limits(metaclass=Renaming):
-    """What widths are allowed.
+    """Constraints on widths.
 
     Attributes:
-        keep: patterns (with * and ?) of groups, weights and nodes that are not touched.
+        keep: Patterns (with * and ?) of groups, weights and nodes that are pinned: no channel of theirs is removed.
         round_to: Number of which surviving widths are multiples, where a group has that many channels.
         ratios: Minimum and maximum ratio of each group's channels that may survive.
         of: The same by pattern, which matches names of groups or, if it matches none, of weights and nodes; the last
@@ -42,7 +42,7 @@ class Limits(metaclass=Renaming):
     of: tuple[tuple[str, Ratios], ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse what makes no sense."""
+        """Check the values; raises TargetError."""
         if self.round_to < 1:
             raise TargetError(f"round_to must be at least 1, got {self.round_to}")
         for low, high in (self.ratios, *(ratios for _, ratios in self.of)):
@@ -52,36 +52,41 @@ class Limits(metaclass=Renaming):
 
 @dataclass(frozen=True)
 class Widths:
-    """The widths that each group may have, ascending; at least one."""
+    """Allowed widths of all groups.
+
+    Attributes:
+        allowed: Ascending widths of each group, at least one.
+        held: Pinned groups, by id.
+    """
 
     allowed: tuple[Counts, ...]
     held: frozenset[int]
 
     @property
     def least(self) -> list[int]:
-        """The smallest of each group."""
+        """Smallest allowed width of each group."""
         return [int(widths[0]) for widths in self.allowed]
 
     @property
     def most(self) -> list[int]:
-        """The largest of each group."""
+        """Largest allowed width of each group."""
         return [int(widths[-1]) for widths in self.allowed]
 
-    def nearest(self, index: int, wish: float) -> int:
-        """The allowed width of a group that is nearest to a wish; of two, the even one first, as `round` has it."""
+    def nearest(self, index: int, width: float) -> int:
+        """Return the allowed width of a group nearest to a number; of two, that at the even index, as `round` does."""
         widths = self.allowed[index]
-        place = int(np.searchsorted(widths, wish))
+        place = int(np.searchsorted(widths, width))
         if place == 0 or place == len(widths):
             return int(widths[min(place, len(widths) - 1)])
         below, above = int(widths[place - 1]), int(widths[place])
-        share = (wish - below) / (above - below)
-        return above if share > 0.5 or (share == 0.5 and place % 2) else below
+        part = (width - below) / (above - below)
+        return above if part > 0.5 or (part == 0.5 and place % 2) else below
 
 
 def allowed_widths(combed: Combed, limits: Limits, multiples: Mapping[int, int] | None = None) -> Widths:
-    """What each group may be cut to; `multiples` are those of single groups, where these have their own.
+    """Return the allowed widths of all groups; `multiples` has further multiples for single groups, by id.
 
-    Raises TargetError if a pattern names nothing.
+    Raises TargetError if a pattern matches nothing.
     """
     held = held_groups(combed, limits.keep)
     ratios = dict.fromkeys(range(len(combed.groups)), limits.ratios)
@@ -100,7 +105,7 @@ def allowed_widths(combed: Combed, limits: Limits, multiples: Mapping[int, int] 
 
 
 def is_width(combed: Combed, group: Group) -> bool:
-    """Whether multiples make sense for a group: it is no count of heads, or of groups with several channels each."""
+    """Return whether multiples apply to a group: its size is not a number of heads or of groups of several channels."""
     if group.kind not in _COUNTED:
         return True
     return group.kind == "groups" and all(len(m.indices[0]) == 1 for m in combed.members(group))
@@ -116,9 +121,9 @@ def _between(size: int, multiple: int, ratios: Ratios) -> Counts:
 
 
 def held_groups(combed: Combed, patterns: Sequence[str], option: str = "--keep") -> set[int]:
-    """Groups that a pattern names, by their own name, a weight or a node.
+    """Return the ids of groups whose name, or that of a weight or node they run through, matches a pattern.
 
-    Raises TargetError, naming the option, if a pattern names nothing.
+    Raises TargetError, which names the option, if a pattern matches nothing.
     """
     owner, _ = combed.owners
     held = {g.id for g in combed.groups if _matches(g.name, patterns)}

@@ -76,6 +76,11 @@ def at_sizes(combed: Combed, keep: KeepMask, numbers: Mapping[str, int]) -> tupl
     return (here, found) if all(np.array_equal(found.mask(axis), mask) for axis, mask in wanted) else None
 
 
+def _owner(scope: Scope, name: str) -> Scope:
+    """Return the scope that defines a name, seen from a scope inside."""
+    return next(here for here in scope.outwards() if name in here.values)
+
+
 def _about(node: NodeProto, text: str) -> Reason:
     """Return a reason that concerns a node."""
     return Reason("operator", f"{node.op_type} {node.name!r}", text)
@@ -112,7 +117,7 @@ class _Sweep:
             self.freeze(self.get(scope, name), Reason("interface", "", f"graph output {name!r}"))
             self.freeze_reported_sizes(scope, name)
         weights = tuple(
-            Weight(value, self.owner(uses[0].use.scope, value.name), tuple(uses), value in self.originals)
+            Weight(value, _owner(uses[0].use.scope, value.name), tuple(uses), value in self.originals)
             for value, uses in self.uses.items()
         )
         return Swept(self.folded, self.atoms, self.recorder, self.tensors, weights)
@@ -213,14 +218,12 @@ class _Sweep:
 
     def get(self, scope: Scope, name: str) -> Tensor | None:
         """Return the tensor that a name refers to in a scope; a weight with the atoms that all its uses share."""
-        here: Scope | None = scope
-        while here is not None:
+        for here in scope.outwards():
             if (here.path, name) in self.tensors:
                 return self.tensors[(here.path, name)]
             if name in here.values:
                 value = here.values[name]
                 return Tensor(value, self.weight_axes(value)) if value.weight is not None else Tensor(value, None)
-            here = here.parent
         return None
 
     def at_slot(self, scope: Scope, position: int, slot: int, name: str) -> Tensor | None:
@@ -235,15 +238,6 @@ class _Sweep:
         assert tensor.axes is not None
         self.uses.setdefault(tensor.value, []).append(WeightUse(Use(scope, position, slot), tensor.axes))
         return tensor
-
-    @staticmethod
-    def owner(scope: Scope, name: str) -> Scope:
-        here: Scope | None = scope
-        while here is not None:
-            if name in here.values:
-                return here
-            here = here.parent
-        raise AssertionError(name)
 
     def weight_axes(self, value: Value) -> list[Axis]:
         """Return the atoms that all uses of a matrix share."""

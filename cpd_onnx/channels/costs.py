@@ -54,7 +54,7 @@ class CostModel:
         self._combed = combed
         self._batch = combed.folded.batch
         self._work = [(cost.factor, cost.axes) for cost in combed.recorder.costs]
-        self._weights: list[tuple[tuple[Axis, ...], int]] = []
+        self._weights: list[Term] = []
         self._prunable: list[Axis] = []
         self._stored: list[Term] = []
         for weight in combed.weights:
@@ -62,7 +62,7 @@ class CostModel:
             self._stored.append((element_bytes(weight.value.dtype), tuple(axes)))
             if not weight.is_trained:
                 continue
-            self._weights.append((tuple(axes), weight.size))
+            self._weights.append((1.0, tuple(axes)))
             self._prunable += [axis for axis in axes if not combed.atoms.all_frozen(axis)]
         for tensor in combed.tensors.values():
             if tensor.value.is_generated_weight:
@@ -74,7 +74,7 @@ class CostModel:
         )
         lists: dict[str, Sequence[Term]] = {
             "macs": [(factor / self._batch, axes) for factor, axes in self._work],
-            "params": [(1.0, axes) for axes, _ in self._weights],
+            "params": self._weights,
             "channels": [(1.0, (axis,)) for axis in self._prunable],
             "bytes": [*self._stored, (float(rest), ())],
             **(more or {}),
@@ -98,18 +98,15 @@ class CostModel:
     def of_groups(self, combed: Combed) -> dict[int, Costs]:
         """Return, for each group by id, the costs of the nodes and weights that have its channels."""
         owner, _ = combed.owners
-        macs: dict[int, float] = defaultdict(float)
-        params: dict[int, float] = defaultdict(float)
-        stored: dict[int, float] = defaultdict(float)
-        for factor, axes in self._work:
-            for group_id in _owners(combed, owner, axes):
-                macs[group_id] += factor * float(np.prod([len(a) for a in axes])) / self._batch
-        for weight_axes, size in self._weights:
-            for group_id in _owners(combed, owner, weight_axes):
-                params[group_id] += size
-        for factor, axes in self._stored:
-            for group_id in _owners(combed, owner, axes):
-                stored[group_id] += factor * math.prod(map(len, axes))
+
+        def by_group(terms: Sequence[Term], batch: int = 1) -> dict[int, float]:
+            found: dict[int, float] = defaultdict(float)
+            for factor, axes in terms:
+                for group_id in _owners(combed, owner, axes):
+                    found[group_id] += factor * math.prod(map(len, axes)) / batch
+            return found
+
+        macs, params, stored = by_group(self._work, self._batch), by_group(self._weights), by_group(self._stored)
         return {g.id: Costs(macs[g.id], params[g.id], float(len(g)), stored[g.id]) for g in combed.groups}
 
 

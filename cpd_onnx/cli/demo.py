@@ -161,7 +161,7 @@ def lines(content: dict[str, Any]) -> list[str]:
             f"{content['trained_weights']} weights were trained, the proven structure is unchanged"
         )
     else:
-        result.append("not distilled: distillation, which recovers accuracy, needs pip install 'cpd-onnx[torch]'")
+        result.append("not trained: distillation, which recovers accuracy, needs pip install 'cpd-onnx[torch]'")
     return [*result, f"{content['seconds']:.0f} s in total"]
 
 

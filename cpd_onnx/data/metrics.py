@@ -1,6 +1,6 @@
-"""How good a model is: accuracy, mean intersection over union, or closeness to another model.
+"""Metrics of models: accuracy, mean intersection over union, or similarity to another model.
 
-onnxruntime runs the model and torchmetrics counts; torch is imported when something is scored.
+onnxruntime runs the model and torchmetrics computes the metric; torch is imported on first use.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Model: TypeAlias = "ModelProto | ort.InferenceSession"
 Judge: TypeAlias = Callable[[Outputs, Outputs], float]
 
 IGNORED = 255
-"""The label of what does not count: void pixels."""
+"""Label of samples or pixels that are ignored."""
 _FUNCTION = re.compile(r"[\w.]+:\w+")
 _LOWER = re.compile(r"(loss|error|mse|mae|mape|distance|divergence|perplexity)(?![a-z])")
 """Heuristic: a metric whose name has one of these words, the last part of a word or all of it, is an error."""
@@ -35,7 +35,7 @@ _LOWER = re.compile(r"(loss|error|mse|mae|mape|distance|divergence|perplexity)(?
 
 @dataclass(frozen=True)
 class Scored:
-    """One batch: what the model said, and what it is compared with."""
+    """Outputs of a model for one batch, and the targets that they are compared with."""
 
     outputs: Outputs
     targets: Outputs
@@ -43,14 +43,14 @@ class Scored:
 
 @dataclass(frozen=True)
 class Metric:
-    """A way to score a model.
+    """A metric of models.
 
     Attributes:
-        name: as the options take it.
-        function: the score over all batches.
-        lower_is_better: whether of two models the one with the lower score is better.
-        of_two_models: whether it compares the model with a reference instead of labels.
-        is_own: whether it is a user's function.
+        name: Name in options.
+        function: Function from all batches to the score.
+        lower_is_better: Whether lower scores are better.
+        of_two_models: Whether it compares the model with a reference model instead of labels.
+        is_own: Whether it is a user's function.
 
     """
 
@@ -61,7 +61,7 @@ class Metric:
     is_own: bool = False
 
     def as_json(self) -> dict[str, Any]:
-        """Name and, where that does not tell it, direction: what `lower_is_better` reads."""
+        """Return the name and, for a user's function, the direction, as `lower_is_better` reads them."""
         return {"metric": self.name} | ({"lower_is_better": self.lower_is_better} if self.is_own else {})
 
 
@@ -95,10 +95,10 @@ def evaluate(
 
 
 def metric_of(name: str) -> Metric:
-    """The metric of that name; "module:function" is imported.
+    """Return the metric of a name; "module:function" is imported.
 
-    Of such a function's values the higher ones are better, unless it has an attribute `lower_is_better` that is true
-    or, where it has none of that name, a name such as "rmse" or "my_loss", see `lower_is_better`.
+    Higher values of such a function are better unless its attribute `lower_is_better` is true or, without that
+    attribute, its name is one such as "rmse" or "my_loss", see `lower_is_better`.
 
     Raises DataError if there is no such metric.
     """
@@ -111,14 +111,15 @@ def metric_of(name: str) -> Metric:
 
 
 def lower_is_better(entry: Mapping[str, Any]) -> bool:
-    """Whether lower scores are better in what `Metric.as_json` is part of; nothing is imported for it.
+    """Return whether lower scores are better, from the entries of `Metric.as_json`; no metric is imported.
 
-    Where nothing is said the name decides: those of this module are known, others are taken for errors if they end in
-    "loss", "error", "mse", "mae", "mape", "distance", "divergence" or "perplexity", or have such a word in them.
+    Without an entry for the direction the name determines it: metrics of this module are known, and others are taken
+    for errors if they contain a word that ends in "loss", "error", "mse", "mae", "mape", "distance", "divergence" or
+    "perplexity".
     """
-    said, name = entry.get("lower_is_better"), str(entry.get("metric"))
-    if said is not None:
-        return bool(said)
+    recorded, name = entry.get("lower_is_better"), str(entry.get("metric"))
+    if recorded is not None:
+        return bool(recorded)
     known = _METRICS.get(name)
     return known.lower_is_better if known else _LOWER.search(name.rpartition(":")[2].lower()) is not None
 
@@ -126,18 +127,18 @@ def lower_is_better(entry: Mapping[str, Any]) -> bool:
 def check_metric(metric: str) -> None:
     """Raise DataError if there is no metric of that name."""
     if metric not in METRICS and not _FUNCTION.fullmatch(metric):
-        raise DataError(f"no metric is called {metric!r}: choose one of {', '.join(METRICS)} or module:function")
+        raise DataError(f"unknown metric {metric!r}: choose one of {', '.join(METRICS)} or module:function")
 
 
 def open_session(model: Model, threads: int = 0) -> ort.InferenceSession:
-    """Load a model into onnxruntime on the CPU, for so many threads; a session is passed on."""
+    """Return a session of onnxruntime on the CPU with that many threads; an open session is returned as it is."""
     if isinstance(model, ort.InferenceSession):
         return model
     return open_model(model, threads=threads)
 
 
 def run(session: ort.InferenceSession, batch: Batch) -> Outputs:
-    """Outputs for the samples of a batch; filled up by repeating the last one where the model fixes a larger batch."""
+    """Return the outputs for a batch, padded with its last sample if the model has a larger fixed batch size."""
     names = [entry.name for entry in session.get_inputs()]
     count = max((len(batch[name]) for name in names if batch[name].ndim), default=1)
     fixed = _fixed_size(session) or count
@@ -171,7 +172,7 @@ def _compare(
 
 
 def _classes(scored: Scored) -> tuple[Array, Array]:
-    """Scores [N, classes, ...] and true classes [N, ...]."""
+    """Return scores [N, classes, ...] and true classes [N, ...]."""
     scores, target = scored.outputs[0], scored.targets[0]
     if scores.ndim < 2:
         raise DataError(f"the first output has shape {list(scores.shape)}, no axis of classes; choose mse or cosine")
@@ -184,14 +185,12 @@ def _classes(scored: Scored) -> tuple[Array, Array]:
         )
     outside = target[(target != IGNORED) & ((target < 0) | (target >= scores.shape[1]))]
     if outside.size:
-        raise DataError(
-            f"label {outside[0]} is none of the {scores.shape[1]} classes; {IGNORED} is what does not count"
-        )
+        raise DataError(f"label {outside[0]} is not one of the {scores.shape[1]} classes; label {IGNORED} is ignored")
     return scores.astype(np.float32), target.astype(np.int64)
 
 
 def _of_classes(scored: Iterator[Scored], make: Callable[[Any, int], Any]) -> float:
-    """A metric of torchmetrics' classification, made when the number of classes is known."""
+    """Return a classification metric of torchmetrics, created when the number of classes is known."""
     torch, classification = _torch("torch"), _torch("torchmetrics.classification")
     metric: Any = None
     counted = 0
@@ -270,7 +269,7 @@ def _pairs(scored: Scored) -> Sequence[tuple[Array, Array]]:
 
 def _counted(total: int) -> None:
     if total == 0:
-        raise DataError("the data holds nothing to score")
+        raise DataError("the data contains no samples to score")
 
 
 _METRICS = {
@@ -284,6 +283,6 @@ _METRICS = {
     )
 }
 METRICS = tuple(_METRICS)
-"""Names of metrics; `module:function` is one too."""
+"""Names of metrics; `module:function` is another."""
 OF_TWO_MODELS = tuple(name for name, metric in _METRICS.items() if metric.of_two_models)
-"""Those that need a reference."""
+"""Names of metrics that need a reference model."""

@@ -1,4 +1,4 @@
-"""Samples in the forms that people have them in: files, arrays, loaders, functions, or none at all."""
+"""Data in all supported forms: files, arrays, loaders, functions, or synthetic samples."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from cpd_onnx.ir.model import Model
 from cpd_onnx.shapes.inference import fold
 
 SYNTHETIC = "synthetic"
-"""Stands for data where there is none."""
+"""Name of synthetic data."""
 FORMS = f".npz, folder of images, module:function, or {SYNTHETIC!r}"
-"""What `--data` takes."""
+"""Forms of `--data`, for messages and help."""
 Data: TypeAlias = "Source | str | os.PathLike[str] | Mapping[str, Any] | Iterable[Any] | Callable[..., Iterable[Any]]"
 
 
@@ -29,15 +29,15 @@ def source_of(
     """Open data for a model, and check it against the model's inputs.
 
     Args:
-        data: a source; what `--data` takes, an .npz file, a folder of images, `module:function` or "synthetic"; arrays
-            by input name; whole feeds, as `as_batch` reads them, in something that can be gone through again, a list
-            or a DataLoader of torch, or from a function that is called for each pass.
-        model: whose inputs the data is for.
-        input_shapes: sizes of inputs that the file leaves open, by name.
-        images: how to prepare images of a folder.
+        data: A source; a value of `--data` (an .npz file, a folder of images, `module:function` or "synthetic"); arrays
+            by input name; or whole feeds, as `as_batch` reads them, in an object that can be iterated repeatedly, such
+            as a list or a DataLoader of torch, or from a function that is called for each pass.
+        model: Model whose inputs the data must fit.
+        input_shapes: Sizes of dynamic input axes, by name of the input.
+        images: Preprocessing of images of a folder.
 
     Raises:
-        DataError: it cannot be read or does not fit the model.
+        DataError: The data cannot be read or does not fit the model.
     """
     if isinstance(data, str) and data == SYNTHETIC:
         return Synthetic(fold(model, dict(input_shapes or {})))
@@ -47,7 +47,7 @@ def source_of(
 
 
 def _held(data: Any, model: Model) -> Source:
-    """The source of what lies in memory."""
+    """Return a source of data in memory."""
     inputs = inputs_of(model.proto)
     if isinstance(data, Mapping):
         return ArraySource(as_batch(data, inputs))
@@ -55,8 +55,8 @@ def _held(data: Any, model: Model) -> Source:
         return FunctionSource(data, inputs)
     if not isinstance(data, Iterable):
         raise TypeError(
-            f"data is a source, a path, arrays by input name, feeds or a function, not {type(data).__name__}"
+            f"data must be a source, a path, arrays by input name, feeds or a function, got {type(data).__name__}"
         )
     if iter(data) is data:
-        raise DataError("the data can be gone through only once: give a list, or the function that makes its feeds")
+        raise DataError("the data can be iterated only once: give a list, or a function that returns the feeds")
     return FunctionSource(lambda: data, inputs, len(data) if isinstance(data, Sized) else None)

@@ -1,8 +1,7 @@
-"""Where calibration and training data come from.
+"""Sources of calibration and training data.
 
-A source gives batches: dictionaries from the names of the model's inputs to arrays, plus `labels` where there are any.
-`open_source` makes one from what a user can write on a command line, and compares it with the model's inputs before
-anything starts.
+A source yields batches: dictionaries of arrays by the names of the model's inputs, plus `labels` if there are any.
+`open_source` opens the source that a command line names, and checks it against the model's inputs.
 
 >>> source = ArraySource({"x": np.arange(5, dtype=np.float32)[:, None], LABELS: np.arange(5)})
 >>> [batch["x"].ravel().tolist() for batch in source.batches(2)]
@@ -35,7 +34,7 @@ Array: TypeAlias = npt.NDArray[Any]
 Batch: TypeAlias = dict[str, Array]
 
 LABELS = "labels"
-"""Name of the array that holds classes; no model input may be called so."""
+"""Name of the array of class labels, which no model input may have."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,9 @@ class Input:
     """One input of a model.
 
     Attributes:
-        name: its name in the graph.
-        shape: a size, the name of a symbolic size, or None for each axis; None if not even the rank is known.
-        dtype: numpy type of its elements.
+        name: Name in the graph.
+        shape: Size, name of a symbolic size, or None for each axis; None if the rank is unknown.
+        dtype: NumPy type of the elements.
     """
 
     name: str
@@ -53,25 +52,25 @@ class Input:
     dtype: np.dtype[Any]
 
     def __str__(self) -> str:
-        """Type and shape as in the ONNX text format: `float32[N,3,32,32]`."""
+        """Return type and shape as in the ONNX text format: `float32[N,3,32,32]`."""
         axes = "..." if self.shape is None else ",".join("?" if size is None else str(size) for size in self.shape)
         return f"{self.dtype}[{axes}]"
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Something that gives batches."""
+    """An iterable source of batches."""
 
     @property
     def count(self) -> int | None:
-        """Samples in one pass; None where that shows only at its end."""
+        """Number of samples in one pass; None if it is not known in advance."""
 
     def batches(self, size: int, *, seed: int | None = None) -> Iterator[Batch]:
-        """Give every sample once, `size` at a time (the last batch may be smaller); shuffled if there is a seed."""
+        """Yield every sample once, `size` at a time (the last batch may be smaller), shuffled if there is a seed."""
 
 
 def inputs_of(model: ModelProto) -> tuple[Input, ...]:
-    """List the inputs that a caller has to feed, initializers excluded, in the order of the graph."""
+    """Return the inputs that a caller has to feed, initializers excluded, in the order of the graph."""
     stored = {tensor.name for tensor in model.graph.initializer}
     return tuple(_input(info) for info in model.graph.input if info.name not in stored)
 
@@ -91,10 +90,10 @@ def _size(dim: Any) -> int | str | None:
 
 
 def fixed_batch(inputs: Sequence[Input]) -> int | None:
-    """Size of the first axis where the model prescribes it, None where it is free.
+    """Return the batch size of a model, None if it is dynamic.
 
     Raises:
-        DataError: the inputs prescribe different ones.
+        DataError: The inputs have different fixed sizes.
     """
     sizes = {entry.shape[0] for entry in inputs if entry.shape}
     fixed = sorted(size for size in sizes if isinstance(size, int))
@@ -107,20 +106,20 @@ def fixed_batch(inputs: Sequence[Input]) -> int | None:
 
 
 def _prescribed(model: ModelProto, source: Source) -> int | None:
-    """Samples at a time if the model says how many; a source that does not count its samples yields whole feeds."""
+    """Return the fixed batch size of a model, None if it is dynamic or the source yields whole feeds."""
     return None if source.count is None else fixed_batch(inputs_of(model))
 
 
-def calibration_batch(model: ModelProto, source: Source, samples: int, wish: int = 16) -> int:
-    """Samples in a batch of `calibration`."""
-    return _prescribed(model, source) or min(wish, samples)
+def calibration_batch(model: ModelProto, source: Source, samples: int, batch: int = 16) -> int:
+    """Return the number of samples in a batch of `calibration`: the model's batch size, else at most `batch`."""
+    return _prescribed(model, source) or min(batch, samples)
 
 
 def calibration(model: ModelProto, source: Source, samples: int, *, batch: int = 16, seed: int = 0) -> Iterator[Batch]:
-    """Feeds for a model, without labels, until so many samples were given; whole batches where it prescribes a size.
+    """Yield feeds for a model, without labels, with at least that many samples; only whole batches of a fixed size.
 
     Raises:
-        DataError: the source does not fit the model, or has too few samples for one batch.
+        DataError: The source does not fit the model, or has too few samples for one batch.
     """
     inputs = inputs_of(model)
     check_source(source, inputs)
@@ -134,46 +133,46 @@ def calibration(model: ModelProto, source: Source, samples: int, *, batch: int =
         if seen >= samples:
             return
     if not seen:
-        raise DataError("the data has no whole batch of samples to look at")
+        raise DataError("the data has too few samples for one batch of the model")
 
 
 # Sources.
 
 
 def _order(count: int, size: int, seed: int | None) -> Iterator[npt.NDArray[np.int64]]:
-    """Indices of each batch of one pass."""
+    """Return the indices of each batch of one pass."""
     if size < 1:
-        raise ValueError(f"batch size must be positive, not {size}")
+        raise ValueError(f"batch size must be at least 1, got {size}")
     order = np.arange(count) if seed is None else np.random.default_rng(seed).permutation(count)
     return (order[start : start + size] for start in range(0, count, size))
 
 
 class ArraySource:
-    """Arrays in memory, one row a sample; an array without axes goes into every batch as it is."""
+    """Arrays in memory with one row a sample; scalar arrays are part of every batch."""
 
     def __init__(self, arrays: Mapping[str, Array]) -> None:
-        """Take arrays by input name.
+        """Create a source from arrays by input name.
 
         Raises:
-            DataError: they hold different numbers of samples, or none.
+            DataError: They have different numbers of samples, or none.
         """
         self.arrays = dict(arrays)
         counts = {name: len(array) for name, array in self.arrays.items() if array.ndim}
         if len(set(counts.values())) != 1:
             listing = ", ".join(f"{name!r} {count}" for name, count in counts.items()) or "nothing"
-            raise DataError(f"all arrays must have the same number of rows, but there are {listing}")
+            raise DataError(f"all arrays must have the same number of rows, got {listing}")
         self.count = next(iter(counts.values()))
         if self.count == 0:
-            raise DataError("the arrays hold no samples")
+            raise DataError("the arrays contain no samples")
 
     def batches(self, size: int, *, seed: int | None = None) -> Iterator[Batch]:
-        """Slice all arrays alike."""
+        """Yield the same rows of all arrays."""
         for rows in _order(self.count, size, seed):
             yield {name: array[rows] if array.ndim else array for name, array in self.arrays.items()}
 
 
 def height_width(text: str) -> tuple[int, int]:
-    """Reads HEIGHT,WIDTH; raises ValueError."""
+    """Return the sizes of HEIGHT,WIDTH; raises ValueError for another text."""
     sizes = commas(positive)(text)
     if len(sizes) != 2:
         raise ValueError(f"{text!r} is not HEIGHT,WIDTH")
@@ -185,9 +184,9 @@ _of_images = partial(option, group="images of a folder")
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """How an image file becomes an input: resized, `(pixels * scale - mean) / std`, in the model's layout.
+    """Preprocessing of image files: resizing, then `(pixels * scale - mean) / std`, in the layout of the model.
 
-    Integer inputs get the pixels without the scale, models of one channel grey images.
+    Integer inputs get unscaled pixels, and models with one channel grey images.
     """
 
     mean: tuple[float, ...] = _of_images(
@@ -210,28 +209,28 @@ class ImageOptions:
 
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"})
-"""Endings of image files."""
+"""Suffixes of image files."""
 _FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP", "TIFF")
-"""What they may hold: Pillow goes by the content, and would start Ghostscript for one that holds PostScript."""
+"""Allowed formats: Pillow detects the format from the content, and would start Ghostscript for PostScript."""
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, struct.error)
-"""What decoders raise for broken images."""
+"""Exceptions that decoders raise for damaged files."""
 
 
 class ImageFolder:
-    """Image files below a folder; if they lie in sub-folders, the names of these, sorted, are the classes."""
+    """Image files below a folder; if all are in subfolders, the sorted names of these are the classes."""
 
     def __init__(self, folder: Path, entry: Input, options: ImageOptions | None = None) -> None:
-        """List the files.
+        """Find the files.
 
         Raises:
-            DataError: there are none, or the model's input is no image.
+            DataError: There are none, or the model's input is not an image.
         """
         self.entry, self.options = entry, options or ImageOptions()
         self.files = sorted(
             path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
         )
         if not self.files:
-            raise DataError(f"folder {str(folder)!r} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+            raise DataError(f"folder {str(folder)!r} contains no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
         self.layout = image_layout(entry, self.options)
         self.count = len(self.files)
         folders = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in self.files]
@@ -239,7 +238,7 @@ class ImageFolder:
         self._labels = np.array([self.classes.index(name) for name in folders] if self.classes else [], np.int64)
 
     def batches(self, size: int, *, seed: int | None = None) -> Iterator[Batch]:
-        """Decode the files of one batch after the other."""
+        """Yield batches of decoded files."""
         for rows in _order(self.count, size, seed):
             batch = {self.entry.name: np.stack([self._read(self.files[row]) for row in rows])}
             if self.classes:
@@ -267,7 +266,7 @@ class ImageFolder:
 
 
 def _middle(size: tuple[int, int], wanted: tuple[int, int], resize: int | None) -> tuple[float, ...] | None:
-    """The part of an image (left, upper, right, lower) that becomes the input; None for all of it."""
+    """Return the part of an image (left, upper, right, lower) that is used; None for all of it."""
     if resize is None:
         return None
     zoom = resize / min(size)
@@ -278,10 +277,10 @@ def _middle(size: tuple[int, int], wanted: tuple[int, int], resize: int | None) 
 
 
 def image_layout(entry: Input, options: ImageOptions) -> tuple[int, int, int, bool]:
-    """Height, width, channels, and whether channels come first, of an image input.
+    """Return height, width and channels of an image input, and whether channels come first.
 
     Raises:
-        DataError: the input is no image, or its size is free and no option gives it.
+        DataError: The input is not an image, or its size is dynamic and no option sets it.
     """
     shape = entry.shape or ()
     if len(shape) == 4 and shape[1] in (1, 3):
@@ -292,7 +291,7 @@ def image_layout(entry: Input, options: ImageOptions) -> tuple[int, int, int, bo
         raise DataError(f"input {entry.name!r} is {entry}, not images of 1 or 3 channels; give the data as .npz")
     height, width = options.size or sizes
     if not isinstance(height, int) or not isinstance(width, int):
-        raise DataError(f"input {entry.name!r} is {entry}; say with the image size what its free axes should be")
+        raise DataError(f"input {entry.name!r} is {entry}: set its dynamic axes with --image-size")
     assert isinstance(channels, int)
     return height, width, channels, first
 
@@ -305,9 +304,9 @@ def _image_module() -> Any:
 
 
 class FunctionSource:
-    """A function that yields whole feeds, as `as_batch` reads them; it is called anew for every pass.
+    """A function that yields whole feeds, as `as_batch` reads them; it is called for every pass.
 
-    It decides about batch size and order; it gets the seed if it has a parameter of that name.
+    The function determines batch size and order; it receives the seed if it has a parameter of that name.
     """
 
     count = None
@@ -315,11 +314,11 @@ class FunctionSource:
     def __init__(
         self, function: Callable[..., Iterable[Any]], inputs: Sequence[Input], length: int | None = None
     ) -> None:
-        """Take the function, the inputs that its feeds are compared with, and how many a pass has, if that is known."""
+        """Create a source from a function, the inputs that its feeds must fit, and their number, if that is known."""
         self.function, self.inputs, self.length = function, tuple(inputs), length
 
     def batches(self, size: int, *, seed: int | None = None) -> Iterator[Batch]:
-        """Pass on what the function yields, checked."""
+        """Yield the checked feeds of the function."""
         code = getattr(self.function, "__code__", None)
         takes_seed = code is not None and "seed" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         for batch in self.function(seed=seed) if takes_seed else self.function():
@@ -329,12 +328,12 @@ class FunctionSource:
 
 
 def as_batch(given: Any, inputs: Sequence[Input]) -> Batch:
-    """The batch that a function or a loader yields: arrays by input name, or the array of the only input.
+    """Return the batch in a value that a function or loader yields: arrays by name, or the array of the only input.
 
-    Either may come in a pair with the labels. Tensors of torch do as well as arrays.
+    Either may be in a pair with the labels. Tensors of torch are converted to arrays.
 
     Raises:
-        DataError: it is something else.
+        DataError: The value is something else.
     """
     feed, *labels = given if isinstance(given, (tuple, list)) and given else (given,)
     if len(labels) > 1 or (len(inputs) != 1 and not isinstance(feed, Mapping)):
@@ -352,14 +351,14 @@ def _to_array(value: Any) -> Array:
 
 @dataclass(frozen=True)
 class RandomOptions:
-    """What random inputs look like.
+    """Options of random inputs.
 
     Attributes:
-        count: samples in one pass.
-        seed: of the generator; each sample depends on it and on its own number alone.
-        sizes: symbolic axis -> size.
-        free: size of an axis that has no name in `sizes`.
-        high: integers are below this; 2 is safe for tokens, masks and types.
+        count: Number of samples in one pass.
+        seed: Seed; each sample depends on it and on its index only.
+        sizes: Sizes of symbolic axes by name.
+        free: Size of dynamic axes that are not in `sizes`.
+        high: Exclusive upper bound of integers; 2 is valid for tokens, masks and types.
     """
 
     count: int = 64
@@ -370,13 +369,13 @@ class RandomOptions:
 
 
 class RandomSource:
-    """Normal numbers, small integers and fair coins in the shape of a model's inputs."""
+    """Random inputs of a model: normal floats, small integers and Booleans."""
 
     def __init__(self, inputs: Sequence[Input], options: RandomOptions | None = None) -> None:
-        """Choose the free sizes.
+        """Set the dynamic sizes.
 
         Raises:
-            DataError: the rank of an input is unknown.
+            DataError: The rank of an input is unknown.
         """
         self.options = options or RandomOptions()
         self.count = self.options.count
@@ -384,7 +383,7 @@ class RandomSource:
         self._inputs = tuple(inputs)
 
     def batches(self, size: int, *, seed: int | None = None) -> Iterator[Batch]:
-        """Draw the samples of one batch after the other."""
+        """Yield batches of random samples."""
         for rows in _order(self.count, size, seed):
             samples = [self._sample(int(row)) for row in rows]
             yield {
@@ -401,7 +400,7 @@ class RandomSource:
 
 def _sample_shape(entry: Input, options: RandomOptions) -> tuple[int, ...]:
     if entry.shape is None:
-        raise DataError(f"input {entry.name!r} has no shape; random data cannot be made for it, give the data as .npz")
+        raise DataError(f"input {entry.name!r} has no known shape for random data: give the data as .npz")
     sizes = dict(options.sizes)
     return tuple(size if isinstance(size, int) else sizes.get(size or "", options.free) for size in entry.shape[1:])
 
@@ -417,15 +416,15 @@ def _draw(generator: np.random.Generator, entry: Input, shape: tuple[int, ...], 
 
 
 def open_source(data: str | Path | Source, model: ModelProto, images: ImageOptions | None = None) -> Source:
-    """Open what a user gave as `--data`, and check it against the model's inputs.
+    """Open the data of an option `--data`, and check it against the model's inputs.
 
     Args:
-        data: an .npz file, a folder of images, `module:function`, or a source that is passed on.
-        model: whose inputs the data is for.
-        images: how to prepare images of a folder.
+        data: An .npz file, a folder of images, `module:function`, or a source, which is returned.
+        model: Model whose inputs the data must fit.
+        images: Preprocessing of images of a folder.
 
     Raises:
-        DataError: it cannot be read or does not fit the model.
+        DataError: The data cannot be read or does not fit the model.
     """
     inputs = inputs_of(model)
     if not isinstance(data, (str, Path)):
@@ -445,15 +444,15 @@ def open_source(data: str | Path | Source, model: ModelProto, images: ImageOptio
 def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
-    except OSError as error:  # a name that no file can have
+    except OSError as error:  # a name that is not valid for a file
         raise DataError(f"cannot read {str(path)!r}: {error.strerror}") from error
 
 
 def read_npz(path: Path) -> dict[str, Array]:
-    """Arrays of an .npz file; those of an uncompressed one (numpy.savez) stay on disk until they are used.
+    """Return the arrays of an .npz file, memory-mapped if it is not compressed (numpy.savez).
 
     Raises:
-        DataError: there is no such file, or it holds something else.
+        DataError: There is no such file, or it is not an .npz file.
     """
     if not path.is_file():
         what = f"{str(path)!r} is not a file" if path.exists() else f"there is no file {str(path)!r}"
@@ -470,14 +469,14 @@ def read_npz(path: Path) -> dict[str, Array]:
 
 
 def _mapped(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Array:
-    """An array of an uncompressed archive, mapped from the file: only what a batch takes is read."""
+    """Return an array of an uncompressed archive, memory-mapped so that only the used rows are read."""
     with archive.open(member) as stream:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(stream)
         start = stream.tell()
         if dtype.hasobject:
-            raise ValueError(f"array {member.filename!r} holds Python objects")
+            raise ValueError(f"array {member.filename!r} contains Python objects")
         if fortran or 0 in shape or not shape:
             stream.seek(0)
             return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))
@@ -496,13 +495,13 @@ def _open_folder(folder: Path, inputs: Sequence[Input], images: ImageOptions | N
 
 
 def imported(text: str, what: str) -> Callable[..., Any]:
-    """The function that "module:function" names; DataError, which says what it should be, if there is none."""
+    """Return the function of "module:function"; raises DataError, which says what it must be, if there is none."""
     module, name = text.split(":")
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise DataError(f"{text!r} cannot be imported: {error}; is the module on PYTHONPATH?") from error
-    except Exception as error:  # whatever the module raises when it runs, or Python for what is no name
+    except Exception as error:  # any exception of the module's code, or of Python for an invalid name
         raise DataError(f"{text!r} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(function):
         raise DataError(f"{text!r} is a {type(function).__name__}, not a function {what}")
@@ -511,28 +510,30 @@ def imported(text: str, what: str) -> Callable[..., Any]:
 
 
 def check_source(source: Source, inputs: Sequence[Input]) -> None:
-    """Compare the first sample with the model's inputs.
+    """Check the first sample against the model's inputs.
 
     Raises:
-        DataError: names, shapes or types differ, or there is no sample.
+        DataError: Names, shapes or types differ, or there is no sample.
     """
     first = next(iter(source.batches(1)), None)
     if first is None:
-        raise DataError("the data holds no samples")
+        raise DataError("the data contains no samples")
     check_batch(first, inputs)
 
 
 def check_batch(batch: Batch, inputs: Sequence[Input]) -> None:
-    """Compare one batch with the model's inputs; the first axis may have any size.
+    """Check one batch against the model's inputs; the first axis may have any size.
 
     Raises:
-        DataError: names, shapes or types differ.
+        DataError: Names, shapes or types differ.
     """
     wanted = {entry.name for entry in inputs}
     missing, surplus = sorted(wanted - set(batch)), sorted(set(batch) - wanted - {LABELS})
     if missing or surplus:
         given, needed = (", ".join(map(repr, sorted(names))) or "nothing" for names in (set(batch) - {LABELS}, wanted))
-        raise DataError(f"the data holds {given} but the model's inputs are {needed}; name the arrays like the inputs")
+        raise DataError(
+            f"the data contains {given} but the model's inputs are {needed}: name the arrays like the inputs"
+        )
     for entry in inputs:
         _check_array(batch[entry.name], entry)
 
@@ -554,7 +555,7 @@ def _check_array(array: Array, entry: Input) -> None:
 
 
 def steps_per_pass(source: Source, size: int) -> int | None:
-    """Full batches in one pass, at least one; None where the source does not know its length."""
+    """Return the number of full batches in one pass, at least 1; None if the length of the source is unknown."""
     if source.count is None:
         return source.length if isinstance(source, FunctionSource) else None
     return max(math.floor(source.count / size), 1)

@@ -1,4 +1,4 @@
-"""Made-up inputs with the statistics of images."""
+"""Synthetic inputs with the statistics of images."""
 
 from __future__ import annotations
 
@@ -12,22 +12,25 @@ from cpd_onnx.shapes.values import Folded
 
 
 class Synthetic:
-    """Inputs for a model of which there is no data: a source like any other.
+    """Source of synthetic inputs for a model without data.
 
-    Images have the spectrum of natural ones, whose amplitudes fall as one over the frequency (Field 1987; networks
-    learn from such noise: Baradad et al., NeurIPS 2021), channels that mostly agree, and a brightness and contrast of
-    their own; over all of them the mean is about 0 and the standard deviation about 1, as of normalised images. All
-    else is drawn as `random_feed` does.
+    Images have the spectrum of natural images, whose amplitudes are inversely proportional to the frequency (Field
+    1987; networks learn from such noise: Baradad et al., NeurIPS 2021), correlated channels, and individual brightness
+    and contrast; over all images the mean is about 0 and the standard deviation about 1, as of normalised images. Other
+    inputs are random as those of `random_feed`.
+
+    Attributes:
+        count: Number of samples in one pass (heuristic).
     """
 
     count = 4096
 
     def __init__(self, folded: Folded) -> None:
-        """Take the model; UnsupportedError where an input takes strings or has no known shape."""
+        """Create a source for a model; raises UnsupportedError if an input takes strings or has no known shape."""
         self._folded, self._example = folded, random_feed(folded)
 
     def batches(self, size: int, *, seed: int | None = None) -> Iterator[Feed]:
-        """So many samples at a time; the same ones for the same seed."""
+        """Yield batches of `size` samples, the same for the same seed."""
         rng = np.random.default_rng(0 if seed is None else seed)
         for _ in range(self.count // size):
             yield {name: self._drawn(name, size, rng) for name in self._example}
@@ -44,7 +47,7 @@ class Synthetic:
 
 
 def _natural(count: int, channels: int, size: tuple[int, int], rng: np.random.Generator) -> Array:
-    """Noise that resembles images [count, channels, height, width]."""
+    """Return noise that resembles images [count, channels, height, width]."""
     squares = np.square(np.fft.fftfreq(size[0]))[:, None] + np.square(np.fft.rfftfreq(size[1]))
     squares[0, 0] = np.inf
     spectrum = np.fft.rfft2(rng.standard_normal((count, channels + 1, *size))) / np.sqrt(squares)

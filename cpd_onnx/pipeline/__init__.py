@@ -1,1 +1,1 @@
-"""Pipelines: passes one after another, and the state that they hand on."""
+"""Pipelines of passes, and the state that passes exchange."""

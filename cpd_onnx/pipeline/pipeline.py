@@ -1,4 +1,4 @@
-"""Pipelines: passes by name, one after another.
+"""Pipelines: sequences of passes, as objects or as text.
 
 >>> parse("comb, score{kind='l1'}, allocate{macs=0.5}")
 [('comb', {}), ('score', {'kind': 'l1'}), ('allocate', {'macs': 0.5})]
@@ -42,14 +42,14 @@ _STEP = re.compile(r"\s*([a-z_]+)\s*(?:\{([^{}]*)\})?\s*(?:,|$)")
 class Pass(Protocol):
     """A step of a pipeline: a frozen dataclass whose fields are its options.
 
-    Class variables `requires` and `provides`, tuples of attributes of `State`, say what must be there before it and
-    what it fills in. Both may be left out: a pass without `provides` may fill in anything.
+    The class variables `requires` and `provides`, tuples of attributes of `State`, name what the pass needs and what it
+    fills in. Both are optional: a pass without `provides` may fill in anything.
     """
 
     name: ClassVar[str]
 
     def __call__(self, state: State) -> State:
-        """The state with this pass done."""
+        """Return the state after this pass."""
 
 
 Observer: TypeAlias = Callable[[str, str], None]
@@ -57,7 +57,7 @@ Observer: TypeAlias = Callable[[str, str], None]
 
 
 def parse(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """Names and options of the passes in a pipeline text; ValueError says where it is not one."""
+    """Return names and options of the passes in a text; raises ValueError, which names the position of an error."""
     steps, position = [], 0
     while position < len(text.rstrip().rstrip(",")):
         found = _STEP.match(text, position)
@@ -82,9 +82,9 @@ def _options(text: str) -> dict[str, Any]:
 
 
 def make(name: str, options: Mapping[str, Any]) -> Pass:
-    """A pass by name; ValueError if there is none or it does not know an option."""
+    """Return a pass by name; raises ValueError for an unknown pass or option."""
     if name not in PASSES:
-        raise ValueError(f"no pass is called {name!r}{neighbours(name, PASSES)}: there are {', '.join(PASSES)}")
+        raise ValueError(f"unknown pass {name!r}{neighbours(name, PASSES)}: choose one of {', '.join(PASSES)}")
     cls = getattr(_module(name), name.capitalize())
     known = [field.name for field in fields(cls)]
     former = former_names(cls)
@@ -113,12 +113,12 @@ def run(
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     observer: Observer | None = None,
 ) -> State:
-    """Take a model through passes, given as text or as objects.
+    """Run passes, given as text or as objects, on a model, and return the state after the last.
 
     `data` is what `data.open.source_of` takes: a path, arrays by input name, feeds, a function, or a source.
 
-    Raises ValueError for passes in an order that cannot work, before the model is opened, and CpdError for what is
-    wrong with the model or the options.
+    Raises ValueError for passes in an order that cannot work, before the model is opened, and CpdError for errors in
+    the model or the options.
     """
     steps = [make(name, options) for name, options in parse(passes)] if isinstance(passes, str) else list(passes)
     _require_order(steps, _filled_in(source, data))
@@ -141,7 +141,7 @@ def _begun(source: ModelSource, input_shapes: Mapping[str, Sequence[int]] | None
 
 
 def _filled_in(source: ModelSource | State, data: Data | None) -> set[str]:
-    """Attributes of the state that are there before any pass."""
+    """Return the attributes of the state that are set before any pass."""
     if isinstance(source, State):
         return {field.name for field in fields(State) if getattr(source, field.name) is not None}
     return {field.name for field in fields(State) if field.default is not None} | (
@@ -158,19 +158,19 @@ def _provides(step: Any) -> tuple[str, ...]:
 
 
 def _require_order(steps: Sequence[Pass], there: set[str]) -> None:
-    """Raise ValueError where a pass requires what is neither there nor provided by the passes before it."""
+    """Raise ValueError if a pass requires an attribute that is neither set nor provided by the passes before it."""
     known = set(there)
     for step in steps:
         missing = next((name for name in _requires(step) if name not in known), None)
         if missing is not None:
             raise ValueError(_remedy(steps, there, step, missing))
         if not hasattr(step, "provides"):
-            return  # it may have filled in anything; `State.need` tells what it has not
+            return  # it may fill in anything; `State.need` checks later
         known.update(_provides(step))
 
 
 def _remedy(steps: Sequence[Pass], there: set[str], step: Pass, missing: str) -> str:
-    """What a pass is missing, and an order of the passes that works, with those that have to be added."""
+    """Return a message with what a pass is missing, and an order that works, with the passes that have to be added."""
     order: list[Any] = []
     left: list[Any] = list(steps)
     while left:
@@ -190,7 +190,7 @@ def _remedy(steps: Sequence[Pass], there: set[str], step: Pass, missing: str) ->
 
 
 def _to_be_added(left: Sequence[Any], known: set[str]) -> Any:
-    """The first pass of `PASSES` that makes what one of those that are left lacks and no other one makes."""
+    """Return the first of `PASSES` that provides an attribute which a remaining pass lacks and no other provides."""
     for each in left:
         made = known.union(*(_provides(other) for other in left if other is not each))
         makers = (_usual_maker(name) for name in _requires(each) if name not in made)

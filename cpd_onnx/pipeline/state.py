@@ -1,4 +1,4 @@
-"""What passes hand to one another."""
+"""The state that passes exchange."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class State(Summarised):
-    """A model on its way through a pipeline; each pass gives a new state with more filled in.
+    """State of a model in a pipeline; each pass returns a new state with more attributes set.
 
     Attributes:
-        model: the model as it is now.
-        original: the model as it was read.
-        input_shapes: sizes of inputs that the file leaves open, by name, for the passes that fold; afterwards those
-            of `folded` hold.
-        data: where samples come from, if there are any.
-        folded: shapes and the values of shape arithmetic.
-        combed: the coupled channels of `original`.
-        score: name of the score, and its seed.
-        scores: one array per group.
-        curves: loss by group, where a pass has measured it; the scores tell it otherwise.
-        budget: what was asked for, in the plan's words.
-        allocation: which channels go.
-        edits: what differs between original and pruned file.
-        plan: the same on record.
-        verification: outcome of the proof.
-        repaired: summary of the repair, if there was one.
-        distilled: summary of the training, if there was one.
+        model: The model after the passes so far.
+        original: The model as it was read.
+        input_shapes: Sizes of dynamic input axes, by name of the input, for the passes that fold; afterwards those of
+            `folded` apply.
+        data: Source of samples, if there is one.
+        folded: Inferred shapes and values of shape arithmetic.
+        combed: Coupled channels of `original`.
+        score: Name of the score, and its seed.
+        scores: Scores of the channels, one array per group.
+        curves: Measured loss curves; None means those that the scores imply.
+        budget: The budget as the entries of a plan.
+        allocation: The channels to remove.
+        edits: Differences between the original and the pruned model.
+        plan: Record of the removal.
+        verification: Result of the proof.
+        repaired: Summary of the repair, if there was one.
+        distilled: Summary of the training, if there was one.
 
     """
 
@@ -63,18 +63,18 @@ class State(Summarised):
     distilled: Mapping[str, Any] | None = None
 
     def need(self, attribute: str, maker: str) -> Any:
-        """A part that an earlier pass fills in; ValueError names the pass if it was left out."""
+        """Return an attribute that an earlier pass fills in; raises ValueError, which names the pass, if it is None."""
         value = getattr(self, attribute)
         if value is None:
             raise ValueError(f"run the pass {maker!r} first: it makes {attribute!r}")
         return value
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write the model as it is now; raises ModelError if the file exists and `overwrite` is not set."""
+        """Write the current model; raises ModelError if the file exists and `overwrite` is not set."""
         self.model.save(path, overwrite=overwrite)
 
     def summary(self) -> Summary:
-        """How far the model has come."""
+        """Return the results of the passes so far as a table."""
         values = {"model": str(self.original.path or self.original.graph.name)}
         if self.combed is not None:
             values["groups"] = str(len(self.combed.groups))

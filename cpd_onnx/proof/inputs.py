@@ -15,7 +15,7 @@ import json
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +59,8 @@ _MOST_EXTRA = 6
 """Limit on the number of inputs that are added to the proof to reach branches (heuristic)."""
 _USUAL = (3, 9, 11, 7, 13)
 """Sizes of the symbols, in order, while one of them is varied (heuristic; the last one repeats)."""
+_ODD_FACTORS = (((5, 7, 9, 11, 13), (5,)), ((9, 5, 11, 7, 13), (7,)))
+"""Factors of the symbols' sizes in the second and the third run (heuristic): without a common divisor, then equal."""
 _MARK = "cpd-mark"
 """Prefix of the names of marked nodes."""
 
@@ -150,27 +152,17 @@ def _at_other_sizes(folded: Folded, session: Runner | None) -> Iterator[Feed]:
         if least is not None:
             yield least
             break
-    for number, sizes in enumerate((_odd, _odd_reversed), start=1):
-        for assignment in sizes(free, size if least is not None else 1):
+    smallest = size if least is not None else 1
+    for number, lists in enumerate(_ODD_FACTORS, start=1):
+        for assignment in (each for factors in lists for each in _multiples(free, smallest, factors)):
             feed = _accepted(folded, session, assignment | dict.fromkeys(batches, _BATCHES[number]), number)
             if feed is not None:
                 yield feed
                 break
 
 
-def _odd(free: Sequence[Term], least: int) -> Iterator[Assignment]:
-    """Yield sizes above the smallest with no common factor but the step, by increasing step; then equal sizes."""
-    yield from _multiples(free, least, (5, 7, 9, 11, 13))
-    yield from _multiples(free, least, (5,))
-
-
-def _odd_reversed(free: Sequence[Term], least: int) -> Iterator[Assignment]:
-    """Yield sizes as `_odd` does, with the larger ones for the first symbols."""
-    yield from _multiples(free, least, (9, 5, 11, 7, 13))
-    yield from _multiples(free, least, (7,))
-
-
 def _multiples(free: Sequence[Term], least: int, factors: Sequence[int]) -> Iterator[Assignment]:
+    """Yield sizes above the smallest: odd multiples of a common divisor, by increasing divisor."""
     if not free:
         yield {}
         return
@@ -381,18 +373,19 @@ def _integer_changes(numbers: Sequence[float]) -> Iterator[_Change]:
         yield _Change("b", lambda array, number=number: np.full_like(array, number))
 
 
+@dataclass(frozen=True)
 class _Change:
-    """A change of the inputs with dtypes of some kinds."""
+    """A change of the inputs with dtypes of some kinds (`numpy.dtype.kind`)."""
 
-    def __init__(self, kinds: str, function: object) -> None:
-        self._kinds, self._function = kinds, function
+    kinds: str
+    function: Callable[..., Array]
 
     def __call__(self, array: Array) -> Array:
         """Return the changed input, or the same array if its dtype is of another kind or cannot hold the result."""
-        if array.dtype.kind not in self._kinds:
+        if array.dtype.kind not in self.kinds:
             return array
         with np.errstate(all="ignore"), contextlib.suppress(OverflowError, ValueError):
-            changed = self._function(array)  # type: ignore[operator]  # a function
+            changed = self.function(array)
             return changed if changed is array else np.asarray(changed).astype(array.dtype)
         return array
 

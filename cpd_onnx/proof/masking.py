@@ -147,14 +147,12 @@ class _Masker(Editor):
         """Return the axes of a tensor at an input slot or output of a node."""
         if not name:
             return []
-        here: Scope | None = scope
-        while here is not None:
+        for here in scope.outwards():
             tensor = self.combed.tensors.get((here.path, name))
             if tensor is not None:
                 return tensor.axes or []
             if name in here.values:
                 break
-            here = here.parent
         value = scope.lookup(name)
         weight = self.combed.weight_of.get(value) if value is not None else None
         for use in weight.uses if weight is not None else []:

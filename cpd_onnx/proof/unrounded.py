@@ -103,7 +103,7 @@ def single(model: Model) -> Model:
     copy = model.copy()
     for tensor in list(copy.graph.initializer):
         if tensor.data_type in HALF_TYPES:
-            copy.retype(tensor.name, _wide(copy.lazy_array(tensor.name)))
+            copy.retype(tensor.name, _float32(copy.lazy_array(tensor.name)))
     for graph in graphs_of(copy.graph):
         for tensor in graph.initializer if graph is not copy.graph else ():
             _widen(tensor)
@@ -113,12 +113,6 @@ def single(model: Model) -> Model:
     for function in copy.proto.functions:
         _widen_nodes(function.node)
     return copy
-
-
-def _wide(values: Array | Lazy) -> Array | Lazy:
-    if isinstance(values, Lazy):
-        return Lazy(np.dtype(np.float32), values.shape, lambda: values.make().astype(np.float32))
-    return values.astype(np.float32)
 
 
 def _widen(tensor: TensorProto) -> None:
@@ -283,8 +277,7 @@ class _Unrounder(Editor):
             return name
         values = self.constant(name)
         if values is not None:
-            wide = Lazy(np.dtype(np.float32), tuple(values.shape), partial(_as_float, values))
-            return self.add_fresh(f"{name}_unrounded", wide if isinstance(values, Lazy) else wide.make())
+            return self.add_fresh(f"{name}_unrounded", _float32(values))
         return self.put("Cast", [name], to=TensorProto.FLOAT)
 
     def along(self, name: str, axis: int, rank: int | None) -> str:
@@ -330,13 +323,12 @@ class _Unrounder(Editor):
             raise NotUnroundableError(f"the scale of {name!r} is computed")
         factor, shift = (None if n is None else _aligned(_as_float(n), values.shape, axis) for n in numbers)
 
-        def make() -> Array:
+        def dequantized(values: Array | Lazy) -> Array:
             array = _as_float(values)
             array = array if shift is None else array - shift
             return np.asarray(array if factor is None else array * factor, np.float32)
 
-        wide = Lazy(np.dtype(np.float32), tuple(values.shape), make)
-        return self.add_fresh(f"{name}_unrounded", wide if isinstance(values, Lazy) else wide.make())
+        return self.add_fresh(f"{name}_unrounded", _float32(values, dequantized))
 
     def bias(self, name: str, scales: tuple[str, str]) -> str:
         """Return the name of a dequantised bias, whose scale is the product of two others."""
@@ -372,6 +364,13 @@ class _Unrounder(Editor):
 
 def _as_float(values: Array | Lazy) -> Array:
     return np.asarray(materialize(values)).astype(np.float32)
+
+
+def _float32(values: Array | Lazy, convert: Callable[[Array | Lazy], Array] = _as_float) -> Array | Lazy:
+    """Return values converted to float32: at once, or on each access if they are lazy."""
+    if isinstance(values, Lazy):
+        return Lazy(np.dtype(np.float32), values.shape, lambda: convert(values))
+    return convert(values)
 
 
 def _aligned(numbers: Array, shape: Sequence[int], axis: int) -> Array:
@@ -490,20 +489,22 @@ def _lstm(to: _Unrounder, node: NodeProto) -> None:
         factor, zero = (a.reshape(len(values), 1, -1) for a in (factor, zero))
         array = np.ascontiguousarray(((values - zero) * factor).transpose(0, 2, 1), np.float32)
         matrices.append(to.add_fresh(f"{node.input[slot]}_unrounded", array))
-    made = helper.make_node("LSTM", [node.input[0], *matrices, *node.input[3:8]], list(node.output))
-    for name, value in attributes_of(node).items():
-        set_attribute(made, name, value)
-    to.nodes.append(made)
+    _replaced(to, node, "LSTM", [node.input[0], *matrices, *node.input[3:8]])
 
 
 def _attention(to: _Unrounder, node: NodeProto) -> None:
     inputs = [to.real(node, (0, 3, 6)), to.real(node, (1, 4, 7), 1), node.input[2], _at(node, 5), _at(node, 8)]
     while not inputs[-1]:
         inputs.pop()
-    made = helper.make_node("Attention", inputs, list(node.output), domain=MICROSOFT)
+    _replaced(to, node, "Attention", inputs, MICROSOFT)
+
+
+def _replaced(to: _Unrounder, node: NodeProto, operator: str, inputs: Sequence[str], domain: str = "") -> None:
+    """Append an operator with the outputs and attributes of a node."""
+    replacement = helper.make_node(operator, list(inputs), list(node.output), domain=domain)
     for name, value in attributes_of(node).items():
-        set_attribute(made, name, value)
-    to.nodes.append(made)
+        set_attribute(replacement, name, value)
+    to.nodes.append(replacement)
 
 
 _WRITERS: dict[tuple[str, str], _Writer] = {

@@ -7,13 +7,14 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto
 
-from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis, Mask, is_uniform, uniform
+from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis, is_uniform, uniform
+from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.algebra.reasons import Reason
 from cpd_onnx.ir.model import Array
 from cpd_onnx.moved import GONE_IN
@@ -26,16 +27,6 @@ _MOST_AXES = 1 << 10
 
 class GiveUp(Exception):
     """Raised by a rule that cannot follow the channels; all axes of the node are then frozen with this reason."""
-
-
-class Keep(Protocol):
-    """Which indices of an axis survive; `KeepMask` implements it."""
-
-    def mask(self, axis: Axis) -> Mask:
-        """Return a mask over the indices of an axis, true where the index survives."""
-
-    def count(self, axis: Axis) -> int:
-        """Return the number of indices of an axis that survive."""
 
 
 KERNEL_EXTENT = Reason("no channels", "", "extent of a kernel")
@@ -52,7 +43,7 @@ EVERY_AXIS = -1
 """Value of `Recorder.kernels` that stands for all axes of a weight."""
 DROP = "drop"
 """Result of a `Rewrite` that removes the attribute."""
-Rewrite: TypeAlias = Callable[[Keep, Any], Any]
+Rewrite: TypeAlias = Callable[[KeepMask, Any], Any]
 """A function from the surviving indices and the value in the original file to the value in the pruned file."""
 
 
@@ -548,7 +539,7 @@ class Op:
 def resized(axes: Sequence[Axis]) -> Rewrite:
     """Return the rewrite of a shape: elements that are the size of their axis become its new size."""
 
-    def rewrite(keep: Keep, old: Array) -> Array:
+    def rewrite(keep: KeepMask, old: Array) -> Array:
         pairs = zip(axes, old.ravel().tolist(), strict=True)
         sizes = [keep.count(axis) if size == len(axis) else size for axis, size in pairs]
         return np.asarray(sizes, old.dtype).reshape(old.shape)

@@ -1,8 +1,8 @@
 """Fused attention: heads and head dimensions are separate channels.
 
 Queries have `groups x repeats` heads for `groups` key and value heads. Queries and keys share a head dimension, values
-and the output share another. The scale that an operator derives from the head dimension belongs to the function: once
-the dimension shrinks, the old one is written down.
+and the output share another. The scale that an operator derives from the head dimension is part of the function: once
+the dimension shrinks, the original scale is stored as an attribute.
 """
 
 from __future__ import annotations
@@ -17,12 +17,20 @@ from cpd_onnx.rules.api import GiveUp, Op, Tensor, rule
 from cpd_onnx.rules.elementwise import MICROSOFT, freeze_rest
 
 _GROUPED_INPUTS = 12
-"""Inputs of GroupQueryAttention that are followed: up to the sinks of the heads."""
+"""Number of inputs of GroupQueryAttention that its rule handles: up to the head sinks (onnxruntime's operator docs)."""
 
 
 @dataclass(frozen=True)
 class _Heads:
-    """The channels of one attention."""
+    """The channels of one attention operator.
+
+    Attributes:
+        groups: Key and value heads.
+        queries: Query heads.
+        dim: Head dimension of queries and keys.
+        value_dim: Head dimension of values and the output.
+
+    """
 
     groups: Axis
     queries: Axis
@@ -31,9 +39,9 @@ class _Heads:
 
 
 def _heads(op: Op, counts: tuple[int, int], dim: int, value_dim: int | None = None, block: int = 1) -> _Heads:
-    """Fresh channels for (query heads, key/value heads); one head dimension for all if `value_dim` is None.
+    """Return fresh channels for (query heads, key/value heads); one head dimension for all if `value_dim` is None.
 
-    The head dimension goes in blocks where the operator takes no others.
+    The head dimension shrinks by blocks of `block` where the operator requires multiples of it.
     """
     queries, groups = counts
     if not queries or not groups or queries % groups:
@@ -43,21 +51,21 @@ def _heads(op: Op, counts: tuple[int, int], dim: int, value_dim: int | None = No
         raise GiveUp(f"{op.name} has heads of {dim}, not a multiple of {block}")
     size = op.atoms.repeated(op.atoms.fresh(dim // block), block)
     heads = op.atoms.product(shared, op.atoms.fresh(queries // groups))
-    made = _Heads(shared, heads, size, size if value_dim is None else op.atoms.fresh(value_dim))
-    op.label(made.groups, "heads")
-    op.label(made.dim, "head_dim")
-    op.label(made.value_dim, "head_dim")
-    return made
+    found = _Heads(shared, heads, size, size if value_dim is None else op.atoms.fresh(value_dim))
+    op.label(found.groups, "heads")
+    op.label(found.dim, "head_dim")
+    op.label(found.value_dim, "head_dim")
+    return found
 
 
 def _scale(op: Op, heads: _Heads) -> None:
-    """Write the derived scale down once the head dimension shrinks."""
+    """Store the default scale as an attribute once the head dimension shrinks."""
     if not op.get("scale", 0.0):
         op.pin_attribute("scale", float(1 / np.sqrt(len(heads.dim))), heads.dim)
 
 
 def _scores(op: Op, heads: _Heads, queries: Tensor, *keys: Tensor) -> None:
-    """Multiply queries with keys (which may be packed with them) over the head dimension, and scale the sums."""
+    """Record the product of queries and keys (which may be packed with them) over the head dimension, and its scale."""
     _scale(op, heads)
     op.freeze(queries[0], "masks and caches share this axis")
     op.mask_input(queries, -1)
@@ -70,7 +78,7 @@ def _sequence(op: Op, tensor: Tensor, axis: int) -> Axis:
 
 
 def _mask(op: Op, slot: int, heads: _Heads) -> None:
-    """A bias on the scores: (batch, heads, query, key), any of them 1 or missing on the left."""
+    """Unite or freeze the axes of a bias on the scores: (batch, heads, query, key), broadcast from the right."""
     for back, axis in enumerate(reversed(op.axes(slot)), start=1):
         if back == 3 and len(axis) == len(heads.queries):
             op.unite(axis, heads.queries)
@@ -102,7 +110,7 @@ def attention(op: Op) -> None:
     else:
         counts = (op.get("q_num_heads", 0), op.get("kv_num_heads", 0))
         if not all(counts):
-            raise GiveUp(f"{op.name} does not say how many heads it has")
+            raise GiveUp(f"{op.name} has no attribute with its number of heads")
         heads = _heads(op, counts, q.shape[2] // counts[0], v.shape[2] // counts[1])
         _merged(op, q, heads.queries, heads.dim)
         _merged(op, k, heads.groups, heads.dim)
@@ -127,9 +135,9 @@ def attention(op: Op) -> None:
 
 
 def _no_scores(op: Op) -> None:
-    """Give up on the attention of onnxruntime where it hands out its scores, head by head."""
+    """Raise GiveUp for an attention operator of onnxruntime that returns its scores."""
     if any(tensor.value.name for tensor in op.outputs[3:]):
-        raise GiveUp(f"{op.name} hands out its scores")
+        raise GiveUp(f"{op.name} returns its scores")
 
 
 def _merged(op: Op, tensor: Tensor, heads: Axis, dim: Axis) -> None:
@@ -137,7 +145,7 @@ def _merged(op: Op, tensor: Tensor, heads: Axis, dim: Axis) -> None:
 
 
 def _caches(op: Op, heads: _Heads, slots: tuple[int, int], outputs: tuple[int, int], batch: Axis) -> None:
-    """Past and present keys and values: (batch, heads, sequence, dim)."""
+    """Follow past and present keys and values: (batch, heads, sequence, dim)."""
     for slot, output, dim in zip(slots, outputs, (heads.dim, heads.value_dim), strict=True):
         if op.has(slot):
             past = op.input(slot)
@@ -184,7 +192,7 @@ def multi_head_attention(op: Op) -> None:
 
 @rule("Attention", domain=MICROSOFT)
 def packed_attention(op: Op) -> None:
-    """Projects its input with one matrix (in, q + k + v) and attends."""
+    """Attention of an input that is projected with one packed matrix (in, q + k + v)."""
     x, w, count = op.input(0), op.input(1), op.get("num_heads")
     if op.get("do_rotary", 0):
         raise GiveUp(f"{op.name} rotates its queries")
@@ -216,12 +224,12 @@ def packed_attention(op: Op) -> None:
 
 @rule("GroupQueryAttention", domain=MICROSOFT)
 def group_query_attention(op: Op) -> None:
-    """Attention with fewer key heads; one head dimension for all; queries, keys and values may be packed in input 0."""
+    """Attention with fewer key heads and one head dimension; input 0 may pack queries, keys and values."""
     q, counts = op.input(0), (op.get("num_heads"), op.get("kv_num_heads"))
     packed = not op.has(1)
     _no_scores(op)
     if len(op.inputs) > _GROUPED_INPUTS or packed == op.has(2):
-        raise GiveUp(f"{op.name} has inputs that its rule does not know")
+        raise GiveUp(f"{op.name} has inputs that its rule does not handle")
     dim = q.shape[2] // (counts[0] + 2 * counts[1] if packed else counts[0])
     heads = _heads(op, counts, dim, block=8)
     if op.get("do_rotary", 0):
@@ -254,7 +262,7 @@ def rotary(op: Op) -> None:
 
 @rule("RotaryEmbedding", domain=MICROSOFT)
 def rotary_contrib(op: Op) -> None:
-    """As RotaryEmbedding with the positions second."""
+    """RotaryEmbedding with the positions as second input."""
     _rotary(op, (2, 3), 1)
 
 

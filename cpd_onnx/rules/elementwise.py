@@ -1,4 +1,4 @@
-"""Operators that work on each element by itself, alone or with its partner under broadcasting."""
+"""Rules of elementwise operators, unary or with broadcasting."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from cpd_onnx.algebra.atoms import Axis
 from cpd_onnx.rules.api import Op, Tensor, rule
 
 MICROSOFT = "com.microsoft"
+"""Domain of onnxruntime's contrib operators."""
 
 
 @rule(
@@ -20,7 +21,7 @@ MICROSOFT = "com.microsoft"
 )  # fmt: skip  # a table
 @rule("QuickGelu", "Gelu", "QLinearSigmoid", "QLinearLeakyRelu", domain=MICROSOFT)
 def unary(op: Op) -> None:
-    """Pass all axes; further inputs (bounds, ratio, scales) hold one number each."""
+    """Pass all axes; further inputs (bounds, ratio, scales) are scalars."""
     x = op.input(0)
     freeze_rest(op, 1)
     for output in range(len(op.outputs)):
@@ -33,7 +34,7 @@ def unary(op: Op) -> None:
 )  # fmt: skip  # a table
 @rule("BiasGelu", "FastGelu", domain=MICROSOFT)
 def broadcasting(op: Op) -> None:
-    """Unite equal axes, aligned on the right; below opset 7 on the axis that the node names."""
+    """Unite axes of equal size, aligned on the right; below opset 7 at the attribute `axis`."""
     tensors = [op.input(i) for i in range(len(op.inputs)) if op.has(i)]
     if op.opset < 7 and op.get("broadcast", 0) and "axis" in op.call.attributes:
         op.set(legacy_broadcast(op, op.input(0), op.input(1), op.get("axis")))
@@ -43,20 +44,20 @@ def broadcasting(op: Op) -> None:
 
 @rule("CastLike")
 def cast_like(op: Op) -> None:
-    """Pass all axes; of the second input only the type matters."""
+    """Pass all axes; the second input gives only the type."""
     op.set(op.input(0).axes or [])
     op.accounted.extend(op.input(1).axes or [])
 
 
 @rule("QLinearAdd", "QLinearMul", domain=MICROSOFT)
 def quantized_binary(op: Op) -> None:
-    """As the float operator on inputs 0 and 3; scales and zero points hold one number each."""
+    """Broadcast inputs 0 and 3; scales and zero points are scalars."""
     freeze_rest(op, 1, but=(3,))
     op.set(broadcast(op, [op.input(0).axes or [], op.input(3).axes or []]))
 
 
 def broadcast(op: Op, operands: Sequence[Sequence[Axis]]) -> list[Axis]:
-    """Axes of the result of broadcasting; equal axes are united, those of size one stretch."""
+    """Return the axes of the result of broadcasting; axes of equal size are united, those of size one stretch."""
     rank = max((len(axes) for axes in operands), default=0)
     result = []
     for back in range(rank, 0, -1):
@@ -71,7 +72,7 @@ def broadcast(op: Op, operands: Sequence[Sequence[Axis]]) -> list[Axis]:
 
 @rule("PRelu")
 def prelu(op: Op) -> None:
-    """Unite equal axes, aligned on the right; below opset 7 a vector of slopes lies on the channels."""
+    """Unite axes of equal size, aligned on the right; below opset 7 a vector of slopes is on axis 1."""
     x, slope = op.input(0), op.input(1)
     if op.opset < 7 and slope.rank == 1 and x.rank > 1:
         op.set(legacy_broadcast(op, x, slope, 1))
@@ -80,7 +81,7 @@ def prelu(op: Op) -> None:
 
 
 def legacy_broadcast(op: Op, left: Tensor, right: Tensor, axis: int) -> list[Axis]:
-    """Opset 6 and below: the second input's axes start at an axis of the first."""
+    """Unite axes as broadcasting up to opset 6 does: those of the second input start at an axis of the first."""
     start = axis % left.rank
     for offset, own in enumerate(right.axes or []):
         op.accounted.append(own)
@@ -90,7 +91,7 @@ def legacy_broadcast(op: Op, left: Tensor, right: Tensor, axis: int) -> list[Axi
 
 
 def per_channel(op: Op, channels: Axis, slots: Iterable[int]) -> None:
-    """Inputs with one number for each index of an axis, or one for all."""
+    """Unite an axis with inputs that have one number per index of it, or a single one."""
     for slot in slots:
         for axis in op.input(slot).axes or []:
             if len(axis) > 1:
@@ -98,7 +99,7 @@ def per_channel(op: Op, channels: Axis, slots: Iterable[int]) -> None:
 
 
 def freeze_rest(op: Op, first: int, *, but: Sequence[int] = ()) -> None:
-    """Freeze all axes of the inputs from `first` on, except some."""
+    """Freeze all axes of the inputs from slot `first` on, except those at the slots `but`."""
     for slot in range(first, len(op.inputs)):
         tensor = op.inputs[slot]
         if tensor is None or slot in but:

@@ -1,4 +1,4 @@
-"""Operators that make axes longer, or make tensors out of sizes: padding, stretching, resampling, counting."""
+"""Rules of operators that change the sizes of axes or create tensors from sizes: padding, resampling, counting."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 
 from cpd_onnx.algebra.atoms import Axis
+from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.ops.evaluate import axes_operand
 from cpd_onnx.ops.sizes import is_constant
-from cpd_onnx.rules.api import GiveUp, Keep, Op, Tensor, rule
+from cpd_onnx.rules.api import GiveUp, Op, Tensor, rule
 from cpd_onnx.shapes.values import Value
 
 
 @rule("Pad")
 def pad(op: Op) -> None:
-    """New indices before and after; on a channel axis they can go like any other."""
+    """Add or cut indices at the ends of axes; padding of a channel axis can be removed like any channel."""
     x = op.input(0)
     op.freeze_operands(1)
     shape = op.sizes()
@@ -32,14 +33,14 @@ def pad(op: Op) -> None:
             out[axis] = op.along(x[axis], shape[axis], "pads this axis by an amount that depends on the input")
             continue
         if op.get("mode", "constant") != "constant" and (low or high):
-            out[axis] = op.along(x[axis], shape[axis], "pads this axis with copies of its own")
+            out[axis] = op.along(x[axis], shape[axis], "pads this axis with copies of its own elements")
             continue
         out[axis] = _padded(op, x[axis], place, len(axes), (low, high))
     op.set(out)
 
 
 def _pads(op: Op, rank: int) -> tuple[list[Any] | None, list[int]]:
-    """Pad widths (None if they depend on data), and the axes that they are for."""
+    """Return the pad widths (None if they depend on data), and the axes they apply to."""
     axes = axes_operand(op.call, [op.operand(3)] if op.has(3) else [])
     axes = list(range(rank)) if axes is None else [a % rank for a in axes]
     if not op.has(1):
@@ -55,7 +56,7 @@ def _pads(op: Op, rank: int) -> tuple[list[Any] | None, list[int]]:
 
 
 def _is_computed(op: Op, places: Sequence[int]) -> bool:
-    """Whether pad widths come out of arithmetic on sizes, so that zeros need not stay zeros."""
+    """Return whether pad widths are computed from sizes, so that zeros may change."""
     value = op.value(1)
     if value is None or not value.from_shape:
         return False
@@ -64,7 +65,7 @@ def _is_computed(op: Op, places: Sequence[int]) -> bool:
 
 
 def _padded(op: Op, axis: Axis, place: int, count: int, widths: tuple[int, int]) -> Axis:
-    """Atoms of a padded channel axis; negative widths cut."""
+    """Return the atoms of a padded channel axis; negative widths cut."""
     low, high = widths
     body = axis[max(0, -low) : len(axis) - max(0, -high)]
     cut = (axis[: max(0, -low)], axis[len(axis) - max(0, -high) :])
@@ -74,11 +75,11 @@ def _padded(op: Op, axis: Axis, place: int, count: int, widths: tuple[int, int])
         return axis
     slot: int | str = 1 if op.has(1) else "pads" if "pads" in op.call.attributes else "paddings"
 
-    def rewrite(keep: Keep, old: Any) -> Any:
-        made = old.copy() if isinstance(old, np.ndarray) else list(old)
+    def rewrite(keep: KeepMask, old: Any) -> Any:
+        pads = old.copy() if isinstance(old, np.ndarray) else list(old)
         for position, side in ((place, 0), (place + count, 1)):
-            made[position] = keep.count(new[side]) - keep.count(cut[side])
-        return made
+            pads[position] = keep.count(new[side]) - keep.count(cut[side])
+        return pads
 
     op.use_size(slot, [axis, *new], rewrite)
     return op.atoms.joined([new[0], body, new[1]])
@@ -86,7 +87,7 @@ def _padded(op: Op, axis: Axis, place: int, count: int, widths: tuple[int, int])
 
 @rule("Expand")
 def expand(op: Op) -> None:
-    """Axes of size one stretch; a stretched axis is as long as whoever uses it needs."""
+    """Stretch axes of size one; a stretched axis takes the channels of the tensors it is combined with."""
     x, y, shape = op.input(0), op.outputs[0].value, op.value(1)
     if y.shapes is None or shape is None or shape.value is None:
         raise GiveUp(f"the target shape of {op.name} is not known")
@@ -99,7 +100,7 @@ def expand(op: Op) -> None:
 
 
 def broadcast_over(op: Op, x: Tensor, stretched: list[Axis]) -> list[Axis]:
-    """The axes of x where it has them, stretched ones elsewhere."""
+    """Return the axes of `x` where it is not broadcast, and the stretched axes elsewhere."""
     missing = len(stretched) - x.rank
     op.accounted.extend(x.axes or [])
     return [
@@ -108,14 +109,16 @@ def broadcast_over(op: Op, x: Tensor, stretched: list[Axis]) -> list[Axis]:
     ]
 
 
-def _new_axis(op: Op, made: Value, axis: int) -> Axis:
-    size = (made.shape or ())[axis]
-    return op.atoms.fresh(size) if made.has_fixed(axis) else op.frozen(size, "makes an axis that depends on the input")
+def _new_axis(op: Op, output: Value, axis: int) -> Axis:
+    size = (output.shape or ())[axis]
+    return (
+        op.atoms.fresh(size) if output.has_fixed(axis) else op.frozen(size, "makes an axis that depends on the input")
+    )
 
 
 @rule("ConstantOfShape")
 def constant_of_shape(op: Op) -> None:
-    """All equal: each axis is as long as whoever uses it needs."""
+    """Fill a tensor with one value; each axis takes the channels of the tensors it is combined with."""
     y, shape = op.outputs[0].value, op.value(0)
     if y.shapes is None or y.has_placeholder or shape is None or shape.value is None:
         raise GiveUp(f"the shape of {op.name} is not known")
@@ -128,7 +131,7 @@ def constant_of_shape(op: Op) -> None:
 
 @rule("Tile")
 def tile(op: Op) -> None:
-    """Copies of an axis; an axis of size one stretches."""
+    """Repeat axes; an axis of size one stretches."""
     x, y, repeats = op.input(0), op.outputs[0].value, op.value(1)
     if op.opset < 6:
         raise GiveUp(f"{op.name} had other inputs before opset 6")
@@ -149,7 +152,7 @@ def tile(op: Op) -> None:
 
 @rule("Resize", "Upsample")
 def resize(op: Op) -> None:
-    """Axes that are taken as they are pass (channels), the others are resampled, even to the size that they have."""
+    """Resample axes, even to their present size; axes that are not resampled (channels) pass."""
     x, y = op.input(0), op.outputs[0].value
     if y.sizes is None or x.value.sizes is None or y.has_placeholder:
         raise GiveUp(f"the output shape of {op.name} is not known")
@@ -158,7 +161,7 @@ def resize(op: Op) -> None:
     out = []
     for position in range(x.rank):
         same = x.value.sizes[position] == y.sizes[position]
-        passes = same and (position not in axes or _is_left_alone(op, axes.index(position), len(axes)))
+        passes = same and (position not in axes or _is_unchanged(op, axes.index(position), len(axes)))
         out.append(x[position] if passes else op.along(x[position], op.sizes()[position], "resamples this axis"))
     op.set(out)
     if op.has(3):
@@ -168,10 +171,10 @@ def resize(op: Op) -> None:
         op.use_shape(3, [out[a] for a in axes])
 
 
-def _is_left_alone(op: Op, place: int, count: int) -> bool:
-    """Whether an axis that keeps its size, one of `count` that are resized, keeps its values.
+def _is_unchanged(op: Op, place: int, count: int) -> bool:
+    """Return whether resampling leaves the values on an axis of unchanged size, one of `count`, unchanged.
 
-    It does unless its scale is another than one (8 x 1.12 makes 8 again) or sampling starts elsewhere.
+    It does if the scale is exactly one (8 x 1.12 gives 8, too) and sampling starts at the first index.
     """
     mode = op.get("coordinate_transformation_mode", "half_pixel")
     if mode == "tf_crop_and_resize" and not _is_whole(op, place, count):
@@ -181,17 +184,18 @@ def _is_left_alone(op: Op, place: int, count: int) -> bool:
     value = op.value(2 if op.opset > 10 else 1)
     if value is not None:
         scales = value.entries
-        # An empty list stands for none.
+        # An empty list means no scales.
         return scales is not None and (scales.size != count or bool(scales[place] == 1))
     scales = op.get("scales")
     return bool(scales is None or scales[place] == 1)
 
 
 _ROUND_DOWN = {"floor", "round_prefer_floor"}
+"""Values of `nearest_mode` that sample index i at i + 0.5 (ONNX specification of Resize)."""
 
 
 def _is_whole(op: Op, place: int, count: int) -> bool:
-    """Whether the region of interest is the whole of an axis."""
+    """Return whether the region of interest is a whole axis."""
     roi = op.value(1)
     if roi is None or not roi.is_static or roi.value is None or roi.value.size != 2 * count:
         return False
@@ -200,15 +204,15 @@ def _is_whole(op: Op, place: int, count: int) -> bool:
 
 @rule("Size")
 def size_(op: Op) -> None:
-    """A number that others compute with; where it is not known beforehand, it cannot be put back to what it was."""
+    """Return the number of elements, which others compute with; it can be restored only where inference knows it."""
     if op.outputs[0].value.values is None:
-        raise GiveUp(f"the number that {op.name} gives is not known")
+        raise GiveUp(f"the output of {op.name} is not known")
     shape_(op)
 
 
 @rule("Shape")
 def shape_(op: Op) -> None:
-    """Sizes, which follow by themselves."""
+    """Return sizes, which the pruned model computes by itself."""
     data = op.given(0)
     op.accounted.extend((data and data.axes) or [])
     op.set([op.frozen(size, "lists sizes") for size in op.sizes()])
@@ -216,10 +220,10 @@ def shape_(op: Op) -> None:
 
 @rule("Range")
 def range_(op: Op) -> None:
-    """Positions along an axis that somebody else shrinks."""
+    """Return positions along an axis, as many as the tensors they are combined with need."""
     start, limit, step = op.input(0).value, op.input(1).value, op.input(2).value
     if not (start.is_static and limit.is_static and step.is_static):
-        made_up(op)
+        created(op)
         return
     op.freeze_operands(0)
     assert start.value is not None
@@ -235,7 +239,7 @@ def range_(op: Op) -> None:
 
 
 @rule("EyeLike", "AffineGrid", "RandomNormalLike", "RandomUniformLike", "Bernoulli")
-def made_up(op: Op) -> None:
-    """Made from sizes and numbers: nothing to prune in it."""
+def created(op: Op) -> None:
+    """Create a tensor from sizes and numbers; its axes are frozen."""
     op.freeze_operands(0)
     op.set([op.frozen(size) for size in op.sizes()])

@@ -1,4 +1,4 @@
-"""Operators that pick elements by position, or write them there: slices, lookups, triangles."""
+"""Rules of operators that read or write elements by position: slices, lookups, triangles."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ import numpy as np
 import numpy.typing as npt
 
 from cpd_onnx.algebra.atoms import Axis
+from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.ir.model import Array
 from cpd_onnx.ops.evaluate import slice_ranges
 from cpd_onnx.ops.sizes import is_constant
-from cpd_onnx.rules.api import TABLE_ROWS, GiveUp, Keep, Op, Rewrite, Tensor, positions_after, rule
+from cpd_onnx.rules.api import TABLE_ROWS, GiveUp, Op, Rewrite, Tensor, positions_after, rule
 
 _FAR = 2**31 - 1
-"""Slice ends from this on mean 'to the end' in every exporter."""
+"""Slice ends from this value on mean "to the end" (INT_MAX, as exporters write it)."""
 
 
 @rule("Slice")
 def slice_(op: Op) -> None:
-    """A range of one or several axes."""
+    """Select a range of one or several axes."""
     x, y = op.input(0), op.outputs[0].value
     op.freeze_operands(1)
     out = list(x.axes or [])
     ranges = _known_ranges(op, x)
     if ranges is None:
-        out = _sliced_blindly(op, x, y.shape)
+        out = _sliced_by_data(op, x, y.shape)
         op.set(out)
         return
     for slot, (axis, start, end, step) in enumerate(ranges):
@@ -45,9 +46,9 @@ def slice_(op: Op) -> None:
 
 
 def _known_ranges(op: Op, x: Tensor) -> list[tuple[int, Any, Any, int]] | None:
-    """(axis, start, end, step) of each sliced axis, starts and ends as expressions; None if they depend on data.
+    """Return (axis, start, end, step) of each sliced axis, starts and ends as expressions; None if they depend on data.
 
-    Which axes are sliced must not depend on the inputs.
+    None also where the choice of the axes depends on the sizes of the inputs.
     """
     values = list(map(op.value, range(1, len(op.inputs)))) if op.opset >= 10 else []
     if any(v is not None and (v.value is None or (v.is_open and v.expressions is None)) for v in values):
@@ -58,8 +59,8 @@ def _known_ranges(op: Op, x: Tensor) -> list[tuple[int, Any, Any, int]] | None:
     return slice_ranges(op.call, x.rank, operands)
 
 
-def _sliced_blindly(op: Op, x: Tensor, shape: Sequence[int] | None) -> list[Axis]:
-    """The range depends on data: axes of unchanged length could be sliced too, so all are frozen."""
+def _sliced_by_data(op: Op, x: Tensor, shape: Sequence[int] | None) -> list[Axis]:
+    """Freeze all axes, which a range that depends on data might slice, and return those of the output."""
     if shape is None:
         raise GiveUp(f"the range of {op.name} is computed from data")
     op.freeze_all(x.axes or [], "slices by a range computed from data")
@@ -67,7 +68,7 @@ def _sliced_blindly(op: Op, x: Tensor, shape: Sequence[int] | None) -> list[Axis
 
 
 def _sliced(op: Op, axis: Axis, slot: int, span: tuple[int, int, int]) -> Axis:
-    """Atoms of a slice of a channel axis."""
+    """Return the atoms of a slice of a channel axis, and record its start and end."""
     start, end, step = span
     size = len(axis)
     positions = np.arange(size)[slice(start, end if end > -_FAR else None, step)]
@@ -86,26 +87,26 @@ def _sliced(op: Op, axis: Axis, slot: int, span: tuple[int, int, int]) -> Axis:
 
 
 def _record_slice(op: Op, axis: Axis, slot: int, remap: Any, start: int, end: int) -> None:
-    """Demand new starts and ends at one place of the two lists."""
+    """Record that an element of the starts and one of the ends depend on an axis."""
     for which, old_value in ((0, start), (1, end)):
         rewrite = _replacing_one(axis, slot, remap, which, old_value)
         op.use_size(("starts", "ends")[which] if op.opset < 10 else which + 1, [axis], rewrite)
 
 
 def _replacing_one(axis: Axis, slot: int, remap: Any, which: int, value: int) -> Rewrite:
-    def rewrite(keep: Keep, old: Any) -> Any:
+    def rewrite(keep: KeepMask, old: Any) -> Any:
         new = remap(keep.mask(axis), value, which)
         if isinstance(old, np.ndarray):
-            made = old.copy()
-            made[slot] = new
-            return made
+            values = old.copy()
+            values[slot] = new
+            return values
         return [*old[:slot], new, *old[slot + 1 :]]
 
     return rewrite
 
 
 def _contiguous(mask: npt.NDArray[np.bool_], value: int, which: int) -> int:
-    """New start or end of a range of step 1; the sign stays, what is out of range stays."""
+    """Return the new start or end of a range of step 1; its sign, and values out of range, do not change."""
     size, left = len(mask), int(mask.sum())
     if value >= size or value < -size:
         return value
@@ -116,18 +117,18 @@ def _contiguous(mask: npt.NDArray[np.bool_], value: int, which: int) -> int:
 
 
 def _reversed(mask: npt.NDArray[np.bool_], value: int, which: int) -> int:
-    """New start or end of the whole range backwards."""
+    """Return the new start or end of the whole range backwards."""
     return int(mask.sum()) - 1 if which == 0 and 0 <= value < len(mask) else value
 
 
 def _strided(mask: npt.NDArray[np.bool_], value: int, which: int) -> int:
-    """New end of a strided range from the first block to the last."""
+    """Return the new end of a strided range from the first block to the last."""
     return int(mask.sum()) if which == 1 and value == len(mask) else value
 
 
 @rule("Gather")
 def gather(op: Op) -> None:
-    """Constant positions follow the channels; positions from data hold the axis."""
+    """Constant positions follow the channels; positions computed from data freeze the axis."""
     x, indices = op.input(0), op.input(1)
     axis = op.get("axis", 0) % x.rank
     where = indices.value.value if indices.value.is_static else None
@@ -145,21 +146,21 @@ def gather(op: Op) -> None:
 
 
 def _gather_known(op: Op, axis: Axis, where: Array) -> list[Axis]:
-    """Positions along one axis of the indices; others of size one come with them (a reshape written as a lookup)."""
+    """Return the axes of a lookup at constant positions along one axis of the indices, with others of size one."""
     size, row = len(axis), where.reshape(-1)
     positions = np.where(row < 0, row + size, row).astype(np.int64)
     if positions.size and not 0 <= positions.min() <= positions.max() < size:
-        raise GiveUp(f"{op.name} takes positions that the axis of {size} has not")
+        raise GiveUp(f"{op.name} has positions out of range of the axis of {size}")
     op.accounted.append(axis)
     if where.ndim == 0:
         op.freeze(axis[positions], "picks this index")
 
-    def rewrite(keep: Keep, old: Array) -> Array:
+    def rewrite(keep: KeepMask, old: Array) -> Array:
         mask = keep.mask(axis)
-        stays = mask[positions] if where.ndim else np.ones(1, np.bool_)
-        new = positions_after(mask, positions[stays])
-        made = np.where(row[stays] < 0, new - int(mask.sum()), new)
-        return np.asarray(made, old.dtype).reshape([len(made) if n == row.size else 1 for n in where.shape])
+        surviving = mask[positions] if where.ndim else np.ones(1, np.bool_)
+        after = positions_after(mask, positions[surviving])
+        new = np.where(row[surviving] < 0, after - int(mask.sum()), after)
+        return np.asarray(new, old.dtype).reshape([len(new) if n == row.size else 1 for n in where.shape])
 
     op.use_size(1, [axis], rewrite)
     return [axis[positions] if n == row.size else np.zeros(1, np.int64) for n in where.shape]
@@ -167,7 +168,7 @@ def _gather_known(op: Op, axis: Axis, where: Array) -> list[Axis]:
 
 @rule("GatherElements")
 def gather_elements(op: Op) -> None:
-    """One index per element along one axis, which stays; the other axes pass where they are taken whole."""
+    """Read one index per element along one axis, which is frozen; other axes pass where they are read whole."""
     x, indices = op.input(0), op.input(1)
     axis = op.get("axis", 0) % x.rank
     op.freeze(x[axis], "looks up along this axis by index")
@@ -183,7 +184,7 @@ def gather_elements(op: Op) -> None:
 
 @rule("ScatterElements", "Scatter")
 def scatter_elements(op: Op) -> None:
-    """One index per element along one axis, which stays; the other axes pass where they are written whole."""
+    """Write one index per element along one axis, which is frozen; other axes pass where they are written whole."""
     x, indices, updates = op.input(0), op.input(1), op.input(2)
     axis = op.get("axis", 0) % x.rank
     op.freeze(x[axis], "writes along this axis by index")
@@ -196,7 +197,7 @@ def scatter_elements(op: Op) -> None:
 
 
 def _unite_if_whole(op: Op, data: Axis, indices: Axis) -> None:
-    """An axis of which the indices cover only the start stays as it is."""
+    """Unite an axis with that of the indices; freeze both if the indices cover only its start."""
     if len(data) == len(indices):
         op.unite(data, indices)
         return
@@ -206,7 +207,7 @@ def _unite_if_whole(op: Op, data: Axis, indices: Axis) -> None:
 
 @rule("GatherND")
 def gather_nd(op: Op) -> None:
-    """Index tuples choose along the first axes, which stay; the axes behind them pass."""
+    """Read at index tuples along the first axes, which are frozen; later axes pass."""
     x, indices = op.input(0), op.input(1)
     batch, depth = op.get("batch_dims", 0), indices.shape[-1]
     op.freeze_all((x.axes or [])[: batch + depth], "looks up along this axis by index")
@@ -217,7 +218,7 @@ def gather_nd(op: Op) -> None:
 
 @rule("ScatterND")
 def scatter_nd(op: Op) -> None:
-    """Index tuples choose along the first axes, which stay; the axes behind them unite with the updates'."""
+    """Write at index tuples along the first axes, which are frozen; later axes unite with those of the updates."""
     x, indices, updates = op.input(0), op.input(1), op.input(2)
     depth, lead = indices.shape[-1], indices.rank - 1
     op.freeze_all((x.axes or [])[:depth], "writes along this axis by index")
@@ -230,7 +231,7 @@ def scatter_nd(op: Op) -> None:
 
 @rule("OneHot")
 def one_hot(op: Op) -> None:
-    """A new axis as long as the depth."""
+    """Add a frozen axis of the size of the depth."""
     indices = op.input(0)
     for slot in (1, 2):
         op.operand(slot)
@@ -245,7 +246,7 @@ def one_hot(op: Op) -> None:
 
 @rule("Compress")
 def compress(op: Op) -> None:
-    """Choose along one axis by a condition; the others pass."""
+    """Select along one axis by a condition; the others pass."""
     x, shape = op.input(0), op.outputs[0].value.shape
     if "axis" not in op.call.attributes or shape is None:
         raise GiveUp(f"{op.name} flattens its input")
@@ -259,7 +260,7 @@ def compress(op: Op) -> None:
 
 @rule("ReverseSequence")
 def reverse_sequence(op: Op) -> None:
-    """Reverse one axis up to a length per batch entry."""
+    """Reverse one axis up to a length for each sample."""
     x = op.input(0)
     for axis in (op.get("time_axis", 0), op.get("batch_axis", 1)):
         op.freeze(x[axis], "reverses sequences")
@@ -269,7 +270,7 @@ def reverse_sequence(op: Op) -> None:
 
 @rule("Trilu")
 def trilu(op: Op) -> None:
-    """Triangles of the last two axes."""
+    """Select a triangle of the last two axes."""
     x = op.input(0)
     op.freeze_all((x.axes or [])[-2:], "cuts a triangle out of this axis")
     op.set(x.axes or [])

@@ -1,4 +1,4 @@
-"""Operators that multiply by weights and sum: convolutions, matrix products, Einsum."""
+"""Rules of operators that multiply by weights and sum: convolutions, matrix products, Einsum."""
 
 from __future__ import annotations
 
@@ -15,7 +15,16 @@ from cpd_onnx.shapes.values import Shape, Value
 
 @dataclass(frozen=True)
 class _Slots:
-    """Which input is what, beside X, for the variants of one operator; -1 where the variant has none."""
+    """Input slots of a variant of Conv, apart from X in slot 0; -1 where it has no such input.
+
+    Attributes:
+        w: Weight.
+        bias: Bias, one number per output channel.
+        per_output: Further inputs with one number per output channel, or a single one.
+        scale: Scale of the weight.
+        zero_point: Zero point of the weight; without one, the weight is not quantised.
+
+    """
 
     w: int = 1
     bias: int = 2
@@ -32,7 +41,7 @@ def conv(op: Op) -> None:
 
 @rule("FusedConv", domain=MICROSOFT)
 def fused_conv(op: Op) -> None:
-    """As Conv; a fourth input is added to the output (a residual)."""
+    """Conv with a fourth input that is added to the output (a residual)."""
     convolution(op, _Slots())
     if op.has(3):
         op.outputs[0].axes = broadcast(op, [op.outputs[0].axes or [], op.input(3).axes or []])
@@ -40,19 +49,19 @@ def fused_conv(op: Op) -> None:
 
 @rule("ConvInteger")
 def conv_integer(op: Op) -> None:
-    """As Conv on integers; the weight's zero point may be per output channel."""
+    """Conv on integers; the weight's zero point may be per output channel."""
     convolution(op, _Slots(bias=-1, per_output=(3,), zero_point=3))
 
 
 @rule("QLinearConv")
 def qlinear_conv(op: Op) -> None:
-    """As Conv on integers with scales and zero points beside each tensor."""
+    """Conv on integers with a scale and a zero point for each tensor."""
     convolution(op, _Slots(w=3, bias=8, per_output=(4, 5), scale=4, zero_point=5))
 
 
 @rule("DeformConv")
 def deform_conv(op: Op) -> None:
-    """As Conv; offsets and mask are as many as the kernel has places, whatever the channels."""
+    """Conv with offsets and a mask per kernel position, independent of the channels."""
     if op.get("offset_group", 1) != 1:
         raise GiveUp(f"{op.name} has several offset groups")
     op.freeze_all([*op.axes(2), *op.axes(4)], "takes its offsets and mask as a whole")
@@ -60,7 +69,7 @@ def deform_conv(op: Op) -> None:
 
 
 def convolution(op: Op, slots: _Slots) -> None:
-    """Conv and its variants: W is (out, in/group, …)."""
+    """Follow Conv and its variants, with W of shape (out, in/group, …)."""
     x, w, group = op.input(0), op.input(slots.w), op.get("group", 1)
     _freeze_spatial(op, x, w)
     if group == 1:
@@ -76,7 +85,7 @@ def convolution(op: Op, slots: _Slots) -> None:
 
 @rule("ConvTranspose")
 def conv_transpose(op: Op) -> None:
-    """As Conv with W's first two axes in exchanged roles: (in, out/group, …)."""
+    """Conv with the first two axes of W exchanged: (in, out/group, …)."""
     x, w, group = op.input(0), op.input(1), op.get("group", 1)
     _freeze_spatial(op, x, w)
     if group == 1:
@@ -107,7 +116,7 @@ def _freeze_spatial(op: Op, x: Tensor, w: Tensor) -> None:
 
 
 def _finish(op: Op, slots: _Slots, out: Axis, places: Shape) -> None:
-    """Bias, scales, output axes and cost; the kernel is applied at `places`."""
+    """Follow bias and scales, and set output axes and cost; `places` is the number of kernel positions per axis."""
     x, w = op.input(0), op.input(slots.w)
     vectors = (slots.bias, *slots.per_output)
     per_channel(op, out, filter(op.has, vectors))
@@ -121,7 +130,7 @@ def _finish(op: Op, slots: _Slots, out: Axis, places: Shape) -> None:
 
 
 def stands_for(op: Op, w: Tensor, scale: int, zero_point: int, axis: int) -> None:
-    """Remember scale and zero point (input slots, -1 for none) of an integer weight."""
+    """Record scale and zero point (input slots, -1 for none) of an integer weight."""
     scales, zeros = op.value(scale), op.value(zero_point)
     if w.value.weight is None:
         _moved_stands_for(op, w, scales, zeros)
@@ -133,14 +142,14 @@ def stands_for(op: Op, w: Tensor, scale: int, zero_point: int, axis: int) -> Non
 
 
 def _moved_stands_for(op: Op, w: Tensor, scale: Value | None, zero_point: Value | None) -> None:
-    """The same for integer weights that are transposed, say, before they are used: one scale and zero point for all."""
+    """Record them for an integer weight that is transposed or reshaped before: one scale and zero point for all."""
     found = [op.scope.lookup(name) for name in w.value.constants or ()] if w.value.moved else []
     sources = [source for source in found if source is not None and source.dtype == w.value.dtype]
     if not sources or w.value.dtype in FLOATS:
         return
     scale, zero = (value if value is not None and value.shape in ((), (1,)) else None for value in (scale, zero_point))
     if zero is None and zero_point is not None and (zero_point.value is None or zero_point.value.any()):
-        raise GiveUp(f"{op.name} has several zero points for a weight that is moved about before")
+        raise GiveUp(f"{op.name} has several zero points for a weight that is transposed or reshaped before")
     for source in sources:
         op.recorder.quantized.setdefault(source, Quantized(scale, zero, 0))
 
@@ -148,7 +157,7 @@ def _moved_stands_for(op: Op, w: Tensor, scale: Value | None, zero_point: Value 
 @rule("Gemm")
 @rule("FusedGemm", domain=MICROSOFT)
 def gemm(op: Op) -> None:
-    """A' x B' + C with either factor transposed; C broadcasts."""
+    """A B + C with either factor transposed; C broadcasts."""
     out = matrix_product(op, op.input(0), op.input(1), _transposed(op))
     if op.has(2):
         out = broadcast(op, [out, op.input(2).axes or []])
@@ -157,7 +166,7 @@ def gemm(op: Op) -> None:
 
 @rule("QGemm", domain=MICROSOFT)
 def qgemm(op: Op) -> None:
-    """As Gemm on integers: A, its scale and zero point, B, its scales and zero points, C, output scale and zero."""
+    """Gemm on integers: A, its scale and zero point, B, its scales and zero points, C, output scale and zero point."""
     out = matrix_product(op, op.input(0), op.input(3), _transposed(op))
     _per_column(op, out[1], (4, 5, 6))
     stands_for(op, op.input(3), 4, 5, 0 if op.get("transB", 0) else 1)
@@ -176,7 +185,7 @@ def matmul(op: Op) -> None:
 
 @rule("FusedMatMul", "TransposeMatMul", domain=MICROSOFT)
 def fused_matmul(op: Op) -> None:
-    """As MatMul with either factor transposed."""
+    """MatMul with either factor transposed."""
     if op.get("transBatchA", 0) or op.get("transBatchB", 0):
         raise GiveUp(f"{op.name} transposes batch axes")
     stacked_product(op, op.input(0), op.input(1), _transposed(op))
@@ -184,19 +193,19 @@ def fused_matmul(op: Op) -> None:
 
 @rule("MatMulInteger")
 def matmul_integer(op: Op) -> None:
-    """As MatMul on integers; B's zero point may be per column."""
+    """MatMul on integers; B's zero point may be per column."""
     _integer_product(op, 1, rows=(2,), columns=(3,), scale=-1, zero_point=3)
 
 
 @rule("QLinearMatMul")
 def qlinear_matmul(op: Op) -> None:
-    """As MatMul on integers with scales and zero points beside each tensor."""
+    """MatMul on integers with a scale and a zero point for each tensor."""
     _integer_product(op, 3, rows=(1, 2, 6, 7), columns=(4, 5), scale=4, zero_point=5)
 
 
 @rule("DynamicQuantizeMatMul", domain=MICROSOFT)
 def dynamic_quantize_matmul(op: Op) -> None:
-    """Quantises A over all its elements, then MatMul; B's scale, zero point and the bias are per column."""
+    """MatMul with A quantised by its range; B's scale, zero point and the bias are per column."""
     op.recorder.is_rounding = True
     for axis in op.input(0).axes or []:
         op.reduce(axis)
@@ -205,14 +214,14 @@ def dynamic_quantize_matmul(op: Op) -> None:
 
 @rule("MatMulIntegerToFloat", domain=MICROSOFT)
 def matmul_integer_to_float(op: Op) -> None:
-    """MatMul on integers, scaled back; scales, zero point and bias of B are per column."""
+    """MatMul on integers with a float result; scales, zero point and bias of B are per column."""
     _integer_product(op, 1, rows=(2, 4), columns=(3, 5, 6), scale=3, zero_point=5)
 
 
 def _integer_product(
     op: Op, slot: int, *, rows: Sequence[int], columns: Sequence[int], scale: int, zero_point: int
 ) -> None:
-    """MatMul of input 0 and the matrix at a slot; other inputs hold numbers for each row of A or each column of B."""
+    """Follow MatMul of input 0 and the input at a slot, with numbers per row of A or column of B at other slots."""
     a, b = op.input(0), op.input(slot)
     stacked_product(op, a, b)
     _per_row(op, a, rows)
@@ -222,10 +231,10 @@ def _integer_product(
 
 @rule("MatMulNBits", domain=MICROSOFT)
 def matmul_nbits(op: Op) -> None:
-    """Weights (N, K / block, bytes of a block): N can shrink index by index, K block by block.
+    """MatMul with packed weights (N, K / block, bytes of a block): N shrinks index by index, K block by block.
 
-    Scales and zero points are numbers for each block, of rank one or two. Several zero points may share a byte; their
-    blocks go together.
+    Scales and zero points have one number per block, and rank one or two. Zero points may share a byte; their blocks
+    are removed together.
     """
     a, block, count = op.input(0), op.get("block_size"), -(-op.get("K") // op.get("block_size"))
     shared = _blocks_of_a_byte(op, count)
@@ -251,10 +260,11 @@ def matmul_nbits(op: Op) -> None:
 
 
 _IN_BLOCKS = "packs its weights in blocks along this axis"
+"""Reason for freezing K where blocks cannot be removed."""
 
 
 def _blocks_of_a_byte(op: Op, blocks: int) -> int:
-    """How many of the blocks along K share an element of the zero points; 0 if some byte is not full."""
+    """Return the number of blocks along K that share a byte of the zero points; 0 if some byte is not full."""
     stored = math.prod(op.input(3).shape) if op.has(3) else op.get("N") * blocks
     shared = op.get("N") * blocks // max(1, stored)
     return shared if shared * stored == op.get("N") * blocks and blocks % max(1, shared) == 0 else 0
@@ -279,7 +289,7 @@ def _packed(op: Op, tensor: Tensor, rows: Axis, blocks: Axis) -> None:
 
 
 def stacked_product(op: Op, a: Tensor, b: Tensor, transposed: tuple[bool, bool] = (False, False)) -> None:
-    """MatMul of two tensors. In a product of two activations, as in attention, batch axes are heads."""
+    """Follow MatMul of two tensors; the batch axes of a product of two activations, as in attention, are heads."""
     out = matrix_product(op, a, b, transposed)
     if not a.is_constant and not b.is_constant:
         for axis in out[: max(a.rank, b.rank) - 2]:
@@ -289,7 +299,7 @@ def stacked_product(op: Op, a: Tensor, b: Tensor, transposed: tuple[bool, bool] 
 
 
 def matrix_product(op: Op, a: Tensor, b: Tensor, transposed: tuple[bool, bool] = (False, False)) -> list[Axis]:
-    """Sum over the columns of A and the rows of B, numpy's rules for vectors included; the axes of the result."""
+    """Contract the columns of A with the rows of B, by numpy's rules for vectors, and return the axes of the result."""
     if a.rank == 0 or b.rank == 0:
         raise GiveUp(f"{op.name} multiplies a scalar")
     i, j = _summed(a, is_last=not transposed[0]), _summed(b, is_last=transposed[1])
@@ -301,19 +311,19 @@ def matrix_product(op: Op, a: Tensor, b: Tensor, transposed: tuple[bool, bool] =
 
 
 def _summed(tensor: Tensor, *, is_last: bool) -> int:
-    """Which axis of a matrix is summed over, counted from the end: a vector has one only."""
+    """Return the axis of a matrix or vector that is summed over, counted from the end."""
     return -1 if is_last or tensor.rank == 1 else -2
 
 
 def _per_column(op: Op, column: Axis, slots: Sequence[int]) -> None:
-    """Numbers for each column of a matrix: a vector, or (…, 1, columns)."""
+    """Unite the columns of a matrix with inputs of one number per column: a vector, or (…, 1, columns)."""
     for slot in slots:
         for back, axis in enumerate(reversed(op.axes(slot))):
             _one_each(op, axis, column if back == 0 else None)
 
 
 def _per_row(op: Op, a: Tensor, slots: Sequence[int]) -> None:
-    """Numbers for each row of a matrix: a vector, or (…, rows, 1)."""
+    """Unite the rows of a matrix with inputs of one number per row: a vector, or (…, rows, 1)."""
     for slot in slots:
         for place, axis in enumerate(axes := op.axes(slot)):
             is_row = a.rank > 1 and place == max(0, len(axes) - 2)
@@ -321,7 +331,7 @@ def _per_row(op: Op, a: Tensor, slots: Sequence[int]) -> None:
 
 
 def _one_each(op: Op, axis: Axis, counted: Axis | None) -> None:
-    """An axis of numbers that has one for each index of another axis, or one for all."""
+    """Unite an axis with another if it has one number per index of it, instead of a single one."""
     op.accounted.append(axis)
     if len(axis) > 1:
         if counted is None:
@@ -331,7 +341,7 @@ def _one_each(op: Op, axis: Axis, counted: Axis | None) -> None:
 
 @rule("Einsum")
 def einsum(op: Op) -> None:
-    """Axes of one letter are one axis; letters that the result lacks are summed over."""
+    """Unite axes with the same letter; letters missing in the result are summed over."""
     equation = str(op.get("equation")).replace(" ", "")
     left, arrow, right = equation.partition("->")
     terms = left.split(",")
@@ -361,7 +371,7 @@ def einsum(op: Op) -> None:
 
 
 def _letters(term: str, tensor: Tensor) -> tuple[list[tuple[str, int]], list[Axis]]:
-    """(letter, place of its axis) pairs of one operand, and the axes that its ellipsis stands for."""
+    """Return (letter, number of its axis) pairs of one operand, and the axes of its ellipsis."""
     axes = tensor.axes or []
     before, dots, after = term.partition("...")
     if not dots and len(before) != len(axes):
@@ -380,7 +390,7 @@ def _join(op: Op, pairs: list[tuple[Tensor, int]]) -> Axis:
 
 
 def _sum_over(op: Op, pairs: list[tuple[Tensor, int]]) -> None:
-    """Sum over a letter; an operand that has one index of it gives the same factor to all."""
+    """Record the sum over a letter; an operand of size one along it multiplies all indices alike."""
     wide = [(tensor, place) for tensor, place in pairs if len(tensor[place]) > 1]
     if wide:
         op.multiply_and_sum(*wide)

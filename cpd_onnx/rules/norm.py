@@ -1,4 +1,4 @@
-"""Normalisations: parameters follow the axis that they scale; statistics over channels depend on which are there."""
+"""Rules of normalisations: parameters follow the axis they scale; statistics over channels depend on their number."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cpd_onnx.rules.elementwise import MICROSOFT, broadcast, freeze_rest, per_ch
 
 @rule("BatchNormalization")
 def batch_norm(op: Op) -> None:
-    """Four vectors on axis 1; before opset 9 perhaps four tensors with a number for each element of a sample."""
+    """Scale axis 1 by four vectors; before opset 9, optionally by four tensors of the shape of a sample."""
     x = op.input(0)
     if op.opset < 9 and op.get("spatial", 1) == 0:
         for slot in range(1, 5):
@@ -30,7 +30,7 @@ def batch_norm(op: Op) -> None:
 
 
 def _is_training(op: Op) -> bool:
-    """Whether a BatchNormalization takes its statistics from the batch."""
+    """Return whether a BatchNormalization takes its statistics from the batch."""
     if op.opset >= 14:
         return bool(op.get("training_mode", 0))
     return op.get("is_test", 0) == 0 if op.opset < 7 else any(t.value.name for t in op.outputs[1:])
@@ -38,7 +38,7 @@ def _is_training(op: Op) -> bool:
 
 @rule("InstanceNormalization")
 def instance_norm(op: Op) -> None:
-    """Two vectors on axis 1; statistics over all axes behind it, which may hold channels (a lowered GroupNorm)."""
+    """Scale axis 1 by two vectors; statistics are over later axes, which may hold channels (a lowered GroupNorm)."""
     x = op.input(0)
     per_channel(op, x[1], (1, 2))
     for axis in (x.axes or [])[2:]:
@@ -48,7 +48,7 @@ def instance_norm(op: Op) -> None:
 
 @rule("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 def layer_norm(op: Op) -> None:
-    """Statistics over the axes from `axis` on; scale and bias broadcast from the right."""
+    """Normalise over the axes from `axis` on; scale and bias broadcast from the right."""
     x = op.input(0)
     first = op.get("axis", -1) % max(1, x.rank)
     _normalise_last(op, x, first, range(1, len(op.inputs)))
@@ -70,7 +70,7 @@ def skip_layer_norm(op: Op) -> None:
 
 @rule("EmbedLayerNormalization", domain=MICROSOFT)
 def embed_layer_norm(op: Op) -> None:
-    """Sum of word, position and segment embeddings, then LayerNormalization."""
+    """LayerNormalization of the sum of word, position and segment embeddings."""
     ids, word = op.input(0), op.input(2)
     for slot in (2, 3, 4):
         if op.has(slot):
@@ -87,13 +87,13 @@ def embed_layer_norm(op: Op) -> None:
 
 @rule("GroupNormalization")
 def group_norm(op: Op) -> None:
-    """Channels are groups x members; scale and bias are per group (opset 18) or per channel."""
+    """Split the channels into groups; scale and bias are per group (opset 18) or per channel."""
     _group_norm(op, 1, "num_groups")
 
 
 @rule("GroupNorm", domain=MICROSOFT)
 def group_norm_channels_last(op: Op) -> None:
-    """As GroupNormalization; channels may come last."""
+    """GroupNormalization with the channels last or on axis 1."""
     _group_norm(op, -1 if op.get("channels_last", 1) else 1, "groups")
 
 
@@ -120,7 +120,7 @@ def lp_norm(op: Op) -> None:
 
 @rule("MeanVarianceNormalization")
 def mean_variance(op: Op) -> None:
-    """Statistics over some axes."""
+    """Normalise over the axes that the node names."""
     x = op.input(0)
     for axis in op.get("axes", [0, 2, 3]):
         op.reduce(x[axis])
@@ -129,7 +129,7 @@ def mean_variance(op: Op) -> None:
 
 @rule("LRN")
 def lrn(op: Op) -> None:
-    """Each channel is divided by its neighbours: their order matters."""
+    """Divide each channel by its neighbours: their order matters."""
     x = op.input(0)
     op.freeze(x[1], "mixes neighbouring channels")
     op.set(x.axes or [])

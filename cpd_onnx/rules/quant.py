@@ -1,18 +1,16 @@
-"""Quantisation: scales and zero points follow the axis that they scale."""
+"""Rules of quantisation: scales and zero points follow the axis they scale."""
 
 from __future__ import annotations
 
-from cpd_onnx.rules.api import BLOCK_BYTES, TABLE_ROWS, GiveUp, Op, rule
+from cpd_onnx.rules.api import BLOCK_BYTES, FLOATS, TABLE_ROWS, GiveUp, Op, rule
 from cpd_onnx.rules.elementwise import MICROSOFT, broadcast, freeze_rest
 from cpd_onnx.rules.linear import stands_for
-
-_FLOATS = {1, 10, 11, 16}
 
 
 @rule("QuantizeLinear", "DequantizeLinear")
 @rule("QuantizeLinear", "DequantizeLinear", domain=MICROSOFT)
 def linear(op: Op) -> None:
-    """One scale for all, one per index of an axis, or one per block of an axis."""
+    """Scale by a single number, by one per index of an axis, or by one per block of an axis."""
     x = op.input(0)
     axis = op.get("axis", 1)
     for slot in (1, 2):
@@ -25,7 +23,7 @@ def linear(op: Op) -> None:
             op.unite(vector[0], x[axis])
         else:
             op.accounted.extend(vector.axes or [])
-    if op.outputs[0].value.dtype in _FLOATS:
+    if op.outputs[0].value.dtype in FLOATS:
         stands_for(op, x, 1, 2, axis)
     op.set(x.axes or [])
 
@@ -42,7 +40,7 @@ def _blocked(op: Op, slot: int, axis: int) -> None:
 
 @rule("GatherBlockQuantized", domain=MICROSOFT)
 def gather_block_quantized(op: Op) -> None:
-    """Rows of a table whose last axis is quantised in blocks, several numbers to a byte: it shrinks block by block."""
+    """Look up rows of a table whose last axis is quantised in blocks, packed in bytes: it shrinks block by block."""
     x, indices, scales = op.input(0), op.input(1), op.input(2)
     rows, axis = op.get("gather_axis", 0) % x.rank, op.get("quantize_axis", 1) % x.rank
     if (rows, axis, x.rank) != (0, 1, 2):
@@ -66,7 +64,7 @@ def gather_block_quantized(op: Op) -> None:
 
 @rule("DynamicQuantizeLinear")
 def dynamic(op: Op) -> None:
-    """One scale from the minimum and maximum of all elements."""
+    """Quantise with one scale, from the minimum and maximum of all elements."""
     x = op.input(0)
     for axis in x.axes or []:
         op.reduce(axis)
@@ -78,7 +76,7 @@ def dynamic(op: Op) -> None:
 @rule("Quant", "BipolarQuant", domain="onnx.brevitas")
 @rule("Quant", "BipolarQuant", domain="qonnx.custom_op.general")
 def brevitas(op: Op) -> None:
-    """Fake quantisation; scale and zero point broadcast against the tensor."""
+    """Quantise and dequantise; scale and zero point broadcast against the tensor."""
     x = op.input(0)
     if any(tensor is not None and tensor.axes is None for tensor in op.inputs):
         raise GiveUp(f"a shape of {op.name} is not known")

@@ -1,4 +1,4 @@
-"""LSTM, GRU and RNN: gate blocks are stacked on one axis, the hidden size runs through all of them."""
+"""Rules of LSTM, GRU and RNN: the blocks of all gates share the hidden units."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from cpd_onnx.rules.elementwise import MICROSOFT
 from cpd_onnx.rules.linear import stands_for
 
 _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+"""Number of gates of each operator (ONNX specification): blocks on the first axis of its weights."""
 
 
 @rule("LSTM", "GRU", "RNN")
 def recurrent(op: Op) -> None:
-    """Unite the hidden units of W, R, B, P, the initial states and the outputs; gates and directions stay."""
+    """Unite the hidden units of W, R, B, P, the initial states and the outputs; gates and directions are frozen."""
     gates = _GATES[op.scope.nodes[op.position].op_type]
     x, w, r = op.input(0), op.input(1), op.input(2)
     hidden = op.atoms.fresh(r.shape[2])
@@ -42,9 +43,9 @@ def recurrent(op: Op) -> None:
     state = [batch, directions, hidden] if batch_first else [directions, batch, hidden]
     op.set(state, 1)
     op.set(state, 2)
-    rounds = float(len(sequence) * len(batch) * w.shape[0])
-    op.cost(rounds, w[1], w[2])
-    op.cost(rounds, r[1], r[2])
+    steps = float(len(sequence) * len(batch) * w.shape[0])
+    op.cost(steps, w[1], w[2])
+    op.cost(steps, r[1], r[2])
 
 
 def _gated(op: Op, tensor: Tensor, blocks: int, hidden: Axis) -> None:
@@ -60,7 +61,7 @@ def _state(op: Op, tensor: Tensor, batch: Axis, hidden: Axis, *, batch_first: bo
 
 @rule("DynamicQuantizeLSTM", domain=MICROSOFT)
 def quantized_lstm(op: Op) -> None:
-    """As LSTM with integer W (directions, in, 4 x hidden) and R, and scales and zero points behind the peepholes."""
+    """LSTM with integer W (directions, in, 4 x hidden) and R, and scales and zero points after the peepholes."""
     x, w, r = op.input(0), op.input(1), op.input(2)
     hidden = op.atoms.fresh(r.shape[1])
     gates = op.atoms.stretched(hidden, len(hidden) * 4)
@@ -93,13 +94,13 @@ def quantized_lstm(op: Op) -> None:
     op.set([x[0], directions, x[1], hidden])
     op.set([directions, x[1], hidden], 1)
     op.set([directions, x[1], hidden], 2)
-    rounds = float(x.shape[0] * x.shape[1] * w.shape[0])
-    op.cost(rounds, w[1], w[2])
-    op.cost(rounds, r[1], r[2])
+    steps = float(x.shape[0] * x.shape[1] * w.shape[0])
+    op.cost(steps, w[1], w[2])
+    op.cost(steps, r[1], r[2])
 
 
 def _scales(op: Op, gates: Axis) -> None:
-    """Scales and zero points of both matrices: per direction, or per direction and column."""
+    """Unite or freeze the scales and zero points of both matrices: per direction, or per direction and column."""
     for slot in range(8, 12):
         for axis in op.axes(slot):
             if len(axis) == len(gates):

@@ -1,4 +1,4 @@
-"""Operators that reduce over axes, slide along them, or choose by value."""
+"""Rules of operators that reduce over axes, slide along them, or select by value."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from cpd_onnx.rules.elementwise import MICROSOFT, freeze_rest
 from cpd_onnx.shapes.values import Value
 
 _ONE = np.zeros(1, np.int64)
+"""A frozen axis of size one."""
 
 
-def _in_alike_images(counted: Value | None, made: Value | None) -> bool:
-    """Whether an output has images as large as those in which positions were counted, if they were in any."""
+def _has_equal_images(counted: Value | None, output: Value | None) -> bool:
+    """Return whether an output has images of the same size as those that positions count through, if any."""
     if counted is None:
         return True
-    if counted.sizes is None or made is None or made.sizes is None:
+    if counted.sizes is None or output is None or output.sizes is None:
         return False
-    return counted.sizes[2:] == made.sizes[2:]
+    return counted.sizes[2:] == output.sizes[2:]
 
 
 POSITION_USERS: dict[tuple[str, int], Callable[[Value | None, Value | None], bool]] = {
-    ("MaxUnpool", 1): _in_alike_images,
-    ("Shape", 0): lambda counted, made: True,
+    ("MaxUnpool", 1): _has_equal_images,
+    ("Shape", 0): lambda counted, output: True,
 }
-"""Operators and slots that take positions, and whether they count along the same axes as those who made them, or do not
-care: by what the positions are in, and the first output."""
+"""Uses of positions, by (operator, input slot), with a function that returns whether the positions remain valid there.
+It takes the tensor whose images they count through (None for positions on the axis alone), and the first output."""
 
 
 @rule(
@@ -37,7 +38,7 @@ care: by what the positions are in, and the first output."""
     "ReduceSum", "ReduceSumSquare",
 )  # fmt: skip  # a table
 def reduction(op: Op) -> None:
-    """Reduced axes end here, the others pass."""
+    """Reduce some axes; the others pass."""
     x = op.input(0)
     axes = axes_operand(op.call, [op.static_operand(1)] if op.has(1) else [])
     if not axes and op.get("noop_with_empty_axes", 0):
@@ -53,7 +54,7 @@ def reduction(op: Op) -> None:
 
 @rule("Det")
 def determinant(op: Op) -> None:
-    """One number for each matrix, none of whose rows and columns can go; the axes before them pass."""
+    """Freeze the rows and columns of the matrices; the axes before them pass."""
     axes = op.input(0).axes or []
     for axis in axes[-2:]:
         op.freeze(axis, "takes the determinant over this axis")
@@ -62,7 +63,7 @@ def determinant(op: Op) -> None:
 
 @rule("ArgMax", "ArgMin")
 def argument(op: Op) -> None:
-    """The result is an index: the axis must stay."""
+    """Freeze the axis, which the result is a position on."""
     x = op.input(0)
     axis = op.get("axis", 0) % x.rank
     op.freeze(x[axis], "returns positions on this axis")
@@ -73,7 +74,7 @@ def argument(op: Op) -> None:
 
 @rule("Softmax", "LogSoftmax", "Hardmax")
 def softmax(op: Op) -> None:
-    """A distribution over the axis; below opset 13 over all axes from it on."""
+    """Normalise to a distribution over the axis; below opset 13 over all axes from it on."""
     x = op.input(0)
     old = op.opset < 13
     first = op.get("axis", 1 if old else -1) % max(1, x.rank)
@@ -83,7 +84,7 @@ def softmax(op: Op) -> None:
 
 @rule("CumSum", "CumProd")
 def cumulative(op: Op) -> None:
-    """Order along the axis matters."""
+    """Accumulate along the axis, whose order matters."""
     x, axis = op.input(0), op.static_operand(1)
     op.freeze(x[int(axis.item()) if axis is not None else 0], "runs along this axis in order")
     op.set(x.axes or [])
@@ -91,7 +92,7 @@ def cumulative(op: Op) -> None:
 
 @rule("TopK")
 def top_k(op: Op) -> None:
-    """Choose along one axis, which must stay."""
+    """Select along one axis, which is frozen."""
     x = op.input(0)
     axis = op.get("axis", -1) % x.rank
     op.freeze(x[axis], "chooses along this axis")
@@ -108,7 +109,7 @@ def top_k(op: Op) -> None:
 
 @rule("MaxPool", "AveragePool", "LpPool")
 def pool(op: Op) -> None:
-    """Slide over the spatial axes; batch and channels pass. Indices of maxima count through all axes."""
+    """Slide over the spatial axes; batch and channels pass. Positions of maxima count through all axes."""
     _slide(op)
     if len(op.outputs) > 1 and op.outputs[1].value.name:
         op.positions(op.input(0)[1], 1, op.input(0).value)
@@ -116,7 +117,7 @@ def pool(op: Op) -> None:
 
 @rule("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
 def global_pool(op: Op) -> None:
-    """Reduce all axes behind the second (which may hold channels: tf2onnx writes LayerNorm so)."""
+    """Reduce all axes after the second, which may hold channels (LayerNorm as exported by tf2onnx)."""
     x = op.input(0)
     for axis in (x.axes or [])[2:]:
         op.reduce(axis)
@@ -125,7 +126,7 @@ def global_pool(op: Op) -> None:
 
 @rule("QLinearGlobalAveragePool", domain=MICROSOFT)
 def quantized_global_pool(op: Op) -> None:
-    """As GlobalAveragePool; channels may come last."""
+    """GlobalAveragePool with the channels last or on axis 1."""
     x = op.input(0)
     freeze_rest(op, 1)
     last = op.get("channels_last", 0)
@@ -137,7 +138,7 @@ def quantized_global_pool(op: Op) -> None:
 
 @rule("MaxUnpool")
 def max_unpool(op: Op) -> None:
-    """Values go back to where their maxima were; the indices share batch and channels with the values."""
+    """Write values to the positions of their maxima; the positions share batch and channels with the values."""
     x, indices = op.input(0), op.input(1)
     for axis, (left, right) in enumerate(zip(x.axes or [], indices.axes or [], strict=True)):
         op.unite(left, right)
@@ -152,7 +153,7 @@ def max_unpool(op: Op) -> None:
 
 @rule("GridSample")
 def grid_sample(op: Op) -> None:
-    """Sample the spatial axes at the places of a grid (N, …, coordinates)."""
+    """Sample the spatial axes at the coordinates of a grid (N, …, coordinates)."""
     x, grid = op.input(0), op.input(1)
     op.freeze_all((grid.axes or [])[1:], "takes the grid as a whole")
     op.unite(x[0], grid[0])
@@ -161,7 +162,7 @@ def grid_sample(op: Op) -> None:
 
 @rule("RoiAlign", "MaxRoiPool")
 def roi(op: Op) -> None:
-    """Cut regions out of the spatial axes; channels pass."""
+    """Pool regions of the spatial axes; channels pass."""
     x = op.input(0)
     why = "cuts regions out of this axis"
     op.freeze(x[0], why)
@@ -170,7 +171,7 @@ def roi(op: Op) -> None:
 
 
 def _slide(op: Op) -> None:
-    """Pools; an axis along which the window is one index wide passes."""
+    """Set the outputs of a pool; an axis passes if window and stride are one along it."""
     x, shape = op.input(0), op.sizes()
     windows = zip(*(op.get(name) or [1] * (x.rank - 2) for name in ("kernel_shape", "strides")), strict=True)
     spatial = [
@@ -182,6 +183,6 @@ def _slide(op: Op) -> None:
 
 
 def _output_spatial(op: Op, why: str) -> list[Axis]:
-    """Freeze the spatial axes of the first input; those of the output, with the same reasons."""
+    """Freeze the spatial axes of the first input, and return those of the output with the same reasons."""
     x, shape = op.input(0), op.sizes()
     return [op.along(x[i], shape[i], why) for i in range(2, x.rank)]

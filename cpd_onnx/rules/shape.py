@@ -1,4 +1,4 @@
-"""Operators that give the same elements other axes: reshaping, permuting, joining, splitting."""
+"""Rules of operators that rearrange axes: reshaping, permuting, concatenating, splitting."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 
 from cpd_onnx.algebra.atoms import Axis, is_uniform
+from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.ops.sizes import divided, floor, is_constant, product
-from cpd_onnx.rules.api import DROP, GiveUp, Keep, Op, Tensor, rule
+from cpd_onnx.rules.api import DROP, GiveUp, Op, Tensor, rule
 from cpd_onnx.rules.elementwise import MICROSOFT, freeze_rest
 from cpd_onnx.shapes.values import Value
 
 
 @rule("Reshape")
 def reshape(op: Op) -> None:
-    """Runs of axes with equal product match; each run is merged and split again."""
+    """Merge and split runs of axes whose products of sizes match on both sides."""
     out = regroup(op)
     if "shape" in op.call.attributes:
         op.use_size(
@@ -34,16 +35,16 @@ def reshape(op: Op) -> None:
 
 @rule("Flatten", "Unsqueeze")
 def reshape_freely(op: Op) -> None:
-    """As Reshape, with nothing that names a size."""
+    """Reshape without an operand that names a size."""
     op.freeze_operands(1)
     op.set(regroup(op))
 
 
 @rule("Squeeze")
 def squeeze(op: Op) -> None:
-    """As Reshape. Without axes all of size one go: they are written down once another axis shrinks to one.
+    """Remove axes of size one. Where the node names none, they are named once another axis shrinks to one.
 
-    They cannot be where an axis of open size may be one too: then two indices of each axis stay.
+    That is impossible where an axis of open size may be one, too: then two indices of each axis are frozen.
     """
     op.freeze_operands(1)
     out = regroup(op)
@@ -54,11 +55,11 @@ def squeeze(op: Op) -> None:
     if x.value.extents is not None:
         for axis in out:
             if not op.atoms.all_frozen(axis):
-                op.freeze(axis[[0, -1]], "would take this axis away if one index of it stayed")
+                op.freeze(axis[[0, -1]], "would remove this axis if only one index of it survived")
         return
     ones = [i for i, size in enumerate(x.shape) if size == 1]
 
-    def axes(keep: Keep, old: Any) -> Any:
+    def axes(keep: KeepMask, old: Any) -> Any:
         if all(keep.count(axis) > 1 for axis in out):
             return None
         return ones if op.opset < 13 else np.asarray(ones, np.int64)
@@ -67,7 +68,7 @@ def squeeze(op: Op) -> None:
 
 
 def regroup(op: Op) -> list[Axis]:
-    """Atoms of the output of a reshape."""
+    """Return the axes of the output of a reshape."""
     x, y = op.input(0), op.outputs[0].value
     if y.shapes is None or y.has_placeholder:
         raise GiveUp(f"the output shape of {op.name} is not known")
@@ -82,10 +83,9 @@ def regroup(op: Op) -> list[Axis]:
 
 
 def _freeze_what_differs(op: Op, x: Value, y: Value, axes: list[Axis], before: range, after: range) -> None:
-    """Freeze the axes of a run that is divided otherwise at other sizes of the inputs.
+    """Freeze the axes of a run whose division depends on the sizes of the inputs.
 
-    Where both sides are products of the same sizes in the same order, the places of the indices follow from these
-    whatever they are.
+    It does not where both sides are products of the same sizes in the same order.
     """
     if x.extents is None and y.extents is None:
         return
@@ -93,11 +93,11 @@ def _freeze_what_differs(op: Op, x: Value, y: Value, axes: list[Axis], before: r
     assert y.sizes is not None
     old, new = ([sizes[i] for i in places] for sizes, places in ((x.sizes, before), (y.sizes, after)))
     if not all(map(is_constant, (*old, *new))) and not _refine(old, new):
-        op.freeze_all(axes, "divides this axis otherwise at other sizes of the input")
+        op.freeze_all(axes, "divides this axis differently at other sizes of the input")
 
 
 def _refine(old: list[Any], new: list[Any]) -> bool:
-    """Whether two lists of sizes are products of one list of factors in order, numbers that meet apart."""
+    """Return whether two lists of sizes are products of one list of factors in order, up to constants at the ends."""
     left, right = [s for s in old[::-1] if s != 1], [s for s in new[::-1] if s != 1]
     while left and right:
         a, b = left.pop(), right.pop()
@@ -113,7 +113,7 @@ def _refine(old: list[Any], new: list[Any]) -> bool:
 
 
 def _runs(old: tuple[Sequence[int], ...], new: tuple[Sequence[int], ...]) -> list[tuple[range, range]]:
-    """The finest division of the axes into consecutive runs of equal size, under all bindings."""
+    """Return the finest division of the axes into consecutive runs of equal size, under all bindings."""
     runs, i, j = [], 0, 0
     while i < len(old[0]) or j < len(new[0]):
         start_i, start_j = i, j
@@ -129,7 +129,7 @@ def _runs(old: tuple[Sequence[int], ...], new: tuple[Sequence[int], ...]) -> lis
             if (left == right and i > start_i and j > start_j) or (i == len(old[0]) and j == len(new[0])):
                 break
         runs.append((range(start_i, i), range(start_j, j)))
-        # What is left on one side alone can only be axes of size one.
+        # The rest on one side alone can only be axes of size one.
         if i == len(old[0]) or j == len(new[0]):
             runs.append((range(i, len(old[0])), range(j, len(new[0]))))
             break
@@ -137,14 +137,14 @@ def _runs(old: tuple[Sequence[int], ...], new: tuple[Sequence[int], ...]) -> lis
 
 
 def _regroup_run(op: Op, axes: list[Axis], sizes: list[int]) -> list[Axis]:
-    """Merge `axes` and split the result into `sizes`; frozen axes at either end are never multiplied out."""
+    """Merge `axes` and split the result into `sizes`; frozen axes at either end are never expanded."""
     if len(axes) == len(sizes) == 1:
         return axes
     wide = [(k, s) for k, s in enumerate(sizes) if s != 1]
     axes = [a for a in axes if len(a) != 1]
-    made = {k: np.zeros(1, np.int64) for k, s in enumerate(sizes) if s == 1}
+    found = {k: np.zeros(1, np.int64) for k, s in enumerate(sizes) if s == 1}
     if not axes or math.prod(sizes) == 0:
-        return [made.get(k, op.frozen(s)) for k, s in enumerate(sizes)]
+        return [found.get(k, op.frozen(s)) for k, s in enumerate(sizes)]
     axes = _unrepeated(axes, [s for _, s in wide])
     inner, tail = _strip(op, axes[::-1], [s for _, s in wide][::-1])
     inner, tail = inner[::-1], tail[::-1]
@@ -152,18 +152,18 @@ def _regroup_run(op: Op, axes: list[Axis], sizes: list[int]) -> list[Axis]:
     core_axes, head = _strip(op, inner, core_sizes)
     flat = op.atoms.product(*core_axes) if core_axes else np.zeros(1, np.int64)
     parts = op.unmerge(flat, [core for core, _, _ in head])
-    for part, (_, before, cold), (_, after, cold_too), (k, _) in zip(parts, head, tail, wide, strict=True):
-        part = part if cold is None else cold
+    for part, (_, before, leading), (_, after, trailing), (k, _) in zip(parts, head, tail, wide, strict=True):
+        part = part if leading is None else leading
         part = op.atoms.stretched(part, len(part) * before) if before > 1 else part
         part = op.atoms.repeated(part, after) if after > 1 else part
-        made[k] = part if cold_too is None else cold_too
-    return [made[k] for k in range(len(sizes))]
+        found[k] = part if trailing is None else trailing
+    return [found[k] for k in range(len(sizes))]
 
 
 def _unrepeated(axes: list[Axis], sizes: list[int]) -> list[Axis]:
-    """Divide a last axis that repeats each index, as merging with frozen axes makes it, into what it was merged of.
+    """Split a last axis that repeats each index, the result of merging with frozen axes, into its factors.
 
-    GroupNorm as exporters write it merges channels with pixels; multiplied out they are many.
+    GroupNorm, as exporters write it, merges channels with pixels; expanding them would take much memory.
     """
     last = axes[-1]
     if len(last) > 1 and not is_uniform(last) and last[0] == last[1]:
@@ -177,29 +177,29 @@ def _unrepeated(axes: list[Axis], sizes: list[int]) -> list[Axis]:
 
 
 def _strip(op: Op, axes: list[Axis], sizes: list[int]) -> tuple[list[Axis], list[tuple[int, int, Axis | None]]]:
-    """Take the frozen axes at the front away from both sides.
+    """Remove the leading frozen axes from both sides of a reshape.
 
-    Returns the axes that are left, and for each output axis (size that is left, factor taken out of it, its frozen
-    atoms if nothing is left).
+    Returns the other axes, and for each output axis its remaining size, the factor removed from it, and its frozen
+    atoms if nothing remains.
     """
     first = next((i for i, axis in enumerate(axes) if not op.atoms.all_frozen(axis)), len(axes))
-    cold = math.prod(len(axis) for axis in axes[:first])
+    frozen = math.prod(len(axis) for axis in axes[:first])
     like = axes[0] if first else None
     axes = axes[first:]
     result: list[tuple[int, int, Axis | None]] = []
     for size in sizes:
-        if cold > 1 and cold % size == 0:
-            cold //= size
+        if frozen > 1 and frozen % size == 0:
+            frozen //= size
             assert like is not None
             result.append((1, 1, op.atoms.stretched(like, size)))
-        elif cold > 1 and size % cold == 0:
-            result.append((size // cold, cold, None))
-            cold = 1
+        elif frozen > 1 and size % frozen == 0:
+            result.append((size // frozen, frozen, None))
+            frozen = 1
         else:
-            if cold > 1:
+            if frozen > 1:
                 assert like is not None
-                axes = [op.atoms.stretched(like, cold), *axes]
-                cold = 1
+                axes = [op.atoms.stretched(like, frozen), *axes]
+                frozen = 1
             result.append((size, 1, None))
     return axes, result
 
@@ -214,7 +214,7 @@ def transpose(op: Op) -> None:
 
 @rule("DepthToSpace")
 def depth_to_space(op: Op) -> None:
-    """Each channel comes from a block of channels: interleaved (CRD) or strided (DCR)."""
+    """Each output channel comes from a block of channels: interleaved (CRD) or strided (DCR)."""
     x, block = op.input(0), op.get("blocksize") ** 2
     channels = op.atoms.fresh(x.shape[1] // block)
     crd = op.get("mode", "DCR") == "CRD"
@@ -224,20 +224,20 @@ def depth_to_space(op: Op) -> None:
 
 @rule("SpaceToDepth")
 def space_to_depth(op: Op) -> None:
-    """The channels, once for each place in a block."""
+    """Repeat the channels, once for each position in a block."""
     x, block = op.input(0), op.get("blocksize") ** 2
     op.set([x[0], op.atoms.stretched(x[1], len(x[1]) * block), *_spatial(op, x)])
 
 
 def _spatial(op: Op, x: Tensor) -> list[Axis]:
-    """Freeze the spatial axes and make those of the output."""
+    """Freeze the spatial axes, and return those of the output."""
     shape = op.sizes()
     return [op.along(x[i], shape[i], "moves blocks of this axis") for i in range(2, x.rank)]
 
 
 @rule("Concat")
 def concat(op: Op) -> None:
-    """Indices follow one another on one axis, the others unite."""
+    """Concatenate along one axis; the others unite."""
     join(op, [op.input(i) for i in range(len(op.inputs))])
 
 
@@ -250,7 +250,7 @@ def quantized_concat(op: Op) -> None:
 
 
 def join(op: Op, parts: Sequence[Tensor]) -> None:
-    """The output is the parts one after another along `axis`; their other axes unite."""
+    """Set the output to the concatenation of `parts` along `axis`; their other axes unite."""
     axis = op.get("axis", 1) % parts[0].rank
     out = list(parts[0].axes or [])
     for position in range(parts[0].rank):
@@ -264,7 +264,7 @@ def join(op: Op, parts: Sequence[Tensor]) -> None:
 
 @rule("Split")
 def split(op: Op) -> None:
-    """Consecutive pieces of one axis."""
+    """Split one axis into consecutive pieces."""
     x = op.input(0)
     axis = op.get("axis", 0) % x.rank
     op.freeze_operands(1)
@@ -287,16 +287,16 @@ def split(op: Op) -> None:
 
 
 def _record_pieces(op: Op, pieces: list[Axis]) -> None:
-    """Keep the sizes of the pieces right, and write them down once they are no longer what the default gives."""
+    """Record the sizes of the pieces, which are stored once they differ from the default."""
 
-    def default(keep: Keep) -> bool:
+    def default(keep: KeepMask) -> bool:
         counts = [keep.count(piece) for piece in pieces]
         if "num_outputs" not in op.call.attributes:
             return len(set(counts)) == 1
         chunk = -(-sum(counts) // len(counts))
         return all(c == min(chunk, sum(counts) - i * chunk) for i, c in enumerate(counts))
 
-    def sizes(keep: Keep, old: Any) -> Any:
+    def sizes(keep: KeepMask, old: Any) -> Any:
         counts = [keep.count(piece) for piece in pieces]
         if old is None and default(keep):
             return None

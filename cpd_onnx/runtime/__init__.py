@@ -1,1 +1,1 @@
-"""onnxruntime: sessions, inputs, runs in pieces, timing."""
+"""onnxruntime: sessions, inputs, partial runs, benchmarks."""

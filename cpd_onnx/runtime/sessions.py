@@ -1,4 +1,4 @@
-"""onnxruntime: sessions, inputs that fit a model, latency."""
+"""onnxruntime: sessions, inputs that a model accepts, latency."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from cpd_onnx.shapes.values import Folded, Value
 
 Feed: TypeAlias = dict[str, Array]
 Assignment: TypeAlias = dict[Term, int]
-"""Numbers for the symbols of a model's inputs."""
+"""Values of the symbols in the sizes of a model's inputs."""
 
 RUN_SECONDS = 600.0
-"""How long one run may take."""
+"""Time limit of one run in seconds (heuristic)."""
 
 _CPU = "CPUExecutionProvider"
 _OTHER_SIZES = (512, 576, 256, 224, 128, 64, 640, 16000, 1)
-"""Sizes of open dimensions that models insist on, commonest first."""
+"""Sizes of dynamic axes that models require, commonest first (from the models that this package was tested on)."""
 _MOST_FED = 1 << 26
-"""Elements of an input up to which another size is tried."""
+"""Maximum number of elements of an input for which another size is tried (heuristic)."""
 _MOST_HELD = 1 << 26
-"""Elements of any tensor up to which a size is tried."""
+"""Maximum number of elements of any tensor for which a size is tried (heuristic)."""
 
 
 def open_model(
@@ -46,9 +46,9 @@ def open_model(
     provider: str = _CPU,
     profile: Path | None = None,
 ) -> ort.InferenceSession:
-    """Load a model into onnxruntime, on the CPU unless another provider is named; `profile` is where a trace goes.
+    """Return a session of onnxruntime; `profile` is the path prefix of a trace.
 
-    Raises UnsupportedError if onnxruntime does not take the model, has no such provider, or cannot start it.
+    Raises UnsupportedError if onnxruntime rejects the model, has no such provider, or cannot start it.
     """
     if provider not in ort.get_available_providers():
         known = ", ".join(ort.get_available_providers())
@@ -56,23 +56,23 @@ def open_model(
     providers = list(dict.fromkeys([provider, _CPU]))
     try:
         session = precisely(
-            partial(_options, optimise, threads, profile), lambda said: _session(model, said, providers)
+            partial(_options, optimise, threads, profile), lambda options: _session(model, options, providers)
         )
     except Exception as error:  # onnxruntime raises classes of its own that share no base but Exception
         if not type(error).__module__.startswith("onnxruntime"):
             raise
         raise UnsupportedError(f"onnxruntime cannot run the model: {_first_line(error)}") from error
-    if provider not in session.get_providers():  # it falls back to the CPU in silence
-        raise UnsupportedError(f"onnxruntime lists provider {provider!r} but cannot start it: are its libraries there?")
+    if provider not in session.get_providers():  # onnxruntime silently falls back to the CPU
+        raise UnsupportedError(f"onnxruntime cannot start provider {provider!r}: are its libraries installed?")
     return session
 
 
 def precisely(
     options: Callable[[], ort.SessionOptions], make: Callable[[ort.SessionOptions], ort.InferenceSession]
 ) -> ort.InferenceSession:
-    """A session in which sums of products of eight-bit numbers do not saturate, on x86 processors without VNNI either.
+    """Return a session in which 8-bit dot products do not saturate, also on x86 processors without VNNI.
 
-    onnxruntime cannot widen the weights of every model for that; those are opened as they are.
+    onnxruntime cannot widen the weights of every model for that; other models are opened without it.
     """
     precise = options()
     precise.add_session_config_entry("session.x64quantprecision", "1")
@@ -86,7 +86,7 @@ def _options(optimise: bool, threads: int, profile: Path | None) -> ort.SessionO
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
-    # Threads of a session that has just run would spin on while the next one is measured.
+    # Otherwise, threads of one session would still be spinning while the next one is measured.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -113,20 +113,20 @@ def _session(
 
 
 class Runner(Protocol):
-    """What runs a model: a session of onnxruntime, or what takes its place."""
+    """A session of onnxruntime, or an object with the same method."""
 
     def run(self, names: None, feed: Any, limits: Any = None, /) -> Sequence[Any]:
         """All outputs."""
 
 
 def execute_all(session: Runner, feeds: Sequence[Mapping[str, Array]]) -> list[list[Array]]:
-    """All outputs for each of some inputs."""
+    """Return all outputs for each of several inputs."""
     at_once = getattr(session, "run_all", None)
     return at_once(feeds) if at_once is not None else [execute(session, feed) for feed in feeds]
 
 
 def execute(session: Runner, feed: Mapping[str, Array]) -> list[Array]:
-    """All outputs of one run.
+    """Return all outputs of one run.
 
     Raises UnsupportedError if the run fails, EndlessError if it takes longer than `RUN_SECONDS`.
     """
@@ -151,7 +151,7 @@ def _first_line(error: Exception) -> str:
 
 
 def random_feed(folded: Folded, seed: int = 0, binding: int = 0) -> Feed:
-    """Random inputs of the sizes that a binding of the symbols gives: normal floats, indices within their tables."""
+    """Return random inputs at one binding of the symbolic sizes: normal floats, and indices within their tables."""
     rng = np.random.default_rng(seed)
     feed: Feed = {}
     for info in folded.model.graph.input:
@@ -165,7 +165,7 @@ def random_feed(folded: Folded, seed: int = 0, binding: int = 0) -> Feed:
 
 
 def symbols_of(folded: Folded) -> dict[Term, bool]:
-    """The symbols of the inputs' sizes, and whether each is a batch."""
+    """Return the symbols in the sizes of the inputs, and whether each is a batch size."""
     found: dict[Term, bool] = {}
     for value in fed(folded):
         for axis, extent in enumerate(value.sizes or ()):
@@ -176,7 +176,7 @@ def symbols_of(folded: Folded) -> dict[Term, bool]:
 
 
 def fed(folded: Folded) -> Iterator[Value]:
-    """The inputs of a model that have no default."""
+    """Yield the inputs of a model without a default."""
     for info in folded.model.graph.input:
         value = folded.scope.values.get(info.name)
         if value is not None and value.weight is None:
@@ -184,10 +184,10 @@ def fed(folded: Folded) -> Iterator[Value]:
 
 
 def is_feasible(folded: Folded, assignment: Assignment) -> bool:
-    """Whether the model may be run at some sizes: no tensor is empty, and none takes memory without measure.
+    """Return whether a model can be run safely at some sizes: no tensor is empty or too large.
 
-    onnxruntime ends the process at a Reshape of an empty tensor; attention over the pixels of a large image asks for
-    terabytes.
+    onnxruntime terminates the process at a Reshape of an empty tensor, and attention over the pixels of a large image
+    allocates terabytes.
     """
     bindings = Bindings({term: (n,) for term, n in assignment.items()})
     values = [v for scope in folded.scope.walk() for v in scope.values.values()]
@@ -200,9 +200,9 @@ def is_feasible(folded: Folded, assignment: Assignment) -> bool:
 
 
 def working_feeds(folded: Folded, session: Runner, count: int = 2) -> Iterator[Feed]:
-    """Random inputs that the model accepts: where it fails at the usual sizes, others are tried.
+    """Yield random inputs that the model accepts: if it fails at the usual sizes, others are tried.
 
-    Raises UnsupportedError with onnxruntime's first complaint if it accepts none.
+    Raises UnsupportedError with the first error of onnxruntime if the model accepts none.
     """
     feed = random_feed(folded)
     try:
@@ -228,7 +228,7 @@ def working_feeds(folded: Folded, session: Runner, count: int = 2) -> Iterator[F
 
 
 def _resized(folded: Folded, name: str, array: Array, size: int) -> list[int]:
-    """The shape of an input with its open sizes, the batch apart, set to another size."""
+    """Return the shape of an input with its dynamic sizes, except the batch size, set to another size."""
     value = folded.scope.values[name]
     is_free = [not value.has_fixed(axis) and usual != folded.batch for axis, usual in enumerate(value.shape or ())]
     return [size if free else old for free, old in zip(is_free, array.shape, strict=True)]
@@ -239,7 +239,7 @@ def _again(folded: Folded, name: str, array: Array, rng: np.random.Generator) ->
 
 
 def random_array(folded: Folded, value: Value, shape: Sequence[int], rng: np.random.Generator) -> Array:
-    """An input at random: normal floats, indices within the table that they look up in, true.
+    """Return a random input: normal floats, indices within the table that they index, or True.
 
     Raises UnsupportedError for strings.
     """
@@ -254,16 +254,16 @@ def random_array(folded: Folded, value: Value, shape: Sequence[int], rng: np.ran
 
 
 def _index_limit(folded: Folded, value: Value) -> int:
-    """One more than the largest index that the input may hold; 2 where it is no index (a mask)."""
-    waiting, seen, limit = [value.name], {value.name}, 0
+    """Return the exclusive upper bound of an input's indices; 2 if it is not an index, such as a mask."""
+    waiting, visited, limit = [value.name], {value.name}, 0
     while waiting:
         name = waiting.pop()
         for use in folded.scope.consumers.get(name, []):
             node = use.scope.nodes[use.node]
             limit = _smaller(limit, _table_size(folded, node, name))
             if traits_of(node).carries_indices and node.input[0] == name:
-                waiting += [o for o in node.output if o not in seen]
-                seen.update(node.output)
+                waiting += [o for o in node.output if o not in visited]
+                visited.update(node.output)
     return limit or 2
 
 
@@ -282,7 +282,7 @@ def _table_size(folded: Folded, node: NodeProto, name: str) -> int:
 def latency_ratio(
     models: Sequence[Model], feed: Mapping[str, Array], *, seconds: float = 4.0, threads: int = 0
 ) -> list[float]:
-    """Median seconds of a run of each model, measured in interleaved rounds."""
+    """Return the median duration in seconds of a run of each model, measured in interleaved rounds."""
     sessions = [open_model(model, threads=threads) for model in models]
     return [float(np.median(taken)) for taken in interleaved(sessions, feed, seconds)]
 
@@ -290,11 +290,10 @@ def latency_ratio(
 def interleaved(
     sessions: Sequence[ort.InferenceSession], feed: Mapping[str, Array], seconds: float
 ) -> list[list[float]]:
-    """Seconds of each run of each session, in interleaved rounds of changing order, after three that do not count.
+    """Return the seconds of each run of each session, in interleaved rounds of random order after three warm-up runs.
 
-    At least ten rounds are run, and at most two thousand.
-
-    In a fixed order, what else the machine does in a rhythm would always meet the same model.
+    The number of rounds is 10 to 2000. In a fixed order, periodic load on the machine could always affect the same
+    session.
     """
     rng = np.random.default_rng(0)
     for session in sessions:

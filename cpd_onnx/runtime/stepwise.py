@@ -1,7 +1,6 @@
-"""Run a model piece by piece over some batches, so that weights can be changed on the way, or need not all be there.
+"""Partial runs of a model on several batches, so that weights can be changed in between, or loaded when needed.
 
-Each node runs once. Between two pieces the tensors that later nodes take are held, in memory as far as they fit into a
-limit and in files beyond it.
+Each node runs once. Tensors that later nodes need are held in memory up to a limit, and in files beyond it.
 """
 
 from __future__ import annotations
@@ -22,18 +21,19 @@ from cpd_onnx.shapes.order import all_inputs
 from cpd_onnx.shapes.values import Folded
 
 HELD_BYTES = 1 << 30
-"""Bytes of tensors that are held in memory."""
+"""Maximum number of bytes of tensors held in memory (heuristic)."""
 PIECE_BYTES = 1 << 26
-"""Bytes of weights that one piece of a large model has, if it is not a single node."""
+"""Maximum number of bytes of weights in one piece of a large model of several nodes (heuristic)."""
 _ENTERING_BYTES = 1 << 20
-"""Weights of a large model from this size on are inputs of their piece, which onnxruntime does not copy."""
+"""Size in bytes from which weights of a large model are inputs of their piece, which onnxruntime does not copy
+(heuristic)."""
 
 
 class Stepwise:
-    """A model on its way through its nodes, on all batches at once.
+    """A partial run of a model on all batches.
 
-    Weights are read when the piece that they are in runs. A copy of a model that has its nodes (a pruned one) goes in
-    the same steps as the original.
+    Weights are read when their piece runs. A copy of a model with the same nodes (a pruned one) can be run in the same
+    steps as the original.
     """
 
     def __init__(
@@ -46,15 +46,15 @@ class Stepwise:
         held_bytes: int = HELD_BYTES,
         entering_bytes: int | None = None,
     ) -> None:
-        """Stand before the first node.
+        """Start a run before the first node.
 
         Args:
-            folded: the original, whose order of nodes counts.
-            model: the original or a copy with other weights and sizes.
-            feeds: inputs, one dictionary for each batch.
-            wanted: tensors that are held until they are released as often as they are named here.
-            held_bytes: tensors beyond so many bytes go to files.
-            entering_bytes: weights from so many bytes on are inputs of the pieces instead of parts of them.
+            folded: The original, which determines the order of nodes.
+            model: The original or a copy with other weights and sizes.
+            feeds: Inputs, one dictionary for each batch.
+            wanted: Tensors that are held until they are released as often as they are listed here.
+            held_bytes: Maximum number of bytes of tensors in memory; others are held in files.
+            entering_bytes: Size from which weights are inputs of the pieces instead of initializers; None for none.
         """
         self._entering = entering_bytes
         self._scope, self._model = folded.scope, model
@@ -81,7 +81,7 @@ class Stepwise:
         return self._editor.node(self._scope, position)
 
     def after(self, position: int) -> None:
-        """Run all nodes up to and with the one at a position; nothing if they have been."""
+        """Run all nodes up to and including the one at a position that have not run yet."""
         if position < self._done:
             return
         piece = [p for p in range(self._done, position + 1) if not self._is_constant[p]]
@@ -97,11 +97,11 @@ class Stepwise:
         return self._wanted[name] > 0 or self._last.get(name, -1) >= self._done
 
     def tensor(self, name: str) -> list[Array]:
-        """What is wanted, or a later node takes: one array for each batch; do not write into them."""
+        """Return a held tensor as one array for each batch, which must not be modified."""
         return self._held[name]
 
     def release(self, name: str) -> None:
-        """A tensor is wanted once less."""
+        """Release a tensor once."""
         self._wanted[name] -= 1
 
     def _run(self, piece: Sequence[int], outputs: Sequence[str]) -> None:
@@ -117,10 +117,7 @@ class Stepwise:
             self._hold(name, arrays)
 
     def _part(self, piece: Sequence[int], outputs: Sequence[str]) -> tuple[Model, list[str], list[str]]:
-        """Some nodes as a model of their own, with all that is computed from weights.
-
-        Also the names of its inputs, and of the weights that enter as such.
-        """
+        """Return a model of some nodes with all computations from weights, its inputs, and the weights among these."""
         nodes: dict[int, NodeProto] = {}
         waiting, inputs, weights = list(piece), dict[str, None](), dict[str, None]()
         inside = set(piece)
@@ -160,10 +157,10 @@ class Stepwise:
         return self._entering is not None and values.nbytes >= self._entering and values.dtype.kind in "fiu"
 
     def _described(self, name: str) -> ValueInfoProto:
-        """Name and element type; the shape is what the arrays have."""
+        """Return name and element type of a tensor; the shape is that of the arrays."""
         value = self._scope.values.get(name)
         if value is None or value.dtype == TensorProto.UNDEFINED:
-            raise UnsupportedError(f"the model cannot be run piece by piece: {name!r} is no tensor of a known type")
+            raise UnsupportedError(f"the model cannot be run in pieces: {name!r} is not a tensor of a known type")
         return helper.make_tensor_value_info(name, value.dtype, None)
 
     def _hold(self, name: str, arrays: list[Array]) -> None:
@@ -174,22 +171,22 @@ class Stepwise:
 
 
 class Piecewise:
-    """A large model that is run piece by piece, each weight read when the piece that it is in runs.
+    """A large model that runs in pieces, with each weight read when its piece runs.
 
-    Takes the place of a session of onnxruntime, optimisations off.
+    It replaces a session of onnxruntime without optimizations.
     """
 
     def __init__(self, folded: Folded) -> None:
-        """Take the model."""
+        """Create a runner of a model."""
         self._folded = folded
         self._outputs = [output.name for output in folded.model.graph.output]
 
     def run(self, names: None, feed: Feed, limits: Any = None) -> list[Array]:
-        """All outputs."""
+        """Return all outputs."""
         return self.run_all([feed])[0]
 
     def run_all(self, feeds: Sequence[Feed]) -> list[list[Array]]:
-        """All outputs for each of some inputs, each weight read once for all of them."""
+        """Return all outputs for each of several inputs, reading each weight once."""
         model = self._folded.model
         steps = Stepwise(self._folded, model, feeds, self._outputs, entering_bytes=_ENTERING_BYTES)
         for position in self._ends():
@@ -197,7 +194,7 @@ class Piecewise:
         return [list(outputs) for outputs in zip(*(steps.tensor(name) for name in self._outputs), strict=True)]
 
     def _ends(self) -> Iterator[int]:
-        """The last nodes of the pieces."""
+        """Yield the last node of each piece."""
         model, nodes, taken = self._folded.model, self._folded.scope.nodes, 0
         for position, node in enumerate(nodes):
             weights = sum(model.lazy_array(name).nbytes for name in all_inputs(node) if model.has(name))
@@ -209,7 +206,7 @@ class Piecewise:
 
 
 def _in_file(array: Array) -> Array:
-    """The same array in a file without a name, which is gone with it."""
+    """Return the array mapped from an unnamed temporary file, which is deleted with it."""
     if not array.size:
         return array
     with tempfile.TemporaryFile() as file:

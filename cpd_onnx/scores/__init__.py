@@ -1,6 +1,6 @@
-"""What a channel is worth: the table of scores, and the scores in it."""
+"""Importance scores of channels: the table of score functions, and the functions in it."""
 
-from cpd_onnx.scores import activations, magnitude, reconstruction, taylor  # they enter their scores into the table
+from cpd_onnx.scores import activations, magnitude, reconstruction, taylor  # they register their score functions
 from cpd_onnx.scores.registry import SCORE_FUNCTIONS, ScoreContext, Scores, find_score_function, score, score_function
 
 __all__ = [

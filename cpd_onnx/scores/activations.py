@@ -1,10 +1,10 @@
-"""What each channel carries on data, from onnxruntime alone.
+"""Scores from the activations of each channel, with onnxruntime alone.
 
-A channel is looked at where it is consumed: at the inputs of the nodes that multiply it and sum over it, with weights
-or with another activation. Batch after batch is reduced to sums, so that memory does not grow with the data.
+A channel is measured where it is consumed: at the inputs of nodes that multiply it by weights or another activation
+and sum over it. Each batch is reduced to sums, so that memory does not grow with the data.
 
-Some consumers are not seen: those inside subgraphs and model-local functions, the state of a recurrent operator, and
-what a fused operator projects within itself. A group that nobody is seen to consume is scored by its weights.
+Some consumers cannot be observed: those inside subgraphs and model-local functions, the state of a recurrent operator,
+and projections inside a fused operator. Groups without an observed consumer are scored by their weights.
 """
 
 from __future__ import annotations
@@ -32,19 +32,20 @@ if TYPE_CHECKING:
     from cpd_onnx.scores.registry import ScoreContext
 
 CHUNK_BYTES = 1 << 28
-"""What the tensors that one run gives back may take together, one tensor at least."""
+"""Maximum size in bytes of the tensors that one run returns, if it is more than one (heuristic)."""
 _ITEM = 4
+"""Bytes of an element, taken for all types."""
 _LARGEST = float(np.finfo(np.float32).max)
-"""Of all scores, with room to add them up."""
+"""Upper bound of scores, low enough for sums of them to be finite in float64."""
 
 
 @dataclass(frozen=True, eq=False)
 class ChannelMoments:
-    """Of a tensor, for each index of one axis: over all other axes and all samples.
+    """Moments for each index of one axis of a tensor, over all other axes and all samples.
 
     Attributes:
-        energy: mean square. Integers have no zero of their own: of these it is the variance.
-        variance: mean square of the distance to the mean.
+        energy: Mean square; the variance for integers, whose zero is arbitrary.
+        variance: Variance.
     """
 
     energy: Scores
@@ -56,11 +57,11 @@ class Consumed:
     """One activation at the input of a node that multiplies it and sums over one of its axes.
 
     Attributes:
-        channels: the atoms of that axis; everything else has one entry for each.
-        own: what the activation is.
-        met: mean square of the other activations in the product; one where there are only weights.
-        absolute: what a unit is multiplied with at most: sum of absolute weights, root mean square of activations.
-        squares: sum of squared weights, mean square of activations.
+        channels: Atoms of that axis; all other attributes have one entry for each.
+        own: Moments of the activation.
+        met: Mean square of the other activations in the product; 1 if there are only weights.
+        absolute: Sum of absolute weights, or root mean square of activations, that each index is multiplied by.
+        squares: Sum of squared weights, or mean square of activations, that each index is multiplied by.
     """
 
     channels: Axis
@@ -71,53 +72,53 @@ class Consumed:
 
 
 Measure: TypeAlias = Callable[[Consumed], Scores]
-"""What one consumer says about the channels that it consumes."""
+"""Function from one consumer to scores of the channels that it consumes."""
 
 
 def energy(consumed: Consumed) -> Scores:
-    """Mean square, relative to that of all channels in the tensor; of two activations that meet, of their product."""
+    """Return the mean square relative to that of all channels in the tensor, or of the product of two activations."""
     product = consumed.own.energy * consumed.met
     return np.asarray(product / (product.mean() or 1.0))
 
 
 def reach(consumed: Consumed) -> Scores:
-    """Root mean square times the absolute weights that it meets.
+    """Return the root mean square times the absolute weights that multiply it.
 
-    The root mean square stands for the L2 norm of Wanda, which grows with the number of samples.
+    The root mean square replaces the L2 norm of Wanda, which grows with the number of samples.
     """
     return np.asarray(np.sqrt(consumed.own.energy) * consumed.absolute)
 
 
 def fluctuation(consumed: Consumed) -> Scores:
-    """Variance times the squared weights that it meets: what is left once a bias replaces the channel by its mean."""
+    """Return the variance times the squared weights: the error if a bias replaces the channel by its mean."""
     return consumed.own.variance * consumed.squares
 
 
 def summed(context: ScoreContext, measure: Measure) -> list[Scores]:
-    """Sum a measure over all consumers of each channel; L2 norm of the weights for groups that none is seen to consume.
+    """Return the sum of a measure over all consumers of each channel; the L2 norm for groups without any observed.
 
-    A composite index counts towards each of its parts: the d dimensions of a head make up the head's sum.
+    A composite index counts towards each of its parts: the score of a head is the sum over its dimensions.
 
     Raises:
-        DataError: the data does not fit the model, or holds no samples.
-        UnsupportedError: onnxruntime does not run the model.
+        DataError: The data does not fit the model, or contains no samples.
+        UnsupportedError: onnxruntime cannot run the model.
     """
     combed = context.combed
-    totals, is_seen = np.zeros(len(combed.atoms)), np.zeros(len(combed.atoms), np.bool_)
-    with np.errstate(over="ignore", invalid="ignore"):  # what overflows, or is no number, stays
+    totals, is_observed = np.zeros(len(combed.atoms)), np.zeros(len(combed.atoms), np.bool_)
+    with np.errstate(over="ignore", invalid="ignore"):  # infinity and NaN are replaced below
         for consumed in consumers(context):
             values = np.nan_to_num(measure(consumed), nan=_LARGEST, posinf=_LARGEST)
             parts = combed.atoms.parts(consumed.channels)
             for column in range(parts.shape[1]):
                 np.add.at(totals, parts[:, column], values)
-            is_seen[parts] = True
-    totals[NOTHING], is_seen[NOTHING] = 0.0, False
+            is_observed[parts] = True
+    totals[NOTHING], is_observed[NOTHING] = 0.0, False
     pairs = zip(combed.groups, l2(context), strict=True)
-    return [totals[g.channels] if is_seen[g.channels].any() else magnitude for g, magnitude in pairs]
+    return [totals[g.channels] if is_observed[g.channels].any() else magnitude for g, magnitude in pairs]
 
 
 def consumers(context: ScoreContext) -> Iterator[Consumed]:
-    """Every activation with channels that some node multiplies and sums over, as the samples show it.
+    """Yield every activation with channels that a node multiplies and sums over, with its moments on the samples.
 
     Raises as `summed`.
     """
@@ -135,15 +136,15 @@ def consumers(context: ScoreContext) -> Iterator[Consumed]:
 
 
 def _activations(product: Sequence[Factor]) -> list[Factor]:
-    """The factors that carry something: what depends on the inputs; else what is made of constants (of positions, say).
+    """Return the factors that depend on the inputs; if none does, those computed from constants, such as positions.
 
-    In a product with an activation, what is made of constants is a weight.
+    In a product with an activation, a factor computed from constants is a weight.
     """
     return [f for f in product if f.value.constants is None] or [f for f in product if not f.value.moved]
 
 
 def _is_visible(combed: Combed, value: Value) -> bool:
-    """Whether a graph output could show the value: it lies in the main graph and has a type and a shape."""
+    """Return whether the value can be made a graph output: it is in the main graph and has a type and a shape."""
     return combed.folded.scope.values.get(value.name) is value and bool(value.dtype) and value.shapes is not None
 
 
@@ -159,9 +160,9 @@ class _WeightFactor:
     axis: int
 
     def per_index(self, function: Callable[[Array], Array], count: int) -> Scores:
-        """Sums of a function of the values for each of `count` indices of the activation.
+        """Return sums of a function of the values for each of `count` indices of the activation.
 
-        A weight that works in groups has fewer: its first axis then is as many blocks.
+        The weight of a grouped operator has fewer indices: its first axis then consists of one block per group.
         """
         values, size = function(self.values.astype(np.float64)), self.values.shape[self.axis]
         groups = max(1, count // size)
@@ -172,7 +173,7 @@ class _WeightFactor:
 
 
 def _fitted(values: Scores, count: int) -> Scores:
-    """Index by index, but the mean where sizes differ: queries of several heads meet the keys of one."""
+    """Return the values, or their mean for all indices if sizes differ, as of the queries of heads that share keys."""
     return values if len(values) == count else np.full(count, values.mean())
 
 
@@ -182,7 +183,7 @@ _Side: TypeAlias = ChannelMoments | _WeightFactor | None
 def _side(
     combed: Combed, factor: Factor, moments: Mapping[tuple[Value, int], ChannelMoments], made: Mapping[Value, Array]
 ) -> _Side:
-    """What is known of a factor."""
+    """Return the weight or the moments of a factor, None if neither is known."""
     weight = combed.weight_of.get(factor.value)
     if weight is not None:
         return _WeightFactor(dequantized(combed, weight), factor.axis)
@@ -203,19 +204,19 @@ def _consumed(factor: Factor, own: ChannelMoments, others: Sequence[_Side]) -> C
     return Consumed(factor.atoms, own, met, absolute, squares)
 
 
-# What onnxruntime shows.
+# Observation in onnxruntime.
 
 
 @dataclass(eq=False)
 class _Sums:
-    """Of a tensor along one axis, over all batches so far."""
+    """Sums of a tensor along one axis over all batches so far."""
 
     count: int = 0
     total: Scores | float = 0.0
     squares: Scores | float = 0.0
 
     def add(self, array: Array, axis: int) -> None:
-        """Take one batch."""
+        """Add one batch."""
         size = array.shape[axis]
         rows = array.astype(np.float64).reshape(math.prod(array.shape[:axis]), size, -1)
         self.count += rows.shape[0] * rows.shape[2]
@@ -223,7 +224,7 @@ class _Sums:
         self.squares = self.squares + np.einsum("anb,anb->n", rows, rows)
 
     def moments(self, *, is_float: bool) -> ChannelMoments:
-        """What the sums come to."""
+        """Return the moments of all batches."""
         count = max(1, self.count)
         mean, energy = np.asarray(self.total) / count, np.asarray(self.squares) / count
         variance = np.maximum(energy - mean**2, 0.0)
@@ -231,7 +232,7 @@ class _Sums:
 
 
 def _observed(context: ScoreContext, factors: Sequence[Factor]) -> dict[tuple[Value, int], ChannelMoments]:
-    """Moments of the activations along the axes of the factors."""
+    """Return the moments of the activations along the axes of the factors."""
     values = {factor.value.name: factor.value for factor in factors}
     sums: dict[str, dict[int, _Sums]] = {name: {} for name in values}
     for factor in factors:
@@ -249,14 +250,14 @@ def _observed(context: ScoreContext, factors: Sequence[Factor]) -> dict[tuple[Va
 
 
 def _computed(context: ScoreContext, values: Sequence[Value]) -> dict[Value, Array]:
-    """Weights that the graph itself transposes or scales before they are used."""
+    """Return the values of weights that the graph transposes or scales before use."""
     named = {value.name: value for value in values}
     arrays = next(batches(context, list(named))) if named else {}
     return {named[name]: array for name, array in arrays.items()}
 
 
 def _chunks(context: ScoreContext, values: Sequence[Value]) -> Iterator[list[str]]:
-    """Names of values that may be held together."""
+    """Yield names of values that fit in memory together, see `CHUNK_BYTES`."""
     assert context.data is not None
     batch = calibration_batch(context.combed.folded.model.proto, context.data, context.samples)
     names, held = list[str](), 0
@@ -273,10 +274,7 @@ def _chunks(context: ScoreContext, values: Sequence[Value]) -> Iterator[list[str
 
 
 def batches(context: ScoreContext, names: Sequence[str]) -> Iterator[dict[str, Array]]:
-    """The named values on one batch after the other.
-
-    Raises DataError if there is no batch.
-    """
+    """Yield the named values of each batch; raises DataError if there is no batch."""
     model = context.combed.folded.model.copy()
     values = context.combed.folded.scope.values
     fed = {info.name for info in model.graph.input if not model.has(info.name)}
@@ -297,7 +295,7 @@ def batches(context: ScoreContext, names: Sequence[str]) -> Iterator[dict[str, A
     needs_data=True,
 )
 def activation(context: ScoreContext) -> list[Scores]:
-    """Energy at the inputs of the consumers, relative to the tensor's: what is zero there does nothing."""
+    """Return the energy at the inputs of the consumers relative to that of the tensor."""
     return summed(context, energy)
 
 
@@ -307,11 +305,11 @@ def activation(context: ScoreContext) -> list[Scores]:
     needs_data=True,
 )
 def wanda(context: ScoreContext) -> list[Scores]:
-    """Activations times the absolute weights that consume them."""
+    """Return the activations times the absolute weights that consume them."""
     return summed(context, reach)
 
 
 @score_function("variance", source="An et al., FLAP, AAAI 2024: weighted input feature variance", needs_data=True)
 def variance(context: ScoreContext) -> list[Scores]:
-    """Variance of the activations times the squared weights that consume them: a bias can do what is constant."""
+    """Return the variance of the activations times the squared weights: a bias replaces the constant part."""
     return summed(context, fluctuation)

@@ -1,4 +1,4 @@
-"""What each channel does to the loss, from gradients through the torch import."""
+"""Effect of each channel on the loss, from gradients through the imported torch module."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
     from cpd_onnx.scores.registry import ScoreContext
 
 _SMALLEST = 1e-7
-"""Probability below which one counts as this."""
+"""Lower bound of probabilities, which keeps their logarithms finite."""
 _TEMPERATURE = 4.0
-"""Softens distributions, as in distillation: a trained network is sure of most answers, and what it is sure of tells
-nothing."""
-_LOOKED_AT = 16
-"""Samples from which the nature of the outputs is seen."""
+"""Temperature that softens distributions, as in distillation (heuristic): trained networks are confident of most
+samples, and confident outputs have almost no gradient."""
+_INSPECTED = 16
+"""Number of samples from which the kind of each output is determined (heuristic)."""
 
 
 def changes(context: ScoreContext) -> Iterator[Scores]:
-    """For one sample after another, the sum of weight times gradient over each channel (each primitive atom).
+    """Yield, for each batch, the sum of weight times gradient over each channel (each primitive atom).
 
-    That is, to first order, minus what the loss changes by when the channel goes. The loss asks the model about an
-    answer that it gives itself, drawn as it is likely: so the mean square is the Fisher information, and no labels are
-    needed. With labels, it is the cross entropy with these.
+    To first order, that is the negative change of the loss when the channel is removed. The loss is the negative log
+    likelihood of an output drawn from the model's own distribution, so that the mean square is the Fisher information
+    and no labels are needed. With labels, it is their cross entropy.
 
     Raises:
-        DataError: the data does not fit the model, or has no labels where they are asked for.
-        UnsupportedError: the model cannot be imported into torch.
+        DataError: The data does not fit the model, or lacks labels that were requested.
+        UnsupportedError: The model cannot be imported into torch.
     """
     combed, source = context.combed, context.data
     assert source is not None
@@ -56,19 +56,19 @@ def changes(context: ScoreContext) -> Iterator[Scores]:
     generator = torch.Generator().manual_seed(context.seed)
     fixed = fixed_batch(inputs)
     size = fixed or 1
-    first = next(iter(source.batches(fixed or _LOOKED_AT, seed=context.seed)))
+    first = next(iter(source.batches(fixed or _INSPECTED, seed=context.seed)))
     with torch.no_grad():
-        seen = module(*(to_torch(first[entry.name]) for entry in inputs))
-    axes = [class_axis(answer) if kind_of(answer) == "kl" else None for answer in seen]
+        outputs = module(*(to_torch(first[entry.name]) for entry in inputs))
+    axes = [class_axis(output) if kind_of(output) == "kl" else None for output in outputs]
     batches = source.batches(size, seed=context.seed)
     for batch in itertools.islice(batches, max(1, context.samples // size)):
         module.zero_grad(set_to_none=True)
-        made = module(*(to_torch(batch[entry.name]) for entry in inputs))
-        answers = [(answer, axis) for answer, axis in zip(made, axes, strict=True) if answer.requires_grad]
+        outputs = module(*(to_torch(batch[entry.name]) for entry in inputs))
+        pairs = [(output, axis) for output, axis in zip(outputs, axes, strict=True) if output.requires_grad]
         if context.labels:
-            loss = _about_labels(answers, to_torch(batch[LABELS]) if LABELS in batch else None)
+            loss = _loss_of_labels(pairs, to_torch(batch[LABELS]) if LABELS in batch else None)
         else:
-            loss = torch.stack([about_itself(answer, axis, generator) for answer, axis in answers]).sum()
+            loss = torch.stack([loss_of_sampled(output, axis, generator) for output, axis in pairs]).sum()
         loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
         totals = np.zeros(len(combed.atoms))
         for weight in weights:
@@ -79,35 +79,35 @@ def changes(context: ScoreContext) -> Iterator[Scores]:
         yield totals
 
 
-def about_itself(answer: Tensor, axis: int | None, generator: torch.Generator) -> Tensor:
-    """Minus the logarithm of the likelihood of an answer drawn from what the model says, the mean over positions.
+def loss_of_sampled(output: Tensor, axis: int | None, generator: torch.Generator) -> Tensor:
+    """Return the negative log likelihood of targets sampled from the model's own output, the mean over positions.
 
-    Scores of classes, along `axis`, are a distribution over these; other numbers the means of normal distributions,
-    whose spread is that of the numbers.
+    Class scores along `axis` are a distribution over the classes; other numbers are the means of normal distributions
+    whose standard deviation is the root mean square of the numbers.
     """
     if axis is not None:
-        logs = _logarithms(answer, axis).movedim(axis, -1).flatten(0, -2)
+        logs = _logarithms(output, axis).movedim(axis, -1).flatten(0, -2)
         drawn = torch.multinomial(logs.detach().exp(), 1, generator=generator)
         return -logs.gather(1, drawn).mean()
-    values = answer.float()
+    values = output.float()
     noise = torch.randn(values.shape, generator=generator)
-    spread = values.detach().square().mean().sqrt().clamp(min=1e-12)
-    weighted: Tensor = (values * noise).sum() / spread / values.numel() ** 0.5
+    deviation = values.detach().square().mean().sqrt().clamp(min=1e-12)
+    weighted: Tensor = (values * noise).sum() / deviation / values.numel() ** 0.5
     return weighted
 
 
-def _logarithms(answer: Tensor, axis: int) -> Tensor:
-    """Logarithms of the softened probabilities that scores stand for."""
-    scores = answer.float()
-    if is_distribution(answer.detach(), axis):
+def _logarithms(output: Tensor, axis: int) -> Tensor:
+    """Return the logarithms of the softened class probabilities of an output."""
+    scores = output.float()
+    if is_distribution(output.detach(), axis):
         scores = scores.clamp(min=_SMALLEST).log()
     return (scores / _TEMPERATURE).log_softmax(axis)
 
 
-def _about_labels(answers: Sequence[tuple[Tensor, int | None]], labels: Tensor | None) -> Tensor:
+def _loss_of_labels(outputs: Sequence[tuple[Tensor, int | None]], labels: Tensor | None) -> Tensor:
     if labels is None:
-        raise DataError(f"labels are to count, but the data has no array {LABELS!r}")
-    for answer, axis in answers:
+        raise DataError(f"scoring by labels was requested, but the data has no array {LABELS!r}")
+    for output, axis in outputs:
         if axis is not None:
-            return label_loss(_logarithms(answer, axis), labels.long(), axis)
-    raise DataError("no output holds scores of classes that labels could be compared with")
+            return label_loss(_logarithms(output, axis), labels.long(), axis)
+    raise DataError("no output contains class scores to compare labels with")

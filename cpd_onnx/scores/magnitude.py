@@ -17,20 +17,20 @@ Summand: TypeAlias = Callable[[Array], Array]
 
 
 _BLOCK = 1 << 22
-"""Bytes of a weight that are looked at together."""
+"""Bytes of a weight that are processed at a time, which bounds temporary memory (heuristic)."""
 
 
 @score_function(
     "l1", source="Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, summed over the coupled layers"
 )
 def l1(context: ScoreContext) -> list[Scores]:
-    """Sum of absolute values."""
+    """Return the sum of absolute values of each channel's weights."""
     return _magnitudes(context.combed, np.abs)
 
 
 @score_function("l2", source="Fang et al., DepGraph, CVPR 2023: group magnitude")
 def l2(context: ScoreContext) -> list[Scores]:
-    """Root of the sum of squares."""
+    """Return the root of the sum of squares of each channel's weights."""
     return [np.sqrt(total) for total in _magnitudes(context.combed, np.square)]
 
 
@@ -38,7 +38,7 @@ def l2(context: ScoreContext) -> list[Scores]:
     "lamp", source="Lee et al., Layer-adaptive Sparsity for the Magnitude-based Pruning, ICLR 2021", is_loss=True
 )
 def lamp(context: ScoreContext) -> list[Scores]:
-    """Square over the sum of all squares in the group that are no smaller."""
+    """Return each channel's square divided by the sum of all squares in the group that are not smaller."""
     found = []
     for total in _magnitudes(context.combed, np.square):
         order = np.argsort(total, kind="stable")
@@ -53,7 +53,7 @@ def lamp(context: ScoreContext) -> list[Scores]:
     "bn", source="Liu et al., Learning Efficient Convolutional Networks through Network Slimming, ICCV 2017"
 )
 def batch_norm_scale(context: ScoreContext) -> list[Scores]:
-    """Sum of the absolute scales of the batch normalisations that a channel runs through; L2 where there is none."""
+    """Return the sum of absolute batch normalisation scales of each channel; the L2 norm for groups without any."""
     combed = context.combed
     totals = np.zeros(len(combed.atoms))
     for weight in combed.weights:
@@ -65,7 +65,7 @@ def batch_norm_scale(context: ScoreContext) -> list[Scores]:
 
 @score_function("fpgm", source="He et al., Filter Pruning via Geometric Median, CVPR 2019, over all coupled layers")
 def geometric_median(context: ScoreContext) -> list[Scores]:
-    """Sum of the distances to the other channels of the group: what is near the others can be said by them."""
+    """Return the sum of distances to the other channels of the group: a channel near the others is redundant."""
     found = []
     for group in context.combed.groups:
         squares = np.zeros((len(group), len(group)))
@@ -83,33 +83,33 @@ def geometric_median(context: ScoreContext) -> list[Scores]:
 
 @score_function("random", source="a baseline")
 def at_random(context: ScoreContext) -> list[Scores]:
-    """Anything."""
+    """Return random numbers."""
     generator = np.random.default_rng(context.seed)
     return [generator.random(len(group)) for group in context.combed.groups]
 
 
 def _magnitudes(combed: Combed, summand: Summand) -> list[Scores]:
-    """Sums over all matrices and kernels that a channel runs through; over vectors where a group has nothing else."""
+    """Return sums over all matrices and kernels of each channel; over its vectors if the group has nothing else."""
     matrices, vectors = (_summed(combed, summand, vectors=which) for which in (False, True))
     pairs = ((matrices[group.channels], vectors[group.channels]) for group in combed.groups)
     return [total if total.any() else rest for total, rest in pairs]
 
 
 def _summed(combed: Combed, summand: Summand, *, vectors: bool) -> Scores:
-    """The sum over all weights of one sort, per primitive atom."""
+    """Return the sum over all matrices and kernels, or over all vectors, per primitive atom."""
     totals = np.zeros(len(combed.atoms))
     for weight in combed.weights:
         if weight.is_trained and weight.is_vector == vectors and not weight.scope.function and _is_live(combed, weight):
             values = dequantized(combed, weight)
             for rows in _blocks(values):
-                with np.errstate(over="ignore", invalid="ignore"):  # what is no number stays, whatever else it is
+                with np.errstate(over="ignore", invalid="ignore"):  # NaN and infinity are kept
                     summed = summand(values[rows].astype(np.float32, copy=False))
                 add_per_channel(totals, combed, weight, summed, rows)
     return totals
 
 
 def _blocks(values: Array) -> Iterator[slice]:
-    """Rows that are looked at together: what is made of a large weight need not be as large."""
+    """Return the rows that are processed at a time, so that temporary arrays are small even for large weights."""
     step = max(1, _BLOCK * max(1, len(values)) // max(1, values.nbytes)) if values.ndim else 1
     return (slice(start, start + step) for start in range(0, len(values), step)) if values.ndim else iter([slice(None)])
 
@@ -119,13 +119,13 @@ def _is_live(combed: Combed, weight: Weight) -> bool:
 
 
 def add_per_channel(totals: Scores, combed: Combed, weight: Weight, values: Array, rows: slice = slice(None)) -> None:
-    """Add numbers in the shape of a weight, or of some rows of it, to the totals of the primitive atoms they lie on."""
+    """Add numbers in the shape of a weight, or of some of its rows, to the totals of their primitive atoms."""
     for axes in weight.axes:
         for place, whole in enumerate(axes):
             axis = whole[rows] if place == 0 else whole
             if combed.atoms.all_frozen(axis):
                 continue
-            # First the axes before, then those behind: so numpy runs along memory.
+            # The axes before are summed first, then those after: numpy then reads memory in order.
             size, behind = values.shape[place], math.prod(values.shape[place + 1 :])
             flat = values.reshape(-1, size * behind)
             per_index = (flat.sum(axis=0) if len(flat) > 1 else flat).reshape(size, behind).sum(axis=1)

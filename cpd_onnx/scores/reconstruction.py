@@ -1,12 +1,11 @@
-"""By how much least squares fails to make up for each channel, from onnxruntime alone.
+"""Error of the least-squares reconstruction without each channel, with onnxruntime alone.
 
-A channel is looked at where it is consumed: by weights that multiply it and sum. What their best fit loses when it
-goes, the others doing what they can, is a closed formula of the inputs' second moments: W' [(H^-1)cc]^-1 W, the optimal
-brain surgeon's (Hassibi and Stork 1992; for blocks of weights Frantar and Alistarh, NeurIPS 2022). Channels are taken
-away one after the other, the least first, and moments and weights follow; the errors are relative to the spread of
-what is computed there, or of the sum that it goes into, and are added up over all consumers of a channel. Groups that
-meet in a consumer (the branches of a concatenation) are taken apart together: each may be spared for the other's sake,
-both may not.
+A channel is measured where it is consumed: by weights that multiply it and sum. The error of their best fit without the
+channel has a closed form in the second moments H of the inputs: W' [(H^-1)cc]^-1 W, that of the optimal brain surgeon
+(Hassibi and Stork 1992; for blocks of weights Frantar and Alistarh, NeurIPS 2022). Channels are removed one after the
+other, the least important first, with moments and weights updated each time. Errors are relative to the variance of the
+consumer's output, or of the sum that it enters, and added over all consumers of a channel. Groups with a common
+consumer (the branches of a concatenation) are processed together, since each can replace the other, but not both.
 """
 
 from __future__ import annotations
@@ -35,53 +34,56 @@ if TYPE_CHECKING:
     from cpd_onnx.scores.registry import ScoreContext
 
 _RIDGE = 1e-3
+"""Regularization, as a fraction of the mean square of a feature (heuristic)."""
 _ROWS = 1 << 14
+"""Maximum number of rows from which moments are computed (heuristic)."""
 _STEPS = 48
-"""Steps in which a group is taken apart, at least; small ones go channel by channel."""
+"""Minimum number of steps in which channels are removed; small groups are processed channel by channel (heuristic)."""
 _BATCH = 32
+"""Number of samples in a run of the model."""
 _LEAST = 1e-6
-"""Share of what is computed that counts as nothing."""
+"""Fraction of the variance below which nothing of a signal is left, which keeps its logarithm finite."""
 
 
 @dataclass(eq=False)
 class _Consumer:
-    """Where channels are multiplied and summed.
+    """A weight, or another activation, by which channels are multiplied and summed.
 
     Attributes:
-        inverse: of the features' moments [groups, features, features].
-        matrix: what they are multiplied with [groups, features, outputs].
-        spread: variance of what is computed, or of the sum that it goes into, times its channels.
-        features: of each channel of each group, by its id [channels, features of one].
-        lost: share of the spread that is lost already.
+        inverse: Inverse of the moments of the features [groups, features, features].
+        matrix: Weights of the features [groups, features, outputs].
+        variance: Total variance of the output, or of the sum that it enters.
+        features: Features of each channel of each group, by its id [channels, features of one].
+        lost: Fraction of the variance that is lost already.
     """
 
     inverse: Matrix
     matrix: Matrix
-    spread: float
+    variance: float
     features: dict[int, Axis]
     lost: float = 0.0
 
     @property
     def left(self) -> float:
-        """Share of the spread that is computed still."""
+        """Fraction of the variance that remains."""
         return max(1.0 - self.lost, _LEAST)
 
     def losses(self, group: int, channels: Sequence[int]) -> Scores:
-        """What is lost with each of some channels, as a share of what is left."""
+        """Return the error without each of some channels, as a fraction of the remaining variance."""
         places = self.features[group][list(channels)]
         blocks = self.inverse[:, places[:, :, None], places[:, None, :]]
         rows = self.matrix[:, places]
-        return np.asarray((rows * np.linalg.solve(blocks, rows)).sum(axis=(0, 2, 3)) / self.spread / self.left)
+        return np.asarray((rows * np.linalg.solve(blocks, rows)).sum(axis=(0, 2, 3)) / self.variance / self.left)
 
     def remove(self, channels: Sequence[tuple[int, int]]) -> None:
-        """Take channels away, given with their groups; the others' weights take over what they can."""
+        """Remove channels, given with their groups, and update the weights of the others to replace them."""
         found = [self.features[group][channel] for group, channel in channels if group in self.features]
         if not found:
             return
-        places = np.unique(np.concatenate(found))  # of heads and their dimensions both may go
+        places = np.unique(np.concatenate(found))  # heads and their dimensions may both be removed
         block = np.linalg.inv(self.inverse[:, places[:, None], places[None]])
         rows = self.matrix[:, places]
-        self.lost += float((rows * (block @ rows)).sum() / self.spread)
+        self.lost += float((rows * (block @ rows)).sum() / self.variance)
         columns = self.inverse[:, :, places] @ block
         self.matrix -= columns @ rows
         self.inverse -= columns @ self.inverse[:, places]
@@ -92,13 +94,13 @@ class _Consumer:
 
 
 def losses(context: ScoreContext) -> list[Scores]:
-    """What is lost with each channel once all lesser ones of its group are gone, as a share of what is computed.
+    """Return the loss with each channel after all less important ones of its group, as a fraction of the variance.
 
-    Groups that no weight or product is seen to consume get their channels' shares of the squared magnitude.
+    Channels of groups without an observed consumer get their fraction of the squared magnitude of the group.
 
     Raises:
-        DataError: the data does not fit the model, or holds no samples.
-        UnsupportedError: onnxruntime does not run the model, or some piece of it.
+        DataError: The data does not fit the model, or contains no samples.
+        UnsupportedError: onnxruntime cannot run the model or a part of it.
     """
     combed = context.combed
     consumers = _Observer(context).run()
@@ -111,13 +113,13 @@ def losses(context: ScoreContext) -> list[Scores]:
         groups = sorted({group for consumer in together for group in consumer.features})
         sizes = {group: len(combed.groups[group]) for group in groups}
         each = {group: max(1.0, prices[group].macs / size) for group, size in sizes.items()}
-        for group, values in _taken_apart(together, sizes, each).items():
+        for group, values in _removed_in_order(together, sizes, each).items():
             scores[group] = values
     return scores
 
 
 def _components(consumers: Sequence[_Consumer]) -> list[list[_Consumer]]:
-    """Consumers in lots that have no group in common."""
+    """Return the consumers in components that have no group in common."""
     lots: list[tuple[set[int], list[_Consumer]]] = []
     for consumer in consumers:
         groups, members = set(consumer.features), [consumer]
@@ -128,29 +130,29 @@ def _components(consumers: Sequence[_Consumer]) -> list[list[_Consumer]]:
     return [members for _, members in lots]
 
 
-def _taken_apart(
+def _removed_in_order(
     consumers: Sequence[_Consumer], sizes: Mapping[int, int], prices: Mapping[int, float]
 ) -> dict[int, Scores]:
-    """Take channels away, a few at a time and by the loss for what they cost, until each group has one left.
+    """Return the losses when channels are removed in order of loss per cost until each group has one left.
 
-    What is left of a signal is multiplied from layer to layer, so what counts is the logarithm of the share that is. In
-    a group, no channel is worth less than one that went before it.
+    The remaining fractions of a signal are multiplied from layer to layer, so the loss is the negative logarithm of the
+    fraction. In a group, no channel has a lower score than one removed before it.
     """
     alive = {group: list(range(size)) for group, size in sizes.items()}
     scores, worst = {group: np.zeros(size) for group, size in sizes.items()}, dict.fromkeys(sizes, 0.0)
     step = max(1, sum(sizes.values()) // _STEPS)
     while any(len(channels) > 1 for channels in alive.values()):
-        gone, shares = _cheapest(consumers, alive, prices, step)
+        gone, fractions = _cheapest(consumers, alive, prices, step)
         before = sum(math.log(consumer.left) for consumer in consumers)
         for consumer in consumers:
             consumer.remove(gone)
         loss = before - sum(math.log(consumer.left) for consumer in consumers)
-        for (group, channel), share in zip(gone, shares.tolist(), strict=True):
-            worst[group] = max(worst[group], loss * share)
+        for (group, channel), fraction in zip(gone, fractions.tolist(), strict=True):
+            worst[group] = max(worst[group], loss * fraction)
             scores[group][channel] = worst[group]
             alive[group].remove(channel)
     for group, values in scores.items():
-        # With the last channel all is lost.
+        # Removing the last channel loses the whole signal.
         values[alive[group]] = worst[group] - sum(math.log(_LEAST) for c in consumers if group in c.features)
         values += np.finfo(np.float64).tiny * np.argsort(np.argsort(values, kind="stable"))
     return scores
@@ -159,7 +161,7 @@ def _taken_apart(
 def _cheapest(
     consumers: Sequence[_Consumer], alive: Mapping[int, list[int]], prices: Mapping[int, float], count: int
 ) -> tuple[list[tuple[int, int]], Scores]:
-    """The channels, with their groups, that lose least for what they cost, and each one's share of the loss."""
+    """Return the channels, with their groups, of the least loss per cost, and each one's fraction of their loss."""
     offered: list[tuple[float, int, int, float]] = []
     for group, channels in alive.items():
         each = np.sum([c.losses(group, channels) for c in consumers if group in c.features], axis=0)
@@ -177,7 +179,7 @@ Looks = Callable[[], None]
 
 @dataclass(eq=False)
 class _Observer:
-    """Goes through the model once and looks at what comes by."""
+    """Runs the model once, step by step, and collects the consumers of channels."""
 
     context: ScoreContext
     found: list[_Consumer] = field(default_factory=list)
@@ -193,7 +195,7 @@ class _Observer:
         self.makers = combed.folded.scope.producers
 
     def run(self) -> list[_Consumer]:
-        """All consumers of channels."""
+        """Return all consumers of channels."""
         units = [(unit, self.channels(unit)) for unit in units_of(self.combed.folded).found]
         looks: list[tuple[int, int, Looks]] = []
         wanted: list[str] = []
@@ -214,7 +216,7 @@ class _Observer:
     # Weights.
 
     def channels(self, unit: Unit) -> dict[int, Axis]:
-        """For each group that a unit consumes, the features of its channels."""
+        """Return the features of the channels of each group that a unit consumes."""
         tensor = self.combed.tensors.get(("", unit.data))
         if tensor is None or tensor.axes is None or self.combed.atoms.all_frozen(tensor.axes[unit.linear.in_axis]):
             return {}
@@ -222,9 +224,9 @@ class _Observer:
         return self.features(tensor.axes[unit.linear.in_axis], groups, features, unit.linear.taps)
 
     def features(self, axis: Axis, blocks: int, features: int, taps: int) -> dict[int, Axis]:
-        """Features by group and channel [channels, features of one], where all blocks and channels have alike.
+        """Return features by group and channel [channels, features of one] where all channels have equally many.
 
-        A channel that takes whole blocks takes what they compute too: nothing of it is left to be lost.
+        Channels that are whole blocks are left out: removing them removes the block's outputs too.
         """
         parts = self.combed.atoms.parts(axis)
         found: dict[int, Axis] = {}
@@ -253,26 +255,31 @@ class _Observer:
             rows, aims = self.sampler.rows(unit.linear, data, targets)
             inverse = np.asarray(np.linalg.inv(Moments(rows, centred=True).lifted(_RIDGE)), np.float64)
             matrix = unit.matrix(self.combed.folded.model) * unit.gain.reshape(len(rows), 1, -1)
-            spread = float(aims.var(dtype=np.float64)) * aims.shape[0] * aims.shape[2]
-            self.enter(_Consumer(inverse, matrix, spread, channels))
+            variance = float(aims.var(dtype=np.float64)) * aims.shape[0] * aims.shape[2]
+            self.enter(_Consumer(inverse, matrix, variance, channels))
             self.steps.release(unit.data)
             self.steps.release(unit.target)
 
         return look
 
     def enter(self, consumer: _Consumer) -> None:
-        if np.isfinite(consumer.spread) and consumer.spread > 0 and np.isfinite(consumer.inverse).all():
+        if np.isfinite(consumer.variance) and consumer.variance > 0 and np.isfinite(consumer.inverse).all():
             self.found.append(consumer)
 
     # Products of two activations.
 
     def meetings(self) -> Iterator[tuple[Factor, Factor]]:
-        """Pairs of activations that are multiplied and summed over channels, as queries and keys are."""
+        """Yield pairs of activations that are multiplied and summed over channels, as queries and keys are."""
         scope = self.combed.folded.scope
         for product in self.combed.recorder.products:
             moving = [f for f in product if f.value.constants is None]
-            seen = all(scope.values.get(f.value.name) is f.value and f.value.shape is not None for f in moving)
-            if len(moving) == 2 and len(product) == 2 and seen and not self.combed.atoms.all_frozen(moving[0].atoms):
+            is_visible = all(scope.values.get(f.value.name) is f.value and f.value.shape is not None for f in moving)
+            if (
+                len(moving) == 2
+                and len(product) == 2
+                and is_visible
+                and not self.combed.atoms.all_frozen(moving[0].atoms)
+            ):
                 yield moving[0], moving[1]
 
     def look_at_meeting(self, left: Factor, right: Factor) -> Looks:
@@ -282,10 +289,10 @@ class _Observer:
             if gram.ndim == 2:
                 size = len(gram)
                 gram += _RIDGE * np.trace(gram) / size * np.eye(size)
-                spread = float(gram.sum())
+                variance = float(gram.sum())
                 channels = self.features(left.atoms, 1, size, 1)
-                if spread > 0 and channels:
-                    self.enter(_Consumer(np.linalg.inv(gram)[None], np.ones((1, size, 1)), spread, channels))
+                if variance > 0 and channels:
+                    self.enter(_Consumer(np.linalg.inv(gram)[None], np.ones((1, size, 1)), variance, channels))
             self.steps.release(left.value.name)
             self.steps.release(right.value.name)
 
@@ -293,10 +300,10 @@ class _Observer:
 
 
 def _met(left: Array, i: int, right: Array, j: int) -> npt.NDArray[np.float64]:
-    """Moments of the summands of a product, over all pairs of rows: (A'A) * (B'B), summed over what is in front.
+    """Return the moments of the summands of a product over all pairs of rows: (A'A) * (B'B), summed over leading axes.
 
-    What is the same for all of the second factor does not count: the softmax behind takes no notice. Where the two do
-    not have the same axes in front, the result has no axes.
+    The second factor is centred, since a constant does not change the softmax that follows. If the leading axes of the
+    factors differ, the result is a scalar.
     """
     a, b = (np.moveaxis(np.asarray(x, np.float64), axis, -1) for x, axis in ((left, i), (right, j)))
     if a.ndim < 2 or a.ndim != b.ndim or a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-1]:
@@ -314,6 +321,6 @@ def _met(left: Array, i: int, right: Array, j: int) -> npt.NDArray[np.float64]:
     samples=512,
 )
 def reconstruction(context: ScoreContext) -> list[Scores]:
-    """What least squares cannot make up for when a channel goes, over all its consumers."""
+    """Return the error of the least-squares reconstruction without each channel, over all its consumers."""
     with one_thread():
         return losses(context)

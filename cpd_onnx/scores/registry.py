@@ -1,6 +1,6 @@
-"""Score: how much each coupled channel matters.
+"""Scores: the importance of each coupled channel.
 
-Scores are functions in a table, and users add theirs:
+Score functions are registered in a table, and users can add their own:
 
     @score_function("widest", source="my own idea")
     def widest(context: ScoreContext) -> list[Scores]:
@@ -23,19 +23,19 @@ from cpd_onnx.errors import DataError, TargetError
 Scores: TypeAlias = npt.NDArray[np.float64]
 
 SAMPLES = 64
-"""Samples that a score looks at, unless it says otherwise."""
+"""Default number of samples used for scoring (heuristic)."""
 
 
 @dataclass(frozen=True)
 class ScoreContext:
-    """What a score may look at.
+    """Input of a score function.
 
     Attributes:
-        combed: the model and its coupled channels.
-        data: samples, for scores that need them.
-        samples: how many of these are looked at.
-        labels: whether their labels count, instead of the model's own answers.
-        seed: of everything random.
+        combed: The model and its coupled channels.
+        data: Samples, for scores that need them.
+        samples: Number of samples used.
+        labels: Whether their labels are used instead of the model's own outputs.
+        seed: Seed of all random choices.
     """
 
     combed: Combed
@@ -47,15 +47,15 @@ class ScoreContext:
 
 @dataclass(frozen=True)
 class ScoreFunction:
-    """How channels are scored.
+    """A way to score channels.
 
     Attributes:
-        function: gives one number per coupled channel, for each group in order; small is unimportant.
-        source: where the idea is from.
-        needs_data: whether it looks at samples.
-        is_loss: whether the numbers estimate what the model loses with the channel, so that groups compare as they are;
-            otherwise they are relative to the group's mean.
-        samples: that it looks at where nobody says how many.
+        function: Function that returns one number per coupled channel for each group in order; lower is less important.
+        source: Publication that the score is from.
+        needs_data: Whether it needs samples.
+        is_loss: Whether the numbers estimate the loss of the model without the channel, so that they are comparable
+            between groups; otherwise they are taken relative to the mean of the group.
+        samples: Default number of samples.
     """
 
     function: Callable[[ScoreContext], list[Scores]]
@@ -66,19 +66,19 @@ class ScoreFunction:
 
 
 SCORE_FUNCTIONS: dict[str, ScoreFunction] = {}
-"""All scores by name."""
+"""All score functions by name."""
 
 
 def score_function(
     name: str, *, source: str, needs_data: bool = False, is_loss: bool = False, samples: int = SAMPLES
 ) -> Callable[[Callable[[ScoreContext], list[Scores]]], Callable[[ScoreContext], list[Scores]]]:
-    """Enter a function into the table of scores; see `ScoreFunction`.
+    """Return a decorator that registers a score function; see `ScoreFunction`.
 
     Raises:
-        ValueError: there is a score of that name.
+        ValueError: The name is taken.
     """
     if name in SCORE_FUNCTIONS:
-        raise ValueError(f"there is a score {name!r} already")
+        raise ValueError(f"score {name!r} is registered already")
 
     def enter(function: Callable[[ScoreContext], list[Scores]]) -> Callable[[ScoreContext], list[Scores]]:
         SCORE_FUNCTIONS[name] = ScoreFunction(function, source, needs_data, is_loss, samples)
@@ -88,32 +88,34 @@ def score_function(
 
 
 def score(combed: Combed, kind: str = "l2", *, samples: int | None = None, **more: Any) -> list[Scores]:
-    """One number per coupled channel, for each group in order; small is unimportant.
+    """Return one number per coupled channel for each group in order; lower is less important.
 
     Args:
-        combed: the model.
-        kind: a name in `SCORE_FUNCTIONS`.
-        samples: that are looked at; None leaves that to the score.
-        more: further fields of `ScoreContext`.
+        combed: The model and its coupled channels.
+        kind: Name in `SCORE_FUNCTIONS`, or "module:function".
+        samples: Number of samples used; None means the default of the score.
+        more: Further fields of `ScoreContext`.
 
     Raises:
-        TargetError: no score has that name, or it gives something else.
-        DataError: it needs data and there is none.
+        TargetError: There is no such score, or it returned something else.
+        DataError: The score needs data and there is none.
     """
     found = find_score_function(kind)
     context = ScoreContext(combed, samples=samples or found.samples, **more)
     if found.needs_data and context.data is None:
-        raise DataError(f"score {kind!r} looks at samples: give --data, or a source as `data`")
+        raise DataError(f"score {kind!r} needs samples: give --data, or a source as `data`")
     scores = [np.asarray(values, np.float64) for values in found.function(context)]
     if [s.shape for s in scores] != [(len(group),) for group in combed.groups]:
-        raise TargetError(f"score {kind!r} should give one number per channel for each of {len(combed.groups)} groups")
+        raise TargetError(
+            f"score {kind!r} must return one number per channel for each of the {len(combed.groups)} groups"
+        )
     return scores
 
 
 def find_score_function(kind: str) -> ScoreFunction:
-    """Look a score up, or import the one that "module:function" names.
+    """Return the score function of a name, or import that of "module:function".
 
-    A function may have the attributes `needs_data` and `is_loss`. Raises TargetError if there is none of that name.
+    An imported function may have the attributes `needs_data` and `is_loss`. Raises TargetError for an unknown name.
     """
     if kind in SCORE_FUNCTIONS:
         return SCORE_FUNCTIONS[kind]

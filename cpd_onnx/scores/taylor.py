@@ -11,7 +11,7 @@ from cpd_onnx.scores.registry import ScoreContext, Scores, score_function
 
 @score_function("taylor", source="Molchanov et al., Importance Estimation, CVPR 2019", needs_data=True, is_loss=True)
 def taylor(context: ScoreContext) -> list[Scores]:
-    """Mean over the samples of the absolute first-order change of the loss when a channel goes."""
+    """Return the mean absolute first-order change of the loss when a channel is removed, over the samples."""
     return _from_gradients(context, np.abs)
 
 
@@ -22,7 +22,7 @@ def taylor(context: ScoreContext) -> list[Scores]:
     is_loss=True,
 )
 def fisher(context: ScoreContext) -> list[Scores]:
-    """Mean over the samples of the squared first-order change of the loss: the diagonal of its curvature."""
+    """Return the mean squared first-order change of the loss over the samples: a diagonal of its curvature."""
     return _from_gradients(context, np.square)
 
 
@@ -38,5 +38,5 @@ def _from_gradients(context: ScoreContext, summand: Summand) -> list[Scores]:
         total += summand(change)
         count += 1
     if not count:
-        raise DataError("the data has no samples to score with")
+        raise DataError("the data contains no samples for scoring")
     return [total[group.channels] / count for group in context.combed.groups]

@@ -226,8 +226,8 @@ class Choosing(ScoringOptions, OnSamples, OfSizes):
         f"like groups competing (isomorphic), or the least loss (optimal) (default: {defaults.POLICY})",
     )
     profile: str | None = _profile(
-        f"Target that the model is for, {', '.join(profile_names())} or a file: sets "
-        "--round-to; the result is checked against it"
+        f"Target hardware: {', '.join(profile_names())} or a file; sets --round-to, and the result is checked "
+        "against it"
     )
     repair: bool | None = option(
         None,

@@ -20,7 +20,7 @@ STEP = st.tuples(
 
 
 def build(sizes: list[int], steps: list[tuple[str, int, int]]) -> tuple[Atoms, list[Any], list[tuple[Any, Any]]]:
-    """Atoms after some steps, all axes made, and the pairs that were united."""
+    """Return atoms after some steps, all axes, and the pairs that were united."""
     atoms = Atoms()
     axes = [atoms.fresh(size) for size in sizes]
     united = []
@@ -41,7 +41,7 @@ def build(sizes: list[int], steps: list[tuple[str, int, int]]) -> tuple[Atoms, l
     return atoms, axes, united
 
 
-def fates(atoms: Atoms, axis: Any) -> list[frozenset[int]]:
+def removed_with(atoms: Atoms, axis: Any) -> list[frozenset[int]]:
     """The primitives that delete each index."""
     return [frozenset(row) - {NOTHING} for row in atoms.parts(axis).tolist()]
 
@@ -51,7 +51,7 @@ def fates(atoms: Atoms, axis: Any) -> list[frozenset[int]]:
 def test_what_was_united_has_one_fate(sizes: list[int], steps: list[tuple[str, int, int]]) -> None:
     atoms, _, united = build(sizes, steps)
     for left, right in united:
-        assert fates(atoms, left) == fates(atoms, right)
+        assert removed_with(atoms, left) == removed_with(atoms, right)
 
 
 @settings(max_examples=200, deadline=None)
@@ -65,12 +65,12 @@ def test_methods_agree_with_parts(sizes: list[int], steps: list[tuple[str, int, 
     removed[NOTHING] = False
     keep = KeepMask(atoms, np.flatnonzero(removed))
     for axis in axes:
-        fate = fates(atoms, axis)
-        assert atoms.is_frozen(axis).tolist() == [not f for f in fate]
-        assert atoms.all_frozen(axis) == (not any(fate))
-        assert keep.mask(axis).tolist() == [not removed[list(f)].any() for f in fate]
+        parts = removed_with(atoms, axis)
+        assert atoms.is_frozen(axis).tolist() == [not f for f in parts]
+        assert atoms.all_frozen(axis) == (not any(parts))
+        assert keep.mask(axis).tolist() == [not removed[list(f)].any() for f in parts]
         numbers: dict[int, frozenset[int]] = {}
-        for number, f in zip(atoms.canonical(axis).tolist(), fate, strict=True):
+        for number, f in zip(atoms.canonical(axis).tolist(), parts, strict=True):
             assert numbers.setdefault(number, f) == f
         assert len(set(numbers.values())) == len(numbers)
 

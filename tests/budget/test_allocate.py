@@ -77,7 +77,7 @@ def loss_of(combed: Combed, allocation: Allocation) -> float:
 
 
 @pytest.mark.parametrize("kind", ["macs", "params"])
-def test_the_optimum_does_the_least_damage(kind: str) -> None:
+def test_the_optimum_has_the_least_loss(kind: str) -> None:
     combed = comb(wide())
     scores = score(combed)
     curves = loss_curves(scores, is_loss=False)

@@ -124,7 +124,7 @@ def test_finer_widths_where_the_fast_ones_do_not_go_that_low(combed: Combed, tab
     widths = [len(g) - len(r) for g, r in zip(combed.groups, chosen.removed, strict=True)]
     assert min(widths) < 16
     assert all(width % 2 == 0 for width in widths)
-    assert any("finer ones" in note for note in chosen.notes)
+    assert any("finer widths" in note for note in chosen.notes)
 
 
 def test_the_clock_tries_what_the_table_takes_to_be_out_of_reach(combed: Combed, table: CostTable) -> None:

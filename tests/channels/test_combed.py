@@ -1,4 +1,4 @@
-"""What combing gives: built once, said in one line, with reasons that know what they are about."""
+"""The result of combing: complete and immutable, a one-line repr, and reasons with their kind and node."""
 
 from __future__ import annotations
 

@@ -302,7 +302,8 @@ def test_one_file_is_not_named_for_two_things(
 ) -> None:
     before = (folder / "model.onnx").read_bytes()
     assert run("prune", folder / "model.onnx", "-o", folder / "out.onnx", "--force", option[0], folder / option[1]) == 1
-    assert "two things" in capsys.readouterr().err
+    problem = "is both an input and an output" if "model.onnx" in option else "is given for two outputs"
+    assert problem in capsys.readouterr().err
     assert (folder / "model.onnx").read_bytes() == before
     assert files(folder) == {"model.onnx"}
 

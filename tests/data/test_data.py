@@ -124,8 +124,8 @@ def test_npz_is_opened_and_checked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"y": np.zeros((2, 3, 4, 6), np.float32)}, r"the data holds 'y' but the model's inputs are 'x'"),
-        ({LABELS: np.zeros(2)}, r"the data holds nothing but the model's inputs are 'x'"),
+        ({"y": np.zeros((2, 3, 4, 6), np.float32)}, r"the data contains 'y' but the model's inputs are 'x'"),
+        ({LABELS: np.zeros(2)}, r"the data contains nothing but the model's inputs are 'x'"),
         ({"x": np.zeros((2, 3, 4, 6))}, r"array 'x' is float64 but the model's input is float32\[N,3,4,6\]"),
         ({"x": np.zeros((2, 4, 6, 3), np.float32)}, r"array 'x' is float32\[batch,4,6,3\] but the model's input is"),
         ({"x": np.zeros((2, 3, 24), np.float32)}, r"array 'x' is float32\[batch,3,24\] but"),
@@ -199,11 +199,11 @@ def test_folder_that_does_not_fit_is_refused(folder: Path, tmp_path_factory: pyt
     for inputs, message in {
         "float[N,3,4,6] x, float[N] z": "feeds one input, but the model has 'x', 'z'",
         "float[N,5] x": "not images of 1 or 3 channels",
-        "float[N,3,H,W] x": "what its free axes should be",
+        "float[N,3,H,W] x": "set its dynamic axes",
     }.items():
         with pytest.raises(DataError, match=message):
             open_source(folder, model(inputs))
-    with pytest.raises(DataError, match="holds no images"):
+    with pytest.raises(DataError, match="contains no images"):
         open_source(tmp_path_factory.mktemp("empty"), IMAGES)
     (folder / "cat" / "0.png").write_bytes(b"nonsense")
     with pytest.raises(DataError, match=r"0\.png' cannot be read"):
@@ -286,7 +286,7 @@ def test_random_samples_depend_on_seed_and_number_alone() -> None:
 def test_random_data_needs_a_shape() -> None:
     proto = model("float[N] x")
     proto.graph.input[0].type.tensor_type.ClearField("shape")
-    with pytest.raises(DataError, match="'x' has no shape"):
+    with pytest.raises(DataError, match="'x' has no known shape"):
         RandomSource(inputs_of(proto))
 
 

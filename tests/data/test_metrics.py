@@ -127,7 +127,7 @@ def test_named_metrics_have_a_direction() -> None:
 
 
 def test_labels_beyond_the_classes_are_refused() -> None:
-    with pytest.raises(DataError, match="label 7 is none of the 2 classes"):
+    with pytest.raises(DataError, match="label 7 is not one of the 2 classes"):
         evaluate(model("N,2"), source(SCORES, [0, 7, 1, 1]), "top1")
 
 
@@ -167,9 +167,9 @@ def test_what_cannot_be_compared_is_refused() -> None:
         evaluate(model("N,2"), source(SCORES, np.zeros((4, 1), int)), "top1")
     with pytest.raises(DataError, match="no axis of classes"):
         evaluate(model("N"), source([1.0, 2.0], [0, 1]), "top1")
-    with pytest.raises(DataError, match="nothing to score"):
+    with pytest.raises(DataError, match="no samples to score"):
         evaluate(model("N,2"), source(SCORES, [255] * 4), "miou")
-    with pytest.raises(DataError, match="no metric is called 'f1'"):
+    with pytest.raises(DataError, match="unknown metric 'f1'"):
         evaluate(model("N,2"), source(SCORES), "f1")
 
 

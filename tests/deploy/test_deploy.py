@@ -19,7 +19,7 @@ from cpd_onnx.cli.main import main
 from cpd_onnx.data.metrics import evaluate
 from cpd_onnx.data.sources import ArraySource, inputs_of, open_source
 from cpd_onnx.deploy import float16 as halves
-from cpd_onnx.deploy import steps as steps
+from cpd_onnx.deploy import steps
 from cpd_onnx.deploy.float16 import to_half
 from cpd_onnx.deploy.profiles import Profile, load_profile, problems, profile_names
 from cpd_onnx.deploy.quantize import CALIBRATIONS, Quantization, quantize
@@ -35,6 +35,7 @@ from cpd_onnx.deploy.steps import (
 )
 from cpd_onnx.errors import CpdError, DataError, ModelError, ProofError, TargetError, UnsupportedError
 from cpd_onnx.ir.model import Model, load
+from cpd_onnx.proof import comparison
 from cpd_onnx.runtime.sessions import execute, open_model
 from tests.support.models import from_text
 
@@ -704,7 +705,7 @@ def test_neither_file_is_written_if_one_cannot_be(tmp_path: Path, monkeypatch: p
 def test_what_is_not_finite_is_null_in_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(steps, "_relative", lambda a, b: (float("inf"), 0.5))
+    monkeypatch.setattr(comparison, "_relative", lambda a, b: (float("inf"), 0.5))
     line = ("deploy", EXAMPLE, "-o", tmp_path / "half.onnx", "--half", "float16", "--json", tmp_path / "half.json")
     assert run(*line) == 0
     said = capsys.readouterr().out

@@ -146,17 +146,17 @@ def test_batches_in_several_forms() -> None:
 
 
 def test_what_makes_no_sense_is_refused() -> None:
-    with pytest.raises(cpd.DataError, match="gone through only once: give a list, or the function"):
+    with pytest.raises(cpd.DataError, match="iterated only once: give a list, or a function"):
         cpd.compress(DIGITS, feeds())
     with pytest.raises(TypeError, match="feeds or a function, not int"):
         cpd.compress(DIGITS, 5)  # type: ignore[arg-type]  # that is the point
     with pytest.raises(cpd.DataError, match="training needs samples: give --data, or `data` in Python"):
         cpd.compress(DIGITS, train=True)
-    with pytest.raises(cpd.TargetError, match="give one target"):
+    with pytest.raises(cpd.TargetError, match="only one target is allowed"):
         cpd.compress(DIGITS, macs=0.5, params=0.5)
     with pytest.raises(TypeError, match=r"compress has no option 'polici' \(did you mean policy\?\)"):
         cpd.compress(DIGITS, polici="optimal")  # type: ignore[call-overload]  # that is the point
-    with pytest.raises(cpd.DataError, match="the data holds 'picture'"):
+    with pytest.raises(cpd.DataError, match="the data contains 'picture'"):
         cpd.compress(DIGITS, {"picture": samples(8)["image"]})
 
 

@@ -251,7 +251,7 @@ def test_as_passes():
     state = run(text, residual(), data=data)
     assert state.verification is not None
     assert state.repaired["fitted"]
-    with pytest.raises(DataError, match="a repair looks at samples"):
+    with pytest.raises(DataError, match="a repair needs samples"):
         run("comb, score, allocate, prune, repair", residual())
 
 
@@ -320,7 +320,7 @@ def test_inspect_measures_and_draws_sensitivity(tmp_path, capsys):
     assert "w0" in plot.read_text()
     assert "at 6" in capsys.readouterr().out
     assert main(common) == 1
-    assert "give --sensitivity and --data" in capsys.readouterr().err
+    assert "--sensitivity needs samples" in capsys.readouterr().err
 
 
 def test_synthetic_images_look_like_normalised_ones():

@@ -116,6 +116,6 @@ def test_all_but_training_works_without_torch(tmp_path: Path) -> None:
 def test_the_demo_works_without_torch() -> None:
     done = without_torch("demo")
     assert (done.returncode, done.stderr.count("\n")) == (0, 1)
-    assert "not trained: pip install 'cpd-onnx[torch]'" in done.stdout
+    assert "not trained: distillation, which recovers accuracy, needs pip install 'cpd-onnx[torch]'" in done.stdout
     assert "pruned and repaired" in done.stdout
     assert "distilled" not in done.stdout

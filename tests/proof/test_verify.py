@@ -145,7 +145,7 @@ EDITS: dict[str, tuple[Edit, str]] = {
     "a node's name": (lambda m: setattr(node(m, "Clip"), "name", "mine"), r"node Clip 'k', name: absent -> 'mine'"),
     "a node more": (lambda m: m.graph.node.append(helper.make_node("Identity", ["y"], ["z"])), r"Identity 'z'"),
     "the order of nodes": (lambda m: swapped(m.graph.node), r"node MatMul 'h'"),
-    "the order of initializers": (lambda m: swapped(m.graph.initializer), r"initializer 'v': in another place"),
+    "the order of initializers": (lambda m: swapped(m.graph.initializer), r"initializer 'v': at another position"),
     "an initializer more": (
         lambda m: m.graph.initializer.append(numpy_helper.from_array(np.zeros(3), "more")), r"initializer 'more'",
     ),

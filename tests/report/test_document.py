@@ -435,7 +435,7 @@ def test_the_best_is_told_by_the_direction_of_the_metric(
 
     monkeypatch.setattr(plots, "tradeoff", tradeoff)
     text = Parsed(document.html(content)).text
-    assert re.search(rf"best {scored['metric']} on the way\s+{best}", text)
+    assert re.search(rf"best {scored['metric']} during training\s+{best}", text)
     assert seen == [is_less]
 
 
@@ -490,7 +490,7 @@ def test_results_show_themselves_in_notebooks() -> None:
     state = cpd.run("comb, score{kind='l2'}, allocate{macs=0.5}, prune, verify", MODELS / "digits.onnx")
     benched = bench_of(bench(("<a>", "b")))
     for shown, words in (
-        (state, ("digits.onnx", "13", "3.0 M -&gt; 1.5 M", "verified: equals")),
+        (state, ("digits.onnx", "13", "3.0 M -&gt; 1.5 M", "verified")),
         (cpd.run("comb", MODELS / "digits.onnx"), ("digits.onnx", "13")),
         (state.model, ("opset", "image", "scores")),
         (state.plan, ("digits.onnx", "macs 0.5 uniform", "13 of 13")),

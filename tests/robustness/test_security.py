@@ -691,7 +691,7 @@ def test_no_input_is_replaced(folder: Path, command: str, spelling: str) -> None
     before = (folder / "input").read_bytes()
     words = {"IN": "input", "OUT": SPELLINGS[spelling](Path("input"))}
     line = refused(*(words.get(word, word) for word in COMMANDS[command]), "--force")
-    assert "two things" in line
+    assert "is both an input and an output" in line
     assert (folder / "input").read_bytes() == before
 
 

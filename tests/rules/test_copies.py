@@ -1,4 +1,4 @@
-"""What an axis is follows from its atoms: rules that copy the arrays that hold them are as good as rules that do not."""
+"""An axis is identified by its atoms: rules that copy axis arrays give the same result as rules that do not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def copied(tensor: Tensor | None) -> Tensor | None:
 
 
 def on_copies(rule: Rule) -> Rule:
-    """The same rule, which sees copies of the axes and gives copies of what it made."""
+    """Return a rule that reads and sets copies of the axis arrays."""
 
     def copying(op: Op) -> None:
         op.inputs = [copied(tensor) for tensor in op.inputs]
@@ -39,7 +39,7 @@ def product_of_copies(op: Op) -> None:
     op.cost(1.0, *out, np.array(a[-1]))
 
 
-def told(combed: Combed) -> list[object]:
+def summary_of(combed: Combed) -> list[object]:
     """All that a user sees of the channels."""
     members = [(m.weight.name, m.axis, m.indices) for group in combed.groups for m in combed.members(group)]
     return [[(g.name, g.kind, len(g)) for g in combed.groups], members, combed.frozen(), combed.unaccounted]
@@ -53,9 +53,9 @@ def copying_rules(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_product_of_copies_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("layer norm")
-    wanted = told(comb(model))
+    wanted = summary_of(comb(model))
     monkeypatch.setitem(RULES, ("", "MatMul"), product_of_copies)
-    assert told(comb(model)) == wanted
+    assert summary_of(comb(model)) == wanted
     for outcome in (mask_oracle(model), permutation_oracle(model), widen_oracle(model)):
         assert outcome.passed
         assert outcome.groups > 0
@@ -64,9 +64,9 @@ def test_a_product_of_copies_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_copies_change_nothing(name: str, request: pytest.FixtureRequest) -> None:
     model = model_of(name)
-    wanted = told(comb(model))
+    wanted = summary_of(comb(model))
     request.getfixturevalue("copying_rules")
-    assert told(comb(model)) == wanted
+    assert summary_of(comb(model)) == wanted
 
 
 @pytest.mark.usefixtures("copying_rules")

@@ -1,4 +1,4 @@
-"""Attributes and inputs that change how channels flow through an operator: followed exactly, or held with a reason."""
+"""Attributes and inputs that change how channels flow through an operator: followed exactly, or frozen with a reason."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ FOLLOWED: list[tuple[str, int, str, list[str], dict[str, Any]]] = [
     ),
     ("mean and variance", 13, f"{HEAD}) => (float[2, 5, 8, 8] y) {{ {STEM} a = MeanVarianceNormalization <axes = [1, -1]>(h) {LAST} }}", ["8: v.1 w.0"], {}),
 ]  # fmt: skip  # a table
-# name, opset, graph, why it is held, values of constants
+# name, opset, graph, why it is frozen, values of constants
 HELD: list[tuple[str, int, str, str, dict[str, Any]]] = [
     (
         "resize to the same size", 17,
@@ -160,7 +160,7 @@ HELD: list[tuple[str, int, str, str, dict[str, Any]]] = [
         f"{GROUPED}) => (float[2, 4, 5] y, float[2, 4, 4, 4] q) "
         f"{{ {DENSE} o, k, p, q = com.microsoft.GroupQueryAttention <num_heads = 4, kv_num_heads = 2, "
         f"qk_output = 1>(h, , , , , n, t) y = MatMul(o, v) }}",
-        "hands out its scores", {"n": [3, 3], "t": [4]},
+        "returns its scores", {"n": [3, 3], "t": [4]},
     ),
     (
         "sum over an ellipsis", 17,

@@ -18,7 +18,7 @@ from cpd_onnx.channels.combing import comb
 from cpd_onnx.cli.main import main
 from cpd_onnx.data.metrics import evaluate
 from cpd_onnx.data.sources import LABELS, ArraySource
-from cpd_onnx.scores.gradients import about_itself, changes
+from cpd_onnx.scores.gradients import changes, loss_of_sampled
 from cpd_onnx.scores.registry import ScoreContext, score
 from tests.support.models import from_text
 
@@ -64,7 +64,7 @@ def test_the_square_of_changes_is_the_curvature() -> None:
     count = 40_000
     logits, direction = torch.tensor([[1.0, -0.5, 2.0]]), torch.tensor([[0.3, -1.0, 0.7]])
     steps = torch.zeros(count, 1, requires_grad=True)
-    about_itself(logits + steps * direction, 1, torch.Generator().manual_seed(0)).backward()
+    loss_of_sampled(logits + steps * direction, 1, torch.Generator().manual_seed(0)).backward()
     assert steps.grad is not None
     p, direction = (logits / 4).softmax(1), direction / 4
     expected = float((p * direction**2).sum() - (p * direction).sum() ** 2)
@@ -74,7 +74,7 @@ def test_the_square_of_changes_is_the_curvature() -> None:
 @pytest.mark.parametrize(("shape", "axis"), [((2, 7, 9, 8), 1), ((3, 4, 5), None), ((2, 3), 1)])
 def test_any_output_can_be_asked(shape: tuple[int, ...], axis: int | None) -> None:
     answer = torch.randn(shape, requires_grad=True)
-    about_itself(answer, axis, torch.Generator().manual_seed(0)).backward()
+    loss_of_sampled(answer, axis, torch.Generator().manual_seed(0)).backward()
     assert answer.grad is not None
     assert answer.grad.abs().sum() > 0
 

@@ -135,7 +135,7 @@ def test_cases(name: str) -> None:
 
 
 def test_the_reason_names_the_operator() -> None:
-    with pytest.raises(cpd.TargetError, match="divides this axis otherwise at other sizes of the input"):
+    with pytest.raises(cpd.TargetError, match="divides this axis differently at other sizes of the input"):
         cpd.run("comb, score, allocate{channels=0.5}", from_text(KEPT["channels and pixels mixed"]))
 
 

@@ -415,7 +415,7 @@ def test_rounds_are_a_pass(tmp_path: Path) -> None:
     state = cpd.run(text, folder / "digits.onnx", data=ArraySource(data))
     assert state.distilled is not None
     assert state.distilled["steps"] == 4
-    with pytest.raises(TargetError, match="0 rounds make no sense"):
+    with pytest.raises(TargetError, match="rounds must be at least 1, got 0"):
         cpd.run("interleave{rounds=0}", folder / "digits.onnx", data=ArraySource(data))
 
 

@@ -252,7 +252,7 @@ def test_data_of_a_pipeline_may_be_whatever_compress_takes(folder: Path) -> None
     assert len({state.model.serialize() for state in made}) == 1
     state = cpd.run("score{kind='activation', samples=32}", cpd.run("comb", "model.onnx"), data="data.npz")
     assert state.scores is not None
-    with pytest.raises(cpd.DataError, match="the data holds 'picture'"):
+    with pytest.raises(cpd.DataError, match="the data contains 'picture'"):
         cpd.run(passes, "model.onnx", data={"picture": held["image"]})
 
 
