@@ -90,15 +90,15 @@ def widen_oracle(source: ModelSource, *, seed: int = 0) -> Outcome:
     """
     combed = comb(load(source))
     magnitude = score(combed, "l2")
-    wish = allocate(combed, score(combed, "random", seed=seed), Budget("channels", 0.5))
-    removed = [r if m.all() else [] for r, m in zip(wish.removed, magnitude, strict=True)]
-    dead = Allocation(removed, wish.before, wish.after)
+    chosen = allocate(combed, score(combed, "random", seed=seed), Budget("channels", 0.5))
+    removed = [r if m.all() else [] for r, m in zip(chosen.removed, magnitude, strict=True)]
+    dead = Allocation(removed, chosen.before, chosen.after)
     narrow = prune(combed, dead).model.serialize()
     wide = comb(_zeroed(combed, dead.keep_mask(combed)))
     lowest = [
         sorted(np.argsort(s, kind="stable")[: len(r)].tolist()) for s, r in zip(score(wide, "l2"), removed, strict=True)
     ]
-    back = prune(wide, Allocation(lowest, wish.before, wish.after)).model.serialize()
+    back = prune(wide, Allocation(lowest, chosen.before, chosen.after)).model.serialize()
     is_same = back == narrow
     found = (0.0, VERIFIED) if is_same else (float("inf"), WRONG)
     return Outcome(is_same, found[0], sum(map(bool, removed)), found[1])

@@ -56,6 +56,11 @@ WORDING = {"stdout", "stderr"}
 WORDING_SUFFIXES = {".md", ".html", ".svg"}
 """Suffixes of files that consist of sentences."""
 
+RENAMED = {
+    "spread": "policy", "multiple": "round_to", "shares": "ratios", "min-share": "min-ratio", "max-share": "max-ratio",
+}  # fmt: skip  # a table
+"""Keys in plans and reports of format version 1 and in older recipes, and their present names."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -353,7 +358,8 @@ def without_wording(name: str, content: bytes) -> Any:
     if suffix == ".json":
         return _values(json.loads(content))
     if suffix == ".toml":
-        return set(content.splitlines())
+        pairs = (line.partition(" = ") for line in content.decode().splitlines())
+        return {(RENAMED.get(key, key), value) for key, _, value in pairs}
     return content
 
 
@@ -361,7 +367,7 @@ def _values(value: Any) -> Any:
     if isinstance(value, dict):
         is_text = "sha256" in value and Path(str(value.get("file", ""))).suffix not in BINARY
         skipped = PROSE | ({"bytes", "sha256"} if is_text else set())
-        return {key: _values(inner) for key, inner in value.items() if key not in skipped}
+        return {RENAMED.get(key, key): _values(inner) for key, inner in value.items() if key not in skipped}
     if isinstance(value, list):
         return [_values(inner) for inner in value]
     return None if isinstance(value, str) and " " in value else value

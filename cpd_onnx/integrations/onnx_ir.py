@@ -16,7 +16,7 @@ from cpd_onnx.workflow.compress import Compressed
 
 @dataclass(frozen=True, kw_only=True)
 class PassOptions(CompressOptions):
-    """What `CompressPass` can be told; `observer` is given what there is to know of each model."""
+    """Options of `CompressPass`; `observer` is called with the result for each model."""
 
     observer: Callable[[Compressed], None] | None = None
 

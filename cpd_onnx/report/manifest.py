@@ -145,7 +145,7 @@ def _is_list(entries: Any) -> bool:
 
 
 def differences(there: Mapping[str, Any]) -> list[str]:
-    """Versions that are others here than in a manifest, in words."""
+    """Return a description of the versions that differ from those in a manifest."""
     here, then = versions(), there.get("versions", {})
     return [f"{name} {then.get(name, 'none')} then, {here.get(name, 'none')} now" for name in sorted({*here, *then})
             if here.get(name) != then.get(name)]  # fmt: skip

@@ -39,11 +39,11 @@ def deploy(request: Deploy, observer: Observer = ignore) -> dict[str, Any]:
     recipe.text(request)  # fails now, not at the end, if an option cannot be recorded
     started = time.perf_counter()
     profile = None if request.profile is None else load_profile(request.profile)
-    wish = _wish(request, profile)
+    deployment = _deployment(request, profile)
     model = load(request.model)
     require_apart(written, model)
-    source = source_of(request.data, shaped(model, wish), request)
-    made = deploy_model(model, wish, source, lambda name: observer(name, 0, None))
+    source = source_of(request.data, shaped(model, deployment), request)
+    made = deploy_model(model, deployment, source, lambda name: observer(name, 0, None))
     scores = evaluated(request, {"before": model, "after": made.model}, model)
     entry = manifest.file_entry(request.model, "model")  # read now, as the output may replace the file
     with locked_folder(request.output.parent), commit_together():
@@ -81,7 +81,7 @@ def _require_sense(request: Deploy) -> None:
         raise CpdError("nothing to do: give --profile, --fix, --batch, --opset, --int8, --half or --ort")
 
 
-def _wish(request: Deploy, profile: Profile | None) -> Deployment:
+def _deployment(request: Deploy, profile: Profile | None) -> Deployment:
     """Return the requested conversions; a profile sets how activations and weights are quantised."""
     of_target: dict[str, Any] = {}
     if profile is not None:

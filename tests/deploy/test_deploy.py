@@ -668,7 +668,7 @@ def test_weights_beside_the_model_stay_there(digits: Model, tmp_path: Path) -> N
         (("--opset", 13), "cannot convert"),
         (("--half", "float16", "--ort", "here/there.ort"), "does not exist"),
         (("--int8", "--data", "none.npz"), "no file"),
-        (("--batch", 2, "--metric", "beauty"), "no metric"),
+        (("--batch", 2, "--metric", "beauty"), "unknown metric"),
     ],
 )
 def test_bad_input_is_told_in_one_line_and_nothing_is_written(

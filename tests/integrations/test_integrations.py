@@ -148,7 +148,7 @@ def test_batches_in_several_forms() -> None:
 def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(cpd.DataError, match="iterated only once: give a list, or a function"):
         cpd.compress(DIGITS, feeds())
-    with pytest.raises(TypeError, match="feeds or a function, not int"):
+    with pytest.raises(TypeError, match="feeds or a function, got int"):
         cpd.compress(DIGITS, 5)  # type: ignore[arg-type]  # that is the point
     with pytest.raises(cpd.DataError, match="training needs samples: give --data, or `data` in Python"):
         cpd.compress(DIGITS, train=True)
@@ -451,5 +451,5 @@ def test_something_else_than_an_executor(executors: dict[str, str]) -> None:
     done = sweep(executors, "nothing")
     assert (done.returncode, done.stderr) == (
         1,
-        "error: --executor executors:nothing gives a int, not a concurrent.futures.Executor\n",
+        "error: --executor executors:nothing returned a int, not a concurrent.futures.Executor\n",
     )

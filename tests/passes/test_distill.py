@@ -226,7 +226,7 @@ def test_function_data_trains_for_given_steps() -> None:
 
     source = FunctionSource(batches, inputs_of(STUDENT))
     assert len(distill(TEACHER, STUDENT, source, replace(FAST, steps=12)).losses) == 12
-    with pytest.raises(DataError, match="say how many steps"):
+    with pytest.raises(DataError, match="give the number of steps"):
         distill(TEACHER, STUDENT, source, FAST)
 
 

@@ -303,7 +303,7 @@ def test_what_the_command_line_names_too_is_read(folder: Path) -> None:
     place = "out/small.onnx.manifest.json"
     line = refused("reproduce", place, "-o", "again")
     assert "--model model.onnx --data data.npz" in line
-    assert said("reproduce", place, "-o", "again", *line.split("too: ")[1].split())[0] == 0
+    assert said("reproduce", place, "-o", "again", *line.split("these options: ")[1].split())[0] == 0
     line = refused("compress", "model.onnx", "-o", "b.onnx", "--recipe", "out/small.onnx.recipe.toml")
     assert line.endswith("--data data.npz\n")
     asked = ("--recipe", "out/small.onnx.recipe.toml", "--data", "data.npz")

@@ -266,7 +266,7 @@ def test_a_fixed_batch_is_filled() -> None:
     model = from_text(MLP.replace("[N,", "[8,"))
     scores = {n: score(comb(model), "wanda", data=ArraySource({"x": X[:n]}))[0] for n in (16, 19)}
     assert not np.array_equal(scores[16], scores[19])  # other samples: the order is random
-    with pytest.raises(cpd.DataError, match="no whole batch"):
+    with pytest.raises(cpd.DataError, match="too few samples for one batch"):
         score(comb(model), "wanda", data=ArraySource({"x": X[:7]}))
     with pytest.raises(cpd.DataError, match="--data"):
         score(comb(model), "wanda")

@@ -336,7 +336,7 @@ def test_a_sweep_is_made_in_processes(folder: Path, capsys: pytest.CaptureFixtur
     [
         (["--targets", "macs=0.5,params=0.5"], "all targets of a sweep must be of one kind"),
         (["--targets", "macs=0.5", "--most-lost", "0.1"], "--most-lost needs a metric"),
-        (["--targets", "macs=0.5", "--executor", "executors_of_tests:not_one"], "gives a list, not a concurrent"),
+        (["--targets", "macs=0.5", "--executor", "executors_of_tests:not_one"], "returned a list, not a concurrent"),
     ],
 )
 def test_what_is_wrong_with_a_sweep(

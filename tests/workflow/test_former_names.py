@@ -31,7 +31,8 @@ PLAN = """{
  "made_by": "cpd-onnx 0.1.0",
  "source": {"file": "tiny.onnx", "sha256": "5e66846951b5f5e1008d90a63f5f6b0290362de392a88df05d5dc1d70abb0291"},
  "groups": [
-  {"id": 0, "name": "w", "kind": "channels", "size": 4, "members": [{"initializer": "w", "axis": 1, "indices": [[0], [1], [2], [3]]}, {"initializer": "v", "axis": 0, "indices": [[0], [1], [2], [3]]}], "removed": [0, 2]}
+  {"id": 0, "name": "w", "kind": "channels", "size": 4, "members": [{"initializer": "w", "axis": 1, "indices": [[0], [1], [2], [3]]}, \
+{"initializer": "v", "axis": 0, "indices": [[0], [1], [2], [3]]}], "removed": [0, 2]}
  ],
  "frozen": [
   {"tensor": "w", "axis": 0, "indices": 3, "of": 3, "reason": "graph input 'x'"},
