@@ -143,10 +143,10 @@ def _begun(source: ModelSource, input_shapes: Mapping[str, Sequence[int]] | None
 def _filled_in(source: ModelSource | State, data: Data | None) -> set[str]:
     """Return the attributes of the state that are set before any pass."""
     if isinstance(source, State):
-        return {field.name for field in fields(State) if getattr(source, field.name) is not None}
-    return {field.name for field in fields(State) if field.default is not None} | (
-        {"data"} if data is not None else set()
-    )
+        names = {field.name for field in fields(State) if getattr(source, field.name) is not None}
+    else:
+        names = {field.name for field in fields(State) if field.default is not None}
+    return names if data is None else names | {"data"}
 
 
 def _requires(step: Any) -> tuple[str, ...]:

@@ -221,6 +221,9 @@ def test_passes_of_ones_own_need_not_say_what_they_make() -> None:
         cpd.run([Comb(), Asking(), Allocate()], model)
     asked = cpd.run([Comb(), Asking(), Allocate()], model, data=ArraySource({"x": np.zeros((2, 3, 8, 8), np.float32)}))
     assert asked.allocation is not None
+    combed = cpd.run([Comb()], model)  # data may also come with a state that has none
+    data = ArraySource({"x": np.zeros((2, 3, 8, 8), np.float32)})
+    assert cpd.run([Asking(), Allocate()], combed, data=data).allocation is not None
 
 
 def test_one_target_at_most() -> None:
