@@ -18,7 +18,7 @@ from cpd_onnx.channels.constraints import (
     freeze_ungrouped,
 )
 from cpd_onnx.channels.groups import Combed, Swept, Weight, WeightUse, grouped, is_vector
-from cpd_onnx.ir.model import ModelSource, attributes_of, bodies_of, load, translate_errors
+from cpd_onnx.ir.model import DEFAULT_DOMAINS, ModelSource, attributes_of, bodies_of, load, translate_errors
 from cpd_onnx.ops.evaluate import Call
 from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.rules import FLOATS, RULES, GiveUp, Op, Recorder, Tensor
@@ -255,9 +255,9 @@ class _Sweep:
     def enter(self, scope: Scope, position: int, inputs: list[Tensor | None], outputs: list[Tensor]) -> None:
         """Sweep the bodies of If, Loop, Scan and of calls of model-local functions."""
         node, bodies = scope.nodes[position], scope.bodies[position]
-        if node.op_type == "If" and node.domain in ("", "ai.onnx"):
+        if node.op_type == "If" and node.domain in DEFAULT_DOMAINS:
             self.branches(bodies, inputs, outputs)
-        elif node.op_type == "Scan" and scope.opset < 9 and node.domain in ("", "ai.onnx"):
+        elif node.op_type == "Scan" and scope.opset < 9 and node.domain in DEFAULT_DOMAINS:
             self.give_up(inputs, outputs, _flow("Scan had other inputs before opset 9"))
             self.freeze_captured(bodies["body"], _flow("is used in a Scan of before opset 9"))
         elif traits_of(node).iterates:

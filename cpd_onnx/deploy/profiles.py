@@ -21,14 +21,13 @@ from onnx import GraphProto, NodeProto, TensorProto
 from cpd_onnx.data.sources import fixed_batch, inputs_of
 from cpd_onnx.errors import TargetError
 from cpd_onnx.io.files import read_text
-from cpd_onnx.ir.model import Model, called_by, functions_of, graphs_of, materialize
+from cpd_onnx.ir.model import DEFAULT_DOMAINS, Model, called_by, functions_of, graphs_of, materialize
 from cpd_onnx.ops.traits import traits_of
 
 DTYPES = ("float32", "float16", "bfloat16", "int8")
 """Element types of weights that a target may prefer."""
 ACTIVATIONS = ("uint8", "int8")
 """Element types of quantised activations that a target may require."""
-_DEFAULT = ("", "ai.onnx")
 _FLOATS: dict[int, str] = {
     TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"
 }  # fmt: skip  # a table
@@ -172,7 +171,7 @@ def _operators(model: Model, profile: Profile) -> Iterator[str]:
 
 def operator_of(node: NodeProto) -> str:
     """Return the operator of a node in the notation of profiles: with its domain, unless that is the default one."""
-    return str(node.op_type) if node.domain in _DEFAULT else f"{node.domain}::{node.op_type}"
+    return str(node.op_type) if node.domain in DEFAULT_DOMAINS else f"{node.domain}::{node.op_type}"
 
 
 def _name_of(node: NodeProto) -> str:

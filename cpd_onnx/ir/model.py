@@ -76,7 +76,7 @@ _PLAIN: dict[int, np.dtype[Any]] = {
 """The most frequent element types and their little-endian numpy types, as in `raw_data`."""
 PLACES = ("as-is", "inside", "beside")
 """Where the weights of a saved model are stored: as in its source, inside the file, or in a data file beside it."""
-_DEFAULT_DOMAINS = ("", "ai.onnx")
+DEFAULT_DOMAINS = ("", "ai.onnx")
 """Names of the default operator domain."""
 
 
@@ -144,7 +144,7 @@ class Model(Summarised):
     @property
     def opset(self) -> int:
         """Version of the default operator set; 1 if the model does not import it."""
-        return next((o.version for o in self.proto.opset_import if o.domain in _DEFAULT_DOMAINS), 1)
+        return next((o.version for o in self.proto.opset_import if o.domain in DEFAULT_DOMAINS), 1)
 
     @property
     def is_external(self) -> bool:

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, numpy_helper
 
-from cpd_onnx.ir.model import Array, Lazy, Model, bodies_of, materialize, to_array
+from cpd_onnx.ir.model import DEFAULT_DOMAINS, Array, Lazy, Model, bodies_of, materialize, to_array
 
-DEFAULT_DOMAINS = ("", "ai.onnx")
-"""Names of the default operator domain."""
 _NUMBERS = {
     "value_float": (TensorProto.FLOAT, np.float32), "value_floats": (TensorProto.FLOAT, np.float32),
     "value_int": (TensorProto.INT64, np.int64), "value_ints": (TensorProto.INT64, np.int64),

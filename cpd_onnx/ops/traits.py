@@ -13,6 +13,8 @@ from functools import cache
 
 from onnx import NodeProto
 
+from cpd_onnx.ir.model import DEFAULT_DOMAINS
+
 
 @dataclass(frozen=True)
 class Traits:
@@ -91,8 +93,6 @@ class Traits:
         return range(count)[slice(*self.moved)]
 
 
-DEFAULT_DOMAINS = ("", "ai.onnx")
-"""The two spellings of the domain of the ONNX standard's operators."""
 MICROSOFT = "com.microsoft"
 """The domain of onnxruntime's own operators."""
 _TABLE: dict[tuple[str, str], Traits] = {}
