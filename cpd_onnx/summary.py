@@ -12,9 +12,9 @@ class Summary:
     """A small table of text.
 
     Attributes:
-        rows: the cells, row by row.
-        columns: the headings; empty where the first cell of a row names the second.
-        title: of the table; may be empty.
+        rows: Cells, row by row.
+        columns: Headings; empty if the first cell of each row names the second.
+        title: Title of the table; may be empty.
     """
 
     rows: tuple[tuple[str, ...], ...]
@@ -23,7 +23,7 @@ class Summary:
 
     @classmethod
     def of(cls, values: Mapping[str, str]) -> Summary:
-        """Names and values.
+        """Return a summary of names and values.
 
         >>> Summary.of({"MACs": "1.2 G"}).rows
         (('MACs', '1.2 G'),)
@@ -31,7 +31,7 @@ class Summary:
         return cls(tuple(values.items()))
 
     def html(self) -> str:
-        """An HTML table with everything escaped: names, to the left, and numbers, to the right.
+        """Return an HTML table with all text escaped, the first column left-aligned and the others right-aligned.
 
         >>> Summary.of({"a<b": "1"}).html()
         '<table><tr><td style="text-align: left">a&lt;b</td><td style="text-align: right">1</td></tr></table>'
@@ -45,18 +45,18 @@ class Summary:
 
 
 class Summarised:
-    """What shows itself by its summary: as one line, however large it is, and in a notebook as a table."""
+    """Base of results whose repr is one line, however large they are, and which a notebook shows as a table."""
 
     def summary(self) -> Summary:
-        """A few names and values."""
+        """Return the most important names and values."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        """One line."""
+        """Return the summary as one line."""
         return f"{type(self).__name__}({', '.join(f'{name}: {value}' for name, value in self.summary().rows)})"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
+        """Return the summary as HTML, for notebooks."""
         return self.summary().html()
 
 
@@ -66,7 +66,7 @@ def _row(kind: str, cells: Iterable[str], styles: Sequence[str]) -> str:
 
 
 def count(number: float) -> str:
-    """A large number with a unit.
+    """Return a large number with a unit prefix.
 
     >>> count(125485696), count(12)
     ('125.5 M', '12')
@@ -78,5 +78,5 @@ def count(number: float) -> str:
 
 
 def share(part: float, whole: float) -> str:
-    """A ratio in percent."""
+    """Return a ratio in percent."""
     return f"{100 * part / whole:.1f} %" if whole else "–"  # noqa: RUF001  # a dash is meant

@@ -576,7 +576,7 @@ def to_array(tensor: TensorProto) -> Array:
 
 
 def constant_array(attribute: AttributeProto) -> Array | None:
-    """What an attribute makes a Constant hold; None where that is no dense tensor of numbers."""
+    """Return the value that an attribute gives a Constant node; None unless it is a dense tensor of numbers."""
     if attribute.name == "value":
         return to_array(attribute.t)
     if attribute.name not in ("value_int", "value_ints", "value_float", "value_floats"):

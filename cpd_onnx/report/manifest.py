@@ -1,4 +1,4 @@
-"""Manifests: what went into a run and what came out, by its SHA-256, so that it can be checked and repeated."""
+"""Manifests: the inputs and outputs of a run with their SHA-256, so that the run can be checked and repeated."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from cpd_onnx.version import __version__
 FORMAT = "cpd-onnx/manifest"
 VERSION = 2
 _PACKAGES = ("numpy", "onnx", "onnx-graphsurgeon", "onnxruntime", "scipy", "torch", "torchmetrics")
-"""Whose versions a result may depend on."""
+"""Packages whose versions may affect a result."""
 
 
 def file_entry(path: Path, role: str, **more: Any) -> dict[str, Any]:
-    """Name, size and SHA-256 of a file, or of all files below a folder, in the order of their names.
+    """Return name, size and SHA-256 of a file, or of all files below a folder in the order of their names.
 
     Raises ModelError if it cannot be read.
     """
@@ -43,7 +43,7 @@ def file_entry(path: Path, role: str, **more: Any) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """What runs here."""
+    """Return the versions of Python, this package and the packages that results depend on."""
     found = {"cpd-onnx": __version__, "python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -54,12 +54,12 @@ def versions() -> dict[str, str]:
 
 
 def place_of(output: Path) -> Path:
-    """Where the manifest of a file lies."""
+    """Return the path of the manifest of a file."""
     return output.with_name(f"{output.name}.manifest.json")
 
 
 def inputs_of(read: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Entries of what went in; what is an entry already, of a file that the output replaces, stays as it is."""
+    """Return the entries of the inputs; an entry that exists already, of a replaced file, is taken as it is."""
     found = []
     for role, path in read.items():
         if isinstance(path, dict):
@@ -70,14 +70,14 @@ def inputs_of(read: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def write(place: Path, recipe: str, read: Mapping[str, Any], written: Mapping[str, Path | None], **more: Any) -> None:
-    """Write the document.
+    """Write a manifest.
 
     Args:
-        place: where to; names of files in it are as seen from there.
-        recipe: the text that repeats the command.
-        read: by role, what went in; what is no file or folder is left out, the recipe has it.
-        written: by role, what came out, and is the same when the command is repeated; its data file is found.
-        more: entries of its own, `run` the command's name, `beside` files that differ each time.
+        place: Path of the manifest; the file names in it are relative to its folder.
+        recipe: Text of the recipe that repeats the command.
+        read: Inputs by role; those that are not a file or folder are omitted, as the recipe contains them.
+        written: Reproducible outputs by role; the data file of the model is found by its name.
+        more: Further entries: `run`, the name of the command; `beside`, outputs by path that differ in each run.
     """
     beside = more.pop("beside", {})
     inputs = inputs_of(read)
@@ -95,7 +95,7 @@ def write(place: Path, recipe: str, read: Mapping[str, Any], written: Mapping[st
 
 
 def _data_of(model: Path) -> list[Path]:
-    """The data file of a model that has been written, perhaps only inside `commit_together`."""
+    """Return the data files of a written model, which may still be pending in `commit_together`."""
     name = re.compile(re.escape(model.name) + r"\.[0-9a-f]{8}\.data")
     written = pending_files()
     there = model.parent.iterdir() if written is None else written
@@ -103,7 +103,7 @@ def _data_of(model: Path) -> list[Path]:
 
 
 def provenance(paths: Iterable[Path], seed: int) -> dict[str, Any]:
-    """The same for the report: the command and what ran it, and the files that came out."""
+    """Return the provenance section of a report: the command, the environment and the output files."""
     files = [file_entry(path, "") for path in paths]
     return {
         "tool": f"cpd-onnx {__version__}",
@@ -117,7 +117,7 @@ def provenance(paths: Iterable[Path], seed: int) -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a manifest; raises PlanError if it is none."""
+    """Read a manifest; raises PlanError for a file that is not one."""
     try:
         content = read_json(path)
     except OSError as error:
@@ -152,10 +152,10 @@ def differences(there: Mapping[str, Any]) -> list[str]:
 
 
 def typed() -> list[str]:
-    """What was typed, as far as Python knows it."""
+    """Return the command line of this process."""
     return ["cpd-onnx", *sys.argv[1:]]
 
 
 def relative(path: Path, folder: Path) -> str:
-    """A path as seen from a folder, so that both can be moved together."""
+    """Return a path relative to a folder, so that both can be moved together."""
     return Path(os.path.relpath(path.resolve(), folder.resolve())).as_posix()

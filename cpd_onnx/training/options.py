@@ -27,7 +27,7 @@ def loss_kind(text: str) -> LossKind:
 
 @dataclass(frozen=True)
 class Optimization:
-    """How the weights move.
+    """Options of the optimizer and the learning rate schedule.
 
     SGD has Nesterov momentum 0.9. The learning rate rises during the warm-up and then falls to zero along a cosine.
     """
@@ -35,10 +35,10 @@ class Optimization:
     optimizer: Literal["adamw", "sgd"] = _training("adamw", "Optimiser of the weights", choices=("adamw", "sgd"))
     lr: float = _training(1e-3, "Learning rate after the warm-up", read=above_zero)
     warmup: float = _training(
-        0.05, "Share of the steps in which the learning rate rises from zero", read=ratio, metavar="SHARE"
+        0.05, "Fraction of the steps in which the learning rate rises from zero", read=ratio, metavar="FRACTION"
     )
-    weight_decay: float = _training(1e-4, "Weight decay of tensors of two axes or more", read=not_negative)
-    clip_norm: float = _training(1.0, "Largest norm of the gradient; 0: any", read=not_negative)
+    weight_decay: float = _training(1e-4, "Weight decay of tensors with two or more axes", read=not_negative)
+    clip_norm: float = _training(1.0, "Maximum norm of the gradient; 0 does not clip", read=not_negative)
     ema: float = _training(
         0.0,
         "Decay of the running average of the weights that is the result; 0 takes the last weights",
@@ -50,7 +50,7 @@ class Optimization:
 
 @dataclass(frozen=True)
 class DistillOptions(Optimization):
-    """How to train; how the weights move is said in `Optimization`.
+    """Options of knowledge distillation, with those of the optimizer.
 
     A model that fixes its batch size gets batches of that size. Stored statistics of BatchNormalization are kept
     ("frozen"), or those of the batch are used ("train"), also of normalisations that the exporter folded into
@@ -65,15 +65,14 @@ class DistillOptions(Optimization):
     temperature: float = _training(4.0, "Temperature that softens the distributions compared", read=above_zero)
     label_weight: float = _training(
         0.0,
-        "Share of the cross-entropy with the labels in the loss; 0 needs no labels",
+        "Weight of the cross-entropy with the labels in the loss, from 0 to 1; 0 needs no labels",
         read=ratio,
-        metavar="SHARE",
+        metavar="WEIGHT",
     )
-    ignore_label: int = _training(IGNORED, "Label of what does not count", read=integer)
+    ignore_label: int = _training(IGNORED, "Label that the loss ignores", read=integer)
     losses: Mapping[str, LossKind] = _training(
         {},
-        f"How an output is compared, one of {', '.join(LOSSES)} (default: seen from the teacher's answers); may be "
-        "repeated",
+        f"Loss of an output, one of {', '.join(LOSSES)} (default: chosen by the teacher's outputs); may be repeated",
         read=output_pair(loss_kind),
         flag="--loss",
         metavar="OUTPUT=KIND",
@@ -89,34 +88,34 @@ class DistillOptions(Optimization):
     )
     hidden: int = _training(
         0,
-        "Number of inner tensors that are compared too, on the channels that teacher and student share",
+        "Number of hidden tensors that are compared as well, on the channels that teacher and student share",
         read=natural,
         metavar="N",
     )
-    hidden_weight: float = _training(1.0, "Weight of these in the loss", read=not_negative)
+    hidden_weight: float = _training(1.0, "Weight of the hidden tensors in the loss", read=not_negative)
     batch_norm: Literal["auto", "frozen", "train", "restore", "calibrate"] = _training(
         "auto",
-        "Statistics of BatchNormalization: those stored, those of the batch, these also where they were folded into "
-        "convolutions, or only estimated anew without training (default: restore where batches have 16 samples, else "
-        "frozen)",
+        "Statistics of BatchNormalization: stored (frozen), of the batch (train), of the batch also for normalisations "
+        "folded into convolutions (restore), or re-estimated without training (calibrate) (default: restore if batches "
+        "have at least 16 samples, else frozen)",
         choices=("auto", "frozen", "train", "restore", "calibrate"),
     )
     freeze: tuple[str, ...] = _training(
         (), "Initializer that is not trained; may be repeated", metavar="NAME", is_many=True
     )
     flip: bool = _training(False, "Mirror half of the images (rank-4 inputs, width last)")
-    shift: int = _training(0, "Move images by up to this many pixels, zeros coming in", read=natural)
-    seed: int = _training(0, "Seed of order and augmentation", read=natural)
-    device: str = _training("auto", "Device of the training: auto, cpu or cuda (default: a GPU if there is one)")
-    threads: int = _training(0, "Threads of torch on the CPU; 0: its own choice", read=natural)
+    shift: int = _training(0, "Shift images by up to this many pixels, padded with zeros", read=natural)
+    seed: int = _training(0, "Seed of the sample order and augmentation", read=natural)
+    device: str = _training("auto", "Device for the training: auto, cpu or cuda (default: a GPU if there is one)")
+    threads: int = _training(0, "Number of torch threads on the CPU; 0: torch's default", read=natural)
     teacher_runtime: Literal["auto", "onnxruntime", "torch"] = _training(
         "auto",
-        "What runs the teacher (default: onnxruntime on the CPU, torch on a GPU)",
+        "Runtime of the teacher (default: onnxruntime on the CPU, torch on a GPU)",
         choices=("auto", "onnxruntime", "torch"),
     )
     teacher_cache: Path | None = _training(
         None,
-        "File of the teacher's answers, so that each sample is asked about once; without augmentation",
+        "File that caches the teacher's outputs, so that each sample is computed once; not with augmentation",
         read=Path,
         metavar="FILE",
         takes="file",
