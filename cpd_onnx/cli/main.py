@@ -38,8 +38,8 @@ from cpd_onnx.summary import Summary
 from cpd_onnx.workflow.api import run as carry_out
 from cpd_onnx.workflow.compress_files import page_kinds, write_page
 from cpd_onnx.workflow.distill import is_first_process
+from cpd_onnx.workflow.evidence.reproduce import require_same
 from cpd_onnx.workflow.places import read_model, require_apart, require_outputs, source_of, write_json
-from cpd_onnx.workflow.reproduce import require_same
 from cpd_onnx.workflow.requests import (
     Apply,
     Bench,

@@ -15,8 +15,9 @@ from cpd_onnx.passes.allocate import Allocate, target_options
 from cpd_onnx.passes.iterate import Iterate, ScoringOptions
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.workflow import compress as compression
-from cpd_onnx.workflow import compress_files, defaults, deploy, distill, prune, reproduce, requests, sweep
+from cpd_onnx.workflow import compress_files, defaults, deploy, distill, prune, requests, sweep
 from cpd_onnx.workflow.compress import Compressed
+from cpd_onnx.workflow.evidence import reproduce
 from cpd_onnx.workflow.requests import Observer, Request, ignore
 
 M = TypeVar("M")

@@ -24,8 +24,8 @@ from cpd_onnx.proof.comparison import INCONCLUSIVE, OutputDifference
 from cpd_onnx.proof.files import FileVerification, data_feeds, verify_files
 from cpd_onnx.report import tables as report
 from cpd_onnx.rewrite.plan import load_plan
-from cpd_onnx.workflow.chain import Chain, Given, is_intact, manifest_of, verify_deployed
 from cpd_onnx.workflow.compress import step_of
+from cpd_onnx.workflow.evidence.chain import Chain, Given, is_intact, manifest_of, verify_deployed
 from cpd_onnx.workflow.places import (
     finite,
     objections,

@@ -26,7 +26,7 @@ from cpd_onnx.passes.prune import apply
 from cpd_onnx.proof.files import verify_files
 from cpd_onnx.report import manifest
 from cpd_onnx.rewrite.plan import Plan, schema
-from cpd_onnx.workflow.chain import manifest_of, verify_deployed
+from cpd_onnx.workflow.evidence.chain import manifest_of, verify_deployed
 from tests.support.edits import edited, nested, other_value
 from tests.support.models import from_text
 
