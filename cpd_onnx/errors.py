@@ -55,6 +55,14 @@ class InconclusiveError(CpdError):
     """The inputs that were tried neither prove nor disprove that the pruned model computes what the plan says."""
 
 
+class NotFasterError(CpdError):
+    """The pruned model is not faster than the original."""
+
+
+class LossError(CpdError):
+    """Every model that is smaller than the original loses more than is allowed."""
+
+
 class StoppedError(CpdError):
     """The process was interrupted; a checkpoint holds the work done so far and can be continued."""
 

@@ -32,7 +32,8 @@ MODULES = {
     "cpd_onnx.weights": "cpd_onnx.channels.weights",
 }
 """Modules: the old name -> the new one."""
-_ALLOCATION = "Curves=LossCurves SPREADS=POLICIES allocate_on_the_clock=allocate_measured curves_of=loss_curves"
+_ALLOCATION = "Curves=LossCurves SPREADS=POLICIES curves_of=loss_curves"
+_TIMING = "allocate_on_the_clock=allocate_measured"
 _SCORES = (
     "SCORERS=SCORE_FUNCTIONS Question=ScoreContext Scorer=ScoreFunction scorer=score_function "
     "scorer_of=find_score_function"
@@ -40,11 +41,13 @@ _SCORES = (
 _NAMES = (
     ("cpd_onnx.algebra.keep", "cpd_onnx.algebra.keep", "Kept=KeepMask"),
     ("cpd_onnx.budget.allocation", "cpd_onnx.budget.allocation", _ALLOCATION),
+    ("cpd_onnx.budget.allocation", "cpd_onnx.budget.timing", _TIMING),
     ("cpd_onnx.budget.latency", "cpd_onnx.budget.latency", "Clock=LatencyProbe"),
     ("cpd_onnx.data", "cpd_onnx.data.sources", "LABELS ArraySource FunctionSource ImageFolder ImageOptions Source"),
     ("cpd_onnx.data", "cpd_onnx.data.sources", "inputs_of open_source read_npz"),
     ("cpd_onnx.ir", "cpd_onnx.integrations.onnx_ir", "CompressPass"),
     ("cpd_onnx.passes.allocate", "cpd_onnx.budget.allocation", f"Allocation Budget allocate {_ALLOCATION}"),
+    ("cpd_onnx.passes.allocate", "cpd_onnx.budget.timing", _TIMING),
     ("cpd_onnx.passes.comb", "cpd_onnx.channels.combing", "comb"),
     ("cpd_onnx.passes.score", "cpd_onnx.scores.registry", f"score {_SCORES}"),
     ("cpd_onnx.passes.sensitivity", "cpd_onnx.passes.sensitivity", "curves_of=measured_curves"),

@@ -236,7 +236,7 @@ def _permute(combed: Combed, editor: Editor, weight: Weight, image: Axis) -> Non
             )
 
 
-def _zeroed(combed: Combed, kept: KeepMask) -> Model:
+def _zeroed(combed: Combed, keep: KeepMask) -> Model:
     """Return the model with its matrices and kernels zeroed at the removed channels."""
     editor = Editor(combed.folded.model.copy())
     for weight in combed.weights:
@@ -246,7 +246,7 @@ def _zeroed(combed: Combed, kept: KeepMask) -> Model:
         original = weight_array(combed.folded.model, weight)
         survives = np.ones(original.shape, np.bool_)
         for axis, atoms in enumerate(axes):
-            survives &= kept.mask(atoms).reshape([-1 if i == axis else 1 for i in range(original.ndim)])
+            survives &= keep.mask(atoms).reshape([-1 if i == axis else 1 for i in range(original.ndim)])
         if not survives.all():
             editor.replace(
                 weight.value, weight.scope, np.where(survives, original, zero_of(combed, weight)).astype(original.dtype)

@@ -32,6 +32,7 @@ from cpd_onnx.report.manifest import versions
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.accuracy.accuracy import HERE, commit
 from tests.support.edits import KINDS, edited, nested
+from tests.support.runs import plain
 
 MODELS = HERE.parent / "models"
 
@@ -72,7 +73,7 @@ def run(arguments: Sequence[object]) -> tuple[int, str]:
     """Run a command and return its exit code and standard error."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = command_line([str(argument) for argument in arguments])
+        code = command_line(plain(arguments))
     return code, err.getvalue().strip()
 
 

@@ -44,6 +44,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.support.runs import plain
+
 HERE = Path(__file__).parents[1]
 LIMIT = 240
 """Seconds after which a command is stopped."""
@@ -204,9 +207,7 @@ class Server:
 
     def end(self) -> None:
         """End the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        self.process.communicate()  # closes its streams, upon which it ends
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -400,7 +401,7 @@ class Tree:
         outcomes = []
         try:
             for line in case.commands:
-                done = server.run(folder, [self.word(word) for word in line.split()])
+                done = server.run(folder, self.words(line))
                 texts = {name: found for name, found in done.written.items() if Path(name).suffix not in BINARY}
                 known |= {hashlib.sha256(found).hexdigest(): name for name, found in texts.items() if found}
                 paths = [str(folder), str(self.path), str(data)]
@@ -409,6 +410,11 @@ class Tree:
         finally:
             self.servers.put(server)
         return outcomes
+
+    def words(self, line: str) -> list[str]:
+        """Return the words of a command; checkouts that measure and bound by default get the options that do not."""
+        words = [self.word(word) for word in line.split()]
+        return plain(words) if (self.path / "tests" / "support" / "runs.py").is_file() else words
 
     def word(self, word: str) -> str:
         """Return a word of a command with this checkout's name of the option."""

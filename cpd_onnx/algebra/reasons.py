@@ -26,9 +26,9 @@ class Reason(str):
 
     def __new__(cls, kind: Kind, node: str, text: str) -> Reason:
         """Create the reason from its kind, its node and its text."""
-        made = super().__new__(cls, f"{node} {text}" if node else text)
-        made.kind, made.node, made.text = kind, node, text
-        return made
+        reason = super().__new__(cls, f"{node} {text}" if node else text)
+        reason.kind, reason.node, reason.text = kind, node, text
+        return reason
 
     def __getnewargs__(self) -> tuple[Kind, str, str]:  # type: ignore[override]  # a string is made of one argument
         """Return the arguments of a copy."""

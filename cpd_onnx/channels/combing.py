@@ -18,7 +18,7 @@ from cpd_onnx.channels.constraints import (
     freeze_ungrouped,
 )
 from cpd_onnx.channels.groups import Combed, Swept, Weight, WeightUse, grouped, is_vector
-from cpd_onnx.ir.model import DEFAULT_DOMAINS, ModelSource, attributes_of, bodies_of, load, translate_errors
+from cpd_onnx.ir.model import ModelSource, attributes_of, bodies_of, load, translate_errors
 from cpd_onnx.ops.evaluate import Call
 from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.rules import FLOATS, RULES, GiveUp, Op, Recorder, Tensor
@@ -50,6 +50,12 @@ def comb(source: ModelSource | Folded, input_shapes: Mapping[str, Sequence[int]]
             swept.folded, swept.atoms, swept.recorder, swept.tensors, swept.weights,
             groups, sweep.without_rule, sweep.unaccounted,
         )  # fmt: skip  # its fields
+
+
+def sweep(folded: Folded) -> Swept:
+    """Return the result of the sweep over a model, before constraints are applied and channels are grouped."""
+    with translate_errors(folded.model):
+        return _Sweep(folded).run()
 
 
 def at_sizes(combed: Combed, keep: KeepMask, numbers: Mapping[str, int]) -> tuple[Combed, KeepMask] | None:
@@ -255,12 +261,13 @@ class _Sweep:
     def enter(self, scope: Scope, position: int, inputs: list[Tensor | None], outputs: list[Tensor]) -> None:
         """Sweep the bodies of If, Loop, Scan and of calls of model-local functions."""
         node, bodies = scope.nodes[position], scope.bodies[position]
-        if node.op_type == "If" and node.domain in DEFAULT_DOMAINS:
+        own = traits_of(node)
+        if own.branches:
             self.branches(bodies, inputs, outputs)
-        elif node.op_type == "Scan" and scope.opset < 9 and node.domain in DEFAULT_DOMAINS:
+        elif own.scans and scope.opset < 9:
             self.give_up(inputs, outputs, _flow("Scan had other inputs before opset 9"))
             self.freeze_captured(bodies["body"], _flow("is used in a Scan of before opset 9"))
-        elif traits_of(node).iterates:
+        elif own.iterates:
             self.rounds(node, bodies["body"], inputs, outputs)
         else:
             self.call(bodies["body"], inputs, outputs)
@@ -348,7 +355,7 @@ class _Sweep:
 
     def rounds(self, node: NodeProto, body: Scope, inputs: list[Tensor | None], outputs: list[Tensor]) -> None:
         """Follow Loop and Scan: carried states keep their atoms, stacked outputs gain a frozen axis."""
-        is_loop, attributes = node.op_type == "Loop", attributes_of(node)
+        is_loop, attributes = not traits_of(node).scans, attributes_of(node)
         scans = attributes.get("num_scan_inputs", 0)
         first_in = 2 if is_loop else 0
         states = len(inputs) - first_in - scans

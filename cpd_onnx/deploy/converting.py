@@ -71,7 +71,9 @@ def tensors_of(proto: ModelProto) -> Iterator[TensorProto]:
     """Yield the initializers and constants of all graphs."""
     for graph in graphs_of(proto.graph):
         yield from graph.initializer
-        yield from (a.t for node in graph.node if node.op_type == "Constant" for a in node.attribute if a.HasField("t"))
+        yield from (
+            a.t for node in graph.node if traits_of(node).is_constant for a in node.attribute if a.HasField("t")
+        )
 
 
 def name_nodes(proto: ModelProto) -> None:

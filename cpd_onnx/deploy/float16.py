@@ -25,6 +25,7 @@ from cpd_onnx.deploy.converting import (
 )
 from cpd_onnx.errors import TargetError, UnsupportedError
 from cpd_onnx.ir.model import Array, Model, element_type, graphs_of
+from cpd_onnx.ops.traits import traits_of
 
 HALVES = ("float16", "bfloat16")
 """16-bit float types."""
@@ -107,7 +108,7 @@ def _stored(model: Model, kind: str, notify: Notify) -> Model:
 
 def _constants(node: NodeProto, kind: str, names: set[str], wide: list[str]) -> Iterator[NodeProto]:
     """Yield a node; a Constant with a large weight becomes one in 16 bits and a Cast."""
-    tensor = next((a.t for a in node.attribute if a.name == "value"), None) if node.op_type == "Constant" else None
+    tensor = next((a.t for a in node.attribute if a.name == "value"), None) if traits_of(node).is_constant else None
     if tensor is None:
         yield node
         return

@@ -20,7 +20,7 @@ from onnx import GraphProto, NodeProto, TensorProto
 
 from cpd_onnx.data.sources import fixed_batch, inputs_of
 from cpd_onnx.errors import TargetError
-from cpd_onnx.io.files import read_text
+from cpd_onnx.io.files import read_text, translate_read_errors
 from cpd_onnx.ir.model import DEFAULT_DOMAINS, Model, called_by, functions_of, graphs_of, materialize
 from cpd_onnx.ops.traits import traits_of
 
@@ -93,14 +93,8 @@ def load_profile(name_or_path: str | Path) -> Profile:
     path = Path(name_or_path)
     if path.suffix != ".toml":
         raise TargetError(f"no profile is called {str(name_or_path)!r}: choose {', '.join(known)} or give a .toml file")
-    try:
+    with translate_read_errors(path, "profile", f"{path} is not a TOML file", TargetError):
         content = tomllib.loads(read_text(path))
-    except OSError as error:
-        raise TargetError(f"cannot read profile {path}: {error.strerror}") from error
-    except RecursionError as error:
-        raise TargetError(f"{path} is not a TOML file: it is nested too deeply") from error
-    except ValueError as error:
-        raise TargetError(f"{path} is not a TOML file: {error}") from error
     name = content.pop("name", path.stem)
     if not isinstance(name, str):
         raise TargetError(f"{path}: name = {reprlib.repr(name)}: must be a string")

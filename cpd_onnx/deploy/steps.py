@@ -38,9 +38,19 @@ from cpd_onnx.deploy.profiles import Profile, problems
 from cpd_onnx.deploy.quantize import Quantization, Ranges, extremes, quantize_recorded, samples_at_once
 from cpd_onnx.errors import DataError, ProofError, TargetError, UnsupportedError
 from cpd_onnx.io.files import require_free, write_atomically
+from cpd_onnx.io.progress import announce
 from cpd_onnx.ir.model import Array, Model
 from cpd_onnx.proof.comparison import QUANTIZED, TOLERANCES, OutputDifference, compare, output_difference, runs_needed
-from cpd_onnx.runtime.sessions import Feed, Runner, execute, execute_all, open_model, precisely, working_feeds
+from cpd_onnx.runtime.sessions import (
+    Feed,
+    Runner,
+    execute,
+    execute_all,
+    open_model,
+    precisely,
+    provider_pairs,
+    working_feeds,
+)
 from cpd_onnx.shapes.inference import fold
 
 Sizes: TypeAlias = Mapping[str, "int | Sequence[int]"]
@@ -49,7 +59,6 @@ Sizes: TypeAlias = Mapping[str, "int | Sequence[int]"]
 LEVELS = ("disable", "basic", "extended", "all")
 """Levels of onnxruntime's graph optimisation; "all" ties the file to the type of processor that it was written on."""
 
-_CPU = "CPUExecutionProvider"
 _COMPARED = 64
 """Number of samples that the models before and after a step are compared on, if there is data (heuristic)."""
 _LARGEST_HALF = 65504.0
@@ -329,10 +338,10 @@ def ort_measured(
     require_one_message(model, "written as .ort")
     open_model(model, provider=provider)  # raises a one-line error for a model that cannot be loaded
     with tempfile.TemporaryDirectory(prefix="cpd-onnx.") as folder:
-        path, providers = Path(folder) / "model.ort", list(dict.fromkeys([provider, _CPU]))
+        path, pairs = Path(folder) / "model.ort", provider_pairs(provider)
         precisely(
             partial(_writing_options, path, level),
-            lambda options: ort.InferenceSession(model.serialize(), options, providers=providers),
+            lambda options: ort.InferenceSession(model.serialize(), options, providers=pairs),
         )
         return path.read_bytes(), ort_difference(model, path, _random_feeds(model))
 
@@ -378,7 +387,9 @@ def deploy(model: Model, request: Deployment, source: Source | None = None, obse
     observer = observer or ignore
     done: list[Step] = []
     feeds: list[Feed] = []
-    for todo in _planned(model, request, source):
+    planned = list(_planned(model, request, source))
+    announce(*(todo.name for todo in planned))
+    for todo in planned:
         name = todo.name
         observer(name)
         notes: list[str] = []

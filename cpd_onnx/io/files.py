@@ -22,7 +22,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from cpd_onnx.errors import ModelError
+from cpd_onnx.errors import CpdError, ModelError
 
 _CHUNK = 1 << 20
 """Size in bytes of the chunks in which a file is hashed (heuristic)."""
@@ -78,6 +78,28 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         if not level or not isinstance(content, dict | list):
             return content
     raise ValueError("it is nested too deeply")
+
+
+@contextlib.contextmanager
+def translate_read_errors(
+    path: str | os.PathLike[str], kind: str, invalid: str, error: type[CpdError]
+) -> Iterator[None]:
+    """Raise `error` for a file that cannot be read, such as "cannot read recipe r.toml", or has no valid content.
+
+    Args:
+        path: The file.
+        kind: What it is to be, such as "recipe".
+        invalid: What is wrong if its content is not valid, such as "r.toml is not a TOML file"; the reason follows it.
+        error: Type of the error.
+    """
+    try:
+        yield
+    except OSError as problem:
+        raise error(f"cannot read {kind} {os.fspath(path)}: {problem.strerror}") from problem
+    except RecursionError as problem:
+        raise error(f"{invalid}: it is nested too deeply") from problem
+    except ValueError as problem:
+        raise error(f"{invalid}: {problem}") from problem
 
 
 class StoredFile:

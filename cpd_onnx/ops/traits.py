@@ -13,7 +13,7 @@ from functools import cache
 
 from onnx import NodeProto
 
-from cpd_onnx.ir.model import DEFAULT_DOMAINS
+from cpd_onnx.ir.model import DEFAULT_DOMAINS as DEFAULT_DOMAINS  # for the torch import, which may not import `ir`
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,20 @@ class Traits:
         moved: Input slots from which these elements come: first and end, None for all that follow.
         casts: The output is the first input cast to another element type.
         keeps_zeros: Rearranges or casts a weight so that its zeros remain zeros.
+        sums_products: Sums products of the first two inputs, and adds any further inputs.
+        annihilates: The output is zero wherever one of the inputs is zero.
+        maps_zeros_to_zeros: The output is zero wherever all elements of the first input that it is computed from are,
+            and so are new elements unless a number that fills them is given.
         carries_indices: Indices into a table, given as the first input, are still such indices in the output.
         carries_positions: Positions along an axis of an input are still positions along it in the output.
         selects_by_input: An input (index, condition, start) determines which elements are read or written.
         reveals_operand: A change of its only non-constant operand is visible in the output.
         fills_sizes: Creates axes whose sizes are values of an input (shape, repeats, range).
         reads_sizes: Uses the shape of its input, not the values.
+        multiplies_sizes: The output is the product of these sizes, not a list of them.
         is_identity: Returns its input unchanged.
+        is_view: The output has the elements of the first input in the same order, so that they need not be copied.
+        runs_in_place: Elementwise in the first input, which runtimes fuse into what computes it, or overwrite.
         is_sum: Adds two tensors.
         is_rectifier: Sets negative elements to zero.
         is_activation: Elementwise activation function, which may saturate and commonly follows a normalisation.
@@ -48,10 +55,13 @@ class Traits:
         stays_float: Excluded from int8 quantisation: a high loss of accuracy for little time saved.
         is_constant: The output is stored in the node's attributes.
         has_bodies: Runs subgraphs.
+        branches: Runs one of its subgraphs.
         iterates: Runs its subgraph repeatedly.
+        scans: Runs its subgraph for each slice of its last inputs.
         data_slot: Input slot of the first data input.
         type_slot: Input slot with the element type of the first output; None for that of `data_slot`.
         shape_slot: Input slot that lists the sizes of the output; None if there is none.
+        fill_slot: Input slot of the number that fills new elements; None if there is none.
         output_rank: Rank of the output; None for that of the data input.
     """
 
@@ -59,13 +69,19 @@ class Traits:
     moved: tuple[int, int | None] = (0, 1)
     casts: bool = False
     keeps_zeros: bool = False
+    sums_products: bool = False
+    annihilates: bool = False
+    maps_zeros_to_zeros: bool = False
     carries_indices: bool = False
     carries_positions: bool = False
     selects_by_input: bool = False
     reveals_operand: bool = False
     fills_sizes: bool = False
     reads_sizes: bool = False
+    multiplies_sizes: bool = False
     is_identity: bool = False
+    is_view: bool = False
+    runs_in_place: bool = False
     is_sum: bool = False
     is_rectifier: bool = False
     is_activation: bool = False
@@ -82,11 +98,19 @@ class Traits:
     stays_float: bool = False
     is_constant: bool = False
     has_bodies: bool = False
+    branches: bool = False
     iterates: bool = False
+    scans: bool = False
     data_slot: int = 0
     type_slot: int | None = None
     shape_slot: int | None = None
+    fill_slot: int | None = None
     output_rank: int | None = None
+
+    @property
+    def joins(self) -> bool:
+        """Whether the output consists of elements of all inputs."""
+        return self.moves_elements and self.moved == (0, None)
 
     def carried(self, count: int) -> range:
         """Return the slots, out of `count` inputs of a node, whose elements the output consists of."""
@@ -165,27 +189,27 @@ _row("Compress", "selects_by_input")
 _row("Concat", "moves_elements keeps_zeros reveals_operand follows_normalisation", moved=(0, None))
 _row("Constant", "is_constant")
 _row("ConstantOfShape", "fills_sizes", shape_slot=0)
-_row("DepthToSpace", "reveals_operand")
+_row("DepthToSpace", "reveals_operand maps_zeros_to_zeros")
 _row("Expand", "moves_elements keeps_zeros carries_positions reveals_operand fills_sizes")
-_row("Flatten", "moves_elements keeps_zeros carries_indices reveals_operand")
+_row("Flatten", "moves_elements keeps_zeros carries_indices reveals_operand is_view")
 _row("Gather", "moves_elements keeps_zeros selects_by_input")
 _row("GatherElements", "selects_by_input")
 _row("GatherND", "selects_by_input")
-_row("Identity", "moves_elements keeps_zeros carries_indices carries_positions reveals_operand is_identity")
-_row("Pad", "reveals_operand", _BOTH_DOMAINS)
+_row("Identity", "moves_elements keeps_zeros carries_indices carries_positions reveals_operand is_identity is_view")
+_row("Pad", "reveals_operand maps_zeros_to_zeros", _BOTH_DOMAINS, fill_slot=2)
 _row("Range", "fills_sizes", _BOTH_DOMAINS)
-_row("Reshape", "moves_elements keeps_zeros carries_indices carries_positions reveals_operand", shape_slot=1)
+_row("Reshape", "moves_elements keeps_zeros carries_indices carries_positions reveals_operand is_view", shape_slot=1)
 _row("ScatterElements", "selects_by_input")
 _row("ScatterND", "selects_by_input")
 _row("Shape", "reads_sizes")
-_row("Size", "reads_sizes")
+_row("Size", "reads_sizes multiplies_sizes")
 _row("Slice", "moves_elements keeps_zeros carries_indices carries_positions reveals_operand selects_by_input")
-_row("SpaceToDepth", "reveals_operand")
+_row("SpaceToDepth", "reveals_operand maps_zeros_to_zeros")
 _row("Split", "moves_elements keeps_zeros reveals_operand")
-_row("Squeeze", "moves_elements keeps_zeros carries_indices carries_positions reveals_operand")
+_row("Squeeze", "moves_elements keeps_zeros carries_indices carries_positions reveals_operand is_view")
 _row("Tile", "moves_elements keeps_zeros reveals_operand fills_sizes")
 _row("Transpose", "moves_elements keeps_zeros carries_indices reveals_operand")
-_row("Unsqueeze", "moves_elements keeps_zeros carries_indices carries_positions reveals_operand")
+_row("Unsqueeze", "moves_elements keeps_zeros carries_indices carries_positions reveals_operand is_view")
 _row("Where", "moves_elements selects_by_input may_mask stays_float", moved=(1, 3), type_slot=1)
 
 # Arithmetic, comparison, logic.
@@ -205,7 +229,7 @@ _row("Less", "is_boolean compares")
 _row("LessOrEqual", "is_boolean compares")
 _row("Max", "may_mask")
 _row("Mod", "is_step_function")
-_row("Mul", "carries_positions reveals_operand follows_normalisation")
+_row("Mul", "carries_positions reveals_operand follows_normalisation annihilates")
 _row("Neg", "reveals_operand")
 _row("Not", "is_boolean")
 _row("OneHot", "is_step_function")
@@ -220,14 +244,33 @@ _row("TopK", "stays_float")
 _row("Xor", "is_boolean")
 
 # Layers.
-_row("BatchNormalization", "stays_float")
-_row("Conv", "follows_normalisation")
+_row("BatchNormalization", "stays_float runs_in_place")
+_row("Conv", "follows_normalisation sums_products")
+_row("AveragePool", "maps_zeros_to_zeros")
+_row("ConvTranspose", "sums_products")
 _row("DynamicQuantizeLSTM", domains=_MICROSOFT_ONLY, output_rank=4)
 _row("EmbedLayerNormalization", domains=_MICROSOFT_ONLY, type_slot=2, output_rank=3)
 _row("GatherBlockQuantized", domains=_MICROSOFT_ONLY, type_slot=2)
+_row("Gemm", "sums_products")
+_row("GlobalAveragePool", "maps_zeros_to_zeros")
+_row("GlobalLpPool", "maps_zeros_to_zeros")
+_row("GlobalMaxPool", "maps_zeros_to_zeros")
 _row("InstanceNormalization", "stays_float")
 _row("LayerNormalization", "stays_float")
-_row("MaxPool", "follows_normalisation")
+_row("LpPool", "maps_zeros_to_zeros")
+_row("MatMul", "sums_products")
+_row("MaxPool", "follows_normalisation maps_zeros_to_zeros")
+
+_row("ReduceL1", "maps_zeros_to_zeros")
+_row("ReduceL2", "maps_zeros_to_zeros")
+_row("ReduceMax", "maps_zeros_to_zeros")
+_row("ReduceMean", "maps_zeros_to_zeros")
+_row("ReduceMin", "maps_zeros_to_zeros")
+_row("ReduceProd", "maps_zeros_to_zeros")
+_row("ReduceSum", "maps_zeros_to_zeros")
+_row("ReduceSumSquare", "maps_zeros_to_zeros")
+_row("Resize", "maps_zeros_to_zeros")
+_row("Upsample", "maps_zeros_to_zeros")
 
 # Activation functions and other saturating operators.
 _row("BiasGelu", "is_activation", _MICROSOFT_ONLY)
@@ -271,6 +314,6 @@ _row("QLinearConcat", domains=_MICROSOFT_ONLY, data_slot=2)
 _row("QuantizeLinear", "is_quantizer keeps_zeros saturates", _BOTH_DOMAINS, type_slot=2)
 
 # Control flow.
-_row("If", "has_bodies")
+_row("If", "has_bodies branches")
 _row("Loop", "has_bodies iterates")
-_row("Scan", "has_bodies iterates")
+_row("Scan", "has_bodies iterates scans")

@@ -428,9 +428,12 @@ class OutputDifference:
     Attributes:
         largest: Largest difference of any output, relative to its range (largest minus smallest value).
         typical: Root mean square difference relative to the standard deviation, of the output where it is largest.
+            Manifests hold it since version 1; what is shown is `of_range`, which has the denominator of `largest`.
         agreement: Fraction of samples (of pixels, for maps) with the same highest score; None where the first output
             has no axis of scores.
         samples: Number of samples.
+        of_range: Root mean square difference relative to the range, of the output where it is largest; never above
+            `largest`.
         allowed: Largest allowed difference, relative to the largest value, of a step that only rounds; None for others.
 
     """
@@ -439,38 +442,40 @@ class OutputDifference:
     typical: float
     agreement: float | None
     samples: int
+    of_range: float
     allowed: float | None = None
 
 
 def output_difference(plain: Sequence[Sequence[Array]], found: Sequence[Sequence[Array]]) -> OutputDifference:
     """Return the difference between two lists of outputs, one entry for each set of inputs."""
     pairs = [(a, b) for ours, theirs in zip(plain, found, strict=True) for a, b in zip(ours, theirs, strict=True)]
-    apart = [_relative(a, b) for a, b in pairs] or [(0.0, 0.0)]
+    apart = [_relative(a, b) for a, b in pairs] or [(0.0, 0.0, 0.0)]
     scores = [(ours[0], theirs[0]) for ours, theirs in zip(plain, found, strict=True) if ours]
     count = sum(len(ours[0]) if ours and ours[0].ndim else 1 for ours in plain)
-    largest, typical = (max(values) for values in zip(*apart, strict=True))
-    return OutputDifference(largest, typical, _agreement(scores), count)
+    largest, typical, of_range = (max(values) for values in zip(*apart, strict=True))
+    return OutputDifference(largest, typical, _agreement(scores), count, of_range)
 
 
-def _relative(a: Array, b: Array) -> tuple[float, float]:
-    """Return largest and typical difference relative to the first array; infinite where shapes or finiteness differ."""
-    never = (float("inf"), float("inf"))
+def _relative(a: Array, b: Array) -> tuple[float, float, float]:
+    """Return `largest`, `typical` and `of_range` of two arrays; infinite where their shapes or finiteness differ."""
+    never = (float("inf"), float("inf"), float("inf"))
     if a.shape != b.shape:
         return never
     if a.dtype.kind != "f" and a.dtype != element_type(TensorProto.BFLOAT16):
-        return (0.0, 0.0) if np.array_equal(a, b) else (1.0, 1.0)
+        return (0.0, 0.0, 0.0) if np.array_equal(a, b) else (1.0, 1.0, 1.0)
     wide, other = a.astype(np.float64), b.astype(np.float64)
     finite = np.isfinite(wide)
     if not np.array_equal(finite, np.isfinite(other)):
         return never
     wide, errors = wide[finite], other[finite] - wide[finite]
     if not errors.any():
-        return 0.0, 0.0
+        return 0.0, 0.0, 0.0
     size = float(np.abs(wide).max())
     extent, deviation = float(np.ptp(wide)) or size, float(wide.std()) or size
     if not size:
         return never
-    return float(np.abs(errors).max()) / extent, float(np.sqrt(np.mean(errors**2))) / deviation
+    largest, rms = float(np.abs(errors).max()), float(np.sqrt(np.mean(errors**2)))
+    return largest / extent, rms / deviation, min(rms, largest) / extent  # rounding can lift the mean above the largest
 
 
 def _agreement(pairs: Sequence[tuple[Array, Array]]) -> float | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from cpd_onnx.data.sources import Batch, Source, fixed_batch, inputs_of
+from cpd_onnx.io.progress import step
 from cpd_onnx.ir.model import Array, Model
 from cpd_onnx.proof.comparison import Comparison, OutputDifference
 from cpd_onnx.proof.proving import proved, runner_of, verify
@@ -44,6 +45,7 @@ class FileVerification:
     measured: OutputDifference | None = None
 
 
+@step("verify")
 def verify_files(
     original: Model,
     pruned: Model,

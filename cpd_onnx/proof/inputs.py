@@ -218,7 +218,7 @@ class Marks:
     def _mark(self, scope: Scope) -> None:
         for position, bodies in scope.bodies.items():
             node = scope.nodes[position]
-            taken = taken_branch(scope.lookup(node.input[0])) if node.op_type == "If" else None
+            taken = taken_branch(scope.lookup(node.input[0])) if traits_of(node).branches else None
             for name, body in bodies.items():
                 if body.function or (taken is not None and name != taken):
                     continue  # a function has no graph of its own; no input reaches the other branch
@@ -227,7 +227,7 @@ class Marks:
 
     def _mark_body(self, found: _Body, body: Scope) -> None:
         nodes = self._editor.graph(body).node
-        marked = next((n for n in nodes if n.op_type != "Constant" and any(n.output)), None)
+        marked = next((n for n in nodes if not traits_of(n).is_constant and any(n.output)), None)
         if marked is None:
             return  # it has no node that a profile would list
         mark = f"{_MARK}-{len(self.places)}-"
@@ -287,7 +287,7 @@ class _Body:
 
 def _body_of(scope: Scope, node: NodeProto, name: str, body: Scope) -> _Body:
     label = node.name or node.output[0]
-    if node.op_type == "If":
+    if traits_of(node).branches:
         what = f"the {name.replace('_', ' ')} of If {label!r}"
         return _Body(what, False, {what: body.path})
     what = f"{node.op_type} {label!r}"
@@ -300,7 +300,7 @@ def _body_of(scope: Scope, node: NodeProto, name: str, body: Scope) -> _Body:
 
 def _iterations(scope: Scope, node: NodeProto) -> tuple[int, float]:
     """Return the smallest and largest number of iterations of a Loop or Scan that the graph allows."""
-    if node.op_type == "Scan":
+    if traits_of(node).scans:
         return 1, math.inf  # empty axes are not tried
     count, condition = (scope.lookup(name) if name else None for name in (*node.input, "", "")[:2])
     most = int(count.value.item()) if count is not None and count.is_static and count.value is not None else math.inf

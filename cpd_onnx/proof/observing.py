@@ -30,10 +30,10 @@ def compared_tensors(combed: Combed, keep: KeepMask, floating: frozenset[str] = 
 
     `floating` names tensors that are integers in the file but floats in the models that run.
     """
-    return _Finder(combed, keep, floating).run()
+    return _Classifier(combed, keep, floating).run()
 
 
-class _Finder:
+class _Classifier:
     def __init__(self, combed: Combed, keep: KeepMask, floating: frozenset[str]) -> None:
         self.combed, self.keep, self.floating = combed, keep, floating
         self.scope = combed.folded.scope
@@ -109,7 +109,7 @@ class _Finder:
         if decisions and own.selects_by_input:
             self.kinds[top] = DISCRETE
             self.waiting += [*numbers, *(n for i in decisions for n in self.numbers_before(i))]
-        elif own.is_step_function or (node.op_type == "Cast" and not numbers):
+        elif own.is_step_function or (own.casts and not numbers):
             self.kinds[top] = DISCRETE
             self.waiting += [*numbers, *decisions]
         elif self.is_rounding(node) or any(map(self.is_leap, numbers)):
@@ -119,7 +119,7 @@ class _Finder:
             self.kinds[top] = SATURATING
             self.waiting.append(numbers[0])
             self.inside.append((top, numbers[0]))
-        elif node.op_type == "Concat":
+        elif own.joins:
             self.waiting += numbers
             self.inside += [(top, number) for number in numbers]
         elif own.reveals_operand and len(numbers) == 1:
@@ -133,10 +133,11 @@ class _Finder:
         """Return whether a float tensor is a decision cast to float, such as a mask."""
         while name in self.affected and (node := self.maker(name)) is not None:
             numbers = [i for i in node.input if i and not self.is_constant(i) and self.is_number(i)]
-            if node.op_type == "Cast" and not numbers:
+            own = traits_of(node)
+            if own.casts and not numbers:
                 return True
-            if not traits_of(node).reveals_operand or len(numbers) != 1:
-                return traits_of(node).is_step_function
+            if not own.reveals_operand or len(numbers) != 1:
+                return own.is_step_function
             name = numbers[0]
         return False
 

@@ -14,6 +14,7 @@ from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.channels.combing import at_sizes
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.errors import REPORT_BUG, InconclusiveError, ProofError, UnsupportedError
+from cpd_onnx.io.progress import advance, step
 from cpd_onnx.ir.model import Array, Model
 from cpd_onnx.proof.comparison import (
     INCONCLUSIVE,
@@ -41,8 +42,11 @@ from cpd_onnx.shapes.inference import fold_again
 
 _PIECEWISE_BYTES = 1 << 28
 """Bytes of weights (256 MB, a heuristic) above which a model and those derived from it are run piece by piece."""
+_PARTS = 4
+"""Parts of a comparison: runs of the original, of the masked original and of the pruned model, and the verdict."""
 
 
+@step("verify")
 def verify(
     combed: Combed,
     keep: KeepMask,
@@ -243,10 +247,14 @@ class _Proof:
         original = self.open(self.original)
         self.feeds = given
         plain = execute_all(original, given)
+        advance(1, _PARTS)
         del original  # frees its memory before other sessions are opened
         require_numbers([outputs[: self.outputs] for outputs in plain])
         try:
-            expected, found = self.with_masks(self.reference, given), execute_all(self.open(self.other), given)
+            expected = self.with_masks(self.reference, given)
+            advance(2, _PARTS)
+            found = execute_all(self.open(self.other), given)
+            advance(3, _PARTS)
             runs = Runs(plain, expected, found, lambda: self.with_masks(self.reference, nudged(given)), self.decoy)
             return judge(self.compared, runs, self.form.tolerance).noted(*self.form.notes)
         except UnsupportedError as error:

@@ -179,7 +179,7 @@ class _Unrounder(Editor):
 
     def rewrite(self, node: NodeProto) -> None:
         """Append the nodes that replace a node."""
-        if node.op_type == "Constant":
+        if traits_of(node).is_constant:
             self.constants[node.output[0]] = next((a.t for a in node.attribute if a.name == "value"), None)
             self.nodes.append(node)
         elif all(name in self.constants for name in node.input if name) and not bodies_of(node) and node.input:
@@ -220,7 +220,7 @@ class _Unrounder(Editor):
     def leave(self, node: NodeProto, bodies: Sequence[GraphProto]) -> None:
         """Append a node with bodies; an output of an If may be float if it is in both branches."""
         results = [[o.name in self.floating for o in body.output] for body in bodies]
-        if node.op_type == "If" and all(flags == results[0] for flags in results):
+        if traits_of(node).branches and all(flags == results[0] for flags in results):
             self.floating |= {name for name, flag in zip(node.output, results[0], strict=True) if flag}
         elif any(map(any, results)) or not self.floating.isdisjoint(node.input):
             raise NotUnroundableError(f"{node.op_type} carries quantised integers")

@@ -51,7 +51,7 @@ class Arithmetic:
         call = Call(attributes_of(node), scope.opset)
         if traits_of(node).reads_sizes:
             sizes = np.asarray(self._shape(scope, node.input[0]), np.int64)
-            if node.op_type == "Size":
+            if traits_of(node).multiplies_sizes:
                 return (np.asarray(sizes.prod(), np.int64),)
             return (sizes[slice(call.get("start", 0), call.get("end"))],)
         inputs = [self.value(scope, name) if name else None for name in node.input]

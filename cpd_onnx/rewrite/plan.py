@@ -19,7 +19,7 @@ from cpd_onnx.channels.combing import comb
 from cpd_onnx.channels.costs import Costs
 from cpd_onnx.channels.groups import Combed, Group
 from cpd_onnx.errors import PlanError
-from cpd_onnx.io.files import read_json, require_free, write_atomically
+from cpd_onnx.io.files import read_json, require_free, translate_read_errors, write_atomically
 from cpd_onnx.ir.model import Model, ModelSource
 from cpd_onnx.ir.tensors import changed_values, stored_tensors
 from cpd_onnx.summary import Summarised, Summary, count
@@ -31,6 +31,8 @@ VERSION = 2
 """Version of the format that is written; version 1 is read as well."""
 _RENAMED = {"spread": "policy", "multiple": "round_to", "shares": "ratios"}
 """Keys of `budget`: those of format version 1, and what they are called since version 2."""
+_ASKED = ("kind", "target", "policy")
+"""Entries of a budget that a summary shows."""
 _STAMP = "cpd-onnx."
 """Prefix of the keys that `Plan.stamp` writes to `metadata_props` of a model."""
 
@@ -123,7 +125,7 @@ class Plan(Summarised):
         }
         return Summary.of({
             "plan for": f"{content['source'].get('file', '')} ({self.sha256[:12]}…)",
-            "asked for": " ".join(f"{content['budget'].get(name)}" for name in ("kind", "target", "policy")), **costs,
+            "asked for": " ".join(str(content["budget"].get(name, "")) for name in _ASKED).strip(), **costs,
             "groups pruned": f"{sum(map(bool, removed.values()))} of {len(removed)}",
             "channels removed": str(sum(map(len, removed.values()))),
         })  # fmt: skip  # a table
@@ -174,12 +176,8 @@ def load_plan(path: str | Path) -> Plan:
 
     Raises PlanError if the file cannot be read or is not a plan.
     """
-    try:
+    with translate_read_errors(path, "plan", f"plan {path} is not JSON", PlanError):
         content = read_json(path)
-    except OSError as error:
-        raise PlanError(f"cannot read plan {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise PlanError(f"plan {path} is not JSON: {error}") from error
     _check(content, str(path))
     return Plan(_in_version(content, VERSION))
 
@@ -298,8 +296,8 @@ def _group(combed: Combed, group: Group, removed: list[int]) -> dict[str, Any]:
         {"initializer": member.weight.name, "axis": member.axis, "indices": member.indices}
         for member in combed.members(group)
     ]
-    made: dict[str, Any] = {"id": group.id, "name": group.name, "kind": group.kind, "size": len(group)}
-    return made | {"members": members, "removed": list(removed)}
+    entry: dict[str, Any] = {"id": group.id, "name": group.name, "kind": group.kind, "size": len(group)}
+    return entry | {"members": members, "removed": list(removed)}
 
 
 def _removed(combed: Combed, keep: KeepMask) -> dict[str, dict[str, list[int]]]:

@@ -10,12 +10,13 @@ from onnx import AttributeProto, GraphProto, NodeProto
 from cpd_onnx.ir.model import attributes_of
 from cpd_onnx.ops.evaluate import MAX_ELEMENTS
 from cpd_onnx.ops.sizes import Bindings, unknown
+from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.shapes.values import PLACEHOLDER_SIZES, Numbers, Scope, T, Value, for_all_bindings, taken_branch
 
 
 def formal_inputs(node: NodeProto, body: GraphProto, inputs: Sequence[Value | None]) -> dict[str, Value]:
     """Return the inputs of a subgraph by name, with the shapes of the arguments and unknown values."""
-    if node.op_type == "If":
+    if traits_of(node).branches:
         return {}
     attributes = attributes_of(node)
     scans = attributes.get("num_scan_inputs", 0)
@@ -28,7 +29,7 @@ def formal_inputs(node: NodeProto, body: GraphProto, inputs: Sequence[Value | No
             axis = axes[index - first_scan]
             value.shapes = tuple(_without(shape, axis) for shape in actual.shapes)
             value.extents = None if actual.extents is None else _without(actual.extents, axis)
-        if node.op_type == "Loop" and index < 2:
+        if index < 2 and not traits_of(node).scans:
             value.shapes, value.extents = for_all_bindings(()), None
         results[info.name] = value
     return results
@@ -71,7 +72,7 @@ def loop_outputs(
     node: NodeProto, graph: GraphProto, inputs: Sequence[Value | None], body: Scope, bindings: Bindings
 ) -> list[Value]:
     """Return the outputs of a Loop or Scan: final states, then the per-iteration outputs stacked along an axis."""
-    attributes, skipped = attributes_of(node), 1 if node.op_type == "Loop" else 0  # the condition
+    attributes, skipped = attributes_of(node), 0 if traits_of(node).scans else 1  # the condition
     arguments = inputs[2 * skipped :]
     states = len(arguments) - attributes.get("num_scan_inputs", 0)
     axes = attributes.get("scan_output_axes") or [0] * len(node.output)
@@ -98,7 +99,7 @@ def loop_outputs(
 
 def _rounds(node: NodeProto, inputs: Sequence[Value | None]) -> Numbers:
     """Return the number of iterations of a Loop or Scan; a placeholder for a Loop whose trip count is unknown."""
-    if node.op_type == "Scan":
+    if traits_of(node).scans:
         last, axis = inputs[-1], (attributes_of(node).get("scan_input_axes") or [0])[-1]
         if last is None or last.shapes is None or not -len(last.shapes[0]) <= axis < len(last.shapes[0]):
             return PLACEHOLDER_SIZES

@@ -9,6 +9,7 @@ from onnx import FunctionProto, GraphProto, NodeProto
 from cpd_onnx.errors import ModelError
 from cpd_onnx.ir.model import FunctionName, Model, attributes_of, bodies_of, called_by
 from cpd_onnx.ops.evaluate import Call
+from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.shapes.values import Shape, Value
 
 _MAX_DIM = 1 << 28
@@ -49,11 +50,12 @@ def credible_shape(shape: Shape) -> Shape:
 def require_bodies(node: NodeProto, bodies: Mapping[str, GraphProto]) -> None:
     """Raise ModelError if subgraphs of an If, Loop or Scan are missing or their inputs and outputs do not fit it."""
     attributes, inputs, outputs = attributes_of(node), len(node.input), len(node.output)
-    wanted = {"If": ("then_branch", "else_branch")}.get(node.op_type, ("body",))
+    own = traits_of(node)
+    wanted = ("then_branch", "else_branch") if own.branches else ("body",)
     fits = all(name in bodies for name in wanted)
-    if node.op_type == "If":
+    if own.branches:
         fits = fits and inputs == 1 and all(len(bodies[name].output) >= outputs for name in wanted)
-    elif node.op_type == "Loop":
+    elif not own.scans:
         fits = fits and inputs >= 2 and len(bodies["body"].input) == inputs and len(bodies["body"].output) > outputs
     else:
         scans = attributes.get("num_scan_inputs", 0)

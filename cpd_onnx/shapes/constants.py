@@ -65,7 +65,7 @@ def evaluate_weights(model: Model, scope: Scope) -> Evaluated | None:
     """
     results: list[tuple[_Constant, Array]] = []
     feed: dict[str, Array] = {}
-    for constant in _Finder(model).wanted(scope):
+    for constant in _ConstantFinder(model).wanted(scope):
         proto, feed = _part(model, constant, feed)
         array = _run(proto, feed)
         if array is not None:
@@ -159,7 +159,7 @@ class _Constant:
 
 
 @dataclass(eq=False)
-class _Finder:
+class _ConstantFinder:
     """Finds the constants of a model and those that are operands of its data-dependent nodes.
 
     Attributes:
@@ -214,9 +214,9 @@ class _Finder:
 
     def is_constant(self, node: NodeProto, here: Mapping[str, _Constant]) -> bool:
         """Whether the outputs of a node are independent of the inputs of the model."""
-        if node.op_type == "Constant" and node.domain in _DOMAINS:
-            return True
         own = traits_of(node)
+        if own.is_constant:
+            return True
         # Quantizers belong to the format in which a weight is stored.
         if node.domain not in _DOMAINS or own.is_random or own.is_quantizer or called_by(node) in self.functions:
             return False

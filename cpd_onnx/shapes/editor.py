@@ -5,6 +5,7 @@ from __future__ import annotations
 from onnx import AttributeProto, GraphProto, NodeProto, helper
 
 from cpd_onnx.ir.model import Array, Lazy, Model, materialize, replace_values
+from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.shapes.values import Scope, Value
 
 
@@ -42,7 +43,7 @@ class Editor:
         """Return the Constant node whose output has the given name."""
         if scope.path not in self._constant_nodes:
             nodes = self.graph(scope).node
-            self._constant_nodes[scope.path] = {n.output[0]: n for n in nodes if n.op_type == "Constant"}
+            self._constant_nodes[scope.path] = {n.output[0]: n for n in nodes if traits_of(n).is_constant}
         return self._constant_nodes[scope.path][name]
 
     def fresh(self, preferred: str) -> str:

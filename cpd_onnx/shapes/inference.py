@@ -40,7 +40,7 @@ from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.shapes.bodies import formal_inputs, if_outputs, loop_outputs, renamed, with_attributes
 from cpd_onnx.shapes.checks import NODE_CHECKS, credible_shape, require_bodies, require_bounded_calls
 from cpd_onnx.shapes.constants import evaluate_weights
-from cpd_onnx.shapes.open_inputs import PROFILES, OpenInputs, Profile, has_open_inputs, real_inputs
+from cpd_onnx.shapes.open_inputs import SIZE_PROFILES, OpenInputs, SizeProfile, has_open_inputs, real_inputs
 from cpd_onnx.shapes.order import topological_order
 from cpd_onnx.shapes.origins import Provenance
 from cpd_onnx.shapes.values import (
@@ -95,7 +95,7 @@ def fold_again(folded: Folded, model: Model, numbers: Mapping[str, int] | None =
 def _best_inferred(model: Model, input_shapes: Mapping[str, Shape], numbers: Mapping[str, int]) -> Folded:
     """Return the result of the first profile that leaves fewest operators unknown."""
     best: Folded | None = None
-    for profile in PROFILES if has_open_inputs(model) and not input_shapes else PROFILES[:1]:
+    for profile in SIZE_PROFILES if has_open_inputs(model) and not input_shapes else SIZE_PROFILES[:1]:
         folded = _Inference(model, profile, input_shapes, numbers).run()
         if best is None or len(folded.unknown) < len(best.unknown):
             best = folded
@@ -109,7 +109,7 @@ class _Inference:
     """Inference of a model whose symbols are bound by one profile."""
 
     def __init__(
-        self, model: Model, profile: Profile, input_shapes: Mapping[str, Shape], numbers: Mapping[str, int]
+        self, model: Model, profile: SizeProfile, input_shapes: Mapping[str, Shape], numbers: Mapping[str, int]
     ) -> None:
         self.model = model
         self.bindings = Bindings()
@@ -223,7 +223,7 @@ class _Inference:
             path = f"{scope.path}/{node.name or node.output[0]}.{name}"
             scopes[name] = self.scope(path, graph, values, address, scope)
         scope.bodies[position] = scopes
-        if node.op_type == "If":
+        if traits_of(node).branches:
             return if_outputs(node, inputs[0], scopes, self.bindings)
         return loop_outputs(node, bodies["body"], inputs, scopes["body"], self.bindings)
 
@@ -313,7 +313,7 @@ class _Inference:
         assert value.shapes is not None
         arrays = [np.asarray(shape, np.int64) for shape in value.shapes]
         sizes = objects(np.asarray(value.sizes, object))
-        if node.op_type == "Size":
+        if traits_of(node).multiplies_sizes:
             result = _known(node.output[0], tuple(np.asarray(array.prod()) for array in arrays))
             result.origins, sizes = self.provenance.of_size(value), objects(np.asarray(product(sizes.tolist()), object))
         else:

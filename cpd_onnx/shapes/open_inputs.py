@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
 
-from onnx import TensorShapeProto, ValueInfoProto
+from onnx import TensorProto, TensorShapeProto, ValueInfoProto
 
 from cpd_onnx.ir.model import Model
 from cpd_onnx.ops.sizes import Bindings, Extent, symbol
@@ -27,7 +27,7 @@ row serves all further symbols. A row has one number for each binding."""
 
 
 @dataclass(frozen=True)
-class Profile:
+class SizeProfile:
     """Numbers for the symbols of each kind of dimension.
 
     Attributes:
@@ -55,18 +55,18 @@ _SEQUENCES = ((14, 22, 5), (15, 26, 6), (13, 21, 4), (17, 19, 3))
 """Sequence lengths, in tokens; short and pairwise different, so that coincidences are unlikely. Heuristic."""
 _IMAGES = ((64, 160, 32), (96, 224, 64))
 """Image heights and widths, in pixels: multiples of 32, the total stride of most backbones. Heuristic."""
-PROFILES = (
-    Profile(_BATCHES, _SEQUENCES, ((64, 161, 35), (96, 227, 67))),
-    Profile(_BATCHES, _SEQUENCES, _IMAGES),
+SIZE_PROFILES = (
+    SizeProfile(_BATCHES, _SEQUENCES, ((64, 161, 35), (96, 227, 67))),
+    SizeProfile(_BATCHES, _SEQUENCES, _IMAGES),
     # For models whose differently named symbols must be equal, or whose images must be square.
-    Profile(_BATCHES, _SEQUENCES[:1], _IMAGES[:1]),
-    Profile(_BATCHES, ((64, 96, 80),), ((224, 256, 320), (256, 320, 224))),
-    Profile(_BATCHES, ((64, 96, 80),), ((224, 256, 320),)),
-    Profile(_BATCHES, ((512, 768, 640),), ((512, 640, 768),)),
-    Profile(_BATCHES, ((16000, 24000, 20000),), ((299, 331, 363),), ((16000, 24000, 20000),)),
+    SizeProfile(_BATCHES, _SEQUENCES[:1], _IMAGES[:1]),
+    SizeProfile(_BATCHES, ((64, 96, 80),), ((224, 256, 320), (256, 320, 224))),
+    SizeProfile(_BATCHES, ((64, 96, 80),), ((224, 256, 320),)),
+    SizeProfile(_BATCHES, ((512, 768, 640),), ((512, 640, 768),)),
+    SizeProfile(_BATCHES, ((16000, 24000, 20000),), ((299, 331, 363),), ((16000, 24000, 20000),)),
     # Voice activity detectors take chunks of one fixed size.
-    Profile(_BATCHES, _SEQUENCES[:1], _IMAGES[:1], ((512, 512, 512),)),
-    Profile(_BATCHES, _SEQUENCES[:1], _IMAGES[:1], ((576, 576, 576),)),
+    SizeProfile(_BATCHES, _SEQUENCES[:1], _IMAGES[:1], ((512, 512, 512),)),
+    SizeProfile(_BATCHES, _SEQUENCES[:1], _IMAGES[:1], ((576, 576, 576),)),
 )
 """Profiles in order of preference; the first that leaves fewest operators unknown is used. Heuristic: the sizes that
 real models were found to accept; many require images whose sides are multiples of 32."""
@@ -94,7 +94,7 @@ class OpenInputs:
 
     """
 
-    profile: Profile
+    profile: SizeProfile
     shapes: Mapping[str, Shape]
     numbers: Mapping[str, int]
     bindings: Bindings
@@ -145,6 +145,8 @@ class OpenInputs:
         if axis == 0:
             return profile.batch
         rank = len(kind.shape.dim)
+        if kind.elem_type == TensorProto.UINT8 and rank == 4:
+            return profile.image
         if kind.elem_type not in COMPUTABLE_TYPES or rank < 2:
             return profile.sequence
         return {2: profile.sound, 3: profile.frames}.get(rank, profile.image)

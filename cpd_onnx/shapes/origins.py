@@ -65,7 +65,7 @@ class Provenance:
             for slot, value in enumerate(inputs)
         ]
         # Records cannot be cast to another element type.
-        return compute_outputs("Identity" if node.op_type == "Cast" else node.op_type, call, operands)
+        return compute_outputs("Identity" if traits_of(node).casts else node.op_type, call, operands)
 
     def _of_input(self, use: Use, value: Value) -> Origins:
         """Return the origins of an input: its own if they are traced, or the slot itself if it is constant."""

@@ -24,10 +24,10 @@ from onnx import (
     numpy_helper,
 )
 
-from cpd_onnx.ops.traits import MICROSOFT, traits_of, type_slot
+from cpd_onnx.ops.traits import DEFAULT_DOMAINS, MICROSOFT, traits_of, type_slot
 from cpd_onnx.torch import host
 from cpd_onnx.torch.dtypes import is_float
-from cpd_onnx.torch.registry import DEFAULT_DOMAINS, find
+from cpd_onnx.torch.registry import find
 from cpd_onnx.torch.weights import bodies_of, graph_weights, graphs_of
 
 Array = npt.NDArray[Any]

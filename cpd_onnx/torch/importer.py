@@ -24,7 +24,7 @@ from torch import fx, nn
 
 from cpd_onnx.errors import ModelError, UnsupportedError
 from cpd_onnx.ops.evaluate import Call
-from cpd_onnx.ops.traits import traits_of
+from cpd_onnx.ops.traits import DEFAULT_DOMAINS, traits_of
 from cpd_onnx.torch import control, host, operators
 from cpd_onnx.torch.analysis import (
     Quantised,
@@ -46,7 +46,7 @@ from cpd_onnx.torch.host import Host
 from cpd_onnx.torch.module import OnnxModule, Quantisation
 from cpd_onnx.torch.operators import quant
 from cpd_onnx.torch.operators.generate import as_numbers, as_tensor
-from cpd_onnx.torch.registry import DEFAULT_DOMAINS, Operator, find
+from cpd_onnx.torch.registry import Operator, find
 from cpd_onnx.torch.weights import bodies_of, constant_value, graph_weights, graphs_of
 
 Array = npt.NDArray[Any]

@@ -22,11 +22,12 @@ from typing import Any, TypedDict, TypeVar, get_args, get_origin, get_type_hints
 from torch import nn
 from typing_extensions import Unpack
 
+from cpd_onnx.ops.traits import DEFAULT_DOMAINS
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 Key = tuple[str, str]
 
 RESERVED = frozenset({"opset", "outputs", "like", "input_type", "masked"})
-DEFAULT_DOMAINS = frozenset({"", "ai.onnx"})
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,49 @@ def test_no_other_table_says_what_operators_are() -> None:
     assert [table for path in others for table in tables(path)] == []
 
 
+NAMED = {
+    ("cpd_onnx/deploy/quantize.py", "QuantizeLinear"): "whether onnxruntime has quantised any activation",
+    ("cpd_onnx/ir/differences.py", "Constant"): "the table lies above that room",
+    ("cpd_onnx/ir/tensors.py", "Constant"): "the table lies above that room",
+    ("cpd_onnx/proof/observing.py", "QuantizeLinear"): "of the two quantizers, only this one rounds",
+    ("cpd_onnx/proof/unrounded.py", "Cast"): "rewrites its attribute `to`",
+    ("cpd_onnx/proof/unrounded.py", "MatMulNBits"): "rewrites its attribute `accuracy_level`",
+    ("cpd_onnx/runtime/sessions.py", "Gather"): "the size of its table, along its attribute `axis`",
+    ("cpd_onnx/shapes/origins.py", "Div"): "its arithmetic on sizes",
+    ("cpd_onnx/shapes/origins.py", "Mul"): "its arithmetic on sizes",
+    ("cpd_onnx/shapes/origins.py", "ReduceProd"): "its arithmetic on sizes",
+    ("cpd_onnx/training/refolding.py", "Conv"): "BatchNormalization is put back after the one layer it was folded into",
+}
+"""Comparisons with the name of an operator outside the rooms that define operators, and why each is no trait."""
+
+
+def compared(tree: ast.AST) -> Iterator[str]:
+    """Operators with whose names a value is compared."""
+    for node in ast.walk(tree):
+        sides: list[ast.expr] = []
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+        elif isinstance(node, ast.MatchValue):
+            sides = [node.value]
+        yield from (side.value for side in sides if isinstance(side, ast.Constant) and side.value in OPERATORS)
+
+
+@pytest.mark.parametrize(
+    "text", ['node.op_type == "Size"', '"Size" != kind', 'match kind:\n    case "Size":\n        pass']
+)
+def test_the_scan_finds_comparisons(text: str) -> None:
+    assert list(compared(ast.parse(text))) == ["Size"]
+
+
+def test_operators_are_compared_by_name_only_where_no_trait_says_it() -> None:
+    rooms = [ROOT / "cpd_onnx" / room for room in ("ops", "rules", "torch")]
+    others = [path for path in SOURCES if not any(path.is_relative_to(room) for room in rooms)]
+    found = {
+        (path.relative_to(ROOT).as_posix(), name) for path in others for name in compared(ast.parse(path.read_text()))
+    }
+    assert found == NAMED.keys()
+
+
 def test_each_property_is_asked_for_and_some_operator_has_it() -> None:
     text = "".join(path.read_text() for path in SOURCES if path.name != "traits.py")
     asked = {f.name for f in fields(Traits) if f".{f.name}" in text or f'"{f.name}"' in text}
