@@ -50,10 +50,14 @@ class Option:
         metavar: Placeholder of the value in the help; None for that of argparse.
         group: Heading in the help; empty for the general options.
         takes: "file" for a path; "data" for a source of samples, which is a path or a function; "function" for
-            `module:function`; "profile" for the name or path of a profile. Recipes may use these only if trusted.
+            `module:function`; "profile" for the name or path of a profile; "provider" for an execution provider, whose
+            options may name folders. Recipes may use these only if trusted.
         is_output: Whether the path is written to.
         is_many: Whether the option may be repeated; its value is then a tuple or a mapping.
         is_recorded: Whether recipes contain it; paths of outputs are given anew for each run.
+        is_common: Whether `--help` shows it where all options would not fit a screen; required ones are always shown.
+        suggested: Values that shells complete, besides files.
+        suffixes: Endings of the names of files that shells complete; empty for all files.
         renamed_from: Former name of the field, which is accepted until version `GONE_IN`; empty if it has always had
             this one.
     """
@@ -64,10 +68,13 @@ class Option:
     flag: str = ""
     metavar: str | None = None
     group: str = ""
-    takes: Literal["", "file", "data", "function", "profile"] = ""
+    takes: Literal["", "file", "data", "function", "profile", "provider"] = ""
     is_output: bool = False
     is_many: bool = False
     is_recorded: bool = True
+    is_common: bool = False
+    suggested: tuple[str, ...] = ()
+    suffixes: tuple[str, ...] = ()
     renamed_from: str = ""
 
 
@@ -128,7 +135,7 @@ def option(default: Any, help: str, **more: Any) -> Any:  # as argparse calls it
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
 
 
-def again(owner: type, name: str, **other: Any) -> Any:
+def same_option(owner: type, name: str, **other: Any) -> Any:
     """Return a copy of the option of another dataclass, with `other` (and the default) replaced."""
     named = next(entry for entry in options_of(owner) if entry.name == name)
     default = other.pop("default", named.default)
@@ -173,8 +180,8 @@ class Renaming(type):
     @property
     def __signature__(cls) -> inspect.Signature:
         """The signature of `__init__` without `self`, which `inspect` would not find behind `__call__`."""
-        made = inspect.signature(cls.__init__)  # type: ignore[misc]  # that of this very class
-        return made.replace(parameters=list(made.parameters.values())[1:])
+        signature = inspect.signature(cls.__init__)  # type: ignore[misc]  # that of this very class
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 @functools.cache
@@ -191,15 +198,15 @@ def former_names(owner: type) -> dict[str, str]:
 
 def _renamed(owner: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return values of fields by present names; raises TypeError if one is given under both."""
-    made = dict(values)
+    renamed = dict(values)
     for old, new in former_names(owner).items() if values else ():
-        if old not in made:
+        if old not in renamed:
             continue
-        if new in made:
+        if new in renamed:
             raise TypeError(f"{old!r} is the former name of {new!r}: give only {new!r}")
         _warn_of(old, new, 4)
-        made[new] = made.pop(old)
-    return made
+        renamed[new] = renamed.pop(old)
+    return renamed
 
 
 def _former_attribute(self: Any, name: str) -> Any:
@@ -244,7 +251,7 @@ def values_of(request: Any) -> dict[str, Any]:
     return found
 
 
-def picked(owner: type[T], request: Any, **other: Any) -> T:
+def options_from(owner: type[T], request: Any, **other: Any) -> T:
     """Return an instance of a dataclass with the values of the fields that a request shares, and `other` replaced."""
     names = [entry.name for entry in fields(owner) if hasattr(request, entry.name)]  # type: ignore[arg-type]
     return owner(**{name: getattr(request, name) for name in names} | other)

@@ -95,10 +95,10 @@ def units_of(folded: Folded, model: Model | None = None) -> Units:
         folded: The analysed model.
         model: A copy of it with the same nodes whose weights are used instead.
     """
-    return _Finder(folded, model or folded.model).run()
+    return _UnitFinder(folded, model or folded.model).run()
 
 
-class _Finder:
+class _UnitFinder:
     def __init__(self, folded: Folded, model: Model) -> None:
         self.model, self.scope = model, folded.scope
         self.editor = Editor(model)

@@ -60,9 +60,12 @@ def flush_stdout() -> None:
 
 
 def print_error(text: str) -> None:
-    """Print a line to standard error; ignored if that is closed or cannot be written to."""
+    """Print a line to standard error; ignored if that is closed or cannot be written to.
+
+    The line is written at once, since another thread may print its progress at the same time.
+    """
     with contextlib.suppress(OSError, AttributeError):
-        print(printable(text), file=sys.stderr, flush=True)
+        print(f"{printable(text)}\n", end="", file=sys.stderr, flush=True)
 
 
 def redirect_to_null(stream: Any) -> None:

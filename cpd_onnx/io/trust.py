@@ -17,15 +17,17 @@ from cpd_onnx.options import Named
 
 _FUNCTION = re.compile(r"[\w.]+:\w+")
 _NOT_A_FILE = "synthetic"
+_FOLDER_KEY = re.compile(r"cache|path|dir|table", re.IGNORECASE)
+"""Found in the options of an execution provider that name files: a provider may load compiled code from its cache."""
 
 
 def taken(
-    said: Mapping[str, Any], options: Mapping[str, Named], origin: Path, trusted: Sequence[str]
+    values: Mapping[str, Any], options: Mapping[str, Named], origin: Path, trusted: Sequence[str]
 ) -> dict[str, Any]:
     """Return the options that a file may set, with its paths resolved relative to its folder.
 
     Args:
-        said: Values of options by name, without those that the command line overrides.
+        values: Values of options by name, without those that the command line overrides.
         options: Options of the command, by name.
         origin: Path of the file.
         trusted: Functions that the command line names.
@@ -33,8 +35,8 @@ def taken(
     Raises:
         CpdError: The file names a function that is not trusted, or a path outside its folder.
     """
-    found = dict(said)
-    for name, value in said.items():
+    found = dict(values)
+    for name, value in values.items():
         named = options[name]
         if names_code(named, value):
             if value not in trusted:
@@ -49,7 +51,9 @@ def taken(
 
 
 def names_code(named: Named, value: Any) -> bool:
-    """Return whether the value of an option names a function, which would be imported."""
+    """Return whether the value of an option names a function, which would be imported, or a cache of compiled code."""
+    if named.option.takes == "provider":
+        return _FOLDER_KEY.search(str(value).partition(":")[2]) is not None
     if named.option.takes not in ("data", "function") or not isinstance(value, str):
         return False
     if named.option.takes == "data":

@@ -17,6 +17,8 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 
 from cpd_onnx.data.open import Data, source_of
 from cpd_onnx.errors import UnsupportedError
+from cpd_onnx.io.progress import ProgressObserver, announce, reporting
+from cpd_onnx.io.progress import step as reported
 from cpd_onnx.ir.model import ModelSource, load, translate_errors
 from cpd_onnx.options import former_names, neighbours
 from cpd_onnx.pipeline.state import State
@@ -27,6 +29,7 @@ PASSES = (
     "score",
     "sensitivity",
     "allocate",
+    "lossless",
     "prune",
     "verify",
     "repair",
@@ -92,8 +95,8 @@ def make(name: str, options: Mapping[str, Any]) -> Pass:
         if option not in known and option not in former:
             close = neighbours(option, known)
             raise ValueError(f"pass {name!r} has no option {option!r}{close}: it has {', '.join(known) or 'none'}")
-    made: Pass = cls(**options)
-    return made
+    result: Pass = cls(**options)
+    return result
 
 
 def _module(name: str) -> ModuleType:
@@ -112,10 +115,12 @@ def run(
     data: Data | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     observer: Observer | None = None,
+    progress: ProgressObserver | None = None,
 ) -> State:
     """Run passes, given as text or as objects, on a model, and return the state after the last.
 
-    `data` is what `data.open.source_of` takes: a path, arrays by input name, feeds, a function, or a source.
+    `data` is what `data.open.source_of` takes: a path, arrays by input name, feeds, a function, or a source. `observer`
+    is called at the start and end of each pass, `progress` also during the passes, see `ProgressEvent`.
 
     Raises ValueError for passes in an order that cannot work, before the model is opened, and CpdError for errors in
     the model or the options.
@@ -125,13 +130,15 @@ def run(
     state = source if isinstance(source, State) else _begun(source, input_shapes)
     if data is not None:
         state = replace(state, data=source_of(data, state.original, state.input_shapes))
-    for step in steps:
-        if observer:
-            observer(step.name, "start")
-        with translate_errors(state.original):
-            state = step(state)
-        if observer:
-            observer(step.name, "end")
+    with reporting(progress):
+        announce(*(step.name for step in steps))
+        for step in steps:
+            if observer:
+                observer(step.name, "start")
+            with translate_errors(state.original), reported(step.name):
+                state = step(state)
+            if observer:
+                observer(step.name, "end")
     return state
 
 
@@ -192,8 +199,8 @@ def _remedy(steps: Sequence[Pass], there: set[str], step: Pass, missing: str) ->
 def _to_be_added(left: Sequence[Any], known: set[str]) -> Any:
     """Return the first of `PASSES` that provides an attribute which a remaining pass lacks and no other provides."""
     for each in left:
-        made = known.union(*(_provides(other) for other in left if other is not each))
-        makers = (_usual_maker(name) for name in _requires(each) if name not in made)
+        provided = known.union(*(_provides(other) for other in left if other is not each))
+        makers = (_usual_maker(name) for name in _requires(each) if name not in provided)
         if (found := next(filter(None, makers), None)) is not None:
             return found
     return None

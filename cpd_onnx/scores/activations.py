@@ -21,6 +21,7 @@ from cpd_onnx.algebra.atoms import NOTHING, Axis
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.channels.weights import dequantized
 from cpd_onnx.data.sources import calibration, calibration_batch
+from cpd_onnx.io.progress import advance
 from cpd_onnx.ir.model import Array
 from cpd_onnx.rules.api import FLOATS, Factor
 from cpd_onnx.runtime.sessions import execute, open_model
@@ -126,12 +127,12 @@ def consumers(context: ScoreContext) -> Iterator[Consumed]:
     products = [p for p in combed.recorder.products if any(not combed.atoms.all_frozen(f.atoms) for f in p)]
     carried = [f for product in products for f in _activations(product) if _is_visible(combed, f.value)]
     moments = _observed(context, carried)
-    made = _computed(context, [f.value for product in products for f in product if _is_computed(combed, f.value)])
+    computed = _computed(context, [f.value for product in products for f in product if _is_computed(combed, f.value)])
     for product in products:
         for factor in _activations(product):
             own = moments.get((factor.value, factor.axis))
             if own is not None and not combed.atoms.all_frozen(factor.atoms):
-                others = [_side(combed, other, moments, made) for other in product if other is not factor]
+                others = [_side(combed, other, moments, computed) for other in product if other is not factor]
                 yield _consumed(factor, own, others)
 
 
@@ -181,14 +182,14 @@ _Side: TypeAlias = ChannelMoments | _WeightFactor | None
 
 
 def _side(
-    combed: Combed, factor: Factor, moments: Mapping[tuple[Value, int], ChannelMoments], made: Mapping[Value, Array]
+    combed: Combed, factor: Factor, moments: Mapping[tuple[Value, int], ChannelMoments], computed: Mapping[Value, Array]
 ) -> _Side:
     """Return the weight or the moments of a factor, None if neither is known."""
     weight = combed.weight_of.get(factor.value)
     if weight is not None:
         return _WeightFactor(dequantized(combed, weight), factor.axis)
-    if factor.value in made:
-        return _WeightFactor(made[factor.value], factor.axis)
+    if factor.value in computed:
+        return _WeightFactor(computed[factor.value], factor.axis)
     return moments.get((factor.value, factor.axis))
 
 
@@ -284,7 +285,9 @@ def batches(context: ScoreContext, names: Sequence[str]) -> Iterator[dict[str, A
     session = open_model(model) if wanted else None
     assert context.data is not None
     proto = context.combed.folded.model.proto
-    for feed in calibration(proto, context.data, context.samples, seed=context.seed):
+    size = calibration_batch(proto, context.data, context.samples)
+    for number, feed in enumerate(calibration(proto, context.data, context.samples, seed=context.seed)):
+        advance(number * size, context.samples)
         found = execute(session, feed) if session is not None else []
         yield {name: feed[name] for name in names if name in fed} | dict(zip(wanted, found, strict=True))
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cpd_onnx.data.sources import LABELS, check_source, fixed_batch, inputs_of
 from cpd_onnx.errors import DataError
+from cpd_onnx.io.progress import advance
 from cpd_onnx.scores.magnitude import add_per_channel
 from cpd_onnx.scores.registry import Scores
 from cpd_onnx.torch import import_model
@@ -61,7 +62,9 @@ def changes(context: ScoreContext) -> Iterator[Scores]:
         outputs = module(*(to_torch(first[entry.name]) for entry in inputs))
     axes = [class_axis(output) if kind_of(output) == "kl" else None for output in outputs]
     batches = source.batches(size, seed=context.seed)
-    for batch in itertools.islice(batches, max(1, context.samples // size)):
+    count = max(1, context.samples // size)
+    for number, batch in enumerate(itertools.islice(batches, count)):
+        advance(number, count)
         module.zero_grad(set_to_none=True)
         outputs = module(*(to_torch(batch[entry.name]) for entry in inputs))
         pairs = [(output, axis) for output, axis in zip(outputs, axes, strict=True) if output.requires_grad]

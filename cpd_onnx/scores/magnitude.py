@@ -43,9 +43,9 @@ def lamp(context: ScoreContext) -> list[Scores]:
     for total in _magnitudes(context.combed, np.square):
         order = np.argsort(total, kind="stable")
         rest = np.cumsum(total[order][::-1])[::-1]
-        made = np.empty_like(total)
-        made[order] = total[order] / np.maximum(rest, np.finfo(np.float64).tiny)
-        found.append(made)
+        ratios = np.empty_like(total)
+        ratios[order] = total[order] / np.maximum(rest, np.finfo(np.float64).tiny)
+        found.append(ratios)
     return found
 
 

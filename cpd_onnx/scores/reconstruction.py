@@ -24,6 +24,7 @@ from cpd_onnx.channels.groups import Combed
 from cpd_onnx.data.sources import calibration
 from cpd_onnx.fitting.least_squares import MAX_FEATURES, Matrix, Moments, Sampler, one_thread
 from cpd_onnx.fitting.units import Unit, units_of
+from cpd_onnx.io.progress import tracked
 from cpd_onnx.ir.model import Array
 from cpd_onnx.rules.api import Factor
 from cpd_onnx.runtime.stepwise import Stepwise
@@ -208,7 +209,7 @@ class _Observer:
             position = max(self.makers.get(f.value.name, 0) for f in (left, right))
             looks.append((position, len(looks), self.look_at_meeting(left, right)))
         self.steps = Stepwise(self.combed.folded, self.combed.folded.model, self.feeds, wanted)
-        for position, _, look in sorted(looks, key=lambda entry: entry[:2]):
+        for position, _, look in tracked(sorted(looks, key=lambda entry: entry[:2])):
             self.steps.after(position)
             look()
         return self.found

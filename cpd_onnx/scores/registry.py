@@ -19,6 +19,7 @@ import numpy.typing as npt
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.data.sources import Source, imported
 from cpd_onnx.errors import DataError, TargetError
+from cpd_onnx.io.progress import step
 
 Scores: TypeAlias = npt.NDArray[np.float64]
 
@@ -87,6 +88,7 @@ def score_function(
     return enter
 
 
+@step("score")
 def score(combed: Combed, kind: str = "l2", *, samples: int | None = None, **more: Any) -> list[Scores]:
     """Return one number per coupled channel for each group in order; lower is less important.
 

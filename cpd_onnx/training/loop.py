@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from cpd_onnx.errors import CpdError, StoppedError
 from cpd_onnx.io.files import write_atomically
+from cpd_onnx.io.progress import advance
 from cpd_onnx.torch.module import OnnxModule
 from cpd_onnx.training.feed import Feed
 from cpd_onnx.training.losses import DistillationLoss
@@ -142,6 +143,7 @@ class Trainer:
         each = 1 if self.process_group.device.type == "cpu" else _CHECK_EVERY
         written = time.monotonic()
         self.module.train()
+        advance(self.start, steps)
         with _stop_signals(traces.checkpoint is not None) as stop, _log(traces, self) as log:
             for step, (inputs, labels) in zip(range(self.start, steps), feed.batches(self.start), strict=False):
                 rate = self.schedule.lr * cosine(step, steps, self.schedule.warmup)
@@ -153,6 +155,7 @@ class Trainer:
                     log(len(self.losses), fresh, rate)
                     self.losses += fresh
                     recent.clear()
+                    advance(done, steps, f"loss {self.losses[-1]:.4f}")
                     if progress is not None:
                         progress(Progress(done, steps, self.losses[-1]))
                 if held_out is not None and (done % held_out.every == 0 or done == steps):

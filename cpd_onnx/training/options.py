@@ -59,7 +59,7 @@ class DistillOptions(Optimization):
     where that lacks an operator. For small models, or on a busy machine, one thread is fastest.
     """
 
-    epochs: int = _training(10, "Passes over the data", read=positive)
+    epochs: int = _training(10, "Passes over the data", read=positive, is_common=True)
     steps: int | None = _training(None, "Updates in all, instead of epochs", read=positive)
     batch_size: int = _training(64, "Samples in an update, of all processes together", read=positive)
     temperature: float = _training(4.0, "Temperature that softens the distributions compared", read=above_zero)
@@ -106,7 +106,11 @@ class DistillOptions(Optimization):
     flip: bool = _training(False, "Mirror half of the images (rank-4 inputs, width last)")
     shift: int = _training(0, "Shift images by up to this many pixels, padded with zeros", read=natural)
     seed: int = _training(0, "Seed of the sample order and augmentation", read=natural)
-    device: str = _training("auto", "Device for the training: auto, cpu or cuda (default: a GPU if there is one)")
+    device: str = _training(
+        "auto",
+        "Device for the training: auto, cpu or cuda (default: a GPU if there is one)",
+        suggested=("auto", "cpu", "cuda"),
+    )
     threads: int = _training(0, "Number of torch threads on the CPU; 0: torch's default", read=natural)
     teacher_runtime: Literal["auto", "onnxruntime", "torch"] = _training(
         "auto",

@@ -100,7 +100,7 @@ def _insert(graph: GraphProto, node: NodeProto, followers: Sequence[NodeProto], 
 
 
 @dataclass(frozen=True)
-class ChannelMoments:
+class InputMoments:
     """Mean and variance of the input of a normalisation [channels]."""
 
     mean: Tensor
@@ -109,7 +109,7 @@ class ChannelMoments:
 
 def measure(
     module: OnnxModule, restored: Sequence[Restored], batches: Iterable[Sequence[Tensor]]
-) -> dict[str, ChannelMoments]:
+) -> dict[str, InputMoments]:
     """Return the moments of the inputs of restored normalisations, by the names of the convolutions' weights.
 
     Args:
@@ -139,17 +139,15 @@ def measure(
     for entry in restored:
         if id(_tensor(module, entry.mean)) in sums:
             count, total, squares = sums[id(_tensor(module, entry.mean))]
-            found[entry.weight] = ChannelMoments(
-                total / count, (squares / count - (total / count).square()).clamp(min=0)
-            )
+            found[entry.weight] = InputMoments(total / count, (squares / count - (total / count).square()).clamp(min=0))
     return found
 
 
 def begin(
     module: OnnxModule,
     restored: Sequence[Restored],
-    own: Mapping[str, ChannelMoments],
-    wanted: Mapping[str, ChannelMoments],
+    own: Mapping[str, InputMoments],
+    wanted: Mapping[str, InputMoments],
 ) -> None:
     """Initialize restored normalisations so that they turn a network's own moments into the wanted ones.
 
