@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -17,8 +17,11 @@ import numpy.typing as npt
 import onnxruntime as ort
 from onnx import ModelProto
 
+from cpd_onnx.data.precision import Shown, average_precision
+from cpd_onnx.data.signature import IGNORED as IGNORED
 from cpd_onnx.data.sources import LABELS, Batch, Source, imported
 from cpd_onnx.errors import DataError, UnsupportedError
+from cpd_onnx.io.progress import advance, step
 from cpd_onnx.runtime.sessions import execute, open_model
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -26,8 +29,6 @@ Outputs: TypeAlias = list[Array]
 Model: TypeAlias = "ModelProto | ort.InferenceSession"
 Judge: TypeAlias = Callable[[Outputs, Outputs], float]
 
-IGNORED = 255
-"""Label of samples or pixels that are ignored."""
 _FUNCTION = re.compile(r"[\w.]+:\w+")
 _LOWER = re.compile(r"(loss|error|mse|mae|mape|distance|divergence|perplexity)(?![a-z])")
 """Heuristic: a metric whose name has one of these words, the last part of a word or all of it, is an error."""
@@ -35,10 +36,14 @@ _LOWER = re.compile(r"(loss|error|mse|mae|mape|distance|divergence|perplexity)(?
 
 @dataclass(frozen=True)
 class Scored:
-    """Outputs of a model for one batch, and the targets that they are compared with."""
+    """Outputs of a model for one batch, and the targets that they are compared with.
+
+    `shown` says what a detector saw; None where the inputs are no images.
+    """
 
     outputs: Outputs
     targets: Outputs
+    shown: Shown | None = None
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,15 @@ class Metric:
         return {"metric": self.name} | ({"lower_is_better": self.lower_is_better} if self.is_own else {})
 
 
+@step("evaluate")
 def evaluate(
-    model: Model, source: Source, metric: str, *, reference: Model | None = None, batch_size: int = 64
+    model: Model,
+    source: Source,
+    metric: str,
+    *,
+    reference: Model | None = None,
+    batch_size: int = 64,
+    detector: str | None = None,
 ) -> float:
     """Score a model on data.
 
@@ -75,13 +87,16 @@ def evaluate(
         source: the data, with labels unless there is a reference.
         metric: "top1" or "top5", the share of samples (of elements, for labels with more axes) whose label is the
             largest output, or among the five largest; "miou", the mean intersection over union of the classes that
-            occur or are predicted, classes in axis 1 of the first output; "mse" and "cosine", mean squared error and
+            occur or are predicted, classes in axis 1 of the first output; "map", the mean average
+            precision of detections, with labels [N, boxes, 5] as `data.images.folder` gives them; "mse" and
+            "cosine", mean squared error and
             mean cosine similarity of all outputs of a sample; or "module:function", called with the outputs and the
             labels (or the reference's outputs) of a batch as lists of arrays, whose answers are averaged by sample
             (see `metric_of` for its direction).
         reference: the model to compare with instead of the labels; for "top1", "top5" and "miou" its largest outputs
             count.
         batch_size: samples at a time.
+        detector: kind of detector for "map", see `data.detection`; None to tell it by the outputs.
 
     Raises:
         DataError: there is nothing to compare with, or it does not fit.
@@ -91,7 +106,12 @@ def evaluate(
     if chosen.of_two_models and reference is None:
         raise DataError(f"metric {metric} compares two models; give the reference")
     sessions = open_session(model), None if reference is None else open_session(reference)
-    return chosen.function(_compare(sessions[0], source, sessions[1], batch_size))
+    pairs = _compare(sessions[0], source, sessions[1], batch_size)
+    return chosen.function(replace(scored, shown=_shown(scored.shown, detector)) for scored in pairs)
+
+
+def _shown(found: Shown | None, detector: str | None) -> Shown | None:
+    return found if found is None or detector is None else replace(found, detector=detector)
 
 
 def metric_of(name: str) -> Metric:
@@ -162,11 +182,14 @@ def _compare(
     session: ort.InferenceSession, source: Source, reference: ort.InferenceSession | None, batch_size: int
 ) -> Iterator[Scored]:
     sizes = [size for size in (_fixed_size(one) for one in (session, reference) if one is not None) if size]
-    for batch in source.batches(min(sizes, default=batch_size)):
+    size = min(sizes, default=batch_size)
+    for number, batch in enumerate(source.batches(size)):
+        advance(number * size, source.count)
+        shown = Shown.of(batch, tuple(output.name for output in session.get_outputs()))
         if reference is not None:
-            yield Scored(run(session, batch), run(reference, batch))
+            yield Scored(run(session, batch), run(reference, batch), shown)
         elif LABELS in batch:
-            yield Scored(run(session, batch), [batch[LABELS]])
+            yield Scored(run(session, batch), [batch[LABELS]], shown)
         else:
             raise DataError(f"the data has no array {LABELS!r} to compare with; add it or give a reference model")
 
@@ -178,6 +201,8 @@ def _classes(scored: Scored) -> tuple[Array, Array]:
         raise DataError(f"the first output has shape {list(scores.shape)}, no axis of classes; choose mse or cosine")
     if target.shape == scores.shape and target.dtype.kind == "f":
         target = target.argmax(1)
+    if scores.shape[:-1] == target.shape != scores.shape[:1] + scores.shape[2:]:
+        scores = np.moveaxis(scores, -1, 1)  # classes last, as in TensorFlow
     if scores.shape[:1] + scores.shape[2:] != target.shape:
         raise DataError(
             f"labels have shape {list(target.shape)} but the first output {list(scores.shape)} "
@@ -213,6 +238,10 @@ def _top5(scored: Iterator[Scored]) -> float:
 
 def _miou(scored: Iterator[Scored]) -> float:
     return _of_classes(scored, lambda of, n: of.MulticlassJaccardIndex(n, "macro", ignore_index=IGNORED))
+
+
+def _map(scored: Iterator[Scored]) -> float:
+    return average_precision((one.outputs, one.targets, one.shown) for one in scored)
 
 
 def _mse(scored: Iterator[Scored]) -> float:
@@ -278,6 +307,7 @@ _METRICS = {
         Metric("top1", _top1),
         Metric("top5", _top5),
         Metric("miou", _miou),
+        Metric("map", _map),
         Metric("mse", _mse, lower_is_better=True, of_two_models=True),
         Metric("cosine", _cosine, of_two_models=True),
     )

@@ -14,95 +14,31 @@ import importlib
 import math
 import re
 import struct
-import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from onnx import ModelProto, ValueInfoProto, helper
+from onnx import ModelProto
 
+from cpd_onnx.data.images.decoding import IMAGE_SUFFIXES
+from cpd_onnx.data.images.folder import ImageFolder
+from cpd_onnx.data.images.options import ImageOptions
+from cpd_onnx.data.signature import LABELS, Array, Batch, Input, Source, fixed_batch, inputs_of, order_of
 from cpd_onnx.errors import DataError
-from cpd_onnx.options import above_zero, commas, number, option, positive
 
-Array: TypeAlias = npt.NDArray[Any]
-Batch: TypeAlias = dict[str, Array]
+__all__ = [
+    "IMAGE_SUFFIXES", "LABELS", "Array", "ArraySource", "Batch", "FunctionSource", "ImageFolder", "ImageOptions",
+    "Input", "RandomOptions", "RandomSource", "Source", "as_batch", "calibration", "calibration_batch", "check_batch",
+    "check_source", "fixed_batch", "imported", "inputs_of", "open_source", "read_npz", "steps_per_pass",
+]  # fmt: skip  # the names of this module, and those of the modules below that belong to it
 
-LABELS = "labels"
-"""Name of the array of class labels, which no model input may have."""
-
-
-@dataclass(frozen=True)
-class Input:
-    """One input of a model.
-
-    Attributes:
-        name: Name in the graph.
-        shape: Size, name of a symbolic size, or None for each axis; None if the rank is unknown.
-        dtype: NumPy type of the elements.
-    """
-
-    name: str
-    shape: tuple[int | str | None, ...] | None
-    dtype: np.dtype[Any]
-
-    def __str__(self) -> str:
-        """Return type and shape as in the ONNX text format: `float32[N,3,32,32]`."""
-        axes = "..." if self.shape is None else ",".join("?" if size is None else str(size) for size in self.shape)
-        return f"{self.dtype}[{axes}]"
-
-
-@runtime_checkable
-class Source(Protocol):
-    """An iterable source of batches."""
-
-    @property
-    def count(self) -> int | None:
-        """Number of samples in one pass; None if it is not known in advance."""
-
-    def batches(self, size: int, *, seed: int | None = None) -> Iterator[Batch]:
-        """Yield every sample once, `size` at a time (the last batch may be smaller), shuffled if there is a seed."""
-
-
-def inputs_of(model: ModelProto) -> tuple[Input, ...]:
-    """Return the inputs that a caller has to feed, initializers excluded, in the order of the graph."""
-    stored = {tensor.name for tensor in model.graph.initializer}
-    return tuple(_input(info) for info in model.graph.input if info.name not in stored)
-
-
-def _input(info: ValueInfoProto) -> Input:
-    if not info.type.HasField("tensor_type"):
-        raise DataError(f"input {info.name!r} is not a tensor; only models with tensor inputs can be fed")
-    tensor = info.type.tensor_type
-    shape = tuple(_size(dim) for dim in tensor.shape.dim) if tensor.HasField("shape") else None
-    return Input(info.name, shape, np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type)))
-
-
-def _size(dim: Any) -> int | str | None:
-    if dim.HasField("dim_value") and dim.dim_value >= 0:
-        return int(dim.dim_value)
-    return dim.dim_param or None
-
-
-def fixed_batch(inputs: Sequence[Input]) -> int | None:
-    """Return the batch size of a model, None if it is dynamic.
-
-    Raises:
-        DataError: The inputs have different fixed sizes.
-    """
-    sizes = {entry.shape[0] for entry in inputs if entry.shape}
-    fixed = sorted(size for size in sizes if isinstance(size, int))
-    if len(fixed) > 1:
-        raise DataError(
-            f"the model's inputs have first axes of different sizes {fixed}; "
-            "give the data as module:function, which yields whole feeds"
-        )
-    return fixed[0] if fixed else None
+_BROKEN = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, struct.error)
+"""Exceptions that decoders raise for damaged files."""
 
 
 def _prescribed(model: ModelProto, source: Source) -> int | None:
@@ -139,14 +75,6 @@ def calibration(model: ModelProto, source: Source, samples: int, *, batch: int =
 # Sources.
 
 
-def _order(count: int, size: int, seed: int | None) -> Iterator[npt.NDArray[np.int64]]:
-    """Return the indices of each batch of one pass."""
-    if size < 1:
-        raise ValueError(f"batch size must be at least 1, got {size}")
-    order = np.arange(count) if seed is None else np.random.default_rng(seed).permutation(count)
-    return (order[start : start + size] for start in range(0, count, size))
-
-
 class ArraySource:
     """Arrays in memory with one row a sample; scalar arrays are part of every batch."""
 
@@ -167,140 +95,12 @@ class ArraySource:
 
     def batches(self, size: int, *, seed: int | None = None) -> Iterator[Batch]:
         """Yield the same rows of all arrays."""
-        for rows in _order(self.count, size, seed):
-            yield {name: array[rows] if array.ndim else array for name, array in self.arrays.items()}
+        for rows in order_of(self.count, size, seed):
+            yield self.read(rows)
 
-
-def height_width(text: str) -> tuple[int, int]:
-    """Return the sizes of HEIGHT,WIDTH; raises ValueError for another text."""
-    sizes = commas(positive)(text)
-    if len(sizes) != 2:
-        raise ValueError(f"{text!r} is not HEIGHT,WIDTH")
-    return sizes[0], sizes[1]
-
-
-_of_images = partial(option, group="images of a folder")
-
-
-@dataclass(frozen=True)
-class ImageOptions:
-    """Preprocessing of image files: resizing, then `(pixels * scale - mean) / std`, in the layout of the model.
-
-    Integer inputs get unscaled pixels, and models with one channel grey images.
-    """
-
-    mean: tuple[float, ...] = _of_images(
-        (0.0,), "Mean of each channel, or of all", read=commas(number), metavar="M,M,M"
-    )
-    std: tuple[float, ...] = _of_images(
-        (1.0,), "Standard deviation of each channel, or of all", read=commas(number), metavar="S,S,S"
-    )
-    scale: float = _of_images(1 / 255, "Factor on pixels of 0..255 (default: 1/255)", read=above_zero)
-    order: Literal["RGB", "BGR"] = _of_images("RGB", "Order of the channels", choices=("RGB", "BGR"))
-    size: tuple[int, int] | None = _of_images(
-        None, "Height and width, where the model leaves them open", read=height_width, metavar="H,W"
-    )
-    resize: int | None = _of_images(
-        None,
-        "Length that the shorter side is resized to, before the middle is cut out (default: squeeze to the size)",
-        read=positive,
-        metavar="N",
-    )
-
-
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".webp", ".tif", ".tiff"})
-"""Suffixes of image files."""
-_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP", "TIFF")
-"""Allowed formats: Pillow detects the format from the content, and would start Ghostscript for PostScript."""
-_BROKEN = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, struct.error)
-"""Exceptions that decoders raise for damaged files."""
-
-
-class ImageFolder:
-    """Image files below a folder; if all are in subfolders, the sorted names of these are the classes."""
-
-    def __init__(self, folder: Path, entry: Input, options: ImageOptions | None = None) -> None:
-        """Find the files.
-
-        Raises:
-            DataError: There are none, or the model's input is not an image.
-        """
-        self.entry, self.options = entry, options or ImageOptions()
-        self.files = sorted(
-            path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-        )
-        if not self.files:
-            raise DataError(f"folder {str(folder)!r} contains no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        self.layout = image_layout(entry, self.options)
-        self.count = len(self.files)
-        folders = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in self.files]
-        self.classes = sorted(set(folders)) if all(folders) else []
-        self._labels = np.array([self.classes.index(name) for name in folders] if self.classes else [], np.int64)
-
-    def batches(self, size: int, *, seed: int | None = None) -> Iterator[Batch]:
-        """Yield batches of decoded files."""
-        for rows in _order(self.count, size, seed):
-            batch = {self.entry.name: np.stack([self._read(self.files[row]) for row in rows])}
-            if self.classes:
-                batch[LABELS] = self._labels[rows]
-            yield batch
-
-    def _read(self, path: Path) -> Array:
-        image = _image_module()
-        height, width, channels, first = self.layout
-        try:
-            with warnings.catch_warnings(action="ignore"), image.open(path, formats=_FORMATS) as file:
-                whole = file.convert("L" if channels == 1 else "RGB")
-                box = _middle(whole.size, (width, height), self.options.resize)
-                part = whole.resize((width, height), image.Resampling.BILINEAR, box)
-        except (*_BROKEN, image.DecompressionBombError) as error:
-            raise DataError(f"image {str(path)!r} cannot be read: {error}; repair or remove it") from error
-        pixels = np.asarray(part).reshape(height, width, channels)
-        if self.options.order == "BGR":
-            pixels = pixels[..., ::-1]
-        values = pixels.astype(self.entry.dtype)
-        if self.entry.dtype.kind not in "iu":
-            mean, std = (np.asarray(vector, np.float64) for vector in (self.options.mean, self.options.std))
-            values = ((pixels * self.options.scale - mean) / std).astype(self.entry.dtype)
-        return np.ascontiguousarray(values.transpose(2, 0, 1) if first else values)
-
-
-def _middle(size: tuple[int, int], wanted: tuple[int, int], resize: int | None) -> tuple[float, ...] | None:
-    """Return the part of an image (left, upper, right, lower) that is used; None for all of it."""
-    if resize is None:
-        return None
-    zoom = resize / min(size)
-    if any(part > round(whole * zoom) for part, whole in zip(wanted, size, strict=True)):
-        raise DataError(f"a shorter side of {resize} is too small to cut {wanted[0]} by {wanted[1]} out of {size}")
-    starts = [(whole - part / zoom) / 2 for part, whole in zip(wanted, size, strict=True)]
-    return (*(max(0.0, s) for s in starts), *(w - max(0.0, s) for s, w in zip(starts, size, strict=True)))
-
-
-def image_layout(entry: Input, options: ImageOptions) -> tuple[int, int, int, bool]:
-    """Return height, width and channels of an image input, and whether channels come first.
-
-    Raises:
-        DataError: The input is not an image, or its size is dynamic and no option sets it.
-    """
-    shape = entry.shape or ()
-    if len(shape) == 4 and shape[1] in (1, 3):
-        channels, sizes, first = shape[1], shape[2:], True
-    elif len(shape) == 4 and shape[3] in (1, 3):
-        channels, sizes, first = shape[3], shape[1:3], False
-    else:
-        raise DataError(f"input {entry.name!r} is {entry}, not images of 1 or 3 channels; give the data as .npz")
-    height, width = options.size or sizes
-    if not isinstance(height, int) or not isinstance(width, int):
-        raise DataError(f"input {entry.name!r} is {entry}: set its dynamic axes with --image-size")
-    assert isinstance(channels, int)
-    return height, width, channels, first
-
-
-def _image_module() -> Any:
-    try:
-        return importlib.import_module("PIL.Image")
-    except ModuleNotFoundError as error:
-        raise DataError("reading images needs Pillow: pip install pillow, or give the data as .npz") from error
+    def read(self, rows: npt.NDArray[np.int64]) -> Batch:
+        """Return these rows of all arrays."""
+        return {name: array[rows] if array.ndim else array for name, array in self.arrays.items()}
 
 
 class FunctionSource:
@@ -384,7 +184,7 @@ class RandomSource:
 
     def batches(self, size: int, *, seed: int | None = None) -> Iterator[Batch]:
         """Yield batches of random samples."""
-        for rows in _order(self.count, size, seed):
+        for rows in order_of(self.count, size, seed):
             samples = [self._sample(int(row)) for row in rows]
             yield {
                 entry.name: np.stack([sample[entry.name] for sample in samples])
@@ -430,7 +230,7 @@ def open_source(data: str | Path | Source, model: ModelProto, images: ImageOptio
     if not isinstance(data, (str, Path)):
         source: Source = data
     elif _is_folder(Path(data)):
-        source = _open_folder(Path(data), inputs, images)
+        source = _open_folder(Path(data), model, images)
     elif Path(data).suffix == ".npz":
         source = ArraySource(read_npz(Path(data)))
     elif re.fullmatch(r"[\w.]+:\w+", str(data)):
@@ -487,11 +287,18 @@ def _mapped(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Ar
     return np.memmap(path, dtype, "r", offset, shape)
 
 
-def _open_folder(folder: Path, inputs: Sequence[Input], images: ImageOptions | None) -> ImageFolder:
+def _open_folder(folder: Path, model: ModelProto, images: ImageOptions | None) -> ImageFolder:
+    inputs = inputs_of(model)
     if len(inputs) != 1:
         names = ", ".join(repr(entry.name) for entry in inputs)
         raise DataError(f"a folder of images feeds one input, but the model has {names}; give the data as .npz")
-    return ImageFolder(folder, inputs[0], images)
+    return ImageFolder(folder, inputs[0], images, _size_of_output(model))
+
+
+def _size_of_output(model: ModelProto) -> tuple[int, int] | None:
+    """Return height and width of the first output if it is fixed, as that of a segmentation model [N, C, h, w]."""
+    dims = [dim.dim_value for dim in model.graph.output[0].type.tensor_type.shape.dim] if model.graph.output else []
+    return (dims[2], dims[3]) if len(dims) == 4 and min(dims[2:]) > 1 else None
 
 
 def imported(text: str, what: str) -> Callable[..., Any]:

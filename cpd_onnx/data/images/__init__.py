@@ -1,0 +1,1 @@
+"""Folders of image files: preprocessing, class folders, masks and boxes."""

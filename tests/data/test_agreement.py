@@ -1,0 +1,154 @@
+"""Agreement with the original, told from the outputs, and its bounds."""
+
+from __future__ import annotations
+
+from itertools import repeat
+
+import numpy as np
+import pytest
+
+import cpd_onnx as cpd
+from cpd_onnx.data.agreement import Agreement, agreement, exact_low
+from cpd_onnx.data.held_out import at_most, divide
+from cpd_onnx.data.sources import LABELS, ArraySource, FunctionSource, Input
+from cpd_onnx.errors import DataError
+from cpd_onnx.ir.model import Model
+from cpd_onnx.workflow.quality.samples import agreement_on, samples_of
+from tests.support.models import from_text
+
+_RNG = np.random.default_rng(0)
+
+
+def _model(body: str, inputs: str, outputs: str, **weights: np.ndarray) -> Model:
+    stored = "".join(f", float[{','.join(map(str, array.shape))}] {name}" for name, array in weights.items())
+    return cpd.load(from_text(f"({inputs}{stored}) => ({outputs}) {{ {body} }}", values=weights))
+
+
+def _matrix(weight: np.ndarray, tail: str = "Identity") -> Model:
+    rows, columns = weight.shape
+    return _model(
+        f"h = MatMul(x, w) y = {tail}(h)", f"float[N,{rows}] x", f"float[N,{columns}] y", w=weight.astype(np.float32)
+    )
+
+
+def _found(first: Model, second: Model, x: np.ndarray, task: str | None = None) -> Agreement:
+    found = agreement(first, second, ArraySource({"x": x.astype(np.float32)}), task)
+    assert found is not None
+    return found
+
+
+def test_class_scores_agree_where_the_largest_is_the_same() -> None:
+    weight = _RNG.standard_normal((8, 5))
+    changed = weight.copy()
+    changed[:, 0] = -9
+    x = _RNG.standard_normal((200, 8))
+    wanted, given = (x @ weight).argmax(1), (x @ changed).argmax(1)
+    found = _found(_matrix(weight), _matrix(changed), x)
+    assert (found.task, found.samples) == ("classification", 200)
+    assert found.value == pytest.approx(float((wanted == given).mean()), abs=0.011)
+    assert found.low == pytest.approx(exact_low(found.value * 200, 200))
+    assert found.chance == pytest.approx(np.bincount(wanted).max() / 200, abs=0.011)
+
+
+def test_probabilities_embeddings_and_coordinates_are_told_apart() -> None:
+    weight, x = _RNG.standard_normal((8, 5)), _RNG.standard_normal((64, 8))
+    soft = _matrix(weight, "Softmax")
+    assert _found(soft, soft, x).task == "classification"
+    wide = _matrix(_RNG.standard_normal((8, 256)))
+    assert _found(wide, wide, x).task == "embedding"
+    shifted = _model(
+        "h = MatMul(x, w) y = Add(h, b)",
+        "float[N,8] x",
+        "float[N,10] y",
+        w=np.full((8, 10), 0.01, np.float32),
+        b=np.arange(10, dtype=np.float32),
+    )
+    assert _found(shifted, shifted, x).task == "regression"
+    assert _found(shifted, shifted, x, "classification").task == "classification"
+
+
+def test_maps_are_compared_pixel_by_pixel() -> None:
+    x = _RNG.standard_normal((12, 3, 16, 16)).astype(np.float32)
+    kernel = _RNG.standard_normal((5, 3, 1, 1)).astype(np.float32)
+    halved = kernel.copy()
+    halved[:2] = 0
+    first, second = (
+        _model("y = Conv(x, w)", "float[N,3,16,16] x", "float[N,5,16,16] y", w=w) for w in (kernel, halved)
+    )
+    found = _found(first, second, x)
+    wanted, given = (np.einsum("nchw,kc->nkhw", x, w[:, :, 0, 0]).argmax(1) for w in (kernel, halved))
+    assert (found.task, found.interval) == ("segmentation", "bootstrap")
+    assert found.value == pytest.approx(float((wanted == given).mean()), abs=1e-3)
+    assert found.low < found.value
+
+
+def test_numbers_agree_by_the_variance_that_is_explained() -> None:
+    x = _RNG.standard_normal((100, 4))
+    first = _matrix(np.eye(4)[:, :1])
+    assert _found(first, first, x).value == 1
+    assert _found(first, _matrix(0 * np.eye(4)[:, :1]), x).value < 0.6
+
+
+def test_a_constant_answer_is_near_chance() -> None:
+    weight, x = _RNG.standard_normal((8, 5)), _RNG.standard_normal((200, 8))
+    assert _found(_matrix(weight), _matrix(0 * weight), x).is_near_chance
+    assert not _found(_matrix(weight), _matrix(weight), x).is_near_chance
+
+
+def test_an_unknown_task_is_refused() -> None:
+    with pytest.raises(DataError, match="choose one of classification"):
+        _found(_matrix(np.eye(4)), _matrix(np.eye(4)), np.zeros((4, 4)), "poetry")
+
+
+@pytest.mark.parametrize(("right", "count", "low"), [(512, 512, 0.9942), (0, 10, 0.0), (10, 10, 0.7411)])
+def test_the_exact_bound_is_that_of_clopper_and_pearson(right: int, count: int, low: float) -> None:
+    assert exact_low(right, count) == pytest.approx(low, abs=1e-4)
+
+
+def test_the_bound_holds_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(1)
+    holds = [exact_low(float((rng.random(200) < 0.9).sum()), 200) <= 0.9 for _ in range(400)]
+    assert np.mean(holds) >= 0.93
+
+
+def test_samples_are_held_out_at_random_and_only_once() -> None:
+    source = ArraySource({"x": np.arange(100, dtype=np.float32)[:, None], LABELS: np.arange(100)})
+    parts = divide(source, 0.2)
+    assert parts is not None
+    rows = [[int(v) for b in part.batches(7) for v in b["x"].ravel()] for part in (parts.first, parts.second)]
+    assert (len(rows[0]), len(rows[1])) == (80, 20)
+    assert sorted(rows[0] + rows[1]) == list(range(100))
+    assert rows[1] != list(range(80, 100))
+    again = divide(source, 0.2)
+    assert again is not None
+    assert [int(v) for b in again.second.batches(7) for v in b["x"].ravel()] == rows[1]
+    halves = divide(parts.second, 0.5)
+    assert halves is not None
+    assert halves.first.count == halves.second.count == 10
+    shuffled = [int(v) for b in parts.first.batches(7, seed=1) for v in b["x"].ravel()]
+    assert sorted(shuffled) == sorted(rows[0])
+    assert shuffled != rows[0]
+
+
+def test_what_cannot_be_divided_is_not() -> None:
+    source = ArraySource({"x": np.zeros((3, 1), np.float32)})
+    assert divide(source, 0.1) is None
+    feeds = FunctionSource(
+        lambda: iter([{"x": np.zeros((1, 1), np.float32)}]), [Input("x", (None, 1), np.dtype("float32"))]
+    )
+    assert divide(feeds, 0.5) is None
+
+
+def test_where_nothing_is_held_out_the_samples_to_measure_on_are_limited() -> None:
+    feed = {"x": np.zeros((4, 1), np.float32)}
+    endless = FunctionSource(lambda: repeat(feed), [Input("x", (None, 1), np.dtype("float32"))])
+    assert sum(len(batch["x"]) for batch in at_most(endless, 10).batches(4)) == 12
+    source = ArraySource({"x": np.arange(100, dtype=np.float32)[:, None]})
+    assert at_most(source, 100) is source
+    taken = [int(v) for batch in at_most(source, 10).batches(4) for v in batch["x"].ravel()]
+    assert len(set(taken)) == 10
+    assert taken != list(range(10))
+    model = _matrix(np.ones((1, 2)))
+    judged = samples_of(endless, None, 0.2, is_search=False)
+    assert not judged.is_held_out
+    assert agreement_on(model, model, judged, None) is not None
