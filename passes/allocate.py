@@ -8,13 +8,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from cpd_onnx.budget.allocation import KINDS, POLICIES, Budget, Chooser
+from cpd_onnx.budget import host, targets
+from cpd_onnx.budget.allocation import POLICIES, Budget
+from cpd_onnx.budget.choosing import Chooser
+from cpd_onnx.budget.deployed import STORED
 from cpd_onnx.budget.latency import LatencyProbe, load_table, measure_table
+from cpd_onnx.budget.speed import SpeedCheck
+from cpd_onnx.budget.targets import KINDS, AnyTargets, Target, Targets
 from cpd_onnx.budget.widths import Limits, Ratios
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.errors import TargetError
-from cpd_onnx.options import Renaming, natural, option, positive, ratio
+from cpd_onnx.io.progress import advance, step
+from cpd_onnx.options import Renaming, integer, natural, option, positive, ratio
 from cpd_onnx.pipeline.state import State
+from cpd_onnx.runtime import providers
 from cpd_onnx.runtime.bench import Setting
 from cpd_onnx.scores.registry import find_score_function
 
@@ -28,20 +35,19 @@ def bounds(text: str) -> tuple[str, Ratios]:
     return name, (ratio(low), ratio(high if dots else low))
 
 
-def target(text: str) -> tuple[str, float]:
-    """Return kind and fraction of KIND=FRACTION; raises ValueError for another text."""
-    kind, _, fraction = text.partition("=")
-    try:
-        return kind, float(fraction)
-    except ValueError as error:
-        raise ValueError(f"{text!r} is not KIND=FRACTION, as in macs=0.5") from error
+def steps(text: str) -> int | str:
+    """Return the number of which widths are multiples, or "auto", or "auto" with a number; raises ValueError."""
+    number = text.removeprefix(host.AUTO)
+    if text.startswith(host.AUTO) and (not number or (number.isdecimal() and int(number) > 0)):
+        return text
+    if not text.removeprefix("-").isdecimal():
+        raise ValueError(f"{text!r} is not a whole number of at least 1 or 'auto'")
+    return integer(text)  # `Limits` checks it
 
 
 def target_options(kind: str, fraction: float) -> dict[str, Any]:
-    """Return a target as an option of `Allocate`; raises TargetError for an unknown kind."""
-    if kind not in KINDS:
-        raise TargetError(f"unknown target {kind!r}: choose one of {', '.join(KINDS)}")
-    return {kind: fraction}
+    """Return a fraction of the original as an option of `Allocate`; raises TargetError for an unknown kind."""
+    return targets.fraction(kind, fraction).options()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +61,25 @@ class AllocateOptions(metaclass=Renaming):
         choices=POLICIES,
         renamed_from="spread",
     )
-    round_to: int | None = option(
+    round_to: int | str | None = option(
         None,
-        "Number of which the remaining widths are multiples (default: 1, or the profile's)",
-        read=int,
+        "Number of which the remaining widths are multiples; auto: the vector width of this computer's processor, in "
+        "groups of several vectors (default: 1)",
+        read=steps,
+        metavar="N|auto",
         renamed_from="multiple",
+    )
+    check_speed: bool = option(
+        False,
+        "Time the pruned model beside the original, and try other widths if it is not at least 5 % faster",
+    )
+    nearest: bool = option(
+        False, "If a target cannot be reached, take the nearest that can, with a note, instead of stopping"
+    )
+    deploy_as: str | None = option(
+        None,
+        "Element type of the deployed model, which the targets flash and ram count (default: that of the file)",
+        choices=STORED,
     )
     min_ratio: float = option(
         0.0,
@@ -88,6 +108,7 @@ class AllocateOptions(metaclass=Renaming):
         "Groups, weights or nodes that are pinned, from which nothing is removed (* and ? allowed); may be repeated",
         metavar="PATTERN",
         is_many=True,
+        is_common=True,
     )
     latency_threads: int = option(
         1,
@@ -104,7 +125,13 @@ class AllocateOptions(metaclass=Renaming):
         group="latency",
     )
     latency_provider: str = option(
-        Setting.provider, "Execution provider of onnxruntime for the measurement of latency", group="latency"
+        Setting.provider,
+        "Execution provider of onnxruntime for the measurement of latency, as in tensorrt:device=0,precision=fp16: "
+        f"{', '.join(providers.SHORT_NAMES)}, or a full name",
+        read=providers.read,
+        metavar="NAME[:KEY=VALUE,…]",
+        takes="provider",
+        group="latency",
     )
     cost_table: str | os.PathLike[str] | None = option(
         None,
@@ -112,6 +139,7 @@ class AllocateOptions(metaclass=Renaming):
         read=Path,
         metavar="FILE",
         takes="file",
+        suffixes=(".json",),
         group="latency",
     )
 
@@ -120,8 +148,10 @@ class AllocateOptions(metaclass=Renaming):
 class Allocate(AllocateOptions):
     """Choose the channels to remove; one of `channels`, `macs`, `params`, `bytes`, `latency` is the remaining fraction.
 
-    The default policy is "optimal" for latency, else "uniform". Latency is measured on this machine under the
-    `latency_` options until the target is met, or predicted by the cost table in the file `cost_table`.
+    `target` is several targets, or an absolute one, as text, as in "latency=5ms,flash=400kB" (see `targets.parse`).
+    The default policy is "optimal" for latency and for several targets, else "uniform". Latency is measured on this
+    machine under the `latency_` options until the target is met, or predicted by the cost table in the file
+    `cost_table`.
 
     `widths` are minimum and maximum ratios by pattern, as in [("layer1.*", (0.25, 1.0))]; for the other fields see
     `AllocateOptions`.
@@ -132,43 +162,82 @@ class Allocate(AllocateOptions):
     params: float | None = None
     bytes: float | None = None
     latency: float | None = None
+    target: AnyTargets | None = None
     name: ClassVar[str] = "allocate"
     requires: ClassVar[tuple[str, ...]] = ("combed", "scores")
     provides: ClassVar[tuple[str, ...]] = ("allocation", "budget")
     usual_target: ClassVar[tuple[str, float]] = (Budget.kind, Budget.fraction)
 
     @property
-    def budget(self) -> Budget:
-        """The options as a budget; raises TargetError if they are not valid."""
-        given = {kind: getattr(self, kind) for kind in KINDS if getattr(self, kind) is not None}
+    def targets(self) -> Targets:
+        """The targets; raises TargetError if they are not valid, or more than one option gives them."""
+        given = [kind for kind in (*KINDS, "target") if getattr(self, kind) is not None]
         if len(given) > 1:
             raise TargetError(f"only one target is allowed, got {' and '.join(given)}")
-        kind, fraction = next(iter(given.items()), self.usual_target)
+        if self.target is None:
+            kind = given[0] if given else ""
+            return targets.fraction(kind, getattr(self, kind)) if kind else targets.fraction(*self.usual_target)
+        return targets.targets_of(self.target)
+
+    @property
+    def budget(self) -> Budget:
+        """The options as a budget, of the first target; raises TargetError if they are not valid.
+
+        An absolute target counts as the whole original here, since its fraction depends on the model.
+        """
+        wanted = self.targets
+        first: Target = wanted.each[0]
         of = tuple((pattern, (float(low), float(high))) for pattern, (low, high) in self.widths)
-        round_to = 1 if self.round_to is None else self.round_to
+        round_to = self.round_to if isinstance(self.round_to, int) else 1
         keep = (self.keep,) if isinstance(self.keep, str) else tuple(self.keep)
         limits = Limits(keep, round_to, (self.min_ratio, self.max_ratio), of)
-        policy = self.policy or ("optimal" if kind == "latency" else Budget.policy)
-        return Budget(kind, fraction, policy, limits)
+        is_optimal = wanted.has_latency or wanted.plain is None
+        policy = self.policy or ("optimal" if is_optimal else Budget.policy)
+        fraction = first.amount if first.is_fraction else 1.0
+        return Budget(first.kind, fraction, policy, limits, stored_as=self.deploy_as or "")
+
+    @property
+    def block(self) -> int:
+        """Number of channels in a block of the processor that widths are rounded to; 1 for none."""
+        if not isinstance(self.round_to, str):
+            return 1
+        try:
+            number = str(steps(self.round_to)).removeprefix(host.AUTO)
+        except ValueError as error:
+            raise TargetError(f"round_to: {error}") from error
+        return int(number) if number else host.vector_block()
 
     def chooser(self, combed: Combed) -> Chooser:
         """Return the allocator of this budget; for a latency target, measure or read the cost table first."""
-        if self.budget.kind != "latency":
-            return Chooser(self.budget)
+        chooser = Chooser(self.budget, targets=self.targets, nearest=self.nearest, block=self.block)
+        if not self.targets.has_latency:
+            return replace(chooser, check=self._speed_check())
         if self.cost_table is not None:
             table = load_table(Path(self.cost_table))
             table.require(combed.folded.original)
             table.require_parts(combed)
-            return Chooser(self.budget, table)
-        setting = Setting(self.latency_batch, self.latency_threads, self.latency_provider)
-        probe = LatencyProbe(combed, setting)
-        return Chooser(self.budget, measure_table(probe), probe)
+            return replace(chooser, table=table)
+        probe = LatencyProbe(combed, self.setting)
+        with step("cost table", is_whole=True):
+            table = measure_table(probe, observer=advance)
+        return replace(chooser, table=table, probe=probe, is_measured=True)
+
+    def _speed_check(self) -> SpeedCheck | None:
+        """Return what times the result; None without `check_speed`."""
+        if not self.check_speed:
+            return None
+        return SpeedCheck(self.setting, self.block, tries=not isinstance(self.round_to, int))
+
+    @property
+    def setting(self) -> Setting:
+        """Conditions under which latencies are measured."""
+        return Setting(self.latency_batch, self.latency_threads, self.latency_provider)
 
     def __call__(self, state: State) -> State:
         """Fill in `allocation`."""
-        budget = self.budget
+        _ = self.budget  # raises TargetError for invalid options before the work starts
         is_loss = bool(state.score) and find_score_function(state.score["score"]).is_loss
         combed, scores = state.need("combed", "comb"), state.need("scores", "score")
-        allocation = self.chooser(combed)(combed, scores, is_loss=is_loss, curves=state.curves)
-        words = budget.as_words() | ({"latency": dict(allocation.latency)} if allocation.latency else {})
-        return replace(state, allocation=allocation, budget=words | dict(state.score))
+        chooser = self.chooser(combed)
+        allocation = chooser(combed, scores, is_loss=is_loss, curves=state.curves)
+        return replace(state, allocation=allocation, budget=dict(allocation.budget) | dict(state.score))

@@ -17,16 +17,19 @@ from typing import Any, ClassVar
 import numpy as np
 
 from cpd_onnx.algebra.keep import KeepMask
-from cpd_onnx.budget.allocation import Allocation, Chooser
+from cpd_onnx.budget.allocation import Allocation
+from cpd_onnx.budget.choosing import Chooser
+from cpd_onnx.budget.targets import Asked
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.channels.costs import CostModel, Costs
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.channels.weights import weight_array
 from cpd_onnx.data.sources import Source
 from cpd_onnx.errors import CpdError, DataError, TargetError
+from cpd_onnx.io import progress
 from cpd_onnx.io.files import read_json, write_atomically
 from cpd_onnx.ir.model import Model, load
-from cpd_onnx.options import again, natural, option, positive
+from cpd_onnx.options import natural, option, positive, same_option
 from cpd_onnx.passes.allocate import Allocate, AllocateOptions
 from cpd_onnx.passes.prune import prune
 from cpd_onnx.passes.repair import RepairOptions, repair, summary
@@ -94,7 +97,8 @@ class RunCache:
         words, place = self.files(number)
         if cached.model is not None and not cached.model.is_over_limit:
             cached.model.save(place, overwrite=True, weights="inside")
-        content = {"identity": self.identity, "chosen": asdict(cached.chosen), "repaired": cached.repaired}
+        chosen = asdict(replace(cached.chosen, table=None))
+        content = {"identity": self.identity, "chosen": chosen, "repaired": cached.repaired}
         write_atomically(words, json.dumps(content).encode())
 
     def load(self, number: int, combed: Combed) -> CachedRound | None:
@@ -143,9 +147,12 @@ def _allocation(chosen: Any, combed: Combed) -> Allocation:
         isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < len(group) for group, gone in pairs for i in gone
     ):
         raise ValueError("numbers have a wrong type")
-    if not all(isinstance(note, str) for note in chosen["notes"]) or not isinstance(chosen.get("latency", {}), dict):
+    if not all(isinstance(note, str) for note in chosen["notes"]) or any(
+        not isinstance(chosen.get(name, {}), dict) for name in ("latency", "budget")
+    ):
         raise ValueError("notes have a wrong type")
-    return Allocation(**chosen | costs | {"notes": tuple(chosen["notes"])})
+    asked = tuple(Asked(**entry) for entry in chosen.get("asked", ()))
+    return Allocation(**chosen | costs | {"notes": tuple(chosen["notes"]), "asked": asked})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +166,7 @@ class ScoringOptions(AllocateOptions):
         read=positive,
     )
     score_labels: bool = option(False, "Score by the labels of the samples instead of the model's own outputs")
-    repair_samples: int = again(RepairOptions, "samples")
+    repair_samples: int = same_option(RepairOptions, "samples")
     seed: int = option(0, "Seed of all random choices", read=natural)
 
 
@@ -170,7 +177,7 @@ class Iterate(ScoringOptions, Allocate):
     With `repair`, weights are fitted to the original by least squares on `repair_samples` samples.
     """
 
-    policy: str | None = again(AllocateOptions, "policy", default="optimal")
+    policy: str | None = same_option(AllocateOptions, "policy", default="optimal")
     score: str = "reconstruction"
     repair: bool = True
     rounds: int = option(
@@ -182,7 +189,7 @@ class Iterate(ScoringOptions, Allocate):
 
     def __call__(self, state: State) -> State:
         """Fill in everything from `combed` to `repaired`; `model` becomes the pruned one."""
-        return self.in_rounds(state, lambda made: made.small)
+        return self.in_rounds(state, lambda current: current.small)
 
     def in_rounds(
         self,
@@ -209,7 +216,8 @@ class Iterate(ScoringOptions, Allocate):
             cached = cache.load(number, now) if cache else None
             chosen = shared(cached.chosen if cached else choose(now, number))
             kept = chosen.keep_mask(now)
-            pruned = rewrite(now, kept)
+            with progress.step("prune"):
+                pruned = rewrite(now, kept)
             if cached is not None and cached.model is not None and not _is_alike(cached.model, pruned.model):
                 raise CpdError("the model of the interrupted run does not match its plan: start again with --force")
             if cached is None or cached.model is None:
@@ -246,13 +254,11 @@ class Iterate(ScoringOptions, Allocate):
         assert data is not None
         assert cached.model is not None
         options = RepairOptions(samples=self.repair_samples, seed=self.seed)
-        made = repair(*of, cached.model, data, options)
-        return replace(cached, model=made.model, repaired=summary(made))
+        repaired = repair(*of, cached.model, data, options)
+        return replace(cached, model=repaired.model, repaired=summary(repaired))
 
     def _plan(self, original: Combed, chosen: Allocation) -> Plan:
-        words: dict[str, Any] = self.budget.as_words()
-        words |= {"latency": dict(chosen.latency)} if chosen.latency else {}
-        words |= {"rounds": self.rounds, "score": self.score, "seed": self.seed}
+        words = dict(chosen.budget) | {"rounds": self.rounds, "score": self.score, "seed": self.seed}
         costs = {"before": chosen.before, "after": chosen.after}
         return make_plan(original, chosen.removed, budget=words, **costs)
 
@@ -280,21 +286,21 @@ class _Choice:
         else:
             more = {"labels": options.score_labels, "seed": options.seed}
             scores = score(now, options.score, samples=options.samples, data=self.state.data, **more)
-            fraction = 1 - (1 - self.chooser.budget.fraction) * number / options.rounds
             is_loss = find_score_function(options.score).is_loss
-            found = self.chooser(now, _without(scores, self.removed), fraction, is_loss=is_loss)
+            progress = number / options.rounds
+            found = self.chooser(now, _without(scores, self.removed), progress, is_loss=is_loss)
             chosen = _joined(found, self.removed)
         return replace(chosen, after=CostModel(now).total(chosen.keep_mask(now)))
 
 
 def _without(scores: list[Scores], removed: list[list[int]]) -> list[Scores]:
     """Return the scores with those of removed channels below all others."""
-    made = []
+    results = []
     for values, gone in zip(scores, removed, strict=True):
         lowered = values.copy()
         lowered[gone] = _GONE
-        made.append(lowered)
-    return made
+        results.append(lowered)
+    return results
 
 
 def _joined(chosen: Allocation, removed: list[list[int]]) -> Allocation:
@@ -303,18 +309,18 @@ def _joined(chosen: Allocation, removed: list[list[int]]) -> Allocation:
     return replace(chosen, removed=both)
 
 
-def _enlarged(combed: Combed, kept: KeepMask, small: Model) -> Model:
+def _enlarged(combed: Combed, keep: KeepMask, small: Model) -> Model:
     """Return the combed model with the values of the pruned one at the surviving positions."""
-    made = combed.folded.model.copy()
+    model = combed.folded.model.copy()
     for weight in combed.weights:
         name = weight.value.name
         if weight.scope.address or weight.scope.function or not weight.is_trained or not small.has(name):
             continue
         axes = weight.axes[0]
-        places = [np.flatnonzero(kept.mask(axis)) for axis in axes]
+        places = [np.flatnonzero(keep.mask(axis)) for axis in axes]
         new = small.array(name)
-        if new.shape == tuple(map(len, places)) and made.has(name):
+        if new.shape == tuple(map(len, places)) and model.has(name):
             full = np.array(weight_array(combed.folded.model, weight))
             full[np.ix_(*places)] = new
-            made.set_array(name, full)
-    return made
+            model.set_array(name, full)
+    return model

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,10 +11,13 @@ import numpy as np
 
 from cpd_onnx.algebra.atoms import NOTHING, Axis
 from cpd_onnx.algebra.keep import KeepMask
-from cpd_onnx.budget.knapsack import solve
-from cpd_onnx.budget.latency import CostTable, LatencyProbe
+from cpd_onnx.budget.deployed import STORED, flash_terms
+from cpd_onnx.budget.knapsack import Cost, Counts, solve
+from cpd_onnx.budget.latency import CostTable
+from cpd_onnx.budget.memory import MemoryModel
+from cpd_onnx.budget.targets import Asked, Target
 from cpd_onnx.budget.widths import Limits, allowed_widths
-from cpd_onnx.channels.costs import CostModel, Costs, Floats, WidthCost
+from cpd_onnx.channels.costs import CostModel, Costs, Floats, Peak, Term
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.errors import TargetError
 from cpd_onnx.options import RENAMED_FROM, Renaming
@@ -23,14 +26,18 @@ from cpd_onnx.summary import Summarised, Summary, count
 
 _SHOWN = (("MACs", "macs"), ("parameters", "params"))
 """Names and fields of the costs that a summary shows."""
-KINDS = ("channels", "macs", "params", "bytes", "latency")
-"""Kinds of targets."""
 POLICIES = ("uniform", "global", "isomorphic", "optimal")
 """Allocation policies, see `Budget`."""
 _STEPS = 24
 """Number of bisections of the ratio: their resolution of 2^-24 is finer than one channel of any group."""
 _TOLERANCE = 0.02
 """Deviation from the target, as a fraction of the original's cost, above which a note is made (heuristic)."""
+_EXACT = 1e-9
+"""Deviation above a limit that is due to rounding, as a fraction of the original's cost."""
+_NORM = 16.0
+"""Exponent of the norm that stands for the largest of several costs (heuristic): smooth, and at most 7 % above it."""
+_WORK = ("channels", "macs", "params", "bytes")
+"""Kinds of costs that stand for the work of a group themselves; for others, its MACs do."""
 _CORRECTIONS = 6
 """Maximum number of times that the optimum is computed (heuristic). Between them the target is lowered where channels
 cost more than the mean of their group, and the weights of groups follow the remaining work if scores are not losses."""
@@ -41,17 +48,8 @@ _TOGETHER = 1.5
 accuracy together."""
 _LEAST_WEIGHT = 0.05
 """Minimum weight of a group's loss, where the mean weight is about 1 (heuristic)."""
-_ROUNDS = 8
-"""Maximum number of allocations that are measured for a latency target (heuristic)."""
-_MORE = 0.04
-"""Increase of the requested fraction while the cost table predicts that it cannot be reached (heuristic)."""
-_NEAR = 0.02
-"""Relative deviation from the target at which a measured latency is accepted (heuristic)."""
-_HALVINGS = 3
-"""Maximum number of times that the multiples at which kernels are fast are halved to reach a target."""
-_TOO_WIDE = "the target cannot be reached at the widths where kernels are fast: finer widths were chosen"
-_SECONDS, _TIMED_ROUNDS = 2.0, 40
-"""Minimum duration in seconds, and number of rounds, of a measurement of latency (heuristic)."""
+FASTER = 0.95
+"""Ratio to the original's latency up to which a model counts as faster; smaller differences may be chance."""
 _LEAST_SHARE = 1e-6
 """Smallest fraction of a group's importance that may remain, which keeps its logarithm finite."""
 
@@ -67,6 +65,10 @@ class Budget(metaclass=Renaming):
             those of groups with the same structure together, and removes the same ratio of each such class; "optimal"
             chooses the widths with the least total loss.
         limits: Constraints on the widths.
+        also: Further costs, by kind, and the fraction of the original that may remain of each.
+        is_limit: Whether the fractions must not be exceeded; otherwise the nearest widths may lie above them.
+        stored_as: Element type of the deployed model, "int8" or "float16", for the kinds "flash" and "ram"; empty for
+            that of the file.
 
     """
 
@@ -74,23 +76,42 @@ class Budget(metaclass=Renaming):
     fraction: float = 0.5
     policy: str = field(default="uniform", metadata={RENAMED_FROM: "spread"})
     limits: Limits = field(default_factory=Limits)
+    also: tuple[tuple[str, float], ...] = ()
+    is_limit: bool = False
+    stored_as: str = ""
 
     def __post_init__(self) -> None:
         """Check the values; raises TargetError."""
-        if self.kind not in KINDS:
-            raise TargetError(f"unknown target {self.kind!r}: choose one of {', '.join(KINDS)}")
-        if not 0 < self.fraction <= 1:
-            raise TargetError(
-                f"the target must be the fraction that may remain, above 0 up to 1, got {self.kind}={self.fraction:g}"
-            )
+        for kind, fraction in self.fractions:
+            Target(kind, fraction)
         if self.policy not in POLICIES:
             raise TargetError(f"unknown policy {self.policy!r}: choose one of {', '.join(POLICIES)}")
+        if self.stored_as not in ("", *STORED):
+            raise TargetError(f"a model is deployed as one of {', '.join(STORED)}, got {self.stored_as!r}")
+
+    @property
+    def fractions(self) -> tuple[tuple[str, float], ...]:
+        """Kind and fraction of all costs that are limited, the first one first."""
+        return ((self.kind, self.fraction), *self.also)
+
+    def as_text(self) -> str:
+        """Return the kinds and fractions as `targets.parse` reads them."""
+        return ",".join(f"{kind}={fraction:g}" for kind, fraction in self.fractions)
+
+    def part(self, progress: float) -> Budget:
+        """Return the budget of a round of pruning, where `progress` is the fraction of what is removed in the end."""
+        fractions = [(kind, 1 - (1 - fraction) * progress) for kind, fraction in self.fractions]
+        return replace(self, fraction=fractions[0][1], also=tuple(fractions[1:]))
 
     def as_words(self) -> dict[str, Any]:
         """Return the budget as the entries of a plan."""
         limits = self.limits
         words: dict[str, Any] = {"kind": self.kind, "target": self.fraction, "policy": self.policy}
         words |= {"round_to": limits.round_to, "keep": list(limits.keep)}
+        if self.also:
+            words["also"] = dict(self.also)
+        if self.stored_as:
+            words["stored_as"] = self.stored_as
         if limits.ratios != Limits.ratios:
             words["ratios"] = list(limits.ratios)
         return words | ({"widths": {name: list(ratios) for name, ratios in limits.of}} if limits.of else {})
@@ -143,8 +164,13 @@ class Allocation(Summarised):
         before: Costs of the original.
         after: Costs of what remains.
         notes: Remarks on a target that was not met exactly, and on measurements.
-        latency: For a latency target, the requested, the predicted and, unless a cost table was given, the measured
-            ratio to the original's latency.
+        latency: Ratios to the original's latency: "measured", for any kind of target, if the model was timed; for a
+            latency target also "target", the requested, and "predicted", that of the cost table.
+        asked: The targets, and what was reached of each.
+        slow_because: Reason why the pruned model is not at least 5 % faster; empty if it is, or was not timed.
+        round_to: Number of which the widths of large groups are multiples, where that was chosen for the processor.
+        table: The cost table that was measured; None if there was none or it was given.
+        budget: The budget, as the entries of a plan.
 
     """
 
@@ -153,6 +179,22 @@ class Allocation(Summarised):
     after: Costs
     notes: tuple[str, ...] = field(default=())
     latency: Mapping[str, float] = field(default_factory=dict)
+    asked: tuple[Asked, ...] = ()
+    slow_because: str = ""
+    round_to: int = 1
+    table: CostTable | None = None
+    budget: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_nearest(self) -> bool:
+        """Whether a target cannot be reached, and this is the nearest to it."""
+        return not all(asked.is_met for asked in self.asked)
+
+    @property
+    def is_faster(self) -> bool | None:
+        """Whether the pruned model is at least 5 % faster than the original; None if it was not timed."""
+        measured = self.latency.get("measured")
+        return None if measured is None else measured <= FASTER
 
     def summary(self) -> Summary:
         """Return the numbers of removed channels and the costs as a table."""
@@ -173,6 +215,76 @@ class Allocation(Summarised):
         return KeepMask(combed.atoms, self.channels(combed))
 
 
+class UnreachableError(TargetError):
+    """A budget cannot be met at the smallest allowed widths.
+
+    Attributes:
+        floors: Fraction of the original that remains of each cost at these widths, by kind.
+        obstacle: What keeps widths from becoming smaller.
+        nearest: The nearest allocation that was found; None if none was computed.
+    """
+
+    def __init__(
+        self, text: str, floors: Mapping[str, float], obstacle: str, nearest: Allocation | None = None
+    ) -> None:
+        """Create the error from its message and its attributes."""
+        super().__init__(text)
+        self.floors, self.obstacle, self.nearest = floors, obstacle, nearest
+
+
+class Prices:
+    """All costs that a budget may limit, as functions of the surviving channels."""
+
+    def __init__(
+        self,
+        combed: Combed,
+        kinds: Collection[str],
+        *,
+        stored_as: str = "",
+        table: CostTable | None = None,
+    ) -> None:
+        """Collect the costs of some kinds.
+
+        Args:
+            combed: The model.
+            kinds: Kinds of costs, of `ALL_KINDS`.
+            stored_as: Element type of the deployed model, see `Budget`.
+            table: Predicts latencies, and has the widths at which kernels are fast.
+        """
+        self.table = table
+        self.multiples: Mapping[int, int] | None = None if table is None else table.multiples(combed)
+        more: dict[str, Sequence[Term] | Peak] = {"latency": table.terms(combed)} if table is not None else {}
+        if "flash" in kinds:
+            more["flash"] = flash_terms(combed, stored_as)
+        self.memory = MemoryModel(combed, stored_as) if "ram" in kinds else None
+        if self.memory is not None:
+            more["ram"] = self.memory.peak
+        self.costs = CostModel(combed, more)
+        self._whole = KeepMask(combed.atoms)
+        self._full: dict[str, float] = {}
+
+    def at(self, multiples: Mapping[int, int] | None) -> Prices:
+        """Return the same costs with other multiples of widths, by the id of the group."""
+        found = copy(self)
+        found.multiples = multiples
+        return found
+
+    def full(self, kind: str) -> float:
+        """Return a cost of the original."""
+        if kind not in self._full:
+            full = self.cost(kind, self._whole)
+            if kind == "latency" and self.table is not None:
+                full = min(full, self.table.ms)  # time that the fit adds at full width cannot be saved
+            self._full[kind] = full
+        return self._full[kind]
+
+    def cost(self, kind: str, kept: KeepMask) -> float:
+        """Return a cost of what survives; memory as the planner places it."""
+        if kind == "ram" and self.memory is not None:
+            return self.memory.arena(kept)
+        return self.costs.cost(kind, kept)
+
+
 def allocate(
     combed: Combed,
     scores: Sequence[Scores],
@@ -188,91 +300,30 @@ def allocate(
     cost saved. The policy "optimal" uses `curves`, by default the `loss_curves` of the scores. Latency is predicted by
     `table`.
 
-    Raises TargetError, which names the obstacle, if the budget cannot be met.
+    Raises UnreachableError, which names the obstacle, if the budget cannot be met.
     """
+    kinds = [kind for kind, _ in budget.fractions]
+    prices = Prices(combed, kinds, stored_as=budget.stored_as, table=table)
+    return allocate_at(prices, combed, scores, budget, is_loss=is_loss, curves=curves)
+
+
+def allocate_at(
+    prices: Prices,
+    combed: Combed,
+    scores: Sequence[Scores],
+    budget: Budget,
+    *,
+    is_loss: bool = False,
+    curves: LossCurves | None = None,
+) -> Allocation:
+    """Choose the channels to remove as `allocate` does, by costs that are known already."""
     if not combed.groups:
         raise TargetError(f"nothing can be pruned in this model: {why_nothing(combed)}")
     if curves is not None:
         curves.check(combed)
-    if budget.kind == "latency" and table is None:
+    if prices.table is None and any(kind == "latency" for kind, _ in budget.fractions):
         raise ValueError("a latency target needs a cost table")
-    return _Allocator(combed, scores, budget, is_loss=is_loss, curves=curves, table=table).run()
-
-
-def allocate_measured(
-    choose: Callable[[Budget, CostTable], Allocation], budget: Budget, table: CostTable, probe: LatencyProbe
-) -> Allocation:
-    """Allocate for a latency target, measure the result beside the original, correct the request, and repeat.
-
-    Returns the allocation whose measured latency is nearest to the target. If the table predicts that the target cannot
-    be reached, a larger fraction is requested first; from then on the time that the table takes for constant is assumed
-    to shrink with the model.
-
-    Args:
-        choose: `allocate` with all arguments but budget and table.
-        budget: The budget, of kind "latency".
-        table: Predicts latencies.
-        probe: Measures latencies.
-
-    Raises TargetError if the target cannot be reached.
-    """
-    request, tried = budget.fraction, list[tuple[float, float]]()
-    best: Allocation | None = None
-    refused: TargetError | None = None
-    predictor = table
-    while len(tried) < _ROUNDS and request <= 1:
-        try:
-            chosen = choose(replace(budget, fraction=request), predictor)
-        except TargetError as error:
-            refused = refused or error
-            if best is None:
-                request += _MORE
-                continue
-            if predictor is not table:
-                break
-            predictor, request, tried = table.loosened(probe.combed), budget.fraction, []
-            continue
-        measured = probe.ratio(chosen.channels(probe.combed), max(_SECONDS, _TIMED_ROUNDS * 1.5e-3 * table.ms))
-        chosen = replace(chosen, latency={**chosen.latency, "target": budget.fraction, "measured": measured})
-        if best is None or _miss(chosen) < _miss(best):
-            best = chosen
-        if _miss(chosen) <= _NEAR:
-            break
-        tried.append((request, measured))
-        request = _next_request(tried, budget.fraction)
-    if refused is not None and (best is None or best.latency["measured"] > budget.fraction + _TOLERANCE):
-        raise refused
-    assert best is not None
-    return replace(best, notes=(*(n for n in best.notes if n == _TOO_WIDE), *_latency_notes(best, table)))
-
-
-def _next_request(tried: Sequence[tuple[float, float]], target: float) -> float:
-    """Return the fraction to request next, by the secant through the two (request, measurement) pairs nearest to it."""
-    near = sorted(tried, key=lambda pair: abs(pair[1] - target))[:2]
-    request, measured = near[0]
-    slope = measured / request
-    if len(near) > 1 and near[0][0] != near[1][0]:
-        slope = (measured - near[1][1]) / (request - near[1][0])
-    slope = min(max(slope, 0.5), 2.0)
-    return min(1.0, max(request + (target - measured) / slope, request / 2))
-
-
-def _miss(chosen: Allocation) -> float:
-    """Return the relative deviation of the measured latency from the target."""
-    return abs(chosen.latency["measured"] / chosen.latency["target"] - 1)
-
-
-def _latency_notes(chosen: Allocation, table: CostTable) -> Iterator[str]:
-    found, setting = chosen.latency, table.setting
-    where = f"onnxruntime, {setting.provider}, threads: {setting.threads}"
-    if "measured" not in found:
-        yield f"latency {found['predicted']:.3f} by the cost table ({where}), not measured here"
-    else:
-        yield f"latency {found['measured']:.3f} measured ({where}), {found['predicted']:.3f} predicted"
-        if _miss(chosen) > _TOLERANCE:
-            yield f"latency={found['measured']:.3f} is the nearest to {found['target']:g} that was found"
-    if table.unattributed > _TOLERANCE:
-        yield f"{table.unattributed:.0%} of the time is in kernels not present at all widths: it is taken for constant"
+    return _Allocator(combed, scores, budget, is_loss=is_loss, curves=curves, prices=prices).run()
 
 
 def why_nothing(combed: Combed) -> str:
@@ -286,50 +337,6 @@ def why_nothing(combed: Combed) -> str:
     return "; ".join(list(reasons)[:3]) or "all axes are fixed by its inputs and outputs"
 
 
-@dataclass(frozen=True, eq=False)
-class Chooser:
-    """Allocates under a budget, once in each round of pruning.
-
-    Attributes:
-        budget: The budget.
-        table: Predicts latencies; None for other targets.
-        probe: Measures latencies; None to rely on the table.
-    """
-
-    budget: Budget
-    table: CostTable | None = None
-    probe: LatencyProbe | None = None
-
-    def __call__(
-        self,
-        combed: Combed,
-        scores: Sequence[Scores],
-        fraction: float | None = None,
-        *,
-        is_loss: bool = False,
-        curves: LossCurves | None = None,
-    ) -> Allocation:
-        """Choose the channels to remove; `fraction` replaces that of the budget."""
-        budget = self.budget if fraction is None else replace(self.budget, fraction=fraction)
-
-        if self.table is None:
-            return allocate(combed, scores, budget, is_loss=is_loss, curves=curves)
-
-        def choose(wanted: Budget, table: CostTable) -> Allocation:
-            """Allocate at widths where kernels are fast or, if these cannot reach the target, at finer ones."""
-            for halvings in range(_HALVINGS):
-                with contextlib.suppress(TargetError):
-                    finer = table.finer(halvings)
-                    found = allocate(combed, scores, wanted, is_loss=is_loss, curves=curves, table=finer)
-                    return replace(found, notes=(*found.notes, *([_TOO_WIDE] if halvings else [])))
-            return allocate(combed, scores, wanted, is_loss=is_loss, curves=curves, table=table.finer(_HALVINGS))
-
-        if self.probe is not None:
-            return allocate_measured(choose, budget, self.table, self.probe)
-        chosen = choose(budget, self.table)
-        return replace(chosen, notes=(*chosen.notes, *_latency_notes(chosen, self.table)))
-
-
 class _Allocator:
     def __init__(
         self,
@@ -339,18 +346,18 @@ class _Allocator:
         *,
         is_loss: bool,
         curves: LossCurves | None,
-        table: CostTable | None,
+        prices: Prices,
     ) -> None:
         self.is_loss = is_loss
         self.combed, self.scores, self.budget = combed, list(scores), budget
-        more = {"latency": table.terms(combed)} if table is not None else {}
-        self.costs, whole = CostModel(combed, more), KeepMask(combed.atoms)
-        self.before = self.costs.total(whole)
-        self.full = self.costs.cost(budget.kind, whole)
-        if table is not None:
-            self.full = min(self.full, table.ms)  # time that the fit adds at full width cannot be saved
-        multiples = table.multiples(combed) if table is not None else None
-        self.widths = allowed_widths(combed, budget.limits, multiples)
+        self.prices, self.costs = prices, prices.costs
+        self.before = self.costs.total(KeepMask(combed.atoms))
+        self.is_strict = budget.is_limit or bool(budget.also)
+        self.full = prices.full(budget.kind)
+        self.limits = {kind: fraction * prices.full(kind) for kind, fraction in budget.fractions}
+        if budget.also:  # costs are then fractions of what is allowed
+            self.full = max(prices.full(kind) / limit for kind, limit in self.limits.items())
+        self.widths = allowed_widths(combed, budget.limits, prices.multiples)
         self.sizes = [len(group) for group in combed.groups]
         self.order = [np.argsort(score, kind="stable") for score in self.scores]
         self.least_first = [g.channels[order] for g, order in zip(combed.groups, self.order, strict=True)]
@@ -360,29 +367,66 @@ class _Allocator:
         self.rankings = [self.ranked(groups) for groups in self.competing()]
 
     def run(self) -> Allocation:
-        target = self.budget.fraction * self.full
-        floor, tolerance = self.cost(self.widths.least), _TOLERANCE * self.full
+        target = 1.0 if self.budget.also else self.budget.fraction * self.full
+        floor, tolerance = self.cost(self.widths.least), (_EXACT if self.is_strict else _TOLERANCE) * self.full
         if floor > target + tolerance:
-            raise TargetError(self.unreachable(floor))
-        counts = self.optimal(target) if self.budget.policy == "optimal" else self.searched(target)
-        if counts == self.sizes and self.budget.fraction < 1:
-            raise TargetError(
-                f"target {self.budget.kind}={self.budget.fraction:g} would remove nothing: the smallest step is larger"
-            )
+            raise self.unreachable()
+        counts = self.counted(target)
+        if self.is_strict and self.cost(counts) > target + tolerance:
+            counts = self.searched(target)
+        if counts == self.sizes and all(fraction < 1 for _, fraction in self.budget.fractions):
+            raise TargetError(f"target {self.budget.as_text()} would remove nothing: the smallest step is larger")
         reached = self.cost(counts)
         notes = []
-        if abs(reached - target) > tolerance:
+        if abs(reached - target) > _TOLERANCE * self.full and not self.budget.also:
             bounds = "the bounds of the widths" if counts == self.widths.most else "whole channels"
             notes.append(f"{self.budget.kind}={reached / self.full:.3f} is the nearest that {bounds} allow")
         return self.result(counts, tuple(notes))
+
+    def counted(self, target: float) -> list[int]:
+        """Return the widths by the policy of the budget."""
+        if self.budget.policy != "optimal":
+            return self.searched(target)
+        return self.jointly_optimal() if self.budget.also else self.optimal(target)
+
+    def jointly_optimal(self) -> list[int]:
+        """Return widths within all limits with a small total loss.
+
+        The knapsack takes a smooth bound of the largest cost in relation to its limit. Where the bound leaves room, all
+        limits are raised for it, and where a cost is above its limit all the same, that limit is lowered.
+        """
+        curves = self.curves or loss_curves(self.scores, is_loss=self.is_loss)
+        allowed, follows = self.widths.allowed, self.curves is None and not self.is_loss
+        work = self.costs.in_widths("macs")
+        weights: Floats = _weights(work, self.sizes) if follows else np.ones(len(self.sizes))
+        limits, best, nearest = dict(self.limits), None, 0.0
+        for _ in range(_CORRECTIONS):
+            loss = [
+                weight * curve[size - widths]
+                for weight, curve, size, widths in zip(weights, curves.loss, self.sizes, allowed, strict=True)
+            ]
+            counts = solve(allowed, loss, self.norm(limits), 1.0)
+            kept = self.kept(counts)
+            used = {kind: self.prices.cost(kind, kept) / limit for kind, limit in self.limits.items()}
+            most = max(used.values())
+            if nearest < most <= 1 + _EXACT:
+                best, nearest = counts, most
+            if 1 - _TOLERANCE <= most <= 1 + _EXACT:
+                break
+            if most < 1:
+                limits = {kind: limit / most for kind, limit in limits.items()}
+            else:
+                limits = {kind: limit / max(1.0, used[kind] + _EXACT) for kind, limit in limits.items()}
+            weights = (weights + _weights(work, counts)) / 2 if follows else weights
+        return self.searched(1.0) if best is None else best
 
     def optimal(self, target: float) -> list[int]:
         """Return the widths with the least total loss."""
         curves = self.curves or loss_curves(self.scores, is_loss=self.is_loss)
         allowed, follows = self.widths.allowed, self.curves is None and not self.is_loss
         cost, limit, counts = self.costs.in_widths(self.budget.kind), target, self.sizes
-        work = self.costs.in_widths("macs") if self.budget.kind == "latency" else cost
-        weights = _weights(work, counts) if follows else np.ones(len(counts))
+        work = cost if self.budget.kind in _WORK else self.costs.in_widths("macs")
+        weights: Floats = _weights(work, counts) if follows else np.ones(len(counts))
         for _ in range(_CORRECTIONS):
             loss = [
                 weight * curve[size - widths]
@@ -390,7 +434,8 @@ class _Allocator:
             ]
             before, counts = counts, solve(allowed, loss, cost, limit)
             over = self.cost(counts) - target
-            if over <= 0.1 * _TOLERANCE * self.full and (not follows or counts == before):
+            most = _EXACT if self.is_strict else 0.1 * _TOLERANCE
+            if over <= most * self.full and (not follows or counts == before):
                 break
             limit -= max(0.0, over)
             if follows:
@@ -426,7 +471,7 @@ class _Allocator:
         below = self.mixed(low, high, differing[:first])
         above = self.mixed(low, high, differing[: first + 1])
         nearer_above = abs(self.cost(above) - target) < 0.5 * abs(self.cost(below) - target)
-        return above if nearer_above else below
+        return above if nearer_above and not self.is_strict else below
 
     @staticmethod
     def mixed(low: list[int], high: list[int], taken: Sequence[int]) -> list[int]:
@@ -482,7 +527,21 @@ class _Allocator:
         return [sorted(order[: len(order) - n].tolist()) for order, n in zip(self.order, counts, strict=True)]
 
     def cost(self, counts: Sequence[int]) -> float:
-        return self.costs.cost(self.budget.kind, self.kept(counts))
+        """Return the cost of some widths; with several limits, the largest cost as a fraction of what is allowed."""
+        kept = self.kept(counts)
+        if not self.budget.also:
+            return self.prices.cost(self.budget.kind, kept)
+        return max(self.prices.cost(kind, kept) / limit for kind, limit in self.limits.items())
+
+    def norm(self, limits: Mapping[str, float]) -> Cost:
+        """Return a smooth upper bound of the largest of several costs in relation to its limit, by widths."""
+        costs = [(self.costs.in_widths(kind), limit) for kind, limit in limits.items()]
+
+        def cost(widths: Counts) -> Floats:
+            parts = np.stack([cost(widths) / limit for cost, limit in costs])
+            return np.asarray((parts**_NORM).sum(axis=0) ** (1 / _NORM))
+
+        return cost
 
     def kept(self, counts: Sequence[int]) -> KeepMask:
         gone = [channels[: len(channels) - n] for channels, n in zip(self.least_first, counts, strict=True)]
@@ -493,25 +552,32 @@ class _Allocator:
         allocation = Allocation(self.removed(counts), self.before, self.costs.total(kept), notes)
         if self.budget.kind != "latency":
             return allocation
-        predicted = self.costs.cost("latency", kept) / self.full
+        predicted = self.prices.cost("latency", kept) / self.prices.full("latency")
         return replace(allocation, latency={"target": self.budget.fraction, "predicted": predicted})
 
-    def unreachable(self, floor: float) -> str:
-        kind, limits = self.budget.kind, self.budget.limits
-        least = f"at the smallest allowed widths, {floor / self.full:.3f} remains"
-        why = f"target {kind}={self.budget.fraction:g} cannot be reached: {least}"
+    def unreachable(self) -> UnreachableError:
+        kept = self.kept(self.widths.least)
+        floors = {kind: self.prices.cost(kind, kept) / self.prices.full(kind) for kind, _ in self.budget.fractions}
+        least = ", ".join(f"{left:.3f}" + (f" of {kind}" if len(floors) > 1 else "") for kind, left in floors.items())
+        why, obstacle = f"target {self.budget.as_text()} cannot be reached", self.obstacle()
+        text = f"{why}: at the smallest allowed widths, {least} remains; {obstacle}"
+        return UnreachableError(text, floors, obstacle)
+
+    def obstacle(self) -> str:
+        """Return what keeps widths from becoming smaller."""
+        limits = self.budget.limits
         if self.widths.held:
-            return f"{why}; {len(self.widths.held)} groups are pinned by --keep"
+            return f"{len(self.widths.held)} groups are pinned by --keep"
         if limits.round_to > 1:
-            return f"{why}; widths are multiples of {limits.round_to}"
+            return f"widths are multiples of {limits.round_to}"
         if limits.ratios[0] > 0 or limits.of:
-            return f"{why}; groups have minimum ratios"
+            return "groups have minimum ratios"
         frozen = sorted(self.combed.frozen(), key=lambda f: -f.indices)
         reasons = {reason: None for f in frozen for reason in f.reasons}
-        return f"{why}; not prunable: {'; '.join(list(reasons)[:3])}"
+        return f"not prunable: {'; '.join(list(reasons)[:3])}"
 
 
-def _weights(work: WidthCost, counts: Sequence[int]) -> Floats:
+def _weights(work: Cost, counts: Sequence[int]) -> Floats:
     """Return the weight of each group's loss where scores are importances: a power of the work that remains in it.
 
     Removing a channel from a group that runs through many layers, as in a residual stage, saves much but degrades all

@@ -44,12 +44,13 @@ from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.budget.widths import is_width
 from cpd_onnx.channels.costs import Floats, Term
 from cpd_onnx.channels.groups import Combed, Group
+from cpd_onnx.channels.judged import terms_of_work
 from cpd_onnx.errors import DataError, TargetError, UnsupportedError
 from cpd_onnx.io.files import read_json, write_atomically
 from cpd_onnx.ir.model import Array, Model
 from cpd_onnx.rewrite.rewriter import rewrite
 from cpd_onnx.runtime.bench import Setting
-from cpd_onnx.runtime.sessions import execute, interleaved, open_model, working_feeds
+from cpd_onnx.runtime.sessions import execute, interleaved, judged_feed, open_model, working_feeds
 
 FORMAT = "cpd-onnx/latency"
 VERSION = 1
@@ -72,8 +73,12 @@ _SLOW = 1.5
 """Slowdown of the fastest smaller widths, relative to their work, above which a group is not pruned (heuristic)."""
 _SHRINK = 0.05
 """Weight of the measurements of all groups in that of one group, as a fraction of the total time (heuristic)."""
-_WATCHED_SECONDS, _LEAST_RUNS, _MOST_RUNS = 0.12, 5, 60
+_WATCHED_SECONDS, _LEAST_RUNS, _MOST_RUNS = 0.12, 3, 60
 """Duration in seconds, and minimum and maximum number, of a model's runs with and without the profiler (heuristic)."""
+_SLOW_MS = 30.0
+"""Milliseconds of a run from which the overhead of the profiler, microseconds a kernel, does not count (heuristic)."""
+_LEAST_ROUNDS, _FEWEST_ROUNDS = 10, 4
+"""Minimum number of rounds of a measurement of at least a second, and of a shorter one (heuristic)."""
 _OTHERS = "others"
 """Name for all kernels that are not present in all models."""
 _FITTED_AXES = 3
@@ -82,7 +87,7 @@ _FITTED_AXES = 3
 Observer: TypeAlias = Callable[[int, int], None]
 """Called with the number of models measured so far, and their total number."""
 _Times: TypeAlias = "dict[str, _Kernel]"
-_Axis: TypeAlias = tuple[str, str, int]
+NamedAxis: TypeAlias = tuple[str, str, int]
 """Scope path, name of the tensor, number of the axis."""
 
 
@@ -102,7 +107,7 @@ class KernelCost:
     operator: str
     ms: float
     error: float
-    terms: tuple[tuple[float, tuple[_Axis, ...]], ...]
+    terms: tuple[tuple[float, tuple[NamedAxis, ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -164,7 +169,7 @@ class CostTable:
         """Return the table with the time that is constant in it made proportional to the MACs of the model."""
         fixed = self.rest + sum(ms for kernel in self.kernels for ms, axes in kernel.terms if not axes)
         kernels = tuple(replace(k, terms=tuple(term for term in k.terms if term[1])) for k in self.kernels)
-        work = _terms_of(combed, [(cost.factor, cost.axes) for cost in combed.recorder.costs])
+        work = _terms_of(combed, terms_of_work(combed))
         whole = sum(factor * math.prod(len(_axis_of(combed, axis)) for axis in axes) for factor, axes in work)
         shrinking = tuple((fixed * factor / whole, axes) for factor, axes in work) if whole else ()
         return replace(self, rest=0.0, kernels=(*kernels, KernelCost(_OTHERS, "", fixed, 0.0, shrinking)))
@@ -251,7 +256,7 @@ def _kernel_of(entry: Mapping[str, Any]) -> KernelCost:
     return KernelCost(name, operator, _amount(entry["ms"]), _amount(entry["error"]), terms)
 
 
-def _axis_in(entry: Any) -> _Axis:
+def _axis_in(entry: Any) -> NamedAxis:
     path, name, number = entry
     if not isinstance(path, str) or not isinstance(name, str) or not _whole(number, 0):
         raise ValueError(f"{reprlib.repr(entry)} is not an axis")
@@ -283,15 +288,22 @@ class LatencyProbe:
         combed: The original and its groups.
         setting: Conditions of the measurement.
         feed: Inputs.
+        ms: Milliseconds of a fast run of the original (10th percentile) in the last measurement; 0 before the first.
+        scatter: Largest interquartile range of the original's run times so far, relative to their median.
     """
 
     def __init__(self, combed: Combed, setting: Setting) -> None:
         """Open the original; raises UnsupportedError if onnxruntime cannot run it under the setting."""
         self.combed, self.setting = combed, setting
+        self.ms, self.scatter = 0.0, 0.0
         self.feed = _feed(combed, setting.batch)
         named = [node for node in combed.folded.scope.nodes if node.name and node.output]
         self._nodes = {_text(name): _text(node.name) for node in named for name in (node.name, *node.output) if name}
         self._original = self.session(combed.folded.model)
+
+    def reopen(self) -> None:
+        """Open the original again: where its memory lies affects its speed for as long as it is open."""
+        self._original = self.session(self.combed.folded.model)
 
     def pruned(self, channels: npt.NDArray[np.int64]) -> Model:
         """Return the model without some primitive atoms."""
@@ -306,9 +318,15 @@ class LatencyProbe:
         return self.ratio_of(self.pruned(channels), seconds)
 
     def ratio_of(self, model: Model, seconds: float = 2.0) -> float:
-        """Return the ratio of the median latencies of a model with the original's inputs and of the original."""
-        times = interleaved([self._original, self.session(model)], self.feed, seconds)
-        return float(np.median(times[1]) / np.median(times[0]))
+        """Return the median ratio of the latencies of a model with the original's inputs and of the original.
+
+        Runs that follow each other are compared, since other load on the machine affects both.
+        """
+        least = _LEAST_ROUNDS if seconds >= 1 else _FEWEST_ROUNDS
+        times = interleaved([self._original, self.session(model)], self.feed, seconds, least=least)
+        fast, low, middle, high = np.percentile(times[0], (10, 25, 50, 75))
+        self.ms, self.scatter = 1e3 * float(fast), max(self.scatter, float((high - low) / middle))
+        return float(np.median(np.asarray(times[1]) / np.asarray(times[0])))
 
     def profile(self, model: Model) -> tuple[_Times, float, float]:
         """Return the time and shapes of each kernel of a model, and milliseconds of the model and of the original.
@@ -318,9 +336,10 @@ class LatencyProbe:
         """
         with tempfile.TemporaryDirectory() as folder:
             session = self.session(model, Path(folder) / "trace")
-            _, first = self._in_turns(session)
+            profiled, first = self._in_turns(session)
             events = json.loads(Path(session.end_profiling()).read_text("utf-8", "replace"))
-        taken, meanwhile = self._in_turns(session)
+        is_slow = _typical(first, len(first)) > _SLOW_MS
+        taken, meanwhile = (profiled, first) if is_slow else self._in_turns(session)
         speed = _typical(meanwhile, len(meanwhile)) / _typical(first, len(first))
         kernels = _kernels(events, len(first), self._nodes)
         ms = _typical(taken, len(taken))
@@ -386,11 +405,12 @@ def _machine() -> dict[str, Any]:
 
 
 def _feed(combed: Combed, batch: int | None) -> dict[str, Array]:
-    """Return inputs that the model accepts, with that many samples if its batch size is dynamic."""
+    """Return inputs that the model accepts, with that many samples (default: one) if its batch size is dynamic."""
     folded = combed.folded
-    feed = next(working_feeds(folded, open_model(folded.model, threads=1), 1))
+    session = open_model(folded.model, threads=1)
     if batch is None:
-        return feed
+        return judged_feed(folded, session)
+    feed = next(working_feeds(folded, session, 1))
     values = {name: folded.scope.values[name] for name in feed}
     free = [name for name, value in values.items() if value.shape and not value.has_fixed(0)]
     if not free:
@@ -463,7 +483,7 @@ class _Samples:
     def __init__(self, probe: LatencyProbe, observer: Observer | None) -> None:
         self.probe, self.combed, self.observer = probe, probe.combed, observer
         self.order = [np.random.default_rng(g.id).permutation(g.channels) for g in self.combed.groups]
-        self.axes = list(_variable_axes(self.combed))
+        self.axes = list(variable_axes(self.combed))
         self.widths: list[npt.NDArray[np.int64]] = []
         self.times: list[_Times] = []
         self.rows: list[list[int]] = []
@@ -487,7 +507,7 @@ class _Samples:
             self.observer(len(self.times), 2 + _TURNS * len(MULTIPLES) + _SAMPLES)
         return len(self.times) - 1
 
-    def sum(self, terms: Sequence[tuple[float, tuple[_Axis, ...]]]) -> Floats:
+    def sum(self, terms: Sequence[tuple[float, tuple[NamedAxis, ...]]]) -> Floats:
         """Return the value of a sum of products of axes in each model."""
         place = {name: number for number, (name, _) in enumerate(self.axes)}
         rows = np.asarray(self.rows, float)
@@ -518,17 +538,17 @@ class _Samples:
         return next(iter(self._known[key]), None)
 
 
-def _axis_of(combed: Combed, axis: _Axis) -> Axis:
+def _axis_of(combed: Combed, axis: NamedAxis) -> Axis:
     path, name, number = axis
     return (combed.tensors[(path, name)].axes or [])[number]
 
 
 def _terms_of(
     combed: Combed, products: Sequence[tuple[float, Sequence[Axis]]]
-) -> list[tuple[float, tuple[_Axis, ...]]]:
+) -> list[tuple[float, tuple[NamedAxis, ...]]]:
     """Return a sum of products of axes with prunable axes by name and equal products merged."""
-    names = {fingerprint(axis): name for name, axis in _variable_axes(combed)}
-    terms: dict[tuple[_Axis, ...], float] = defaultdict(float)
+    names = {fingerprint(axis): name for name, axis in variable_axes(combed)}
+    terms: dict[tuple[NamedAxis, ...], float] = defaultdict(float)
     for factor, axes in products:
         found = [(len(axis), names.get(fingerprint(axis))) for axis in axes]
         fixed = math.prod(size for size, name in found if name is None)
@@ -536,7 +556,7 @@ def _terms_of(
     return [(factor, axes) for axes, factor in terms.items() if factor]
 
 
-def _variable_axes(combed: Combed) -> Iterator[tuple[_Axis, npt.NDArray[np.int64]]]:
+def variable_axes(combed: Combed) -> Iterator[tuple[NamedAxis, npt.NDArray[np.int64]]]:
     """Yield all prunable axes of tensors, each once."""
     seen: set[Fingerprint] = set()
     for (path, name), tensor in combed.tensors.items():
@@ -624,14 +644,14 @@ def _fitted(made: _Samples, samples: Sequence[int]) -> tuple[list[KernelCost], f
             continue
         places = made.places(name)
         taken = np.asarray([made.times[sample][name].ms for sample in samples])
-        terms, error = _terms(np.asarray(made.rows)[list(samples)][:, list(places)], taken)
+        terms, error = fit_terms(np.asarray(made.rows)[list(samples)][:, list(places)], taken)
         axes = [made.axes[place][0] for place in places]
         named = tuple((ms, tuple(axes[k] for k in chosen)) for ms, chosen in terms)
         costs.append(KernelCost(name, kernel.operator, kernel.ms, error, named))
         others = others - taken
     if others.sum() <= _SHRINK * total:
         return costs, max(0.0, float(others.sum()) / total)
-    work = _terms_of(made.combed, [(cost.factor, cost.axes) for cost in made.combed.recorder.costs])
+    work = _terms_of(made.combed, terms_of_work(made.combed))
     moved = _terms_of(made.combed, [(1.0, tensor.axes) for tensor in made.combed.tensors.values() if tensor.axes])
     sums = [(terms, made.sum(terms)[list(samples)]) for terms in (work, moved) if terms]
     columns = np.column_stack([np.ones(len(samples)), *(counts / counts[0] for _, counts in sums)])
@@ -644,7 +664,7 @@ def _fitted(made: _Samples, samples: Sequence[int]) -> tuple[list[KernelCost], f
     return costs, float(fixed) * len(samples) / total
 
 
-def _terms(sizes: npt.NDArray[np.int64], ms: Floats) -> tuple[list[tuple[float, tuple[int, ...]]], float]:
+def fit_terms(sizes: npt.NDArray[np.int64], ms: Floats) -> tuple[list[tuple[float, tuple[int, ...]]], float]:
     """Return times as a sum of products of sizes with coefficients that are not negative, and the relative error."""
     count = sizes.shape[1]
     chosen: list[tuple[int, ...]] = [()]

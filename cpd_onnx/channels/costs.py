@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis, fingerprint
 from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.channels.groups import Combed
+from cpd_onnx.channels.judged import terms_of_work
 from cpd_onnx.ir.model import element_bytes
 
 Floats: TypeAlias = npt.NDArray[np.float64]
@@ -22,6 +23,23 @@ Term: TypeAlias = "tuple[float, tuple[Axis, ...]]"
 
 _AT_ONCE = 4_000_000
 """Limit on the elements of the arrays that `WidthCost` allocates at a time (32 MB each); a heuristic."""
+
+
+@dataclass(frozen=True, eq=False)
+class Peak:
+    """A cost that is the largest of several sums, as the memory at each time.
+
+    Attributes:
+        terms: The parts of all sums.
+        sums: Which parts each sum has: a row for each part, a column for each sum, of ones and zeros.
+    """
+
+    terms: Sequence[Term]
+    sums: Floats
+
+    def of(self, parts: Floats) -> Floats:
+        """Return the largest sum for each row of parts."""
+        return np.asarray((parts @ self.sums).max(axis=1, initial=0.0))
 
 
 @dataclass(frozen=True)
@@ -49,11 +67,11 @@ class Costs:
 class CostModel:
     """Costs of a combed model for any set of surviving channels."""
 
-    def __init__(self, combed: Combed, more: Mapping[str, Sequence[Term]] | None = None) -> None:
-        """Collect the terms of all costs; `more` are further costs by name, each a sum of terms."""
+    def __init__(self, combed: Combed, more: Mapping[str, Sequence[Term] | Peak] | None = None) -> None:
+        """Collect the terms of all costs; `more` are further costs by name, each a sum of terms or a peak."""
         self._combed = combed
         self._batch = combed.folded.batch
-        self._work = [(cost.factor, cost.axes) for cost in combed.recorder.costs]
+        self._work = terms_of_work(combed)
         self._weights: list[Term] = []
         self._prunable: list[Axis] = []
         self._stored: list[Term] = []
@@ -77,8 +95,9 @@ class CostModel:
             "params": self._weights,
             "channels": [(1.0, (axis,)) for axis in self._prunable],
             "bytes": [*self._stored, (float(rest), ())],
-            **(more or {}),
         }
+        self._peaks = {kind: peak for kind, peak in (more or {}).items() if isinstance(peak, Peak)}
+        lists |= {kind: terms.terms if isinstance(terms, Peak) else terms for kind, terms in (more or {}).items()}
         self._sizes = _Sizes(combed.atoms, [axis for terms in lists.values() for _, axes in terms for axis in axes])
         self._sums = {kind: self._sizes.laid_out(terms) for kind, terms in lists.items()}
 
@@ -89,11 +108,12 @@ class CostModel:
     def cost(self, kind: str, keep: KeepMask) -> float:
         """Return one cost with the surviving channels of `keep`."""
         factors, places = self._sums[kind]
-        return float((factors * self._sizes.of(keep)[places].prod(axis=1)).sum())
+        parts = factors * self._sizes.of(keep)[places].prod(axis=1)
+        return float(self._peaks[kind].of(parts[None])[0] if kind in self._peaks else parts.sum())
 
     def in_widths(self, kind: str) -> WidthCost:
         """Return one cost as a function of the number of surviving channels of each group."""
-        return WidthCost(self._combed, self._sizes, self._sums[kind])
+        return WidthCost(self._combed, self._sizes, self._sums[kind], self._peaks.get(kind))
 
     def of_groups(self, combed: Combed) -> dict[int, Costs]:
         """Return, for each group by id, the costs of the nodes and weights that have its channels."""
@@ -122,9 +142,10 @@ class WidthCost:
     models, and thousands of choices are evaluated at once.
     """
 
-    def __init__(self, combed: Combed, sizes: _Sizes, terms: _Sum) -> None:
+    def __init__(self, combed: Combed, sizes: _Sizes, terms: _Sum, peak: Peak | None = None) -> None:
         """Count the indices of each axis by the set of groups they depend on."""
         self.factors, self._places = terms
+        self._peak = peak
         count = len(combed.groups)
         used = np.unique(self._places[self._places < sizes.count])
         place_of = np.full(sizes.count + 1, len(used), np.int64)
@@ -146,12 +167,31 @@ class WidthCost:
         blocks = [self._costs(widths[start : start + step]) for start in range(0, len(widths), step)]
         return np.concatenate([np.zeros(0), *blocks])
 
+    def as_terms(self) -> dict[str, list[Any]]:
+        """Return the polynomial as plain values, for a page that evaluates it.
+
+        `axes` holds for each axis its addends, a count followed by the groups whose surviving fractions multiply it;
+        `terms` holds a factor each, followed by the axes whose sizes multiply it.
+        """
+        count = len(self._full)
+        ends = [*self._starts[1:].tolist(), len(self._counts)][: len(self._starts)]
+        rows = [
+            [int(number), *(group for group in groups if group < count)]
+            for number, groups in zip(self._counts.tolist(), self._groups.tolist(), strict=True)
+        ]
+        axes = [rows[start:end] for start, end in zip(self._starts.tolist(), ends, strict=True)]
+        merged: dict[tuple[int, ...], float] = defaultdict(float)
+        for factor, places in zip(self.factors.tolist(), self._places.tolist(), strict=True):
+            merged[tuple(sorted(place for place in places if place < len(axes)))] += factor
+        return {"axes": axes, "terms": [[factor, *places] for places, factor in merged.items()]}
+
     def _costs(self, widths: npt.NDArray[np.int64]) -> Floats:
         left = np.column_stack([widths / self._full, np.ones(len(widths))])
         counted = self._counts * left[:, self._groups].prod(axis=2)
         sizes = np.add.reduceat(counted, self._starts, axis=1) if len(self._starts) else counted
         sizes = np.column_stack([sizes, np.ones(len(widths))])
-        return np.asarray(sizes[:, self._places].prod(axis=2) @ self.factors)
+        products = sizes[:, self._places].prod(axis=2)
+        return np.asarray(products @ self.factors) if self._peak is None else self._peak.of(products * self.factors)
 
 
 class _Sizes:

@@ -14,7 +14,8 @@ from onnx import ModelProto
 import cpd_onnx as cpd
 from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.budget import latency
-from cpd_onnx.budget.allocation import POLICIES, Chooser
+from cpd_onnx.budget.allocation import POLICIES
+from cpd_onnx.budget.choosing import Chooser
 from cpd_onnx.budget.latency import CostTable, LatencyProbe, load_table, measure_table
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.channels.costs import CostModel
@@ -25,6 +26,7 @@ from cpd_onnx.passes.allocate import Allocate
 from cpd_onnx.runtime.bench import Setting
 from cpd_onnx.scores.registry import score
 from tests.support.models import from_text
+from tests.support.runs import plain
 
 STACK = (
     "(float[N, 3, 16, 16] x, float[96, 3, 3, 3] w, float[128, 96, 3, 3] u, float[64, 128, 3, 3] t, float[64, 10] v) => (float[N, 10] y) "
@@ -175,14 +177,14 @@ def test_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(latency, "_WATCHED_SECONDS", 0.0)
     model, table = tmp_path / "model.onnx", tmp_path / "table.json"
     cpd.load(stack()).save(model)
-    assert main(["latency", str(model), "-o", str(table), "--latency-batch", "4"]) == 0
+    assert main(plain(["latency", str(model), "-o", str(table), "--latency-batch", "4"])) == 0
     assert "fast at multiples of" in capsys.readouterr().out
     content = json.loads(table.read_text())
     assert (content["format"], content["version"], content["setting"]["batch"]) == ("cpd-onnx/latency", 1, 4)
     assert sum(kernel["ms"] for kernel in content["kernels"]) > 0  # how much, a busy machine does not tell
     for name in ("one.onnx", "two.onnx"):
         options = ["--target", "latency=0.7", "--cost-table", str(table)]
-        assert main(["prune", str(model), "-o", str(tmp_path / name), *options]) == 0
+        assert main(plain(["prune", str(model), "-o", str(tmp_path / name), *options])) == 0
     assert (tmp_path / "one.onnx").read_bytes() == (tmp_path / "two.onnx").read_bytes()
     plan = json.loads((tmp_path / "one.onnx.plan.json").read_text())
     assert plan["budget"]["kind"] == "latency"
@@ -198,5 +200,5 @@ def test_a_name_that_is_no_text_is_no_matter(tmp_path: Path) -> None:
     content = model.SerializeToString()
     assert content.count(b"first") == 1
     (tmp_path / "odd.onnx").write_bytes(content.replace(b"first", b"f\xe4rst"))
-    assert main(["latency", str(tmp_path / "odd.onnx"), "-o", str(tmp_path / "table.json")]) == 0
+    assert main(plain(["latency", str(tmp_path / "odd.onnx"), "-o", str(tmp_path / "table.json")])) == 0
     assert load_table(tmp_path / "table.json").groups
