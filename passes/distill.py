@@ -25,8 +25,9 @@ from cpd_onnx.channels.groups import Combed
 from cpd_onnx.data import metrics
 from cpd_onnx.data.sources import LABELS, Source, check_source, inputs_of
 from cpd_onnx.errors import CpdError, DataError, ModelError
+from cpd_onnx.io.progress import step
 from cpd_onnx.ir.model import Model, load
-from cpd_onnx.options import picked
+from cpd_onnx.options import options_from
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.rules import FLOATS
 from cpd_onnx.torch import BatchNormMode, OnnxModule, import_model, write_weights
@@ -176,14 +177,15 @@ def distill(  # noqa: PLR0913  # the arguments after the options are keywords
                 module, _teacher(_with_outputs(teacher, hidden), options, process_group), comparison, options,
                 process_group, freeze=options.freeze,
             )  # fmt: skip
-            losses = trainer.train(
-                feed,
-                _steps(feed, options),
-                traces=traces,
-                identity=_identity(teacher, student, options, process_group),
-                held_out=None if watched is None else _held_out(student, watched, teacher, restored),
-                progress=progress,
-            )
+            with step("distill", is_whole=True):
+                losses = trainer.train(
+                    feed,
+                    _steps(feed, options),
+                    traces=traces,
+                    identity=_identity(teacher, student, options, process_group),
+                    held_out=None if watched is None else _held_out(student, watched, teacher, restored),
+                    progress=progress,
+                )
             judged = trainer.judged
         after = refolding.refold(module.onnx_state(), restored)
     values = {name: value for name, value in after.items() if value.tobytes() != before[name].tobytes()}
@@ -205,14 +207,14 @@ def summary(result: DistillResult) -> dict[str, Any]:
 
 def trained(student: Model, result: DistillResult) -> Model:
     """Return the student with the trained values; nothing else changes."""
-    made = student.copy()
+    model = student.copy()
     rest = {}
     for name, value in result.values.items():
-        if made.has(name):
-            made.set_array(name, value)
+        if model.has(name):
+            model.set_array(name, value)
         else:
             rest[name] = value
-    return load(write_weights(made.complete_proto(), rest)) if rest else made
+    return load(write_weights(model.complete_proto(), rest)) if rest else model
 
 
 @dataclass(frozen=True)
@@ -226,15 +228,15 @@ class Distill(DistillOptions):
         """Train `model` with `original` as teacher on `data`; fills in `distilled`."""
         if state.data is None:
             raise DataError("distillation needs data: give --data, or a source as `data`")
-        options = picked(DistillOptions, self)
+        options = options_from(DistillOptions, self)
         overlap = None
         if state.combed is not None and state.allocation is not None:
             overlap = overlap_of(state.combed, state.allocation.keep_mask(state.combed), options.hidden)
         teacher, student = state.original.complete_proto(), state.model.complete_proto()
         result = distill(teacher, student, state.data, options, overlap=overlap)
-        made = trained(state.model, result)
-        plan = state.plan and state.plan.with_values(state.model, made)
-        return replace(state, model=made, distilled=summary(result), plan=plan)
+        model = trained(state.model, result)
+        plan = state.plan and state.plan.with_values(state.model, model)
+        return replace(state, model=model, distilled=summary(result), plan=plan)
 
 
 def overlap_of(combed: Combed, kept: KeepMask, hidden: int = 0) -> Overlap:
@@ -334,10 +336,10 @@ def _with_outputs(model: ModelProto, hidden: Shared) -> ModelProto:
     """Return the model with hidden tensors as additional outputs."""
     if not hidden:
         return model
-    made = ModelProto()
-    made.CopyFrom(model)
-    made.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in hidden)
-    return made
+    extended = ModelProto()
+    extended.CopyFrom(model)
+    extended.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in hidden)
+    return extended
 
 
 def _indices(kept: Mapping[int, Array]) -> dict[int, Tensor]:
@@ -350,7 +352,7 @@ def _begin(
     """Initialize restored normalizations with the moments of the teacher at the same places, where these are known."""
     batches = [inputs for inputs, _ in itertools.islice(feed.batches(), _MEASURED)]
     own = refolding.measure(module, restored, batches)
-    wanted: dict[str, refolding.ChannelMoments] = {}
+    wanted: dict[str, refolding.InputMoments] = {}
     proto, there = refolding.restore(teacher)
     common = {entry.weight for entry in restored} & set(overlap.filters)
     if common and common <= {entry.weight for entry in there}:
@@ -358,7 +360,7 @@ def _begin(
         for name, moments in refolding.measure(original, there, batches).items():
             if name in common:
                 kept = torch.from_numpy(overlap.filters[name]).to(feed.process_group.device)
-                wanted[name] = refolding.ChannelMoments(moments.mean[kept], moments.var[kept])
+                wanted[name] = refolding.InputMoments(moments.mean[kept], moments.var[kept])
     refolding.begin(module, restored, own, wanted)
 
 
@@ -407,8 +409,8 @@ def _held_out(
     reference = teacher if metric.of_two_models else None
 
     def judge(state: Mapping[str, Array]) -> float:
-        made = write_weights(student, refolding.refold(state, restored))
-        return metrics.evaluate(made, watched.source, watched.metric, reference=reference)
+        model = write_weights(student, refolding.refold(state, restored))
+        return metrics.evaluate(model, watched.source, watched.metric, reference=reference)
 
     return HeldOut(judge, watched.every, watched.patience, metric.lower_is_better)
 

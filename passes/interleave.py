@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from cpd_onnx.errors import DataError
 from cpd_onnx.ir.model import Model
-from cpd_onnx.options import picked
+from cpd_onnx.options import options_from
 from cpd_onnx.passes.distill import (
     DistillOptions,
     DistillResult,
@@ -58,16 +58,16 @@ class Interleave(DistillOptions, Iterate):
         data, teacher = state.data, state.original.complete_proto()
         results: list[DistillResult] = []
 
-        def tuned(made: Round) -> Model:
+        def tuned(current: Round) -> Model:
             result = distill(
-                teacher, made.small.complete_proto(), data, self._options(made.number), progress,
-                overlap=overlap_of(made.combed, made.kept, self.hidden), watched=watched,
-                traces=traces and of_round(traces, made.number),
+                teacher, current.small.complete_proto(), data, self._options(current.number), progress,
+                overlap=overlap_of(current.combed, current.kept, self.hidden), watched=watched,
+                traces=traces and of_round(traces, current.number),
             )  # fmt: skip  # what and how
             results.append(result)
             if observer is not None:
-                observer(made, result)
-            return trained(made.small, replace(result, values=process_group.shared(result.values)))
+                observer(current, result)
+            return trained(current.small, replace(result, values=process_group.shared(result.values)))
 
         # One process group for all rounds: processes that leave it cannot join it again.
         with join_process_group(self.device) as process_group:
@@ -82,7 +82,7 @@ class Interleave(DistillOptions, Iterate):
 
     def _options(self, number: int) -> DistillOptions:
         """Return the options of one round: its part of the steps or epochs, and a seed of its own."""
-        options = picked(DistillOptions, self)
+        options = options_from(DistillOptions, self)
         if self.steps is not None:
             done, then = ((self.steps * n) // self.rounds for n in (number - 1, number))
             return replace(options, steps=max(1, then - done), seed=self.seed + 1000 * (number - 1))

@@ -20,7 +20,9 @@ from cpd_onnx.channels.groups import Combed
 from cpd_onnx.data.sources import Source, calibration
 from cpd_onnx.errors import DataError
 from cpd_onnx.fitting.least_squares import MAX_FEATURES, Matrix, Moments, Sampler, one_thread
+from cpd_onnx.fitting.output_error import output_error, outputs_of
 from cpd_onnx.fitting.units import Unit, units_of
+from cpd_onnx.io.progress import step, tracked
 from cpd_onnx.ir.model import Array, Model
 from cpd_onnx.options import option, positive
 from cpd_onnx.pipeline.state import State
@@ -37,6 +39,10 @@ _MOST_TRIED = 4
 """Maximum number of regularization strengths that are tried (heuristic)."""
 _CHECKED = 8
 """One in this many rows is held out to validate the fit (heuristic)."""
+_FEW = 200
+"""Number of samples below which a note says that they are few, unless no more were asked for (heuristic)."""
+_LEAST = 2
+"""Number of samples that a repair takes: one to fit and one to check."""
 _GOOD = 1e-5
 """Relative error up to which a weight is not refitted (heuristic)."""
 
@@ -86,13 +92,16 @@ class Repaired:
         model: The model.
         fits: Fitted weights in the order of the graph.
         left: Weights of linear operators that were not fitted, and why.
+        notes: What the user should know, such as that the samples were too few.
     """
 
     model: Model
     fits: tuple[Fit, ...]
     left: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
+@step("repair")
 def repair(
     combed: Combed,
     kept: KeepMask,
@@ -103,6 +112,9 @@ def repair(
     only: Container[str] | None = None,
 ) -> Repaired:
     """Fit the weights of a pruned model to the original.
+
+    An eighth of the samples (a third of fewer than 32) is held out: a weight is fitted only if that lowers its error on
+    them. If the error of the outputs on them does not fall, the result is the pruned model, and a note says so.
 
     Args:
         combed: The original.
@@ -117,10 +129,45 @@ def repair(
         UnsupportedError: onnxruntime cannot run a part of the model.
     """
     chosen = options or RepairOptions()
-    proto = combed.folded.model.proto
-    feeds = list(calibration(proto, data, chosen.samples, batch=_BATCH, seed=chosen.seed))
+    original = combed.folded.model
+    most = chosen.samples if data.count is None else min(chosen.samples, data.count)
+    batch = max(1, min(_BATCH, most // _CHECKED))  # so that held-out samples are whole batches
+    feeds = list(calibration(original.proto, data, chosen.samples, batch=batch, seed=chosen.seed))
+    sizes = [next((len(array) for array in feed.values() if array.ndim), 1) for feed in feeds]
+    if sum(sizes) < _LEAST:
+        return Repaired(pruned.copy(), (), {}, (f"nothing was repaired, which takes {_LEAST} samples or more",))
     with one_thread():
-        return _Repairer(combed, kept, pruned, feeds, chosen, only).run()
+        made = _Repairer(combed, kept, pruned, feeds, chosen, only).run()
+    if only is not None:
+        return made
+    if sum(sizes) < min(_FEW, chosen.samples):
+        made = replace(made, notes=(f"the repair had {sum(sizes)} samples only: a few hundred make it more accurate",))
+    return (
+        made
+        if not made.fits
+        else _unless_worse(original, pruned, made, feeds[len(feeds) - _held_out(len(feeds), sum(sizes)) :])
+    )
+
+
+def _held_out(count: int, samples: int) -> int:
+    """Return how many of that many batches are held out: an eighth, or a third where the samples are very few."""
+    return max(1, count // (3 if samples < _BATCH else _CHECKED)) if count > 1 else 0
+
+
+def _unless_worse(original: Model, pruned: Model, made: Repaired, feeds: Sequence[Feed]) -> Repaired:
+    """Return a repair, or the pruned model if the outputs on held-out samples are no nearer to the original's."""
+    if not feeds or original.is_over_limit:
+        return made
+    wanted = list(outputs_of(original, feeds))
+    before, after = (output_error(wanted, outputs_of(model, feeds)) for model in (pruned, made.model))
+    if after < before or before == 0:
+        return made
+    note = (
+        f"nothing was repaired: it would not have lowered the error of the outputs on held-out samples ({before:.3g} "
+        f"of their variance before, {after:.3g} after); more samples, or samples that are more varied, may help"
+    )
+    left = {fit.weight: "no better on held-out samples" for fit in made.fits}
+    return Repaired(pruned.copy(), (), {**made.left, **left}, (note,))
 
 
 @dataclass(frozen=True)
@@ -137,16 +184,19 @@ class Repair(RepairOptions):
             raise DataError("a repair needs samples: give --data, or a source as `data`")
         combed, chosen = state.need("combed", "comb"), state.need("allocation", "allocate")
         options = RepairOptions(**{f.name: getattr(self, f.name) for f in fields(RepairOptions)})
-        made = repair(combed, chosen.keep_mask(combed), state.model, state.data, options)
-        plan = state.plan and state.plan.with_values(state.model, made.model)
-        return replace(state, model=made.model, repaired=summary(made), plan=plan)
+        repaired = repair(combed, chosen.keep_mask(combed), state.model, state.data, options)
+        plan = state.plan and state.plan.with_values(state.model, repaired.model)
+        return replace(state, model=repaired.model, repaired=summary(repaired), plan=plan)
 
 
-def summary(made: Repaired) -> dict[str, object]:
+def summary(repaired: Repaired) -> dict[str, object]:
     """Return the fitted and the other weights as plain values."""
     return {
-        "fitted": [{"weight": f.weight, "before": round(f.before, 5), "after": round(f.after, 5)} for f in made.fits],
-        "left": dict(made.left),
+        "fitted": [
+            {"weight": f.weight, "before": round(f.before, 5), "after": round(f.after, 5)} for f in repaired.fits
+        ],
+        "left": dict(repaired.left),
+        "notes": list(repaired.notes),
     }
 
 
@@ -169,13 +219,16 @@ class _Repairer:
         self.old = Stepwise(combed.folded, combed.folded.model, feeds, [unit.target for unit in self.units])
         self.new = Stepwise(combed.folded, self.model, feeds)
         self.sampler = Sampler(options.rows, options.seed)
+        sizes = [next((len(array) for array in feed.values() if array.ndim), 1) for feed in feeds]
+        held = _held_out(len(feeds), sum(sizes))
+        self.held_out = sum(sizes[len(sizes) - held :]) / sum(sizes) if held else 1 / _CHECKED
 
     def run(self) -> Repaired:
         fits = []
-        for unit in self.units:
+        for unit in tracked(self.units):
             self.new.after(unit.position - 1)
             self.old.after(self.makers[unit.target])
-            problem = _Problem(unit, self.model, *self.rows(unit), self.options)
+            problem = _FitProblem(unit, self.model, self.rows(unit), self.held_out, self.options)
             fit = problem.solved()
             if fit is not None:
                 fits.append(fit)
@@ -199,12 +252,15 @@ def _kept(array: Array, masks: Sequence[Mask]) -> Array:
     return np.asarray(array, np.float32)
 
 
-class _Problem:
-    """The fit of one weight: rows and targets, of which the last ones, from other samples, are held out."""
+class _FitProblem:
+    """The fit of one weight: rows and targets, of which the last share, from other samples, is held out."""
 
-    def __init__(self, unit: Unit, model: Model, rows: Array, wanted: Array, options: RepairOptions) -> None:
+    def __init__(
+        self, unit: Unit, model: Model, both: tuple[Array, Array], held_out: float, options: RepairOptions
+    ) -> None:
         self.unit, self.model, self.options = unit, model, options
-        cut = rows.shape[1] - rows.shape[1] // _CHECKED
+        rows, wanted = both
+        cut = rows.shape[1] - int(rows.shape[1] * held_out)
         self.rows, self.wanted = rows[:, :cut], wanted[:, :cut]
         self.check = (rows[:, cut:], wanted[:, cut:]) if cut < rows.shape[1] else (rows, wanted)
         self.start: Matrix = unit.matrix(model)
@@ -241,7 +297,7 @@ class _Problem:
             (fitted, constant), ridge = stronger, ridge * _STRONGER
         for _ in range(self.options.rounds if self.unit.rectified else 0):
             # The rectifier cuts off negative values, so that any negative value is a correct one.
-            aims = np.where(self.wanted > 0, self.wanted, np.minimum(self.made(self.rows, fitted, constant), 0))
+            aims = np.where(self.wanted > 0, self.wanted, np.minimum(self.products(self.rows, fitted, constant), 0))
             fitted, constant = self.once(moments, aims, ridge)
         return fitted, constant
 
@@ -252,7 +308,7 @@ class _Problem:
         )
         return np.where(self.is_effective, fitted, self.start), np.where(self.is_effective, constant, 0.0)
 
-    def made(self, rows: Array, matrix: Matrix, constant: Matrix) -> Array:
+    def products(self, rows: Array, matrix: Matrix, constant: Matrix) -> Array:
         product = rows @ matrix.astype(np.float32) + constant.astype(np.float32)
         return np.asarray(product * self.gain.astype(np.float32) + self.shift.astype(np.float32))
 
@@ -260,5 +316,5 @@ class _Problem:
         """Return the root mean square error on the held-out rows, after the rectifier if there is one."""
         rows, wanted = self.check
         floor = 0.0 if self.unit.rectified else -np.inf
-        made = np.maximum(self.made(rows, matrix, constant), floor)
-        return float(np.sqrt(np.square(made - np.maximum(wanted, floor)).mean()))
+        products = np.maximum(self.products(rows, matrix, constant), floor)
+        return float(np.sqrt(np.square(products - np.maximum(wanted, floor)).mean()))

@@ -6,7 +6,7 @@ measured (`repair`), since that is how it would be pruned.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -17,12 +17,13 @@ from cpd_onnx.budget.allocation import LossCurves
 from cpd_onnx.channels.groups import Combed, Group
 from cpd_onnx.data.sources import Source, calibration
 from cpd_onnx.errors import DataError
-from cpd_onnx.ir.model import Array, Model
+from cpd_onnx.fitting.output_error import output_error, outputs_of
+from cpd_onnx.io.progress import step, tracked
+from cpd_onnx.ir.model import Model
 from cpd_onnx.options import Renaming, commas, option, positive, ratio
 from cpd_onnx.passes.repair import RepairOptions, repair
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.rewrite.rewriter import rewrite
-from cpd_onnx.runtime.sessions import Feed, execute, open_model
 from cpd_onnx.scores.registry import Scores, score
 
 ERROR = "squared error of the outputs over their variance"
@@ -57,6 +58,7 @@ class SensitivityOptions(metaclass=Renaming):
     seed: int = 0
 
 
+@step("sensitivity", is_whole=True)
 def sensitivity(
     combed: Combed,
     scores: Sequence[Scores],
@@ -81,9 +83,9 @@ def sensitivity(
     chosen = options or SensitivityOptions()
     proto = combed.folded.model.proto
     feeds = list(calibration(proto, data, chosen.samples, seed=chosen.seed))
-    wanted = list(_outputs(combed.folded.model, feeds))
+    wanted = list(outputs_of(combed.folded.model, feeds))
     found: dict[str, tuple[Point, ...]] = {}
-    for group, values in zip(combed.groups, scores, strict=True):
+    for group, values in tracked(list(zip(combed.groups, scores, strict=True))):
         if observer is not None:
             observer(group)
         order = np.argsort(values, kind="stable")
@@ -95,7 +97,7 @@ def sensitivity(
                 consumers = {member.weight.value.name for member in combed.members(group)}
                 fitting = RepairOptions(samples=chosen.samples, seed=chosen.seed)
                 small = repair(combed, kept, small, data, fitting, only=consumers).model
-            points.append(Point(width, _error(wanted, _outputs(small, feeds))))
+            points.append(Point(width, output_error(wanted, outputs_of(small, feeds))))
         found[group.name] = tuple(points)
     return found
 
@@ -106,36 +108,12 @@ def distance(original: Model, model: Model, data: Source, samples: int = Sensiti
     Raises DataError if the data does not fit, UnsupportedError if onnxruntime cannot run a model.
     """
     feeds = list(calibration(original.proto, data, samples))
-    return _error(_outputs(original, feeds), _outputs(model, feeds))
+    return output_error(outputs_of(original, feeds), outputs_of(model, feeds))
 
 
 def _widths(size: int, ratios: Iterable[float]) -> list[int]:
     """Return the widths below the full one, the widest first."""
     return sorted({max(1, round(each * size)) for each in ratios} - {size}, reverse=True)
-
-
-def _outputs(model: Model, feeds: Sequence[Feed]) -> Iterator[list[Array]]:
-    session = open_model(model)
-    for feed in feeds:
-        yield [np.asarray(array, np.float64) for array in execute(session, feed) if array.dtype.kind == "f"]
-
-
-def _error(wanted: Iterable[Sequence[Array]], made: Iterable[Sequence[Array]]) -> float:
-    """Return the mean over the outputs of their mean squared error over their variance.
-
-    An output whose size depends on the data has an error of 1 in batches where its sizes differ.
-    """
-    squares: dict[int, list[tuple[float, float, float, int]]] = {}
-    for want, made_ in zip(wanted, made, strict=True):
-        for place, (a, b) in enumerate(zip(want, made_, strict=True)):
-            wrong = float(np.square(a - b).sum()) if a.shape == b.shape else float(np.square(a - a.mean()).sum())
-            squares.setdefault(place, []).append((wrong, float(a.sum()), float(np.square(a).sum()), a.size))
-    errors = []
-    for rows in squares.values():
-        wrong, total, square, count = np.sum(rows, axis=0).tolist()
-        deviation = square - total**2 / max(1, count)
-        errors.append(wrong / deviation if deviation > 0 else 0.0)
-    return float(np.mean(errors)) if errors else 0.0
 
 
 def measured_curves(combed: Combed, found: Mapping[str, Sequence[Point]]) -> LossCurves:

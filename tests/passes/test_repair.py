@@ -30,6 +30,7 @@ from cpd_onnx.pipeline.pipeline import run
 from cpd_onnx.runtime.sessions import execute, open_model
 from cpd_onnx.runtime.stepwise import Stepwise
 from cpd_onnx.scores.registry import score
+from tests.support.runs import plain
 
 
 def model_of(text: str, **weights: np.ndarray) -> Model:
@@ -200,7 +201,7 @@ def test_the_last_branch_makes_up_for_what_the_shortcut_lacks(monkeypatch):
         return float(np.square(made(fixed, feed) - made(model, feed)).mean())
 
     with_shortcut = error()
-    monkeypatch.setattr("cpd_onnx.fitting.units._Finder.summed", lambda finder, end, position: (end, None))
+    monkeypatch.setattr("cpd_onnx.fitting.units._UnitFinder.summed", lambda finder, end, position: (end, None))
     assert with_shortcut < 0.9 * error()
 
 
@@ -269,18 +270,18 @@ def test_prune_with_data_repairs_unless_told_otherwise(tmp_path, capsys):
     residual().save(tmp_path / "model.onnx")
     np.savez(tmp_path / "data.npz", **inputs())
     common = ["prune", str(tmp_path / "model.onnx"), "--target", "macs=0.5", "--data", str(tmp_path / "data.npz")]
-    assert main([*common, "-o", str(tmp_path / "fixed.onnx")]) == 0
+    assert main(plain([*common, "-o", str(tmp_path / "fixed.onnx")])) == 0
     assert "weights fitted to the original" in capsys.readouterr().out
-    assert main([*common, "-o", str(tmp_path / "raw.onnx"), "--no-repair"]) == 0
-    assert main([*common, "-o", str(tmp_path / "twice.onnx"), "--rounds", "2"]) == 0
+    assert main(plain([*common, "-o", str(tmp_path / "raw.onnx"), "--no-repair"])) == 0
+    assert main(plain([*common, "-o", str(tmp_path / "twice.onnx"), "--rounds", "2"])) == 0
     unseen = inputs(seed=2)
     want = made(residual(), unseen)
     errors = [np.square(made(load(tmp_path / f"{n}.onnx"), unseen) - want).mean() for n in ("fixed", "raw", "twice")]
     assert max(errors[0], errors[2]) < 0.5 * errors[1]
     for name in ("fixed", "raw", "twice"):
-        assert main(["verify", str(tmp_path / "model.onnx"), str(tmp_path / f"{name}.onnx")]) == 0
+        assert main(plain(["verify", str(tmp_path / "model.onnx"), str(tmp_path / f"{name}.onnx")])) == 0
     capsys.readouterr()
-    assert main(["prune", str(tmp_path / "model.onnx"), "-o", str(tmp_path / "x.onnx"), "--repair"]) == 1
+    assert main(plain(["prune", str(tmp_path / "model.onnx"), "-o", str(tmp_path / "x.onnx"), "--repair"])) == 1
     assert "repair needs samples: give --data" in capsys.readouterr().err
 
 
@@ -313,7 +314,7 @@ def test_inspect_measures_and_draws_sensitivity(tmp_path, capsys):
     np.savez(tmp_path / "data.npz", **inputs())
     common = ["inspect", str(tmp_path / "model.onnx"), "--data", str(tmp_path / "data.npz")]
     plot, told = tmp_path / "plot.svg", tmp_path / "told.json"
-    assert main([*common, "--sensitivity", "--ratios", "0.5,0", "--plot", str(plot), "--json", str(told)]) == 0
+    assert main(plain([*common, "--sensitivity", "--ratios", "0.5,0", "--plot", str(plot), "--json", str(told)])) == 0
     content = json.loads(told.read_text())["sensitivity"]
     assert [entry["group"] for entry in content["groups"]] == ["w0", "w1"]
     assert "squared error" in content["error"]
@@ -342,8 +343,8 @@ def test_synthetic_images_look_like_normalised_ones():
 def test_without_data_synthetic_inputs_serve(tmp_path):
     residual().save(tmp_path / "model.onnx")
     common = ["prune", str(tmp_path / "model.onnx"), "--target", "macs=0.5", "--data", "synthetic"]
-    assert main([*common, "-o", str(tmp_path / "a.onnx")]) == 0
-    assert main([*common, "-o", str(tmp_path / "b.onnx"), "--no-repair", "--score", "l2"]) == 0
+    assert main(plain([*common, "-o", str(tmp_path / "a.onnx")])) == 0
+    assert main(plain([*common, "-o", str(tmp_path / "b.onnx"), "--no-repair", "--score", "l2"])) == 0
     unseen = inputs(seed=3)
     want = made(residual(), unseen)
     errors = [float(np.square(made(load(tmp_path / f"{n}.onnx"), unseen) - want).mean()) for n in "ab"]
@@ -427,18 +428,63 @@ def test_the_same_bytes_whatever_the_threads(tmp_path: Path, score: str) -> None
     made = []
     for threads in ("1", "2", "3"):
         out = tmp_path / f"{threads}.onnx"
-        line = [sys.executable, "-m", "cpd_onnx", "prune", str(model), "-o", str(out), "--data", "synthetic"]
-        line += [
-            "--samples",
-            "64",
-            "--repair-samples",
-            "64",
-            "--score",
-            score,
-            "--json",
-            str(tmp_path / f"{threads}.json"),
-        ]
+        words = ["prune", model, "-o", out, "--data", "synthetic", "--samples", "64", "--repair-samples", "64"]
+        line = [sys.executable, "-m", "cpd_onnx", *plain([*words, "--score", score, "--json", f"{out}.json"])]
         settings = {"PYTHONHASHSEED": threads, "OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
         subprocess.run(line, env={**os.environ, **settings}, check=True)
         made.append((out.read_bytes(), Path(f"{out}.plan.json").read_bytes()))
     assert made[0] == made[1] == made[2]
+
+
+# Few samples.
+
+
+def chain(samples: int, seed: int = 0) -> tuple[Model, ArraySource]:
+    """Two layers, and inputs that say little about each other."""
+    rng = np.random.default_rng(seed)
+    model = model_of(
+        "g (float[N,24] x) => (float[N,6] y) { h = MatMul(x, a) r = Relu(h) y = MatMul(r, b) }",
+        a=rng.normal(size=(24, 32)),
+        b=rng.normal(size=(32, 6)),
+    )
+    return model, ArraySource({"x": rng.normal(size=(samples, 24)).astype(np.float32)})
+
+
+def error_of(original: Model, small: Model) -> float:
+    feed = {"x": np.random.default_rng(99).normal(size=(512, 24)).astype(np.float32)}
+    wanted = made(original, feed)
+    return float(np.square(made(small, feed) - wanted).mean() / wanted.var())
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3, 5, 10, 30, 100])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_few_samples_never_make_the_outputs_worse(samples: int, seed: int) -> None:
+    model, data = chain(samples, seed)
+    combed = comb(model)
+    chosen = allocate(combed, score(combed, "l2"), Budget("macs", 0.5))
+    small = prune(combed, chosen).model
+    fixed = repair(combed, chosen.keep_mask(combed), small, data)
+    assert error_of(model, fixed.model) <= 1.1 * error_of(model, small)
+    assert len(fixed.notes) == 1
+    assert "samples" in fixed.notes[0]
+    assert not fixed.notes[0].startswith("nothing was repaired") or fixed.fits == ()
+
+
+def test_many_samples_make_it_better_without_a_note() -> None:
+    model, data = chain(400)
+    combed = comb(model)
+    chosen = allocate(combed, score(combed, "l2"), Budget("macs", 0.5))
+    small = prune(combed, chosen).model
+    fixed = repair(combed, chosen.keep_mask(combed), small, data)
+    assert error_of(model, fixed.model) < 0.8 * error_of(model, small)
+    assert fixed.notes == ()
+
+
+def test_notes_of_a_repair_are_notes_of_the_result(tmp_path: Path) -> None:
+    model, data = chain(3)
+    model.save(tmp_path / "m.onnx")
+    np.savez(tmp_path / "d.npz", **data.arrays)
+    files = ["--data", tmp_path / "d.npz", "-o", tmp_path / "s.onnx", "--json", tmp_path / "r.json"]
+    assert main(plain(["prune", tmp_path / "m.onnx", "--repair", *files])) == 0
+    notes = json.loads((tmp_path / "r.json").read_text())["notes"]
+    assert any("repair" in note for note in notes)

@@ -1,0 +1,39 @@
+"""Lossless: choose the channels whose removal changes no output, apart from the rounding of sums in another order.
+
+In a quantised model that is computed in floating point, that rounding can change single quantisation steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from cpd_onnx.algebra.keep import KeepMask
+from cpd_onnx.budget.allocation import Allocation
+from cpd_onnx.channels.costs import CostModel
+from cpd_onnx.channels.free import free_channels, keep_without, removable
+from cpd_onnx.channels.groups import Combed
+from cpd_onnx.pipeline.state import State
+
+KIND = "lossless"
+"""Kind of the budget in a plan."""
+
+
+def lossless(combed: Combed) -> Allocation:
+    """Return the allocation that removes the dead channels alone; at least one channel of each group survives."""
+    removed, costs = removable(combed, free_channels(combed)), CostModel(combed)
+    before, after = costs.total(KeepMask(combed.atoms)), costs.total(keep_without(combed, removed))
+    return Allocation(removed, before, after)
+
+
+@dataclass(frozen=True)
+class Lossless:
+    """Choose the channels whose removal changes no output, by the weights alone; often there are none."""
+
+    name: ClassVar[str] = KIND
+    requires: ClassVar[tuple[str, ...]] = ("combed",)
+    provides: ClassVar[tuple[str, ...]] = ("allocation", "budget")
+
+    def __call__(self, state: State) -> State:
+        """Fill in `allocation`."""
+        return replace(state, allocation=lossless(state.need("combed", "comb")), budget={"kind": KIND})
