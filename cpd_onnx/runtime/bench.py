@@ -6,6 +6,8 @@ equally.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import multiprocessing
 import os
@@ -18,13 +20,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnxruntime as ort
 
 from cpd_onnx.errors import DataError, UnsupportedError
+from cpd_onnx.io.progress import advance, step
 from cpd_onnx.ir.model import Array, Model, load
-from cpd_onnx.runtime.sessions import execute, interleaved, open_model, working_feeds
+from cpd_onnx.runtime import providers
+from cpd_onnx.runtime.sessions import Method, execute, interleaved, judged_feed, open_model
 from cpd_onnx.shapes.inference import fold
 from cpd_onnx.summary import Summary, share
+
+CSV_COLUMNS = (
+    "model", "provider", "batch", "threads", "io_binding", "warmup", "runs", "p10_ms", "p50_ms", "p90_ms", "p99_ms",
+    "samples_per_second", "of_the_first",
+)  # fmt: skip  # a table
+"""Columns of the CSV of a benchmark."""
 
 _PROFILED = 10
 """Number of runs that a profile averages over, after one warm-up run (heuristic)."""
@@ -37,19 +48,19 @@ class Setting:
     """Conditions of a measurement.
 
     Attributes:
-        batch: Samples at a time; None means the batch size of the model or of its random inputs.
+        batch: Samples at a time; None means the batch size of the model, or one sample if it leaves that open.
         threads: Number of intra-op threads of onnxruntime; 0 means its default.
-        provider: Execution provider of onnxruntime.
+        provider: Execution provider of onnxruntime, with options if wanted, see `runtime.providers`.
     """
 
     batch: int | None = None
     threads: int = 0
-    provider: str = "CPUExecutionProvider"
+    provider: str = providers.CPU
 
     def words(self, without: Collection[str] = ()) -> str:
         """Return the setting as text, such as "CPU, batch 8, 2 threads", leaving out the named fields and defaults."""
         words = {
-            "provider": self.provider.removesuffix("ExecutionProvider"),
+            "provider": providers.label(self.provider),
             "batch": f"batch {self.batch}" if self.batch else "",
             "threads": f"{self.threads} thread{'s' if self.threads > 1 else ''}" if self.threads else "",
         }
@@ -95,6 +106,7 @@ class Bench:
             microsecond a node. For providers other than the CPU it measures the launch of kernels only.
         profiled: Batch and provider of memory and profiles, which are measured on one thread.
         machine: Description of the machine.
+        method: How the runs were timed.
     """
 
     timings: tuple[Timing, ...]
@@ -102,6 +114,7 @@ class Bench:
     profiles: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     profiled: Setting = field(default_factory=lambda: Setting(threads=1))
     machine: Mapping[str, Any] = field(default_factory=dict)
+    method: Method = field(default_factory=Method)
 
     def as_json(self) -> dict[str, Any]:
         """Return the results as plain values."""
@@ -115,10 +128,31 @@ class Bench:
             setting = timing.setting
             numbers = (f"{value:.2f}" for value in (timing.p50, timing.p90, timing.p99))
             rows.append((
-                timing.model, setting.provider.removesuffix("ExecutionProvider"), str(setting.batch or ""),
+                timing.model, providers.label(setting.provider), str(setting.batch or ""),
                 str(setting.threads or ""), *numbers, f"{timing.per_second:.0f}", f"{100 * timing.ratio:.1f} %",
             ))  # fmt: skip  # a row
         return Summary(tuple(rows), columns, "Latency")
+
+    def method_text(self) -> str:
+        """Return how the runs were timed, such as "40 to 52 runs after 3 warm-up runs, inputs and outputs bound"."""
+        counts = [timing.runs for timing in self.timings] or [0]
+        least, most = min(counts), max(counts)
+        runs = f"{least} runs" if least == most else f"{least} to {most} runs"
+        warmup = self.method.warmup
+        bound = ", inputs and outputs bound to the device" if self.method.io_binding else ""
+        return f"{runs} of each model after {warmup} warm-up run{'' if warmup == 1 else 's'}{bound}"
+
+    def csv(self) -> str:
+        """Return the latencies as CSV: a row for each setting and model, in the order of `timings`; times in ms."""
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(CSV_COLUMNS)
+        for timing in self.timings:
+            setting, method = timing.setting, self.method
+            where = (timing.model, setting.provider, setting.batch or "", setting.threads or "", int(method.io_binding))
+            numbers = (timing.p10, timing.p50, timing.p90, timing.p99, timing.per_second, timing.ratio)
+            table.writerow((*where, method.warmup, timing.runs, *(f"{number:.6g}" for number in numbers)))
+        return text.getvalue()
 
     def memory_summary(self) -> Summary:
         """Return the peak memory as a table with one row a model."""
@@ -131,6 +165,7 @@ class Bench:
         return self.latency_summary().html() + self.memory_summary().html()
 
 
+@step("latency")
 def bench(
     paths: Sequence[Path],
     *,
@@ -138,15 +173,17 @@ def bench(
     seconds: float = 4.0,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     feed: Mapping[str, Array] | None = None,
+    method: Method | None = None,
 ) -> Bench:
     """Measure models with the same inputs side by side; they are named after their files.
 
     Args:
         paths: Files of the models; the others are compared with the first.
         settings: Conditions to measure latency under; memory and profiles use the first one, on one thread.
-        seconds: Duration of the measurement of each setting, within 10 to 2000 rounds.
+        seconds: Duration of the measurement of each setting, within 10 to 2000 rounds, unless `method` gives the runs.
         input_shapes: Sizes of the dynamic axes of inputs, for the first model.
-        feed: Inputs; by default random ones that the first model accepts.
+        feed: Inputs; by default random ones of the sizes under which the first model is judged, see `judged_inputs`.
+        method: How the runs are timed; by default after three warm-up runs, and without IO binding.
 
     Raises:
         DataError: The models have different inputs.
@@ -156,10 +193,13 @@ def bench(
     _require_same_inputs(models)
     first = next(iter(models.values()))
     folded = fold(first, dict(input_shapes or {}))
-    inputs = dict(feed) if feed is not None else next(working_feeds(folded, open_model(first), 1))
+    inputs = dict(feed) if feed is not None else judged_feed(folded, open_model(first))
     free = {n for n, v in folded.scope.values.items() if n in inputs and v.shape and not v.has_fixed(0)}
+    chosen = method or Method()
     timings = [
-        t for setting in settings for t in _timings(models, _batched(inputs, free, setting.batch), setting, seconds)
+        timing
+        for setting in settings
+        for timing in _timings(models, _batched(inputs, free, setting.batch), setting, seconds, chosen)
     ]
     profiled = replace(settings[0], threads=1)
     fed = _batched(inputs, free, profiled.batch)
@@ -169,6 +209,7 @@ def bench(
         {name: _profile(model, fed, profiled.provider) for name, model in models.items()},
         profiled,
         machine(),
+        chosen,
     )
 
 
@@ -201,15 +242,20 @@ def _batched(feed: Mapping[str, Array], free: set[str], batch: int | None) -> di
 
 
 def _timings(
-    models: Mapping[str, Model], feed: Mapping[str, Array], setting: Setting, seconds: float
+    models: Mapping[str, Model], feed: Mapping[str, Array], setting: Setting, seconds: float, method: Method
 ) -> Iterator[Timing]:
     sessions = [open_model(model, threads=setting.threads, provider=setting.provider) for model in models.values()]
-    times = [np.array(taken) * 1e3 for taken in interleaved(sessions, feed, seconds)]
+    times = [np.array(taken) * 1e3 for taken in interleaved(sessions, feed, seconds, method=method, observer=advance)]
     samples = next((len(array) for array in feed.values() if array.ndim), 1)
     for name, taken in zip(models, times, strict=True):
-        p10, p50, p90, p99 = (float(p) for p in np.percentile(taken, (10, 50, 90, 99)))
-        ratio = p50 / float(np.median(times[0]))
-        yield Timing(name, setting, p10, p50, p90, p99, samples / p50 * 1e3, len(taken), ratio)
+        yield timing_of(name, setting, taken, samples, float(np.median(times[0])))
+
+
+def timing_of(model: str, setting: Setting, ms: npt.ArrayLike, samples: int, first: float) -> Timing:
+    """Return the percentiles of the milliseconds of a model's runs; `first` is the median of the first model."""
+    taken = np.asarray(ms)
+    p10, p50, p90, p99 = (float(p) for p in np.percentile(taken, (10, 50, 90, 99)))
+    return Timing(model, setting, p10, p50, p90, p99, samples / p50 * 1e3, len(taken), p50 / first)
 
 
 def _memory(path: Path, feed: Mapping[str, Array], provider: str) -> float:

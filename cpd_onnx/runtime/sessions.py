@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -20,6 +21,8 @@ from cpd_onnx.errors import EndlessError, UnsupportedError
 from cpd_onnx.ir.model import Array, Model, element_type
 from cpd_onnx.ops.sizes import Bindings, Size, Term
 from cpd_onnx.ops.traits import traits_of
+from cpd_onnx.runtime import providers
+from cpd_onnx.shapes.realistic import judged_inputs
 from cpd_onnx.shapes.values import Folded, Value
 
 Feed: TypeAlias = dict[str, Array]
@@ -29,7 +32,6 @@ Assignment: TypeAlias = dict[Term, int]
 RUN_SECONDS = 600.0
 """Time limit of one run in seconds (heuristic)."""
 
-_CPU = "CPUExecutionProvider"
 _OTHER_SIZES = (512, 576, 256, 224, 128, 64, 640, 16000, 1)
 """Sizes of dynamic axes that models require, commonest first (from the models that this package was tested on)."""
 _MOST_FED = 1 << 26
@@ -43,28 +45,51 @@ def open_model(
     *,
     optimise: bool = True,
     threads: int = 0,
-    provider: str = _CPU,
+    provider: str = providers.CPU,
     profile: Path | None = None,
 ) -> ort.InferenceSession:
-    """Return a session of onnxruntime; `profile` is the path prefix of a trace.
+    """Return a session of onnxruntime.
 
-    Raises UnsupportedError if onnxruntime rejects the model, has no such provider, or cannot start it.
+    Args:
+        model: The model, or the path of its file.
+        optimise: Whether onnxruntime optimises the graph.
+        threads: Number of intra-op threads; 0 means the default of onnxruntime.
+        provider: Execution provider, with options if wanted, see `runtime.providers`.
+        profile: Path prefix of a trace.
+
+    Raises:
+        UnsupportedError: onnxruntime rejects the model, has no such provider, or cannot start it.
     """
-    if provider not in ort.get_available_providers():
-        known = ", ".join(ort.get_available_providers())
-        raise UnsupportedError(f"onnxruntime has no provider {provider!r} here: choose one of {known}")
-    providers = list(dict.fromkeys([provider, _CPU]))
+    pairs = provider_pairs(provider, threads)
     try:
         session = precisely(
-            partial(_options, optimise, threads, profile), lambda options: _session(model, options, providers)
+            partial(_options, optimise, threads, profile), lambda options: _session(model, options, pairs)
         )
     except Exception as error:  # onnxruntime raises classes of its own that share no base but Exception
         if not type(error).__module__.startswith("onnxruntime"):
             raise
         raise UnsupportedError(f"onnxruntime cannot run the model: {_first_line(error)}") from error
-    if provider not in session.get_providers():  # onnxruntime silently falls back to the CPU
-        raise UnsupportedError(f"onnxruntime cannot start provider {provider!r}: are its libraries installed?")
+    name = pairs[0][0]
+    if name not in session.get_providers():  # onnxruntime silently falls back to the CPU
+        raise UnsupportedError(f"onnxruntime cannot start provider {name!r}: are its libraries installed?")
     return session
+
+
+def provider_pairs(provider: str, threads: int = 0) -> list[providers.Pair]:
+    """Return a provider and its fallbacks as onnxruntime takes them.
+
+    Raises UnsupportedError if onnxruntime has no such provider here, or the provider no such options.
+    """
+    available = ort.get_available_providers()
+    try:
+        pairs = providers.with_fallbacks(provider, threads, available)
+    except ValueError as error:
+        raise UnsupportedError(str(error)) from error
+    if pairs[0][0] not in available:
+        raise UnsupportedError(
+            f"onnxruntime has no provider {pairs[0][0]!r} here: choose one of {', '.join(available)}"
+        )
+    return pairs
 
 
 def precisely(
@@ -98,18 +123,18 @@ def _options(optimise: bool, threads: int, profile: Path | None) -> ort.SessionO
 
 
 def _session(
-    model: Model | ModelProto | Path, options: ort.SessionOptions, providers: list[str]
+    model: Model | ModelProto | Path, options: ort.SessionOptions, pairs: list[providers.Pair]
 ) -> ort.InferenceSession:
     if isinstance(model, Path):
-        return ort.InferenceSession(str(model), options, providers=providers)
+        return ort.InferenceSession(str(model), options, providers=pairs)
     if isinstance(model, ModelProto):
-        return ort.InferenceSession(model.SerializeToString(), options, providers=providers)
+        return ort.InferenceSession(model.SerializeToString(), options, providers=pairs)
     if not model.is_over_limit:
-        return ort.InferenceSession(model.serialize(), options, providers=providers)
+        return ort.InferenceSession(model.serialize(), options, providers=pairs)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         model.save(path)
-        return ort.InferenceSession(str(path), options, providers=providers)
+        return ort.InferenceSession(str(path), options, providers=pairs)
 
 
 class Runner(Protocol):
@@ -136,8 +161,9 @@ def execute(session: Runner, feed: Mapping[str, Array]) -> list[Array]:
     timer.start()
     try:
         return [np.asarray(output) for output in session.run(None, dict(feed), limits)]
-    except Exception as error:  # as above
-        if not type(error).__module__.startswith("onnxruntime"):
+    except Exception as error:  # as above, but for bound inputs
+        is_bound = isinstance(session, Bound) and type(error) is RuntimeError
+        if not is_bound and not type(error).__module__.startswith("onnxruntime"):
             raise
         if limits.terminate:
             raise EndlessError(f"a run of the model did not end within {RUN_SECONDS:g} s") from error
@@ -227,6 +253,20 @@ def working_feeds(folded: Folded, session: Runner, count: int = 2) -> Iterator[F
         feed = {name: _again(folded, name, array, rng) for name, array in feed.items()}
 
 
+def judged_feed(folded: Folded, session: Runner) -> Feed:
+    """Return random inputs of the sizes under which a model is judged, see `judged_inputs`.
+
+    If the model fails at these, sizes that it accepts are tried. Raises UnsupportedError if it accepts none.
+    """
+    rng = np.random.default_rng(0)
+    shapes = {entry["name"]: entry["shape"] for entry in judged_inputs(folded)}
+    with contextlib.suppress(UnsupportedError):
+        feed = {value.name: random_array(folded, value, shapes[value.name], rng) for value in fed(folded)}
+        execute(session, feed)
+        return feed
+    return next(working_feeds(folded, session, 1))
+
+
 def _resized(folded: Folded, name: str, array: Array, size: int) -> list[int]:
     """Return the shape of an input with its dynamic sizes, except the batch size, set to another size."""
     value = folded.scope.values[name]
@@ -287,25 +327,91 @@ def latency_ratio(
     return [float(np.median(taken)) for taken in interleaved(sessions, feed, seconds)]
 
 
-def interleaved(
-    sessions: Sequence[ort.InferenceSession], feed: Mapping[str, Array], seconds: float
-) -> list[list[float]]:
-    """Return the seconds of each run of each session, in interleaved rounds of random order after three warm-up runs.
+@dataclass(frozen=True)
+class Method:
+    """How the runs of models are timed.
 
-    The number of rounds is 10 to 2000. In a fixed order, periodic load on the machine could always affect the same
-    session.
+    Attributes:
+        warmup: Number of runs of each model that are not timed, before the others.
+        runs: Exact number of timed runs of each model; None means as many as a duration allows.
+        io_binding: Whether inputs and outputs lie in the memory of the provider's device, so that no run copies them.
+    """
+
+    warmup: int = 3
+    runs: int | None = None
+    io_binding: bool = False
+
+
+class Bound:
+    """A session whose inputs and outputs lie in the memory of its provider's device; runs return nothing."""
+
+    def __init__(self, session: ort.InferenceSession, feed: Mapping[str, Array]) -> None:
+        """Copy the inputs to the device, and run once to learn the shapes of the outputs, which then keep their place.
+
+        Raises UnsupportedError if onnxruntime cannot bind an input or an output.
+        """
+        name = session.get_providers()[0]
+        device = providers.memory_of(name, session.get_provider_options().get(name, {}))
+        self._session, self._binding = session, session.io_binding()
+        self._inputs = {name: self._bind(name, array, device) for name, array in feed.items()}
+        names = [output.name for output in session.get_outputs()]
+        for name in names:
+            self._binding.bind_output(name, *device)
+        execute(self, feed)
+        self._outputs = dict(zip(names, self._binding.get_outputs(), strict=True))
+        if all(value.is_tensor() for value in self._outputs.values()):
+            self._binding.clear_binding_outputs()
+            for name, value in self._outputs.items():
+                self._binding.bind_ortvalue_output(name, value)
+
+    def _bind(self, name: str, array: Array, device: tuple[str, int]) -> ort.OrtValue:
+        """Bind a copy of an input in the memory of the device, and return it."""
+        try:
+            value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), *device)
+            self._binding.bind_ortvalue_input(name, value)
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise UnsupportedError(f"onnxruntime cannot bind input {name!r}: {_first_line(error)}") from error
+        return value
+
+    def run(self, names: None, feed: Any, limits: Any = None, /) -> Sequence[Any]:
+        """Run on the bound inputs, and wait for the device."""
+        self._session.run_with_iobinding(self._binding, limits)
+        self._binding.synchronize_outputs()
+        return []
+
+
+def interleaved(
+    sessions: Sequence[ort.InferenceSession],
+    feed: Mapping[str, Array],
+    seconds: float,
+    *,
+    least: int = 10,
+    method: Method | None = None,
+    observer: Callable[[int, int], None] | None = None,
+) -> list[list[float]]:
+    """Return the seconds of each run of each session, in interleaved rounds of random order after warm-up runs.
+
+    The number of rounds is `least` to 2000, that of warm-up runs three at most, unless `method` gives them. In a fixed
+    order, periodic load on the machine could always affect the same session. The observer is called after each round
+    with the passed and the planned milliseconds or rounds.
     """
     rng = np.random.default_rng(0)
-    for session in sessions:
-        for _ in range(3):
-            execute(session, feed)
-    times: list[list[float]] = [[] for _ in sessions]
+    chosen = method or Method(warmup=min(3, least - 1))
+    runners: list[Runner] = [Bound(s, feed) for s in sessions] if chosen.io_binding else list(sessions)
+    for runner in runners:
+        for _ in range(chosen.warmup):
+            execute(runner, feed)
+    times: list[list[float]] = [[] for _ in runners]
     end = time.perf_counter() + seconds
-    while len(times[0]) < 10 or time.perf_counter() < end:
-        for place in rng.permutation(len(sessions)):
+    fewest, most = (least, 2000) if chosen.runs is None else (chosen.runs, chosen.runs)
+    while len(times[0]) < most and (len(times[0]) < fewest or time.perf_counter() < end):
+        for place in rng.permutation(len(runners)):
             start = time.perf_counter()
-            sessions[place].run(None, dict(feed))
+            runners[place].run(None, dict(feed))
             times[place].append(time.perf_counter() - start)
-        if len(times[0]) >= 2000:
-            break
+        if observer is not None and chosen.runs is not None:
+            observer(len(times[0]), chosen.runs)
+        elif observer is not None:
+            passed = seconds + time.perf_counter() - end
+            observer(round(1000 * min(passed, seconds)), round(1000 * seconds))
     return times

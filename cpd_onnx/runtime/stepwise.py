@@ -86,8 +86,8 @@ class Stepwise:
             return
         piece = [p for p in range(self._done, position + 1) if not self._is_constant[p]]
         self._done = position + 1
-        made = [name for p in piece for name in self._node(p).output]
-        outputs = [name for name in made if self._is_needed(name)]
+        names = [name for p in piece for name in self._node(p).output]
+        outputs = [name for name in names if self._is_needed(name)]
         if outputs:
             self._run(piece, outputs)
         for name in [name for name in self._held if not self._is_needed(name)]:
@@ -108,12 +108,12 @@ class Stepwise:
         part, inputs, entering = self._part(piece, outputs)
         session = open_model(part, optimise=self._entering is None)
         weights = {name: self._model.array(name) for name in entering}
-        made: list[list[Array]] = [[] for _ in outputs]
+        results: list[list[Array]] = [[] for _ in outputs]
         for batch in range(self._batches):
             feed = {name: np.asarray(self._held[name][batch]) for name in inputs} | weights
-            for arrays, array in zip(made, execute(session, feed), strict=True):
+            for arrays, array in zip(results, execute(session, feed), strict=True):
                 arrays.append(array)
-        for name, arrays in zip(outputs, made, strict=True):
+        for name, arrays in zip(outputs, results, strict=True):
             self._hold(name, arrays)
 
     def _part(self, piece: Sequence[int], outputs: Sequence[str]) -> tuple[Model, list[str], list[str]]:
@@ -140,17 +140,17 @@ class Stepwise:
         part.functions.extend(self._model.proto.functions)
         part.graph.name = "part"
         part.graph.node.extend(nodes[position] for position in sorted(nodes))
-        made = Model(part, {})
+        model = Model(part, {})
         entering = [name for name in weights if self._enters(name)]
         for name in weights:
             tensor = self._model.tensor(name)
             if name not in entering:
-                made.add_initializer(name, self._model.array(name))
+                model.add_initializer(name, self._model.array(name))
             if part.ir_version < 4 or name in entering:
                 part.graph.input.append(helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
         part.graph.input.extend(self._described(name) for name in inputs)
         part.graph.output.extend(self._described(name) for name in outputs)
-        return made, list(inputs), entering
+        return model, list(inputs), entering
 
     def _enters(self, name: str) -> bool:
         values = self._model.lazy_array(name)

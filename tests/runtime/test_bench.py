@@ -15,6 +15,7 @@ from cpd_onnx.report import tables as report
 from cpd_onnx.runtime import sessions as runtime
 from cpd_onnx.runtime.bench import Bench, Setting, bench
 from tests.support.models import from_text
+from tests.support.runs import plain
 
 SMALL = "(float[N, 8, 24, 24] x, float[8, 8, 3, 3] w) => (float[N, 8, 22, 22] y) { y = Conv(x, w) }"
 LARGE = (
@@ -111,9 +112,9 @@ def test_command(files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixtur
     said = capsys.readouterr().out
     assert "small.onnx" in said
     assert "samples/s" in said
-    assert main([*line, "--json", "-"]) == 0
+    assert main(plain([*line, "--json", "-"])) == 0
     content = json.loads(capsys.readouterr().out)
     assert len(content["timings"]) == 4
     assert content["machine"]["onnxruntime"]
-    assert main([*line, "--json", str(tmp_path / "data.npz"), "--plot", str(tmp_path / "figure.gif")]) == 1
-    assert main(["bench", str(tmp_path / "none.onnx")]) == 1
+    assert main(plain([*line, "--json", str(tmp_path / "data.npz"), "--plot", str(tmp_path / "figure.gif")])) == 1
+    assert main(plain(["bench", str(tmp_path / "none.onnx")])) == 1

@@ -21,6 +21,7 @@ from cpd_onnx.runtime.stepwise import Piecewise
 from cpd_onnx.shapes.inference import fold, fold_again
 from tests.support.graphs import seeded
 from tests.support.models import from_text
+from tests.support.runs import plain
 
 MEGABYTES = 400
 STEPS = "comb, score, allocate, prune, verify"
@@ -158,12 +159,7 @@ def test_memory_is_a_small_multiple_of_the_largest_tensor(tmp_path: Path) -> Non
         sys.executable,
         "-c",
         script,
-        "prune",
-        str(path),
-        "-o",
-        str(tmp_path / "small.onnx"),
-        "--json",
-        str(tmp_path / "r.json"),
+        *plain(["prune", path, "-o", tmp_path / "small.onnx", "--json", tmp_path / "r.json"]),
     ]
     done = subprocess.run(line, capture_output=True, text=True, check=True)
     code, kilobytes = done.stdout.split()[-2:]
