@@ -1,4 +1,4 @@
-"""The report of a run as one file: HTML with embedded figures, or Markdown, from the same content.
+"""The report of a run as one file: HTML with embedded figures, Markdown or PDF, from the same content.
 
 The content is a dictionary of plain values of format "cpd-onnx/report", described by `schema()`; any part may be
 absent.
@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from datetime import datetime
 from importlib import resources, util
 from typing import TYPE_CHECKING, Any
 
 from cpd_onnx.errors import UnsupportedError
-from cpd_onnx.report.sections import Page, Picture, page
+from cpd_onnx.report.parts import Page, Picture
+from cpd_onnx.report.sections import page
 from cpd_onnx.report.tables import REPORT_FORMAT, REPORT_VERSION
 
 if TYPE_CHECKING:
@@ -40,17 +42,31 @@ def html(content: Mapping[str, Any]) -> str:
 
     """
     check(content)
-    _require("jinja2", "matplotlib")
+    require("jinja2", "matplotlib")
     report = page(content)
-    return _environment(is_html=True).get_template("report.html").render(page=report, drawn=_drawn(report)) + "\n"
+    return environment(is_html=True).get_template("report.html").render(page=report, drawn=_drawn(report)) + "\n"
 
 
 def markdown(content: Mapping[str, Any]) -> str:
     """Return the report as Markdown, without figures; raises the errors of `html`, but does not need matplotlib."""
     check(content)
-    _require("jinja2")
-    text = _environment(is_html=False).get_template("report.md").render(page=page(content))
+    require("jinja2")
+    text = environment(is_html=False).get_template("report.md").render(page=page(content))
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def pdf(content: Mapping[str, Any]) -> bytes:
+    """Return the report as a PDF document, with the date of the run; raises the errors of `html`, and needs fpdf2."""
+    check(content)
+    require("fpdf", "matplotlib")
+    from cpd_onnx.report import pdf as writer
+
+    text = (content.get("provenance") or {}).get("date")
+    try:
+        date = None if text is None else datetime.fromisoformat(text)
+    except ValueError:
+        date = None
+    return writer.pdf(page(content), date)
 
 
 def check(content: Mapping[str, Any]) -> None:
@@ -71,14 +87,15 @@ def schema() -> dict[str, Any]:
     return found
 
 
-def _require(*modules: str) -> None:
+def require(*modules: str) -> None:
+    """Raise UnsupportedError if a module that a page needs is not installed."""
     for module in modules:
         if util.find_spec(module) is None:
             raise UnsupportedError(f"a report needs {module}: pip install 'cpd-onnx[report]'")
 
 
 def _drawn(report: Page) -> dict[str, list[Any]]:
-    """Return the figures by key as SVG elements: the one for screens, and the one for phones if there is one."""
+    """Return the figures by key as SVG elements: the one for screens, and the one for phones."""
     from markupsafe import Markup
 
     pictures = (part for section in report.sections for part in section.parts if isinstance(part, Picture))
@@ -86,20 +103,20 @@ def _drawn(report: Page) -> dict[str, list[Any]]:
         picture.key: [
             Markup(drawing.svg(f"{picture.key}-{place}", _printable(picture.label)))
             for place, drawing in enumerate((picture.drawing, picture.on_phones))
-            if drawing is not None
         ]
         for picture in pictures
     }
 
 
-def _environment(*, is_html: bool) -> Environment:
+def environment(*, is_html: bool) -> Environment:
+    """Return the environment of the templates; in pages, all text is escaped and its unprintable letters replaced."""
     import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("cpd_onnx.report"), autoescape=is_html, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined, finalize=_printable if is_html else None,
     )  # fmt: skip  # loader and strictness
-    environment.filters |= {"md": _escaped, "fenced": _fenced}
+    environment.filters |= {"md": escaped, "fenced": _fenced}
     return environment
 
 
@@ -112,7 +129,7 @@ def _printable(value: Any) -> Any:
     )
 
 
-def _escaped(text: Any) -> str:
+def escaped(text: Any) -> str:
     """Return the text on one line, escaped for Markdown."""
     line = _SPECIAL.sub(r"\\\1", " ".join(str(_printable(str(text))).split()))
     return _START.sub(r"\\\1", _NUMBERED.sub(r"\1\\\2", line))

@@ -57,7 +57,9 @@ _LOOK: dict[Any, Any] = {
 
 # The sizes and limits below are heuristics, chosen by eye on screens, phones and paper.
 
-WIDE, PHONE = 9.8, 4.2
+_PRINTED = 170
+"""Resolution of a figure in a document that is printed, in dots per inch."""
+WIDE, PHONE = 9.8, 3.8
 """Widths in inches of a figure across the whole page, and of its version for phones."""
 _NARROW = 5.2
 """Width in inches of a figure of which two stand side by side."""
@@ -81,6 +83,10 @@ _PANELS = 24
 """Maximum number of groups that have a panel of their own in the figure of sensitivity; more are rows of a map."""
 _COLUMNS = 4
 """Panels side by side."""
+_FOOT = 1e-6
+"""Fraction of the largest error below which an error is drawn as zero."""
+_DECADES = 6
+"""Maximum number of labelled powers of ten on the axis of errors."""
 _MAP_COLUMNS = 101
 """Columns of the map of sensitivity: one a percent."""
 _TICKS, _DENSE = 12, 500.0
@@ -148,6 +154,13 @@ class Drawing:
             drawn = self._drawn(format="svg", metadata=_UNDATED[".svg"], transparent=True)
         return embedded(drawn.decode(), key, label, _INKS)
 
+    def png(self) -> bytes:
+        """Return the figure as PNG; raises UnsupportedError if matplotlib is not installed."""
+        _require_matplotlib()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")
+            return self._drawn(format="png", dpi=_PRINTED)
+
     def _drawn(self, **how: Any) -> bytes:
         """Return the figure as bytes, independent of the user's matplotlib configuration."""
         import matplotlib
@@ -174,13 +187,14 @@ def bench(found: Bench) -> Drawing:
         for axes, panel in zip(_grid(figure, rows, 2, len(panels)), panels, strict=True):
             panel(axes, found)
         _name_models(figure, found)
-        machine = ", ".join(f"{name} {found.machine[name]}" for name in ("processor", "cpus", "onnxruntime"))
+        shown = ("processor", "cpus", "onnxruntime", "source")
+        machine = ", ".join(f"{name} {found.machine[name]}" for name in shown if name in found.machine)
         figure.supxlabel(_shortened(machine, 200), fontsize=7, color=_MUTED)
 
     return Drawing((11.0, rows * tallest + 0.4), paint)
 
 
-def latencies(found: Bench) -> Drawing:
+def latencies(found: Bench, inches: float = _NARROW) -> Drawing:
     """Return the figure of the latency of each model under each setting: the median and a range of percentiles."""
 
     def paint(figure: Figure) -> None:
@@ -191,7 +205,7 @@ def latencies(found: Bench) -> Drawing:
         axes.margins(x=0.15)
         _name_models(figure, found)
 
-    return Drawing((_NARROW, 1.0 + 0.28 * len(found.timings) + _legend_height(_models(found), _NARROW)), paint)
+    return Drawing((inches, 1.0 + 0.28 * len(found.timings) + _legend_height(_models(found), inches)), paint)
 
 
 def operators(found: Bench, inches: float = WIDE) -> Drawing:
@@ -281,13 +295,14 @@ def _width_profile(figure: Figure, groups: Sequence[tuple[str, int, int]]) -> No
     figure.legend(*upper.get_legend_handles_labels(), loc="outside upper left", ncols=2)
 
 
-def training(losses: Sequence[float], watched: Curve = (), metric: str = "") -> Drawing:
+def training(losses: Sequence[float], watched: Curve = (), metric: str = "", inches: float = _NARROW) -> Drawing:
     """Return the figure of the loss of each update, raw and smoothed, above the scores during training.
 
     Args:
         losses: Loss of each update; if there are many, each bucket is a band from its minimum to its maximum.
         watched: Pairs of the number of updates done and the score at that point.
         metric: Name of the score.
+        inches: Width of the figure.
 
     Raises:
         ValueError: There are no losses.
@@ -301,10 +316,10 @@ def training(losses: Sequence[float], watched: Curve = (), metric: str = "") -> 
         _losses(upper, np.asarray(losses, np.float64))
         for axes in lower:
             axes.plot(*zip(*watched, strict=True), "o-", color=_colour(2), markersize=3)
-            axes.set_title(_shortened(metric, 60))
+            axes.set_title(_shortened(metric, round(11 * inches)))
         (lower or [upper])[-1].set_xlabel("updates")
 
-    return Drawing((_NARROW, 4.4 if watched else 2.8), paint)
+    return Drawing((inches, 4.4 if watched else 2.8), paint)
 
 
 def _losses(axes: Axes, losses: npt.NDArray[np.float64]) -> None:
@@ -342,6 +357,7 @@ class Choice:
         ms: Latency in milliseconds.
         quality: Score of the model.
         picked: Whether it was chosen.
+        is_original: Whether it is the original.
 
     """
 
@@ -349,14 +365,18 @@ class Choice:
     ms: float
     quality: float
     picked: bool = False
+    is_original: bool = False
 
 
-def tradeoff(choices: Sequence[Choice], metric: str, *, is_less_better: bool = False) -> Drawing:
+def tradeoff(
+    choices: Sequence[Choice], metric: str, inches: float = _NARROW, *, is_less_better: bool = False
+) -> Drawing:
     """Return the figure of score against latency, with a line along the Pareto frontier.
 
     Args:
         choices: The models.
         metric: Name of the score, with its unit.
+        inches: Width of the figure.
         is_less_better: Whether a low score is better than a high one.
 
     Raises:
@@ -371,18 +391,21 @@ def tradeoff(choices: Sequence[Choice], metric: str, *, is_less_better: bool = F
         axes = figure.subplots()
         axes.plot([c.ms for c in best], [c.quality for c in best], "-", color=_colour(1), alpha=0.5)
         for one in choices:
-            face = _colour(1) if one in best else "none"
-            axes.plot(one.ms, one.quality, "o", markerfacecolor=face, markeredgecolor=_colour(1), markersize=5)
+            colour = _colour(0 if one.is_original else 1)
+            face = colour if one in best or one.is_original else "none"
+            label = "the original" if one.is_original else ""
+            axes.plot(one.ms, one.quality, "o", mfc=face, mec=colour, markersize=6, linestyle="none", label=label)
         ring: dict[str, Any] = {"fillstyle": "none", "color": _colour(2), "markersize": 12, "markeredgewidth": 2}
-        for one in choices:
-            if one.picked:
-                axes.plot(one.ms, one.quality, "o", **ring)
+        for one in [one for one in choices if one.picked]:
+            axes.plot(one.ms, one.quality, "o", linestyle="none", label="chosen", **ring)
         _label_picked(axes, choices)
         axes.margins(0.14)
         axes.set_xlabel("latency, ms")
         axes.set_ylabel(_shortened(metric, 40))
+        if axes.get_legend_handles_labels()[0]:
+            figure.legend(loc="outside upper left", ncols=2)
 
-    return Drawing((_NARROW, 3.4), paint)
+    return Drawing((inches, 3.6), paint)
 
 
 def frontier(choices: Sequence[Choice], *, is_less_better: bool = False) -> list[Choice]:
@@ -409,15 +432,23 @@ def _label_picked(axes: Axes, choices: Sequence[Choice]) -> None:
         )  # fmt: skip  # what, where and how
 
 
-def sensitivity(curves: Mapping[str, Sequence[tuple[int, float]]], error_name: str, inches: float = WIDE) -> Drawing:
+def sensitivity(
+    curves: Mapping[str, Sequence[tuple[int, float]]],
+    error_name: str,
+    inches: float = WIDE,
+    *,
+    chosen: Mapping[str, int] | None = None,
+) -> Drawing:
     """Return the figure of the output error over the width of one group while all other groups are unpruned.
 
-    Each group has a panel; if there are many, each is a row of one map.
+    Each group has a panel; if there are many, each is a row of one map. Errors are on a logarithmic scale, as those of
+    different groups differ by orders of magnitude; an error of 0, such as that of the full width, is at its foot.
 
     Args:
         curves: For each group by name, pairs of a width and the error at that width; the largest width is the full one.
         error_name: Name of the error, with its unit.
         inches: Width of the figure.
+        chosen: Width that was chosen for each group, which is marked; may lack groups.
 
     Raises:
         ValueError: There is no curve, or one without points.
@@ -426,48 +457,84 @@ def sensitivity(curves: Mapping[str, Sequence[tuple[int, float]]], error_name: s
     if not curves or not all(curves.values()):
         raise ValueError("there must be at least one group, and each group needs points")
     ordered = {name: sorted(points) for name, points in curves.items()}
+    marked = chosen or {}
     if len(ordered) > _PANELS:
         height = min(_TALLEST, 0.16 * len(ordered)) + 1.2
-        return Drawing((inches, height), lambda figure: _sensitivity_map(figure, ordered, error_name))
+        return Drawing((inches, height), lambda figure: _sensitivity_map(figure, ordered, error_name, marked))
     columns = min(_COLUMNS if inches > _NARROW else 2, math.ceil(math.sqrt(1.5 * len(ordered))))
     rows = math.ceil(len(ordered) / columns)
     size = (min(inches, max(_NARROW, inches * columns / _COLUMNS)), 1.8 * rows + 0.6)
     letters = round(10 * size[0] / columns)
+    low, high = _extent(ordered)
 
     def paint(figure: Figure) -> None:
         figure.set_layout_engine("constrained", h_pad=0.08)  # so that a title does not seem to belong to the row above
         grid = _grid(figure, rows, columns, len(ordered), sharey=True)
         for axes, (name, points) in zip(grid, ordered.items(), strict=True):
+            if name in marked:
+                axes.axvline(marked[name], color=_colour(2), linestyle="--", linewidth=1.2)
             axes.plot(*zip(*points, strict=True), "o-", color=_colour(1), markersize=3)
             axes.set_title(_shortened(name, letters), fontsize=8, fontweight="normal")
             axes.set_xlim(left=0)
+        _from_zero(grid[0], low, high)
         figure.supxlabel("channels left", fontsize=9, color=_MUTED)
         figure.supylabel(_shortened(error_name, 60), fontsize=9, color=_MUTED)
 
     return Drawing(size, paint)
 
 
-def _sensitivity_map(figure: Figure, curves: Mapping[str, Curve], error_name: str) -> None:
-    """Draw a map with one row a group, over the fraction of its channels, since groups differ in width."""
-    from matplotlib.colors import PowerNorm
+def _extent(curves: Mapping[str, Curve]) -> tuple[float, float]:
+    """Return the smallest error above zero, or what counts as zero beside the largest, and the largest one."""
+    errors = [error for points in curves.values() for _, error in points if math.isfinite(error) and error > 0]
+    high = max(errors, default=1.0)
+    return max(min(errors, default=high), high * _FOOT), high
 
+
+def _from_zero(axes: Axes, low: float, high: float) -> None:
+    """Make the y axis logarithmic from a power of ten below `low`, with 0 at its foot."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    step = math.ceil((last - first + 1) / _DECADES)
+    axes.set_yscale("symlog", linthresh=10.0**first, linscale=0.5)
+    axes.yaxis.set_major_locator(FixedLocator([0.0, *(10.0**power for power in range(first, last + 1, step))]))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_ylim(-0.15 * 10.0**first, 1.3 * high)
+
+
+def _sensitivity_map(figure: Figure, curves: Mapping[str, Curve], error_name: str, chosen: Mapping[str, int]) -> None:
+    """Draw a map with one row a group, over the fraction of its channels, since groups differ in width."""
+    from matplotlib.colors import LogNorm
+
+    low, high = _extent(curves)
     fractions = np.linspace(0, 1, _MAP_COLUMNS)
     rows = []
     for points in curves.values():
         widths, errors = (np.asarray(part, np.float64) for part in zip(*points, strict=True))
-        rows.append(np.interp(fractions, widths / widths.max(), errors, left=np.nan))
+        errors = np.log(np.clip(errors, low, None))
+        rows.append(np.exp(np.interp(fractions, widths / widths.max(), errors, left=np.nan)))
     axes = figure.subplots()
     edges = np.linspace(-0.5 / (_MAP_COLUMNS - 1), 1 + 0.5 / (_MAP_COLUMNS - 1), _MAP_COLUMNS + 1)
+    norm = LogNorm(low, high if high > low else 10 * low)
     drawn = axes.pcolormesh(
-        edges, np.arange(len(rows) + 1), np.asarray(rows), cmap="viridis", norm=PowerNorm(0.5), rasterized=True
-    )  # square root, since a few groups matter far more than the others
+        edges, np.arange(len(rows) + 1), np.asarray(rows), cmap="viridis", norm=norm, rasterized=True
+    )
+    places = [(chosen[name] / max(width for width, _ in points), row)
+              for row, (name, points) in enumerate(curves.items()) if name in chosen]  # fmt: skip  # a list
+    if places:
+        at, tops = (np.asarray(part, np.float64) for part in zip(*places, strict=True))
+        for colour, width in (("#ffffff", 3.0), (_COLOURS[2], 1.6)):
+            axes.vlines(at, tops, tops + 1, colors=colour, linewidth=width)
     step = math.ceil(0.14 * len(rows) / _TALLEST)  # as many names as there is room for
     names = _distinct(list(curves), round(_LETTERS * figure.get_figwidth()))
     axes.set_yticks(np.arange(0, len(rows), step) + 0.5, names[::step], fontsize=7)
     axes.invert_yaxis()
     axes.grid(visible=False)
     axes.set_xlabel("fraction of the group's channels left")
-    figure.colorbar(drawn, label=_shortened(error_name, 60))
+    is_narrow = figure.get_figwidth() < _NARROW
+    bar = figure.colorbar(drawn, label=_shortened(error_name, 60), location="top" if is_narrow else "right")
+    _decimal_ticks(bar.ax.xaxis if is_narrow else bar.ax.yaxis)
 
 
 # The panels of `bench`.

@@ -10,12 +10,20 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from cpd_onnx.errors import PlanError
-from cpd_onnx.io.files import StoredFile, content_of, pending_files, read_json, write_atomically
+from cpd_onnx.io.files import (
+    StoredFile,
+    content_of,
+    pending_files,
+    read_json,
+    translate_read_errors,
+    write_atomically,
+)
 from cpd_onnx.runtime.bench import machine
 from cpd_onnx.version import __version__
 
@@ -102,11 +110,17 @@ def _data_of(model: Path) -> list[Path]:
     return sorted(path for path in there if path.parent == model.parent and name.fullmatch(path.name))
 
 
-def provenance(paths: Iterable[Path], seed: int) -> dict[str, Any]:
-    """Return the provenance section of a report: the command, the environment and the output files."""
+def provenance(paths: Iterable[Path], seed: int, record: Path | None = None) -> dict[str, Any]:
+    """Return the provenance section of a report: the date, the command, the environment and the output files.
+
+    `record` is the path of the manifest, from which the run can be repeated. The date is in the report only: models,
+    plans and manifests are the same for the same run on any day.
+    """
     files = [file_entry(path, "") for path in paths]
     return {
         "tool": f"cpd-onnx {__version__}",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "manifest": None if record is None else record.name,
         "command": shlex.join(typed()),
         "seed": seed,
         "versions": versions(),
@@ -118,12 +132,8 @@ def provenance(paths: Iterable[Path], seed: int) -> dict[str, Any]:
 
 def read(path: Path) -> dict[str, Any]:
     """Read a manifest; raises PlanError for a file that is not one."""
-    try:
+    with translate_read_errors(path, "manifest", f"manifest {path} is not JSON", PlanError):
         content = read_json(path)
-    except OSError as error:
-        raise PlanError(f"cannot read manifest {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise PlanError(f"manifest {path} is not JSON: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT or content.get("version") not in (1, VERSION):
         raise PlanError(f"{path} is not a manifest: 'format' must be {FORMAT!r} and 'version' 1 or {VERSION}")
     if not isinstance(content.get("recipe"), str) or not all(_is_list(content.get(n)) for n in ("inputs", "outputs")):

@@ -43,9 +43,9 @@ _MAX_OPERATORS = 8
 """Number of operators in the table of time by operator (heuristic)."""
 
 
-def inspection(combed: Combed, held: Sequence[int] = ()) -> dict[str, Any]:
+def inspection(combed: Combed, held: Sequence[int] = (), costs: CostModel | None = None) -> dict[str, Any]:
     """Return the result of combing in the terms of the plan; `held` are the groups pinned by the user."""
-    costs = CostModel(combed)
+    costs = costs or CostModel(combed)
     per_group = costs.of_groups(combed)
     model = combed.folded.original
     return {
@@ -150,7 +150,7 @@ def result(state: State, seconds: float) -> dict[str, Any]:
         "groups_pruned": sum(bool(removed) for removed in allocation.removed),
         "prunable_fraction": combed.prunable_fraction(),
         "kept": frozen_reasons(combed),
-        "notes": list(allocation.notes),
+        "notes": [*allocation.notes, *(state.repaired or {}).get("notes", ())],
         "edits": [asdict(edit) for edit in state.edits],
         "verification": None if state.verification is None else comparison(state.verification),
         "repaired": None if state.repaired is None else dict(state.repaired),
@@ -209,6 +209,15 @@ def latency_table(found: CostTable) -> Table:
         groups = [group for group in found.groups if group.multiple == fast]
         cells = ([g.slowdown[m] for g in groups if m in g.slowdown] for m in multiples)
         table.add_row(str(fast), str(len(groups)), *(f"{median(values):.2f}" if values else "" for values in cells))
+    return table
+
+
+def kernels_table(found: CostTable) -> Table:
+    """Return a table of the layers of a cost table: time in the original, and the error of the fitted times."""
+    title = f"{found.ms:.3g} ms, by {found.machine.get('source', 'onnxruntime')}"
+    table = table_of(title, "layer", "operator", "ms", "error of the fit")
+    for kernel in found.kernels:
+        table.add_row(kernel.name, kernel.operator, f"{kernel.ms:.3g}", f"{kernel.error:.1%}")
     return table
 
 

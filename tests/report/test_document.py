@@ -39,8 +39,6 @@ HOSTILE = (
     "层/卷积/ядро-é", "</svg></style><img src=x onerror=alert(1)>", "{{ 7 * 7 }}{% raw %}", "--><!--", "\ud800", "\u202egnp",
 )  # fmt: skip  # a table
 FIGURES = ("latency", "operators", "widths", "sensitivity", "training", "sweep")
-TWICE = ("operators", "widths", "sensitivity")
-"""Figures that phones get another one of."""
 TIMES, MINUS = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
 WIDTHS = (390, 768, 1280)
 
@@ -122,7 +120,8 @@ def plain() -> dict[str, Any]:
 @functools.cache
 def made(name: str) -> str:
     """The page of some content; each is made once."""
-    contents = {"full": full, "long": lambda: full(300, 100_000), "hostile": hostile, "minimal": lambda: MINIMAL}
+    contents = {"full": full, "long": lambda: full(300, 100_000), "hostile": hostile, "minimal": lambda: MINIMAL,
+                "judged": lambda: plain() | FACTS, "swept": swept}  # fmt: skip  # a table
     return document.html(contents[name]())
 
 
@@ -196,17 +195,18 @@ def test_the_page_says_it_all(whole: str) -> None:
     parsed = Parsed(whole)
     assert parsed.open == []
     said = (
-        f"2.00{TIMES} as fast as the original, with 50.0 % of the MACs, 50.0 % of the parameters and 51.4 % of the file. "
-        "top1 is 88.50 %; that of the original is 89.00 %.", "89.00 → 88.50 %", f"{MINUS}0.50 points; 10,000 samples with labels",
-        "Verified", "structure and removal proven; 84 weights have new values", "858.6 kB", "a note", "an advice",
+        f"✓ Yes 2.00{TIMES} as fast", "✓ Faster, as good as the original, smaller and its structure is proved.",
+        "50.0 % of the MACs, 50.0 % of the parameters and 51.4 % of the file of the original are left.",
+        "✓ Yes 89.00 → 88.50 %", f"{MINUS}0.50 points; 10,000 samples with labels", "Structure proved? ✓ Yes",
+        "structure and removal proved; 84 weights have new values", "858.6 kB", "a note", "an advice",
         "confidence interval is at most ±0.7 points", "Target: 50.0 % of the MACs, allocation policy optimal", "layer1.0.conv",
         "No rule for these operators", "NonZero, at node_7", "99.0 % of the weights", "by kl", "latency=0.5 (chosen)", "one layer stays",
-        "cpd-onnx compress first.onnx -o small.onnx", "b" * 64, "it loads nothing",
+        "cpd-onnx compress first.onnx -o small.onnx", "cpd-onnx verify first.onnx small.onnx", "a" * 64, "b" * 64, "it loads nothing",
     )  # fmt: skip  # a list
     assert [words for words in said if words not in parsed.text] == []
     assert [place for place in FIGURES if f'id="{place}"' not in whole and place not in parsed.ids()] == []
     labels = [a["aria-label"] for tag, a in parsed.elements if tag == "svg" and a.get("role") == "img"]
-    assert len(labels) == len(FIGURES) + len(TWICE)
+    assert len(labels) == 2 * len(FIGURES)  # phones get others
     assert all(labels)
 
 
@@ -238,8 +238,11 @@ def test_the_same_content_gives_the_same_bytes(whole: str) -> None:
 
 def test_what_is_not_known_is_said() -> None:
     text = Parsed(document.html(MINIMAL)).text
-    assert "Not known: how fast it is, how accurate it is and whether it computes what its plan says." in text
-    assert "Not verified" in text
+    assert (
+        "Not known: whether it is faster, whether it is as good as the original, whether it is smaller and whether its "
+        "structure is right."
+    ) in text
+    assert "✓" not in text
     assert "<svg" not in document.html(MINIMAL)
     empty = {name: type(value)() if isinstance(value, list | dict) else None for name, value in full().items()}
     assert Parsed(document.html(empty | MINIMAL)).text == text
@@ -254,9 +257,9 @@ def test_what_went_wrong_is_said() -> None:
     content["bench"]["profiles"] = {}
     text = Parsed(document.html(content)).text
     assert "the file does not compute what its plan says: do not use it" in text
-    assert "Do not use this file: its proof failed." in text
+    assert "Do not use this file: it does not compute what its plan says." in text
     assert "They differ: do not use the file: the outputs differ by at most inf" in text
-    assert f"0.80{TIMES} as fast as the original (the machine was busy: measure again), with 50.0 %" in text
+    assert f"? Unknown 0.80{TIMES} as fast" in text
     assert "one run in ten took 2.0 times the median or more" in text
     assert "the machine was busy: measure again" in text
 
@@ -274,8 +277,10 @@ def test_what_went_wrong_is_said() -> None:
 def test_speed_is_doubted_where_runs_differ(p90: float, p50: float, tone: str, words: str) -> None:
     content = full()
     content["bench"]["timings"][1].update(p10=0.9 * p50, p50=p50, p90=p90, ratio=p50 / 4.0)
-    card = page(content).cards[0]
-    assert (card.tone, card.detail.endswith(words)) == (tone, True)
+    verdict = page(content).verdict
+    assert verdict is not None
+    answer = verdict.answers[0]
+    assert (answer.tone, answer.text.endswith(words)) == (tone, True)
 
 
 def test_agreement_is_no_accuracy() -> None:
@@ -287,8 +292,147 @@ def test_agreement_is_no_accuracy() -> None:
         "values": {"original": 0.0, "distilled": 0.0125},
     }
     text = Parsed(document.html(content)).text
-    assert "Not known: how fast it is and how accurate it is." in text
-    assert "squared error against the original's answers, 64 samples; the accuracy is unknown" in text
+    assert "Not known: whether it is faster and whether it is as good as the original." in text
+    assert "squared error 0.0125 against the original's answers, 64 samples; the accuracy is unknown" in text
+
+
+# The verdict.
+
+
+VERDICT = {
+    "code": 4,
+    "answers": [
+        {"question": "faster", "answer": "yes", "text": "4.00 → 2.00 ms a run"},
+        {"question": "as good", "answer": "no", "text": "top1 fell by 92.9 points"},
+        {"question": "smaller", "answer": "yes", "text": "half"},
+        {"question": "proved", "answer": "yes", "text": "the removed channels are those of the plan"},
+    ],
+    "asked": [
+        {"kind": "latency", "asked": 0.5, "got": 0.513, "unit": "of the original", "is_met": False},
+        {"kind": "flash", "asked": 400, "got": 366.9, "unit": "kB", "is_met": True},
+    ],
+}  # fmt: skip  # a table
+FACTS = {
+    "verdict": VERDICT,
+    "agreement": {"task": "classification", "measure": "same answer", "value": 0.981, "low": 0.961, "confidence": 0.95,
+                  "samples": 512, "interval": "Clopper-Pearson"},
+    "preflight": {"samples": 538, "source": "folder of images", "facts": ["all images are grey"], "preset": "0-1",
+                  "preprocessing": "538 PNG 32x32 RGB -> float [3,32,32], x/255", "warnings": ["3 images were cropped"]},
+    "inputs": [{"name": "image", "shape": [1, 3, 32, 32], "type": "float32", "assumed": ["batch"]}],
+}  # fmt: skip  # a table
+
+
+def judged(**answers: str) -> dict[str, Any]:
+    """Content with the answers given, and yes to all other questions."""
+    entries = [e | {"answer": answers.get(e["question"].replace(" ", "_"), "yes")} for e in VERDICT["answers"]]  # type: ignore[attr-defined]
+    return plain() | {"verdict": VERDICT | {"code": 0, "answers": entries}}
+
+
+def test_one_verdict_is_at_the_top() -> None:
+    content = plain() | FACTS
+    content["accuracy"]["values"] = {"original": 0.987, "distilled": 0.058}
+    jsonschema.validate(json.loads(json.dumps(content)), document.schema())
+    text = Parsed(document.html(content)).text
+    top = text[: text.index("Target: 50.0 %")]
+    words = (
+        "✗ Not as good as the original.", "Faster? ✓ Yes", "As good? ✗ No 98.70 → 5.80 %", "top1 fell by 92.9 points",
+        "latency 50.0 % of the original 51.3 % of the original ✗ no", "flash 400 kB 366.9 kB ✓ yes", "image [1, 3, 32, 32]",
+    )  # fmt: skip  # a list
+    assert [word for word in words if word not in top] == []
+    written = document.markdown(content)
+    words = (
+        "**✗ Not as good as the original.**", "| As good? | **✗ No** | 98.70 → 5.80 % | top1 fell by 92.9 points |",
+        "| latency | 50.0 % of the original | 51.3 % of the original | ✗ no |",
+        "98.1 % of 512 samples; with 95 % confidence at least 96.1 % (exact, Clopper-Pearson).",
+        "538 PNG 32x32 RGB -> float", "**Warning:** 3 images were cropped.", f"| image | 1 {TIMES} 3 {TIMES} 32 {TIMES} 32 | float32 | batch |",
+    )  # fmt: skip  # a list
+    assert [word for word in words if word.replace("[", "\\[") not in written] == []
+
+
+@pytest.mark.parametrize(
+    ("answers", "headline", "tones"),
+    [
+        ({}, "✓ Faster, as good as the original, smaller and its structure is proved.", ["good", "good", "good", "good"]),
+        ({"as_good": "no"}, "✗ Not as good as the original.", ["good", "bad", "good", "plain"]),
+        ({"as_good": "unknown"}, "? Not known: whether it is as good as the original.", ["good", "unknown", "good", "plain"]),
+        ({"faster": "no", "as_good": "unknown"}, "✗ Not faster. Not known: whether it is as good as the original.", ["bad", "unknown", "good", "plain"]),
+        ({"proved": "no"}, "✗ Do not use this file: it does not compute what its plan says.", ["good", "good", "good", "bad"]),
+    ],
+)  # fmt: skip  # a table
+def test_a_proof_alone_is_no_success(answers: dict[str, str], headline: str, tones: list[str]) -> None:
+    content = judged(**answers)
+    text = document.html(content)
+    assert headline in Parsed(text).text
+    assert re.findall(r'<div class="answer (\w+)">', text) == tones
+
+
+def test_a_target_that_was_not_reached_is_said() -> None:
+    content = judged()
+    content["verdict"]["code"] = 6
+    verdict = page(content).verdict
+    assert verdict is not None
+    assert (verdict.tone, verdict.headline) == ("bad", "A target was not reached; this is the nearest result.")
+
+
+def test_a_verdict_of_another_shape_breaks_nothing() -> None:
+    verdict = {
+        "answers": [{"question": "cheaper", "answer": "perhaps"}],
+        "asked": [{"kind": "ram", "asked": None, "got": "much", "is_met": None}],
+    }
+    text = Parsed(document.html(MINIMAL | {"verdict": verdict})).text
+    assert "Cheaper? ? Unknown" in text
+    assert "Not known: whether it is cheaper." in text
+    assert "ram – much ? unknown" in text  # noqa: RUF001  # a dash is meant
+
+
+def swept(*, is_judged: bool = True) -> dict[str, Any]:
+    """Report of a sweep: several models, none of which is the output."""
+    content = full()
+    kept = ("format", "version", "title", "source", "sweep", "bench", "notes", "advice", "provenance")
+    content = {name: value for name, value in content.items() if name in kept}
+    content["bench"]["profiles"] = {}
+    first = {"name": "the original", "file": "first.onnx", "ratio": 1.0, "ms": 4.0, "accuracy": 0.91, "macs": 1.0}
+    for point in content["sweep"]["points"]:
+        point["file"] = f"{point['name']}.onnx"
+        if is_judged:
+            point |= {"verification": {"verdict": "verified"}, "verdict": VERDICT}
+    content["sweep"]["points"].insert(0, first)
+    return content
+
+
+def test_a_sweep_shows_what_it_has() -> None:
+    content = swept()
+    jsonschema.validate(json.loads(json.dumps(content)), document.schema())
+    text = Parsed(document.html(content)).text
+    assert [
+        word for word in ("Unknown", "Not known", "Not measured", "Not checked", "Not verified") if word in text
+    ] == []
+    assert page(content).sections[0].key == "sweep"
+    assert (
+        f"4 models, from 1.11{TIMES} to 3.33{TIMES} as fast as the original. Chosen: latency=0.5, 2.00{TIMES} as fast, top1 77.50 %."
+        in text
+    )
+    written = document.markdown(content)
+    assert (
+        "| model | ms | times as fast | MACs left | file | top1 | faster | as good | smaller | structure proved |"
+        in written
+    )
+    assert (
+        f"| latency=0.5 (chosen) | 2.00 | 2.00{TIMES} | 50.0 % | 100.0 kB | 77.50 % | ✓ yes | ✗ no | ✓ yes | ✓ yes |"
+        in written
+    )
+
+
+def test_a_sweep_without_a_metric_is_drawn_by_its_agreement() -> None:
+    content = swept(is_judged=False)
+    for point in content["sweep"]["points"]:
+        point["accuracy"] = None
+        if point["name"] != "the original":
+            point["agreement"] = {"measure": "same answer", "value": 0.9 * point["ratio"]}
+    text = Parsed(document.html(content)).text
+    assert "same answer, %" in text
+    assert "45.00 %" in text
+    assert "structure proved" not in text
 
 
 def test_nothing_in_a_name_is_taken_for_more() -> None:
@@ -334,8 +478,8 @@ def test_markdown_tables_hold_together() -> None:
             assert columns == head
         previous = line  # noqa: F841
     blocks = re.findall(r"^(`{3,})\n(.*?)\n\1$", text, re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 1
-    assert "\n```\nrm" in blocks[0][1]
+    assert len(blocks) == 2
+    assert all("\n```\nrm" in block or block.startswith("cpd-onnx verify ") for _, block in blocks)
 
 
 def test_long_content_stays_small() -> None:
@@ -429,14 +573,14 @@ def test_the_best_is_told_by_the_direction_of_the_metric(
     seen: list[bool] = []
     drawn = plots.tradeoff
 
-    def tradeoff(choices: list[plots.Choice], metric: str, *, is_less_better: bool) -> plots.Drawing:
+    def tradeoff(choices: list[plots.Choice], metric: str, inches: float, *, is_less_better: bool) -> plots.Drawing:
         seen.append(is_less_better)
-        return drawn(choices, metric, is_less_better=is_less_better)
+        return drawn(choices, metric, inches, is_less_better=is_less_better)
 
     monkeypatch.setattr(plots, "tradeoff", tradeoff)
     text = Parsed(document.html(content)).text
     assert re.search(rf"best {scored['metric']} during training\s+{best}", text)
-    assert seen == [is_less]
+    assert seen == [is_less] * 2
 
 
 def test_names_that_would_look_alike_have_numbers() -> None:
@@ -503,6 +647,34 @@ def test_results_show_themselves_in_notebooks() -> None:
         assert [word for word in words if word not in text] == []
 
 
+# PDF.
+
+
+def test_a_pdf_holds_the_report_as_text() -> None:
+    pytest.importorskip("fpdf")
+    content = plain() | FACTS
+    made = document.pdf(content)
+    assert made == document.pdf(content)
+    assert made.startswith(b"%PDF-")
+    assert made.count(b"/ToUnicode") == 3  # letters are letters in each of the three fonts, and can be searched for
+    assert 2 <= len(re.findall(rb"/Type\s*/Page\b", made)) <= 6
+    assert b"/Subtype /Image" not in made
+    content["provenance"]["date"] = "2026-11-26T05:12:00+00:00"
+    assert b"D:20261126051200" in document.pdf(content)
+    content["provenance"]["date"] = "yesterday"
+    assert document.pdf(content)
+
+
+def test_odd_names_break_no_pdf() -> None:
+    pytest.importorskip("fpdf")
+    content = hostile()
+    content = {name: value for name, value in content.items() if name not in ("groups", "sensitivity", "training")}
+    made = document.pdf(content | {"verdict": VERDICT})
+    assert b"/Subtype /Image" in made
+    assert len(re.findall(rb"/Type\s*/Page\b", made)) < 12
+    assert document.pdf(MINIMAL)
+
+
 # In a browser.
 
 
@@ -531,7 +703,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
-    names = ("full", "long", "hostile", "minimal")
+    names = ("full", "long", "hostile", "minimal", "judged", "swept")
     for name in names:
         (folder / f"{name}.html").write_text(made(name), "utf-8")
     return {name: folder / f"{name}.html" for name in names}
@@ -574,14 +746,14 @@ OUTSIDE = (
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", ["full", "long", "hostile", "minimal"])
+@pytest.mark.parametrize("name", ["full", "long", "hostile", "minimal", "judged", "swept"])
 def test_it_fits_the_window(browser: Any, pages: dict[str, Path], name: str, width: int) -> None:
     opened(browser, pages[name], width)
     assert [entry for entry in browser.get_log("browser") if entry["level"] != "DEBUG"] == []
     assert browser.execute_script("return window.innerWidth") == width
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     sizes = browser.execute_script(f"return {SHOWN}.map(s => s.getBoundingClientRect().toJSON())")
-    assert len(sizes) == (0 if name == "minimal" else len(FIGURES))
+    assert len(sizes) == {"minimal": 0, "judged": 0, "swept": 2}.get(name, len(FIGURES))
     assert all(size["width"] > 250 and size["height"] > 80 for size in sizes)
 
 
@@ -591,6 +763,33 @@ def test_words_of_figures_do_not_collide(browser: Any, pages: dict[str, Path], n
     opened(browser, pages[name], width)
     assert browser.execute_script(OVERLAPS) == []
     assert browser.execute_script(OUTSIDE) == []
+
+
+CUT = """
+document.querySelectorAll('details').forEach(each => each.open = true);
+const width = document.documentElement.clientWidth;
+return [...document.querySelectorAll('body *')].filter(e => e.checkVisibility() && !e.closest('svg')).filter(e => {
+  const box = e.getBoundingClientRect();
+  const inside = getComputedStyle(e).display != 'inline' && e.scrollWidth > e.clientWidth + 1;
+  return box.width > 0 && (box.right > width + 1 || box.left < -1 || inside && !['TBODY', 'TR'].includes(e.tagName));
+}).map(e => `${e.tagName} ${e.textContent.slice(0, 40)}`)
+"""
+
+
+@pytest.mark.parametrize("name", ["full", "hostile", "judged", "swept"])
+def test_a_phone_cuts_nothing(browser: Any, pages: dict[str, Path], name: str) -> None:
+    opened(browser, pages[name], 390)
+    assert browser.execute_script(CUT) == []
+
+
+def test_paper_shows_what_is_folded(browser: Any, pages: dict[str, Path]) -> None:
+    shown = "return [...document.querySelectorAll('details td')].filter(e => e.checkVisibility({contentVisibilityAuto: true})).length"
+    opened(browser, pages["full"])
+    if not browser.execute_script("return CSS.supports('selector(::details-content)')"):
+        pytest.skip("the browser is too old to unfold by a style sheet")
+    assert browser.execute_script(shown) == 0
+    opened(browser, pages["full"], media="print")
+    assert browser.execute_script(shown) > 50
 
 
 LIGHTNESS = """
@@ -612,7 +811,7 @@ def test_it_is_dark_where_that_is_liked_and_never_on_paper(browser: Any, pages: 
         assert max(ink, drawn) < 0.45
 
 
-@pytest.mark.parametrize(("name", "most"), [("full", 9), ("long", 9), ("minimal", 2)])
+@pytest.mark.parametrize(("name", "most"), [("full", 9), ("long", 24), ("minimal", 2)])
 def test_it_goes_on_paper(browser: Any, pages: dict[str, Path], name: str, most: int) -> None:
     opened(browser, pages[name], media="")
     printed = browser.execute_cdp_cmd("Page.printToPDF", {"preferCSSPageSize": True, "printBackground": False})

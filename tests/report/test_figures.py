@@ -21,6 +21,7 @@ from cpd_onnx.cli.main import main
 from cpd_onnx.report import figures as plots
 from cpd_onnx.runtime.bench import Bench, Setting, Timing
 from tests.support.models import from_text
+from tests.support.runs import plain
 
 SETTINGS = tuple(Setting(batch, threads) for batch in (1, 8) for threads in (1, 2))
 MACHINE = {"cpus": 2, "processor": "one", "system": "some", "onnxruntime": "1.0"}
@@ -104,7 +105,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "<!-- model.onnx -->" in figure.read_text()
     assert main(line) == 1
     assert "exists" in capsys.readouterr().err
-    assert main([*line, "--force", "--json", str(figure)]) == 1
+    assert main(plain([*line, "--force", "--json", str(figure)])) == 1
     assert "is given for two outputs" in capsys.readouterr().err
 
 

@@ -1,0 +1,291 @@
+"""The top of a report: one verdict over speed, accuracy, size and proof, and what was asked for against what came out.
+
+The verdict is that of the content; for a report that was written before there were verdicts, a modest one is derived.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from cpd_onnx.data.metrics import lower_is_better
+from cpd_onnx.proof.comparison import INCONCLUSIVE, VERIFIED, WRONG
+from cpd_onnx.report.parts import BAD, DOUBT, GOOD, Answer, Card, Judgement, Sheet
+from cpd_onnx.report.words import (
+    LABELS,
+    MISSING,
+    Content,
+    change,
+    compared_with,
+    conditions,
+    cost_text,
+    costs_of,
+    doubt_of,
+    faster,
+    is_of_many,
+    is_replay,
+    joined,
+    ms,
+    number,
+    of,
+    percent,
+    plain,
+    proof_of,
+    samples_text,
+    score,
+    scores_of,
+    sentence,
+    shapes_text,
+    speed_of,
+)
+
+FASTER, AS_GOOD, SMALLER, PROVED = "faster", "as good", "smaller", "proved"
+"""The questions of a verdict, as the content names them."""
+YES, NO, UNKNOWN = "yes", "no", "unknown"
+"""The answers of a verdict, as the content names them."""
+TONES = {YES: GOOD, NO: BAD, UNKNOWN: DOUBT}
+"""Tone of each answer."""
+_TITLES = {FASTER: "Faster?", AS_GOOD: "As good?", SMALLER: "Smaller?", PROVED: "Structure proved?"}
+_CLAUSES = {
+    FASTER: ("faster", "not faster", "whether it is faster"),
+    AS_GOOD: ("as good as the original", "not as good as the original", "whether it is as good as the original"),
+    SMALLER: ("smaller", "not smaller", "whether it is smaller"),
+    PROVED: ("its structure is proved", "its structure is not proved", "whether its structure is right"),
+}  # a clause for yes, no and unknown
+_NOT_USABLE, _NOT_REACHED = 5, 6
+"""Codes of verdicts, which are also exit codes: a failed proof, and a target that could not be reached."""
+_CARDS = {"MACs": "MACs", "parameters": "Parameters", "file": "File"}
+"""Costs that have a card, and its label."""
+_PROOFS = {
+    None: (UNKNOWN, "not checked: nothing shows that the file computes what its plan says"),
+    WRONG: (NO, "the file does not compute what its plan says: do not use it"),
+    INCONCLUSIVE: (UNKNOWN, "inconclusive: the inputs that were tried do not show whether it is correct"),
+    VERIFIED: (YES, "equals, byte for byte, the plan applied to the original"),
+}
+"""Answer and explanation by the verdict of the proof; None if there is none."""
+_MET = {"True": "✓ yes", "False": "✗ no"}
+_Z = 1.96
+"""Standard deviations of a normal distribution that hold 95 % of it."""
+
+
+def judgement(content: Content) -> Judgement | None:
+    """Return the verdict of a report; None for a report on several models that has none."""
+    given = of(content, "verdict")
+    if not given and is_of_many(content):
+        return None
+    listed = given.get("answers") or derived(content)
+    answers = tuple(_answer(content, entry, listed) for entry in listed)
+    asked = asked_table(given.get("asked") or ())
+    tone, headline = _headline(int(given.get("code") or 0), listed)
+    return Judgement(tone, headline, answers, asked)
+
+
+def _answer(content: Content, entry: Mapping[str, Any], listed: Sequence[Mapping[str, Any]]) -> Answer:
+    question, answer = str(entry["question"]), _known(entry.get("answer"))
+    is_good = any(each["question"] == AS_GOOD and each.get("answer") == YES for each in listed)
+    value = _VALUES[question](content) if question in _VALUES else ""
+    return Answer(
+        _TITLES.get(question, f"{question[:1].upper()}{question[1:]}?"),
+        TONES[answer],
+        answer.capitalize(),
+        value,
+        str(entry.get("text") or ""),
+        is_plain=question == PROVED and answer == YES and not is_good,  # alone it says nothing of the model's worth
+    )
+
+
+def _known(answer: Any) -> str:
+    return answer if answer in TONES else UNKNOWN
+
+
+def _headline(code: int, listed: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Return tone and text of the verdict in one line."""
+    by = {answer: [str(e["question"]) for e in listed if _known(e.get("answer")) == answer] for answer in TONES}
+    clauses = {
+        answer: [_CLAUSES.get(name, (name, f"not {name}", f"whether it is {name}"))[place] for name in by[answer]]
+        for place, answer in enumerate(TONES)
+    }
+    if code == _NOT_USABLE or PROVED in by[NO]:
+        return BAD, "Do not use this file: it does not compute what its plan says."
+    parts = [sentence(joined(clauses[NO]))] if clauses[NO] else []
+    parts += ["A target was not reached; this is the nearest result."] if code == _NOT_REACHED else []
+    parts += [f"Not known: {joined(clauses[UNKNOWN])}."] if clauses[UNKNOWN] else []
+    if by[NO] or code == _NOT_REACHED:
+        return BAD, " ".join(parts)
+    return (DOUBT, " ".join(parts)) if parts else (GOOD, sentence(joined(clauses[YES])))
+
+
+def asked_table(entries: Sequence[Mapping[str, Any]]) -> Sheet | None:
+    """Return a table of what was asked for against what was reached; None if nothing was asked for."""
+    if not entries:
+        return None
+    rows = tuple(
+        (
+            str(entry.get("kind") or ""),
+            _quantity(entry.get("asked"), entry.get("unit")),
+            _quantity(entry.get("got"), entry.get("unit")),
+            _MET.get(str(entry.get("is_met")), "? unknown"),
+        )
+        for entry in entries
+    )
+    return Sheet("", ("target", "asked", "reached", "met"), rows, words=(0, 3), is_wide=False)
+
+
+def _quantity(value: Any, unit: Any) -> str:
+    """Return a number with its unit; fractions of the original in percent."""
+    if value is None:
+        return MISSING
+    if not isinstance(value, int | float):
+        return str(value)
+    if str(unit or "").startswith("of "):
+        return f"{percent(value)} {unit}"
+    return f"{plain(value)} {unit or ''}".strip()
+
+
+# Figures beside the answers.
+
+
+def _speed_value(content: Content) -> str:
+    found = speed_of(content)
+    return "" if found is None else f"{faster(found[1].ratio)} as fast"
+
+
+def _good_value(content: Content) -> str:
+    values = scores_of(content)
+    if len(values) > 1 and compared_with(content) == LABELS:
+        metric = content["accuracy"]["metric"]
+        first, last = (score(metric, values[place][1]) for place in (0, -1))
+        return f"{first.removesuffix(' %')} → {last}"
+    found = of(content, "agreement")
+    return f"{percent(found['value'])} the same" if found.get("value") is not None else ""
+
+
+def _size_value(content: Content) -> str:
+    left = next((left for name, *_, left in costs_of(content) if name == "file"), "")
+    return f"{left} left" if left else ""
+
+
+_VALUES = {FASTER: _speed_value, AS_GOOD: _good_value, SMALLER: _size_value}
+"""Functions that return the key figure of a question."""
+
+
+# The verdict of a report without one.
+
+
+def derived(content: Content) -> list[dict[str, str]]:
+    """Return the answers that the measurements of a report without a verdict allow."""
+    found = {FASTER: _is_faster, AS_GOOD: _is_as_good, SMALLER: _is_smaller, PROVED: _is_proved}
+    pairs = ((question, answer(content)) for question, answer in found.items())
+    return [{"question": question, "answer": answer, "text": text} for question, (answer, text) in pairs]
+
+
+def _is_faster(content: Content) -> tuple[str, str]:
+    found = speed_of(content)
+    if found is None:
+        return UNKNOWN, "not measured"
+    before, after = found
+    text = f"{ms(before.p50)} → {ms(after.p50)} ms a run; {conditions(after.setting)}"
+    doubt = doubt_of(before, after)
+    if doubt:
+        return UNKNOWN, f"{text}; {doubt}"
+    return (YES if after.ratio < 1 else NO), text
+
+
+def _is_as_good(content: Content) -> tuple[str, str]:
+    values = scores_of(content)
+    if not values:
+        return UNKNOWN, agreement_text(content) or "no data was given to measure it on"
+    found = content["accuracy"]
+    metric, how_many = found["metric"], samples_text(found)
+    first, last = values[0][1], values[-1][1]
+    if compared_with(content) != LABELS:
+        text = f"{metric} {score(metric, last)} against {compared_with(content)}, {how_many}; the accuracy is unknown"
+        return UNKNOWN, text
+    if len(values) == 1:
+        return UNKNOWN, f"{metric} {score(metric, last)}; the original's is unknown; {how_many}"
+    loss = last - first if lower_is_better(found) else first - last
+    text = f"{metric}: {change(metric, first, last)}; {how_many} with labels"
+    return (YES if loss <= _chance(found, first, last) else NO), text
+
+
+def _chance(found: Content, first: float, last: float) -> float:
+    """Return the difference of two fractions of correct answers that chance explains; 0 for other metrics."""
+    samples = found.get("samples")
+    if found["metric"] not in ("top1", "top5") or not samples:
+        return 0.0
+    return _Z * math.sqrt(sum(max(0.0, value * (1 - value)) for value in (first, last)) / samples)
+
+
+def _is_smaller(content: Content) -> tuple[str, str]:
+    costs = {name: (before, after) for name, before, after, _ in costs_of(content)}
+    name = next((name for name in ("file", "parameters") if name in costs), None)
+    if name is None:
+        return UNKNOWN, "not measured"
+    before, after = costs[name]
+    return (YES if after < before else NO), f"{name}: {cost_text(name, before)} → {cost_text(name, after)}"
+
+
+def _is_proved(content: Content) -> tuple[str, str]:
+    found = of(content, "verification")
+    verdict = proof_of(found)
+    answer, text = _PROOFS[verdict]
+    if verdict == VERIFIED and not is_replay(found):
+        text = f"structure and removal proved; {found.get('trained')} weights have new values"
+    return answer, text
+
+
+# What else is at the top.
+
+
+def agreement_text(content: Content) -> str:
+    """Return how often the model agrees with the original, with its bound; empty if it was not measured."""
+    found = of(content, "agreement")
+    if found.get("value") is None:
+        return ""
+    measure = str(found.get("measure") or "same answer")
+    text = f"{measure} as the original: {percent(found['value'])} of {samples_text(found)}"
+    if found.get("low") is None:
+        return text
+    exact = " (exact, Clopper-Pearson)" if found.get("interval") == "Clopper-Pearson" else ""
+    exact = exact or (f" ({found['interval']})" if found.get("interval") else "")
+    confidence = 100 * number(found.get("confidence") or 0.95)
+    return f"{text}; with {confidence:g} % confidence at least {percent(found['low'])}{exact}"
+
+
+def lead(content: Content) -> str:
+    """Return what is left of the original, and the conditions under which the figures hold."""
+    if is_of_many(content):
+        return _sweep_lead(content)
+    costs = joined([f"{left} of the {name}" for name, _, _, left in costs_of(content) if name in _CARDS])
+    parts = [f"{costs} of the original are left."] if costs else []
+    shapes, fast = shapes_text(content), speed_of(content)
+    held = [*([f"inputs {shapes}"] if shapes else []), *([conditions(fast[1].setting)] if fast else [])]
+    parts += [f"All figures hold for {', '.join(held)}."] if held else []
+    return " ".join(parts)
+
+
+def _sweep_lead(content: Content) -> str:
+    """Return the range of the models of a sweep, and which one was chosen."""
+    found = content["sweep"]
+    points = [point for point in found.get("points") or () if point.get("ratio")]
+    made = [point for point in points if point.get("name") != "the original"]
+    if not made:
+        return ""
+    ratios = sorted(point["ratio"] for point in made)
+    parts = [f"{len(made)} models, from {faster(ratios[-1])} to {faster(ratios[0])} as fast as the original."]
+    for point in made:
+        if point.get("picked"):
+            metric = found.get("metric")
+            known = point.get("accuracy") is not None
+            scored = f", {metric} {score(metric, point['accuracy'])}" if known else ""
+            parts.append(f"Chosen: {point['name']}, {faster(point['ratio'])} as fast{scored}.")
+    return " ".join(parts if any(point.get("picked") for point in made) else [*parts, "None was chosen."])
+
+
+def cards(content: Content) -> Iterator[Card]:
+    """Yield a card for each cost."""
+    for name, before, after, left in costs_of(content):
+        if name in _CARDS:
+            detail = f"{cost_text(name, before)} → {cost_text(name, after)}"
+            yield Card(f"{_CARDS[name]} left", left, detail, after / before)

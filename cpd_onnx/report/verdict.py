@@ -1,0 +1,232 @@
+"""The verdict of a run: is the model faster, as good, smaller and proved; what was asked for, and what came of it.
+
+It is computed from the measurements in a report. Its code is the exit code of the command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+from cpd_onnx.data.metrics import lower_is_better
+from cpd_onnx.proof.comparison import INCONCLUSIVE, VERIFIED, WRONG
+from cpd_onnx.report.tables import bytes_text
+from cpd_onnx.runtime.providers import label
+from cpd_onnx.summary import count, share
+
+Content: TypeAlias = Mapping[str, Any]
+YesNo: TypeAlias = Literal["yes", "no", "unknown"]
+
+NOT_FASTER, NOT_AS_GOOD, WRONG_RESULT, TARGET_MISSED = 3, 4, 5, 6
+"""Codes of verdicts that are no success; 0 is success."""
+FASTER_RATIO = 0.95
+"""Ratio of the latencies up to which a model counts as faster."""
+USUAL_LOSS = {"labels": 0.05, "original": 0.1}
+"""Loss beyond which a model is not as good where no bound is given: of the metric, and of the answers that differ from
+the original's, most of which are equally right or wrong (heuristic)."""
+_MANY, _FEW = 30, 10
+"""Numbers of samples from which a loss counts as shown though chance could explain it, and below which a bootstrap says
+nothing (heuristics)."""
+_BUSY = 1.3
+"""Ratio of the 90th percentile of the run times to the median above which the machine counts as busy (heuristic)."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to one of the questions "faster", "as good", "smaller" and "proved".
+
+    Attributes:
+        question: The question.
+        answer: "yes", "no" or "unknown".
+        text: What was measured, in one sentence.
+        code: Exit code that the answer demands; 0 for none.
+    """
+
+    question: str
+    answer: YesNo
+    text: str
+    code: int = 0
+
+    def line(self) -> str:
+        """Return the answer as a line of text.
+
+        >>> Answer("faster", "no", "it takes 103 % of the time").line()
+        'NOT FASTER: it takes 103 % of the time'
+        """
+        heads = {"yes": self.question, "no": f"not {self.question}".upper(), "unknown": f"{self.question}? unknown"}
+        return f"{heads[self.answer]}: {self.text}"
+
+
+def answers(content: Content) -> list[Answer]:
+    """Return the answers that the measurements of a run give."""
+    return [_faster(content), _as_good(content), _smaller(content), _proved(content)]
+
+
+def verdict(content: Content) -> dict[str, Any]:
+    """Return the verdict of a run as plain values: its code, the answers, and the targets asked for and reached."""
+    found, asked = answers(content), [dict(row) for row in content.get("asked") or ()]
+    is_missed = any(not row["is_met"] for row in asked) and not content.get("is_bounded")
+    codes = {answer.code for answer in found} | ({TARGET_MISSED} if is_missed else set())
+    order = (WRONG_RESULT, NOT_AS_GOOD, NOT_FASTER, TARGET_MISSED)
+    return {
+        "code": next((code for code in order if code in codes), 0),
+        "answers": [{"question": a.question, "answer": a.answer, "text": a.text} for a in found],
+        "asked": asked,
+    }
+
+
+def lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a verdict as lines of text, with the targets that were missed or gave way to the bound of the loss."""
+    for entry in found["answers"]:
+        yield Answer(entry["question"], entry["answer"], entry["text"]).line()
+    for row in found["asked"]:
+        if not row["is_met"]:
+            head = "TARGET MISSED" if found["code"] == TARGET_MISSED else "target not reached"
+            yield f"{head}: {asked_text(row)}"
+
+
+def asked_text(row: Mapping[str, Any]) -> str:
+    """Return one row of the targets as text.
+
+    >>> asked_text({"kind": "latency", "asked": 0.5, "got": 0.7, "unit": "of the original", "is_met": False})
+    'latency: asked for 0.5, got 0.7 of the original'
+    """
+    return f"{row['kind']}: asked for {row['asked']:.4g}, got {row['got']:.4g} {row['unit']}".rstrip()
+
+
+# Faster?
+
+
+def _faster(content: Content) -> Answer:
+    timings = list((content.get("bench") or {}).get("timings") or ())
+    if len(timings) > 1:
+        return _of_ratio(timings[1]["ratio"], _timing_text(timings), content)
+    measured = (content.get("latency") or {}).get("measured")
+    if measured is not None:
+        return _of_ratio(measured, f"it takes {100 * measured:.1f} % of the original's time", content)
+    return Answer("faster", "unknown", "the latency was not measured")
+
+
+def _of_ratio(ratio: float, text: str, content: Content) -> Answer:
+    if ratio <= FASTER_RATIO:
+        return Answer("faster", "yes", f"{1 / ratio:.2f} times as fast as the original; {text}")
+    why = content.get("slow_because")
+    code = NOT_FASTER if content.get("checks_speed", True) else 0
+    return Answer("faster", "no", f"{text}{f': {why}' if why else ''}", code)
+
+
+def _timing_text(timings: Sequence[Mapping[str, Any]]) -> str:
+    before, after = timings[0], timings[1]
+    setting = after["setting"]
+    threads = setting["threads"] or "all"
+    where = f"{label(str(setting['provider']))}, threads: {threads}"
+    text = f"{before['p50']:.3g} ms -> {after['p50']:.3g} ms, {100 * after['ratio']:.1f} % of the time ({where})"
+    is_busy = any(row["p90"] > _BUSY * row["p50"] for row in (before, after))
+    return f"{text}; the machine was busy, measure again" if is_busy else text
+
+
+# As good?
+
+
+def _as_good(content: Content) -> Answer:
+    if content.get("is_lossless"):
+        return Answer("as good", "yes", "only channels that change no output were removed")
+    labels, compared = _label_loss(content), content.get("agreement")
+    if labels is not None or compared:
+        found = _of_labels(content, *labels) if labels is not None else _of_agreement(content, compared or {})
+        return replace(found, code=0) if content.get("is_unbounded") else found
+    if content.get("is_blind"):
+        return Answer("as good", "unknown", "without data, the accuracy is unknown and probably lost")
+    return Answer("as good", "unknown", "no data was given to measure it on")
+
+
+def _bound(content: Content, kind: str) -> float:
+    given = content.get("max_loss")
+    return USUAL_LOSS[kind] if given is None else float(given)
+
+
+def _label_loss(content: Content) -> tuple[float, float, float] | None:
+    """Return the metric of the original and of the model on labelled data, and the loss; None without labels."""
+    accuracy = content.get("accuracy") or {}
+    values = list((accuracy.get("values") or {}).values())
+    if accuracy.get("on") != "labels" or len(values) < 2:
+        return None
+    first, last = values[0], values[-1]
+    return first, last, (last - first) if lower_is_better(accuracy) else first - last
+
+
+def _of_labels(content: Content, first: float, last: float, loss: float) -> Answer:
+    accuracy = content["accuracy"]
+    samples = f" on {accuracy['samples']} labelled samples" if accuracy.get("samples") else ""
+    text = f"{accuracy['metric']} {first:.4g} -> {last:.4g}{samples}"
+    bound, chance = _bound(content, "labels"), accuracy.get("chance")
+    if chance is not None and not lower_is_better(accuracy) and last - chance < 0.2 * max(0.0, first - chance):
+        return Answer("as good", "no", f"{text}, near chance ({chance:.4g})", NOT_AS_GOOD)
+    # Metrics that are no fractions, such as a mean squared error, have a bound relative to the original's score.
+    unit = abs(first) if lower_is_better(accuracy) and content.get("max_loss") is None else 1.0
+    if loss > bound * unit + 1e-12:
+        return Answer("as good", "no", f"{text}: more than {bound:g} is lost", NOT_AS_GOOD)
+    return Answer("as good", "yes", f"{text}, within {bound:g}")
+
+
+def _of_agreement(content: Content, found: Mapping[str, Any]) -> Answer:
+    bound = _bound(content, "original")
+    where = "" if found["is_held_out"] else "; nothing was held out, so the samples are those that it was fitted to"
+    text = (
+        f"{agreement_text(found)}, {100 * found['value']:.1f} % of {found['samples']} samples"
+        if found["task"] == "classification"
+        else f"{agreement_text(found)}, {found['value']:.4g} on {found['samples']} samples"
+    ) + where
+    skill, least = found["value"] - found["chance"], 1 - bound - 1e-12
+    if found["chance"] > 1 - 1e-9:
+        return Answer("as good", "unknown", f"{text}; the original answers all samples alike, which shows nothing")
+    is_shown = found["high"] < least or found["samples"] >= _MANY
+    if is_shown and skill < 0.2 * (1 - found["chance"]):
+        return Answer("as good", "no", f"{text}; a constant answer reaches {found['chance']:.4g}", NOT_AS_GOOD)
+    if is_shown and found["value"] < least:
+        return Answer("as good", "no", f"{text}: more than {bound:g} is lost", NOT_AS_GOOD)
+    if found["low"] < least or (found["interval"] != "Clopper-Pearson" and found["samples"] < _FEW):
+        return Answer(
+            "as good", "unknown", f"{text}; more samples are needed to tell whether at most {bound:g} is lost"
+        )
+    return Answer("as good", "yes" if found["is_held_out"] else "unknown", text)
+
+
+def agreement_text(found: Mapping[str, Any]) -> str:
+    """Return an agreement with its bound as text, see `Agreement.as_json`."""
+    tail = f"({100 * found['confidence']:.0f} % confidence, n = {found['samples']})"
+    if found["task"] == "classification":
+        return f"answers like the original on at least {100 * found['low']:.1f} % of such inputs {tail}"
+    return f"{found['measure']} with the original of at least {found['low']:.4g} {tail}"
+
+
+# Smaller?
+
+
+def _smaller(content: Content) -> Answer:
+    before, after, sizes = content["before"], content["after"], content.get("bytes")
+    macs = f"{share(after['macs'], before['macs'])} of the MACs" if before["macs"] else ""
+    params = f"{share(after['params'], before['params'])} of the parameters"
+    text = " and ".join(filter(None, (macs, params)))
+    if sizes is None:
+        is_smaller = after["params"] < before["params"]
+        return Answer("smaller", "yes" if is_smaller else "no", f"{count(after['params'])} parameters, {text}")
+    file = f"file {bytes_text(sizes['before'])} -> {bytes_text(sizes['after'])}, {text} left"
+    return Answer("smaller", "yes" if sizes["after"] < sizes["before"] else "no", file)
+
+
+# Proved?
+
+
+def _proved(content: Content) -> Answer:
+    found = content.get("verification")
+    if not found:
+        return Answer("proved", "unknown", "the proof was skipped")
+    result = found.get("verdict", VERIFIED if found.get("passed", True) else WRONG)
+    if result == WRONG:
+        return Answer("proved", "no", "it does not compute what its plan says: do not use it", WRONG_RESULT)
+    if result == INCONCLUSIVE:
+        return Answer("proved", "unknown", "the inputs that were tried do not show whether its structure is right")
+    text = f"its structure equals the original's with the removed channels masked, to {found['difference']:.1e}"
+    return Answer("proved", "yes", text)
