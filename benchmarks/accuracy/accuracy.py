@@ -38,6 +38,9 @@ from cpd_onnx.channels.combing import comb
 from cpd_onnx.channels.costs import CostModel
 from cpd_onnx.ir.model import load
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.support.runs import plain
+
 HERE = Path(__file__).parents[1]
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation of ImageNet's channels, red first, on a scale of 1."""
@@ -120,8 +123,11 @@ def prepared(x: np.ndarray, name: str) -> np.ndarray:
 
 
 def command(*arguments: Any) -> Any:
-    """Run `cpd-onnx` and return the JSON that it prints; None without `--json`."""
-    line = [sys.executable, "-m", "cpd_onnx", *map(str, arguments)]
+    """Run `cpd-onnx` and return the JSON that it prints; None without `--json`.
+
+    Channels are chosen for the given target alone: nothing is held out, rounded, timed or bounded.
+    """
+    line = [sys.executable, "-m", "cpd_onnx", *plain(arguments)]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(line[2:])}: {done.stderr}")

@@ -26,6 +26,9 @@ from accuracy import HERE, images, prepared
 from cpd_onnx.ir.model import load
 from cpd_onnx.runtime.bench import machine
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.support.runs import plain
+
 
 @dataclass(frozen=True)
 class Case:
@@ -66,10 +69,9 @@ def data_of(case: Case, folder: Path, work: Path) -> list[str]:
 
 def row(case: Case, folder: Path, work: Path) -> dict[str, Any]:
     original, small = folder / "onnx" / f"{case.model}.onnx", work / f"{case.model}_small.onnx"
-    line = [sys.executable, "-m", "cpd_onnx", "compress", str(original), "-o", str(small)]
-    target = [*case.target, *data_of(case, folder, work)]
+    words = plain(["compress", original, "-o", small, *case.target, *data_of(case, folder, work)])
     started = time.perf_counter()
-    subprocess.run([*line, *target], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "cpd_onnx", *words], check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - started
     judge = [sys.executable, str(HERE / "accuracy" / "independent.py"), str(original), str(small)]
     judge += ["--data", str(work / "test.npz"), "--metric", case.metric] if case.data else []

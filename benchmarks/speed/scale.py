@@ -29,6 +29,7 @@ from onnx import NodeProto, TensorProto, helper
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.accuracy.accuracy import HERE, commit
+from tests.support.runs import plain
 
 LAYER_BYTES = 12 * 4
 """Bytes of a layer divided by the square of its width: twelve float32 matrices."""
@@ -162,7 +163,7 @@ def row(work: Path, gigabytes: float) -> dict[str, Any]:
         found["copy"] = measured(sys.executable, "-c", COPY, folder / "copy", *files)
         for file in (folder / "copy").iterdir():
             file.unlink()
-        found["prune"] = measured(*tool, "prune", files[0], "-o", small, "--no-verify")
+        found["prune"] = measured(*tool, *plain(["prune", files[0], "-o", small, "--no-verify"]))
         found["verify"] = measured(*tool, "verify", files[0], small)
     return found
 
@@ -173,7 +174,8 @@ def nodes_row(work: Path, count: int) -> dict[str, Any]:
         model, tool = Path(name) / "chain.onnx", (sys.executable, "-m", "cpd_onnx")
         chain(model, count)
         found = {"inspect": measured(*tool, "inspect", model)}
-        found["prune"] = measured(*tool, "prune", model, "-o", Path(name) / "small.onnx", "--no-verify")
+        words = ["prune", model, "-o", Path(name) / "small.onnx", "--no-verify"]
+        found["prune"] = measured(*tool, *plain(words))
         found["verify"] = measured(*tool, "verify", model, Path(name) / "small.onnx")
     return found
 

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
+
 import shtab
 
-from cpd_onnx.cli.arguments import actions_of, command_line
+from cpd_onnx.cli.arguments import actions_of, command_line, shortened
+from cpd_onnx.options import Option
 
 
 def script(shell: str) -> str:
-    """Return the script that completes commands, options, choices and paths in "bash", "zsh" or "tcsh"."""
+    """Return the script that completes commands, options, their values and paths in a shell of `SHELLS`."""
     parser = command_line()
     for action in actions_of(parser):
-        option = getattr(action, "option", None)
+        if action.help != argparse.SUPPRESS:
+            action.help = shortened(action).help
+        option: Option | None = getattr(action, "option", None)
         if action.metavar == "FOLDER":
             action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]  # shtab reads this attribute
+        elif option is not None and option.suffixes:
+            patterns = (f"*{suffix}" for suffix in option.suffixes)
+            action.complete = shtab.glob(*patterns)  # type: ignore[attr-defined]  # likewise
         elif option is not None and option.takes in ("file", "data"):
             action.complete = shtab.FILE  # type: ignore[attr-defined]  # likewise
+        elif option is not None and option.suggested:
+            action.choices = option.suggested
     return str(shtab.complete(parser, shell=shell))

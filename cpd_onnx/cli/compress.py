@@ -13,9 +13,6 @@ from cpd_onnx.workflow.requests import Compress
 def show(request: Compress, content: Mapping[str, Any]) -> None:
     """Print the costs, latency, accuracy and proof of the compressed model."""
     measured = []
-    if content["bench"] is not None:
-        before, after = (entry["p50"] for entry in content["bench"]["timings"][:2])
-        measured.append(f"median latency {before:.2f} ms -> {after:.2f} ms: {before / after:.2f} times faster")
     if content["accuracy"] is not None:
         accuracy = content["accuracy"]
         values = ", ".join(f"{name} {value:.4f}" for name, value in accuracy["values"].items())

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +18,18 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, Task, TextColumn, 
 from rich.text import Text
 
 from cpd_onnx.errors import CpdError
-from cpd_onnx.io.streams import output_error, printable, write_stdout
+from cpd_onnx.io.progress import ProgressEvent, reporting
+from cpd_onnx.io.streams import output_error, print_error, printable, write_stdout
 from cpd_onnx.ir.model import load
 from cpd_onnx.report import tables as report
+from cpd_onnx.report import verdict
 from cpd_onnx.runtime.sessions import open_model, working_feeds
 from cpd_onnx.shapes.inference import fold
 from cpd_onnx.workflow.places import STDOUT, json_text
-from cpd_onnx.workflow.requests import Observer, Request
+from cpd_onnx.workflow.requests import Request
 
+_LINE_SECONDS = 10.0
+"""Seconds between lines of progress where standard error is not a terminal; a heuristic."""
 _PIPE_WIDTH = 120
 """Width of tables, in columns, where standard output is not a terminal; a heuristic."""
 
@@ -88,7 +95,26 @@ def print_result(content: Mapping[str, Any], *measured: str, written: Iterable[o
     print_lines(*measured, *(f"note: {note}" for note in (*content["notes"], *content.get("advice", ()))))
     if content["repaired"] is not None:
         print_lines(report.repair_line(content["repaired"]))
-    print_lines(report.proof_line(content["verification"]), f"wrote {', '.join(map(str, written))}")
+    print_lines(report.proof_line(content["verification"]), f"wrote {', '.join(map(str, written))}", "")
+    print_lines(*verdict.lines(content["verdict"]))
+
+
+class _OnStderr(logging.Handler):
+    """Prints what the workflow logs before the work; warnings in red."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one message as a line."""
+        is_warning = record.levelno >= logging.WARNING
+        text = f"warning: {record.getMessage()}" if is_warning else record.getMessage()
+        err.print(text, soft_wrap=True, style="red" if is_warning else None)
+
+
+def log_to_stderr(*, visible: bool) -> None:
+    """Print what the workflow logs on standard error, or nowhere if it is not to be seen."""
+    logger = logging.getLogger("cpd_onnx.workflow")
+    logger.handlers = [_OnStderr() if visible else logging.NullHandler()]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def printed_json(request: Request, content: Mapping[str, Any]) -> bool:
@@ -99,23 +125,98 @@ def printed_json(request: Request, content: Mapping[str, Any]) -> bool:
     return True
 
 
-class _Description(TextColumn):
-    """Column that shows the description of a task with its markup unparsed."""
+class Words(TextColumn):
+    """Column that shows a field of a task with its markup unparsed and its control characters escaped."""
 
     def render(self, task: Task) -> Text:
-        """Return the description of a task with its control characters escaped."""
-        return Text(printable(task.description))
+        """Return the text of the field."""
+        return Text(printable(self.text_format.format(task=task)))
 
 
-def progress_line(*columns: BarColumn) -> Progress:
-    """Return a progress line on standard error, disabled where that is not a terminal."""
-    shown = (SpinnerColumn(), _Description(""), *columns, TimeElapsedColumn())
-    return Progress(*shown, console=err, transient=True, disable=not err.is_terminal)
+class _Line:
+    """The progress line of a terminal, on standard error."""
+
+    def __init__(self) -> None:
+        columns = (SpinnerColumn(), Words("{task.description}"), BarColumn(), Words("{task.fields[rest]}"))
+        self._progress = Progress(*columns, TimeElapsedColumn(), console=err, transient=True)
+        self._task = self._progress.add_task("", total=None, rest="")
+
+    def __call__(self, event: ProgressEvent) -> None:
+        """Show an event."""
+        self._progress.update(
+            self._task, description=event.title, rest=event.rest, completed=event.done, total=event.total
+        )
+
+    def __enter__(self) -> _Line:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+
+class _Lines:
+    """Lines on standard error where that is no terminal: the latest event, every `_LINE_SECONDS`."""
+
+    def __init__(self) -> None:
+        self._latest: ProgressEvent | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._print, daemon=True)
+
+    def __call__(self, event: ProgressEvent) -> None:
+        """Remember an event."""
+        self._latest = event
+
+    def _print(self) -> None:
+        while not self._ended.wait(_LINE_SECONDS):
+            if self._latest is not None:
+                print_error(str(self._latest))
+
+    def __enter__(self) -> _Lines:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+class _Durations:
+    """Lines on standard error with the duration of each step that has ended, for `--log-level debug`."""
+
+    def __init__(self, shown: Callable[[ProgressEvent], None]) -> None:
+        self._shown, self._title, self._began = shown, "", time.perf_counter()
+
+    def __call__(self, event: ProgressEvent) -> None:
+        """Show an event, and the duration of the step before it if it is the first of a step."""
+        if event.title != self._title:
+            self.end()
+            self._title = event.title
+        self._shown(event)
+
+    def end(self) -> None:
+        """Print the duration of the step that has just ended."""
+        now = time.perf_counter()
+        if self._title:
+            print_error(f"{self._title}: {now - self._began:.2f} s")
+        self._title, self._began = "", now
 
 
 @contextlib.contextmanager
-def observed(step: str, *, visible: bool = True) -> Iterator[Observer]:
-    """Yield an observer that updates a progress line, which first shows `step`."""
-    with progress_line(BarColumn()) as line:
-        task = line.add_task(step, total=None, visible=visible)
-        yield lambda now, done, total: line.update(task, description=now, completed=done, total=total)
+def observed(request: Request, *, is_visible: bool = True) -> Iterator[None]:
+    """Show the progress of the block on standard error, beginning with the step "read".
+
+    On a terminal it is one line that changes; elsewhere a line every ten seconds, and none in a shorter run.
+    """
+    if request.log_level == "quiet" or not is_visible:
+        yield
+        return
+    with _Line() if err.is_terminal else _Lines() as shown:
+        durations = _Durations(shown) if request.log_level == "debug" else None
+        with reporting(durations or shown) as notify:
+            notify("read")
+            try:
+                yield
+            finally:
+                if durations:
+                    durations.end()

@@ -33,7 +33,7 @@ def _steps_table(content: dict[str, Any]) -> Table:
     """Return a table of the steps: how far the outputs of each differ from those of the previous step."""
     title = "Output difference of each step from the previous one"
     table = report.table_of(
-        title, "step", "description", "largest / range", "RMS / std", "same answer", "bytes", "seconds"
+        title, "step", "description", "largest / range", "RMS / range", "same answer", "bytes", "seconds"
     )
     table.columns[1].justify = "left"
     for step in content["steps"]:
@@ -41,7 +41,7 @@ def _steps_table(content: dict[str, Any]) -> Table:
         cells = ["not compared", "", ""]
         if difference is not None:
             agreement = "" if difference["agreement"] is None else f"{100 * difference['agreement']:.1f} %"
-            numbers = (difference[name] for name in ("largest", "typical"))
+            numbers = (difference[name] for name in ("largest", "of_range"))
             cells = [*("not finite" if number is None else f"{number:.2g}" for number in numbers), agreement]
         table.add_row(step["name"], step["what"], *cells, count(step["bytes"]), f"{step['seconds']:.2f}")
     return table

@@ -11,37 +11,50 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpd_onnx.budget.latency import LatencyProbe, measure_table
-from cpd_onnx.budget.widths import held_groups
+from cpd_onnx.budget import foreign
+from cpd_onnx.budget.latency import CostTable, LatencyProbe, measure_table
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.cli import compress as cli_compress
 from cpd_onnx.cli import demo
 from cpd_onnx.cli import deploy as cli_deploy
+from cpd_onnx.cli import inspect as cli_inspect
 from cpd_onnx.cli import sweep as cli_sweep
 from cpd_onnx.cli import verify as cli_verify
 from cpd_onnx.cli.arguments import command_line, request_of
-from cpd_onnx.cli.console import fault_of, observed, out, print_lines, print_result, printed_json
-from cpd_onnx.data.open import FORMS
-from cpd_onnx.errors import REPORT_BUG, CpdError, DataError, InconclusiveError, OutputError, ProofError, StoppedError
-from cpd_onnx.io.files import commit_together
+from cpd_onnx.cli.console import fault_of, log_to_stderr, observed, out, print_lines, print_result, printed_json
+from cpd_onnx.errors import (
+    REPORT_BUG,
+    CpdError,
+    InconclusiveError,
+    LossError,
+    NotFasterError,
+    OutputError,
+    ProofError,
+    StoppedError,
+)
+from cpd_onnx.io.files import commit_together, write_atomically
+from cpd_onnx.io.progress import advance, announce, step
 from cpd_onnx.io.streams import PIPE_CLOSED, flush_stdout, print_error, redirect_to_null, write_stdout
-from cpd_onnx.options import picked
-from cpd_onnx.passes import sensitivity
 from cpd_onnx.proof.files import data_feeds
 from cpd_onnx.report import figures as plots
 from cpd_onnx.report import tables as report
+from cpd_onnx.report.verdict import NOT_AS_GOOD, NOT_FASTER, WRONG_RESULT
 from cpd_onnx.rules import supported_operators, unsupported_operators
+from cpd_onnx.runtime import bench as benchmark
 from cpd_onnx.runtime.bench import Setting, bench
-from cpd_onnx.scores.registry import score
+from cpd_onnx.runtime.sessions import Method
+from cpd_onnx.runtime.times import read_times, runner_source
 from cpd_onnx.summary import Summary
 from cpd_onnx.workflow.api import run as carry_out
 from cpd_onnx.workflow.compress_files import page_kinds, write_page
 from cpd_onnx.workflow.distill import is_first_process
 from cpd_onnx.workflow.evidence.reproduce import require_same
 from cpd_onnx.workflow.places import read_model, require_apart, require_outputs, source_of, write_json
+from cpd_onnx.workflow.prune import require_conclusive
 from cpd_onnx.workflow.requests import (
     Apply,
+    Audit,
     Bench,
     Completion,
     Compress,
@@ -57,8 +70,10 @@ from cpd_onnx.workflow.requests import (
     VerifyFile,
 )
 
-_EXIT_CODES: dict[type[Exception], int] = {InconclusiveError: 4, ProofError: 5}
-"""Exit codes of the two verdicts of a proof that are failures; every other error ends with 1."""
+_EXIT_CODES: dict[type[Exception], int] = {
+    NotFasterError: NOT_FASTER, LossError: NOT_AS_GOOD, InconclusiveError: NOT_AS_GOOD, ProofError: WRONG_RESULT,
+}  # fmt: skip  # a table
+"""Exit codes of verdicts that are failures; every other error ends with 1."""
 _LINE = 1000
 """Length of an error message, in characters, above which its middle is cut out; a heuristic."""
 _NO_MEMORY = re.compile("can't allocate memory|bad_alloc|can't start new thread|failed to allocate", re.IGNORECASE)
@@ -70,8 +85,8 @@ _MODELS = ("model", "original", "pruned", "teacher", "student")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0: success, with every required proof; 1: an error that the user can act on; 2, from argparse: a usage error; 4: the
-    proof is inconclusive; 5: the proof shows that the result is wrong; 130: interrupted by a signal; 141, as for a
+    0: success, with every required proof; 1: an error that the user can act on; 2, from argparse: a usage error; 3 to
+    6: a verdict that is no success, see `report.verdict`; 130: interrupted by a signal; 141, as for a
     program that SIGPIPE ends: the reader of standard output closed it.
     """
     ended: SystemExit | None = None
@@ -97,7 +112,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     try:
         typed = command_line().parse_args(arguments)
         request = request_of(typed)
-        _COMMANDS[type(request)](request)
+        code = _COMMANDS[type(request)](request) or 0
     except OutputError:
         raise
     except StoppedError as error:
@@ -111,7 +126,7 @@ def _run(arguments: Sequence[str] | None) -> int:
             _show_traceback(error)
         print_error(f"error: {_one_line(_complaint(error, request))}")
         return next((code for kind, code in _EXIT_CODES.items() if isinstance(error, kind)), 1)
-    return 0
+    return code
 
 
 def _complaint(error: Exception, request: Any) -> str:
@@ -155,49 +170,6 @@ def _one_line(text: str) -> str:
     return line if len(line) <= _LINE else f"{line[: _LINE // 2]}…{line[-_LINE // 2 + 1 :]}"
 
 
-def _inspect(request: Inspect) -> None:
-    require_outputs(request)
-    if request.plot is not None:
-        plots.require(request.plot)
-    if request.sensitivity != (request.data is not None) or (request.plot and not request.sensitivity):
-        raise DataError(f"--sensitivity needs samples, and --data and --plot need --sensitivity: give --data, {FORMS}")
-    model = read_model(request.model, request.input_shapes)
-    combed = comb(model, request.input_shapes)
-    content = report.inspection(combed, sorted(held_groups(combed, request.keep)))
-    found = _sensitivity(combed, request) if request.sensitivity else {}
-    if found:
-        content["sensitivity"] = {"error": sensitivity.ERROR, "groups": sensitivity.as_json(found)}
-    with commit_together():
-        if request.plot and found:
-            curves = {name: [(p.width, p.error) for p in points] for name, points in found.items()}
-            plots.sensitivity(curves, sensitivity.ERROR).write(request.plot, overwrite=request.force)
-        write_json(request, content)
-    if printed_json(request, content):
-        return
-    print_lines(f"{request.model.name}: {report.costs_line(content['costs'])}")
-    out.print(report.groups_table(content))
-    out.print(report.frozen_table(content["kept"]))
-    out.print(f"{100 * content['prunable_fraction']:.1f} % of the weights lie on a prunable axis")
-    for operator, node in content["without_rule"].items():
-        print_lines(f"no rule for {operator} (at {node}): its channels are frozen")
-    if found:
-        out.print(report.sensitivity_table(content["sensitivity"]))
-
-
-def _sensitivity(combed: Combed, request: Inspect) -> dict[str, tuple[sensitivity.Point, ...]]:
-    """Return the output errors at several widths of each group, by group name."""
-    source = source_of(request.data, combed.folded.model, request)
-    assert source is not None
-    chosen = picked(sensitivity.SensitivityOptions, request)
-    total = len(combed.groups)
-    with observed("score") as observer:
-        scores = score(combed, request.score, data=source)
-        names = iter(range(1, total + 1))
-        return sensitivity.sensitivity(
-            combed, scores, source, chosen, observer=lambda group: observer(group.name, next(names), total)
-        )
-
-
 def _show_pruned(_: Prune, content: dict[str, Any]) -> None:
     pruned = (
         f"{content['groups_pruned']} of {content['groups']} groups pruned, {len(content['edits'])} edits, "
@@ -236,10 +208,47 @@ def _show_reproduced(_: Reproduce, content: dict[str, Any]) -> None:
     print_lines(*(f"{row['file']}: {'identical' if row['same'] else 'DIFFERENT'}" for row in content["files"]))
 
 
+def _show_audit(request: Audit, content: dict[str, Any]) -> None:
+    cli_verify.show(content["verification"])
+    original = content["original"]
+    left = "" if original["is_included"] else f"; the original is not included, its SHA-256 is {original['sha256']}"
+    print_lines(*(f"note: without {what}" for what in content["missing"]))
+    print_lines(f"wrote {request.output} with {len(content['files'])} files and their SHA-256{left}")
+
+
+def _require_audited(content: dict[str, Any]) -> None:
+    require_conclusive(content["verification"])
+
+
 def _bench(request: Bench) -> None:
     require_outputs(request)
+    given = {"models": request.models, "--from": request.times, "--runner": request.runner}
+    if sum(map(bool, given.values())) != 1:
+        raise CpdError("bench takes either models to measure, or --from, or --runner: see cpd-onnx bench --help")
     if request.plot is not None:
         plots.require(request.plot)
+    if request.runner is not None:
+        write_atomically(request.runner, runner_source().encode())
+        print_lines(f"wrote {request.runner}; how to build and run it stands at its top")
+        return
+    found = read_times(request.times) if request.times else _measured(request)
+    with commit_together():
+        if request.plot is not None:
+            plots.bench(found).write(request.plot, overwrite=request.force)
+        if request.csv is not None:
+            write_atomically(request.csv, found.csv().encode())
+        write_json(request, found.as_json())
+    if printed_json(request, found.as_json()):
+        return
+    out.print(report.summary_table(found.latency_summary()))
+    print_lines(found.method_text())
+    if found.profiles:
+        out.print(report.profiles_table(found))
+        out.print(report.summary_table(found.memory_summary()))
+    print_lines(*(f"wrote {path}" for path in (request.plot, request.csv) if path is not None))
+
+
+def _measured(request: Bench) -> benchmark.Bench:
     first = read_model(request.models[0], request.input_shapes)
     source = source_of(request.data, first, request)
     feed = None if source is None else next(iter(data_feeds(first, source, 1)))
@@ -249,43 +258,49 @@ def _bench(request: Bench) -> None:
         for threads in request.threads
         for batch in request.batch
     ]
-    found = bench(
-        request.models,
-        settings=settings,
-        seconds=request.seconds,
-        input_shapes=dict(request.input_shapes),
-        feed=feed,
-    )
-    with commit_together():
-        if request.plot is not None:
-            plots.bench(found).write(request.plot, overwrite=request.force)
-        write_json(request, found.as_json())
-    if not printed_json(request, found.as_json()):
-        out.print(report.summary_table(found.latency_summary()))
-        out.print(report.profiles_table(found))
-        out.print(report.summary_table(found.memory_summary()))
-        if request.plot is not None:
-            print_lines(f"wrote {request.plot}")
+    with observed(request):
+        announce("latency")
+        return bench(
+            request.models,
+            settings=settings,
+            seconds=request.seconds,
+            input_shapes=dict(request.input_shapes),
+            feed=feed,
+            method=Method(request.warmup, request.runs, request.io_binding),
+        )
 
 
 def _latency(request: Latency) -> None:
-    written = require_outputs(request, request.output)
+    if (request.output is None) == (request.template is None):
+        raise CpdError("latency takes -o FILE for a cost table, or --template FILE for the widths to time elsewhere")
+    if request.source is not None and request.timings is None:
+        raise CpdError("--source says where --timings come from: give both")
+    written = require_outputs(request, *([request.output] if request.output else []))
     model = read_model(request.model, request.input_shapes)
     require_apart(written, model)
     combed = comb(model, request.input_shapes)
-    setting = Setting(request.latency_batch, request.latency_threads, request.latency_provider)
-    with observed("measure") as observer:
-        table = measure_table(
-            LatencyProbe(combed, setting),
-            seed=request.seed,
-            observer=lambda done, of: observer("measure", done, of),
-        )
+    if request.template is not None:
+        write_atomically(request.template, foreign.template(combed).encode())
+        print_lines(f"wrote {request.template}: fill in the times in milliseconds, and give it to --timings")
+        return
+    assert request.output is not None
+    table = _table(request, combed)
     with commit_together():
         table.save(request.output)
         write_json(request, table.as_json())
     if not printed_json(request, table.as_json()):
-        out.print(report.latency_table(table))
+        out.print(report.kernels_table(table) if request.timings else report.latency_table(table))
         print_lines(f"wrote {request.output}")
+
+
+def _table(request: Latency, combed: Combed) -> CostTable:
+    setting = Setting(request.latency_batch, request.latency_threads, request.latency_provider)
+    if request.timings is not None:
+        return foreign.table_from(combed, request.timings, setting, request.source)
+    with observed(request):
+        announce("cost table")
+        with step("cost table", is_whole=True):
+            return measure_table(LatencyProbe(combed, setting), seed=request.seed, observer=advance)
 
 
 def _demo(request: Demo) -> None:
@@ -294,8 +309,8 @@ def _demo(request: Demo) -> None:
     pages = [folder / f"report.{kind}" for kind in page_kinds()]
     if request.out is not None and request.out.is_dir():
         require_outputs(request, *pages)
-    with observed("") as observer:
-        content = demo.run(request, folder, lambda what: observer(what, 0, None))
+    with observed(request):
+        content = demo.run(request, folder)
     for page in pages:
         write_page(page, content["report"])
     write_json(request, content)
@@ -325,36 +340,40 @@ class _Work:
     """A command that `workflow.api.run` carries out.
 
     Attributes:
-        first_step: Description on the progress line until the workflow reports another one.
         show: Prints the result, unless it was printed as JSON.
         require: Raises CpdError if the result is a failure.
     """
 
-    first_step: str
     show: Callable[[Any, dict[str, Any]], None]
     require: Callable[[dict[str, Any]], None] = lambda _: None
 
-    def __call__(self, request: Any) -> None:
-        """Carry out a request and print its result; only the first process of a training run prints."""
-        with observed(self.first_step, visible=is_first_process()) as observer:
-            content = carry_out(request, observer)
+    def __call__(self, request: Any) -> int:
+        """Carry out a request, print its result and return the code of its verdict.
+
+        Only the first process of a training run prints.
+        """
+        log_to_stderr(visible=is_first_process())
+        with observed(request, is_visible=is_first_process()):
+            content = carry_out(request)
         if content is None:
-            return
+            return 0
         if not printed_json(request, content):
             self.show(request, content)
         self.require(content)
+        return int((content.get("verdict") or {}).get("code", 0))
 
 
-_COMMANDS: dict[type, Callable[[Any], None]] = {
-    Inspect: _inspect,
-    Prune: _Work("read", _show_pruned),
+_COMMANDS: dict[type, Callable[[Any], int | None]] = {
+    Inspect: _Work(cli_inspect.show, cli_inspect.require_read),
+    Prune: _Work(_show_pruned),
     VerifyFile: cli_verify.run,
-    Apply: _Work("apply", _show_applied),
-    Distill: _Work("distill", _show_distilled),
-    Compress: _Work("comb, score, prune", cli_compress.show),
-    Reproduce: _Work("compare", _show_reproduced, require_same),
-    Sweep: _Work("comb and score", cli_sweep.show),
-    Deploy: _Work("read", cli_deploy.show),
+    Apply: _Work(_show_applied),
+    Distill: _Work(_show_distilled),
+    Compress: _Work(cli_compress.show),
+    Reproduce: _Work(_show_reproduced, require_same),
+    Audit: _Work(_show_audit, _require_audited),
+    Sweep: _Work(cli_sweep.show),
+    Deploy: _Work(cli_deploy.show),
     Bench: _bench,
     Latency: _latency,
     Demo: _demo,

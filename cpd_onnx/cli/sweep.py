@@ -28,12 +28,21 @@ def show(request: Sweep, content: Mapping[str, Any]) -> None:
 
 def _table(found: Mapping[str, Any]) -> Table:
     """Return a table with one row per model."""
-    columns = ("target", found["metric"] or "", "untrained", "ms", "times faster", "MACs", "parameters", "file")
+    columns = (
+        "target", found["metric"] or "", "untrained", "ms", "times faster", "MACs", "parameters", "file", "as good",
+    )  # fmt: skip  # one column after the other
     table = report.table_of("Sweep", *columns)
     for point in found["points"]:
         scores = ("" if point[key] is None else f"{point[key]:.4f}" for key in ("accuracy", "untrained"))
         fractions = (f"{100 * point[key]:.1f} %" for key in ("macs", "params"))
         name = f"{point['name']} *" if point["picked"] else point["name"]
         faster = f"{1 / point['ratio']:.2f}"
-        table.add_row(name, *scores, f"{point['ms']:.2f}", faster, *fractions, f"{count(point['bytes'])}B")
+        good = _answer(point, "as good")
+        table.add_row(name, *scores, f"{point['ms']:.2f}", faster, *fractions, f"{count(point['bytes'])}B", good)
     return table
+
+
+def _answer(point: Mapping[str, Any], question: str) -> str:
+    """Return the answer of a model's verdict to a question; empty for the original."""
+    found = (point.get("verdict") or {}).get("answers") or ()
+    return next((str(entry["answer"]) for entry in found if entry["question"] == question), "")

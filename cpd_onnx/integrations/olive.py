@@ -22,20 +22,20 @@ from olive.passes.pass_config import BasePassConfig, PassConfigParam
 from olive.resource_path import LocalFolder
 from olive.search.search_parameter import Categorical
 
-from cpd_onnx.budget.allocation import KINDS
+from cpd_onnx.budget.targets import ALL_KINDS, KINDS, Targets, parse
 from cpd_onnx.data.open import SYNTHETIC, Data
 from cpd_onnx.data.sources import ArraySource
 from cpd_onnx.errors import DataError, TargetError, UnsupportedError
 from cpd_onnx.options import former_names, options_of
-from cpd_onnx.passes.allocate import bounds, target, target_options
+from cpd_onnx.passes.allocate import bounds
 from cpd_onnx.rewrite.plan import Plan
 from cpd_onnx.runtime.bench import Setting
 from cpd_onnx.workflow.api import CompressOptions, compressed_by
 from cpd_onnx.workflow.requests import Compress
 
-_REPLACED = {"data", "input_shapes", "train", "latency_provider", *KINDS}
-"""Arguments of `api.compress` for which this pass has options of its own."""
-_TYPES: dict[str, type] = {"int": int, "float": float, "bool": bool}
+_REPLACED = {"data", "input_shapes", "train", "latency_provider", "progress", *KINDS, "target"}
+"""Arguments of `api.compress` for which this pass has options of its own, or which are no values."""
+_TYPES: dict[str, Any] = {"int": int, "float": float, "bool": bool, "int | str": int | str}
 """Types of options that JSON has as well; values of other types are strings, as on the command line."""
 
 
@@ -44,7 +44,9 @@ def _options() -> dict[str, PassConfigParam]:
     options = {named.name: named.option for named in options_of(Compress)}
     parameters = {
         field.name: PassConfigParam(
-            type_=list[str] if options[field.name].is_many else _TYPES.get(str(field.type).partition(" |")[0], str),
+            type_=list[str]
+            if options[field.name].is_many
+            else _TYPES.get(str(field.type).removesuffix(" | None"), str),
             default_value=None,
             description=f"{options[field.name].help}.",
             category=ParamCategory.PATH if options[field.name].takes == "file" else ParamCategory.NONE,
@@ -98,7 +100,7 @@ class CpdCompress(Pass):
                 type_=str,
                 default_value="macs=0.5",
                 search_defaults=Categorical(["macs=0.7", "macs=0.5", "macs=0.35"]),
-                description=f"KIND=FRACTION: the fraction of {', '.join(KINDS)} that may remain.",
+                description=f"KIND=AMOUNT,…: the fraction or amount of {', '.join(ALL_KINDS)} that may remain.",
             ),
             "data_config": PassConfigParam(
                 type_=DataConfig | dict,
@@ -125,11 +127,11 @@ class CpdCompress(Pass):
         values = {name: getattr(config, name) for name in ("latency_provider", *_options())}
         given = {name: value for name, value in values.items() if value is not None}
         given["widths"] = tuple(map(bounds, given.get("widths", ())))
-        options = CompressOptions(_data(model, config), **given | target_options(*_target(config.target)))
-        made = compressed_by(model.model_path, options)
-        plan = made.state.need("plan", "prune")
+        options = CompressOptions(_data(model, config), **given | {"target": _target(config.target)})
+        outcome = compressed_by(model.model_path, options)
+        plan = outcome.state.need("plan", "prune")
         path = Path(resolve_onnx_path(output_model_path, _name(Path(model.model_path), plan)))
-        made.state.save(path, overwrite=True)  # a folder of Olive's cache that holds nothing else
+        outcome.state.save(path, overwrite=True)  # a folder of Olive's cache that holds nothing else
         beside = path.with_name(f"{path.name}.plan.json")
         plan.save(beside, overwrite=True)
         attributes = dict(model.model_attributes or {})
@@ -146,11 +148,11 @@ def _name(source: Path, plan: Plan) -> str:
     return f"{source.stem}-{hashlib.sha256(plan.dumps().encode()).hexdigest()[:8]}.onnx"
 
 
-def _target(text: str) -> tuple[str, float]:
+def _target(text: str) -> Targets:
     try:
-        return target(text)
+        return parse(text)
     except ValueError as error:
-        raise TargetError(f"target {text!r} is not KIND=FRACTION with one of {', '.join(KINDS)}") from error
+        raise TargetError(f"target {text!r} is not KIND=AMOUNT with one of {', '.join(ALL_KINDS)}") from error
 
 
 def _data(model: ONNXModelHandler, config: BasePassConfig) -> Data | None:

@@ -7,18 +7,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
 
-from cpd_onnx.budget.allocation import KINDS
+from cpd_onnx.budget.targets import KINDS
 from cpd_onnx.data.open import Data, source_of
+from cpd_onnx.io.progress import ProgressObserver, announce, reporting
 from cpd_onnx.ir.model import Model, ModelSource, in_form_of, load
-from cpd_onnx.options import again, taking
-from cpd_onnx.passes.allocate import Allocate, target_options
+from cpd_onnx.options import same_option, taking
+from cpd_onnx.passes.allocate import Allocate
 from cpd_onnx.passes.iterate import Iterate, ScoringOptions
 from cpd_onnx.pipeline.state import State
+from cpd_onnx.workflow import audit, compress_files, defaults, deploy, distill, inspect, prune, requests, sweep
 from cpd_onnx.workflow import compress as compression
-from cpd_onnx.workflow import compress_files, defaults, deploy, distill, prune, requests, sweep
 from cpd_onnx.workflow.compress import Compressed
 from cpd_onnx.workflow.evidence import reproduce
-from cpd_onnx.workflow.requests import Observer, Request, ignore
+from cpd_onnx.workflow.quality import outcome, search
+from cpd_onnx.workflow.quality.samples import samples_of
+from cpd_onnx.workflow.requests import Request
 
 M = TypeVar("M")
 P = ParamSpec("P")
@@ -35,18 +38,26 @@ class CompressOptions(ScoringOptions, Allocate):
         train: Whether to train the result against the original (default: with data, if torch is installed). A mapping
             sets fields of `DistillOptions`, such as {"steps": 1000}.
         input_shapes: Shapes of inputs with symbolic sizes, by name.
+        max_loss: Largest share of answers that may differ from the original's on samples that are held out; finds the
+            smallest model within it on the way to the target. None for no bound.
+        blind: Whether to choose channels by their weights alone without data; otherwise only those that change no
+            output are removed.
         allow_inconclusive: Whether to return a model whose proof is inconclusive.
         score, repair: As on the command line; None leaves the choice to `workflow.defaults`.
         rounds: Number of rounds of scoring, pruning, repairing and training.
+        progress: Function that is called with a `ProgressEvent` at the start of each step and during it.
     """
 
     data: Data | None = field(default=None, kw_only=False)
     train: bool | Mapping[str, Any] | None = None
     input_shapes: Mapping[str, Sequence[int]] | None = None
-    allow_inconclusive: bool = again(requests.Choosing, "allow_inconclusive")
+    max_loss: float | None = None
+    blind: bool = same_option(requests.Choosing, "blind")
+    allow_inconclusive: bool = same_option(requests.Choosing, "allow_inconclusive")
     score: str | None = None
     repair: bool | None = None
-    rounds: int = again(Iterate, "rounds")
+    rounds: int = same_option(Iterate, "rounds")
+    progress: ProgressObserver | None = None
 
 
 class _InKind(Protocol[P]):
@@ -72,8 +83,8 @@ def compress(model: Any, options: CompressOptions) -> Any:
     Args:
         model: Path (for which a `Model` is returned), `onnx.ModelProto`, `onnx_graphsurgeon.Graph`, `onnx_ir.Model` or
             `Model`; it is not changed.
-        options: The fields of `CompressOptions`, each an argument: the fraction that may remain of `macs` (0.5 if no
-            target is given), `params`, `channels`, `bytes` or `latency`, then `data`, `train`, `score`, `rounds`,
+        options: The fields of `CompressOptions`, each an argument: the fraction that may remain of `latency` (0.5 if
+            no target is given), `macs`, `params`, `channels` or `bytes`, then `data`, `train`, `score`, `rounds`,
             `keep` and so on.
 
     Raises:
@@ -98,24 +109,33 @@ def compressed_by(model: ModelSource, options: CompressOptions) -> Compressed:
     wanted = options.train if options.train is None or isinstance(options.train, bool) else True
     training = defaults.training(wanted, has_data=has_data)
     given = dict(options.train) if isinstance(options.train, Mapping) else {}
-    has_target = any(getattr(options, kind) is not None for kind in KINDS)
-    decided: dict[str, Any] = {} if has_target else target_options(*defaults.TARGET)
+    has_target = any(getattr(options, name) is not None for name in (*KINDS, "target"))
+    decided = {} if has_target else {**outcome.usual_target(options.max_loss), "nearest": True}
     step = compression.step_of(options, decided, given if training else None, has_data=has_data)
-    state = State(original, original, shapes, source)
-    return compression.compress(step, state, allow_inconclusive=options.allow_inconclusive)
+    is_search = options.max_loss is not None
+    samples = samples_of(source, None, defaults.HOLD_OUT if is_search else 0.0, is_search=is_search)
+    state = State(original, original, shapes, samples.fitted)
+    demand = search.Demand(options.max_loss, options.blind)
+    with reporting(options.progress):
+        announce(*compression.announced(step, is_search=is_search))
+        choice = search.choice_of(step, state, samples, demand)
+        resume = compression.ResumeState(choice.plan, choice.chosen)
+        return compression.compress(step, state, resume, allow_inconclusive=options.allow_inconclusive)
 
 
 _WORKFLOWS: dict[type[Request], Callable[..., dict[str, Any] | None]] = {
     requests.Prune: prune.prune, requests.VerifyFile: prune.verify, requests.Apply: prune.apply,
     requests.Distill: distill.distill, requests.Compress: compress_files.compress, requests.Sweep: sweep.sweep,
-    requests.Reproduce: reproduce.reproduce, requests.Deploy: deploy.deploy,
+    requests.Reproduce: reproduce.reproduce, requests.Audit: audit.audit, requests.Deploy: deploy.deploy,
+    requests.Inspect: inspect.inspect,
 }  # fmt: skip  # a table
 
 
-def run(request: Request, observer: Observer = ignore) -> dict[str, Any] | None:
+def run(request: Request, observer: ProgressObserver | None = None) -> dict[str, Any] | None:
     """Carry out a request, write its files, and return its result as `--json` writes it.
 
-    The observer is called with the progress. In a distributed training run, all processes but the first return None.
+    The observer is called with the progress, see `ProgressEvent`. In a distributed training run, all processes but the
+    first return None.
 
     Raises:
         CpdError: The files or the options are invalid, or the result is not proven.
@@ -124,4 +144,5 @@ def run(request: Request, observer: Observer = ignore) -> dict[str, Any] | None:
     if type(request) not in _WORKFLOWS:
         known = ", ".join(owner.__name__ for owner in _WORKFLOWS)
         raise TypeError(f"run takes one of {known}, got {type(request).__name__}")
-    return _WORKFLOWS[type(request)](request, observer)
+    with reporting(observer) as notify:
+        return _WORKFLOWS[type(request)](request, notify)

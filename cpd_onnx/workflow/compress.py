@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from cpd_onnx.budget.allocation import Allocation
 from cpd_onnx.channels.costs import CostModel
 from cpd_onnx.channels.groups import Combed, Group
 from cpd_onnx.deploy.profiles import load_profile
 from cpd_onnx.errors import UnsupportedError
 from cpd_onnx.ir.model import Model, translate_errors
-from cpd_onnx.options import picked
+from cpd_onnx.options import options_from
 from cpd_onnx.passes.iterate import Iterate, Round, RunCache
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.proof.files import FileVerification, verify_files
@@ -45,12 +46,14 @@ class ResumeState:
 
     Attributes:
         plan: Plan whose channels are removed; None to choose channels.
+        chosen: The allocation that the plan is of, with its notes and its measurements; None if they are not known.
         cache: Files with the finished rounds of an interrupted run.
         traces: Checkpoint and logs of the training.
         watched: Samples on which the student is measured during training.
     """
 
     plan: Plan | None = None
+    chosen: Allocation | None = None
     cache: RunCache | None = None
     traces: Traces | None = None
     watched: Watched | None = None
@@ -81,14 +84,12 @@ class Compressed(Summarised):
         return self.state.summary()
 
 
-def step_of(
-    options: Any, target: Mapping[str, float], training: Mapping[str, Any] | None, *, has_data: bool
-) -> Iterate:
+def step_of(options: Any, target: Mapping[str, Any], training: Mapping[str, Any] | None, *, has_data: bool) -> Iterate:
     """Return the pass that compresses: `interleave` if the result is to be trained, else `iterate`.
 
     Args:
         options: Object with the fields of `ScoringOptions`, `score` and `repair`; None leaves a choice to `defaults`.
-        target: The target, as an option of `Allocate`.
+        target: The target, as an option of `Allocate`; empty for that of `options`.
         training: Fields of `DistillOptions` that `options` lacks; None for no training.
         has_data: Whether samples are given.
 
@@ -98,24 +99,43 @@ def step_of(
         "score": defaults.score(options.score, has_data=has_data),
         "policy": defaults.policy(options.policy, has_data=has_data),
         "repair": defaults.repair(options.repair, has_data=has_data),
-        "round_to": round_to_of(options),
-        **target,
+        **_of_profile(options),
+        **({"target": None, **target} if target else {}),
     }
     if training is None:
-        return picked(Iterate, options, **decided)
+        return options_from(Iterate, options, **decided)
     if not defaults.can_train():
         raise UnsupportedError("distillation needs torch: pip install 'cpd-onnx[torch]'")
     from cpd_onnx.passes.interleave import Interleave
 
-    return picked(Interleave, options, **decided | dict(training))
+    return options_from(Interleave, options, **decided | dict(training))
 
 
-def round_to_of(options: Any) -> int | None:
-    """Return the number of which widths are multiples: the given one or that of the profile, else None."""
-    profile = getattr(options, "profile", None)
-    if options.round_to is not None or profile is None:
-        return options.round_to  # type: ignore[no-any-return]  # an option of `Allocate`
-    return load_profile(profile).multiple
+def announced(step: Iterate, *, is_given: bool = False, is_search: bool = False) -> Iterator[str]:
+    """Yield the names of the steps of `compress`, for its progress.
+
+    A plan may be given that chooses the channels, or a search may find one before the model is pruned.
+    """
+    is_measured = step.targets.has_latency and step.cost_table is None
+    if is_search:
+        yield from ("score", *(["cost table"] if is_measured else []), "search")
+    for number in range(step.rounds):
+        yield from () if is_given or is_search else ("score", *(["cost table"] if is_measured and not number else []))
+        yield "prune"
+        yield from ["repair"] if step.repair else []
+        yield from ["distill"] if step.name == "interleave" else []
+    yield "verify"
+
+
+def _of_profile(options: Any) -> dict[str, Any]:
+    """Return the options that the profile of a request decides unless they are given; none for other options."""
+    if not hasattr(options, "profile"):
+        return {}
+    profile = None if options.profile is None else load_profile(options.profile)
+    return {
+        "round_to": defaults.round_to(options.round_to, profile),
+        "deploy_as": defaults.deploy_as(options.deploy_as, profile),
+    }
 
 
 def compress(
@@ -165,6 +185,10 @@ def _compress(
         )  # fmt: skip  # what and how
     else:
         state = step.in_rounds(state, lambda made: made.small, given=resume.plan, cache=resume.cache)
+    if resume.chosen is not None:
+        done = state.need("allocation", step.name)
+        known = replace(resume.chosen, removed=done.removed, before=done.before, after=done.after)
+        state = replace(state, allocation=known)
     ended = time.perf_counter()
     plan = state.need("plan", step.name)
     found = verify_files(state.original, state.model, plan, allow_inconclusive=allow_inconclusive)
@@ -226,7 +250,7 @@ def content(
         "prunable_fraction": combed.prunable_fraction(),
         "edits": len(state.edits),
         "verification": proof,
-        "notes": list(allocation.notes),
+        "notes": [*allocation.notes, *(state.repaired or {}).get("notes", ())],
         "advice": [],
         **more,
     }

@@ -9,23 +9,35 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import util
 from pathlib import Path
 from typing import Any
 
+from cpd_onnx.channels.combing import comb
 from cpd_onnx.data.metrics import OF_TWO_MODELS, check_metric, lower_is_better, metric_of
 from cpd_onnx.data.sources import Source, calibration
-from cpd_onnx.errors import CpdError, InconclusiveError, ModelError, ProofError, UnsupportedError
+from cpd_onnx.errors import (
+    CpdError,
+    InconclusiveError,
+    LossError,
+    ModelError,
+    NotFasterError,
+    ProofError,
+    TargetError,
+    UnsupportedError,
+)
+from cpd_onnx.io import progress
 from cpd_onnx.io.files import commit_together, locked_folder, write_atomically
 from cpd_onnx.ir.model import Model
-from cpd_onnx.options import picked
+from cpd_onnx.options import options_from
 from cpd_onnx.passes import sensitivity
-from cpd_onnx.passes.allocate import target_options
-from cpd_onnx.passes.iterate import Iterate, RunCache
+from cpd_onnx.passes.iterate import CachedRound, Iterate, RunCache
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.report import manifest
 from cpd_onnx.report import tables as report
-from cpd_onnx.rewrite.plan import load_plan
+from cpd_onnx.report.verdict import verdict
+from cpd_onnx.rewrite.plan import Plan, load_plan
 from cpd_onnx.runtime.bench import Bench, Setting, bench
 from cpd_onnx.scores.registry import score
 from cpd_onnx.training.options import DistillOptions
@@ -33,6 +45,7 @@ from cpd_onnx.workflow import compress as compression
 from cpd_onnx.workflow import defaults, recipe
 from cpd_onnx.workflow.distill import (
     checkpoint_of,
+    is_distributed,
     is_first_process,
     noting_checkpoints,
     require_new_run,
@@ -53,6 +66,9 @@ from cpd_onnx.workflow.places import (
     write_both,
     write_json,
 )
+from cpd_onnx.workflow.quality import outcome, search
+from cpd_onnx.workflow.quality.checks import checked_samples
+from cpd_onnx.workflow.quality.samples import Samples, samples_of
 from cpd_onnx.workflow.requests import Compress, Compressing, Observer, ignore
 
 _BENCH_SECONDS = 4.0
@@ -67,6 +83,8 @@ _MOST_SECONDS = 60.0
 """Estimated seconds up to which the sensitivity is measured by default; a heuristic."""
 _LEAST_SAVING = 0.6
 """Ratio of saved latency to saved MACs below which a note says that the latency is disappointing; a heuristic."""
+_LOOSE, _STRICT = 1, 2
+"""Numbers of the recorded choices: the one that relies on training, and the one that meets the bound without it."""
 
 
 @dataclass(frozen=True)
@@ -119,103 +137,187 @@ def compress(request: Compress, observer: Observer = ignore, *, called: str | No
     require_apart(written, model)
     model.path = Path(called or request.model)
     source = source_of(request.data, model, request)
-    step = _step(request, source)
-    traces, cache = _checkpoints(request, step, model)
-    resume = compression.ResumeState(given, cache if is_first_process() else None, traces, watched_on(request, model))
-    with _keeping_checkpoints(step, cache, traces):
-        made = _compressed(step, State(model, model, shapes, source), resume, request, observer)
+    checked = checked_samples(request, model, source)
+    run = _run_of(request, model, source)
+    progress.announce(*_announced(run))
+    state = State(model, model, shapes, run.samples.fitted)
+    with _keeping_checkpoints(run):
+        observer("comb", 0, None)
+        made, choice = run.compressed(state, given)
         if not is_first_process():
             return None
-        content = _reported(request, made, source) | {"rounds": step.rounds}
-        with locked_folder(request.output.parent), commit_together():
-            write_both(request, made.state.model, made.state.need("plan", step.name), places.plan)
+        content = _reported(request, made, run.samples) | {"rounds": run.step.rounds, "preflight": checked}
+        content |= outcome.content(request, run.demand, run.samples, choice, made.state)
+        outcome.require_faster(request, content)
+        with progress.step("write"), locked_folder(request.output.parent), commit_together():
+            write_both(request, made.state.model, made.state.need("plan", run.step.name), places.plan)
             recipe.write(places.recipe, request, overwrite=request.force)
             content["bytes"] = {
                 "before": report.size_of(model, request.model),
                 "after": report.size_of(made.state.model, request.output),
             }
+            content["verdict"] = verdict(content)
             _write_pages(
                 request, places, content, dict(made.seconds) | {"all": round(time.perf_counter() - started, 2)}
             )
             write_json(request, content)
-    _discard(step, cache, traces)
+    run.discard()
     return content
 
 
-@contextlib.contextmanager
-def _keeping_checkpoints(step: Iterate, cache: RunCache, traces: Any) -> Iterator[None]:
-    """After an error in the block, keep the files that `--resume` can use, and name them; delete them if it cannot."""
-    with noting_checkpoints(lambda: _unfinished(step, cache, traces)):
-        try:
-            yield
-        except (ModelError, ProofError, InconclusiveError) as error:
-            # A resumed run would fail again, except after an error of the disk; keep a finished training.
-            is_worth_it = step.name == "interleave" and isinstance(error, InconclusiveError)
-            if not isinstance(error.__cause__, OSError) and not is_worth_it:
-                _discard(step, cache, traces)
-            raise
+@dataclass(frozen=True)
+class _Run:
+    """One run: its request, what follows from it, and the files from which it can be resumed.
+
+    Attributes:
+        request: The options.
+        step: The pass that compresses.
+        samples: Samples by their use.
+        demand: What is to be kept of the quality.
+        cache: Files with the finished rounds.
+        traces: Checkpoint and logs of the training; None if there is none.
+        watched: Samples on which the student is measured during training, or None.
+    """
+
+    request: Compress
+    step: Iterate
+    samples: Samples
+    demand: search.Demand
+    cache: RunCache
+    traces: Any
+    watched: Any
+
+    def compressed(self, state: State, given: Plan | None) -> tuple[compression.Compressed, search.Choice]:
+        """Return the compressed model and how its channels were chosen, by a given plan if there is one."""
+        choice = search.Choice(given) if given else self._choice(state)
+        made = self._carried_out(state, choice)
+        if choice.stricter is None or not is_first_process():
+            return made, choice
+        loss = self.demand.loss(state.original, self.samples)
+        if loss(made.state.model) <= (self.demand.max_loss or 0.0):
+            return made, choice
+        self.discard()
+        choice = self._recorded(choice.stricter())
+        return self._carried_out(state, choice), choice
+
+    def _choice(self, state: State) -> search.Choice:
+        """Return how channels are chosen; an interrupted run has recorded it, since latencies differ in each run."""
+        found = next((n for n in (_STRICT, _LOOSE) if self.choices.files(n)[0].exists()), None)
+        if found is None or not self.request.resume:
+            return self._recorded(search.choice_of(self.step, state, self.samples, self.demand))
+        combed = comb(state.model, state.input_shapes)
+        recorded = self.choices.load(found, combed)
+        assert recorded is not None
+        choice = search.carrying_out(self.step, combed, recorded.chosen)
+        if found == _STRICT:
+            return choice
+        return replace(choice, stricter=partial(search.strict, self.step, state, self.samples, self.demand))
+
+    def _recorded(self, choice: search.Choice) -> search.Choice:
+        """Return the choice, recorded for a resumed run if a search has found it."""
+        if choice.chosen is not None and not choice.is_lossless and is_first_process():
+            self.choices.save(_STRICT if choice.stricter is None else _LOOSE, CachedRound(choice.chosen, None))
+        return choice
+
+    def _carried_out(self, state: State, choice: search.Choice) -> compression.Compressed:
+        cache = self.cache if is_first_process() else None
+        return compression.compress(
+            self.step,
+            state,
+            compression.ResumeState(choice.plan, choice.chosen, cache, self.traces, self.watched),
+            allow_inconclusive=self.request.allow_inconclusive,
+        )
+
+    @property
+    def choices(self) -> RunCache:
+        """Files with the channels that a search has chosen, numbered `_LOOSE` and `_STRICT`."""
+        return replace(self.cache, path=self.cache.path.with_name(f"{self.cache.path.name}.choice"))
+
+    def unfinished(self) -> Iterator[Path]:
+        """Yield the paths of the checkpoints of an unfinished run."""
+        for number in (_LOOSE, _STRICT):
+            yield self.choices.files(number)[0]
+        for number in range(1, self.step.rounds + 1):
+            yield from self.cache.files(number)
+            if self.traces is not None:
+                from cpd_onnx.passes.interleave import of_round
+
+                checkpoint = of_round(self.traces, number).checkpoint
+                if checkpoint is not None:
+                    yield checkpoint
+
+    def discard(self) -> None:
+        """Delete the checkpoints."""
+        for path in self.unfinished():
+            path.unlink(missing_ok=True)
 
 
-def _compressed(
-    step: Iterate, state: State, resume: compression.ResumeState, request: Compress, observer: Observer
-) -> compression.Compressed:
-    """Return the compressed model."""
-    observer("comb, score, prune", 0, None)
-    return compression.compress(
-        step,
-        state,
-        resume,
-        progress=lambda number, now: observer(
-            f"round {number} of {step.rounds}, step {now.step}, loss {now.loss:.4f}", now.step, now.steps
-        ),
-        allow_inconclusive=request.allow_inconclusive,
-    )
+def _announced(run: _Run) -> Iterator[str]:
+    """Yield the names of the steps of a run, for its progress."""
+    request, is_given = run.request, run.request.like is not None
+    is_search = not is_given and run.demand.max_loss is not None and run.samples.choosing is not None
+    yield "comb"
+    yield from compression.announced(run.step, is_given=is_given, is_search=is_search)
+    yield from ["latency", "sensitivity"] if request.report else []
+    yield from ["evaluate"] if request.eval is not None else []
+    yield from ["agreement"] if run.samples.judging is not None else []
+    yield "write"
 
 
-def _step(request: Compress, source: Source | None) -> Iterate:
-    """Return the pass that compresses: with repair if there is data, and with training if there is torch as well."""
+def _run_of(request: Compress, model: Model, source: Source | None) -> _Run:
+    """Return the run of a request; raises CpdError if the checkpoints of an unfinished run would be lost."""
+    labelled = source_of(request.eval, model, request)
     has_data = source is not None
     trains = defaults.training(request.distill, has_data=has_data)
-    training = vars(picked(DistillOptions, request)) if trains else None
-    target = target_options(*request.target)
-    return compression.step_of(request, target, training, has_data=has_data)
+    demand = outcome.demand_of(request, has_labels=labelled is not None, trains=trains)
+    if is_distributed() and demand.max_loss is not None:
+        demand = _without_search(request, demand)
+    samples = samples_of(source, labelled, request.hold_out, is_search=demand.max_loss is not None)
+    training = vars(options_from(DistillOptions, request)) if trains else None
+    step = compression.step_of(request, outcome.target_of(request), training, has_data=has_data)
+    hold_out = request.hold_out if labelled is None else 0.0
+    identity = (model.sha256(), step, request.input_shapes, request.data, request.like, request.max_loss, hold_out)
+    cache = RunCache(checkpoint_of(request), hashlib.sha256(repr(identity).encode()).hexdigest())
+    traces = traces_of(request) if trains else None
+    run = _Run(request, step, samples, demand, cache, traces, watched_on(request, model))
+    require_new_run(request, *run.unfinished())
+    if not request.resume and is_first_process():
+        run.discard()
+    return run
 
 
-def _checkpoints(request: Compress, step: Iterate, model: Model) -> tuple[Any, RunCache]:
-    """Return where the run writes its checkpoints; raises CpdError if those of an unfinished run would be lost."""
-    place = checkpoint_of(request)
-    identity = (model.sha256(), step, request.input_shapes, request.data, request.like)
-    cache = RunCache(place, hashlib.sha256(repr(identity).encode()).hexdigest())
-    traces = traces_of(request) if step.name == "interleave" else None
-    require_new_run(request, *_unfinished(step, cache, traces))
-    if not request.resume:
-        cache.discard(step.rounds)
-    return traces, cache
+def _without_search(request: Compress, demand: search.Demand) -> search.Demand:
+    """Return the demand of a run of several processes, whose searches could end at different channels.
+
+    Raises TargetError if a bound was asked for.
+    """
+    if request.max_loss is not None:
+        raise TargetError(
+            "--max-loss is met by a search in one process: search without training, then give --like PLAN"
+        )
+    return replace(demand, max_loss=None)
 
 
-def _unfinished(step: Iterate, cache: RunCache, traces: Any) -> Iterator[Path]:
-    """Yield the paths of the checkpoints of an unfinished run."""
-    for number in range(1, step.rounds + 1):
-        yield from cache.files(number)
-        if traces is not None:
-            from cpd_onnx.passes.interleave import of_round
-
-            checkpoint = of_round(traces, number).checkpoint
-            if checkpoint is not None:
-                yield checkpoint
-
-
-def _discard(step: Iterate, cache: RunCache, traces: Any) -> None:
-    for path in _unfinished(step, cache, traces):
-        path.unlink(missing_ok=True)
+@contextlib.contextmanager
+def _keeping_checkpoints(run: _Run) -> Iterator[None]:
+    """After an error in the block, keep the files that `--resume` can use, and name them; delete them if it cannot."""
+    with noting_checkpoints(run.unfinished):
+        try:
+            yield
+        except (ModelError, ProofError, InconclusiveError, NotFasterError, LossError) as error:
+            # A resumed run would fail again, except after an error of the disk; keep a finished training.
+            is_worth_it = run.traces is not None and isinstance(error, InconclusiveError)
+            if not isinstance(error.__cause__, OSError) and not is_worth_it:
+                run.discard()
+            raise
 
 
 # Measurements of the result.
 
 
-def _reported(request: Compress, made: compression.Compressed, source: Source | None) -> dict[str, Any]:
+def _reported(request: Compress, made: compression.Compressed, samples: Samples) -> dict[str, Any]:
     """Return the report without the facts about the written files; its notes say what could not be measured."""
-    small = made.state.model
+    small, source = made.state.model, samples.fitted
     notes: list[str] = []
     found: Bench | None = None
     lost: dict[str, Any] | None = None
@@ -226,7 +328,7 @@ def _reported(request: Compress, made: compression.Compressed, source: Source | 
             notes.append(f"latency was not measured: {error}")
         lost = _sensitivity(request, made, source)
     content = compression.content(
-        made, bench=found, accuracy=_accuracy(request, made, source), sensitivity=lost,
+        made, bench=found, accuracy=_accuracy(request, made, samples), sensitivity=lost,
         advice=compression.advice(data=request.data, has_labels=request.eval is not None),
     )  # fmt: skip  # a table
     content["notes"] += [
@@ -263,8 +365,11 @@ def _require_within_limit(model: Model) -> None:
         raise UnsupportedError("the model is larger than 2 GiB; 'cpd-onnx bench' can measure it")
 
 
-def _accuracy(request: Compress, made: compression.Compressed, source: Source | None) -> dict[str, Any] | None:
-    """Return the metric of the models on the data of --eval or, without it, their output error against the original."""
+def _accuracy(request: Compress, made: compression.Compressed, samples: Samples) -> dict[str, Any] | None:
+    """Return the metric of the models on labelled samples or, without them, their output error against the original."""
+    source = samples.judging
+    if source is None:
+        return None
     original, small = made.state.original, made.state.model
     is_repaired = made.state.repaired is not None
     early = "pruned and repaired" if is_repaired else "pruned"
@@ -274,16 +379,13 @@ def _accuracy(request: Compress, made: compression.Compressed, source: Source | 
     else:
         models |= {early: made.untrained} if made.untrained is not None else {}
         models["distilled"] = small
-    if request.eval is not None:
-        data = source_of(request.eval, original, request)
-        assert data is not None
+    if samples.has_labels:
         on = "the original's answers" if request.metric in OF_TWO_MODELS else "labels"
-        values = scored(request, data, models, original)
-        return {**metric_of(request.metric).as_json(), "on": on, "samples": data.count, "values": values}
-    if source is None:
-        return None
-    values = {name: sensitivity.distance(original, model, source, _SAMPLES) for name, model in models.items()}
-    return {"metric": sensitivity.ERROR, "on": "the original's answers", "samples": _SAMPLES, "values": values}
+        values = scored(request, source, models, original)
+        return {**metric_of(request.metric).as_json(), "on": on, "samples": source.count, "values": values}
+    count = min(_SAMPLES, source.count or _SAMPLES)
+    values = {name: sensitivity.distance(original, model, source, count) for name, model in models.items()}
+    return {"metric": sensitivity.ERROR, "on": "the original's answers", "samples": count, "values": values}
 
 
 def _latency_note(content: Mapping[str, Any]) -> Iterator[str]:
@@ -346,7 +448,8 @@ def write_page(path: Path, content: Mapping[str, Any]) -> None:
 
 def _write_pages(request: Compress, places: Places, content: dict[str, Any], seconds: Mapping[str, float]) -> None:
     """Add the facts about the written files to the report, and write it with the manifest."""
-    content["provenance"] = manifest.provenance((places.output, places.plan, places.recipe), request.seed)
+    files = (places.output, places.plan, places.recipe)
+    content["provenance"] = manifest.provenance(files, request.seed, places.manifest)
     content["provenance"]["seconds"] |= seconds
     content["output"] = {"file": request.output.name, "sha256": content["provenance"]["files"][0]["sha256"]}
     for path in places.pages:
@@ -358,6 +461,7 @@ def _write_manifest(request: Compress, places: Places, content: Mapping[str, Any
     read = {
         "model": request.model, "data": request.data, "eval": request.eval, "plan": request.like,
         "cost-table": request.cost_table, "profile": request.profile, "watch": request.watch,
+        "classes": request.images.classes,
     }  # fmt: skip  # a table
     manifest.write(
         places.manifest, recipe.text(request), read, {"model": places.output, "plan": places.plan},

@@ -7,32 +7,58 @@ from __future__ import annotations
 
 from importlib import util
 
+from cpd_onnx.budget.deployed import STORED
+from cpd_onnx.budget.host import AUTO
+from cpd_onnx.deploy.profiles import Profile
 from cpd_onnx.errors import DataError
+from cpd_onnx.report.verdict import USUAL_LOSS
 from cpd_onnx.scores.registry import find_score_function
 
-TARGET = ("macs", 0.5)
-"""Target of `compress`: half of the original's MACs remain."""
+TARGET = ("latency", 0.5)
+"""Target of `compress` and `prune`: half of the original's time remains, unless that loses too much."""
 DEMO_TARGET = ("macs", 0.2)
 """Target of `demo`: a fifth of the MACs remain of its network, which is larger than its task needs."""
 METRIC = "top1"
 """Metric that measures models."""
 _INFORMED, _BLIND = "reconstruction", "l2"
 """Score used with data, the loss that a repair cannot compensate, and the most accurate score that needs no data."""
+HOLD_OUT = 0.2
+"""Fraction of the data that nothing is fitted to where there is no other data to measure on."""
 SCORE = f"{_INFORMED} with data, else {_BLIND}"
-POLICY = "optimal with data and for latency, else uniform"
+POLICY = "optimal with data, for latency and for several targets, else uniform"
+ROUND_TO = "auto, or the profile's"
 """Descriptions of the rules below, for the help."""
 
 
-def score(said: str | None, *, has_data: bool) -> str:
+def max_loss(given: float | None, *, has_target: bool, has_labels: bool) -> float | None:
+    """Return the bound of the loss that the target gives way to; None if a target was given and no bound."""
+    if given is not None or has_target:
+        return given
+    return USUAL_LOSS["labels" if has_labels else "original"]
+
+
+def score(requested: str | None, *, has_data: bool) -> str:
     """Return the name of the score; raises TargetError if there is no score of that name."""
-    kind = said or (_INFORMED if has_data else _BLIND)
+    kind = requested or (_INFORMED if has_data else _BLIND)
     find_score_function(kind)
     return kind
 
 
-def policy(said: str | None, *, has_data: bool) -> str | None:
+def policy(requested: str | None, *, has_data: bool) -> str | None:
     """Return the allocation policy; None leaves it to `Allocate`, which chooses it by the target."""
-    return said or ("optimal" if has_data else None)
+    return requested or ("optimal" if has_data else None)
+
+
+def round_to(requested: int | str | None, profile: Profile | None) -> int | str:
+    """Return the number of which widths are multiples: the given one, that of the profile, or "auto"."""
+    if requested is not None:
+        return requested
+    return AUTO if profile is None else profile.multiple
+
+
+def deploy_as(requested: str | None, profile: Profile | None) -> str | None:
+    """Return the element type of the deployed model: the given one, that of the profile, or None for the file's."""
+    return requested or (profile.dtype if profile is not None and profile.dtype in STORED else None)
 
 
 def repair(requested: bool | None, *, has_data: bool) -> bool:

@@ -43,12 +43,12 @@ def deploy(request: Deploy, observer: Observer = ignore) -> dict[str, Any]:
     model = load(request.model)
     require_apart(written, model)
     source = source_of(request.data, shaped(model, deployment), request)
-    made = deploy_model(model, deployment, source, lambda name: observer(name, 0, None))
-    scores = evaluated(request, {"before": model, "after": made.model}, model)
+    deployed = deploy_model(model, deployment, source, lambda name: observer(name, 0, None))
+    scores = evaluated(request, {"before": model, "after": deployed.model}, model)
     entry = manifest.file_entry(request.model, "model")  # read now, as the output may replace the file
     with locked_folder(request.output.parent), commit_together():
-        made = replace(made, steps=(*made.steps, *_write(request, model, made.model)))
-        content = _content(request, model, made) | {"seconds": round(time.perf_counter() - started, 3)}
+        deployed = replace(deployed, steps=(*deployed.steps, *_write(request, model, deployed.model)))
+        content = _content(request, model, deployed) | {"seconds": round(time.perf_counter() - started, 3)}
         content |= {"metric": request.metric, "accuracy": scores} if scores else {}
         read = {"model": entry, "data": request.data, "eval": request.eval, "profile": request.profile}
         beside = {} if request.ort is None else {request.ort: "ort"}  # onnxruntime writes different bytes each time
@@ -102,29 +102,29 @@ def _deployment(request: Deploy, profile: Profile | None) -> Deployment:
     )
 
 
-def _write(request: Deploy, model: Model, made: Model) -> Iterator[Step]:
+def _write(request: Deploy, model: Model, converted: Model) -> Iterator[Step]:
     """Write the model and, if requested, its .ort file; yield the step that converts to .ort."""
     weights = "beside" if request.weights == "as-is" and model.is_external else request.weights
-    made.data_files |= model.data_files  # never overwritten, whatever their names
+    converted.data_files |= model.data_files  # never overwritten, whatever their names
     if request.ort is not None:
         started = time.perf_counter()
-        content, difference = ort_measured(made, request.ort_level)
+        content, difference = ort_measured(converted, request.ort_level)
         seconds = time.perf_counter() - started
         write_atomically(request.ort, content)
         yield Step("ort", request.ort_level, difference, len(content), seconds, (), {"level": request.ort_level})
-    made.save(request.output, overwrite=request.force, weights=weights)
+    converted.save(request.output, overwrite=request.force, weights=weights)
 
 
-def _content(request: Deploy, model: Model, made: Deployed) -> dict[str, Any]:
+def _content(request: Deploy, model: Model, deployed: Deployed) -> dict[str, Any]:
     """Return the result as plain values."""
-    sizes = {"before": report.size_of(model, request.model), "after": report.size_of(made.model, request.output)}
+    sizes = {"before": report.size_of(model, request.model), "after": report.size_of(deployed.model, request.output)}
     return {
         "format": FORMAT,
         "version": 1,
         "source": {"file": request.model.name, "sha256": model.sha256()},
         "profile": request.profile,
-        "steps": [_plain(step) for step in made.steps],
-        "problems": list(made.problems),
+        "steps": [_plain(step) for step in deployed.steps],
+        "problems": list(deployed.problems),
         "bytes": sizes | ({"ort": content_of(request.ort).stat().st_size} if request.ort is not None else {}),
         "output": str(request.output),
         "ort": None if request.ort is None else str(request.ort),

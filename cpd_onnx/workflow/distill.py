@@ -13,9 +13,10 @@ from cpd_onnx.data.metrics import check_metric
 from cpd_onnx.data.open import FORMS
 from cpd_onnx.data.sources import Source
 from cpd_onnx.errors import CpdError, DataError, StoppedError, UnsupportedError
+from cpd_onnx.io import progress
 from cpd_onnx.io.files import commit_together, locked_folder
 from cpd_onnx.ir.model import Model, load
-from cpd_onnx.options import picked
+from cpd_onnx.options import options_from
 from cpd_onnx.rewrite.plan import Plan, load_plan, planned
 from cpd_onnx.training.options import DistillOptions
 from cpd_onnx.workflow import recipe
@@ -51,6 +52,11 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_distributed() -> bool:
+    """Return whether several processes train together."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def checkpoint_of(request: Tracing) -> Path:
     """Return the path of the checkpoint of a run."""
     return request.checkpoint or Path(f"{request.output}.checkpoint")
@@ -58,10 +64,10 @@ def checkpoint_of(request: Tracing) -> Path:
 
 def traces_of(request: Tracing) -> Traces:
     """Return where the training writes its checkpoint and its logs."""
-    made: Traces = distill_module().Traces(
+    traces: Traces = distill_module().Traces(
         checkpoint_of(request), request.checkpoint_seconds, request.resume, request.log, request.tensorboard
     )
-    return made
+    return traces
 
 
 def watched_on(request: Compress | Distill, model: Model) -> Watched | None:
@@ -69,8 +75,8 @@ def watched_on(request: Compress | Distill, model: Model) -> Watched | None:
     source = source_of(request.watch, model, request)
     if source is None:
         return None
-    made: Watched = distill_module().Watched(source, request.metric, request.watch_every, request.patience)
-    return made
+    watched: Watched = distill_module().Watched(source, request.metric, request.watch_every, request.patience)
+    return watched
 
 
 @contextlib.contextmanager
@@ -104,30 +110,31 @@ def distill(request: Distill, observer: Observer = ignore) -> dict[str, Any] | N
     models = {"teacher": load(request.teacher), "student": load(request.student)}
     require_apart(written, *models.values())
     source = _required_source(models["student"], request)
-    settings = picked(DistillOptions, request)
+    settings = options_from(DistillOptions, request)
     overlap = None
     if plan is not None:
         overlap = training.overlap_of(*planned(models["teacher"], plan), request.hidden)
     checkpoint = checkpoint_of(request)
     require_new_run(request, checkpoint)
+    measured = ["evaluate"] if request.eval is not None else []
+    progress.announce(*measured, "distill", *measured, "write")
     watched = watched_on(request, models["student"])
     accuracies = evaluated(request, models, models["teacher"]) if is_first_process() else {}
     teacher, student = (model.complete_proto() for model in models.values())
     with noting_checkpoints(lambda: [checkpoint]):
         result = training.distill(
             teacher, student, source, settings,
-            lambda now: observer(f"distill, step {now.step} of {now.steps}, loss {now.loss:.4f}", now.step, now.steps),
             overlap=overlap, watched=watched, traces=traces_of(request),
         )  # fmt: skip  # what and how
         if not is_first_process():
             return None
-        made = training.trained(models["student"], result)
-        accuracies |= evaluated(request, {"distilled": made}, models["teacher"])
+        trained = training.trained(models["student"], result)
+        accuracies |= evaluated(request, {"distilled": trained}, models["teacher"])
         content: dict[str, Any] = training.summary(result) | {"output": str(request.output)}
         content |= {} if plan_path is None else {"plan": str(plan_path)}
         content |= {"metric": request.metric, **accuracies} if accuracies else {}
-        with locked_folder(request.output.parent), commit_together():
-            _write(request, models["student"], made, plan)
+        with progress.step("write"), locked_folder(request.output.parent), commit_together():
+            _write(request, models["student"], trained, plan)
             write_json(request, content)
     checkpoint.unlink(missing_ok=True)
     return content
@@ -148,10 +155,10 @@ def _student_plan(request: Distill) -> Plan | None:
     return load_plan(path)
 
 
-def _write(request: Distill, student: Model, made: Model, plan: Plan | None) -> None:
+def _write(request: Distill, student: Model, trained: Model, plan: Plan | None) -> None:
     """Write the trained model and the recipe and, if the student has a plan, one that records the trained weights."""
     if plan is None:
-        made.save(request.output, overwrite=request.force, weights=request.weights)
+        trained.save(request.output, overwrite=request.force, weights=request.weights)
     else:
-        write_both(request, made, plan.with_values(student, made), plan_path_of(request.output))
+        write_both(request, trained, plan.with_values(student, trained), plan_path_of(request.output))
     recipe.write(recipe_path_of(request.output), request, overwrite=request.force)

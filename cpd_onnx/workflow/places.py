@@ -55,11 +55,11 @@ def require_outputs(request: Request, *paths: Path, reads: Sequence[Path] = ()) 
     A file that is read is never replaced, whatever the spelling of its path or the links to it. Returns the paths that
     will be written, for `require_apart`.
     """
-    more = [getattr(request, name, None) for name in ("json", "plot")]
+    more = [getattr(request, name, None) for name in ("json", "plot", "html", "csv", "runner", "template")]
     new = [*paths, *(Path(name) for name in more if name not in (None, STDOUT))]
     log, read = getattr(request, "log", None), [*reads, *_inputs(request)]
-    kept = [path for name in ("teacher_cache", "checkpoint") if (path := getattr(request, name, None)) is not None]
-    written = [*new, *([log] if log is not None else []), *kept]
+    continued = [path for name in ("teacher_cache", "checkpoint") if (path := getattr(request, name, None)) is not None]
+    written = [*new, *([log] if log is not None else []), *continued]
     for place, path in enumerate(written):
         if any(is_same_file(path, other) for other in read) or _is_sample(path, read):
             raise ModelError(f"{path} is both an input and an output, and would be overwritten: choose another name")
@@ -69,7 +69,7 @@ def require_outputs(request: Request, *paths: Path, reads: Sequence[Path] = ()) 
         require_free(path, overwrite=request.force)
     if log is not None:
         require_free(log, overwrite=request.force or bool(getattr(request, "resume", False)))
-    for path in kept:  # possibly from an earlier run
+    for path in continued:  # possibly from an earlier run
         require_free(path, overwrite=True)
     if paths:
         _require_room(paths[0])
@@ -130,7 +130,7 @@ def scored(request: Evaluating, source: Source, models: Mapping[str, Model], tea
     """Return the metric of each model on a source of samples, by name."""
     reference = teacher.complete_proto() if request.metric in OF_TWO_MODELS else None
     return {
-        name: evaluate(model.complete_proto(), source, request.metric, reference=reference)
+        name: evaluate(model.complete_proto(), source, request.metric, reference=reference, detector=request.detector)
         for name, model in models.items()
     }
 

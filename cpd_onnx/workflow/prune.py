@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 from cpd_onnx.errors import InconclusiveError, PlanError
+from cpd_onnx.io import progress
 from cpd_onnx.io.files import commit_together, locked_folder
 from cpd_onnx.ir.model import Array, load
-from cpd_onnx.options import picked
-from cpd_onnx.passes.allocate import Allocate, target_options
+from cpd_onnx.options import options_from
+from cpd_onnx.passes.allocate import Allocate
 from cpd_onnx.passes.comb import Comb
 from cpd_onnx.passes.fold import Fold
+from cpd_onnx.passes.iterate import Iterate
 from cpd_onnx.passes.prune import Prune as PrunePass
 from cpd_onnx.passes.prune import apply as apply_plan
 from cpd_onnx.passes.repair import Repair
 from cpd_onnx.passes.score import Score
 from cpd_onnx.passes.verify import Verify
 from cpd_onnx.pipeline import pipeline
+from cpd_onnx.pipeline.state import State
 from cpd_onnx.proof.comparison import INCONCLUSIVE, OutputDifference
 from cpd_onnx.proof.files import FileVerification, data_feeds, verify_files
 from cpd_onnx.report import tables as report
+from cpd_onnx.report.verdict import verdict as verdict_of
 from cpd_onnx.rewrite.plan import load_plan
 from cpd_onnx.workflow.compress import step_of
 from cpd_onnx.workflow.evidence.chain import Chain, Given, is_intact, manifest_of, verify_deployed
@@ -37,6 +41,9 @@ from cpd_onnx.workflow.places import (
     write_both,
     write_json,
 )
+from cpd_onnx.workflow.quality import outcome, search
+from cpd_onnx.workflow.quality.checks import checked_samples
+from cpd_onnx.workflow.quality.samples import samples_of
 from cpd_onnx.workflow.requests import Apply, Observer, Prune, VerifyFile, ignore
 
 _BATCHES = 2
@@ -47,38 +54,61 @@ def prune(request: Prune, observer: Observer = ignore) -> dict[str, Any]:
     """Prune a model, prove the result, write it with its plan, and return the result as plain values."""
     plan_path = request.plan or plan_path_of(request.output)
     written = require_outputs(request, request.output, plan_path)
-    steps = _passes(request)
+    step = step_of(request, outcome.target_of(request), None, has_data=request.data is not None)
+    _ = step.budget  # raises TargetError for invalid options before the work starts
     started = time.perf_counter()
     model = read_model(request.model, request.input_shapes)
     require_apart(written, model)
-    state = pipeline.run(
-        steps,
-        model,
-        data=source_of(request.data, model, request),
-        input_shapes=request.input_shapes,
-        observer=lambda name, when: observer(name, 0, None),
-    )
+    demand = outcome.demand_of(request, has_labels=False)
+    source = source_of(request.data, model, request)
+    checked = checked_samples(request, model, source)
+    samples = samples_of(source, None, request.hold_out, is_search=demand.max_loss is not None)
+    start = State(model, model, request.input_shapes, samples.fitted)
+    if demand.max_loss is not None and samples.choosing is not None:
+        progress.announce(*_announced(request, step))
+    choice = search.choice_of(step, start, samples, demand)
+    state = _pruned_state(request, step, start, choice)
     before = report.size_of(model, request.model)
     with locked_folder(request.output.parent), commit_together():
         write_both(request, state.model, state.need("plan", "prune"), plan_path)
         content = report.result(state, time.perf_counter() - started)
-        content |= {"output": str(request.output), "plan": str(plan_path)}
+        content |= {"output": str(request.output), "plan": str(plan_path), "preflight": checked}
+        content |= outcome.content(request, demand, samples, choice, state)
+        outcome.require_faster(request, content)
         content["notes"] += objections(request.profile, state.model)
         content["bytes"] = {"before": before, "after": report.size_of(state.model, request.output)}
+        content["verdict"] = verdict_of(content)
         write_json(request, content)
     return content
 
 
-def _passes(request: Prune) -> list[pipeline.Pass]:
-    """Return the passes that a request asks for; the defaults depend on whether it has data."""
-    step = step_of(request, target_options(*request.target), None, has_data=request.data is not None)
-    _ = step.budget  # raises TargetError for invalid options before the work starts
+def _announced(request: Prune, step: Iterate) -> Iterator[str]:
+    """Yield the names of the steps of a run with a search; other runs announce their passes."""
+    is_measured = step.targets.has_latency and step.cost_table is None
+    yield from ("score", *(["cost table"] if is_measured else []), "search", "prune")
+    yield from [] if request.no_verify else ["verify"]
+    yield from ["repair"] if step.repair else []
+    yield "agreement"
+
+
+def _pruned_state(request: Prune, step: Iterate, start: State, choice: search.Choice) -> State:
+    """Return the state after pruning, the proof and, if it was requested, a repair."""
+    passes: list[pipeline.Pass]
     proof: list[pipeline.Pass] = [] if request.no_verify else [Verify(allow_inconclusive=request.allow_inconclusive)]
-    if step.rounds > 1:
-        return [step, *proof]
-    repair = [Repair(samples=step.repair_samples, seed=step.seed)] if step.repair else []
+    fitting = Repair(samples=step.repair_samples, seed=step.seed)
+    repair: list[pipeline.Pass] = [fitting] if step.repair and not choice.is_lossless else []
     score = Score(step.score, step.seed, step.samples, step.score_labels)
-    return [Fold(), Comb(), score, picked(Allocate, step), PrunePass(), *proof, *repair]
+    if choice.plan is not None:
+        start = replace(
+            start, folded=choice.combed.folded if choice.combed else None, combed=choice.combed,
+            allocation=choice.chosen, budget=choice.plan.content["budget"],
+        )  # fmt: skip  # what and how
+        passes = [PrunePass(), *proof, *repair]
+    elif step.rounds > 1:
+        passes = [step, *proof]
+    else:
+        passes = [Fold(), Comb(), score, options_from(Allocate, step), PrunePass(), *proof, *repair]
+    return pipeline.run(passes, start)
 
 
 def apply(request: Apply, observer: Observer = ignore) -> dict[str, Any]:
@@ -103,6 +133,7 @@ def verify(request: VerifyFile, observer: Observer = ignore) -> dict[str, Any]:
     """
     plan = request.plan or plan_path_of(request.pruned)
     require_outputs(request, reads=[plan])
+    progress.announce("verify")
     original = load(request.original)
 
     def feeds() -> Iterable[Mapping[str, Array]] | None:
@@ -119,6 +150,7 @@ def verify(request: VerifyFile, observer: Observer = ignore) -> dict[str, Any]:
     else:
         found = verify_files(original, load(request.pruned), load_plan(plan), feeds(), allow_inconclusive=True)
         content = _pruned(found)
+    content["has_data"] = request.data is not None
     write_json(request, content)
     return content
 

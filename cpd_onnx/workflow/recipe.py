@@ -10,11 +10,12 @@ import os
 import reprlib
 import tomllib
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from cpd_onnx.errors import CpdError
-from cpd_onnx.io.files import read_text, require_free, write_atomically
+from cpd_onnx.io.files import read_text, require_free, translate_read_errors, write_atomically
 from cpd_onnx.io.trust import is_path
 from cpd_onnx.options import Named, neighbours, options_of, values_of
 from cpd_onnx.version import __version__
@@ -22,21 +23,15 @@ from cpd_onnx.version import __version__
 
 def read(path: Path, owner: type) -> dict[str, Any]:
     """Return the values of the options of a request by name; raises CpdError if the file is not a recipe for it."""
-    try:
+    with _translate_errors(path):
         content = read_text(path)
-    except OSError as error:
-        raise CpdError(f"cannot read recipe {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise CpdError(f"{path} is not a TOML file: {error}") from error
     return parsed(content, owner, path)
 
 
 def parsed(content: str, owner: type, path: Path) -> dict[str, Any]:
     """Return the values of the options from the text of a recipe; `path` is named in messages."""
-    try:
+    with _translate_errors(path):
         entries = tomllib.loads(content)
-    except (ValueError, RecursionError) as error:  # a number with too many digits raises a plain ValueError
-        raise CpdError(f"{path} is not a TOML file: {_reason(error)}") from error
     known = {named.key: named for named in _recorded_of(owner)}
     former = {named.former_key: named for named in known.values() if named.former_key}
     entries.pop("made_by", None)
@@ -50,8 +45,8 @@ def parsed(content: str, owner: type, path: Path) -> dict[str, Any]:
     return values
 
 
-def _reason(error: Exception) -> str:
-    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+def _translate_errors(path: Path) -> AbstractContextManager[None]:
+    return translate_read_errors(path, "recipe", f"{path} is not a TOML file", CpdError)
 
 
 def write(path: Path, request: Any, *, overwrite: bool, owner: type | None = None) -> None:

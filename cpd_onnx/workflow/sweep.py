@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from cpd_onnx.budget.targets import AnyTargets, Targets, targets_of
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.data.metrics import lower_is_better
 from cpd_onnx.data.sources import Source, imported
-from cpd_onnx.errors import CpdError, TargetError
+from cpd_onnx.errors import CpdError, DataError, TargetError
+from cpd_onnx.io import progress
 from cpd_onnx.io.files import commit_together, locked_folder
 from cpd_onnx.ir.model import Model
-from cpd_onnx.passes.allocate import target_options
 from cpd_onnx.report import figures as plots
 from cpd_onnx.report import manifest
 from cpd_onnx.report import tables as report
+from cpd_onnx.report.verdict import verdict
 from cpd_onnx.rewrite.plan import make_plan
 from cpd_onnx.runtime.bench import Bench
 from cpd_onnx.scores.registry import find_score_function, score
@@ -27,6 +29,7 @@ from cpd_onnx.workflow import compress as compression
 from cpd_onnx.workflow import recipe
 from cpd_onnx.workflow.compress_files import can_draw, compress, page_kinds, timed, write_page
 from cpd_onnx.workflow.places import read_model, require_apart, require_outputs, source_of, write_json
+from cpd_onnx.workflow.quality.samples import samples_of
 from cpd_onnx.workflow.requests import Compress, Observer, Sweep, ignore
 
 _SECONDS = 2.0
@@ -46,6 +49,8 @@ class SweepPoint:
         bytes: Size of the file, in bytes.
         ms, ratio: Median latency in milliseconds, and as a fraction of the original's.
         picked: Whether the model is the fastest within the allowed loss.
+        agreement: How often it answers like the original; None if that was not measured.
+        verdict: Its verdict, see `report.verdict`; None for the original.
     """
 
     name: str
@@ -58,6 +63,8 @@ class SweepPoint:
     ms: float = 0.0
     ratio: float = 0.0
     picked: bool = False
+    agreement: float | None = None
+    verdict: Mapping[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return the point as an entry of the report."""
@@ -65,7 +72,7 @@ class SweepPoint:
             "name": self.name, "file": self.file.name, "ms": self.ms, "ratio": self.ratio, "accuracy": self.quality,
             "untrained": self.before, "macs": self.macs, "params": self.params, "bytes": self.bytes,
             "picked": self.picked,
-        }  # fmt: skip  # a table
+        } | ({} if self.verdict is None else {"verdict": dict(self.verdict)})  # fmt: skip  # a table
 
 
 def sweep(request: Sweep, observer: Observer = ignore) -> dict[str, Any]:
@@ -82,18 +89,23 @@ def sweep(request: Sweep, observer: Observer = ignore) -> dict[str, Any]:
     executor = _executor(request)
     model = read_model(request.model, request.input_shapes)
     require_apart(written, model)
-    source = source_of(request.data, model, request)
-    observer("comb and score", 0, len(targets) + 1)
+    source, labelled = (source_of(data, model, request) for data in (request.data, request.eval))
+    if source is None and not request.blind:
+        raise DataError("without data, channels are chosen by their weights alone: give --data, or --blind for that")
+    source = samples_of(source, labelled, request.hold_out, is_search=False).fitted
+    is_measured = next(iter(targets.values())).has_latency and request.cost_table is None
+    progress.announce("comb", "score", *(["cost table"] if is_measured else []), "models", "latency", "write")
+    observer("comb", 0, None)
     jobs = _jobs(request, files, _planned(request, model, source, targets))
-    made: list[dict[str, Any]] = []
+    reports: list[dict[str, Any]] = []
     with executor:
-        observer(f"{len(targets)} models", 1, len(targets) + 1)
+        observer("models", 0, len(targets))
         for content in executor.map(_one, jobs):
-            made.append(content)
-            observer(f"{len(targets)} models", len(made) + 1, len(targets) + 1)
+            reports.append(content)
+            observer("models", len(reports), len(targets))
     found = timed(request, source, model, files.values(), _SECONDS * (1 + len(files)))
-    content = _content(request, _points(request, files, made, found), made, found)
-    with locked_folder(folder), commit_together():
+    content = _content(request, _points(request, files, reports, found), reports, found)
+    with progress.step("write"), locked_folder(folder), commit_together():
         for path in pages:
             if path.suffix == ".svg":
                 _draw(content, path, overwrite=request.force)
@@ -108,36 +120,32 @@ def pages_of(request: Sweep) -> list[Path]:
     return [request.output / f"sweep.{kind}" for kind in (*page_kinds(), *(["svg"] if can_draw() else []))]
 
 
-def _targets(said: Sequence[tuple[str, float]]) -> dict[str, tuple[str, float]]:
+def _targets(requested: Sequence[AnyTargets]) -> dict[str, Targets]:
     """Return the targets by the name of their file, largest first."""
-    found = {f"{kind}={fraction:g}": (kind, fraction) for kind, fraction in said}
-    if len({kind for kind, _ in found.values()}) > 1:
+    found = {str(targets): targets for targets in map(targets_of, requested)}
+    if len({(targets.each[0].kind, targets.each[0].is_fraction) for targets in found.values()}) > 1:
         raise TargetError("all targets of a sweep must be of one kind, as in --targets latency=0.7,0.5,0.3")
-    return dict(sorted(found.items(), key=lambda pair: -pair[1][1]))
+    return dict(sorted(found.items(), key=lambda pair: -pair[1].each[0].amount * pair[1].each[0].scale))
 
 
-def _planned(
-    request: Sweep, model: Model, source: Source | None, targets: Mapping[str, tuple[str, float]]
-) -> dict[str, Path]:
+def _planned(request: Sweep, model: Model, source: Source | None, targets: Mapping[str, Targets]) -> dict[str, Path]:
     """Write a plan for each target and return their paths; combing, scoring and measuring latency happen once."""
     combed = comb(model, request.input_shapes)
-    first = target_options(*next(iter(targets.values())))
+    first: Mapping[str, Any] = {"target": next(iter(targets.values()))}
     step = compression.step_of(request, first, None, has_data=source is not None)
     kind = step.score
     scores = score(combed, kind, samples=request.samples, data=source, labels=request.score_labels, seed=request.seed)
     chooser = step.chooser(combed)
     place = request.output / "plans"
-    made = {}
-    for name, (_, fraction) in targets.items():
-        chosen = chooser(combed, scores, fraction, is_loss=find_score_function(kind).is_loss)
-        words: dict[str, Any] = replace(step.budget, fraction=fraction).as_words()
-        words |= {"latency": dict(chosen.latency)} if chosen.latency else {}
-        words |= {"score": kind, "seed": request.seed}
+    paths = {}
+    for name, wanted in targets.items():
+        chosen = chooser.aiming(wanted)(combed, scores, is_loss=find_score_function(kind).is_loss)
+        words = dict(chosen.budget) | {"score": kind, "seed": request.seed}
         costs = {"before": chosen.before, "after": chosen.after}
-        made[name] = place / f"{name}.json"
+        paths[name] = place / f"{name}.json"
         plan = make_plan(combed, chosen.removed, budget=words, **costs)
-        plan.save(made[name], overwrite=request.force)
-    return made
+        plan.save(paths[name], overwrite=request.force)
+    return paths
 
 
 def _jobs(request: Sweep, files: Mapping[str, Path], plans: Mapping[str, Path]) -> list[Compress]:
@@ -146,7 +154,7 @@ def _jobs(request: Sweep, files: Mapping[str, Path], plans: Mapping[str, Path]) 
     shared = {entry.name: getattr(request, entry.name) for entry in fields(Compress) if hasattr(request, entry.name)}
     if _most_jobs(request) > 1 and not request.threads:
         shared["threads"] = 1  # parallel jobs would compete for cores
-    shared |= {"report": False, "json": None, "recipe": None}
+    shared |= {"report": False, "json": None, "recipe": None, "max_loss": None, "check_speed": False}
     return [
         Compress(**shared | {"target": target, "output": files[name], "like": plans[name]})
         for name, target in _targets(request.targets).items()
@@ -160,12 +168,12 @@ def _most_jobs(request: Sweep) -> int:
 def _executor(request: Sweep) -> Executor:
     if request.executor is None:
         return ProcessPoolExecutor(_most_jobs(request), get_context("spawn"))
-    made = imported(request.executor, "that gives a concurrent.futures.Executor")()
-    if not isinstance(made, Executor):
+    executor = imported(request.executor, "that gives a concurrent.futures.Executor")()
+    if not isinstance(executor, Executor):
         raise CpdError(
-            f"--executor {request.executor} returned a {type(made).__name__}, not a concurrent.futures.Executor"
+            f"--executor {request.executor} returned a {type(executor).__name__}, not a concurrent.futures.Executor"
         )
-    return made
+    return executor
 
 
 def _one(request: Compress) -> dict[str, Any]:
@@ -176,43 +184,54 @@ def _one(request: Compress) -> dict[str, Any]:
 
 
 def _points(
-    request: Sweep, files: Mapping[str, Path], made: Sequence[Mapping[str, Any]], found: Bench
+    request: Sweep, files: Mapping[str, Path], reports: Sequence[Mapping[str, Any]], found: Bench
 ) -> list[SweepPoint]:
     points = []
-    for (name, file), content, timing in zip(files.items(), made, found.timings[1:], strict=True):
+    for (name, file), content, timing in zip(files.items(), reports, found.timings[1:], strict=True):
         values = list((content["accuracy"] or {"values": {}})["values"].values())
         macs, params = (content["after"][kind] / content["before"][kind] for kind in ("macs", "params"))
-        quality, before = values[-1] if values else None, values[1] if len(values) > 2 else None
+        score, before = values[-1] if values else None, values[1] if len(values) > 2 else None
         costs = {"macs": macs, "params": params, "bytes": content["bytes"]["after"]}
-        points.append(SweepPoint(name, file, quality, before, **costs, ms=timing.p50, ratio=timing.ratio))
-    best = _picked(points, made[0]["accuracy"], request.most_lost)
+        timings = {"timings": [asdict(found.timings[0]), asdict(timing)]}
+        judged = verdict({**content, "bench": timings, "max_loss": request.max_loss})
+        compared = (content["agreement"] or {}).get("value")
+        points.append(
+            SweepPoint(
+                name, file, score, before, **costs, ms=timing.p50, ratio=timing.ratio, agreement=compared,
+                verdict=judged,
+            )
+        )  # fmt: skip  # what and how
+    best = _picked(points, reports[0]["accuracy"], request.max_loss)
     return [replace(point, picked=point is best) for point in points]
 
 
 def _picked(
-    points: Sequence[SweepPoint], accuracy: Mapping[str, Any] | None, most_lost: float | None
+    points: Sequence[SweepPoint], accuracy: Mapping[str, Any] | None, max_loss: float | None
 ) -> SweepPoint | None:
-    """Return the fastest model that loses at most `most_lost` of the original's metric; None without one."""
-    if most_lost is None:
+    """Return the fastest model that loses at most `max_loss` of the original's metric; None without one."""
+    if max_loss is None:
         return None
     if accuracy is None:
-        raise CpdError("--most-lost needs a metric: give --eval, or --data to compare outputs with the original's")
+        raise CpdError("--max-loss needs a metric: give --eval, or --data to compare outputs with the original's")
+    if accuracy["on"] != "labels":
+        near = [point for point in points if point.agreement is not None and 1 - point.agreement <= max_loss]
+        return min(near, key=lambda point: point.ms, default=None)
     whole = accuracy["values"]["original"]
     sign = -1.0 if lower_is_better(accuracy) else 1.0
-    good = [point for point in points if point.quality is not None and sign * (whole - point.quality) <= most_lost]
+    good = [point for point in points if point.quality is not None and sign * (whole - point.quality) <= max_loss]
     return min(good, key=lambda point: point.ms, default=None)
 
 
 def _content(
-    request: Sweep, points: Sequence[SweepPoint], made: Sequence[Mapping[str, Any]], found: Bench
+    request: Sweep, points: Sequence[SweepPoint], reports: Sequence[Mapping[str, Any]], found: Bench
 ) -> dict[str, Any]:
     """Return the report of the sweep."""
-    first = made[0]
+    first = reports[0]
     accuracy = first["accuracy"] or {"metric": None, "on": None, "values": {"original": None}}
     whole = accuracy["values"]["original"]
     costs = {"macs": 1.0, "params": 1.0, "bytes": first["bytes"]["before"]}
     dense = SweepPoint("the original", request.model, whole, None, **costs, ms=found.timings[0].p50, ratio=1.0)
-    pairs = zip(points, made, strict=True)
+    pairs = zip(points, reports, strict=True)
     return {
         "format": report.REPORT_FORMAT,
         "version": report.REPORT_VERSION,
@@ -220,7 +239,10 @@ def _content(
         "source": first["source"],
         "sweep": {
             **{key: accuracy[key] for key in ("metric", "lower_is_better", "on") if key in accuracy},
-            "points": [dense.as_json(), *(point.as_json() for point in points)],
+            "points": [
+                dense.as_json(),
+                *(_judged(one) | point.as_json() for point, one in zip(points, reports, strict=True)),
+            ],
         },
         "bench": found.as_json(),
         "notes": [f"{point.name}: {note}" for point, content in pairs for note in content["notes"]],
@@ -229,11 +251,19 @@ def _content(
     }
 
 
+def _judged(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the report of one model says about its worth: its verdict, its agreement and that of its proof."""
+    proof = content["verification"]
+    verdicts = {key: content[key] for key in ("verdict", "agreement") if content.get(key)}
+    return verdicts | {"verification": {key: proof[key] for key in ("verdict", "passed") if key in proof}}
+
+
 def _draw(content: Mapping[str, Any], path: Path, *, overwrite: bool) -> None:
     """Draw the metric against the latency, if the metric was measured."""
     found = content["sweep"]
     points = [point for point in found["points"] if point["accuracy"] is not None]
     if points:
-        choices = [plots.Choice(p["name"], p["ms"], p["accuracy"], p["picked"]) for p in points]
+        first = found["points"][0]  # the original
+        choices = [plots.Choice(p["name"], p["ms"], p["accuracy"], p["picked"], p is first) for p in points]
         less = lower_is_better(found)
         plots.tradeoff(choices, found["metric"], is_less_better=less).write(path, overwrite=overwrite)

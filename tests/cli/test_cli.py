@@ -21,6 +21,7 @@ from cpd_onnx.report import tables as report
 from cpd_onnx.rewrite.plan import schema
 from tests.rules.test_rules import model_of
 from tests.support.models import from_text
+from tests.support.runs import plain
 
 EXAMPLE = Path(__file__).parents[2] / "models" / "digits.onnx"
 
@@ -32,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run(*arguments: object) -> int:
-    return main([str(a) for a in arguments])
+    return main(plain([str(a) for a in arguments]))
 
 
 def files(folder: Path) -> set[str]:
@@ -277,6 +278,9 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert accuracy["pruned and repaired"] > accuracy["random channels"]
     assert content["verification"]["passed"]
     models = {"digits.onnx", "digits_pruned.onnx", "digits_pruned.onnx.plan.json"}
+    models |= {"digits_train.npz", "digits_test.npz"}
+    for name in ("digits.onnx", "digits_train.npz", "digits_test.npz"):
+        assert (tmp_path / "d" / name).read_bytes() == EXAMPLE.with_name(name).read_bytes()
     assert files(tmp_path / "d") == models | {"report.html", "report.md", "report.json"}
     assert list(content["report"]["accuracy"]["values"]) == ["original", "pruned and repaired", "distilled"]
     assert run("verify", tmp_path / "d" / "digits.onnx", tmp_path / "d" / "digits_pruned.onnx") == 0
@@ -426,6 +430,7 @@ def test_weights_go_where_they_are_wanted(tmp_path: Path) -> None:
         ["--policy", "far"],
         ["--seed", "-1"],
         ["--seed", "x"],
+        ["--round-to", "some"],
         ["--input-shape", "x"],
         ["--input-shape", "x:0"],
         ["--unheard-of"],
@@ -516,7 +521,7 @@ def test_interruption(folder: Path, capsys: pytest.CaptureFixture[str], monkeypa
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cpd_onnx.cli.main.comb", interrupted)
+    monkeypatch.setattr("cpd_onnx.workflow.inspect.comb", interrupted)
     assert run("inspect", folder / "model.onnx") == 130
     assert capsys.readouterr().err == "interrupted\n"
 
@@ -527,7 +532,7 @@ def test_internal_error_names_the_issue_tracker(
     def broken(*arguments: object) -> None:
         raise KeyError("axis")
 
-    monkeypatch.setattr("cpd_onnx.cli.main.comb", broken)
+    monkeypatch.setattr("cpd_onnx.workflow.inspect.comb", broken)
     assert run("inspect", folder / "model.onnx") == 1
     expected = f"error: internal error: KeyError: 'axis'; please report it at {ISSUES} with the output of --verbose\n"
     assert capsys.readouterr().err == expected

@@ -38,6 +38,7 @@ from cpd_onnx.ir.model import Model, load
 from cpd_onnx.proof import comparison
 from cpd_onnx.runtime.sessions import execute, open_model
 from tests.support.models import from_text
+from tests.support.runs import plain
 
 MODELS = Path(__file__).parents[2] / "models"
 EXAMPLE = MODELS / "digits.onnx"
@@ -578,6 +579,7 @@ from cpd_onnx.data.sources import open_source
 from cpd_onnx.deploy.steps import Deployment, deploy
 from cpd_onnx.ir.model import load
 from cpd_onnx.deploy.quantize import Quantization
+from tests.support.runs import plain
 
 model = load(sys.argv[1])
 data = open_source(sys.argv[2], model.proto)
@@ -610,7 +612,7 @@ def test_the_same_bytes_in_each_process() -> None:
 
 
 def run(*arguments: object) -> int:
-    return main([str(argument) for argument in arguments])
+    return main(plain([str(argument) for argument in arguments]))
 
 
 def files(folder: Path) -> set[str]:
@@ -705,14 +707,14 @@ def test_neither_file_is_written_if_one_cannot_be(tmp_path: Path, monkeypatch: p
 def test_what_is_not_finite_is_null_in_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(comparison, "_relative", lambda a, b: (float("inf"), 0.5))
+    monkeypatch.setattr(comparison, "_relative", lambda a, b: (float("inf"), 0.5, 0.25))
     line = ("deploy", EXAMPLE, "-o", tmp_path / "half.onnx", "--half", "float16", "--json", tmp_path / "half.json")
     assert run(*line) == 0
     said = capsys.readouterr().out
     assert "not finite" in said
     assert "note: the processor computes most" in said
     (step,) = json.loads((tmp_path / "half.json").read_text())["steps"]
-    assert (step["difference"]["largest"], step["difference"]["typical"]) == (None, 0.5)
+    assert [step["difference"][name] for name in ("largest", "typical", "of_range")] == [None, 0.5, 0.25]
 
 
 # Models of others.

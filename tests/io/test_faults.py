@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from cpd_onnx.cli.main import main
 from cpd_onnx.ir.model import load
 from cpd_onnx.proof.files import verify_files
 from cpd_onnx.rewrite.plan import load_plan
+from tests.support.runs import plain
 
 WIDTH = 600
 KILLS = int(os.environ.get("CPD_KILLS", "12"))
@@ -62,7 +64,7 @@ def in_child(work: Callable[[], object]) -> int:
 
 def prune(source: Path, out: Path, target: float) -> int:
     """Through the command line, over what is there."""
-    return main(["prune", str(source), "-o", str(out), "--target", f"macs={target}", "--no-verify", "--force"])
+    return main(plain(["prune", str(source), "-o", str(out), "--target", f"macs={target}", "--no-verify", "--force"]))
 
 
 def is_whole(source: Path, out: Path) -> bool:
@@ -116,11 +118,15 @@ def test_a_small_disk(source: Path, tmp_path: Path, kilobytes: int) -> None:
     """A file system of so many kilobytes: the plan does not fit, or the data, or the new data beside the old."""
     out, script = tmp_path / "out", tmp_path / "script"
     out.mkdir()
-    command = f"{sys.executable} -m cpd_onnx prune {source} -o {out}/small.onnx --no-verify"
+    base = ["prune", source, "-o", f"{out}/small.onnx", "--no-verify", "--target"]
+    small, larger = (
+        shlex.join([sys.executable, "-m", "cpd_onnx", *plain([*base, *more])])
+        for more in (["macs=0.4"], ["macs=0.6", "--force"])
+    )
     script.write_text(
         f"mount -t tmpfs -o size={kilobytes}k tmpfs {out} || exit 99\n"
-        f"{command} --target macs=0.4; echo code $?; ls -A {out}; cat {out}/small.onnx* | sha256sum\n"
-        f"{command} --target macs=0.6 --force; echo code $?; ls -A {out}; cat {out}/small.onnx* | sha256sum\n"
+        f"{small}; echo code $?; ls -A {out}; cat {out}/small.onnx* | sha256sum\n"
+        f"{larger}; echo code $?; ls -A {out}; cat {out}/small.onnx* | sha256sum\n"
     )
     done = subprocess.run(["unshare", "-rm", "sh", str(script)], capture_output=True, text=True, check=False)
     if done.returncode == 99 or "unshare" in done.stderr:
@@ -159,5 +165,5 @@ def test_a_model_may_take_the_place_of_what_it_was_made_of(source: Path, tmp_pat
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="a folder that nobody can write to")
 def test_a_folder_that_cannot_be_written(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["prune", str(source), "-o", "/proc/small.onnx"]) == 1
+    assert main(plain(["prune", str(source), "-o", "/proc/small.onnx"])) == 1
     assert "cannot write" in capsys.readouterr().err

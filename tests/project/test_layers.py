@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.runs import plain
+
 ROOT = Path(__file__).parents[2]
 TRAINS = ("torch", "training", "scores.gradients", "passes.distill", "passes.interleave")
 """Where torch is imported."""
@@ -102,7 +104,7 @@ def without_torch(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 def test_all_but_training_works_without_torch(tmp_path: Path) -> None:
     model = ROOT / "models" / "digits.onnx"
-    done = without_torch("prune", model, "-o", tmp_path / "small.onnx")
+    done = without_torch(*plain(["prune", model, "-o", tmp_path / "small.onnx"]))
     assert (done.returncode, "verified" in done.stdout) == (0, True)
     assert done.stderr == "pass 'distill' needs torch: pip install 'cpd-onnx[torch]'\n"
     done = without_torch(
@@ -114,7 +116,7 @@ def test_all_but_training_works_without_torch(tmp_path: Path) -> None:
 
 
 def test_the_demo_works_without_torch() -> None:
-    done = without_torch("demo")
+    done = without_torch("demo", "--log-level", "quiet")
     assert (done.returncode, done.stderr.count("\n")) == (0, 1)
     assert "not trained: distillation, which recovers accuracy, needs pip install 'cpd-onnx[torch]'" in done.stdout
     assert "pruned and repaired" in done.stdout

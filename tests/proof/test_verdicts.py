@@ -35,6 +35,7 @@ from cpd_onnx.shapes.inference import fold
 from cpd_onnx.testing import mask_oracle, permutation_oracle
 from tests.support.models import from_text
 from tests.support.planted import network, verdict_of
+from tests.support.runs import plain
 
 MLP = "float[4, 12] x, float[12, 16] w, float[16, 5] v"
 
@@ -264,19 +265,20 @@ def test_what_is_inconclusive_is_not_written_unless_that_is_allowed(
         "compress": [command, blind, "-o", blind.parent / "out.onnx", "--no-report"],
         "sweep": [command, blind, "-o", blind.parent / "out", "--targets", "channels=0.5", "--jobs", "1"],
     }[command]
-    assert main([*map(str, line)]) == 4
+    line += ["--log-level", "quiet"]
+    assert main(plain(line)) == 4
     said = capfd.readouterr().err
     assert "error: inconclusive: output 'y'" in said
     assert len(said.splitlines()) == 1
     assert list(blind.parent.glob("**/*.onnx")) == [blind]
-    assert main([*map(str, line), "--force", "--allow-inconclusive"]) == 0
+    assert main(plain([*line, "--force", "--allow-inconclusive"])) == 0
     assert len(list(blind.parent.glob("**/*.onnx"))) == 2
 
 
 def test_verify_ends_in_a_code_of_its_own(blind: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = blind.parent / "out.onnx"
-    assert main(["prune", str(blind), "-o", str(out), "--allow-inconclusive"]) == 0
+    assert main(plain(["prune", str(blind), "-o", str(out), "--allow-inconclusive"])) == 0
     assert "inconclusive: output 'y'" in capsys.readouterr().out
-    assert main(["verify", str(blind), str(out), "--json", str(blind.parent / "found.json")]) == 4
+    assert main(plain(["verify", str(blind), str(out), "--json", str(blind.parent / "found.json")])) == 4
     assert "inconclusive" in capsys.readouterr().err
     assert '"verdict": "inconclusive"' in (blind.parent / "found.json").read_text()

@@ -29,6 +29,7 @@ from cpd_onnx.rewrite.plan import Plan, schema
 from cpd_onnx.workflow.evidence.chain import manifest_of, verify_deployed
 from tests.support.edits import edited, nested, other_value
 from tests.support.models import from_text
+from tests.support.runs import plain
 
 CASES = Path(os.environ.get("CPD_DATA", Path(__file__).parents[3] / "shared" / "data")).parent / "cases" / "verify"
 PRUNED = "comb, score, allocate{channels=0.5}, prune"
@@ -450,7 +451,7 @@ STEPS: dict[str, list[Any]] = {
 
 
 def run(*arguments: object) -> int:
-    return main([str(argument) for argument in arguments])
+    return main(plain([str(argument) for argument in arguments]))
 
 
 @pytest.fixture

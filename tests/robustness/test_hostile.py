@@ -23,6 +23,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 import cpd_onnx as cpd
 from cpd_onnx.cli.main import main
 from cpd_onnx.runtime import sessions as runtime
+from tests.support.runs import plain
 
 SECONDS = 20
 BYTES = 3 << 30
@@ -281,7 +282,7 @@ def limited(arguments: list[str], folder: Path) -> tuple[int, str]:
             resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
             signal.alarm(12 * SECONDS)
             runtime.RUN_SECONDS = SECONDS / 4
-            code = main(arguments)
+            code = main(plain(arguments))
         except BaseException:
             traceback.print_exc()
         finally:

@@ -22,6 +22,7 @@ from cpd_onnx.runtime.sessions import execute, open_model
 from cpd_onnx.scores import activations
 from cpd_onnx.scores.registry import ScoreContext, score
 from tests.support.models import from_text
+from tests.support.runs import plain
 
 DATA = Path(os.environ.get("CPD_DATA", Path(__file__).parents[3] / "shared" / "data")) / "onnx"
 KINDS = ("activation", "wanda", "variance")
@@ -286,9 +287,9 @@ def test_they_keep_more_than_chance(kind: str) -> None:
 def test_command_without_torch(tmp_path: Path) -> None:
     script = "import sys; sys.modules['torch'] = None; from cpd_onnx.cli.main import main; sys.exit(main(sys.argv[1:]))"
     line = ["prune", str(DIGITS / "digits.onnx"), "-o", str(tmp_path / "small.onnx"), "--score", "wanda"]
-    line += ["--data", str(DIGITS / "digits_train.npz")]
-    done = subprocess.run([sys.executable, "-c", script, *line], capture_output=True, text=True, check=False)
+    line += ["--data", str(DIGITS / "digits_train.npz"), "--log-level", "quiet"]
+    done = subprocess.run([sys.executable, "-c", script, *plain(line)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     first = (tmp_path / "small.onnx").read_bytes()
-    assert main([*line, "--force"]) == 0
+    assert main(plain([*line, "--force"])) == 0
     assert (tmp_path / "small.onnx").read_bytes() == first

@@ -21,6 +21,7 @@ from cpd_onnx.data.sources import LABELS, ArraySource
 from cpd_onnx.scores.gradients import changes, loss_of_sampled
 from cpd_onnx.scores.registry import ScoreContext, score
 from tests.support.models import from_text
+from tests.support.runs import plain
 
 TEXT = (
     "(float[N, 3] x, float[3, 4] w, float[4, 5] v) => (float[N, 5] y) { a = MatMul(x, w) b = Relu(a) y = MatMul(b, v) }"
@@ -99,10 +100,10 @@ def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(cpd.DataError, match="no array 'labels'"):
         score(combed, "fisher", data=ArraySource(PLAIN), labels=True)
     target = ["-o", str(tmp_path / "small.onnx"), "--score"]
-    assert main(["prune", str(DIGITS / "digits.onnx"), *target, "best"]) == 1
+    assert main(plain(["prune", str(DIGITS / "digits.onnx"), *target, "best"])) == 1
     assert "unknown score 'best'" in capsys.readouterr().err
     np.savez(tmp_path / "few.npz", **{k: v[:8] for k, v in np.load(DIGITS / "digits_train.npz").items()})
     command = ["prune", str(DIGITS / "digits.onnx"), *target, "fisher"]
-    assert main(command) == 1
+    assert main(plain(command)) == 1
     assert "--data" in capsys.readouterr().err
-    assert main([*command, "--data", str(tmp_path / "few.npz"), "--samples", "4", "--policy", "global"]) == 0
+    assert main(plain([*command, "--data", str(tmp_path / "few.npz"), "--samples", "4", "--policy", "global"])) == 0

@@ -41,6 +41,7 @@ from cpd_onnx.training import refolding
 from cpd_onnx.training.cache import AnswerCache
 from cpd_onnx.training.losses import angle, correlation_distance
 from tests.passes.test_distill import FAST, STUDENT, TEACHER, images, network, weights_of
+from tests.support.runs import plain
 
 OPTIONS = replace(FAST, epochs=1, steps=12, flip=True, shift=1, ema=0.9, threads=1)
 
@@ -124,7 +125,7 @@ def on_disk(folder: Path) -> list[str]:
 
 def test_killed_at_any_moment_it_goes_on(tmp_path: Path) -> None:
     command = on_disk(tmp_path)
-    assert main([*command, "-o", str(tmp_path / "whole.onnx")]) == 0
+    assert main(plain([*command, "-o", str(tmp_path / "whole.onnx")])) == 0
     out, checkpoint = tmp_path / "killed.onnx", tmp_path / "killed.onnx.checkpoint"
     line = [sys.executable, "-m", "cpd_onnx", *command, "-o", str(out)]
     for _ in range(3):
@@ -138,7 +139,7 @@ def test_killed_at_any_moment_it_goes_on(tmp_path: Path) -> None:
         process.wait()
         assert not out.exists() or process.returncode == 0
     if not out.exists():
-        assert main([*command, "-o", str(out), "--resume"]) == 0
+        assert main(plain([*command, "-o", str(out), "--resume"])) == 0
     assert out.read_bytes() == (tmp_path / "whole.onnx").read_bytes()
     assert not checkpoint.exists()
 
@@ -338,7 +339,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """Data parallel by torchrun with the gloo backend, at the same global batch."""
     command = [*on_disk(tmp_path)]
     command[command.index("--batch-norm") + 1] = "frozen"
-    assert main([*command, "-o", str(tmp_path / "one.onnx")]) == 0
+    assert main(plain([*command, "-o", str(tmp_path / "one.onnx")])) == 0
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "cpd_onnx"]
     line = [*launcher, *command, "--device", "cpu", "-o", str(tmp_path / "two.onnx")]
     done = subprocess.run(line, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -354,14 +355,14 @@ def test_two_processes_go_through_rounds_together(tmp_path: Path) -> None:
     arrays = dict(np.load(folder / "digits_train.npz"))
     np.savez(tmp_path / "few.npz", **{k: v[:64] for k, v in arrays.items()})
     training = ["--data", tmp_path / "few.npz", "--steps", 4, "--batch-size", 32, "--threads", 1, "--device", "cpu"]
-    command = ["compress", folder / "digits.onnx", "-o", tmp_path / "two.onnx", "--rounds", 2, *training]
+    command = ["compress", folder / "digits.onnx", "-o", tmp_path / "two.onnx", "--rounds", 2, "--no-report", *training]
     line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "cpd_onnx"]
     done = subprocess.run(
-        [*line, *map(str, command)], capture_output=True, text=True, check=False, timeout=120,
+        [*line, *plain(command)], capture_output=True, text=True, check=False, timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip  # one command
     assert done.returncode == 0, done.stderr[-2000:]
-    assert main(["verify", str(folder / "digits.onnx"), str(tmp_path / "two.onnx")]) == 0
+    assert main(plain(["verify", str(folder / "digits.onnx"), str(tmp_path / "two.onnx")])) == 0
 
 
 # Pruning and training in turns.
@@ -534,14 +535,14 @@ def test_a_pruned_int8_model_learns_and_stays_int8(tmp_path: Path, capsys: pytes
     np.savez(tmp_path / "data.npz", **images())
     int8, small, out = (str(tmp_path / f"{name}.onnx") for name in ("int8", "small", "out"))
     quantize_static(tmp_path / "float.onnx", int8, _Calibration(), per_channel=True)
-    assert main(["prune", int8, "-o", small, "--target", "channels=0.7"]) == 0
+    assert main(plain(["prune", int8, "-o", small, "--target", "channels=0.7"])) == 0
     training = ["--steps", "60", "--batch-size", "32", "--lr", "0.02", "--threads", "1", "--batch-norm", "frozen"]
     data = ["--data", str(tmp_path / "data.npz"), "--eval", str(tmp_path / "data.npz"), "--metric", "mse"]
     capsys.readouterr()
-    assert main(["distill", int8, small, "-o", out, *data, *training, "--json", "-"]) == 0
+    assert main(plain(["distill", int8, small, "-o", out, *data, *training, "--json", "-"])) == 0
     scores = json.loads(capsys.readouterr().out)
     assert scores["distilled"] < 0.5 * scores["student"]
-    assert main(["verify", int8, out]) == 0
+    assert main(plain(["verify", int8, out])) == 0
     before, after = (onnx.load(path).graph for path in (small, out))
     changed = {a.data_type for a, b in zip(before.initializer, after.initializer, strict=True) if a != b}
     assert changed == {TensorProto.INT8, TensorProto.INT32}

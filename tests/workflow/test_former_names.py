@@ -23,6 +23,7 @@ from cpd_onnx.passes.allocate import Allocate
 from cpd_onnx.passes.sensitivity import SensitivityOptions
 from cpd_onnx.pipeline.pipeline import make
 from cpd_onnx.rewrite.plan import schema
+from tests.support.runs import plain
 
 FORMER = {"spread": "policy", "multiple": "round_to", "min_share": "min_ratio", "max_share": "max_ratio"}
 PLAN = """{
@@ -120,49 +121,49 @@ def test_plan_of_version_1_is_converted(folder: Path) -> None:
     plan.save(folder / "new.json")
     assert cpd.load_plan("new.json").dumps() == plan.dumps() != PLAN
     (folder / "other.json").write_text(PLAN.replace('"version": 1', '"version": 3'))
-    assert main(["apply", "tiny.onnx", "other.json", "-o", "o.onnx"]) == 1
+    assert main(plain(["apply", "tiny.onnx", "other.json", "-o", "o.onnx"])) == 1
 
 
 def test_model_of_version_1_has_the_same_bytes_and_is_verified(folder: Path) -> None:
-    assert main(["apply", "tiny.onnx", "small.onnx.plan.json", "-o", "small.onnx"]) == 0
+    assert main(plain(["apply", "tiny.onnx", "small.onnx.plan.json", "-o", "small.onnx"])) == 0
     assert hashlib.sha256((folder / "small.onnx").read_bytes()).hexdigest() == SMALL
-    assert main(["verify", "tiny.onnx", "small.onnx"]) == 0
+    assert main(plain(["verify", "tiny.onnx", "small.onnx"])) == 0
     cpd.load_plan("small.onnx.plan.json").save(folder / "new.json")
-    assert main(["verify", "tiny.onnx", "small.onnx", "--plan", "new.json"]) == 0
+    assert main(plain(["verify", "tiny.onnx", "small.onnx", "--plan", "new.json"])) == 0
     (folder / "small.onnx.plan.json").write_text(PLAN.replace('"spread": "global"', '"spread": "uniform"'))
-    assert main(["verify", "tiny.onnx", "small.onnx"]) == 5  # the stamp is that of another plan
+    assert main(plain(["verify", "tiny.onnx", "small.onnx"])) == 5  # the stamp is that of another plan
 
 
 def test_manifest_of_version_1_is_reproduced(folder: Path) -> None:
     (folder / "c.onnx.manifest.json").write_text(json.dumps(MANIFEST))
-    assert main(["reproduce", "c.onnx.manifest.json", "-o", "again"]) == 0
+    assert main(plain(["reproduce", "c.onnx.manifest.json", "-o", "again"])) == 0
     assert json.loads(Path("again/c.onnx.plan.json").read_text())["version"] == 2
     another = json.dumps(MANIFEST).replace("5635e1444a", "0635e1444a")
     (folder / "c.onnx.manifest.json").write_text(another)
-    assert main(["reproduce", "c.onnx.manifest.json", "-o", "again", "--force"]) == 1
+    assert main(plain(["reproduce", "c.onnx.manifest.json", "-o", "again", "--force"])) == 1
 
 
 def test_former_options_work_and_warn(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     new = ("--policy", "global", "--round-to", "2", "--max-ratio", "0.75", "--min-ratio", "0.0")
     old = ("--spread", "global", "--multiple", "2", "--max-share", "0.75", "--min-share", "0.0")
     common = ("--target", "channels=0.5", "--force")
-    assert main(["prune", "tiny.onnx", "-o", "small.onnx", *common, *new]) == 0
+    assert main(plain(["prune", "tiny.onnx", "-o", "small.onnx", *common, *new])) == 0
     assert "warning" not in capsys.readouterr().err
     plan = Path("small.onnx.plan.json").read_text()
-    assert main(["prune", "tiny.onnx", "-o", "small.onnx", *common, *old]) == 0
+    assert main(plain(["prune", "tiny.onnx", "-o", "small.onnx", *common, *old])) == 0
     warned = capsys.readouterr().err
     for before, now in zip(old[::2], new[::2], strict=True):
         assert f"warning: {before} is now {now};" in warned
     assert Path("small.onnx.plan.json").read_text() == plan
     with pytest.raises(SystemExit):
-        main(["prune", "--help"])
+        main(plain(["prune", "--help"]))
     assert "--spread" not in capsys.readouterr().out
 
 
 def test_former_recipe_keys_are_read(folder: Path) -> None:
     (folder / "r.toml").write_text('spread = "global"\nmultiple = 2\nmax-share = 0.75\n')
     asked = ("compress", "tiny.onnx", "-o", "c.onnx", "--recipe", "r.toml", "--no-report")
-    assert main([*asked]) == 0
+    assert main(plain([*asked])) == 0
     recipe = Path("c.onnx.recipe.toml").read_text()
     assert 'policy = "global"\n' in recipe
     assert "round-to = 2\n" in recipe
@@ -192,5 +193,5 @@ def test_former_fields_are_accepted_with_a_warning() -> None:
 
 def test_former_arguments_of_compress_are_accepted(folder: Path) -> None:
     with pytest.warns(DeprecationWarning, match="'multiple' is now called 'round_to'"):
-        made = cpd.compressed("tiny.onnx", macs=0.5, **{"multiple": 2})
+        made = cpd.compressed("tiny.onnx", macs=0.5, blind=True, **{"multiple": 2})
     assert made.state.need("plan", "prune").content["budget"]["round_to"] == 2

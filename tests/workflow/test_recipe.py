@@ -12,6 +12,7 @@ pytest.importorskip("torch")
 
 import cpd_onnx as cpd
 from cpd_onnx.cli.main import main
+from tests.support.runs import plain
 
 MODELS = Path(cpd.__file__).parent / "models"
 
@@ -24,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def compress(folder: Path, name: str, *options: object) -> int:
-    return main([*map(str, ["compress", MODELS / "digits.onnx", "-o", folder / name, "--no-report", *options])])
+    return main(plain([*map(str, ["compress", MODELS / "digits.onnx", "-o", folder / name, "--no-report", *options])]))
 
 
 def test_a_recipe_repeats_a_run(folder: Path) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import cpd_onnx as cpd
+from cpd_onnx.budget.targets import KINDS, parse
 from cpd_onnx.cli import reference
 from cpd_onnx.cli.arguments import command_line, request_of
 from cpd_onnx.cli.main import main
@@ -26,6 +27,7 @@ from cpd_onnx.passes.allocate import AllocateOptions
 from cpd_onnx.workflow import recipe
 from cpd_onnx.workflow.api import CompressOptions, run
 from cpd_onnx.workflow.requests import COMMANDS, Compress, Deploy, Prune, Sweep
+from tests.support.runs import plain
 
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / "models" / "digits.onnx"
@@ -42,7 +44,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def command(*arguments: object) -> int:
-    return main([*map(str, arguments)])
+    return main(plain([*map(str, arguments)]))
 
 
 def typed(*arguments: object) -> Any:
@@ -52,13 +54,14 @@ def typed(*arguments: object) -> Any:
 # What is made of the fields.
 
 EXAMPLES = {
-    "natural": "7", "positive": "7", "integer": "-7", "above_zero": "0.5", "not_negative": "0.5", "ratio": "0.5",
+    "natural": "7", "positive": "7", "integer": "-7", "loss_bound": "0.25", "above_zero": "0.5", "not_negative": "0.5", "ratio": "0.5",
     "int": "7", "str": "some", "Path": "some.file", "file": "some.onnx", "bounds": "head*=0.25..1", "target": "macs=0.7",
-    "targets": "macs=0.7,0.4", "input_shape": "image:2,1,8,8", "height_width": "5,7",
+    "targets": "macs=0.7,0.4", "parse": "latency=5ms,flash=0.5", "steps": "auto16", "input_shape": "image:2,1,8,8", "height_width": "5,7",
 }  # fmt: skip  # a table
 OF_NAMES = {
     "image_mean": "0.5,0.25,0.5", "image_std": "0.5", "losses": "scores=mse", "output_weights": "scores=0.5",
-    "ratios": "0.5,0.25", "batch": "1,8", "threads": "1,2", "fix": "image=2,1,8,8",
+    "ratios": "0.5,0.25", "batch": "1,8", "threads": "1,2", "provider": "CUDAExecutionProvider",
+    "latency_provider": "CUDAExecutionProvider", "fix": "image=2,1,8,8",
 }  # fmt: skip  # a table
 
 
@@ -142,7 +145,7 @@ def test_a_recipe_of_an_earlier_version_is_read(folder: Path) -> None:
     Path("old.toml").write_text(OLD)
     request = typed("compress", "model.onnx", "-o", "small.onnx", "--recipe", "old.toml", "--keep", "stem*")
     assert request.data == str(folder / "data.npz")
-    assert (request.target, request.rounds, request.images.mean) == (("macs", 0.5), 2, (0.5, 0.4, 0.3))
+    assert (request.target, request.rounds, request.images.mean) == (parse("macs=0.5"), 2, (0.5, 0.4, 0.3))
     assert (request.widths, request.losses) == ((("head*", (0.5, 1.0)),), {"scores": "mse"})
     assert (request.input_shapes, request.report) == ({"image": (1, 1, 8, 8)}, False)
     assert request.keep == ("head*", "stem*")
@@ -236,7 +239,10 @@ def test_one_rule_says_what_the_allocation_policy_is(folder: Path, options: tupl
     named = {"data": "data.npz"} if "--data" in options else {}
     score = "l2" if "l2" in options else None
     chosen = "global" if "global" in options else None
-    made = cpd.compressed("model.onnx", score=score, policy=chosen, train=False, samples=16, repair_samples=16, **named)
+    more = named or {"blind": True}
+    made = cpd.compressed(
+        "model.onnx", score=score, policy=chosen, macs=0.5, train=False, samples=16, repair_samples=16, **more
+    )
     assert made.state.need("plan", "prune").content["budget"]["policy"] == policy
 
 
@@ -281,7 +287,7 @@ def test_results_say_what_they_are_in_one_line(folder: Path) -> None:
         state.combed,
         state.allocation,
         state.verification,
-        cpd.compressed("model.onnx"),
+        cpd.compressed("model.onnx", macs=0.5, blind=True),
     )
     combed = state.need("combed", "comb")
     for found in (*results, state.folded, *combed.groups, *combed.weights):
@@ -308,7 +314,7 @@ def test_a_failing_compress_leaves_nothing(folder: Path, monkeypatch: pytest.Mon
     before = there(folder)
     request = Compress(
         model=Path("model.onnx"), output=Path("small.onnx"), data="data.npz", distill=False, report=False, samples=32,
-        repair_samples=32, json="small.json",
+        repair_samples=32, json="small.json", target=("macs", 0.5), check_speed=False,
     )  # fmt: skip  # what and how
     with monkeypatch.context() as patch:
         patch.setattr(f"cpd_onnx.workflow.compress_files.{place}", failing)
@@ -339,7 +345,7 @@ def test_a_failing_sweep_leaves_whole_models_and_no_report(folder: Path, monkeyp
     Path("out").mkdir()
     request = Sweep(
         model=Path("model.onnx"), output=Path("out"), targets=(("macs", 0.7), ("macs", 0.5)), json="sweep.json",
-        executor="concurrent.futures:ThreadPoolExecutor",
+        executor="concurrent.futures:ThreadPoolExecutor", blind=True,
     )  # fmt: skip  # what and how
     with pytest.raises(cpd.UnsupportedError):
         run(request)
@@ -369,3 +375,13 @@ def test_requests_are_frozen_and_say_what_must_be_given() -> None:
         assert is_dataclass(owner)
         assert owner.__dataclass_params__.frozen  # type: ignore[attr-defined]  # of the dataclass
     assert [named.name for named in options_of(Compress) if named.default is MISSING] == ["output", "model"]
+
+
+def test_arguments_of_compress_are_options_of_the_command_but_for_those_that_integrations_replace() -> None:
+    named = {named.name for named in options_of(Compress)}
+    others = {field.name for field in fields(CompressOptions)} - named
+    assert others == {"train", "progress", *KINDS}
+    text = (ROOT / "cpd_onnx" / "integrations" / "olive.py").read_text()
+    replaced = text.partition("_REPLACED = {")[2].partition("}")[0]
+    assert all(f'"{name}"' in replaced for name in others - {*KINDS})
+    assert "*KINDS" in replaced

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping
@@ -11,9 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cpd_onnx.budget.choosing import MEASURED, STEPS
+from cpd_onnx.budget.host import AUTO
+from cpd_onnx.budget.targets import targets_of
 from cpd_onnx.errors import CpdError, PlanError
 from cpd_onnx.io import trust
 from cpd_onnx.options import build, options_of
+from cpd_onnx.passes.lossless import KIND as LOSSLESS
 from cpd_onnx.report import manifest
 from cpd_onnx.rewrite.plan import load_plan
 from cpd_onnx.workflow import defaults, recipe
@@ -23,7 +28,7 @@ from cpd_onnx.workflow.places import beside, require_outputs, write_json
 from cpd_onnx.workflow.requests import Compress, Deploy, Observer, Reproduce, ignore
 
 _REPEATABLE: dict[str, type[Compress] | type[Deploy]] = {"compress": Compress, "deploy": Deploy}
-_ROLES = ("model", "data", "watch", "plan", "cost-table", "profile")
+_ROLES = ("model", "data", "watch", "plan", "cost-table", "profile", "classes")
 """Roles of inputs that a run is repeated with, each an option; data that only measures is not needed."""
 _TRACES = ("log", "tensorboard", "teacher_cache", "ort")
 """Options that name outputs which are not written again, or are written elsewhere."""
@@ -43,7 +48,8 @@ def reproduce(request: Reproduce, observer: Observer = ignore) -> dict[str, Any]
     )
     with _folder(request.output):
         if isinstance(repeated, Compress):
-            repeated = _with_recorded_choice(repeated, lambda: _plan_of(outputs, request))
+            recorded = recipe.parsed(record["recipe"], owner, request.manifest)
+            repeated = _with_recorded_choice(repeated, recorded, lambda: _plan_of(outputs, request))
             compress(
                 repeated, observer, called=next(Path(e["file"]).name for e in record["inputs"] if e["role"] == "model")
             )
@@ -139,7 +145,11 @@ def _repeated_request(
     recorded = recipe.parsed(record["recipe"], owner, request.manifest)
     fixed: dict[str, Any] = {role: str(inputs[role]) for role in ("data", "watch", "profile") if role in inputs}
     fixed |= {"model": inputs["model"], "output": output, "force": request.force, "eval": None, "report": False}
+    fixed |= {"max_loss": None, "check_speed": False, "blind": True}  # the recorded channels have been chosen
+    if recorded.get("eval") is not None or "hold_out" not in recorded:
+        fixed["hold_out"] = 0.0  # there was other data to measure on, or the version of that run held nothing out
     fixed |= {"like": inputs.get("plan"), "cost_table": inputs.get("cost-table"), **dict.fromkeys(_TRACES)}
+    fixed["image_classes"] = inputs.get("classes")
     if recorded.get("teacher_cache") is not None:
         fixed["teacher_cache"] = beside(output, "answers")
     if not recorded.get("patience"):
@@ -149,17 +159,32 @@ def _repeated_request(
     return build(owner, trusted | {name: value for name, value in fixed.items() if name in options})
 
 
-def _with_recorded_choice(repeated: Compress, plan_of: Callable[[], Path | None]) -> Compress:
-    """Return the request with the recorded plan if channels were chosen by latency, as a new measurement may differ."""
-    if repeated.target[0] != "latency" or repeated.cost_table is not None or repeated.like is not None:
+def _with_recorded_choice(
+    repeated: Compress, recorded: Mapping[str, Any], plan_of: Callable[[], Path | None]
+) -> Compress:
+    """Return the request with the recorded plan if channels were chosen by measurements or for another processor.
+
+    In several rounds, the recorded plan cannot be carried out at once; the steps of its widths are then taken over.
+    """
+    has_latency = repeated.target is None or targets_of(repeated.target).has_latency
+    has_bound = recorded.get("max_loss") is not None or (repeated.target is None and repeated.rounds == 1)
+    is_searched = has_bound and recorded.get("max_loss") != math.inf and repeated.data is not None
+    if repeated.like is not None or (has_latency and repeated.cost_table is not None and not is_searched):
         return repeated
-    plan = None if repeated.rounds > 1 else plan_of()
-    if plan is None:
+    plan = plan_of()
+    budget = {} if plan is None else load_plan(plan).content["budget"]
+    is_measured = has_latency or is_searched or budget.get("kind") == LOSSLESS or budget.get(STEPS) == MEASURED
+    if plan is not None and repeated.rounds == 1 and (is_measured or STEPS in budget):
+        return replace(repeated, like=plan)
+    if is_measured:
         raise CpdError(
-            "the run chose channels by measured latency in several rounds, which cannot be repeated; compress with "
+            "the run chose channels by measurements in several rounds, which cannot be repeated; compress with "
             "--cost-table for a reproducible run"
         )
-    return replace(repeated, like=plan)
+    repeated = replace(repeated, check_speed=False)
+    if STEPS in budget:
+        return replace(repeated, round_to=f"{AUTO}{budget['round_to']}")
+    return repeated if repeated.profile is not None or repeated.round_to else replace(repeated, round_to=1)
 
 
 @contextlib.contextmanager

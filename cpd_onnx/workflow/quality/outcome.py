@@ -1,0 +1,69 @@
+"""What a request demands of the quality, and the entries of its result that the verdict is computed from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from cpd_onnx.errors import NotFasterError
+from cpd_onnx.passes.allocate import target_options
+from cpd_onnx.pipeline.state import State
+from cpd_onnx.report.verdict import NOT_FASTER, answers
+from cpd_onnx.shapes.realistic import judged_inputs
+from cpd_onnx.workflow import defaults
+from cpd_onnx.workflow.quality.samples import Samples, agreement_on
+from cpd_onnx.workflow.quality.search import Choice, Demand
+from cpd_onnx.workflow.requests import Compress, Prune
+
+SMALLEST = ("latency", 0.1)
+"""Target on the way to which the fastest model within a loss is searched where none is given."""
+
+
+def target_of(request: Prune | Compress) -> dict[str, Any]:
+    """Return the target as an option of `Allocate`; empty for that of the request."""
+    return {} if request.target is not None else usual_target(request.max_loss)
+
+
+def usual_target(max_loss: float | None) -> dict[str, Any]:
+    """Return the target of a run that is given none, as an option of `Allocate`."""
+    return target_options(*(defaults.TARGET if max_loss in (None, math.inf) else SMALLEST))
+
+
+def demand_of(request: Prune | Compress, *, has_labels: bool, trains: bool = False) -> Demand:
+    """Return what a run is to keep of the original's quality."""
+    bound = defaults.max_loss(request.max_loss, has_target=request.target is not None, has_labels=has_labels)
+    is_bounded = bound != math.inf and (request.rounds == 1 or request.max_loss is not None)
+    metric = getattr(request, "metric", defaults.METRIC)
+    detector = getattr(request, "detector", None)
+    return Demand(bound if is_bounded else None, request.blind, metric, request.task, trains, detector)
+
+
+def content(
+    request: Prune | Compress, demand: Demand, samples: Samples, choice: Choice, state: State
+) -> dict[str, Any]:
+    """Return the entries of a result that its verdict is computed from, apart from the measurements of `compress`."""
+    chosen = choice.chosen or state.need("allocation", "allocate")
+    compared = agreement_on(state.original, state.model, samples, demand.task)
+    is_wanted = request.target is not None and not choice.is_lossless
+    return {
+        "agreement": None if compared is None else compared.as_json(),
+        "asked": [asdict(row) for row in chosen.asked] if is_wanted else [],
+        "is_bounded": demand.max_loss is not None and choice.plan is not None,
+        "is_lossless": choice.is_lossless,
+        "is_blind": state.data is None and not choice.is_lossless,
+        "max_loss": demand.max_loss,
+        "is_unbounded": request.max_loss == math.inf,
+        "checks_speed": request.check_speed,
+        "latency": dict(chosen.latency),
+        "slow_because": chosen.slow_because,
+        "inputs": judged_inputs(state.need("combed", "comb").folded),
+    }
+
+
+def require_faster(request: Prune | Compress, content: Mapping[str, Any]) -> None:
+    """Raise NotFasterError if the model is not faster than the original, unless it is to be kept anyway."""
+    found = answers(content)[0]
+    if request.check_speed and found.code == NOT_FASTER and not request.keep_anyway:
+        raise NotFasterError(f"{found.line()}; nothing was written (--keep-anyway writes it)")

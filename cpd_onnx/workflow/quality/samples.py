@@ -1,0 +1,108 @@
+"""Samples by their use, and how much a model loses on them against the original."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from cpd_onnx.data.agreement import Agreement, agreement
+from cpd_onnx.data.held_out import at_most, divide
+from cpd_onnx.data.metrics import OF_TWO_MODELS, evaluate, metric_of
+from cpd_onnx.data.sources import Source
+from cpd_onnx.data.synthetic import Synthetic
+from cpd_onnx.errors import TargetError
+from cpd_onnx.ir.model import Model
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples by what they are used for.
+
+    Attributes:
+        fitted: Samples that channels, weights and training are fitted to; None without data.
+        choosing: Samples on which models of different sizes are compared; None without real samples.
+        judging: Samples on which the result is measured, others than those for choosing if a choice is made.
+        has_labels: Whether the last two have labels that the metric is measured against.
+        is_held_out: Whether nothing is fitted to the last two.
+    """
+
+    fitted: Source | None
+    choosing: Source | None = None
+    judging: Source | None = None
+    has_labels: bool = False
+    is_held_out: bool = True
+
+
+def samples_of(data: Source | None, labelled: Source | None, hold_out: float, *, is_search: bool) -> Samples:
+    """Return the samples by their use.
+
+    Args:
+        data: Samples to fit to.
+        labelled: Further samples, with labels; nothing is fitted to them.
+        hold_out: Fraction of `data` that is held out where there are no labelled samples.
+        is_search: Whether models of different sizes are to be compared, for which half of the samples are used that
+            nothing is fitted to.
+    """
+    fitted, judging, is_held_out = data, labelled, True
+    if labelled is None and data is not None and not isinstance(data, Synthetic):
+        division = divide(data, hold_out)
+        fitted, judging = (data, at_most(data)) if division is None else (division.first, division.second)
+        is_held_out = division is not None
+    halves = divide(judging, 0.5) if is_search and judging is not None and is_held_out else None
+    choosing, judging = (judging, judging) if halves is None else (halves.first, halves.second)
+    return Samples(fitted, choosing, judging, labelled is not None, is_held_out)
+
+
+def agreement_on(original: Model, model: Model, samples: Samples, task: str | None) -> Agreement | None:
+    """Return how often a model answers like the original on the samples for judging; None without samples."""
+    if samples.judging is None:
+        return None
+    found = agreement(original, model, samples.judging, task)
+    return None if found is None else replace(found, is_held_out=samples.is_held_out)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss of a model on the samples for choosing.
+
+    Attributes:
+        original: The original.
+        samples: The samples.
+        metric: Metric that is measured where the samples have labels.
+        task: Task of the agreement with the original, which is measured otherwise; None to tell it from the outputs.
+        detector: Form of the outputs of a detector, for the metric of detections; None to tell it.
+    """
+
+    original: Model
+    samples: Samples
+    metric: str
+    task: str | None = None
+    detector: str | None = None
+
+    def __call__(self, model: Model) -> float:
+        """Return the loss: of the metric, or of the agreement with the original; with a margin of a standard error.
+
+        The margin is that of the difference of two proportions which differ on the samples that are answered otherwise.
+        A loss that so few samples could not show to be any smaller has no margin.
+        """
+        source = self.samples.choosing
+        assert source is not None
+        found = agreement(self.original, model, source, self.task)
+        if found is None:
+            raise TargetError("the outputs cannot be compared with those of the original: leave out --max-loss")
+        differing = 1 - found.value
+        margin = math.sqrt(differing / found.samples) if found.interval == "Clopper-Pearson" else 0.0
+        if not self.samples.has_labels or self.metric in OF_TWO_MODELS:
+            return differing + margin
+        return self._of_labels(model, source) + margin
+
+    def _of_labels(self, model: Model, source: Source) -> float:
+        score = evaluate(model.complete_proto(), source, self.metric, detector=self.detector)
+        sign = -1.0 if metric_of(self.metric).lower_is_better else 1.0
+        return sign * (self._original_score - score)
+
+    @cached_property
+    def _original_score(self) -> float:
+        assert self.samples.choosing is not None
+        return evaluate(self.original.complete_proto(), self.samples.choosing, self.metric, detector=self.detector)

@@ -1,0 +1,371 @@
+"""What a run keeps of the quality: its defaults, the bound of the loss, what changes no output, and its verdict.
+
+Nothing is timed: the machine is made up, and takes as long as the weights of a model are large.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+import cpd_onnx as cpd
+from cpd_onnx.budget import latency
+from cpd_onnx.budget.latency import CostTable, LatencyProbe, measure_table
+from cpd_onnx.channels.combing import comb
+from cpd_onnx.cli.main import main
+from cpd_onnx.io.progress import ProgressEvent
+from cpd_onnx.ir.model import Model
+from cpd_onnx.runtime.bench import Setting
+from cpd_onnx.runtime.sessions import open_model
+from cpd_onnx.workflow import compress as compression
+from cpd_onnx.workflow import sweep as sweeping
+from cpd_onnx.workflow.api import run as carry_out
+from cpd_onnx.workflow.quality.samples import Loss, Samples
+from cpd_onnx.workflow.requests import Prune
+
+MODELS = Path(cpd.__file__).parent / "models"
+FEW = ("--samples", 64, "--repair-samples", 64)
+QUICK = (*FEW, "--no-distill", "--no-report")
+DEAD = (1, 5, 9)
+"""Channels that are planted to be zero for all inputs."""
+
+
+def milliseconds(model: Model) -> float:
+    return sum(kernel.ms for kernel in kernels(model).values())
+
+
+def kernels(model: Model) -> dict[str, latency._Kernel]:
+    """One kernel for each weight, which takes a nanosecond for each of its numbers."""
+    weights = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer if len(tensor.dims) > 1}
+    return {f"of {name}": latency._Kernel("Conv", 1e-6 * float(np.prod(dims)), dims) for name, dims in weights.items()}
+
+
+class Machine:
+    """A made-up machine, on which pruned models take `factor` times as long as they should.
+
+    Every original has a latency of 50 microseconds, too little for other widths to be tried on a slow model.
+    """
+
+    factor = 1.0
+
+    def ratio_of(self, probe: LatencyProbe, model: Model, seconds: float = 2.0) -> float:
+        probe.ms = 0.05
+        return self.factor * milliseconds(model) / milliseconds(probe.combed.folded.model)
+
+    def profile(self, probe: LatencyProbe, model: Model) -> tuple[dict[str, latency._Kernel], float, float]:
+        return kernels(model), milliseconds(model), milliseconds(probe.combed.folded.model)
+
+
+@pytest.fixture(scope="module")
+def table() -> Iterator[CostTable]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LatencyProbe, "profile", lambda probe, model: Machine().profile(probe, model))
+        yield measure_table(LatencyProbe(comb(MODELS / "digits.onnx"), Setting()))
+
+
+@pytest.fixture
+def machine(table: CostTable, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    made = Machine()
+    monkeypatch.setattr(LatencyProbe, "ratio_of", lambda probe, model, seconds=2.0: made.ratio_of(probe, model))
+    monkeypatch.setattr(LatencyProbe, "profile", lambda probe, model: made.profile(probe, model))
+    monkeypatch.setattr("cpd_onnx.passes.allocate.measure_table", lambda probe, **_: table)
+    return made
+
+
+@pytest.fixture
+def folder(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """With the example, unlabelled samples of it, and labelled ones."""
+    shutil.copy(MODELS / "digits.onnx", tmp_path)
+    with np.load(MODELS / "digits_train.npz") as arrays:
+        np.savez(tmp_path / "data.npz", image=arrays["image"])
+    with np.load(MODELS / "digits_test.npz") as arrays:
+        np.savez(tmp_path / "test.npz", **{name: array[:400] for name, array in arrays.items()})
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def plant() -> None:
+    """Write the example with dead channels."""
+    model = onnx.load("digits.onnx")
+    for tensor in model.graph.initializer:
+        if tensor.name in ("block1.conv1.1.weight", "block1.conv1.1.bias"):
+            values = numpy_helper.to_array(tensor).copy()
+            values[[*DEAD]] = 0.0 if tensor.name.endswith("weight") else -1.0
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    onnx.save(model, "dead.onnx")
+
+
+def run(*arguments: object) -> int:
+    return main([*map(str, arguments)])
+
+
+def result(*arguments: object) -> tuple[int, dict[str, Any]]:
+    """Return the exit code and the result of a command."""
+    Path("result.json").unlink(missing_ok=True)
+    code = run(*arguments, "--json", "result.json")
+    return code, json.loads(Path("result.json").read_text())
+
+
+def answers(content: dict[str, Any]) -> dict[str, str]:
+    return {entry["question"]: entry["answer"] for entry in content["verdict"]["answers"]}
+
+
+def require_reproducible() -> None:
+    """The run that wrote small.onnx, repeated, writes the same bytes."""
+    assert run("reproduce", "small.onnx.manifest.json", "-o", "again") == 0
+    for name in ("small.onnx", "small.onnx.plan.json"):
+        assert (Path("again") / name).read_bytes() == Path(name).read_bytes()
+
+
+# A default run.
+
+
+@pytest.mark.parametrize("more", [(), ("--rounds", 2, "--cost-table", "table.json")])
+def test_a_default_run_is_faster_and_as_good_and_can_be_repeated(
+    folder: Path, table: CostTable, more: tuple[object, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    table.save(Path("table.json"))
+    code, content = result("compress", "digits.onnx", "-o", "small.onnx", "--data", "data.npz", *QUICK, *more)
+    lines = capsys.readouterr().out.splitlines()
+    assert content["agreement"]["is_held_out"]
+    assert content["agreement"]["samples"] == (200 if more else 100), "half of those held out are for the search"
+    assert content["verdict"]["code"] == code
+    assert [line.lower().startswith(name) for line, name in zip(lines[-4:], answers(content), strict=True)] == [
+        True
+    ] * 4
+    if not more:
+        assert code == 0
+        assert answers(content) == dict.fromkeys(("faster", "as good", "smaller", "proved"), "yes")
+    assert "hold-out = 0.2\n" in Path("small.onnx.recipe.toml").read_text()
+    require_reproducible()
+
+
+def test_a_target_gives_way_to_the_bound_also_with_a_cost_table(folder: Path, table: CostTable) -> None:
+    """The table is on record, but the search is not: its channels are."""
+    table.save(Path("table.json"))
+    asked = ("--data", "data.npz", "--max-loss", 0.02, "--cost-table", "table.json", *QUICK)
+    code, content = result("compress", "digits.onnx", "-o", "small.onnx", *asked)
+    assert code == 0
+    assert content["is_bounded"]
+    assert 1 - content["agreement"]["value"] <= 0.02
+    require_reproducible()
+
+
+def test_nothing_is_held_out_if_nothing_is_to_be(folder: Path) -> None:
+    asked = ("--data", "data.npz", "--hold-out", 0, "--target", "macs=0.7", *QUICK)
+    _, content = result("compress", "digits.onnx", "-o", "small.onnx", *asked)
+    assert content["agreement"]["samples"] == 1000
+    assert not content["agreement"]["is_held_out"]
+    assert answers(content)["as good"] in ("no", "unknown"), "it was fitted to them"
+    require_reproducible()
+
+
+# The bound of the loss.
+
+
+def test_a_bound_is_met_on_labels(folder: Path) -> None:
+    asked = ("--data", "data.npz", "--eval", "test.npz", "--max-loss", 0.02, *QUICK)
+    code, content = result("compress", "digits.onnx", "-o", "small.onnx", *asked)
+    before, after = content["accuracy"]["values"].values()
+    assert code == 0
+    assert (content["accuracy"]["on"], content["accuracy"]["samples"]) == ("labels", 200)
+    assert before - after <= 0.02
+    assert content["after"]["macs"] < 0.9 * content["before"]["macs"]
+    require_reproducible()
+
+
+def test_a_loss_beyond_the_bound_is_a_failure_with_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("compress", "digits.onnx", "--data", "data.npz", "--target", "macs=0.05", "--no-repair", *QUICK)
+    assert run(*asked, "-o", "small.onnx") == 4
+    assert "NOT AS GOOD: answers like the original on at least " in capsys.readouterr().out
+    assert Path("small.onnx").exists()
+    assert run("verify", "digits.onnx", "small.onnx") == 0
+    code, content = result(*asked, "-o", "any.onnx", "--max-loss", "inf")
+    assert (code, answers(content)["as good"]) == (0, "no")
+
+
+def test_python_does_what_the_command_does(folder: Path) -> None:
+    options = {"samples": 64, "repair_samples": 64, "train": False, "max_loss": 0.05}
+    asked = ("--data", "data.npz", "--max-loss", 0.05, "--round-to", 1, *QUICK)
+    assert run("compress", "digits.onnx", "-o", "small.onnx", *asked) == 0
+    made = cpd.compressed("digits.onnx", "data.npz", **options)
+    assert made.state.model.serialize() == Path("small.onnx").read_bytes()
+    assert made.state.need("plan", "prune").dumps() == Path("small.onnx.plan.json").read_text()
+    assert made.state.need("allocation", "prune").latency["measured"] < 0.9
+
+
+def test_what_is_measured_does_not_break_the_bound(
+    folder: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that is slower than its table asks for more to be removed than the bound allows."""
+
+    def removed(loss: Loss, model: Model) -> float:
+        return 1 - model.data_bytes() / loss.original.data_bytes()
+
+    machine.factor = 1.5
+    monkeypatch.setattr(Loss, "__call__", removed)
+    asked = ("--data", "data.npz", "--max-loss", 0.4, "--score", "l2", "--no-repair", "--keep-anyway", *FEW)
+    _, content = result("prune", "digits.onnx", "-o", "small.onnx", *asked)
+    assert content["latency"]["measured"] > 0
+    assert 0.3 < removed(Loss(cpd.load("digits.onnx"), Samples(None), "top1"), cpd.load("small.onnx")) <= 0.4
+
+
+def test_a_bound_that_nothing_meets_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def lose(*_: object) -> float:
+        return 0.5
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cpd_onnx.workflow.quality.samples.Loss.__call__", lose)
+        assert run("prune", "digits.onnx", "-o", "small.onnx", "--data", "data.npz", *FEW) == 4
+    assert "no smaller model loses at most 0.1: the least that was found is 0.5" in capsys.readouterr().err
+    assert {path.name for path in folder.iterdir()} == {"digits.onnx", "data.npz", "test.npz"}
+
+
+def test_a_search_says_what_it_does(folder: Path) -> None:
+    events: list[ProgressEvent] = []
+    few = {"data": "data.npz", "samples": 64, "repair_samples": 64}
+    carry_out(Prune(model=Path("digits.onnx"), output=Path("small.onnx"), **few), events.append)
+    titles = list(dict.fromkeys(event.title for event in events))
+    assert [title for title in titles if ":" not in title] == [
+        "1/7 score", "2/7 cost table", "3/7 search", "4/7 prune", "5/7 verify", "6/7 repair", "7/7 agreement"
+    ]  # fmt: skip
+
+
+# An interrupted run.
+
+
+def interrupted(*_: object, **__: object) -> Any:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_resumed_run_does_what_the_whole_one_does(
+    folder: Path, machine: Machine, trains: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although the machine has another speed by then, on which other channels would have been chosen."""
+    training: tuple[object, ...] = ("--no-distill",)
+    if trains:
+        pytest.importorskip("torch")
+        training = ("--steps", 1, "--lr", 1e-9, "--batch-size", 32, "--threads", 1)
+    asked = ("--data", "data.npz", "--max-loss", 0.03, "--no-report", *FEW, *training)
+    code, whole = result("compress", "digits.onnx", "-o", "whole.onnx", *asked)
+    assert code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(compression, "verify_files", interrupted)
+        assert run("compress", "digits.onnx", "-o", "small.onnx", *asked) == 130
+    choices = {path.name for path in folder.glob("small.onnx.checkpoint.choice.*")}
+    assert choices == {f"small.onnx.checkpoint.choice.{1 if trains else 2}.json"}
+    assert run("compress", "digits.onnx", "-o", "small.onnx", *asked, "--resume", "--hold-out", 0.5) == 1
+    machine.factor = 1.0 if trains else 1.3
+    code, resumed = result("compress", "digits.onnx", "-o", "small.onnx", *asked, "--resume")
+    assert code == 0
+    assert not list(folder.glob("*.checkpoint*"))
+    assert Path("small.onnx").read_bytes() == Path("whole.onnx").read_bytes()
+    assert all(resumed[name] == whole[name] for name in ("agreement", "asked", "latency", "notes"))
+
+
+# Without data.
+
+
+def test_without_data_nothing_changes_the_outputs(
+    folder: Path, machine: Machine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine.factor = 0.5
+    plant()
+    code, content = result("compress", "dead.onnx", "-o", "small.onnx", "--no-report")
+    assert (code, content["is_lossless"], answers(content)["as good"]) == (0, True, "yes")
+    removed = {group["name"]: group["kept"] for group in content["groups"] if group["kept"] < group["size"]}
+    assert len(removed) == 1
+    feed = {"image": np.load("test.npz")["image"][:16]}
+    before, after = (open_model(cpd.load(name)).run(None, feed)[0] for name in ("dead.onnx", "small.onnx"))
+    np.testing.assert_allclose(before, after, rtol=1e-4, atol=1e-4)
+    require_reproducible()
+    capsys.readouterr()
+    assert run("prune", "dead.onnx", "-o", "other.onnx", "--rounds", 2) == 1
+    assert "takes one round, got 2 rounds" in capsys.readouterr().err
+    for command in ("compress", "prune"):
+        assert run(command, "digits.onnx", "-o", "none.onnx") == 1
+        said = capsys.readouterr().err
+        assert said.startswith("error: no channel can be removed without a change of the outputs: give --data")
+        assert said.count("\n") == 1
+    assert not Path("none.onnx").exists()
+
+
+def test_blindly_everything_can_be_removed(folder: Path) -> None:
+    code, content = result("prune", "digits.onnx", "-o", "small.onnx", "--blind", "--target", "macs=0.5")
+    assert (code, content["is_blind"]) == (0, True)
+    assert answers(content) == {"faster": "yes", "as good": "unknown", "smaller": "yes", "proved": "yes"}
+
+
+# Speed and targets.
+
+
+@pytest.mark.parametrize("command", ["prune", "compress"])
+def test_what_is_not_faster_is_not_written(
+    folder: Path, machine: Machine, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine.factor = 2.5
+    before = {path.name for path in folder.iterdir()}
+    asked = (command, "digits.onnx", "-o", "small.onnx", "--blind", "--target", "macs=0.5")
+    asked = (*asked, "--no-report") if command == "compress" else asked
+    assert run(*asked, "--json", "result.json") == 3
+    said = capsys.readouterr()
+    assert said.err.startswith("error: NOT FASTER: it takes 1")
+    assert "nothing was written (--keep-anyway writes it)" in said.err
+    assert {path.name for path in folder.iterdir()} == before
+    assert run(*asked, "--keep-anyway") == 3
+    assert "NOT FASTER: it takes 1" in capsys.readouterr().out
+    assert run("verify", "digits.onnx", "small.onnx") == 0
+    assert run(*asked, "--force", "--no-check-speed") == 0
+
+
+def test_a_target_out_of_reach_is_missed_with_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("--blind", "--target", "macs=0.1", "--min-ratio", 0.6)
+    code, content = result("prune", "digits.onnx", "-o", "small.onnx", *asked)
+    assert (code, content["verdict"]["code"]) == (6, 6)
+    assert "TARGET MISSED: macs: asked for 0.1, got " in capsys.readouterr().out
+    assert any("cannot be reached" in note for note in content["notes"])
+    assert run("verify", "digits.onnx", "small.onnx") == 0
+    with pytest.raises(cpd.TargetError, match="cannot be reached"):
+        cpd.compress("digits.onnx", macs=0.1, min_ratio=0.6, blind=True)
+
+
+# A sweep.
+
+
+def here() -> Executor:
+    return ThreadPoolExecutor(1)
+
+
+def test_a_sweep_picks_by_the_answers_without_labels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeping, "_SECONDS", 0.05)
+    (folder / "executor_of_tests.py").write_text("from tests.workflow.test_quality import here\n")
+    monkeypatch.syspath_prepend(str(folder))
+    asked = ("sweep", "digits.onnx", "-o", "out", "--data", "data.npz", "--targets", "macs=0.7,0.05", "--no-repair")
+    options = ("--max-loss", 0.1, "--executor", "executor_of_tests:here", *FEW, "--no-distill")
+    code, content = result(*asked, *options)
+    assert code == 0
+    first, last = content["sweep"]["points"][1:]
+    good = {entry["question"]: entry["answer"] for entry in last["verdict"]["answers"]}
+    assert good["as good"] == "no"
+    assert last["agreement"]["is_held_out"]
+    assert not last["picked"]
+    assert first["picked"] == (1 - first["agreement"]["value"] <= 0.1)
+
+
+def test_several_processes_do_not_search(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run("compress", "digits.onnx", "-o", "small.onnx", "--data", "data.npz", *QUICK, "--max-loss", 0.1) == 1
+    assert "--like" in capsys.readouterr().err
+    assert not Path("small.onnx").exists()
