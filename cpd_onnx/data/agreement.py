@@ -54,7 +54,7 @@ _EMBEDDINGS = (64, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024, 1280, 
 """Usual lengths of embeddings, which hardly occur as numbers of classes (heuristic)."""
 _SURE = 0.1
 """Distance from 0 or 1 within which a number counts as a decided yes or no (heuristic)."""
-_LEAST_SKILL = 0.2
+LEAST_SKILL = 0.2
 """Part of the way from a constant answer to perfect agreement below which agreement is near chance (heuristic)."""
 
 
@@ -90,7 +90,7 @@ class Agreement:
     @property
     def is_near_chance(self) -> bool:
         """Whether a constant answer would agree about as well; False if it would agree perfectly."""
-        return self.value - self.chance < _LEAST_SKILL * (1 - self.chance)
+        return self.value - self.chance < LEAST_SKILL * (1 - self.chance)
 
     def as_json(self) -> dict[str, Any]:
         """Return the agreement as plain values."""

@@ -12,6 +12,7 @@ from typing import Any
 from cpd_onnx.data.metrics import lower_is_better
 from cpd_onnx.proof.comparison import INCONCLUSIVE, VERIFIED, WRONG
 from cpd_onnx.report.parts import BAD, DOUBT, GOOD, Answer, Card, Judgement, Sheet
+from cpd_onnx.report.verdict import TARGET_MISSED, WRONG_RESULT
 from cpd_onnx.report.words import (
     LABELS,
     MISSING,
@@ -53,8 +54,6 @@ _CLAUSES = {
     SMALLER: ("smaller", "not smaller", "whether it is smaller"),
     PROVED: ("its structure is proved", "its structure is not proved", "whether its structure is right"),
 }  # a clause for yes, no and unknown
-_NOT_USABLE, _NOT_REACHED = 5, 6
-"""Codes of verdicts, which are also exit codes: a failed proof, and a target that could not be reached."""
 _CARDS = {"MACs": "MACs", "parameters": "Parameters", "file": "File"}
 """Costs that have a card, and its label."""
 _PROOFS = {
@@ -106,12 +105,12 @@ def _headline(code: int, listed: Sequence[Mapping[str, Any]]) -> tuple[str, str]
         answer: [_CLAUSES.get(name, (name, f"not {name}", f"whether it is {name}"))[place] for name in by[answer]]
         for place, answer in enumerate(TONES)
     }
-    if code == _NOT_USABLE or PROVED in by[NO]:
+    if code == WRONG_RESULT or PROVED in by[NO]:
         return BAD, "Do not use this file: it does not compute what its plan says."
     parts = [sentence(joined(clauses[NO]))] if clauses[NO] else []
-    parts += ["A target was not reached; this is the nearest result."] if code == _NOT_REACHED else []
+    parts += ["A target was not reached; this is the nearest result."] if code == TARGET_MISSED else []
     parts += [f"Not known: {joined(clauses[UNKNOWN])}."] if clauses[UNKNOWN] else []
-    if by[NO] or code == _NOT_REACHED:
+    if by[NO] or code == TARGET_MISSED:
         return BAD, " ".join(parts)
     return (DOUBT, " ".join(parts)) if parts else (GOOD, sentence(joined(clauses[YES])))
 

@@ -9,9 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
+from cpd_onnx.budget.allocation import FASTER
+from cpd_onnx.data.agreement import LEAST_SKILL
 from cpd_onnx.data.metrics import lower_is_better
 from cpd_onnx.proof.comparison import INCONCLUSIVE, VERIFIED, WRONG
 from cpd_onnx.report.tables import bytes_text
+from cpd_onnx.report.words import BUSY
 from cpd_onnx.runtime.providers import label
 from cpd_onnx.summary import count, share
 
@@ -20,16 +23,12 @@ YesNo: TypeAlias = Literal["yes", "no", "unknown"]
 
 NOT_FASTER, NOT_AS_GOOD, WRONG_RESULT, TARGET_MISSED = 3, 4, 5, 6
 """Codes of verdicts that are no success; 0 is success."""
-FASTER_RATIO = 0.95
-"""Ratio of the latencies up to which a model counts as faster."""
 USUAL_LOSS = {"labels": 0.05, "original": 0.1}
 """Loss beyond which a model is not as good where no bound is given: of the metric, and of the answers that differ from
 the original's, most of which are equally right or wrong (heuristic)."""
 _MANY, _FEW = 30, 10
 """Numbers of samples from which a loss counts as shown though chance could explain it, and below which a bootstrap says
 nothing (heuristics)."""
-_BUSY = 1.3
-"""Ratio of the 90th percentile of the run times to the median above which the machine counts as busy (heuristic)."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def _faster(content: Content) -> Answer:
 
 
 def _of_ratio(ratio: float, text: str, content: Content) -> Answer:
-    if ratio <= FASTER_RATIO:
+    if ratio <= FASTER:
         return Answer("faster", "yes", f"{1 / ratio:.2f} times as fast as the original; {text}")
     why = content.get("slow_because")
     code = NOT_FASTER if content.get("checks_speed", True) else 0
@@ -122,7 +121,7 @@ def _timing_text(timings: Sequence[Mapping[str, Any]]) -> str:
     threads = setting["threads"] or "all"
     where = f"{label(str(setting['provider']))}, threads: {threads}"
     text = f"{before['p50']:.3g} ms -> {after['p50']:.3g} ms, {100 * after['ratio']:.1f} % of the time ({where})"
-    is_busy = any(row["p90"] > _BUSY * row["p50"] for row in (before, after))
+    is_busy = any(row["p90"] > BUSY * row["p50"] for row in (before, after))
     return f"{text}; the machine was busy, measure again" if is_busy else text
 
 
@@ -131,7 +130,7 @@ def _timing_text(timings: Sequence[Mapping[str, Any]]) -> str:
 
 def _as_good(content: Content) -> Answer:
     if content.get("is_lossless"):
-        return Answer("as good", "yes", "only channels that change no output were removed")
+        return Answer("as good", "yes", "only channels that change no output, apart from rounding, were removed")
     labels, compared = _label_loss(content), content.get("agreement")
     if labels is not None or compared:
         found = _of_labels(content, *labels) if labels is not None else _of_agreement(content, compared or {})
@@ -156,12 +155,21 @@ def _label_loss(content: Content) -> tuple[float, float, float] | None:
     return first, last, (last - first) if lower_is_better(accuracy) else first - last
 
 
+def _chance_of(content: Content) -> float | None:
+    """Return the score of the best constant answer: as recorded or, for top1, as the agreement measured it."""
+    accuracy, compared = content["accuracy"], content.get("agreement") or {}
+    if accuracy.get("chance") is not None:
+        return float(accuracy["chance"])
+    is_alike = accuracy["metric"] == "top1" and compared.get("task") == "classification"
+    return float(compared["chance"]) if is_alike else None
+
+
 def _of_labels(content: Content, first: float, last: float, loss: float) -> Answer:
     accuracy = content["accuracy"]
     samples = f" on {accuracy['samples']} labelled samples" if accuracy.get("samples") else ""
     text = f"{accuracy['metric']} {first:.4g} -> {last:.4g}{samples}"
-    bound, chance = _bound(content, "labels"), accuracy.get("chance")
-    if chance is not None and not lower_is_better(accuracy) and last - chance < 0.2 * max(0.0, first - chance):
+    bound, chance = _bound(content, "labels"), _chance_of(content)
+    if chance is not None and not lower_is_better(accuracy) and last - chance < LEAST_SKILL * max(0.0, first - chance):
         return Answer("as good", "no", f"{text}, near chance ({chance:.4g})", NOT_AS_GOOD)
     # Metrics that are no fractions, such as a mean squared error, have a bound relative to the original's score.
     unit = abs(first) if lower_is_better(accuracy) and content.get("max_loss") is None else 1.0
@@ -182,7 +190,7 @@ def _of_agreement(content: Content, found: Mapping[str, Any]) -> Answer:
     if found["chance"] > 1 - 1e-9:
         return Answer("as good", "unknown", f"{text}; the original answers all samples alike, which shows nothing")
     is_shown = found["high"] < least or found["samples"] >= _MANY
-    if is_shown and skill < 0.2 * (1 - found["chance"]):
+    if is_shown and skill < LEAST_SKILL * (1 - found["chance"]):
         return Answer("as good", "no", f"{text}; a constant answer reaches {found['chance']:.4g}", NOT_AS_GOOD)
     if is_shown and found["value"] < least:
         return Answer("as good", "no", f"{text}: more than {bound:g} is lost", NOT_AS_GOOD)

@@ -293,7 +293,7 @@ def _without_search(request: Compress, demand: search.Demand) -> search.Demand:
     """
     if request.max_loss is not None:
         raise TargetError(
-            "--max-loss is met by a search in one process: search without training, then give --like PLAN"
+            "--max-loss searches in one process: run it with --no-distill, then train its plan with --like"
         )
     return replace(demand, max_loss=None)
 

@@ -69,13 +69,13 @@ def prune(request: Prune, observer: Observer = ignore) -> dict[str, Any]:
     choice = search.choice_of(step, start, samples, demand)
     state = _pruned_state(request, step, start, choice)
     before = report.size_of(model, request.model)
+    content = report.result(state, time.perf_counter() - started)
+    content |= {"output": str(request.output), "plan": str(plan_path), "preflight": checked}
+    content |= outcome.content(request, demand, samples, choice, state)
+    outcome.require_faster(request, content)
+    content["notes"] += objections(request.profile, state.model)
     with locked_folder(request.output.parent), commit_together():
         write_both(request, state.model, state.need("plan", "prune"), plan_path)
-        content = report.result(state, time.perf_counter() - started)
-        content |= {"output": str(request.output), "plan": str(plan_path), "preflight": checked}
-        content |= outcome.content(request, demand, samples, choice, state)
-        outcome.require_faster(request, content)
-        content["notes"] += objections(request.profile, state.model)
         content["bytes"] = {"before": before, "after": report.size_of(state.model, request.output)}
         content["verdict"] = verdict_of(content)
         write_json(request, content)

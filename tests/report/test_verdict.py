@@ -134,3 +134,10 @@ def test_few_samples_show_neither_that_it_is_as_good_nor_that_it_is_not(
     found = verdict(_content(agreement={**_agreement(value, samples=samples), "low": low, "high": high}))
     assert (found["answers"][1]["answer"], found["code"]) == ("unknown", 0)
     assert "more samples are needed" in found["answers"][1]["text"]
+
+
+def test_top1_near_that_of_a_constant_answer_is_a_failure_without_a_recorded_chance() -> None:
+    compared = _agreement(0.12, chance=0.1)
+    found = verdict(_content(accuracy=_labels(0.9, 0.11), agreement=compared, max_loss=0.9))
+    assert found["code"] == 4
+    assert "near chance" in found["answers"][1]["text"]

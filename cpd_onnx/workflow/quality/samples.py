@@ -84,7 +84,6 @@ class Loss:
         """Return the loss: of the metric, or of the agreement with the original; with a margin of a standard error.
 
         The margin is that of the difference of two proportions which differ on the samples that are answered otherwise.
-        A loss that so few samples could not show to be any smaller has no margin.
         """
         source = self.samples.choosing
         assert source is not None
