@@ -34,7 +34,7 @@ from cpd_onnx.torch import BatchNormMode, OnnxModule, import_model, write_weight
 from cpd_onnx.torch.dtypes import to_numpy, to_torch
 from cpd_onnx.training import refolding
 from cpd_onnx.training.cache import AnswerCache
-from cpd_onnx.training.feed import Augmentation, Feed
+from cpd_onnx.training.feed import Augmentation, Feed, memory_format
 from cpd_onnx.training.loop import HeldOut, Progress, Run, Traces, Trainer
 from cpd_onnx.training.losses import DistillationLoss
 from cpd_onnx.training.options import DistillOptions, LossKind
@@ -157,7 +157,7 @@ def distill(  # noqa: PLR0913  # the arguments after the options are keywords
         if mode == "restore":
             trained_proto, restored = refolding.restore(trained_proto)
         live: BatchNormMode = "frozen" if mode == "frozen" else "train"
-        module = _placed(import_model(trained_proto, batch_norm=live), process_group)
+        module = _placed(import_model(trained_proto, batch_norm=live), student, process_group)
         before = module.onnx_state()
         comparison = DistillationLoss(
             [info.name for info in student.graph.output], options.losses, options.output_weights, options.temperature,
@@ -312,9 +312,7 @@ def _threads(count: int) -> Iterator[None]:
 
 def _feed(batches: Source, student: ModelProto, options: DistillOptions, process_group: ProcessGroup) -> Feed:
     augmentation = Augmentation(options.flip, options.shift)
-    return Feed(
-        batches, inputs_of(student), options.batch_size, process_group, seed=options.seed, augmentation=augmentation
-    )
+    return Feed(batches, student, options.batch_size, process_group, seed=options.seed, augmentation=augmentation)
 
 
 def _steps(feed: Feed, options: DistillOptions) -> int:
@@ -383,13 +381,14 @@ def _running(model: ModelProto, options: DistillOptions, process_group: ProcessG
 
 
 def _in_torch(model: ModelProto, process_group: ProcessGroup) -> Run:
-    module = _placed(import_model(model), process_group).eval().requires_grad_(False)
+    module = _placed(import_model(model), model, process_group).eval().requires_grad_(False)
     return lambda inputs: module(*inputs)
 
 
-def _placed(module: OnnxModule, process_group: ProcessGroup) -> OnnxModule:
-    """Return the module on the device, in the memory format channels-last, in which convolutions are fastest."""
-    placed: OnnxModule = module.to(process_group.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+def _placed(module: OnnxModule, model: ModelProto, process_group: ProcessGroup) -> OnnxModule:
+    """Return the module of a model on the device, in the memory format in which its convolutions are fastest."""
+    layout = memory_format(model, process_group.device)
+    placed: OnnxModule = module.to(process_group.device).to(memory_format=layout)  # type: ignore[call-overload]
     return placed
 
 

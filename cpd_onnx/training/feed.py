@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from onnx import ModelProto, NodeProto
 from torch import Tensor
 
 from cpd_onnx.data.metrics import IGNORED
-from cpd_onnx.data.sources import LABELS, Batch, Input, Source, fixed_batch, steps_per_pass
+from cpd_onnx.data.sources import LABELS, Batch, Source, fixed_batch, inputs_of, steps_per_pass
 from cpd_onnx.errors import DataError
 from cpd_onnx.torch.dtypes import to_torch
 from cpd_onnx.training.process_group import ProcessGroup
 
 Array = npt.NDArray[Any]
+
+_FEW_CHANNELS = 16
+"""Number of input channels below which oneDNN, as of torch 2.13, writes beyond the gradient of a strided pointwise
+kernel in the layout channels-last, which ends the process (measured: below 8 with AVX2; AVX-512 has vectors of 16)."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,34 @@ class Augmentation:
         return self.flip or self.shift > 0
 
 
+def memory_format(model: ModelProto, device: torch.device) -> torch.memory_format:
+    """Return the layout of images and kernels in which a model trains: channels-last, which is faster, if torch can.
+
+    On the CPU, a model with a strided pointwise kernel over few channels is contiguous, see `_FEW_CHANNELS`.
+    """
+    if device.type != "cpu":
+        return torch.channels_last
+    sizes = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    is_safe = not any(_is_strided_pointwise(node, sizes) for node in model.graph.node)
+    return torch.channels_last if is_safe else torch.contiguous_format
+
+
+def _is_strided_pointwise(node: NodeProto, sizes: Mapping[str, tuple[int, ...]]) -> bool:
+    if node.op_type != "Conv":
+        return False
+    ints = {attribute.name: attribute.ints for attribute in node.attribute}
+    size = sizes.get(node.input[1], ())  # empty for a weight that the graph computes
+    is_pointwise = all(length == 1 for length in size[2:] or ints.get("kernel_shape", ()))
+    return is_pointwise and max(ints.get("strides", ()), default=1) > 1 and (not size or size[1] < _FEW_CHANNELS)
+
+
 class Feed:
     """Batches by step: the batch of a step does not depend on whether earlier ones were read."""
 
     def __init__(
         self,
         source: Source,
-        inputs: Sequence[Input],
+        model: ModelProto,
         batch_size: int,
         process_group: ProcessGroup,
         *,
@@ -56,8 +82,10 @@ class Feed:
         Raises:
             DataError: There is none.
         """
+        inputs = inputs_of(model)
         fixed = fixed_batch(inputs)
         self.source, self.process_group, self.seed, self.augmentation = source, process_group, seed, augmentation
+        self.layout = memory_format(model, process_group.device)
         whole = fixed * process_group.size if fixed else min(batch_size, source.count or batch_size)
         if source.count is not None and source.count < whole:
             raise DataError(f"the model takes {whole} samples at a time but the data has only {source.count}")
@@ -107,7 +135,7 @@ class Feed:
             size = len(array) // self.process_group.size
             array = array[self.process_group.rank * size : (self.process_group.rank + 1) * size]
         tensor = to_torch(array).to(self.process_group.device, non_blocking=True)
-        return tensor.to(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+        return tensor.to(memory_format=self.layout) if tensor.ndim == 4 else tensor
 
     def _labels(self, batch: Batch) -> Tensor | None:
         return self._tensor(batch[LABELS]).to(torch.int64) if LABELS in batch else None

@@ -84,6 +84,7 @@ NAMED = {
     ("cpd_onnx/shapes/origins.py", "Div"): "its arithmetic on sizes",
     ("cpd_onnx/shapes/origins.py", "Mul"): "its arithmetic on sizes",
     ("cpd_onnx/shapes/origins.py", "ReduceProd"): "its arithmetic on sizes",
+    ("cpd_onnx/training/feed.py", "Conv"): "torch trains strided pointwise convolutions wrongly in one layout",
     ("cpd_onnx/training/refolding.py", "Conv"): "BatchNormalization is put back after the one layer it was folded into",
 }
 """Comparisons with the name of an operator outside the rooms that define operators, and why each is no trait."""

@@ -39,6 +39,7 @@ from cpd_onnx.scores.registry import score
 from cpd_onnx.torch import import_model, write_weights
 from cpd_onnx.training import refolding
 from cpd_onnx.training.cache import AnswerCache
+from cpd_onnx.training.feed import memory_format
 from cpd_onnx.training.losses import angle, correlation_distance
 from tests.passes.test_distill import FAST, STUDENT, TEACHER, images, network, weights_of
 from tests.support.runs import plain
@@ -49,6 +50,23 @@ OPTIONS = replace(FAST, epochs=1, steps=12, flip=True, shift=1, ema=0.9, threads
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(("channels", "stride", "size"), [(5, 2, 1), (5, 1, 1), (5, 2, 3), (16, 2, 1)])
+def test_few_channels_before_a_strided_pointwise_kernel_are_not_trained_channels_last(
+    channels: int, stride: int, size: int
+) -> None:
+    # In that layout, torch writes beyond the gradient of the kernel, which ends the process at random.
+    kernel = numpy_helper.from_array(np.ones((4, channels, size, size), np.float32), "w")
+    node = helper.make_node("Conv", ["x", "w"], ["y"], strides=[stride, stride])
+    shapes = ("x", [1, channels, 8, 8]), ("y", None)
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes)
+    model = helper.make_model(helper.make_graph([node], "g", [x], [y], [kernel]))
+    is_unsafe = channels == 5 and stride == 2 and size == 1
+    assert memory_format(model, torch.device("cpu")) == (
+        torch.contiguous_format if is_unsafe else torch.channels_last
+    )
+    assert memory_format(model, torch.device("cuda")) == torch.channels_last
 
 
 def run(**more: Any) -> DistillResult:
