@@ -10,41 +10,42 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 
 from cpd_onnx.algebra.atoms import Mask
 from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.channels.groups import Combed
+from cpd_onnx.channels.renormalized import renormalized
 from cpd_onnx.data.sources import Source, calibration
 from cpd_onnx.errors import DataError
-from cpd_onnx.fitting.least_squares import MAX_FEATURES, Matrix, Moments, Sampler, one_thread
+from cpd_onnx.fitting.least_squares import MAX_FEATURES, Rows, Sampler, one_thread, single
 from cpd_onnx.fitting.output_error import output_error, outputs_of
+from cpd_onnx.fitting.problem import Block, Problem
 from cpd_onnx.fitting.units import Unit, units_of
 from cpd_onnx.io.progress import step, tracked
 from cpd_onnx.ir.model import Array, Model
 from cpd_onnx.options import option, positive
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.runtime.sessions import Feed
-from cpd_onnx.runtime.stepwise import Stepwise
+from cpd_onnx.runtime.stream import Stop, Stream, Tensors, apart, batch_size, cuts_before, held_feeds
 
 _BATCH = 32
 """Number of samples in a run of the models."""
-_SILENT = 1e-6
-"""Factor below which an output has no measurable effect, so that nothing is fitted before it (heuristic)."""
-_STRONGER = 10.0
-"""Factor from one regularization strength to the next that is tried (heuristic)."""
-_MOST_TRIED = 4
-"""Maximum number of regularization strengths that are tried (heuristic)."""
 _CHECKED = 8
 """One in this many rows is held out to validate the fit (heuristic)."""
 _FEW = 200
 """Number of samples below which a note says that they are few, unless no more were asked for (heuristic)."""
 _LEAST = 2
 """Number of samples that a repair takes: one to fit and one to check."""
-_GOOD = 1e-5
-"""Relative error up to which a weight is not refitted (heuristic)."""
+_TARGET_BYTES = 128 << 20
+"""Approximate number of bytes of the targets that are sampled in one run of the original (heuristic)."""
+_ITEM = 4
+"""Number of bytes of an element of a target."""
+
+Targets: TypeAlias = tuple[Array, Rows]
+"""Positions in a batch, and the targets at them [groups, rows, outputs]."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class RepairOptions:
         rows: Approximate number of rows (positions in the samples) for each fit.
         ridge: Minimum strength of the regularization towards the initial weights, as a fraction of the mean square of a
             feature; stronger values are chosen if they are better on held-out rows.
-        rounds: Number of times that targets below zero, which a rectifier cuts off, are replaced by the fitted values;
-            0 fits the inputs of the rectifier.
+        rounds: Number of times that targets beyond the bounds of a rectifier or another activation that clips are
+            replaced by the fitted values; 0 fits the inputs of the activation.
         seed: Seed of the choice of samples and rows.
     """
 
@@ -120,7 +121,8 @@ def repair(
         combed: The original.
         kept: Mask of what survives of it.
         pruned: The pruned model, which is not changed.
-        data: Samples; labels are not used.
+        data: Samples; labels are not used. Where they are generated, the statistics that batch normalizations store
+            are those of the samples during the repair.
         options: Options of the repair.
         only: Weights that may be fitted; None means all.
 
@@ -129,24 +131,36 @@ def repair(
         UnsupportedError: onnxruntime cannot run a part of the model.
     """
     chosen = options or RepairOptions()
+    # The sensitivity repairs a few weights many times, for which it does not pay to run the model once more.
+    likened = renormalized(combed, data, chosen.seed) if only is None else None
+    if likened is None:
+        return _repaired(combed, kept, pruned, data, chosen, only)
+    made = _repaired(likened.combed, kept, likened.entered(pruned, kept), data, chosen, only)
+    return replace(made, model=likened.left(pruned, made.model))
+
+
+def _repaired(
+    combed: Combed, kept: KeepMask, pruned: Model, data: Source, chosen: RepairOptions, only: Container[str] | None
+) -> Repaired:
     original = combed.folded.model
     most = chosen.samples if data.count is None else min(chosen.samples, data.count)
-    batch = max(1, min(_BATCH, most // _CHECKED))  # so that held-out samples are whole batches
-    feeds = list(calibration(original.proto, data, chosen.samples, batch=batch, seed=chosen.seed))
-    sizes = [next((len(array) for array in feed.values() if array.ndim), 1) for feed in feeds]
-    if sum(sizes) < _LEAST:
+    # So that held-out samples are whole batches.
+    batch = batch_size(combed.folded, max(1, min(_BATCH, most // _CHECKED)))
+    feeds = held_feeds(calibration(original.proto, data, chosen.samples, batch=batch, seed=chosen.seed))
+    count = sum(next((len(array) for array in feed.values() if array.ndim), 1) for feed in feeds)
+    if count < _LEAST:
         return Repaired(pruned.copy(), (), {}, (f"nothing was repaired, which takes {_LEAST} samples or more",))
+    checks = feeds[len(feeds) - _held_out(len(feeds), count) :]
+    repairer = _Repairer(combed, kept, pruned, feeds, chosen, only)
+    del feeds  # the repair drops samples that it does not need any more
     with one_thread():
-        made = _Repairer(combed, kept, pruned, feeds, chosen, only).run()
+        made = repairer.run()
+    del repairer
     if only is not None:
         return made
-    if sum(sizes) < min(_FEW, chosen.samples):
-        made = replace(made, notes=(f"the repair had {sum(sizes)} samples only: a few hundred make it more accurate",))
-    return (
-        made
-        if not made.fits
-        else _unless_worse(original, pruned, made, feeds[len(feeds) - _held_out(len(feeds), sum(sizes)) :])
-    )
+    if count < min(_FEW, chosen.samples):
+        made = replace(made, notes=(f"the repair had {count} samples only: a few hundred make it more accurate",))
+    return made if not made.fits else _unless_worse(original, pruned, made, checks)
 
 
 def _held_out(count: int, samples: int) -> int:
@@ -201,6 +215,8 @@ def summary(repaired: Repaired) -> dict[str, object]:
 
 
 class _Repairer:
+    """Fits weight after weight while batches stream through the original and the pruned model in the same pieces."""
+
     def __init__(
         self,
         combed: Combed,
@@ -216,105 +232,99 @@ class _Repairer:
         self.units = [unit for unit in found.found if only is None or unit.weight in only]
         self.left = {name: why for name, why in found.left.items() if only is None or name in only}
         self.makers = combed.folded.scope.producers
-        self.old = Stepwise(combed.folded, combed.folded.model, feeds, [unit.target for unit in self.units])
-        self.new = Stepwise(combed.folded, self.model, feeds)
-        self.sampler = Sampler(options.rows, options.seed)
-        sizes = [next((len(array) for array in feed.values() if array.ndim), 1) for feed in feeds]
-        held = _held_out(len(feeds), sum(sizes))
-        self.held_out = sum(sizes[len(sizes) - held :]) / sum(sizes) if held else 1 / _CHECKED
+        self.old = Stream(combed.folded, combed.folded.model, feeds)
+        self.new = Stream(combed.folded, self.model, feeds)
+        self.sampler = Sampler(options.rows, options.seed, self.old.sizes)
+        self.held_out = _held_out(len(feeds), sum(self.old.sizes))
 
     def run(self) -> Repaired:
         fits = []
-        for unit in tracked(self.units):
-            self.new.after(unit.position - 1)
-            self.old.after(self.makers[unit.target])
-            problem = _FitProblem(unit, self.model, self.rows(unit), self.held_out, self.options)
-            fit = problem.solved()
+        cuts = cuts_before([unit.position for unit in self.units], self.old)
+        parts = self.parts(cuts)
+        targets: dict[int, list[Targets]] = {}
+        for number, unit in tracked(list(enumerate(self.units))):
+            if number in parts:
+                targets = self.targets(parts[number], cuts.get(number))
+            fit = self.fit(unit, self.blocks(number, targets.pop(number), cuts.get(number)))
             if fit is not None:
                 fits.append(fit)
-            self.old.release(unit.target)
         return Repaired(self.model, tuple(fits), self.left)
 
-    def rows(self, unit: Unit) -> tuple[Array, Array]:
+    def parts(self, cuts: Container[int]) -> dict[int, list[int]]:
+        """Return units whose targets are sampled in one run of the original, by the first of them."""
+        found: dict[int, list[int]] = {}
+        first, size = 0, 0
+        for number, unit in enumerate(self.units):
+            groups, _, outputs = shape = unit.matrix(self.model).shape
+            taken = _ITEM * groups * outputs * self.sampler.most(shape)
+            if number in cuts or not found or size + taken > _TARGET_BYTES:
+                first, size = number, 0
+            found.setdefault(first, []).append(number)
+            size += taken
+        return found
+
+    def targets(self, numbers: Sequence[int], cut: int | None) -> dict[int, list[Targets]]:
+        """Return the positions of the rows of some units in each batch, and the original's outputs at them."""
+        units = [self.units[number] for number in numbers]
+        masks = [[self.kept.mask(axis) for axis in self.combed.tensors[("", unit.target)].axes or []] for unit in units]
+        shapes = [unit.matrix(self.model).shape for unit in units]
+
+        def look(stop: int, batch: int, tensors: Tensors) -> Targets:
+            wanted = _kept(tensors[units[stop].target], masks[stop])
+            places = self.sampler.places((numbers[stop], batch), units[stop].linear, shapes[stop], wanted)
+            return places, apart(units[stop].linear.targets(wanted, places))
+
+        order = sorted(range(len(units)), key=lambda stop: (self.makers[units[stop].target], stop))
+        stops = [Stop(self.makers[units[stop].target], (units[stop].target,)) for stop in order]
+        found: dict[int, list[Targets]] = {number: [] for number in numbers}
+        for results in self.old.run(stops, lambda stop, *of: look(order[stop], *of), cut=cut):
+            for stop, result in zip(order, results, strict=True):
+                found[numbers[stop]].append(result)
+        return found
+
+    def blocks(self, number: int, targets: Sequence[Targets], cut: int | None) -> list[Block]:
         """Return features in the pruned model and targets from the original at the same positions."""
-        masks = [self.kept.mask(axis) for axis in self.combed.tensors[("", unit.target)].axes or []]
-        wanted = [_kept(array, masks) for array in self.old.tensor(unit.target)]
-        if unit.other is not None:
-            pairs = zip(wanted, self.new.tensor(unit.other), strict=True)
-            wanted = [array - np.asarray(other, np.float32) for array, other in pairs]
-        return self.sampler.rows(unit.linear, self.new.tensor(unit.data), wanted)
+        unit = self.units[number]
+        names = (unit.data,) if unit.other is None else (unit.data, unit.other)
+
+        def look(_: int, batch: int, tensors: Tensors) -> Block:
+            places, wanted = targets[batch]
+            if unit.other is not None:
+                wanted = wanted - unit.linear.targets(single(tensors[unit.other]), places)
+            return Block(apart(unit.linear.rows(single(tensors[unit.data]), places)), apart(wanted))
+
+        return [block for (block,) in self.new.run([Stop(unit.position - 1, names)], look, cut=cut)]
+
+    def fit(self, unit: Unit, blocks: list[Block]) -> Fit | None:
+        """Fit and store a weight; returns None if it needs no repair or does not improve."""
+        if blocks[0].rows.shape[2] > MAX_FEATURES:
+            return None
+        options = self.options
+        blocks, held_out = _divided(blocks, self.held_out)
+        made = Problem(
+            blocks, held_out, unit.matrix(self.model), unit.gain, unit.shift, unit.bias is not None, unit.bounds,
+            options.ridge, options.rounds,
+        ).solved()  # fmt: skip  # a list
+        if made is None:
+            return None
+        unit.store(self.model, made.matrix)
+        if unit.bias is not None:
+            unit.bias.add(self.model, (made.constant * unit.gain.reshape(made.constant.shape)).ravel())
+        return Fit(unit.weight, unit.target, made.before, made.after)
 
 
 def _kept(array: Array, masks: Sequence[Mask]) -> Array:
     for axis, mask in enumerate(masks):
         if len(mask) == array.shape[axis] and not mask.all():
             array = np.compress(mask, array, axis=axis)
-    return np.asarray(array, np.float32)
+    return single(array)
 
 
-class _FitProblem:
-    """The fit of one weight: rows and targets, of which the last share, from other samples, is held out."""
-
-    def __init__(
-        self, unit: Unit, model: Model, both: tuple[Array, Array], held_out: float, options: RepairOptions
-    ) -> None:
-        self.unit, self.model, self.options = unit, model, options
-        rows, wanted = both
-        cut = rows.shape[1] - int(rows.shape[1] * held_out)
-        self.rows, self.wanted = rows[:, :cut], wanted[:, :cut]
-        self.check = (rows[:, cut:], wanted[:, cut:]) if cut < rows.shape[1] else (rows, wanted)
-        self.start: Matrix = unit.matrix(model)
-        self.gain, self.shift = (v.reshape(len(rows), 1, -1) for v in (unit.gain, unit.shift))
-        # Outputs without an effect on the target are not changed.
-        self.is_effective = np.abs(self.gain) > _SILENT
-
-    def solved(self) -> Fit | None:
-        """Fit and store the weight; returns None if it needs no repair or does not improve."""
-        deviation = float(np.sqrt(self.wanted.var(axis=1).mean())) or 1.0
-        before = self.error(self.start, np.zeros(1)) / deviation
-        if not before > _GOOD or self.rows.shape[2] > MAX_FEATURES:
-            return None
-        fitted, constant = self.fitted()
-        after = self.error(fitted, constant) / deviation
-        if not after < before:
-            return None
-        self.unit.store(self.model, fitted)
-        bias = self.unit.bias
-        if bias is not None:
-            old = self.model.array(bias.name)
-            factor = np.where(np.abs(bias.factor) > _SILENT, bias.factor, 1.0)
-            change = (constant * self.gain).ravel() / factor
-            self.model.set_array(bias.name, (old + change.reshape(old.shape)).astype(np.float32))
-        return Fit(self.unit.weight, self.unit.target, before, after)
-
-    def fitted(self) -> tuple[Matrix, Matrix]:
-        moments, ridge = Moments(self.rows, centred=self.unit.bias is not None), self.options.ridge
-        fitted, constant = self.once(moments, self.wanted, ridge)
-        for _ in range(_MOST_TRIED - 1):
-            stronger = self.once(moments, self.wanted, ridge * _STRONGER)
-            if not self.error(*stronger) < self.error(fitted, constant):
-                break
-            (fitted, constant), ridge = stronger, ridge * _STRONGER
-        for _ in range(self.options.rounds if self.unit.rectified else 0):
-            # The rectifier cuts off negative values, so that any negative value is a correct one.
-            aims = np.where(self.wanted > 0, self.wanted, np.minimum(self.products(self.rows, fitted, constant), 0))
-            fitted, constant = self.once(moments, aims, ridge)
-        return fitted, constant
-
-    def once(self, moments: Moments, aims: Array, ridge: float) -> tuple[Matrix, Matrix]:
-        """Return the fit to targets, which are the products after gain and shift."""
-        fitted, constant = moments.fit(
-            (aims - self.shift) / np.where(self.is_effective, self.gain, 1.0), self.start, ridge
-        )
-        return np.where(self.is_effective, fitted, self.start), np.where(self.is_effective, constant, 0.0)
-
-    def products(self, rows: Array, matrix: Matrix, constant: Matrix) -> Array:
-        product = rows @ matrix.astype(np.float32) + constant.astype(np.float32)
-        return np.asarray(product * self.gain.astype(np.float32) + self.shift.astype(np.float32))
-
-    def error(self, matrix: Matrix, constant: Matrix) -> float:
-        """Return the root mean square error on the held-out rows, after the rectifier if there is one."""
-        rows, wanted = self.check
-        floor = 0.0 if self.unit.rectified else -np.inf
-        products = np.maximum(self.products(rows, matrix, constant), floor)
-        return float(np.sqrt(np.square(products - np.maximum(wanted, floor)).mean()))
+def _divided(blocks: list[Block], held_out: int) -> tuple[list[Block], int]:
+    """Return blocks and the number of those held out; the rows of a single block are divided for that."""
+    if held_out or blocks[0].rows.shape[1] < _CHECKED:
+        return blocks, held_out
+    (block,) = blocks
+    place = block.rows.shape[1] - block.rows.shape[1] // _CHECKED
+    parts = (slice(0, place), slice(place, None))
+    return [Block(block.rows[:, part], block.wanted[:, part]) for part in parts], 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -14,6 +15,8 @@ from cpd_onnx.ir.model import Array
 from cpd_onnx.ops.matrix_view import Linear
 
 Matrix: TypeAlias = npt.NDArray[np.float64]
+Rows: TypeAlias = npt.NDArray[np.float32]
+"""Rows of features or targets [groups, rows, features or outputs]."""
 
 MAX_FEATURES = 8192
 """Maximum number of features of a fit, at which its moments take about a gigabyte (heuristic)."""
@@ -27,72 +30,99 @@ def one_thread() -> AbstractContextManager[object]:
     return limits
 
 
+@dataclass(frozen=True)
 class Sampler:
-    """Draws the rows of fits: positions in all samples, up to a limit."""
+    """Draws the rows of fits: positions in all samples, up to a limit.
 
-    def __init__(self, rows: int, seed: int) -> None:
-        """Create a sampler that draws at most about `rows` rows for each fit."""
-        self._rows, self._random = rows, np.random.default_rng(seed)
+    The positions depend on the numbers of the fit and of the batch, not on what was drawn before, so that features and
+    targets can be read in separate runs.
 
-    def rows(
-        self, linear: Linear, data: Sequence[Array], targets: Sequence[Array]
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Return features and targets at the same positions of all batches [groups, rows, features or outputs]."""
-        first = linear.rows(_single(data[0]), np.arange(1))
-        groups, samples, features = first.shape
-        most = max(64, min(self._rows, _ELEMENTS // max(1, groups * features)))
-        limit = max(1, most // (len(data) * samples))
-        found: list[Array] = []
-        aims: list[Array] = []
-        for x, y in zip(data, targets, strict=True):
-            count = linear.count(y.shape)
-            places = np.arange(count) if count <= limit else np.sort(self._random.choice(count, limit, replace=False))
-            found.append(linear.rows(_single(x), places))
-            aims.append(linear.targets(_single(y), places))
-        return np.concatenate(found, axis=1), np.concatenate(aims, axis=1)
+    Attributes:
+        rows: Approximate number of rows for each fit.
+        seed: Seed of the choice.
+        sizes: Number of samples in each batch.
+    """
+
+    rows: int
+    seed: int
+    sizes: Sequence[int]
+
+    def most(self, matrix: Sequence[int]) -> int:
+        """Return the approximate number of rows for a matrix of a shape (groups, features, outputs)."""
+        return max(64, min(self.rows, _ELEMENTS // max(1, matrix[0] * max(matrix[1:]))))
+
+    def places(self, fit: tuple[int, int], linear: Linear, matrix: Sequence[int], out: Array) -> Array:
+        """Return positions in a batch.
+
+        Args:
+            fit: Numbers of the fit and of the batch.
+            linear: The operator.
+            matrix: Shape of its matrix (groups, features, outputs).
+            out: Output of the operator, or a tensor of the same shape.
+        """
+        count = linear.count(out.shape)
+        each = linear.targets(out, np.arange(1)).shape[1]
+        limit = max(1, round(self.most(matrix) * self.sizes[fit[1]] / sum(self.sizes) / each))
+        if count <= limit:
+            return np.arange(count)
+        return np.sort(np.random.default_rng([self.seed, *fit]).choice(count, limit, replace=False))
 
 
-def _single(array: Array) -> Array:
+def single(array: Array) -> Array:
+    """Return an array as float32."""
     return np.asarray(array, np.float32)
 
 
 class Moments:
-    """First and second moments of features, for each group.
+    """First and second moments of features, for each group, summed over blocks of rows.
 
     Attributes:
-        mean: Mean of each feature [groups, 1, features]; zero if the fit has no constant.
-        gram: Mean products of the centred features [groups, features, features].
+        count: Number of rows.
     """
 
-    def __init__(self, rows: npt.NDArray[np.float32], *, centred: bool) -> None:
-        """Compute the moments of rows [groups, rows, features]; uncentred ones if the fit has no constant."""
-        groups, self._count, features = rows.shape
-        self._rows = rows
-        self.mean: Matrix = np.zeros((groups, 1, features))
-        if centred:
-            self.mean = rows.mean(axis=1, keepdims=True, dtype=np.float64)
-        self.gram: Matrix = (rows.swapaxes(1, 2) @ rows).astype(np.float64) / self._count
-        self.gram -= self.mean.swapaxes(1, 2) @ self.mean
+    def __init__(self, *, centred: bool) -> None:
+        """Create moments of no rows; uncentred ones if the fit has no constant."""
+        self.count, self._is_centred = 0, centred
+        self._total: Matrix = np.zeros((1, 1, 1))
+        self._products: Matrix = np.zeros((1, 1, 1))
 
-    def lift(self, ridge: float) -> Matrix:
-        """Return the ridge as a fraction of the mean square of a feature [groups, 1, 1]."""
-        size = np.trace(self.gram, axis1=1, axis2=2) / max(1, self.gram.shape[1])
-        return np.asarray(ridge * np.maximum(size, np.finfo(np.float32).tiny)[:, None, None])
+    def add(self, rows: Rows) -> None:
+        """Add rows [groups, rows, features]."""
+        self.merge(summed(rows))
+
+    def merge(self, sums: tuple[int, Matrix, Rows]) -> None:
+        """Add the sums of rows, see `summed`."""
+        self.count += sums[0]
+        self._total = self._total + sums[1]
+        self._products = self._products + sums[2]
+
+    @property
+    def mean(self) -> Matrix:
+        """Mean of each feature [groups, 1, features]; zero if the fit has no constant."""
+        return self._total / max(1, self.count) * self._is_centred
+
+    @property
+    def gram(self) -> Matrix:
+        """Mean products of the centred features [groups, features, features]."""
+        mean = self.mean
+        return np.asarray(self._products / max(1, self.count) - mean.swapaxes(1, 2) @ mean)
 
     def lifted(self, ridge: float) -> Matrix:
-        """Return the products with the ridge added to their diagonal, which makes them invertible."""
-        return np.asarray(self.gram + self.lift(ridge) * np.eye(self.gram.shape[1]))
+        """Return the mean products with the ridge added to their diagonal, which makes them invertible."""
+        gram = self.gram
+        return np.asarray(gram + lift(gram, ridge) * np.eye(gram.shape[1]))
 
-    def fit(self, aims: Array, start: Matrix, ridge: float) -> tuple[Matrix, Matrix]:
-        """Return the matrix and the constant of the least-squares fit, regularized towards the initial matrix.
 
-        Args:
-            aims: Targets [groups, rows, outputs].
-            start: Initial matrix [groups, features, outputs].
-            ridge: Strength of the regularization, as a fraction of the mean square of a feature.
-        """
-        middle = aims.mean(axis=1, keepdims=True, dtype=np.float64) if self.mean.any() else np.zeros((len(aims), 1, 1))
-        cross = (self._rows.swapaxes(1, 2) @ np.asarray(aims, np.float32)).astype(np.float64) / self._count
-        cross -= self.mean.swapaxes(1, 2) * middle
-        fitted = np.linalg.solve(self.lifted(ridge), cross + self.lift(ridge) * start)
-        return fitted, middle - self.mean @ fitted
+def lift(gram: Matrix, ridge: float) -> Matrix:
+    """Return a ridge as a fraction of the mean square of a feature [groups, 1, 1]."""
+    size = np.trace(gram, axis1=1, axis2=2) / max(1, gram.shape[1])
+    return np.asarray(ridge * np.maximum(size, np.finfo(np.float32).tiny)[:, None, None])
+
+
+def summed(rows: Rows) -> tuple[int, Matrix, Rows]:
+    """Return the number of rows, the sum of each feature, and the sums of the products of each two."""
+    return (
+        rows.shape[1],
+        rows.sum(axis=1, keepdims=True, dtype=np.float64),
+        rows.swapaxes(1, 2) @ rows,
+    )

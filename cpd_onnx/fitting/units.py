@@ -10,12 +10,13 @@ import numpy as np
 from onnx import NodeProto, TensorProto
 
 from cpd_onnx.fitting.least_squares import Matrix
-from cpd_onnx.ir.model import Array, Model
+from cpd_onnx.ir.model import Array, Model, constant_array
 from cpd_onnx.ops.matrix_view import (
     AFFINE,
     LINEAR,
     Linear,
     Vector,
+    bounds_of,
     is_transpose,
     key_of,
     linear_of,
@@ -24,6 +25,10 @@ from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.shapes.editor import Editor
 from cpd_onnx.shapes.values import Folded, Use
 
+_UNBOUNDED = (-np.inf, np.inf)
+_SILENT = 1e-6
+"""Factor below which a bias has no measurable effect, so that it is not divided by (heuristic)."""
+
 
 @dataclass(frozen=True, eq=False)
 class Bias:
@@ -31,6 +36,12 @@ class Bias:
 
     name: str
     factor: Vector
+
+    def add(self, model: Model, change: Vector) -> None:
+        """Change the values in a model so that the end of the chain changes by that much [outputs]."""
+        old = model.array(self.name)
+        change = change / np.where(np.abs(self.factor) > _SILENT, self.factor, 1.0)
+        model.set_array(self.name, (old + change.reshape(old.shape)).astype(np.float32))
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +59,7 @@ class Unit:
         end: Last tensor of the chain.
         target: Tensor to be fitted: `end`, or the sum that it enters.
         other: The other operand of that sum, which is computed before the node.
-        rectified: Whether a rectifier follows the target.
+        bounds: Bounds to which an activation clips the target, such as a rectifier; infinite for none.
     """
 
     position: int
@@ -62,7 +73,7 @@ class Unit:
     end: str
     target: str
     other: str | None
-    rectified: bool
+    bounds: tuple[float, float]
 
     def matrix(self, model: Model) -> Matrix:
         """Return the values of the weight as a matrix [groups, features, outputs]."""
@@ -178,16 +189,21 @@ class _UnitFinder:
             bias = bias or (self.editable(step.bias, count) if step.bias else None)
         target, other = self.summed(end, position)
         user = self.only_user(target)
-        rectified = user is not None and traits_of(user).is_rectifier
-        return Unit(position, linear, node.input[0], name, flipped, gain, shift, bias, end, target, other, rectified)
+        bounds = None if user is None or user.input[0] != target else bounds_of(user, self.constant)
+        return Unit(
+            position, linear, node.input[0], name, flipped, gain, shift, bias, end, target, other, bounds or _UNBOUNDED
+        )
 
     def constant(self, name: str) -> Array | None:
         while not self.model.has(name):
             maker = self.scope.producers.get(name)
+            node = None if maker is None else self.node(maker)
+            if node is not None and traits_of(node).is_constant:
+                return next((array for a in node.attribute if (array := constant_array(a)) is not None), None)
             # Exporters put an Identity behind constants that several nodes share.
-            if maker is None or not traits_of(self.node(maker)).is_identity:
+            if node is None or not traits_of(node).is_identity:
                 return None
-            name = self.node(maker).input[0]
+            name = node.input[0]
         return self.model.array(name)
 
     def shape(self, name: str) -> tuple[int, ...]:

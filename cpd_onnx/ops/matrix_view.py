@@ -108,6 +108,18 @@ AFFINE: dict[Key, _MakeAffine] = {}
 its data input, that input's channel axis counted from the front and from the end, and the constants."""
 
 
+_MakeBounds: TypeAlias = "Callable[[NodeProto, Constants], tuple[float, float] | None]"
+"""The type of a function in `BOUNDS`."""
+BOUNDS: dict[Key, _MakeBounds] = {}
+"""Functions by operator that return the bounds to which a node clips its first input; None if they are not constant."""
+
+
+def bounds_of(node: NodeProto, constants: Constants) -> tuple[float, float] | None:
+    """Return the bounds to which a node clips its first input; None if it does not clip, or to bounds not known."""
+    make = BOUNDS.get(key_of(node))
+    return None if make is None else make(node, constants)
+
+
 def is_transpose(node: NodeProto) -> bool:
     """Whether a node is a Transpose that transposes a matrix."""
     return key_of(node) == ("", "Transpose") and list(attributes_of(node).get("perm", [1, 0])) == [1, 0]
@@ -141,6 +153,23 @@ def _add(node: NodeProto, name: str, axis: tuple[int, int], constants: Constants
 def _mul(node: NodeProto, name: str, axis: tuple[int, int], constants: Constants) -> Affine | None:
     vector = _along(constants(node.input[1] if node.input[0] == name else node.input[0]), axis[1])
     return None if vector is None else Affine(vector, np.zeros(1))
+
+
+@register_in(BOUNDS, ("", "Relu"))
+def _relu(node: NodeProto, constants: Constants) -> tuple[float, float]:
+    return 0.0, math.inf
+
+
+@register_in(BOUNDS, ("", "Clip"))
+def _clip(node: NodeProto, constants: Constants) -> tuple[float, float] | None:
+    given = attributes_of(node)  # before opset 11
+    found = [float(given.get("min", -math.inf)), float(given.get("max", math.inf))]
+    for place, name in enumerate(node.input[1:3]):
+        array = constants(name) if name else None
+        if name and (array is None or array.size != 1 or not np.issubdtype(array.dtype, np.floating)):
+            return None
+        found[place] = float(array.ravel()[0]) if array is not None else found[place]
+    return (found[0], found[1]) if found[0] < found[1] else None
 
 
 def _along(array: Array | None, axis: int) -> Vector | None:

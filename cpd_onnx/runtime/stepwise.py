@@ -29,110 +29,57 @@ _ENTERING_BYTES = 1 << 20
 (heuristic)."""
 
 
-class Stepwise:
-    """A partial run of a model on all batches.
+class Parts:
+    """Makes models of some of a model's nodes, with the weights that these need.
 
-    Weights are read when their piece runs. A copy of a model with the same nodes (a pruned one) can be run in the same
-    steps as the original.
+    A copy of a model with the same nodes (a pruned one) can be cut at the same places as the original.
+
+    Attributes:
+        last: Position of the last node that takes each tensor.
+        is_constant: Whether the outputs of each node are computed from weights alone; every part computes them anew.
     """
 
-    def __init__(
-        self,
-        folded: Folded,
-        model: Model,
-        feeds: Sequence[Feed],
-        wanted: Iterable[str] = (),
-        *,
-        held_bytes: int = HELD_BYTES,
-        entering_bytes: int | None = None,
-    ) -> None:
-        """Start a run before the first node.
+    def __init__(self, folded: Folded, model: Model, entering_bytes: int | None = None) -> None:
+        """Prepare the parts of a model.
 
         Args:
             folded: The original, which determines the order of nodes.
-            model: The original or a copy with other weights and sizes.
-            feeds: Inputs, one dictionary for each batch.
-            wanted: Tensors that are held until they are released as often as they are listed here.
-            held_bytes: Maximum number of bytes of tensors in memory; others are held in files.
-            entering_bytes: Size from which weights are inputs of the pieces instead of initializers; None for none.
+            model: The original or a copy with other weights and sizes, which are read when a part is made.
+            entering_bytes: Size from which weights are inputs of the parts instead of initializers; None for none.
         """
-        self._entering = entering_bytes
-        self._scope, self._model = folded.scope, model
+        self._scope, self._model, self._entering = folded.scope, model, entering_bytes
         self._editor = Editor(model)
-        self._limit = held_bytes
-        self._done = 0
-        self._wanted = Counter(wanted)
-        self._last: dict[str, int] = {}
-        self._is_constant = [self._made_of_constants(node) for node in self._scope.nodes]
+        self.last: dict[str, int] = {}
+        self.is_constant = [self._made_of_constants(node) for node in self._scope.nodes]
         for position in range(len(self._scope.nodes)):
-            for name in all_inputs(self._node(position)):
-                self._last[name] = position
-        self._held: dict[str, list[Array]] = {}
-        for name in feeds[0]:
-            if self._is_needed(name):
-                self._hold(name, [feed[name] for feed in feeds])
-        self._batches = len(feeds)
+            for name in all_inputs(self.node(position)):
+                self.last[name] = position
 
     def _made_of_constants(self, node: NodeProto) -> bool:
         values = [self._scope.values.get(name) for name in node.output if name]
         return bool(values) and all(v is not None and (v.constants is not None or v.weight is not None) for v in values)
 
-    def _node(self, position: int) -> NodeProto:
+    def node(self, position: int) -> NodeProto:
+        """Return the node at a position of the main graph."""
         return self._editor.node(self._scope, position)
 
-    def after(self, position: int) -> None:
-        """Run all nodes up to and including the one at a position that have not run yet."""
-        if position < self._done:
-            return
-        piece = [p for p in range(self._done, position + 1) if not self._is_constant[p]]
-        self._done = position + 1
-        names = [name for p in piece for name in self._node(p).output]
-        outputs = [name for name in names if self._is_needed(name)]
-        if outputs:
-            self._run(piece, outputs)
-        for name in [name for name in self._held if not self._is_needed(name)]:
-            del self._held[name]
-
-    def _is_needed(self, name: str) -> bool:
-        return self._wanted[name] > 0 or self._last.get(name, -1) >= self._done
-
-    def tensor(self, name: str) -> list[Array]:
-        """Return a held tensor as one array for each batch, which must not be modified."""
-        return self._held[name]
-
-    def release(self, name: str) -> None:
-        """Release a tensor once."""
-        self._wanted[name] -= 1
-
-    def _run(self, piece: Sequence[int], outputs: Sequence[str]) -> None:
-        part, inputs, entering = self._part(piece, outputs)
-        session = open_model(part, optimise=self._entering is None)
-        weights = {name: self._model.array(name) for name in entering}
-        results: list[list[Array]] = [[] for _ in outputs]
-        for batch in range(self._batches):
-            feed = {name: np.asarray(self._held[name][batch]) for name in inputs} | weights
-            for arrays, array in zip(results, execute(session, feed), strict=True):
-                arrays.append(array)
-        for name, arrays in zip(outputs, results, strict=True):
-            self._hold(name, arrays)
-
-    def _part(self, piece: Sequence[int], outputs: Sequence[str]) -> tuple[Model, list[str], list[str]]:
-        """Return a model of some nodes with all computations from weights, its inputs, and the weights among these."""
+    def make(self, outputs: Sequence[str], start: int) -> tuple[Model, list[str], list[str]]:
+        """Return a model from tensors made before a position to others, its inputs, and the weights among these."""
         nodes: dict[int, NodeProto] = {}
-        waiting, inputs, weights = list(piece), dict[str, None](), dict[str, None]()
-        inside = set(piece)
+        inputs, weights = dict[str, None](), dict[str, None]()
+        waiting = [self._scope.producers[name] for name in outputs]
         while waiting:
             position = waiting.pop()
             if position in nodes:
                 continue
-            nodes[position] = self._node(position)
+            nodes[position] = self.node(position)
             for name in sorted(all_inputs(nodes[position]) - {""}):
                 maker = self._scope.producers.get(name)
                 if self._model.has(name):
                     weights[name] = None
-                elif maker is not None and self._is_constant[maker]:
+                elif maker is not None and (self.is_constant[maker] or maker >= start):
                     waiting.append(maker)
-                elif maker not in inside:
+                else:
                     inputs[name] = None
         part = ModelProto()
         part.ir_version = self._model.proto.ir_version
@@ -163,10 +110,85 @@ class Stepwise:
             raise UnsupportedError(f"the model cannot be run in pieces: {name!r} is not a tensor of a known type")
         return helper.make_tensor_value_info(name, value.dtype, None)
 
+
+class Stepwise:
+    """A partial run of a model on all batches, with tensors held until no node needs them.
+
+    Weights are read when their piece runs. A copy of a model with the same nodes (a pruned one) can be run in the same
+    steps as the original.
+    """
+
+    def __init__(
+        self,
+        folded: Folded,
+        model: Model,
+        feeds: Sequence[Feed],
+        wanted: Iterable[str] = (),
+        *,
+        held_bytes: int = HELD_BYTES,
+        entering_bytes: int | None = None,
+    ) -> None:
+        """Start a run before the first node.
+
+        Args:
+            folded: The original, which determines the order of nodes.
+            model: The original or a copy with other weights and sizes.
+            feeds: Inputs, one dictionary for each batch.
+            wanted: Tensors that are held until they are released as often as they are listed here.
+            held_bytes: Maximum number of bytes of tensors in memory; others are held in files.
+            entering_bytes: Size from which weights are inputs of the pieces instead of initializers; None for none.
+        """
+        self._is_entering, self._model, self._scope = entering_bytes is not None, model, folded.scope
+        self._parts = Parts(folded, model, entering_bytes)
+        self._limit = held_bytes
+        self._done = 0
+        self._wanted = Counter(wanted)
+        self._held: dict[str, list[Array]] = {}
+        for name in feeds[0]:
+            if self._is_needed(name):
+                self._hold(name, [feed[name] for feed in feeds])
+        self._batches = len(feeds)
+
+    def after(self, position: int) -> None:
+        """Run all nodes up to and including the one at a position that have not run yet."""
+        if position < self._done:
+            return
+        start, self._done = self._done, position + 1
+        makers = [p for p in range(start, self._done) if not self._parts.is_constant[p]]
+        names = [name for p in makers for name in self._parts.node(p).output]
+        outputs = [name for name in names if self._is_needed(name)]
+        if outputs:
+            self._run(start, outputs)
+        for name in [name for name in self._held if not self._is_needed(name)]:
+            del self._held[name]
+
+    def _is_needed(self, name: str) -> bool:
+        return self._wanted[name] > 0 or self._parts.last.get(name, -1) >= self._done
+
+    def tensor(self, name: str) -> list[Array]:
+        """Return a held tensor as one array for each batch, which must not be modified."""
+        return self._held[name]
+
+    def release(self, name: str) -> None:
+        """Release a tensor once."""
+        self._wanted[name] -= 1
+
+    def _run(self, start: int, outputs: Sequence[str]) -> None:
+        part, inputs, entering = self._parts.make(outputs, start)
+        session = open_model(part, optimise=not self._is_entering)
+        weights = {name: self._model.array(name) for name in entering}
+        results: list[list[Array]] = [[] for _ in outputs]
+        for batch in range(self._batches):
+            feed = {name: np.asarray(self._held[name][batch]) for name in inputs} | weights
+            for arrays, array in zip(results, execute(session, feed), strict=True):
+                arrays.append(array)
+        for name, arrays in zip(outputs, results, strict=True):
+            self._hold(name, arrays)
+
     def _hold(self, name: str, arrays: list[Array]) -> None:
         held = sum(a.nbytes for given in self._held.values() for a in given if not isinstance(a, np.memmap))
         if held + sum(a.nbytes for a in arrays) > self._limit:
-            arrays = [_in_file(array) for array in arrays]
+            arrays = [in_file(array) for array in arrays]
         self._held[name] = arrays
 
 
@@ -205,7 +227,7 @@ class Piecewise:
         yield len(nodes) - 1
 
 
-def _in_file(array: Array) -> Array:
+def in_file(array: Array) -> Array:
     """Return the array mapped from an unnamed temporary file, which is deleted with it."""
     if not array.size:
         return array

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +22,12 @@ from cpd_onnx.algebra.atoms import Axis
 from cpd_onnx.channels.costs import CostModel
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.data.sources import calibration
-from cpd_onnx.fitting.least_squares import MAX_FEATURES, Matrix, Moments, Sampler, one_thread
+from cpd_onnx.fitting.least_squares import MAX_FEATURES, Matrix, Moments, Sampler, one_thread, single, summed
 from cpd_onnx.fitting.units import Unit, units_of
 from cpd_onnx.io.progress import tracked
 from cpd_onnx.ir.model import Array
 from cpd_onnx.rules.api import Factor
-from cpd_onnx.runtime.stepwise import Stepwise
+from cpd_onnx.runtime.stream import Stop, Stream, Tensors, batch_size, held_feeds
 from cpd_onnx.scores.magnitude import l2
 from cpd_onnx.scores.registry import Scores, score_function
 
@@ -42,6 +42,10 @@ _STEPS = 48
 """Minimum number of steps in which channels are removed; small groups are processed channel by channel (heuristic)."""
 _BATCH = 32
 """Number of samples in a run of the model."""
+_MOMENT_BYTES = 256 << 20
+"""Approximate number of bytes of the moments that are computed in one run of the model (heuristic)."""
+_ITEM = 8
+"""Number of bytes of a moment."""
 _LEAST = 1e-6
 """Fraction of the variance below which nothing of a signal is left, which keeps its logarithm finite."""
 
@@ -175,15 +179,32 @@ def _cheapest(
     return [(group, channel) for _, group, channel, _ in taken], losses / (losses.sum() or 1.0)
 
 
-Looks = Callable[[], None]
+@dataclass(frozen=True, eq=False)
+class _Look:
+    """A consumer that is observed.
+
+    Attributes:
+        position: Position of the node after which its tensors are known.
+        names: These tensors.
+        bytes: Approximate number of bytes of its moments.
+        sample: Called with the number of a batch and the tensors; returns what is summed over the batches.
+        add: Called with what `sample` returned, batch after batch.
+        finish: Called at the end; returns the consumer, None if there is nothing to lose.
+    """
+
+    position: int
+    names: tuple[str, ...]
+    bytes: int
+    sample: Callable[[int, Tensors], Any]
+    add: Callable[[Any], None]
+    finish: Callable[[], _Consumer | None]
 
 
 @dataclass(eq=False)
 class _Observer:
-    """Runs the model once, step by step, and collects the consumers of channels."""
+    """Runs the model batch by batch, and collects the consumers of channels."""
 
     context: ScoreContext
-    found: list[_Consumer] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         combed, context = self.context.combed, self.context
@@ -191,28 +212,37 @@ class _Observer:
         self.combed: Combed = combed
         self.owner, self.rank = combed.owners
         proto = combed.folded.model.proto
-        self.feeds = list(calibration(proto, context.data, context.samples, batch=_BATCH, seed=context.seed))
-        self.sampler = Sampler(_ROWS, context.seed)
+        size = batch_size(combed.folded, _BATCH)
+        feeds = held_feeds(calibration(proto, context.data, context.samples, batch=size, seed=context.seed))
+        self.stream = Stream(combed.folded, combed.folded.model, feeds)
+        self.sampler = Sampler(_ROWS, context.seed, self.stream.sizes)
         self.makers = combed.folded.scope.producers
 
     def run(self) -> list[_Consumer]:
         """Return all consumers of channels."""
-        units = [(unit, self.channels(unit)) for unit in units_of(self.combed.folded).found]
-        looks: list[tuple[int, int, Looks]] = []
-        wanted: list[str] = []
-        for unit, channels in units:
+        looks: list[_Look] = []
+        for unit in units_of(self.combed.folded).found:
+            channels = self.channels(unit)
             if channels:
-                wanted += [unit.data, unit.target]
-                looks.append((self.makers[unit.target], len(looks), self.look_at_unit(unit, channels)))
-        for left, right in self.meetings():
-            wanted += [left.value.name, right.value.name]
-            position = max(self.makers.get(f.value.name, 0) for f in (left, right))
-            looks.append((position, len(looks), self.look_at_meeting(left, right)))
-        self.steps = Stepwise(self.combed.folded, self.combed.folded.model, self.feeds, wanted)
-        for position, _, look in tracked(sorted(looks, key=lambda entry: entry[:2])):
-            self.steps.after(position)
-            look()
-        return self.found
+                looks.append(self.at_unit(len(looks), unit, channels))
+        looks += [self.at_meeting(left, right) for left, right in self.meetings()]
+        looks.sort(key=lambda look: look.position)
+        found: list[_Consumer] = []
+        for part in tracked(list(_parts(looks))):
+            found += self.observed(part)
+        return found
+
+    def observed(self, looks: Sequence[_Look]) -> Iterator[_Consumer]:
+        """Yield the consumers that are seen in one run of the batches from the held cut to the last of some looks."""
+        stops = [Stop(look.position, look.names) for look in looks]
+        # The tensors of later looks lie behind the first of these, or are held there.
+        for results in self.stream.run(stops, lambda stop, *of: looks[stop].sample(*of)):
+            for look, result in zip(looks, results, strict=True):
+                look.add(result)
+        for look in looks:
+            consumer = look.finish()
+            if consumer is not None and np.isfinite(consumer.variance) and np.isfinite(consumer.inverse).all():
+                yield consumer
 
     # Weights.
 
@@ -250,22 +280,29 @@ class _Observer:
             found[index] = (places[:, :, None] * taps + np.arange(taps)).reshape(count, -1)
         return found
 
-    def look_at_unit(self, unit: Unit, channels: dict[int, Axis]) -> Looks:
-        def look() -> None:
-            data, targets = self.steps.tensor(unit.data), self.steps.tensor(unit.target)
-            rows, aims = self.sampler.rows(unit.linear, data, targets)
-            inverse = np.asarray(np.linalg.inv(Moments(rows, centred=True).lifted(_RIDGE)), np.float64)
-            matrix = unit.matrix(self.combed.folded.model) * unit.gain.reshape(len(rows), 1, -1)
-            variance = float(aims.var(dtype=np.float64)) * aims.shape[0] * aims.shape[2]
-            self.enter(_Consumer(inverse, matrix, variance, channels))
-            self.steps.release(unit.data)
-            self.steps.release(unit.target)
+    def at_unit(self, number: int, unit: Unit, channels: dict[int, Axis]) -> _Look:
+        weight = unit.matrix(self.combed.folded.model)
+        moments, spread = Moments(centred=True), _Spread()
 
-        return look
+        def sample(batch: int, tensors: Tensors) -> Any:
+            out = tensors[unit.target]
+            places = self.sampler.places((number, batch), unit.linear, weight.shape, out)
+            return summed(unit.linear.rows(single(tensors[unit.data]), places)), unit.linear.targets(
+                single(out), places
+            )
 
-    def enter(self, consumer: _Consumer) -> None:
-        if np.isfinite(consumer.variance) and consumer.variance > 0 and np.isfinite(consumer.inverse).all():
-            self.found.append(consumer)
+        def add(result: Any) -> None:
+            moments.merge(result[0])
+            spread.add(result[1])
+
+        def finish() -> _Consumer | None:
+            inverse = np.asarray(np.linalg.inv(moments.lifted(_RIDGE)), np.float64)
+            matrix = weight * unit.gain.reshape(len(weight), 1, -1)
+            variance = spread.variance * weight.shape[0] * weight.shape[2]
+            return _Consumer(inverse, matrix, variance, channels) if variance > 0 else None
+
+        size = _ITEM * weight.shape[0] * weight.shape[1] ** 2
+        return _Look(self.makers[unit.target], (unit.data, unit.target), size, sample, add, finish)
 
     # Products of two activations.
 
@@ -283,21 +320,61 @@ class _Observer:
             ):
                 yield moving[0], moving[1]
 
-    def look_at_meeting(self, left: Factor, right: Factor) -> Looks:
-        def look() -> None:
-            pairs = zip(self.steps.tensor(left.value.name), self.steps.tensor(right.value.name), strict=True)
-            gram = np.sum([_met(a, left.axis, b, right.axis) for a, b in pairs], axis=0)
-            if gram.ndim == 2:
-                size = len(gram)
-                gram += _RIDGE * np.trace(gram) / size * np.eye(size)
-                variance = float(gram.sum())
-                channels = self.features(left.atoms, 1, size, 1)
-                if variance > 0 and channels:
-                    self.enter(_Consumer(np.linalg.inv(gram)[None], np.ones((1, size, 1)), variance, channels))
-            self.steps.release(left.value.name)
-            self.steps.release(right.value.name)
+    def at_meeting(self, left: Factor, right: Factor) -> _Look:
+        names = (left.value.name, right.value.name)
+        grams: list[Matrix] = []
 
-        return look
+        def sample(batch: int, tensors: Tensors) -> Matrix:
+            return _met(tensors[names[0]], left.axis, tensors[names[1]], right.axis)
+
+        def add(result: Matrix) -> None:
+            grams[:] = [np.asarray(sum(grams, start=result))]
+
+        def finish() -> _Consumer | None:
+            (gram,) = grams
+            if gram.ndim != 2:
+                return None
+            size = len(gram)
+            gram = gram + _RIDGE * np.trace(gram) / size * np.eye(size)
+            variance, channels = float(gram.sum()), self.features(left.atoms, 1, size, 1)
+            if not (variance > 0 and channels):
+                return None
+            return _Consumer(np.linalg.inv(gram)[None], np.ones((1, size, 1)), variance, channels)
+
+        position = max(self.makers.get(name, -1) for name in names)
+        return _Look(position, names, _ITEM * len(left.atoms) ** 2, sample, add, finish)
+
+
+def _parts(looks: Sequence[_Look]) -> Iterator[list[_Look]]:
+    """Yield looks in their order, as many together as have moments that fit in memory."""
+    part, size = list[_Look](), 0
+    for look in looks:
+        if part and size + look.bytes > _MOMENT_BYTES:
+            yield part
+            part, size = [], 0
+        part, size = [*part, look], size + look.bytes
+    if part:
+        yield part
+
+
+@dataclass(eq=False)
+class _Spread:
+    """The variance of numbers that come in batches."""
+
+    count: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+
+    def add(self, array: Array) -> None:
+        """Add one batch."""
+        self.count += array.size
+        self.total += float(array.sum(dtype=np.float64))
+        self.squares += float(np.square(array, dtype=np.float64).sum())
+
+    @property
+    def variance(self) -> float:
+        """The variance so far."""
+        return max(0.0, self.squares / max(1, self.count) - (self.total / max(1, self.count)) ** 2)
 
 
 def _met(left: Array, i: int, right: Array, j: int) -> npt.NDArray[np.float64]:

@@ -10,13 +10,14 @@ Score functions are registered in a table, and users can add their own:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from cpd_onnx.channels.groups import Combed
+from cpd_onnx.channels.renormalized import renormalized
 from cpd_onnx.data.sources import Source, imported
 from cpd_onnx.errors import DataError, TargetError
 from cpd_onnx.io.progress import step
@@ -106,6 +107,8 @@ def score(combed: Combed, kind: str = "l2", *, samples: int | None = None, **mor
     context = ScoreContext(combed, samples=samples or found.samples, **more)
     if found.needs_data and context.data is None:
         raise DataError(f"score {kind!r} needs samples: give --data, or a source as `data`")
+    likened = renormalized(combed, context.data, context.seed) if found.needs_data else None
+    context = context if likened is None else replace(context, combed=likened.combed)
     scores = [np.asarray(values, np.float64) for values in found.function(context)]
     if [s.shape for s in scores] != [(len(group),) for group in combed.groups]:
         raise TargetError(

@@ -20,9 +20,10 @@ from cpd_onnx.cli.main import main
 from cpd_onnx.data.sources import ArraySource
 from cpd_onnx.data.synthetic import Synthetic
 from cpd_onnx.errors import DataError
+from cpd_onnx.fitting.problem import Block, Problem
 from cpd_onnx.fitting.units import units_of
 from cpd_onnx.ir.model import Model, load
-from cpd_onnx.ops.matrix_view import linear_of
+from cpd_onnx.ops.matrix_view import bounds_of, linear_of
 from cpd_onnx.passes.prune import prune
 from cpd_onnx.passes.repair import RepairOptions, repair
 from cpd_onnx.passes.sensitivity import SensitivityOptions, measured_curves, sensitivity
@@ -121,10 +122,10 @@ def test_units_know_what_becomes_of_their_product():
     model = residual()
     units = {unit.weight: unit for unit in units_of(comb(model).folded).found}
     assert list(units) == ["w0", "w1", "w2", "w3"]
-    assert (units["w0"].target, units["w0"].bias.name, units["w0"].rectified) == ("a", "b0", True)
+    assert (units["w0"].target, units["w0"].bias.name, units["w0"].bounds) == ("a", "b0", (0, np.inf))
     assert (units["w1"].target, units["w1"].bias.name, units["w1"].other) == ("n", "t", None)
     np.testing.assert_allclose(units["w1"].gain, model.array("s") / np.sqrt(1.3 + 1e-5), rtol=1e-6)
-    assert (units["w2"].target, units["w2"].other, units["w2"].rectified) == ("f", "r", True)
+    assert (units["w2"].target, units["w2"].other, units["w2"].bounds) == ("f", "r", (0, np.inf))
     assert (units["w3"].end, units["w3"].flipped, units["w3"].bias.name) == ("y", True, "b3")
 
 
@@ -281,8 +282,8 @@ def test_prune_with_data_repairs_unless_told_otherwise(tmp_path, capsys):
     for name in ("fixed", "raw", "twice"):
         assert main(plain(["verify", str(tmp_path / "model.onnx"), str(tmp_path / f"{name}.onnx")])) == 0
     capsys.readouterr()
-    assert main(plain(["prune", str(tmp_path / "model.onnx"), "-o", str(tmp_path / "x.onnx"), "--repair"])) == 1
-    assert "repair needs samples: give --data" in capsys.readouterr().err
+    assert main(plain(["prune", str(tmp_path / "model.onnx"), "-o", str(tmp_path / "x.onnx"), "--repair"])) == 0
+    assert "weights fitted to the original" in capsys.readouterr().out  # on generated inputs
 
 
 def test_sensitivity_is_the_error_with_one_group_alone_pruned(tmp_path):
@@ -336,7 +337,7 @@ def test_synthetic_images_look_like_normalised_ones():
     assert 0.7 < first.std() < 1.5
     neighbours = np.corrcoef(first[..., 1:].ravel(), first[..., :-1].ravel())[0, 1]
     channels = np.corrcoef(first[:, 0].ravel(), first[:, 1].ravel())[0, 1]
-    assert neighbours > 0.5
+    assert neighbours > 0.3
     assert channels > 0.6
 
 
@@ -488,3 +489,85 @@ def test_notes_of_a_repair_are_notes_of_the_result(tmp_path: Path) -> None:
     assert main(plain(["prune", tmp_path / "m.onnx", "--repair", *files])) == 0
     notes = json.loads((tmp_path / "r.json").read_text())["notes"]
     assert any("repair" in note for note in notes)
+
+
+def test_features_that_say_little_are_held_back_by_a_strong_ridge() -> None:
+    """As few rows as features, and targets that are mostly noise: the best strength lies far above the minimum."""
+    rng = np.random.default_rng(0)
+    start = rng.standard_normal((1, 64, 3))
+    blocks = []
+    for _ in range(4):
+        rows = rng.standard_normal((1, 32, 64)).astype(np.float32)
+        wanted = 0.8 * rows @ start.astype(np.float32) + 20 * rng.standard_normal((1, 32, 3)).astype(np.float32)
+        blocks.append(Block(rows, wanted.astype(np.float32)))
+    ones = np.ones(3)
+    problem = Problem(blocks, 1, start, ones, 0 * ones, False, (-np.inf, np.inf), 1e-3, 0)
+    moments = problem.moments()
+    cross = problem.cross(moments, lambda block: block.wanted)
+    errors = [problem.error(*problem.once(moments, cross, 1e-3 * 10 ** (place / 2))) for place in range(9)]
+    assert problem.error(*problem.fitted()) == pytest.approx(min(errors), rel=1e-6)
+    assert np.argmin(errors) > 6  # stronger than the mean square of a feature
+
+
+# Activations that clip.
+
+CLIPPED = """g (float[N, 16] x) => (float[N, 4] y)
+{
+  low = Constant <value = float {0.0}> ()
+  high = Constant <value = float {1.0}> ()
+  a = MatMul(x, w0)
+  r = Relu(a)
+  b = MatMul(r, w1)
+  c = Clip(b, low, high)
+  y = MatMul(c, w2)
+}"""
+
+
+def clipped() -> Model:
+    rng = np.random.default_rng(0)
+    shapes = {"w0": (16, 24), "w1": (24, 24), "w2": (24, 4)}
+    return model_of(CLIPPED, **{name: rng.standard_normal(shape) for name, shape in shapes.items()})
+
+
+def test_units_know_the_bounds_of_what_clips_them() -> None:
+    found = {unit.weight: unit.bounds for unit in units_of(comb(clipped()).folded).found}
+    assert found == {"w0": (0.0, np.inf), "w1": (0.0, 1.0), "w2": (-np.inf, np.inf)}
+
+
+@pytest.mark.parametrize(
+    ("operator", "attributes", "inputs", "want"),
+    [
+        ("Relu", {}, ["x"], (0.0, np.inf)),
+        ("Clip", {"min": -1.0, "max": 6.0}, ["x"], (-1.0, 6.0)),  # before opset 11
+        ("Clip", {}, ["x", "", "six"], (-np.inf, 6.0)),
+        ("Clip", {}, ["x", "six", "zero"], None),  # everything becomes the same number
+        ("Clip", {}, ["x", "computed"], None),
+        ("Sigmoid", {}, ["x"], None),
+    ],
+)
+def test_bounds_are_those_of_the_operator(operator, attributes, inputs, want) -> None:
+    known = {"six": np.float32(6), "zero": np.zeros(1, np.float32)}
+    constants = {name: np.asarray(value) for name, value in known.items()}
+    assert bounds_of(helper.make_node(operator, inputs, ["y"], **attributes), constants.get) == want
+
+
+def test_what_an_activation_clips_is_not_fitted() -> None:
+    """Beyond the bounds, the targets are far from linear in the features; within them, they are."""
+    rng = np.random.default_rng(0)
+    truth = rng.standard_normal((1, 8, 5))
+    blocks = []
+    for _ in range(4):
+        rows = rng.standard_normal((1, 256, 8)).astype(np.float32) / np.float32(np.sqrt(8))
+        wanted = rows @ truth.astype(np.float32)
+        far = np.where(wanted > 1, wanted**4, np.where(wanted < -1, -(wanted**6), wanted))
+        blocks.append(Block(rows, far))
+    start, ones = truth + rng.standard_normal(truth.shape), np.ones(5)
+
+    def distance(bounds: tuple[float, float], rounds: int) -> float:
+        problem = Problem(blocks, 1, start, ones, 0 * ones, False, bounds, 1e-6, rounds)
+        solution = problem.solved()
+        assert solution is not None
+        return float(np.abs(solution.matrix - truth).max())
+
+    assert distance((-1.0, 1.0), 30) < 0.1 * distance((-1.0, 1.0), 0)
+    assert distance((-1.0, 1.0), 30) < 0.5 * distance((-1.0, np.inf), 30)

@@ -1,0 +1,188 @@
+"""The fit of one weight to rows of features and targets in batches, of which the last ones validate it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from cpd_onnx.fitting.least_squares import Matrix, Moments, Rows, lift, summed
+from cpd_onnx.ops.matrix_view import Vector
+from cpd_onnx.runtime.stream import in_order
+
+_SILENT = 1e-6
+"""Factor below which an output has no measurable effect, so that nothing is fitted before it (heuristic)."""
+_STRONGER = 10.0**0.5
+"""Factor from one regularization strength to the next that is tried (heuristic)."""
+_MOST_TRIED = 9
+"""Maximum number of regularization strengths that are tried (heuristic)."""
+_GOOD = 1e-5
+"""Relative error up to which a weight is not refitted (heuristic)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """The rows of one batch.
+
+    Attributes:
+        rows: Features [groups, rows, features].
+        wanted: Targets [groups, rows, outputs].
+    """
+
+    rows: Rows
+    wanted: Rows
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """A fitted weight.
+
+    Attributes:
+        matrix: The weight [groups, features, outputs].
+        constant: Constant that is added to its products [groups, 1, outputs].
+        before, after: Root mean square error over the standard deviation of the target, on held-out rows.
+    """
+
+    matrix: Matrix
+    constant: Matrix
+    before: float
+    after: float
+
+
+@dataclass(eq=False)
+class Problem:
+    """A fit of gain * (rows x matrix + constant) + shift to targets.
+
+    Attributes:
+        blocks: Rows by batch.
+        held_out: Number of the last blocks that validate the fit.
+        start: Initial matrix [groups, features, outputs].
+        gain, shift: Affine function that follows the product [outputs].
+        centred: Whether a constant is fitted too.
+        bounds: Bounds to which an activation clips the target.
+        ridge: Minimum strength of the regularization towards the initial matrix.
+        rounds: Number of times that targets beyond a bound are replaced by the fitted values.
+    """
+
+    blocks: Sequence[Block]
+    held_out: int
+    start: Matrix
+    gain: Vector
+    shift: Vector
+    centred: bool
+    bounds: tuple[float, float]
+    ridge: float
+    rounds: int
+    _is_effective: npt.NDArray[np.bool_] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Bring gain and shift into the shape of the outputs."""
+        groups = self.start.shape[0]
+        self.gain, self.shift = (v.reshape(groups, 1, -1) for v in (self.gain, self.shift))
+        # Outputs without an effect on the target are not changed.
+        self._is_effective = np.abs(self.gain) > _SILENT
+
+    @property
+    def fitted_blocks(self) -> Sequence[Block]:
+        """Blocks to which the weight is fitted."""
+        return self.blocks[: len(self.blocks) - self.held_out]
+
+    @property
+    def checks(self) -> Sequence[Block]:
+        """Blocks that validate the fit; all if none is held out."""
+        return self.blocks[len(self.blocks) - self.held_out :] if self.held_out else self.blocks
+
+    def solved(self) -> Solution | None:
+        """Return the best fit; None if the weight needs no repair or the fit does not improve it."""
+        deviation = self.deviation() or 1.0
+        before = self.error(self.start, np.zeros(1)) / deviation
+        if not before > _GOOD:
+            return None
+        matrix, constant = self.fitted()
+        after = self.error(matrix, constant) / deviation
+        return Solution(matrix, constant, before, after) if after < before else None
+
+    def deviation(self) -> float:
+        """Return the standard deviation of the targets."""
+        sums = [(b.wanted.shape[1], *_power_sums(b.wanted)) for b in self.fitted_blocks]
+        count, total, squares = (sum(each) for each in zip(*sums, strict=True))
+        return float(np.sqrt(np.maximum(squares / count - np.square(total / count), 0).mean()))
+
+    def fitted(self) -> tuple[Matrix, Matrix]:
+        """Return matrix and constant, with the strength of the regularization that is best on held-out rows."""
+        moments = self.moments()
+        ridge, cross = self.ridge, self.cross(moments, lambda block: block.wanted)
+        best = self.once(moments, cross, ridge)
+        error = self.error(*best)
+        for _ in range(_MOST_TRIED - 1):
+            stronger = self.once(moments, cross, ridge * _STRONGER)
+            if not (now := self.error(*stronger)) < error:
+                break
+            best, ridge, error = stronger, ridge * _STRONGER, now
+        for _ in range(self.rounds if np.isfinite(self.bounds).any() else 0):
+            best = self.once(moments, self.cross(moments, partial(self.aims, fit=best)), ridge)
+        return best
+
+    def moments(self) -> Moments:
+        """Return the moments of the features."""
+        moments, blocks = Moments(centred=self.centred), self.fitted_blocks
+        for sums in in_order(lambda number: summed(blocks[number].rows), len(blocks)):
+            moments.merge(sums)
+        return moments
+
+    def aims(self, block: Block, fit: tuple[Matrix, Matrix]) -> Rows:
+        """Return targets in which those that the activation clips are replaced by any equivalent nearest to the fit."""
+        low, high = self.bounds
+        made = self.products(block.rows, *fit)
+        aims = np.where(block.wanted > low, block.wanted, np.minimum(made, low))
+        return np.asarray(np.where(aims < high, aims, np.maximum(made, high)), np.float32)
+
+    def cross(self, moments: Moments, aims: Callable[[Block], Rows]) -> tuple[Matrix, Matrix]:
+        """Return the mean products of centred features and targets, and the mean target, both before gain and shift."""
+        gain, shift = (np.asarray(v, np.float32) for v in (np.where(self._is_effective, self.gain, 1.0), self.shift))
+
+        def of(number: int) -> tuple[Matrix, Matrix]:
+            block = self.fitted_blocks[number]
+            aim = (aims(block) - shift) / gain
+            return (
+                (block.rows.swapaxes(1, 2) @ aim).astype(np.float64),
+                aim.sum(axis=1, keepdims=True, dtype=np.float64),
+            )
+
+        products: Matrix = np.zeros(1)
+        total: Matrix = np.zeros(1)
+        for product, each in in_order(of, len(self.fitted_blocks)):
+            products, total = products + product, total + each
+        middle = total / moments.count * self.centred
+        return products / moments.count - moments.mean.swapaxes(1, 2) * middle, middle
+
+    def once(self, moments: Moments, cross: tuple[Matrix, Matrix], ridge: float) -> tuple[Matrix, Matrix]:
+        """Return the least-squares fit for one strength of the regularization."""
+        gram = moments.gram
+        fitted = np.linalg.solve(moments.lifted(ridge), cross[0] + lift(gram, ridge) * self.start)
+        constant = cross[1] - moments.mean @ fitted
+        return np.where(self._is_effective, fitted, self.start), np.where(self._is_effective, constant, 0.0)
+
+    def products(self, rows: Rows, matrix: Matrix, constant: Matrix) -> Rows:
+        """Return the products after gain and shift."""
+        factor, addend = (matrix * self.gain).astype(np.float32), (constant * self.gain + self.shift)
+        return np.asarray(rows @ factor + addend.astype(np.float32))
+
+    def error(self, matrix: Matrix, constant: Matrix) -> float:
+        """Return the root mean square error on the held-out rows, after the activation if that clips."""
+
+        def of(number: int) -> tuple[float, int]:
+            block = self.checks[number]
+            wrong = np.clip(self.products(block.rows, matrix, constant), *self.bounds)
+            wrong -= np.clip(block.wanted, *self.bounds)
+            return float(np.square(wrong).sum(dtype=np.float64)), wrong.size
+
+        squares, count = np.sum(list(in_order(of, len(self.checks))), axis=0).tolist()
+        return float(np.sqrt(squares / max(1, count)))
+
+
+def _power_sums(array: Rows) -> tuple[Matrix, Matrix]:
+    return array.sum(axis=1, dtype=np.float64), np.square(array, dtype=np.float64).sum(axis=1)

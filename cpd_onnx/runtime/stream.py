@@ -1,0 +1,234 @@
+"""Runs of a model that visit inner tensors batch by batch, so that few activations are in memory at any time.
+
+Only the tensors at one cut of the graph are held for all batches; everything behind it is computed again whenever it is
+looked at. Batches run on several threads, and what they yield comes in their order: sums over it do not depend on the
+number of threads.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeAlias, TypeVar
+
+import numpy as np
+import onnxruntime as ort
+
+from cpd_onnx.ir.model import Array, Model
+from cpd_onnx.runtime.sessions import Feed, execute, open_model
+from cpd_onnx.runtime.stepwise import Parts, in_file
+from cpd_onnx.shapes.values import Folded, Value
+
+T = TypeVar("T")
+
+HELD_BYTES = 256 << 20
+"""Number of bytes up to which a cut is held in memory (heuristic)."""
+BATCH_BYTES = 16 << 20
+"""Maximum number of bytes of the largest tensor of a batch (heuristic)."""
+_MOST_LOOKS = 8
+"""Number of looks after which a cut is held in files rather than computed again for each (heuristic)."""
+_MOST_THREADS = 8
+"""Maximum number of batches that run at the same time, each of which takes memory (heuristic)."""
+_PAGES = 1 << 16
+"""Size in bytes from which an array is held in pages of its own (heuristic)."""
+_ITEM = 4
+"""Number of bytes of an element, where that is estimated."""
+
+
+def in_order(function: Callable[[int], T], count: int) -> Iterator[T]:
+    """Yield a function's results for 0, 1, … `count` - 1 in this order, computed on several threads."""
+    threads = min(_MOST_THREADS, os.cpu_count() or 1, count)
+    if threads < 2:
+        yield from map(function, range(count))
+        return
+    waiting: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for number in range(count):
+            waiting.append(pool.submit(function, number))
+            if len(waiting) > threads:  # so that no more results than these wait in memory
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def apart(array: Array) -> Array:
+    """Return an array in memory pages of its own.
+
+    What is held for long between short-lived arrays on the heap keeps the heap from shrinking.
+    """
+    if array.nbytes < _PAGES:
+        return array
+    copied = np.frombuffer(mmap.mmap(-1, array.nbytes), array.dtype).reshape(array.shape)
+    copied[...] = array
+    return copied
+
+
+def held_feeds(feeds: Iterable[Feed]) -> list[Feed]:
+    """Return inputs of all batches, which are held until the last run has read them."""
+    return [{name: apart(array) for name, array in feed.items()} for feed in feeds]
+
+
+def batch_size(folded: Folded, most: int) -> int:
+    """Return the number of samples in a batch, at most `most`, whose largest tensor takes `BATCH_BYTES` or less."""
+    sizes = [_bytes(folded, value, 1) for value in folded.scope.values.values() if value.constants is None]
+    largest = max((size for size in sizes if math.isfinite(size)), default=0.0)
+    return max(1, min(most, int(BATCH_BYTES / max(1.0, largest))))
+
+
+def _bytes(folded: Folded, value: Value | None, samples: int) -> float:
+    """Return the approximate number of bytes of a tensor for some samples; infinity if that is not known."""
+    if value is None or value.shape is None:
+        return math.inf
+    batched = bool(value.shape) and not value.has_fixed(0)
+    return _ITEM * math.prod(value.shape) * (samples / max(1, folded.batch) if batched else 1.0)
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A place in the graph where tensors are looked at.
+
+    Attributes:
+        position: Position of the last node that runs before.
+        names: Tensors that are looked at.
+    """
+
+    position: int
+    names: tuple[str, ...]
+
+
+Tensors: TypeAlias = Mapping[str, Array]
+"""Tensors of one batch by name, which must not be modified."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """The part of the model before a stop: None if what is looked at is there already."""
+
+    session: ort.InferenceSession | None
+    inputs: list[str]
+    outputs: list[str]
+    needed: frozenset[str]
+
+
+class Stream:
+    """A run of a model on all batches, of which the tensors at one cut are held.
+
+    Weights are read whenever their piece runs. A copy of a model with the same nodes (a pruned one) can be run in the
+    same way as the original.
+    """
+
+    def __init__(self, folded: Folded, model: Model, feeds: Sequence[Feed]) -> None:
+        """Start with the cut before the first node.
+
+        Args:
+            folded: The original, which determines the order of nodes.
+            model: The original or a copy with other weights and sizes.
+            feeds: Inputs, one dictionary for each batch.
+        """
+        self._folded, self._parts = folded, Parts(folded, model)
+        self._held: list[dict[str, Array]] = [dict(feed) for feed in feeds]
+        self.sizes = [next((len(array) for array in feed.values() if array.ndim), 1) for feed in feeds]
+        self._done = 0
+        self._producers = folded.scope.producers
+        self._fed = list(feeds[0])
+
+    def alive(self, position: int) -> tuple[str, ...]:
+        """Return the tensors that are computed up to and including a position and needed after it."""
+        makers = self._producers
+        return tuple(
+            name
+            for name, last in self._parts.last.items()
+            if last > position
+            and (name in self._fed or (name in makers and makers[name] <= position))
+            and not (name in makers and self._parts.is_constant[makers[name]])
+        )
+
+    def cut_bytes(self, position: int) -> float:
+        """Return the approximate number of bytes of the tensors alive after a position, in all batches."""
+        values, samples = self._folded.scope.values, sum(self.sizes)
+        return sum(_bytes(self._folded, values.get(name), samples) for name in self.alive(position))
+
+    def run(
+        self, stops: Sequence[Stop], look: Callable[[int, int, Tensors], T], *, cut: int | None = None
+    ) -> Iterator[list[T]]:
+        """Yield the results of looks at tensors, for each batch in order a list with one for each stop.
+
+        Args:
+            stops: Where to look, in the order of the graph.
+            look: Called with the number of the stop, that of the batch, and the tensors; from several threads.
+            cut: Position of the cut that replaces the held one as batches pass it; before the first stop.
+
+        Raises UnsupportedError if onnxruntime cannot run a piece.
+        """
+        moves = cut is not None and cut >= self._done
+        if cut is not None and moves:
+            stops = [Stop(cut, self.alive(cut)), *stops]
+        pieces = self._pieces(stops)
+        hold = in_file if cut is not None and self.cut_bytes(cut) > HELD_BYTES else apart
+
+        def through(batch: int) -> list[T]:
+            tensors, found = self._held[batch], list[T]()
+            for number, (stop, piece) in enumerate(zip(stops, pieces, strict=True)):
+                if piece.session is not None:
+                    given = execute(piece.session, {name: tensors[name] for name in piece.inputs})
+                    tensors = tensors | dict(zip(piece.outputs, given, strict=True))
+                if moves and number == 0:
+                    tensors = {name: hold(tensors[name]) for name in stop.names}
+                    self._held[batch] = tensors
+                else:
+                    found.append(look(number - moves, batch, tensors))
+                tensors = {name: array for name, array in tensors.items() if name in piece.needed}
+            return found
+
+        yield from in_order(through, len(self._held))
+        if cut is not None and moves:
+            self._done = cut + 1
+
+    def _pieces(self, stops: Sequence[Stop]) -> list[_Piece]:
+        """Return the piece before each stop, which computes what is looked at there and what later pieces need."""
+        found: list[_Piece] = []
+        needed: set[str] = set()
+        starts = [self._done, *(stop.position + 1 for stop in stops[:-1])]
+        for stop, start in reversed(list(zip(stops, starts, strict=True))):
+            later = frozenset(needed)
+            wanted = dict.fromkeys([*stop.names, *sorted(needed)])
+            outputs = [name for name in wanted if self._producers.get(name, -1) >= start]
+            needed = set(wanted) - set(outputs)
+            if not outputs:
+                found.append(_Piece(None, [], [], later))
+                continue
+            part, inputs, _ = self._parts.make(outputs, start)
+            needed |= set(inputs)
+            found.append(_Piece(open_model(part, threads=1), inputs, outputs, later))
+        return found[::-1]
+
+
+def cuts_before(positions: Sequence[int], stream: Stream) -> dict[int, int]:
+    """Return where the held cut is moved so that little is held and little computed again.
+
+    Args:
+        positions: Positions of nodes whose inputs are looked at, in the order of the graph.
+        stream: A run before its first node.
+
+    Returns the positions of cuts by the number of the look before which they are reached: the smallest cut since the
+    node before, if it fits in memory; else the smallest one for some looks.
+    """
+    smallest = [(stream.cut_bytes(-1), 0)]
+    for before, position in pairwise(positions):
+        sizes = [(stream.cut_bytes(place), -place) for place in range(before, position)]
+        smallest.append(min(sizes, default=(math.inf, 0)))
+    found: dict[int, int] = {}
+    last = 0
+    for number, (size, place) in enumerate(smallest):
+        if number and size <= HELD_BYTES:
+            found[number], last = -place, number
+        elif number - last >= _MOST_LOOKS:
+            last = min(range(last + 1, number + 1), key=lambda each: (smallest[each][0], -each))
+            found[last] = -smallest[last][1]
+    return found
