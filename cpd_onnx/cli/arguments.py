@@ -14,7 +14,7 @@ from dataclasses import MISSING, fields
 from typing import Any, NoReturn
 
 from cpd_onnx.io import trust
-from cpd_onnx.io.streams import print_error, printable
+from cpd_onnx.io.streams import printable
 from cpd_onnx.moved import GONE_IN
 from cpd_onnx.options import Named, Option, build, neighbours, options_of
 from cpd_onnx.version import __version__
@@ -164,13 +164,22 @@ _DEFAULT = re.compile(r" \(default: [^()]*\)$")
 
 
 class _Renamed(argparse.Action):
-    """A hidden option under its former name: it sets the one that is now used instead, and says so."""
+    """A hidden option under its former name: it sets the one that is now used instead, and is noted as renamed."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, flag: str | None = None) -> None:
-        """Store the value, after a line on stderr."""
-        new = self.dest.replace("_", "-")
-        print_error(f"warning: {self.option_strings[0]} is now --{new}; the old name goes in version {GONE_IN}")
+        """Store the value."""
+        setattr(namespace, _RENAMED, [*getattr(namespace, _RENAMED, ()), (self.option_strings[0], self.dest)])
         setattr(namespace, self.dest, values)
+
+
+_RENAMED = "renamed"
+"""Name in the namespace of the options that were given under former names, each with its present name."""
+
+
+def former_names(arguments: argparse.Namespace) -> list[str]:
+    """Return a sentence for each option that was given under its former name."""
+    pairs = [(flag, name.replace("_", "-")) for flag, name in getattr(arguments, _RENAMED, ())]
+    return [f"{flag} is now --{name}; the old name goes in version {GONE_IN}" for flag, name in pairs]
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -296,7 +305,7 @@ def default_of(named: Named) -> str:
 
 def request_of(arguments: argparse.Namespace) -> Any:
     """Return the request that the arguments describe, completed from its recipe; raises CpdError if that is invalid."""
-    typed = {name: value for name, value in vars(arguments).items() if name not in (_REQUEST, "verbose")}
+    typed = {name: value for name, value in vars(arguments).items() if name not in (_REQUEST, _RENAMED, "verbose")}
     owner = getattr(arguments, _REQUEST)
     options = {named.name: named for named in options_of(owner)}
     values = {name: options[name].collected(value) for name, value in typed.items()}

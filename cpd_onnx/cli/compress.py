@@ -17,4 +17,5 @@ def show(request: Compress, content: Mapping[str, Any]) -> None:
         accuracy = content["accuracy"]
         values = ", ".join(f"{name} {value:.4f}" for name, value in accuracy["values"].items())
         measured.append(f"{accuracy['metric']} against {accuracy['on']}: {values}")
-    print_result(content, *measured, written=places_of(request).all())
+    more = [content["cost_table"]] if "cost_table" in content else []
+    print_result(content, *measured, written=[*places_of(request).all(), *more])

@@ -26,7 +26,7 @@ from cpd_onnx.report import verdict
 from cpd_onnx.runtime.sessions import open_model, working_feeds
 from cpd_onnx.shapes.inference import fold
 from cpd_onnx.workflow.places import STDOUT, json_text
-from cpd_onnx.workflow.requests import Request
+from cpd_onnx.workflow.requests import QUIET, Request
 
 _LINE_SECONDS = 10.0
 """Seconds between lines of progress where standard error is not a terminal; a heuristic."""
@@ -109,10 +109,10 @@ class _OnStderr(logging.Handler):
         err.print(text, soft_wrap=True, style="red" if is_warning else None)
 
 
-def log_to_stderr(*, visible: bool) -> None:
+def log_to_stderr(request: Request, *, is_visible: bool = True) -> None:
     """Print what the workflow logs on standard error, or nowhere if it is not to be seen."""
     logger = logging.getLogger("cpd_onnx.workflow")
-    logger.handlers = [_OnStderr() if visible else logging.NullHandler()]
+    logger.handlers = [_OnStderr() if is_visible and request.log_level != QUIET else logging.NullHandler()]
     logger.setLevel(logging.INFO)
     logger.propagate = False
 
@@ -208,7 +208,7 @@ def observed(request: Request, *, is_visible: bool = True) -> Iterator[None]:
 
     On a terminal it is one line that changes; elsewhere a line every ten seconds, and none in a shorter run.
     """
-    if request.log_level == "quiet" or not is_visible:
+    if request.log_level == QUIET or not is_visible:
         yield
         return
     with _Line() if err.is_terminal else _Lines() as shown:

@@ -173,8 +173,9 @@ def lines(content: dict[str, Any]) -> list[str]:
         report.proof_line(content["verification"]),
     ]
     if content["torch"]:
+        epochs = content["settings"]["epochs"]
         result.append(
-            f"distilled without labels, {content['settings']['epochs']} epochs: the values of "
+            f"distilled without labels, {epochs} epoch{'s' if epochs != 1 else ''}: the values of "
             f"{content['trained_weights']} weights were trained, the proven structure is unchanged"
         )
     else:

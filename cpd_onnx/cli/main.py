@@ -6,6 +6,7 @@ import re
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from cpd_onnx.cli import deploy as cli_deploy
 from cpd_onnx.cli import inspect as cli_inspect
 from cpd_onnx.cli import sweep as cli_sweep
 from cpd_onnx.cli import verify as cli_verify
-from cpd_onnx.cli.arguments import command_line, request_of
+from cpd_onnx.cli.arguments import command_line, former_names, request_of
 from cpd_onnx.cli.console import fault_of, log_to_stderr, observed, out, print_lines, print_result, printed_json
 from cpd_onnx.errors import (
     REPORT_BUG,
@@ -40,6 +41,7 @@ from cpd_onnx.proof.files import data_feeds
 from cpd_onnx.report import figures as plots
 from cpd_onnx.report import tables as report
 from cpd_onnx.report.verdict import NOT_AS_GOOD, NOT_FASTER, WRONG_RESULT
+from cpd_onnx.report.words import joined
 from cpd_onnx.rules import supported_operators, unsupported_operators
 from cpd_onnx.runtime import bench as benchmark
 from cpd_onnx.runtime.bench import Setting, bench
@@ -53,6 +55,7 @@ from cpd_onnx.workflow.evidence.reproduce import require_same
 from cpd_onnx.workflow.places import read_model, require_apart, require_outputs, source_of, write_json
 from cpd_onnx.workflow.prune import require_conclusive
 from cpd_onnx.workflow.requests import (
+    QUIET,
     Apply,
     Audit,
     Bench,
@@ -112,7 +115,12 @@ def _run(arguments: Sequence[str] | None) -> int:
     try:
         typed = command_line().parse_args(arguments)
         request = request_of(typed)
-        code = _COMMANDS[type(request)](request) or 0
+        with warnings.catch_warnings():
+            if getattr(request, "log_level", None) == QUIET:  # completion has none
+                warnings.simplefilter("ignore")
+            else:
+                _warn_of_former_names(typed)
+            code = _COMMANDS[type(request)](request) or 0
     except OutputError:
         raise
     except StoppedError as error:
@@ -127,6 +135,11 @@ def _run(arguments: Sequence[str] | None) -> int:
         print_error(f"error: {_one_line(_complaint(error, request))}")
         return next((code for kind, code in _EXIT_CODES.items() if isinstance(error, kind)), 1)
     return code
+
+
+def _warn_of_former_names(typed: Any) -> None:
+    for line in former_names(typed):
+        print_error(f"warning: {line}")
 
 
 def _complaint(error: Exception, request: Any) -> str:
@@ -175,7 +188,8 @@ def _show_pruned(_: Prune, content: dict[str, Any]) -> None:
         f"{content['groups_pruned']} of {content['groups']} groups pruned, {len(content['edits'])} edits, "
         f"{content['seconds']:.1f} s"
     )
-    print_result(content, pruned, written=[f"{content['output']} and {content['plan']}"])
+    written = [content[name] for name in ("output", "plan", "cost_table") if name in content]
+    print_result(content, pruned, written=[joined(written)])
 
 
 def _show_applied(request: Apply, content: dict[str, Any]) -> None:
@@ -352,7 +366,7 @@ class _Work:
 
         Only the first process of a training run prints.
         """
-        log_to_stderr(visible=is_first_process())
+        log_to_stderr(request, is_visible=is_first_process())
         with observed(request, is_visible=is_first_process()):
             content = carry_out(request)
         if content is None:

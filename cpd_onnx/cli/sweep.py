@@ -9,6 +9,7 @@ from rich.table import Table
 
 from cpd_onnx.cli.console import out, print_lines
 from cpd_onnx.report import tables as report
+from cpd_onnx.report.verdict import lines
 from cpd_onnx.summary import count
 from cpd_onnx.workflow import sweep
 from cpd_onnx.workflow.requests import Sweep
@@ -23,7 +24,7 @@ def show(request: Sweep, content: Mapping[str, Any]) -> None:
     )
     has_metric = content["sweep"]["metric"] is not None
     written = [path for path in sweep.pages_of(request) if path.suffix != ".svg" or has_metric]
-    print_lines(f"wrote {', '.join(map(str, written))}")
+    print_lines(f"wrote {', '.join(map(str, written))}", *lines(content["verdict"]))
 
 
 def _table(found: Mapping[str, Any]) -> Table:

@@ -7,6 +7,7 @@ import errno
 import json
 import mmap
 import os
+import re
 import secrets
 import signal
 import stat
@@ -28,6 +29,8 @@ _CHUNK = 1 << 20
 """Size in bytes of the chunks in which a file is hashed (heuristic)."""
 _LOCKED: ContextVar[frozenset[Path]] = ContextVar("folders", default=frozenset())
 """Folders that the current context has locked."""
+_PART = re.compile(r"\.cpd-onnx\.\w+\.part")
+"""Names of temporary files."""
 _KINDS = (
     (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"),
     (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"),
@@ -190,9 +193,14 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a folder, where the system has file locks; reentrant within one context."""
+    """Hold an exclusive lock on a folder, where the system has file locks; reentrant within one context.
+
+    Temporary files in it that a killed process left between the moves of a commit are removed.
+    """
     held, place = _LOCKED.get(), folder.resolve()
     handle = _lock(folder) if place not in held else None
+    if handle is not None:
+        _remove_abandoned(folder)
     token = _LOCKED.set(held | {place})
     try:
         yield
@@ -215,18 +223,54 @@ def _lock(folder: Path) -> int | None:
     return handle
 
 
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the temporary files of processes that no longer run: these hold no locks."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for path in [entry.path for entry in entries if _PART.fullmatch(entry.name)]:
+            if _is_abandoned(path):
+                os.unlink(path)
+
+
+def _is_abandoned(path: str) -> bool:
+    """Return whether a temporary file is a regular one that no process has locked."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        return stat.S_ISREG(os.fstat(handle).st_mode) and _hold(handle, is_shared=False)
+    finally:
+        os.close(handle)
+
+
+def _hold(handle: int, *, is_shared: bool) -> bool:
+    """Lock an open file until it is closed, without waiting; return whether that succeeded."""
+    try:
+        import fcntl
+
+        fcntl.flock(handle, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True
+
+
 class _PendingFile:
-    """A temporary file that replaces its target once it is complete."""
+    """A temporary file that replaces its target once it is complete.
+
+    It is locked, and so is the backup, as a sign for `_remove_abandoned` that a process needs them.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.name: Path | None = None
         self.target: Path | None = None
         self.backup: Path | None = None
+        self.backup_handle: int | None = None
         handle = _open_unnamed(folder)
         if handle is None:
             handle, name = tempfile.mkstemp(prefix=".cpd-onnx.", suffix=".part", dir=folder)
             self.name = Path(name)
         self.handle = handle
+        _hold(handle, is_shared=True)
 
     @property
     def path(self) -> Path:
@@ -245,6 +289,9 @@ class _PendingFile:
     def back_up(self) -> None:
         """Link the file that will be replaced to a backup name, if there is one."""
         assert self.target is not None
+        with contextlib.suppress(OSError):  # no such file, or one that nobody can read
+            self.backup_handle = os.open(self.target, os.O_RDONLY | os.O_NONBLOCK)
+            _hold(self.backup_handle, is_shared=True)
         with contextlib.suppress(OSError):  # no such file, or a file system without links
             backup = _temporary_name(self.target.parent)
             os.link(self.target, backup, follow_symlinks=False)
@@ -278,6 +325,9 @@ class _PendingFile:
         if self.backup is not None:
             self.backup.unlink(missing_ok=True)
             self.backup = None
+        if self.backup_handle is not None:
+            os.close(self.backup_handle)
+            self.backup_handle = None
 
 
 def _temporary_name(folder: Path) -> Path:

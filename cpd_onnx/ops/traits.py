@@ -49,6 +49,7 @@ class Traits:
         is_random: The output differs from run to run.
         may_mask: May apply an additive mask of minus infinity to attention scores.
         follows_normalisation: Commonly follows a convolution whose BatchNormalization was folded into it.
+        normalises: Divides activations by their own deviation, so that their scale does not depend on the inputs.
         is_quantizer: Converts between real numbers and the integers that represent them.
         rounds_activations: Rounds activations to integers, possibly internally.
         is_quantized: Occurs in quantised models only.
@@ -92,6 +93,7 @@ class Traits:
     is_random: bool = False
     may_mask: bool = False
     follows_normalisation: bool = False
+    normalises: bool = False
     is_quantizer: bool = False
     rounds_activations: bool = False
     is_quantized: bool = False
@@ -255,8 +257,8 @@ _row("Gemm", "sums_products")
 _row("GlobalAveragePool", "maps_zeros_to_zeros")
 _row("GlobalLpPool", "maps_zeros_to_zeros")
 _row("GlobalMaxPool", "maps_zeros_to_zeros")
-_row("InstanceNormalization", "stays_float")
-_row("LayerNormalization", "stays_float")
+_row("InstanceNormalization", "stays_float normalises")
+_row("LayerNormalization", "stays_float normalises")
 _row("LpPool", "maps_zeros_to_zeros")
 _row("MatMul", "sums_products")
 _row("MaxPool", "follows_normalisation maps_zeros_to_zeros")

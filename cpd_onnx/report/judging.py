@@ -1,38 +1,30 @@
 """The top of a report: one verdict over speed, accuracy, size and proof, and what was asked for against what came out.
 
-The verdict is that of the content; for a report that was written before there were verdicts, a modest one is derived.
+The verdict is that of the content or, for a report that was written before there were verdicts, of its measurements.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from cpd_onnx.data.metrics import lower_is_better
-from cpd_onnx.proof.comparison import INCONCLUSIVE, VERIFIED, WRONG
 from cpd_onnx.report.parts import BAD, DOUBT, GOOD, Answer, Card, Judgement, Sheet
-from cpd_onnx.report.verdict import TARGET_MISSED, WRONG_RESULT
+from cpd_onnx.report.verdict import TARGET_MISSED, WRONG_RESULT, answers, as_entries
 from cpd_onnx.report.words import (
     LABELS,
     MISSING,
     Content,
-    change,
     compared_with,
     conditions,
     cost_text,
     costs_of,
-    doubt_of,
     faster,
     is_of_many,
-    is_replay,
     joined,
-    ms,
     number,
     of,
     percent,
     plain,
-    proof_of,
     samples_text,
     score,
     scores_of,
@@ -56,28 +48,19 @@ _CLAUSES = {
 }  # a clause for yes, no and unknown
 _CARDS = {"MACs": "MACs", "parameters": "Parameters", "file": "File"}
 """Costs that have a card, and its label."""
-_PROOFS = {
-    None: (UNKNOWN, "not checked: nothing shows that the file computes what its plan says"),
-    WRONG: (NO, "the file does not compute what its plan says: do not use it"),
-    INCONCLUSIVE: (UNKNOWN, "inconclusive: the inputs that were tried do not show whether it is correct"),
-    VERIFIED: (YES, "equals, byte for byte, the plan applied to the original"),
-}
-"""Answer and explanation by the verdict of the proof; None if there is none."""
 _MET = {"True": "✓ yes", "False": "✗ no"}
-_Z = 1.96
-"""Standard deviations of a normal distribution that hold 95 % of it."""
 
 
 def judgement(content: Content) -> Judgement | None:
     """Return the verdict of a report; None for a report on several models that has none."""
     given = of(content, "verdict")
-    if not given and is_of_many(content):
+    if not given.get("answers") and is_of_many(content):
         return None
-    listed = given.get("answers") or derived(content)
-    answers = tuple(_answer(content, entry, listed) for entry in listed)
+    listed = given.get("answers") or as_entries(answers(content))
+    rows = tuple(_answer(content, entry, listed) for entry in listed)
     asked = asked_table(given.get("asked") or ())
     tone, headline = _headline(int(given.get("code") or 0), listed)
-    return Judgement(tone, headline, answers, asked)
+    return Judgement(tone, headline, rows, asked)
 
 
 def _answer(content: Content, entry: Mapping[str, Any], listed: Sequence[Mapping[str, Any]]) -> Answer:
@@ -110,6 +93,8 @@ def _headline(code: int, listed: Sequence[Mapping[str, Any]]) -> tuple[str, str]
     parts = [sentence(joined(clauses[NO]))] if clauses[NO] else []
     parts += ["A target was not reached; this is the nearest result."] if code == TARGET_MISSED else []
     parts += [f"Not known: {joined(clauses[UNKNOWN])}."] if clauses[UNKNOWN] else []
+    if not code and by[NO] == [FASTER] and AS_GOOD in by[YES]:  # speed was not asked for, and nothing is lost
+        return DOUBT, " ".join([sentence(joined(clauses[YES])), *parts])
     if by[NO] or code == TARGET_MISSED:
         return BAD, " ".join(parts)
     return (DOUBT, " ".join(parts)) if parts else (GOOD, sentence(joined(clauses[YES])))
@@ -167,71 +152,6 @@ def _size_value(content: Content) -> str:
 
 _VALUES = {FASTER: _speed_value, AS_GOOD: _good_value, SMALLER: _size_value}
 """Functions that return the key figure of a question."""
-
-
-# The verdict of a report without one.
-
-
-def derived(content: Content) -> list[dict[str, str]]:
-    """Return the answers that the measurements of a report without a verdict allow."""
-    found = {FASTER: _is_faster, AS_GOOD: _is_as_good, SMALLER: _is_smaller, PROVED: _is_proved}
-    pairs = ((question, answer(content)) for question, answer in found.items())
-    return [{"question": question, "answer": answer, "text": text} for question, (answer, text) in pairs]
-
-
-def _is_faster(content: Content) -> tuple[str, str]:
-    found = speed_of(content)
-    if found is None:
-        return UNKNOWN, "not measured"
-    before, after = found
-    text = f"{ms(before.p50)} → {ms(after.p50)} ms a run; {conditions(after.setting)}"
-    doubt = doubt_of(before, after)
-    if doubt:
-        return UNKNOWN, f"{text}; {doubt}"
-    return (YES if after.ratio < 1 else NO), text
-
-
-def _is_as_good(content: Content) -> tuple[str, str]:
-    values = scores_of(content)
-    if not values:
-        return UNKNOWN, agreement_text(content) or "no data was given to measure it on"
-    found = content["accuracy"]
-    metric, how_many = found["metric"], samples_text(found)
-    first, last = values[0][1], values[-1][1]
-    if compared_with(content) != LABELS:
-        text = f"{metric} {score(metric, last)} against {compared_with(content)}, {how_many}; the accuracy is unknown"
-        return UNKNOWN, text
-    if len(values) == 1:
-        return UNKNOWN, f"{metric} {score(metric, last)}; the original's is unknown; {how_many}"
-    loss = last - first if lower_is_better(found) else first - last
-    text = f"{metric}: {change(metric, first, last)}; {how_many} with labels"
-    return (YES if loss <= _chance(found, first, last) else NO), text
-
-
-def _chance(found: Content, first: float, last: float) -> float:
-    """Return the difference of two fractions of correct answers that chance explains; 0 for other metrics."""
-    samples = found.get("samples")
-    if found["metric"] not in ("top1", "top5") or not samples:
-        return 0.0
-    return _Z * math.sqrt(sum(max(0.0, value * (1 - value)) for value in (first, last)) / samples)
-
-
-def _is_smaller(content: Content) -> tuple[str, str]:
-    costs = {name: (before, after) for name, before, after, _ in costs_of(content)}
-    name = next((name for name in ("file", "parameters") if name in costs), None)
-    if name is None:
-        return UNKNOWN, "not measured"
-    before, after = costs[name]
-    return (YES if after < before else NO), f"{name}: {cost_text(name, before)} → {cost_text(name, after)}"
-
-
-def _is_proved(content: Content) -> tuple[str, str]:
-    found = of(content, "verification")
-    verdict = proof_of(found)
-    answer, text = _PROOFS[verdict]
-    if verdict == VERIFIED and not is_replay(found):
-        text = f"structure and removal proved; {found.get('trained')} weights have new values"
-    return answer, text
 
 
 # What else is at the top.

@@ -61,6 +61,8 @@ _BUDGETS = {"macs": "MACs", "params": "parameters", "channels": "channels", "byt
 """Names of the kinds of budget."""
 _OF_BUDGET = ("kind", "target", "policy", "asked")
 """Entries of the budget that have words of their own."""
+_SETTINGS = {"round_to": "widths in multiples of", "rounds": "rounds:", "score": "channels scored by"}
+"""Words for options of an allocation; others are shown by their names."""
 _PROOF_RESULTS = {
     VERIFIED: "They agree", INCONCLUSIVE: "This does not show whether the file is correct",
     WRONG: "They differ: do not use the file",
@@ -119,6 +121,7 @@ def _meaning(found: Content, values: Sequence[float]) -> str:
     on = found.get("on") or LABELS
     text = f"{metric} on {samples_text(found)}, against {on}."
     if on != LABELS:
+        text = sentence(text)
         text += " This measures how close the model is to the original, not its accuracy, which takes labels."
     if metric in ("top1", "top5") and samples:
         error = max(1.96 * math.sqrt(max(0.0, value * (1 - value)) / samples) for value in values)
@@ -141,16 +144,25 @@ def _size(content: Content) -> Iterator[Part]:
         if content.get("is_bounded"):
             asked += f", found by a search for the fastest model that loses at most {content['max_loss']:g}"
         policy = f", allocation policy {budget['policy']}" if budget.get("policy") else ""
-        more = [
-            f"{name} {plain(value)}"
-            for name, value in budget.items()
-            if name not in _OF_BUDGET and value not in (None, False, []) and not isinstance(value, Mapping)
-        ]
+        more = list(_settings(budget))
         yield Sentence(
             f"{asked}{policy}{'; ' if more else ''}{', '.join(more)}. "
             "MACs are multiply-accumulate operations a sample.",
             is_wide=False,
         )
+
+
+def _settings(budget: Content) -> Iterator[str]:
+    """Yield the options of an allocation in words, beyond target and policy; those without effect are omitted."""
+    for name, value in budget.items():
+        if name in _OF_BUDGET or value in (None, False, []) or isinstance(value, Mapping):
+            continue
+        if (name == "round_to" and value == 1) or (name == "rounds" and value == 1) or name == "steps":
+            continue
+        if name == "ratios" and isinstance(value, Sequence) and len(value) == 2:
+            yield f"{percent(value[0])} to {percent(value[1])} of each group's channels survive"
+            continue
+        yield f"{_SETTINGS.get(name, name.replace('_', '-'))} {plain(value)}"
 
 
 def _latency(content: Content) -> Iterator[Part]:
@@ -397,16 +409,22 @@ def _deployment(content: Content) -> Iterator[Part]:
     if not steps:
         return
     metric = of(content, "accuracy").get("metric")
-    rows = tuple(
-        (str(step.get("name") or ""), str(step.get("what") or ""), size_text(step.get("bytes")),
-         short(step.get("difference")), score(metric, step.get("accuracy")), "; ".join(step.get("notes") or ()))
-        for step in steps
-    )  # fmt: skip  # a row
-    heads = ("step", "what it does", "file", "difference", str(metric or "accuracy"), "notes")
-    yield Sheet("", heads, rows, words=(0, 1, 5))
+    columns: dict[str, Callable[[Content], str]] = {
+        "step": lambda step: str(step.get("name") or ""),
+        "what it does": lambda step: str(step.get("what") or ""),
+        "file": lambda step: size_text(step.get("bytes")),
+        "difference": lambda step: short(step.get("difference")),
+    }
+    if any(step.get("agreement") is not None for step in steps):
+        columns["same answer"] = lambda step: percent(step.get("agreement"))
+    if any(step.get("accuracy") is not None for step in steps):
+        columns[str(metric or "accuracy")] = lambda step: score(metric, step.get("accuracy"))
+    columns["notes"] = lambda step: "; ".join(step.get("notes") or ())
+    rows = tuple(tuple(text(step) for text in columns.values()) for step in steps)
+    yield Sheet("", tuple(columns), rows, words=(0, 1, len(columns) - 1))
     yield Sentence(
         "Difference: how far the outputs of a step are from those of the model before it: the largest difference, as a "
-        "fraction of the output's range."
+        "fraction of the output's range. Same answer: how often both give it, on the samples of the conversion."
     )
 
 

@@ -1,10 +1,12 @@
 """The verdict of a run: is the model faster, as good, smaller and proved; what was asked for, and what came of it.
 
-It is computed from the measurements in a report. Its code is the exit code of the command.
+It is computed from the measurements in a report, of which those of earlier versions lack some. Its code is the exit
+code of the command.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
@@ -12,20 +14,21 @@ from typing import Any, Literal, TypeAlias
 from cpd_onnx.budget.allocation import FASTER
 from cpd_onnx.data.agreement import LEAST_SKILL
 from cpd_onnx.data.metrics import lower_is_better
-from cpd_onnx.proof.comparison import INCONCLUSIVE, VERIFIED, WRONG
-from cpd_onnx.report.tables import bytes_text
-from cpd_onnx.report.words import BUSY
+from cpd_onnx.proof.comparison import INCONCLUSIVE, WRONG
+from cpd_onnx.report.words import BUSY, LABELS, cost_text, costs_of, proof_of
 from cpd_onnx.runtime.providers import label
-from cpd_onnx.summary import count, share
 
 Content: TypeAlias = Mapping[str, Any]
 YesNo: TypeAlias = Literal["yes", "no", "unknown"]
 
 NOT_FASTER, NOT_AS_GOOD, WRONG_RESULT, TARGET_MISSED = 3, 4, 5, 6
 """Codes of verdicts that are no success; 0 is success."""
+_GRAVEST_FIRST = (WRONG_RESULT, NOT_AS_GOOD, NOT_FASTER, TARGET_MISSED)
 USUAL_LOSS = {"labels": 0.05, "original": 0.1}
 """Loss beyond which a model is not as good where no bound is given: of the metric, and of the answers that differ from
 the original's, most of which are equally right or wrong (heuristic)."""
+_JUDGED_BY = {"task", "measure", "value", "low", "high", "chance", "confidence", "samples", "interval", "is_held_out"}
+"""Entries of an agreement that an answer takes."""
 _MANY, _FEW = 30, 10
 """Numbers of samples from which a loss counts as shown though chance could explain it, and below which a bootstrap says
 nothing (heuristics)."""
@@ -67,12 +70,47 @@ def verdict(content: Content) -> dict[str, Any]:
     found, asked = answers(content), [dict(row) for row in content.get("asked") or ()]
     is_missed = any(not row["is_met"] for row in asked) and not content.get("is_bounded")
     codes = {answer.code for answer in found} | ({TARGET_MISSED} if is_missed else set())
-    order = (WRONG_RESULT, NOT_AS_GOOD, NOT_FASTER, TARGET_MISSED)
     return {
-        "code": next((code for code in order if code in codes), 0),
-        "answers": [{"question": a.question, "answer": a.answer, "text": a.text} for a in found],
+        "code": next((code for code in _GRAVEST_FIRST if code in codes), 0),
+        "answers": as_entries(found),
         "asked": asked,
     }
+
+
+def as_entries(found: Sequence[Answer]) -> list[dict[str, str]]:
+    """Return answers as plain values."""
+    return [{"question": each.question, "answer": each.answer, "text": each.text} for each in found]
+
+
+def verdict_of_many(
+    verdicts: Mapping[str, Mapping[str, Any]], picked: str | None = None, max_loss: float | None = None
+) -> dict[str, Any]:
+    """Return the verdict of several models of one original, by their names; it has answers only if it is no success.
+
+    It is that of the picked model or, where none was to be picked, of the best one. If one was to be picked that loses
+    at most `max_loss`, and there is none, the answer is that.
+    """
+    if max_loss is not None and math.isfinite(max_loss) and picked is None:
+        none = Answer("as good", "no", f"no model was found that loses at most {max_loss:g}")
+        return {"code": NOT_AS_GOOD, "answers": as_entries([none]), "asked": []}
+    best = picked or max(verdicts, key=lambda name: _rank(int(verdicts[name]["code"])))
+    found = verdicts[best]
+    said = [
+        {**entry, "text": f"{best}, the best: {entry['text']}" if picked is None else f"{best}: {entry['text']}"}
+        for entry in found["answers"]
+        if entry["answer"] == "no"
+    ]
+    is_missed = found["code"] == TARGET_MISSED
+    return {
+        "code": found["code"],
+        "answers": said if found["code"] else [],
+        "asked": list(found["asked"]) if is_missed else [],
+    }
+
+
+def _rank(code: int) -> int:
+    """Return a number that is larger for a better verdict."""
+    return _GRAVEST_FIRST.index(code) if code else len(_GRAVEST_FIRST)
 
 
 def lines(found: Mapping[str, Any]) -> Iterator[str]:
@@ -98,25 +136,35 @@ def asked_text(row: Mapping[str, Any]) -> str:
 
 
 def _faster(content: Content) -> Answer:
-    timings = list((content.get("bench") or {}).get("timings") or ())
-    if len(timings) > 1:
-        return _of_ratio(timings[1]["ratio"], _timing_text(timings), content)
+    pair = _timings_of(content)
+    if pair is not None:
+        return _of_ratio(pair[1]["ratio"], _timing_text(*pair), content)
     measured = (content.get("latency") or {}).get("measured")
     if measured is not None:
         return _of_ratio(measured, f"it takes {100 * measured:.1f} % of the original's time", content)
     return Answer("faster", "unknown", "the latency was not measured")
 
 
+def _timings_of(content: Content) -> tuple[Mapping[str, Any], Mapping[str, Any]] | None:
+    """Return the timings of the original and of the result under the first setting; None if not measured."""
+    timings = list((content.get("bench") or {}).get("timings") or ())
+    first, *others = [entry for entry in timings if entry["setting"] == timings[0]["setting"]] or [None]
+    if first is None or not others:
+        return None
+    file = (content.get("output") or {}).get("file") if isinstance(content.get("output"), Mapping) else None
+    return first, next((entry for entry in others if entry.get("model") == file), others[-1])
+
+
 def _of_ratio(ratio: float, text: str, content: Content) -> Answer:
     if ratio <= FASTER:
         return Answer("faster", "yes", f"{1 / ratio:.2f} times as fast as the original; {text}")
     why = content.get("slow_because")
-    code = NOT_FASTER if content.get("checks_speed", True) else 0
+    is_failure = content.get("checks_speed", True) and (content.get("aims_at_speed", True) or ratio >= 1 / FASTER)
+    code = NOT_FASTER if is_failure else 0
     return Answer("faster", "no", f"{text}{f': {why}' if why else ''}", code)
 
 
-def _timing_text(timings: Sequence[Mapping[str, Any]]) -> str:
-    before, after = timings[0], timings[1]
+def _timing_text(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     setting = after["setting"]
     threads = setting["threads"] or "all"
     where = f"{label(str(setting['provider']))}, threads: {threads}"
@@ -137,7 +185,25 @@ def _as_good(content: Content) -> Answer:
         return replace(found, code=0) if content.get("is_unbounded") else found
     if content.get("is_blind"):
         return Answer("as good", "unknown", "without data, the accuracy is unknown and probably lost")
-    return Answer("as good", "unknown", "no data was given to measure it on")
+    steps = (content.get("deployment") or {}).get("steps") or ()
+    nothing = "not measured, see what each conversion changes" if steps else "no data was given to measure it on"
+    return Answer("as good", "unknown", _other_score(content) or nothing)
+
+
+def _scores(content: Content) -> list[float]:
+    values = ((content.get("accuracy") or {}).get("values") or {}).values()
+    return [float(value) for value in values if value is not None and math.isfinite(value)]
+
+
+def _other_score(content: Content) -> str:
+    """Return a score that does not tell how much was lost; empty if there is none."""
+    values, accuracy = _scores(content), content.get("accuracy") or {}
+    if not values:
+        return ""
+    on = accuracy.get("on") or LABELS
+    doubt = "the original's is unknown" if on == LABELS else "the accuracy is unknown"
+    samples = f", {accuracy['samples']} samples" if accuracy.get("samples") else ""
+    return f"{accuracy['metric']} {values[-1]:.4g} against {on}{samples}; {doubt}"
 
 
 def _bound(content: Content, kind: str) -> float:
@@ -148,8 +214,8 @@ def _bound(content: Content, kind: str) -> float:
 def _label_loss(content: Content) -> tuple[float, float, float] | None:
     """Return the metric of the original and of the model on labelled data, and the loss; None without labels."""
     accuracy = content.get("accuracy") or {}
-    values = list((accuracy.get("values") or {}).values())
-    if accuracy.get("on") != "labels" or len(values) < 2:
+    values = _scores(content)
+    if (accuracy.get("on") or LABELS) != LABELS or len(values) < 2:
         return None
     first, last = values[0], values[-1]
     return first, last, (last - first) if lower_is_better(accuracy) else first - last
@@ -179,6 +245,8 @@ def _of_labels(content: Content, first: float, last: float, loss: float) -> Answ
 
 
 def _of_agreement(content: Content, found: Mapping[str, Any]) -> Answer:
+    if not found.keys() >= _JUDGED_BY:
+        return Answer("as good", "unknown", f"{found.get('measure', 'agreement')} {found['value']:.4g}")
     bound = _bound(content, "original")
     where = "" if found["is_held_out"] else "; nothing was held out, so the samples are those that it was fitted to"
     text = (
@@ -187,7 +255,7 @@ def _of_agreement(content: Content, found: Mapping[str, Any]) -> Answer:
         else f"{agreement_text(found)}, {found['value']:.4g} on {found['samples']} samples"
     ) + where
     skill, least = found["value"] - found["chance"], 1 - bound - 1e-12
-    if found["chance"] > 1 - 1e-9:
+    if found["chance"] > 1 - 1e-9 and found["samples"] >= _FEW:
         return Answer("as good", "unknown", f"{text}; the original answers all samples alike, which shows nothing")
     is_shown = found["high"] < least or found["samples"] >= _MANY
     if is_shown and skill < LEAST_SKILL * (1 - found["chance"]):
@@ -213,15 +281,15 @@ def agreement_text(found: Mapping[str, Any]) -> str:
 
 
 def _smaller(content: Content) -> Answer:
-    before, after, sizes = content["before"], content["after"], content.get("bytes")
-    macs = f"{share(after['macs'], before['macs'])} of the MACs" if before["macs"] else ""
-    params = f"{share(after['params'], before['params'])} of the parameters"
-    text = " and ".join(filter(None, (macs, params)))
-    if sizes is None:
-        is_smaller = after["params"] < before["params"]
-        return Answer("smaller", "yes" if is_smaller else "no", f"{count(after['params'])} parameters, {text}")
-    file = f"file {bytes_text(sizes['before'])} -> {bytes_text(sizes['after'])}, {text} left"
-    return Answer("smaller", "yes" if sizes["after"] < sizes["before"] else "no", file)
+    costs = {name: (before, after, left) for name, before, after, left in costs_of(content)}
+    name = next((name for name in ("file", "parameters") if name in costs), None)
+    if name is None:
+        return Answer("smaller", "unknown", "it was not measured")
+    before, after, _ = costs[name]
+    left = [f"{costs[kind][2]} of the {kind}" for kind in ("MACs", "parameters") if kind in costs]
+    said = f"{name} {cost_text(name, before)} -> {cost_text(name, after)}"
+    text = f"{said}, {' and '.join(left)} left" if left else said
+    return Answer("smaller", "yes" if after < before else "no", text)
 
 
 # Proved?
@@ -231,7 +299,7 @@ def _proved(content: Content) -> Answer:
     found = content.get("verification")
     if not found:
         return Answer("proved", "unknown", "the proof was skipped")
-    result = found.get("verdict", VERIFIED if found.get("passed", True) else WRONG)
+    result = proof_of(found)
     if result == WRONG:
         return Answer("proved", "no", "it does not compute what its plan says: do not use it", WRONG_RESULT)
     if result == INCONCLUSIVE:

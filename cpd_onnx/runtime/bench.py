@@ -9,9 +9,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-import multiprocessing
 import os
+import pickle
 import platform
+import subprocess
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -260,24 +262,28 @@ def timing_of(model: str, setting: Setting, ms: npt.ArrayLike, samples: int, fir
 
 def _memory(path: Path, feed: Mapping[str, Array], provider: str) -> float:
     """Return the peak memory of a model, in mebibytes, measured in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    child = context.Process(target=_weigh, args=(path, dict(feed), provider, theirs))
-    child.start()
-    theirs.close()
-    try:
-        return float(ours.recv())
-    except EOFError as error:
-        raise UnsupportedError(f"the process that measured the memory of {path} was killed") from error
-    finally:
-        child.join()
+    # Not by multiprocessing, whose children run the script of the caller again, up to this call.
+    words = pickle.dumps(sys.path) + pickle.dumps((path, dict(feed), provider))
+    done = subprocess.run([sys.executable, "-P", "-c", _WEIGHING], input=words, stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        raise UnsupportedError(f"the process that measured the memory of {path} failed or was killed")
+    return float(done.stdout)
 
 
-def _weigh(path: Path, feed: dict[str, Array], provider: str, pipe: Any) -> None:
-    """Load and run the model in the child process, and send the increase of memory to its peak in mebibytes."""
+_WEIGHING = """
+import pickle, sys
+sys.path[:] = pickle.load(sys.stdin.buffer)
+from cpd_onnx.runtime.bench import weigh
+print(weigh(*pickle.load(sys.stdin.buffer)))
+"""
+"""Program of the process in which the memory of a model is measured; it finds modules where its caller does."""
+
+
+def weigh(path: Path, feed: dict[str, Array], provider: str) -> float:
+    """Load and run a model, and return the increase of this process's memory to its peak, in mebibytes."""
     before = _kibibytes("VmRSS")
     execute(open_model(path, threads=1, provider=provider), feed)
-    pipe.send((_kibibytes("VmHWM") - before) / _KIBIBYTES)
+    return (_kibibytes("VmHWM") - before) / _KIBIBYTES
 
 
 def _kibibytes(name: str) -> int:

@@ -20,7 +20,7 @@ from cpd_onnx.workflow import compress as compression
 from cpd_onnx.workflow.compress import Compressed
 from cpd_onnx.workflow.evidence import reproduce
 from cpd_onnx.workflow.quality import outcome, search
-from cpd_onnx.workflow.quality.samples import samples_of
+from cpd_onnx.workflow.quality.samples import generated, samples_of
 from cpd_onnx.workflow.requests import Request
 
 M = TypeVar("M")
@@ -40,8 +40,8 @@ class CompressOptions(ScoringOptions, Allocate):
         input_shapes: Shapes of inputs with symbolic sizes, by name.
         max_loss: Largest share of answers that may differ from the original's on samples that are held out; finds the
             smallest model within it on the way to the target. None for no bound.
-        blind: Whether to choose channels by their weights alone without data; otherwise only those that change no
-            output are removed.
+        blind: Whether to choose channels and fit weights on generated inputs without data; otherwise only channels are
+            removed that change no output.
         allow_inconclusive: Whether to return a model whose proof is inconclusive.
         score, repair: As on the command line; None leaves the choice to `workflow.defaults`.
         rounds: Number of rounds of scoring, pruning, repairing and training.
@@ -111,10 +111,11 @@ def compressed_by(model: ModelSource, options: CompressOptions) -> Compressed:
     given = dict(options.train) if isinstance(options.train, Mapping) else {}
     has_target = any(getattr(options, name) is not None for name in (*KINDS, "target"))
     decided = {} if has_target else {**outcome.usual_target(options.max_loss), "nearest": True}
-    step = compression.step_of(options, decided, given if training else None, has_data=has_data)
     is_search = options.max_loss is not None
     samples = samples_of(source, None, defaults.HOLD_OUT if is_search else 0.0, is_search=is_search)
-    state = State(original, original, shapes, samples.fitted)
+    fitted = generated(original, shapes, options) if options.blind and not has_data else samples.fitted
+    step = compression.step_of(options, decided, given if training else None, fitted)
+    state = State(original, original, shapes, fitted)
     demand = search.Demand(options.max_loss, options.blind)
     with reporting(options.progress):
         announce(*compression.announced(step, is_search=is_search))

@@ -387,10 +387,10 @@ def _deployed(run: _Run, outcome: Mapping[str, Any], original: Mapping[str, Any]
 
 
 def _step(step: Mapping[str, Any]) -> dict[str, Any]:
-    difference = step.get("difference")
-    largest = difference.get("largest") if isinstance(difference, dict) else None
+    found = step.get("difference")
+    difference = found if isinstance(found, dict) else {}
     known = {key: step[key] for key in ("name", "what", "bytes", "notes") if key in step}
-    return {"name": "", **known, "difference": largest}
+    return {"name": "", **known, "difference": difference.get("largest"), "agreement": difference.get("agreement")}
 
 
 def _commands(found: _Collected, file: str, original: Mapping[str, Any]) -> Iterator[Command]:

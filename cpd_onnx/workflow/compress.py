@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from cpd_onnx.budget.allocation import Allocation
 from cpd_onnx.channels.costs import CostModel
 from cpd_onnx.channels.groups import Combed, Group
+from cpd_onnx.data.sources import Source
+from cpd_onnx.data.synthetic import Synthetic
 from cpd_onnx.deploy.profiles import load_profile
 from cpd_onnx.errors import UnsupportedError
 from cpd_onnx.ir.model import Model, translate_errors
@@ -21,6 +23,7 @@ from cpd_onnx.report import tables as report
 from cpd_onnx.rewrite.plan import Plan
 from cpd_onnx.runtime.bench import Bench
 from cpd_onnx.runtime.sessions import open_model, working_feeds
+from cpd_onnx.scores.registry import find_score_function
 from cpd_onnx.shapes.inference import fold
 from cpd_onnx.summary import Summarised, Summary
 from cpd_onnx.workflow import defaults
@@ -29,15 +32,18 @@ if TYPE_CHECKING:
     from cpd_onnx.passes.distill import DistillResult, Progress, Traces, Watched
 
 _NO_DATA = (
-    "no data: channels were chosen by their weights alone, and nothing was repaired. With --data, a few hundred "
-    "unlabelled samples, the channels are removed whose loss the remaining weights can compensate, these weights are "
-    "fitted to the original, and with torch the model is distilled as well"
+    "no data: channels were chosen, and the remaining weights fitted to the original, on generated inputs at best. "
+    "With --data, a few hundred unlabelled samples, the result is more accurate and its agreement with the original is "
+    "measured, and with torch the model is distilled as well"
 )
 _SYNTHETIC = (
     "the samples were synthetic: a few hundred real unlabelled ones improve the choice of channels and the repair"
 )
 _NO_TORCH = "torch is not installed: with it, the model is distilled as well (pip install 'cpd-onnx[torch]')"
-_NO_LABELS = "the quality of the model was not measured: give --eval with labelled data, and --metric"
+_NO_LABELS = (
+    "without labels, the model was only compared with the original: --eval with labelled data, and --metric, measure "
+    "how good it is"
+)
 
 
 @dataclass(frozen=True)
@@ -84,21 +90,25 @@ class Compressed(Summarised):
         return self.state.summary()
 
 
-def step_of(options: Any, target: Mapping[str, Any], training: Mapping[str, Any] | None, *, has_data: bool) -> Iterate:
+def step_of(
+    options: Any, target: Mapping[str, Any], training: Mapping[str, Any] | None, source: Source | None
+) -> Iterate:
     """Return the pass that compresses: `interleave` if the result is to be trained, else `iterate`.
 
     Args:
         options: Object with the fields of `ScoringOptions`, `score` and `repair`; None leaves a choice to `defaults`.
         target: The target, as an option of `Allocate`; empty for that of `options`.
         training: Fields of `DistillOptions` that `options` lacks; None for no training.
-        has_data: Whether samples are given.
+        source: The samples, real or generated ones; None for none.
 
     Raises UnsupportedError if training needs torch and it is not installed, and the errors of `defaults`.
     """
+    kind = defaults.score(options.score, has_data=defaults.informs(source))
+    is_real = source is not None and not isinstance(source, Synthetic)
     decided: dict[str, Any] = {
-        "score": defaults.score(options.score, has_data=has_data),
-        "policy": defaults.policy(options.policy, has_data=has_data),
-        "repair": defaults.repair(options.repair, has_data=has_data),
+        "score": kind,
+        "policy": defaults.policy(options.policy, has_data=is_real or find_score_function(kind).needs_data),
+        "repair": defaults.repair(options.repair, has_data=source is not None),
         **_of_profile(options),
         **({"target": None, **target} if target else {}),
     }

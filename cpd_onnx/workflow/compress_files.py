@@ -68,7 +68,7 @@ from cpd_onnx.workflow.places import (
 )
 from cpd_onnx.workflow.quality import outcome, search
 from cpd_onnx.workflow.quality.checks import checked_samples
-from cpd_onnx.workflow.quality.samples import Samples, samples_of
+from cpd_onnx.workflow.quality.samples import Samples, generated, samples_of
 from cpd_onnx.workflow.requests import Compress, Compressing, Observer, ignore
 
 _BENCH_SECONDS = 4.0
@@ -96,6 +96,7 @@ class Places:
     recipe: Path
     manifest: Path
     pages: tuple[Path, ...]
+    table: Path | None = None
 
     def all(self) -> tuple[Path, ...]:
         """Return all paths, the model first."""
@@ -120,15 +121,17 @@ def page_kinds() -> tuple[str, ...]:
     return ("json", "html", "md") if can_draw() else ("json",)
 
 
-def compress(request: Compress, observer: Observer = ignore, *, called: str | None = None) -> dict[str, Any] | None:
+def compress(
+    request: Compress, observer: Observer = ignore, *, called: str | None = None, is_checked: bool = False
+) -> dict[str, Any] | None:
     """Prune, repair, distill and prove a model, and write it with its plan, recipe, report and manifest.
 
-    `called` is the recorded name of the model's file, if it has been renamed since. Returns the report, or None in all
-    processes of a training run but the first.
+    `called` is the recorded name of the model's file, if it has been renamed since; `is_checked` says that the caller
+    has checked the samples. Returns the report, or None in all processes of a training run but the first.
     """
     started = time.perf_counter()
     places = places_of(request)
-    written = require_outputs(request, *places.all())
+    written = require_outputs(request, *places.all(), *outcome.table_places(request))
     check_metric(request.metric)
     recipe.text(request)  # fails now, not at the end, if an option cannot be recorded
     given = None if request.like is None else load_plan(request.like)
@@ -137,10 +140,10 @@ def compress(request: Compress, observer: Observer = ignore, *, called: str | No
     require_apart(written, model)
     model.path = Path(called or request.model)
     source = source_of(request.data, model, request)
-    checked = checked_samples(request, model, source)
+    checked = None if is_checked else checked_samples(request, model, source)
     run = _run_of(request, model, source)
     progress.announce(*_announced(run))
-    state = State(model, model, shapes, run.samples.fitted)
+    state = State(model, model, shapes, run.fitted)
     with _keeping_checkpoints(run):
         observer("comb", 0, None)
         made, choice = run.compressed(state, given)
@@ -148,18 +151,19 @@ def compress(request: Compress, observer: Observer = ignore, *, called: str | No
             return None
         content = _reported(request, made, run.samples) | {"rounds": run.step.rounds, "preflight": checked}
         content |= outcome.content(request, run.demand, run.samples, choice, made.state)
+        content["notes"] += outcome.target_notes(request, choice)
         outcome.require_faster(request, content)
         with progress.step("write"), locked_folder(request.output.parent), commit_together():
             write_both(request, made.state.model, made.state.need("plan", run.step.name), places.plan)
             recipe.write(places.recipe, request, overwrite=request.force)
+            table = outcome.kept_table(request, choice.chosen or made.state.need("allocation", "allocate"), content)
             content["bytes"] = {
                 "before": report.size_of(model, request.model),
                 "after": report.size_of(made.state.model, request.output),
             }
             content["verdict"] = verdict(content)
-            _write_pages(
-                request, places, content, dict(made.seconds) | {"all": round(time.perf_counter() - started, 2)}
-            )
+            seconds = dict(made.seconds) | {"all": round(time.perf_counter() - started, 2)}
+            _write_pages(request, replace(places, table=table), content, seconds)
             write_json(request, content)
     run.discard()
     return content
@@ -173,6 +177,7 @@ class _Run:
         request: The options.
         step: The pass that compresses.
         samples: Samples by their use.
+        fitted: Samples that channels, weights and training are fitted to: real or generated ones.
         demand: What is to be kept of the quality.
         cache: Files with the finished rounds.
         traces: Checkpoint and logs of the training; None if there is none.
@@ -182,6 +187,7 @@ class _Run:
     request: Compress
     step: Iterate
     samples: Samples
+    fitted: Source | None
     demand: search.Demand
     cache: RunCache
     traces: Any
@@ -274,12 +280,13 @@ def _run_of(request: Compress, model: Model, source: Source | None) -> _Run:
         demand = _without_search(request, demand)
     samples = samples_of(source, labelled, request.hold_out, is_search=demand.max_loss is not None)
     training = vars(options_from(DistillOptions, request)) if trains else None
-    step = compression.step_of(request, outcome.target_of(request), training, has_data=has_data)
+    fitted = generated(model, request.input_shapes, request) if request.blind and source is None else samples.fitted
+    step = compression.step_of(request, outcome.target_of(request), training, fitted)
     hold_out = request.hold_out if labelled is None else 0.0
     identity = (model.sha256(), step, request.input_shapes, request.data, request.like, request.max_loss, hold_out)
     cache = RunCache(checkpoint_of(request), hashlib.sha256(repr(identity).encode()).hexdigest())
     traces = traces_of(request) if trains else None
-    run = _Run(request, step, samples, demand, cache, traces, watched_on(request, model))
+    run = _Run(request, step, samples, fitted, demand, cache, traces, watched_on(request, model))
     require_new_run(request, *run.unfinished())
     if not request.resume and is_first_process():
         run.discard()
@@ -463,8 +470,9 @@ def _write_manifest(request: Compress, places: Places, content: Mapping[str, Any
         "cost-table": request.cost_table, "profile": request.profile, "watch": request.watch,
         "classes": request.images.classes,
     }  # fmt: skip  # a table
+    tables = {} if places.table is None else {places.table: "cost-table"}
     manifest.write(
         places.manifest, recipe.text(request), read, {"model": places.output, "plan": places.plan},
         run="compress", seed=request.seed, budget=content["budget"], verification=content["verification"],
-        beside={places.recipe: "recipe"} | dict.fromkeys(places.pages, "report"),
+        beside={places.recipe: "recipe"} | dict.fromkeys(places.pages, "report") | tables,
     )  # fmt: skip  # what and how

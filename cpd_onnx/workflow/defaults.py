@@ -9,6 +9,9 @@ from importlib import util
 
 from cpd_onnx.budget.deployed import STORED
 from cpd_onnx.budget.host import AUTO
+from cpd_onnx.channels.renormalized import keeps_statistics
+from cpd_onnx.data.sources import Source
+from cpd_onnx.data.synthetic import Synthetic
 from cpd_onnx.deploy.profiles import Profile
 from cpd_onnx.errors import DataError
 from cpd_onnx.report.verdict import USUAL_LOSS
@@ -42,6 +45,14 @@ def score(requested: str | None, *, has_data: bool) -> str:
     kind = requested or (_INFORMED if has_data else _BLIND)
     find_score_function(kind)
     return kind
+
+
+def informs(source: Source | None) -> bool:
+    """Return whether samples show which channels matter: real ones, or generated ones if the model normalises them.
+
+    In other models, the magnitude of the weights chooses channels better, and only the repair uses generated samples.
+    """
+    return source is not None and not (isinstance(source, Synthetic) and not keeps_statistics(source.folded))
 
 
 def policy(requested: str | None, *, has_data: bool) -> str | None:

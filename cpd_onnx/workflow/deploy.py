@@ -21,6 +21,7 @@ from cpd_onnx.report import manifest
 from cpd_onnx.report import tables as report
 from cpd_onnx.workflow import recipe
 from cpd_onnx.workflow.places import evaluated, finite, require_apart, require_outputs, source_of, write_json
+from cpd_onnx.workflow.quality.checks import checked_samples
 from cpd_onnx.workflow.requests import Deploy, Observer, ignore
 
 FORMAT = "cpd-onnx/deploy"
@@ -42,13 +43,16 @@ def deploy(request: Deploy, observer: Observer = ignore) -> dict[str, Any]:
     deployment = _deployment(request, profile)
     model = load(request.model)
     require_apart(written, model)
-    source = source_of(request.data, shaped(model, deployment), request)
+    whole = shaped(model, deployment)
+    source = source_of(request.data, whole, request)
+    checked = checked_samples(request, whole, source)
     deployed = deploy_model(model, deployment, source, lambda name: observer(name, 0, None))
     scores = evaluated(request, {"before": model, "after": deployed.model}, model)
     entry = manifest.file_entry(request.model, "model")  # read now, as the output may replace the file
     with locked_folder(request.output.parent), commit_together():
         deployed = replace(deployed, steps=(*deployed.steps, *_write(request, model, deployed.model)))
         content = _content(request, model, deployed) | {"seconds": round(time.perf_counter() - started, 3)}
+        content |= {"preflight": checked} if checked else {}
         content |= {"metric": request.metric, "accuracy": scores} if scores else {}
         read = {"model": entry, "data": request.data, "eval": request.eval, "profile": request.profile}
         beside = {} if request.ort is None else {request.ort: "ort"}  # onnxruntime writes different bytes each time
@@ -106,13 +110,13 @@ def _write(request: Deploy, model: Model, converted: Model) -> Iterator[Step]:
     """Write the model and, if requested, its .ort file; yield the step that converts to .ort."""
     weights = "beside" if request.weights == "as-is" and model.is_external else request.weights
     converted.data_files |= model.data_files  # never overwritten, whatever their names
+    converted.save(request.output, overwrite=request.force, weights=weights)
     if request.ort is not None:
         started = time.perf_counter()
         content, difference = ort_measured(converted, request.ort_level)
         seconds = time.perf_counter() - started
         write_atomically(request.ort, content)
         yield Step("ort", request.ort_level, difference, len(content), seconds, (), {"level": request.ort_level})
-    converted.save(request.output, overwrite=request.force, weights=weights)
 
 
 def _content(request: Deploy, model: Model, deployed: Deployed) -> dict[str, Any]:

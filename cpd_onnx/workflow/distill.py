@@ -30,6 +30,7 @@ from cpd_onnx.workflow.places import (
     write_both,
     write_json,
 )
+from cpd_onnx.workflow.quality.checks import checked_samples
 from cpd_onnx.workflow.requests import Compress, Distill, Observer, Tracing, ignore
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ def distill(request: Distill, observer: Observer = ignore) -> dict[str, Any] | N
     models = {"teacher": load(request.teacher), "student": load(request.student)}
     require_apart(written, *models.values())
     source = _required_source(models["student"], request)
+    checked = checked_samples(request, models["teacher"], source) if is_first_process() else None
     settings = options_from(DistillOptions, request)
     overlap = None
     if plan is not None:
@@ -130,7 +132,7 @@ def distill(request: Distill, observer: Observer = ignore) -> dict[str, Any] | N
             return None
         trained = training.trained(models["student"], result)
         accuracies |= evaluated(request, {"distilled": trained}, models["teacher"])
-        content: dict[str, Any] = training.summary(result) | {"output": str(request.output)}
+        content: dict[str, Any] = training.summary(result) | {"output": str(request.output), "preflight": checked}
         content |= {} if plan_path is None else {"plan": str(plan_path)}
         content |= {"metric": request.metric, **accuracies} if accuracies else {}
         with progress.step("write"), locked_folder(request.output.parent), commit_together():

@@ -39,6 +39,11 @@ def recipe_path_of(path: Path) -> Path:
     return beside(path, "recipe.toml")
 
 
+def table_path_of(path: Path) -> Path:
+    """Return the path of the cost table of a run that missed its target, beside its model file."""
+    return beside(path, "cost-table.json")
+
+
 def _inputs(request: Request) -> list[Path]:
     """Return the paths that a request may read; those that are not files do no harm."""
     found: list[Path] = []
@@ -149,8 +154,10 @@ def objections(profile: str | None, model: Model) -> list[str]:
 def write_both(request: Saving, model: Model, plan: Plan, plan_path: Path) -> None:
     """Write the model and its plan; if one cannot be written, neither is, and existing files are unchanged."""
     with locked_folder(request.output.parent), commit_together():
-        plan.save(plan_path, overwrite=request.force)
+        # The model comes first: where the process is killed between the moves, a run without --force is refused for
+        # the sake of the model, or not at all.
         model.save(request.output, overwrite=request.force, weights=request.weights)
+        plan.save(plan_path, overwrite=request.force)
 
 
 def write_json(request: Request, content: Mapping[str, Any]) -> None:

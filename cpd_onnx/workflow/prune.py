@@ -43,7 +43,7 @@ from cpd_onnx.workflow.places import (
 )
 from cpd_onnx.workflow.quality import outcome, search
 from cpd_onnx.workflow.quality.checks import checked_samples
-from cpd_onnx.workflow.quality.samples import samples_of
+from cpd_onnx.workflow.quality.samples import generated, samples_of
 from cpd_onnx.workflow.requests import Apply, Observer, Prune, VerifyFile, ignore
 
 _BATCHES = 2
@@ -53,9 +53,7 @@ _BATCHES = 2
 def prune(request: Prune, observer: Observer = ignore) -> dict[str, Any]:
     """Prune a model, prove the result, write it with its plan, and return the result as plain values."""
     plan_path = request.plan or plan_path_of(request.output)
-    written = require_outputs(request, request.output, plan_path)
-    step = step_of(request, outcome.target_of(request), None, has_data=request.data is not None)
-    _ = step.budget  # raises TargetError for invalid options before the work starts
+    written = require_outputs(request, request.output, plan_path, *outcome.table_places(request))
     started = time.perf_counter()
     model = read_model(request.model, request.input_shapes)
     require_apart(written, model)
@@ -63,7 +61,10 @@ def prune(request: Prune, observer: Observer = ignore) -> dict[str, Any]:
     source = source_of(request.data, model, request)
     checked = checked_samples(request, model, source)
     samples = samples_of(source, None, request.hold_out, is_search=demand.max_loss is not None)
-    start = State(model, model, request.input_shapes, samples.fitted)
+    fitted = generated(model, request.input_shapes, request) if request.blind and source is None else samples.fitted
+    step = step_of(request, outcome.target_of(request), None, fitted)
+    _ = step.budget  # raises TargetError for invalid options before the work starts
+    start = State(model, model, request.input_shapes, fitted)
     if demand.max_loss is not None and samples.choosing is not None:
         progress.announce(*_announced(request, step))
     choice = search.choice_of(step, start, samples, demand)
@@ -73,9 +74,10 @@ def prune(request: Prune, observer: Observer = ignore) -> dict[str, Any]:
     content |= {"output": str(request.output), "plan": str(plan_path), "preflight": checked}
     content |= outcome.content(request, demand, samples, choice, state)
     outcome.require_faster(request, content)
-    content["notes"] += objections(request.profile, state.model)
+    content["notes"] += [*outcome.target_notes(request, choice), *objections(request.profile, state.model)]
     with locked_folder(request.output.parent), commit_together():
         write_both(request, state.model, state.need("plan", "prune"), plan_path)
+        outcome.kept_table(request, choice.chosen or state.need("allocation", "allocate"), content)
         content["bytes"] = {"before": before, "after": report.size_of(state.model, request.output)}
         content["verdict"] = verdict_of(content)
         write_json(request, content)

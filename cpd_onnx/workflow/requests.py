@@ -54,7 +54,9 @@ Observer: TypeAlias = Notify
 """Called with the current step, the number of its finished parts and the total, which is None if it is unknown."""
 SHELLS = ("bash", "zsh", "tcsh", "fish")
 """Shells that `completion` prints a script for."""
-LOG_LEVELS = ("quiet", "info", "debug")
+QUIET = "quiet"
+"""Log level without messages on standard error other than errors."""
+LOG_LEVELS = (QUIET, "info", "debug")
 """How much is said on standard error while a command works, from nothing to the durations of its steps."""
 
 
@@ -169,8 +171,8 @@ class Request:
     force: bool = option(False, "Overwrite existing files", is_recorded=False, is_common=True)
     log_level: str = option(
         LOG_LEVELS[1],
-        "Messages on standard error while it works: none (quiet), progress (info), or also the duration of each step "
-        "(debug)",
+        "Messages on standard error while it works: only errors (quiet), progress and warnings (info), or also the "
+        "duration of each step (debug)",
         choices=LOG_LEVELS,
         is_recorded=False,
         is_common=True,
@@ -324,8 +326,8 @@ class Choosing(ScoringOptions, OnSamples, OfSizes):
     )
     blind: bool = option(
         False,
-        "Without data, choose channels by their weights alone, although the accuracy is then unknown and probably "
-        "lost; otherwise only channels are removed that change no output",
+        "Without data, choose channels and fit weights on generated inputs, although the accuracy is then unknown and "
+        "probably lost; otherwise only channels are removed that change no output",
         is_common=True,
     )
     keep_anyway: bool = option(False, "Write the model even if it is not faster than the original")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
@@ -21,7 +23,7 @@ from cpd_onnx.ir.model import Model
 from cpd_onnx.report import figures as plots
 from cpd_onnx.report import manifest
 from cpd_onnx.report import tables as report
-from cpd_onnx.report.verdict import verdict
+from cpd_onnx.report.verdict import verdict, verdict_of_many
 from cpd_onnx.rewrite.plan import make_plan
 from cpd_onnx.runtime.bench import Bench
 from cpd_onnx.scores.registry import find_score_function, score
@@ -29,8 +31,9 @@ from cpd_onnx.workflow import compress as compression
 from cpd_onnx.workflow import recipe
 from cpd_onnx.workflow.compress_files import can_draw, compress, page_kinds, timed, write_page
 from cpd_onnx.workflow.places import read_model, require_apart, require_outputs, source_of, write_json
-from cpd_onnx.workflow.quality.samples import samples_of
-from cpd_onnx.workflow.requests import Compress, Observer, Sweep, ignore
+from cpd_onnx.workflow.quality.checks import checked_samples
+from cpd_onnx.workflow.quality.samples import generated, samples_of
+from cpd_onnx.workflow.requests import QUIET, Compress, Observer, Sweep, ignore
 
 _SECONDS = 2.0
 """Seconds for which each model is timed, interleaved with the others; a heuristic."""
@@ -66,6 +69,11 @@ class SweepPoint:
     agreement: float | None = None
     verdict: Mapping[str, Any] | None = None
 
+    def answer(self, question: str) -> str:
+        """Return the answer of the verdict to a question; empty without one."""
+        entries = (self.verdict or {}).get("answers") or ()
+        return next((str(entry["answer"]) for entry in entries if entry["question"] == question), "")
+
     def as_json(self) -> dict[str, Any]:
         """Return the point as an entry of the report."""
         return {
@@ -91,7 +99,8 @@ def sweep(request: Sweep, observer: Observer = ignore) -> dict[str, Any]:
     require_apart(written, model)
     source, labelled = (source_of(data, model, request) for data in (request.data, request.eval))
     if source is None and not request.blind:
-        raise DataError("without data, channels are chosen by their weights alone: give --data, or --blind for that")
+        raise DataError("without data, channels are chosen on generated inputs: give --data, or --blind for that")
+    checked = checked_samples(request, model, source)
     source = samples_of(source, labelled, request.hold_out, is_search=False).fitted
     is_measured = next(iter(targets.values())).has_latency and request.cost_table is None
     progress.announce("comb", "score", *(["cost table"] if is_measured else []), "models", "latency", "write")
@@ -104,7 +113,7 @@ def sweep(request: Sweep, observer: Observer = ignore) -> dict[str, Any]:
             reports.append(content)
             observer("models", len(reports), len(targets))
     found = timed(request, source, model, files.values(), _SECONDS * (1 + len(files)))
-    content = _content(request, _points(request, files, reports, found), reports, found)
+    content = _content(request, _points(request, files, reports, found), reports, found) | {"preflight": checked}
     with progress.step("write"), locked_folder(folder), commit_together():
         for path in pages:
             if path.suffix == ".svg":
@@ -132,7 +141,8 @@ def _planned(request: Sweep, model: Model, source: Source | None, targets: Mappi
     """Write a plan for each target and return their paths; combing, scoring and measuring latency happen once."""
     combed = comb(model, request.input_shapes)
     first: Mapping[str, Any] = {"target": next(iter(targets.values()))}
-    step = compression.step_of(request, first, None, has_data=source is not None)
+    source = generated(model, request.input_shapes, request) if request.blind and source is None else source
+    step = compression.step_of(request, first, None, source)
     kind = step.score
     scores = score(combed, kind, samples=request.samples, data=source, labels=request.score_labels, seed=request.seed)
     chooser = step.chooser(combed)
@@ -178,7 +188,10 @@ def _executor(request: Sweep) -> Executor:
 
 def _one(request: Compress) -> dict[str, Any]:
     """Compress one model, in a worker process that shares the folders."""
-    content = compress(request)
+    with warnings.catch_warnings():
+        if request.log_level == QUIET:
+            warnings.simplefilter("ignore")
+        content = compress(request, is_checked=True)
     assert content is not None
     return content
 
@@ -193,7 +206,8 @@ def _points(
         score, before = values[-1] if values else None, values[1] if len(values) > 2 else None
         costs = {"macs": macs, "params": params, "bytes": content["bytes"]["after"]}
         timings = {"timings": [asdict(found.timings[0]), asdict(timing)]}
-        judged = verdict({**content, "bench": timings, "max_loss": request.max_loss})
+        asked = {"max_loss": request.max_loss, "is_unbounded": request.max_loss == math.inf}
+        judged = verdict({**content, "bench": timings, "checks_speed": request.check_speed, **asked})
         compared = (content["agreement"] or {}).get("value")
         points.append(
             SweepPoint(
@@ -215,6 +229,7 @@ def _picked(
         raise CpdError("--max-loss needs a metric: give --eval, or --data to compare outputs with the original's")
     if accuracy["on"] != "labels":
         near = [point for point in points if point.agreement is not None and 1 - point.agreement <= max_loss]
+        near = [point for point in near if point.answer("as good") != "no"]
         return min(near, key=lambda point: point.ms, default=None)
     whole = accuracy["values"]["original"]
     sign = -1.0 if lower_is_better(accuracy) else 1.0
@@ -232,6 +247,8 @@ def _content(
     costs = {"macs": 1.0, "params": 1.0, "bytes": first["bytes"]["before"]}
     dense = SweepPoint("the original", request.model, whole, None, **costs, ms=found.timings[0].p50, ratio=1.0)
     pairs = zip(points, reports, strict=True)
+    picked = next((point.name for point in points if point.picked), None)
+    verdicts = {point.name: point.verdict for point in points if point.verdict is not None}
     return {
         "format": report.REPORT_FORMAT,
         "version": report.REPORT_VERSION,
@@ -244,6 +261,7 @@ def _content(
                 *(_judged(one) | point.as_json() for point, one in zip(points, reports, strict=True)),
             ],
         },
+        "verdict": verdict_of_many(verdicts, picked, request.max_loss),
         "bench": found.as_json(),
         "notes": [f"{point.name}: {note}" for point, content in pairs for note in content["notes"]],
         "advice": compression.advice(data=request.data, has_labels=request.eval is not None),

@@ -15,7 +15,7 @@ import cpd_onnx as cpd
 from cpd_onnx.budget import host
 from cpd_onnx.budget.allocation import Budget, UnreachableError, loss_curves
 from cpd_onnx.budget.choosing import Chooser
-from cpd_onnx.budget.latency import CostTable, LatencyProbe, measure_table
+from cpd_onnx.budget.latency import CostTable, LatencyProbe
 from cpd_onnx.budget.speed import SpeedCheck
 from cpd_onnx.budget.targets import parse
 from cpd_onnx.budget.widths import Limits
@@ -25,7 +25,7 @@ from cpd_onnx.channels.groups import Combed
 from cpd_onnx.passes.allocate import Allocate
 from cpd_onnx.runtime.bench import Setting
 from cpd_onnx.scores.registry import score
-from tests.budget.test_latency import MadeUp, stack
+from tests.support.machine import MadeUp, stack
 from tests.support.models import from_text
 
 SMALL = (
@@ -46,16 +46,6 @@ class Fake(MadeUp):
 
     def reopen(self) -> None:
         self.opened += 1
-
-
-@pytest.fixture(scope="module")
-def combed() -> Combed:
-    return comb(stack())
-
-
-@pytest.fixture(scope="module")
-def table(combed: Combed) -> CostTable:
-    return measure_table(MadeUp(combed, Setting()))
 
 
 def small() -> ModelProto:

@@ -3,72 +3,27 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from onnx import ModelProto
 
 import cpd_onnx as cpd
 from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.budget import latency
 from cpd_onnx.budget.allocation import POLICIES
 from cpd_onnx.budget.choosing import Chooser
-from cpd_onnx.budget.latency import CostTable, LatencyProbe, load_table, measure_table
-from cpd_onnx.channels.combing import comb
+from cpd_onnx.budget.latency import CostTable, load_table
 from cpd_onnx.channels.costs import CostModel
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.cli.main import main
-from cpd_onnx.ir.model import Model
 from cpd_onnx.passes.allocate import Allocate
 from cpd_onnx.runtime.bench import Setting
 from cpd_onnx.scores.registry import score
+from tests.support.machine import STACK, MadeUp, stack
 from tests.support.models import from_text
 from tests.support.runs import plain
-
-STACK = (
-    "(float[N, 3, 16, 16] x, float[96, 3, 3, 3] w, float[128, 96, 3, 3] u, float[64, 128, 3, 3] t, float[64, 10] v) => (float[N, 10] y) "
-    "{ a = Conv(x, w) b = Conv(a, u) c = Conv(b, t) p = GlobalAveragePool(c) f = Flatten(p) y = MatMul(f, v) }"
-)
-
-
-def stack() -> ModelProto:
-    return from_text(STACK)
-
-
-class MadeUp(LatencyProbe):
-    """A machine whose kernels work in blocks of 16 channels, and at widths that are no multiples of 4 three times as long."""
-
-    def profile(self, model: Model) -> tuple[dict[str, latency._Kernel], float, float]:
-        times = {}
-        for name in "wut":
-            out, into, *_ = sizes = model.array(name).shape
-            blocks = math.ceil(out / 16) * (math.ceil(into / 16) if into > 3 else 1)
-            slow = 3 if out % 4 or (into % 4 and into > 3) else 1
-            times[f"kernel of {name}"] = latency._Kernel("Conv", 0.01 + 0.002 * blocks * slow, tuple(sizes))
-        total = sum(kernel.ms for kernel in times.values())
-        return (
-            times,
-            total,
-            self.profile(self.combed.folded.model)[1] if model is not self.combed.folded.model else total,
-        )
-
-    def ratio(self, channels: np.ndarray, seconds: float = 2.0) -> float:
-        """The model takes 0.05 milliseconds that no kernel tells of."""
-        pruned, original = (self.profile(m)[1] for m in (self.pruned(channels), self.combed.folded.model))
-        return (pruned + 0.05) / (original + 0.05)
-
-
-@pytest.fixture(scope="module")
-def combed() -> Combed:
-    return comb(stack())
-
-
-@pytest.fixture(scope="module")
-def table(combed: Combed) -> CostTable:
-    return measure_table(MadeUp(combed, Setting()))
 
 
 def test_fast_widths_are_found(table: CostTable) -> None:

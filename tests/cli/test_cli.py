@@ -496,7 +496,7 @@ def test_distill_says_what_is_wrong(
     )
     said = capsys.readouterr().err
     assert match in said
-    assert said.count("\n") == 1
+    assert sum(" %" not in line for line in said.splitlines()) == 1  # the others tell the progress of a slow machine
     assert files(tmp_path) == {"images.npz"}
 
 

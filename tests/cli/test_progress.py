@@ -125,7 +125,7 @@ def test_python_is_told_the_steps(folder: Path) -> None:
     events.clear()
     half = Prune(model=Path("model.onnx"), output=Path("half.onnx"), target="macs=0.5", blind=True, check_speed=False)
     carry_out(half, events.append)
-    assert [event.title for event in events if event.done == 0][-1] == "6/6 verify"
+    assert [event.title for event in events if event.done == 0][-1] == "7/7 repair"
     events.clear()
     cpd.run("comb, score, allocate{macs=0.5}, prune", "model.onnx", progress=events.append)
     assert [event.title for event in events] == ["1/4 comb", "2/4 score", "3/4 allocate", "4/4 prune"]

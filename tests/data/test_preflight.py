@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +303,48 @@ def test_command_says_first_what_is_fed(tmp_path: Path, capsys: pytest.CaptureFi
     assert content["warnings"] == [said[-1].removeprefix("warning: ")]
     assert main(plain([*given, "-o", str(tmp_path / "b.onnx"), "--preset", "imagenet"])) == 0
     assert "warning" not in capsys.readouterr().err
+    assert main(plain([*given, "-o", str(tmp_path / "c.onnx"), "--log-level", "quiet"])) == 0
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["sweep", "distill", "deploy"])
+def test_all_commands_that_compute_with_samples_look_at_them(
+    tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, labels = pictures(48)
+    folder, path = written(tmp_path / "data", images, labels), trainable(tmp_path)
+    made = tmp_path / ("folder" if command == "sweep" else "made.onnx")
+    line = {
+        "sweep": [
+            path,
+            "--targets",
+            "channels=0.7",
+            "--max-loss",
+            "inf",
+            "--no-check-speed",
+            "--no-distill",
+            "--score",
+            "l2",
+            "--executor",
+            f"{__name__}:threads",
+        ],
+        "distill": [path, path, "--steps", 1, "--batch-size", 2, "--threads", 1],
+        "deploy": [path, "--int8", "--samples", 4],
+    }[command]
+    words = [*map(str, line), "--data", str(folder), "-o", str(made), "--json", str(tmp_path / "a.json")]
+    assert main(plain([command, *words])) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said.count("48 PNG 4x4 RGB -> float32 [3,4,4], x/255") == 1
+    (warning,) = [line.removeprefix("warning: ") for line in said if line.startswith("warning: ")]
+    content = json.loads((tmp_path / "a.json").read_text())["preflight"]
+    assert (content["samples"], content["warnings"]) == (48, [warning])
+    assert main(plain([command, *words, "--force", "--log-level", "quiet"])) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+def threads() -> Executor:
+    """Run in this process, where nothing has to be imported again."""
+    return ThreadPoolExecutor(1)
 
 
 def test_values_that_begin_with_a_minus_are_no_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,6 +32,8 @@ from tests.support.runs import plain
 ROOT = Path(__file__).parents[2]
 MODELS = Path(cpd.__file__).parent / "models"
 DIGITS = MODELS / "digits.onnx"
+BLIND: dict[str, Any] = {"blind": True, "score": "l2", "repair": False}
+"""Options of a quick run without data, as those of `plain`."""
 FEW: dict[str, Any] = {"score": "l2", "repair_samples": 32, "train": False}
 """Options with which a model is made from samples in no time."""
 TINY = "(float[1, 4] x, float[4, 8] a, float[8, 2] b) => (float[1, 2] y) { h = MatMul (x, a) r = Relu (h) y = MatMul (r, b) }"
@@ -65,7 +67,7 @@ def run(*arguments: object) -> int:
 def test_it_does_what_the_command_does(folder: Path) -> None:
     quiet = ("--no-report", "--force")
     assert run("compress", "digits.onnx", "-o", "small.onnx", *quiet) == 0
-    assert cpd.compress("digits.onnx", macs=0.5, blind=True).serialize() == Path("small.onnx").read_bytes()
+    assert cpd.compress("digits.onnx", macs=0.5, **BLIND).serialize() == Path("small.onnx").read_bytes()
     pytest.importorskip("torch")
     short = ("--steps", 3, "--batch-size", 32, "--threads", 1)
     few = ("--samples", 32, "--repair-samples", 32, "--keep", "head*", "--seed", 5)
@@ -81,21 +83,21 @@ def test_it_does_what_the_command_does(folder: Path) -> None:
 def test_what_comes_back_is_what_was_given() -> None:
     proto = onnx.load(DIGITS)
     before = proto.SerializeToString(deterministic=True)
-    made = cpd.compress(proto, params=0.4, blind=True)
+    made = cpd.compress(proto, params=0.4, **BLIND)
     assert isinstance(made, onnx.ModelProto)
     assert proto.SerializeToString(deterministic=True) == before
     stored = [sum(np.prod(tensor.dims) for tensor in model.graph.initializer) for model in (proto, made)]
     assert stored[1] < 0.5 * stored[0]
     graph = gs.import_onnx(proto)
-    smaller = cpd.compress(graph, params=0.4, blind=True)
+    smaller = cpd.compress(graph, params=0.4, **BLIND)
     assert isinstance(smaller, gs.Graph)
     assert [node.name for node in smaller.nodes] == [node.name for node in graph.nodes]
     weights = {name: tensor.values for name, tensor in smaller.tensors().items() if isinstance(tensor, gs.Constant)}
     for tensor in made.graph.initializer:
         np.testing.assert_array_equal(weights[tensor.name], onnx.numpy_helper.to_array(tensor))
     model = cpd.load(DIGITS)
-    assert isinstance(cpd.compress(model, params=0.4, blind=True), cpd.Model)
-    assert isinstance(cpd.compress(str(DIGITS), params=0.4, blind=True), cpd.Model)
+    assert isinstance(cpd.compress(model, params=0.4, **BLIND), cpd.Model)
+    assert isinstance(cpd.compress(str(DIGITS), params=0.4, **BLIND), cpd.Model)
     with pytest.raises(TypeError, match=r"or an onnx_ir\.Model, got int"):
         cpd.compress(5)
 
@@ -155,7 +157,7 @@ def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(cpd.DataError, match="training needs samples: give --data, or `data` in Python"):
         cpd.compress(DIGITS, train=True)
     with pytest.raises(cpd.TargetError, match="only one target is allowed"):
-        cpd.compress(DIGITS, macs=0.5, params=0.5, blind=True)
+        cpd.compress(DIGITS, macs=0.5, params=0.5, **BLIND)
     with pytest.raises(TypeError, match=r"compress has no option 'polici' \(did you mean policy\?\)"):
         cpd.compress(DIGITS, polici="optimal")  # type: ignore[call-overload]  # that is the point
     with pytest.raises(cpd.DataError, match="the data contains 'picture'"):
@@ -191,10 +193,10 @@ def test_models_of_onnx_ir(tmp_path: Path) -> None:
     )
     model = ir.load(tmp_path / "apart.onnx")
     before = {name: value.const_value for name, value in model.graph.initializers.items()}
-    made = cpd.compress(model, macs=0.5, blind=True)
+    made = cpd.compress(model, macs=0.5, **BLIND)
     assert isinstance(made, ir.Model)
     proto = ir.to_proto(made)
-    wanted = cpd.compress(onnx.load(DIGITS), macs=0.5, blind=True)
+    wanted = cpd.compress(onnx.load(DIGITS), macs=0.5, **BLIND)
     assert proto.graph.node == wanted.graph.node
     assert [list(tensor.dims) for tensor in proto.graph.initializer] == [
         list(tensor.dims) for tensor in wanted.graph.initializer
@@ -221,9 +223,9 @@ def test_a_pass_of_onnx_ir() -> None:
     (made,) = told
     assert made.state.allocation.after.macs < 0.45 * made.state.allocation.before.macs
     onnx.checker.check_model(ir.to_proto(result.model), full_check=True)
-    assert not CompressPass(macs=1.0, blind=True)(model).modified
+    assert not CompressPass(macs=1.0, **BLIND)(model).modified
     with pytest.raises(ir.passes.PassError) as raised:
-        ir.passes.Sequential(CompressPass(macs=5, blind=True))(model)
+        ir.passes.Sequential(CompressPass(macs=5, **BLIND))(model)
     assert isinstance(raised.value.__cause__, cpd.TargetError)
 
 
@@ -495,7 +497,7 @@ def test_other_processes_make_the_models_of_a_sweep(executors: dict[str, str], e
     assert (done.returncode, done.stderr) == (0, "")
     for target in (0.7, 0.5):
         made = onnx.load(f"{executor}/macs={target}.onnx")
-        wanted = cpd.compress(onnx.load("digits.onnx"), macs=target, blind=True)
+        wanted = cpd.compress(onnx.load("digits.onnx"), macs=target, **BLIND)
         assert (made.graph.node, made.graph.initializer) == (wanted.graph.node, wanted.graph.initializer)
 
 

@@ -18,6 +18,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from cpd_onnx.cli.main import main
+from cpd_onnx.io import files
 from cpd_onnx.ir.model import load
 from cpd_onnx.proof.files import verify_files
 from cpd_onnx.rewrite.plan import load_plan
@@ -62,9 +63,10 @@ def in_child(work: Callable[[], object]) -> int:
         os._exit(code)
 
 
-def prune(source: Path, out: Path, target: float) -> int:
-    """Through the command line, over what is there."""
-    return main(plain(["prune", str(source), "-o", str(out), "--target", f"macs={target}", "--no-verify", "--force"]))
+def prune(source: Path, out: Path, target: float, *, is_forced: bool = True) -> int:
+    """Through the command line, by default over what is there."""
+    more = ["--force"] if is_forced else []
+    return main(plain(["prune", str(source), "-o", str(out), "--target", f"macs={target}", "--no-verify", *more]))
 
 
 def is_whole(source: Path, out: Path) -> bool:
@@ -97,6 +99,48 @@ def test_killed_at_any_moment(source: Path, tmp_path: Path, kind: signal.Signals
         assert len(leftovers) <= 3  # by their content: what runs that were killed had written lies there until one ends
     assert prune(source, out, 0.5) == 0
     assert is_whole(source, out)
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_killed_between_the_moves_of_a_commit(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_there: bool
+) -> None:
+    """The next run is not refused, unless a model is there, and removes what the killed one has left."""
+    for moved in range(4):
+        out = tmp_path / f"out{moved}" / "small.onnx"
+        out.parent.mkdir()
+        if is_there:
+            assert prune(source, out, 0.5) == 0
+        left, replace = moved, files._PendingFile.replace_target
+
+        def killing(part: files._PendingFile) -> None:
+            nonlocal left
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+            replace(part)  # noqa: B023  # called within the iteration
+
+        monkeypatch.setattr(files._PendingFile, "replace_target", killing)
+        status = os.waitpid(in_child(lambda: prune(source, out, 0.4)), 0)[1]  # noqa: B023
+        monkeypatch.undo()
+        was_killed = os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+        assert was_killed == (moved < 3)  # data, model and plan
+        assert was_killed == bool(list(out.parent.glob(".*.part")))
+        assert prune(source, out, 0.6, is_forced=out.exists()) == 0
+        assert is_whole(source, out)
+
+
+def test_temporary_files_in_use_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_open_unnamed", lambda _: None)
+    foreign, old = tmp_path / "notes.part", tmp_path / ".cpd-onnx.abc123.part"
+    for file in (foreign, old):
+        file.write_text("left")
+    with files.atomic_stream(tmp_path / "new") as stream:
+        stream.write(b"content")
+        with files.locked_folder(tmp_path):
+            assert not old.exists()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["new", "notes.part"]
+    assert (tmp_path / "new").read_bytes() == b"content"
 
 
 def test_a_full_disk_leaves_the_old_files(source: Path, tmp_path: Path) -> None:

@@ -341,6 +341,14 @@ def test_every_page_can_be_reached() -> None:
     assert linked == {page.name for page in PAGES if page.parent.name == "docs"}
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_pages_say_where_the_files_of_their_examples_come_from(page: Path) -> None:
+    """A reader who has installed the package has no clone."""
+    text = page.read_text()
+    is_run = any("digits.onnx" in block.text for block in blocks(text) if block.language in ("console", "python"))
+    assert not is_run or "cpd-onnx demo --out example" in text or page.stem in ("CONTRIBUTING", "rules", "security")
+
+
 def test_every_command_is_documented() -> None:
     text = "\n".join(page.read_text() for page in PAGES)
     (choices,) = (action.choices for action in command_line()._actions if isinstance(action.choices, dict))

@@ -172,6 +172,11 @@ def test_it_works_in_a_browser(browser: Any, tmp_path: Path) -> None:  # noqa: F
         )
         browser.get(f"file://{tmp_path}/page.html")
         assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    paper = {"width": 794, "height": 1123, "deviceScaleFactor": 1, "mobile": False}  # A4 at 96 dots per inch
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", paper)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
     browser.execute_script(
         "const s = document.getElementById('width-all'); s.value = 50; s.dispatchEvent(new Event('input'))"
     )

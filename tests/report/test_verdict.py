@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cpd_onnx.report.verdict import answers, asked_text, lines, verdict
+from cpd_onnx.report.verdict import answers, asked_text, lines, verdict, verdict_of_many
 
 _COSTS = {"before": {"macs": 100, "params": 80}, "after": {"macs": 50, "params": 40}}
 _PROVED = {"verdict": "verified", "difference": 1e-7}
@@ -141,3 +141,35 @@ def test_top1_near_that_of_a_constant_answer_is_a_failure_without_a_recorded_cha
     found = verdict(_content(accuracy=_labels(0.9, 0.11), agreement=compared, max_loss=0.9))
     assert found["code"] == 4
     assert "near chance" in found["answers"][1]["text"]
+
+
+def _judged(**ratios: float) -> dict[str, dict[str, Any]]:
+    """Verdicts of models that take these fractions of the time; those below 0.5 are bad."""
+    return {
+        name: verdict(_content(ratio, agreement=_agreement(0.98 if ratio >= 0.5 else 0.3)))
+        for name, ratio in ratios.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("ratios", "code"),
+    [({"a": 0.99, "b": 0.7, "c": 0.2}, 0), ({"a": 0.99, "b": 0.2}, 3), ({"a": 0.3, "b": 0.2}, 4), ({"a": 0.98}, 3)],
+)
+def test_several_models_are_a_success_if_one_is(ratios: dict[str, float], code: int) -> None:
+    found = verdict_of_many(_judged(**ratios))
+    assert found["code"] == code
+    assert [entry["text"].split(",")[0] for entry in found["answers"]] == (["a"] if code else [])
+
+
+def test_a_model_that_was_to_be_picked_decides() -> None:
+    judged = _judged(a=0.99, b=0.7)
+    assert verdict_of_many(judged, "a", 0.01)["code"] == 3
+    assert verdict_of_many(judged, "b", 0.01)["code"] == 0
+    assert list(lines(verdict_of_many(judged, None, 0.01))) == [
+        "NOT AS GOOD: no model was found that loses at most 0.01"
+    ]
+
+
+def test_a_single_sample_is_not_said_to_show_that_all_are_alike() -> None:
+    compared = {**_agreement(1.0, chance=1.0, samples=1), "low": 0.05}
+    assert "more samples are needed" in verdict(_content(agreement=compared))["answers"][1]["text"]

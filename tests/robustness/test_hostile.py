@@ -12,6 +12,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from cpd_onnx.runtime import sessions as runtime
 from tests.support.runs import plain
 
 SECONDS = 20
+"""Of processor time that a command may take."""
+IDLE_SECONDS = 60
+"""Of wall time in which a command that takes no processor time is stuck."""
 BYTES = 3 << 30
 """Of address space, beyond what the process has at the start."""
 
@@ -268,28 +272,55 @@ MODELS: dict[str, Callable[[], ModelProto]] = {
 }  # fmt: skip  # a table
 
 
+FORKSERVER = get_context("forkserver")
+"""Starts the commands from a process without threads, as a lock that one of them holds would be held in a fork for ever."""
+FORKSERVER.set_forkserver_preload(["torch", __name__])
+
+
 def limited(arguments: list[str], folder: Path) -> tuple[int, str]:
-    """Exit code and complaint of a command in a process of its own, with bounds."""
+    """Exit code and complaint of a command in a process of its own, with bounds.
+
+    The time is that of the processor: on a busy machine a command may wait for its turn, but not sleep all the time.
+    """
     log = folder / "log"
-    child = os.fork()
-    if not child:
-        code = 70
-        try:
-            handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            sys.stdout = sys.stderr = os.fdopen(handle, "w")
-            now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (now + BYTES, now + BYTES))
-            resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-            signal.alarm(12 * SECONDS)
-            runtime.RUN_SECONDS = SECONDS / 4
-            code = main(plain(arguments))
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return code, log.read_text(errors="replace")
+    child = FORKSERVER.Process(target=in_bounds, args=(plain(arguments), log))
+    child.start()
+    used = 0.0
+    while child.exitcode is None:
+        child.join(IDLE_SECONDS)
+        before, used = used, seconds_used(child.pid)
+        if child.exitcode is None and used <= before:
+            child.kill()
+            child.join()
+            return -signal.SIGALRM, f"idle for {IDLE_SECONDS} s: {log.read_text(errors='replace')}"
+    return child.exitcode, log.read_text(errors="replace")
+
+
+def seconds_used(process: int | None) -> float:
+    """Processor time of a process, of all its threads; 0 if it has ended."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def in_bounds(arguments: list[str], log: Path) -> None:
+    """Run a command with bounds on memory and processor time, and end the process with its exit code."""
+    code = 70
+    try:
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        sys.stdout = sys.stderr = os.fdopen(handle, "w")
+        now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + BYTES, now + BYTES))
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+        runtime.RUN_SECONDS = SECONDS / 4
+        code = main(arguments)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
 
 
 @pytest.fixture

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +53,21 @@ def test_models_are_measured_side_by_side(files: list[Path]) -> None:
     assert min(found.memory.values()) > 0
     assert found.profiled == Setting(1, 1)
     assert found.machine["onnxruntime"]
+
+
+def test_a_script_that_is_not_guarded_against_being_imported(files: list[Path], tmp_path: Path) -> None:
+    """What a reader of the documentation writes first."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pathlib import Path\nfrom cpd_onnx.runtime.bench import bench\n"
+        f"print('memory', bench([Path({str(files[1])!r})], seconds=0.02).memory)\n"
+    )
+    paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False, env=os.environ | paths
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("memory") == 1
 
 
 def test_profiles_and_memory_are_those_of_the_first_setting(files: list[Path]) -> None:

@@ -25,6 +25,8 @@ def plain(arguments: Iterable[object]) -> list[str]:
         more += ["--target", str(_COMMANDS[words[0]])]
     if "--data" not in given and not given & {"--blind", "--recipe"}:
         more += ["--blind"]
+        more += [] if "--score" in given else ["--score", "l2"]
+        more += [] if given & {"--repair", "--no-repair"} else ["--no-repair"]
     if "--data" in given:
         more += [] if "--hold-out" in given else ["--hold-out", "0"]
         more += [] if given & {"--max-loss", "--most-lost"} or words[0] == "sweep" else ["--max-loss", "inf"]

@@ -63,9 +63,7 @@ def test_few_channels_before_a_strided_pointwise_kernel_are_not_trained_channels
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes)
     model = helper.make_model(helper.make_graph([node], "g", [x], [y], [kernel]))
     is_unsafe = channels == 5 and stride == 2 and size == 1
-    assert memory_format(model, torch.device("cpu")) == (
-        torch.contiguous_format if is_unsafe else torch.channels_last
-    )
+    assert memory_format(model, torch.device("cpu")) == (torch.contiguous_format if is_unsafe else torch.channels_last)
     assert memory_format(model, torch.device("cuda")) == torch.channels_last
 
 

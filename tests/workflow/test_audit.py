@@ -25,7 +25,14 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("fpdf")
 
 MODELS = Path(__file__).parents[2] / "models"
-HALF: dict[str, Any] = {"target": ("macs", 0.5), "round_to": 1, "blind": True, "check_speed": False}
+HALF: dict[str, Any] = {
+    "target": ("macs", 0.5),
+    "round_to": 1,
+    "blind": True,
+    "score": "l2",
+    "repair": False,
+    "check_speed": False,
+}
 OF_COMPRESS = {"small.onnx", "small.onnx.plan.json", "small.onnx.manifest.json", "small.onnx.recipe.toml"}
 REPORTS = {f"small.onnx.report.{kind}" for kind in ("html", "json", "md", "pdf")}
 ALWAYS = {"README.md", "SHA256SUMS", "repeat.py", "repeat.sh", "verification.json", "verification.txt"}
@@ -98,6 +105,7 @@ def test_a_deployed_file_comes_with_the_runs_before_it(made: Path, tmp_path: Pat
     (step,) = report["deployment"]["steps"]
     assert step["name"] == "half"
     assert 0 < step["difference"] < 0.01
+    assert step["agreement"] == 1
     assert report["verification"]["verdict"] == "verified"
 
 

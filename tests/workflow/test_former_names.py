@@ -155,6 +155,8 @@ def test_former_options_work_and_warn(folder: Path, capsys: pytest.CaptureFixtur
     for before, now in zip(old[::2], new[::2], strict=True):
         assert f"warning: {before} is now {now};" in warned
     assert Path("small.onnx.plan.json").read_text() == plan
+    assert main(plain(["prune", "tiny.onnx", "-o", "small.onnx", *common, *old, "--log-level", "quiet"])) == 0
+    assert not capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(plain(["prune", "--help"]))
     assert "--spread" not in capsys.readouterr().out
@@ -193,5 +195,5 @@ def test_former_fields_are_accepted_with_a_warning() -> None:
 
 def test_former_arguments_of_compress_are_accepted(folder: Path) -> None:
     with pytest.warns(DeprecationWarning, match="'multiple' is now called 'round_to'"):
-        made = cpd.compressed("tiny.onnx", macs=0.5, blind=True, **{"multiple": 2})
+        made = cpd.compressed("tiny.onnx", macs=0.5, blind=True, repair=False, **{"multiple": 2})
     assert made.state.need("plan", "prune").content["budget"]["round_to"] == 2

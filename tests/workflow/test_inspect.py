@@ -16,7 +16,7 @@ from cpd_onnx.cli.main import main
 from cpd_onnx.runtime.bench import Setting
 from cpd_onnx.workflow.api import run
 from cpd_onnx.workflow.requests import Inspect
-from tests.budget.test_latency import MadeUp, stack
+from tests.support.machine import MadeUp, stack
 from tests.support.models import from_text
 
 DIGITS = Path(__file__).parents[2] / "models" / "digits.onnx"

@@ -29,7 +29,12 @@ _PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#
 them, and carry their number."""
 _DARK_TEXT = frozenset(_PALETTE[3:])
 """Colours on which dark text is read better than white."""
-_KINDS = (("macs", "MACs", ""), ("params", "parameters", ""), ("bytes", "file", "B"), ("ms", "latency", "ms"))
+_KINDS = (
+    ("macs", "MACs", ""),
+    ("params", "parameters", ""),
+    ("bytes", "file, estimated", "B"),
+    ("ms", "latency", "ms"),
+)
 """Costs of the page: key, label and unit."""
 _TITLE, _DETAIL = 21, 26
 """Number of letters of the two lines of a block, above which they are cut (heuristic)."""

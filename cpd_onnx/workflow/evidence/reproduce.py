@@ -145,7 +145,9 @@ def _repeated_request(
     recorded = recipe.parsed(record["recipe"], owner, request.manifest)
     fixed: dict[str, Any] = {role: str(inputs[role]) for role in ("data", "watch", "profile") if role in inputs}
     fixed |= {"model": inputs["model"], "output": output, "force": request.force, "eval": None, "report": False}
-    fixed |= {"max_loss": None, "check_speed": False, "blind": True}  # the recorded channels have been chosen
+    fixed |= {"max_loss": None, "check_speed": False}  # the recorded channels have been chosen
+    if "blind" not in recorded and "data" not in inputs:  # versions without that option chose by the weights alone
+        fixed |= {"blind": True, "repair": False} | ({} if recorded.get("score") else {"score": "l2"})
     if recorded.get("eval") is not None or "hold_out" not in recorded:
         fixed["hold_out"] = 0.0  # there was other data to measure on, or the version of that run held nothing out
     fixed |= {"like": inputs.get("plan"), "cost_table": inputs.get("cost-table"), **dict.fromkeys(_TRACES)}

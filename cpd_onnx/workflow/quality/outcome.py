@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from cpd_onnx.budget.allocation import Allocation
+from cpd_onnx.budget.targets import targets_of
 from cpd_onnx.errors import NotFasterError
 from cpd_onnx.passes.allocate import target_options
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.report.verdict import NOT_FASTER, answers
 from cpd_onnx.shapes.realistic import judged_inputs
 from cpd_onnx.workflow import defaults
+from cpd_onnx.workflow.places import table_path_of
 from cpd_onnx.workflow.quality.samples import Samples, agreement_on
 from cpd_onnx.workflow.quality.search import Choice, Demand
 from cpd_onnx.workflow.requests import Compress, Prune
@@ -52,14 +56,48 @@ def content(
         "asked": [asdict(row) for row in chosen.asked] if is_wanted else [],
         "is_bounded": demand.max_loss is not None and choice.plan is not None,
         "is_lossless": choice.is_lossless,
-        "is_blind": state.data is None and not choice.is_lossless,
+        "is_blind": request.data is None and not choice.is_lossless,
         "max_loss": demand.max_loss,
         "is_unbounded": request.max_loss == math.inf,
         "checks_speed": request.check_speed,
+        # Who gives neither data nor an aim gets what is free: a smaller model, unless it is slower.
+        "aims_at_speed": not choice.is_lossless or request.target is not None or request.max_loss is not None,
         "latency": dict(chosen.latency),
         "slow_because": chosen.slow_because,
         "inputs": judged_inputs(state.need("combed", "comb").folded),
     }
+
+
+def target_notes(request: Prune | Compress, choice: Choice) -> list[str]:
+    """Return a note if channels were removed at no loss only, whatever the target; empty otherwise."""
+    if request.target is None or not choice.is_lossless:
+        return []
+    return [
+        f"the target {targets_of(request.target)} was not aimed at: without --data or --blind, only channels are "
+        "removed that change no output"
+    ]
+
+
+def table_places(request: Prune | Compress) -> list[Path]:
+    """Return the path of the cost table of a request if one is measured, which is kept where a target is missed."""
+    if request.target is None or request.cost_table is not None or not targets_of(request.target).has_latency:
+        return []
+    return [table_path_of(request.output)]
+
+
+def kept_table(request: Prune | Compress, chosen: Allocation, content: dict[str, Any]) -> Path | None:
+    """Write the measured cost table if a target was out of reach, and add to the notes what it is good for.
+
+    Returns its path; None if it is not needed.
+    """
+    is_missed = any(not row["is_met"] for row in content["asked"]) and not content["is_bounded"]
+    place = next(iter(table_places(request)), None)
+    if place is None or chosen.table is None or not is_missed:
+        return None
+    chosen.table.save(place)
+    content["cost_table"] = str(place)
+    content["notes"].append(f"--cost-table {place} tries other targets without measuring the latencies again")
+    return place
 
 
 def require_faster(request: Prune | Compress, content: Mapping[str, Any]) -> None:

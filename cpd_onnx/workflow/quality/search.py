@@ -137,7 +137,8 @@ class Search:
         found = self.furthest(max_loss)
         if found is None:
             least = min((c.loss for c in self.tried.values() if c is not None), default=math.nan)
-            raise LossError(f"no smaller model loses at most {max_loss:g}: the least that was found is {least:.3g}")
+            said = f"no smaller model loses at most {max_loss:g}: the least that was found is {least:.3g}"
+            raise LossError(f"{said}{self.loss.advice()}")
         return self.choice(found, max_loss)
 
 
@@ -248,7 +249,7 @@ def _lossless(state: State, step: Iterate) -> Choice:
     if not any(chosen.removed):
         raise TargetError(
             "no channel can be removed without a change of the outputs: give --data, a few hundred unlabelled samples, "
-            "or --blind to choose channels by their weights alone, which probably loses the accuracy"
+            "or --blind to choose channels on generated inputs, which probably loses accuracy"
         )
     words = dict(free.budget) | {"seed": step.seed}
     plan = make_plan(combed, chosen.removed, budget=words, before=chosen.before, after=chosen.after)
