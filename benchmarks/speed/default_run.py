@@ -54,7 +54,7 @@ def run(checkout: Path, arguments: list[str], seconds: int) -> tuple[int, float,
     try:
         done = subprocess.run(
             [sys.executable, "-m", "cpd_onnx", *arguments], capture_output=True, text=True, check=False,
-            env=environment, timeout=seconds,
+            env=environment, timeout=seconds, cwd=checkout,
         )  # fmt: skip  # what and how
     except subprocess.TimeoutExpired:
         return -1, float(seconds), "timed out"
@@ -74,7 +74,7 @@ def row(checkout: Path, path: Path, name: str, more: list[str], options: argpars
     """Return what one run of one checkout made of a file."""
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "made.onnx"
-        code, seconds, said = run(checkout, ["prune", str(path), "-o", str(made), *more], options.limit)
+        code, seconds, said = run(checkout, ["prune", str(path.resolve()), "-o", str(made), *more], options.limit)
         found: dict[str, Any] = {"target": name, "code": code, "seconds": round(seconds, 2), "speedup": None}
         if not made.exists():
             return found | {"said": said.splitlines()[-1:] or [""]}
@@ -90,10 +90,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="of timing for each file")
     parser.add_argument("--limit", type=int, default=600, help="seconds for one run")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "default_run.json")
+    parser.add_argument("--only", choices=TARGETS, help="one of the two runs")
     options = parser.parse_args()
+    targets = {name: more for name, more in TARGETS.items() if options.only in (None, name)}
     rows = []
     for path in options.files:
-        for name, more in TARGETS.items():
+        for name, more in targets.items():
             entry = {"file": path.name, **row(ROOT, path, name, [*more, "--blind"], options)}
             if options.before:
                 entry["before"] = row(options.before, path, name, more, options)
@@ -105,7 +107,7 @@ def main() -> None:
                 flush=True,
             )
             options.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-    for name in TARGETS:
+    for name in targets:
         made = [entry for entry in rows if entry["target"] == name and entry["speedup"]]
         slower = [entry["file"] for entry in made if entry["speedup"] < 1 and entry["code"] != NOT_FASTER]
         speedups = [entry["speedup"] for entry in made]

@@ -1,0 +1,210 @@
+"""Does `--max-loss` keep what it promises? The loss is measured on data that the run never saw, by code of this file.
+
+    python benchmarks/accuracy/max_loss.py --data-folder DATA [--magika MODEL] [--files FOLDER] [--only NAME]
+    python benchmarks/accuracy/max_loss.py --table
+
+DATA is a folder with `onnx/` and `load.py`. MODEL is the model.onnx that the package magika ships, which tells the type
+of a file from its first and last bytes; FOLDER has files of many types. What is missing is skipped. Each run aims at a
+tenth of the MACs and gives way to the bound, without training and without timing. A loss is within what was asked if it is
+so within its sampling error (one-sided, 95 %).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from verdicts import ESPNET, IMAGENET, ROOT, SEED, SURE, Data, Pixels, opened
+
+RESULT = ROOT / "benchmarks" / "results" / "max_loss.json"
+BYTES, BLOCK, PADDING = 1024, 4096, 256
+"""Bytes at each end of a file that magika takes, bytes from which they are stripped, and the token for none."""
+MOST_FILES = 3000
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, its data and the bounds.
+
+    Attributes:
+        model: Stem of the file in DATA/onnx, or "magika".
+        data: Name of the data set, or "files".
+        pixels: Preprocessing of images.
+        given: Number of unlabelled samples that the run gets.
+        labelled: Number of labelled samples for `--eval`; 0 for the agreement with the original.
+        tested: Largest number of samples on which the loss is measured.
+        bounds: Losses that are asked for.
+    """
+
+    model: str
+    data: str
+    pixels: Pixels | None = IMAGENET
+    given: int = 1000
+    labelled: int = 0
+    tested: int = 5000
+    bounds: tuple[float, ...] = (0.03, 0.01)
+
+
+CASES = {
+    "classifier": Case("resnet20_gtsrb", "gtsrb"),
+    "classifier, labels": Case("resnet20_gtsrb", "gtsrb", labelled=1500),
+    "bytes of files": Case("magika", "files", None),
+    "transformer": Case("vit_cifar10_smmk47", "cifar10"),
+    "segmentation": Case("espnet_p2_q8_camvid", "camvid", ESPNET, given=60, tested=60),
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Inputs for the run, and inputs with labels for its `--eval` and for the test; labels are None where unknown."""
+
+    given: Array
+    judged: tuple[Array, Array] | None
+    tested: tuple[Array, Array | None]
+
+
+def parts_of(case: Case, options: argparse.Namespace) -> Parts | None:
+    """Return the data of a case; None if it is missing."""
+    rng = np.random.default_rng(SEED)
+    if case.data == "files":
+        if options.files is None or options.magika is None:
+            return None
+        inputs = of_files(options.files, rng)
+        return Parts(inputs[: case.given], None, (inputs[case.given :], None))
+    assert case.pixels is not None
+    try:
+        given, images, labels = Data(options.data_folder).decode(case.data)
+    except FileNotFoundError:
+        return None
+    rows, test = rng.permutation(len(given))[: case.given], rng.permutation(len(images))
+    judged, tested = test[: case.labelled], test[case.labelled :][: case.tested]
+    pairs = [(case.pixels(images[chosen]), labels[chosen]) for chosen in (judged, tested)]
+    return Parts(case.pixels(given[rows]), pairs[0] if case.labelled else None, pairs[1])
+
+
+def of_files(folder: Path, rng: np.random.Generator) -> Array:
+    """Return the tokens of files, at most 200 of a suffix, in random order."""
+    by: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.is_symlink() and path.stat().st_size >= 64:
+            by.setdefault(path.suffix, []).append(path)
+    paths = [paths[place] for paths in by.values() for place in rng.permutation(len(paths))[:200]]
+    return np.stack([tokens(paths[place]) for place in rng.permutation(len(paths))[:MOST_FILES]])
+
+
+def tokens(path: Path) -> Array:
+    """Return the first and last bytes of a file without blanks at its ends, as magika takes them."""
+    with path.open("rb") as file:
+        first = file.read(BLOCK).lstrip()[:BYTES]
+        file.seek(max(0, path.stat().st_size - BLOCK))
+        last = file.read(BLOCK).rstrip()[-BYTES:]
+    found = np.full(2 * BYTES, PADDING, np.int32)
+    found[: len(first)] = np.frombuffer(first, np.uint8)
+    found[2 * BYTES - len(last) :] = np.frombuffer(last, np.uint8)
+    return found
+
+
+def answers(path: Path, inputs: Array) -> Array:
+    """Return the classes of the samples, or of their pixels."""
+    session = opened(path)
+    name, size = session.get_inputs()[0].name, 4 if inputs.ndim == 4 and inputs.shape[-1] > 64 else 64
+    made = [session.run(None, {name: inputs[at : at + size]})[0].argmax(1) for at in range(0, len(inputs), size)]
+    return np.concatenate(made)
+
+
+def lost(first: Array, second: Array, labels: Array | None) -> tuple[float, float]:
+    """Return the loss of the second answers, of the score on labels or of the agreement, and its standard error."""
+    if labels is None:
+        each = (first != second).reshape(len(first), -1).mean(1)
+    else:
+        each = (first == labels).astype(float) - (second == labels)
+    return float(each.mean()), float(each.std(ddof=1) / np.sqrt(len(each)))
+
+
+def row(name: str, case: Case, model: Path, bound: float, parts: Parts) -> dict[str, Any]:
+    """Return what a run with a bound left and lost."""
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        entry = opened(model).get_inputs()[0].name
+        np.savez(work / "data.npz", **{entry: parts.given})
+        words = ["prune", str(model), "-o", str(work / "small.onnx"), "--data", str(work / "data.npz")]
+        if parts.judged is not None:
+            np.savez(work / "eval.npz", **{entry: parts.judged[0], "labels": parts.judged[1]})
+            words = ["compress", *words[1:], "--eval", str(work / "eval.npz"), "--no-distill", "--no-report"]
+        words += ["--max-loss", str(bound), "--target", "macs=0.1", "--no-check-speed"]
+        started = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "cpd_onnx", *words, "--json", str(work / "result.json")],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip  # what and how
+        made = {
+            "case": name, "model": case.model, "asked": bound, "code": done.returncode,
+            "seconds": round(time.perf_counter() - started),
+        }  # fmt: skip  # a table
+        if not (work / "small.onnx").exists():
+            return made | {"said": (done.stderr or done.stdout).strip().splitlines()[-1][-200:]}
+        content = json.loads((work / "result.json").read_text())
+        inputs, labels = parts.tested
+        loss, error = lost(*(answers(path, inputs) for path in (model, work / "small.onnx")), _used(case, labels))
+    told = next(entry for entry in content["verdict"]["answers"] if entry["question"] == "as good")
+    return made | {
+        "macs": content["after"]["macs"] / content["before"]["macs"], "answer": told["answer"], "said": told["text"],
+        "loss": loss, "error": error, "samples": len(inputs), "is_within": loss - SURE * error <= bound,
+    }  # fmt: skip  # a table
+
+
+def _used(case: Case, labels: Array | None) -> Array | None:
+    return labels if case.labelled else None
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    print("| case | asked | code | MACs left | as good? | loss on other data | within |")
+    print("|---|---|---|---|---|---|---|")
+    for entry in rows:
+        head = f"| {entry['case']} ({entry['model']}) | {entry['asked']:g} | {entry['code']} | "
+        if "loss" not in entry:
+            print(f"{head}| {entry['said']} | | |")
+            continue
+        loss = f"{entry['loss']:.4f} ± {SURE * entry['error']:.4f} (n = {entry['samples']})"
+        within = "yes" if entry["is_within"] else "NO"
+        print(f"{head}{entry['macs']:.2f} | {entry['answer']} | {loss} | {within} |")
+    made = [entry for entry in rows if "loss" in entry]
+    print(f"\n{sum(entry['is_within'] for entry in made)} of {len(made)} losses are within what was asked")
+
+
+def main() -> None:
+    """Run, measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-folder", type=Path)
+    parser.add_argument("--magika", type=Path, help="model.onnx of the package magika")
+    parser.add_argument("--files", type=Path, help="folder with files of many types")
+    parser.add_argument("--only", choices=CASES, action="append")
+    parser.add_argument("--table", action="store_true", help="print the stored results and run nothing")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args()
+    rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
+    for name in () if options.table else options.only or CASES:
+        case = CASES[name]
+        model = options.magika if case.model == "magika" else options.data_folder / "onnx" / f"{case.model}.onnx"
+        parts = parts_of(case, options) if model is not None and model.is_file() else None
+        for bound in case.bounds if parts is not None else ():
+            assert parts is not None
+            made = row(name, case, model, bound, parts)
+            rows = [entry for entry in rows if (entry["case"], entry["asked"]) != (name, bound)] + [made]
+            options.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+            print(name, bound, made["code"], made.get("loss"), made["seconds"], "s", flush=True)
+    show(rows)
+
+
+if __name__ == "__main__":
+    main()
