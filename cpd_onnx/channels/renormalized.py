@@ -20,7 +20,6 @@ from cpd_onnx.channels.groups import Combed
 from cpd_onnx.data.sources import Source, calibration
 from cpd_onnx.data.synthetic import Synthetic
 from cpd_onnx.ir.model import Array, Model, attributes_of
-from cpd_onnx.ops.matrix_view import key_of
 from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.runtime.stepwise import Stepwise
 from cpd_onnx.shapes.editor import Editor
@@ -130,7 +129,7 @@ def _normalizations(folded: Folded) -> Iterator[int]:
     if scope.opset < _OPSET:
         return
     for position, node in enumerate(scope.nodes):
-        if key_of(node) != ("", "BatchNormalization") or attributes_of(node).get("training_mode", 0):
+        if not traits_of(node).stores_statistics or attributes_of(node).get("training_mode", 0):
             continue
         data = scope.values.get(node.input[0])
         if data is None or data.constants is not None or len(data.shape or ()) < 2:

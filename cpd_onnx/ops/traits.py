@@ -50,6 +50,7 @@ class Traits:
         may_mask: May apply an additive mask of minus infinity to attention scores.
         follows_normalisation: Commonly follows a convolution whose BatchNormalization was folded into it.
         normalises: Divides activations by their own deviation, so that their scale does not depend on the inputs.
+        stores_statistics: Stores mean and variance of each channel over the training data, after scale and bias.
         is_quantizer: Converts between real numbers and the integers that represent them.
         rounds_activations: Rounds activations to integers, possibly internally.
         is_quantized: Occurs in quantised models only.
@@ -94,6 +95,7 @@ class Traits:
     may_mask: bool = False
     follows_normalisation: bool = False
     normalises: bool = False
+    stores_statistics: bool = False
     is_quantizer: bool = False
     rounds_activations: bool = False
     is_quantized: bool = False
@@ -246,7 +248,7 @@ _row("TopK", "stays_float")
 _row("Xor", "is_boolean")
 
 # Layers.
-_row("BatchNormalization", "stays_float runs_in_place")
+_row("BatchNormalization", "stays_float runs_in_place stores_statistics")
 _row("Conv", "follows_normalisation sums_products")
 _row("AveragePool", "maps_zeros_to_zeros")
 _row("ConvTranspose", "sums_products")

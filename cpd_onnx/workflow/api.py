@@ -20,7 +20,7 @@ from cpd_onnx.workflow import compress as compression
 from cpd_onnx.workflow.compress import Compressed
 from cpd_onnx.workflow.evidence import reproduce
 from cpd_onnx.workflow.quality import outcome, search
-from cpd_onnx.workflow.quality.samples import generated, samples_of
+from cpd_onnx.workflow.quality.samples import samples_of, to_fit
 from cpd_onnx.workflow.requests import Request
 
 M = TypeVar("M")
@@ -113,7 +113,7 @@ def compressed_by(model: ModelSource, options: CompressOptions) -> Compressed:
     decided = {} if has_target else {**outcome.usual_target(options.max_loss), "nearest": True}
     is_search = options.max_loss is not None
     samples = samples_of(source, None, defaults.HOLD_OUT if is_search else 0.0, is_search=is_search)
-    fitted = generated(original, shapes, options) if options.blind and not has_data else samples.fitted
+    fitted = to_fit(samples.fitted, original, options)
     step = compression.step_of(options, decided, given if training else None, fitted)
     state = State(original, original, shapes, fitted)
     demand = search.Demand(options.max_loss, options.blind)

@@ -68,7 +68,7 @@ from cpd_onnx.workflow.places import (
 )
 from cpd_onnx.workflow.quality import outcome, search
 from cpd_onnx.workflow.quality.checks import checked_samples
-from cpd_onnx.workflow.quality.samples import Samples, generated, samples_of
+from cpd_onnx.workflow.quality.samples import Samples, samples_of, to_fit
 from cpd_onnx.workflow.requests import Compress, Compressing, Observer, ignore
 
 _BENCH_SECONDS = 4.0
@@ -280,7 +280,7 @@ def _run_of(request: Compress, model: Model, source: Source | None) -> _Run:
         demand = _without_search(request, demand)
     samples = samples_of(source, labelled, request.hold_out, is_search=demand.max_loss is not None)
     training = vars(options_from(DistillOptions, request)) if trains else None
-    fitted = generated(model, request.input_shapes, request) if request.blind and source is None else samples.fitted
+    fitted = to_fit(samples.fitted, model, request)
     step = compression.step_of(request, outcome.target_of(request), training, fitted)
     hold_out = request.hold_out if labelled is None else 0.0
     identity = (model.sha256(), step, request.input_shapes, request.data, request.like, request.max_loss, hold_out)

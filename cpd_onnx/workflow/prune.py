@@ -43,7 +43,7 @@ from cpd_onnx.workflow.places import (
 )
 from cpd_onnx.workflow.quality import outcome, search
 from cpd_onnx.workflow.quality.checks import checked_samples
-from cpd_onnx.workflow.quality.samples import generated, samples_of
+from cpd_onnx.workflow.quality.samples import samples_of, to_fit
 from cpd_onnx.workflow.requests import Apply, Observer, Prune, VerifyFile, ignore
 
 _BATCHES = 2
@@ -61,7 +61,7 @@ def prune(request: Prune, observer: Observer = ignore) -> dict[str, Any]:
     source = source_of(request.data, model, request)
     checked = checked_samples(request, model, source)
     samples = samples_of(source, None, request.hold_out, is_search=demand.max_loss is not None)
-    fitted = generated(model, request.input_shapes, request) if request.blind and source is None else samples.fitted
+    fitted = to_fit(samples.fitted, model, request)
     step = step_of(request, outcome.target_of(request), None, fitted)
     _ = step.budget  # raises TargetError for invalid options before the work starts
     start = State(model, model, request.input_shapes, fitted)

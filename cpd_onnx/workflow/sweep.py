@@ -32,7 +32,7 @@ from cpd_onnx.workflow import recipe
 from cpd_onnx.workflow.compress_files import can_draw, compress, page_kinds, timed, write_page
 from cpd_onnx.workflow.places import read_model, require_apart, require_outputs, source_of, write_json
 from cpd_onnx.workflow.quality.checks import checked_samples
-from cpd_onnx.workflow.quality.samples import generated, samples_of
+from cpd_onnx.workflow.quality.samples import samples_of, to_fit
 from cpd_onnx.workflow.requests import QUIET, Compress, Observer, Sweep, ignore
 
 _SECONDS = 2.0
@@ -141,7 +141,7 @@ def _planned(request: Sweep, model: Model, source: Source | None, targets: Mappi
     """Write a plan for each target and return their paths; combing, scoring and measuring latency happen once."""
     combed = comb(model, request.input_shapes)
     first: Mapping[str, Any] = {"target": next(iter(targets.values()))}
-    source = generated(model, request.input_shapes, request) if request.blind and source is None else source
+    source = to_fit(source, model, request)
     step = compression.step_of(request, first, None, source)
     kind = step.score
     scores = score(combed, kind, samples=request.samples, data=source, labels=request.score_labels, seed=request.seed)

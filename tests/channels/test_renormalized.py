@@ -19,7 +19,8 @@ from cpd_onnx.data.synthetic import Synthetic
 from cpd_onnx.ir.model import Model, load
 from cpd_onnx.rewrite.rewriter import rewrite
 from cpd_onnx.runtime.sessions import execute, open_model
-from cpd_onnx.workflow.quality.samples import generated
+from cpd_onnx.workflow.api import CompressOptions
+from cpd_onnx.workflow.quality.samples import to_fit
 
 MODELS = Path(cpd.__file__).parent / "models"
 TEXT = """g (float[N, 3, 8, 8] x) => (float[N, 2, 8, 8] out) {
@@ -129,4 +130,4 @@ def test_a_model_that_cannot_be_run_on_generated_inputs_is_pruned_by_its_weights
         t = Identity (s)
     }"""
     model = network(text, w0=np.eye(8), w1=np.eye(8)[:, :4])
-    assert generated(model, None) is None
+    assert to_fit(None, model, CompressOptions(blind=True)) is None

@@ -284,6 +284,8 @@ def test_prune_with_data_repairs_unless_told_otherwise(tmp_path, capsys):
     capsys.readouterr()
     assert main(plain(["prune", str(tmp_path / "model.onnx"), "-o", str(tmp_path / "x.onnx"), "--repair"])) == 0
     assert "weights fitted to the original" in capsys.readouterr().out  # on generated inputs
+    assert main(["prune", str(tmp_path / "model.onnx"), "-o", str(tmp_path / "y.onnx"), "--repair"]) == 1
+    assert "repair needs samples: give --data" in capsys.readouterr().err
 
 
 def test_sensitivity_is_the_error_with_one_group_alone_pruned(tmp_path):
@@ -326,10 +328,12 @@ def test_inspect_measures_and_draws_sensitivity(tmp_path, capsys):
 
 
 def test_synthetic_images_look_like_normalised_ones():
-    folded = comb(residual()).folded
-    source = Synthetic(folded)
+    proto = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> g (float[N,3,32,32] x) => (float[N,3,32,32] y) {y = Relu(x)}'
+    )
+    source = Synthetic(comb(load(proto)).folded)
     first, again, other = (next(source.batches(256, seed=seed))["x"] for seed in (1, 1, 2))
-    assert first.shape == (256, *inputs()["x"].shape[1:])
+    assert first.shape == (256, 3, 32, 32)
     assert first.dtype == np.float32
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
@@ -337,7 +341,7 @@ def test_synthetic_images_look_like_normalised_ones():
     assert 0.7 < first.std() < 1.5
     neighbours = np.corrcoef(first[..., 1:].ravel(), first[..., :-1].ravel())[0, 1]
     channels = np.corrcoef(first[:, 0].ravel(), first[:, 1].ravel())[0, 1]
-    assert neighbours > 0.3
+    assert neighbours > 0.5
     assert channels > 0.6
 
 

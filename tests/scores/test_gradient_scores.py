@@ -104,6 +104,8 @@ def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "unknown score 'best'" in capsys.readouterr().err
     np.savez(tmp_path / "few.npz", **{k: v[:8] for k, v in np.load(DIGITS / "digits_train.npz").items()})
     command = ["prune", str(DIGITS / "digits.onnx"), *target, "fisher"]
+    assert main(command) == 1
+    assert "--data" in capsys.readouterr().err
     assert main(plain(command)) == 0  # on generated inputs
     assert (
         main(plain([*command, "--data", str(tmp_path / "few.npz"), "--force", "--samples", "4", "--policy", "global"]))

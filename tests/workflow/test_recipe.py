@@ -66,5 +66,17 @@ def test_what_is_wrong_with_a_recipe(folder: Path, text: str, message: str, caps
 def test_training_needs_data(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compress(folder, "a.onnx", "--distill") == 1
     assert "training needs samples: give --data" in capsys.readouterr().err
+    line = [
+        "compress",
+        str(MODELS / "digits.onnx"),
+        "-o",
+        str(folder / "a.onnx"),
+        "--target",
+        "macs=0.5",
+        "--no-check-speed",
+        "--repair",
+    ]
+    assert main(line) == 1
+    assert "repair needs samples: give --data" in capsys.readouterr().err
     assert compress(folder, "a.onnx", "--recipe", folder / "none.toml") == 1
     assert "cannot read recipe" in capsys.readouterr().err

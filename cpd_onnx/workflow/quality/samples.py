@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -65,17 +64,19 @@ def samples_of(data: Source | None, labelled: Source | None, hold_out: float, *,
     return Samples(fitted, choosing, judging, labelled is not None, is_held_out)
 
 
-def generated(model: Model, shapes: Mapping[str, Sequence[int]] | None, options: Any) -> Synthetic | None:
-    """Return generated samples to fit to in place of data.
+def to_fit(data: Source | None, model: Model, options: Any) -> Source | None:
+    """Return the samples to fit to: `data` or, without it in a run with the option `blind`, generated ones.
 
-    None if the model cannot be run on any or is very large, or if neither the score nor the repair in `options` needs
-    any.
+    None without either, or if the model cannot be run on generated ones or is very large, or if neither the score nor
+    the repair in `options` needs any.
     """
+    if data is not None or not options.blind:
+        return data
     needs_none = options.repair is False and options.score and not find_score_function(options.score).needs_data
     if needs_none or model.is_over_limit:
         return None
     try:
-        source = Synthetic(fold(model, dict(shapes or {})))
+        source = Synthetic(fold(model, dict(options.input_shapes or {})))
         execute(open_model(model), next(calibration(model.proto, source, 1)))
     except (DataError, UnsupportedError):
         return None
