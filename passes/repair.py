@@ -19,6 +19,7 @@ from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.channels.renormalized import renormalized
 from cpd_onnx.data.sources import Source, calibration
+from cpd_onnx.data.synthetic import Synthetic
 from cpd_onnx.errors import DataError
 from cpd_onnx.fitting.least_squares import MAX_FEATURES, Rows, Sampler, one_thread, single
 from cpd_onnx.fitting.output_error import output_error, outputs_of
@@ -158,7 +159,7 @@ def _repaired(
     del repairer
     if only is not None:
         return made
-    if count < min(_FEW, chosen.samples):
+    if count < min(_FEW, chosen.samples) and not isinstance(data, Synthetic):
         made = replace(made, notes=(f"the repair had {count} samples only: a few hundred make it more accurate",))
     return made if not made.fits else _unless_worse(original, pruned, made, checks)
 

@@ -35,10 +35,9 @@ class Synthetic:
         folded: The model.
     """
 
-    count = 4096
-
-    def __init__(self, folded: Folded) -> None:
+    def __init__(self, folded: Folded, count: int = 4096) -> None:
         """Create a source for a model; raises UnsupportedError if an input takes strings or has no known shape."""
+        self.count = count
         self.folded, self._example = folded, random_feed(folded)
 
     def batches(self, size: int, *, seed: int | None = None) -> Iterator[Feed]:

@@ -21,6 +21,8 @@ from cpd_onnx.shapes.inference import fold
 _CHOOSING = 1 / 3
 """Part of the samples for measurements that a search uses (heuristic). The result is judged by the others; the more
 there are, the more likely it is that they show what the search has found."""
+_GENERATED = 128
+"""Number of samples that are generated in place of data (measured: enough for the choice and the repair)."""
 _FEW = 30
 """Number of samples below which equal answers say too little (heuristic): 29 show, at best, that 10 % may differ."""
 
@@ -76,7 +78,7 @@ def to_fit(data: Source | None, model: Model, options: Any) -> Source | None:
     if needs_none or model.is_over_limit:
         return None
     try:
-        source = Synthetic(fold(model, dict(options.input_shapes or {})))
+        source = Synthetic(fold(model, dict(options.input_shapes or {})), _GENERATED)
         execute(open_model(model), next(calibration(model.proto, source, 1)))
     except (DataError, UnsupportedError):
         return None
