@@ -15,7 +15,7 @@ from cpd_onnx.budget.deployed import STORED, flash_terms
 from cpd_onnx.budget.knapsack import Cost, Counts, solve
 from cpd_onnx.budget.latency import CostTable
 from cpd_onnx.budget.memory import MemoryModel
-from cpd_onnx.budget.targets import Asked, Target
+from cpd_onnx.budget.targets import Asked, Target, slack_of
 from cpd_onnx.budget.widths import Limits, allowed_widths
 from cpd_onnx.channels.costs import CostModel, Costs, Floats, Peak, Term
 from cpd_onnx.channels.groups import Combed
@@ -368,7 +368,8 @@ class _Allocator:
 
     def run(self) -> Allocation:
         target = 1.0 if self.budget.also else self.budget.fraction * self.full
-        floor, tolerance = self.cost(self.widths.least), (_EXACT if self.is_strict else _TOLERANCE) * self.full
+        slack = _EXACT if self.is_strict else slack_of(self.budget.fraction)
+        floor, tolerance = self.cost(self.widths.least), slack * self.full
         if floor > target + tolerance:
             raise self.unreachable()
         counts = self.counted(target)

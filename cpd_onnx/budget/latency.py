@@ -490,6 +490,7 @@ class _Samples:
         self.ms: list[float] = []
         self.original = 0.0
         self._known: dict[Any, tuple[int, ...]] = {}
+        self._places: dict[str, tuple[int, ...]] = {}
 
     def add(self, widths: npt.NDArray[np.int64]) -> int:
         """Measure one choice of widths; returns its row."""
@@ -503,6 +504,7 @@ class _Samples:
         kept = KeepMask(self.combed.atoms, gone)
         self.rows.append([kept.count(axis) for _, axis in self.axes])
         self.widths.append(widths)
+        self._places.clear()
         if self.observer is not None:
             self.observer(len(self.times), 2 + _TURNS * len(MULTIPLES) + _SAMPLES)
         return len(self.times) - 1
@@ -515,6 +517,11 @@ class _Samples:
 
     def places(self, name: str) -> tuple[int, ...]:
         """Return the positions of the axes that a kernel's sizes follow, each once, from all models with the kernel."""
+        if name not in self._places:
+            self._places[name] = self._places_of(name)
+        return self._places[name]
+
+    def _places_of(self, name: str) -> tuple[int, ...]:
         forms: dict[int, list[int]] = defaultdict(list)  # the kernel may have more tensors in one model than in another
         for sample, times in enumerate(self.times):
             if name in times:

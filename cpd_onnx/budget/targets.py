@@ -20,6 +20,8 @@ OF_THE_ORIGINAL = "of the original"
 SLACK = 0.02
 """Deviation up to which a fraction of the original or a measured latency counts as met: whole channels are removed, and
 measurements of the same model differ by about as much (heuristic)."""
+_RELATIVE_SLACK = 0.25
+"""The same as a fraction of the target, which limits it for small targets (heuristic)."""
 
 _COUNTS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
 _SIZES = {
@@ -88,10 +90,16 @@ class Target:
         """Return what became of the target, where `got` remains of the cost `full`."""
         if self.is_fraction:
             reached = got / full if full else 1.0
-            return Asked(self.kind, self.amount, reached, self.unit, reached <= self.amount + SLACK)
+            slack = SLACK if self.kind == "latency" else slack_of(self.amount)
+            return Asked(self.kind, self.amount, reached, self.unit, reached <= self.amount + slack)
         reached = got / self.scale
         slack = SLACK * self.amount if self.kind == "latency" else 1e-9 * self.amount
         return Asked(self.kind, self.amount, reached, self.unit, reached <= self.amount + slack)
+
+
+def slack_of(fraction: float) -> float:
+    """Return how far above a fraction of the original a cost may be and still meet it."""
+    return min(SLACK, _RELATIVE_SLACK * fraction)
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,8 @@ def test_what_is_no_target(text: str) -> None:
 def test_what_became_of_a_target() -> None:
     assert Target("macs", 0.5).asked(51.0, 100.0) == Asked("macs", 0.5, 0.51, OF_THE_ORIGINAL, is_met=True)
     assert not Target("macs", 0.5).asked(60.0, 100.0).is_met
+    assert Target("macs", 0.1).asked(11.9, 100.0).is_met
+    assert not Target("macs", 0.001).asked(1.0, 100.0).is_met, "ten times as much as asked for"
     assert Target("flash", 400.0, "kB").asked(399_000.0, 1e6) == Asked("flash", 400.0, 399.0, "kB", is_met=True)
     assert not Target("flash", 400.0, "kB").asked(400_001.0, 1e6).is_met
     assert Target("ram", 1.0, "KiB").fraction_of(4096.0) == 0.25
