@@ -26,6 +26,8 @@ from cpd_onnx.ir.model import Model
 
 Array: TypeAlias = npt.NDArray[Any]
 Floats: TypeAlias = npt.NDArray[np.float64]
+Margins: TypeAlias = tuple[Floats, Floats]
+"""By how much the answer of each sample leads, and how much of that is lost."""
 
 TASKS = ("classification", "segmentation", "detection", "language", "embedding", "regression")
 """Tasks, each with its measure of agreement."""
@@ -36,6 +38,8 @@ _MEASURES = {
     "classification": "same answer", "segmentation": "same pixels", "detection": "matched boxes",
     "language": "same tokens", "embedding": "cosine similarity", "regression": "explained variance",
 }  # fmt: skip  # a table
+_OF_CLASSES = ("classification", "segmentation", "language")
+"""Tasks whose outputs hold a score of each class."""
 _BATCH = 16
 """Number of samples at a time."""
 _LEAST_SCORE, _OVERLAP = 0.3, 0.5
@@ -44,6 +48,8 @@ _LOOKED_AT = 32
 """Number of samples from which the task is told (heuristic)."""
 _RESAMPLED = 2000
 """Number of bootstrap samples."""
+_MOST_PAIRED = 2000
+"""Number of samples up to which leads are set against falls: of more, the answers that differ can be counted."""
 _NEAR_ONE = 1e-3
 """Deviation from 1 up to which probabilities add up to 1, and embeddings have a length of 1."""
 _CLASSES = re.compile(r"logit|prob|class|softmax|label")
@@ -73,6 +79,7 @@ class Agreement:
         confidence: Confidence of each bound.
         interval: Method of the bounds: "Clopper-Pearson", which is exact for yes and no, or "bootstrap".
         is_held_out: Whether nothing was fitted to the samples.
+        most_lost: Upper bound of the answers that differ, from the margins of the answers; None where it is not known.
     """
 
     task: str
@@ -86,6 +93,7 @@ class Agreement:
     confidence: float = CONFIDENCE
     interval: str = "Clopper-Pearson"
     is_held_out: bool = True
+    most_lost: float | None = None
 
     @property
     def is_near_chance(self) -> bool:
@@ -159,6 +167,9 @@ class _Tally(Protocol):
     def chance(self) -> float:
         """Return the agreement that the best constant answer would reach."""
 
+    def most_lost(self) -> float | None:
+        """Return the bound `Agreement.most_lost`."""
+
 
 @dataclass
 class _OutputTally:
@@ -170,6 +181,7 @@ class _OutputTally:
     each: list[Floats] = field(default_factory=list)
     counts: Counter[bytes] = field(default_factory=Counter)
     vectors: list[Floats] = field(default_factory=list)
+    margins: list[Margins] = field(default_factory=list)
 
     @property
     def task(self) -> str:
@@ -178,6 +190,9 @@ class _OutputTally:
     def add(self, wanted: Sequence[Array], answered: Sequence[Array]) -> None:
         first, second = (self.how.read(np.atleast_1d(side[self.place])) for side in (wanted, answered))
         self.each.append(self.how.compare(first, second))
+        scores = (wanted[self.place], answered[self.place])
+        if self.task == "classification" and self.how.axis == 1 and scores[0].shape == scores[1].shape:
+            self.margins.append(_margins(*scores))
         if self.task == "embedding":
             self.vectors.append(np.asarray(first.reshape(len(first), -1), np.float64))
         elif self.task != "regression":
@@ -187,6 +202,12 @@ class _OutputTally:
 
     def values(self) -> Floats:
         return np.concatenate(self.each)
+
+    def most_lost(self) -> float | None:
+        if not self.margins or sum(len(margin) for margin, _ in self.margins) != len(self.values()):
+            return None
+        margin, fall = (np.concatenate(each) for each in zip(*self.margins, strict=True))
+        return _most_lost(margin, fall) if len(margin) <= _MOST_PAIRED else None
 
     def chance(self) -> float:
         if self.counts:
@@ -224,6 +245,9 @@ class _BoxTally:
 
     def chance(self) -> float:
         return 0.0
+
+    def most_lost(self) -> float | None:
+        return None
 
 
 def _matched(wanted: Detections, answered: Detections) -> float:
@@ -273,6 +297,20 @@ def agreement(original: Model, model: Model, source: Source, task: str | None = 
     return min(map(_summary, tallies), key=lambda found: found.value - found.chance)
 
 
+def class_axes(original: Model, source: Source) -> dict[str, int]:
+    """Return the axis of the classes of each output that holds scores of classes, by the name of the output.
+
+    Raises DataError if there are no samples, UnsupportedError if onnxruntime cannot run the model.
+    """
+    session = open_session(original.complete_proto())
+    tallies = _tallies(session, source, calibration_batch(original.proto, source, _BATCH), None)
+    return {
+        tally.output: tally.how.axis
+        for tally in tallies
+        if isinstance(tally, _OutputTally) and tally.how.axis is not None and tally.task in _OF_CLASSES
+    }
+
+
 def _feeds(source: Source, size: int) -> Iterator[Batch]:
     seen = False
     for batch in source.batches(size):
@@ -288,7 +326,7 @@ def _summary(tally: _Tally) -> Agreement:
     low, high = exact_bounds(float(values.sum()), len(values)) if is_exact else _bootstrap(values)
     return Agreement(
         tally.task, _MEASURES[tally.task], float(values.mean()), low, high, tally.chance(), len(values), tally.output,
-        interval="Clopper-Pearson" if is_exact else "bootstrap",
+        interval="Clopper-Pearson" if is_exact else "bootstrap", most_lost=tally.most_lost() if is_exact else None,
     )  # fmt: skip  # what and how
 
 
@@ -311,6 +349,31 @@ def _bootstrap(values: Floats) -> tuple[float, float]:
     means = [float(rng.choice(values, len(values)).mean()) for _ in range(_RESAMPLED)]
     low, high = np.quantile(means, (1 - CONFIDENCE, CONFIDENCE))
     return float(low), float(high)
+
+
+def _margins(wanted: Array, answered: Array) -> Margins:
+    """Return by how much the original's answer leads in its scores [N, classes], and how much of that lead is lost."""
+    rows, best = np.arange(len(wanted)), wanted.argmax(1)
+
+    def lead(scores: Array) -> Floats:
+        rivals = scores.astype(np.float64)
+        rivals[rows, best] = -np.inf
+        return np.asarray(scores[rows, best] - rivals.max(1), np.float64)
+
+    margin = lead(wanted)
+    return margin, margin - lead(answered)
+
+
+def _most_lost(margin: Floats, fall: Floats) -> float:
+    """Return an upper bound of the probability that an answer changes, because its lead is lost.
+
+    Each lead is set against the fall of every sample, which tells more than a count of the answers that changed: few
+    samples have a narrow lead. The bound is that of a bootstrap over the samples.
+    """
+    is_lost = (fall[:, None] > margin[None, :]).astype(np.float32)
+    rng, count = np.random.default_rng(0), len(margin)
+    drawn = rng.multinomial(count, np.full(count, 1 / count), _RESAMPLED).astype(np.float32) / count
+    return float(np.quantile(((drawn @ is_lost) * drawn).sum(1), CONFIDENCE))
 
 
 # What an output holds.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import cpd_onnx as cpd
-from cpd_onnx.data.agreement import Agreement, agreement, exact_low
+from cpd_onnx.data.agreement import Agreement, _most_lost, agreement, exact_low
 from cpd_onnx.data.held_out import at_most, divide
 from cpd_onnx.data.sources import LABELS, ArraySource, FunctionSource, Input
 from cpd_onnx.errors import DataError
@@ -109,6 +109,20 @@ def test_the_bound_holds_as_often_as_it_says() -> None:
     rng = np.random.default_rng(1)
     holds = [exact_low(float((rng.random(200) < 0.9).sum()), 200) <= 0.9 for _ in range(400)]
     assert np.mean(holds) >= 0.93
+
+
+def test_the_bound_by_margins_holds_and_is_lower_than_that_of_counts_of_few_samples() -> None:
+    rng = np.random.default_rng(0)
+    spread, repeats, count = 0.35, 60, 67
+
+    def leads(number: int) -> np.ndarray:
+        return np.abs(rng.normal(size=number)) + 0.2
+
+    true = float((rng.normal(scale=spread, size=200_000) > leads(200_000)).mean())
+    bounds = [_most_lost(leads(count), rng.normal(scale=spread, size=count)) for _ in range(repeats)]
+    assert np.mean([bound >= true for bound in bounds]) >= 0.85
+    assert np.mean(bounds) < 1 - exact_low(round((1 - true) * count), count)
+    assert _most_lost(leads(count), np.zeros(count)) == 0.0
 
 
 def test_samples_are_held_out_at_random_and_only_once() -> None:

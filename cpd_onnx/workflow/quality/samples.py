@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from cpd_onnx.data.agreement import Agreement, agreement
 from cpd_onnx.data.held_out import at_most, divide
 from cpd_onnx.data.metrics import OF_TWO_MODELS, evaluate, metric_of
@@ -23,6 +25,8 @@ _CHOOSING = 1 / 3
 there are, the more likely it is that they show what the search has found."""
 _GENERATED = 128
 """Number of samples that are generated in place of data (measured: enough for the choice and the repair)."""
+_ELEMENTS, _LEAST_GENERATED = 1 << 25, 16
+"""Numbers in all generated samples, and samples at least: each large image has many rows to fit to (heuristic)."""
 _FEW = 30
 """Number of samples below which equal answers say too little (heuristic): 29 show, at best, that 10 % may differ."""
 
@@ -78,11 +82,14 @@ def to_fit(data: Source | None, model: Model, options: Any) -> Source | None:
     if needs_none or model.is_over_limit:
         return None
     try:
-        source = Synthetic(fold(model, dict(options.input_shapes or {})), _GENERATED)
-        execute(open_model(model), next(calibration(model.proto, source, 1)))
+        folded = fold(model, dict(options.input_shapes or {}))
+        feed = next(calibration(model.proto, Synthetic(folded), 1))
+        execute(open_model(model), feed)
     except (DataError, UnsupportedError):
         return None
-    return source
+    count = max((len(array) for array in feed.values() if array.ndim), default=1)
+    size = sum(array.size for array in feed.values()) / count
+    return Synthetic(folded, int(np.clip(_ELEMENTS / size, _LEAST_GENERATED, _GENERATED)))
 
 
 def agreement_on(original: Model, model: Model, samples: Samples, task: str | None) -> Agreement | None:
@@ -114,23 +121,27 @@ class Loss:
     def __call__(self, model: Model) -> float:
         """Return the loss that is not exceeded at the confidence of the agreement: of the metric, or of the agreement.
 
-        If all answers are the original's, nothing is lost. Below `_FEW` samples that may be luck, and the squared error
-        of the outputs over their variance counts if it is larger: a few samples suffice to measure it, and where it is
-        0.1, about 5 % of a classifier's answers differ (measured on GTSRB).
+        If all answers are the original's, the bound is that by their margins where there are scores of classes: of few
+        samples, all may be answered alike by luck. Below `_FEW` samples margins say too little as well, and the squared
+        error of the outputs over their variance counts if it is larger: a few samples suffice to measure it, and where
+        it is 0.1, about 5 % of a classifier's answers differ (measured on GTSRB).
         """
         source = self.samples.choosing
         assert source is not None
         found = agreement(self.original, model, source, self.task)
         if found is None:
             raise TargetError("the outputs cannot be compared with those of the original: leave out --max-loss")
-        least = 0.0
         is_counted = found.interval == "Clopper-Pearson"
+        least = 0.0
         if is_counted and found.samples < _FEW:
             least = distance(self.original, model, source, found.samples)
+        bound = 1 - found.low
+        if found.value == 1.0:
+            bound = min(bound, found.most_lost or 0.0)
         if not self.samples.has_labels or self.metric in OF_TWO_MODELS:
-            return max(least, 0.0 if found.value == 1.0 else 1 - found.low)
+            return max(least, bound)
         # The metric differs at most where the answers do.
-        margin = found.value - found.low if is_counted and found.value < 1.0 else 0.0
+        margin = bound - (1 - found.value) if is_counted else 0.0
         return max(least, self._of_labels(model, source) + margin)
 
     def advice(self) -> str:
