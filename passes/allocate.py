@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,13 +18,15 @@ from cpd_onnx.budget.speed import SpeedCheck
 from cpd_onnx.budget.targets import KINDS, AnyTargets, Target, Targets
 from cpd_onnx.budget.widths import Limits, Ratios
 from cpd_onnx.channels.groups import Combed
+from cpd_onnx.data.sources import Source
 from cpd_onnx.errors import TargetError
 from cpd_onnx.io.progress import advance, step
 from cpd_onnx.options import Renaming, integer, natural, option, positive, ratio
+from cpd_onnx.passes.refine import Choose, Refined, RefineOptions, refined
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.runtime import providers
 from cpd_onnx.runtime.bench import Setting
-from cpd_onnx.scores.registry import find_score_function
+from cpd_onnx.scores.registry import Scores, find_score_function
 
 
 def bounds(text: str) -> tuple[str, Ratios]:
@@ -133,6 +136,13 @@ class AllocateOptions(metaclass=Renaming):
         takes="provider",
         group="latency",
     )
+    effort: int | None = option(
+        None,
+        "Number of allocations that are repaired and compared with the original at the outputs, on samples that "
+        "nothing is fitted to; the nearest is taken (policy optimal, with data) (default: 0, which compares none)",
+        read=natural,
+        metavar="N",
+    )
     cost_table: str | os.PathLike[str] | None = option(
         None,
         "Cost table that 'latency' measured, to be used instead of a measurement on this machine",
@@ -222,6 +232,21 @@ class Allocate(AllocateOptions):
             table = measure_table(probe, observer=advance)
         return replace(chooser, table=table, probe=probe, is_measured=True)
 
+    def refined(
+        self,
+        choose: Choose,
+        combed: Combed,
+        scores: Sequence[Scores],
+        data: Source | None,
+        *,
+        is_loss: bool,
+        seed: int = 0,
+    ) -> Refined:
+        """Return the loss curves to allocate by, chosen among as many allocations as `effort` says."""
+        if data is None or self.budget.policy != "optimal":
+            return Refined()
+        return refined(combed, scores, choose, data, RefineOptions(self.effort or 0, seed), is_loss=is_loss)
+
     def _speed_check(self) -> SpeedCheck | None:
         """Return what times the result; None without `check_speed`."""
         if not self.check_speed:
@@ -239,5 +264,10 @@ class Allocate(AllocateOptions):
         is_loss = bool(state.score) and find_score_function(state.score["score"]).is_loss
         combed, scores = state.need("combed", "comb"), state.need("scores", "score")
         chooser = self.chooser(combed)
-        allocation = chooser(combed, scores, is_loss=is_loss, curves=state.curves)
+        found = Refined(state.curves)
+        if state.curves is None:
+            choose = partial(chooser.quick, combed, scores, is_loss=is_loss)
+            found = self.refined(choose, combed, scores, state.data, is_loss=is_loss)
+        allocation = chooser(combed, scores, is_loss=is_loss, curves=found.curves)
+        allocation = replace(allocation, notes=(*allocation.notes, *found.notes))
         return replace(state, allocation=allocation, budget=dict(allocation.budget) | dict(state.score))

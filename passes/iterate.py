@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -288,8 +288,11 @@ class _Choice:
             scores = score(now, options.score, samples=options.samples, data=self.state.data, **more)
             is_loss = find_score_function(options.score).is_loss
             progress = number / options.rounds
-            found = self.chooser(now, _without(scores, self.removed), progress, is_loss=is_loss)
-            chosen = _joined(found, self.removed)
+            scores, data = _without(scores, self.removed), self.state.data
+            choose = partial(self.chooser.quick, now, scores, progress, is_loss=is_loss)
+            best = options.refined(choose, now, scores, data, is_loss=is_loss, seed=options.seed)
+            found = self.chooser(now, scores, progress, is_loss=is_loss, curves=best.curves)
+            chosen = _joined(replace(found, notes=(*found.notes, *best.notes)), self.removed)
         return replace(chosen, after=CostModel(now).total(chosen.keep_mask(now)))
 
 

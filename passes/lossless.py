@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from cpd_onnx.algebra.keep import KeepMask
+from cpd_onnx.budget import host
 from cpd_onnx.budget.allocation import Allocation
 from cpd_onnx.channels.costs import CostModel
 from cpd_onnx.channels.free import free_channels, keep_without, removable
@@ -21,9 +22,22 @@ KIND = "lossless"
 
 def lossless(combed: Combed) -> Allocation:
     """Return the allocation that removes the dead channels alone; at least one channel of each group survives."""
-    removed, costs = removable(combed, free_channels(combed)), CostModel(combed)
-    before, after = costs.total(KeepMask(combed.atoms)), costs.total(keep_without(combed, removed))
-    return Allocation(removed, before, after)
+    return _allocation(combed, removable(combed, free_channels(combed)))
+
+
+def in_blocks(combed: Combed, chosen: Allocation, block: int) -> Allocation:
+    """Return an allocation that keeps as many of the removed channels as fill the last block of each width."""
+    removed, multiples = [], host.multiples(combed, block)
+    for group, gone in zip(combed.groups, chosen.removed, strict=True):
+        multiple = multiples[group.id]
+        width = min(len(group), -(-(len(group) - len(gone)) // multiple) * multiple)
+        removed.append(gone[: len(group) - width])
+    return replace(_allocation(combed, removed), round_to=block)
+
+
+def _allocation(combed: Combed, removed: list[list[int]]) -> Allocation:
+    costs = CostModel(combed)
+    return Allocation(removed, costs.total(KeepMask(combed.atoms)), costs.total(keep_without(combed, removed)))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.budget.allocation import LossCurves
@@ -91,15 +92,23 @@ def sensitivity(
         order = np.argsort(values, kind="stable")
         points = [Point(len(group), 0.0)]
         for width in _widths(len(group), chosen.ratios):
-            kept = KeepMask(combed.atoms, group.channels[order[: len(group) - width]])
-            small = rewrite(combed, kept).model
-            if chosen.repair:
-                consumers = {member.weight.value.name for member in combed.members(group)}
-                fitting = RepairOptions(samples=chosen.samples, seed=chosen.seed)
-                small = repair(combed, kept, small, data, fitting, only=consumers).model
+            fitting = RepairOptions(samples=chosen.samples, seed=chosen.seed) if chosen.repair else None
+            small = narrowed(combed, group, order[: len(group) - width], data, fitting)
             points.append(Point(width, output_error(wanted, outputs_of(small, feeds))))
         found[group.name] = tuple(points)
     return found
+
+
+def narrowed(
+    combed: Combed, group: Group, gone: npt.NDArray[np.int64], data: Source, fitting: RepairOptions | None
+) -> Model:
+    """Return the model without some channels of a group, by position; its consumers are fitted anew if wanted."""
+    kept = KeepMask(combed.atoms, group.channels[gone])
+    small = rewrite(combed, kept).model
+    if fitting is None:
+        return small
+    consumers = {member.weight.value.name for member in combed.members(group)}
+    return repair(combed, kept, small, data, fitting, only=consumers).model
 
 
 def distance(original: Model, model: Model, data: Source, samples: int = SensitivityOptions.samples) -> float:

@@ -20,7 +20,7 @@ from cpd_onnx.budget.allocation import (
 )
 from cpd_onnx.budget.latency import CostTable, LatencyProbe
 from cpd_onnx.budget.speed import SpeedCheck
-from cpd_onnx.budget.targets import SLACK, Asked, Target, Targets
+from cpd_onnx.budget.targets import Asked, Target, Targets, slack_of
 from cpd_onnx.budget.timing import TOO_WIDE, allocate_measured, latency_notes
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.errors import TargetError
@@ -71,6 +71,11 @@ class Chooser:
     def asked(self) -> Targets:
         """The targets."""
         return self.targets or Targets(tuple(Target(kind, fraction) for kind, fraction in self.budget.fractions))
+
+    @property
+    def quick(self) -> Chooser:
+        """The allocator that neither measures nor fails, whose allocations are only compared with each other."""
+        return replace(self, probe=None, check=None, nearest=True)
 
     def aiming(self, targets: Targets) -> Chooser:
         """Return the allocator of other targets, of the same kinds."""
@@ -205,7 +210,7 @@ class _Run:
             with suppress(TargetError):
                 found = self.allocate(budget, prices)
                 left = prices.cost(budget.kind, found.keep_mask(self.combed)) / prices.full(budget.kind)
-                if budget.also or -_BELOW <= left - budget.fraction <= SLACK:
+                if budget.also or -_BELOW <= left - budget.fraction <= slack_of(budget.fraction):
                     return replace(found, round_to=block)
             block //= 2
         return self.allocate(budget, self.prices())

@@ -72,7 +72,7 @@ def _answer(content: Content, entry: Mapping[str, Any], listed: Sequence[Mapping
         TONES[answer],
         answer.capitalize(),
         value,
-        str(entry.get("text") or ""),
+        str(entry.get("text") or "").replace("->", "→"),
         is_plain=question == PROVED and answer == YES and not is_good,  # alone it says nothing of the model's worth
     )
 

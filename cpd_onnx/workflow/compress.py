@@ -31,7 +31,11 @@ from cpd_onnx.workflow import defaults
 if TYPE_CHECKING:
     from cpd_onnx.passes.distill import DistillResult, Progress, Traces, Watched
 
-_NO_DATA = (
+_LOSSLESS = (
+    "no data: only channels that change no output were removed. With --data, a few hundred unlabelled samples, more "
+    "can be removed, and how much that loses is measured"
+)
+_BLIND = (
     "no data: channels were chosen, and the remaining weights fitted to the original, on generated inputs at best. "
     "With --data, a few hundred unlabelled samples, the result is more accurate and its agreement with the original is "
     "measured, and with torch the model is distilled as well"
@@ -105,10 +109,12 @@ def step_of(
     """
     kind = defaults.score(options.score, has_data=defaults.informs(source))
     is_real = source is not None and not isinstance(source, Synthetic)
+    has_repair = defaults.repair(options.repair, has_data=source is not None)
     decided: dict[str, Any] = {
         "score": kind,
         "policy": defaults.policy(options.policy, has_data=is_real or find_score_function(kind).needs_data),
-        "repair": defaults.repair(options.repair, has_data=source is not None),
+        "repair": has_repair,
+        "effort": defaults.effort(options.effort, has_data=is_real, has_repair=has_repair),
         **_of_profile(options),
         **({"target": None, **target} if target else {}),
     }
@@ -127,10 +133,12 @@ def announced(step: Iterate, *, is_given: bool = False, is_search: bool = False)
     A plan may be given that chooses the channels, or a search may find one before the model is pruned.
     """
     is_measured = step.targets.has_latency and step.cost_table is None
+    measured = ["cost table"] if is_measured else []
+    compared = ["refine"] if step.effort else []
     if is_search:
-        yield from ("score", *(["cost table"] if is_measured else []), "search")
+        yield from ("score", *measured, "search", *compared, *(["search"] if compared else []))
     for number in range(step.rounds):
-        yield from () if is_given or is_search else ("score", *(["cost table"] if is_measured and not number else []))
+        yield from () if is_given or is_search else ("score", *([] if number else measured), *compared)
         yield "prune"
         yield from ["repair"] if step.repair else []
         yield from ["distill"] if step.name == "interleave" else []
@@ -280,9 +288,9 @@ def _training(made: Compressed) -> dict[str, Any] | None:
     return {**summary, "losses_by": summary["losses"], "losses": list(made.losses), "watched": watched}
 
 
-def advice(*, data: str | None, has_labels: bool) -> list[str]:
+def advice(*, data: str | None, is_blind: bool, has_labels: bool) -> list[str]:
     """Return advice on what further inputs would improve the result or measure it."""
     if data is None:
-        return [_NO_DATA]
+        return [_BLIND if is_blind else _LOSSLESS]
     is_given = {_SYNTHETIC: data != "synthetic", _NO_TORCH: defaults.can_train(), _NO_LABELS: has_labels}
     return [text for text, given in is_given.items() if not given]

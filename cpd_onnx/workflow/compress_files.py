@@ -336,7 +336,7 @@ def _reported(request: Compress, made: compression.Compressed, samples: Samples)
         lost = _sensitivity(request, made, source)
     content = compression.content(
         made, bench=found, accuracy=_accuracy(request, made, samples), sensitivity=lost,
-        advice=compression.advice(data=request.data, has_labels=request.eval is not None),
+        advice=compression.advice(data=request.data, is_blind=request.blind, has_labels=request.eval is not None),
     )  # fmt: skip  # a table
     content["notes"] += [
         *notes,

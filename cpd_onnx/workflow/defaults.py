@@ -25,10 +25,13 @@ METRIC = "top1"
 """Metric that measures models."""
 _INFORMED, _BLIND = "reconstruction", "l2"
 """Score used with data, the loss that a repair cannot compensate, and the most accurate score that needs no data."""
+_COMPARED = 4
+"""Number of allocations that are compared by default: by the scores, and by three weightings of their losses."""
 HOLD_OUT = 0.2
 """Fraction of the data that nothing is fitted to where there is no other data to measure on."""
 SCORE = f"{_INFORMED} with data, else {_BLIND}"
 POLICY = "optimal with data, for latency and for several targets, else uniform"
+EFFORT = f"{_COMPARED} with data and a repair"
 ROUND_TO = "auto, or the profile's"
 """Descriptions of the rules below, for the help."""
 
@@ -58,6 +61,13 @@ def informs(source: Source | None) -> bool:
 def policy(requested: str | None, *, has_data: bool) -> str | None:
     """Return the allocation policy; None leaves it to `Allocate`, which chooses it by the target."""
     return requested or ("optimal" if has_data else None)
+
+
+def effort(requested: int | None, *, has_data: bool, has_repair: bool) -> int:
+    """Return the number of allocations to compare at the outputs (default: a few if they can be repaired with data)."""
+    if requested is not None:
+        return requested
+    return _COMPARED if has_data and has_repair else 0
 
 
 def round_to(requested: int | str | None, profile: Profile | None) -> int | str:

@@ -87,7 +87,9 @@ def prune(request: Prune, observer: Observer = ignore) -> dict[str, Any]:
 def _announced(request: Prune, step: Iterate) -> Iterator[str]:
     """Yield the names of the steps of a run with a search; other runs announce their passes."""
     is_measured = step.targets.has_latency and step.cost_table is None
-    yield from ("score", *(["cost table"] if is_measured else []), "search", "prune")
+    yield from ("score", *(["cost table"] if is_measured else []), "search")
+    yield from ["refine", "search"] if step.effort else []
+    yield "prune"
     yield from [] if request.no_verify else ["verify"]
     yield from ["repair"] if step.repair else []
     yield "agreement"

@@ -302,6 +302,12 @@ class Choosing(ScoringOptions, OnSamples, OfSizes):
         help="Number of which the remaining widths are multiples; auto: the vector width of this computer's processor, "
         f"in groups of several vectors (default: {defaults.ROUND_TO})",
     )
+    effort: int | None = same_option(
+        AllocateOptions,
+        "effort",
+        help="Number of allocations that are repaired and compared with the original at the outputs, on samples that "
+        f"nothing is fitted to; the nearest is taken; 0 compares none (default: {defaults.EFFORT})",
+    )
     check_speed: bool = same_option(AllocateOptions, "check_speed", default=True)
     nearest: bool = same_option(AllocateOptions, "nearest", default=True)
     profile: str | None = _profile(

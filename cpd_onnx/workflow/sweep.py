@@ -264,7 +264,7 @@ def _content(
         "verdict": verdict_of_many(verdicts, picked, request.max_loss),
         "bench": found.as_json(),
         "notes": [f"{point.name}: {note}" for point, content in pairs for note in content["notes"]],
-        "advice": compression.advice(data=request.data, has_labels=request.eval is not None),
+        "advice": compression.advice(data=request.data, is_blind=request.blind, has_labels=request.eval is not None),
         "provenance": manifest.provenance([point.file for point in points], request.seed),
     }
 

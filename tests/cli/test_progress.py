@@ -119,8 +119,8 @@ def test_steps_inside_a_step() -> None:
 def test_python_is_told_the_steps(folder: Path) -> None:
     events: list[ProgressEvent] = []
     cpd.compress("model.onnx", "data.npz", macs=0.5, train=False, progress=events.append)
-    assert list(dict.fromkeys(event.name for event in events)) == ["score", "prune", "repair", "verify"]
-    assert {(event.name, event.number, event.steps) for event in events} >= {("score", 1, 4), ("verify", 4, 4)}
+    assert list(dict.fromkeys(event.name for event in events)) == ["score", "refine", "prune", "repair", "verify"]
+    assert {(event.name, event.number, event.steps) for event in events} >= {("score", 1, 5), ("verify", 5, 5)}
     assert max(event.done for event in events if event.name == "repair") > 0
     events.clear()
     half = Prune(model=Path("model.onnx"), output=Path("half.onnx"), target="macs=0.5", blind=True, check_speed=False)

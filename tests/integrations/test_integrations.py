@@ -34,7 +34,7 @@ MODELS = Path(cpd.__file__).parent / "models"
 DIGITS = MODELS / "digits.onnx"
 BLIND: dict[str, Any] = {"blind": True, "score": "l2", "repair": False}
 """Options of a quick run without data, as those of `plain`."""
-FEW: dict[str, Any] = {"score": "l2", "repair_samples": 32, "train": False}
+FEW: dict[str, Any] = {"score": "l2", "repair_samples": 32, "effort": 0, "train": False}
 """Options with which a model is made from samples in no time."""
 TINY = "(float[1, 4] x, float[4, 8] a, float[8, 2] b) => (float[1, 2] y) { h = MatMul (x, a) r = Relu (h) y = MatMul (r, b) }"
 
@@ -72,7 +72,7 @@ def test_it_does_what_the_command_does(folder: Path) -> None:
     short = ("--steps", 3, "--batch-size", 32, "--threads", 1)
     few = ("--samples", 32, "--repair-samples", 32, "--keep", "head*", "--seed", 5)
     assert run("compress", "digits.onnx", "-o", "small.onnx", "--data", "train.npz", *few, *short, *quiet) == 0
-    options = {"macs": 0.5, "samples": 32, "repair_samples": 32, "keep": "head*", "seed": 5}
+    options = {"macs": 0.5, "samples": 32, "repair_samples": 32, "effort": 0, "keep": "head*", "seed": 5}
     made = cpd.compressed("digits.onnx", "train.npz", train={"steps": 3, "batch_size": 32, "threads": 1}, **options)
     assert made.state.model.serialize() == Path("small.onnx").read_bytes()
     assert made.state.plan is not None

@@ -197,7 +197,7 @@ def test_the_page_says_it_all(whole: str) -> None:
     said = (
         f"✓ Yes 2.00{TIMES} as fast", "✓ Faster, as good as the original, smaller and its structure is proved.",
         "50.0 % of the MACs, 50.0 % of the parameters and 51.4 % of the file of the original are left.",
-        "✓ Yes 89.00 → 88.50 %", "top1 0.89 -> 0.885 on 10000 labelled samples, within 0.05", "Structure proved? ✓ Yes",
+        "✓ Yes 89.00 → 88.50 %", "top1 0.89 → 0.885 on 10000 labelled samples, within 0.05", "Structure proved? ✓ Yes",
         "with the removed channels masked, to 2.1e-07", "858.6 kB", "a note", "an advice",
         "confidence interval is at most ±0.7 points", "Target: 50.0 % of the MACs, allocation policy optimal", "layer1.0.conv",
         "No rule for these operators", "NonZero, at node_7", "99.0 % of the weights", "by kl", "latency=0.5 (chosen)", "one layer stays",

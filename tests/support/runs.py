@@ -29,5 +29,6 @@ def plain(arguments: Iterable[object]) -> list[str]:
         more += [] if given & {"--repair", "--no-repair"} else ["--no-repair"]
     if "--data" in given:
         more += [] if "--hold-out" in given else ["--hold-out", "0"]
+        more += [] if "--effort" in given or is_repeated else ["--effort", "0"]
         more += [] if given & {"--max-loss", "--most-lost"} or words[0] == "sweep" else ["--max-loss", "inf"]
     return words + more

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from cpd_onnx.budget import latency
 from cpd_onnx.budget.latency import CostTable, LatencyProbe, load_table, measure_table
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.cli.main import main
+from cpd_onnx.data.agreement import exact_low
 from cpd_onnx.data.sources import open_source
 from cpd_onnx.io.progress import ProgressEvent
 from cpd_onnx.ir.model import Model
@@ -35,7 +36,7 @@ from cpd_onnx.workflow.quality.samples import Loss, Samples
 from cpd_onnx.workflow.requests import Prune
 
 MODELS = Path(cpd.__file__).parent / "models"
-FEW = ("--samples", 64, "--repair-samples", 64)
+FEW = ("--samples", 64, "--repair-samples", 64, "--effort", 0)
 QUICK = (*FEW, "--no-distill", "--no-report")
 DEAD = (1, 5, 9)
 """Channels that are planted to be zero for all inputs."""
@@ -95,13 +96,13 @@ def folder(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return tmp_path
 
 
-def plant() -> None:
+def plant(dead: Sequence[int] = DEAD, layer: str = "block1.conv1.1") -> None:
     """Write the example with dead channels."""
     model = onnx.load("digits.onnx")
     for tensor in model.graph.initializer:
-        if tensor.name in ("block1.conv1.1.weight", "block1.conv1.1.bias"):
+        if tensor.name in (f"{layer}.weight", f"{layer}.bias"):
             values = numpy_helper.to_array(tensor).copy()
-            values[[*DEAD]] = 0.0 if tensor.name.endswith("weight") else -1.0
+            values[[*dead]] = 0.0 if tensor.name.endswith("weight") else -1.0
             tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
     onnx.save(model, "dead.onnx")
 
@@ -222,7 +223,7 @@ def test_what_is_measured_does_not_break_the_bound(
 
 
 def test_few_samples_are_judged_by_their_outputs_too(folder: Path) -> None:
-    """Two answers that are the same by luck do not show that nothing is lost."""
+    """Answers that are the same by luck, of two samples or of forty, do not show that nothing is lost."""
     original, images = cpd.load("digits.onnx"), np.load("data.npz")["image"]
     small = cpd.run("comb, score{kind='l2'}, allocate{macs=0.5}, prune", "digits.onnx").model
     answers = [open_model(model).run(None, {"image": images})[0].argmax(1) for model in (original, small)]
@@ -235,7 +236,7 @@ def test_few_samples_are_judged_by_their_outputs_too(folder: Path) -> None:
         for name in ("same.npz", "some.npz")
     }
     assert lost["same.npz"] > 0.2
-    assert lost["some.npz"] == 0
+    assert 0 < lost["some.npz"] <= 1 - exact_low(40, 40)
 
 
 def test_a_bound_that_nothing_meets_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -255,7 +256,8 @@ def test_a_search_says_what_it_does(folder: Path) -> None:
     carry_out(Prune(model=Path("digits.onnx"), output=Path("small.onnx"), **few), events.append)
     titles = list(dict.fromkeys(event.title for event in events))
     assert [title for title in titles if ":" not in title] == [
-        "1/7 score", "2/7 cost table", "3/7 search", "4/7 prune", "5/7 verify", "6/7 repair", "7/7 agreement"
+        "1/9 score", "2/9 cost table", "3/9 search", "4/9 refine", "5/9 search", "6/9 prune", "7/9 verify", "8/9 repair",
+        "9/9 agreement",
     ]  # fmt: skip
 
 
@@ -337,6 +339,25 @@ def test_what_is_free_is_written_unless_it_is_slower(folder: Path, machine: Mach
     code, content = result(command, "dead.onnx", "-o", "asked.onnx", "--target", "macs=0.5", *quick)
     assert (code, content["asked"]) == (0, [])
     assert any(note.startswith("the target macs=0.5 was not aimed at") for note in content["notes"])
+
+
+def test_free_channels_stay_where_kernels_are_slow_without_them(folder: Path, machine: Machine) -> None:
+    plant(range(0, 40, 2), "block2.conv1.1")
+
+    def ratio_of(probe: LatencyProbe, model: Model, seconds: float = 2.0) -> float:
+        is_odd = any(
+            tensor.dims[0] % 8 for tensor in model.graph.initializer if len(tensor.dims) == 4 and tensor.dims[0] > 40
+        )
+        return 1.1 if is_odd else 0.8
+
+    machine.ratio_of = ratio_of  # type: ignore[method-assign]
+    code, content = result("compress", "dead.onnx", "-o", "small.onnx", "--round-to", "auto8", "--no-report")
+    (pruned,) = (group for group in content["groups"] if group["kept"] < group["size"])
+    assert (code, pruned["size"], pruned["kept"]) == (0, 64, 48)
+    assert answers(content) == dict.fromkeys(("faster", "as good", "smaller", "proved"), "yes")
+    code, content = result("compress", "dead.onnx", "-o", "exact.onnx", "--round-to", 1, "--no-report", "--keep-anyway")
+    (pruned,) = (group for group in content["groups"] if group["kept"] < group["size"])
+    assert pruned["kept"] == 44
 
 
 def test_blindly_everything_can_be_removed(folder: Path) -> None:

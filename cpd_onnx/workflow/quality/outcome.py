@@ -54,7 +54,7 @@ def content(
     return {
         "agreement": None if compared is None else compared.as_json(),
         "asked": [asdict(row) for row in chosen.asked] if is_wanted else [],
-        "is_bounded": demand.max_loss is not None and choice.plan is not None,
+        "is_bounded": demand.max_loss is not None and choice.plan is not None and not choice.is_lossless,
         "is_lossless": choice.is_lossless,
         "is_blind": request.data is None and not choice.is_lossless,
         "max_loss": demand.max_loss,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from cpd_onnx.budget.allocation import Allocation
+from cpd_onnx.budget.allocation import FASTER, Allocation
 from cpd_onnx.budget.choosing import Chooser
 from cpd_onnx.budget.speed import SpeedCheck
 from cpd_onnx.channels.combing import comb
@@ -19,7 +20,8 @@ from cpd_onnx.ir.model import Model
 from cpd_onnx.passes.comb import Comb
 from cpd_onnx.passes.fold import Fold
 from cpd_onnx.passes.iterate import Iterate
-from cpd_onnx.passes.lossless import Lossless
+from cpd_onnx.passes.lossless import Lossless, in_blocks
+from cpd_onnx.passes.refine import Refined
 from cpd_onnx.passes.repair import RepairOptions, repair
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.rewrite.plan import Plan, make_plan
@@ -46,17 +48,20 @@ class Candidate:
         progress: Part of the way, above 0 up to 1, where the targets are met.
         chosen: The channels.
         loss: Loss of the pruned model, repaired if a repair was requested, before any training.
+        by: Loss curves that chose them.
     """
 
     progress: float
     chosen: Allocation
     loss: float
+    by: Refined
 
 
 class Search:
     """Finds the smallest model on the way to the targets that loses at most what is allowed.
 
-    The original is combed and scored once; candidates are pruned and repaired, but neither timed nor trained.
+    The original is combed and scored once; candidates are pruned and repaired, but neither timed nor trained. The loss
+    curves are refined once, where the scores alone end, and the search goes on from there.
     """
 
     def __init__(self, step: Iterate, state: State, loss: Loss) -> None:
@@ -70,6 +75,7 @@ class Search:
         )
         self.chooser: Chooser = replace(step.chooser(self.combed), nearest=True)
         self.tried: dict[float, Candidate | None] = {}
+        self.by: Refined | None = None
 
     def at(self, progress: float) -> Candidate | None:
         """Return the candidate at a part of the way; None if so little would be removed that nothing can be."""
@@ -83,8 +89,9 @@ class Search:
         return self.tried[progress]
 
     def _candidate(self, progress: float) -> Candidate:
-        chosen = self._chosen(replace(self.chooser, probe=None, check=None), progress)
-        return Candidate(progress, chosen, self.loss_of(chosen))
+        by = self.by or Refined()
+        chosen = self._chosen(self.chooser.quick, progress, by)
+        return Candidate(progress, chosen, self.loss_of(chosen), by)
 
     def loss_of(self, chosen: Allocation) -> float:
         """Return the loss of the model without some channels, repaired if a repair was requested."""
@@ -96,27 +103,56 @@ class Search:
             small = repair(self.combed, kept, small, self.state.data, options).model
         return self.loss(small)
 
-    def _chosen(self, chooser: Chooser, progress: float) -> Allocation:
+    def _chosen(self, chooser: Chooser, progress: float, by: Refined) -> Allocation:
         is_loss = find_score_function(self.step.score).is_loss
-        return chooser(self.combed, self.scores, progress, is_loss=is_loss)
+        return chooser(self.combed, self.scores, progress, is_loss=is_loss, curves=by.curves)
 
     def furthest(self, max_loss: float) -> Candidate | None:
         """Return the candidate nearest to the targets that loses at most `max_loss`; None if there is none."""
+        found = self._backwards(max_loss)
+        if found is None or self.by is not None:
+            return found
+        self.by = self._refined(found.progress)
+        if self.by.curves is None:
+            return found
+        self.tried = {}
+        return self._onwards(found.progress, max_loss) or found
 
-        def passes(progress: float) -> bool:
-            candidate = self.at(progress)
-            return candidate is not None and candidate.loss <= max_loss
+    def _refined(self, progress: float) -> Refined:
+        """Return the loss curves that are best part of the way to the targets."""
+        is_loss = find_score_function(self.step.score).is_loss
+        choose = partial(self.chooser.quick, self.combed, self.scores, progress, is_loss=is_loss)
+        data, seed = self.state.data, self.step.seed
+        return self.step.refined(choose, self.combed, self.scores, data, is_loss=is_loss, seed=seed)
 
-        if passes(1.0):
+    def _passes(self, progress: float, max_loss: float) -> bool:
+        candidate = self.at(progress)
+        return candidate is not None and candidate.loss <= max_loss
+
+    def _backwards(self, max_loss: float) -> Candidate | None:
+        """Return the furthest candidate, searched from the targets backwards."""
+        if self._passes(1.0, max_loss):
             return self.at(1.0)
         bad, good = 1.0, _FIRST
-        while good > _LAST and not passes(good):
+        while good > _LAST and not self._passes(good, max_loss):
             bad, good = good, good * _FIRST
-        if good <= _LAST:
+        return None if good <= _LAST else self._between(good, bad, max_loss)
+
+    def _onwards(self, good: float, max_loss: float) -> Candidate | None:
+        """Return the furthest candidate from a part of the way on; None if that loses too much already."""
+        if not self._passes(good, max_loss):
             return None
+        while good < 1.0:
+            further = min(1.0, good / _FIRST)
+            if not self._passes(further, max_loss):
+                return self._between(good, further, max_loss)
+            good = further
+        return self.at(good)
+
+    def _between(self, good: float, bad: float, max_loss: float) -> Candidate | None:
         for _ in range(_BISECTIONS):
             middle = (good + bad) / 2
-            good, bad = (middle, bad) if passes(middle) else (good, middle)
+            good, bad = (middle, bad) if self._passes(middle, max_loss) else (good, middle)
         return self.at(good)
 
     def choice(self, candidate: Candidate, max_loss: float) -> Choice:
@@ -125,10 +161,11 @@ class Search:
         They remain those of the candidate if the others lose more than `max_loss`.
         """
         with reported("search"):
-            chosen = self._chosen(self.chooser, candidate.progress)
+            chosen = self._chosen(self.chooser, candidate.progress, candidate.by)
             if chosen.removed != candidate.chosen.removed and self.loss_of(chosen) > max_loss:
                 chosen = candidate.chosen
             chosen = timed(self.step, self.combed, chosen)
+            chosen = replace(chosen, notes=(*chosen.notes, *candidate.by.notes))
         words = _part_of(chosen.budget, candidate.progress)
         return carrying_out(self.step, self.combed, replace(chosen, budget=words))
 
@@ -236,6 +273,18 @@ def _search(step: Iterate, state: State, samples: Samples, demand: Demand) -> Se
     return Search(step, state, demand.loss(state.original, samples))
 
 
+def _fastest(step: Iterate, combed: Combed, free: Allocation) -> Allocation:
+    """Return the removal of free channels or, if that is not faster, of fewer whose widths are whole blocks and are."""
+    best = timed(step, combed, free)
+    for block in (step.block, 2 * step.block):
+        if best.is_faster is not False or step.block == 1:
+            break
+        found = timed(step, combed, in_blocks(combed, free, block))
+        if any(found.removed) and found.latency["measured"] < FASTER * best.latency["measured"]:
+            best = found
+    return best
+
+
 def _lossless(state: State, step: Iterate) -> Choice:
     """Return the choice of the channels that change no output."""
     if step.rounds > 1:
@@ -245,7 +294,7 @@ def _lossless(state: State, step: Iterate) -> Choice:
         )
     free = Lossless()(Comb()(Fold()(state)))
     combed = free.need("combed", "comb")
-    chosen = timed(step, combed, free.need("allocation", "lossless"))
+    chosen = _fastest(step, combed, free.need("allocation", "lossless"))
     if not any(chosen.removed):
         raise TargetError(
             "no channel can be removed without a change of the outputs: give --data, a few hundred unlabelled samples, "

@@ -1,0 +1,221 @@
+"""Refine: weight the loss of each group by what whole allocations, repaired, lose at the outputs.
+
+The loss that a score assigns to a group is that of the layers that consume it, and says nothing of what the outputs
+make of it. Its weight is found in three steps. First, each group alone is narrowed, its consumers are fitted anew, and
+the divergence of the outputs is set against the loss. Then whole allocations by the scores alone and by powers of these
+weights are repaired and compared at the outputs. At last the best weights are varied at random, as long as the effort
+allows (Frantar and Alistarh, SPDY, ICML 2022, with a repair of each candidate).
+
+All comparisons are made on samples that no candidate is fitted to. Labels are not needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from cpd_onnx.budget.allocation import Allocation, LossCurves, loss_curves
+from cpd_onnx.channels.groups import Combed
+from cpd_onnx.data.held_out import Division, divide
+from cpd_onnx.data.sources import Source
+from cpd_onnx.errors import TargetError
+from cpd_onnx.fitting.divergence import Divergence, Floats, is_nearer
+from cpd_onnx.io.progress import advance, step
+from cpd_onnx.passes.repair import RepairOptions, repair
+from cpd_onnx.passes.sensitivity import narrowed
+from cpd_onnx.rewrite.rewriter import rewrite
+from cpd_onnx.scores.registry import Scores
+
+_HELD_OUT = 0.25
+"""Fraction of the samples on which candidates are compared (heuristic)."""
+_SAMPLES = 128
+"""Maximum number of samples that a candidate is fitted to, and on which it is compared (heuristic)."""
+_ELEMENTS = 1 << 25
+"""Numbers in all of these samples: where samples are large, fewer have as many rows to fit to (heuristic)."""
+_FEWEST = 16
+"""Number of samples that a candidate is fitted to however large they are (heuristic)."""
+_ALONE = 2
+"""One in this many of the samples serves to measure a group alone (heuristic)."""
+_ROWS = 1 << 14
+"""Approximate number of rows for each fit of a candidate (heuristic)."""
+_USUAL = 0.25
+"""Ratio of its channels that a group loses where its weight is measured, if the scores leave it whole (heuristic)."""
+_BLENDS = (0.5, 1.0, 1.5)
+"""Exponents of the measured weights of the first candidates, after 0 for the scores alone."""
+_MOST = 64
+"""Maximum number of groups whose weights are measured (heuristic)."""
+_FURTHEST = 4.0
+"""Maximum deviation of the logarithm of a weight from the median (heuristic)."""
+_STEP, _LARGER, _SMALLER = 0.25, 1.3, 0.85
+"""Standard deviation of the first changes of logarithms, and its factors after a success and a failure (heuristic)."""
+
+
+class Choose(Protocol):
+    """Allocates by loss curves, or by those that the scores imply."""
+
+    def __call__(self, *, curves: LossCurves | None) -> Allocation:
+        """Return the allocation."""
+
+
+@dataclass(frozen=True)
+class RefineOptions:
+    """Options of the comparison.
+
+    Attributes:
+        effort: Number of allocations to compare.
+        seed: Seed of the samples and of the random changes.
+    """
+
+    effort: int
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Refined:
+    """Loss curves with weights, and what they were chosen by.
+
+    Attributes:
+        curves: The curves; None for those that the scores imply.
+        tried: Number of different allocations that were compared.
+        before: Divergence at the outputs of the allocation by the scores alone.
+        after: That of the best.
+    """
+
+    curves: LossCurves | None = None
+    tried: int = 0
+    before: float = math.nan
+    after: float = math.nan
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A note on the comparison; empty if fewer than two allocations were compared."""
+        if self.tried < 2:
+            return ()
+        words = f"{self.tried} allocations were repaired and compared with the original on other samples"
+        if self.curves is None:
+            return (f"{words}: none was clearly better than that by the layers' errors ({self.before:.3g})",)
+        return (f"{words}: the best diverges by {self.after:.3g}, that by the layers' errors by {self.before:.3g}",)
+
+
+def refined(
+    combed: Combed, scores: Sequence[Scores], choose: Choose, data: Source, options: RefineOptions, *, is_loss: bool
+) -> Refined:
+    """Return loss curves whose allocation is nearest to the original at the outputs.
+
+    Args:
+        combed: The model.
+        scores: Scores of its groups.
+        choose: Returns the allocation of loss curves, all of which meet the same targets.
+        data: Samples, a quarter of which no candidate is fitted to.
+        options: How much is tried.
+        is_loss: Whether the scores are losses.
+
+    The scores alone decide if the samples cannot be divided, the model has no outputs of floating-point type, or it is
+    too large for one file.
+
+    Raises:
+        DataError: The samples do not fit the model.
+        UnsupportedError: onnxruntime cannot run it.
+        TargetError: The targets cannot be reached.
+    """
+    division = divide(data, _HELD_OUT, _SAMPLES)
+    if division is None or options.effort < 2 or combed.folded.model.is_over_limit:
+        return Refined()
+    with step("refine", is_whole=True):
+        refiner = _Refiner(combed, scores, choose, division, loss_curves(scores, is_loss=is_loss), options)
+        return refiner.run() if refiner.measure.is_defined else Refined()
+
+
+class _Refiner:
+    """Compares whole allocations, by curves with different weights."""
+
+    def __init__(
+        self,
+        combed: Combed,
+        scores: Sequence[Scores],
+        choose: Choose,
+        division: Division,
+        local: LossCurves,
+        options: RefineOptions,
+    ) -> None:
+        self.combed, self.scores, self.choose, self.local = combed, scores, choose, local
+        self.effort, self.seed = options.effort, options.seed
+        self.fitted, self.held_out = division.first, division.second
+        self.measure = Divergence(combed.folded.model, self.held_out, _SAMPLES)
+        self.samples = int(np.clip(_ELEMENTS / self.measure.sample_size, _FEWEST, _SAMPLES))
+        self.known: dict[tuple[tuple[int, ...], ...], Floats] = {}
+
+    def run(self) -> Refined:
+        """Return the best of all candidates."""
+        first = self.choose(curves=None)
+        groups = self.measured_alone(first)
+        total = len(groups) + self.effort
+        best = before = self.divergence(first)
+        logs = self.logs(first, groups, total)
+        weights, curves = np.zeros_like(logs), None
+        rng, width = np.random.default_rng(self.seed), _STEP
+        for number in range(1, self.effort):
+            advance(len(groups) + number, total, f"divergence {best.mean():.3g}")
+            is_blend = number <= len(_BLENDS)
+            trial = _BLENDS[number - 1] * logs if is_blend else weights + width * rng.standard_normal(len(logs))
+            weighted = _weighted(self.local, trial)
+            try:
+                found = self.divergence(self.choose(curves=weighted))
+            except TargetError:
+                continue
+            if is_better := is_nearer(found, best):
+                best, weights, curves = found, trial, weighted
+            if not is_blend:
+                width *= _LARGER if is_better else _SMALLER
+        return Refined(curves, len(self.known), float(before.mean()), float(best.mean()))
+
+    def divergence(self, chosen: Allocation) -> Floats:
+        """Return the divergence of each held-out sample after the allocation is carried out and repaired."""
+        key = tuple(map(tuple, chosen.removed))
+        if key not in self.known:
+            kept = chosen.keep_mask(self.combed)
+            options = RepairOptions(samples=self.samples, rows=_ROWS, seed=self.seed)
+            small = repair(self.combed, kept, rewrite(self.combed, kept).model, self.fitted, options).model
+            self.known[key] = self.measure(small)
+        return self.known[key]
+
+    def measured_alone(self, first: Allocation) -> list[int]:
+        """Return the groups that lose most by the scores, whose weights are measured."""
+        lost = [self.lost(first, number) for number in range(len(self.combed.groups))]
+        order = sorted(range(len(lost)), key=lambda number: -lost[number])
+        return sorted(number for number in order[:_MOST] if lost[number] > 0)
+
+    def lost(self, first: Allocation, number: int) -> float:
+        """Return the loss of a group by the scores where its weight is measured."""
+        gone = self.gone(first, number)
+        return float(self.local.loss[number][gone])
+
+    def gone(self, first: Allocation, number: int) -> int:
+        """Return how many channels a group loses for the measurement of its weight."""
+        size = len(self.combed.groups[number])
+        return min(size - 1, len(first.removed[number]) or round(_USUAL * size))
+
+    def logs(self, first: Allocation, groups: Sequence[int], total: int) -> Floats:
+        """Return the logarithm of the measured weight of each group, relative to the median."""
+        alone = self.samples // _ALONE
+        measure = Divergence(self.combed.folded.model, self.held_out, alone)
+        fitting = RepairOptions(samples=alone, rows=_ROWS, seed=self.seed)
+        found = np.full(len(self.combed.groups), np.nan)
+        for done, number in enumerate(groups):
+            group, gone = self.combed.groups[number], self.gone(first, number)
+            advance(done, total, group.name)
+            order = np.argsort(self.scores[number], kind="stable")[:gone]
+            diverged = float(measure(narrowed(self.combed, group, order, self.fitted, fitting)).mean())
+            if 0 < diverged < math.inf:
+                found[number] = math.log(diverged / self.lost(first, number))
+        known = found[np.isfinite(found)]
+        middle = float(np.median(known)) if len(known) else 0.0
+        return np.asarray(np.clip(np.where(np.isfinite(found), found - middle, 0.0), -_FURTHEST, _FURTHEST))
+
+
+def _weighted(local: LossCurves, logs: Floats) -> LossCurves:
+    return LossCurves(tuple(np.exp(log) * curve for log, curve in zip(logs, local.loss, strict=True)))
