@@ -95,10 +95,13 @@ class Refined:
         """A note on the comparison; empty if fewer than two allocations were compared."""
         if self.tried < 2:
             return ()
-        words = f"{self.tried} allocations were repaired and compared with the original on other samples"
+        words = (
+            f"{self.tried} allocations were repaired and compared with the original on samples not used for the repair"
+        )
+        first = f"the one chosen by the errors of the layers, whose outputs diverge by {self.before:.3g}"
         if self.curves is None:
-            return (f"{words}: none was clearly better than that by the layers' errors ({self.before:.3g})",)
-        return (f"{words}: the best diverges by {self.after:.3g}, that by the layers' errors by {self.before:.3g}",)
+            return (f"{words}; none was clearly closer than {first}",)
+        return (f"{words}; the outputs of the best diverge by {self.after:.3g}, closer than {first}",)
 
 
 def refined(

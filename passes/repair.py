@@ -29,7 +29,7 @@ from cpd_onnx.io.progress import step, tracked
 from cpd_onnx.ir.model import Array, Model
 from cpd_onnx.options import option, positive
 from cpd_onnx.pipeline.state import State
-from cpd_onnx.runtime.sessions import Feed
+from cpd_onnx.runtime.sessions import Feed, sample_count
 from cpd_onnx.runtime.stream import Stop, Stream, Tensors, apart, batch_size, cuts_before, held_feeds
 
 _BATCH = 32
@@ -148,7 +148,7 @@ def _repaired(
     # So that held-out samples are whole batches.
     batch = batch_size(combed.folded, max(1, min(_BATCH, most // _CHECKED)))
     feeds = held_feeds(calibration(original.proto, data, chosen.samples, batch=batch, seed=chosen.seed))
-    count = sum(next((len(array) for array in feed.values() if array.ndim), 1) for feed in feeds)
+    count = sum(map(sample_count, feeds))
     if count < _LEAST:
         return Repaired(pruned.copy(), (), {}, (f"nothing was repaired, which takes {_LEAST} samples or more",))
     checks = feeds[len(feeds) - _held_out(len(feeds), count) :]

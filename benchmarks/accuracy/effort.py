@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from verdicts import CASES as PAIRS
-from verdicts import ROOT, Case, Data, answered, iou, opened, resized
+from verdicts import ROOT, Case, Data, answered, iou, kept, opened, resized
 
 RESULT = ROOT / "benchmarks" / "results" / "effort.json"
 SEED = 0
@@ -151,8 +151,7 @@ def main() -> None:
             continue
         for name, more in ways.items():
             made = row(run, name, more, model, data)
-            rows = [r for r in rows if (r["case"], r["how"]) != (run.name, name)] + [made]
-            options.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+            rows = kept(options.out, rows, made, ("case", "how"))
             print(run.name, name, made.get("score"), round(made["seconds"]), "s", flush=True)
     show(rows)
 

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from verdicts import ESPNET, IMAGENET, OPENVINO, ROOT, SEED, SURE, Data, Pixels, opened
+from verdicts import ESPNET, IMAGENET, OPENVINO, ROOT, SEED, SURE, Data, Pixels, kept, opened
 
 from cpd_onnx.data.detection import Detections, detections, detector_of
 
@@ -314,8 +314,7 @@ def main() -> None:
         for bound in case.bounds if parts is not None else ():
             assert parts is not None
             made = row(name, case, model, bound, parts)
-            rows = [entry for entry in rows if (entry["case"], entry["asked"]) != (name, bound)] + [made]
-            options.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+            rows = kept(options.out, rows, made, ("case", "asked"))
             print(name, bound, made["code"], made.get("loss"), made["seconds"], "s", flush=True)
     show(rows)
 

@@ -278,6 +278,15 @@ def wrong(answer: str, stated: dict[str, Any], true: dict[str, Any]) -> str:
     return "" if not stated["is_held_out"] or stated["low"] < least <= stated["high"] else "the samples tell it"
 
 
+def kept(
+    path: Path, rows: list[dict[str, Any]], made: dict[str, Any], keys: tuple[str, ...], **more: Any
+) -> list[dict[str, Any]]:
+    """Return and store the rows with a new one, in place of that with the same keys."""
+    rows = [row for row in rows if any(row[key] != made[key] for key in keys)] + [made]
+    path.write_text(json.dumps({**more, "rows": rows}, indent=1) + "\n")
+    return rows
+
+
 def show(rows: list[dict[str, Any]]) -> None:
     print(
         "| model | images | code | MACs left | as good? | stated agreement | independent | labelled score | verdict |"
@@ -327,9 +336,8 @@ def main() -> None:
             model = Path()
         for count in (options.images or case.counts) if model.is_file() else ():
             made = row(case, model, count, data, options)
-            rows = [r for r in rows if (r["model"], r["images"]) != (made["model"], made["images"])] + [made]
             command = f"python benchmarks/accuracy/verdicts.py --command {options.command} {' '.join(options.more)}"
-            options.out.write_text(json.dumps({"command": command.strip(), "rows": rows}, indent=1) + "\n")
+            rows = kept(options.out, rows, made, ("model", "images"), command=command.strip())
             print(made["model"], count, made["code"], made["answer"], made["seconds"], "s", flush=True)
     show(rows)
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpd_onnx.data.sources import Batch, Source
+from cpd_onnx.runtime.sessions import sample_count
 
 MOST = 1000
 """Maximum number of samples that are held out (heuristic)."""
@@ -85,7 +86,7 @@ class _First:
         seen = 0
         for batch in self.source.batches(size, seed=seed):
             yield batch
-            seen += next((len(array) for array in batch.values() if array.ndim), 1)
+            seen += sample_count(batch)
             if seen >= self.most:
                 return
 

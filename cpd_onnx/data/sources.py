@@ -30,6 +30,7 @@ from cpd_onnx.data.images.folder import ImageFolder
 from cpd_onnx.data.images.options import ImageOptions
 from cpd_onnx.data.signature import LABELS, Array, Batch, Input, Source, fixed_batch, inputs_of, order_of
 from cpd_onnx.errors import DataError
+from cpd_onnx.runtime.sessions import sample_count
 
 __all__ = [
     "IMAGE_SUFFIXES", "LABELS", "Array", "ArraySource", "Batch", "FunctionSource", "ImageFolder", "ImageOptions",
@@ -62,7 +63,7 @@ def calibration(model: ModelProto, source: Source, samples: int, *, batch: int =
     prescribed, seen = _prescribed(model, source), 0
     for rows in source.batches(calibration_batch(model, source, samples, batch), seed=seed):
         feed = {entry.name: rows[entry.name] for entry in inputs}
-        count = next((len(array) for array in feed.values() if array.ndim), 1)
+        count = sample_count(feed)
         if prescribed in (None, count):
             yield feed
             seen += count

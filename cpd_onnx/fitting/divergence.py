@@ -10,7 +10,7 @@ import numpy.typing as npt
 from cpd_onnx.data.agreement import class_axes
 from cpd_onnx.data.sources import Source, calibration
 from cpd_onnx.ir.model import Array, Model
-from cpd_onnx.runtime.sessions import Feed, execute, open_model
+from cpd_onnx.runtime.sessions import Feed, execute, open_model, sample_count
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
@@ -55,8 +55,7 @@ class Divergence:
     @property
     def sample_size(self) -> float:
         """How many numbers the inputs have for each sample, in the mean."""
-        samples = sum(max((len(array) for array in feed.values() if array.ndim), default=1) for feed in self.feeds)
-        return sum(array.size for feed in self.feeds for array in feed.values()) / samples
+        return sum(array.size for feed in self.feeds for array in feed.values()) / sum(map(sample_count, self.feeds))
 
     @property
     def is_defined(self) -> bool:

@@ -29,7 +29,7 @@ from cpd_onnx.errors import DataError, UnsupportedError
 from cpd_onnx.io.progress import advance, step
 from cpd_onnx.ir.model import Array, Model, load
 from cpd_onnx.runtime import providers
-from cpd_onnx.runtime.sessions import Method, execute, interleaved, judged_feed, open_model
+from cpd_onnx.runtime.sessions import Method, execute, interleaved, judged_feed, open_model, sample_count
 from cpd_onnx.shapes.inference import fold
 from cpd_onnx.summary import Summary, share
 
@@ -237,7 +237,7 @@ def _batched(feed: Mapping[str, Array], free: set[str], batch: int | None) -> di
     if batch is None:
         return dict(feed)
     if not free:
-        fixed = next((len(array) for array in feed.values() if array.ndim), 1)
+        fixed = sample_count(feed)
         if batch != fixed:
             raise UnsupportedError(f"the model has a fixed batch size of {fixed}: leave out --batch {batch}")
     return {name: np.resize(x, (batch, *x.shape[1:])) if name in free else x for name, x in feed.items()}
@@ -248,7 +248,7 @@ def _timings(
 ) -> Iterator[Timing]:
     sessions = [open_model(model, threads=setting.threads, provider=setting.provider) for model in models.values()]
     times = [np.array(taken) * 1e3 for taken in interleaved(sessions, feed, seconds, method=method, observer=advance)]
-    samples = next((len(array) for array in feed.values() if array.ndim), 1)
+    samples = sample_count(feed)
     for name, taken in zip(models, times, strict=True):
         yield timing_of(name, setting, taken, samples, float(np.median(times[0])))
 

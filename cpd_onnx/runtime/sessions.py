@@ -40,6 +40,11 @@ _MOST_HELD = 1 << 26
 """Maximum number of elements of any tensor for which a size is tried (heuristic)."""
 
 
+def sample_count(feed: Mapping[str, Array]) -> int:
+    """Return the number of samples in a feed: the size of the first axis of its first input that has axes, else 1."""
+    return next((len(array) for array in feed.values() if array.ndim), 1)
+
+
 def open_model(
     model: Model | ModelProto | Path,
     *,

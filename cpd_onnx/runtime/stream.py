@@ -21,7 +21,7 @@ import numpy as np
 import onnxruntime as ort
 
 from cpd_onnx.ir.model import Array, Model
-from cpd_onnx.runtime.sessions import Feed, execute, open_model
+from cpd_onnx.runtime.sessions import Feed, execute, open_model, sample_count
 from cpd_onnx.runtime.stepwise import Parts, in_file
 from cpd_onnx.shapes.values import Folded, Value
 
@@ -133,7 +133,7 @@ class Stream:
         """
         self._folded, self._parts = folded, Parts(folded, model)
         self._held: list[dict[str, Array]] = [dict(feed) for feed in feeds]
-        self.sizes = [next((len(array) for array in feed.values() if array.ndim), 1) for feed in feeds]
+        self.sizes = [sample_count(feed) for feed in feeds]
         self._done = 0
         self._producers = folded.scope.producers
         self._fed = list(feeds[0])

@@ -16,7 +16,7 @@ from cpd_onnx.data.synthetic import Synthetic
 from cpd_onnx.errors import DataError, TargetError, UnsupportedError
 from cpd_onnx.ir.model import Model
 from cpd_onnx.passes.sensitivity import distance
-from cpd_onnx.runtime.sessions import execute, open_model
+from cpd_onnx.runtime.sessions import execute, open_model, sample_count
 from cpd_onnx.scores.registry import find_score_function
 from cpd_onnx.shapes.inference import fold
 
@@ -87,8 +87,7 @@ def to_fit(data: Source | None, model: Model, options: Any) -> Source | None:
         execute(open_model(model), feed)
     except (DataError, UnsupportedError):
         return None
-    count = max((len(array) for array in feed.values() if array.ndim), default=1)
-    size = sum(array.size for array in feed.values()) / count
+    size = sum(array.size for array in feed.values()) / sample_count(feed)
     return Synthetic(folded, int(np.clip(_ELEMENTS / size, _LEAST_GENERATED, _GENERATED)))
 
 

@@ -74,6 +74,7 @@ class Search:
             self.combed, step.score, samples=step.samples, data=state.data, labels=step.score_labels, seed=step.seed
         )
         self.chooser: Chooser = replace(step.chooser(self.combed), nearest=True)
+        self.is_loss = find_score_function(step.score).is_loss
         self.tried: dict[float, Candidate | None] = {}
         self.by: Refined | None = None
 
@@ -104,8 +105,7 @@ class Search:
         return self.loss(small)
 
     def _chosen(self, chooser: Chooser, progress: float, by: Refined) -> Allocation:
-        is_loss = find_score_function(self.step.score).is_loss
-        return chooser(self.combed, self.scores, progress, is_loss=is_loss, curves=by.curves)
+        return chooser(self.combed, self.scores, progress, is_loss=self.is_loss, curves=by.curves)
 
     def furthest(self, max_loss: float) -> Candidate | None:
         """Return the candidate nearest to the targets that loses at most `max_loss`; None if there is none."""
@@ -120,10 +120,9 @@ class Search:
 
     def _refined(self, progress: float) -> Refined:
         """Return the loss curves that are best part of the way to the targets."""
-        is_loss = find_score_function(self.step.score).is_loss
-        choose = partial(self.chooser.quick, self.combed, self.scores, progress, is_loss=is_loss)
+        choose = partial(self.chooser.quick, self.combed, self.scores, progress, is_loss=self.is_loss)
         data, seed = self.state.data, self.step.seed
-        return self.step.refined(choose, self.combed, self.scores, data, is_loss=is_loss, seed=seed)
+        return self.step.refined(choose, self.combed, self.scores, data, is_loss=self.is_loss, seed=seed)
 
     def _passes(self, progress: float, max_loss: float) -> bool:
         candidate = self.at(progress)
