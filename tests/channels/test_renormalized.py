@@ -131,3 +131,17 @@ def test_a_model_that_cannot_be_run_on_generated_inputs_is_pruned_by_its_weights
     }"""
     model = network(text, w0=np.eye(8), w1=np.eye(8)[:, :4])
     assert to_fit(None, model, CompressOptions(blind=True)) is None
+
+
+def test_a_model_with_large_tensors_gets_fewer_generated_samples() -> None:
+    text = "g (float[N, 3, 64, 64] x) => (float[N, {0}, 64, 64] y) {{ y = Conv <pads = [1, 1, 1, 1]> (x, w) }}"
+    small, large = (
+        network(text.format(width), w=np.zeros((width, 3, 3, 3), np.float32)) for width in (8, 8192)
+    )  # fmt: skip  # one after the other
+    counts = [
+        source.count
+        for source in (to_fit(None, model, CompressOptions(blind=True)) for model in (small, large))
+        if source
+    ]
+    assert counts[0] == 128
+    assert 16 <= counts[1] < 128

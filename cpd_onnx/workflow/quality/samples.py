@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -19,6 +20,7 @@ from cpd_onnx.passes.sensitivity import distance
 from cpd_onnx.runtime.sessions import execute, open_model, sample_count
 from cpd_onnx.scores.registry import find_score_function
 from cpd_onnx.shapes.inference import fold
+from cpd_onnx.shapes.values import Folded
 
 _CHOOSING = 1 / 3
 """Part of the samples for measurements that a search uses (heuristic). The result is judged by the others; the more
@@ -27,6 +29,8 @@ _GENERATED = 128
 """Number of samples that are generated in place of data (measured: enough for the choice and the repair)."""
 _ELEMENTS, _LEAST_GENERATED = 1 << 25, 16
 """Numbers in all generated samples, and samples at least: each large image has many rows to fit to (heuristic)."""
+_HIDDEN = 1 << 31
+"""Numbers in the tensors of the model for all generated samples, so that a large model is run on fewer (heuristic)."""
 _FEW = 30
 """Number of samples below which equal answers say too little (heuristic): 29 show, at best, that 10 % may differ."""
 
@@ -87,8 +91,14 @@ def to_fit(data: Source | None, model: Model, options: Any) -> Source | None:
         execute(open_model(model), feed)
     except (DataError, UnsupportedError):
         return None
-    size = sum(array.size for array in feed.values()) / sample_count(feed)
-    return Synthetic(folded, int(np.clip(_ELEMENTS / size, _LEAST_GENERATED, _GENERATED)))
+    count = min(_ELEMENTS * sample_count(feed) / sum(array.size for array in feed.values()), _HIDDEN / _hidden(folded))
+    return Synthetic(folded, int(np.clip(count, _LEAST_GENERATED, _GENERATED)))
+
+
+def _hidden(folded: Folded) -> float:
+    """Return how many numbers the tensors of the main graph have for each sample, as far as their shapes are known."""
+    values = [value for value in folded.scope.values.values() if value.constants is None and value.shape is not None]
+    return max(1.0, sum(math.prod(value.shape or ()) for value in values) / max(1, folded.batch))
 
 
 def agreement_on(original: Model, model: Model, samples: Samples, task: str | None) -> Agreement | None:
