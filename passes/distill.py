@@ -37,7 +37,7 @@ from cpd_onnx.training.cache import AnswerCache
 from cpd_onnx.training.feed import Augmentation, Feed, memory_format
 from cpd_onnx.training.loop import HeldOut, Progress, Run, Traces, Trainer
 from cpd_onnx.training.losses import DistillationLoss
-from cpd_onnx.training.options import DistillOptions, LossKind
+from cpd_onnx.training.options import FEW, LOWER_RATE, RATE, DistillOptions, LossKind
 from cpd_onnx.training.process_group import ProcessGroup, join_process_group
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -143,7 +143,7 @@ def distill(  # noqa: PLR0913  # the arguments after the options are keywords
         StoppedError: The process was interrupted; the checkpoint contains all completed steps.
 
     """
-    options = options or DistillOptions()
+    options = _decided(options or DistillOptions(), batches)
     started = time.perf_counter()
     _check(teacher, student, batches, options)
     overlap = overlap or Overlap()
@@ -151,7 +151,7 @@ def distill(  # noqa: PLR0913  # the arguments after the options are keywords
     with join_process_group(options.device) as process_group, _threads(options.threads):
         torch.manual_seed(options.seed)
         feed = _feed(batches, student, options, process_group)
-        mode = _batch_norm(options, feed.size // process_group.size)
+        mode = _batch_norm(options, feed.size // process_group.size, batches)
         restored: tuple[refolding.Restored, ...] = ()
         trained_proto = _with_outputs(student, hidden)
         if mode == "restore":
@@ -324,10 +324,20 @@ def _steps(feed: Feed, options: DistillOptions) -> int:
     return feed.per_pass * options.epochs
 
 
-def _batch_norm(options: DistillOptions, batch_size: int) -> str:
-    if options.batch_norm == "auto":
-        return "restore" if batch_size >= _ENOUGH_FOR_STATISTICS else "frozen"
-    return options.batch_norm
+def _has_many(batches: Source) -> bool:
+    return batches.count is None or batches.count >= FEW
+
+
+def _decided(options: DistillOptions, batches: Source) -> DistillOptions:
+    """Return the options with the learning rate."""
+    usual = RATE if _has_many(batches) else LOWER_RATE
+    return options if options.lr is not None else replace(options, lr=usual)
+
+
+def _batch_norm(options: DistillOptions, batch_size: int, batches: Source) -> str:
+    if options.batch_norm != "auto":
+        return options.batch_norm
+    return "restore" if batch_size >= _ENOUGH_FOR_STATISTICS and _has_many(batches) else "frozen"
 
 
 def _with_outputs(model: ModelProto, hidden: Shared) -> ModelProto:

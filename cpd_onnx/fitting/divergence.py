@@ -33,11 +33,14 @@ class Divergence:
     outputs of floating-point type, the squared error over the variance.
     """
 
-    def __init__(self, original: Model, source: Source, samples: int) -> None:
+    def __init__(self, original: Model, source: Source, samples: int, *, temperature: float = 1.0) -> None:
         """Run the original on up to that many samples, as many as fit in memory with its outputs.
+
+        Probabilities are softened by the temperature, as in a distillation.
 
         Raises DataError if the samples do not fit the model, UnsupportedError if onnxruntime cannot run it.
         """
+        self.temperature = temperature
         self.axes = class_axes(original, source)
         self.feeds: list[Feed] = []
         self.wanted: list[dict[str, Array]] = []
@@ -53,9 +56,14 @@ class Divergence:
         self.variance = {name: float(np.concatenate(each).var(dtype=np.float64)) for name, each in values.items()}
 
     @property
+    def count(self) -> int:
+        """Number of samples."""
+        return sum(map(sample_count, self.feeds))
+
+    @property
     def sample_size(self) -> float:
         """How many numbers the inputs have for each sample, in the mean."""
-        return sum(array.size for feed in self.feeds for array in feed.values()) / sum(map(sample_count, self.feeds))
+        return sum(array.size for feed in self.feeds for array in feed.values()) / self.count
 
     @property
     def is_defined(self) -> bool:
@@ -88,7 +96,7 @@ class Divergence:
         if axis is None or wanted.ndim < 2:
             each = np.square(wanted - made) / (self.variance[name] or 1.0)
         else:
-            first, second = _logarithms(wanted, axis), _logarithms(made, axis)
+            first, second = (_logarithms(values, axis, self.temperature) for values in (wanted, made))
             each = (np.exp(first) * (first - second)).sum(axis)
         rows = np.atleast_1d(each)
         return np.asarray(rows.reshape(len(rows), -1).mean(1, dtype=np.float64))
@@ -108,8 +116,9 @@ def is_nearer(first: Floats, second: Floats) -> bool:
     return float(gained.mean()) > _ERRORS * error
 
 
-def _logarithms(values: Array, axis: int) -> Array:
-    """Return the logarithms of the probabilities in the values or, for logits, of their softmax."""
+def _logarithms(values: Array, axis: int, temperature: float) -> Array:
+    """Return the logarithms of the probabilities in the values or, for logits, of their softmax, softened."""
     is_probability = float(values.min()) >= 0 and bool((np.abs(values.sum(axis) - 1) < _NEAR_ONE).all())
-    logits = np.log(np.maximum(values, _LEAST)) if is_probability else values - values.max(axis, keepdims=True)
+    logits = np.log(np.maximum(values, _LEAST)) if is_probability else values
+    logits = (logits - logits.max(axis, keepdims=True)) / temperature
     return np.asarray(logits - np.log(np.exp(logits).sum(axis, keepdims=True)))

@@ -306,10 +306,20 @@ def _training(content: Content) -> Iterator[Part]:
         "seconds": found.get("seconds"),
         "device": found.get("device"),
         "loss": f"{short(losses[0])} → {short(losses[-1])}" if losses else None,
+        **_on_held_out(found.get("held_out")),
         **{f"output {name}": f"by {kind}" for name, kind in (found.get("losses_by") or {}).items()},
         f"best {metric} during training": _best(scored, [value for _, value in watched]),
     }
     yield from _facts("", facts)
+
+
+def _on_held_out(found: Content | None) -> dict[str, str]:
+    """Return the divergence of the outputs before and after a training, and whether its weights were taken."""
+    if not found:
+        return {}
+    title = f"divergence on {found.get('samples')} samples not trained on"
+    rest = "" if found.get("kept") else "; the weights before the training were kept"
+    return {title: f"{short(found.get('before'))} → {short(found.get('after'))}{rest}"}
 
 
 def _sweep(content: Content) -> Iterator[Part]:

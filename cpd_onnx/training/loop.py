@@ -24,7 +24,7 @@ from cpd_onnx.io.progress import advance
 from cpd_onnx.torch.module import OnnxModule
 from cpd_onnx.training.feed import Feed
 from cpd_onnx.training.losses import DistillationLoss
-from cpd_onnx.training.options import LOSSES, Optimization
+from cpd_onnx.training.options import LOSSES, RATE, Optimization
 from cpd_onnx.training.process_group import ProcessGroup
 
 Array = npt.NDArray[Any]
@@ -111,8 +111,9 @@ class Trainer:
         """
         self.module, self.teacher, self.objective = module, teacher, objective
         self.schedule, self.process_group = schedule, process_group
+        self.rate = RATE if schedule.lr is None else schedule.lr
         self.weights = _Weights(module, freeze)
-        self.optimizer = _optimizer(self.weights.masters, schedule)
+        self.optimizer = _optimizer(self.weights.masters, schedule, self.rate)
         self.average = [m.detach().clone() for m in self.weights.masters] if schedule.ema else []
         self.forward = process_group.parallel(module)
         self.losses: list[float] = []
@@ -146,7 +147,7 @@ class Trainer:
         advance(self.start, steps)
         with _stop_signals(traces.checkpoint is not None) as stop, _log(traces, self) as log:
             for step, (inputs, labels) in zip(range(self.start, steps), feed.batches(self.start), strict=False):
-                rate = self.schedule.lr * cosine(step, steps, self.schedule.warmup)
+                rate = self.rate * cosine(step, steps, self.schedule.warmup)
                 recent.append(self._step(step, inputs, labels, rate))
                 done = step + 1
                 stopping = self.process_group.any(stop.is_set())
@@ -390,15 +391,15 @@ def _is_half(tensor: Tensor) -> bool:
     return tensor.dtype in (torch.float16, torch.bfloat16)
 
 
-def _optimizer(parameters: Sequence[nn.Parameter], schedule: Optimization) -> torch.optim.Optimizer:
+def _optimizer(parameters: Sequence[nn.Parameter], schedule: Optimization, rate: float) -> torch.optim.Optimizer:
     """Return the optimizer; vectors (biases, normalisation) have no weight decay."""
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": schedule.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     if schedule.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=schedule.lr, momentum=0.9, nesterov=True)
-    return torch.optim.AdamW(groups, lr=schedule.lr)
+        return torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True)
+    return torch.optim.AdamW(groups, lr=rate)
 
 
 # Diagnosis.

@@ -342,7 +342,7 @@ def _reported(request: Compress, made: compression.Compressed, samples: Samples)
         *notes,
         *objections(request.profile, small),
         *_latency_note(content),
-        *_training_note(content["accuracy"], request.label_weight),
+        *_training_note(content, request.label_weight),
     ]
     return content
 
@@ -408,12 +408,20 @@ def _latency_note(content: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _training_note(accuracy: Mapping[str, Any] | None, label_weight: float) -> Iterator[str]:
-    """Yield a note if training without labels made the metric worse."""
-    values = list((accuracy or {"values": {}})["values"].values())
+def _training_note(content: Mapping[str, Any], label_weight: float) -> Iterator[str]:
+    """Yield a note if training was in vain: undone, or without labels and with a metric that it made worse."""
+    held_out = (content["training"] or {}).get("held_out")
+    if held_out is not None and not held_out["kept"]:
+        yield (
+            f"training was undone: it moved the outputs on {held_out['samples']} samples that were not trained on away "
+            f"from the original's (divergence {held_out['before']:.3g} before, {held_out['after']:.3g} after); use "
+            "more samples, or a smaller --lr, or skip it with --no-distill"
+        )
+        return
+    accuracy = content["accuracy"] or {"values": {}}
+    values = list(accuracy["values"].values())
     if len(values) < 3 or label_weight:
         return
-    assert accuracy is not None
     _, before, after = values
     if (after > before) if lower_is_better(accuracy) else (after < before):
         yield (

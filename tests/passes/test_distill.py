@@ -175,12 +175,23 @@ def test_batch_norm_statistics_move_only_if_asked() -> None:
     assert {"bn.mean", "bn.var"} <= set(moving.values)
 
 
-@pytest.mark.parametrize(("batch_size", "moves"), [(8, False), (16, True)])
-def test_batch_norm_statistics_move_by_themselves_where_batches_are_large(batch_size: int, moves: bool) -> None:
-    result = distill(
-        TEACHER, STUDENT, ArraySource(images()), replace(FAST, steps=2, batch_size=batch_size, batch_norm="auto")
-    )
+@pytest.mark.parametrize(("count", "batch_size", "moves"), [(1000, 8, False), (1000, 16, True), (999, 16, False)])
+def test_batch_norm_statistics_move_by_themselves_where_there_is_enough_data(
+    count: int, batch_size: int, moves: bool
+) -> None:
+    options = replace(FAST, steps=2, batch_size=batch_size, batch_norm="auto")
+    result = distill(TEACHER, STUDENT, ArraySource(images(count)), options)
     assert ("bn.mean" in result.values) == moves
+
+
+@pytest.mark.parametrize(("count", "rate"), [(999, 2e-4), (1000, 1e-3)])
+def test_few_samples_are_learned_from_slowly(count: int, rate: float) -> None:
+    options = replace(FAST, steps=3)
+    usual, given = (
+        distill(TEACHER, STUDENT, ArraySource(images(count)), replace(options, lr=lr)).values["fc.b"]
+        for lr in (None, rate)
+    )
+    np.testing.assert_array_equal(usual, given)
 
 
 def test_frozen_initializers_stay() -> None:

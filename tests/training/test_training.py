@@ -404,6 +404,34 @@ def test_rounds_share_one_plan(tmp_path: Path, rounds: int) -> None:
     assert state.distilled["rounds"] == rounds
 
 
+@pytest.mark.parametrize(("rate", "is_kept"), [(1e-3, True), (0.1, False)])
+def test_training_is_undone_unless_the_outputs_come_nearer(rate: float, is_kept: bool) -> None:
+    folder = Path(cpd.__file__).parent / "models"
+    data = {k: v[:256] for k, v in np.load(folder / "digits_train.npz").items() if k != LABELS}
+    model = cpd.load(folder / "digits.onnx")
+    untrained: list[cpd.Model] = []
+    step = Interleave(macs=0.3, steps=40, batch_size=32, threads=1, lr=rate, effort=0)
+    source = ArraySource(data)
+    state = step.run(cpd.State(model, model, data=source), lambda now, _: untrained.append(now.small))
+    assert state.distilled is not None
+    found = state.distilled["held_out"]
+    assert found["samples"] == 256 // 8
+    assert (found["after"] < found["before"]) is found["kept"] is is_kept
+    assert state.data is source
+    changed = state.model.complete_proto() != untrained[0].complete_proto()
+    assert changed is is_kept
+
+
+def test_training_with_labels_is_not_compared_with_the_original() -> None:
+    folder = Path(cpd.__file__).parent / "models"
+    data = {k: v[:128] for k, v in np.load(folder / "digits_train.npz").items()}
+    model = cpd.load(folder / "digits.onnx")
+    step = Interleave(macs=0.5, steps=2, batch_size=32, threads=1, label_weight=0.5, effort=0)
+    state = step(cpd.State(model, model, data=ArraySource(data)))
+    assert state.distilled is not None
+    assert state.distilled["held_out"] is None
+
+
 def test_what_went_stays_away_and_what_was_trained_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second round sees the values of the first, in a model of the original size."""
     seen: list[Any] = []

@@ -167,9 +167,24 @@ def test_without_torch_it_is_pruned_and_repaired(folder: Path, monkeypatch: pyte
     assert not (folder / "b.onnx").exists()
 
 
-def test_training_that_makes_it_worse_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_that_makes_it_worse_is_undone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = ("--data", "train.npz", "--steps", 4, "--lr", 1.0, "--threads", 1, "--no-sensitivity")
     assert run("compress", "digits.onnx", "-o", "small.onnx", *bad) == 0
+    assert "note: training was undone: it moved the outputs on " in capsys.readouterr().out
+    report = json.loads((folder / "small.onnx.report.json").read_text())
+    found = report["training"]["held_out"]
+    assert found["after"] > found["before"]
+    assert not found["kept"]
+    values = report["accuracy"]["values"]
+    assert values["distilled"] == values["pruned and repaired"]
+    assert "the weights before the training were kept" in (folder / "small.onnx.report.md").read_text()
+
+
+def test_training_on_synthetic_samples_that_makes_it_worse_is_told(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = ("--data", "synthetic", "--steps", 4, "--lr", 1.0, "--threads", 1, "--no-report")
+    assert run("compress", "digits.onnx", "-o", "small.onnx", "--eval", "test.npz", *bad) == 0
     assert "note: training made the model worse (" in capsys.readouterr().out
 
 

@@ -41,7 +41,10 @@ def demand_of(request: Prune | Compress, *, has_labels: bool, trains: bool = Fal
     is_bounded = bound != math.inf and (request.rounds == 1 or request.max_loss is not None)
     metric = getattr(request, "metric", defaults.METRIC)
     detector = getattr(request, "detector", None)
-    return Demand(bound if is_bounded else None, request.blind, metric, request.task, trains, detector)
+    return Demand(
+        bound if is_bounded else None, request.blind, metric, request.task, trains, detector,
+        is_asked=request.max_loss is not None,
+    )  # fmt: skip  # the fields in order
 
 
 def content(

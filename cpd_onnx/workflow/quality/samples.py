@@ -119,6 +119,8 @@ class Loss:
         metric: Metric that is measured where the samples have labels.
         task: Task of the agreement with the original, which is measured otherwise; None to tell it from the outputs.
         detector: Form of the outputs of a detector, for the metric of detections; None to tell it.
+        is_certain: Whether the loss is one that is not exceeded at the confidence of the agreement; else it is the
+            loss to be expected.
     """
 
     original: Model
@@ -126,14 +128,15 @@ class Loss:
     metric: str
     task: str | None = None
     detector: str | None = None
+    is_certain: bool = True
 
     def __call__(self, model: Model) -> float:
-        """Return the loss that is not exceeded at the confidence of the agreement: of the metric, or of the agreement.
+        """Return the loss, of the metric or of the agreement.
 
-        If all answers are the original's, the bound is that by their margins where there are scores of classes: of few
-        samples, all may be answered alike by luck. Below `_FEW` samples margins say too little as well, and the squared
-        error of the outputs over their variance counts if it is larger: a few samples suffice to measure it, and where
-        it is 0.1, about 5 % of a classifier's answers differ (measured on GTSRB).
+        If all answers are the original's, it is at most the bound by their margins where there are scores of classes:
+        of few samples, all may be answered alike by luck. Below `_FEW` samples margins say too little as well, and the
+        squared error of the outputs over their variance counts if it is larger: a few samples suffice to measure it,
+        and where it is 0.1, about 5 % of a classifier's answers differ (measured on GTSRB).
         """
         source = self.samples.choosing
         assert source is not None
@@ -144,7 +147,7 @@ class Loss:
         least = 0.0
         if is_counted and found.samples < _FEW:
             least = distance(self.original, model, source, found.samples)
-        bound = 1 - found.low
+        bound = 1 - (found.low if self.is_certain else _expected(found))
         if found.value == 1.0:
             bound = min(bound, found.most_lost or 0.0)
         if not self.samples.has_labels or self.metric in OF_TWO_MODELS:
@@ -169,3 +172,9 @@ class Loss:
     def _original_score(self) -> float:
         assert self.samples.choosing is not None
         return evaluate(self.original.complete_proto(), self.samples.choosing, self.metric, detector=self.detector)
+
+
+def _expected(found: Agreement) -> float:
+    """Return the agreement to be expected; of counted answers by the rule of succession, cautious with few samples."""
+    is_counted = found.interval == "Clopper-Pearson"
+    return (found.value * found.samples + 1) / (found.samples + 2) if is_counted else found.value

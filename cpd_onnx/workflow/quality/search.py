@@ -198,6 +198,8 @@ class Demand:
 
     Attributes:
         max_loss: Largest loss that is allowed; None for no bound.
+        is_asked: Whether the bound was asked for, so that a model must be shown to meet it; a default one need only be
+            met in expectation, and the verdict says what is known.
         is_blind: Whether channels may be chosen without data.
         metric: Metric on labelled samples.
         task: Task of the agreement with the original; None to tell it from the outputs.
@@ -211,10 +213,11 @@ class Demand:
     task: str | None = None
     trains: bool = False
     detector: str | None = None
+    is_asked: bool = True
 
     def loss(self, original: Model, samples: Samples) -> Loss:
         """Return what measures the loss of models against the original."""
-        return Loss(original, samples, self.metric, self.task, self.detector)
+        return Loss(original, samples, self.metric, self.task, self.detector, self.is_asked)
 
 
 @dataclass(frozen=True, eq=False)
