@@ -398,7 +398,10 @@ def _in_torch(model: ModelProto, process_group: ProcessGroup) -> Run:
 def _placed(module: OnnxModule, model: ModelProto, process_group: ProcessGroup) -> OnnxModule:
     """Return the module of a model on the device, in the memory format in which its convolutions are fastest."""
     layout = memory_format(model, process_group.device)
-    placed: OnnxModule = module.to(process_group.device).to(memory_format=layout)  # type: ignore[call-overload]
+    placed: OnnxModule = module.to(process_group.device)
+    for tensor in (*placed.parameters(), *placed.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.to(memory_format=layout)
     return placed
 
 

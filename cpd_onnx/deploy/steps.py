@@ -24,6 +24,7 @@ from cpd_onnx.deploy import float16 as halves
 from cpd_onnx.deploy import quantize as integers
 from cpd_onnx.deploy.converting import (
     Notify,
+    embedded,
     first_line,
     ignore,
     keep_described,
@@ -263,7 +264,7 @@ def convert_opset(model: Model, opset: int) -> Model:
         return model
     require_one_message(model, "converted")
     with translate_tool_errors(f"onnx cannot convert opset {model.opset} to {opset}"):
-        proto = version_converter.convert_version(model.complete_proto(), opset)
+        proto = version_converter.convert_version(embedded(model), opset)
     described = {info.name for info in model.graph.value_info}
     keep_described(proto, described)
     return valid(proto, model, f"the conversion to opset {opset}")

@@ -52,8 +52,8 @@ class Divergence:
             used += sum(array.nbytes for array in (*feed.values(), *outputs.values()))
             if used > _MOST_BYTES:
                 break
-        values = {name: [np.ravel(row[name]) for row in self.wanted] for name in self.wanted[0]}
-        self.variance = {name: float(np.concatenate(each).var(dtype=np.float64)) for name, each in values.items()}
+        values = {name: np.concatenate([np.ravel(row[name]) for row in self.wanted]) for name in self.wanted[0]}
+        self.variance = {name: float(each.var(dtype=np.float64)) for name, each in values.items() if each.size}
 
     @property
     def count(self) -> int:
@@ -84,7 +84,7 @@ class Divergence:
         return {name: np.asarray(array, np.float32) for name, array in outputs.items() if array.dtype.kind == "f"}
 
     def _of(self, wanted: dict[str, Array], made: dict[str, Array]) -> Floats:
-        found = [self._of_output(name, wanted[name], made[name]) for name in wanted]
+        found = [self._of_output(name, wanted[name], made[name]) for name in self.variance]
         is_by_sample = len({len(each) for each in found}) == 1
         return np.asarray(np.mean(found if is_by_sample else [[float(each.mean())] for each in found], axis=0))
 
@@ -92,7 +92,9 @@ class Divergence:
         """Return the divergence of each sample; 1, as for a constant, where sizes depend on the data and differ."""
         axis = self.axes.get(name)
         if wanted.shape != made.shape:
-            return np.ones(len(np.atleast_1d(wanted)))
+            return np.ones(len(np.atleast_1d(wanted)) or 1)
+        if not wanted.size:
+            return np.zeros(1)
         if axis is None or wanted.ndim < 2:
             each = np.square(wanted - made) / (self.variance[name] or 1.0)
         else:

@@ -284,7 +284,9 @@ def _again(folded: Folded, name: str, array: Array, rng: np.random.Generator) ->
 
 
 def random_array(folded: Folded, value: Value, shape: Sequence[int], rng: np.random.Generator) -> Array:
-    """Return a random input: normal floats, indices within the table that they index, or True.
+    """Return a random input: normal floats, indices within the table that they index, or True and False.
+
+    In a mask, whichever of the two values hides, each row along the last axis keeps something; a single flag is True.
 
     Raises UnsupportedError for strings.
     """
@@ -292,14 +294,24 @@ def random_array(folded: Folded, value: Value, shape: Sequence[int], rng: np.ran
     if value.dtype == TensorProto.STRING:
         raise UnsupportedError(f"input {value.name!r} takes strings: give data")
     if value.dtype == TensorProto.BOOL:
-        return np.ones(shape, np.bool_)
+        return _mask(shape, rng)
     if np.issubdtype(dtype, np.integer):
-        return np.asarray(rng.integers(0, _index_limit(folded, value), shape)).astype(dtype)
+        limit = _index_limit(folded, value)
+        return _mask(shape, rng).astype(dtype) if not limit else rng.integers(0, limit, shape).astype(dtype)
     return np.asarray(rng.standard_normal(shape)).astype(dtype)
 
 
+def _mask(shape: Sequence[int], rng: np.random.Generator) -> Array:
+    """Return random True and False, of which each row along the last axis has both; True for rows of one."""
+    if not shape or shape[-1] < 2:
+        return np.ones(shape, np.bool_)
+    made = rng.random(shape) < 0.5
+    made[..., 0], made[..., 1] = True, False
+    return made
+
+
 def _index_limit(folded: Folded, value: Value) -> int:
-    """Return the exclusive upper bound of an input's indices; 2 if it is not an index, such as a mask."""
+    """Return the exclusive upper bound of an input's indices; 0 if it is not an index, such as a mask."""
     waiting, visited, limit = [value.name], {value.name}, 0
     while waiting:
         name = waiting.pop()
@@ -309,7 +321,7 @@ def _index_limit(folded: Folded, value: Value) -> int:
             if traits_of(node).carries_indices and node.input[0] == name:
                 waiting += [o for o in node.output if o not in visited]
                 visited.update(node.output)
-    return limit or 2
+    return limit
 
 
 def _smaller(limit: int, size: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import heapq
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -95,7 +96,17 @@ def free_names(graph: GraphProto) -> list[str]:
 
 
 def expand(model: ModelProto) -> ModelProto:
-    """Inline local functions, and operators without an implementation that are functions in the standard."""
+    """Inline local functions, and operators without an implementation that are functions in the standard.
+
+    The nodes of the result are sorted: each comes after those whose outputs it reads, unlike in some tools' files.
+    """
+    if any(order != sorted(order) for order in map(_order, graphs_of(model.graph))):
+        given, model = model, ModelProto()
+        model.CopyFrom(given)
+        for graph in graphs_of(model.graph):
+            nodes = [graph.node[place] for place in _order(graph)]
+            graph.ClearField("node")
+            graph.node.extend(nodes)
     if model.functions:
         model = inliner.inline_local_functions(model, convert_version=True)
     for _ in range(_NESTING):
@@ -104,6 +115,31 @@ def expand(model: ModelProto) -> ModelProto:
             break
         model = inliner.inline_selected_functions(model, sorted(names), inline_schema_functions=True)
     return model
+
+
+def _order(graph: GraphProto) -> list[int]:
+    """Return the positions of the nodes such that each comes after those it reads; 0, 1, 2 … for a sorted graph.
+
+    Nodes in a cycle come last, in their order in the file.
+    """
+    makers = {name: place for place, node in enumerate(graph.node) for name in node.output if name}
+    needs: list[set[int]] = []
+    readers: list[list[int]] = [[] for _ in graph.node]
+    for place, node in enumerate(graph.node):
+        captured = (name for body in bodies_of(node).values() for name in free_names(body))
+        needs.append({makers[name] for name in (*node.input, *captured) if name in makers})
+        for maker in needs[-1]:
+            readers[maker].append(place)
+    ready = [place for place, before in enumerate(needs) if not before]
+    order: list[int] = []
+    while ready:  # a heap, so that the order is that of the file where that is possible
+        place = heapq.heappop(ready)
+        order.append(place)
+        for reader in readers[place]:
+            needs[reader].remove(place)
+            if not needs[reader]:
+                heapq.heappush(ready, reader)
+    return order + [place for place, before in enumerate(needs) if before]
 
 
 def _has_body(node: NodeProto, opset: int) -> bool:

@@ -81,18 +81,17 @@ def _constants(graph: GraphProto) -> Iterator[NodeProto]:
     return (node for node in graph.node if traits_of(node).is_constant)
 
 
-def _places(model: ModelProto) -> Iterator[tuple[str, TensorProto]]:
-    """Return the protos that store tensors, by name; the main graph takes precedence."""
+def _places(model: ModelProto) -> Iterator[tuple[str, TensorProto | NodeProto]]:
+    """Return the initializers and Constant nodes that store tensors, by name; the main graph takes precedence."""
     for graph in reversed(list(graphs_of(model.graph))):
         yield from ((tensor.name, tensor) for tensor in graph.initializer)
-        for node in _constants(graph):
-            if node.attribute[0].name == "value":
-                yield node.output[0], node.attribute[0].t
+        yield from ((node.output[0], node) for node in _constants(graph) if constant_value(node) is not None)
 
 
-def _store(tensor: TensorProto, name: str, value: Array) -> None:
-    """Overwrite the content of a tensor; if it is equal, its bytes and its encoding are unchanged."""
-    old = numpy_helper.to_array(tensor)
+def _store(place: TensorProto | NodeProto, name: str, value: Array) -> None:
+    """Overwrite a tensor; if it is equal, its bytes and its encoding are unchanged."""
+    old = numpy_helper.to_array(place) if isinstance(place, TensorProto) else constant_value(place)
+    assert old is not None
     if old.shape != value.shape or old.dtype != value.dtype:
         raise ModelError(
             f"tensor {name!r} is {old.dtype}{list(old.shape)} in the model but {value.dtype}{list(value.shape)} "
@@ -100,7 +99,21 @@ def _store(tensor: TensorProto, name: str, value: Array) -> None:
         )
     if old.tobytes() == value.tobytes():
         return
+    if isinstance(place, NodeProto) and place.attribute[0].name != "value":
+        _store_numbers(place.attribute[0], value)
+        return
+    tensor = place if isinstance(place, TensorProto) else place.attribute[0].t
     fresh = numpy_helper.from_array(np.ascontiguousarray(value).reshape(value.shape), tensor.name)
     for content in ("float_data", "int32_data", "int64_data", "double_data", "uint64_data"):
         tensor.ClearField(content)
     tensor.raw_data = fresh.raw_data
+
+
+def _store_numbers(attribute: AttributeProto, value: Array) -> None:
+    """Overwrite the number or the list of numbers of a Constant node."""
+    if attribute.name in ("value_float", "value_int"):
+        setattr(attribute, attribute.name.removeprefix("value_")[0], value.item())
+        return
+    numbers = attribute.floats if attribute.name == "value_floats" else attribute.ints
+    del numbers[:]
+    numbers.extend(value.tolist())

@@ -171,7 +171,7 @@ class DistillationLoss:
                 shapes = f"{list(answer.shape)} in the student, {list(target.shape)} in the teacher"
                 raise ModelError(f"output {name!r} has shape {shapes}; give a teacher with the same outputs")
             weight = self.weights.get(name, 1.0)
-            if not answer.is_floating_point() or not weight:
+            if not answer.is_floating_point() or not weight or not answer.numel():
                 continue
             terms.append(weight * self._distance(name, answer, target))
             weights.append(weight)

@@ -234,6 +234,22 @@ def test_a_batch_is_fixed_in_all_inputs() -> None:
 # Versions.
 
 
+def test_a_model_that_lists_its_weights_as_inputs_is_converted() -> None:
+    """As up to IR version 3. The converter adds an initializer for the pads, which it does not list."""
+    model = from_text(
+        "(float[1, 2, 4, 4] x, float[3, 2, 3, 3] w) => (float[1, 3, 4, 4] y) "
+        "{ p = Pad <pads = [0, 0, 1, 1, 0, 0, 1, 1]> (x) y = Conv (p, w) }",
+        opset=10, ir=3,
+    )  # fmt: skip  # a model
+    weight = model.graph.initializer[0]
+    model.graph.input.append(helper.make_tensor_value_info(weight.name, weight.data_type, weight.dims))
+    made = convert_opset(load(model), 17)
+    assert made.opset == 17
+    x = np.random.default_rng(0).standard_normal((1, 2, 4, 4)).astype(np.float32)
+    found, wanted = (open_model(each).run(None, {"x": x})[0] for each in (made, load(model)))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
 def test_an_operator_set_is_converted_and_all_else_stays(digits: Model) -> None:
     digits.proto.metadata_props.add(key="who", value="me")
     made = convert_opset(digits, 21)

@@ -19,10 +19,11 @@ from cpd_onnx.data.metrics import evaluate
 from cpd_onnx.data.sources import LABELS, ArraySource, Batch, FunctionSource, inputs_of
 from cpd_onnx.errors import CpdError, DataError, ModelError, UnsupportedError
 from cpd_onnx.passes.distill import DistillOptions, Progress, distill
-from cpd_onnx.torch import import_model, write_weights
+from cpd_onnx.torch import import_model, read_weights, write_weights
 from cpd_onnx.training.feed import Augmentation, augment
 from cpd_onnx.training.loop import cosine
 from cpd_onnx.training.losses import class_axis, divergence, is_distribution, kind_of, label_loss, relative_error
+from tests.support.models import from_text
 
 Array = npt.NDArray[Any]
 Weights = dict[str, Array]
@@ -349,3 +350,30 @@ def test_augmentation_moves_images_and_label_maps_alike() -> None:
     assert np.array_equal(moved[moved > 0], labels[moved > 0])
     assert all(set(a[a > 0]) <= set(b.ravel()) for a, b in zip(moved, x[:, 0], strict=True))
     assert np.array_equal(batch["x"], x)
+
+
+def test_weights_of_three_dimensional_convolutions_are_trained() -> None:
+    model = from_text(
+        "(float[N, 2, 4, 4, 4] x, float[3, 2, 3, 3, 3] v, float[3, 4] w) => (float[N, 4] y) "
+        "{ h = Conv <pads = [1, 1, 1, 1, 1, 1]> (x, v) r = Relu (h) p = GlobalAveragePool (r) f = Flatten (p) "
+        "y = MatMul (f, w) }"
+    )
+    data = ArraySource({"x": np.random.default_rng(0).standard_normal((32, 2, 4, 4, 4)).astype(np.float32)})
+    student = write_weights(model, {"v": 0.5 * read_weights(model)["v"]})
+    result = distill(model, student, data, replace(FAST, steps=20))
+    assert "v" in result.values
+    assert result.losses[-1] < result.losses[0]
+
+
+def test_an_output_without_elements_is_not_compared() -> None:
+    model = from_text(
+        "(float[N, 3] x, float[3, 4] w) => (float[N, 4] y, float[0, 4] z) "
+        "{ y = MatMul (x, w) z = Slice (y, starts, starts, axes) }"
+        .replace("float[3, 4] w)", "float[3, 4] w, int64[1] starts, int64[1] axes)"),
+        values={"starts": [0], "axes": [0]},
+    )  # fmt: skip  # a model
+    data = ArraySource({"x": np.random.default_rng(0).standard_normal((32, 3)).astype(np.float32)})
+    student = write_weights(model, {"w": 0.5 * read_weights(model)["w"]})
+    result = distill(model, student, data, replace(FAST, steps=10))
+    assert np.isfinite(result.losses).all()
+    assert result.losses[-1] < result.losses[0]

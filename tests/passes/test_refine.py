@@ -22,6 +22,7 @@ from cpd_onnx.passes.refine import Refined, RefineOptions, refined
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.runtime.sessions import execute, open_model
 from cpd_onnx.scores.registry import Scores, score
+from tests.support.models import from_text
 
 WIDTH = 24
 FAINT = 0.02
@@ -157,6 +158,18 @@ def test_outputs_whose_size_depends_on_the_data_are_compared_sample_by_sample_to
     near, far = measure(models[2]), measure(models[1])
     assert len(near) == len(far) == len(measure(models[0]))
     assert near.mean() < far.mean()
+
+
+def test_an_output_without_elements_does_not_count() -> None:
+    text = "(float[N, 6] x, float[6, 4] w, int64[1] none) => (float[N, 4] y, float[0, 4] z) "
+    body = "{ y = MatMul (x, w) z = Slice (y, none, none, none) }"
+    first, other = (
+        load(from_text(text + body, values={"none": [0], "w": np.full((6, 4), size) * np.arange(4)})) for size in (1, 2)
+    )
+    source = ArraySource({"x": np.random.default_rng(0).standard_normal((16, 6)).astype(np.float32)})
+    found = Divergence(first, source, 16)(other)
+    assert np.isfinite(found).all()
+    assert found.mean() > 0.01
 
 
 def test_a_model_of_integer_outputs_is_not_compared() -> None:

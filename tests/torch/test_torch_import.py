@@ -26,6 +26,7 @@ from cpd_onnx.torch import OPERATORS, OnnxModule, import_model, read_weights, un
 from cpd_onnx.torch.dtypes import to_numpy, to_torch
 from cpd_onnx.torch.operators.generate import as_numbers, as_tensor
 from cpd_onnx.torch.registry import register
+from tests.support.models import from_text
 
 Array = npt.NDArray[Any]
 
@@ -839,3 +840,41 @@ def test_what_would_be_huge_is_not_made_while_importing() -> None:
     body = "n = Constant<value=int64{4000000000000}>() z = Constant<value=int64{0}>() o = Constant<value=int64{1}>()"
     model = parse(f"(float[4] x) => (int64[M] r, float[4] y) {{ {body} r = Range(z, n, o) y = Relu(x) }}")
     import_model(model)  # runs out of memory only when it is run
+
+
+def test_nodes_may_be_stored_in_any_order() -> None:
+    text = """(float[N, 3] x, bool xc) => (float[N, 2] y) {
+        h = MatMul (x, w)
+        s = If (xc) <then_branch = t () => (float[N, 4] o) { d = Add (h, h) o = Relu (d) },
+                     else_branch = e () => (float[N, 4] o) { o = Neg (h) }>
+        g = Relu (s)
+        y = MatMul (g, v)
+    }"""
+    model = from_text(text.replace("bool xc)", "bool xc, float[3, 4] w, float[4, 2] v)"))
+    shuffled = copy.deepcopy(model)
+    for graph in (shuffled.graph, shuffled.graph.node[1].attribute[0].g):
+        nodes = list(graph.node)[::-1]
+        graph.ClearField("node")
+        graph.node.extend(nodes)
+    assert [node.op_type for node in shuffled.graph.node] == ["MatMul", "Relu", "If", "MatMul"]
+    x, flag = torch.randn(2, 3), torch.tensor(True)
+    found, wanted = (import_model(each)(x, flag)[0] for each in (shuffled, model))
+    torch.testing.assert_close(found, wanted)
+    assert [node.op_type for node in shuffled.graph.node] == ["MatMul", "Relu", "If", "MatMul"]  # it is not changed
+
+
+def test_a_cycle_is_told() -> None:
+    model = from_text("(float[2] x) => (float[2] y) { a = Add (x, b) b = Neg (a) y = Relu (a) }")
+    with pytest.raises(ModelError, match="'b' is used before any node computes it"):
+        import_model(model)
+
+
+@pytest.mark.parametrize("value", ["value_floats = [1.0, 2.0]", "value_float = 3.0", "value = float[2] {4, 5}"])
+def test_numbers_of_constant_nodes_are_weights(value: str) -> None:
+    model = from_text(f"(float[N, 2] x) => (float[N, 2] y) {{ b = Constant <{value}> () y = Add (x, b) }}")
+    before = read_weights(model)["b"]
+    made = write_weights(model, {"b": before + 1})
+    np.testing.assert_array_equal(read_weights(made)["b"], before + 1)
+    np.testing.assert_array_equal(read_weights(model)["b"], before)
+    with pytest.raises(ModelError, match="'b' is float32"):
+        write_weights(model, {"b": np.zeros((3, 3), np.float32)})

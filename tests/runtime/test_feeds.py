@@ -1,0 +1,42 @@
+"""Random inputs keep what models assume of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cpd_onnx.ir.model import load
+from cpd_onnx.runtime.sessions import execute, open_model, random_feed
+from cpd_onnx.shapes.inference import fold
+from tests.support.models import from_text
+
+
+@pytest.mark.parametrize("hides", ["xm", "kept"])
+def test_masks_leave_each_row_something(hides: str) -> None:
+    """Whether True hides or keeps; a row that is hidden as a whole has a softmax of NaN."""
+    model = load(
+        from_text(
+            f"""(float[N, 6] x, bool[N, 6] xm, float low) => (float[N, 6] y) {{
+                kept = Not (xm)
+                s = Where ({hides}, low, x)
+                y = Softmax (s)
+            }}""",
+            values={"low": -np.inf},
+        )
+    )
+    feed = random_feed(fold(model))
+    assert np.isfinite(execute(open_model(model), feed)[0]).all()
+    assert 0 < feed["xm"].mean() < 1
+
+
+def test_masks_of_numbers_keep_something_and_flags_are_set() -> None:
+    text = """(int64[N, 5] xm, bool xf, float[N, 5] x) => (float[N, 5] y) {
+        m = Cast <to = 1> (xm)
+        f = Cast <to = 1> (xf)
+        p = Mul (x, m)
+        y = Mul (p, f)
+    }"""
+    feed = random_feed(fold(load(from_text(text))))
+    assert set(np.unique(feed["xm"])) == {0, 1}
+    assert (feed["xm"].sum(-1) > 0).all()
+    assert feed["xf"].all()
