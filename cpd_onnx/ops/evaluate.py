@@ -158,6 +158,18 @@ def slice_ranges(call: Call, rank: int, operands: Sequence[Array | None]) -> lis
     return [(axis % rank, start, end, step) for axis, start, end, step in zip(axes, starts, ends, steps, strict=True)]
 
 
+def sliced_axes(
+    rank: int, shapes: Sequence[Sequence[int] | None], values: Sequence[Array | None]
+) -> frozenset[int] | None:
+    """Return the axes that a Slice cuts by ranges that are not known; None if the axes are not known either.
+
+    `shapes` and `values` are those of the inputs after the data.
+    """
+    if len(shapes) > 2 and shapes[2] is not None:
+        return None if values[2] is None else frozenset(int(axis) % rank for axis in values[2].tolist())
+    return frozenset(range(shapes[0][0])) if shapes[0] else None
+
+
 def axes_operand(call: Call, operands: Sequence[Array | None]) -> list[int] | None:
     """Return the axes given as the first operand (newer opsets) or as an attribute; None if absent."""
     if operands and operands[0] is not None:

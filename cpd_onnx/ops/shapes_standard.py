@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from cpd_onnx.ops.evaluate import Call, axes_operand, register_in, slice_ranges
+from cpd_onnx.ops.evaluate import Call, axes_operand, register_in, slice_ranges, sliced_axes
 from cpd_onnx.ops.sizes import as_size, floor, is_constant, largest, least, product
 
 Dims: TypeAlias = tuple[Any, ...]
@@ -242,9 +242,10 @@ def _constant_of_shape(call: Call, shapes: Sequence[Dims], values: Values) -> Di
 
 @_plain("Slice")
 def _slice(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
+    sizes: list[Any] = list(shapes[0])
     if call.opset >= 10 and any(value is None for value in values[1:]):
-        return None
-    sizes = list(shapes[0])
+        axes = None if any(shape is None for shape in shapes[1:]) else sliced_axes(len(sizes), shapes[1:], values[1:])
+        return None if axes is None else tuple(None if axis in axes else size for axis, size in enumerate(sizes))
     for axis, start, end, step in slice_ranges(call, len(sizes), values[1:]):
         if all(map(is_constant, (sizes[axis], start, end))):
             sizes[axis] = len(range(*slice(start, end if end > -(2**62) else None, step).indices(sizes[axis])))

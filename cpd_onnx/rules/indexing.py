@@ -11,7 +11,7 @@ import numpy.typing as npt
 from cpd_onnx.algebra.atoms import Axis
 from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.ir.model import Array
-from cpd_onnx.ops.evaluate import slice_ranges
+from cpd_onnx.ops.evaluate import slice_ranges, sliced_axes
 from cpd_onnx.ops.sizes import is_constant
 from cpd_onnx.rules.api import TABLE_ROWS, GiveUp, Op, Rewrite, Tensor, positions_after, rule
 
@@ -60,11 +60,19 @@ def _known_ranges(op: Op, x: Tensor) -> list[tuple[int, Any, Any, int]] | None:
 
 
 def _sliced_by_data(op: Op, x: Tensor, shape: Sequence[int] | None) -> list[Axis]:
-    """Freeze all axes, which a range that depends on data might slice, and return those of the output."""
+    """Freeze the axes that are sliced by a range that depends on data; return the axes of the output."""
     if shape is None:
         raise GiveUp(f"the range of {op.name} is computed from data")
-    op.freeze_all(x.axes or [], "slices by a range computed from data")
-    return [op.frozen(size, "slices by a range computed from data") for size in shape]
+    operands = list(map(op.value, range(1, len(op.inputs))))
+    sliced = None
+    if op.opset >= 10 and all(v is None or v.shape is not None for v in operands):
+        values = [None if v is None or v.is_open else v.value for v in operands]
+        sliced = sliced_axes(x.rank, [None if v is None else v.shape for v in operands], values)
+    out = list(x.axes or [])
+    for axis in range(x.rank) if sliced is None else sorted(sliced):
+        op.freeze(out[axis], "slices this axis by a range computed from data")
+        out[axis] = op.frozen(shape[axis], "slices this axis by a range computed from data")
+    return out
 
 
 def _sliced(op: Op, axis: Axis, slot: int, span: tuple[int, int, int]) -> Axis:

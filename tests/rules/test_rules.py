@@ -249,6 +249,12 @@ TABLE: list[tuple[str, int, str, list[str], dict[str, Any]]] = [
         ["12: v.0 w.1"], {"s": -1, "e": -(2**62), "t": -1, "u": -1},
     ),
     (
+        "slice from an input", 17,
+        f"{MLP}, int64[1] xs, int64[1] e, int64[1] t) => (float[2, N, 5] y) "
+        f"{{ h = MatMul(x, w) a = Slice(h, xs, e, t) y = MatMul(a, v) }}",
+        ["12: v.0 w.1"], {"e": 4, "t": 1},
+    ),
+    (
         "slice old", 9,
         f"{MLP.replace('12, 5', '6, 5')}) => (float[2, 4, 5] y) "
         f"{{ h = MatMul(x, w) a = Slice <axes = [2], starts = [6], ends = [2147483647]>(h) y = MatMul(a, v) }}",
