@@ -4,9 +4,9 @@
     python benchmarks/accuracy/effort.py --table
 
 DATA is a folder with `onnx/` and `load.py`; models and data that are missing are skipped. Each run of `prune` gets the same
-unlabelled images and a target, no bound of the loss, and is not timed. Beside it, uniform widths by L2 and at random are
-repaired alike. All test images are scored, by onnxruntime and numpy only. Peak memory and disk writes are those of the whole
-command, as the system counts them.
+unlabelled images and a target, no bound of the loss, and is not timed; with --trained it is one of `compress`, which
+distills on these images too. Beside it, uniform widths by L2 and at random are repaired alike. All test images are scored,
+by onnxruntime and numpy only. Peak memory and disk writes are those of the whole command, as the system counts them.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from verdicts import ROOT, Case, Data, answered, iou, kept, opened, resized
 RESULT = ROOT / "benchmarks" / "results" / "effort.json"
 SEED = 0
 BASELINES = {
-    "L2, uniform, repaired": ("--score", "l2", "--policy", "uniform", "--repair", "--effort", "0"),
-    "random, uniform, repaired": ("--score", "random", "--policy", "uniform", "--repair", "--effort", "0"),
+    "L2, uniform, repaired": ("prune", "--score", "l2", "--policy", "uniform", "--repair", "--effort", "0"),
+    "random, uniform, repaired": ("prune", "--score", "random", "--policy", "uniform", "--repair", "--effort", "0"),
 }
 EFFORTS = (0, 4, 16)
 OUTPUT_BLOCK = 512
@@ -94,7 +94,7 @@ def row(run: Run, name: str, more: tuple[str, ...], model: Path, data: Data) -> 
         entry = opened(model).get_inputs()[0].name
         np.savez(work / "data.npz", **{entry: case.pixels(resized(given[chosen], case.size))})
         words = [
-            "prune",
+            more[0],
             str(model),
             "-o",
             str(work / "small.onnx"),
@@ -104,7 +104,7 @@ def row(run: Run, name: str, more: tuple[str, ...], model: Path, data: Data) -> 
             "0",
         ]
         words += ["--target", f"macs={run.macs}", "--max-loss", "inf", "--round-to", "1", "--no-check-speed"]
-        code, figures = counted([*words, *more, "--json", str(work / "result.json")])
+        code, figures = counted([*words, *more[1:], "--json", str(work / "result.json")])
         found: dict[str, Any] = {"case": run.name, "how": name, "code": code} | figures
         if not (work / "small.onnx").exists():
             return found
@@ -136,13 +136,15 @@ def main() -> None:
     parser.add_argument("--model", action="append", default=[], metavar="NAME=FILE", help="a model that lies elsewhere")
     parser.add_argument("--only", choices=[run.name for run in RUNS], action="append")
     parser.add_argument("--effort", type=int, action="append", help=f"instead of {EFFORTS}")
+    parser.add_argument("--trained", action="store_true", help="run compress, which distills, instead of prune")
     parser.add_argument("--no-baselines", action="store_true")
     parser.add_argument("--table", action="store_true", help="print the stored results and run nothing")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     elsewhere = dict(entry.split("=", 1) for entry in options.model)
     rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
-    ways = {f"effort {effort}": ("--effort", str(effort)) for effort in options.effort or EFFORTS}
+    suffix, command = (", distilled", ("compress", "--no-report")) if options.trained else ("", ("prune",))
+    ways = {f"effort {effort}{suffix}": (*command, "--effort", str(effort)) for effort in options.effort or EFFORTS}
     ways |= {} if options.no_baselines else BASELINES
     data = Data(options.data_folder)
     for run in () if options.table else RUNS:

@@ -85,7 +85,7 @@ class Case:
 CASES = {
     "classifier": Case("resnet20_gtsrb", "gtsrb"),
     "classifier, labels": Case("resnet20_gtsrb", "gtsrb", labelled=1500),
-    "bytes of files": Case("magika", "files", None, given=2000, bounds=(0.1, 0.05)),
+    "bytes of files": Case("magika", "files", None, bounds=(0.2, 0.1)),
     "transformer": Case("vit_cifar10_smmk47", "cifar10", bounds=(0.2, 0.1)),
     "segmentation": Case("espnet_p2_q8_camvid", "camvid", ESPNET, given=60, tested=60),
     "detector": Case("yolox_nano", "camvid", OPENVINO, given=200, tested=200, bounds=(0.2, 0.1), size=(416, 416)),
