@@ -40,7 +40,7 @@ def test_a_recipe_repeats_a_run(folder: Path) -> None:
     assert compress(folder, "b.onnx", "--recipe", recipe) == 0
     assert (folder / "a.onnx").read_bytes() == (folder / "b.onnx").read_bytes()
     assert recipe.read_text() == (folder / "b.onnx.recipe.toml").read_text()
-    assert compress(folder, "c.onnx", "--recipe", recipe, "--lr", 0.001) == 0
+    assert compress(folder, "c.onnx", "--recipe", recipe, "--target", "params=0.5") == 0
     assert (folder / "c.onnx").read_bytes() != (folder / "a.onnx").read_bytes()
 
 
