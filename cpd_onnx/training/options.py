@@ -17,8 +17,8 @@ LOSSES: tuple[LossKind, ...] = get_args(LossKind)
 RATE, LOWER_RATE = 1e-3, 2e-4
 """Default learning rates, with enough samples and with fewer, of which a higher one unlearns more than they teach."""
 FEW = 1000
-"""Number of samples below which the lower rate and stored statistics of batch normalizations are the default (measured:
-with 512 samples on CIFAR-10 and GTSRB)."""
+"""Number of samples below which the lower rate and stored statistics of batch normalizations are the default
+(heuristic)."""
 _training = partial(option, group="training")
 
 
