@@ -15,6 +15,8 @@ import pytest
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the work is done in the same process there")
 
 CALL = "import os, signal, sys, time\nfrom cpd_onnx.cli.supervise import supervised\n"
+WAIT = "for _ in range(1200): time.sleep(0.05)"
+"""One long sleep would be entered, and not interrupted, if the signal came just before it."""
 
 
 def script(body: str) -> list[str]:
@@ -71,20 +73,20 @@ def test_a_kill_by_the_system_is_said() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_reach_the_work(number: signal.Signals) -> None:
-    with started(f"signal.signal({int(number)}, lambda *_: sys.exit(5))\ntime.sleep(60)") as (process, child):
+    with started(f"signal.signal({int(number)}, lambda *_: sys.exit(5))\n{WAIT}") as (process, child):
         process.send_signal(number)
         assert process.wait(20) == 5
         assert is_gone(child)
 
 
 def test_work_that_a_signal_ends_says_nothing() -> None:
-    with started("time.sleep(60)") as (process, _):
+    with started(WAIT) as (process, _):
         process.terminate()
         assert (process.communicate()[1], process.returncode) == ("", 128 + signal.SIGTERM)
 
 
 def test_the_work_ends_with_a_parent_that_is_killed() -> None:
-    with started("time.sleep(60)") as (process, child):
+    with started(WAIT) as (process, child):
         process.kill()
         assert is_gone(child)
 
