@@ -1,4 +1,4 @@
-"""Three oracles that need no trained model and hold for any architecture, for tests of rules, files and exporters.
+"""Four oracles that need no trained model and hold for any architecture, for tests of rules, files and exporters.
 
 Each takes whatever `cpd_onnx.load` takes and returns an `Outcome`.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from onnx import NodeProto
@@ -15,6 +15,7 @@ from onnx import NodeProto
 from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis, fingerprint
 from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.budget.allocation import Allocation, Budget, allocate
+from cpd_onnx.channels.branches import branches, removable_groups
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.channels.groups import Combed, Weight
 from cpd_onnx.channels.weights import weight_array
@@ -59,6 +60,23 @@ def mask_oracle(source: ModelSource, *, fraction: float = 0.5, seed: int = 0) ->
     pruned = prune(combed, chosen)
     found = verify(combed, chosen.keep_mask(combed), pruned.model)
     return _outcome(found, sum(bool(r) for r in chosen.removed))
+
+
+def depth_oracle(source: ModelSource, *, fraction: float = 0.5, seed: int = 0) -> Outcome:
+    """Check that the model without random branches equals the original with all their channels masked.
+
+    Channels of the other groups are pruned at random as well. `groups` counts the groups that are removed as a whole;
+    a model without such groups passes with 0.
+    """
+    combed, rng = comb(load(source)), np.random.default_rng(seed)
+    chosen = allocate(combed, score(combed, "random", seed=seed), Budget("channels", fraction))
+    removed, gone = [list(own) for own in chosen.removed], list[int]()
+    for index in rng.permutation(sorted(removable_groups(combed))).tolist():
+        if rng.random() < fraction and not branches(combed, [*gone, index]).obstacle:
+            gone.append(index)
+            removed[index] = list(range(len(combed.groups[index])))
+    chosen = replace(chosen, removed=removed)
+    return _outcome(verify(combed, chosen.keep_mask(combed), prune(combed, chosen).model), len(gone))
 
 
 def _outcome(found: Comparison, groups: int) -> Outcome:

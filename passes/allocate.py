@@ -143,6 +143,11 @@ class AllocateOptions(metaclass=Renaming):
         read=natural,
         metavar="N",
     )
+    depth: bool = option(
+        True,
+        "Remove whole branches, such as residual blocks, where the comparison of allocations (--effort) finds that the "
+        "outputs stay nearer to the original's",
+    )
     cost_table: str | os.PathLike[str] | None = option(
         None,
         "Cost table that 'latency' measured, to be used instead of a measurement on this machine",
@@ -245,7 +250,7 @@ class Allocate(AllocateOptions):
         """Return the loss curves to allocate by, chosen among as many allocations as `effort` says."""
         if data is None or self.budget.policy != "optimal":
             return Refined()
-        return refined(combed, scores, choose, data, RefineOptions(self.effort or 0, seed), is_loss=is_loss)
+        return refined(combed, scores, choose, data, RefineOptions(self.effort or 0, seed, self.depth), is_loss=is_loss)
 
     def _speed_check(self) -> SpeedCheck | None:
         """Return what times the result; None without `check_speed`."""

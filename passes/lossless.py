@@ -21,7 +21,7 @@ KIND = "lossless"
 
 
 def lossless(combed: Combed) -> Allocation:
-    """Return the allocation that removes the dead channels alone; at least one channel of each group survives."""
+    """Return the allocation that removes the dead channels alone, and branches that have no others."""
     return _allocation(combed, removable(combed, free_channels(combed)))
 
 

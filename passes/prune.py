@@ -11,7 +11,8 @@ from cpd_onnx.channels.groups import Combed
 from cpd_onnx.ir.model import ModelSource
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.rewrite.plan import Plan, make_plan, planned
-from cpd_onnx.rewrite.rewriter import Pruned, rewrite
+from cpd_onnx.rewrite.pruned import Pruned
+from cpd_onnx.rewrite.rewriter import rewrite
 
 
 def prune(combed: Combed, allocation: Allocation) -> Pruned:

@@ -4,7 +4,8 @@ The loss that a score assigns to a group is that of the layers that consume it, 
 make of it. Its weight is found in three steps. First, each group alone is narrowed, its consumers are fitted anew, and
 the divergence of the outputs is set against the loss. Then whole allocations by the scores alone and by powers of these
 weights are repaired and compared at the outputs. At last the best weights are varied at random, as long as the effort
-allows (Frantar and Alistarh, SPDY, ICML 2022, with a repair of each candidate).
+allows (Frantar and Alistarh, SPDY, ICML 2022, with a repair of each candidate). Where groups can be removed as a whole,
+one more allocation by the scores alone may do so, and the others do if that one is nearer to the original.
 
 All comparisons are made on samples that no candidate is fitted to. Labels are not needed.
 """
@@ -18,7 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
-from cpd_onnx.budget.allocation import Allocation, LossCurves, loss_curves
+from cpd_onnx.budget.allocation import Allocation, LossCurves, depth_curves
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.data.held_out import Division, divide
 from cpd_onnx.data.sources import Source
@@ -68,10 +69,12 @@ class RefineOptions:
     Attributes:
         effort: Number of allocations to compare.
         seed: Seed of the samples and of the random changes.
+        depth: Whether allocations are compared in which branches disappear as a whole.
     """
 
     effort: int
     seed: int = 0
+    depth: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +132,9 @@ def refined(
     if division is None or options.effort < 2 or combed.folded.model.is_over_limit:
         return Refined()
     with step("refine", is_whole=True):
-        refiner = _Refiner(combed, scores, choose, division, loss_curves(scores, is_loss=is_loss), options)
+        curves = depth_curves(combed, scores, is_loss=is_loss)
+        curves = curves if options.depth else curves.widths_alone
+        refiner = _Refiner(combed, scores, choose, division, curves, options)
         return refiner.run() if refiner.measure.is_defined else Refined()
 
 
@@ -159,22 +164,31 @@ class _Refiner:
         total = len(groups) + self.effort
         best = before = self.divergence(first)
         logs = self.logs(first, groups, total)
-        weights, curves = np.zeros_like(logs), None
+        weights, curves, local = np.zeros_like(logs), None, self.local.widths_alone
+        if np.isfinite(self.local.whole).any():
+            found = self.tried(self.local)
+            local = self.local if found.mean() < best.mean() else local
+            if is_nearer(found, best):
+                best, curves = found, self.local
         rng, width = np.random.default_rng(self.seed), _STEP
         for number in range(1, self.effort):
             advance(len(groups) + number, total, f"divergence {best.mean():.3g}")
             is_blend = number <= len(_BLENDS)
             trial = _BLENDS[number - 1] * logs if is_blend else weights + width * rng.standard_normal(len(logs))
-            weighted = _weighted(self.local, trial)
-            try:
-                found = self.divergence(self.choose(curves=weighted))
-            except TargetError:
-                continue
+            weighted = _weighted(local, trial)
+            found = self.tried(weighted)
             if is_better := is_nearer(found, best):
                 best, weights, curves = found, trial, weighted
             if not is_blend:
                 width *= _LARGER if is_better else _SMALLER
         return Refined(curves, len(self.known), float(before.mean()), float(best.mean()))
+
+    def tried(self, curves: LossCurves) -> Floats:
+        """Return the divergence after an allocation by some curves, infinite if they cannot meet the targets."""
+        try:
+            return self.divergence(self.choose(curves=curves))
+        except TargetError:
+            return np.full(1, np.inf)
 
     def divergence(self, chosen: Allocation) -> Floats:
         """Return the divergence of each held-out sample after the allocation is carried out and repaired."""
@@ -221,4 +235,7 @@ class _Refiner:
 
 
 def _weighted(local: LossCurves, logs: Floats) -> LossCurves:
-    return LossCurves(tuple(np.exp(log) * curve for log, curve in zip(logs, local.loss, strict=True)))
+    """Return loss curves multiplied by weights, given by their logarithms."""
+    factors = np.exp(logs)
+    loss = tuple(factor * curve for factor, curve in zip(factors, local.loss, strict=True))
+    return LossCurves(loss, tuple(factor * whole for factor, whole in zip(factors.tolist(), local.whole, strict=False)))

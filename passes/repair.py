@@ -8,7 +8,7 @@ that tensor is compensated as well. No gradients, labels or torch are needed.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, TypeAlias
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from cpd_onnx.algebra.atoms import Mask
 from cpd_onnx.algebra.keep import KeepMask
+from cpd_onnx.channels.branches import branches, gone_groups, with_last
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.channels.renormalized import renormalized
 from cpd_onnx.data.sources import Source, calibration
@@ -29,6 +30,7 @@ from cpd_onnx.io.progress import step, tracked
 from cpd_onnx.ir.model import Array, Model
 from cpd_onnx.options import option, positive
 from cpd_onnx.pipeline.state import State
+from cpd_onnx.rewrite.rewriter import in_line, out_of_line
 from cpd_onnx.runtime.sessions import Feed, sample_count
 from cpd_onnx.runtime.stream import Stop, Stream, Tensors, apart, batch_size, cuts_before, held_feeds
 
@@ -132,11 +134,22 @@ def repair(
         UnsupportedError: onnxruntime cannot run a part of the model.
     """
     chosen = options or RepairOptions()
+    made = _in_line(combed, kept, in_line(combed, kept, pruned), data, chosen, only)
+    known = {tensor.name for tensor in pruned.graph.initializer}
+    fits = tuple(fit for fit in made.fits if fit.weight in known)
+    return replace(made, model=out_of_line(combed, kept, made.model), fits=fits)
+
+
+def _in_line(
+    combed: Combed, kept: KeepMask, pruned: Model, data: Source, chosen: RepairOptions, only: Container[str] | None
+) -> Repaired:
+    """Fit the weights of a pruned model that has all nodes of the original."""
     # The sensitivity repairs a few weights many times, for which it does not pay to run the model once more.
     likened = renormalized(combed, data, chosen.seed) if only is None else None
     if likened is None:
         return _repaired(combed, kept, pruned, data, chosen, only)
-    made = _repaired(likened.combed, kept, likened.entered(pruned, kept), data, chosen, only)
+    whole = with_last(combed, kept, gone_groups(combed, kept))
+    made = _repaired(likened.combed, kept, likened.entered(pruned, whole), data, chosen, only)
     return replace(made, model=likened.left(pruned, made.model))
 
 
@@ -227,10 +240,16 @@ class _Repairer:
         options: RepairOptions,
         only: Container[str] | None,
     ) -> None:
-        self.combed, self.kept, self.options = combed, kept, options
+        gone = gone_groups(combed, kept)
+        self.combed, self.options = combed, options
+        self.kept, self.silent = with_last(combed, kept, gone), kept
         self.model = pruned.copy()
-        found = units_of(combed.folded, self.model)
-        self.units = [unit for unit in found.found if only is None or unit.weight in only]
+        found, cut = units_of(combed.folded, self.model), branches(combed, gone)
+        self.units = [
+            unit
+            for unit in found.found
+            if (only is None or unit.weight in only) and unit.position not in cut.lost | cut.unread
+        ]
         self.left = {name: why for name, why in found.left.items() if only is None or name in only}
         self.makers = combed.folded.scope.producers
         self.old = Stream(combed.folded, combed.folded.model, feeds)
@@ -287,14 +306,27 @@ class _Repairer:
         """Return features in the pruned model and targets from the original at the same positions."""
         unit = self.units[number]
         names = (unit.data,) if unit.other is None else (unit.data, unit.other)
+        silent = list(self.silent_masks(unit.data))
 
         def look(_: int, batch: int, tensors: Tensors) -> Block:
             places, wanted = targets[batch]
             if unit.other is not None:
                 wanted = wanted - unit.linear.targets(single(tensors[unit.other]), places)
-            return Block(apart(unit.linear.rows(single(tensors[unit.data]), places)), apart(wanted))
+            data = single(tensors[unit.data])
+            for mask in silent:
+                data = data * mask
+            return Block(apart(unit.linear.rows(data, places)), apart(wanted))
 
         return [block for (block,) in self.new.run([Stop(unit.position - 1, names)], look, cut=cut)]
+
+    def silent_masks(self, name: str) -> Iterator[Array]:
+        """Yield masks, which broadcast against a tensor, of the channels that survive in `kept` alone."""
+        tensor = self.combed.tensors.get(("", name))
+        axes = (tensor and tensor.axes) or []
+        for place, axis in enumerate(axes):
+            mask = self.silent.mask(axis)[self.kept.mask(axis)]
+            if not mask.all():
+                yield mask.astype(np.float32).reshape([-1 if i == place else 1 for i in range(len(axes))])
 
     def fit(self, unit: Unit, blocks: list[Block]) -> Fit | None:
         """Fit and store a weight; returns None if it needs no repair or does not improve."""

@@ -5,7 +5,8 @@
 The long version of tests/robustness/test_fuzz.py.
 
 Graphs (tests/support/graphs.py): operators with rules in random topologies, valid by onnx's checker. Each is inferred,
-combed, pruned at random and compared with the masked original in onnxruntime, and its channels are permuted.
+combed, pruned at random and compared with the masked original in onnxruntime, with random branches removed as a whole
+too, and its channels are permuted.
 
 Graphs with open sizes (tests/support/open_graphs.py): shape arithmetic as exporters and people write it. Each is pruned
 and proved; the pruned file is then compared with the masked original at five sets of sizes that neither step used.
@@ -43,7 +44,7 @@ import onnx
 
 import cpd_onnx as cpd
 from cpd_onnx.runtime import sessions as runtime
-from cpd_onnx.testing import mask_oracle, permutation_oracle
+from cpd_onnx.testing import depth_oracle, mask_oracle, permutation_oracle
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.accuracy.accuracy import HERE, commit, macs
@@ -72,7 +73,7 @@ def graph_outcome(seed: int, work: Path, data: Path | None) -> str:
     model = seeded(seed)
     onnx.checker.check_model(model, full_check=True)
     try:
-        outcomes = [oracle(model, seed=seed) for oracle in (mask_oracle, permutation_oracle)]
+        outcomes = [oracle(model, seed=seed) for oracle in (mask_oracle, permutation_oracle, depth_oracle)]
     except cpd.TargetError:
         return "nothing to prune"
     except cpd.DataError:

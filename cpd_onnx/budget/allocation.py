@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from cpd_onnx.budget.latency import CostTable
 from cpd_onnx.budget.memory import MemoryModel
 from cpd_onnx.budget.targets import Asked, Target, slack_of
 from cpd_onnx.budget.widths import Limits, allowed_widths
+from cpd_onnx.channels.branches import branches, removable_groups, removable_together
 from cpd_onnx.channels.costs import CostModel, Costs, Floats, Peak, Term
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.errors import TargetError
@@ -124,9 +126,16 @@ class LossCurves:
     Attributes:
         loss: For each group an array with, at index r = 0 … size - 1, the loss without its r least important channels.
             It starts at 0 and never decreases. Losses of different groups are comparable.
+        whole: For each group the loss without any channel, infinite for one that keeps at least one; empty if all do.
     """
 
     loss: tuple[Floats, ...]
+    whole: tuple[float, ...] = ()
+
+    @property
+    def widths_alone(self) -> LossCurves:
+        """The same curves, by which each group keeps at least one channel."""
+        return LossCurves(self.loss)
 
     def check(self, combed: Combed) -> None:
         """Raise ValueError unless there is a valid curve for each group."""
@@ -134,6 +143,8 @@ class LossCurves:
             raise ValueError("a loss curve must have one number for each of 0 … size - 1 removed channels")
         if any(curve[0] != 0 or bool((np.diff(curve) < 0).any()) for curve in self.loss):
             raise ValueError("a loss curve must start at 0 and never decrease")
+        if self.whole and not all(whole >= curve[-1] for whole, curve in zip(self.whole, self.loss, strict=True)):
+            raise ValueError("the loss without any channel must be at least that of a single one")
 
 
 def loss_curves(scores: Sequence[Scores], *, is_loss: bool) -> LossCurves:
@@ -153,6 +164,21 @@ def loss_curves(scores: Sequence[Scores], *, is_loss: bool) -> LossCurves:
             gone = (-np.log(np.maximum(1 - share, _LEAST_SHARE))) ** _EVENNESS
         made.append(np.maximum.accumulate(gone[:-1] - gone[0]))
     return LossCurves(tuple(made))
+
+
+def depth_curves(combed: Combed, scores: Sequence[Scores], *, is_loss: bool) -> LossCurves:
+    """Return the loss curves that scores imply, with the loss of each group that can be removed as a whole.
+
+    Scores that are not losses do not say what the model loses without the last channel.
+    """
+    curves = loss_curves(scores, is_loss=is_loss)
+    if not is_loss:
+        return curves
+    whole = [math.inf] * len(curves.loss)
+    for index in removable_groups(combed):
+        score = np.maximum(np.asarray(scores[index], np.float64), 0.0)
+        whole[index] = max(float(score.sum()), float(curves.loss[index][-1]))
+    return LossCurves(curves.loss, tuple(whole))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -294,7 +320,7 @@ def allocate(
     curves: LossCurves | None = None,
     table: CostTable | None = None,
 ) -> Allocation:
-    """Choose the channels to remove; at least one of each group survives.
+    """Choose the channels to remove; at least one of each group survives, unless `curves` say what is lost without any.
 
     Policies that rank channels use the score relative to the mean of the group or, if scores are losses, the loss per
     cost saved. The policy "optimal" uses `curves`, by default the `loss_curves` of the scores. Latency is predicted by
@@ -358,6 +384,7 @@ class _Allocator:
         if budget.also:  # costs are then fractions of what is allowed
             self.full = max(prices.full(kind) / limit for kind, limit in self.limits.items())
         self.widths = allowed_widths(combed, budget.limits, prices.multiples)
+        self.kept_in_part: set[int] = set()
         self.sizes = [len(group) for group in combed.groups]
         self.order = [np.argsort(score, kind="stable") for score in self.scores]
         self.least_first = [g.channels[order] for g, order in zip(combed.groups, self.order, strict=True)]
@@ -369,10 +396,13 @@ class _Allocator:
     def run(self) -> Allocation:
         target = 1.0 if self.budget.also else self.budget.fraction * self.full
         slack = _EXACT if self.is_strict else slack_of(self.budget.fraction)
-        floor, tolerance = self.cost(self.widths.least), slack * self.full
+        floor, tolerance = self.cost(self.least()), slack * self.full
         if floor > target + tolerance:
             raise self.unreachable()
         counts = self.counted(target)
+        while (obstructed := self.obstructed(counts)) is not None:
+            self.kept_in_part.add(obstructed)
+            counts = self.counted(target)
         if self.is_strict and self.cost(counts) > target + tolerance:
             counts = self.searched(target)
         if counts == self.sizes and all(fraction < 1 for _, fraction in self.budget.fractions):
@@ -383,6 +413,33 @@ class _Allocator:
             bounds = "the bounds of the widths" if counts == self.widths.most else "whole channels"
             notes.append(f"{self.budget.kind}={reached / self.full:.3f} is the nearest that {bounds} allow")
         return self.result(counts, tuple(notes))
+
+    def obstructed(self, counts: Sequence[int]) -> int | None:
+        """Return a group that cannot be removed as a whole together with others that are; None if all can."""
+        gone = [index for index, count in enumerate(counts) if not count]
+        if not gone or not branches(self.combed, gone).obstacle:
+            return None
+        return next(gone[n] for n in range(len(gone)) if branches(self.combed, gone[: n + 1]).obstacle)
+
+    def least(self) -> list[int]:
+        """Return the smallest width of each group that may be chosen."""
+        if self.curves is None or not self.curves.whole or self.budget.policy != "optimal":
+            return self.widths.least
+        gone = self.widths.free & removable_together(self.combed)
+        wholes = [index in gone and whole < math.inf for index, whole in enumerate(self.curves.whole)]
+        return [0 if is_gone else width for is_gone, width in zip(wholes, self.widths.least, strict=True)]
+
+    def choices(self, curves: LossCurves, weights: Floats) -> tuple[list[Counts], list[Floats]]:
+        """Return the widths of each group to choose from, 0 among them if it may vanish, and their losses."""
+        allowed, losses = [], []
+        for index, (curve, size, widths) in enumerate(zip(curves.loss, self.sizes, self.widths.allowed, strict=True)):
+            loss = weights[index] * curve[size - widths]
+            whole = curves.whole[index] if curves.whole else math.inf
+            if whole < math.inf and index in self.widths.free and index not in self.kept_in_part:
+                widths, loss = np.append(0, widths), np.append(weights[index] * whole, loss)
+            allowed.append(widths)
+            losses.append(loss)
+        return allowed, losses
 
     def counted(self, target: float) -> list[int]:
         """Return the widths by the policy of the budget."""
@@ -397,15 +454,12 @@ class _Allocator:
         limits are raised for it, and where a cost is above its limit all the same, that limit is lowered.
         """
         curves = self.curves or loss_curves(self.scores, is_loss=self.is_loss)
-        allowed, follows = self.widths.allowed, self.curves is None and not self.is_loss
+        follows = self.curves is None and not self.is_loss
         work = self.costs.in_widths("macs")
         weights: Floats = _weights(work, self.sizes) if follows else np.ones(len(self.sizes))
         limits, best, nearest = dict(self.limits), None, 0.0
         for _ in range(_CORRECTIONS):
-            loss = [
-                weight * curve[size - widths]
-                for weight, curve, size, widths in zip(weights, curves.loss, self.sizes, allowed, strict=True)
-            ]
+            allowed, loss = self.choices(curves, weights)
             counts = solve(allowed, loss, self.norm(limits), 1.0)
             kept = self.kept(counts)
             used = {kind: self.prices.cost(kind, kept) / limit for kind, limit in self.limits.items()}
@@ -424,15 +478,12 @@ class _Allocator:
     def optimal(self, target: float) -> list[int]:
         """Return the widths with the least total loss."""
         curves = self.curves or loss_curves(self.scores, is_loss=self.is_loss)
-        allowed, follows = self.widths.allowed, self.curves is None and not self.is_loss
+        follows = self.curves is None and not self.is_loss
         cost, limit, counts = self.costs.in_widths(self.budget.kind), target, self.sizes
         work = cost if self.budget.kind in _WORK else self.costs.in_widths("macs")
         weights: Floats = _weights(work, counts) if follows else np.ones(len(counts))
         for _ in range(_CORRECTIONS):
-            loss = [
-                weight * curve[size - widths]
-                for weight, curve, size, widths in zip(weights, curves.loss, self.sizes, allowed, strict=True)
-            ]
+            allowed, loss = self.choices(curves, weights)
             before, counts = counts, solve(allowed, loss, cost, limit)
             over = self.cost(counts) - target
             most = _EXACT if self.is_strict else 0.1 * _TOLERANCE
@@ -557,7 +608,7 @@ class _Allocator:
         return replace(allocation, latency={"target": self.budget.fraction, "predicted": predicted})
 
     def unreachable(self) -> UnreachableError:
-        kept = self.kept(self.widths.least)
+        kept = self.kept(self.least())
         floors = {kind: self.prices.cost(kind, kept) / self.prices.full(kind) for kind, _ in self.budget.fractions}
         least = ", ".join(f"{left:.3f}" + (f" of {kind}" if len(floors) > 1 else "") for kind, left in floors.items())
         why, obstacle = f"target {self.budget.as_text()} cannot be reached", self.obstacle()

@@ -4,7 +4,8 @@ The loss is a sum over the groups, but the cost of a width depends on the widths
 convolution is the product of two). So the cost is linearised around the current widths, and the resulting knapsack
 problem is solved up to its last step (Sinha and Zoltners, The Multiple-Choice Knapsack Problem, Operations Research
 1979). This is repeated around each solution, in steps small enough for the linearisation to hold, until there is no
-improvement. Exchanges of one or two groups, evaluated at the true cost, then use up the rest of the budget.
+improvement. A group that may vanish has the width 0 as well, which is within reach of all others: what it saves alone
+is known exactly. Exchanges of one or two groups, evaluated at the true cost, then use up the rest of the budget.
 """
 
 from __future__ import annotations
@@ -158,7 +159,9 @@ def _linear(problem: _Problem, chosen: Counts, target: float) -> Counts:
     steps along the lower convex hull of a group's (cost, loss) points are considered, so that they come in order.
     """
     change = problem.moves(chosen)
-    reach = np.abs(np.log(problem.width / problem.width[chosen][problem.owner])) <= math.log(_REACH) + _EPSILON
+    present = problem.width[chosen][problem.owner]
+    width, now = (np.maximum(counts, 0.5) for counts in (problem.width, present))
+    reach = (np.abs(np.log(width / now)) <= math.log(_REACH) + _EPSILON) | (problem.width == 0) | (present == 0)
     place = np.arange(len(problem.width)) - chosen[problem.owner]
     near = reach | (np.abs(place) <= 1)
     after = np.empty_like(chosen)

@@ -42,6 +42,7 @@ from scipy.optimize import nnls
 from cpd_onnx.algebra.atoms import Axis, Fingerprint, fingerprint
 from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.budget.widths import is_width
+from cpd_onnx.channels.branches import Vanishing
 from cpd_onnx.channels.costs import Floats, Term
 from cpd_onnx.channels.groups import Combed, Group
 from cpd_onnx.channels.judged import terms_of_work
@@ -176,10 +177,16 @@ class CostTable:
 
     def terms(self, combed: Combed) -> list[Term]:
         """Return the milliseconds of a run as a sum over products of axes."""
-        kernels = (
-            (ms, tuple(_axis_of(combed, axis) for axis in axes)) for kernel in self.kernels for ms, axes in kernel.terms
-        )
-        return [(self.rest, ()), *kernels]
+        nodes = combed.folded.scope.nodes
+        places = {name: place for place, node in enumerate(nodes) for name in (node.name, *node.output) if name}
+        vanishing = Vanishing(combed)
+        found: list[Term] = [(self.rest, ())]
+        for kernel in self.kernels:
+            place = places.get(kernel.name, -1)
+            for ms, named in kernel.terms:
+                axes = tuple(_axis_of(combed, axis) for axis in named)
+                found.append((ms, axes, vanishing.of_node(place, axes)))
+        return found
 
     def require(self, model: Model) -> None:
         """Raise DataError if the table belongs to another model."""

@@ -21,7 +21,7 @@ from onnx import NodeProto
 
 from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.budget.deployed import element_size
-from cpd_onnx.channels.costs import Peak, Term
+from cpd_onnx.channels.costs import Peak, Product
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.channels.judged import judged, term_at
 from cpd_onnx.ops.traits import traits_of
@@ -94,10 +94,10 @@ class MemoryModel:
         self._spans = _spans(combed.folded.scope)
 
     @cached_property
-    def terms(self) -> list[Term]:
+    def terms(self) -> list[Product]:
         """The size of each buffer in bytes, as a factor and the axes that it is multiplied with."""
         there, folded = judged(self._combed), self._combed.folded
-        found: list[Term] = []
+        found: list[Product] = []
         for value, _, _ in self._spans:
             key = (folded.scope.path, value.name)
             here = self._combed.tensors.get(key)

@@ -57,10 +57,12 @@ class Widths:
     Attributes:
         allowed: Ascending widths of each group, at least one.
         held: Pinned groups, by id.
+        free: Groups with no minimum ratio, by id.
     """
 
     allowed: tuple[Counts, ...]
     held: frozenset[int]
+    free: frozenset[int]
 
     @property
     def least(self) -> list[int]:
@@ -94,6 +96,7 @@ def allowed_widths(combed: Combed, limits: Limits, multiples: Mapping[int, int] 
         named = {group.id for group in combed.groups if _matches(group.name, [pattern])}
         ratios |= dict.fromkeys(named or held_groups(combed, (pattern,), "--width"), bounds)
     allowed = []
+    free = {index for index, (low, _) in ratios.items() if low == 0} - held
     for group in combed.groups:
         if group.id in held:
             allowed.append(np.asarray([len(group)]))
@@ -101,7 +104,7 @@ def allowed_widths(combed: Combed, limits: Limits, multiples: Mapping[int, int] 
         multiple = limits.round_to if is_width(combed, group) else 1
         multiple = math.lcm(multiple, (multiples or {}).get(group.id, 1))
         allowed.append(_between(len(group), multiple, ratios[group.id]))
-    return Widths(tuple(allowed), frozenset(held))
+    return Widths(tuple(allowed), frozenset(held), frozenset(free))
 
 
 def is_width(combed: Combed, group: Group) -> bool:

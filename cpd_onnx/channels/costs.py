@@ -11,16 +11,21 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis, fingerprint
+from cpd_onnx.algebra.atoms import NOTHING, Axis, fingerprint
 from cpd_onnx.algebra.keep import KeepMask
+from cpd_onnx.channels.branches import Vanishing
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.channels.judged import terms_of_work
 from cpd_onnx.ir.model import element_bytes
 
 Floats: TypeAlias = npt.NDArray[np.float64]
-Term: TypeAlias = "tuple[float, tuple[Axis, ...]]"
+Product: TypeAlias = "tuple[float, tuple[Axis, ...]]"
 """A factor, and the axes whose sizes it is multiplied with."""
+Term: TypeAlias = "Product | tuple[float, tuple[Axis, ...], frozenset[int]]"
+"""A product, and the groups, by id, without each of which it is zero; none if they are left out."""
 
+_IN_A_BODY = -1
+"""Position of a node that is not in the main graph."""
 _AT_ONCE = 4_000_000
 """Limit on the elements of the arrays that `WidthCost` allocates at a time (32 MB each); a heuristic."""
 
@@ -72,15 +77,18 @@ class CostModel:
         self._combed = combed
         self._batch = combed.folded.batch
         self._work = terms_of_work(combed)
-        self._weights: list[Term] = []
+        self._weights: list[tuple[float, tuple[Axis, ...], frozenset[int]]] = []
         self._prunable: list[Axis] = []
-        self._stored: list[Term] = []
+        self._stored: list[tuple[float, tuple[Axis, ...], frozenset[int]]] = []
+        vanishing = Vanishing(combed)
         for weight in combed.weights:
             axes = weight.axes[0]
-            self._stored.append((element_bytes(weight.value.dtype), tuple(axes)))
+            places = [_IN_A_BODY if use.use.scope.path else use.use.node for use in weight.uses]
+            needed = vanishing.of_nodes(places, axes)
+            self._stored.append((element_bytes(weight.value.dtype), tuple(axes), needed))
             if not weight.is_trained:
                 continue
-            self._weights.append((1.0, tuple(axes)))
+            self._weights.append((1.0, tuple(axes), needed))
             self._prunable += [axis for axis in axes if not combed.atoms.all_frozen(axis)]
         for tensor in combed.tensors.values():
             if tensor.value.is_generated_weight:
@@ -88,17 +96,22 @@ class CostModel:
 
         model = combed.folded.model
         rest = (
-            model.data_bytes() + model.proto.ByteSize() - sum(f * math.prod(map(len, axes)) for f, axes in self._stored)
+            model.data_bytes()
+            + model.proto.ByteSize()
+            - sum(f * math.prod(map(len, axes)) for f, axes, _ in self._stored)
         )
         lists: dict[str, Sequence[Term]] = {
-            "macs": [(factor / self._batch, axes) for factor, axes in self._work],
+            "macs": [
+                (factor / self._batch, axes, vanishing.of_node(_IN_A_BODY if cost.scope.path else cost.node, axes))
+                for (factor, axes), cost in zip(self._work, combed.recorder.costs, strict=True)
+            ],
             "params": self._weights,
             "channels": [(1.0, (axis,)) for axis in self._prunable],
             "bytes": [*self._stored, (float(rest), ())],
         }
         self._peaks = {kind: peak for kind, peak in (more or {}).items() if isinstance(peak, Peak)}
         lists |= {kind: terms.terms if isinstance(terms, Peak) else terms for kind, terms in (more or {}).items()}
-        self._sizes = _Sizes(combed.atoms, [axis for terms in lists.values() for _, axes in terms for axis in axes])
+        self._sizes = _Sizes(combed, [axis for terms in lists.values() for term in terms for axis in term[1]])
         self._sums = {kind: self._sizes.laid_out(terms) for kind, terms in lists.items()}
 
     def total(self, keep: KeepMask) -> Costs:
@@ -121,7 +134,7 @@ class CostModel:
 
         def by_group(terms: Sequence[Term], batch: int = 1) -> dict[int, float]:
             found: dict[int, float] = defaultdict(float)
-            for factor, axes in terms:
+            for factor, axes, *_ in terms:
                 for group_id in _owners(combed, owner, axes):
                     found[group_id] += factor * math.prod(map(len, axes)) / batch
             return found
@@ -131,7 +144,8 @@ class CostModel:
 
 
 _Sum: TypeAlias = "tuple[Floats, Axis]"
-"""Factors of terms, and a row of axis numbers for each (the number of axes where a term has fewer)."""
+"""Factors of terms, and a row of axis numbers for each: the number of axes where a term has fewer, and after it the
+groups that must have a channel."""
 
 
 class WidthCost:
@@ -150,6 +164,7 @@ class WidthCost:
         used = np.unique(self._places[self._places < sizes.count])
         place_of = np.full(sizes.count + 1, len(used), np.int64)
         place_of[used] = np.arange(len(used))
+        place_of = np.append(place_of, len(used) + 1 + np.arange(count))  # whether groups have any channel
         self._places = place_of[self._places]
         owner = np.where(combed.owners[0] < 0, count, combed.owners[0])
         axis, parts = sizes.rows(used)
@@ -189,7 +204,7 @@ class WidthCost:
         left = np.column_stack([widths / self._full, np.ones(len(widths))])
         counted = self._counts * left[:, self._groups].prod(axis=2)
         sizes = np.add.reduceat(counted, self._starts, axis=1) if len(self._starts) else counted
-        sizes = np.column_stack([sizes, np.ones(len(widths))])
+        sizes = np.column_stack([sizes, np.ones(len(widths)), widths > 0])
         products = sizes[:, self._places].prod(axis=2)
         return np.asarray(products @ self.factors) if self._peak is None else self._peak.of(products * self.factors)
 
@@ -197,7 +212,8 @@ class WidthCost:
 class _Sizes:
     """The sizes of all axes that can shrink, computed together for a set of surviving channels."""
 
-    def __init__(self, atoms: Atoms, axes: Sequence[Axis]) -> None:
+    def __init__(self, combed: Combed, axes: Sequence[Axis]) -> None:
+        atoms, self._groups = combed.atoms, [group.channels for group in combed.groups]
         known = {fingerprint(axis): axis for axis in axes if not atoms.all_frozen(axis)}
         self.count = len(known)
         self._places = {key: place for place, key in enumerate(known)}
@@ -209,9 +225,10 @@ class _Sizes:
             self._parts[start : start + len(table), : table.shape[1]] = table
 
     def of(self, keep: KeepMask) -> Floats:
-        """Return the number of surviving indices of each axis, followed by a one for missing axes."""
+        """Return the number of surviving indices of each axis, a one for missing axes, and which groups survive."""
         before = np.concatenate([[0.0], np.cumsum(keep.surviving(self._parts), dtype=np.float64)])
-        return np.concatenate([np.diff(before[self._starts]), [1.0]])
+        survives = [float(keep.surviving(channels[:, None]).any()) for channels in self._groups]
+        return np.concatenate([np.diff(before[self._starts]), [1.0], survives])
 
     def rows(self, places: Axis) -> tuple[Axis, Axis]:
         """Return, for each index of the chosen axes, the number of its axis and its primitives."""
@@ -221,11 +238,12 @@ class _Sizes:
 
     def laid_out(self, terms: Sequence[Term]) -> _Sum:
         """Return terms with the sizes of frozen axes multiplied into the factors, and the numbers of other axes."""
-        rank = max((len(axes) for _, axes in terms), default=0)
+        rank = max((len(axes) + sum(map(len, groups)) for _, axes, *groups in terms), default=0)
         factors, places = np.zeros(len(terms)), np.full((len(terms), rank), self.count, np.int64)
-        for row, (factor, axes) in enumerate(terms):
+        for row, (factor, axes, *groups) in enumerate(terms):
             found = [(len(axis), self._places.get(fingerprint(axis))) for axis in axes]
             shrinking = [place for _, place in found if place is not None]
+            shrinking += [self.count + 1 + group for needed in groups for group in sorted(needed)]
             places[row, : len(shrinking)] = shrinking
             factors[row] = factor * math.prod(size for size, place in found if place is None)
         return factors, places

@@ -19,6 +19,7 @@ import numpy as np
 
 from cpd_onnx.algebra.atoms import NOTHING, Axis, Mask
 from cpd_onnx.algebra.keep import KeepMask
+from cpd_onnx.channels.branches import branches, removable_groups
 from cpd_onnx.channels.constant import Constants, nonzero
 from cpd_onnx.channels.groups import Combed, Group, Member
 from cpd_onnx.channels.weights import dequantized
@@ -78,9 +79,20 @@ def free_channels(combed: Combed) -> list[FreeChannels]:
 
 
 def removable(combed: Combed, free: Sequence[FreeChannels]) -> list[list[int]]:
-    """Return the dead channels of each group; of a group that is dead altogether, the first channel survives."""
+    """Return the dead channels of each group.
+
+    Of a group that is dead altogether, the first channel survives, unless the group can be removed as a whole.
+    """
     found = [list(each.dead) for each in free]
-    return [dead[1:] if len(dead) == len(group) else dead for dead, group in zip(found, combed.groups, strict=True)]
+    gone: list[int] = []
+    for group, dead in zip(combed.groups, found, strict=True):
+        if len(dead) < len(group):
+            continue
+        if group.id in removable_groups(combed) and not branches(combed, [*gone, group.id]).obstacle:
+            gone.append(group.id)
+        else:
+            del dead[0]
+    return found
 
 
 def _positions(mask: Mask) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from cpd_onnx.data.sources import Source
     from cpd_onnx.proof.comparison import Comparison
     from cpd_onnx.rewrite.plan import Plan
-    from cpd_onnx.rewrite.rewriter import Edit
+    from cpd_onnx.rewrite.pruned import Edit
     from cpd_onnx.shapes.values import Folded
 
 

@@ -2,7 +2,8 @@
 
 Weights that are summed over are zeroed at the removed indices, and so is one factor of a product of two activations. An
 operator whose result depends on the number of indices (a normalisation, a mean) is evaluated on the surviving indices
-alone: its inputs are gathered, its outputs scattered back.
+alone: its inputs are gathered, its outputs scattered back. In a branch of which no channel survives, that is done for
+one channel, which is multiplied by zero later.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from onnx import NodeProto, helper
 
 from cpd_onnx.algebra.atoms import Axis, Mask
 from cpd_onnx.algebra.keep import KeepMask
+from cpd_onnx.channels.branches import branches, gone_groups
 from cpd_onnx.channels.groups import Combed, Weight
 from cpd_onnx.channels.weights import constant_of, lazy_weight
 from cpd_onnx.ir.model import Array, Model, element_type, map_lazy
+from cpd_onnx.rewrite.rewriter import with_all_nodes
 from cpd_onnx.rules.api import EVERY_AXIS
 from cpd_onnx.shapes.editor import Editor
 from cpd_onnx.shapes.values import Scope
@@ -48,7 +51,10 @@ class _Masker(Editor):
     def __init__(self, combed: Combed, keep: KeepMask, pruned: Model) -> None:
         super().__init__(combed.folded.model.copy())
         self.combed, self.keep = combed, keep
-        self.pruned = Editor(pruned)
+        gone = gone_groups(combed, keep)
+        self.dead = branches(combed, gone).dead
+        narrow, wide = with_all_nodes(combed, keep) if gone else ((keep, pruned), (keep, pruned))
+        self.gathering = {is_dead: (mask, Editor(sized)) for is_dead, (mask, sized) in ((False, narrow), (True, wide))}
         self.indices: dict[tuple[str, bytes], str] = {}
 
     def run(self) -> Model:
@@ -103,15 +109,16 @@ class _Masker(Editor):
 
     def gathered(self, scope: Scope, position: int, node: NodeProto) -> list[NodeProto]:
         """Return nodes that compute a node on the surviving indices alone."""
+        keep, pruned = self.gathering[not scope.path and position in self.dead]
         copy = NodeProto()
         copy.CopyFrom(node)
         del copy.attribute[:]
-        copy.attribute.extend(self.pruned.node(scope, position).attribute)
+        copy.attribute.extend(pruned.node(scope, position).attribute)
         before = [n for slot, name in enumerate(node.input) for n in self.around(scope, position, copy, slot, name)]
         after: list[NodeProto] = []
         for slot, name in enumerate(node.output):
             axes = self.axes(scope, position, name, None)
-            shrinking = [(i, self.keep.mask(a)) for i, a in enumerate(axes) if self.keep.shrinks(a)]
+            shrinking = [(i, keep.mask(a)) for i, a in enumerate(axes) if keep.shrinks(a)]
             if shrinking:
                 copy.output[slot] = self.fresh(f"{name}_of_surviving")
                 after += self.chain(copy.output[slot], name, [(i, _scattered(mask)) for i, mask in shrinking])
@@ -136,8 +143,9 @@ class _Masker(Editor):
 
     def around(self, scope: Scope, position: int, copy: NodeProto, slot: int, name: str) -> list[NodeProto]:
         """Return nodes that gather an input of a node, and connect its copy to them."""
+        keep, _ = self.gathering[not scope.path and position in self.dead]
         axes = self.axes(scope, position, name, slot)
-        shrinking = [(i, np.flatnonzero(self.keep.mask(a))) for i, a in enumerate(axes) if self.keep.shrinks(a)]
+        shrinking = [(i, np.flatnonzero(keep.mask(a))) for i, a in enumerate(axes) if keep.shrinks(a)]
         if not shrinking:
             return []
         copy.input[slot] = self.fresh(f"{name}_surviving")

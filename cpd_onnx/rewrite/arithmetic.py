@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import numpy as np
 from onnx import AttributeProto, NodeProto, TensorProto
 
@@ -17,9 +19,9 @@ from cpd_onnx.shapes.values import Scope, Value
 class Arithmetic:
     """Values of the shape tensors of an edited model under the first binding of the open sizes."""
 
-    def __init__(self, combed: Combed, keep: KeepMask, editor: Editor) -> None:
-        """Compute all values, in the order of the graph."""
-        self._combed, self._keep, self._editor = combed, keep, editor
+    def __init__(self, combed: Combed, keep: KeepMask, editor: Editor, dead: Container[int] = ()) -> None:
+        """Compute all values, in the order of the graph, except those of `dead` nodes of the main graph."""
+        self._combed, self._keep, self._editor, self._dead = combed, keep, editor, dead
         self._values: dict[tuple[str, str], Array] = {}
         for scope in combed.folded.scope.walk():
             if not scope.function:
@@ -38,6 +40,8 @@ class Arithmetic:
     def _sweep(self, scope: Scope) -> None:
         for position, original in enumerate(scope.nodes):
             values = [scope.values.get(name) for name in original.output]
+            if not scope.path and position in self._dead:
+                continue
             if position in scope.bodies or not values or any(v is None or v.values is None for v in values):
                 continue
             if values[0] is None or values[0].weight is not None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from cpd_onnx.algebra.keep import KeepMask
+from cpd_onnx.channels.branches import Branches, branches
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.channels.costs import Costs
 from cpd_onnx.channels.groups import Combed, Group
@@ -27,8 +28,8 @@ from cpd_onnx.version import __version__
 
 FORMAT = "cpd-onnx/plan"
 """Value of the key 'format' of a plan."""
-VERSION = 2
-"""Version of the format that is written; version 1 is read as well."""
+VERSION = 3
+"""Version of the format that is written; versions 1, and 2, in which a group keeps at least one channel, are read."""
 _RENAMED = {"spread": "policy", "multiple": "round_to", "shares": "ratios"}
 """Keys of `budget`: those of format version 1, and what they are called since version 2."""
 _ASKED = ("kind", "target", "policy")
@@ -133,7 +134,7 @@ class Plan(Summarised):
 
 def _in_version(content: Mapping[str, Any], version: int) -> dict[str, Any]:
     """Return a plan's content in the terms of a format version; the order of its keys is the same in all."""
-    names = _RENAMED if version == VERSION else {new: old for old, new in _RENAMED.items()}
+    names = _RENAMED if version > 1 else {new: old for old, new in _RENAMED.items()}
     budget = {names.get(key, key): value for key, value in content["budget"].items()}
     return {**content, "version": version, "budget": budget}
 
@@ -186,8 +187,8 @@ def _check(content: Any, where: str) -> None:
     """Raise PlanError where content violates the parts of the schema that a replay depends on."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise PlanError(f"{where} is not a plan: 'format' must be {FORMAT!r}")
-    if content.get("version") not in (1, VERSION):
-        raise PlanError(f"version of plan {where} must be 1 or {VERSION}, got {content.get('version')!r}")
+    if content.get("version") not in range(1, VERSION + 1):
+        raise PlanError(f"version of plan {where} must be 1 to {VERSION}, got {content.get('version')!r}")
     source, groups = content.get("source"), content.get("groups")
     if not isinstance(source, dict) or not isinstance(source.get("sha256"), str):
         raise PlanError(f"{where}: 'source' has no 'sha256'")
@@ -222,8 +223,8 @@ def _check_group(group: Any, where: str) -> None:
         raise PlanError(f"{where}: group {group['name']!r} has fields of the wrong type")
     if any(not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < size for i in removed):
         raise PlanError(f"{where}: group {group['name']!r} removes channels out of range")
-    if len(set(removed)) != len(removed) or len(removed) >= size:
-        raise PlanError(f"{where}: group {group['name']!r} removes a channel twice, or all of them")
+    if len(set(removed)) != len(removed):
+        raise PlanError(f"{where}: group {group['name']!r} removes a channel twice")
 
 
 def make_plan(
@@ -236,6 +237,8 @@ def make_plan(
 ) -> Plan:
     """Create the plan: what is removed, on which axes of the weights, and which axes are frozen and why."""
     more: dict[str, Any] = {}
+    whole = [index for index, positions in enumerate(removed) if len(positions) == len(combed.groups[index])]
+    gone = {"gone": _gone(combed, branches(combed, whole))} if whole else {}
     if combed.folded.input_shapes:
         more["input_shapes"] = {name: list(shape) for name, shape in combed.folded.input_shapes.items()}
     if combed.folded.evaluated is not None:
@@ -255,6 +258,7 @@ def make_plan(
             "groups": groups,
             "frozen": frozen,
             "removed": _removed(combed, keep),
+            **gone,
             "budget": dict(budget),
             "before": asdict(before),
             "after": asdict(after),
@@ -311,6 +315,17 @@ def _removed(combed: Combed, keep: KeepMask) -> dict[str, dict[str, list[int]]]:
         if indices:
             found[weight.name] = indices
     return found
+
+
+def _gone(combed: Combed, found: Branches) -> dict[str, list[str]]:
+    """Return the names of the nodes and weights that disappear; a node without a name by that of its output."""
+    nodes = (combed.folded.scope.nodes[position] for position in sorted(found.nodes))
+    weights = (
+        weight.name
+        for weight in combed.weights
+        if not weight.scope.path and all(not u.use.scope.path and u.use.node in found.nodes for u in weight.uses)
+    )
+    return {"nodes": [node.name or node.output[0] for node in nodes], "weights": sorted(weights)}
 
 
 def planned(source: ModelSource, plan: Plan) -> tuple[Combed, KeepMask]:

@@ -11,61 +11,74 @@ import numpy as np
 from onnx import AttributeProto, NodeProto, TensorShapeProto, ValueInfoProto, helper
 
 from cpd_onnx.algebra.keep import KeepMask
+from cpd_onnx.channels.branches import Branches, branches, gone_groups, with_last
 from cpd_onnx.channels.constraints import elements, is_number, operand_value
 from cpd_onnx.channels.groups import Combed, Weight
 from cpd_onnx.channels.weights import lazy_weight
-from cpd_onnx.errors import REPORT_BUG, ProofError
+from cpd_onnx.errors import REPORT_BUG, PlanError, ProofError
 from cpd_onnx.ir.model import Array, Lazy, Model, drop_attribute, map_lazy, set_attribute
 from cpd_onnx.rewrite.arithmetic import Arithmetic
+from cpd_onnx.rewrite.cutting import Sized, with_values, without_branches
+from cpd_onnx.rewrite.pruned import Edit, Pruned
 from cpd_onnx.rules.api import DROP, SizeUse, Tensor
 from cpd_onnx.shapes.editor import Editor
 from cpd_onnx.shapes.inference import fold_again
 from cpd_onnx.shapes.values import Folded, Origin, Role, Scope, Use, Value
 
 
-@dataclass(frozen=True)
-class Edit:
-    """One difference between the original and the pruned file.
-
-    Attributes:
-        what: Kind of the edit: "weight", "copy" (a constant whose uses need different versions), "operand",
-            "attribute", "shape" (a value_info, or the graph input of an initializer), "evaluated" (a weight that the
-            graph computed from others, now an initializer) or "gone" (a node or tensor unused after such an
-            evaluation).
-        where: Name of the tensor, or node and slot.
-        change: Description of the change, for reports.
-
-    """
-
-    what: str
-    where: str
-    change: str
-
-
-@dataclass(frozen=True, eq=False)
-class Pruned:
-    """A pruned model.
-
-    Attributes:
-        model: The model.
-        edits: All differences from the original.
-
-    """
-
-    model: Model
-    edits: tuple[Edit, ...]
-
-    def __repr__(self) -> str:
-        """Return the model and the number of edits."""
-        return f"Pruned({self.model!r}, {len(self.edits)} edits)"
-
-
 def rewrite(combed: Combed, keep: KeepMask) -> Pruned:
-    """Remove from a model all indices that do not survive in `keep`.
+    """Remove from a model all indices that do not survive in `keep`, and the branches of which no channel survives.
 
-    Raises ProofError if an inferred shape of the result is not that of the surviving channels, an error of a rule.
+    Raises ProofError if an inferred shape of the result is not that of the surviving channels, an error of a rule, and
+    PlanError if a group of which no channel survives cannot be removed as a whole.
     """
-    return _Rewriter(combed, keep).run()
+    return _Rewriter(combed, keep, _branches(combed, keep)).run()
+
+
+def _branches(combed: Combed, keep: KeepMask) -> Branches:
+    """Return the branches of which no channel survives; raises PlanError if they cannot be removed."""
+    gone = gone_groups(combed, keep)
+    found = branches(combed, gone)
+    if gone and found.obstacle:
+        names = ", ".join(repr(combed.groups[index].name) for index in sorted(gone))
+        raise PlanError(f"not all channels of {names} can be removed: {found.obstacle}")
+    return found
+
+
+def in_line(combed: Combed, keep: KeepMask, pruned: Model) -> Model:
+    """Return a pruned model with all nodes of the original: a channel survives where `pruned` has none.
+
+    Everything else has the values of `pruned`, since what reads that channel multiplies it by zero.
+    """
+    found = _branches(combed, keep)
+    if not found.gone:
+        return pruned
+    narrow, wide = with_all_nodes(combed, keep)
+    for tensor in pruned.graph.initializer:
+        if narrow[1].has(tensor.name):
+            narrow[1].set_array(tensor.name, pruned.lazy_array(tensor.name))
+    return with_values(combed, found, narrow, wide)
+
+
+def out_of_line(combed: Combed, keep: KeepMask, model: Model) -> Model:
+    """Return a model with all nodes of the original, as `in_line` returns it, without its branches."""
+    found = _branches(combed, keep)
+    if not found.gone:
+        return model
+    narrow, wide = with_all_nodes(combed, keep)
+    filled = with_values(combed, found, (wide[0], model), narrow)
+    return without_branches(combed, found, keep, Pruned(filled, ())).model
+
+
+def with_all_nodes(combed: Combed, keep: KeepMask) -> tuple[Sized, Sized]:
+    """Return the pruned model before branches disappear, and one in which a channel of each survives.
+
+    The first has the sizes of `keep`, but does not run: nodes that disappear are those of the original.
+    """
+    found = _branches(combed, keep)
+    whole = with_last(combed, keep, found.gone)
+    narrow = _Rewriter(combed, keep, found).sized().model
+    return (keep, narrow), (whole, _Rewriter(combed, whole, Branches(frozenset())).sized().model)
 
 
 def evaluation_of(folded: Folded) -> tuple[Edit, ...]:
@@ -101,17 +114,29 @@ class _Variants:
 
 
 class _Rewriter(Editor):
-    def __init__(self, combed: Combed, keep: KeepMask) -> None:
+    """Edits a copy of the model; nodes that disappear stay as they are."""
+
+    def __init__(self, combed: Combed, keep: KeepMask, found: Branches) -> None:
         super().__init__(combed.folded.model.copy())
-        self.combed, self.keep = combed, keep
+        self.combed, self.keep, self.found = combed, keep, found
         self.edits: list[Edit] = []
         self.operands: dict[tuple[int, int, int], Array] = {}
         self.constants: dict[Use, Array] = {}
         self.computed: list[tuple[SizeUse, Value]] = []
 
     def run(self) -> Pruned:
+        """Return the pruned model, without the branches that disappear."""
+        pruned = without_branches(self.combed, self.found, self.keep, self.sized())
+        self.check(fold_again(self.combed.folded, pruned.model))
+        return pruned
+
+    def sized(self) -> Pruned:
+        """Return the model with the sizes of the surviving channels, and all nodes of the original."""
         self.edits += evaluation_of(self.combed.folded)
+        self.replace_donors()
         for size_use in self.combed.recorder.size_uses:
+            if self.is_dead(Use(size_use.scope, size_use.node, 0)):
+                continue
             value = operand_value(size_use)
             if value is not None and value.weight is None and value.value is not None and not size_use.scope.function:
                 self.computed.append((size_use, value))
@@ -120,10 +145,20 @@ class _Rewriter(Editor):
         self.rewrite_constants()
         self.slice_weights()
         self.update_value_info()
-        while self.replace_computed(Arithmetic(self.combed, self.keep, self)):
+        while self.replace_computed(Arithmetic(self.combed, self.keep, self, self.found.dead)):
             pass
-        self.check(fold_again(self.combed.folded, self.model))
         return Pruned(self.model, tuple(self.edits))
+
+    def replace_donors(self) -> None:
+        """Let nodes that read the sizes of a tensor which disappears read those of another."""
+        for position, name in sorted(self.found.donors.items()):
+            node = self.node(self.combed.folded.scope, position)
+            self.log("operand", node.name or node.output[0], f"{node.input[0]} -> {name}")
+            node.input[0] = name
+
+    def is_dead(self, use: Use) -> bool:
+        """Return whether a node disappears, and computes nothing that is left."""
+        return not use.scope.path and use.node in self.found.dead
 
     # Operands and attributes.
 
@@ -218,10 +253,14 @@ class _Rewriter(Editor):
         edited = any((id(u.use.scope), u.use.node, u.use.slot) in self.operands for u in weight.uses)
         if not edited and not any(self.keep.shrinks(axis) for axes in weight.axes for axis in axes):
             return None
+        if all(self.is_dead(use.use) for use in weight.uses):
+            return None
         original = lazy_weight(self.combed.folded.model, weight)
         sliced: dict[bytes, Array | Lazy] = {}
         found = _Variants()
         for use in weight.uses:
+            if self.is_dead(use.use):
+                continue
             key = (id(use.use.scope), use.use.node, use.use.slot)
             if key in self.operands:
                 found.add(use.use, self.operands[key])

@@ -184,6 +184,26 @@ class Factor:
     atoms: Axis
 
 
+@dataclass(frozen=True, eq=False)
+class Remainder:
+    """What is left of a node's output where no index of the axis that it sums over survives: a constant.
+
+    Attributes:
+        summed: Atoms of the axis that is summed over.
+        slot: Input that is added to the sum; None for none.
+        axis: Axis of the output that this input lies along; None if it broadcasts from the right.
+        factor: Number that this input is multiplied by.
+        is_local: Whether the output at a place depends on the input at this place alone, on all its channels.
+
+    """
+
+    summed: Axis
+    slot: int | None
+    axis: int | None
+    factor: float
+    is_local: bool
+
+
 @dataclass(eq=False)
 class Recorder:
     """What the rules record about a model, apart from the atoms.
@@ -203,6 +223,7 @@ class Recorder:
         scales: Scale vectors of batch normalisations.
         count_dependent: Nodes, as (scope path, position), whose result changes when indices with value zero are removed
             (a mean, a variance, a maximum).
+        remainders: What is left of the output of nodes, as (scope path, position), that sum over an axis.
         positions: Tensors that hold positions on an axis, as (scope, name, axis, image): `image` is the tensor whose
             flattened images are counted through, None where positions are on the axis alone.
         is_rounding: Whether some node rounds activations to integers internally.
@@ -218,6 +239,7 @@ class Recorder:
     quantized: dict[Value, Quantized] = field(default_factory=dict)
     scales: set[Value] = field(default_factory=set)
     count_dependent: set[tuple[str, int]] = field(default_factory=set)
+    remainders: dict[tuple[str, int], Remainder] = field(default_factory=dict)
     positions: list[tuple[Scope, str, Axis, Value | None]] = field(default_factory=list)
     is_rounding: bool = False
 
@@ -474,6 +496,13 @@ class Op:
                 self.recorder.kernels.setdefault(name, set()).add(along)
         if not weights:
             self.mask_input(*factors[0])
+
+    def leaves(
+        self, summed: Axis, slot: int | None, axis: int | None = None, *, factor: float = 1.0, is_local: bool
+    ) -> None:
+        """Record that without any index of an axis the output is an input alone, or zero; see `Remainder`."""
+        slot = slot if slot is not None and self.has(slot) else None
+        self.recorder.remainders[(self.scope.path, self.position)] = Remainder(summed, slot, axis, factor, is_local)
 
     def product(self, *factors: tuple[Tensor, int]) -> None:
         """Record the factors of a sum of products, as (tensor, axis), for scores and repair."""

@@ -12,6 +12,9 @@ from cpd_onnx.rules.api import BLOCK_BYTES, FLOATS, KERNEL_EXTENT, GiveUp, Op, Q
 from cpd_onnx.rules.elementwise import MICROSOFT, broadcast, freeze_rest, per_channel
 from cpd_onnx.shapes.values import Shape, Value
 
+_UNPADDED = ("", b"", "NOTSET", b"NOTSET", "VALID", b"VALID")
+"""Values of the attribute `auto_pad` that add no padding of their own."""
+
 
 @dataclass(frozen=True)
 class _Slots:
@@ -37,6 +40,7 @@ class _Slots:
 def conv(op: Op) -> None:
     """Contract X's channels with W's second axis, group by group; W's first axis is the output's channels."""
     convolution(op, _Slots())
+    op.leaves(op.input(0)[1], 2, 1, is_local=_is_local(op))
 
 
 @rule("FusedConv", domain=MICROSOFT)
@@ -99,6 +103,12 @@ def conv_transpose(op: Op) -> None:
         out = op.atoms.product(groups, outer)
         _grouped(op, groups, (w, 0))
     _finish(op, _Slots(), out, x.shape[2:])
+    op.leaves(x[1], 2, 1, is_local=False)
+
+
+def _is_local(op: Op) -> bool:
+    """Return whether a convolution has kernels of a single position, and adds none around the image."""
+    return set(op.input(1).shape[2:]) <= {1} and not any(op.get("pads", ())) and op.get("auto_pad", "") in _UNPADDED
 
 
 def _grouped(op: Op, groups: Axis, weight: tuple[Tensor, int]) -> None:
@@ -155,9 +165,16 @@ def _moved_stands_for(op: Op, w: Tensor, scale: Value | None, zero_point: Value 
 
 
 @rule("Gemm")
-@rule("FusedGemm", domain=MICROSOFT)
 def gemm(op: Op) -> None:
     """A B + C with either factor transposed; C broadcasts."""
+    fused_gemm(op)
+    a, (is_transposed, _) = op.input(0), _transposed(op)
+    op.leaves(a[0 if is_transposed else 1], 2, factor=op.get("beta", 1.0), is_local=not is_transposed)
+
+
+@rule("FusedGemm", domain=MICROSOFT)
+def fused_gemm(op: Op) -> None:
+    """Gemm followed by an activation."""
     out = matrix_product(op, op.input(0), op.input(1), _transposed(op))
     if op.has(2):
         out = broadcast(op, [out, op.input(2).axes or []])
@@ -181,6 +198,7 @@ def _transposed(op: Op) -> tuple[bool, bool]:
 def matmul(op: Op) -> None:
     """Contract the last axis of A with the second to last of B; batch axes broadcast."""
     stacked_product(op, op.input(0), op.input(1))
+    op.leaves(op.input(0)[-1], None, is_local=op.input(0).rank > 1)
 
 
 @rule("FusedMatMul", "TransposeMatMul", domain=MICROSOFT)

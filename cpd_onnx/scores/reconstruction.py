@@ -11,7 +11,7 @@ consumer (the branches of a concatenation) are processed together, since each ca
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpd_onnx.algebra.atoms import Axis
+from cpd_onnx.channels.branches import removable_groups
 from cpd_onnx.channels.costs import CostModel
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.data.sources import calibration
@@ -80,6 +81,13 @@ class _Consumer:
         rows = self.matrix[:, places]
         return np.asarray((rows * np.linalg.solve(blocks, rows)).sum(axis=(0, 2, 3)) / self.variance / self.left)
 
+    def loss_of(self, group: int) -> float:
+        """Return the loss without any channel of a group: the negative logarithm of the fraction that is left."""
+        places = self.features[group].ravel()
+        rows = self.matrix[:, places]
+        lost = (rows * np.linalg.solve(self.inverse[:, places[:, None], places], rows)).sum() / self.variance
+        return -math.log(max(self.left - float(lost), _LEAST) / self.left)
+
     def remove(self, channels: Sequence[tuple[int, int]]) -> None:
         """Remove channels, given with their groups, and update the weights of the others to replace them."""
         found = [self.features[group][channel] for group, channel in channels if group in self.features]
@@ -114,11 +122,12 @@ def losses(context: ScoreContext) -> list[Scores]:
     for magnitude in l2(context):
         squares = np.square(np.nan_to_num(magnitude, nan=np.inf, posinf=1e150))
         scores.append(squares / (squares.sum() or 1.0))
+    wholes = removable_groups(combed)
     for together in _components(consumers):
         groups = sorted({group for consumer in together for group in consumer.features})
         sizes = {group: len(combed.groups[group]) for group in groups}
         each = {group: max(1.0, prices[group].macs / size) for group, size in sizes.items()}
-        for group, values in _removed_in_order(together, sizes, each).items():
+        for group, values in _removed_in_order(together, sizes, each, wholes).items():
             scores[group] = values
     return scores
 
@@ -136,15 +145,23 @@ def _components(consumers: Sequence[_Consumer]) -> list[list[_Consumer]]:
 
 
 def _removed_in_order(
-    consumers: Sequence[_Consumer], sizes: Mapping[int, int], prices: Mapping[int, float]
+    consumers: Sequence[_Consumer],
+    sizes: Mapping[int, int],
+    prices: Mapping[int, float],
+    wholes: Container[int],
 ) -> dict[int, Scores]:
     """Return the losses when channels are removed in order of loss per cost until each group has one left.
 
     The remaining fractions of a signal are multiplied from layer to layer, so the loss is the negative logarithm of the
-    fraction. In a group, no channel has a lower score than one removed before it.
+    fraction. In a group, no channel has a lower score than one removed before it. The last channel of a group loses the
+    whole signal, unless the group is one of `wholes`, those that can be removed as a whole: then the rest of the sums
+    that its consumers enter is left.
     """
     alive = {group: list(range(size)) for group, size in sizes.items()}
     scores, worst = {group: np.zeros(size) for group, size in sizes.items()}, dict.fromkeys(sizes, 0.0)
+    whole = {
+        group: sum(c.loss_of(group) for c in consumers if group in c.features) for group in sizes if group in wholes
+    }
     step = max(1, sum(sizes.values()) // _STEPS)
     while any(len(channels) > 1 for channels in alive.values()):
         gone, fractions = _cheapest(consumers, alive, prices, step)
@@ -157,8 +174,10 @@ def _removed_in_order(
             scores[group][channel] = worst[group]
             alive[group].remove(channel)
     for group, values in scores.items():
-        # Removing the last channel loses the whole signal.
         values[alive[group]] = worst[group] - sum(math.log(_LEAST) for c in consumers if group in c.features)
+        if group in whole:
+            others = float(values.sum() - values[alive[group]].sum())
+            values[alive[group]] = max(worst[group], whole[group] - others)
         values += np.finfo(np.float64).tiny * np.argsort(np.argsort(values, kind="stable"))
     return scores
 

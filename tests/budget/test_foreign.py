@@ -57,7 +57,7 @@ def filled(text: str, whole: float | None) -> str:
 def predicted(table: CostTable, combed: Combed, widths: list[int]) -> float:
     gone = np.concatenate([g.channels[width:] for g, width in zip(combed.groups, widths, strict=True)])
     kept = KeepMask(combed.atoms, gone)
-    return sum(factor * np.prod([kept.count(axis) for axis in axes]) for factor, axes in table.terms(combed))
+    return sum(factor * np.prod([kept.count(axis) for axis in axes]) for factor, axes, *_ in table.terms(combed))
 
 
 def test_the_template_lists_the_layers_and_the_widths(combed: Combed) -> None:

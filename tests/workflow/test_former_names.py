@@ -120,7 +120,7 @@ def test_plan_of_version_1_is_converted(folder: Path) -> None:
     jsonschema.validate(dict(plan.content), schema())
     plan.save(folder / "new.json")
     assert cpd.load_plan("new.json").dumps() == plan.dumps() != PLAN
-    (folder / "other.json").write_text(PLAN.replace('"version": 1', '"version": 3'))
+    (folder / "other.json").write_text(PLAN.replace('"version": 1', '"version": 4'))
     assert main(plain(["apply", "tiny.onnx", "other.json", "-o", "o.onnx"])) == 1
 
 
@@ -137,7 +137,7 @@ def test_model_of_version_1_has_the_same_bytes_and_is_verified(folder: Path) -> 
 def test_manifest_of_version_1_is_reproduced(folder: Path) -> None:
     (folder / "c.onnx.manifest.json").write_text(json.dumps(MANIFEST))
     assert main(plain(["reproduce", "c.onnx.manifest.json", "-o", "again"])) == 0
-    assert json.loads(Path("again/c.onnx.plan.json").read_text())["version"] == 2
+    assert json.loads(Path("again/c.onnx.plan.json").read_text())["version"] == 3
     another = json.dumps(MANIFEST).replace("5635e1444a", "0635e1444a")
     (folder / "c.onnx.manifest.json").write_text(another)
     assert main(plain(["reproduce", "c.onnx.manifest.json", "-o", "again", "--force"])) == 1

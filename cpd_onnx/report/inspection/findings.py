@@ -14,10 +14,11 @@ from onnx import TensorProto, ValueInfoProto
 from rich.table import Table
 
 from cpd_onnx.algebra.keep import KeepMask
+from cpd_onnx.channels.branches import removable_groups
 from cpd_onnx.channels.costs import CostModel, Costs
 from cpd_onnx.channels.free import FreeChannels, free_channels, keep_without, removable
 from cpd_onnx.channels.groups import Combed
-from cpd_onnx.errors import CpdError
+from cpd_onnx.errors import ISSUES, CpdError
 from cpd_onnx.ir.model import Model, element_bytes
 from cpd_onnx.report.tables import inspection, table_of
 from cpd_onnx.runtime.sessions import open_model
@@ -29,6 +30,8 @@ _COSTS = ("macs", "params", "bytes")
 """Costs that a pruned model is compared by."""
 _MOST_BYTES = 1 << 31
 """Size of a file in bytes up to which its weights are searched and onnxruntime tries it; a heuristic, 2 GiB."""
+WHY_NOT = f"{ISSUES.removesuffix('/issues')}/blob/main/docs/limits.md"
+"""Address of the page that explains why a model does not become smaller or faster."""
 _SHOWN_GROUPS = 3
 """Number of groups that are named as holding most (heuristic)."""
 
@@ -44,6 +47,11 @@ def inspected(combed: Combed, held: Sequence[int] = ()) -> dict[str, Any]:
         "size": _size(combed),
         "free": _free(combed, costs, whole) if is_small else None,
         "reach": _reach(combed, costs, whole, held),
+        "branches": [
+            {"id": index, "nodes": len(each.nodes)}
+            for index, each in removable_groups(combed).items()
+            if index not in held
+        ],
     }
 
 
@@ -171,6 +179,9 @@ def outlook_lines(content: Mapping[str, Any], path: Path) -> list[str]:
     if content["groups"]:
         least = ", ".join(f"{share(reach[key], 1.0)} of the {name}" for key, name in names.items())
         lines.append(f"smallest reachable: {least}, with one channel in each group{_most_text(content)}")
+        branches = len(content["branches"])
+        what = f"{branches} of the {len(content['groups'])} groups are" if branches != 1 else "1 group is"
+        lines.append(f"{what} on a branch that can be removed as a whole")
         out = shlex.quote(f"{path.stem}.small.onnx")
         command = f"cpd-onnx compress {shlex.quote(str(path))} -o {out}"
         if free is not None and free["dead"]["channels"]:
