@@ -127,8 +127,8 @@ def parts_of(case: Case, options: argparse.Namespace) -> Parts | None:
         assert case.pixels is not None
         return case.pixels(chosen if case.size is None else resized(chosen, case.size))
 
-    pairs = [(entered(images[chosen]), labels[chosen]) for chosen in (judged, tested)]
-    return Parts(entered(given[rows]), pairs[0] if case.labelled else None, pairs[1])
+    with_labels = (entered(images[judged]), labels[judged]) if case.labelled else None
+    return Parts(entered(given[rows]), with_labels, (entered(images[tested]), labels[tested]))
 
 
 def of_files(folder: Path, rng: np.random.Generator) -> Array:
