@@ -309,9 +309,11 @@ class _Finder:
 
     def _product_shape(self, node: NodeProto, remainder: Remainder, known: Shape | None, out: Tensor) -> Shape | None:
         """Return the shape of the product of a constant, which is complete along the axis that is summed over."""
-        taken = self.tensors[("", node.input[0])]
+        taken = self.tensors.get(("", node.input[0]))
+        if known is None or taken is None:  # the constant is the second factor
+            return None
         axes = [place for place, axis in enumerate(taken.axes or []) if axis is remainder.summed]
-        if known is None or len(axes) != 1 or known[axes[0]] != taken.shape[axes[0]]:
+        if len(axes) != 1 or known[axes[0]] != taken.shape[axes[0]]:
             return None
         shape = [1] * out.rank
         shape[axes[0]] = out.shape[axes[0]]

@@ -160,6 +160,16 @@ def test_branches_that_can_be_removed_alone_but_not_together() -> None:
     assert verify(combed, chosen.keep_mask(combed), prune(combed, chosen).model).passed
 
 
+def test_a_constant_that_weights_multiply_from_the_left_keeps_a_channel() -> None:
+    text = (
+        "(float[B, 5, 4] x, float[4, 8] w, float[8, 4] v, float[4] k, float[5, 5] m, float[4, 4] t, float[4, 3] u) "
+        "=> (float[B, 5, 3] y) { f = MatMul (x, t) a = MatMul (f, w) b = Relu (a) c = MatMul (b, v) d = Add (c, k) "
+        "e = MatMul (m, d) g = Add (e, f) y = MatMul (g, u) }"
+    )
+    combed = comb(from_text(text))
+    assert "MatMul 'e' depends on more" in branches(combed, [group_of(combed, "w")]).obstacle
+
+
 def test_a_model_keeps_what_its_outputs_need() -> None:
     combed = comb(from_text(f"{IMAGE}) {SCORES} {START} d = {PADDED} (c, v) y = Conv (d, u) }}"))
     assert removable_groups(combed) == {}
