@@ -93,7 +93,7 @@ def with_last(combed: Combed, keep: KeepMask, gone: Gone) -> KeepMask:
 
 def branches(combed: Combed, gone: Collection[int]) -> Branches:
     """Return what disappears with all channels of some groups."""
-    return _finder(combed).run(frozenset(gone))
+    return _finder(combed).run(frozenset(gone)) if gone else Branches(frozenset())
 
 
 def removable_groups(combed: Combed) -> dict[int, Branches]:
@@ -199,7 +199,7 @@ class _Finder:
         fates = _Fates()
         fates.lost_names = {name for index in gone for name in self._tensors_of.get(index, [])}
         if not fates.lost_names:
-            return Branches(gone, obstacle=_SHARED if gone else "")
+            return Branches(gone, obstacle=_SHARED)
         makers, readers = self.scope.producers, self._readers
         waiting = sorted(
             {makers[name] for name in fates.lost_names if name in makers}

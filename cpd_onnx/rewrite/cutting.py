@@ -33,7 +33,7 @@ def without_branches(combed: Combed, found: Branches, keep: KeepMask, whole: Pru
         keep: The mask of the pruned model.
         whole: The pruned model with all nodes of the original.
     """
-    return _Cutter(combed, found, keep, whole.model).run(whole.edits)
+    return _Cutter(combed, found, keep, whole.model).run(whole.edits) if found.gone else whole
 
 
 Sized: TypeAlias = tuple[KeepMask, Model]
@@ -84,14 +84,12 @@ def _moved(axes: Sequence[Axis], array: Array, source: KeepMask, target: KeepMas
 
 class _Cutter(Editor):
     def __init__(self, combed: Combed, found: Branches, keep: KeepMask, model: Model) -> None:
-        super().__init__(model.copy() if found.gone else model)
+        super().__init__(model.copy())
         self.combed, self.found, self.keep, self.scope = combed, found, keep, combed.folded.scope
         self.edits: list[Edit] = []
         self.shapes: dict[str, Array] = {}
 
     def run(self, edits: Iterable[Edit]) -> Pruned:
-        if not self.found.gone:
-            return Pruned(self.model, tuple(edits))
         before = _read(self.model.graph)
         self.enter(self.constants())
         self.shorten()
@@ -215,7 +213,7 @@ class _Cutter(Editor):
             left = [name for slot, name in enumerate(node.input) if slot not in slots]
             del node.input[:]
             node.input.extend(left)
-            self.edits.append(Edit("operand", node.name or node.output[0], f"{len(slots)} inputs less"))
+            self.edits.append(Edit("operand", node.name or node.output[0], f"{len(slots)} inputs removed"))
 
     def bypass(self) -> None:
         """Connect what reads the output of a node that adds zero to the other term."""

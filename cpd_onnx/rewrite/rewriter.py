@@ -39,7 +39,7 @@ def _branches(combed: Combed, keep: KeepMask) -> Branches:
     """Return the branches of which no channel survives; raises PlanError if they cannot be removed."""
     gone = gone_groups(combed, keep)
     found = branches(combed, gone)
-    if gone and found.obstacle:
+    if found.obstacle:
         names = ", ".join(repr(combed.groups[index].name) for index in sorted(gone))
         raise PlanError(f"not all channels of {names} can be removed: {found.obstacle}")
     return found
@@ -65,8 +65,8 @@ def out_of_line(combed: Combed, keep: KeepMask, model: Model) -> Model:
     found = _branches(combed, keep)
     if not found.gone:
         return model
-    narrow, wide = with_all_nodes(combed, keep)
-    filled = with_values(combed, found, (wide[0], model), narrow)
+    narrow = keep, _Rewriter(combed, keep, found).sized().model
+    filled = with_values(combed, found, (with_last(combed, keep, found.gone), model), narrow)
     return without_branches(combed, found, keep, Pruned(filled, ())).model
 
 
