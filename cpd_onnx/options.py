@@ -345,6 +345,13 @@ def ratio(text: str) -> float:
     return float(text)
 
 
+def share(text: str) -> float:
+    """Return a number above 0 and up to 1."""
+    if not 0 < number(text) <= 1:
+        raise ValueError(f"{text!r} is not a fraction above 0 and up to 1")
+    return float(text)
+
+
 def commas(read: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
     """Return a reader of values separated by commas."""
     return lambda text: tuple(read(entry) for entry in text.split(","))

@@ -293,7 +293,7 @@ def _check(teacher: ModelProto, student: ModelProto, batches: Source, options: D
         if unknown:
             raise CpdError(f"{what} are given for {unknown}, but the model's outputs are {outputs[1]}")
     check_source(batches, inputs)
-    if options.teacher_cache is not None and (options.flip or options.shift):
+    if options.teacher_cache is not None and (options.flip or options.shift or options.crop < 1):
         raise CpdError("a teacher cache needs the same images in every epoch: leave out the augmentation, or the cache")
     if options.label_weight and LABELS not in next(iter(batches.batches(1))):
         raise DataError(f"label weight {options.label_weight:g} needs an array {LABELS!r} in the data; there is none")
@@ -311,7 +311,7 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _feed(batches: Source, student: ModelProto, options: DistillOptions, process_group: ProcessGroup) -> Feed:
-    augmentation = Augmentation(options.flip, options.shift)
+    augmentation = Augmentation(options.flip, options.shift, options.crop)
     return Feed(batches, student, options.batch_size, process_group, seed=options.seed, augmentation=augmentation)
 
 

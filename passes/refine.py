@@ -26,7 +26,7 @@ from cpd_onnx.data.sources import Source
 from cpd_onnx.errors import TargetError
 from cpd_onnx.fitting.divergence import Divergence, Floats, is_nearer
 from cpd_onnx.io.progress import advance, step
-from cpd_onnx.passes.repair import RepairOptions, repair
+from cpd_onnx.passes.repair import RepairOptions, few_samples, repair
 from cpd_onnx.passes.sensitivity import narrowed
 from cpd_onnx.rewrite.rewriter import rewrite
 from cpd_onnx.scores.registry import Scores
@@ -35,10 +35,6 @@ _HELD_OUT = 0.25
 """Fraction of the samples on which candidates are compared (heuristic)."""
 _SAMPLES = 128
 """Maximum number of samples that a candidate is fitted to, and on which it is compared (heuristic)."""
-_ELEMENTS = 1 << 25
-"""Numbers in all of these samples: where samples are large, fewer have as many rows to fit to (heuristic)."""
-_FEWEST = 16
-"""Number of samples that a candidate is fitted to however large they are (heuristic)."""
 _ALONE = 2
 """One in this many of the samples serves to measure a group alone (heuristic)."""
 _ROWS = 1 << 14
@@ -154,7 +150,7 @@ class _Refiner:
         self.effort, self.seed = options.effort, options.seed
         self.fitted, self.held_out = division.first, division.second
         self.measure = Divergence(combed.folded.model, self.held_out, _SAMPLES)
-        self.samples = int(np.clip(_ELEMENTS / self.measure.sample_size, _FEWEST, _SAMPLES))
+        self.samples = few_samples(_SAMPLES, self.measure.sample_size)
         self.known: dict[tuple[tuple[int, ...], ...], Floats] = {}
 
     def run(self) -> Refined:

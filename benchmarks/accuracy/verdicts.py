@@ -189,25 +189,29 @@ def opened(path: Path) -> ort.InferenceSession:
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def answered(path: Path, case: Case, images: Array) -> Iterator[Array]:
-    """Yield the class of each image, or of each of its pixels, batch by batch; of the first output."""
+def answered(path: Path, case: Case, images: Array, output: str = "") -> Iterator[Array]:
+    """Yield the class of each image, or of each of its pixels, batch by batch; of the first output if none is named."""
     session = opened(path)
     entry = session.get_inputs()[0]
     size = entry.shape[0] if isinstance(entry.shape[0], int) else (8 if images.shape[1] > 64 else 64)
     is_last = entry.shape[-1] == 3
     for start in range(0, len(images), size):
-        output = session.run(None, {entry.name: case.pixels(images[start : start + size], is_last=is_last)})[0]
-        yield output.argmax(-1 if is_last else 1)
+        feed = {entry.name: case.pixels(images[start : start + size], is_last=is_last)}
+        scores = session.run([output or session.get_outputs()[0].name], feed)[0]
+        yield scores.argmax(-1 if is_last else 1)
 
 
-def independent(case: Case, files: tuple[Path, Path], images: Array, labels: Array) -> dict[str, Any]:
-    """Return the agreement of two files with its standard error, and the labelled score of both."""
+def independent(case: Case, files: tuple[Path, Path], images: Array, labels: Array, output: str = "") -> dict[str, Any]:
+    """Return the agreement of an output of two files with its standard error, and the labelled score of the first."""
     first, second = (np.concatenate([*answered(file, case, images)]) for file in files)
     if case.score == "top1":
         same = (first == second).astype(np.float64)
         scores = [float((found == labels).mean()) for found in (first, second)]
     else:
-        same = (first == second).reshape(len(first), -1).mean(1)
+        named = (
+            [np.concatenate([*answered(file, case, images, output)]) for file in files] if output else [first, second]
+        )
+        same = (named[0] == named[1]).reshape(len(first), -1).mean(1)
         wanted = resized(labels, first.shape[1:], is_label=True)
         scores = [iou(case, found, wanted) for found in (first, second)]
     error = float(same.std(ddof=1) / np.sqrt(len(same)))
@@ -256,9 +260,9 @@ def row(case: Case, model: Path, count: int, data: Data, options: argparse.Names
             work = options.keep / f"{case.model}_{count}_small.onnx"
         else:
             work = work / "small.onnx"
-        true = independent(case, (model, work), resized(images, case.size), labels)
+        stated = content["agreement"]
+        true = independent(case, (model, work), resized(images, case.size), labels, stated["output"])
     answer = next(entry for entry in content["verdict"]["answers"] if entry["question"] == "as good")
-    stated = content["agreement"]
     macs = content["after"]["macs"] / content["before"]["macs"]
     found |= {"answer": answer["answer"], "said": answer["text"], "stated": stated, "macs": macs, "independent": true}
     return found | {"wrong": wrong(answer["answer"], stated, true)}

@@ -1,7 +1,7 @@
 """Agreement: how often a model answers like the original, in the terms of the task, with a lower confidence bound.
 
 It needs no labels. What an output holds is told from its values on a few samples: class scores, a segmentation, tokens,
-embeddings or numbers. The output that agrees least counts.
+embeddings or numbers. Of several outputs, the one that agrees least counts, or one that agrees no better than chance.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -75,11 +75,12 @@ class Agreement:
         low, high: Bounds of the mean over all such inputs, each at the given confidence.
         chance: Value that the best constant answer reaches on these samples.
         samples: Number of samples.
-        output: Name of the output, the one that agrees least.
+        output: Name of the output that counts.
         confidence: Confidence of each bound.
         interval: Method of the bounds: "Clopper-Pearson", which is exact for yes and no, or "bootstrap".
         is_held_out: Whether nothing was fitted to the samples.
         most_lost: Upper bound of the answers that differ, from the margins of the answers; None where it is not known.
+        outputs: Number of outputs that were compared.
     """
 
     task: str
@@ -94,6 +95,7 @@ class Agreement:
     interval: str = "Clopper-Pearson"
     is_held_out: bool = True
     most_lost: float | None = None
+    outputs: int = 1
 
     @property
     def is_near_chance(self) -> bool:
@@ -196,8 +198,8 @@ class _OutputTally:
         if self.task == "embedding":
             self.vectors.append(np.asarray(first.reshape(len(first), -1), np.float64))
         elif self.task != "regression":
-            rows = first.reshape(len(first), -1) if self.task == "classification" else first.reshape(-1, 1)
-            for row, count in zip(*np.unique(rows, axis=0, return_counts=True), strict=True):
+            answers, axis = (first.reshape(len(first), -1), 0) if self.task == "classification" else (first, None)
+            for row, count in zip(*np.unique(answers, axis=axis, return_counts=True), strict=True):
                 self.counts[row.tobytes()] += int(count)
 
     def values(self) -> Floats:
@@ -294,7 +296,9 @@ def agreement(original: Model, model: Model, source: Source, task: str | None = 
         wanted, answered = run(first, batch), run(second, batch)
         for tally in tallies:
             tally.add(wanted, answered)
-    return min(map(_summary, tallies), key=lambda found: found.value - found.chance)
+    found = [_summary(tally) for tally in tallies]
+    counted = min(found, key=lambda each: (not each.is_near_chance, each.value))
+    return replace(counted, outputs=len(found))
 
 
 def class_axes(original: Model, source: Source) -> dict[str, int]:

@@ -271,7 +271,9 @@ def _of_agreement(content: Content, found: Mapping[str, Any]) -> Answer:
 
 def agreement_text(found: Mapping[str, Any]) -> str:
     """Return an agreement with its bound as text, see `Agreement.as_json`."""
-    tail = f"({100 * found['confidence']:.0f} % confidence, n = {found['samples']})"
+    several = found.get("outputs", 1)
+    of_output = f"; output {found['output']!r}, the worst of {several}" if several > 1 else ""
+    tail = f"({100 * found['confidence']:.0f} % confidence, n = {found['samples']}{of_output})"
     if found["task"] == "classification":
         return f"answers like the original on at least {100 * found['low']:.1f} % of such inputs {tail}"
     return f"{found['measure']} with the original of at least {found['low']:.4g} {tail}"

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from onnx import ModelProto, NodeProto
 from torch import Tensor
+from torch.nn import functional
 
 from cpd_onnx.data.metrics import IGNORED
 from cpd_onnx.data.sources import LABELS, Batch, Source, fixed_batch, inputs_of, steps_per_pass
@@ -25,6 +26,9 @@ _FEW_CHANNELS = 16
 """Number of input channels below which oneDNN, as of torch 2.13, writes beyond the gradient of a strided pointwise
 kernel in the layout channels-last, which ends the process (measured: below 8 with AVX2; AVX-512 has vectors of 16)."""
 
+_ASPECT = 4 / 3
+"""Maximum ratio of the sides of a part of an image, of those of the image."""
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -33,14 +37,16 @@ class Augmentation:
     Attributes:
         flip: Whether half of them, at random, are mirrored horizontally.
         shift: Maximum translation in each direction, in pixels.
+        crop: Minimum area, as a fraction of the image, of the part that replaces it, scaled to its size; 1 for all.
     """
 
     flip: bool = False
     shift: int = 0
+    crop: float = 1.0
 
     def __bool__(self) -> bool:
         """Return whether images are changed."""
-        return self.flip or self.shift > 0
+        return self.flip or self.shift > 0 or self.crop < 1
 
 
 def memory_format(model: ModelProto, device: torch.device) -> torch.memory_format:
@@ -146,13 +152,42 @@ def augment(batch: Batch, images: set[str], options: Augmentation, generator: np
     count = next(len(batch[name]) for name in images)
     flips = generator.random(count) < 0.5 if options.flip else np.zeros(count, bool)
     moves = generator.integers(-options.shift, options.shift + 1, (count, 2))
+    windows = _windows(count, options.crop, generator) if options.crop < 1 else None
     result = dict(batch)
     maps = {LABELS} if LABELS in batch and batch[LABELS].ndim == 3 else set()
     for name in images | maps:
         fill = IGNORED if name == LABELS else 0
         samples = zip(batch[name], flips, moves, strict=True)
         result[name] = np.stack([_moved(x[..., ::-1] if flip else x, move, fill) for x, flip, move in samples])
+        if windows is not None:
+            result[name] = _enlarged(result[name], windows)
     return result
+
+
+def _windows(count: int, least: float, generator: np.random.Generator) -> Array:
+    """Return the scale and the centre of random parts of images [N, 2, 3], as rows of affine maps of -1..1.
+
+    Their area is at least the given fraction of the image, and their sides differ by up to `_ASPECT` (Szegedy et al.,
+    CVPR 2015).
+    """
+    side = np.sqrt(generator.uniform(least, 1, count))
+    stretch = np.sqrt(np.exp(generator.uniform(-np.log(_ASPECT), np.log(_ASPECT), count)))
+    result = np.zeros((count, 2, 3), np.float32)
+    for axis, scale in enumerate((np.minimum(1, side * stretch), np.minimum(1, side / stretch))):
+        result[:, axis, axis] = scale
+        result[:, axis, 2] = generator.uniform(-1, 1, count) * (1 - scale)
+    return result
+
+
+def _enlarged(images: Array, windows: Array) -> Array:
+    """Return parts of images [N, C, H, W] or of label maps [N, H, W] scaled to their size, labels to the nearest."""
+    is_map = images.ndim == 3
+    x = torch.from_numpy(np.ascontiguousarray(images[:, None] if is_map else images))
+    grid = functional.affine_grid(torch.from_numpy(windows), [*x.shape], align_corners=False)
+    mode = "nearest" if is_map or not x.is_floating_point() else "bilinear"
+    found = functional.grid_sample(x.float(), grid, mode=mode, padding_mode="border", align_corners=False)
+    result = found.to(x.dtype).numpy()
+    return result[:, 0] if is_map else result
 
 
 def _moved(x: Array, move: Array, fill: int) -> Array:

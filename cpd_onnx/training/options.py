@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 from cpd_onnx.data.metrics import IGNORED
-from cpd_onnx.options import above_zero, integer, natural, not_negative, option, output_pair, positive, ratio
+from cpd_onnx.options import above_zero, integer, natural, not_negative, option, output_pair, positive, ratio, share
 
 LossKind: TypeAlias = Literal["kl", "dist", "mse", "cosine"]
 """How outputs can be compared."""
@@ -114,6 +114,12 @@ class DistillOptions(Optimization):
     )
     flip: bool = _training(False, "Mirror half of the images (rank-4 inputs, width last)")
     shift: int = _training(0, "Shift images by up to this many pixels, padded with zeros", read=natural)
+    crop: float = _training(
+        1.0,
+        "Crop each image at random to at least this fraction of its area, and scale it back to its size; 1: not at all",
+        read=share,
+        metavar="FRACTION",
+    )
     seed: int = _training(0, "Seed of the sample order and augmentation", read=natural)
     device: str = _training(
         "auto",

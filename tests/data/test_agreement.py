@@ -13,6 +13,7 @@ from cpd_onnx.data.held_out import at_most, divide
 from cpd_onnx.data.sources import LABELS, ArraySource, FunctionSource, Input
 from cpd_onnx.errors import DataError
 from cpd_onnx.ir.model import Model
+from cpd_onnx.report.verdict import agreement_text
 from cpd_onnx.workflow.quality.samples import agreement_on, samples_of
 from tests.support.models import from_text
 
@@ -93,6 +94,26 @@ def test_a_constant_answer_is_near_chance() -> None:
     weight, x = _RNG.standard_normal((8, 5)), _RNG.standard_normal((200, 8))
     assert _found(_matrix(weight), _matrix(0 * weight), x).is_near_chance
     assert not _found(_matrix(weight), _matrix(weight), x).is_near_chance
+
+
+def test_of_several_maps_the_one_that_agrees_least_counts_and_is_named() -> None:
+    """The rare class of the first map makes its chance high, which says nothing of the second."""
+    x = _RNG.standard_normal((12, 3, 16, 16)).astype(np.float32)
+    rare = np.zeros((2, 3, 1, 1), np.float32)
+    rare[0, 0], rare[1, 1] = 1, 0.2
+    common = _RNG.standard_normal((3, 3, 1, 1)).astype(np.float32)
+
+    def model(first: np.ndarray, second: np.ndarray) -> Model:
+        bias = np.array([3, 0], np.float32)
+        body, outputs = "a = Conv(x, v, b) y = Conv(x, w)", "float[N,2,16,16] a, float[N,3,16,16] y"
+        return _model(body, "float[N,3,16,16] x", outputs, v=first, b=bias, w=second)
+
+    original = model(rare, common)
+    found = _found(original, model(rare, common + 0.2 * np.float32(_RNG.standard_normal(common.shape))), x)
+    assert (found.output, found.outputs) == ("y", 2)
+    assert "output 'y', the worst of 2" in agreement_text(found.as_json())
+    blind = _found(original, model(0 * rare, common), x)
+    assert (blind.output, blind.is_near_chance) == ("a", True)
 
 
 def test_an_unknown_task_is_refused() -> None:

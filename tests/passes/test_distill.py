@@ -352,6 +352,26 @@ def test_augmentation_moves_images_and_label_maps_alike() -> None:
     assert np.array_equal(batch["x"], x)
 
 
+def test_a_crop_shows_the_same_part_of_images_and_label_maps() -> None:
+    """The value of a pixel is its place, so that the part that is shown can be read from it."""
+    size, least = 32, 0.25
+    places = np.stack(np.meshgrid(np.arange(size), np.arange(size), indexing="ij"))
+    x = np.repeat(places[None].astype(np.float32), 64, axis=0)
+    batch: Weights = {"x": x, LABELS: np.repeat(places[:1].astype(np.int64), 64, axis=0)}
+    result = augment(batch, {"x"}, Augmentation(crop=least), np.random.default_rng(0))
+    shown, labels = result["x"], result[LABELS]
+    assert shown.shape == x.shape
+    assert labels.dtype == np.int64
+    assert np.abs(shown[:, 0] - labels).max() <= 0.5 + 1e-3
+    extents = [np.ptp(shown[:, axis], axis=(1, 2)) / (size - 1) for axis in (0, 1)]
+    areas = extents[0] * extents[1]
+    assert areas.min() > least * 0.8
+    assert np.ptp(areas) > 0.4
+    assert (extents[0] <= 1).all()
+    again = augment(batch, {"x"}, Augmentation(crop=least), np.random.default_rng(0))
+    assert np.array_equal(shown, again["x"])
+
+
 def test_weights_of_three_dimensional_convolutions_are_trained() -> None:
     model = from_text(
         "(float[N, 2, 4, 4, 4] x, float[3, 2, 3, 3, 3] v, float[3, 4] w) => (float[N, 4] y) "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from cpd_onnx.budget.allocation import FASTER, Allocation
@@ -13,6 +13,7 @@ from cpd_onnx.budget.choosing import Chooser
 from cpd_onnx.budget.speed import SpeedCheck
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.channels.groups import Combed
+from cpd_onnx.data.sources import calibration
 from cpd_onnx.errors import LossError, TargetError
 from cpd_onnx.io.progress import advance
 from cpd_onnx.io.progress import step as reported
@@ -22,10 +23,11 @@ from cpd_onnx.passes.fold import Fold
 from cpd_onnx.passes.iterate import Iterate
 from cpd_onnx.passes.lossless import Lossless, in_blocks
 from cpd_onnx.passes.refine import Refined
-from cpd_onnx.passes.repair import RepairOptions, repair
+from cpd_onnx.passes.repair import RepairOptions, few_samples, repair
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.rewrite.plan import Plan, make_plan
 from cpd_onnx.rewrite.rewriter import rewrite
+from cpd_onnx.runtime.sessions import sample_count
 from cpd_onnx.scores.registry import find_score_function, score
 from cpd_onnx.workflow import defaults
 from cpd_onnx.workflow.quality.samples import Loss, Samples
@@ -100,9 +102,17 @@ class Search:
         small = rewrite(self.combed, kept).model
         if self.step.repair:
             assert self.state.data is not None
-            options = RepairOptions(samples=self.step.repair_samples, seed=self.step.seed)
+            options = RepairOptions(samples=self.repair_samples, seed=self.step.seed)
             small = repair(self.combed, kept, small, self.state.data, options).model
         return self.loss(small)
+
+    @cached_property
+    def repair_samples(self) -> int:
+        """Number of samples that a candidate is repaired on."""
+        assert self.state.data is not None
+        first = next(calibration(self.state.model.proto, self.state.data, 1))
+        size = sum(array.size for array in first.values()) / sample_count(first)
+        return few_samples(self.step.repair_samples, size)
 
     def _chosen(self, chooser: Chooser, progress: float, by: Refined) -> Allocation:
         return chooser(self.combed, self.scores, progress, is_loss=self.is_loss, curves=by.curves)
