@@ -81,6 +81,12 @@ class Chooser:
         """Return the allocator of other targets, of the same kinds."""
         return replace(self, targets=targets)
 
+    def within(self, combed: Combed, larger: Allocation) -> Chooser:
+        """Return the allocator of models that lack what a larger one lacks: those of the same scores are nested."""
+        widths = [len(group) - len(gone) for group, gone in zip(combed.groups, larger.removed, strict=True)]
+        limits = replace(self.budget.limits, at_most=tuple(widths))
+        return replace(self, budget=replace(self.budget, limits=limits))
+
     def words(self, budget: Budget, chosen: Allocation) -> dict[str, Any]:
         """Return the budget of an allocation as the entries of a plan."""
         words = budget.as_words()

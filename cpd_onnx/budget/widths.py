@@ -33,6 +33,7 @@ class Limits(metaclass=Renaming):
         ratios: Minimum and maximum ratio of each group's channels that may survive.
         of: The same by pattern, which matches names of groups or, if it matches none, of weights and nodes; the last
             match takes precedence.
+        at_most: Maximum width of each group, in order; empty for none.
 
     """
 
@@ -40,6 +41,7 @@ class Limits(metaclass=Renaming):
     round_to: int = field(default=1, metadata={RENAMED_FROM: "multiple"})
     ratios: Ratios = field(default=(0.0, 1.0), metadata={RENAMED_FROM: "shares"})
     of: tuple[tuple[str, Ratios], ...] = ()
+    at_most: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the values; raises TargetError."""
@@ -103,7 +105,8 @@ def allowed_widths(combed: Combed, limits: Limits, multiples: Mapping[int, int] 
             continue
         multiple = limits.round_to if is_width(combed, group) else 1
         multiple = math.lcm(multiple, (multiples or {}).get(group.id, 1))
-        allowed.append(_between(len(group), multiple, ratios[group.id]))
+        widths = _between(len(group), multiple, ratios[group.id])
+        allowed.append(_up_to(widths, limits.at_most[group.id]) if limits.at_most else widths)
     return Widths(tuple(allowed), frozenset(held), frozenset(free))
 
 
@@ -121,6 +124,12 @@ def _between(size: int, multiple: int, ratios: Ratios) -> Counts:
     first = -(-low // multiple) * multiple
     widths = [*range(first, min(high, size - 1) + 1, multiple), *([size] if high == size else [])]
     return np.asarray(widths or [low], np.int64)
+
+
+def _up_to(widths: Counts, most: int) -> Counts:
+    """Return the widths that are not above a bound; the bound itself if there are none."""
+    found = widths[widths <= most]
+    return found if len(found) else np.asarray([most], np.int64)
 
 
 def held_groups(combed: Combed, patterns: Sequence[str], option: str = "--keep") -> set[int]:

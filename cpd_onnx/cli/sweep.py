@@ -24,6 +24,7 @@ def show(request: Sweep, content: Mapping[str, Any]) -> None:
     )
     has_metric = content["sweep"]["metric"] is not None
     written = [path for path in sweep.pages_of(request) if path.suffix != ".svg" or has_metric]
+    written += sweep.nested_plan_of(request)
     print_lines(f"wrote {', '.join(map(str, written))}", *lines(content["verdict"]))
 
 

@@ -81,8 +81,27 @@ class Plan(Summarised):
         return Plan({**self.content, "values": {name: known[name] for name in stored_tensors(after) if name in known}})
 
     def without_values(self) -> Plan:
-        """Return the plan of the removal alone, without refitted or trained weights."""
-        return Plan({key: value for key, value in self.content.items() if key != "values"})
+        """Return the plan of the removal alone, without refitted or trained weights and without steps."""
+        return Plan({key: value for key, value in self.content.items() if key not in ("values", "steps")})
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """Names of the steps of a plan of nested models, largest first; empty for one model."""
+        return tuple(self.content.get("steps", {}))
+
+    def at(self, step: str | None) -> Plan:
+        """Return the plan of one step, or of the smallest model without a name; raises PlanError if there is none."""
+        alone = {key: value for key, value in self.content.items() if key != "steps"}
+        if step is None:
+            return Plan(alone) if self.steps else self
+        if step not in self.steps:
+            known = f"its steps are {', '.join(self.steps)}" if self.steps else "it has no steps"
+            raise PlanError(f"the plan has no step {step!r}: {known}")
+        changed = self.content["steps"][step]
+        removed = {group["id"]: group["removed"] for group in changed.get("groups", ())}
+        groups = [{**group, "removed": removed.get(group["id"], group["removed"])} for group in alone["groups"]]
+        content = {**alone, **changed, "groups": groups}
+        return Plan({key: value for key, value in content.items() if value is not None})
 
     def dumps(self, version: int = VERSION) -> str:
         """Return the document in a format version, as deterministic JSON text with a line per group and per tensor."""
@@ -204,6 +223,7 @@ def _check(content: Any, where: str) -> None:
     values = content.get("values", {})
     if not isinstance(values, dict) or not all(map(_is_digest, values.values())):
         raise PlanError(f"{where}: 'values' must map names of weights to SHA-256 in hexadecimal digits")
+    _check_steps(content.get("steps", {}), {group["id"]: group for group in groups}, where)
 
 
 def _check_shapes(shapes: Any, where: str) -> None:
@@ -225,6 +245,22 @@ def _check_group(group: Any, where: str) -> None:
         raise PlanError(f"{where}: group {group['name']!r} removes channels out of range")
     if len(set(removed)) != len(removed):
         raise PlanError(f"{where}: group {group['name']!r} removes a channel twice")
+
+
+def _check_steps(steps: Any, groups: Mapping[int, Mapping[str, Any]], where: str) -> None:
+    if not isinstance(steps, dict) or not all(isinstance(step, dict) for step in steps.values()):
+        raise PlanError(f"{where}: 'steps' must map names to what differs in a step")
+    for step in steps.values():
+        changed = step.get("groups", [])
+        known = isinstance(changed, list) and all(
+            isinstance(each, dict) and each.get("id") in groups for each in changed
+        )
+        if not known:
+            raise PlanError(f"{where}: a step has groups that are not those of the plan")
+        for each in changed:
+            _check_group({**groups[each["id"]], **each}, where)
+        if not isinstance(step.get("budget", {}), dict) or not isinstance(step.get("values") or {}, dict):
+            raise PlanError(f"{where}: 'budget' or 'values' of a step has the wrong type")
 
 
 def make_plan(
@@ -263,6 +299,37 @@ def make_plan(
             "before": asdict(before),
             "after": asdict(after),
         }
+    )
+
+
+def nested(plans: Mapping[str, Plan]) -> Plan:
+    """Return one plan of nested models, with a step for each: that of the last, and what differs in the others.
+
+    Args:
+        plans: Plans of one original by the name of their step; each removes what the one before removes, and more.
+
+    Raises PlanError if the models are not nested, or of different originals.
+    """
+    last = list(plans.values())[-1].content
+    steps: dict[str, Any] = {}
+    before: Plan | None = None
+    for name, plan in plans.items():
+        if before is not None and not _is_within(before, plan):
+            raise PlanError(f"the model of step {name!r} has channels that the one before lacks")
+        content, before = plan.content, plan
+        keys = dict.fromkeys((*content, *last))
+        steps[name] = {key: content.get(key) for key in keys if key != "groups" and content.get(key) != last.get(key)}
+        pairs = zip(content["groups"], last["groups"], strict=True)
+        if changed := [{"id": a["id"], "removed": a["removed"]} for a, b in pairs if a["removed"] != b["removed"]]:
+            steps[name]["groups"] = changed
+    return Plan({**last, "steps": steps})
+
+
+def _is_within(first: Plan, second: Plan) -> bool:
+    """Return whether the second plan removes what the first removes from the same file."""
+    more = second.removed
+    return first.sha256 == second.sha256 and all(
+        set(removed) <= set(more.get(index, ())) for index, removed in first.removed.items()
     )
 
 

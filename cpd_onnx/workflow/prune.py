@@ -118,7 +118,7 @@ def _pruned_state(request: Prune, step: Iterate, start: State, choice: search.Ch
 def apply(request: Apply, observer: Observer = ignore) -> dict[str, Any]:
     """Replay a plan, write the pruned model, and return the result as plain values."""
     written = require_outputs(request, request.output)
-    model, plan = load(request.model), load_plan(request.plan)
+    model, plan = load(request.model), load_plan(request.plan).at(request.step)
     require_apart(written, model)
     pruned = apply_plan(model, plan)
     with locked_folder(request.output.parent), commit_together():
@@ -152,7 +152,8 @@ def verify(request: VerifyFile, observer: Observer = ignore) -> dict[str, Any]:
     elif not plan.is_file() and request.plan is None:
         raise PlanError(f"{request.pruned} has neither a plan nor a manifest of deploy beside it: give --plan")
     else:
-        found = verify_files(original, load(request.pruned), load_plan(plan), feeds(), allow_inconclusive=True)
+        removal = load_plan(plan).at(request.step)
+        found = verify_files(original, load(request.pruned), removal, feeds(), allow_inconclusive=True)
         content = _pruned(found)
     content["has_data"] = request.data is not None
     write_json(request, content)

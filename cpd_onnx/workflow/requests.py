@@ -149,6 +149,8 @@ _folder = option(
     MISSING, "Folder to write the files to", flag="-o/--output", read=Path, metavar="FOLDER", is_recorded=False
 )
 
+_step = option(None, "Step of a plan of nested models (default: the smallest)", metavar="NAME")
+
 
 _IF_MOVED = "if it has moved or is outside the manifest's folder"
 
@@ -415,6 +417,7 @@ class VerifyFile(OnSamples):
     data: str | None = _data("Samples to compare on (default: random)")
     pruned: Path = _model("The file to check; a deployed file is traced back through its manifests")
     plan: Path | None = _read("Plan of the pruned file (default: PRUNED.plan.json)", suffixes=_JSON)
+    step: str | None = _step
     manifest: Path | None = _read(
         "Manifest of the deploy run that wrote the file (default: PRUNED.manifest.json, or another in its folder)",
         suffixes=_JSON,
@@ -435,6 +438,7 @@ class Apply(Saving):
 
     model: Path = _model("The original")
     plan: Path = _model("The plan", suffixes=_JSON)
+    step: str | None = _step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -489,6 +493,9 @@ class Sweep(Compressing):
         metavar="NUMBER",
         renamed_from="most_lost",
         is_common=True,
+    )
+    nested: bool = option(
+        False, "Remove from each model what the larger ones lack, and more, and write one plan with a step for each"
     )
     jobs: int | None = option(
         None, "Number of models compressed in parallel (default: the number of cores)", read=positive

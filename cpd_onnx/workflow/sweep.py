@@ -24,13 +24,13 @@ from cpd_onnx.report import figures as plots
 from cpd_onnx.report import manifest
 from cpd_onnx.report import tables as report
 from cpd_onnx.report.verdict import verdict, verdict_of_many
-from cpd_onnx.rewrite.plan import make_plan
+from cpd_onnx.rewrite.plan import load_plan, make_plan, nested
 from cpd_onnx.runtime.bench import Bench
 from cpd_onnx.scores.registry import find_score_function, score
 from cpd_onnx.workflow import compress as compression
 from cpd_onnx.workflow import recipe
 from cpd_onnx.workflow.compress_files import can_draw, compress, page_kinds, timed, write_page
-from cpd_onnx.workflow.places import read_model, require_apart, require_outputs, source_of, write_json
+from cpd_onnx.workflow.places import plan_path_of, read_model, require_apart, require_outputs, source_of, write_json
 from cpd_onnx.workflow.quality.checks import checked_samples
 from cpd_onnx.workflow.quality.samples import samples_of, to_fit
 from cpd_onnx.workflow.requests import QUIET, Compress, Observer, Sweep, ignore
@@ -92,7 +92,11 @@ def sweep(request: Sweep, observer: Observer = ignore) -> dict[str, Any]:
     files = {name: folder / f"{name}.onnx" for name in targets}
     pages = pages_of(request)
     (folder / "plans").mkdir(parents=True, exist_ok=True)
-    beside = [*(folder / "plans" / f"{name}.json" for name in targets), folder / "sweep.recipe.toml"]
+    beside = [
+        *nested_plan_of(request),
+        *(folder / "plans" / f"{name}.json" for name in targets),
+        folder / "sweep.recipe.toml",
+    ]
     written = require_outputs(request, *files.values(), *pages, *beside)
     executor = _executor(request)
     model = read_model(request.model, request.input_shapes)
@@ -115,6 +119,10 @@ def sweep(request: Sweep, observer: Observer = ignore) -> dict[str, Any]:
     found = timed(request, source, model, files.values(), _SECONDS * (1 + len(files)))
     content = _content(request, _points(request, files, reports, found), reports, found) | {"preflight": checked}
     with progress.step("write"), locked_folder(folder), commit_together():
+        for path in nested_plan_of(request):
+            nested({name: load_plan(plan_path_of(file)) for name, file in files.items()}).save(
+                path, overwrite=request.force
+            )
         for path in pages:
             if path.suffix == ".svg":
                 _draw(content, path, overwrite=request.force)
@@ -127,6 +135,11 @@ def sweep(request: Sweep, observer: Observer = ignore) -> dict[str, Any]:
 def pages_of(request: Sweep) -> list[Path]:
     """Return the paths of the report in its formats."""
     return [request.output / f"sweep.{kind}" for kind in (*page_kinds(), *(["svg"] if can_draw() else []))]
+
+
+def nested_plan_of(request: Sweep) -> list[Path]:
+    """Return the path of the plan of all models, if they are nested; else an empty list."""
+    return [request.output / "sweep.plan.json"] if request.nested else []
 
 
 def _targets(requested: Sequence[AnyTargets]) -> dict[str, Targets]:
@@ -150,6 +163,8 @@ def _planned(request: Sweep, model: Model, source: Source | None, targets: Mappi
     paths = {}
     for name, wanted in targets.items():
         chosen = chooser.aiming(wanted)(combed, scores, is_loss=find_score_function(kind).is_loss)
+        if request.nested:
+            chooser = chooser.within(combed, chosen)
         words = dict(chosen.budget) | {"score": kind, "seed": request.seed}
         costs = {"before": chosen.before, "after": chosen.after}
         paths[name] = place / f"{name}.json"

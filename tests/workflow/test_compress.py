@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -14,13 +15,17 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import onnx
 import pytest
 
 import cpd_onnx as cpd
 from cpd_onnx.cli.main import main
+from cpd_onnx.errors import PlanError
 from cpd_onnx.report.verdict import TARGET_MISSED
+from cpd_onnx.rewrite.plan import load_plan, nested
+from cpd_onnx.rewrite.plan import schema as plan_schema
 from cpd_onnx.workflow import defaults
 from tests.support.models import from_text
 from tests.support.runs import plain
@@ -294,6 +299,32 @@ def test_a_sweep_makes_all_and_picks_one(folder: Path, importable: str, capsys: 
         assert run("verify", "digits.onnx", f"out/{name}.onnx") == 0
     assert (folder / "out" / "sweep.svg").read_text().count("<svg") == 1
     assert run(*asked) == 1
+
+
+def test_the_models_of_a_nested_sweep_have_one_plan(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("macs=0.6", "macs=0.3", "macs=0.15")
+    data = ("--data", "train.npz", "--no-distill", "--repair-samples", 64, "--jobs", 1)
+    assert run("sweep", "digits.onnx", "-o", "out", "--targets", "macs=0.3,0.15,0.6", *data, "--nested") == 0
+    assert "out/sweep.plan.json" in capsys.readouterr().out.split("wrote ")[1]
+    whole, plans = load_plan("out/sweep.plan.json"), [load_plan(f"out/{name}.onnx.plan.json") for name in names]
+    jsonschema.validate(whole.content, plan_schema())
+    assert whole.steps == names
+    assert [whole.at(name).content for name in names] == [plan.content for plan in plans]
+    for larger, smaller in itertools.pairwise(plans):
+        assert all(set(gone) <= set(smaller.removed[index]) for index, gone in larger.removed.items())
+        assert sum(map(len, larger.removed.values())) < sum(map(len, smaller.removed.values()))
+    for name in names:
+        assert run("verify", "digits.onnx", f"out/{name}.onnx", "--plan", "out/sweep.plan.json", "--step", name) == 0
+    assert run("apply", "digits.onnx", "out/sweep.plan.json", "--step", "macs=0.3", "-o", "step.onnx") == 0
+    assert run("apply", "digits.onnx", "out/macs=0.3.onnx.plan.json", "-o", "alone.onnx") == 0
+    assert Path("step.onnx").read_bytes() == Path("alone.onnx").read_bytes()
+    assert run("apply", "digits.onnx", "out/sweep.plan.json", "-o", "smallest.onnx") == 0
+    assert run("apply", "digits.onnx", "out/macs=0.15.onnx.plan.json", "-o", "last.onnx") == 0
+    assert Path("smallest.onnx").read_bytes() == Path("last.onnx").read_bytes()
+    assert run("apply", "digits.onnx", "out/sweep.plan.json", "--step", "macs=0.5", "-o", "none.onnx") == 1
+    assert "no step 'macs=0.5': its steps are macs=0.6, macs=0.3, macs=0.15" in capsys.readouterr().err
+    with pytest.raises(PlanError, match="lacks"):
+        nested(dict(zip(names, reversed(plans), strict=True)))
 
 
 def rmse(outputs: list[Any], labels: list[Any]) -> float:
