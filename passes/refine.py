@@ -3,9 +3,10 @@
 The loss that a score assigns to a group is that of the layers that consume it, and says nothing of what the outputs
 make of it. Its weight is found in three steps. First, each group alone is narrowed, its consumers are fitted anew, and
 the divergence of the outputs is set against the loss. Then whole allocations by the scores alone and by powers of these
-weights are repaired and compared at the outputs. At last the best weights are varied at random, as long as the effort
-allows (Frantar and Alistarh, SPDY, ICML 2022, with a repair of each candidate). Where groups can be removed as a whole,
-one more allocation by the scores alone may do so, and the others do if that one is nearer to the original.
+weights, with an exponent found by a line search, are repaired and compared at the outputs. At last the best weights are
+varied at random, as long as the effort allows (Frantar and Alistarh, SPDY, ICML 2022, with a repair of each candidate).
+Where groups can be removed as a whole, one more allocation by the scores alone may do so, and the others do if that one
+is nearer to the original.
 
 All comparisons are made on samples that no candidate is fitted to. Labels are not needed.
 """
@@ -13,7 +14,7 @@ All comparisons are made on samples that no candidate is fitted to. Labels are n
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,8 +42,8 @@ _ROWS = 1 << 14
 """Approximate number of rows for each fit of a candidate (heuristic)."""
 _USUAL = 0.25
 """Ratio of its channels that a group loses where its weight is measured, if the scores leave it whole (heuristic)."""
-_BLENDS = (0.5, 1.0, 1.5)
-"""Exponents of the measured weights of the first candidates, after 0 for the scores alone."""
+_LARGEST, _FINEST = 4.0, 0.25
+"""Largest exponent of the measured weights that is tried, and smallest distance of two exponents (heuristic)."""
 _MOST = 64
 """Maximum number of groups whose weights are measured (heuristic)."""
 _FURTHEST = 4.0
@@ -167,16 +168,19 @@ class _Refiner:
             if is_nearer(found, best):
                 best, curves = found, self.local
         rng, width = np.random.default_rng(self.seed), _STEP
+        along = {0.0: float(best.mean())}
         for number in range(1, self.effort):
             advance(len(groups) + number, total, f"divergence {best.mean():.3g}")
-            is_blend = number <= len(_BLENDS)
-            trial = _BLENDS[number - 1] * logs if is_blend else weights + width * rng.standard_normal(len(logs))
+            exponent = _next_exponent(along)
+            trial = weights + width * rng.standard_normal(len(logs)) if exponent is None else exponent * logs
             weighted = _weighted(local, trial)
             found = self.tried(weighted)
             if is_better := is_nearer(found, best):
                 best, weights, curves = found, trial, weighted
-            if not is_blend:
+            if exponent is None:
                 width *= _LARGER if is_better else _SMALLER
+            else:
+                along[exponent] = float(found.mean())
         return Refined(curves, len(self.known), float(before.mean()), float(best.mean()))
 
     def tried(self, curves: LossCurves) -> Floats:
@@ -228,6 +232,21 @@ class _Refiner:
         known = found[np.isfinite(found)]
         middle = float(np.median(known)) if len(known) else 0.0
         return np.asarray(np.clip(np.where(np.isfinite(found), found - middle, 0.0), -_FURTHEST, _FURTHEST))
+
+
+def _next_exponent(found: Mapping[float, float]) -> float | None:
+    """Return the exponent to try next by the divergence of others; None if the best is known closely.
+
+    The largest is doubled as long as it is the best, and then the wider of the gaps beside the best is halved.
+    """
+    best = min(found, key=found.__getitem__)
+    above = min((exponent for exponent in found if exponent > best), default=None)
+    below = max((exponent for exponent in found if exponent < best), default=best)
+    if above is None and best < _LARGEST:
+        return max(1.0, 2 * best)
+    gaps = {(best + other) / 2: abs(best - other) for other in (above, below) if other is not None}
+    middle = max(gaps, key=gaps.__getitem__)
+    return middle if gaps[middle] > _FINEST else None
 
 
 def _weighted(local: LossCurves, logs: Floats) -> LossCurves:
