@@ -35,6 +35,7 @@ from cpd_onnx.ir.model import (
 from cpd_onnx.ops.evaluate import MAX_ELEMENTS, Call, compute_outputs
 from cpd_onnx.ops.matrix_view import key_of
 from cpd_onnx.ops.output_shapes import open_shapes, output_shapes, output_type
+from cpd_onnx.ops.required import Equation, required
 from cpd_onnx.ops.sizes import Bindings, Expressions, Size, compute_sizes, is_constant, objects, product, unknown
 from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.shapes.bodies import formal_inputs, if_outputs, loop_outputs, renamed, with_attributes
@@ -43,6 +44,7 @@ from cpd_onnx.shapes.constants import evaluate_weights
 from cpd_onnx.shapes.open_inputs import SIZE_PROFILES, OpenInputs, SizeProfile, has_open_inputs, real_inputs
 from cpd_onnx.shapes.order import topological_order
 from cpd_onnx.shapes.origins import Provenance
+from cpd_onnx.shapes.solving import solved
 from cpd_onnx.shapes.values import (
     BINDINGS,
     COMPUTABLE_TYPES,
@@ -62,6 +64,8 @@ Inferred: TypeAlias = "tuple[int, tuple[int | None, ...] | None]"
 _MAX_SMALL_FLOATS = 8
 """Largest size, in elements, of a float constant that may be shape arithmetic (scales, bounds), not a weight.
 Heuristic."""
+_MOST_SOLVED = 8
+"""Number of times that a model is inferred to solve its open sizes (heuristic)."""
 _MAX_DEPTH = 64
 """Largest nesting depth of subgraphs and function calls. Heuristic that stops recursive functions."""
 
@@ -93,27 +97,52 @@ def fold_again(folded: Folded, model: Model, numbers: Mapping[str, int] | None =
 
 
 def _best_inferred(model: Model, input_shapes: Mapping[str, Shape], numbers: Mapping[str, int]) -> Folded:
-    """Return the result of the first profile that leaves fewest operators unknown."""
+    """Return the model inferred with the sizes that its operators require.
+
+    A size that is solved may be what another operator's requirement is known by, so that this is repeated.
+    """
+    known: dict[str, int] = {}
+    for _ in range(_MOST_SOLVED):
+        folded, equations = _of_best_profile(model, input_shapes, numbers, known)
+        more = {name: number for name, number in solved(equations).items() if name not in known}
+        if not more:
+            break
+        known |= more
+    return folded
+
+
+def _of_best_profile(
+    model: Model, input_shapes: Mapping[str, Shape], numbers: Mapping[str, int], known: Mapping[str, int]
+) -> tuple[Folded, list[Equation]]:
+    """Return the result of the first profile that leaves fewest operators unknown, and what open sizes have to be."""
     best: Folded | None = None
+    equations: list[Equation] = []
     for profile in SIZE_PROFILES if has_open_inputs(model) and not input_shapes else SIZE_PROFILES[:1]:
-        folded = _Inference(model, profile, input_shapes, numbers).run()
+        inference = _Inference(model, profile, input_shapes, numbers, known)
+        folded = inference.run()
         if best is None or len(folded.unknown) < len(best.unknown):
-            best = folded
+            best, equations = folded, inference.equations
         if not best.unknown:
             break
     assert best is not None
-    return best
+    return best, equations
 
 
 class _Inference:
     """Inference of a model whose symbols are bound by one profile."""
 
     def __init__(
-        self, model: Model, profile: SizeProfile, input_shapes: Mapping[str, Shape], numbers: Mapping[str, int]
+        self,
+        model: Model,
+        profile: SizeProfile,
+        input_shapes: Mapping[str, Shape],
+        numbers: Mapping[str, int],
+        known: Mapping[str, int],
     ) -> None:
         self.model = model
         self.bindings = Bindings()
-        self.inputs = OpenInputs(profile, input_shapes, numbers, self.bindings)
+        self.inputs = OpenInputs(profile, input_shapes, numbers, self.bindings, known)
+        self.equations: list[Equation] = []
         self.provenance = Provenance()
         self.unknown: dict[str, str] = {}
         self.opsets = {"": 1} | _opsets(model.proto.opset_import)
@@ -136,7 +165,7 @@ class _Inference:
         uses, products = tuple(self.provenance.uses), tuple(self.provenance.products)
         return Folded(
             self.model, scope, uses, products, self.unknown, batch,
-            input_shapes=self.inputs.shapes, numbers=self.inputs.numbers,
+            input_shapes=self.inputs.shapes, numbers=self.inputs.numbers, solved=self.inputs.solved,
         )  # fmt: skip  # the result, then its conditions
 
     # Scopes.
@@ -182,6 +211,8 @@ class _Inference:
         call = Call(attributes_of(node), self.opsets[""], len(node.output))
         if (check := NODE_CHECKS.get(key_of(node))) is not None:
             check(node, call, inputs)
+        if scope.parent is None:
+            self.require(node, call, inputs)
         results = self.computed(scope, position, node, call, inputs) or self.inferred(
             scope, position, node, call, inputs
         )
@@ -193,6 +224,18 @@ class _Inference:
             for value in results:
                 value.constants, value.moved = merged, moved
         return results
+
+    def require(self, node: NodeProto, call: Call, inputs: Inputs) -> None:
+        """Record the equations that a node's inputs violate; what is in a branch may never run."""
+        if all(value is None or value.extents is None for value in inputs):
+            return
+        shapes = [None if value is None else value.sizes for value in inputs]
+        values = [None if value is None else value.entries for value in inputs]
+        self.equations += [
+            (size, number)
+            for size, number in required(key_of(node), call, shapes, values)
+            if not size.has_unknowns and any(self.bindings.at(size, binding) != number for binding in BINDINGS)
+        ]
 
     def call(self, scope: Scope, position: int, node: NodeProto, inputs: Inputs) -> list[Value]:
         """Return the outputs of a call of a model-local function, whose body is inferred with the arguments."""

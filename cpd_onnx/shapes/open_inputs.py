@@ -91,6 +91,7 @@ class OpenInputs:
         shapes: Shapes of inputs by name, which override those of the file.
         numbers: Numbers of symbols under the first binding, by name; the dimensions remain symbolic.
         bindings: Record of the numbers to which each symbol is bound.
+        solved: Numbers that the operators require, by the name of the symbol, which they replace.
 
     """
 
@@ -98,6 +99,7 @@ class OpenInputs:
     shapes: Mapping[str, Shape]
     numbers: Mapping[str, int]
     bindings: Bindings
+    solved: Mapping[str, int] = field(default_factory=dict)
     _symbols: dict[str, Extent] = field(default_factory=dict)
     _counts: Counter[Kind] = field(default_factory=Counter)
 
@@ -130,7 +132,9 @@ class OpenInputs:
         return self._symbol(name, kind)
 
     def _symbol(self, name: str, kind: Kind) -> Extent:
-        """Return the symbol of a name, bound to numbers; a number if the profile has only one for it."""
+        """Return the symbol of a name, bound to numbers; a number if it is solved or the profile has only one."""
+        if name in self.solved:
+            return self.solved[name]
         if name not in self._symbols:
             row = kind[min(self._counts[kind], len(kind) - 1)]
             self._counts[kind] += 1

@@ -289,6 +289,7 @@ class Folded:
         source: Model as given to `fold`; None if that is `model`.
         input_shapes: Shapes given to `fold`, by input name.
         numbers: Numbers given to `fold` for the first binding of symbols, by name.
+        solved: Numbers that the operators require of symbols, by name.
 
     """
 
@@ -302,6 +303,7 @@ class Folded:
     source: Model | None = None
     input_shapes: Mapping[str, Shape] = field(default_factory=dict)
     numbers: Mapping[str, int] = field(default_factory=dict)
+    solved: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def original(self) -> Model:

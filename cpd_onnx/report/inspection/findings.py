@@ -43,7 +43,7 @@ def inspected(combed: Combed, held: Sequence[int] = ()) -> dict[str, Any]:
     whole = costs.total(KeepMask(combed.atoms))
     is_small = whole.bytes <= _MOST_BYTES
     return content | {
-        "model": facts(model, is_tried=is_small),
+        "model": facts(model, is_tried=is_small) | {"required_sizes": dict(combed.folded.solved)},
         "size": _size(combed),
         "free": _free(combed, costs, whole) if is_small else None,
         "reach": _reach(combed, costs, whole, held),
@@ -150,6 +150,9 @@ def fact_lines(content: Mapping[str, Any]) -> list[str]:
     written = f"opset {opsets}, IR version {found['ir_version']}, by {found['producer'] or 'an unnamed producer'}"
     lines = [f"takes {tensor_text(entry)}" for entry in found["inputs"]]
     lines += [f"gives {tensor_text(entry)}" for entry in found["outputs"]]
+    if found["required_sizes"]:
+        sizes = ", ".join(f"{name} = {size}" for name, size in found["required_sizes"].items())
+        lines.append(f"its operators require {sizes}")
     stored = size["file_bytes"]
     file = "" if stored is None else f"{count(stored)}B in the file, "
     nodes = "1 node" if size["nodes"] == 1 else f"{size['nodes']} nodes"

@@ -1,0 +1,65 @@
+"""Sizes of inputs that a file leaves open and its operators require, solved from equations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from cpd_onnx.ops.required import Equation
+from cpd_onnx.ops.sizes import Bindings, Size, Term, symbol
+
+_MOST = 4096
+"""Largest number that is tried for a symbol of an equation that is not linear (heuristic: sizes of images)."""
+_PAIR = 2
+"""Number of symbols of an equation up to which it is solved; both are then equal, as in square images."""
+
+
+def solved(equations: Iterable[Equation]) -> dict[str, int]:
+    """Return numbers for symbols that fulfil equations, by the name of the symbol.
+
+    Equations with one symbol come first. Of several solutions, the smallest is taken; an equation that has none, or
+    whose symbols were solved from another one, is left out.
+    """
+    found: dict[str, int] = {}
+    for size, number in sorted(dict.fromkeys(equations), key=lambda equation: len(_symbols(equation[0]))):
+        names = _symbols(size)
+        if not 0 < len(names) <= _PAIR or not names.isdisjoint(found) or size.has_unknowns:
+            continue
+        if (root := _linear_root(size, number) or _smallest_root(size, number, names)) is not None:
+            found |= dict.fromkeys(sorted(names), root)
+    return found
+
+
+def _symbols(size: Size) -> set[str]:
+    """Return the names of all symbols of a size."""
+    found: set[str] = set()
+    for monomial in size.coefficients:
+        for term, _ in monomial:
+            found |= _symbols_of(term)
+    return found
+
+
+def _symbols_of(term: Term) -> set[str]:
+    if term.kind == "symbol":
+        return {str(term.arguments[0])}
+    return set().union(*(_symbols(argument) for argument in term.arguments if isinstance(argument, Size)))
+
+
+def _linear_root(size: Size, number: int) -> int | None:
+    """Return the positive integer at which a multiple of one symbol plus a constant has a value; None without one."""
+    parts = [(monomial, factor) for monomial, factor in size.coefficients.items() if monomial]
+    if len(parts) != 1:
+        return None
+    (((term, power), *others), factor) = parts[0]
+    if others or power != 1 or term.kind != "symbol":
+        return None
+    root = (number - size.coefficients.get((), 0)) / factor
+    return int(root) if root >= 1 and root == int(root) else None
+
+
+def _smallest_root(size: Size, number: int, names: Iterable[str]) -> int | None:
+    """Return the smallest number of all symbols at which a size has a value; None if there is none."""
+    terms = [next(iter(symbol(name).coefficients))[0][0] for name in names]
+    for root in range(1, _MOST + 1):
+        if Bindings(dict.fromkeys(terms, (root,))).at(size, 0) == number:
+            return root
+    return None

@@ -1,0 +1,121 @@
+"""Sizes that a file leaves open and its operators require: solved, and right for onnxruntime."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import cpd_onnx as cpd
+from cpd_onnx.channels.combing import comb
+from cpd_onnx.ops.sizes import floor_divided, symbol
+from cpd_onnx.runtime.sessions import execute, open_model
+from cpd_onnx.shapes.inference import fold
+from cpd_onnx.shapes.solving import solved
+from tests.support.models import from_text
+
+VIT = """(float[n, c, h, w] x, float[8, 3, 4, 4] k, float[1, 49, 8] table, float[8, 16] up, float[16, 8] down)
+=> (float[] y) {
+    a = Conv <strides = [4, 4]>(x, k) s = Constant <value = int64[3] {0, 8, -1}>() f = Reshape(a, s)
+    t = Transpose <perm = [0, 2, 1]>(f) p = Add(t, table) u = MatMul(p, up) r = Relu(u) y = MatMul(r, down)
+}"""
+CASES = {
+    "channels of a convolution": (
+        "(float[n, c, 8, 8] x, float[8, 3, 3, 3] k, float[4, 8, 1, 1] u) => (float[] y) "
+        "{ a = Conv(x, k) r = Relu(a) y = Conv(r, u) }",
+        {"c": 3},
+    ),
+    "channels of a convolution in groups, behind a cast": (
+        "(float16[n, c, 8, 8] x, float[8, 2, 3, 3] k, float[4, 8, 1, 1] u) => (float[] y) "
+        "{ f = Cast <to = 1>(x) a = Conv <group = 2>(f, k) r = Relu(a) y = Conv(r, u) }",
+        {"c": 4},
+    ),
+    "channels that come last": (
+        "(float[n, 8, 8, c] x, float[8, 3, 3, 3] k, float[4, 8, 1, 1] u) => (float[] y) "
+        "{ f = Transpose <perm = [0, 3, 1, 2]>(x) a = Conv(f, k) r = Relu(a) y = Conv(r, u) }",
+        {"c": 3},
+    ),
+    "height and width by a table of positions": (VIT, {"c": 3, "h": 28, "w": 28}),
+    "height and width by a fully connected layer": (
+        "(float[n, 3, h, w] x, float[6, 3, 3, 3] k, float[96, 10] d, float[10, 4] e) => (float[] y) "
+        "{ a = Conv <strides = [2, 2], pads = [1, 1, 1, 1]>(x, k) p = MaxPool <kernel_shape = [2, 2], strides = [2, 2]>"
+        "(a) f = Flatten(p) g = Gemm(f, d) r = Relu(g) y = MatMul(r, e) }",
+        {"h": 15, "w": 15},
+    ),
+    "a batch that a state has": (
+        "(float[n, 12, 6] x, float[1, 1, 8] xh, float[1, 24, 6] w, float[1, 24, 8] r, float[8, 4] v) => (float[] y) "
+        "{ s = Transpose <perm = [1, 0, 2]>(x) o, l = GRU <hidden_size = 8>(s, w, r, , , xh) y = MatMul(l, v) }",
+        {"n": 1},
+    ),
+    "a height that goes": (
+        "(float[n, 3, h, 20] x, float[8, 3, 1, 1] k, float[8, 4] v) => (float[] y) "
+        "{ a = Conv(x, k) i = Constant <value = int64[1] {2}>() s = Squeeze(a, i) t = Transpose <perm = [0, 2, 1]>(s) "
+        "y = MatMul(t, v) }",
+        {"h": 1},
+    ),
+    "a batch that a target has": (
+        "(float[n, 6] x, float[6, 8] w, float[4, 3] v) => (float[] y) "
+        "{ a = MatMul(x, w) s = Constant <value = int64[3] {2, 2, 4}>() b = Reshape(a, s) r = Relu(b) "
+        "y = MatMul(r, v) }",
+        {"n": 2},
+    ),
+    "columns of a matrix": (
+        "(float[n, m2] x, float[10, 8] w, float[8, 3] v) => (float[] y) { a = MatMul(x, w) r = Relu(a) y = MatMul(r, v) }",
+        {"m2": 10},
+    ),
+    "sizes that are joined": (
+        "(float[n, 3, h, 16] x, float[1, 3, 8, 16] xz, float[6, 3, 1, 1] k, float[4, 6, 1, 1] u) => (float[] y) "
+        "{ a = Concat <axis = 0>(x, xz) b = Conv(a, k) r = Relu(b) y = Conv(r, u) }",
+        {"h": 8},
+    ),
+}
+OPEN = {
+    "images of all sizes": (
+        "(float[n, 3, h, w] x, float[8, 3, 3, 3] k, float[8, 1, 1] b, float[4, 8, 1, 1] u) => (float[] y) "
+        "{ a = Conv(x, k) c = Add(a, b) r = Relu(c) y = Conv(r, u) }"
+    ),
+    "a branch that may never run": (
+        "(float[n, c] x, float[4] b) => (float[] y) { s = ReduceSum <keepdims = 0>(x) z = Constant <value = float {0}>() "
+        "q = Greater(s, z) y = If (q) <then_branch = g () => (float[] p) { p = Add(x, b) }, "
+        "else_branch = e () => (float[] p) { p = Identity(x) }> }"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_open_sizes_are_those_that_the_operators_require(name: str) -> None:
+    text, sizes = CASES[name]
+    model = cpd.load(from_text(text))
+    folded = fold(model)
+    assert dict(folded.solved) == sizes
+    assert not folded.unknown
+    rng, feed = np.random.default_rng(0), {}
+    for info in model.graph.input:
+        value = folded.scope.values[info.name]
+        kind = np.float16 if value.dtype == 10 else np.float32
+        feed[info.name] = rng.standard_normal(value.shape).astype(kind)
+    assert execute(open_model(model), feed)[0].size
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_what_no_operator_requires_stays_open(name: str) -> None:
+    folded = fold(cpd.load(from_text(OPEN[name])))
+    assert not folded.solved
+    assert not folded.scope.values["x"].has_fixed(0)
+
+
+def test_the_solutions_of_equations() -> None:
+    h, w, b = map(symbol, "hwb")
+    assert solved([(3 * h + 1, 10)]) == {"h": 3}
+    assert solved([(h * w, 49)]) == {"h": 7, "w": 7}
+    assert solved([(floor_divided(h, 16) * floor_divided(w, 16) + 1, 197)]) == {"h": 224, "w": 224}
+    assert solved([(h * w * b, 16), (h, 2)]) == {"h": 2}
+    assert solved([(16000 * h, 480000)]) == {"h": 30}
+    assert solved([(2 * h, 5), (h * w, 50), (h + 4, 2)]) == {}
+
+
+def test_inspect_names_the_sizes_that_are_required() -> None:
+    from cpd_onnx.report.inspection.findings import fact_lines, inspected
+
+    content = inspected(comb(cpd.load(from_text(VIT))))
+    assert content["model"]["required_sizes"] == {"c": 3, "h": 28, "w": 28}
+    assert "its operators require c = 3, h = 28, w = 28" in fact_lines(content)
