@@ -96,14 +96,26 @@ def _windows(call: Call, sizes: Sequence[Any], kernel: Sequence[Any]) -> list[An
 
 @_register(MICROSOFT, "FusedMatMul", "TransposeMatMul", "FusedMatMulActivation")
 def _fused_matmul(call: Call, shapes: Sequence[Any], values: Values) -> list[Dims | None]:
-    a, b = list(shapes[0]), list(shapes[1])
-    if call.get("transBatchA", 0) or call.get("transBatchB", 0):
-        return [None]
-    if call.get("transA", 0):
-        a[-1], a[-2] = a[-2], a[-1]
-    if call.get("transB", 0):
-        b[-1], b[-2] = b[-2], b[-1]
-    return [product_of(a, b)]
+    factors = []
+    for shape, name in zip(shapes, "AB", strict=False):
+        is_moved, is_swapped = bool(call.get(f"transBatch{name}", 0)), bool(call.get(f"trans{name}", 0))
+        order = batched_order(len(shape), is_moved=is_moved, is_swapped=is_swapped)
+        factors.append([shape[place] for place in order])
+    return [product_of(*factors)]
+
+
+def batched_order(rank: int, *, is_moved: bool, is_swapped: bool) -> list[int]:
+    """Return the axes of a factor of FusedMatMul in the order of a stacked matrix.
+
+    Args:
+        rank: Number of axes.
+        is_moved: Whether the first axis is moved before the last (transBatchA, transBatchB).
+        is_swapped: Whether the last two are then swapped (transA, transB).
+    """
+    order = list(range(rank))
+    if is_moved and rank > 2:
+        order = [*order[1:-1], 0, rank - 1]
+    return [*order[:-2], *order[:-3:-1]] if is_swapped and rank > 1 else order
 
 
 @_register(MICROSOFT, "DynamicQuantizeMatMul", "MatMulIntegerToFloat")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cpd_onnx.algebra.atoms import Axis
+from cpd_onnx.ops.shapes_contrib import batched_order
 from cpd_onnx.rules.api import BLOCK_BYTES, FLOATS, KERNEL_EXTENT, GiveUp, Op, Quantized, Tensor, rule
 from cpd_onnx.rules.elementwise import MICROSOFT, broadcast, freeze_rest, per_channel
 from cpd_onnx.shapes.values import Shape, Value
@@ -203,10 +204,26 @@ def matmul(op: Op) -> None:
 
 @rule("FusedMatMul", "TransposeMatMul", domain=MICROSOFT)
 def fused_matmul(op: Op) -> None:
-    """MatMul with either factor transposed."""
-    if op.get("transBatchA", 0) or op.get("transBatchB", 0):
-        raise GiveUp(f"{op.name} transposes batch axes")
-    stacked_product(op, op.input(0), op.input(1), _transposed(op))
+    """MatMul with either factor transposed, and its first axis moved before the last on request."""
+    a, b = op.input(0), op.input(1)
+    moved = bool(op.get("transBatchA", 0)), bool(op.get("transBatchB", 0))
+    if not any(moved):
+        stacked_product(op, a, b, _transposed(op))
+        return
+    if a.is_constant or b.is_constant or min(a.rank, b.rank) < 3:
+        raise GiveUp(f"{op.name} moves the first axis of a weight or of a matrix")
+    (*stacked, row, summed), (*others, also_summed, column) = (
+        batched_order(tensor.rank, is_moved=is_moved, is_swapped=is_swapped)
+        for tensor, is_moved, is_swapped in zip((a, b), moved, _transposed(op), strict=True)
+    )
+    op.contract(a, summed, b, also_summed)
+    out = broadcast(op, [[a[place] for place in stacked], [b[place] for place in others]])
+    for axis in out:
+        op.label(axis, "heads")
+    op.label(a[summed], "head_dim")
+    out += [a[row], b[column]]
+    op.cost(1.0, *out, a[summed])
+    op.set(out)
 
 
 @rule("MatMulInteger")

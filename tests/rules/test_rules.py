@@ -371,6 +371,14 @@ TABLE: list[tuple[str, int, str, list[str], dict[str, Any]]] = [
         ["12: b.0 v.0 w.0"], {},
     ),
     (
+        "fused matmul that moves the first axis", 17,
+        "(float[3, 2, 6] x, float[6, 12] w, float[6, 12] u, float[6, 8] v, float[8, 5] z) => (float[3, 2, 5] y) "
+        "{ q = MatMul(x, w) k = MatMul(x, u) e = MatMul(x, v) "
+        "s = com.microsoft.FusedMatMul <transBatchA = 1, transBatchB = 1, transB = 1>(q, k) "
+        "o = com.microsoft.FusedMatMul <transBatchB = 1>(s, e) t = Transpose <perm = [1, 0, 2]>(o) y = MatMul(t, z) }",
+        ["12: u.1 w.1", "8: v.1 z.0"], {},
+    ),
+    (
         "skip layer norm", 17,
         f"{MLP}, float[6, 12] u, float[12] s, float[12] b) => (float[2, 4, 5] y) "
         f"{{ h = MatMul(x, w) k = MatMul(x, u) a = com.microsoft.SkipLayerNormalization(h, k, s, b) "

@@ -478,6 +478,17 @@ def fused_matmul(b: Builder, x: str) -> str | None:
 
 
 @rare(3)
+def fused_attention(b: Builder, x: str) -> str | None:
+    """Attention of tokens that come first, whose products move the batch before them."""
+    n, t, c = b.shapes[x]
+    size = b.width()
+    q, k, v = (b.matmul(x, size) for _ in range(3))
+    score = b.node("FusedMatMul", [q, k], (t, n, n), MICROSOFT, transBatchA=1, transBatchB=1, transB=1, alpha=0.2)
+    mixed = b.node("FusedMatMul", [b.node("Softmax", [score], (t, n, n)), v], (t, n, size), MICROSOFT, transBatchB=1)
+    return b.node("Transpose", [b.matmul(mixed, c)], (n, t, c), perm=[1, 0, 2])
+
+
+@rare(3)
 def attention_in_one(b: Builder, x: str) -> str | None:
     """Attention operators on queries, keys and values, with or without rotary positions."""
     n, t, c = b.shapes[x]

@@ -258,6 +258,10 @@ BODIES = {
     " y = SequenceAt(s,one) r = SequenceErase(s,one) t = SequenceInsert(r,y) z = ConcatFromSequence<axis=1>(t) }",
     "dropout": "(float[3,4] x) => (y) { y = Dropout(x) }",
     "fused matmul": "(float[3,4] a, float[5,4] b) => (y) { y = com.microsoft.FusedMatMul<transB=1,alpha=0.5>(a,b) }",
+    "fused matmul, first axis of A moved": "(float[4,2,3] a, float[2,5,3] b) => (y) {"
+    " y = com.microsoft.FusedMatMul<transBatchA=1,transB=1>(a,b) }",
+    "fused matmul, first axis of both moved": "(float[3,2,4] a, float[3,2,5] b) => (y) {"
+    " y = com.microsoft.FusedMatMul<transBatchA=1,transBatchB=1,transA=1>(a,b) }",
     "fast gelu": "(float[3,4] x, float[4] b) => (y) { y = com.microsoft.FastGelu(x,b) }",
     "skip layer norm": "(float[2,3,4] x, float[2,3,4] s, float[4] a, float[4] b) => (y) {"
     " y = com.microsoft.SkipLayerNormalization(x,s,a,b) }",
