@@ -101,6 +101,16 @@ class Size:
         terms = [term for monomial in self.coefficients for term, _ in monomial]
         return any(t.kind == "unknown" or any(getattr(a, "has_unknowns", False) for a in t.arguments) for t in terms)
 
+    @functools.cached_property
+    def symbols(self) -> frozenset[str]:
+        """Names of all symbols in it."""
+        found: set[str] = set()
+        for monomial in self.coefficients:
+            for term, _ in monomial:
+                inner = [argument.symbols for argument in term.arguments if isinstance(argument, Size)]
+                found |= {str(term.arguments[0])} if term.kind == "symbol" else frozenset().union(*inner)
+        return frozenset(found)
+
     def __add__(self, other: Any) -> Any:
         """Sum."""
         return _normalized(_summed(self, other))

@@ -19,6 +19,7 @@ from cpd_onnx.algebra.reasons import Reason
 from cpd_onnx.ir.model import Array
 from cpd_onnx.moved import GONE_IN
 from cpd_onnx.ops.evaluate import Call
+from cpd_onnx.ops.sizes import Size
 from cpd_onnx.shapes.values import Scope, Shape, Value
 
 _MOST_AXES = 1 << 10
@@ -385,9 +386,25 @@ class Op:
     def unite(self, left: Axis, right: Axis) -> None:
         """Couple two axes index by index; raises GiveUp if their sizes differ."""
         if len(left) != len(right):
-            raise GiveUp(f"{self.name} joins axes of {len(left)} and {len(right)} indices")
+            raise GiveUp(self._misfit(left, right))
         self.atoms.unite(left, right)
         self.accounted += [left, right]
+
+    def _misfit(self, left: Axis, right: Axis) -> str:
+        """Return why two axes cannot be coupled: a size was assumed, depends on the data, or differs."""
+        given = [tensor for tensor in self.inputs if tensor is not None and tensor.axes is not None]
+        here = [
+            (tensor.value.sizes or ())[place]
+            for tensor in given
+            for place, axis in enumerate(tensor.axes or ())
+            if (axis is left or axis is right) and place < len(tensor.value.sizes or ())
+        ]
+        sizes = [size for size in here if isinstance(size, Size)]
+        if names := sorted(frozenset[str]().union(*(size.symbols for size in sizes))):
+            return f"{self.name} does not fit the size assumed for {' and '.join(names)}: give --input-shape"
+        if sizes or any(tensor.value.has_placeholder for tensor in given):
+            return f"{self.name} joins an axis whose size depends on the data"
+        return f"{self.name} joins axes of {len(left)} and {len(right)} indices"
 
     def freeze(self, axis: Axis, why: str) -> None:
         """Freeze an axis; `why` is a `Reason`, or completes the sentence "<operator> …"."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from cpd_onnx.ops.required import Equation
-from cpd_onnx.ops.sizes import Bindings, Size, Term, symbol
+from cpd_onnx.ops.sizes import Bindings, Size, symbol
 
 _MOST = 4096
 """Largest number that is tried for a symbol of an equation that is not linear (heuristic: sizes of images)."""
@@ -20,28 +20,13 @@ def solved(equations: Iterable[Equation]) -> dict[str, int]:
     whose symbols were solved from another one, is left out.
     """
     found: dict[str, int] = {}
-    for size, number in sorted(dict.fromkeys(equations), key=lambda equation: len(_symbols(equation[0]))):
-        names = _symbols(size)
+    for size, number in sorted(dict.fromkeys(equations), key=lambda equation: len(equation[0].symbols)):
+        names = size.symbols
         if not 0 < len(names) <= _PAIR or not names.isdisjoint(found) or size.has_unknowns:
             continue
         if (root := _linear_root(size, number) or _smallest_root(size, number, names)) is not None:
             found |= dict.fromkeys(sorted(names), root)
     return found
-
-
-def _symbols(size: Size) -> set[str]:
-    """Return the names of all symbols of a size."""
-    found: set[str] = set()
-    for monomial in size.coefficients:
-        for term, _ in monomial:
-            found |= _symbols_of(term)
-    return found
-
-
-def _symbols_of(term: Term) -> set[str]:
-    if term.kind == "symbol":
-        return {str(term.arguments[0])}
-    return set().union(*(_symbols(argument) for argument in term.arguments if isinstance(argument, Size)))
 
 
 def _linear_root(size: Size, number: int) -> int | None:

@@ -119,3 +119,22 @@ def test_inspect_names_the_sizes_that_are_required() -> None:
     content = inspected(comb(cpd.load(from_text(VIT))))
     assert content["model"]["required_sizes"] == {"c": 3, "h": 28, "w": 28}
     assert "its operators require c = 3, h = 28, w = 28" in fact_lines(content)
+
+
+def reasons(text: str) -> set[str]:
+    return {reason for frozen in comb(cpd.load(from_text(text))).frozen() for reason in frozen.reasons}
+
+
+def test_a_size_that_does_not_fit_is_named_with_the_option_that_gives_it() -> None:
+    three = (
+        "(float[a, b, c] x, float[30, 8] w, float[8, 4] v) => (float[] y) "
+        "{ f = Flatten <axis = 0>(x) h = MatMul(f, w) r = Relu(h) y = MatMul(r, v) }"
+    )
+    assert any("does not fit the size assumed for a and b and c: give --input-shape" in each for each in reasons(three))
+    sliced = (
+        "(float[1, 4, 6] x, int64[1] xs, float[6, 8] w, float[32, 8] table, float[8, 5] v) => (float[] y) "
+        "{ one = Constant <value = int64[1] {0}>() c = Constant <value = int64[1] {4}>() e = Add(xs, c) "
+        "p = Slice(table, xs, e, one) a = MatMul(x, w) b = Add(a, p) y = MatMul(b, v) }"
+    )
+    assert any("an axis whose size depends on the data" in reason for reason in reasons(sliced))
+    assert not any("37" in reason for reason in reasons(sliced))
