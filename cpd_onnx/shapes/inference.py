@@ -119,7 +119,12 @@ def _of_best_profile(
     equations: list[Equation] = []
     for profile in SIZE_PROFILES if has_open_inputs(model) and not input_shapes else SIZE_PROFILES[:1]:
         inference = _Inference(model, profile, input_shapes, numbers, known)
-        folded = inference.run()
+        try:
+            folded = inference.run()
+        except ModelError:
+            if best is None:
+                raise
+            continue  # products of its sizes, which are larger, are not credible
         if best is None or len(folded.unknown) < len(best.unknown):
             best, equations = folded, inference.equations
         if not best.unknown:
