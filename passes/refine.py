@@ -46,7 +46,7 @@ _LARGEST, _FINEST = 4.0, 0.25
 """Largest exponent of the measured weights that is tried, and smallest distance of two exponents (heuristic)."""
 _MOST = 64
 """Maximum number of groups whose weights are measured (heuristic)."""
-_FURTHEST = 4.0
+_FURTHEST = 6.0
 """Maximum deviation of the logarithm of a weight from the median (heuristic)."""
 _STEP, _LARGER, _SMALLER = 0.25, 1.3, 0.85
 """Standard deviation of the first changes of logarithms, and its factors after a success and a failure (heuristic)."""
