@@ -32,6 +32,12 @@ Assignment: TypeAlias = dict[Term, int]
 RUN_SECONDS = 600.0
 """Time limit of one run in seconds (heuristic)."""
 
+_libraries: list[Path] = []
+"""Libraries of custom operators for new sessions, see `custom_operators`."""
+_UNREGISTERED = "is not a registered function/op"
+"""Part of onnxruntime's message about an operator that it does not know."""
+_WAY_OUT = "; give the library of the operator with --custom-ops, or prune with --no-verify, without a proof"
+
 _OTHER_SIZES = (512, 576, 256, 224, 128, 64, 640, 16000, 1)
 """Sizes of dynamic axes that models require, commonest first (from the models that this package was tested on)."""
 _MOST_FED = 1 << 26
@@ -73,7 +79,8 @@ def open_model(
     except Exception as error:  # onnxruntime raises classes of its own that share no base but Exception
         if not type(error).__module__.startswith("onnxruntime"):
             raise
-        raise UnsupportedError(f"onnxruntime cannot run the model: {_first_line(error)}") from error
+        hint = _WAY_OUT if _UNREGISTERED in str(error) else ""
+        raise UnsupportedError(f"onnxruntime cannot run the model: {_first_line(error)}{hint}") from error
     name = pairs[0][0]
     if name not in session.get_providers():  # onnxruntime silently falls back to the CPU
         raise UnsupportedError(f"onnxruntime cannot start provider {name!r}: are its libraries installed?")
@@ -112,12 +119,25 @@ def precisely(
         return make(options())
 
 
+@contextlib.contextmanager
+def custom_operators(libraries: Sequence[Path]) -> Iterator[None]:
+    """Give libraries of custom operators, which are loaded and run, to all sessions that are opened in the block."""
+    before = list(_libraries)
+    _libraries[:] = [*before, *(library for library in libraries if library not in before)]
+    try:
+        yield
+    finally:
+        _libraries[:] = before
+
+
 def _options(optimise: bool, threads: int, profile: Path | None) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
     # Otherwise, threads of one session would still be spinning while the next one is measured.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    for library in _libraries:
+        options.register_custom_ops_library(str(library))
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_quant_qdq", "1")

@@ -3,8 +3,8 @@
 Open dimensions are symbols, and sizes are expressions over them (`ops.sizes`): a size that is a number is the same for
 all inputs. In addition each symbol is bound to several numbers, different for each symbol, and the graph is inferred
 under each of these bindings, so that sizes of operators without a symbolic shape function are recognised by their
-numbers. `value_info` in the file is not trusted. Shape arithmetic is computed element by element, and the provenance of
-each element is recorded.
+numbers. `value_info` in the file is trusted for custom operators alone. Shape arithmetic is computed element by
+element, and the provenance of each element is recorded.
 """
 
 from __future__ import annotations
@@ -148,6 +148,7 @@ class _Inference:
         self.bindings = Bindings()
         self.inputs = OpenInputs(profile, input_shapes, numbers, self.bindings, known)
         self.equations: list[Equation] = []
+        self.declared = {info.name: info for info in (*model.graph.value_info, *model.graph.output)}
         self.provenance = Provenance()
         self.unknown: dict[str, str] = {}
         self.opsets = {"": 1} | _opsets(model.proto.opset_import)
@@ -393,10 +394,26 @@ class _Inference:
                 if is_dynamic:
                     place = (scope.path, position, index)
                     self.set_sizes(value, sizes[index] if index < len(sizes) else None, inputs, place)
+            elif name and (declared := self.declared_shape(scope, node, name)) is not None:
+                value.dtype, shape = declared
+                value.shapes = for_all_bindings(shape)
             elif name:
                 self.unknown.setdefault(f"{node.domain or 'ai.onnx'}::{node.op_type}", node.name or node.output[0])
             results.append(value)
         return results
+
+    def declared_shape(self, scope: Scope, node: NodeProto, name: str) -> tuple[int, Shape] | None:
+        """Return element type and shape that the file declares for an output, if they cannot be inferred.
+
+        None if the operator is one of ONNX itself, whose sizes do not fit then, or if the declared shape is open.
+        """
+        domain, _ = key_of(node)
+        if scope.path or not domain or name not in self.declared:
+            return None
+        dtype, dims = _dims(self.declared[name].type)
+        if dims is None or not all(dims):
+            return None
+        return dtype, credible_shape(tuple(size for size in dims if size))
 
     def set_sizes(self, value: Value, sizes: Any, inputs: Inputs, place: tuple[Any, ...]) -> None:
         """Set the symbolic sizes of a value: the given ones, if they evaluate to its shape under all bindings.

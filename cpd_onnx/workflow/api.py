@@ -15,6 +15,7 @@ from cpd_onnx.options import same_option, taking
 from cpd_onnx.passes.allocate import Allocate
 from cpd_onnx.passes.iterate import Iterate, ScoringOptions
 from cpd_onnx.pipeline.state import State
+from cpd_onnx.runtime.sessions import custom_operators
 from cpd_onnx.workflow import audit, compress_files, defaults, deploy, distill, inspect, prune, requests, sweep
 from cpd_onnx.workflow import compress as compression
 from cpd_onnx.workflow.compress import Compressed
@@ -145,5 +146,5 @@ def run(request: Request, observer: ProgressObserver | None = None) -> dict[str,
     if type(request) not in _WORKFLOWS:
         known = ", ".join(owner.__name__ for owner in _WORKFLOWS)
         raise TypeError(f"run takes one of {known}, got {type(request).__name__}")
-    with reporting(observer) as notify:
+    with reporting(observer) as notify, custom_operators(request.custom_ops):
         return _WORKFLOWS[type(request)](request, notify)

@@ -171,6 +171,15 @@ class Request:
         suffixes=(".json",),
     )
     force: bool = option(False, "Overwrite existing files", is_recorded=False, is_common=True)
+    custom_ops: tuple[Path, ...] = option(
+        (),
+        "Library of custom operators that onnxruntime loads and runs; may be repeated",
+        read=Path,
+        metavar="FILE",
+        takes="file",
+        is_many=True,
+        is_recorded=False,
+    )
     log_level: str = option(
         LOG_LEVELS[1],
         "Messages on standard error while it works: only errors (quiet), progress and warnings (info), or also the "

@@ -26,6 +26,7 @@ from cpd_onnx.report import tables as report
 from cpd_onnx.report.verdict import verdict, verdict_of_many
 from cpd_onnx.rewrite.plan import load_plan, make_plan, nested
 from cpd_onnx.runtime.bench import Bench
+from cpd_onnx.runtime.sessions import custom_operators
 from cpd_onnx.scores.registry import find_score_function, score
 from cpd_onnx.workflow import compress as compression
 from cpd_onnx.workflow import recipe
@@ -203,7 +204,7 @@ def _executor(request: Sweep) -> Executor:
 
 def _one(request: Compress) -> dict[str, Any]:
     """Compress one model, in a worker process that shares the folders."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), custom_operators(request.custom_ops):
         if request.log_level == QUIET:
             warnings.simplefilter("ignore")
         content = compress(request, is_checked=True)
