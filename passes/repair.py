@@ -42,7 +42,7 @@ _FEW = 200
 """Number of samples below which a note says that they are few, unless no more were asked for (heuristic)."""
 _LEAST = 2
 """Number of samples that a repair takes: one to fit and one to check."""
-_ELEMENTS, _FEWEST = 1 << 25, 16
+_ELEMENTS, _FEWEST = 1 << 24, 16
 """Numbers in all samples of a repair that only serves a comparison, and samples at least (heuristic)."""
 _TARGET_BYTES = 128 << 20
 """Approximate number of bytes of the targets that are sampled in one run of the original (heuristic)."""

@@ -18,7 +18,7 @@ from cpd_onnx.fitting.divergence import Divergence, is_nearer
 from cpd_onnx.io.progress import ProgressEvent, reporting
 from cpd_onnx.ir.model import Model, load
 from cpd_onnx.passes.iterate import Iterate
-from cpd_onnx.passes.refine import Refined, RefineOptions, refined
+from cpd_onnx.passes.refine import Refined, RefineOptions, _next_exponent, refined
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.runtime.sessions import execute, open_model
 from cpd_onnx.scores.registry import Scores, score
@@ -180,6 +180,18 @@ def test_a_model_of_integer_outputs_is_not_compared() -> None:
     choose = partial(Chooser(Budget("macs", 0.6, "optimal")).quick, combed, scores, is_loss=True)
     found = refined(combed, scores, choose, samples(256), RefineOptions(4), is_loss=True)
     assert (found.curves, found.tried, found.notes) == (None, 0, ())
+
+
+@pytest.mark.parametrize(
+    ("best", "wanted"), [(2.3, [1, 2, 4, 3, 2.5, 2.75, 2.25]), (0, [1, 0.5, 0.25]), (9, [1, 2, 4, 3, 3.5, 3.75])]
+)
+def test_the_exponent_is_searched_until_its_neighbours_are_near(best: float, wanted: list[float]) -> None:
+    """The largest is doubled while it is the best, up to 4; then the gaps beside the best are halved."""
+    found, tried = {0.0: best**2}, []
+    while (exponent := _next_exponent(found)) is not None:
+        tried.append(exponent)
+        found[exponent] = (exponent - best) ** 2
+    assert tried == wanted
 
 
 def test_a_difference_within_chance_does_not_count() -> None:
