@@ -163,7 +163,10 @@ def agreement_text(content: Content) -> str:
     if found.get("value") is None:
         return ""
     measure = str(found.get("measure") or "same answer")
-    text = f"{measure} as the original: {percent(found['value'])} of {samples_text(found)}"
+    of_output = (
+        f" in output {found['output']!r}, the worst of {found['outputs']}" if found.get("outputs", 1) > 1 else ""
+    )
+    text = f"{measure} as the original{of_output}: {percent(found['value'])} of {samples_text(found)}"
     if found.get("low") is None:
         return text
     exact = " (exact, Clopper-Pearson)" if found.get("interval") == "Clopper-Pearson" else ""
