@@ -139,8 +139,9 @@ def _gather_blocks(call: Call, shapes: Sequence[Any], values: Values) -> Dims:
     table, indices, scales = list(shapes[0]), shapes[1], shapes[2]
     axis = call.get("quantize_axis", 1) % len(table)
     block, each = call.get("block_size", 128), 8 // call.get("bits", 4)
-    # Numbers of less than a byte are stored in a type of their own, or several to a byte.
-    if -(-table[axis] // block) != scales[axis]:
+    # Numbers of less than a byte are stored in a type of their own, or several to a byte; a row of one block may be
+    # either, and is rare in a type of its own.
+    if -(-table[axis] * each // block) == scales[axis]:
         table[axis] *= each
     rows = call.get("gather_axis", 0) % len(table)
     return (*table[:rows], *indices, *table[rows + 1 :])

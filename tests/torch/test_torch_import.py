@@ -335,6 +335,11 @@ BODIES |= {
     "16,50,84,118,152,186,220,254,3,37,71,105,139,173,207,241}, float[4] s = {0.1,0.2,0.3,0.4}, uint8[2] z = {135,104}>"
     f" {{ a = {MS}MatMulNBits<K=32,N=2,bits=4,block_size=16>(x,w,s)"
     f" b = {MS}MatMulNBits<K=32,N=2,bits=4,block_size=16>(x,w,s,z) y = Add(a,b) }}",
+    "rows of four bits": "(float[2,16] x) => (y) <uint8[3,8] w = {18,52,86,120,154,188,222,255,1,35,69,103,137,171,205,"
+    "239,16,50,84,118,152,186,220,254}, float[3,1] s = {0.1,0.2,0.3}, uint8[3,1] z = {7,8,4}, int64[2] i = {2,0}> {"
+    f" a = {MS}GatherBlockQuantized<bits=4,block_size=16,gather_axis=0,quantize_axis=1>(w,i,s)"
+    f" b = {MS}GatherBlockQuantized<bits=4,block_size=16,gather_axis=0,quantize_axis=1>(w,i,s,z)"
+    " c = Add(a,b) y = Add(c,x) }",
     "other domain": "(float[3,4] x) => (y) <float s = {0.05}, uint8 z = {120}> {"
     f" q = {MS}QuantizeLinear(x,s,z) y = {MS}DequantizeLinear(q,s,z) }}",
 }

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
+from cpd_onnx.errors import UnsupportedError
 from cpd_onnx.torch.dtypes import elem_dtype
 from cpd_onnx.torch.operators.linear import Window, conv
 from cpd_onnx.torch.operators.sequences.recurrent import Recurrent, lstm
@@ -298,6 +299,43 @@ def matmul_n_bits(a: Tensor, packed: Tensor, scales: Tensor, *more: Tensor | Non
         matrix = flat.reshape(rows, -1)[:, :columns] * scale.squeeze(2)[:, order.long()]
     result = a @ matrix.to(a.dtype).T
     return result if bias is None else result + bias
+
+
+class GatheredBlocks(TypedDict, total=False):
+    """Attributes of GatherBlockQuantized."""
+
+    bits: int
+    block_size: int
+    gather_axis: int
+    quantize_axis: int
+
+
+@operator("GatherBlockQuantized", domain=_ORT, frozen=(3,))
+def gather_block_quantized(
+    table: Tensor, indices: Tensor, scales: Tensor, points: Tensor | None = None, **options: Unpack[GatheredBlocks]
+) -> Tensor:
+    """Rows of a table of few bits in blocks along its last axis, several numbers to a byte, as floats."""
+    bits, size, rank = options.get("bits", 4), options.get("block_size", 128), table.ndim
+    rows, last = options.get("gather_axis", 0) % rank, options.get("quantize_axis", 1) % rank
+    if last != rank - 1 or rows == last:
+        raise UnsupportedError("GatherBlockQuantized needs blocks along the last axis, and rows along another")
+    is_packed = bits < 8 and -(-table.shape[last] * (8 // bits) // size) == scales.shape[last]
+    chosen = indices.long().flatten() % table.shape[rows]
+
+    def numbers(tensor: Tensor, count: int | None = None) -> Tensor:
+        part = tensor.index_select(rows, chosen)
+        if is_packed and not part.is_floating_point():
+            part = _unpacked(part.reshape(-1, part.shape[-1]), bits).reshape(*part.shape[:-1], -1)
+        return part if count is None else part[..., :count]
+
+    def spread(tensor: Tensor) -> Tensor:
+        return tensor.repeat_interleave(size, dim=last)[..., : values.shape[last]]
+
+    values = numbers(table).to(scales.dtype)
+    default = float(1 << (bits - 1)) if is_packed else 0.0
+    centre = default if points is None else spread(numbers(points, scales.shape[last]).to(scales.dtype))
+    found = (values - centre) * spread(scales.index_select(rows, chosen))
+    return found.reshape(*found.shape[:rows], *indices.shape, *found.shape[rows + 1 :])
 
 
 def _unpacked(packed: Tensor, bits: int) -> Tensor:
