@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -207,21 +208,31 @@ def answered(path: Path, case: Case, images: Array, output: str = "") -> Iterato
         yield scores.argmax(-1 if is_last else 1)
 
 
-def independent(case: Case, files: tuple[Path, Path], images: Array, labels: Array, output: str = "") -> dict[str, Any]:
-    """Return the agreement of an output of two files with its standard error, and the labelled score of the first."""
+def independent(
+    case: Case, files: tuple[Path, Path], others: Array, images: Array, labels: Array, output: str
+) -> dict[str, Any]:
+    """Return how often an output of two files agrees on other images of the same source, and the labelled scores.
+
+    `elsewhere` is the agreement on the test images.
+    """
     first, second = (np.concatenate([*answered(file, case, images)]) for file in files)
     if case.score == "top1":
-        same = (first == second).astype(np.float64)
         scores = [float((found == labels).mean()) for found in (first, second)]
     else:
-        named = (
-            [np.concatenate([*answered(file, case, images, output)]) for file in files] if output else [first, second]
-        )
-        same = (named[0] == named[1]).reshape(len(first), -1).mean(1)
         wanted = resized(labels, first.shape[1:], is_label=True)
         scores = [iou(case, found, wanted) for found in (first, second)]
+    same, elsewhere = (same_answers(case, files, given, output) for given in (others, images))
     error = float(same.std(ddof=1) / np.sqrt(len(same)))
-    return {"agreement": float(same.mean()), "error": error, "samples": len(same), "scores": scores}
+    return {
+        "agreement": float(same.mean()), "error": error, "samples": len(same), "elsewhere": float(elsewhere.mean()),
+        "scores": scores,
+    }  # fmt: skip  # a table
+
+
+def same_answers(case: Case, files: tuple[Path, Path], images: Array, output: str) -> Array:
+    """Return the fraction of equal answers of each image: classes of the image, or of its pixels."""
+    first, second = (np.concatenate([*answered(file, case, images, output)]) for file in files)
+    return np.asarray((first == second).reshape(len(first), -1).mean(1))
 
 
 def iou(case: Case, found: Array, labels: Array) -> float:
@@ -243,8 +254,16 @@ def iou(case: Case, found: Array, labels: Array) -> float:
 
 def row(case: Case, model: Path, count: int, data: Data, options: argparse.Namespace) -> dict[str, Any]:
     """Return what a run with so many images said, and what is true."""
-    given, images, labels = data.decode(case.data)
+    given, _, _ = data.decode(case.data)
     chosen = np.random.default_rng(SEED).permutation(len(given))[:count]
+    found: dict[str, Any] = {"model": case.model, "images": len(chosen)}
+    kept_at = options.keep / f"{case.model}_{count}" if options.keep else None
+    if options.again:
+        if not (kept_at / "small.onnx").exists():
+            return found | {"answer": "not kept"}
+        content = json.loads((kept_at / "result.json").read_text())
+        found |= {"code": content["verdict"]["code"], "seconds": round(content["seconds"])}
+        return found | judged(case, model, kept_at / "small.onnx", content, chosen, data)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         write_images(resized(given[np.sort(chosen)], case.size), work / "images")
@@ -252,28 +271,28 @@ def row(case: Case, model: Path, count: int, data: Data, options: argparse.Names
         words += [*case.pixels.options, *options.more, "--json", str(work / "result.json")]
         started = time.perf_counter()
         done = subprocess.run([sys.executable, "-m", "cpd_onnx", *words], capture_output=True, text=True, check=False)
-        found = {
-            "model": case.model, "images": len(chosen), "code": done.returncode,
-            "seconds": round(time.perf_counter() - started),
-        }  # fmt: skip  # a table
+        found |= {"code": done.returncode, "seconds": round(time.perf_counter() - started)}
         if not (work / "small.onnx").exists():
             return found | {"answer": "nothing written", "said": (done.stderr or done.stdout).strip().splitlines()[-1]}
+        if kept_at is not None:
+            kept_at.mkdir(parents=True, exist_ok=True)
+            for name in ("small.onnx", "result.json"):
+                shutil.copy(work / name, kept_at / name)
         content = json.loads((work / "result.json").read_text())
-        if options.keep:
-            options.keep.mkdir(parents=True, exist_ok=True)
-            for kind in ("small.onnx", "result.json"):
-                (work / kind).rename(options.keep / f"{case.model}_{count}_{kind}")
-            work = options.keep / f"{case.model}_{count}_small.onnx"
-        else:
-            work = work / "small.onnx"
-        stated = content["agreement"]
-        others = np.setdiff1d(np.arange(len(given)), chosen)
-        others = given[np.sort(np.random.default_rng(SEED).permutation(others)[:OTHERS])]
-        parts = (resized(part, case.size) for part in (others, images))
-        true = independent(case, (model, work), *parts, labels, stated["output"])
+        return found | judged(case, model, work / "small.onnx", content, chosen, data)
+
+
+def judged(case: Case, model: Path, small: Path, content: dict[str, Any], chosen: Array, data: Data) -> dict[str, Any]:
+    """Return what the report of a run said about a model, and what is true of it."""
+    given, images, labels = data.decode(case.data)
+    stated = content["agreement"]
+    others = np.setdiff1d(np.arange(len(given)), chosen)
+    others = given[np.sort(np.random.default_rng(SEED).permutation(others)[:OTHERS])]
+    parts = (resized(part, case.size) for part in (others, images))
+    true = independent(case, (model, small), *parts, labels, stated["output"])
     answer = next(entry for entry in content["verdict"]["answers"] if entry["question"] == "as good")
     macs = content["after"]["macs"] / content["before"]["macs"]
-    found |= {"answer": answer["answer"], "said": answer["text"], "stated": stated, "macs": macs, "independent": true}
+    found = {"answer": answer["answer"], "said": answer["text"], "stated": stated, "macs": macs, "independent": true}
     return found | {"wrong": wrong(answer["answer"], stated, true)}
 
 
@@ -336,6 +355,9 @@ def main() -> None:
     parser.add_argument("--command", choices=("prune", "compress"), default="prune")
     parser.add_argument("--more", action="append", default=[], help="further option of the command")
     parser.add_argument("--keep", type=Path, help="folder in which the results are kept")
+    parser.add_argument(
+        "--again", action="store_true", help="judge the results that are kept in --keep, and run nothing"
+    )
     parser.add_argument("--table", action="store_true", help="print the stored results and run nothing")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()

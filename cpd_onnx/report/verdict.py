@@ -30,8 +30,8 @@ the original's, most of which are equally right or wrong (heuristic)."""
 _JUDGED_BY = {"task", "measure", "value", "low", "high", "chance", "confidence", "samples", "interval", "is_held_out"}
 """Entries of an agreement that an answer takes."""
 _MANY, _FEW = 30, 10
-"""Numbers of samples from which a loss counts as shown though chance could explain it, and below which a bootstrap says
-nothing (heuristics)."""
+"""Numbers of samples from which a loss counts as shown though chance could explain it, and from which equal answers to
+all of them are no chance (heuristics)."""
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ def _of_agreement(content: Content, found: Mapping[str, Any]) -> Answer:
         return Answer("as good", "no", f"{text}; a constant answer reaches {found['chance']:.4g}", NOT_AS_GOOD)
     if is_shown and found["value"] < least:
         return Answer("as good", "no", f"{text}: more than {bound:g} is lost", NOT_AS_GOOD)
-    if found["low"] < least or (found["interval"] != "Clopper-Pearson" and found["samples"] < _FEW):
+    if found["low"] < least:
         return Answer(
             "as good", "unknown", f"{text}; more samples are needed to tell whether at most {bound:g} is lost"
         )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import cpd_onnx as cpd
-from cpd_onnx.data.agreement import Agreement, _most_lost, agreement, exact_low
+from cpd_onnx.data.agreement import Agreement, _most_lost, agreement, bounded_bounds, exact_low
 from cpd_onnx.data.held_out import at_most, divide
 from cpd_onnx.data.sources import LABELS, ArraySource, FunctionSource, Input
 from cpd_onnx.errors import DataError
@@ -78,7 +78,7 @@ def test_maps_are_compared_pixel_by_pixel() -> None:
     )
     found = _found(first, second, x)
     wanted, given = (np.einsum("nchw,kc->nkhw", x, w[:, :, 0, 0]).argmax(1) for w in (kernel, halved))
-    assert (found.task, found.interval) == ("segmentation", "bootstrap")
+    assert (found.task, found.interval) == ("segmentation", "betting")
     assert found.value == pytest.approx(float((wanted == given).mean()), abs=1e-3)
     assert found.low < found.value
 
@@ -130,6 +130,28 @@ def test_the_bound_holds_as_often_as_it_says() -> None:
     rng = np.random.default_rng(1)
     holds = [exact_low(float((rng.random(200) < 0.9).sum()), 200) <= 0.9 for _ in range(400)]
     assert np.mean(holds) >= 0.93
+
+
+@pytest.mark.parametrize("count", [10, 40, 200])
+def test_the_bound_of_values_holds_as_often_as_it_says_though_few_of_them_are_low(count: int) -> None:
+    """One in ten samples is far worse than the others, which a bootstrap of ten samples often does not see."""
+    rng = np.random.default_rng(count)
+    mean, missed, lows = 0.9 * 0.98 + 0.1 * 0.5, 0, []
+    for _ in range(400):
+        low, high = bounded_bounds(np.where(rng.random(count) < 0.1, 0.5, 0.98))
+        missed += low > mean
+        lows.append(low)
+        assert low <= high
+    assert missed <= 0.05 * 400 + 10
+    assert mean - np.mean(lows) < 3.5 / count**0.5 * 0.5
+
+
+def test_the_bound_of_values_is_near_if_they_are_alike() -> None:
+    low, high = bounded_bounds(np.full(300, 0.98))
+    assert 0.96 < low < 0.98 < high < 1
+    low, _ = bounded_bounds(np.full(300, 0.98), -1.0)
+    assert 0.95 < low < 0.98
+    assert bounded_bounds(np.ones(20))[0] == pytest.approx(exact_low(20, 20), abs=0.05)
 
 
 def test_the_bound_by_margins_holds_and_is_lower_than_that_of_counts_of_few_samples() -> None:
