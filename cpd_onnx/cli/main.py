@@ -45,7 +45,7 @@ from cpd_onnx.report.words import joined
 from cpd_onnx.rules import supported_operators, unsupported_operators
 from cpd_onnx.runtime import bench as benchmark
 from cpd_onnx.runtime.bench import Setting, bench
-from cpd_onnx.runtime.sessions import Method
+from cpd_onnx.runtime.sessions import Method, custom_operators
 from cpd_onnx.runtime.times import read_times, runner_source
 from cpd_onnx.summary import Summary
 from cpd_onnx.workflow.api import run as carry_out
@@ -115,7 +115,8 @@ def _run(arguments: Sequence[str] | None) -> int:
     try:
         typed = command_line().parse_args(arguments)
         request = request_of(typed)
-        with warnings.catch_warnings():
+        # Some commands are not carried out by `workflow.api.run`, which does the same.
+        with warnings.catch_warnings(), custom_operators(getattr(request, "custom_ops", ())):
             if getattr(request, "log_level", None) == QUIET:  # completion has none
                 warnings.simplefilter("ignore")
             else:

@@ -31,7 +31,7 @@ from cpd_onnx.deploy.profiles import ACTIVATIONS
 from cpd_onnx.errors import TargetError, UnsupportedError
 from cpd_onnx.ir.model import Model
 from cpd_onnx.ops.traits import operators_with
-from cpd_onnx.runtime.sessions import Feed, open_model
+from cpd_onnx.runtime.sessions import Feed, open_model, register_custom_operators
 
 CALIBRATIONS = ("minmax", "entropy", "percentile")
 """Methods to find the range of an activation."""
@@ -182,6 +182,7 @@ def _prepared(model: Model, path: Path, notify: Notify) -> ModelProto:
     plain = embedded(model)
     options = ort.SessionOptions()
     options.log_severity_level = 4
+    register_custom_operators(options)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.optimized_model_filepath = str(path)
     try:

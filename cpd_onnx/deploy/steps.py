@@ -50,6 +50,7 @@ from cpd_onnx.runtime.sessions import (
     open_model,
     precisely,
     provider_pairs,
+    register_custom_operators,
     working_feeds,
 )
 from cpd_onnx.shapes.inference import fold
@@ -351,6 +352,7 @@ def _writing_options(path: Path, level: str) -> ort.SessionOptions:
     """Return the options of a session that writes the optimised model to a path in the .ort format."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
+    register_custom_operators(options)
     options.graph_optimization_level = getattr(
         ort.GraphOptimizationLevel, "ORT_DISABLE_ALL" if level == "disable" else f"ORT_ENABLE_{level.upper()}"
     )

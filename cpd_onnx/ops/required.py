@@ -35,7 +35,7 @@ def required(key: tuple[str, str], call: Call, shapes: Sequence[Dims | None], va
             numbers = [size for size in pair if is_constant(size)]
             if len(sizes) == len(numbers) == 1:
                 found.append((sizes[0], int(numbers[0])))
-    except (*NOT_COMPUTED, StopIteration):
+    except NOT_COMPUTED:
         pass  # an input is absent, or its shape is unknown
     return found
 

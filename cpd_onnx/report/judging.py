@@ -163,10 +163,9 @@ def agreement_text(content: Content) -> str:
     if found.get("value") is None:
         return ""
     measure = str(found.get("measure") or "same answer")
-    of_output = (
-        f" in output {found['output']!r}, the worst of {found['outputs']}" if found.get("outputs", 1) > 1 else ""
-    )
-    text = f"{measure} as the original{of_output}: {percent(found['value'])} of {samples_text(found)}"
+    several = found.get("outputs", 1)
+    where = f" in output {found['output']!r}, the worst of {several}" if several > 1 else ""
+    text = f"{measure} as the original{where}: {percent(found['value'])} of {samples_text(found)}"
     if found.get("low") is None:
         return text
     exact = " (exact, Clopper-Pearson)" if found.get("interval") == "Clopper-Pearson" else ""

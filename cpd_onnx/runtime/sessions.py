@@ -130,14 +130,19 @@ def custom_operators(libraries: Sequence[Path]) -> Iterator[None]:
         _libraries[:] = before
 
 
+def register_custom_operators(options: ort.SessionOptions) -> None:
+    """Add the libraries of the enclosing `custom_operators` to the options of a session."""
+    for library in _libraries:
+        options.register_custom_ops_library(str(library))
+
+
 def _options(optimise: bool, threads: int, profile: Path | None) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
     # Otherwise, threads of one session would still be spinning while the next one is measured.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    for library in _libraries:
-        options.register_custom_ops_library(str(library))
+    register_custom_operators(options)
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.disable_quant_qdq", "1")

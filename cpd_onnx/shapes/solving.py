@@ -14,7 +14,7 @@ _PAIR = 2
 
 
 def solved(equations: Iterable[Equation]) -> dict[str, int]:
-    """Return numbers for symbols that fulfil equations, by the name of the symbol.
+    """Return numbers for symbols that fulfil equations without unknowns, by the name of the symbol.
 
     Equations with one symbol come first. Of several solutions, the smallest is taken; an equation that has none, or
     whose symbols were solved from another one, is left out.
@@ -22,7 +22,7 @@ def solved(equations: Iterable[Equation]) -> dict[str, int]:
     found: dict[str, int] = {}
     for size, number in sorted(dict.fromkeys(equations), key=lambda equation: len(equation[0].symbols)):
         names = size.symbols
-        if not 0 < len(names) <= _PAIR or not names.isdisjoint(found) or size.has_unknowns:
+        if not 0 < len(names) <= _PAIR or not names.isdisjoint(found):
             continue
         if (root := _linear_root(size, number) or _smallest_root(size, number, names)) is not None:
             found |= dict.fromkeys(sorted(names), root)

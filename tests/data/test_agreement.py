@@ -149,6 +149,7 @@ def test_the_bound_of_values_holds_as_often_as_it_says_though_few_of_them_are_lo
 def test_the_bound_of_values_is_near_if_they_are_alike() -> None:
     low, high = bounded_bounds(np.full(300, 0.98))
     assert 0.96 < low < 0.98 < high < 1
+    assert bounded_bounds(np.full(20, 0.98))[0] == pytest.approx(0.83, abs=0.005)
     low, _ = bounded_bounds(np.full(300, 0.98), -1.0)
     assert 0.95 < low < 0.98
     assert bounded_bounds(np.ones(20))[0] == pytest.approx(exact_low(20, 20), abs=0.05)

@@ -56,6 +56,16 @@ def test_the_error_names_both_ways_out(tmp_path: Path, capsys: pytest.CaptureFix
     assert (tmp_path / "s.onnx").exists()
 
 
+@pytest.mark.parametrize("command", ["bench", "latency"])
+def test_commands_that_only_measure_load_the_library_too(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    onnx.save(declared((2, 12, 6, 6)), tmp_path / "m.onnx")
+    output = ["-o", str(tmp_path / "table.json")] if command == "latency" else []
+    assert main([command, str(tmp_path / "m.onnx"), *output, "--custom-ops", str(tmp_path / "none.so")]) == 1
+    assert "none.so" in capsys.readouterr().err
+
+
 def test_libraries_are_given_to_the_sessions_of_a_block_alone() -> None:
     with sessions.custom_operators([Path("a.so")]), sessions.custom_operators([Path("b.so"), Path("a.so")]):
         assert sessions._libraries == [Path("a.so"), Path("b.so")]

@@ -318,7 +318,9 @@ def gather_block_quantized(
     bits, size, rank = options.get("bits", 4), options.get("block_size", 128), table.ndim
     rows, last = options.get("gather_axis", 0) % rank, options.get("quantize_axis", 1) % rank
     if last != rank - 1 or rows == last:
-        raise UnsupportedError("GatherBlockQuantized needs blocks along the last axis, and rows along another")
+        raise UnsupportedError(
+            "GatherBlockQuantized can be imported only with blocks along the last axis and rows along another one"
+        )
     is_packed = bits < 8 and -(-table.shape[last] * (8 // bits) // size) == scales.shape[last]
     chosen = indices.long().flatten() % table.shape[rows]
 
