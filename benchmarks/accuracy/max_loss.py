@@ -70,6 +70,7 @@ class Case:
         tested: Largest number of samples on which the loss is measured.
         bounds: Losses that are asked for.
         size: Height and width that images are resized to; None for those of the data set.
+        is_pooled: Whether the parts are drawn from all images of the set, which has few; else from its own parts.
     """
 
     model: str
@@ -80,6 +81,7 @@ class Case:
     tested: int = 5000
     bounds: tuple[float, ...] = (0.03, 0.01)
     size: tuple[int, int] | None = None
+    is_pooled: bool = False
 
 
 CASES = {
@@ -87,8 +89,12 @@ CASES = {
     "classifier, labels": Case("resnet20_gtsrb", "gtsrb", labelled=1500),
     "bytes of files": Case("magika", "files", None, bounds=(0.2, 0.1)),
     "transformer": Case("vit_cifar10_smmk47", "cifar10", bounds=(0.2, 0.1)),
-    "segmentation": Case("espnet_p2_q8_camvid", "camvid", ESPNET, given=60, tested=60),
-    "detector": Case("yolox_nano", "camvid", OPENVINO, given=200, tested=200, bounds=(0.2, 0.1), size=(416, 416)),
+    "segmentation": Case(
+        "espnet_p2_q8_camvid", "camvid", ESPNET, given=400, tested=200, bounds=(0.1, 0.05), is_pooled=True
+    ),
+    "detector": Case(
+        "yolox_nano", "imagenet", OPENVINO, given=1000, tested=500, bounds=(0.2, 0.1), size=(416, 416), is_pooled=True
+    ),
     "pitch of speech": Case("crepe", "speech", None, given=2000, bounds=(0.2, 0.1)),
 }
 
@@ -120,6 +126,10 @@ def parts_of(case: Case, options: argparse.Namespace) -> Parts | None:
         given, images, labels = Data(options.data_folder).decode(case.data)
     except FileNotFoundError:
         return None
+    if case.is_pooled:
+        pool = np.concatenate([given, images])
+        images, labels = pool[rng.permutation(len(pool))], None
+        given, images = images[: case.given], images[case.given :]
     rows, test = rng.permutation(len(given))[: case.given], rng.permutation(len(images))
     judged, tested = test[: case.labelled], test[case.labelled :][: case.tested]
 
@@ -128,7 +138,9 @@ def parts_of(case: Case, options: argparse.Namespace) -> Parts | None:
         return case.pixels(chosen if case.size is None else resized(chosen, case.size))
 
     with_labels = (entered(images[judged]), labels[judged]) if case.labelled else None
-    return Parts(entered(given[rows]), with_labels, (entered(images[tested]), labels[tested]))
+    return Parts(
+        entered(given[rows]), with_labels, (entered(images[tested]), None if labels is None else labels[tested])
+    )
 
 
 def of_files(folder: Path, rng: np.random.Generator) -> Array:

@@ -43,7 +43,7 @@ from cpd_onnx.workflow.places import (
 )
 from cpd_onnx.workflow.quality import outcome, search
 from cpd_onnx.workflow.quality.checks import checked_samples
-from cpd_onnx.workflow.quality.samples import samples_of, to_fit
+from cpd_onnx.workflow.quality.samples import enough_to_fit, samples_of, to_fit
 from cpd_onnx.workflow.requests import Apply, Observer, Prune, VerifyFile, ignore
 
 _BATCHES = 2
@@ -60,7 +60,8 @@ def prune(request: Prune, observer: Observer = ignore) -> dict[str, Any]:
     demand = outcome.demand_of(request, has_labels=False)
     source = source_of(request.data, model, request)
     checked = checked_samples(request, model, source)
-    samples = samples_of(source, None, request.hold_out, is_search=demand.max_loss is not None)
+    enough = enough_to_fit(model, source, max(request.repair_samples, request.samples or 0))
+    samples = samples_of(source, None, request.hold_out, is_search=demand.max_loss is not None, enough=enough)
     fitted = to_fit(samples.fitted, model, request)
     step = step_of(request, outcome.target_of(request), None, fitted)
     _ = step.budget  # raises TargetError for invalid options before the work starts

@@ -332,7 +332,8 @@ class Choosing(ScoringOptions, OnSamples, OfSizes):
     )
     hold_out: float = option(
         defaults.HOLD_OUT,
-        "Fraction of the data that nothing is fitted to, and that the result is measured on; not used with --eval",
+        "Fraction of the data that nothing is fitted to, and that the result is measured on; not used with --eval; "
+        "`prune` holds out more if the fit does not need it",
         read=ratio,
         metavar="FRACTION",
     )

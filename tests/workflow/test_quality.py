@@ -19,13 +19,16 @@ from onnx import numpy_helper
 
 import cpd_onnx as cpd
 from cpd_onnx.budget import latency
+from cpd_onnx.budget.allocation import Allocation, LossCurves
 from cpd_onnx.budget.latency import CostTable, LatencyProbe, load_table, measure_table
 from cpd_onnx.channels.combing import comb
+from cpd_onnx.channels.costs import Costs
 from cpd_onnx.cli.main import main
 from cpd_onnx.data.agreement import exact_low
 from cpd_onnx.data.sources import open_source
 from cpd_onnx.io.progress import ProgressEvent
 from cpd_onnx.ir.model import Model
+from cpd_onnx.passes.refine import Refined
 from cpd_onnx.report.verdict import NOT_FASTER, TARGET_MISSED
 from cpd_onnx.runtime.bench import Setting
 from cpd_onnx.runtime.sessions import open_model
@@ -34,6 +37,7 @@ from cpd_onnx.workflow import sweep as sweeping
 from cpd_onnx.workflow.api import run as carry_out
 from cpd_onnx.workflow.quality.outcome import demand_of
 from cpd_onnx.workflow.quality.samples import Loss, Samples
+from cpd_onnx.workflow.quality.search import Candidate, Search
 from cpd_onnx.workflow.requests import Prune
 
 MODELS = Path(cpd.__file__).parent / "models"
@@ -255,6 +259,39 @@ def test_a_bound_that_is_asked_for_is_shown_and_the_default_one_is_expected(fold
     assert losses[0] == pytest.approx(1 - exact_low(33, 34))
     assert losses[1] == pytest.approx(2 / 36)
     assert losses[1] < demand_of(usual, has_labels=False).max_loss < losses[0]  # type: ignore[operator]
+
+
+def test_without_training_all_that_the_fit_does_not_need_is_held_out(folder: Path) -> None:
+    asked = ("prune", "digits.onnx", "-o", "small.onnx", "--data", "data.npz", *FEW, "--target", "macs=0.7", "--force")
+    _, content = result(*asked)
+    assert content["agreement"]["samples"] == 1000 - 64
+    assert content["agreement"]["is_held_out"]
+    _, content = result(*asked, "--hold-out", 0)
+    assert not content["agreement"]["is_held_out"]
+
+
+class Compared(Search):
+    """A search whose candidates lose three tenths of what they remove, or a tenth with refined curves."""
+
+    def __init__(self) -> None:
+        self.tried, self.by = {}, None
+
+    def _candidate(self, progress: float) -> Candidate:
+        by = self.by or Refined()
+        nothing = Allocation([], Costs(0, 0, 0, 0), Costs(0, 0, 0, 0))
+        return Candidate(progress, nothing, progress * (0.3 if by.curves is None else 0.1), by)
+
+    def _refined(self, progress: float) -> Refined:
+        assert progress in self.tried
+        return Refined(LossCurves(()))
+
+
+@pytest.mark.parametrize(("bound", "reached"), [(0.02, 0.2), (0.2, 1.0), (0.001, None)])
+def test_a_search_that_finds_nothing_by_the_scores_refines_them(bound: float, reached: float | None) -> None:
+    found = Compared().furthest(bound)
+    assert (found is None) == (reached is None)
+    if found is not None and reached is not None:
+        assert reached * 0.8 < found.progress <= reached
 
 
 def test_a_bound_that_nothing_meets_writes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,6 +31,9 @@ _ELEMENTS, _LEAST_GENERATED = 1 << 25, 16
 """Numbers in all generated samples, and samples at least: each large image has many rows to fit to (heuristic)."""
 _HIDDEN = 1 << 31
 """Numbers in the tensors of the model for all generated samples, so that a large model is run on fewer (heuristic)."""
+_NUMBERS = 1 << 26
+"""Numbers in all samples that are kept for fitting where the rest can be held out (heuristic): those of 446 images of
+224x224."""
 _FEW = 30
 """Number of samples below which equal answers say too little (heuristic): 29 show, at best, that 10 % may differ."""
 
@@ -54,24 +57,39 @@ class Samples:
     is_held_out: bool = True
 
 
-def samples_of(data: Source | None, labelled: Source | None, hold_out: float, *, is_search: bool) -> Samples:
+def samples_of(
+    data: Source | None, labelled: Source | None, hold_out: float, *, is_search: bool, enough: int | None = None
+) -> Samples:
     """Return the samples by their use.
 
     Args:
         data: Samples to fit to.
         labelled: Further samples, with labels; nothing is fitted to them.
-        hold_out: Fraction of `data` that is held out where there are no labelled samples.
+        hold_out: Fraction of `data` that is held out where there are no labelled samples; 0 for none.
         is_search: Whether models of different sizes are to be compared, for which a third of the samples are used that
             nothing is fitted to.
+        enough: Number of samples that suffice for fitting, so that all others are held out too; None if more are
+            better, as they are for training.
     """
     fitted, judging, is_held_out = data, labelled, True
     if labelled is None and data is not None and not isinstance(data, Synthetic):
+        if enough is not None and hold_out and data.count:
+            hold_out = max(hold_out, 1 - enough / data.count)
         division = divide(data, hold_out)
         fitted, judging = (data, at_most(data)) if division is None else (division.first, division.second)
         is_held_out = division is not None
     parts = divide(judging, 1 - _CHOOSING) if is_search and judging is not None and is_held_out else None
     choosing, judging = (judging, judging) if parts is None else (parts.first, parts.second)
     return Samples(fitted, choosing, judging, labelled is not None, is_held_out)
+
+
+def enough_to_fit(model: Model, data: Source | None, most: int) -> int:
+    """Return how many samples suffice for scores and a repair that use at most so many: of large ones fewer do."""
+    if data is None:
+        return most
+    first = next(calibration(model.proto, data, 1))
+    size = sum(array.size for array in first.values()) / sample_count(first)
+    return int(np.clip(_NUMBERS / size, min(_GENERATED, most), most))
 
 
 def to_fit(data: Source | None, model: Model, options: Any) -> Source | None:

@@ -118,15 +118,20 @@ class Search:
         return chooser(self.combed, self.scores, progress, is_loss=self.is_loss, curves=by.curves)
 
     def furthest(self, max_loss: float) -> Candidate | None:
-        """Return the candidate nearest to the targets that loses at most `max_loss`; None if there is none."""
+        """Return the candidate nearest to the targets that loses at most `max_loss`; None if there is none.
+
+        If the scores alone find none, the loss curves are refined for the smallest step that was tried.
+        """
         found = self._backwards(max_loss)
-        if found is None or self.by is not None:
+        made = [candidate.progress for candidate in self.tried.values() if candidate is not None]
+        if self.by is not None or not made:
             return found
-        self.by = self._refined(found.progress)
+        progress = min(made) if found is None else found.progress
+        self.by = self._refined(progress)
         if self.by.curves is None:
             return found
         self.tried = {}
-        return self._onwards(found.progress, max_loss) or found
+        return self._onwards(progress, max_loss) or found
 
     def _refined(self, progress: float) -> Refined:
         """Return the loss curves that are best part of the way to the targets."""
