@@ -26,6 +26,7 @@ from cpd_onnx.data import metrics
 from cpd_onnx.data.sources import LABELS, Source, check_source, inputs_of
 from cpd_onnx.errors import CpdError, DataError, ModelError
 from cpd_onnx.io.progress import step
+from cpd_onnx.ir.interface import kept_by
 from cpd_onnx.ir.model import Model, load
 from cpd_onnx.options import options_from
 from cpd_onnx.pipeline.state import State
@@ -36,7 +37,7 @@ from cpd_onnx.training import refolding
 from cpd_onnx.training.cache import AnswerCache
 from cpd_onnx.training.feed import Augmentation, Feed, memory_format
 from cpd_onnx.training.loop import HeldOut, Progress, Run, Traces, Trainer
-from cpd_onnx.training.losses import DistillationLoss
+from cpd_onnx.training.losses import DistillationLoss, surviving
 from cpd_onnx.training.options import FEW, LOWER_RATE, RATE, DistillOptions, LossKind
 from cpd_onnx.training.process_group import ProcessGroup, join_process_group
 
@@ -158,11 +159,13 @@ def distill(  # noqa: PLR0913  # the arguments after the options are keywords
             trained_proto, restored = refolding.restore(trained_proto)
         live: BatchNormMode = "frozen" if mode == "frozen" else "train"
         module = _placed(import_model(trained_proto, batch_norm=live), student, process_group)
+        kept = {name: _indices(axes) for name, axes in kept_by(student).items()}
+        _feed_like_original(module, [kept.get(entry.name, {}) for entry in inputs_of(student)])
         before = module.onnx_state()
         comparison = DistillationLoss(
             [info.name for info in student.graph.output], options.losses, options.output_weights, options.temperature,
             options.label_weight, options.ignore_label, [_indices(kept) for kept in hidden.values()],
-            options.hidden_weight,
+            options.hidden_weight, kept=kept,
         )  # fmt: skip  # the fields in order
         if mode == "calibrate":
             refolding.calibrate(
@@ -292,7 +295,7 @@ def _check(teacher: ModelProto, student: ModelProto, batches: Source, options: D
         unknown = sorted(set(given) - set(outputs[1]))
         if unknown:
             raise CpdError(f"{what} are given for {unknown}, but the model's outputs are {outputs[1]}")
-    check_source(batches, inputs)
+    check_source(batches, inputs_of(teacher))
     if options.teacher_cache is not None and (options.flip or options.shift or options.crop < 1):
         raise CpdError("a teacher cache needs the same images in every epoch: leave out the augmentation, or the cache")
     if options.label_weight and LABELS not in next(iter(batches.batches(1))):
@@ -350,8 +353,16 @@ def _with_outputs(model: ModelProto, hidden: Shared) -> ModelProto:
     return extended
 
 
-def _indices(kept: Mapping[int, Array]) -> dict[int, Tensor]:
-    return {axis: torch.from_numpy(indices) for axis, indices in kept.items()}
+def _indices(kept: Mapping[int, npt.ArrayLike]) -> dict[int, Tensor]:
+    return {axis: torch.from_numpy(np.asarray(indices, np.int64)) for axis, indices in kept.items()}
+
+
+def _feed_like_original(module: OnnxModule, kept: Sequence[Mapping[int, Tensor]]) -> None:
+    """Let a module take the inputs of the original, of which it has the given indices, by axis."""
+    if any(kept):
+        module.register_forward_pre_hook(
+            lambda _, inputs: tuple(surviving(each, axes) for each, axes in zip(inputs, kept, strict=True))
+        )
 
 
 def _begin(

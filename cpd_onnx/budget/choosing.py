@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,8 @@ from cpd_onnx.budget.latency import CostTable, LatencyProbe
 from cpd_onnx.budget.speed import SpeedCheck
 from cpd_onnx.budget.targets import Asked, Target, Targets, slack_of
 from cpd_onnx.budget.timing import TOO_WIDE, allocate_measured, latency_notes
+from cpd_onnx.budget.widths import allowed_widths
+from cpd_onnx.channels.alike import alike_groups
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.errors import TargetError
 from cpd_onnx.scores.registry import Scores
@@ -116,6 +119,8 @@ class Chooser:
         run = _Run(self, combed, partial(_allocated, combed, scores, is_loss, curves))
         budget = run.resolved()
         found = run.chosen(budget.part(progress), is_last=progress == 1)
+        if alike := alike_groups(combed):
+            found = run.evened(budget.part(progress), found, alike, is_last=progress == 1)
         return replace(found, budget=self.words(budget, found))
 
 
@@ -176,6 +181,53 @@ class _Run:
             found = replace(found, notes=(*found.notes, self.refusal(error)))
         table = self.chooser.table if self.chooser.is_measured else found.table
         return replace(found, asked=tuple(self.became(found)), table=table)
+
+    def evened(
+        self, budget: Budget, found: Allocation, alike: Sequence[tuple[int, ...]], *, is_last: bool
+    ) -> Allocation:
+        """Return the allocation of which groups that must be alike keep the same ratio, and others make up for it.
+
+        That is the ratio nearest to those in `found` or, if it misses the target, one that comes nearer to it.
+        """
+        sizes = [len(group) for group in self.combed.groups]
+        allowed = allowed_widths(self.combed, budget.limits).allowed
+        choices: list[list[dict[int, int]]] = []
+        for ids in alike:
+            step = math.gcd(*(sizes[i] for i in ids))
+            widths = ({i: count * sizes[i] // step for i in ids} for count in range(1, step + 1))
+            choices.append([each for each in widths if all(width in allowed[i] for i, width in each.items())])
+        choices = [each for each in choices if each]
+        left = [size - len(gone) for gone, size in zip(found.removed, sizes, strict=True)]
+        quick = replace(self, chooser=self.chooser.quick)
+        known: dict[tuple[int, ...], float] = {}
+
+        def at(places: tuple[int, ...]) -> Budget:
+            pairs = (pair for each, place in zip(choices, places, strict=True) for pair in each[place].items())
+            return replace(budget, limits=replace(budget.limits, exactly=tuple(pairs)))
+
+        def apart(places: tuple[int, ...]) -> float:
+            if places not in known:
+                made = quick.chosen(at(places), is_last=is_last)
+                known[places] = max((abs(one.got / one.asked - 1) for one in made.asked), default=0.0)
+            return known[places]
+
+        def nearest(each: list[dict[int, int]]) -> int:
+            distances = [sum(abs(width - left[i]) / sizes[i] for i, width in widths.items()) for widths in each]
+            return distances.index(min(distances))
+
+        here = tuple(map(nearest, choices))
+        while apart(here) > _BELOW:
+            moves = [
+                (*here[:number], place, *here[number + 1 :])
+                for number, each in enumerate(choices)
+                for place in (here[number] - 1, here[number] + 1)
+                if 0 <= place < len(each)
+            ]
+            best = min(moves, key=apart, default=here)
+            if apart(best) >= apart(here):
+                break
+            here = best
+        return self.chosen(at(here), is_last=is_last)
 
     def within(self, budget: Budget, *, is_last: bool) -> Allocation:
         """Return the allocation within a budget."""

@@ -34,6 +34,7 @@ class Limits(metaclass=Renaming):
         of: The same by pattern, which matches names of groups or, if it matches none, of weights and nodes; the last
             match takes precedence.
         at_most: Maximum width of each group, in order; empty for none.
+        exactly: Width of single groups, as pairs of id and width.
 
     """
 
@@ -42,6 +43,7 @@ class Limits(metaclass=Renaming):
     ratios: Ratios = field(default=(0.0, 1.0), metadata={RENAMED_FROM: "shares"})
     of: tuple[tuple[str, Ratios], ...] = ()
     at_most: tuple[int, ...] = ()
+    exactly: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         """Check the values; raises TargetError."""
@@ -97,11 +99,14 @@ def allowed_widths(combed: Combed, limits: Limits, multiples: Mapping[int, int] 
     for pattern, bounds in limits.of:
         named = {group.id for group in combed.groups if _matches(group.name, [pattern])}
         ratios |= dict.fromkeys(named or held_groups(combed, (pattern,), "--width"), bounds)
-    allowed = []
-    free = {index for index, (low, _) in ratios.items() if low == 0} - held
+    allowed, exactly = [], dict(limits.exactly)
+    free = {index for index, (low, _) in ratios.items() if low == 0} - held - exactly.keys()
     for group in combed.groups:
         if group.id in held:
             allowed.append(np.asarray([len(group)]))
+            continue
+        if group.id in exactly:
+            allowed.append(np.asarray([exactly[group.id]]))
             continue
         multiple = limits.round_to if is_width(combed, group) else 1
         multiple = math.lcm(multiple, (multiples or {}).get(group.id, 1))

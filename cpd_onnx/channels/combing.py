@@ -115,12 +115,14 @@ class _Sweep:
         scope = self.folded.scope
         for value in scope.values.values():
             if value.name in scope.inputs and value.weight is None:
-                reason = Reason("interface", "", f"graph input {value.name!r}")
-                self.put(scope, value.name, Tensor(value, self.frozen_axes(value, reason)))
+                self.put(scope, value.name, Tensor(value, self.input_axes(value)))
         self.sweep(scope)
         self.atoms.settle()
         for name in scope.outputs:
-            self.freeze(self.get(scope, name), Reason("interface", "", f"graph output {name!r}"))
+            tensor = self.get(scope, name)
+            for number, axis in enumerate((tensor.axes if tensor is not None else None) or []):
+                if not self.is_free(scope.values[name], number) and not self.atoms.all_frozen(axis):
+                    self.atoms.freeze(axis, Reason("interface", "", f"graph output {name!r}"))
             self.freeze_reported_sizes(scope, name)
         weights = tuple(
             Weight(value, _owner(uses[0].use.scope, value.name), tuple(uses), value in self.originals)
@@ -218,6 +220,17 @@ class _Sweep:
     def frozen_axes(self, value: Value, reason: Reason) -> list[Axis] | None:
         """Return frozen axes for a tensor; None if its shape is unknown."""
         return None if value.shape is None else [self.atoms.frozen(size, reason) for size in value.shape]
+
+    def input_axes(self, value: Value) -> list[Axis] | None:
+        """Return the axes of a graph input, which are frozen but for those that may lose channels."""
+        axes = self.frozen_axes(value, Reason("interface", "", f"graph input {value.name!r}"))
+        return axes and [
+            self.atoms.fresh(len(axis)) if self.is_free(value, number) else axis for number, axis in enumerate(axes)
+        ]
+
+    def is_free(self, value: Value, axis: int) -> bool:
+        """Return whether an axis of a graph input or output may lose channels: its size is the same for all inputs."""
+        return value.name in self.folded.model.free_io and value.has_fixed(axis)
 
     def put(self, scope: Scope, name: str, tensor: Tensor) -> None:
         self.tensors[(scope.path, name)] = tensor

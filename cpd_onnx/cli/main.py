@@ -291,7 +291,7 @@ def _latency(request: Latency) -> None:
     if request.source is not None and request.timings is None:
         raise CpdError("--source says where --timings come from: give both")
     written = require_outputs(request, *([request.output] if request.output else []))
-    model = read_model(request.model, request.input_shapes)
+    model = read_model(request.model, request.input_shapes, request.free_io)
     require_apart(written, model)
     combed = comb(model, request.input_shapes)
     if request.template is not None:

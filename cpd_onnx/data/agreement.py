@@ -294,7 +294,7 @@ def agreement(original: Model, model: Model, source: Source, task: str | None = 
         raise DataError(f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
     first, second = open_session(original.complete_proto()), open_session(model.complete_proto())
     size = calibration_batch(original.proto, source, _BATCH)
-    tallies = _tallies(first, source, size, task)
+    tallies = [each for each in _tallies(first, source, size, task) if each.output not in original.free_io]
     if not tallies:
         return None
     for number, batch in enumerate(_feeds(source, size)):

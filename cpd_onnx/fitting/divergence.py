@@ -30,7 +30,7 @@ class Divergence:
     """Measures models on the same samples: for each, the mean over the outputs of how far they are from the original's.
 
     For scores of classes this is the Kullback-Leibler divergence from the original's probabilities, in nats; for other
-    outputs of floating-point type, the squared error over the variance.
+    outputs of floating-point type, the squared error over the variance. Outputs that may lose channels do not count.
     """
 
     def __init__(self, original: Model, source: Source, samples: int, *, temperature: float = 1.0) -> None:
@@ -53,7 +53,8 @@ class Divergence:
             if used > _MOST_BYTES:
                 break
         values = {name: np.concatenate([np.ravel(row[name]) for row in self.wanted]) for name in self.wanted[0]}
-        self.variance = {name: float(each.var(dtype=np.float64)) for name, each in values.items() if each.size}
+        values = {name: each for name, each in values.items() if each.size and name not in original.free_io}
+        self.variance = {name: float(each.var(dtype=np.float64)) for name, each in values.items()}
 
     @property
     def count(self) -> int:

@@ -11,13 +11,15 @@ from cpd_onnx.runtime.sessions import Feed, execute, open_model
 
 
 def outputs_of(model: Model, feeds: Sequence[Feed]) -> Iterator[list[Array]]:
-    """Yield the outputs of floating-point type for each feed.
+    """Yield the outputs of floating-point type for each feed, but for those that may lose channels.
 
     Raises UnsupportedError if onnxruntime cannot run the model.
     """
     session = open_model(model)
+    are_free = [entry.name in model.free_io for entry in session.get_outputs()]
     for feed in feeds:
-        yield [np.asarray(array, np.float64) for array in execute(session, feed) if array.dtype.kind == "f"]
+        pairs = zip(execute(session, feed), are_free, strict=True)
+        yield [np.asarray(array, np.float64) for array, is_free in pairs if array.dtype.kind == "f" and not is_free]
 
 
 def output_error(wanted: Iterable[Sequence[Array]], made: Iterable[Sequence[Array]]) -> float:

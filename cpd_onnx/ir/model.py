@@ -8,6 +8,7 @@ model are read or computed on each access instead, one at a time, and not cached
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import itertools
 import math
@@ -119,6 +120,7 @@ class Model(Summarised):
         proto: The model; detached initializers have dims and an element type but no data.
         path: File that the model was read from, if any.
         data_files: External data files that its weights were read from.
+        free_io: Names of the graph inputs and outputs that may lose channels; all others keep their sizes.
 
     """
 
@@ -132,6 +134,7 @@ class Model(Summarised):
         self.proto = proto
         self.path = path
         self.data_files: frozenset[Path] = frozenset()
+        self.free_io: frozenset[str] = frozenset()
         self._data = data
         self._file = file
         self._initializers = {t.name: t for t in proto.graph.initializer}
@@ -167,8 +170,14 @@ class Model(Summarised):
         proto = ModelProto()
         proto.CopyFrom(self.proto)
         copied = Model(proto, dict(self._data), self.path)
-        copied.data_files = self.data_files
+        copied.data_files, copied.free_io = self.data_files, self.free_io
         return copied
+
+    def with_free_io(self, names: Iterable[str]) -> Model:
+        """Return the same model, whose inputs and outputs of these names may lose channels."""
+        same = copy.copy(self)
+        same.free_io = frozenset(names)
+        return same
 
     def sha256(self) -> str:
         """Return the SHA-256 of the file that the model was read from, followed by its external tensors in order.

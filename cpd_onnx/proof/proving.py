@@ -15,6 +15,7 @@ from cpd_onnx.channels.combing import at_sizes
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.errors import REPORT_BUG, InconclusiveError, ProofError, UnsupportedError
 from cpd_onnx.io.progress import advance, step
+from cpd_onnx.ir.interface import cut, kept_by
 from cpd_onnx.ir.model import Array, Model
 from cpd_onnx.proof.comparison import (
     INCONCLUSIVE,
@@ -301,8 +302,9 @@ class _Proof:
             after = execute_all(self.runner(self.other), [feed])[0]
         except UnsupportedError as error:
             raise ProofError(f"onnxruntime runs the original but not a model derived from it: {error}") from error
-        for info, a, b in zip(self.original.graph.output, before, after, strict=True):
-            value = self.combed.folded.scope.values.get(info.name)
+        kept = kept_by(self.other)
+        for info, whole, b in zip(self.original.graph.output, before, after, strict=True):
+            value, a = self.combed.folded.scope.values.get(info.name), cut(whole, kept.get(info.name, {}))
             if a.shape != b.shape and not (value is not None and value.has_placeholder):
                 raise ProofError(
                     f"output {info.name!r} of the pruned model must have shape {list(a.shape)}, got {list(b.shape)}"

@@ -8,6 +8,7 @@ import numpy as np
 
 from cpd_onnx.errors import ProofError, UnsupportedError
 from cpd_onnx.ir.differences import differences, named_places
+from cpd_onnx.ir.interface import cut, kept_by
 from cpd_onnx.ir.model import Array, Model
 from cpd_onnx.ir.tensors import StoredTensor, same_bits, stored_tensors, values_sha256
 from cpd_onnx.proof.comparison import TOLERANCES, OutputDifference, output_difference, runs_needed
@@ -89,9 +90,11 @@ def measured(
         found = execute_all(runner(pruned), given)
     except UnsupportedError as error:
         raise ProofError(f"onnxruntime runs the original but not the file: {error}") from error
+    kept, names = kept_by(pruned), [info.name for info in folded.model.graph.output]
+    plain = [[cut(a, kept.get(name, {})) for name, a in zip(names, each, strict=True)] for each in plain]
     for ours, theirs in zip(plain, found, strict=True):
-        for info, a, b in zip(folded.model.graph.output, ours, theirs, strict=True):
-            _require_alike(folded, info.name, a, b)
+        for name, a, b in zip(names, ours, theirs, strict=True):
+            _require_alike(folded, name, a, b)
     return output_difference(plain, found)
 
 

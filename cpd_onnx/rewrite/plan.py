@@ -21,7 +21,8 @@ from cpd_onnx.channels.costs import Costs
 from cpd_onnx.channels.groups import Combed, Group
 from cpd_onnx.errors import PlanError
 from cpd_onnx.io.files import read_json, require_free, translate_read_errors, write_atomically
-from cpd_onnx.ir.model import Model, ModelSource
+from cpd_onnx.ir.interface import PREFIX
+from cpd_onnx.ir.model import Model, ModelSource, load
 from cpd_onnx.ir.tensors import changed_values, stored_tensors
 from cpd_onnx.summary import Summarised, Summary, count
 from cpd_onnx.version import __version__
@@ -63,6 +64,11 @@ class Plan(Summarised):
     def input_shapes(self) -> dict[str, list[int]]:
         """Input shapes that were given for the analysis, by input name."""
         return {name: list(shape) for name, shape in self.content["source"].get("input_shapes", {}).items()}
+
+    @property
+    def free_io(self) -> list[str]:
+        """Names of the inputs and outputs that may lose channels."""
+        return list(self.content["source"].get("free_io", ()))
 
     @property
     def values(self) -> dict[str, str]:
@@ -127,7 +133,8 @@ class Plan(Summarised):
         }
         properties = model.proto.metadata_props
         for old in [entry for entry in properties if entry.key.startswith(_STAMP)]:  # from the source file
-            properties.remove(old)
+            if not old.key.startswith(PREFIX):
+                properties.remove(old)
         for key, value in entries.items():
             properties.add(key=f"{_STAMP}{key}", value=value)
 
@@ -212,6 +219,9 @@ def _check(content: Any, where: str) -> None:
     if not isinstance(source, dict) or not isinstance(source.get("sha256"), str):
         raise PlanError(f"{where}: 'source' has no 'sha256'")
     _check_shapes(source.get("input_shapes", {}), where)
+    free = source.get("free_io", [])
+    if not isinstance(free, list) or not all(isinstance(name, str) for name in free):
+        raise PlanError(f"{where}: 'free_io' must be a list of names")
     if not isinstance(content.get("budget"), dict) or not isinstance(source.get("file", ""), str):
         raise PlanError(f"{where}: 'budget' or 'file' of 'source' has the wrong type")
     if not isinstance(groups, list):
@@ -277,6 +287,8 @@ def make_plan(
     gone = {"gone": _gone(combed, branches(combed, whole))} if whole else {}
     if combed.folded.input_shapes:
         more["input_shapes"] = {name: list(shape) for name, shape in combed.folded.input_shapes.items()}
+    if combed.folded.original.free_io:
+        more["free_io"] = sorted(combed.folded.original.free_io)
     if combed.folded.evaluated is not None:
         more["evaluated"] = {name: list(parts) for name, parts in combed.folded.evaluated.weights.items()}
     model, keep = combed.folded.original, KeepMask(combed.atoms, channels_of(combed, dict(enumerate(removed))))
@@ -397,5 +409,5 @@ def _gone(combed: Combed, found: Branches) -> dict[str, list[str]]:
 
 def planned(source: ModelSource, plan: Plan) -> tuple[Combed, KeepMask]:
     """Comb the source of a plan, and return it with the surviving channels; raises PlanError for another model."""
-    combed = comb(source, plan.input_shapes)
+    combed = comb(load(source).with_free_io(plan.free_io), plan.input_shapes)
     return combed, KeepMask(combed.atoms, channels_of(combed, match(combed, plan)))

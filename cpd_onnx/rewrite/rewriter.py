@@ -16,6 +16,7 @@ from cpd_onnx.channels.constraints import elements, is_number, operand_value
 from cpd_onnx.channels.groups import Combed, Weight
 from cpd_onnx.channels.weights import lazy_weight
 from cpd_onnx.errors import REPORT_BUG, PlanError, ProofError
+from cpd_onnx.ir.interface import Kept, record
 from cpd_onnx.ir.model import Array, Lazy, Model, drop_attribute, map_lazy, set_attribute
 from cpd_onnx.rewrite.arithmetic import Arithmetic
 from cpd_onnx.rewrite.cutting import Sized, with_values, without_branches
@@ -298,6 +299,17 @@ class _Rewriter(Editor):
                     self.set_sizes(info, axes)
                 if info.SerializeToString() != before:
                     self.log("shape", f"{scope.path}:{info.name}", f"sizes of the axes {list(axes or [])}")
+        record(self.model, self.kept_at_interface())
+
+    def kept_at_interface(self) -> Kept:
+        """Return the indices that inputs and outputs of the model keep which lose others."""
+        found: Kept = {}
+        for name in sorted(self.model.free_io):
+            tensor = self.combed.tensors.get(("", name))
+            lost = {i: axis for i, axis in enumerate((tensor and tensor.axes) or []) if self.keep.shrinks(axis)}
+            if lost:
+                found[name] = {i: np.flatnonzero(self.keep.mask(axis)).tolist() for i, axis in lost.items()}
+        return found
 
     def axes_of(self, scope: Scope, info: ValueInfoProto) -> Sequence[Any] | None:
         """Return the new sizes of a tensor; None if they are unchanged, or for a size that is."""

@@ -18,6 +18,7 @@ import onnxruntime as ort
 from onnx import ModelProto, NodeProto, TensorProto
 
 from cpd_onnx.errors import EndlessError, UnsupportedError
+from cpd_onnx.ir.interface import Kept, all_cut, kept_in
 from cpd_onnx.ir.model import Array, Model, element_type
 from cpd_onnx.ops.sizes import Bindings, Size, Term
 from cpd_onnx.ops.traits import traits_of
@@ -167,6 +168,12 @@ def _session(
         return ort.InferenceSession(str(path), options, providers=pairs)
 
 
+def kept_of(session: Any) -> Kept:
+    """Return which indices of the original's sizes the inputs and outputs of an open model keep."""
+    metadata = getattr(session, "get_modelmeta", None)
+    return {} if metadata is None else kept_in(metadata().custom_metadata_map)
+
+
 class Runner(Protocol):
     """A session of onnxruntime, or an object with the same method."""
 
@@ -190,7 +197,7 @@ def execute(session: Runner, feed: Mapping[str, Array]) -> list[Array]:
     timer.daemon = True
     timer.start()
     try:
-        return [np.asarray(output) for output in session.run(None, dict(feed), limits)]
+        return [np.asarray(output) for output in session.run(None, all_cut(feed, kept_of(session)), limits)]
     except Exception as error:  # as above, but for bound inputs
         is_bound = isinstance(session, Bound) and type(error) is RuntimeError
         if not is_bound and not type(error).__module__.startswith("onnxruntime"):
@@ -395,7 +402,8 @@ class Bound:
         name = session.get_providers()[0]
         device = providers.memory_of(name, session.get_provider_options().get(name, {}))
         self._session, self._binding = session, session.io_binding()
-        self._inputs = {name: self._bind(name, array, device) for name, array in feed.items()}
+        fed = all_cut(feed, kept_of(session))
+        self._inputs = {name: self._bind(name, array, device) for name, array in fed.items()}
         names = [output.name for output in session.get_outputs()]
         for name in names:
             self._binding.bind_output(name, *device)
@@ -446,10 +454,11 @@ def interleaved(
     times: list[list[float]] = [[] for _ in runners]
     end = time.perf_counter() + seconds
     fewest, most = (least, 2000) if chosen.runs is None else (chosen.runs, chosen.runs)
+    fed = [feed if isinstance(runner, Bound) else all_cut(feed, kept_of(runner)) for runner in runners]
     while len(times[0]) < most and (len(times[0]) < fewest or time.perf_counter() < end):
         for place in rng.permutation(len(runners)):
             start = time.perf_counter()
-            runners[place].run(None, dict(feed))
+            runners[place].run(None, dict(fed[place]))
             times[place].append(time.perf_counter() - start)
         if observer is not None and chosen.runs is not None:
             observer(len(times[0]), chosen.runs)

@@ -21,6 +21,7 @@ import onnx
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, TypeProto, helper, numpy_helper, shape_inference
 
 from cpd_onnx.errors import ModelError
+from cpd_onnx.ir.interface import kept_by
 from cpd_onnx.ir.model import (
     Array,
     Model,
@@ -41,7 +42,14 @@ from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.shapes.bodies import formal_inputs, if_outputs, loop_outputs, renamed, with_attributes
 from cpd_onnx.shapes.checks import NODE_CHECKS, credible_shape, require_bodies, require_bounded_calls
 from cpd_onnx.shapes.constants import evaluate_weights
-from cpd_onnx.shapes.open_inputs import SIZE_PROFILES, OpenInputs, SizeProfile, has_open_inputs, real_inputs
+from cpd_onnx.shapes.open_inputs import (
+    SIZE_PROFILES,
+    OpenInputs,
+    SizeProfile,
+    given_symbols,
+    has_open_inputs,
+    real_inputs,
+)
 from cpd_onnx.shapes.order import topological_order
 from cpd_onnx.shapes.origins import Provenance
 from cpd_onnx.shapes.solving import solved
@@ -92,8 +100,18 @@ def fold(
 
 
 def fold_again(folded: Folded, model: Model, numbers: Mapping[str, int] | None = None) -> Folded:
-    """Infer a model with the same inputs under the input shapes and, unless given, the numbers of `folded`."""
-    return fold(model, folded.input_shapes, folded.numbers if numbers is None else numbers)
+    """Infer a model with the same inputs under the input shapes and, unless given, the numbers of `folded`.
+
+    Inputs of the model that have lost channels get the shapes without them.
+    """
+    shapes = folded.input_shapes
+    if shapes and model is not folded.model:
+        kept = kept_by(model)
+        shapes = {
+            name: tuple(len(kept.get(name, {}).get(axis, range(size))) for axis, size in enumerate(shape))
+            for name, shape in shapes.items()
+        }
+    return fold(model, shapes, folded.numbers if numbers is None else numbers)
 
 
 def _best_inferred(model: Model, input_shapes: Mapping[str, Shape], numbers: Mapping[str, int]) -> Folded:
@@ -146,7 +164,8 @@ class _Inference:
     ) -> None:
         self.model = model
         self.bindings = Bindings()
-        self.inputs = OpenInputs(profile, input_shapes, numbers, self.bindings, known)
+        given = given_symbols(model, input_shapes)
+        self.inputs = OpenInputs(profile, input_shapes, numbers, self.bindings, known, given)
         self.equations: list[Equation] = []
         self.declared = {info.name: info for info in (*model.graph.value_info, *model.graph.output)}
         self.provenance = Provenance()

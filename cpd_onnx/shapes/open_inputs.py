@@ -82,6 +82,17 @@ def has_open_inputs(model: Model) -> bool:
     return any(dim.dim_value <= 0 for info in real_inputs(model) for dim in info.type.tensor_type.shape.dim)
 
 
+def given_symbols(model: Model, shapes: Mapping[str, Shape]) -> dict[str, int]:
+    """Return the numbers of the symbols in inputs whose shapes are given; none for a symbol that is given two."""
+    found: dict[str, set[int]] = {}
+    for info in real_inputs(model):
+        dims, shape = info.type.tensor_type.shape.dim, shapes.get(info.name, ())
+        for dim, size in zip(dims, shape, strict=True) if len(dims) == len(shape) else ():
+            if dim.dim_param:
+                found.setdefault(dim.dim_param, set()).add(size)
+    return {name: next(iter(sizes)) for name, sizes in found.items() if len(sizes) == 1}
+
+
 @dataclass
 class OpenInputs:
     """Inferred values of a model's inputs under one profile.
@@ -92,6 +103,7 @@ class OpenInputs:
         numbers: Numbers of symbols under the first binding, by name; the dimensions remain symbolic.
         bindings: Record of the numbers to which each symbol is bound.
         solved: Numbers that the operators require, by the name of the symbol, which they replace.
+        given: Numbers of the symbols in `shapes`, by name, which they replace in all inputs.
 
     """
 
@@ -100,6 +112,7 @@ class OpenInputs:
     numbers: Mapping[str, int]
     bindings: Bindings
     solved: Mapping[str, int] = field(default_factory=dict)
+    given: Mapping[str, int] = field(default_factory=dict)
     _symbols: dict[str, Extent] = field(default_factory=dict)
     _counts: Counter[Kind] = field(default_factory=Counter)
 
@@ -125,7 +138,7 @@ class OpenInputs:
             return int(dim.dim_value)
         name = dim.dim_param or f"{info.name}[{axis}]"
         kind = self._kind(0 if "batch" in name else seeming, info)
-        if name not in self._symbols:
+        if name not in self._symbols and name not in self.given:
             found = self._expression(name, self.profile.sequence if "sequence" in name else kind)
             if found is not None:
                 return found
@@ -133,6 +146,8 @@ class OpenInputs:
 
     def _symbol(self, name: str, kind: Kind) -> Extent:
         """Return the symbol of a name, bound to numbers; a number if it is solved or the profile has only one."""
+        if name in self.given:
+            return self.given[name]
         if name in self.solved:
             return self.solved[name]
         if name not in self._symbols:

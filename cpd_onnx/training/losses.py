@@ -112,7 +112,7 @@ def label_loss(student: Tensor, labels: Tensor, axis: int, ignored: int = IGNORE
     return F.nll_loss(logs, labels, ignore_index=ignored)
 
 
-def _surviving(target: Tensor, survivors: Mapping[int, Tensor]) -> Tensor:
+def surviving(target: Tensor, survivors: Mapping[int, Tensor]) -> Tensor:
     """Return the part of a teacher's tensor that the student still has."""
     for axis, indices in survivors.items():
         target = target.index_select(axis, indices.to(target.device))
@@ -135,6 +135,7 @@ class DistillationLoss:
         ignored: Label of elements that do not count.
         hidden: For each hidden tensor, which follow the outputs, the teacher's indices that the student has, by axis.
         hidden_weight: Weight of the mean loss of hidden tensors, relative to that of the outputs.
+        kept: For each output that has lost channels, the teacher's indices that the student has, by axis.
         kinds: Kind of distance of each output, set by `choose`.
         distributions: Outputs that are probability distributions, set by `choose`.
     """
@@ -147,6 +148,7 @@ class DistillationLoss:
     ignored: int = IGNORED
     hidden: Sequence[Mapping[int, Tensor]] = ()
     hidden_weight: float = 1.0
+    kept: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
     kinds: dict[str, LossKind] = field(default_factory=dict)
     distributions: set[str] = field(default_factory=set)
 
@@ -166,7 +168,8 @@ class DistillationLoss:
         terms: list[Tensor] = []
         weights: list[float] = []
         labelled: Tensor | None = None
-        for name, answer, target in zip(self.outputs, answers, targets, strict=False):
+        for name, answer, whole in zip(self.outputs, answers, targets, strict=False):
+            target = surviving(whole, self.kept.get(name, {}))
             if answer.shape != target.shape:
                 shapes = f"{list(answer.shape)} in the student, {list(target.shape)} in the teacher"
                 raise ModelError(f"output {name!r} has shape {shapes}; give a teacher with the same outputs")
@@ -186,7 +189,7 @@ class DistillationLoss:
         if self.hidden:
             count = len(self.outputs)
             pairs = zip(answers[count:], targets[count:], self.hidden, strict=True)
-            errors = [relative_error(a, _surviving(t, survivors)) for a, t, survivors in pairs]
+            errors = [relative_error(a, surviving(t, survivors)) for a, t, survivors in pairs]
             loss = loss + self.hidden_weight * torch.stack(errors).mean()
         return loss if labelled is None else (1 - self.label_weight) * loss + self.label_weight * labelled
 

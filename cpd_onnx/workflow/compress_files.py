@@ -131,13 +131,15 @@ def compress(
     """
     started = time.perf_counter()
     places = places_of(request)
-    written = require_outputs(request, *places.all(), *outcome.table_places(request))
+    written = require_outputs(request, *places.all(), *outcome.table_places(request), *outcome.config_places(request))
     check_metric(request.metric)
     recipe.text(request)  # fails now, not at the end, if an option cannot be recorded
     given = None if request.like is None else load_plan(request.like)
     shapes = request.input_shapes or (given.input_shapes if given else {})
-    model = read_model(request.model, request.input_shapes)
+    model = read_model(request.model, request.input_shapes, request.free_io)
     require_apart(written, model)
+    if given is not None:
+        model = model.with_free_io(given.free_io)
     model.path = Path(called or request.model)
     source = source_of(request.data, model, request)
     checked = None if is_checked else checked_samples(request, model, source)
@@ -151,11 +153,12 @@ def compress(
             return None
         content = _reported(request, made, run.samples) | {"rounds": run.step.rounds, "preflight": checked}
         content |= outcome.content(request, run.demand, run.samples, choice, made.state)
-        content["notes"] += outcome.target_notes(request, choice)
+        content["notes"] += [*outcome.target_notes(request, choice), *outcome.interface_notes(made.state.model)]
         outcome.require_faster(request, content)
         with progress.step("write"), locked_folder(request.output.parent), commit_together():
             write_both(request, made.state.model, made.state.need("plan", run.step.name), places.plan)
             recipe.write(places.recipe, request, overwrite=request.force)
+            content["notes"] += outcome.written_configs(request, made.state.model)
             table = outcome.kept_table(request, choice.chosen or made.state.need("allocation", "allocate"), content)
             content["bytes"] = {
                 "before": report.size_of(model, request.model),
@@ -283,7 +286,8 @@ def _run_of(request: Compress, model: Model, source: Source | None) -> _Run:
     fitted = to_fit(samples.fitted, model, request)
     step = compression.step_of(request, outcome.target_of(request), training, fitted)
     hold_out = request.hold_out if labelled is None else 0.0
-    identity = (model.sha256(), step, request.input_shapes, request.data, request.like, request.max_loss, hold_out)
+    others = (request.data, request.like, request.max_loss, hold_out, sorted(model.free_io))
+    identity = (model.sha256(), step, request.input_shapes, *others)
     cache = RunCache(checkpoint_of(request), hashlib.sha256(repr(identity).encode()).hexdigest())
     traces = traces_of(request) if trains else None
     run = _Run(request, step, samples, fitted, demand, cache, traces, watched_on(request, model))

@@ -59,7 +59,7 @@ def _require_options(request: Inspect) -> None:
 
 def _entry(request: Inspect, path: Path) -> dict[str, Any]:
     try:
-        combed = comb(read_model(path, request.input_shapes), request.input_shapes)
+        combed = comb(read_model(path, request.input_shapes, request.free_io), request.input_shapes)
         content = inspected(combed, sorted(held_groups(combed, request.keep)))
     except CpdError as error:
         return {"source": {"file": path.name}, "error": str(error)}
@@ -69,7 +69,7 @@ def _entry(request: Inspect, path: Path) -> dict[str, Any]:
 def _one(request: Inspect, written: list[Path], observer: Observer) -> dict[str, Any]:
     """Inspect the only model of a request."""
     (path,) = request.models
-    model = read_model(path, request.input_shapes)
+    model = read_model(path, request.input_shapes, request.free_io)
     require_apart(written, model)
     combed = comb(model, request.input_shapes)
     held, table = sorted(held_groups(combed, request.keep)), _table(request, combed)

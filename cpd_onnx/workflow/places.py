@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -109,14 +111,36 @@ def _is_sample(path: Path, read: Iterable[Path]) -> bool:
 # What is read.
 
 
-def read_model(path: Path, shapes: Mapping[str, Sequence[int]] | None = None) -> Model:
-    """Return the model of a file; raises DataError if a shape is given for an input that it does not have."""
+_CACHES = re.compile(r"(?<![a-z])(past|present|kv|k_?cache|v_?cache|cache)(?![a-z])", re.IGNORECASE)
+"""Names of the inputs and outputs that carry keys and values of an attention, as exporters give them (heuristic)."""
+
+
+def read_model(path: Path, shapes: Mapping[str, Sequence[int]] | None = None, free_io: Sequence[str] = ()) -> Model:
+    """Return the model of a file, of which the inputs and outputs that match a pattern may lose channels.
+
+    Raises DataError if a shape is given for an input that it does not have, or nothing matches a pattern.
+    """
     model = load(path)
+    model = model.with_free_io(_matching(model, free_io))
     known = {info.name for info in model.graph.input}
     for name in shapes or {}:
         if name not in known:
             raise DataError(f"--input-shape names {name!r}, but the inputs are {', '.join(sorted(known))}")
     return model
+
+
+def _matching(model: Model, patterns: Sequence[str]) -> frozenset[str]:
+    """Return the names of the inputs and outputs that match patterns; "caches" matches those that speak of a cache."""
+    inputs = [info.name for info in model.graph.input if not model.has(info.name)]
+    names = list(dict.fromkeys((*inputs, *(info.name for info in model.graph.output))))
+    found: set[str] = set()
+    for pattern in patterns:
+        is_preset = pattern == "caches" and pattern not in names
+        matched = {n for n in names if (_CACHES.search(n) if is_preset else fnmatchcase(n, pattern))}
+        if not matched:
+            raise DataError(f"--free-io {pattern!r} matches none of the inputs and outputs: {', '.join(names)}")
+        found |= matched
+    return frozenset(found)
 
 
 def source_of(data: str | None, model: Model, request: OnSamples) -> Source | None:

@@ -53,9 +53,11 @@ _BATCHES = 2
 def prune(request: Prune, observer: Observer = ignore) -> dict[str, Any]:
     """Prune a model, prove the result, write it with its plan, and return the result as plain values."""
     plan_path = request.plan or plan_path_of(request.output)
-    written = require_outputs(request, request.output, plan_path, *outcome.table_places(request))
+    written = require_outputs(
+        request, request.output, plan_path, *outcome.table_places(request), *outcome.config_places(request)
+    )
     started = time.perf_counter()
-    model = read_model(request.model, request.input_shapes)
+    model = read_model(request.model, request.input_shapes, request.free_io)
     require_apart(written, model)
     demand = outcome.demand_of(request, has_labels=False)
     source = source_of(request.data, model, request)
@@ -75,9 +77,11 @@ def prune(request: Prune, observer: Observer = ignore) -> dict[str, Any]:
     content |= {"output": str(request.output), "plan": str(plan_path), "preflight": checked}
     content |= outcome.content(request, demand, samples, choice, state)
     outcome.require_faster(request, content)
-    content["notes"] += [*outcome.target_notes(request, choice), *objections(request.profile, state.model)]
+    content["notes"] += [*outcome.target_notes(request, choice), *outcome.interface_notes(state.model)]
+    content["notes"] += objections(request.profile, state.model)
     with locked_folder(request.output.parent), commit_together():
         write_both(request, state.model, state.need("plan", "prune"), plan_path)
+        content["notes"] += outcome.written_configs(request, state.model)
         outcome.kept_table(request, choice.chosen or state.need("allocation", "allocate"), content)
         content["bytes"] = {"before": before, "after": report.size_of(state.model, request.output)}
         content["verdict"] = verdict_of(content)

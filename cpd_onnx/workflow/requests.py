@@ -214,6 +214,19 @@ class OfSizes(Request):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OfChannels(OfSizes):
+    """Options of commands that find the channels of a model."""
+
+    free_io: tuple[str, ...] = option(
+        (),
+        "Pattern of names of inputs and outputs that may lose channels, such as 'past*', or 'caches' for those whose "
+        "names speak of a cache; may be repeated",
+        metavar="PATTERN",
+        is_many=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Saving(Request):
     """Options of commands that write a model."""
 
@@ -291,7 +304,7 @@ class Tracing(Saving):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choosing(ScoringOptions, OnSamples, OfSizes):
+class Choosing(ScoringOptions, OnSamples, OfChannels):
     """Options of commands that choose channels."""
 
     data: str | None = _data("Samples used to score, repair, train and prove (default: none)")
@@ -375,7 +388,7 @@ class Compressing(Choosing, DistillOptions, Evaluating, FromRecipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inspect(OnSamples, OfSizes):
+class Inspect(OnSamples, OfChannels):
     """Show what models take and give, their coupled channels, what is free in them, and what is frozen and why."""
 
     examples: ClassVar[tuple[str, ...]] = (
@@ -685,7 +698,7 @@ class Bench(OnSamples, OfSizes):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Latency(OfSizes):
+class Latency(OfChannels):
     """Measure the latency of a model's layers, and write it as a cost table for --cost-table."""
 
     examples: ClassVar[tuple[str, ...]] = (

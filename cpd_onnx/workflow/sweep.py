@@ -100,7 +100,7 @@ def sweep(request: Sweep, observer: Observer = ignore) -> dict[str, Any]:
     ]
     written = require_outputs(request, *files.values(), *pages, *beside)
     executor = _executor(request)
-    model = read_model(request.model, request.input_shapes)
+    model = read_model(request.model, request.input_shapes, request.free_io)
     require_apart(written, model)
     source, labelled = (source_of(data, model, request) for data in (request.data, request.eval))
     if source is None and not request.blind:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -10,7 +11,10 @@ from typing import Any
 
 from cpd_onnx.budget.allocation import Allocation
 from cpd_onnx.budget.targets import targets_of
+from cpd_onnx.deploy import cache_configs
 from cpd_onnx.errors import NotFasterError
+from cpd_onnx.ir.interface import PREFIX, kept_by
+from cpd_onnx.ir.model import Model
 from cpd_onnx.passes.allocate import target_options
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.report.verdict import NOT_FASTER, answers
@@ -79,6 +83,33 @@ def target_notes(request: Prune | Compress, choice: Choice) -> list[str]:
         f"the target {targets_of(request.target)} was not aimed at: without --data or --blind, only channels are "
         "removed that change no output"
     ]
+
+
+def interface_notes(model: Model) -> list[str]:
+    """Return a note that names the inputs and outputs that have lost channels; empty if none has."""
+    kept = kept_by(model)
+    if not kept:
+        return []
+    shown = ", ".join(
+        f"{name!r} (axis {', '.join(map(str, axes))})" for name, axes in itertools.islice(kept.items(), 4)
+    )
+    more = f" and {len(kept) - 4} more" if len(kept) > 4 else ""
+    return [
+        f"inputs and outputs that lost channels, so that the program around the model must change: {shown}{more}; "
+        f"the metadata {PREFIX}NAME of the file say which it keeps"
+    ]
+
+
+def config_places(request: Prune | Compress) -> list[Path]:
+    """Return the paths of configuration files that name the sizes of caches, if these may change."""
+    return cache_configs.places_of(request.model, request.output) if request.free_io else []
+
+
+def written_configs(request: Prune | Compress, model: Model) -> list[str]:
+    """Write the configuration files of `config_places` for a pruned model, and return a sentence for each."""
+    if not request.free_io:
+        return []
+    return cache_configs.write(request.model, request.output, model, overwrite=request.force)
 
 
 def table_places(request: Prune | Compress) -> list[Path]:
