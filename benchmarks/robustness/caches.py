@@ -34,7 +34,8 @@ from cpd_onnx.runtime.sessions import execute, open_model
 RESULT = Path(__file__).resolve().parents[1] / "results" / "caches.json"
 Tokens = list[int]
 Opened = Callable[[Path, int], Callable[[Tokens], Tokens]]
-PROMPT = 6
+PROMPT, END = 6, 2
+"""Tokens of a prompt, and the token that ends a text, which is not generated before the number of tokens asked for."""
 
 
 def by_genai(folder: Path, count: int) -> Callable[[Tokens], Tokens]:
@@ -105,16 +106,18 @@ class Masked:
             "position_ids": np.arange(length)[None],
         }
         feed = {
-            entry.name: known[entry.name] if entry.name in known else empty_cache(entry)
+            entry.name: known[entry.name] if entry.name in known else self.empty_cache(entry)
             for entry in session.get_inputs()
         }
-        return [int(token) for token in execute(session, feed)[0][0].argmax(-1)]
+        scores = execute(session, feed)[0][0]
+        scores[:, END] = -np.inf
+        return [int(token) for token in scores.argmax(-1)]
 
-
-def empty_cache(entry: Any) -> Any:
-    """Return a cache of no positions."""
-    kind = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[entry.type]
-    return np.zeros((1, entry.shape[1], 0, entry.shape[3]), kind)
+    def empty_cache(self, entry: Any) -> Any:
+        """Return a cache of no positions."""
+        _, heads, _, size = self.combed.folded.scope.values[entry.name].shape or ()
+        kind = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[entry.type]
+        return np.zeros((1, heads, 0, size), kind)
 
 
 def row(folder: Path, count: int, tokens: int) -> dict[str, Any]:
