@@ -68,6 +68,8 @@ Inputs: TypeAlias = "Sequence[Value | None]"
 """The inputs of a node; None for an optional input that is absent."""
 Inferred: TypeAlias = "tuple[int, tuple[int | None, ...] | None]"
 """Element type (0 if unknown) and shape (None for an unknown size or rank)."""
+Place: TypeAlias = "tuple[str, int, int, int]"
+"""Axis of a node's output: path of the scope, position of the node, number of the output, and of the axis."""
 
 _MAX_SMALL_FLOATS = 8
 """Largest size, in elements, of a float constant that may be shape arithmetic (scales, bounds), not a weight.
@@ -120,35 +122,40 @@ def _best_inferred(model: Model, input_shapes: Mapping[str, Shape], numbers: Map
     A size that is solved may be what another operator's requirement is known by, so that this is repeated.
     """
     known: dict[str, int] = {}
+    counts: dict[Place, int] = {}
     for _ in range(_MOST_SOLVED):
-        folded, equations = _of_best_profile(model, input_shapes, numbers, known)
-        more = {name: number for name, number in solved(equations).items() if name not in known}
-        if not more:
+        inference, folded = _of_best_profile(model, input_shapes, numbers, known, counts)
+        more = {name: number for name, number in solved(inference.equations).items() if name not in known}
+        found = {place: number for place, number in inference.required_counts.items() if place not in counts}
+        if not more and not found:
             break
-        known |= more
+        known, counts = known | more, counts | found
     return folded
 
 
 def _of_best_profile(
-    model: Model, input_shapes: Mapping[str, Shape], numbers: Mapping[str, int], known: Mapping[str, int]
-) -> tuple[Folded, list[Equation]]:
-    """Return the result of the first profile that leaves fewest operators unknown, and what open sizes have to be."""
-    best: Folded | None = None
-    equations: list[Equation] = []
+    model: Model,
+    input_shapes: Mapping[str, Shape],
+    numbers: Mapping[str, int],
+    known: Mapping[str, int],
+    counts: Mapping[Place, int],
+) -> tuple[_Inference, Folded]:
+    """Return the inference of the first profile that leaves fewest operators unknown, and its result."""
+    best: tuple[_Inference, Folded] | None = None
     for profile in SIZE_PROFILES if has_open_inputs(model) and not input_shapes else SIZE_PROFILES[:1]:
-        inference = _Inference(model, profile, input_shapes, numbers, known)
+        inference = _Inference(model, profile, input_shapes, numbers, known, counts)
         try:
             folded = inference.run()
         except ModelError:
             if best is None:
                 raise
             continue  # products of its sizes, which are larger, are not credible
-        if best is None or len(folded.unknown) < len(best.unknown):
-            best, equations = folded, inference.equations
-        if not best.unknown:
+        if best is None or len(folded.unknown) < len(best[1].unknown):
+            best = inference, folded
+        if not best[1].unknown:
             break
     assert best is not None
-    return best, equations
+    return best
 
 
 class _Inference:
@@ -161,8 +168,10 @@ class _Inference:
         input_shapes: Mapping[str, Shape],
         numbers: Mapping[str, int],
         known: Mapping[str, int],
+        counts: Mapping[Place, int],
     ) -> None:
-        self.model = model
+        self.model, self.counts = model, counts
+        self.required_counts: dict[Place, int] = {}
         self.bindings = Bindings()
         given = given_symbols(model, input_shapes)
         self.inputs = OpenInputs(profile, input_shapes, numbers, self.bindings, known, given)
@@ -237,7 +246,7 @@ class _Inference:
         if (check := NODE_CHECKS.get(key_of(node))) is not None:
             check(node, call, inputs)
         if scope.parent is None:
-            self.require(node, call, inputs)
+            self.require(scope, node, call, inputs)
         results = self.computed(scope, position, node, call, inputs) or self.inferred(
             scope, position, node, call, inputs
         )
@@ -250,8 +259,9 @@ class _Inference:
                 value.constants, value.moved = merged, moved
         return results
 
-    def require(self, node: NodeProto, call: Call, inputs: Inputs) -> None:
+    def require(self, scope: Scope, node: NodeProto, call: Call, inputs: Inputs) -> None:
         """Record the equations that a node's inputs violate; what is in a branch may never run."""
+        self.require_counts(scope, node, call, inputs)
         if all(value is None or value.extents is None for value in inputs):
             return
         shapes = [None if value is None else value.sizes for value in inputs]
@@ -261,6 +271,30 @@ class _Inference:
             for size, number in required(key_of(node), call, shapes, values)
             if not size.has_unknowns and any(self.bindings.at(size, binding) != number for binding in BINDINGS)
         ]
+
+    def require_counts(self, scope: Scope, node: NodeProto, call: Call, inputs: Inputs) -> None:
+        """Record the sizes that data decide and this node requires to be a number, such as the length of a slice."""
+        shapes = [
+            None if v is None or v.shapes is None else _with_counts(v.shapes, slot) for slot, v in enumerate(inputs)
+        ]
+        if not any(isinstance(size, Size) for shape in shapes for size in shape or ()):
+            return
+        for size, number in required(key_of(node), call, shapes, [None] * len(inputs)):
+            (((term, _), *_), *_) = size.coefficients
+            place = self.maker_of_count(scope, node.input[term.arguments[0]])
+            if place is not None and number > 1:
+                self.required_counts.setdefault(place, number)
+
+    def maker_of_count(self, scope: Scope, name: str) -> Place | None:
+        """Return the only axis of a node's output whose size data decide, on the way back from a tensor; or None."""
+        while (position := scope.producers.get(name)) is not None:
+            value = scope.values[name]
+            index = list(scope.nodes[position].output).index(name)
+            if value.has_placeholder and value.shapes is not None:
+                axes = [i for i, numbers in enumerate(zip(*value.shapes, strict=True)) if numbers == PLACEHOLDER_SIZES]
+                return (scope.path, position, index, axes[0]) if len(axes) == 1 else None
+            name = scope.nodes[position].input[0] if scope.nodes[position].input else ""
+        return None
 
     def call(self, scope: Scope, position: int, node: NodeProto, inputs: Inputs) -> list[Value]:
         """Return the outputs of a call of a model-local function, whose body is inferred with the arguments."""
@@ -404,7 +438,14 @@ class _Inference:
         for index, name in enumerate(node.output):
             value = Value(name, first[index][0])
             shapes = [found[index][1] for found in (first, *rest)]
-            complete = [shape for shape in shapes if shape is not None]
+            complete = [
+                tuple(
+                    self.counts.get((scope.path, position, index, axis)) if size is None else size
+                    for axis, size in enumerate(shape)
+                )
+                for shape in shapes
+                if shape is not None
+            ]
             if len(complete) == len(shapes) and len({*map(len, complete)}) == 1:
                 value.has_placeholder = any(None in shape for shape in complete)
                 value.shapes = tuple(
@@ -483,6 +524,14 @@ class _Inference:
         ):  # fmt: skip  # a table
             found = {}
         return [_dims(found.get(name)) if name else (0, None) for name in node.output]
+
+
+def _with_counts(shapes: Sequence[Shape], slot: int) -> tuple[Any, ...]:
+    """Return a shape with an unknown for each size that data decide, and None for one that depends on the inputs'."""
+    return tuple(
+        unknown(slot, axis) if numbers == PLACEHOLDER_SIZES else numbers[0] if len(set(numbers)) == 1 else None
+        for axis, numbers in enumerate(zip(*shapes, strict=True))
+    )
 
 
 def _as_expressions(node: NodeProto, call: Call, inputs: Inputs) -> Sequence[Expressions]:

@@ -132,9 +132,48 @@ def test_a_size_that_does_not_fit_is_named_with_the_option_that_gives_it() -> No
     )
     assert any("does not fit the size assumed for a and b and c: give --input-shape" in each for each in reasons(three))
     sliced = (
-        "(float[1, 4, 6] x, int64[1] xs, float[6, 8] w, float[32, 8] table, float[8, 5] v) => (float[] y) "
-        "{ one = Constant <value = int64[1] {0}>() c = Constant <value = int64[1] {4}>() e = Add(xs, c) "
-        "p = Slice(table, xs, e, one) a = MatMul(x, w) b = Add(a, p) y = MatMul(b, v) }"
+        "(float[1, 4, 6] x, int64[2] xs, float[6, 8] w, float[32, 8] table, float[8, 5] v) => (float[] y) "
+        "{ both = Constant <value = int64[2] {0, 1}>() c = Constant <value = int64[2] {4, 8}>() e = Add(xs, c) "
+        "p = Slice(table, xs, e, both) a = MatMul(x, w) b = Add(a, p) y = MatMul(b, v) }"
     )
     assert any("an axis whose size depends on the data" in reason for reason in reasons(sliced))
     assert not any("37" in reason for reason in reasons(sliced))
+
+
+COUNTED = {
+    "a slice of a table": "p = Slice(table, xs, e, ax) h = MatMul(x, a) s = Add(h, p)",
+    "a slice behind others": "q = Slice(table, xs, e, ax) c = Identity(q) z = Constant <value = int64[1] {0}>() "
+    "p = Unsqueeze(c, z) h = MatMul(x, a) s = Add(p, h)",
+    "a slice that is multiplied": "q = Slice(table, xs, e, ax) p = Transpose <perm = [1, 0]>(q) h = MatMul(x, a) "
+    "m = MatMul(p, h) d = ReduceMean <axes = [1], keepdims = 1>(m) s = Add(h, d)",
+}
+"""Bodies in which a number of rows that the data decide must be four."""
+
+
+@pytest.mark.parametrize("body", COUNTED.values(), ids=COUNTED.keys())
+def test_a_count_that_data_decide_is_what_its_reader_requires(body: str) -> None:
+    """Only the sliced axis is lost: the channels beside it can go."""
+    text = (
+        "(float[1, 4, 12] x, int64[1] xs, float[32, 14] table, float[12, 14] a, float[14, 10] b, float[10, 5] c2, "
+        f"int64[1] four, int64[1] ax) => (float[1, 4, 5] y) {{ e = Add(xs, four) {body} u = MatMul(s, b) r = Relu(u) "
+        "y = MatMul(r, c2) }"
+    )
+    model = from_text(text, values={"four": [4], "ax": [0]})
+    combed = comb(model)
+    assert not combed.folded.unknown
+    assert 10 in [len(group) for group in combed.groups]
+    kept = [[0] if len(group) == 10 else [] for group in combed.groups]
+    assert any(kept)
+    state = cpd.run("comb, score{kind='l2'}, allocate{macs=0.7}, prune, verify", model)
+    feed = {"x": np.ones((1, 4, 12), np.float32), "xs": np.asarray([3], np.int64)}
+    assert execute(open_model(state.model), feed)[0].shape == (1, 4, 5)
+
+
+def test_counts_that_fit_nothing_stay_open() -> None:
+    """A count that meets one index may be any."""
+    model = from_text(
+        "(float[1, 14] x, int64[1] xs, float[32, 14] table, float[14, 10] b, int64[1] e, int64[1] ax) => (float[N, 10] y) "
+        "{ p = Slice(table, xs, e, ax) s = Add(x, p) y = MatMul(s, b) }",
+        values={"e": [30], "ax": [0]},
+    )
+    assert comb(model).folded.scope.values["p"].has_placeholder
