@@ -6,7 +6,7 @@ The long version of tests/robustness/test_fuzz.py.
 
 Graphs (tests/support/graphs.py): operators with rules in random topologies, valid by onnx's checker. Each is inferred,
 combed, pruned at random and compared with the masked original in onnxruntime, with random branches removed as a whole
-too, and its channels are permuted.
+too, and its channels are permuted. The same is done where random inputs and outputs may lose channels.
 
 Graphs with open sizes (tests/support/open_graphs.py): shape arithmetic as exporters and people write it. Each is pruned
 and proved; the pruned file is then compared with the masked original at five sets of sizes that neither step used.
@@ -50,7 +50,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.accuracy.accuracy import HERE, commit, macs
 from tests.support.commands import command_outcome
 from tests.support.damage import damaged
-from tests.support.graphs import seeded
+from tests.support.graphs import freed, seeded
 from tests.support.open_outcome import open_outcome
 
 CHUNK, SECONDS, SMALL = 50, 60, 1_500_000
@@ -74,6 +74,7 @@ def graph_outcome(seed: int, work: Path, data: Path | None) -> str:
     onnx.checker.check_model(model, full_check=True)
     try:
         outcomes = [oracle(model, seed=seed) for oracle in (mask_oracle, permutation_oracle, depth_oracle)]
+        outcomes += [oracle(freed(model, seed), seed=seed) for oracle in (mask_oracle, depth_oracle)]
     except cpd.TargetError:
         return "nothing to prune"
     except cpd.DataError:

@@ -7,12 +7,14 @@ from a seed (`seeded`), which is fast.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from typing import Any
 
 from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper
 
+from cpd_onnx.ir.model import Model, load
 from tests.support.builder import (
     ALL_OPSETS,
     BATCH,
@@ -61,9 +63,20 @@ def build(choices: Choices, *, is_common: bool = False) -> ModelProto:
     return helper.make_model(graph, opset_imports=opsets, ir_version=8 if b.opset < 23 else 10)
 
 
+_FREED = 0.6
+"""Part of the inputs and outputs that may lose channels."""
+
+
 def seeded(seed: int, *, is_common: bool = False) -> ModelProto:
     """Return the model of a seed."""
     return build(Seeded(seed), is_common=is_common)
+
+
+def freed(model: ModelProto, seed: int) -> Model:
+    """Return a model of whose inputs and outputs more than half, at random, may lose channels."""
+    rng, loaded = random.Random(seed), load(model)
+    names = sorted({info.name for info in (*model.graph.input, *model.graph.output) if not loaded.has(info.name)})
+    return loaded.with_free_io(name for name in names if rng.random() < _FREED)
 
 
 @st.composite
