@@ -37,6 +37,8 @@ smallest widths of all groups would save little more and lose much (heuristic)."
 
 _BELOW = 0.04
 """Deviation below the target, as a fraction of the original's cost, that whole blocks may have (heuristic)."""
+_NEAR = 0.04
+"""Deviation from the target, relative to it, from which groups that are alike get other widths (heuristic)."""
 STEPS = "steps"
 """Entry of a plan's budget: where the multiples come from, if they were not given as a number."""
 MEASURED = "measured"
@@ -198,6 +200,8 @@ class _Run:
             choices.append([each for each in widths if all(width in allowed[i] for i, width in each.items())])
         choices = [each for each in choices if each]
         left = [size - len(gone) for gone, size in zip(found.removed, sizes, strict=True)]
+        if all(any(all(left[i] == width for i, width in widths.items()) for widths in each) for each in choices):
+            return found
         quick = replace(self, chooser=self.chooser.quick)
         known: dict[tuple[int, ...], float] = {}
 
@@ -216,7 +220,7 @@ class _Run:
             return distances.index(min(distances))
 
         here = tuple(map(nearest, choices))
-        while apart(here) > _BELOW:
+        while apart(here) > _NEAR:
             moves = [
                 (*here[:number], place, *here[number + 1 :])
                 for number, each in enumerate(choices)

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cpd_onnx.errors import DataError
 from cpd_onnx.io.files import read_json, require_free, write_atomically
 from cpd_onnx.ir.interface import Kept, kept_by
 from cpd_onnx.ir.model import Model
@@ -43,7 +42,7 @@ def write(original: Path, output: Path, model: Model, *, overwrite: bool = False
     Returns a sentence for each, or one that says what they cannot express; empty if no cache has lost channels.
     """
     kept = {name: axes for name, axes in kept_by(model).items() if _rank_of(model, name) == _RANK}
-    heads, size = (_one_of(kept, is_heads=is_heads) for is_heads in (True, False))
+    heads, size = (_sizes_of(kept, is_heads=is_heads) for is_heads in (True, False))
     places = places_of(original, output) if heads or size else []
     sentences = []
     for path in places:
@@ -51,9 +50,10 @@ def write(original: Path, output: Path, model: Model, *, overwrite: bool = False
             found = " and ".join(map(str, sorted(heads if len(heads) > 1 else size)))
             sentences.append(f"{path.name} was not written: it has one size for all caches, and these have {found}")
             continue
-        content = read_json(original.parent / path.name)
-        if not isinstance(content, dict):
-            raise DataError(f"{original.parent / path.name} is not a JSON object")
+        content = _read(original.parent / path.name)
+        if content is None:
+            sentences.append(f"{path.name} was not written: that of the original is not a JSON object")
+            continue
         changed = dict(_changes(path.name, content, next(iter(heads), None), next(iter(size), None)))
         require_free(path, overwrite=overwrite)
         write_atomically(path, (json.dumps(content, indent=4) + "\n").encode())
@@ -62,13 +62,22 @@ def write(original: Path, output: Path, model: Model, *, overwrite: bool = False
     return sentences
 
 
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return the content of a JSON file; None if it cannot be read: the result of a long run does not depend on it."""
+    try:
+        content = read_json(path)
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
 def _rank_of(model: Model, name: str) -> int:
     infos = (*model.graph.input, *model.graph.output)
     return next((len(info.type.tensor_type.shape.dim) for info in infos if info.name == name), 0)
 
 
-def _one_of(kept: Kept, *, is_heads: bool) -> set[int]:
-    """Return the numbers of heads that caches keep, or of channels of a head."""
+def _sizes_of(kept: Kept, *, is_heads: bool) -> set[int]:
+    """Return how many heads the caches keep, or how many channels of a head: one number if all are alike."""
     return {len(at) for axes in kept.values() for axis, at in axes.items() if (axis == _HEADS) == is_heads}
 
 

@@ -206,6 +206,15 @@ def test_configurations_name_the_sizes_of_the_caches(
     assert json.loads(Path("whole", name).read_text()) == before, "an input is never overwritten"
 
 
+@pytest.mark.parametrize("text", ["[1]", "{", '{"model": 3}'])
+def test_a_configuration_that_cannot_be_read_costs_no_model(folder: Path, text: str) -> None:
+    Path("whole", "genai_config.json").write_text(text)
+    pruned("--target", "params=0.6", "--json", "r.json", *FEW)
+    notes = json.loads(Path("r.json").read_text())["notes"]
+    assert Path("small", "genai_config.json").exists() == text.endswith("}")
+    assert any("genai_config.json was not written" in note for note in notes) != text.endswith("}")
+
+
 def test_a_configuration_that_exists_is_not_overwritten(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for place in ("whole", "small"):
         Path(place, "config.json").write_text("{}")

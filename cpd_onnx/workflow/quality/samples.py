@@ -83,13 +83,17 @@ def samples_of(
     return Samples(fitted, choosing, judging, labelled is not None, is_held_out)
 
 
+def numbers_in_sample(model: Model, data: Source) -> float:
+    """Return how many numbers the inputs of a model have for each sample."""
+    first = next(calibration(model.proto, data, 1))
+    return sum(array.size for array in first.values()) / sample_count(first)
+
+
 def enough_to_fit(model: Model, data: Source | None, most: int) -> int:
     """Return how many samples suffice for scores and a repair that use at most so many: of large ones fewer do."""
-    if data is None:
+    if data is None or data.count is None:
         return most
-    first = next(calibration(model.proto, data, 1))
-    size = sum(array.size for array in first.values()) / sample_count(first)
-    return int(np.clip(_NUMBERS / size, min(_GENERATED, most), most))
+    return int(np.clip(_NUMBERS / numbers_in_sample(model, data), min(_GENERATED, most), most))
 
 
 def to_fit(data: Source | None, model: Model, options: Any) -> Source | None:

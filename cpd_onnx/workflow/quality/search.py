@@ -13,7 +13,6 @@ from cpd_onnx.budget.choosing import Chooser
 from cpd_onnx.budget.speed import SpeedCheck
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.channels.groups import Combed
-from cpd_onnx.data.sources import calibration
 from cpd_onnx.errors import LossError, TargetError
 from cpd_onnx.io.progress import advance
 from cpd_onnx.io.progress import step as reported
@@ -27,10 +26,9 @@ from cpd_onnx.passes.repair import RepairOptions, few_samples, repair
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.rewrite.plan import Plan, make_plan
 from cpd_onnx.rewrite.rewriter import rewrite
-from cpd_onnx.runtime.sessions import sample_count
 from cpd_onnx.scores.registry import find_score_function, score
 from cpd_onnx.workflow import defaults
-from cpd_onnx.workflow.quality.samples import Loss, Samples
+from cpd_onnx.workflow.quality.samples import Loss, Samples, numbers_in_sample
 
 _FIRST = 0.6
 """Part of the way to the targets that a search tries after the whole way, and factor to the next one (heuristic)."""
@@ -110,9 +108,7 @@ class Search:
     def repair_samples(self) -> int:
         """Number of samples that a candidate is repaired on."""
         assert self.state.data is not None
-        first = next(calibration(self.state.model.proto, self.state.data, 1))
-        size = sum(array.size for array in first.values()) / sample_count(first)
-        return few_samples(self.step.repair_samples, size)
+        return few_samples(self.step.repair_samples, numbers_in_sample(self.state.model, self.state.data))
 
     def _chosen(self, chooser: Chooser, progress: float, by: Refined) -> Allocation:
         return chooser(self.combed, self.scores, progress, is_loss=self.is_loss, curves=by.curves)
