@@ -3,7 +3,9 @@
     python benchmarks/coverage/breadth.py --models ZOO [--models DATA/onnx] --out results/breadth.jsonl
 
 Each model runs in a separate process with a time limit. Each line of the results has the status of a model: "verified",
-"refused" with the reason, or "failed". `--summary` prints the table of the stored results.
+"refused" with the reason, or "failed". `--summary` prints the tables of the stored results: by folder, and by exporter,
+with how many models are prunable in full (99 % of their weights), in part or not at all, and why. `--free-caches` lets
+the caches of language models lose channels, as `--free-io caches` does.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ import json
 import re
 import time
 import traceback
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,16 +27,27 @@ from isolation import limited
 import cpd_onnx as cpd
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.shapes.inference import fold
+from cpd_onnx.workflow.places import read_model
 
 Result = dict[str, Any]
+_FULL = 0.99
+"""Part of the weights from which a model counts as prunable in full."""
+_NAMES = r"'[^']*'|\"[^\"]*\"|\b\d[\d.,]*\b"
+"""Names and numbers, which differ between models that are refused for the same reason."""
 
 
-def check(path: Path, *, permute: bool) -> Result:
+def check(path: Path, *, permute: bool, free_caches: bool = False) -> Result:
     """Comb, prune and prove one model; return the row of the results."""
     result: Result = {"status": "failed"}
     started = time.perf_counter()
     try:
         model = cpd.load(path)
+        result["exporter"] = " ".join(
+            [model.proto.producer_name or "unnamed", model.proto.producer_version[:12]]
+        ).strip()
+        if free_caches:
+            with suppress(cpd.DataError):  # it has none
+                model = read_model(path, free_io=("caches",))
         loaded = time.perf_counter()
         combed = comb(fold(model))
         result["comb_s"] = round(time.perf_counter() - loaded, 3)
@@ -50,7 +64,7 @@ def check(path: Path, *, permute: bool) -> Result:
         }
         found = cpd.run("verify", state).verification
         result |= {"difference": found.difference, "effect": found.effect, "status": "verified"}
-        if permute:
+        if permute and not model.free_io:  # outputs that lose channels are no symmetry
             from cpd_onnx.testing import permutation_oracle
 
             outcome = permutation_oracle(model)
@@ -88,6 +102,28 @@ def summary(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
+def by_exporter(results: list[Result]) -> str:
+    """Return a table of how much is prunable by exporter, and the reasons that hold most, without names."""
+    table: dict[str, Counter[str]] = defaultdict(Counter)
+    reasons: dict[str, Counter[str]] = defaultdict(Counter)
+    for result in results:
+        refused = result["status"] not in ("verified", "inconclusive")
+        fraction = result.get("fraction", 0.0)
+        kind = (
+            "refused" if refused else "full" if fraction >= _FULL else "part" if result.get("groups") else "untouched"
+        )
+        table[result.get("exporter", "unknown")][kind] += 1
+        said = [result.get("reason", "")] if refused else result.get("kept", [])[:1] if kind != "full" else []
+        reasons[kind].update(re.sub(_NAMES, "…", each.partition("] ")[2] or each)[:100] for each in said)
+    columns = ["full", "part", "untouched", "refused"]
+    lines = [f"{'exporter':>40} " + " ".join(f"{c:>10}" for c in columns)]
+    for exporter, row in sorted(table.items()):
+        lines.append(f"{exporter:>40} " + " ".join(f"{row[c]:>10}" for c in columns))
+    for kind, counts in reasons.items():
+        lines += [f"{kind}: {count} x {reason}" for reason, count in counts.most_common(8)]
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Run the models without stored results and print the summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -96,6 +132,7 @@ def main() -> None:
     parser.add_argument("--only", type=re.compile, default=re.compile(""))
     parser.add_argument("--timeout", type=float, default=300)
     parser.add_argument("--no-permutation", action="store_true")
+    parser.add_argument("--free-caches", action="store_true", help="let caches of language models lose channels")
     parser.add_argument("--again", action="store_true", help="repeat the models that were not verified")
     parser.add_argument("--summary", action="store_true")
     options = parser.parse_args()
@@ -106,11 +143,12 @@ def main() -> None:
         if name in done or not options.only.search(name):
             continue
         done[name] = {"model": name} | limited(
-            partial(check, path, permute=not options.no_permutation), options.timeout
+            partial(check, path, permute=not options.no_permutation, free_caches=options.free_caches), options.timeout
         )
         print(json.dumps(done[name])[:400], flush=True)
         options.out.write_text("".join(json.dumps(r) + "\n" for r in done.values()))
     print(summary(list(done.values())))
+    print(by_exporter(list(done.values())))
 
 
 if __name__ == "__main__":

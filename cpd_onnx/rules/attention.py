@@ -13,9 +13,12 @@ from typing import Any
 import numpy as np
 
 from cpd_onnx.algebra.atoms import Axis
+from cpd_onnx.algebra.reasons import Reason
 from cpd_onnx.rules.api import GiveUp, Op, Tensor, rule
 from cpd_onnx.rules.elementwise import MICROSOFT, freeze_rest
 
+_ANGLES = Reason("no channels", "", "angles of positions in a table")
+"""Reason of the axes of cosines and sines, which are computed, not trained."""
 _GROUPED_INPUTS = 12
 """Number of inputs of GroupQueryAttention that its rule handles: up to the head sinks (onnxruntime's operator docs)."""
 
@@ -243,6 +246,8 @@ def group_query_attention(op: Op) -> None:
             _sequence(op, tensor, 1)
             op.unite(tensor[2], shared)
     _caches(op, heads, (3, 4), (1, 2), q[0])
+    for slot in (7, 8):
+        op.freeze_all(op.axes(slot), _ANGLES)
     freeze_rest(op, 5, but=(10, 11))
     _mask(op, 10, heads)
     if op.has(11):
@@ -287,7 +292,7 @@ def _rotary(op: Op, tables: tuple[int, int], positions: int) -> None:
     op.freeze(x[2 if x.rank == 4 else 1], "shares this axis with its angles")
     for slot in tables:
         table = op.input(slot)
-        op.freeze_all((table.axes or [])[:-1], "looks its angles up along this axis")
+        op.freeze_all((table.axes or [])[:-1], _ANGLES)
         if len(table[-1]) == len(pairs):
             op.unite(table[-1], pairs)
         else:
