@@ -177,3 +177,16 @@ def test_counts_that_fit_nothing_stay_open() -> None:
         values={"e": [30], "ax": [0]},
     )
     assert comb(model).folded.scope.values["p"].has_placeholder
+
+
+def test_a_size_that_is_given_holds_for_its_symbol_in_all_inputs() -> None:
+    model = from_text(
+        "(float[n, p, 6] x, float[n, p, 6] xz, float[m, q, 6] xa, float[6, 5] w) => (float[n, p, 5] y, float[m, q, 5] z) "
+        "{ s = Add(x, xz) y = MatMul(s, w) z = MatMul(xa, w) }"
+    )
+    sizes = comb(model, {"xz": (3, 7, 6)}).folded.scope.values
+    assert [sizes[name].shape for name in ("x", "xz", "y")] == [(3, 7, 6), (3, 7, 6), (3, 7, 5)]
+    assert sizes["x"].has_fixed(1)
+    assert not sizes["xa"].has_fixed(1)
+    both = comb(model, {"x": (3, 7, 6), "xz": (1, 7, 6)}).folded.scope.values
+    assert [both[name].shape for name in ("x", "xz")] == [(3, 7, 6), (1, 7, 6)]
