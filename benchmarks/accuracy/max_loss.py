@@ -71,6 +71,8 @@ class Case:
         bounds: Losses that are asked for.
         size: Height and width that images are resized to; None for those of the data set.
         is_pooled: Whether the parts are drawn from all images of the set, which has few; else from its own parts.
+        is_unseen: Whether the run gets test images, others than those of the test; else images that the model was
+            trained on, of which it is surer than of others.
     """
 
     model: str
@@ -82,10 +84,12 @@ class Case:
     bounds: tuple[float, ...] = (0.03, 0.01)
     size: tuple[int, int] | None = None
     is_pooled: bool = False
+    is_unseen: bool = False
 
 
 CASES = {
-    "classifier": Case("resnet20_gtsrb", "gtsrb"),
+    "classifier": Case("resnet20_gtsrb", "gtsrb", is_unseen=True),
+    "classifier, images of its training": Case("resnet20_gtsrb", "gtsrb"),
     "classifier, labels": Case("resnet20_gtsrb", "gtsrb", labelled=1500),
     "bytes of files": Case("magika", "files", None, bounds=(0.2, 0.1)),
     "transformer": Case("vit_cifar10_smmk47", "cifar10", bounds=(0.2, 0.1)),
@@ -131,6 +135,8 @@ def parts_of(case: Case, options: argparse.Namespace) -> Parts | None:
         images, labels = pool[rng.permutation(len(pool))], None
         given, images = images[: case.given], images[case.given :]
     rows, test = rng.permutation(len(given))[: case.given], rng.permutation(len(images))
+    if case.is_unseen:
+        given, rows = images, test[case.labelled + case.tested :][: case.given]
     judged, tested = test[: case.labelled], test[case.labelled :][: case.tested]
 
     def entered(chosen: Array) -> Array:
