@@ -198,8 +198,9 @@ class _Finder:
         """Return what disappears with some groups."""
         fates = _Fates()
         fates.lost_names = {name for index in gone for name in self._tensors_of.get(index, [])}
-        if not fates.lost_names:
-            return Branches(gone, obstacle=_SHARED)
+        lost_inputs = fates.lost_names.intersection(self.scope.inputs)
+        if not fates.lost_names or lost_inputs:
+            return Branches(gone, obstacle=f"input {min(lost_inputs)!r} would be gone" if lost_inputs else _SHARED)
         makers, readers = self.scope.producers, self._readers
         waiting = sorted(
             {makers[name] for name in fates.lost_names if name in makers}

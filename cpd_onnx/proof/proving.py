@@ -17,6 +17,7 @@ from cpd_onnx.errors import REPORT_BUG, InconclusiveError, ProofError, Unsupport
 from cpd_onnx.io.progress import advance, step
 from cpd_onnx.ir.interface import cut, kept_by
 from cpd_onnx.ir.model import Array, Model
+from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.proof.comparison import (
     INCONCLUSIVE,
     QUANTIZED,
@@ -244,7 +245,7 @@ class _Proof:
     def compare(self, given: list[Feed]) -> Comparison:
         """Return the verdict on the models in the present form."""
         compared = compared_tensors(self.combed, self.keep, self.form.floating)
-        self.compared = [one for one in compared if (self.is_pruned or not one.masks) and self.has_fixed_masks(one)]
+        self.compared = [one for one in compared if (self.is_pruned or not one.masks) and self.is_fit(one)]
         original = self.open(self.original)
         self.feeds = given
         plain = execute_all(original, given)
@@ -261,9 +262,17 @@ class _Proof:
         except UnsupportedError as error:
             raise ProofError(f"onnxruntime runs the original but not a model derived from it: {error}") from error
 
-    def has_fixed_masks(self, one: ComparedTensor) -> bool:
-        """Return whether the masks of a tensor apply at all sizes of the inputs."""
-        value = self.combed.folded.scope.values.get(one.name)
+    def is_fit(self, one: ComparedTensor) -> bool:
+        """Return whether a tensor can be compared: an output, or one whose masks apply at all sizes of the inputs.
+
+        Other tensors must be in the other model too, and not be drawn at random.
+        """
+        scope = self.combed.folded.scope
+        value, maker = scope.values.get(one.name), scope.producers.get(one.name)
+        if one.name != one.output:
+            is_random = maker is not None and traits_of(scope.nodes[maker]).is_random
+            if is_random or not any(one.name in node.output for node in self.other.graph.node):
+                return False
         return not one.masks or (value is not None and all(map(value.has_fixed, one.masks)))
 
     def with_masks(self, reference: Callable[[Feed], Model], feeds: Sequence[Feed]) -> Outputs:

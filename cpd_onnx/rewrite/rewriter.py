@@ -24,7 +24,7 @@ from cpd_onnx.rewrite.pruned import Edit, Pruned
 from cpd_onnx.rules.api import DROP, SizeUse, Tensor
 from cpd_onnx.shapes.editor import Editor
 from cpd_onnx.shapes.inference import fold_again
-from cpd_onnx.shapes.values import Folded, Origin, Role, Scope, Use, Value
+from cpd_onnx.shapes.values import PLACEHOLDER_SIZES, Folded, Origin, Role, Scope, Use, Value
 
 
 def rewrite(combed: Combed, keep: KeepMask) -> Pruned:
@@ -431,7 +431,7 @@ class _Rewriter(Editor):
                 if tensor.value.has_placeholder or value.has_placeholder:
                     continue
                 expected = tuple(self.keep.count(axis) for axis in tensor.axes)
-                if value.shape != expected:
+                if not _fits(value, expected):
                     raise ProofError(
                         f"internal error: tensor {name!r} of the pruned model must have shape {list(expected)}, "
                         f"got {list(value.shape)}; {REPORT_BUG}"
@@ -448,7 +448,8 @@ class _Rewriter(Editor):
             return
         for number, axis in enumerate(tensor.axes or []):
             sizes = [[shape[number] for shape in shapes] for shapes in (before.shapes, now.shapes)]
-            if not self.keep.shrinks(axis) and sizes[0] != sizes[1]:
+            is_open = tuple(sizes[1]) == PLACEHOLDER_SIZES
+            if not self.keep.shrinks(axis) and sizes[0] != sizes[1] and not is_open:
                 raise ProofError(
                     f"internal error: axis {number} of tensor {name!r} depends on the input sizes differently than in "
                     f"the original; {REPORT_BUG}"
@@ -465,6 +466,13 @@ class _Rewriter(Editor):
     def use_name(use: Use) -> str:
         node = use.scope.nodes[use.node]
         return f"{node.op_type} {node.name or node.output[0]!r} input {use.slot}"
+
+
+def _fits(value: Value, expected: Sequence[int]) -> bool:
+    """Return whether a tensor has a shape, but for sizes that data decide."""
+    sizes = list(zip(*(value.shapes or ()), strict=True))
+    pairs = zip(sizes, expected, strict=False)
+    return len(sizes) == len(expected) and all(found[0] == size or found == PLACEHOLDER_SIZES for found, size in pairs)
 
 
 def _compressed(array: Array | Lazy, masks: Sequence[Array]) -> Array | Lazy:

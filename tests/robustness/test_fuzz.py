@@ -14,7 +14,7 @@ import cpd_onnx as cpd
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.ir.model import load
 from cpd_onnx.rules import RULES
-from cpd_onnx.testing import mask_oracle, permutation_oracle
+from cpd_onnx.testing import depth_oracle, mask_oracle, permutation_oracle
 from tests.support.commands import command_outcome
 from tests.support.damage import damaged
 from tests.support.graphs import freed, models, seeded
@@ -44,6 +44,13 @@ def test_drawn_graphs(model: ModelProto) -> None:
 @pytest.mark.parametrize("start", range(0, 80, 20))
 def test_seeded_graphs(start: int) -> None:
     assert [seed for seed in range(start, start + 20) if not is_right(seeded(seed), seed)] == []
+
+
+@pytest.mark.parametrize("seed", [1701, 1971, 3807, 4735])
+def test_branches_go_where_inputs_and_outputs_may_lose_channels(seed: int) -> None:
+    """Random numbers and tensors that are gone are not compared, and a count may be open again without its reader."""
+    for source in (seeded(seed), freed(seeded(seed), seed)):
+        assert depth_oracle(source, seed=seed).verdict != "wrong"
 
 
 def test_many_graphs_have_groups_that_reach_inputs_and_outputs() -> None:
