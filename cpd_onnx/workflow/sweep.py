@@ -181,6 +181,7 @@ def _jobs(request: Sweep, files: Mapping[str, Path], plans: Mapping[str, Path]) 
     if _most_jobs(request) > 1 and not request.threads:
         shared["threads"] = 1  # parallel jobs would compete for cores
     shared |= {"report": False, "json": None, "recipe": None, "max_loss": None, "check_speed": False}
+    shared["free_io"] = ()  # the plans name them, and one configuration of the caches cannot serve several models
     return [
         Compress(**shared | {"target": target, "output": files[name], "like": plans[name]})
         for name, target in _targets(request.targets).items()

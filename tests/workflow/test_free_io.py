@@ -206,6 +206,25 @@ def test_configurations_name_the_sizes_of_the_caches(
     assert json.loads(Path("whole", name).read_text()) == before, "an input is never overwritten"
 
 
+def test_the_models_of_a_sweep_share_no_configuration(folder: Path) -> None:
+    Path("whole", "config.json").write_text(json.dumps({"num_key_value_heads": HEADS, "head_dim": SIZE}))
+    words = (
+        "--free-io",
+        "caches",
+        "--targets",
+        "params=0.7,0.6",
+        "--jobs",
+        1,
+        "--no-distill",
+        "--no-repair",
+        "--blind",
+    )
+    assert run("sweep", "whole/model.onnx", "-o", "sweep", *words) == 0
+    assert all(kept_by(load(path)) for path in Path("sweep").glob("*.onnx"))
+    assert len(list(Path("sweep").glob("*.onnx"))) == 2
+    assert not Path("sweep", "config.json").exists()
+
+
 @pytest.mark.parametrize("text", ["[1]", "{", '{"model": 3}'])
 def test_a_configuration_that_cannot_be_read_costs_no_model(folder: Path, text: str) -> None:
     Path("whole", "genai_config.json").write_text(text)
