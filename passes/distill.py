@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from onnx import ModelProto, helper
 from torch import Tensor
 
 from cpd_onnx.algebra.keep import KeepMask
+from cpd_onnx.channels.features import features_of
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.data import metrics
 from cpd_onnx.data.sources import LABELS, Source, check_source, inputs_of
@@ -53,11 +54,13 @@ class Overlap:
     Attributes:
         tensors: Hidden tensors to compare.
         filters: Surviving indices of the teacher on the first axis of each weight, by name.
+        features: The last hidden tensors before the outputs, see `features_of`, with the same indices as `tensors`.
 
     """
 
     tensors: Shared = field(default_factory=dict)
     filters: Mapping[str, Array] = field(default_factory=dict)
+    features: Shared = field(default_factory=dict)
 
 
 _ENOUGH_FOR_STATISTICS = 16
@@ -73,7 +76,7 @@ class DistillResult:
     Attributes:
         values: New values of the changed initializers, with the types and shapes of the model.
         losses: Loss of each update.
-        kinds: Kind of loss of each output.
+        kinds: Kind of loss of each output; empty if hidden tensors alone were compared.
         seconds: Wall-clock time in seconds.
         device: Device of the training.
         restored: Number of batch normalizations that were restored for the training.
@@ -148,7 +151,10 @@ def distill(  # noqa: PLR0913  # the arguments after the options are keywords
     started = time.perf_counter()
     _check(teacher, student, batches, options)
     overlap = overlap or Overlap()
+    options = replace(options, compare=_compared(options, batches, overlap))
     hidden = dict(itertools.islice(overlap.tensors.items(), options.hidden))
+    if options.compare == "features":
+        hidden |= overlap.features
     with join_process_group(options.device) as process_group, _threads(options.threads):
         torch.manual_seed(options.seed)
         feed = _feed(batches, student, options, process_group)
@@ -165,7 +171,7 @@ def distill(  # noqa: PLR0913  # the arguments after the options are keywords
         comparison = DistillationLoss(
             [info.name for info in student.graph.output], options.losses, options.output_weights, options.temperature,
             options.label_weight, options.ignore_label, [_indices(kept) for kept in hidden.values()],
-            options.hidden_weight, kept=kept,
+            options.hidden_weight, kept=kept, is_of_outputs=options.compare == "outputs",
         )  # fmt: skip  # the fields in order
         if mode == "calibrate":
             refolding.calibrate(
@@ -193,8 +199,9 @@ def distill(  # noqa: PLR0913  # the arguments after the options are keywords
         after = refolding.refold(module.onnx_state(), restored)
     values = {name: value for name, value in after.items() if value.tobytes() != before[name].tobytes()}
     seconds = time.perf_counter() - started
+    kinds = comparison.kinds if comparison.is_of_outputs else {}
     return DistillResult(
-        values, tuple(losses), comparison.kinds, seconds, str(process_group.device), len(restored), tuple(hidden),
+        values, tuple(losses), kinds, seconds, str(process_group.device), len(restored), tuple(hidden),
         tuple(judged), {} if watched is None else metrics.metric_of(watched.metric).as_json(),
     )  # fmt: skip  # the fields in order
 
@@ -249,7 +256,11 @@ def overlap_of(combed: Combed, kept: KeepMask, hidden: int = 0) -> Overlap:
         for weight in combed.weights
         if weight.is_trained and not weight.scope.address and len(weight.shape) > 2
     }
-    return Overlap(_shared_tensors(combed, kept, hidden) if hidden else {}, filters)
+    tensors = _shared_tensors(combed, kept, hidden) if hidden else {}
+    features = {name: _survivors(combed, kept, name) for name in features_of(combed)}
+    if not all(indices.size for axes in features.values() for indices in axes.values()):
+        features = {}  # an output no longer depends on the inputs
+    return Overlap(tensors, filters, features)
 
 
 def _shared_tensors(combed: Combed, kept: KeepMask, count: int) -> dict[str, dict[int, Array]]:
@@ -271,11 +282,13 @@ def _shared_tensors(combed: Combed, kept: KeepMask, count: int) -> dict[str, dic
     order = {name: place for place, node in enumerate(scope.nodes) for name in node.output}
     names.sort(key=order.__getitem__)
     chosen = [names[round(i * (len(names) - 1) / max(1, count - 1))] for i in range(min(count, len(names)))]
-    found = {}
-    for name in dict.fromkeys(chosen):
-        axes = combed.tensors[(scope.path, name)].axes or []
-        found[name] = {i: np.flatnonzero(kept.mask(a)) for i, a in enumerate(axes) if kept.shrinks(a)}
-    return found
+    return {name: _survivors(combed, kept, name) for name in dict.fromkeys(chosen)}
+
+
+def _survivors(combed: Combed, kept: KeepMask, name: str) -> dict[int, Array]:
+    """Return the surviving indices of a tensor of the main graph, by pruned axis."""
+    axes = combed.tensors[("", name)].axes or []
+    return {i: np.flatnonzero(kept.mask(a)) for i, a in enumerate(axes) if kept.shrinks(a)}
 
 
 # Preparation of the training.
@@ -335,6 +348,24 @@ def _decided(options: DistillOptions, batches: Source) -> DistillOptions:
     """Return the options with the learning rate."""
     usual = RATE if _has_many(batches) else LOWER_RATE
     return options if options.lr is not None else replace(options, lr=usual)
+
+
+def _compared(options: DistillOptions, batches: Source, overlap: Overlap) -> Literal["outputs", "features"]:
+    """Return what the loss compares; raises CpdError if that is the features and there are none."""
+    of_outputs = bool(options.label_weight or options.losses or options.output_weights)
+    if options.compare == "features" and of_outputs:
+        raise CpdError(
+            "a loss of the features has none of the outputs or labels: leave out their options, or --compare"
+        )
+    if options.compare == "features" and not overlap.features:
+        raise CpdError(
+            "there are no features to compare: the student has no plan, or no weight computes its outputs from them; "
+            "leave out --compare"
+        )
+    if options.compare != "auto":
+        return options.compare
+    of_outputs = of_outputs or bool(options.hidden)
+    return "outputs" if of_outputs or _has_many(batches) or not overlap.features else "features"
 
 
 def _batch_norm(options: DistillOptions, batch_size: int, batches: Source) -> str:

@@ -5,7 +5,7 @@
 
 DATA is a folder with `onnx/` and `load.py`; models and data that are missing are skipped. Each run of `prune` gets the same
 unlabelled images and a target, no bound of the loss, and is not timed; with --trained it is one of `compress`, which
-distills on these images too. Beside it, uniform widths by L2 and at random are repaired alike. All test images are scored,
+distills on these images too, by the outputs and by the features. Beside it, uniform widths by L2 and at random are repaired alike. All test images are scored,
 by onnxruntime and numpy only. Peak memory and disk writes are those of the whole command, as the system counts them.
 """
 
@@ -33,6 +33,7 @@ BASELINES = {
     "random, uniform, repaired": ("prune", "--score", "random", "--policy", "uniform", "--repair", "--effort", "0"),
 }
 EFFORTS = (0, 4, 16)
+KINDS = ("outputs", "features")
 OUTPUT_BLOCK = 512
 """Bytes in a block of the system's count of writes."""
 
@@ -137,14 +138,22 @@ def main() -> None:
     parser.add_argument("--only", choices=[run.name for run in RUNS], action="append")
     parser.add_argument("--effort", type=int, action="append", help=f"instead of {EFFORTS}")
     parser.add_argument("--trained", action="store_true", help="run compress, which distills, instead of prune")
+    parser.add_argument("--compare", choices=KINDS, help="with --trained, what the training compares (both)")
     parser.add_argument("--no-baselines", action="store_true")
     parser.add_argument("--table", action="store_true", help="print the stored results and run nothing")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     elsewhere = dict(entry.split("=", 1) for entry in options.model)
     rows = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
-    suffix, command = (", distilled", ("compress", "--no-report")) if options.trained else ("", ("prune",))
-    ways = {f"effort {effort}{suffix}": (*command, "--effort", str(effort)) for effort in options.effort or EFFORTS}
+    commands: dict[str, tuple[str, ...]] = {"": ("prune",)}
+    if options.trained:
+        commands = {f", distilled by {kind}": ("compress", "--no-report", "--compare", kind) for kind in KINDS}
+    ways = {
+        f"effort {effort}{suffix}": (*command, "--effort", str(effort))
+        for effort in options.effort or EFFORTS
+        for suffix, command in commands.items()
+        if not options.compare or suffix.endswith(options.compare)
+    }
     ways |= {} if options.no_baselines else BASELINES
     data = Data(options.data_folder)
     for run in () if options.table else RUNS:

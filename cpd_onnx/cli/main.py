@@ -205,12 +205,12 @@ def _show_applied(request: Apply, content: dict[str, Any]) -> None:
 def _show_distilled(_: Distill, content: dict[str, Any]) -> None:
     values = {"steps": f"{content['steps']}, {content['seconds']:.1f} s on {content['device']}"}
     if content["steps"]:
-        kinds = ", ".join(f"{name} by {kind}" for name, kind in content["losses"].items())
+        kinds = ", ".join(f"{name} by {kind}" for name, kind in content["losses"].items()) or "hidden tensors"
         values = {"loss": f"{content['first_loss']:.4f} -> {content['last_loss']:.4f} ({kinds})"} | values
     if content["restored"]:
         values["batch norms restored"] = f"{content['restored']}, refolded after training"
     if content["compared"]:
-        values["inner tensors compared"] = ", ".join(content["compared"])
+        values["hidden tensors compared"] = ", ".join(content["compared"])
     for name in ("teacher", "student", "distilled"):
         if name in content:
             values[f"{name} {content['metric']}"] = f"{content[name]:.4f}"

@@ -308,6 +308,7 @@ def _training(content: Content) -> Iterator[Part]:
         "loss": f"{short(losses[0])} → {short(losses[-1])}" if losses else None,
         **_on_held_out(found.get("held_out")),
         **{f"output {name}": f"by {kind}" for name, kind in (found.get("losses_by") or {}).items()},
+        "hidden tensors compared": ", ".join(found.get("compared") or ()) or None,
         f"best {metric} during training": _best(scored, [value for _, value in watched]),
     }
     yield from _facts("", facts)

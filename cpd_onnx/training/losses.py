@@ -135,6 +135,7 @@ class DistillationLoss:
         ignored: Label of elements that do not count.
         hidden: For each hidden tensor, which follow the outputs, the teacher's indices that the student has, by axis.
         hidden_weight: Weight of the mean loss of hidden tensors, relative to that of the outputs.
+        is_of_outputs: Whether the outputs count at all, or the hidden tensors alone.
         kept: For each output that has lost channels, the teacher's indices that the student has, by axis.
         kinds: Kind of distance of each output, set by `choose`.
         distributions: Outputs that are probability distributions, set by `choose`.
@@ -148,6 +149,7 @@ class DistillationLoss:
     ignored: int = IGNORED
     hidden: Sequence[Mapping[int, Tensor]] = ()
     hidden_weight: float = 1.0
+    is_of_outputs: bool = True
     kept: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
     kinds: dict[str, LossKind] = field(default_factory=dict)
     distributions: set[str] = field(default_factory=set)
@@ -165,6 +167,8 @@ class DistillationLoss:
 
     def loss(self, answers: Sequence[Tensor], targets: Sequence[Tensor], labels: Tensor | None) -> Tensor:
         """Return the weighted mean over the outputs, plus the losses of hidden tensors and labels."""
+        if not self.is_of_outputs:
+            return self._hidden_error(answers, targets)
         terms: list[Tensor] = []
         weights: list[float] = []
         labelled: Tensor | None = None
@@ -187,11 +191,14 @@ class DistillationLoss:
             raise DataError("no output holds class scores that labels could be compared with; set label weight 0")
         loss = torch.stack(terms).sum() / sum(weights)
         if self.hidden:
-            count = len(self.outputs)
-            pairs = zip(answers[count:], targets[count:], self.hidden, strict=True)
-            errors = [relative_error(a, surviving(t, survivors)) for a, t, survivors in pairs]
-            loss = loss + self.hidden_weight * torch.stack(errors).mean()
+            loss = loss + self.hidden_weight * self._hidden_error(answers, targets)
         return loss if labelled is None else (1 - self.label_weight) * loss + self.label_weight * labelled
+
+    def _hidden_error(self, answers: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+        """Return the mean relative error of the hidden tensors."""
+        count = len(self.outputs)
+        pairs = zip(answers[count:], targets[count:], self.hidden, strict=True)
+        return torch.stack([relative_error(a, surviving(t, survivors)) for a, t, survivors in pairs]).mean()
 
     def _distance(self, name: str, answer: Tensor, target: Tensor) -> Tensor:
         kind, axis = self.kinds[name], class_axis(target)

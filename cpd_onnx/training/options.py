@@ -95,6 +95,13 @@ class DistillOptions(Optimization):
         metavar="OUTPUT=NUMBER",
         is_many=True,
     )
+    compare: Literal["auto", "outputs", "features"] = _training(
+        "auto",
+        "What the loss compares: the outputs, or the features, which are the last hidden tensors before the outputs "
+        f"(default: features with fewer than {FEW} samples, unless "
+        "labels, losses of outputs or hidden tensors are asked for; else outputs)",
+        choices=("auto", "outputs", "features"),
+    )
     hidden: int = _training(
         0,
         "Number of hidden tensors that are compared as well, on the channels that teacher and student share",

@@ -24,12 +24,15 @@ pytest.importorskip("torch")
 import torch  # after the check for it
 
 import cpd_onnx as cpd
+from cpd_onnx.channels.combing import comb
+from cpd_onnx.channels.features import features_of
 from cpd_onnx.cli.main import main
 from cpd_onnx.data import metrics
 from cpd_onnx.data.metrics import evaluate, open_session
 from cpd_onnx.data.sources import LABELS, ArraySource
 from cpd_onnx.errors import CpdError, StoppedError, TargetError, UnsupportedError
 from cpd_onnx.ir.model import load
+from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.passes import iterate
 from cpd_onnx.passes.distill import DistillResult, Overlap, Progress, Traces, Watched, distill
 from cpd_onnx.passes.interleave import Interleave
@@ -318,6 +321,48 @@ def test_inner_tensors_are_compared_on_shared_channels() -> None:
     assert len(names) == 2
     made = {name for node in model.graph.node for name in node.output}
     assert set(names) <= made - {o.name for o in model.graph.output}
+
+
+def test_few_samples_are_compared_by_the_features() -> None:
+    """The weights after the features learn nothing, and the pruned channels are those that the plan lists."""
+    model = cpd.load(Path(cpd.__file__).parent / "models" / "digits.onnx")
+    data = np.load(Path(cpd.__file__).parent / "models" / "digits_train.npz")
+    source = ArraySource({"image": data["image"][:128]})
+
+    def run(options: str) -> State:
+        steps = "steps=4, batch_size=32, threads=1"
+        return cpd.run(f"comb, score, allocate{{macs=0.4}}, prune, distill{{{steps}{options}}}", model, data=source)
+
+    few, same, other = run(""), run(", compare='features'"), run(", compare='outputs'")
+    names = features_of(comb(model))
+    assert few.distilled is not None
+    assert other.distilled is not None
+    assert few.distilled["compared"] == names
+    assert few.distilled["losses"] == {}
+    assert other.distilled["compared"] == []
+    assert list(other.distilled["losses"].values()) == ["kl"]
+    few_bytes, same_bytes, other_bytes = (
+        state.model.complete_proto().SerializeToString() for state in (few, same, other)
+    )
+    assert few_bytes == same_bytes != other_bytes
+    last = next(node for node in reversed(model.proto.graph.node) if traits_of(node).sums_products)
+    untrained = cpd.run("comb, score, allocate{macs=0.4}, prune", model, data=source).model
+    np.testing.assert_array_equal(few.model.array(last.input[1]), untrained.array(last.input[1]))
+    assert not np.array_equal(other.model.array(last.input[1]), untrained.array(last.input[1]))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "no features to compare"),
+        ({"label_weight": 0.5}, "none of the outputs"),
+        ({"losses": {"t0": "mse"}}, "none of the outputs"),
+    ],
+)
+def test_features_cannot_be_compared_without_a_plan_or_beside_outputs(options: dict[str, Any], said: str) -> None:
+    data = ArraySource(images() | {LABELS: np.zeros(192, np.int64)})
+    with pytest.raises(CpdError, match=said):
+        distill(TEACHER, STUDENT, data, replace(FAST, steps=1, compare="features", **options))
 
 
 # Watching.
