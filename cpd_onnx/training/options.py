@@ -98,8 +98,8 @@ class DistillOptions(Optimization):
     compare: Literal["auto", "outputs", "features"] = _training(
         "auto",
         "What the loss compares: the outputs, or the features, which are the last hidden tensors before the outputs "
-        f"(default: features with fewer than {FEW} samples, unless "
-        "labels, losses of outputs or hidden tensors are asked for; else outputs)",
+        f"(default: features with fewer than {FEW} samples, unless labels, losses of outputs or hidden tensors are "
+        "asked for; else outputs)",
         choices=("auto", "outputs", "features"),
     )
     hidden: int = _training(
