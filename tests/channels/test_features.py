@@ -16,7 +16,11 @@ GRAPHS = {
         "t = Concat <axis = 0> (n, j) d = Reshape (c, t) y = MatMul (d, v) }",
         ["b"],
     ),
-    "two heads that meet": (f"{IMAGE}) => (float[N, 8, 8, 8] y) {BODY} c = Conv (b, u) d = Sigmoid (c) e = Conv (a, u) y = Concat <axis = 1> (d, e) }}", ["a", "b"]),
+    "two heads that meet": (
+        f"{IMAGE}) => (float[N, 8, 8, 8] y) {BODY} c = Conv (b, u) d = Sigmoid (c) e = Conv (a, u) "
+        "y = Concat <axis = 1> (d, e) }",
+        ["a", "b"],
+    ),
     "two outputs of one tensor": (f"{IMAGE}) => (float[N, 4, 8, 8] y, float[N, 4, 8, 8] z) {BODY} y = Conv (b, u) z = Conv (b, u) }}", ["b"]),
     "a product of activations": (
         "(float[2, 5, 4] x, float[4, 4] m, float[4, 4] n) => (float[2, 5, 5] y) "
