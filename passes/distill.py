@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -151,10 +151,11 @@ def distill(  # noqa: PLR0913  # the arguments after the options are keywords
     started = time.perf_counter()
     _check(teacher, student, batches, options)
     overlap = overlap or Overlap()
-    options = replace(options, compare=_compared(options, batches, overlap))
+    features = overlap.features if all(_makes(model, overlap.features) for model in (teacher, student)) else {}
+    options = replace(options, compare=_compared(options, batches, has_features=bool(features)))
     hidden = dict(itertools.islice(overlap.tensors.items(), options.hidden))
     if options.compare == "features":
-        hidden |= overlap.features
+        hidden |= features
     with join_process_group(options.device) as process_group, _threads(options.threads):
         torch.manual_seed(options.seed)
         feed = _feed(batches, student, options, process_group)
@@ -350,22 +351,28 @@ def _decided(options: DistillOptions, batches: Source) -> DistillOptions:
     return options if options.lr is not None else replace(options, lr=usual)
 
 
-def _compared(options: DistillOptions, batches: Source, overlap: Overlap) -> Literal["outputs", "features"]:
+def _makes(model: ModelProto, names: Iterable[str]) -> bool:
+    """Return whether nodes of the main graph make all of these tensors; those of a local function are not there."""
+    return {name for node in model.graph.node for name in node.output}.issuperset(names)
+
+
+def _compared(options: DistillOptions, batches: Source, *, has_features: bool) -> Literal["outputs", "features"]:
     """Return what the loss compares; raises CpdError if that is the features and there are none."""
-    of_outputs = bool(options.label_weight or options.losses or options.output_weights)
-    if options.compare == "features" and of_outputs:
-        raise CpdError(
-            "a loss of the features has none of the outputs or labels: leave out their options, or --compare"
-        )
-    if options.compare == "features" and not overlap.features:
-        raise CpdError(
-            "there are no features to compare: the student has no plan, or no weight computes its outputs from them; "
-            "leave out --compare"
-        )
+    needs_outputs = bool(options.label_weight or options.losses or options.output_weights)
+    if options.compare == "features":
+        if needs_outputs:
+            raise CpdError(
+                "--compare features leaves no part of the loss to outputs and labels: leave out --compare, or the "
+                "options of their losses and weights"
+            )
+        if not has_features:
+            raise CpdError(
+                "there are no features to compare: the student has no plan, or not every output is computed by weights "
+                "from hidden tensors of both models; leave out --compare"
+            )
     if options.compare != "auto":
         return options.compare
-    of_outputs = of_outputs or bool(options.hidden)
-    return "outputs" if of_outputs or _has_many(batches) or not overlap.features else "features"
+    return "features" if has_features and not (needs_outputs or options.hidden or _has_many(batches)) else "outputs"
 
 
 def _batch_norm(options: DistillOptions, batch_size: int, batches: Source) -> str:

@@ -5,8 +5,8 @@
 
 DATA is a folder with `onnx/` and `load.py`; models and data that are missing are skipped. Each run of `prune` gets the same
 unlabelled images and a target, no bound of the loss, and is not timed; with --trained it is one of `compress`, which
-distills on these images too, by the outputs and by the features. Beside it, uniform widths by L2 and at random are repaired alike. All test images are scored,
-by onnxruntime and numpy only. Peak memory and disk writes are those of the whole command, as the system counts them.
+distills on these images too, by the outputs and by the features. Beside it, uniform widths by L2 and at random are repaired
+alike. All test images are scored, by onnxruntime and numpy only. Peak memory and disk writes are those of the whole command, as the system counts them.
 """
 
 from __future__ import annotations

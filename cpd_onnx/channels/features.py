@@ -6,7 +6,7 @@ A map of features holds far more numbers than the class scores computed from it,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from onnx import NodeProto
 
@@ -16,30 +16,48 @@ from cpd_onnx.rules import FLOATS
 
 
 def features_of(combed: Combed) -> list[str]:
-    """Return the features in the order of the graph; empty if no output is computed from them by a weight.
+    """Return the features in the order of the graph; empty unless each output of floating-point type has some.
 
-    From each output, the way back ends at the first products with weights, whose operands are the features: as they are
+    From each output, the way back ends at the first nodes with weights, whose operands are the features: as they are
     before they are pooled over positions or reshaped.
     """
     scope = combed.folded.scope
-    found: list[str] = []
-    waiting, seen = list(scope.outputs), set(scope.outputs)
+    weighted = {
+        use.use.node
+        for weight in combed.weights
+        if weight.is_trained and not weight.is_vector
+        for use in weight.uses
+        if use.use.scope is scope
+    }
+    each = [_before(combed, name, weighted) for name in scope.outputs if _is_float(combed, name)]
+    return sorted(set().union(*each), key=lambda name: scope.producers[name]) if all(each) else []
+
+
+def _before(combed: Combed, output: str, weighted: Container[int]) -> set[str]:
+    """Return the features of an output; `weighted` are the positions of the nodes with weights."""
+    scope = combed.folded.scope
+    found: set[str] = set()
+    waiting, seen = [output], {output}
     while waiting:
-        node = _maker(combed, waiting.pop(0))
-        if node is None:
+        place = scope.producers.get(waiting.pop())
+        if place is None:
             continue
-        moving = list(_moving(combed, node))
-        if traits_of(node).sums_products and len(moving) == 1:
-            found.append(_unpooled(combed, moving[0]))
-            continue
-        waiting += [name for name in moving if name not in seen]
-        seen.update(moving)
-    return sorted({name for name in found if _is_hidden(combed, name)}, key=lambda name: scope.producers[name])
+        moving = set(_moving(combed, scope.nodes[place]))
+        # The weight of a product may come from other constants.
+        is_product = traits_of(scope.nodes[place]).sums_products and len(moving) == 1
+        if place in weighted or is_product:
+            found |= {_unpooled(combed, name) for name in moving}
+        else:
+            waiting += sorted(moving - seen)
+            seen |= moving
+    return {name for name in found if _is_hidden(combed, name)}
 
 
 def _unpooled(combed: Combed, name: str) -> str:
     """Return the tensor that a tensor is pooled, reshaped or copied from, one step after the other."""
-    while (node := _maker(combed, name)) is not None:
+    scope = combed.folded.scope
+    while name in scope.producers:
+        node = scope.nodes[scope.producers[name]]
         traits, moving = traits_of(node), list(_moving(combed, node))
         if len(moving) != 1 or not (traits.maps_zeros_to_zeros or traits.moves_elements):
             break
@@ -47,22 +65,20 @@ def _unpooled(combed: Combed, name: str) -> str:
     return name
 
 
-def _maker(combed: Combed, name: str) -> NodeProto | None:
-    scope = combed.folded.scope
-    place = scope.producers.get(name)
-    return None if place is None else scope.nodes[place]
-
-
 def _moving(combed: Combed, node: NodeProto) -> Iterator[str]:
     """Yield the inputs of a node that are floats and not constant; sizes and indices are not."""
     for name in dict.fromkeys(node.input):
-        value = combed.folded.scope.values.get(name)
-        if name and value is not None and value.dtype in FLOATS and value.constants is None:
+        if _is_float(combed, name) and combed.folded.scope.values[name].constants is None:
             yield name
 
 
+def _is_float(combed: Combed, name: str) -> bool:
+    value = combed.folded.scope.values.get(name)
+    return value is not None and value.dtype in FLOATS
+
+
 def _is_hidden(combed: Combed, name: str) -> bool:
+    """Return whether a node makes a tensor that is no output and whose channels are known."""
     scope = combed.folded.scope
     tensor = combed.tensors.get((scope.path, name))
-    is_float = tensor is not None and bool(tensor.axes) and tensor.value.dtype in FLOATS
-    return is_float and name in scope.producers and name not in scope.outputs
+    return tensor is not None and bool(tensor.axes) and name in scope.producers and name not in scope.outputs

@@ -27,6 +27,12 @@ GRAPHS = {
         "{ r = Tanh (x) q = MatMul (r, m) k = MatMul (r, n) t = Transpose <perm = [0, 2, 1]> (k) y = MatMul (q, t) }",
         ["r"],
     ),
+    "a recurrent layer": (
+        "(float[5, 2, 4] x, float[1, 24, 4] w, float[1, 24, 6] r) => (float[5, 1, 2, 6] y) "
+        "{ a = Tanh (x) y = LSTM <hidden_size = 6> (a, w, r) }",
+        ["a"],
+    ),
+    "one output without": (f"{IMAGE}) => (float[N, 4, 8, 8] y, float[N, 3, 8, 8] z) {BODY} y = Conv (b, u) z = Relu (x) }}", []),
     "the weights follow the input": ("(float[2, 4] x, float[4, 4] m) => (float[2, 4] y) { y = MatMul (x, m) }", []),
     "no weights": ("(float[2, 4] x) => (float[2, 4] y) { y = Relu (x) }", []),
 }  # fmt: skip  # a table

@@ -355,14 +355,21 @@ def test_few_samples_are_compared_by_the_features() -> None:
     ("options", "said"),
     [
         ({}, "no features to compare"),
-        ({"label_weight": 0.5}, "none of the outputs"),
-        ({"losses": {"t0": "mse"}}, "none of the outputs"),
+        ({"label_weight": 0.5}, "no part of the loss to outputs and labels"),
+        ({"losses": {"t0": "mse"}}, "no part of the loss to outputs and labels"),
     ],
 )
 def test_features_cannot_be_compared_without_a_plan_or_beside_outputs(options: dict[str, Any], said: str) -> None:
     data = ArraySource(images() | {LABELS: np.zeros(192, np.int64)})
     with pytest.raises(CpdError, match=said):
         distill(TEACHER, STUDENT, data, replace(FAST, steps=1, compare="features", **options))
+
+
+def test_features_that_a_model_lacks_are_not_compared() -> None:
+    """As where a local function makes them, or a tool has renamed the tensors of the student."""
+    result = run(overlap=Overlap(features={"of another model": {}}))
+    assert result.compared == ()
+    assert result.kinds == {"t0": "kl"}
 
 
 # Watching.
