@@ -210,7 +210,7 @@ class Run:
                 continue
             trained = command(
                 "distill", self.original, student, "-o", self.work / f"{student.stem}_distilled.onnx", "--data", train,
-                *self.training, "--eval", test, "--metric", self.case.metric, "--force", "--json", "-",
+                *self.training, "--compare", "outputs", "--eval", test, "--metric", self.case.metric, "--force", "--json", "-",
             )  # fmt: skip  # one command
             result["dense"] = trained["teacher"]
             result["students"][key] = {

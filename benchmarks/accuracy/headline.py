@@ -65,7 +65,18 @@ RECIPE = (
     "--teacher-runtime",
     "torch",
 )
-SEGMENTATION = ("--batch-size", "4", "--lr", "0.001", "--flip", "--batch-norm", "train", "--mixed-precision")
+SEGMENTATION = (
+    "--batch-size",
+    "4",
+    "--lr",
+    "0.001",
+    "--flip",
+    "--batch-norm",
+    "train",
+    "--mixed-precision",
+    "--compare",
+    "outputs",
+)
 SEGMENTATION_SHARE, SEGMENTATION_STEPS, SEGMENTATION_SAMPLES = 0.5, 700, 64
 SECONDS = 4.0
 """Seconds of interleaved timing for one ratio."""

@@ -43,7 +43,7 @@ BOTH_ORDERS = "gtsrb"
 """Case that is also quantised first, pruned to multiples of 8, and trained."""
 SECONDS = 20.0
 """Seconds of interleaved timing for each model."""
-RECIPE = ("--steps", 300, "--batch-size", 64, "--lr", 0.001, "--shift", 2, "--threads", 1)
+RECIPE = ("--steps", 300, "--batch-size", 64, "--lr", 0.001, "--shift", 2, "--threads", 1, "--compare", "outputs")
 WAYS = {
     "pruned": ("dense", "prune", ()),
     "int8": ("dense", "deploy", ()),

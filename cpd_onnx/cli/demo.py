@@ -47,7 +47,8 @@ _FILES = ("digits.onnx", "digits_pruned.onnx", "digits_pruned.onnx.plan.json")
 _DATA = ("digits_train.npz", "digits_test.npz")
 _TRAINED_CONTROLS = ("random channels, distilled", "the original, trained on")
 """Names of the controls that are trained like the pruned model."""
-_RECIPE: dict[str, Any] = {"batch_size": _BATCH, "lr": 3e-3, "shift": 1, "threads": 1}
+_RECIPE: dict[str, Any] = {"batch_size": _BATCH, "lr": 3e-3, "shift": 1, "threads": 1, "compare": "outputs"}
+"""Options of the training of all students; the controls, which have no plan, have no features to compare."""
 
 
 @dataclass(frozen=True, eq=False)

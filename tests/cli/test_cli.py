@@ -283,6 +283,7 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert (tmp_path / "d" / name).read_bytes() == EXAMPLE.with_name(name).read_bytes()
     assert files(tmp_path / "d") == models | {"report.html", "report.md", "report.json"}
     assert list(content["report"]["accuracy"]["values"]) == ["original", "pruned and repaired", "distilled"]
+    assert content["report"]["training"]["losses_by"] == {"scores": "kl"}, "as in the controls, which have no plan"
     assert run("verify", tmp_path / "d" / "digits.onnx", tmp_path / "d" / "digits_pruned.onnx") == 0
 
 
