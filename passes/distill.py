@@ -20,6 +20,7 @@ import torch
 from onnx import ModelProto, helper
 from torch import Tensor
 
+from cpd_onnx.algebra.atoms import Axis
 from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.channels.features import features_of
 from cpd_onnx.channels.groups import Combed
@@ -32,6 +33,7 @@ from cpd_onnx.ir.model import Model, load
 from cpd_onnx.options import options_from
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.rules import FLOATS
+from cpd_onnx.scores.bases import mixable_groups
 from cpd_onnx.torch import BatchNormMode, OnnxModule, import_model, write_weights
 from cpd_onnx.torch.dtypes import to_numpy, to_torch
 from cpd_onnx.training import refolding
@@ -252,16 +254,24 @@ class Distill(DistillOptions):
 
 def overlap_of(combed: Combed, kept: KeepMask, hidden: int = 0) -> Overlap:
     """Return the correspondence between a model and its pruned version, with that many hidden tensors."""
+    mixable = [index for index, each in mixable_groups(combed).items() if kept.shrinks(each.group.channels)]
+
+    def is_mixed(axis: Axis) -> bool:
+        """Return whether the channels that survive may be combinations of the teacher's, of which each has none."""
+        return bool(np.isin(combed.owners[0][combed.atoms.parts(axis)], mixable).any())
+
     filters = {
         weight.value.name: np.flatnonzero(kept.mask(weight.axes[0][0]))
         for weight in combed.weights
-        if weight.is_trained and not weight.scope.address and len(weight.shape) > 2
+        if weight.is_trained and not weight.scope.address and len(weight.shape) > 2 and not is_mixed(weight.axes[0][0])
     }
     tensors = _shared_tensors(combed, kept, hidden) if hidden else {}
     features = {name: _survivors(combed, kept, name) for name in features_of(combed)}
     if not all(indices.size for axes in features.values() for indices in axes.values()):
         features = {}  # an output no longer depends on the inputs
-    return Overlap(tensors, filters, features)
+    mixed = {name for name in (*tensors, *features) if any(map(is_mixed, combed.tensors[("", name)].axes or []))}
+    tensors = {name: axes for name, axes in tensors.items() if name not in mixed}
+    return Overlap(tensors, filters, {} if mixed & features.keys() else features)
 
 
 def _shared_tensors(combed: Combed, kept: KeepMask, count: int) -> dict[str, dict[int, Array]]:

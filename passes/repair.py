@@ -33,6 +33,8 @@ from cpd_onnx.pipeline.state import State
 from cpd_onnx.rewrite.rewriter import in_line, out_of_line
 from cpd_onnx.runtime.sessions import Feed, sample_count
 from cpd_onnx.runtime.stream import Stop, Stream, Tensors, apart, batch_size, cuts_before, held_feeds
+from cpd_onnx.scores.bases import changed, first_survive
+from cpd_onnx.scores.reconstruction import bases
 
 _BATCH = 32
 """Number of samples in a run of the models."""
@@ -65,6 +67,8 @@ class RepairOptions:
         rounds: Number of times that targets beyond the bounds of a rectifier or another activation that clips are
             replaced by the fitted values; 0 fits the inputs of the activation.
         seed: Seed of the choice of samples and rows.
+        mixes: Whether channels that survive are replaced by the linear combinations that matter most, where nothing
+            but sums and weights use them, see `scores.bases`.
     """
 
     samples: int = option(512, "Number of samples used for the repair", read=positive)
@@ -72,6 +76,7 @@ class RepairOptions:
     ridge: float = 1e-3
     rounds: int = 3
     seed: int = 0
+    mixes: bool = True
 
 
 @dataclass(frozen=True)
@@ -177,7 +182,9 @@ def _repaired(
     if count < _LEAST:
         return Repaired(pruned.copy(), (), {}, (f"nothing was repaired, which takes {_LEAST} samples or more",))
     checks = feeds[len(feeds) - _held_out(len(feeds), count) :]
-    repairer = _Repairer(combed, kept, pruned, feeds, chosen, only)
+    is_mixed = chosen.mixes and not isinstance(data, Synthetic)
+    goal, start = _mixed(combed, kept, pruned, feeds, chosen) if is_mixed else (combed, pruned)
+    repairer = _Repairer(goal, kept, start, feeds, chosen, only)
     del feeds  # the repair drops samples that it does not need any more
     with one_thread():
         made = repairer.run()
@@ -187,6 +194,26 @@ def _repaired(
     if count < min(_FEW, chosen.samples) and not isinstance(data, Synthetic):
         made = replace(made, notes=(f"the repair had {count} samples only: a few hundred make it more accurate",))
     return made if not made.fits else _unless_worse(original, pruned, made, checks)
+
+
+def _mixed(
+    combed: Combed, kept: KeepMask, pruned: Model, feeds: Sequence[Feed], options: RepairOptions
+) -> tuple[Combed, Model]:
+    """Return the original and the pruned model with the best combinations of channels in groups that lose some."""
+    survive = {group.id: kept.mask(group.channels) for group in combed.groups}
+    narrow = {index for index, mask in survive.items() if 0 < np.count_nonzero(mask) < len(mask)}
+    fitted = feeds[: len(feeds) - _held_out(len(feeds), sum(map(sample_count, feeds)))]
+    with one_thread():
+        found = bases(combed, fitted, options.seed, narrow)
+        found = {mixable: first_survive(basis, survive[mixable.group.id]) for mixable, basis in found.items()}
+    if not found:
+        return combed, pruned
+    original, names = changed(combed, found)
+    small, whole = pruned.copy(), with_last(combed, kept, gone_groups(combed, kept))
+    axes = {weight.value.name: weight.axes[0] for weight in combed.weights if not weight.scope.address}
+    for name in names:
+        small.set_array(name, _kept(original.array(name), [whole.mask(axis) for axis in axes[name]]))
+    return replace(combed, folded=replace(combed.folded, model=original)), small
 
 
 def _held_out(count: int, samples: int) -> int:

@@ -17,6 +17,7 @@ class Score:
     seed: int = 0
     samples: int | None = None
     labels: bool = False
+    is_repaired: bool = False
     name: ClassVar[str] = "score"
     requires: ClassVar[tuple[str, ...]] = ("combed",)
     provides: ClassVar[tuple[str, ...]] = ("scores", "score")
@@ -24,6 +25,7 @@ class Score:
     def __call__(self, state: State) -> State:
         """Fill in `scores`."""
         more = {"samples": self.samples, "labels": self.labels, "seed": self.seed}
+        more["is_repaired"] = self.is_repaired
         scores = score(state.need("combed", "comb"), self.kind, data=state.data, **more)
         words = {"score": self.kind, "seed": self.seed}
         if find_score_function(self.kind).needs_data:

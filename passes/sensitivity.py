@@ -159,6 +159,6 @@ class Sensitivity(SensitivityOptions):
         combed = state.need("combed", "comb")
         scores = state.scores
         if scores is None:
-            scores = score(combed, self.score, data=state.data, seed=self.seed)
+            scores = score(combed, self.score, data=state.data, seed=self.seed, is_repaired=self.repair)
         found = sensitivity(combed, scores, state.data, self)
         return replace(state, scores=scores, curves=measured_curves(combed, found))

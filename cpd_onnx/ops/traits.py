@@ -41,6 +41,9 @@ class Traits:
         runs_in_place: Elementwise in the first input, which runtimes fuse into what computes it, or overwrite.
         is_local: The output at a place depends on the inputs and parameters at that place alone; axes may be permuted.
         is_sum: Adds two tensors.
+        is_linear: A linear function of the first input, alike for all channels that it does not mix.
+        is_additive: Adds all inputs, with weights or signs, or joins them.
+        is_bilinear: A linear function of each of the first two inputs, alike for all channels that it does not mix.
         is_rectifier: Sets negative elements to zero.
         is_activation: Elementwise activation function, which may saturate and commonly follows a normalisation.
         saturates: Maps a range of inputs to nearly the same output, elementwise or along an axis.
@@ -87,6 +90,9 @@ class Traits:
     runs_in_place: bool = False
     is_local: bool = False
     is_sum: bool = False
+    is_linear: bool = False
+    is_additive: bool = False
+    is_bilinear: bool = False
     is_rectifier: bool = False
     is_activation: bool = False
     saturates: bool = False
@@ -192,42 +198,47 @@ _MICROSOFT_ONLY, _BOTH_DOMAINS = (MICROSOFT,), ("", MICROSOFT)
 _row("Cast", "moves_elements casts keeps_zeros carries_indices carries_positions reveals_operand is_local")
 _row("CastLike", "casts reveals_operand")
 _row("Compress", "selects_by_input")
-_row("Concat", "moves_elements keeps_zeros reveals_operand follows_normalisation", moved=(0, None))
+_row("Concat", "is_additive moves_elements keeps_zeros reveals_operand follows_normalisation", moved=(0, None))
 _row("Constant", "is_constant")
 _row("ConstantOfShape", "fills_sizes", shape_slot=0)
 _row("DepthToSpace", "reveals_operand maps_zeros_to_zeros")
-_row("Expand", "moves_elements keeps_zeros carries_positions reveals_operand fills_sizes")
-_row("Flatten", "moves_elements keeps_zeros carries_indices reveals_operand is_view")
-_row("Gather", "moves_elements keeps_zeros selects_by_input")
+_row("Expand", "is_linear moves_elements keeps_zeros carries_positions reveals_operand fills_sizes")
+_row("Flatten", "is_linear moves_elements keeps_zeros carries_indices reveals_operand is_view")
+_row("Gather", "is_linear moves_elements keeps_zeros selects_by_input")
 _row("GatherElements", "selects_by_input")
 _row("GatherND", "selects_by_input")
 _row(
     "Identity",
-    "moves_elements keeps_zeros carries_indices carries_positions reveals_operand is_identity is_view is_local",
+    "is_linear moves_elements keeps_zeros carries_indices carries_positions reveals_operand is_identity is_view "
+    "is_local",
 )
-_row("Pad", "reveals_operand maps_zeros_to_zeros", _BOTH_DOMAINS, fill_slot=2)
+_row("Pad", "is_linear reveals_operand maps_zeros_to_zeros", _BOTH_DOMAINS, fill_slot=2)
 _row("Range", "fills_sizes", _BOTH_DOMAINS)
-_row("Reshape", "moves_elements keeps_zeros carries_indices carries_positions reveals_operand is_view", shape_slot=1)
+_row(
+    "Reshape",
+    "is_linear moves_elements keeps_zeros carries_indices carries_positions reveals_operand is_view",
+    shape_slot=1,
+)
 _row("ScatterElements", "selects_by_input")
 _row("ScatterND", "selects_by_input")
 _row("Shape", "reads_sizes")
 _row("Size", "reads_sizes multiplies_sizes")
-_row("Slice", "moves_elements keeps_zeros carries_indices carries_positions reveals_operand selects_by_input")
+_row("Slice", "is_linear moves_elements keeps_zeros carries_indices carries_positions reveals_operand selects_by_input")
 _row("SpaceToDepth", "reveals_operand maps_zeros_to_zeros")
-_row("Split", "moves_elements keeps_zeros reveals_operand")
-_row("Squeeze", "moves_elements keeps_zeros carries_indices carries_positions reveals_operand is_view")
-_row("Tile", "moves_elements keeps_zeros reveals_operand fills_sizes")
-_row("Transpose", "moves_elements keeps_zeros carries_indices reveals_operand is_local")
-_row("Unsqueeze", "moves_elements keeps_zeros carries_indices carries_positions reveals_operand is_view")
+_row("Split", "is_linear moves_elements keeps_zeros reveals_operand")
+_row("Squeeze", "is_linear moves_elements keeps_zeros carries_indices carries_positions reveals_operand is_view")
+_row("Tile", "is_linear moves_elements keeps_zeros reveals_operand fills_sizes")
+_row("Transpose", "is_linear moves_elements keeps_zeros carries_indices reveals_operand is_local")
+_row("Unsqueeze", "is_linear moves_elements keeps_zeros carries_indices carries_positions reveals_operand is_view")
 _row("Where", "moves_elements selects_by_input may_mask stays_float is_local", moved=(1, 3), type_slot=1)
 
 # Arithmetic, comparison, logic.
-_row("Add", "carries_positions reveals_operand is_sum may_mask follows_normalisation is_local")
+_row("Add", "is_additive carries_positions reveals_operand is_sum may_mask follows_normalisation is_local")
 _row("And", "is_boolean")
 _row("ArgMax", "stays_float")
 _row("Ceil", "is_step_function is_local")
 _row("CumSum", "stays_float")
-_row("Div", "reveals_operand is_local")
+_row("Div", "is_linear reveals_operand is_local")
 _row("Equal", "is_boolean compares")
 _row("Floor", "is_step_function is_local")
 _row("Greater", "is_boolean compares")
@@ -238,8 +249,8 @@ _row("Less", "is_boolean compares")
 _row("LessOrEqual", "is_boolean compares")
 _row("Max", "may_mask is_local")
 _row("Mod", "is_step_function")
-_row("Mul", "carries_positions reveals_operand follows_normalisation annihilates is_local")
-_row("Neg", "reveals_operand is_local")
+_row("Mul", "is_bilinear carries_positions reveals_operand follows_normalisation annihilates is_local")
+_row("Neg", "is_linear reveals_operand is_local")
 _row("Not", "is_boolean")
 _row("OneHot", "is_step_function")
 _row("OptionalHasElement", "is_boolean")
@@ -247,8 +258,8 @@ _row("Or", "is_boolean")
 _row("RegexFullMatch", "is_boolean")
 _row("Round", "is_step_function is_local")
 _row("Sign", "is_step_function is_local")
-_row("Sub", "carries_positions reveals_operand may_mask is_local")
-_row("Sum", "may_mask is_local")
+_row("Sub", "is_additive carries_positions reveals_operand may_mask is_local")
+_row("Sum", "is_additive may_mask is_local")
 _row("TopK", "stays_float")
 _row("Xor", "is_boolean")
 
@@ -264,7 +275,7 @@ _row("Cos", "is_local")
 _row("Cosh", "is_local")
 _row("Exp", "is_local")
 _row("Log", "is_local")
-_row("Mean", "is_local")
+_row("Mean", "is_additive is_local")
 _row("Min", "is_local")
 _row("Pow", "is_local")
 _row("Reciprocal", "is_local")
@@ -276,31 +287,31 @@ _row("Tan", "is_local")
 # Layers.
 _row("BatchNormalization", "stays_float runs_in_place stores_statistics is_local")
 _row("Conv", "follows_normalisation sums_products")
-_row("AveragePool", "maps_zeros_to_zeros")
+_row("AveragePool", "is_linear maps_zeros_to_zeros")
 _row("ConvTranspose", "sums_products")
 _row("DynamicQuantizeLSTM", domains=_MICROSOFT_ONLY, output_rank=4)
 _row("EmbedLayerNormalization", domains=_MICROSOFT_ONLY, type_slot=2, output_rank=3)
 _row("GatherBlockQuantized", domains=_MICROSOFT_ONLY, type_slot=2)
 _row("Gemm", "sums_products")
-_row("GlobalAveragePool", "maps_zeros_to_zeros")
+_row("GlobalAveragePool", "is_linear maps_zeros_to_zeros")
 _row("GlobalLpPool", "maps_zeros_to_zeros")
 _row("GlobalMaxPool", "maps_zeros_to_zeros")
 _row("InstanceNormalization", "stays_float normalises")
 _row("LayerNormalization", "stays_float normalises")
 _row("LpPool", "maps_zeros_to_zeros")
-_row("MatMul", "sums_products")
+_row("MatMul", "is_bilinear sums_products")
 _row("MaxPool", "follows_normalisation maps_zeros_to_zeros")
 
 _row("ReduceL1", "maps_zeros_to_zeros")
 _row("ReduceL2", "maps_zeros_to_zeros")
 _row("ReduceMax", "maps_zeros_to_zeros")
-_row("ReduceMean", "maps_zeros_to_zeros")
+_row("ReduceMean", "is_linear maps_zeros_to_zeros")
 _row("ReduceMin", "maps_zeros_to_zeros")
 _row("ReduceProd", "maps_zeros_to_zeros")
-_row("ReduceSum", "maps_zeros_to_zeros")
+_row("ReduceSum", "is_linear maps_zeros_to_zeros")
 _row("ReduceSumSquare", "maps_zeros_to_zeros")
-_row("Resize", "maps_zeros_to_zeros")
-_row("Upsample", "maps_zeros_to_zeros")
+_row("Resize", "is_linear maps_zeros_to_zeros")
+_row("Upsample", "is_linear maps_zeros_to_zeros")
 
 # Activation functions and other saturating operators.
 _row("BiasGelu", "is_activation is_local", _MICROSOFT_ONLY)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from onnx import ModelProto, TensorProto, helper
 from torch import Tensor
 
 from cpd_onnx.data.sources import LABELS, check_source, fixed_batch, inputs_of
 from cpd_onnx.errors import DataError
+from cpd_onnx.fitting.units import units_of
 from cpd_onnx.io.progress import advance
+from cpd_onnx.runtime.sessions import sample_count
+from cpd_onnx.runtime.stream import batch_size
 from cpd_onnx.scores.magnitude import add_per_channel
 from cpd_onnx.scores.registry import Scores
 from cpd_onnx.torch import import_model
@@ -27,6 +34,8 @@ _SMALLEST = 1e-7
 _TEMPERATURE = 4.0
 """Temperature that softens distributions, as in distillation (heuristic): trained networks are confident of most
 samples, and confident outputs have almost no gradient."""
+_CURVED, _BATCH = 128, 16
+"""Maximum number of samples from which curvatures are computed, and of those in a batch (heuristic)."""
 _INSPECTED = 16
 """Number of samples from which the kind of each output is determined (heuristic)."""
 
@@ -42,36 +51,17 @@ def changes(context: ScoreContext) -> Iterator[Scores]:
         DataError: The data does not fit the model, or lacks labels that were requested.
         UnsupportedError: The model cannot be imported into torch.
     """
-    combed, source = context.combed, context.data
-    assert source is not None
-    proto = combed.folded.model.complete_proto()
-    inputs = inputs_of(proto)
-    check_source(source, inputs)
-    module = import_model(proto).eval()
+    combed = context.combed
+    run = _Run(context, combed.folded.model.complete_proto(), 1)
+    module = run.module
     parameters = module.onnx_parameters()
     weights = [
         weight
         for weight in combed.weights
         if weight.value.name in parameters and not weight.is_vector and not weight.scope.function
     ]
-    generator = torch.Generator().manual_seed(context.seed)
-    fixed = fixed_batch(inputs)
-    size = fixed or 1
-    first = next(iter(source.batches(fixed or _INSPECTED, seed=context.seed)))
-    with torch.no_grad():
-        outputs = module(*(to_torch(first[entry.name]) for entry in inputs))
-    axes = [class_axis(output) if kind_of(output) == "kl" else None for output in outputs]
-    batches = source.batches(size, seed=context.seed)
-    count = max(1, context.samples // size)
-    for number, batch in enumerate(itertools.islice(batches, count)):
-        advance(number, count)
+    for loss, _ in run.losses(context.samples):
         module.zero_grad(set_to_none=True)
-        outputs = module(*(to_torch(batch[entry.name]) for entry in inputs))
-        pairs = [(output, axis) for output, axis in zip(outputs, axes, strict=True) if output.requires_grad]
-        if context.labels:
-            loss = _loss_of_labels(pairs, to_torch(batch[LABELS]) if LABELS in batch else None)
-        else:
-            loss = torch.stack([loss_of_sampled(output, axis, generator) for output, axis in pairs]).sum()
         loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
         totals = np.zeros(len(combed.atoms))
         for weight in weights:
@@ -80,6 +70,75 @@ def changes(context: ScoreContext) -> Iterator[Scores]:
                 product = (parameter.detach() * parameter.grad).float().numpy()
                 add_per_channel(totals, combed, weight, product)
         yield totals
+
+
+def curvatures(context: ScoreContext) -> dict[str, npt.NDArray[np.float64]]:
+    """Return the curvature of the model's loss at the outputs of each weight, by name [groups, outputs, outputs].
+
+    That is the second moment of the gradients of the loss of `changes` without labels, summed over the positions of a
+    sample, where the output of the weight (or the sum that it enters) is known to `fitting.units`.
+
+    Raises:
+        DataError: The data does not fit the model.
+        UnsupportedError: The model cannot be imported into torch.
+    """
+    folded = context.combed.folded
+    units = units_of(folded).found
+    proto = copy.deepcopy(folded.model.complete_proto())
+    own = [info.name for info in proto.graph.output]
+    names = [*own, *dict.fromkeys(unit.target for unit in units if unit.target not in own)]
+    proto.graph.output.extend(
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names[len(own) :]
+    )
+    run = _Run(replace(context, labels=False), proto, batch_size(folded, _BATCH), len(own))
+    found: dict[str, npt.NDArray[np.float64]] = {}
+    seen = 0
+    for loss, (tensors, count) in run.losses(min(context.samples, _CURVED)):
+        seen += count
+        known = {name: tensor for name, tensor in zip(names, tensors, strict=True) if tensor.requires_grad}
+        gradients = torch.autograd.grad(loss, list(known.values()), allow_unused=True)
+        at = {name: gradient.numpy() for name, gradient in zip(known, gradients, strict=True) if gradient is not None}
+        for unit in units:
+            if unit.target in at:
+                array = at[unit.target]
+                rows = unit.linear.targets(array, np.arange(unit.linear.count(array.shape)))
+                found[unit.weight] = found.get(unit.weight, np.zeros(())) + rows.swapaxes(1, 2) @ rows
+    return {name: total / max(1, seen) for name, total in found.items()}
+
+
+class _Run:
+    """Batches of samples through the imported module, with the loss of each."""
+
+    def __init__(self, context: ScoreContext, proto: ModelProto, size: int, own: int | None = None) -> None:
+        """Import the model, of which the first `own` outputs have a loss (default: all)."""
+        assert context.data is not None
+        self.context, self.source = context, context.data
+        self.inputs = inputs_of(proto)
+        check_source(self.source, self.inputs)
+        self.module = import_model(proto).eval()
+        self.generator = torch.Generator().manual_seed(context.seed)
+        fixed = fixed_batch(self.inputs)
+        self.size = fixed or size
+        first = next(iter(self.source.batches(fixed or _INSPECTED, seed=context.seed)))
+        with torch.no_grad():
+            outputs = self.module(*(to_torch(first[entry.name]) for entry in self.inputs))[:own]
+        self.axes = [class_axis(output) if kind_of(output) == "kl" else None for output in outputs]
+
+    def losses(self, samples: int) -> Iterator[tuple[Tensor, tuple[Sequence[Tensor], int]]]:
+        """Yield the loss of each batch, the sum of those of its samples, with all outputs and the number of samples."""
+        batches = self.source.batches(self.size, seed=self.context.seed)
+        number_of_batches = max(1, samples // self.size)
+        for number, batch in enumerate(itertools.islice(batches, number_of_batches)):
+            advance(number, number_of_batches)
+            tensors, count = self.module(*(to_torch(batch[e.name]) for e in self.inputs)), sample_count(batch)
+            pairs = [(output, axis) for output, axis in zip(tensors, self.axes, strict=False) if output.requires_grad]
+            if self.context.labels:
+                loss = count * _loss_of_labels(pairs, to_torch(batch[LABELS]) if LABELS in batch else None)
+            else:
+                each = [(loss_of_sampled(*pair, self.generator), pair[1]) for pair in pairs]
+                # Class scores have a mean over all positions, other numbers a sum over their root.
+                loss = torch.stack([loss * (count if axis is not None else count**0.5) for loss, axis in each]).sum()
+            yield loss, (tensors, count)
 
 
 def loss_of_sampled(output: Tensor, axis: int | None, generator: torch.Generator) -> Tensor:

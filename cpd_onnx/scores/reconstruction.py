@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,9 +28,11 @@ from cpd_onnx.fitting.units import Unit, units_of
 from cpd_onnx.io.progress import tracked
 from cpd_onnx.ir.model import Array
 from cpd_onnx.rules.api import Factor
+from cpd_onnx.runtime.sessions import Feed
 from cpd_onnx.runtime.stream import Stop, Stream, Tensors, batch_size, held_feeds
+from cpd_onnx.scores.bases import Mixable, combinations, confirmed_groups
 from cpd_onnx.scores.magnitude import l2
-from cpd_onnx.scores.registry import Scores, score_function
+from cpd_onnx.scores.registry import Scores, needing_torch, score_function
 
 if TYPE_CHECKING:
     from cpd_onnx.scores.registry import ScoreContext
@@ -60,19 +62,56 @@ class _Consumer:
         matrix: Weights of the features [groups, features, outputs].
         variance: Total variance of the output, or of the sum that it enters.
         features: Features of each channel of each group, by its id [channels, features of one].
-        lost: Fraction of the variance that is lost already.
+        weight: Name of the weight; empty for another activation.
+        is_absolute: Whether errors are losses of the model; otherwise, they are fractions of the variance.
+        lost: Sum of the errors so far.
     """
 
     inverse: Matrix
     matrix: Matrix
     variance: float
     features: dict[int, Axis]
+    weight: str = ""
+    is_absolute: bool = False
     lost: float = 0.0
 
     @property
     def left(self) -> float:
-        """Fraction of the variance that remains."""
-        return max(1.0 - self.lost, _LEAST)
+        """Fraction of the variance that remains; errors that are losses are not relative to it."""
+        return 1.0 if self.is_absolute else max(1.0 - self.lost, _LEAST)
+
+    @property
+    def loss(self) -> float:
+        """Loss so far: the negative logarithm of the fraction that is left, or the sum of the errors."""
+        return self.lost if self.is_absolute else -math.log(self.left)
+
+    @property
+    def largest(self) -> float:
+        """Loss without any channel."""
+        return 1.0 / _LEAST if self.is_absolute else -math.log(_LEAST)
+
+    def at_outputs(self, curvature: Matrix) -> _Consumer:
+        """Return the consumer with errors of its outputs as losses of the model [groups, outputs, outputs].
+
+        With the second moments of the gradients as curvature, that is the loss in the second order if features and
+        gradients are independent (Martens and Grosse, K-FAC, ICML 2015).
+        """
+        values, vectors = np.linalg.eigh(curvature)
+        root = vectors * np.sqrt(np.maximum(values, 0.0))[:, None, :]
+        return replace(self, matrix=self.matrix @ root, variance=1.0, is_absolute=True)
+
+    def in_bases(self, bases: Mapping[Mixable, Matrix]) -> _Consumer:
+        """Return the consumer with the channels of groups replaced by combinations of them."""
+        made = replace(self, inverse=self.inverse.copy(), matrix=self.matrix.copy())
+        for mixable, matrices in bases.items():
+            for side in (side for side in mixable.takers if side.unit.weight == self.weight):
+                for number, taps in enumerate(side.features):
+                    back = np.linalg.inv(matrices[mixable.copy_at(number)])
+                    for rows in taps:
+                        made.inverse[:, rows] = back.T @ made.inverse[:, rows]
+                        made.inverse[:, :, rows] = made.inverse[:, :, rows] @ back
+                        made.matrix[:, rows] = back.T @ made.matrix[:, rows]
+        return made
 
     def losses(self, group: int, channels: Sequence[int]) -> Scores:
         """Return the error without each of some channels, as a fraction of the remaining variance."""
@@ -82,11 +121,11 @@ class _Consumer:
         return np.asarray((rows * np.linalg.solve(blocks, rows)).sum(axis=(0, 2, 3)) / self.variance / self.left)
 
     def loss_of(self, group: int) -> float:
-        """Return the loss without any channel of a group: the negative logarithm of the fraction that is left."""
+        """Return the loss without any channel of a group."""
         places = self.features[group].ravel()
         rows = self.matrix[:, places]
         lost = (rows * np.linalg.solve(self.inverse[:, places[:, None], places], rows)).sum() / self.variance
-        return -math.log(max(self.left - float(lost), _LEAST) / self.left)
+        return replace(self, lost=self.lost + float(lost)).loss - self.loss
 
     def remove(self, channels: Sequence[tuple[int, int]]) -> None:
         """Remove channels, given with their groups, and update the weights of the others to replace them."""
@@ -106,30 +145,90 @@ class _Consumer:
         self.matrix[:, places] = 0.0
 
 
-def losses(context: ScoreContext) -> list[Scores]:
+def losses(context: ScoreContext, curvatures: Mapping[str, Matrix] | None = None) -> list[Scores]:
     """Return the loss with each channel after all less important ones of its group, as a fraction of the variance.
 
     Channels of groups without an observed consumer get their fraction of the squared magnitude of the group.
+
+    Args:
+        context: The model and the samples.
+        curvatures: Curvature of the model's loss at the outputs of weights, by name [groups, outputs, outputs]; losses
+            are then those of the model, and other weights do not count.
 
     Raises:
         DataError: The data does not fit the model, or contains no samples.
         UnsupportedError: onnxruntime cannot run the model or a part of it.
     """
-    combed = context.combed
-    consumers = _Observer(context).run()
+    combed, feeds = context.combed, _feeds(context)
+    consumers = _Observer(combed, feeds, context.seed).run()
+    if curvatures is not None:
+        known = [c for c in consumers if not c.weight or c.weight in curvatures]
+        consumers = [c.at_outputs(curvatures[c.weight]) if c.weight else c for c in known]
     prices = CostModel(combed).of_groups(combed)
     scores = []
     for magnitude in l2(context):
         squares = np.square(np.nan_to_num(magnitude, nan=np.inf, posinf=1e150))
         scores.append(squares / (squares.sum() or 1.0))
-    wholes = removable_groups(combed)
+    wholes, mixable = removable_groups(combed), confirmed_groups(combed, feeds) if context.is_repaired else {}
     for together in _components(consumers):
         groups = sorted({group for consumer in together for group in consumer.features})
         sizes = {group: len(combed.groups[group]) for group in groups}
         each = {group: max(1.0, prices[group].macs / size) for group, size in sizes.items()}
-        for group, values in _removed_in_order(together, sizes, each, wholes).items():
+        mixed = _bases([mixable[group] for group in groups if group in mixable], together)
+        turned = [consumer.in_bases(mixed) for consumer in together] if mixed else []
+        found = _removed_in_order(together, sizes, each, wholes)
+        if turned:
+            are_mixed = {one.group.id for one in mixed}
+            losses = _removed_in_order(turned, sizes, each, wholes)
+            # The repair replaces whichever channels survive by the best combinations.
+            ranks = {group: np.argsort(np.argsort(found[group], kind="stable")) for group in are_mixed}
+            found = {g: np.sort(losses[g])[ranks[g]] if g in are_mixed else losses[g] for g in groups}
+        for group, values in found.items():
             scores[group] = values
     return scores
+
+
+def bases(combed: Combed, feeds: Sequence[Feed], seed: int, groups: Container[int]) -> dict[Mixable, Matrix]:
+    """Return the combinations of channels with which mixable groups lose least [copies, combinations, channels].
+
+    Args:
+        combed: The model and its coupled channels.
+        feeds: Batches of samples.
+        seed: Seed of the choice of rows.
+        groups: Ids of the groups that are wanted.
+
+    Raises UnsupportedError if onnxruntime cannot run a part of the model.
+    """
+    wanted = [mixable for index, mixable in confirmed_groups(combed, feeds).items() if index in groups]
+    weights = {side.unit.weight for mixable in wanted for side in mixable.takers}
+    return _bases(wanted, _Observer(combed, feeds, seed).run(weights)) if wanted else {}
+
+
+def _bases(wanted: Sequence[Mixable], consumers: Sequence[_Consumer]) -> dict[Mixable, Matrix]:
+    """Return the best combinations of the channels of some groups whose consumers were all observed."""
+    found: dict[Mixable, Matrix] = {}
+    for mixable in wanted:
+        by_name = {consumer.weight: consumer for consumer in consumers if mixable.group.id in consumer.features}
+        if by_name.keys() != {side.unit.weight for side in mixable.takers}:
+            continue
+        moments, weights = ([list[Matrix]() for _ in range(mixable.copies)] for _ in range(2))
+        for side in mixable.takers:
+            consumer = by_name[side.unit.weight]
+            gram = np.linalg.inv(consumer.inverse[0])
+            for number, taps in enumerate(side.features):
+                place = mixable.copy_at(number)
+                moments[place].append(np.mean([gram[np.ix_(rows, rows)] for rows in taps], axis=0))
+                weights[place] += [consumer.matrix[0][rows] / math.sqrt(consumer.variance) for rows in taps]
+        found[mixable] = np.stack([combinations(*each) for each in zip(moments, weights, strict=True)])
+    return found
+
+
+def _feeds(context: ScoreContext) -> list[Feed]:
+    """Return the samples of a score in batches that are held."""
+    assert context.data is not None
+    folded = context.combed.folded
+    size = batch_size(folded, _BATCH)
+    return held_feeds(calibration(folded.model.proto, context.data, context.samples, batch=size, seed=context.seed))
 
 
 def _components(consumers: Sequence[_Consumer]) -> list[list[_Consumer]]:
@@ -165,16 +264,16 @@ def _removed_in_order(
     step = max(1, sum(sizes.values()) // _STEPS)
     while any(len(channels) > 1 for channels in alive.values()):
         gone, fractions = _cheapest(consumers, alive, prices, step)
-        before = sum(math.log(consumer.left) for consumer in consumers)
+        before = sum(consumer.loss for consumer in consumers)
         for consumer in consumers:
             consumer.remove(gone)
-        loss = before - sum(math.log(consumer.left) for consumer in consumers)
+        loss = sum(consumer.loss for consumer in consumers) - before
         for (group, channel), fraction in zip(gone, fractions.tolist(), strict=True):
             worst[group] = max(worst[group], loss * fraction)
             scores[group][channel] = worst[group]
             alive[group].remove(channel)
     for group, values in scores.items():
-        values[alive[group]] = worst[group] - sum(math.log(_LEAST) for c in consumers if group in c.features)
+        values[alive[group]] = worst[group] + sum(c.largest for c in consumers if group in c.features)
         if group in whole:
             others = float(values.sum() - values[alive[group]].sum())
             values[alive[group]] = max(worst[group], whole[group] - others)
@@ -223,28 +322,24 @@ class _Look:
 class _Observer:
     """Runs the model batch by batch, and collects the consumers of channels."""
 
-    context: ScoreContext
+    combed: Combed
+    feeds: Sequence[Feed]
+    seed: int
 
     def __post_init__(self) -> None:
-        combed, context = self.context.combed, self.context
-        assert context.data is not None
-        self.combed: Combed = combed
-        self.owner, self.rank = combed.owners
-        proto = combed.folded.model.proto
-        size = batch_size(combed.folded, _BATCH)
-        feeds = held_feeds(calibration(proto, context.data, context.samples, batch=size, seed=context.seed))
-        self.stream = Stream(combed.folded, combed.folded.model, feeds)
-        self.sampler = Sampler(_ROWS, context.seed, self.stream.sizes)
-        self.makers = combed.folded.scope.producers
+        self.owner, self.rank = self.combed.owners
+        self.stream = Stream(self.combed.folded, self.combed.folded.model, self.feeds)
+        self.sampler = Sampler(_ROWS, self.seed, self.stream.sizes)
+        self.makers = self.combed.folded.scope.producers
 
-    def run(self) -> list[_Consumer]:
-        """Return all consumers of channels."""
+    def run(self, only: Container[str] | None = None) -> list[_Consumer]:
+        """Return all consumers of channels, or only some weights."""
         looks: list[_Look] = []
         for unit in units_of(self.combed.folded).found:
-            channels = self.channels(unit)
+            channels = self.channels(unit) if only is None or unit.weight in only else {}
             if channels:
                 looks.append(self.at_unit(len(looks), unit, channels))
-        looks += [self.at_meeting(left, right) for left, right in self.meetings()]
+        looks += [self.at_meeting(left, right) for left, right in self.meetings()] if only is None else []
         looks.sort(key=lambda look: look.position)
         found: list[_Consumer] = []
         for part in tracked(list(_parts(looks))):
@@ -318,7 +413,7 @@ class _Observer:
             inverse = np.asarray(np.linalg.inv(moments.lifted(_RIDGE)), np.float64)
             matrix = weight * unit.gain.reshape(len(weight), 1, -1)
             variance = spread.variance * weight.shape[0] * weight.shape[2]
-            return _Consumer(inverse, matrix, variance, channels) if variance > 0 else None
+            return _Consumer(inverse, matrix, variance, channels, unit.weight) if variance > 0 else None
 
         size = _ITEM * weight.shape[0] * weight.shape[1] ** 2
         return _Look(self.makers[unit.target], (unit.data, unit.target), size, sample, add, finish)
@@ -416,8 +511,27 @@ def _met(left: Array, i: int, right: Array, j: int) -> npt.NDArray[np.float64]:
     needs_data=True,
     is_loss=True,
     samples=512,
+    rival="curvature",
 )
 def reconstruction(context: ScoreContext) -> list[Scores]:
     """Return the error of the least-squares reconstruction without each channel, over all its consumers."""
     with one_thread():
         return losses(context)
+
+
+@score_function(
+    "curvature",
+    source="Martens and Grosse, K-FAC, ICML 2015, for channels as in Wang et al., EigenDamage, ICML 2019",
+    needs_data=True,
+    is_loss=True,
+    samples=512,
+)
+def curvature(context: ScoreContext) -> list[Scores]:
+    """Return the loss of the model from the errors of the reconstruction without each channel, by its curvature."""
+    try:
+        from cpd_onnx.scores.gradients import curvatures
+    except ModuleNotFoundError as error:
+        raise needing_torch(error) from error
+    found = curvatures(context)
+    with one_thread():
+        return losses(context, found)

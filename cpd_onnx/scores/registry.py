@@ -19,7 +19,8 @@ import numpy.typing as npt
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.channels.renormalized import renormalized
 from cpd_onnx.data.sources import Source, imported
-from cpd_onnx.errors import DataError, TargetError
+from cpd_onnx.data.synthetic import Synthetic
+from cpd_onnx.errors import CpdError, DataError, TargetError, UnsupportedError
 from cpd_onnx.io.progress import step
 
 Scores: TypeAlias = npt.NDArray[np.float64]
@@ -38,6 +39,7 @@ class ScoreContext:
         samples: Number of samples used.
         labels: Whether their labels are used instead of the model's own outputs.
         seed: Seed of all random choices.
+        is_repaired: Whether a repair follows, which may replace channels by linear combinations of them.
     """
 
     combed: Combed
@@ -45,6 +47,7 @@ class ScoreContext:
     samples: int = SAMPLES
     labels: bool = False
     seed: int = 0
+    is_repaired: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class ScoreFunction:
         is_loss: Whether the numbers estimate the loss of the model without the channel, so that they are comparable
             between groups; otherwise they are taken relative to the mean of the group.
         samples: Default number of samples.
+        rival: Another score, whose allocation is compared with that of this one at the outputs; empty for none.
     """
 
     function: Callable[[ScoreContext], list[Scores]]
@@ -65,6 +69,7 @@ class ScoreFunction:
     needs_data: bool = False
     is_loss: bool = False
     samples: int = SAMPLES
+    rival: str = ""
 
 
 SCORE_FUNCTIONS: dict[str, ScoreFunction] = {}
@@ -72,7 +77,13 @@ SCORE_FUNCTIONS: dict[str, ScoreFunction] = {}
 
 
 def score_function(
-    name: str, *, source: str, needs_data: bool = False, is_loss: bool = False, samples: int = SAMPLES
+    name: str,
+    *,
+    source: str,
+    needs_data: bool = False,
+    is_loss: bool = False,
+    samples: int = SAMPLES,
+    rival: str = "",
 ) -> Callable[[Callable[[ScoreContext], list[Scores]]], Callable[[ScoreContext], list[Scores]]]:
     """Return a decorator that registers a score function; see `ScoreFunction`.
 
@@ -83,10 +94,17 @@ def score_function(
         raise ValueError(f"score {name!r} is registered already")
 
     def enter(function: Callable[[ScoreContext], list[Scores]]) -> Callable[[ScoreContext], list[Scores]]:
-        SCORE_FUNCTIONS[name] = ScoreFunction(function, source, needs_data, is_loss, samples)
+        SCORE_FUNCTIONS[name] = ScoreFunction(function, source, needs_data, is_loss, samples, rival)
         return function
 
     return enter
+
+
+def needing_torch(error: ModuleNotFoundError) -> CpdError:
+    """Return what to say of a score from gradients whose import failed; raises the error if that was not for torch."""
+    if error.name != "torch":
+        raise error
+    return UnsupportedError("scores from gradients need torch: pip install 'cpd-onnx[torch]'")
 
 
 @step("score")
@@ -105,6 +123,8 @@ def score(combed: Combed, kind: str = "l2", *, samples: int | None = None, **mor
     """
     found = find_score_function(kind)
     context = ScoreContext(combed, samples=samples or found.samples, **more)
+    if isinstance(context.data, Synthetic):
+        context = replace(context, is_repaired=False)  # combinations of channels need real statistics
     if found.needs_data and context.data is None:
         raise DataError(f"score {kind!r} needs samples: give --data, or a source as `data`")
     likened = renormalized(combed, context.data, context.seed) if found.needs_data else None

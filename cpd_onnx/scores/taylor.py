@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from cpd_onnx.errors import DataError, UnsupportedError
+from cpd_onnx.errors import DataError
 from cpd_onnx.scores.magnitude import Summand
-from cpd_onnx.scores.registry import ScoreContext, Scores, score_function
+from cpd_onnx.scores.registry import ScoreContext, Scores, needing_torch, score_function
 
 
 @score_function("taylor", source="Molchanov et al., Importance Estimation, CVPR 2019", needs_data=True, is_loss=True)
@@ -30,9 +30,7 @@ def _from_gradients(context: ScoreContext, summand: Summand) -> list[Scores]:
     try:
         from cpd_onnx.scores.gradients import changes
     except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        raise UnsupportedError("scores from gradients need torch: pip install 'cpd-onnx[torch]'") from error
+        raise needing_torch(error) from error
     total, count = np.zeros(len(context.combed.atoms)), 0
     for change in changes(context):
         total += summand(change)

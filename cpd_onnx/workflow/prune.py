@@ -106,7 +106,7 @@ def _pruned_state(request: Prune, step: Iterate, start: State, choice: search.Ch
     proof: list[pipeline.Pass] = [] if request.no_verify else [Verify(allow_inconclusive=request.allow_inconclusive)]
     fitting = Repair(samples=step.repair_samples, seed=step.seed)
     repair: list[pipeline.Pass] = [fitting] if step.repair and not choice.is_lossless else []
-    score = Score(step.score, step.seed, step.samples, step.score_labels)
+    score = Score(step.score, step.seed, step.samples, step.score_labels, step.repair)
     if choice.plan is not None:
         start = replace(
             start, folded=choice.combed.folded if choice.combed else None, combed=choice.combed,

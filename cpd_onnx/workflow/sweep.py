@@ -158,7 +158,10 @@ def _planned(request: Sweep, model: Model, source: Source | None, targets: Mappi
     source = to_fit(source, model, request)
     step = compression.step_of(request, first, None, source)
     kind = step.score
-    scores = score(combed, kind, samples=request.samples, data=source, labels=request.score_labels, seed=request.seed)
+    scores = score(
+        combed, kind, samples=request.samples, data=source, labels=request.score_labels, seed=request.seed,
+        is_repaired=step.repair,
+    )  # fmt: skip  # the fields in order
     chooser = step.chooser(combed)
     place = request.output / "plans"
     paths = {}

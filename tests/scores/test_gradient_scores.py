@@ -18,7 +18,8 @@ from cpd_onnx.channels.combing import comb
 from cpd_onnx.cli.main import main
 from cpd_onnx.data.metrics import evaluate
 from cpd_onnx.data.sources import LABELS, ArraySource
-from cpd_onnx.scores.gradients import changes, loss_of_sampled
+from cpd_onnx.ir.model import load
+from cpd_onnx.scores.gradients import changes, curvatures, loss_of_sampled
 from cpd_onnx.scores.registry import ScoreContext, score
 from tests.support.models import from_text
 from tests.support.runs import plain
@@ -111,3 +112,18 @@ def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
         main(plain([*command, "--data", str(tmp_path / "few.npz"), "--force", "--samples", "4", "--policy", "global"]))
         == 0
     )
+
+
+def test_curvatures_are_the_second_moments_of_the_gradients_of_the_loss() -> None:
+    """For a linear model whose one output has a normal distribution, they follow from its weights."""
+    rng = np.random.default_rng(0)
+    down = rng.normal(size=(3, 1)).astype(np.float32)
+    text = "(float[N, 4] x, float[4, 3] up, float[3, 1] down) => (float[N, 1] y) { h = MatMul (x, up) y = MatMul (h, down) }"
+    combed = comb(load(from_text(text, values={"up": rng.normal(size=(4, 3)), "down": down})))
+    source = ArraySource({"x": rng.normal(size=(64, 4)).astype(np.float32)})
+    found = curvatures(ScoreContext(combed, source, samples=64))
+    assert set(found) == {"up", "down"}
+    # The gradient at h is that at y times the weights.
+    np.testing.assert_allclose(found["up"][0], found["down"][0] * (down @ down.T), rtol=1e-4)
+    assert found["down"].shape == (1, 1, 1)
+    assert found["down"].item() > 0
