@@ -1,12 +1,13 @@
 """Refine: weight the loss of each group by what whole allocations, repaired, lose at the outputs.
 
 The loss that a score assigns to a group is that of the layers that consume it, and says nothing of what the outputs
-make of it. Its weight is found in three steps. First, each group alone is narrowed, its consumers are fitted anew, and
-the divergence of the outputs is set against the loss. Then whole allocations by the scores alone and by powers of these
-weights, with an exponent found by a line search, are repaired and compared at the outputs. At last the best weights are
-varied at random, as long as the effort allows (Frantar and Alistarh, SPDY, ICML 2022, with a repair of each candidate).
-Where groups can be removed as a whole, one more allocation by the scores alone may do so, and the others do if that one
-is nearer to the original.
+make of it. An allocation by a rival score that does, by the curvature of the model's loss, is therefore repaired and
+compared with that by the scores at the outputs. Then the weight of each group's loss is found in three steps. First,
+each group alone is narrowed, its consumers are fitted anew, and the divergence of the outputs is set against the loss.
+Then whole allocations by powers of these weights, with an exponent found by a line search, are repaired and compared.
+At last the best weights are varied at random, as long as the effort allows (Frantar and Alistarh, SPDY, ICML 2022, with
+a repair of each candidate). Where groups can be removed as a whole, one more allocation by the scores alone may do so,
+and the others do if that one is nearer to the original.
 
 All comparisons are made on samples that no candidate is fitted to. Labels are not needed.
 """
@@ -161,11 +162,11 @@ class _Refiner:
         best = before = self.divergence(first)
         tried = 1
         if (rival := self.rival()) is not None:
-            found, tried = self.divergence(self.choose(rival, curves=None)), 2
+            found, tried = self.tried(None, rival), 2
             if is_nearer(found, best):
                 best, first = found, self.choose(rival, curves=None)
                 self.use(rival, find_score_function(self.kind).rival)
-        groups = self.measured_alone(first)
+        groups = self.measured_alone(first) if tried < self.effort else []
         total = len(groups) + self.effort
         logs = self.logs(first, groups, total)
         weights, curves, local = np.zeros_like(logs), None, self.local.widths_alone
@@ -206,10 +207,10 @@ class _Refiner:
         except UnsupportedError:
             return None
 
-    def tried(self, curves: LossCurves) -> Floats:
-        """Return the divergence after an allocation by some curves, infinite if they cannot meet the targets."""
+    def tried(self, curves: LossCurves | None, scores: Sequence[Scores] | None = None) -> Floats:
+        """Return the divergence after an allocation by curves and scores, infinite if they cannot meet the targets."""
         try:
-            return self.divergence(self.choose(self.scores, curves=curves))
+            return self.divergence(self.choose(scores or self.scores, curves=curves))
         except TargetError:
             return np.full(1, np.inf)
 
