@@ -244,13 +244,13 @@ class Allocate(AllocateOptions):
         scores: Sequence[Scores],
         data: Source | None,
         *,
-        kind: str,
+        is_loss: bool,
         seed: int = 0,
     ) -> Refined:
         """Return the loss curves to allocate by, chosen among as many allocations as `effort` says."""
         if data is None or self.budget.policy != "optimal":
             return Refined()
-        return refined(combed, scores, choose, data, RefineOptions(self.effort or 0, seed, self.depth), kind=kind)
+        return refined(combed, scores, choose, data, RefineOptions(self.effort or 0, seed, self.depth), is_loss=is_loss)
 
     def _speed_check(self) -> SpeedCheck | None:
         """Return what times the result; None without `check_speed`."""
@@ -271,8 +271,8 @@ class Allocate(AllocateOptions):
         chooser = self.chooser(combed)
         found = Refined(state.curves)
         if state.curves is None:
-            choose = partial(chooser.quick, combed, is_loss=is_loss)
-            found = self.refined(choose, combed, scores, state.data, kind=state.score.get("score", "l2"))
-        allocation = chooser(combed, found.scores or scores, is_loss=is_loss, curves=found.curves)
+            choose = partial(chooser.quick, combed, scores, is_loss=is_loss)
+            found = self.refined(choose, combed, scores, state.data, is_loss=is_loss)
+        allocation = chooser(combed, scores, is_loss=is_loss, curves=found.curves)
         allocation = replace(allocation, notes=(*allocation.notes, *found.notes))
         return replace(state, allocation=allocation, budget=dict(allocation.budget) | dict(state.score))

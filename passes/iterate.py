@@ -8,7 +8,7 @@ with other weights, for any number of rounds.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -289,15 +289,14 @@ class _Choice:
             is_loss = find_score_function(options.score).is_loss
             progress = number / options.rounds
             scores, data = _without(scores, self.removed), self.state.data
-            choose = partial(self.chooser.quick, now, progress=progress, is_loss=is_loss)
-            best = options.refined(choose, now, scores, data, kind=options.score, seed=options.seed)
-            scores = _without(best.scores, self.removed) if best.scores else scores
+            choose = partial(self.chooser.quick, now, scores, progress, is_loss=is_loss)
+            best = options.refined(choose, now, scores, data, is_loss=is_loss, seed=options.seed)
             found = self.chooser(now, scores, progress, is_loss=is_loss, curves=best.curves)
             chosen = _joined(replace(found, notes=(*found.notes, *best.notes)), self.removed)
         return replace(chosen, after=CostModel(now).total(chosen.keep_mask(now)))
 
 
-def _without(scores: Sequence[Scores], removed: list[list[int]]) -> list[Scores]:
+def _without(scores: list[Scores], removed: list[list[int]]) -> list[Scores]:
     """Return the scores with those of removed channels below all others."""
     results = []
     for values, gone in zip(scores, removed, strict=True):

@@ -1,13 +1,12 @@
 """Refine: weight the loss of each group by what whole allocations, repaired, lose at the outputs.
 
 The loss that a score assigns to a group is that of the layers that consume it, and says nothing of what the outputs
-make of it. An allocation by a rival score that does, by the curvature of the model's loss, is therefore repaired and
-compared with that by the scores at the outputs. Then the weight of each group's loss is found in three steps. First,
-each group alone is narrowed, its consumers are fitted anew, and the divergence of the outputs is set against the loss.
-Then whole allocations by powers of these weights, with an exponent found by a line search, are repaired and compared.
-At last the best weights are varied at random, as long as the effort allows (Frantar and Alistarh, SPDY, ICML 2022, with
-a repair of each candidate). Where groups can be removed as a whole, one more allocation by the scores alone may do so,
-and the others do if that one is nearer to the original.
+make of it. Its weight is found in three steps. First, each group alone is narrowed, its consumers are fitted anew, and
+the divergence of the outputs is set against the loss. Then whole allocations by the scores alone and by powers of these
+weights, with an exponent found by a line search, are repaired and compared at the outputs. At last the best weights are
+varied at random, as long as the effort allows (Frantar and Alistarh, SPDY, ICML 2022, with a repair of each candidate).
+Where groups can be removed as a whole, one more allocation by the scores alone may do so, and the others do if that one
+is nearer to the original.
 
 All comparisons are made on samples that no candidate is fitted to. Labels are not needed.
 """
@@ -25,13 +24,13 @@ from cpd_onnx.budget.allocation import Allocation, LossCurves, depth_curves
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.data.held_out import Division, divide
 from cpd_onnx.data.sources import Source
-from cpd_onnx.errors import TargetError, UnsupportedError
+from cpd_onnx.errors import TargetError
 from cpd_onnx.fitting.divergence import Divergence, Floats, is_nearer
 from cpd_onnx.io.progress import advance, step
 from cpd_onnx.passes.repair import RepairOptions, few_samples, repair
 from cpd_onnx.passes.sensitivity import narrowed
 from cpd_onnx.rewrite.rewriter import rewrite
-from cpd_onnx.scores.registry import Scores, find_score_function, score
+from cpd_onnx.scores.registry import Scores
 
 _HELD_OUT = 0.25
 """Fraction of the samples on which candidates are compared (heuristic)."""
@@ -56,7 +55,7 @@ _STEP, _LARGER, _SMALLER = 0.25, 1.3, 0.85
 class Choose(Protocol):
     """Allocates by loss curves, or by those that the scores imply."""
 
-    def __call__(self, scores: Sequence[Scores], *, curves: LossCurves | None) -> Allocation:
+    def __call__(self, *, curves: LossCurves | None) -> Allocation:
         """Return the allocation."""
 
 
@@ -81,14 +80,12 @@ class Refined:
 
     Attributes:
         curves: The curves; None for those that the scores imply.
-        scores: The scores that they are of; None for those that were given.
         tried: Number of different allocations that were compared.
         before: Divergence at the outputs of the allocation by the scores alone.
         after: That of the best.
     """
 
     curves: LossCurves | None = None
-    scores: Sequence[Scores] | None = None
     tried: int = 0
     before: float = math.nan
     after: float = math.nan
@@ -102,23 +99,23 @@ class Refined:
             f"{self.tried} allocations were repaired and compared with the original on samples not used for the repair"
         )
         first = f"the one chosen by the errors of the layers, whose outputs diverge by {self.before:.3g}"
-        if self.curves is None and self.scores is None:
+        if self.curves is None:
             return (f"{words}; none was clearly closer than {first}",)
         return (f"{words}; the outputs of the best diverge by {self.after:.3g}, closer than {first}",)
 
 
 def refined(
-    combed: Combed, scores: Sequence[Scores], choose: Choose, data: Source, options: RefineOptions, *, kind: str
+    combed: Combed, scores: Sequence[Scores], choose: Choose, data: Source, options: RefineOptions, *, is_loss: bool
 ) -> Refined:
     """Return loss curves whose allocation is nearest to the original at the outputs.
 
     Args:
         combed: The model.
         scores: Scores of its groups.
-        choose: Returns the allocation of scores and loss curves, all of which meet the same targets.
+        choose: Returns the allocation of loss curves, all of which meet the same targets.
         data: Samples, a quarter of which no candidate is fitted to.
         options: How much is tried.
-        kind: Name of the scores.
+        is_loss: Whether the scores are losses.
 
     The scores alone decide if the samples cannot be divided, the model has no outputs of floating-point type, or it is
     too large for one file.
@@ -132,7 +129,9 @@ def refined(
     if division is None or options.effort < 2 or combed.folded.model.is_over_limit:
         return Refined()
     with step("refine", is_whole=True):
-        refiner = _Refiner(combed, scores, choose, division, options, kind)
+        curves = depth_curves(combed, scores, is_loss=is_loss)
+        curves = curves if options.depth else curves.widths_alone
+        refiner = _Refiner(combed, scores, choose, division, curves, options)
         return refiner.run() if refiner.measure.is_defined else Refined()
 
 
@@ -145,12 +144,11 @@ class _Refiner:
         scores: Sequence[Scores],
         choose: Choose,
         division: Division,
+        local: LossCurves,
         options: RefineOptions,
-        kind: str,
     ) -> None:
-        self.combed, self.given, self.choose, self.kind = combed, scores, choose, kind
-        self.effort, self.seed, self.has_depth = options.effort, options.seed, options.depth
-        self.use(scores, kind)
+        self.combed, self.scores, self.choose, self.local = combed, scores, choose, local
+        self.effort, self.seed = options.effort, options.seed
         self.fitted, self.held_out = division.first, division.second
         self.measure = Divergence(combed.folded.model, self.held_out, _SAMPLES)
         self.samples = few_samples(_SAMPLES, self.measure.sample_size)
@@ -158,16 +156,10 @@ class _Refiner:
 
     def run(self) -> Refined:
         """Return the best of all candidates."""
-        first = self.choose(self.scores, curves=None)
-        best = before = self.divergence(first)
-        tried = 1
-        if (rival := self.rival()) is not None:
-            found, tried = self.tried(None, rival), 2
-            if is_nearer(found, best):
-                best, first = found, self.choose(rival, curves=None)
-                self.use(rival, find_score_function(self.kind).rival)
-        groups = self.measured_alone(first) if tried < self.effort else []
+        first = self.choose(curves=None)
+        groups = self.measured_alone(first)
         total = len(groups) + self.effort
+        best = before = self.divergence(first)
         logs = self.logs(first, groups, total)
         weights, curves, local = np.zeros_like(logs), None, self.local.widths_alone
         if np.isfinite(self.local.whole).any():
@@ -177,7 +169,7 @@ class _Refiner:
                 best, curves = found, self.local
         rng, width = np.random.default_rng(self.seed), _STEP
         along = {0.0: float(best.mean())}
-        for number in range(tried, self.effort):
+        for number in range(1, self.effort):
             advance(len(groups) + number, total, f"divergence {best.mean():.3g}")
             exponent = _next_exponent(along)
             trial = weights + width * rng.standard_normal(len(logs)) if exponent is None else exponent * logs
@@ -189,28 +181,12 @@ class _Refiner:
                 width *= _LARGER if is_better else _SMALLER
             else:
                 along[exponent] = float(found.mean())
-        scores = None if self.scores is self.given else self.scores
-        return Refined(curves, scores, len(self.known), float(before.mean()), float(best.mean()))
+        return Refined(curves, len(self.known), float(before.mean()), float(best.mean()))
 
-    def use(self, scores: Sequence[Scores], kind: str) -> None:
-        """Go on from the loss curves that some scores imply."""
-        curves = depth_curves(self.combed, scores, is_loss=find_score_function(kind).is_loss)
-        self.scores, self.local = scores, curves if self.has_depth else curves.widths_alone
-
-    def rival(self) -> Sequence[Scores] | None:
-        """Return the scores that are tried beside those given; None without any, or if they cannot be computed here."""
-        name = find_score_function(self.kind).rival
-        if not name:
-            return None
+    def tried(self, curves: LossCurves) -> Floats:
+        """Return the divergence after an allocation by some curves, infinite if they cannot meet the targets."""
         try:
-            return score(self.combed, name, data=self.fitted, seed=self.seed, is_repaired=True)
-        except UnsupportedError:
-            return None
-
-    def tried(self, curves: LossCurves | None, scores: Sequence[Scores] | None = None) -> Floats:
-        """Return the divergence after an allocation by curves and scores, infinite if they cannot meet the targets."""
-        try:
-            return self.divergence(self.choose(scores or self.scores, curves=curves))
+            return self.divergence(self.choose(curves=curves))
         except TargetError:
             return np.full(1, np.inf)
 

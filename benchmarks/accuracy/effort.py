@@ -6,7 +6,7 @@
 DATA is a folder with `onnx/` and `load.py`; models and data that are missing are skipped. Each run of `prune` gets the same
 unlabelled images and a target, no bound of the loss, and is not timed; with --trained it is one of `compress`, which
 distills on these images too, by the outputs and by the features. Beside it, uniform widths by L2 and at random are repaired
-alike; --without leaves out one part of the method. All test images are scored, by onnxruntime and numpy only. Peak memory and disk writes are those of the whole command, as the system counts them.
+alike. All test images are scored, by onnxruntime and numpy only. Peak memory and disk writes are those of the whole command, as the system counts them.
 """
 
 from __future__ import annotations
@@ -34,8 +34,6 @@ BASELINES = {
 }
 EFFORTS = (0, 4, 16)
 KINDS = ("outputs", "features")
-PARTS = ("combinations", "curvature")
-"""Parts of the method that `without_part.py` can leave out."""
 OUTPUT_BLOCK = 512
 """Bytes in a block of the system's count of writes."""
 
@@ -71,11 +69,12 @@ def score(case: Case, path: Path, images: Any, labels: Any) -> float:
     return iou(case, found, resized(labels, found.shape[1:], is_label=True))
 
 
-def counted(words: list[str], without: str = "") -> tuple[int, dict[str, float]]:
+def counted(words: list[str]) -> tuple[int, dict[str, float]]:
     """Run the program; returns its exit code, seconds, and the peak memory and disk writes of its processes."""
     started = time.perf_counter()
-    program = [str(ROOT / "benchmarks" / "accuracy" / "without_part.py"), without] if without else ["-m", "cpd_onnx"]
-    made = subprocess.Popen([sys.executable, *program, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    made = subprocess.Popen(
+        [sys.executable, "-m", "cpd_onnx", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     _, status, used = os.wait4(made.pid, 0)
     made.returncode = os.waitstatus_to_exitcode(status)
     figures = {
@@ -86,7 +85,7 @@ def counted(words: list[str], without: str = "") -> tuple[int, dict[str, float]]
     return made.returncode, figures
 
 
-def row(run: Run, name: str, more: tuple[str, ...], model: Path, data: Data, without: str = "") -> dict[str, Any]:
+def row(run: Run, name: str, more: tuple[str, ...], model: Path, data: Data) -> dict[str, Any]:
     """Return what one run left."""
     case = next(pair for pair in PAIRS if pair.model == run.model)
     given, images, labels = data.decode(case.data)
@@ -106,7 +105,7 @@ def row(run: Run, name: str, more: tuple[str, ...], model: Path, data: Data, wit
             "0",
         ]
         words += ["--target", f"macs={run.macs}", "--max-loss", "inf", "--round-to", "1", "--no-check-speed"]
-        code, figures = counted([*words, *more[1:], "--json", str(work / "result.json")], without)
+        code, figures = counted([*words, *more[1:], "--json", str(work / "result.json")])
         found: dict[str, Any] = {"case": run.name, "how": name, "code": code} | figures
         if not (work / "small.onnx").exists():
             return found
@@ -140,7 +139,7 @@ def main() -> None:
     parser.add_argument("--effort", type=int, action="append", help=f"instead of {EFFORTS}")
     parser.add_argument("--trained", action="store_true", help="run compress, which distills, instead of prune")
     parser.add_argument("--compare", choices=KINDS, help="with --trained, what the training compares (both)")
-    parser.add_argument("--without", choices=PARTS, help="leave out one part of the method")
+    parser.add_argument("--score", help="instead of the default")
     parser.add_argument("--no-baselines", action="store_true")
     parser.add_argument("--table", action="store_true", help="print the stored results and run nothing")
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -156,8 +155,8 @@ def main() -> None:
         for suffix, command in commands.items()
         if not options.compare or suffix.endswith(options.compare)
     }
-    if options.without:
-        ways = {f"{name}, without {options.without}": more for name, more in ways.items()}
+    if options.score:
+        ways = {f"{name}, score {options.score}": (*more, "--score", options.score) for name, more in ways.items()}
     ways |= {} if options.no_baselines else BASELINES
     data = Data(options.data_folder)
     for run in () if options.table else RUNS:
@@ -165,7 +164,7 @@ def main() -> None:
         if not model.is_file() or (options.only and run.name not in options.only):
             continue
         for name, more in ways.items():
-            made = row(run, name, more, model, data, options.without or "")
+            made = row(run, name, more, model, data)
             rows = kept(options.out, rows, made, ("case", "how"))
             print(run.name, name, made.get("score"), round(made["seconds"]), "s", flush=True)
     show(rows)

@@ -511,7 +511,6 @@ def _met(left: Array, i: int, right: Array, j: int) -> npt.NDArray[np.float64]:
     needs_data=True,
     is_loss=True,
     samples=512,
-    rival="curvature",
 )
 def reconstruction(context: ScoreContext) -> list[Scores]:
     """Return the error of the least-squares reconstruction without each channel, over all its consumers."""

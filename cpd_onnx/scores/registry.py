@@ -61,7 +61,6 @@ class ScoreFunction:
         is_loss: Whether the numbers estimate the loss of the model without the channel, so that they are comparable
             between groups; otherwise they are taken relative to the mean of the group.
         samples: Default number of samples.
-        rival: Another score, whose allocation is compared with that of this one at the outputs; empty for none.
     """
 
     function: Callable[[ScoreContext], list[Scores]]
@@ -69,7 +68,6 @@ class ScoreFunction:
     needs_data: bool = False
     is_loss: bool = False
     samples: int = SAMPLES
-    rival: str = ""
 
 
 SCORE_FUNCTIONS: dict[str, ScoreFunction] = {}
@@ -83,7 +81,6 @@ def score_function(
     needs_data: bool = False,
     is_loss: bool = False,
     samples: int = SAMPLES,
-    rival: str = "",
 ) -> Callable[[Callable[[ScoreContext], list[Scores]]], Callable[[ScoreContext], list[Scores]]]:
     """Return a decorator that registers a score function; see `ScoreFunction`.
 
@@ -94,7 +91,7 @@ def score_function(
         raise ValueError(f"score {name!r} is registered already")
 
     def enter(function: Callable[[ScoreContext], list[Scores]]) -> Callable[[ScoreContext], list[Scores]]:
-        SCORE_FUNCTIONS[name] = ScoreFunction(function, source, needs_data, is_loss, samples, rival)
+        SCORE_FUNCTIONS[name] = ScoreFunction(function, source, needs_data, is_loss, samples)
         return function
 
     return enter

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -15,7 +14,6 @@ from cpd_onnx.budget.choosing import Chooser
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.data.sources import ArraySource
-from cpd_onnx.errors import UnsupportedError
 from cpd_onnx.fitting.divergence import Divergence, is_nearer
 from cpd_onnx.io.progress import ProgressEvent, reporting
 from cpd_onnx.ir.model import Model, load
@@ -23,7 +21,7 @@ from cpd_onnx.passes.iterate import Iterate
 from cpd_onnx.passes.refine import Refined, RefineOptions, _next_exponent, refined
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.runtime.sessions import execute, open_model
-from cpd_onnx.scores.registry import SCORE_FUNCTIONS, Scores, score
+from cpd_onnx.scores.registry import Scores, score
 from tests.support.models import from_text
 
 WIDTH = 24
@@ -61,9 +59,9 @@ def scores_of(combed: Combed) -> list[Scores]:
 def chosen_by(effort: int) -> tuple[Refined, dict[str, int]]:
     combed = comb(two_branches())
     scores, chooser = scores_of(combed), Chooser(Budget("macs", 0.6, "optimal"))
-    choose = partial(chooser.quick, combed, is_loss=True)
-    found = refined(combed, scores, choose, samples(256), RefineOptions(effort), kind="reconstruction")
-    removed = choose(found.scores or scores, curves=found.curves).removed
+    choose = partial(chooser.quick, combed, scores, is_loss=True)
+    found = refined(combed, scores, choose, samples(256), RefineOptions(effort), is_loss=True)
+    removed = choose(curves=found.curves).removed
     return found, {group.name: len(gone) for group, gone in zip(combed.groups, removed, strict=True)}
 
 
@@ -71,7 +69,7 @@ def test_what_the_outputs_hardly_hear_is_pruned_more() -> None:
     _, by_scores = chosen_by(0)
     found, by_outputs = chosen_by(3)
     quiet = next(name for name in by_outputs if "up_b" in name)
-    assert found.curves is not None or found.scores is not None
+    assert found.curves is not None
     assert found.after < found.before / 2
     assert by_outputs[quiet] > by_scores[quiet]
 
@@ -84,29 +82,6 @@ def test_effort_is_the_number_of_allocations_and_none_compares_none() -> None:
     assert 2 <= many.tried <= 6
     assert many.after <= few.after
     assert f"{many.tried} allocations" in many.notes[0]
-
-
-def test_the_curvature_of_the_loss_is_tried_beside_the_errors_of_the_layers() -> None:
-    """It knows without further runs how loud a branch is, and it is taken only where the outputs show that."""
-    pytest.importorskip("torch")
-    found, by_curvature = chosen_by(2)
-    quiet = next(name for name in by_curvature if "up_b" in name)
-    assert found.scores is not None
-    assert found.curves is None
-    assert found.after < found.before / 2
-    assert by_curvature[quiet] > chosen_by(0)[1][quiet]
-    assert "closer" in found.notes[0]
-
-
-def test_without_torch_the_errors_of_the_layers_decide(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(context: object) -> list[Scores]:
-        raise UnsupportedError("scores from gradients need torch")
-
-    row = SCORE_FUNCTIONS["curvature"]
-    monkeypatch.setitem(SCORE_FUNCTIONS, "curvature", replace(row, function=refuse))
-    found, _ = chosen_by(3)
-    assert found.scores is None
-    assert found.curves is not None
 
 
 def test_the_same_samples_choose_the_same_channels() -> None:
@@ -124,8 +99,8 @@ def test_a_source_that_cannot_be_divided_leaves_the_choice_to_the_scores() -> No
 
     combed = comb(two_branches())
     scores = scores_of(combed)
-    choose = partial(Chooser(Budget("macs", 0.6, "optimal")).quick, combed, is_loss=True)
-    found = refined(combed, scores, choose, Stream(), RefineOptions(4), kind="reconstruction")
+    choose = partial(Chooser(Budget("macs", 0.6, "optimal")).quick, combed, scores, is_loss=True)
+    found = refined(combed, scores, choose, Stream(), RefineOptions(4), is_loss=True)
     assert (found.curves, found.tried) == (None, 0)
 
 
@@ -202,8 +177,8 @@ def test_a_model_of_integer_outputs_is_not_compared() -> None:
     rng = np.random.default_rng(0)
     combed = comb(model_of(text, up=rng.normal(size=(16, 12)), down=rng.normal(size=(12, 5))))
     scores = scores_of(combed)
-    choose = partial(Chooser(Budget("macs", 0.6, "optimal")).quick, combed, is_loss=True)
-    found = refined(combed, scores, choose, samples(256), RefineOptions(4), kind="reconstruction")
+    choose = partial(Chooser(Budget("macs", 0.6, "optimal")).quick, combed, scores, is_loss=True)
+    found = refined(combed, scores, choose, samples(256), RefineOptions(4), is_loss=True)
     assert (found.curves, found.tried, found.notes) == (None, 0, ())
 
 

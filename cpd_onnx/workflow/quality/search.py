@@ -71,14 +71,9 @@ class Search:
         self.step, self.state, self.loss = step, state, loss
         self.combed = comb(state.model, state.input_shapes)
         self.scores = score(
-            self.combed,
-            step.score,
-            samples=step.samples,
-            data=state.data,
-            labels=step.score_labels,
-            seed=step.seed,
+            self.combed, step.score, samples=step.samples, data=state.data, labels=step.score_labels, seed=step.seed,
             is_repaired=step.repair,
-        )
+        )  # fmt: skip  # the fields in order
         self.chooser: Chooser = replace(step.chooser(self.combed), nearest=True)
         self.is_loss = find_score_function(step.score).is_loss
         self.tried: dict[float, Candidate | None] = {}
@@ -117,8 +112,7 @@ class Search:
         return few_samples(self.step.repair_samples, numbers_in_sample(self.state.model, self.state.data))
 
     def _chosen(self, chooser: Chooser, progress: float, by: Refined) -> Allocation:
-        scores = by.scores or self.scores
-        return chooser(self.combed, scores, progress, is_loss=self.is_loss, curves=by.curves)
+        return chooser(self.combed, self.scores, progress, is_loss=self.is_loss, curves=by.curves)
 
     def furthest(self, max_loss: float) -> Candidate | None:
         """Return the candidate nearest to the targets that loses at most `max_loss`; None if there is none.
@@ -131,16 +125,16 @@ class Search:
             return found
         progress = min(made) if found is None else found.progress
         self.by = self._refined(progress)
-        if self.by.curves is None and self.by.scores is None:
+        if self.by.curves is None:
             return found
         self.tried = {}
         return self._onwards(progress, max_loss) or found
 
     def _refined(self, progress: float) -> Refined:
         """Return the loss curves that are best part of the way to the targets."""
-        choose = partial(self.chooser.quick, self.combed, progress=progress, is_loss=self.is_loss)
+        choose = partial(self.chooser.quick, self.combed, self.scores, progress, is_loss=self.is_loss)
         data, seed = self.state.data, self.step.seed
-        return self.step.refined(choose, self.combed, self.scores, data, kind=self.step.score, seed=seed)
+        return self.step.refined(choose, self.combed, self.scores, data, is_loss=self.is_loss, seed=seed)
 
     def _passes(self, progress: float, max_loss: float) -> bool:
         candidate = self.at(progress)
