@@ -181,11 +181,12 @@ def _repaired(
     count = sum(map(sample_count, feeds))
     if count < _LEAST:
         return Repaired(pruned.copy(), (), {}, (f"nothing was repaired, which takes {_LEAST} samples or more",))
-    checks = feeds[len(feeds) - _held_out(len(feeds), count) :]
-    is_mixed = chosen.mixes and not isinstance(data, Synthetic)
-    goal, start = _mixed(combed, kept, pruned, feeds, chosen) if is_mixed else (combed, pruned)
+    place = len(feeds) - _held_out(len(feeds), count)
+    fitted, checks = feeds[:place], feeds[place:]
+    mixes = chosen.mixes and not isinstance(data, Synthetic)
+    goal, start = _mixed(combed, kept, pruned, fitted, chosen.seed) if mixes else (combed, pruned)
     repairer = _Repairer(goal, kept, start, feeds, chosen, only)
-    del feeds  # the repair drops samples that it does not need any more
+    del feeds, fitted  # the repair drops samples that it does not need any more
     with one_thread():
         made = repairer.run()
     del repairer
@@ -193,18 +194,15 @@ def _repaired(
         return made
     if count < min(_FEW, chosen.samples) and not isinstance(data, Synthetic):
         made = replace(made, notes=(f"the repair had {count} samples only: a few hundred make it more accurate",))
-    return made if not made.fits else _unless_worse(original, pruned, made, checks)
+    return made if not made.fits and start is pruned else _unless_worse(original, pruned, made, checks)
 
 
-def _mixed(
-    combed: Combed, kept: KeepMask, pruned: Model, feeds: Sequence[Feed], options: RepairOptions
-) -> tuple[Combed, Model]:
+def _mixed(combed: Combed, kept: KeepMask, pruned: Model, feeds: Sequence[Feed], seed: int) -> tuple[Combed, Model]:
     """Return the original and the pruned model with the best combinations of channels in groups that lose some."""
     survive = {group.id: kept.mask(group.channels) for group in combed.groups}
     narrow = {index for index, mask in survive.items() if 0 < np.count_nonzero(mask) < len(mask)}
-    fitted = feeds[: len(feeds) - _held_out(len(feeds), sum(map(sample_count, feeds)))]
     with one_thread():
-        found = bases(combed, fitted, options.seed, narrow)
+        found = bases(combed, feeds, seed, narrow)
         found = {mixable: first_survive(basis, survive[mixable.group.id]) for mixable, basis in found.items()}
     if not found:
         return combed, pruned

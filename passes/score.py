@@ -24,8 +24,7 @@ class Score:
 
     def __call__(self, state: State) -> State:
         """Fill in `scores`."""
-        more = {"samples": self.samples, "labels": self.labels, "seed": self.seed}
-        more["is_repaired"] = self.is_repaired
+        more = {name: getattr(self, name) for name in ("samples", "labels", "seed", "is_repaired")}
         scores = score(state.need("combed", "comb"), self.kind, data=state.data, **more)
         words = {"score": self.kind, "seed": self.seed}
         if find_score_function(self.kind).needs_data:

@@ -78,8 +78,8 @@ class Mixable:
 def combinations(moments: Sequence[Matrix], weights: Sequence[Matrix]) -> Matrix:
     """Return combinations of channels, those that matter most to the weights first [combinations, channels].
 
-    They are orthogonal under the mean of the moments and have the mean square of the channels, and the error of the
-    products after the removal of the last ones is the least possible.
+    They are orthogonal under the mean of the moments. Where all moments are alike, the error of the products that
+    remains without the last ones is the least possible.
 
     Args:
         moments: Second moments of the channels where each weight takes them [channels, channels].
@@ -104,7 +104,7 @@ def changed(combed: Combed, bases: Mapping[Mixable, Matrix]) -> tuple[Model, lis
     names: set[str] = set()
     for mixable, matrices in bases.items():
         for side in mixable.makers:
-            matrix, shift = side.unit.matrix(model), np.broadcast_to(side.unit.shift, side.unit.gain.shape)
+            matrix, shift = side.unit.matrix(model), side.unit.shift
             change = np.zeros(len(shift))
             for number, places in enumerate(side.places):
                 basis, gain = matrices[mixable.copy_at(number)], side.unit.gain[places]
@@ -278,7 +278,7 @@ class _Finder:
             return None
         for side in makers:
             places, gain = side.places.ravel(), np.abs(side.unit.gain)
-            shift = np.broadcast_to(side.unit.shift, side.unit.gain.shape)[places]
+            shift = side.unit.shift[places]
             if gain[places].min() <= _SMALLEST_GAIN * gain.max() or (side.unit.bias is None and shift.any()):
                 return None
         return Mixable(group, tuple(makers), tuple(takers))

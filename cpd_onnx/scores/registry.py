@@ -75,12 +75,7 @@ SCORE_FUNCTIONS: dict[str, ScoreFunction] = {}
 
 
 def score_function(
-    name: str,
-    *,
-    source: str,
-    needs_data: bool = False,
-    is_loss: bool = False,
-    samples: int = SAMPLES,
+    name: str, *, source: str, needs_data: bool = False, is_loss: bool = False, samples: int = SAMPLES
 ) -> Callable[[Callable[[ScoreContext], list[Scores]]], Callable[[ScoreContext], list[Scores]]]:
     """Return a decorator that registers a score function; see `ScoreFunction`.
 

@@ -13,6 +13,7 @@ from cpd_onnx.channels.groups import Combed
 from cpd_onnx.data.sources import ArraySource
 from cpd_onnx.fitting.output_error import output_error, outputs_of
 from cpd_onnx.ir.model import Model, load
+from cpd_onnx.passes import repair as repair_pass
 from cpd_onnx.passes.distill import overlap_of
 from cpd_onnx.passes.repair import RepairOptions, repair
 from cpd_onnx.rewrite.rewriter import rewrite
@@ -202,6 +203,23 @@ def test_a_repair_with_combinations_loses_what_no_consumer_takes() -> None:
         made = repair(combed, kept, pruned, images(256), RepairOptions(samples=256, mixes=mixes)).model
         errors[mixes] = output_error(wanted, outputs_of(made, feeds))
     assert errors[True] < 0.1 * errors[False]
+
+
+def test_combinations_are_dropped_if_the_outputs_are_no_nearer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if no weight is fitted afterwards; here the combinations that matter least survive."""
+    combed = comb(inverted_residual(rank=2))
+    group = combed.groups[narrow_group(combed)]
+    kept = KeepMask(combed.atoms, group.channels[:3])
+    pruned = rewrite(combed, kept).model
+    best = repair_pass.bases
+    monkeypatch.setattr(
+        repair_pass, "bases", lambda *of: {mixable: each[:, ::-1] for mixable, each in best(*of).items()}
+    )
+    monkeypatch.setattr(repair_pass._Repairer, "fit", lambda *_: None)
+    made = repair(combed, kept, pruned, images(64), RepairOptions(samples=64))
+    assert made.fits == ()
+    assert made.model.proto == pruned.proto
+    assert "nothing was repaired" in made.notes[-1]
 
 
 def test_combinations_are_not_compared_with_the_channels_of_the_teacher() -> None:
