@@ -82,6 +82,19 @@ def _best_gap(taken: Sequence[tuple[float, float]], size: float) -> float:
     return end if best == math.inf else best
 
 
+@dataclass(frozen=True)
+class Lifetimes:
+    """When the tensors of a graph occupy memory.
+
+    Attributes:
+        owner: For each tensor that needs memory, the tensor in whose memory it lies: itself, or another one.
+        spans: First and last step in which the memory of each owner is occupied; step 0 is before the first node.
+    """
+
+    owner: Mapping[str, str]
+    spans: Mapping[str, tuple[int, int]]
+
+
 class MemoryModel:
     """The memory for activations of a combed model, for any set of surviving channels; one sample at a time."""
 
@@ -91,7 +104,8 @@ class MemoryModel:
         `stored_as` is "int8" or "float16" if the deployed model computes in that type; empty for the types of the file.
         """
         self._combed, self._stored_as = combed, stored_as
-        self._spans = _spans(combed.folded.scope)
+        scope = combed.folded.scope
+        self._spans = [(scope.values[name], *span) for name, span in lifetimes(scope).spans.items()]
 
     @cached_property
     def terms(self) -> list[Product]:
@@ -150,8 +164,8 @@ def _shape(value: Value, there: Tensor | None) -> Sequence[int]:
     return shape or ()
 
 
-def _spans(scope: Scope) -> list[tuple[Value, int, int]]:
-    """Return the tensors that need memory of their own, each with the first and the last step of its life."""
+def lifetimes(scope: Scope) -> Lifetimes:
+    """Return when the tensors of a graph occupy memory; weights and other constants do not."""
     steps = {id(body): position + 1 for position, bodies in scope.bodies.items() for body in bodies.values()}
     outputs = set(scope.outputs)
     first: dict[str, int] = {}
@@ -162,13 +176,15 @@ def _spans(scope: Scope) -> list[tuple[Value, int, int]]:
         first[name] = scope.producers.get(name, -1) + 1
         readers = [_step(use, scope, steps) for use in scope.consumers.get(name, [])]
         last[name] = len(scope.nodes) + 1 if name in outputs else max([first[name], *readers])
-    root = {name: name for name in first}
+    owner = {name: name for name in first}
     for number, node in enumerate(scope.nodes, start=1):
         source, result = (next(iter(names), "") for names in (node.input, node.output))
-        if source in root and result in root and _shares(node, scope, first[root[source]], last[root[source]] - number):
-            root[result] = root[source]
-            last[root[source]] = max(last[root[source]], last[result])
-    return [(scope.values[name], first[name], last[name]) for name in first if root[name] == name]
+        if source in owner and result in owner:
+            held = owner[source]
+            if _shares(node, scope, first[held], last[held] - number):
+                owner[result] = held
+                last[held] = max(last[held], last[result])
+    return Lifetimes(owner, {name: (first[name], last[name]) for name in first if owner[name] == name})
 
 
 def _step(use: Use, scope: Scope, steps: Mapping[int, int]) -> int:

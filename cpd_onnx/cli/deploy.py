@@ -10,6 +10,7 @@ from rich.table import Table
 from cpd_onnx.cli.console import out, print_lines
 from cpd_onnx.report import tables as report
 from cpd_onnx.summary import count, share
+from cpd_onnx.workflow.deploy import c_files
 from cpd_onnx.workflow.requests import Deploy
 
 
@@ -26,7 +27,9 @@ def show(request: Deploy, content: dict[str, Any]) -> None:
         name = Path(request.profile).name
         problems = [f"profile {name}: {problem}" for problem in content["problems"]]
         print_lines(*(problems or [f"profile {name}: no problems found"]))
-    print_lines(f"wrote {', '.join(str(content[key]) for key in ('output', 'ort', 'manifest') if content[key])}")
+    written = [content[key] for key in ("output", "ort") if content[key]]
+    written += map(str, c_files(request.c_source))
+    print_lines(f"wrote {', '.join([*written, content['manifest']])}")
 
 
 def _steps_table(content: dict[str, Any]) -> Table:

@@ -7,13 +7,17 @@ import io
 import logging
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TypeAlias
 
+import onnx
+import onnxruntime as ort
 from onnx import ModelProto, NodeProto, TensorProto
 
 from cpd_onnx.errors import UnsupportedError
 from cpd_onnx.ir.model import Model, graphs_of, load
 from cpd_onnx.ops.traits import traits_of
+from cpd_onnx.runtime.sessions import register_custom_operators
 from cpd_onnx.shapes.order import topological_order
 
 Notify: TypeAlias = Callable[[str], None]
@@ -42,6 +46,29 @@ def embedded(model: Model) -> ModelProto:
         proto.graph.input.extend(inputs)
         proto.ir_version = 4
     return proto
+
+
+def optimised(model: Model, path: Path, failure: str) -> ModelProto:
+    """Return the model after the basic optimisation of onnxruntime, which uses operators of the standard only.
+
+    Constants are computed, batch normalisation becomes part of convolutions, and nodes without effect are removed.
+
+    Args:
+        model: The model.
+        path: Where the optimised model is written on the way.
+        failure: Start of the message if it fails.
+
+    Raises:
+        UnsupportedError: onnxruntime cannot load the model.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    register_custom_operators(options)
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(path)
+    with translate_tool_errors(failure):
+        ort.InferenceSession(embedded(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return onnx.load(path)
 
 
 def keep_described(proto: ModelProto, names: set[str]) -> None:

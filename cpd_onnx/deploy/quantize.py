@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from onnx import ModelProto, NodeProto, TensorProto
 
 from cpd_onnx.data.sources import Source, calibration, inputs_of
@@ -20,6 +19,7 @@ from cpd_onnx.deploy.converting import (
     embedded,
     ignore,
     name_nodes,
+    optimised,
     quantised_node,
     quiet,
     require_one_message,
@@ -31,10 +31,13 @@ from cpd_onnx.deploy.profiles import ACTIVATIONS
 from cpd_onnx.errors import TargetError, UnsupportedError
 from cpd_onnx.ir.model import Model
 from cpd_onnx.ops.traits import operators_with
-from cpd_onnx.runtime.sessions import Feed, open_model, register_custom_operators
+from cpd_onnx.runtime.sessions import Feed, open_model
 
 CALIBRATIONS = ("minmax", "entropy", "percentile")
 """Methods to find the range of an activation."""
+FORMS = ("qdq", "qoperator")
+"""Forms of a quantised model: operators between QuantizeLinear and DequantizeLinear nodes, which runtimes fuse, or
+integer operators such as QLinearConv, for those that execute nodes one by one."""
 KEPT_FLOAT = tuple(sorted(operators_with("stays_float")))
 """Operators that stay float: normalisations and scores lose accuracy in eight bits and take little time (heuristic)."""
 SAMPLES = 128
@@ -62,7 +65,7 @@ _BATCH = 16
 
 @dataclass(frozen=True)
 class Quantization:
-    """Options of the quantisation to 8-bit integers with QuantizeLinear and DequantizeLinear nodes.
+    """Options of the quantisation to 8-bit integers.
 
     Attributes:
         calibration: Method to find the ranges of activations, one of `CALIBRATIONS`.
@@ -75,6 +78,7 @@ class Quantization:
         exclude: Patterns (with * and ?) of nodes, weights, tensors and operators that stay float.
         keep_float: Operators that stay float.
         seed: Seed for the choice of samples.
+        form: Form of the quantised model, one of `FORMS`.
 
     """
 
@@ -88,6 +92,7 @@ class Quantization:
     exclude: tuple[str, ...] = ()
     keep_float: tuple[str, ...] = KEPT_FLOAT
     seed: int = 0
+    form: str = "qdq"
 
     def __post_init__(self) -> None:
         """Raise TargetError for values out of range."""
@@ -95,12 +100,14 @@ class Quantization:
             raise TargetError(f"calibration must be one of {', '.join(CALIBRATIONS)}, got {self.calibration!r}")
         if self.activations not in ACTIVATIONS:
             raise TargetError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {self.activations!r}")
+        if self.form not in FORMS:
+            raise TargetError(f"form of the quantised model must be one of {', '.join(FORMS)}, got {self.form!r}")
         if self.samples < 1:
             raise TargetError(f"number of calibration samples must be at least 1, got {self.samples}")
 
 
 def quantize(model: Model, source: Source, options: Quantization | None = None, notify: Notify | None = None) -> Model:
-    """Return the model quantised to int8 with onnxruntime's graph optimisations, calibration and QDQ format.
+    """Return the model quantised to int8 with onnxruntime's graph optimisations, calibration and quantiser.
 
     Args:
         model: Model in float32, at opset 13 or newer.
@@ -179,18 +186,11 @@ def _prepared(model: Model, path: Path, notify: Notify) -> ModelProto:
 
     `quant_pre_process` of onnxruntime does the same, but loses weights of a model in memory.
     """
-    plain = embedded(model)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    register_custom_operators(options)
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.optimized_model_filepath = str(path)
     try:
-        with translate_tool_errors("quantised without folding constants and batch normalisation first"):
-            ort.InferenceSession(plain.SerializeToString(), options, providers=["CPUExecutionProvider"])
-            plain = onnx.load(path)
+        plain = optimised(model, path, "quantised without folding constants and batch normalisation first")
     except UnsupportedError as error:
         notify(str(error))
+        plain = embedded(model)
     prepared: ModelProto = onnx.shape_inference.infer_shapes(plain, data_prop=True)
     name_nodes(prepared)
     return prepared
@@ -297,7 +297,7 @@ def _adjacent(proto: ModelProto, tensors: set[str], operators: list[str], notify
 def _with_integers(
     proto: ModelProto, ranges: Any, options: Quantization, excluded: set[str], notify: Notify
 ) -> ModelProto:
-    """Return the model with QuantizeLinear and DequantizeLinear nodes; biases stay float if it fails otherwise."""
+    """Return the model in the requested form; biases stay float if it fails otherwise."""
     failure: UnsupportedError | None = None
     for has_biases in (True, False) if options.quantized_bias else (False,):
         copy = ModelProto()
@@ -321,14 +321,18 @@ def _with_integers(
 
 def _quantizer(proto: ModelProto, ranges: Any, options: Quantization, excluded: set[str]) -> Any:
     from onnxruntime.quantization import QDQQuantizer, QuantType
+    from onnxruntime.quantization.onnx_quantizer import ONNXQuantizer
+    from onnxruntime.quantization.quant_utils import QuantizationMode
 
     kinds = {"uint8": QuantType.QUInt8, "int8": QuantType.QInt8}
+    types = (QuantType.QInt8, kinds[options.activations])
+    chosen: tuple[Any, ...] = (ranges, [], sorted(excluded), _quantised_operators(options))
     extra = {
         "ActivationSymmetric": options.symmetric,
         "QuantizeBias": options.quantized_bias,
         "QDQDisableWeightAdjustForInt32Bias": not options.quantized_bias,
     }
-    return QDQQuantizer(
-        proto, options.per_channel, options.reduce_range, QuantType.QInt8, kinds[options.activations], ranges, [],
-        sorted(excluded), _quantised_operators(options), extra,
-    )  # fmt: skip  # one after the other
+    how = (proto, options.per_channel, options.reduce_range)
+    if options.form == "qoperator":
+        return ONNXQuantizer(*how, QuantizationMode.QLinearOps, True, *types, *chosen, extra)  # True: static ranges
+    return QDQQuantizer(*how, *types, *chosen, extra)

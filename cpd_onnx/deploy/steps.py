@@ -17,20 +17,24 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import onnxruntime as ort
-from onnx import TensorProto, helper, version_converter
+from onnx import ModelProto, TensorProto, helper, version_converter
 
 from cpd_onnx.data.sources import Source, calibration, inputs_of
 from cpd_onnx.deploy import float16 as halves
 from cpd_onnx.deploy import quantize as integers
+from cpd_onnx.deploy.c_source import CSource, c_source
+from cpd_onnx.deploy.compiled import CompiledModel, compiler
 from cpd_onnx.deploy.converting import (
     Notify,
     embedded,
     first_line,
     ignore,
     keep_described,
+    optimised,
     quantised_node,
     require_one_message,
     tensors_of,
+    tidied,
     translate_tool_errors,
     valid,
 )
@@ -63,9 +67,11 @@ LEVELS = ("disable", "basic", "extended", "all")
 
 _COMPARED = 64
 """Number of samples that the models before and after a step are compared on, if there is data (heuristic)."""
+_COMPARED_IN_C = 8
+"""Number of samples that a program is compared on, as it uses one core and no vector units (heuristic)."""
 _LARGEST_HALF = 65504.0
 """Largest finite float16 (IEEE 754)."""
-_ROUNDS = ("fix", "opset", "IR version")
+_ROUNDS = ("fix", "opset", "IR version", "fold")
 """Steps that change the outputs by rounding only."""
 
 
@@ -77,6 +83,7 @@ class Deployment:
         sizes: Shapes of inputs by name, or sizes of symbolic dimensions by name, to fix.
         batch: Batch size to fix; None leaves it dynamic.
         opset: Version of the default operator set to convert to; None does not convert.
+        fold: Whether constants are computed and batch normalisation becomes part of convolutions.
         int8: Options of the quantisation; None does not quantise.
         half: 16-bit float type to convert to, one of `HALVES`; None keeps float32.
         storage_only: Whether weights are stored in 16 bits and computed with in float32.
@@ -88,6 +95,7 @@ class Deployment:
     sizes: Sizes = field(default_factory=dict)
     batch: int | None = None
     opset: int | None = None
+    fold: bool = False
     int8: Quantization | None = None
     half: str | None = None
     storage_only: bool = False
@@ -289,6 +297,37 @@ def lower_ir(model: Model, newest: int) -> Model:
     return lower
 
 
+def fold_constants(model: Model) -> Model:
+    """Return the model with all constants computed, and batch normalisation as part of convolutions, by onnxruntime.
+
+    What depends on sizes only is a constant once these are fixed, such as the pads of a convolution that an exporter
+    computes. Names of the remaining nodes and of inputs and outputs stay.
+
+    Raises:
+        UnsupportedError: onnxruntime cannot load the model, or its result is not valid.
+    """
+    require_one_message(model, "folded")
+    with tempfile.TemporaryDirectory(prefix="cpd-onnx.") as folder:
+        proto = optimised(model, Path(folder) / "folded.onnx", "onnxruntime cannot fold constants")
+    _order_as(model, proto)
+    return valid(tidied(proto, model.proto), model, "folding constants")
+
+
+def _order_as(model: Model, proto: ModelProto) -> None:
+    """Sort nodes as in the original where it has their outputs, and new ones after what they read.
+
+    The order decides how long tensors occupy memory in a program.
+    """
+    place = {name: float(number) for number, node in enumerate(model.graph.node) for name in node.output if name}
+    nodes = list(proto.graph.node)
+    for node in nodes:
+        latest = max((place.get(name, -1.0) for name in node.input), default=-1.0)
+        for name in node.output:
+            place.setdefault(name, latest)
+    del proto.graph.node[:]
+    proto.graph.node.extend(sorted(nodes, key=lambda node: max((place[name] for name in node.output), default=0.0)))
+
+
 # The format of onnxruntime.
 
 
@@ -368,6 +407,43 @@ def ort_difference(model: Model, path: Path, feeds: Sequence[Feed]) -> OutputDif
     return replace(found, allowed=_judged(first, second, feeds, _tolerance(model), "the .ort file"))
 
 
+# C source.
+
+
+def c_measured(model: Model, name: str, source: Source | None = None) -> tuple[CSource, OutputDifference | None]:
+    """Return the C source of a model, and the difference of its outputs; None if there is no C compiler.
+
+    Raises:
+        TargetError, UnsupportedError: As `c_source`, or the compiler rejects the source.
+        ProofError: The program does not compute the same as the model.
+    """
+    written = c_source(model, name)
+    return written, c_difference(model, written, feeds_for("c", model, model, source))
+
+
+def c_difference(model: Model, source: CSource, feeds: Sequence[Feed]) -> OutputDifference | None:
+    """Return the difference between a program and its model; None if there is no C compiler.
+
+    Raises ProofError if it exceeds that of rounding.
+    """
+    if not compiler():
+        return None
+    with tempfile.TemporaryDirectory(prefix="cpd-onnx.") as folder:
+        first, second = open_model(model, optimise=False), CompiledModel(source, Path(folder))
+        single = [one for feed in feeds for one in _samples(feed, source)][:_COMPARED_IN_C]
+        found = output_difference(execute_all(first, single), execute_all(second, single))
+        allowed = _judged(first, second, single, _tolerance(model), "the C source")
+    return replace(found, allowed=allowed)
+
+
+def _samples(feed: Feed, source: CSource) -> Iterator[Feed]:
+    """Yield the inputs of a program from those of several samples, which calibration may have put together."""
+    size = {port.name: port.shape[0] if port.shape else 1 for port in source.inputs}
+    count = min((len(array) // size[name] for name, array in feed.items() if array.ndim), default=1)
+    for place in range(count):
+        yield {name: a[place * size[name] : (place + 1) * size[name]] if a.ndim else a for name, a in feed.items()}
+
+
 # Steps.
 
 
@@ -430,9 +506,12 @@ def _planned(model: Model, request: Deployment, source: Source | None) -> Iterat
         what = ", ".join(f"{entry.name} {entry}" for entry in inputs_of(fixed.proto))
         yield _Todo("fix", what, lambda *_: (fixed, {"sizes": sizes, "batch": batch}))
     yield from _versions(model, request)
+    if request.fold:
+        yield _Todo("fold", "constants, batch normalisation", lambda now, _: (fold_constants(now), {}))
     if request.int8 is not None and source is not None:
         data, how = source, request.int8
         what = f"{how.calibration}, {how.samples} samples, {'a scale each channel' if how.per_channel else 'one scale'}"
+        what += "" if how.form == "qdq" else ", integer operators"
         yield _Todo("int8", what, lambda now, notify: _quantised(now, data, how, notify))
     if request.half is not None:
         kind, options = request.half, {"keep_io": request.keep_io, "storage_only": request.storage_only}
@@ -509,6 +588,7 @@ _AGAIN: dict[str, Callable[..., Model]] = {
     "fix": _fix_again,
     "opset": lambda model, version: convert_opset(model, version),
     "IR version": lambda model, version: lower_ir(model, version),
+    "fold": lambda model: fold_constants(model),
     "int8": _int8_again,
     "half": _half_again,
 }

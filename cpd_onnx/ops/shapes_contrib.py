@@ -73,6 +73,16 @@ def _quantized_global_pool(call: Call, shapes: Sequence[Any], values: Values) ->
     return (shape[0], *[1] * (len(shape) - 2), shape[-1]) if call.get("channels_last", 0) else pooled(shape)
 
 
+@_register(MICROSOFT, "QLinearAveragePool")
+def _quantized_pool(call: Call, shapes: Sequence[Any], values: Values) -> Dims | None:
+    shape, window = shapes[0], call.attributes["kernel_shape"]
+    if call.get("ceil_mode", 0):
+        return None
+    if call.get("channels_last", 0):
+        return (shape[0], *_windows(call, shape[1:-1], window), shape[-1])
+    return (*shape[:2], *_windows(call, shape[2:], window))
+
+
 @_register(MICROSOFT, "FusedConv")
 def _conv(call: Call, shapes: Sequence[Any], values: Values) -> Dims:
     data, kernel = shapes[:2]

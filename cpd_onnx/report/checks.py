@@ -62,12 +62,18 @@ def _chain(content: Mapping[str, Any]) -> Iterator[Said]:
         yield from _pruned(content, links[0]["source"])
     for link in links:
         yield _steps(link)
-        is_ort = Path(link["file"]).suffix == ".ort"
-        how = "has the SHA-256 of its manifest" if is_ort else "equals, value for value, the result of these steps"
+        how = _HOW.get(Path(link["file"]).suffix, "equals, value for value, the result of these steps")
         yield f"{link['file']} {how}"
     measured = content["deployed"]["measured"]
     if measured is not None:
         yield f"{links[-1]['file']} runs; compared with the original{_inputs(content)}, {_difference(measured)}"
+
+
+_HOW = {
+    ".ort": "has the SHA-256 of its manifest",
+    ".c": "equals, byte for byte, the result of these steps",
+}
+"""How a file that is not in ONNX was checked, by its suffix."""
 
 
 def _inputs(content: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ from cpd_onnx.version import __version__
 
 FORMAT = "cpd-onnx/manifest"
 VERSION = 2
-_PACKAGES = ("numpy", "onnx", "onnx-graphsurgeon", "onnxruntime", "scipy", "torch", "torchmetrics")
+_PACKAGES = ("emx-onnx-cgen", "numpy", "onnx", "onnx-graphsurgeon", "onnxruntime", "scipy", "torch", "torchmetrics")
 """Packages whose versions may affect a result."""
 
 

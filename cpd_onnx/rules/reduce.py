@@ -115,6 +115,15 @@ def pool(op: Op) -> None:
         op.positions(op.input(0)[1], 1, op.input(0).value)
 
 
+@rule("QLinearAveragePool", domain=MICROSOFT)
+def quantized_pool(op: Op) -> None:
+    """AveragePool of a quantised tensor, whose scales are for the whole tensor."""
+    if op.get("channels_last", 0):
+        raise GiveUp(f"{op.name} has its channels last")
+    freeze_rest(op, 1)
+    _slide(op)
+
+
 @rule("GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
 def global_pool(op: Op) -> None:
     """Reduce all axes after the second, which may hold channels (LayerNorm as exported by tf2onnx)."""

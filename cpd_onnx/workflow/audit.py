@@ -28,7 +28,7 @@ from cpd_onnx.workflow.requests import Audit, Observer, VerifyFile, ignore
 FORMAT = "cpd-onnx/audit"
 """Format of the JSON result."""
 _RUNS = ("compress", "deploy")
-_MODEL, _PLAN, _ORT = "model", "plan", "ort"
+_MODEL, _PLAN, _ORT, _C = "model", "plan", "ort", "c"
 _MADE = (_MODEL, "weights", _PLAN)
 """Roles of outputs that a run cannot lack; others, such as a report, may have been deleted since."""
 _OPTIONS = {"like": "plan", "cost_table": "cost-table", "profile": "profile"}
@@ -169,7 +169,7 @@ def _run_of(path: Path) -> _Run | None:
             if each == place:
                 raise
             continue
-        if any(Path(entry["file"]).name == path.name for entry in run.outputs(_MODEL, _ORT)):
+        if any(Path(entry["file"]).name == path.name for entry in run.outputs(_MODEL, _ORT, _C)):
             return run
     return None
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from cpd_onnx.data.metrics import check_metric
 from cpd_onnx.data.open import FORMS
+from cpd_onnx.data.sources import Source
+from cpd_onnx.deploy.c_source import require_generator
 from cpd_onnx.deploy.profiles import Profile, load_profile
 from cpd_onnx.deploy.quantize import Quantization
-from cpd_onnx.deploy.steps import Deployed, Deployment, Step, ort_measured, shaped
+from cpd_onnx.deploy.steps import Deployed, Deployment, Step, c_measured, ort_measured, shaped
 from cpd_onnx.deploy.steps import deploy as deploy_model
 from cpd_onnx.errors import CpdError, DataError
 from cpd_onnx.io.files import commit_together, content_of, locked_folder, write_atomically
@@ -19,6 +22,7 @@ from cpd_onnx.ir.model import Model, load
 from cpd_onnx.options import options_of
 from cpd_onnx.report import manifest
 from cpd_onnx.report import tables as report
+from cpd_onnx.summary import count
 from cpd_onnx.workflow import recipe
 from cpd_onnx.workflow.places import evaluated, finite, require_apart, require_outputs, source_of, write_json
 from cpd_onnx.workflow.quality.checks import checked_samples
@@ -26,14 +30,14 @@ from cpd_onnx.workflow.requests import Deploy, Observer, ignore
 
 FORMAT = "cpd-onnx/deploy"
 """Format of the JSON result."""
-_OF_INT8 = ("samples", "calibration", "per_tensor", "exclude")
+_OF_INT8 = ("samples", "calibration", "int8_form", "per_tensor", "exclude")
 """Options that have an effect only with --int8."""
 
 
 def deploy(request: Deploy, observer: Observer = ignore) -> dict[str, Any]:
     """Convert a model for its target, write it with its manifest, and return the result as plain values."""
     place = manifest.place_of(request.output)
-    places = [request.output, place, *([request.ort] if request.ort is not None else [])]
+    places = [request.output, place, *_further_outputs(request)]
     written = require_outputs(request, *places)
     _require_sense(request)
     check_metric(request.metric)
@@ -50,17 +54,18 @@ def deploy(request: Deploy, observer: Observer = ignore) -> dict[str, Any]:
     scores = evaluated(request, {"before": model, "after": deployed.model}, model)
     entry = manifest.file_entry(request.model, "model")  # read now, as the output may replace the file
     with locked_folder(request.output.parent), commit_together():
-        deployed = replace(deployed, steps=(*deployed.steps, *_write(request, model, deployed.model)))
+        deployed = replace(deployed, steps=(*deployed.steps, *_write(request, model, deployed.model, source)))
         content = _content(request, model, deployed) | {"seconds": round(time.perf_counter() - started, 3)}
         content |= {"preflight": checked} if checked else {}
         content |= {"metric": request.metric, "accuracy": scores} if scores else {}
         read = {"model": entry, "data": request.data, "eval": request.eval, "profile": request.profile}
         beside = {} if request.ort is None else {request.ort: "ort"}  # onnxruntime writes different bytes each time
+        of_c = dict(zip(("c", "c-header"), c_files(request.c_source), strict=False))
         manifest.write(
             place,
             recipe.text(request),
             read,
-            {"model": request.output},
+            {"model": request.output, **of_c},
             beside=beside,
             run="deploy",
             steps=content["steps"],
@@ -80,9 +85,22 @@ def _require_sense(request: Deploy) -> None:
         raise CpdError(f"--{given[0]} has no effect without --int8: give --int8 as well")
     if request.storage_only and request.half is None:
         raise CpdError("--storage-only has no effect without --half: give --half as well")
-    wishes = (request.profile, request.fix, request.batch, request.opset, request.int8, request.half, request.ort)
-    if not any(wishes):
-        raise CpdError("nothing to do: give --profile, --fix, --batch, --opset, --int8, --half or --ort")
+    sizes, files = (request.profile, request.fix, request.batch), (request.ort, request.c_source)
+    if not any((*sizes, *files, request.opset, request.fold, request.int8, request.half)):
+        wishes = "--profile, --fix, --batch, --opset, --fold, --int8, --half, --ort or --c-source"
+        raise CpdError(f"nothing to do: give {wishes}")
+    if request.c_source is not None:
+        require_generator()
+
+
+def c_files(place: Path | None) -> tuple[Path, ...]:
+    """Return the source and the header that are written for a path of C source."""
+    return () if place is None else (place, place.with_suffix(".h"))
+
+
+def _further_outputs(request: Deploy) -> list[Path]:
+    """Return the files besides the model and its manifest."""
+    return [*([] if request.ort is None else [request.ort]), *c_files(request.c_source)]
 
 
 def _deployment(request: Deploy, profile: Profile | None) -> Deployment:
@@ -92,6 +110,7 @@ def _deployment(request: Deploy, profile: Profile | None) -> Deployment:
         names = ("activations", "symmetric", "reduce_range", "quantized_bias")
         of_target = {name: getattr(profile, name) for name in names}
     given = {name: getattr(request, name) for name in ("samples", "calibration") if getattr(request, name) is not None}
+    given["form"] = request.int8_form or ("qdq" if request.c_source is None else "qoperator")
     int8 = Quantization(
         **given, **of_target, per_channel=not request.per_tensor, exclude=request.exclude, seed=request.seed
     )
@@ -99,6 +118,7 @@ def _deployment(request: Deploy, profile: Profile | None) -> Deployment:
         sizes={name: sizes if len(sizes) > 1 else sizes[0] for name, sizes in request.fix.items()},
         batch=request.batch,
         opset=request.opset,
+        fold=request.fold or request.c_source is not None,
         int8=int8 if request.int8 else None,
         half=request.half,
         storage_only=request.storage_only,
@@ -106,8 +126,8 @@ def _deployment(request: Deploy, profile: Profile | None) -> Deployment:
     )
 
 
-def _write(request: Deploy, model: Model, converted: Model) -> Iterator[Step]:
-    """Write the model and, if requested, its .ort file; yield the step that converts to .ort."""
+def _write(request: Deploy, model: Model, converted: Model, source: Source | None) -> Iterator[Step]:
+    """Write the model and, if requested, its .ort file and its C source; yield the steps that convert to these."""
     weights = "beside" if request.weights == "as-is" and model.is_external else request.weights
     converted.data_files |= model.data_files  # never overwritten, whatever their names
     converted.save(request.output, overwrite=request.force, weights=weights)
@@ -117,6 +137,15 @@ def _write(request: Deploy, model: Model, converted: Model) -> Iterator[Step]:
         seconds = time.perf_counter() - started
         write_atomically(request.ort, content)
         yield Step("ort", request.ort_level, difference, len(content), seconds, (), {"level": request.ort_level})
+    if request.c_source is not None:
+        started = time.perf_counter()
+        written, compared = c_measured(converted, request.c_source.stem, source)
+        seconds = time.perf_counter() - started
+        for place, text in zip(c_files(request.c_source), (written.text, written.header), strict=True):
+            write_atomically(place, text.encode())
+        notes = () if compared is not None else ("the C source was not compared: no C compiler was found",)
+        what = f"arena {count(written.arena)}B, constants {count(written.constants)}B"
+        yield Step("c", what, compared, len(written.text), seconds, notes, {"name": request.c_source.stem})
 
 
 def _content(request: Deploy, model: Model, deployed: Deployed) -> dict[str, Any]:
@@ -132,6 +161,7 @@ def _content(request: Deploy, model: Model, deployed: Deployed) -> dict[str, Any
         "bytes": sizes | ({"ort": content_of(request.ort).stat().st_size} if request.ort is not None else {}),
         "output": str(request.output),
         "ort": None if request.ort is None else str(request.ort),
+        "c_source": None if request.c_source is None else str(request.c_source),
     }
 
 

@@ -23,6 +23,7 @@ from cpd_onnx.data.sources import ImageOptions
 from cpd_onnx.deploy.float16 import HALVES
 from cpd_onnx.deploy.profiles import profile_names
 from cpd_onnx.deploy.quantize import CALIBRATIONS, Quantization
+from cpd_onnx.deploy.quantize import FORMS as INT8_FORMS
 from cpd_onnx.deploy.steps import LEVELS
 from cpd_onnx.io.progress import Notify
 from cpd_onnx.io.progress import ignore as ignore
@@ -564,11 +565,12 @@ class Audit(Request):
 
 @dataclass(frozen=True, kw_only=True)
 class Deploy(Evaluating, Saving):
-    """Convert a model for its target: sizes, opset, int8, half precision, .ort; compare the outputs of each step."""
+    """Convert a model for its target: sizes, opset, int8, half precision, .ort, C; compare the outputs of each step."""
 
     examples: ClassVar[tuple[str, ...]] = (
         "deploy small.onnx -o int8.onnx --int8 --data train.npz",
         "deploy small.onnx -o fixed.onnx --batch 1 --opset 17 --ort fixed.ort",
+        "deploy small.onnx -o fixed.onnx --batch 1 --c-source small.c",
     )
     model: Path = _model("The model")
     profile: str | None = _profile(
@@ -597,6 +599,16 @@ class Deploy(Evaluating, Saving):
         "Graph optimisation level of the .ort file; 'all' fits only processors like this one",
         choices=LEVELS,
     )
+    fold: bool = option(
+        False, "Compute constants, and make batch normalisation part of convolutions, before weights are converted"
+    )
+    c_source: Path | None = _written(
+        "File to write the model to as C, for targets without a runtime, with a header beside it; implies --fold",
+        metavar="FILE.c",
+        is_recorded=True,
+        suffixes=(".c",),
+        is_common=True,
+    )
     int8: bool = option(
         False, "Quantise weights and activations to int8, which needs --data", group="int8", is_common=True
     )
@@ -614,6 +626,13 @@ class Deploy(Evaluating, Saving):
         None,
         f"Method that determines the range of an activation (default: {Quantization.calibration})",
         choices=CALIBRATIONS,
+        group="int8",
+    )
+    int8_form: str | None = option(
+        None,
+        "Quantised operators between QuantizeLinear and DequantizeLinear (qdq), or integer operators such as "
+        f"QLinearConv (default: {Quantization.form}; qoperator with --c-source)",
+        choices=INT8_FORMS,
         group="int8",
     )
     per_tensor: bool = option(False, "Use one scale per weight tensor instead of one per channel", group="int8")

@@ -583,6 +583,7 @@ ELSEWHERE = {
     (CONTRIB, "QLinearAdd"): GRAPHS,
     (CONTRIB, "QLinearConcat"): GRAPHS,
     (CONTRIB, "QLinearGlobalAveragePool"): GRAPHS,
+    (CONTRIB, "QLinearAveragePool"): "a quantised model, in tests/deploy/test_c_source.py",
     (CONTRIB, "QGemm"): GRAPHS,
     (CONTRIB, "DynamicQuantizeLSTM"): GRAPHS,
     (CONTRIB, "EmbedLayerNormalization"): GRAPHS,

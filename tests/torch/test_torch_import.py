@@ -319,6 +319,9 @@ BODIES |= {
     f" {QDQ} q = {MS}QLinearConcat<axis=1>(t,z,a,s,z,a,s,z) y = DequantizeLinear(q,t,z) }}",
     "qlinear pool": "(float[2,3,4,4] x) => (y)"
     f" {QDQ} q = {MS}QLinearGlobalAveragePool(a,s,z,t,z) y = DequantizeLinear(q,t,z) }}",
+    "qlinear average pool": "(float[2,3,5,5] x) => (y)"
+    f" {QDQ} q = {MS}QLinearAveragePool<kernel_shape=[2,2],strides=[2,2],pads=[1,0,0,1],count_include_pad=1>(a,s,z,t,z)"
+    " y = DequantizeLinear(q,t,z) }",
     "qlinear leaky relu": "(float[3,4] x) => (y)"
     f" {QDQ} q = {MS}QLinearLeakyRelu<alpha=0.3>(a,s,z,t,z) y = DequantizeLinear(q,t,z) }}",
     "qlinear sigmoid": f"(float[3,4] x) => (y) {QDQ} q = {MS}QLinearSigmoid(a,s,z,t,z) y = DequantizeLinear(q,t,z) }}",

@@ -14,6 +14,8 @@ from onnx import TensorProto, ValueInfoProto
 from rich.table import Table
 
 from cpd_onnx.algebra.keep import KeepMask
+from cpd_onnx.budget.deployed import STORED, flash_terms
+from cpd_onnx.budget.memory import MemoryModel
 from cpd_onnx.channels.branches import removable_groups
 from cpd_onnx.channels.costs import CostModel, Costs
 from cpd_onnx.channels.free import FreeChannels, free_channels, keep_without, removable
@@ -30,6 +32,9 @@ _COSTS = ("macs", "params", "bytes")
 """Costs that a pruned model is compared by."""
 _MOST_BYTES = 1 << 31
 """Size of a file in bytes up to which its weights are searched and onnxruntime tries it; a heuristic, 2 GiB."""
+_MOST_NODES = 2000
+"""Number of nodes up to which the memory of a program is planned, in time that grows with its square (heuristic)."""
+_AS_IT_IS = "as_it_is"
 WHY_NOT = f"{ISSUES.removesuffix('/issues')}/blob/main/docs/limits.md"
 """Address of the page that explains why a model does not become smaller or faster."""
 _SHOWN_GROUPS = 3
@@ -45,6 +50,7 @@ def inspected(combed: Combed, held: Sequence[int] = ()) -> dict[str, Any]:
     return content | {
         "model": facts(model, is_tried=is_small) | {"required_sizes": dict(combed.folded.solved)},
         "size": _size(combed),
+        "deployed": _deployed(combed) if is_small and len(model.graph.node) <= _MOST_NODES else None,
         "free": _free(combed, costs, whole) if is_small else None,
         "reach": _reach(combed, costs, whole, held),
         "branches": [
@@ -107,6 +113,19 @@ def _size(combed: Combed) -> dict[str, Any]:
         "file_bytes": sum(Path(path).stat().st_size for path in files) if files else None,
         "weight_bytes": math.ceil(sum(element_bytes(weight.value.dtype) * weight.size for weight in combed.weights)),
     }
+
+
+def _deployed(combed: Combed) -> dict[str, Any]:
+    """Return the bytes of flash and of RAM of a program for one sample, for each type that it may be deployed in.
+
+    They are those of the targets `flash` and `ram`; the code of the operators is not counted.
+    """
+    found = {}
+    for kind in ("", *STORED):
+        flash = sum(term[0] * math.prod(map(len, term[1])) for term in flash_terms(combed, kind))
+        ram = MemoryModel(combed, kind).arena(KeepMask(combed.atoms))
+        found[kind or _AS_IT_IS] = {"flash": math.ceil(flash), "ram": math.ceil(ram)}
+    return found
 
 
 def _free(combed: Combed, costs: CostModel, whole: Costs) -> dict[str, Any]:
@@ -178,7 +197,7 @@ def outlook_lines(content: Mapping[str, Any], path: Path) -> list[str]:
     """Return what is free in a model, how far it can be pruned, and the command that does it."""
     reach, free = content["reach"], content["free"]
     names = {"macs": "MACs", "params": "parameters", "bytes": "file"}
-    lines = free_lines(content)
+    lines = [*free_lines(content), *_deployed_lines(content)]
     if content["groups"]:
         least = ", ".join(f"{share(reach[key], 1.0)} of the {name}" for key, name in names.items())
         lines.append(f"smallest reachable: {least}, with one channel in each group{_most_text(content)}")
@@ -191,6 +210,19 @@ def outlook_lines(content: Mapping[str, Any], path: Path) -> list[str]:
             lines.append(f"to remove what is free: {command}")
         lines.append(f"to prune further: {command} --data DATA")
     return lines
+
+
+def _deployed_lines(content: Mapping[str, Any]) -> list[str]:
+    """Return a sentence on flash and RAM, unless the model is too large for it."""
+    found = content["deployed"]
+    if found is None:
+        return []
+    texts = [f"{count(size['flash'])}B and {count(size['ram'])}B {kind}" for kind, size in _named(found).items()]
+    return [f"flash and RAM of a program, without its code: {', '.join(texts)}"]
+
+
+def _named(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {"as it is" if kind == _AS_IT_IS else f"as {kind}": size for kind, size in found.items()}
 
 
 def free_lines(content: Mapping[str, Any]) -> list[str]:

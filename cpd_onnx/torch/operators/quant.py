@@ -16,6 +16,7 @@ from typing_extensions import Unpack
 
 from cpd_onnx.errors import UnsupportedError
 from cpd_onnx.torch.dtypes import elem_dtype
+from cpd_onnx.torch.operators.images.pooling import Pool, average_pool
 from cpd_onnx.torch.operators.linear import Window, conv
 from cpd_onnx.torch.operators.sequences.recurrent import Recurrent, lstm
 from cpd_onnx.torch.registry import operator
@@ -204,6 +205,20 @@ def qlinear_global_average_pool(*inputs: Tensor, channels_last: int = 0) -> Tens
     values = _floats(*inputs[:3])
     axes = range(1, values.ndim - 1) if channels_last else range(2, values.ndim)
     return _quantised(values.mean(list(axes), keepdim=True), inputs[3], inputs[4])
+
+
+class Averaged(Pool, total=False):
+    """Attributes of QLinearAveragePool, besides that of its layout."""
+
+    count_include_pad: int
+
+
+@operator("QLinearAveragePool", domain=_ORT, frozen=(1, 3))
+def qlinear_average_pool(*inputs: Tensor, channels_last: int = 0, **window: Unpack[Averaged]) -> Tensor:
+    """Mean of each window, quantised."""
+    if channels_last:
+        raise UnsupportedError("QLinearAveragePool with channels last is not supported")
+    return _quantised(average_pool(_floats(*inputs[:3]), **window), inputs[3], inputs[4] if len(inputs) > 4 else None)
 
 
 @operator("QLinearLeakyRelu", domain=_ORT, frozen=(1, 3))

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from cpd_onnx.data.sources import Source
-from cpd_onnx.deploy.steps import compared, feeds_for, ort_difference, redo
+from cpd_onnx.deploy.c_source import c_source
+from cpd_onnx.deploy.steps import c_difference, compared, feeds_for, ort_difference, redo
 from cpd_onnx.errors import InconclusiveError, PlanError, ProofError
 from cpd_onnx.ir.differences import differences
 from cpd_onnx.ir.model import Array, Model, load
@@ -26,7 +27,9 @@ from cpd_onnx.runtime.sessions import Feed
 
 _LONGEST = 16
 """Number of consecutive deploy runs up to which a file is traced back; a heuristic against cycles."""
-_ORT = "ort"
+_ORT, _C = "ort", "c"
+_WRITTEN = (_ORT, _C)
+"""Steps that write the converted model in another format, and the roles of the files that they write."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ def _naming(place: Path, path: Path) -> _Manifest | None:
     if content.get("run") != "deploy":
         return None
     for entry in content["outputs"]:
-        if entry["role"] in ("model", _ORT) and Path(entry["file"]).name == path.name:
+        if entry["role"] in ("model", *_WRITTEN) and Path(entry["file"]).name == path.name:
             return _Manifest(place, content, entry)
     return None
 
@@ -179,7 +182,7 @@ class _Tracer:
         before, base = self.base(source, length)
         link = self.link(path, record, source, before)
         measured = None
-        if record.entry["role"] != _ORT:
+        if record.entry["role"] not in _WRITTEN:
             measured = compared(self.original, load(path), self.feeds, "all", lambda _: None) if self.feeds else None
         return Chain((*base.links, link), base.pruned, measured)
 
@@ -216,12 +219,12 @@ class _Tracer:
 
     def link(self, path: Path, record: _Manifest, source: Path, before: Model) -> Link:
         """Repeat the steps from one file to another, and measure them."""
-        steps = [step for step in record.steps if step["name"] != _ORT]
+        steps = [step for step in record.steps if step["name"] not in _WRITTEN]
         states = [before]
         for step in steps:
             states.append(redo(states[-1], step["name"], _options(step, record.path)))
         checked = []
-        if record.entry["role"] == _ORT:
+        if record.entry["role"] in _WRITTEN:
             _require_intact(path, record)
         else:
             states[-1] = _required(states[-1], path, record, source)
@@ -232,11 +235,27 @@ class _Tracer:
             checked.append(StepCheck(step["name"], str(step.get("what", "")), _recorded(step), measured))
         if not self.feeds:
             self.feeds = feeds_for("", states[-1], states[-1], self.given.source(states[-1]))
-        if record.entry["role"] == _ORT:
-            last = next((step for step in record.steps if step["name"] == _ORT), {})
-            measured = ort_difference(states[-1], path, self.feeds)
-            checked.append(StepCheck(_ORT, str(last.get("what", "")), _recorded(last), measured))
+        if record.entry["role"] in _WRITTEN:
+            checked.append(self.written(path, record, states[-1]))
         return Link(path.name, source.name, tuple(checked))
+
+    def written(self, path: Path, record: _Manifest, model: Model) -> StepCheck:
+        """Return the check of a file in another format than ONNX, written from a model."""
+        role = record.entry["role"]
+        unknown: Mapping[str, Any] = {"options": {}}
+        step = next((step for step in record.steps if step["name"] == role), unknown)
+        if role == _ORT:
+            measured: OutputDifference | None = ort_difference(model, path, self.feeds)
+        else:
+            again = c_source(model, str(_options(step, record.path).get("name", path.stem)))
+            if again.text.encode() != path.read_bytes():
+                others = manifest.differences(record.content)
+                problem = f"{path.name} is not the C source of {record.source['file']}"
+                if others:
+                    raise InconclusiveError(f"{problem}; the cause may be another environment: {', '.join(others)}")
+                raise ProofError(problem)
+            measured = c_difference(model, again, self.feeds)
+        return StepCheck(role, str(step.get("what", "")), _recorded(step), measured)
 
 
 def _options(step: Mapping[str, Any], place: Path) -> Mapping[str, Any]:

@@ -154,6 +154,8 @@ def _repeated_request(
     fixed["image_classes"] = inputs.get("classes")
     if recorded.get("teacher_cache") is not None:
         fixed["teacher_cache"] = beside(output, "answers")
+    if recorded.get("c_source") is not None:
+        fixed["c_source"] = output.parent / Path(recorded["c_source"]).name
     if not recorded.get("patience"):
         fixed |= {"watch": None, "metric": defaults.METRIC}
     others = {name: value for name, value in recorded.items() if name not in fixed}
