@@ -71,7 +71,14 @@ def emulate(source: CSource, feeds: Sequence[Mapping[str, Array]], folder: Path,
     program = folder / "program.elf"
     parts = [FIRMWARE / "startup.c", FIRMWARE / "main.c", folder / f"{source.name}.c"]
     own = [f'-DMODEL_HEADER="{source.name}.h"', f"-I{folder}"]
-    linked = ["-nostartfiles", "--specs=nosys.specs", f"-T{FIRMWARE / 'mps2.ld'}", "-Wl,--gc-sections", "-lm"]
+    linked = [
+        "-nostartfiles",
+        "--specs=nano.specs",
+        "--specs=nosys.specs",
+        f"-T{FIRMWARE / 'mps2.ld'}",
+        "-Wl,--gc-sections",
+        "-lm",
+    ]
     _run("arm-none-eabi-gcc", *CPU, *OPTIONS, *own, *parts, *linked, "-o", program)
     said = _run("qemu-system-arm", *MACHINE, "-semihosting", "-kernel", program)
     return _read(source, said, _sections(program))

@@ -183,7 +183,7 @@ class _Checks:
         height, width, channels, first = image_layout(self.inputs[0], ImageOptions(size=pixels.shape[1:3]))
         chosen = len(pixels)
 
-        def outputs(preprocessing: Preprocessing) -> list[Array]:
+        def outputs(preprocessing: Preprocessing, *, is_first: bool = False) -> list[Array]:
             nonlocal chosen
             made: list[list[Array]] = []
             started = time.perf_counter()
@@ -191,12 +191,12 @@ class _Checks:
                 part = self._prepared(pixels[start : start + self.batch], preprocessing, first=first)
                 made.append(run(self.session, {self.inputs[0].name: part}))
                 spent, done = time.perf_counter() - started, start + len(part)
-                if chosen == len(pixels) and spent * _RUNS * chosen / done > _SECONDS:
+                if is_first and chosen == len(pixels) and spent * _RUNS * chosen / done > _SECONDS:
                     chosen = max(done, int(_SECONDS * done / spent / _RUNS))
             return [np.concatenate(parts)[:chosen] for parts in zip(*made, strict=True)]
 
         try:
-            outputs(used)  # determines how many
+            outputs(used, is_first=True)  # determines how many, for all alike
             found = ranking.rank(outputs, used, (height, width), channels, None if labels is None else labels[:chosen])
         except (CpdError, ValueError):  # outputs without an axis of samples; a later step says what does not run
             return []

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -197,10 +199,19 @@ def _prepared(model: Model, path: Path, notify: Notify) -> ModelProto:
 
 
 def _quantised_operators(options: Quantization) -> list[str]:
-    """Return the operators that onnxruntime can quantise, except those that stay float."""
+    """Return the operators that can be quantised, except those that stay float."""
     from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
-    return sorted({*QLinearOpsRegistry, *QDQRegistry} - set(options.keep_float))
+    return sorted({*QLinearOpsRegistry, *QDQRegistry, *_moving()} - set(options.keep_float))
+
+
+def _moving() -> dict[str, Any]:
+    """Return operators that move the elements of integers as well, which onnxruntime's quantiser leaves in float."""
+    from onnxruntime.quantization.operators.direct_q8 import Direct8BitOp
+    from onnxruntime.quantization.registry import QLinearOpsRegistry
+
+    found = operators_with("moves_elements") - operators_with("casts") - set(QLinearOpsRegistry)
+    return dict.fromkeys(sorted(found), Direct8BitOp)
 
 
 def _excluded(model: Model, prepared: ModelProto, patterns: Sequence[str]) -> set[str]:
@@ -298,14 +309,19 @@ def _with_integers(
     proto: ModelProto, ranges: Any, options: Quantization, excluded: set[str], notify: Notify
 ) -> ModelProto:
     """Return the model in the requested form; biases stay float if it fails otherwise."""
+    from onnxruntime.quantization.registry import QLinearOpsRegistry
+
     failure: UnsupportedError | None = None
     for has_biases in (True, False) if options.quantized_bias else (False,):
         copy = ModelProto()
         copy.CopyFrom(proto)
+        if options.form == "qoperator":
+            _unshare_numbers(copy)
         try:
             with translate_tool_errors("onnxruntime cannot quantise the model"):
                 quantizer = _quantizer(copy, ranges, replace(options, quantized_bias=has_biases), excluded)
-                quantizer.quantize_model()
+                with mock.patch.dict(QLinearOpsRegistry, _moving()):
+                    quantizer.quantize_model()
         except UnsupportedError as error:
             failure = failure or error
             continue
@@ -317,6 +333,19 @@ def _with_integers(
         return quantised
     assert failure is not None
     raise failure
+
+
+def _unshare_numbers(proto: ModelProto) -> None:
+    """Give each node its own copy of a single number: onnxruntime's quantiser replaces that of a Pad for all others."""
+    numbers = {tensor.name: tensor for tensor in proto.graph.initializer if math.prod(tensor.dims) == 1}
+    seen: set[str] = set()
+    for place, node in enumerate(proto.graph.node):
+        for slot, name in enumerate(node.input):
+            if name in numbers and name in seen:
+                own = proto.graph.initializer.add()
+                own.CopyFrom(numbers[name])
+                own.name = node.input[slot] = f"{name}_{place}_{slot}_"
+            seen.add(name)
 
 
 def _quantizer(proto: ModelProto, ranges: Any, options: Quantization, excluded: set[str]) -> Any:

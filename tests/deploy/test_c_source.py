@@ -18,9 +18,11 @@ from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.budget.memory import MemoryModel
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.cli.main import main
+from cpd_onnx.data.sources import ArraySource
 from cpd_onnx.deploy import c_source as generated
 from cpd_onnx.deploy import compiled
 from cpd_onnx.deploy.c_source import CSource, c_source
+from cpd_onnx.deploy.quantize import Quantization, quantize
 from cpd_onnx.deploy.steps import c_difference, c_measured, fix_batch, fold_constants
 from cpd_onnx.errors import ProofError, TargetError, UnsupportedError
 from cpd_onnx.ir.model import Model, load
@@ -197,6 +199,16 @@ def test_a_compiler_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         c_difference(model, wrong, feeds_of(model))
 
 
+def test_a_program_does_not_run_on_what_onnxruntime_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "(float[1,8] x) => (float[1,8] y) { i = Constant<value=int64[1,1]{99999}>() v = Constant<value=float[1,1]{1.0}>() y = ScatterElements<axis=1>(x, i, v) }"
+    model = load(from_text(text))
+    ran: list[Any] = []
+    monkeypatch.setattr(compiled, "_run", lambda *given: ran.append(given))
+    with pytest.raises(UnsupportedError):
+        c_difference(model, c_source(model, "net"), [{"x": np.zeros((1, 8), np.float32)}])
+    assert not ran
+
+
 # Integer operators.
 
 
@@ -212,6 +224,21 @@ def test_a_quantised_model_of_integer_operators_is_pruned(small: Path, tmp_path:
     assert state.verification is not None
     assert state.verification.passed
     assert state.allocation.after.macs < 0.7 * state.allocation.before.macs
+
+
+def test_slices_and_pads_of_integers_stay_integers() -> None:
+    # two Pads share their number, which onnxruntime's quantiser replaces for both
+    text = (
+        "(float[1,4,8,8] x, float[4,4,1,1] w, float[4] b) => (float[1,8,4,4] y) {"
+        " a = Conv(x, w, b) st = Constant<value_ints=[0,0]>() en = Constant<value_ints=[8,8]>() ax = Constant<value_ints=[2,3]>()"
+        " by = Constant<value_ints=[2,2]>() s = Slice(a, st, en, ax, by) zero = Constant<value_float=0.0>()"
+        " before = Constant<value_ints=[0,1,0,0,0,3,0,0]>() after = Constant<value_ints=[0,3,0,0,0,1,0,0]>()"
+        " p = Pad(s, before, zero) q = Pad(s, after, zero) y = Add(p, q) }"
+    )
+    rng = np.random.default_rng(0)
+    source = ArraySource({"x": rng.normal(size=(16, 4, 8, 8)).astype(np.float32)})
+    quantised = quantize(load(from_text(text)), source, Quantization(form="qoperator", samples=16))
+    assert not {node.op_type for node in quantised.graph.node[1:-1]} & {"QuantizeLinear", "DequantizeLinear"}
 
 
 # Folding.
