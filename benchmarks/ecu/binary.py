@@ -59,13 +59,14 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Task:
-    """A model with samples for pruning and calibration, and test samples with labels."""
+    """A model with samples for pruning and calibration, test samples with labels, and the command that prunes it."""
 
     name: str
     model: Path
     given: Array
     tested: Array
     labels: Array
+    command: tuple[str, ...] = ("prune",)
 
 
 def tasks(folder: Path | None) -> Iterator[Task]:
@@ -75,18 +76,24 @@ def tasks(folder: Path | None) -> Iterator[Task]:
         yield Task("digits", models / "digits.onnx", train["image"][:256], test["image"], test["labels"])
     if folder is None or not (folder / "load.py").is_file():
         return
-    spec = importlib.util.spec_from_file_location("load", folder / "load.py")
+    module = loaded(folder / "load.py")
+    (given, _), (tested, labels) = module.gtsrb("train"), module.gtsrb("test")
+    chosen = np.sort(np.random.default_rng(SEED).permutation(len(given))[:512])
+    place = folder / "onnx" / "resnet20_gtsrb.onnx"
+    yield Task("resnet20_gtsrb", place, pixels(given[chosen]), pixels(tested), labels)
+
+
+def loaded(place: Path) -> Any:
+    """Return the module in a file."""
+    spec = importlib.util.spec_from_file_location("load", place)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    (given, _), (tested, labels) = module.gtsrb("train"), module.gtsrb("test")
-    chosen = np.sort(np.random.default_rng(SEED).permutation(len(given))[:512])
-    place = folder / "onnx" / "resnet20_gtsrb.onnx"
-    yield Task("resnet20_gtsrb", place, _pixels(given[chosen]), _pixels(tested), labels)
+    return module
 
 
-def _pixels(images: Array) -> Array:
+def pixels(images: Array) -> Array:
     """Return images [N, H, W, C] as the network takes them, [N, C, H, W] in the scale of ImageNet."""
     values = (images.astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
     return np.ascontiguousarray(values.transpose(0, 3, 1, 2))
@@ -171,7 +178,7 @@ def measured(task: Task, folder: Path) -> list[dict[str, Any]]:
     tables = {form: cost_table(task, combed, form, data, folder) for form in FORMS}
     small = folder / "small.onnx"
     half = ("--target", "latency=0.5", "--cost-table", folder / "float32.json", "--max-loss", "inf")
-    cpd("prune", task.model, "-o", small, "--data", data, *half, "--hold-out", 0, "--no-check-speed")
+    cpd(*task.command, task.model, "-o", small, "--data", data, *half, "--hold-out", 0, "--no-check-speed")
     combed, keep = planned(task.model, load_plan(folder / "small.onnx.plan.json"))
     masks = {"original": KeepMask(combed.atoms), "pruned": keep}
     rows = []

@@ -220,6 +220,7 @@ _row(
     shape_slot=1,
 )
 _row("ScatterElements", "selects_by_input")
+_row("TensorScatter", "selects_by_input")
 _row("ScatterND", "selects_by_input")
 _row("Shape", "reads_sizes")
 _row("Size", "reads_sizes multiplies_sizes")

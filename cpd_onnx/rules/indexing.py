@@ -204,6 +204,21 @@ def scatter_elements(op: Op) -> None:
     op.set(x.axes or [])
 
 
+@rule("TensorScatter")
+def tensor_scatter(op: Op) -> None:
+    """Write an update into a cache along one axis, which is frozen; the others unite with those of the update."""
+    cache, update = op.input(0), op.input(1)
+    axis = op.get("axis", -2) % cache.rank
+    op.freeze(cache[axis], "writes along this axis by index")
+    op.freeze(update[axis], "is written by index")
+    if op.has(2):
+        op.unite(op.input(2)[0], cache[0])
+    for position in range(cache.rank):
+        if position != axis:
+            op.unite(cache[position], update[position])
+    op.set(cache.axes or [])
+
+
 def _unite_if_whole(op: Op, data: Axis, indices: Axis) -> None:
     """Unite an axis with that of the indices; freeze both if the indices cover only its start."""
     if len(data) == len(indices):

@@ -90,6 +90,17 @@ def cumulative(op: Op) -> None:
     op.set(x.axes or [])
 
 
+@rule("DFT")
+def fourier(op: Op) -> None:
+    """Transform along one axis, whose order matters; the last axis holds real and imaginary parts."""
+    x, shape = op.input(0), op.sizes()
+    op.freeze_operands(1)
+    given = op.static_operand(2) if op.opset >= 20 else np.asarray(op.get("axis", 1))
+    axis = -2 if given is None else int(given.item())
+    changed = {axis % x.rank: "is transformed along this axis", x.rank - 1: "holds real and imaginary parts"}
+    op.set([op.along(x[i], shape[i], changed[i]) if i in changed else x[i] for i in range(x.rank)])
+
+
 @rule("TopK")
 def top_k(op: Op) -> None:
     """Select along one axis, which is frozen."""
