@@ -24,7 +24,8 @@ from cpd_onnx.ir.model import Array
 FIRMWARE = Path(__file__).parent / "firmware"
 TOOLS = ("arm-none-eabi-gcc", "arm-none-eabi-size", "qemu-system-arm")
 CPU = ("-mcpu=cortex-m4", "-mthumb", "-mfpu=fpv4-sp-d16", "-mfloat-abi=hard")
-OPTIONS = ("-std=c11", "-O2", "-ffunction-sections", "-fdata-sections", "-w")
+OPTIONS = ("-std=c11", "-O2", "-funroll-loops", "-ffunction-sections", "-fdata-sections", "-w")
+"""Unrolled loops take a third of the instructions, for 10 to 20 kB more code."""
 MACHINE = ("-M", "mps2-an386", "-nographic", "-monitor", "none", "-serial", "none", "-icount", "shift=6,sleep=off")
 _SECONDS = 3600
 _CALL = re.compile(r"^(    node\d+_\w*_n(\d+)\(.*\);)$", re.MULTILINE)

@@ -124,6 +124,7 @@ def c_source(model: Model, name: str) -> CSource:
     require_one_message(model, "written as C")
     scope = fold(model).scope
     _require_sizes(model, scope)
+    _require_plain_texts(model)
     prefix = _identifier(name)
     renamed = _renamed(model, scope, prefix)
     program = load(renamed)  # before the change below, which only the generator understands
@@ -139,6 +140,21 @@ def _require_sizes(model: Model, scope: Scope) -> None:
         if value is None or value.shapes is None or value.extents is not None or len(set(value.shapes)) > 1:
             what = "input" if name in scope.inputs else "tensor"
             raise TargetError(f"C source needs fixed sizes, and {what} {name!r} has none: give --batch 1 or --fix")
+
+
+def _require_plain_texts(model: Model) -> None:
+    """Raise UnsupportedError if a text that is no name ends a comment or a line of the code, which repeats them."""
+    texts = [entry.domain for entry in model.proto.opset_import]
+    for part in graphs_of(model.graph):
+        for node in part.node:
+            texts += [node.op_type, node.domain]
+            for attribute in node.attribute:
+                strings = [attribute.s, *attribute.strings, *attribute.t.string_data]
+                texts += [attribute.name, *(value.decode(errors="replace") for value in strings)]
+        texts += [value.decode(errors="replace") for tensor in part.initializer for value in tensor.string_data]
+    for text in texts:
+        if "*/" in text or not text.isprintable():
+            raise UnsupportedError(f"C source cannot hold the text {text[:40]!r} of the model")
 
 
 def _identifier(name: str) -> str:
@@ -205,10 +221,12 @@ def _unique(model: Model, prefix: str, inputs: Sequence[str], outputs: Sequence[
         for name in (*tensors, *(name for node in part.node for name in (*node.input, *node.output))):
             if not name or name in names:
                 continue
-            wanted = f"{kinds.get(name, 't')}_{_identifier(name)}"
+            wanted = chosen = f"{kinds.get(name, 't')}_{_identifier(name)}"
             number = len(names)
-            names[name] = wanted if wanted.lower() not in taken else f"{wanted}_{number}"
-            taken.add(names[name].lower())
+            while chosen.lower() in taken:
+                chosen, number = f"{wanted}_{number}", number + 1
+            names[name] = chosen
+            taken.add(chosen.lower())
     return names
 
 

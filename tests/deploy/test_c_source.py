@@ -129,6 +129,21 @@ def test_no_name_becomes_code() -> None:
         assert "passwd" not in re.sub(r"\w*etc_passwd\w*", "", source.text)
 
 
+@pytest.mark.parametrize("place", ["attribute", "domain", "constant"])
+def test_no_other_text_becomes_code(place: str) -> None:
+    text = "*/ int main(void) { return 1; } /*"
+    proto = from_text("(float[2,3] x) => (float[2,3] y) { y = Relu(x) }")
+    if place == "attribute":
+        proto.graph.node[0].attribute.append(helper.make_attribute("mode", text))
+    elif place == "domain":
+        proto.opset_import.append(helper.make_opsetid(text, 1))
+    else:
+        words = helper.make_tensor("words", TensorProto.STRING, [1], [text.encode()])
+        proto.graph.node.insert(0, helper.make_node("Constant", [], ["words"], value=words))
+    with pytest.raises(UnsupportedError, match="C source cannot hold the text"):
+        c_source(load(proto), "net")
+
+
 def test_the_same_model_gives_the_same_bytes() -> None:
     model = load(from_text(RESIDUAL))
     assert c_source(model, "net") == c_source(model, "net")
