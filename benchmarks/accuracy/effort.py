@@ -12,13 +12,14 @@ alike. All test images are scored, by onnxruntime and numpy only. Peak memory an
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +86,11 @@ def counted(words: list[str]) -> tuple[int, dict[str, float]]:
     return made.returncode, figures
 
 
-def row(run: Run, name: str, more: tuple[str, ...], model: Path, data: Data) -> dict[str, Any]:
+def row(run: Run, name: str, more: tuple[str, ...], model: Path, data: Data, seed: int = SEED) -> dict[str, Any]:
     """Return what one run left."""
     case = next(pair for pair in PAIRS if pair.model == run.model)
     given, images, labels = data.decode(case.data)
-    chosen = np.sort(np.random.default_rng(SEED).permutation(len(given))[: run.images])
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(given))[: run.images])
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         entry = opened(model).get_inputs()[0].name
@@ -140,6 +141,8 @@ def main() -> None:
     parser.add_argument("--trained", action="store_true", help="run compress, which distills, instead of prune")
     parser.add_argument("--compare", choices=KINDS, help="with --trained, what the training compares (both)")
     parser.add_argument("--score", help="instead of the default")
+    parser.add_argument("--images", type=int, help="number of unlabelled images, instead of the usual one")
+    parser.add_argument("--seed", type=int, action="append", help=f"of the choice of images (default: {SEED})")
     parser.add_argument("--no-baselines", action="store_true")
     parser.add_argument("--table", action="store_true", help="print the stored results and run nothing")
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -155,6 +158,7 @@ def main() -> None:
         for suffix, command in commands.items()
         if not options.compare or suffix.endswith(options.compare)
     }
+    seeds = options.seed or [SEED]
     if options.score:
         ways = {f"{name}, score {options.score}": (*more, "--score", options.score) for name, more in ways.items()}
     ways |= {} if options.no_baselines else BASELINES
@@ -163,10 +167,12 @@ def main() -> None:
         model = Path(elsewhere.get(run.model, options.data_folder / "onnx" / f"{run.model}.onnx"))
         if not model.is_file() or (options.only and run.name not in options.only):
             continue
-        for name, more in ways.items():
-            made = row(run, name, more, model, data)
+        given = run if options.images is None else replace(run, images=options.images)
+        for (name, more), seed in itertools.product(ways.items(), seeds):
+            how = name + ("" if given == run else f", {given.images} images") + (f", seed {seed}" if seed else "")
+            made = row(given, how, more, model, data, seed)
             rows = kept(options.out, rows, made, ("case", "how"))
-            print(run.name, name, made.get("score"), round(made["seconds"]), "s", flush=True)
+            print(run.name, how, made.get("score"), round(made["seconds"]), "s", flush=True)
     show(rows)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -65,6 +65,7 @@ class Problem:
         bounds: Bounds to which an activation clips the target.
         ridge: Minimum strength of the regularization towards the initial matrix.
         rounds: Number of times that targets beyond a bound are replaced by the fitted values.
+        refits: Whether a fit that passed is made again from all blocks, also those that validated it.
     """
 
     blocks: Sequence[Block]
@@ -76,6 +77,7 @@ class Problem:
     bounds: tuple[float, float]
     ridge: float
     rounds: int
+    refits: bool = False
     _is_effective: npt.NDArray[np.bool_] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -101,9 +103,13 @@ class Problem:
         before = self.error(self.start, np.zeros(1)) / deviation
         if not before > _GOOD:
             return None
-        matrix, constant = self.fitted()
+        ridge, matrix, constant = self.fitted()
         after = self.error(matrix, constant) / deviation
-        return Solution(matrix, constant, before, after) if after < before else None
+        if not after < before:
+            return None
+        if self.refits and self.held_out:
+            matrix, constant = replace(self, held_out=0).at(ridge)
+        return Solution(matrix, constant, before, after)
 
     def deviation(self) -> float:
         """Return the standard deviation of the targets."""
@@ -111,8 +117,8 @@ class Problem:
         count, total, squares = (sum(each) for each in zip(*sums, strict=True))
         return float(np.sqrt(np.maximum(squares / count - np.square(total / count), 0).mean()))
 
-    def fitted(self) -> tuple[Matrix, Matrix]:
-        """Return matrix and constant, with the strength of the regularization that is best on held-out rows."""
+    def fitted(self) -> tuple[float, Matrix, Matrix]:
+        """Return the strength of the regularization that is best on held-out rows, with its matrix and constant."""
         moments = self.moments()
         ridge, cross = self.ridge, self.cross(moments, lambda block: block.wanted)
         best = self.once(moments, cross, ridge)
@@ -122,6 +128,16 @@ class Problem:
             if not (now := self.error(*stronger)) < error:
                 break
             best, ridge, error = stronger, ridge * _STRONGER, now
+        return ridge, *self.clipped(moments, best, ridge)
+
+    def at(self, ridge: float) -> tuple[Matrix, Matrix]:
+        """Return matrix and constant for one strength of the regularization."""
+        moments = self.moments()
+        best = self.once(moments, self.cross(moments, lambda block: block.wanted), ridge)
+        return self.clipped(moments, best, ridge)
+
+    def clipped(self, moments: Moments, best: tuple[Matrix, Matrix], ridge: float) -> tuple[Matrix, Matrix]:
+        """Return a fit again, to targets of which those that the activation clips follow the fit."""
         for _ in range(self.rounds if np.isfinite(self.bounds).any() else 0):
             best = self.once(moments, self.cross(moments, partial(self.aims, fit=best)), ridge)
         return best

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,12 @@ from cpd_onnx.fitting.problem import Block, Problem
 from cpd_onnx.fitting.units import units_of
 from cpd_onnx.ir.model import Model, load
 from cpd_onnx.ops.matrix_view import bounds_of, linear_of
+from cpd_onnx.passes import repair as repairs
 from cpd_onnx.passes.prune import prune
 from cpd_onnx.passes.repair import RepairOptions, repair
 from cpd_onnx.passes.sensitivity import SensitivityOptions, measured_curves, sensitivity
 from cpd_onnx.pipeline.pipeline import run
+from cpd_onnx.rewrite.rewriter import rewrite
 from cpd_onnx.runtime.sessions import execute, open_model
 from cpd_onnx.runtime.stepwise import Stepwise
 from cpd_onnx.scores.registry import score
@@ -509,8 +512,45 @@ def test_features_that_say_little_are_held_back_by_a_strong_ridge() -> None:
     moments = problem.moments()
     cross = problem.cross(moments, lambda block: block.wanted)
     errors = [problem.error(*problem.once(moments, cross, 1e-3 * 10 ** (place / 2))) for place in range(9)]
-    assert problem.error(*problem.fitted()) == pytest.approx(min(errors), rel=1e-6)
+    ridge, *fit = problem.fitted()
+    assert problem.error(*fit) == pytest.approx(min(errors), rel=1e-6)
     assert np.argmin(errors) > 6  # stronger than the mean square of a feature
+    assert ridge == pytest.approx(1e-3 * 10 ** (np.argmin(errors) / 2))
+
+
+def test_a_confirmed_fit_may_be_made_again_from_all_rows() -> None:
+    rng = np.random.default_rng(0)
+    true = rng.standard_normal((1, 8, 3))
+    blocks = []
+    for _ in range(3):
+        rows = rng.standard_normal((1, 16, 8)).astype(np.float32)
+        blocks.append(Block(rows, (rows @ true + rng.standard_normal((1, 16, 3))).astype(np.float32)))
+    ones = np.ones(3)
+    problem = Problem(blocks, 1, 0 * true, ones, 0 * ones, False, (-np.inf, np.inf), 1e-3, 0)
+    once, again = problem.solved(), replace(problem, refits=True).solved()
+    assert once is not None
+    assert again is not None
+    assert np.array_equal(again.matrix, replace(problem, held_out=0).at(problem.fitted()[0])[0])
+    assert np.linalg.norm(again.matrix - true) < np.linalg.norm(once.matrix - true)
+    assert (again.before, again.after) == (once.before, once.after)
+
+
+def test_very_few_samples_are_all_used_once_a_third_has_confirmed_the_repair(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[bool] = []
+    plain = repairs._Repairer.run
+    monkeypatch.setattr(
+        repairs._Repairer, "run", lambda self, refits=False: (runs.append(refits), plain(self, refits=refits))[1]
+    )
+    models = Path(__file__).parents[2] / "models"
+    with np.load(models / "digits_train.npz") as data:
+        images = data["image"]
+    combed = comb(load(models / "digits.onnx"))
+    kept = allocate(combed, score(combed), Budget("macs", 0.6)).keep_mask(combed)
+    pruned = rewrite(combed, kept).model
+    for count, expected in ((20, [False, True]), (64, [False])):
+        runs.clear()
+        repair(combed, kept, pruned, ArraySource({"image": images[:count]}))
+        assert runs == expected
 
 
 # Activations that clip.
