@@ -136,7 +136,7 @@ def repair(
 
     An eighth of the samples (a third of fewer than 32) is held out: a weight is fitted only if that lowers its error on
     them. If the error of the outputs on them does not fall, the result is the pruned model, and a note says so. If it
-    does, with fewer than 32 samples, the fit is made again from all.
+    does, and there are fewer than 32 samples, the fit is made again from all.
 
     Args:
         combed: The original.
@@ -186,7 +186,8 @@ def _repaired(
     fitted, checks = feeds[:place], feeds[place:]
     mixes = chosen.mixes and not isinstance(data, Synthetic)
     goal, start = _mixed(combed, kept, pruned, fitted, chosen.seed) if mixes else (combed, pruned)
-    again = list(feeds) if count < _BATCH and only is None else []
+    # A comparison of candidates, which asks for few samples of many, does not need the last bit of accuracy.
+    again = list(feeds) if count < _BATCH <= chosen.samples and only is None else []
     repairer = _Repairer(goal, kept, start, feeds, chosen, only)
     del feeds, fitted  # the repair drops samples that it does not need any more
     with one_thread():

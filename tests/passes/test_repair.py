@@ -547,9 +547,9 @@ def test_very_few_samples_are_all_used_once_a_third_has_confirmed_the_repair(mon
     combed = comb(load(models / "digits.onnx"))
     kept = allocate(combed, score(combed), Budget("macs", 0.6)).keep_mask(combed)
     pruned = rewrite(combed, kept).model
-    for count, expected in ((20, [False, True]), (64, [False])):
+    for count, most, expected in ((20, 512, [False, True]), (64, 512, [False]), (64, 20, [False])):
         runs.clear()
-        repair(combed, kept, pruned, ArraySource({"image": images[:count]}))
+        repair(combed, kept, pruned, ArraySource({"image": images[:count]}), RepairOptions(samples=most))
         assert runs == expected
 
 
