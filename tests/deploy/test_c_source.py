@@ -215,7 +215,10 @@ def test_a_compiler_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_program_does_not_run_on_what_onnxruntime_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = "(float[1,8] x) => (float[1,8] y) { i = Constant<value=int64[1,1]{99999}>() v = Constant<value=float[1,1]{1.0}>() y = ScatterElements<axis=1>(x, i, v) }"
+    text = (
+        "(float[1,8] x) => (float[1,8] y) { i = Constant<value=int64[1,1]{99999}>() "
+        "v = Constant<value=float[1,1]{1.0}>() y = ScatterElements<axis=1>(x, i, v) }"
+    )
     model = load(from_text(text))
     ran: list[Any] = []
     monkeypatch.setattr(compiled, "_run", lambda *given: ran.append(given))

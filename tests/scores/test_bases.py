@@ -215,7 +215,7 @@ def test_combinations_are_dropped_if_the_outputs_are_no_nearer(monkeypatch: pyte
     monkeypatch.setattr(
         repair_pass, "bases", lambda *of: {mixable: each[:, ::-1] for mixable, each in best(*of).items()}
     )
-    monkeypatch.setattr(repair_pass._Repairer, "fit", lambda *_: None)
+    monkeypatch.setattr(repair_pass._Repairer, "fit", lambda *_, **__: None)
     made = repair(combed, kept, pruned, images(64), RepairOptions(samples=64))
     assert made.fits == ()
     assert made.model.proto == pruned.proto
