@@ -6,7 +6,7 @@ DATA is a folder with `load.py` and CIFAR-10. The layout is that of the benchmar
 MLPerf Tiny Benchmark, NeurIPS 2021): 12.5 M MACs, 78 k parameters. It is trained with labels from scratch, on the CPU in
 about half an hour, and exported by torch; `--model` takes the file of an earlier run. Then the table of `binary.py` is made
 of it, with `compress` in place of `prune`: it also distills, on 10,000 training images without labels. The other three
-networks of the benchmark need data that is not here.
+networks of the benchmark need other data.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def main() -> None:
     """Train, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-folder", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--model", type=Path, help="the trained file: read if it exists, else written")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
