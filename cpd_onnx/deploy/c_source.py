@@ -16,7 +16,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
 from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto, helper
 
@@ -62,6 +64,9 @@ _FUNCTIONS = """\
 _TEMPORARY = re.compile(r"    (\w+) (tmp\d+_(\w+))((?:\[\d+\])*);")
 """Declaration of a hidden tensor by the generator: type, name, name in the model, and sizes."""
 
+_CALL = re.compile(r"    node\d+_\w*_n(\d+)\(.*\);")
+"""Call of the function of a node, with its number in the model."""
+
 
 @dataclass(frozen=True)
 class Port:
@@ -78,6 +83,11 @@ class Port:
     variable: str
     dtype: int
     shape: tuple[int, ...]
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        """Element type of numpy."""
+        return np.dtype(helper.tensor_dtype_to_np_dtype(self.dtype))
 
 
 @dataclass(frozen=True)
@@ -124,9 +134,9 @@ def c_source(model: Model, name: str) -> CSource:
     require_one_message(model, "written as C")
     scope = fold(model).scope
     _require_sizes(model, scope)
-    _require_plain_texts(model)
     prefix = _identifier(name)
     renamed = _renamed(model, scope, prefix)
+    _require_plain_texts(renamed)
     program = load(renamed)  # before the change below, which only the generator understands
     _leave_out_empty(renamed)
     return _Program(program, model, prefix, _generated(renamed, prefix)).source()
@@ -142,15 +152,20 @@ def _require_sizes(model: Model, scope: Scope) -> None:
             raise TargetError(f"C source needs fixed sizes, and {what} {name!r} has none: give --batch 1 or --fix")
 
 
-def _require_plain_texts(model: Model) -> None:
-    """Raise UnsupportedError if a text that is no name ends a comment or a line of the code, which repeats them."""
-    texts = [entry.domain for entry in model.proto.opset_import]
-    for part in graphs_of(model.graph):
+def _require_plain_texts(proto: ModelProto) -> None:
+    """Raise UnsupportedError if a text that is no name ends a comment or a line of the code, which repeats them.
+
+    Comments also repeat the attributes of nodes, in the text format of protobuf where they are tensors or graphs.
+    """
+    texts = [entry.domain for entry in proto.opset_import]
+    for part in graphs_of(proto.graph):
         for node in part.node:
             texts += [node.op_type, node.domain]
             for attribute in node.attribute:
                 strings = [attribute.s, *attribute.strings, *attribute.t.string_data]
                 texts += [attribute.name, *(value.decode(errors="replace") for value in strings)]
+                if not traits_of(node).is_constant:  # constants become weights
+                    texts += str(attribute).splitlines()
         texts += [value.decode(errors="replace") for tensor in part.initializer for value in tensor.string_data]
     for text in texts:
         if "*/" in text or not text.isprintable():
@@ -290,7 +305,7 @@ class _Program:
         """Raise UnsupportedError if the code does not execute the nodes one by one in the order of the graph."""
         last = -1
         for line in self.entry[1:]:
-            found = re.fullmatch(r"    node\d+_\w*_n(\d+)\(.*\);", line)
+            found = _CALL.fullmatch(line)
             if found is None and line not in ("}", "") and not _TEMPORARY.fullmatch(line):
                 raise UnsupportedError(f"the generated code has a line that is not understood: {line.strip()[:80]}")
             if found is not None:
@@ -303,26 +318,14 @@ class _Program:
 
         Tensors that only the generator knows get memory of their own.
         """
-        end = len(self.scope.nodes) + 1
-        owners = {
-            owner: Buffer(*span, self._bytes(owner))
-            for owner, span in self.lives.spans.items()
-            if owner in self.variables or owner in self._given() or self._holds(owner)
-        }
-        for name in (*self.variables, *self._given()):
-            if name not in self.lives.owner:
-                owners[name] = Buffer(0, end, self._bytes(name))
-        places = planned(list(owners.values()))
-        at = {name: int(place) for name, place in zip(owners, places, strict=True)}
-        size = max((at[name] + int(buffer.size) for name, buffer in owners.items()), default=0)
-        return {name: at[self.lives.owner.get(name, name)] for name in (*self.variables, *self._given())}, size
-
-    def _given(self) -> list[str]:
-        return [*self.scope.inputs, *self.scope.outputs]
-
-    def _holds(self, owner: str) -> bool:
-        """Return whether another tensor of the code lies in the memory of a tensor that is not in the code."""
-        return any(self.lives.owner.get(name) == owner for name in (*self.variables, *self._given()))
+        names = [*self.variables, *self.scope.inputs, *self.scope.outputs]
+        owner = {name: self.lives.owner.get(name, name) for name in names}
+        always = (0, len(self.scope.nodes) + 1)
+        used = list(dict.fromkeys(owner.values()))
+        buffers = [Buffer(*self.lives.spans.get(name, always), self._bytes(name)) for name in used]
+        at = {name: int(place) for name, place in zip(used, planned(buffers), strict=True)}
+        size = max((at[name] + int(buffer.size) for name, buffer in zip(used, buffers, strict=True)), default=0)
+        return {name: at[owner[name]] for name in names}, size
 
     def _bytes(self, name: str) -> float:
         """Return the size of a tensor, rounded up to whole units of alignment."""
@@ -332,7 +335,7 @@ class _Program:
 
     def _is_copy(self, line: str) -> bool:
         """Return whether a line copies a tensor onto itself: a reshape whose output shares the memory of its input."""
-        found = re.search(r"_n(\d+)\(", line)
+        found = _CALL.fullmatch(line)
         if found is None:
             return False
         node = self.renamed.graph.node[int(found[1])]
@@ -353,9 +356,8 @@ class _Program:
                 lines.append(_pointer(found[1], found[2], found[4], f"{self.prefix}_arena", self.address[found[3]]))
             elif not self._is_copy(line):
                 lines.append(line)
-        ports = [*inputs, *(port for port in outputs if port.variable not in {p.variable for p in inputs})]
         arguments = ", ".join(f"(void *){port.variable}" for port in (*inputs, *outputs))
-        places = [(port, f"{self.prefix}_arena + {self.address[port.variable]}") for port in ports]
+        places = [(port, f"{self.prefix}_arena + {self.address[port.variable]}") for port in _distinct(inputs, outputs)]
         definitions = [f"{_TYPES[port.dtype]} *const {port.variable} = (void *)({place});" for port, place in places]
         arena = f"static _Alignas({_ALIGNMENT}) unsigned char {self.prefix}_arena[{max(self.arena, 1)}];"
         run = f"void {self.prefix}_run(void) {{\n    {self.prefix}_graph({arguments});\n}}"
@@ -366,7 +368,7 @@ class _Program:
         guard = f"{self.prefix.upper()}_H"
         known = {port.variable for port in inputs}
         lines = [f"#ifndef {guard}", f"#define {guard}", "", "#include <stdint.h>", ""]
-        for port in (*inputs, *(port for port in outputs if port.variable not in known)):
+        for port in _distinct(inputs, outputs):
             what = (
                 "Input, to be written before each run" if port.variable in known else "Output, valid until the next run"
             )
@@ -383,6 +385,11 @@ class _Program:
 def _inputs(graph: GraphProto) -> list[ValueInfoProto]:
     weights = {tensor.name for tensor in graph.initializer}
     return [info for info in graph.input if info.name not in weights]
+
+
+def _distinct(inputs: Sequence[Port], outputs: Sequence[Port]) -> list[Port]:
+    """Return inputs and outputs, of which one may be both."""
+    return list({port.variable: port for port in (*inputs, *outputs)}.values())
 
 
 def _pointer(kind: str, variable: str, sizes: str, arena: str, address: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import shutil
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnx import helper
 
 from cpd_onnx.deploy.c_source import CSource, Port
 from cpd_onnx.errors import UnsupportedError
@@ -71,13 +71,13 @@ class CompiledModel:
         """
         given = b"".join(_bytes(port, feed[port.name]) for port in self._source.inputs)
         done = _run([str(self._program)], given)
-        sizes = [int(np.prod(port.shape, dtype=np.int64)) * _dtype(port).itemsize for port in self._source.outputs]
+        sizes = [math.prod(port.shape) * port.numpy_dtype.itemsize for port in self._source.outputs]
         if done.returncode != 0 or len(done.stdout) != sum(sizes):
             raise UnsupportedError(f"the compiled program failed with exit code {done.returncode}")
         ends = np.cumsum(sizes).tolist()
         pieces = (done.stdout[end - size : end] for size, end in zip(sizes, ends, strict=True))
         ports = self._source.outputs
-        return [np.frombuffer(p, _dtype(port)).reshape(port.shape) for p, port in zip(pieces, ports, strict=True)]
+        return [np.frombuffer(p, port.numpy_dtype).reshape(port.shape) for p, port in zip(pieces, ports, strict=True)]
 
 
 def _run(command: Sequence[str], given: bytes = b"") -> subprocess.CompletedProcess[bytes]:
@@ -102,11 +102,7 @@ def _main(source: CSource) -> str:
     return _MAIN.format(name=source.name, reads=reads, writes=writes)
 
 
-def _dtype(port: Port) -> np.dtype[Any]:
-    return np.dtype(helper.tensor_dtype_to_np_dtype(port.dtype))
-
-
 def _bytes(port: Port, array: Array) -> bytes:
     if tuple(array.shape) != port.shape:
         raise UnsupportedError(f"input {port.name!r} of the program is {list(port.shape)}, got {list(array.shape)}")
-    return np.ascontiguousarray(array, _dtype(port)).tobytes()
+    return np.ascontiguousarray(array, port.numpy_dtype).tobytes()

@@ -202,11 +202,16 @@ def _quantised_operators(options: Quantization) -> list[str]:
     """Return the operators that can be quantised, except those that stay float."""
     from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
-    return sorted({*QLinearOpsRegistry, *QDQRegistry, *_moving()} - set(options.keep_float))
+    return sorted({*QLinearOpsRegistry, *QDQRegistry, *_moving(options)} - set(options.keep_float))
 
 
-def _moving() -> dict[str, Any]:
-    """Return operators that move the elements of integers as well, which onnxruntime's quantiser leaves in float."""
+def _moving(options: Quantization) -> dict[str, Any]:
+    """Return operators that move integers as well, which onnxruntime's quantiser of integer operators leaves in float.
+
+    Empty for the other form.
+    """
+    if options.form != "qoperator":
+        return {}
     from onnxruntime.quantization.operators.direct_q8 import Direct8BitOp
     from onnxruntime.quantization.registry import QLinearOpsRegistry
 
@@ -320,7 +325,7 @@ def _with_integers(
         try:
             with translate_tool_errors("onnxruntime cannot quantise the model"):
                 quantizer = _quantizer(copy, ranges, replace(options, quantized_bias=has_biases), excluded)
-                with mock.patch.dict(QLinearOpsRegistry, _moving()):
+                with mock.patch.dict(QLinearOpsRegistry, _moving(options)):
                     quantizer.quantize_model()
         except UnsupportedError as error:
             failure = failure or error

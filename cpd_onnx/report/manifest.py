@@ -29,8 +29,10 @@ from cpd_onnx.version import __version__
 
 FORMAT = "cpd-onnx/manifest"
 VERSION = 2
-_PACKAGES = ("emx-onnx-cgen", "numpy", "onnx", "onnx-graphsurgeon", "onnxruntime", "scipy", "torch", "torchmetrics")
+_PACKAGES = ("numpy", "onnx", "onnx-graphsurgeon", "onnxruntime", "scipy", "torch", "torchmetrics")
 """Packages whose versions may affect a result."""
+GENERATOR = "emx-onnx-cgen"
+"""Package whose version affects C source only; other runs do not record it."""
 
 
 def file_entry(path: Path, role: str, **more: Any) -> dict[str, Any]:
@@ -50,10 +52,10 @@ def file_entry(path: Path, role: str, **more: Any) -> dict[str, Any]:
     return {"role": role, "file": str(path), "bytes": size, "sha256": digest.hexdigest(), **more}
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of Python, this package and the packages that results depend on."""
+def versions(*more: str) -> dict[str, str]:
+    """Return the versions of Python, this package, the packages that results depend on, and further ones."""
     found = {"cpd-onnx": __version__, "python": platform.python_version()}
-    for name in _PACKAGES:
+    for name in sorted((*_PACKAGES, *more)):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -88,6 +90,7 @@ def write(place: Path, recipe: str, read: Mapping[str, Any], written: Mapping[st
         more: Further entries: `run`, the name of the command; `beside`, outputs by path that differ in each run.
     """
     beside = more.pop("beside", {})
+    further = [GENERATOR] if "c" in written else []
     inputs = inputs_of(read)
     outputs = [file_entry(path, role, repeats=True) for role, path in written.items() if path is not None]
     model = Path(str(written["model"]))
@@ -97,7 +100,7 @@ def write(place: Path, recipe: str, read: Mapping[str, Any], written: Mapping[st
         entry["file"] = relative(Path(entry["file"]), place.parent)
     document = {
         "format": FORMAT, "version": VERSION, "command": typed(), "recipe": recipe, "inputs": inputs,
-        "outputs": outputs, "versions": versions(), "machine": machine(), **more,
+        "outputs": outputs, "versions": versions(*further), "machine": machine(), **more,
     }  # fmt: skip  # a table
     write_atomically(place, (json.dumps(document, indent=1) + "\n").encode())
 
@@ -156,7 +159,8 @@ def _is_list(entries: Any) -> bool:
 
 def differences(there: Mapping[str, Any]) -> list[str]:
     """Return a description of the versions that differ from those in a manifest."""
-    here, then = versions(), there.get("versions", {})
+    then = there.get("versions", {})
+    here = versions(*({GENERATOR} & then.keys()))
     return [f"{name} {then.get(name, 'none')} then, {here.get(name, 'none')} now" for name in sorted({*here, *then})
             if here.get(name) != then.get(name)]  # fmt: skip
 

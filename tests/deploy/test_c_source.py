@@ -21,6 +21,7 @@ from cpd_onnx.cli.main import main
 from cpd_onnx.data.sources import ArraySource
 from cpd_onnx.deploy import c_source as generated
 from cpd_onnx.deploy import compiled
+from cpd_onnx.deploy import quantize as quantising
 from cpd_onnx.deploy.c_source import CSource, c_source
 from cpd_onnx.deploy.quantize import Quantization, quantize
 from cpd_onnx.deploy.steps import c_difference, c_measured, fix_batch, fold_constants
@@ -29,6 +30,7 @@ from cpd_onnx.ir.model import Model, load
 from cpd_onnx.runtime.sessions import Feed, working_feeds
 from cpd_onnx.runtime.sessions import open_model as opened
 from cpd_onnx.shapes.inference import fold
+from cpd_onnx.workflow.evidence.repeating import pinned
 from tests.support.models import from_text
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -129,7 +131,7 @@ def test_no_name_becomes_code() -> None:
         assert "passwd" not in re.sub(r"\w*etc_passwd\w*", "", source.text)
 
 
-@pytest.mark.parametrize("place", ["attribute", "domain", "constant"])
+@pytest.mark.parametrize("place", ["attribute", "domain", "constant", "tensor"])
 def test_no_other_text_becomes_code(place: str) -> None:
     text = "*/ int main(void) { return 1; } /*"
     proto = from_text("(float[2,3] x) => (float[2,3] y) { y = Relu(x) }")
@@ -137,6 +139,11 @@ def test_no_other_text_becomes_code(place: str) -> None:
         proto.graph.node[0].attribute.append(helper.make_attribute("mode", text))
     elif place == "domain":
         proto.opset_import.append(helper.make_opsetid(text, 1))
+    elif place == "tensor":
+        number = helper.make_tensor(text, TensorProto.FLOAT, [1], [0.0])
+        shape = numpy_helper.from_array(np.array([2, 3], np.int64), "shape")
+        proto.graph.node.insert(0, helper.make_node("Constant", [], ["shape"], value=shape))
+        proto.graph.node.insert(1, helper.make_node("ConstantOfShape", ["shape"], ["unused"], value=number))
     else:
         words = helper.make_tensor("words", TensorProto.STRING, [1], [text.encode()])
         proto.graph.node.insert(0, helper.make_node("Constant", [], ["words"], value=words))
@@ -238,10 +245,19 @@ def test_a_quantised_model_of_integer_operators_is_pruned(small: Path, tmp_path:
     assert run("deploy", float_one, "-o", place, "--int8", "--int8-form", "qoperator", "--data", data) == 0
     operators = {node.op_type for node in load(place).graph.node}
     assert {"QLinearConv", "QLinearAveragePool", "QLinearAdd"} <= operators
+    assert "emx-onnx-cgen" not in json.loads((tmp_path / "net.onnx.manifest.json").read_text())["versions"]
     state = cpd.run("comb, score{kind='l2'}, allocate{macs=0.6}, prune, verify", place)
     assert state.verification is not None
     assert state.verification.passed
     assert state.allocation.after.macs < 0.7 * state.allocation.before.macs
+
+
+def test_the_other_form_quantises_the_operators_of_onnxruntime_alone() -> None:
+    from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
+
+    known = {*QDQRegistry, *QLinearOpsRegistry}
+    assert set(quantising._quantised_operators(Quantization())) <= known
+    assert "Expand" in set(quantising._quantised_operators(Quantization(form="qoperator"))) - known
 
 
 def test_slices_and_pads_of_integers_stay_integers() -> None:
@@ -319,6 +335,7 @@ def test_deploy_writes_c_and_verify_repeats_it(
     record = json.loads((tmp_path / "net.onnx.manifest.json").read_text())
     roles = {entry["role"]: entry["file"] for entry in record["outputs"]}
     assert roles == {"model": "net.onnx", "c": "net.c", "c-header": "net.h"}
+    assert any(line.startswith("emx-onnx-cgen==") for line in pinned(record["versions"]))
     assert record["steps"][-1]["difference"]["largest"] < 1e-4 if not more else True
     operators = {node.op_type for node in load(tmp_path / "net.onnx").graph.node}
     assert ("QLinearConv" in operators) == bool(more)

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 from cpd_onnx.errors import PlanError
 
-_INSTALLED = ("cpd-onnx", "numpy", "onnx", "onnx-graphsurgeon", "onnxruntime", "scipy", "torch", "torchmetrics")
+_INSTALLED = (
+    "cpd-onnx", "emx-onnx-cgen", "numpy", "onnx", "onnx-graphsurgeon", "onnxruntime", "scipy", "torch", "torchmetrics",
+)  # fmt: skip  # a list
 """Packages of a manifest that are installed in the versions that it names."""
 _VERSION = re.compile(r"[\w.!-]+")
 
