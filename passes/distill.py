@@ -41,7 +41,7 @@ from cpd_onnx.training.cache import AnswerCache
 from cpd_onnx.training.feed import Augmentation, Feed, memory_format
 from cpd_onnx.training.loop import HeldOut, Progress, Run, Traces, Trainer
 from cpd_onnx.training.losses import DistillationLoss, surviving
-from cpd_onnx.training.options import FEW, LOWER_RATE, RATE, DistillOptions, LossKind
+from cpd_onnx.training.options import BATCH_RATE, FEW, LOWER_RATE, RATE, DistillOptions, LossKind
 from cpd_onnx.training.process_group import ProcessGroup, join_process_group
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -149,7 +149,7 @@ def distill(  # noqa: PLR0913  # the arguments after the options are keywords
         StoppedError: The process was interrupted; the checkpoint contains all completed steps.
 
     """
-    options = _decided(options or DistillOptions(), batches)
+    options = options or DistillOptions()
     started = time.perf_counter()
     _check(teacher, student, batches, options)
     overlap = overlap or Overlap()
@@ -168,6 +168,7 @@ def distill(  # noqa: PLR0913  # the arguments after the options are keywords
             trained_proto, restored = refolding.restore(trained_proto)
         live: BatchNormMode = "frozen" if mode == "frozen" else "train"
         module = _placed(import_model(trained_proto, batch_norm=live), student, process_group)
+        options = _with_rate(options, batches, module)
         kept = {name: _indices(axes) for name, axes in kept_by(student).items()}
         _feed_like_original(module, [kept.get(entry.name, {}) for entry in inputs_of(student)])
         before = module.onnx_state()
@@ -355,10 +356,12 @@ def _has_many(batches: Source) -> bool:
     return batches.count is None or batches.count >= FEW
 
 
-def _decided(options: DistillOptions, batches: Source) -> DistillOptions:
-    """Return the options with the learning rate."""
-    usual = RATE if _has_many(batches) else LOWER_RATE
-    return options if options.lr is not None else replace(options, lr=usual)
+def _with_rate(options: DistillOptions, batches: Source, module: OnnxModule) -> DistillOptions:
+    """Return the options with a learning rate, which is the default one unless it was given."""
+    if options.lr is not None:
+        return options
+    usual = BATCH_RATE if refolding.live_layers(module) else RATE
+    return replace(options, lr=usual if _has_many(batches) else LOWER_RATE)
 
 
 def _makes(model: ModelProto, names: Iterable[str]) -> bool:

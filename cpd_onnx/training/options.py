@@ -14,8 +14,10 @@ from cpd_onnx.options import above_zero, integer, natural, not_negative, option,
 LossKind: TypeAlias = Literal["kl", "dist", "mse", "cosine"]
 """How outputs can be compared."""
 LOSSES: tuple[LossKind, ...] = get_args(LossKind)
-RATE, LOWER_RATE = 1e-3, 2e-4
-"""Default learning rates, with enough samples and with fewer, of which a higher one unlearns more than they teach."""
+RATE, BATCH_RATE, LOWER_RATE = 1e-3, 2e-3, 2e-4
+"""Default learning rates: with enough samples; where batch normalizations use the statistics of the batch, with which a
+higher rate ends nearer to the teacher (docs/measured.md); and with few samples, of which a higher rate unlearns more than
+they teach."""
 FEW = 1000
 """Number of samples below which the lower rate and stored statistics of batch normalizations are the default
 (heuristic)."""
@@ -40,7 +42,8 @@ class Optimization:
     optimizer: Literal["adamw", "sgd"] = _training("adamw", "Optimiser of the weights", choices=("adamw", "sgd"))
     lr: float | None = _training(
         None,
-        f"Learning rate after the warm-up (default: {RATE:g}, or {LOWER_RATE:g} with fewer than {FEW} samples)",
+        f"Learning rate after the warm-up (default: {RATE:g}, {BATCH_RATE:g} where batch normalisations use the "
+        f"statistics of the batch, or {LOWER_RATE:g} with fewer than {FEW} samples)",
         read=above_zero,
     )
     warmup: float = _training(

@@ -127,7 +127,7 @@ def measure(
         old = sums.get(id(mean))
         sums[id(mean)] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
 
-    layers = [layer for layer in module.modules() if isinstance(layer, BatchNorm)]
+    layers = live_layers(module)
     hooks = [layer.register_forward_pre_hook(accumulate) for layer in layers]
     module.eval()
     with torch.no_grad():
@@ -208,13 +208,18 @@ def refold(values: Mapping[str, Array], restored: Sequence[Restored]) -> dict[st
     return result
 
 
+def live_layers(module: OnnxModule) -> list[BatchNorm]:
+    """Return the normalisations that use the statistics of the batch in training."""
+    return [layer for layer in module.modules() if isinstance(layer, BatchNorm)]
+
+
 def calibrate(module: OnnxModule, batches: Iterable[Sequence[Tensor]]) -> None:
     """Replace the statistics of all normalisations by their averages over batches, without training.
 
     Raises:
         CpdError: The model has no BatchNormalization, or there was no batch.
     """
-    layers = [layer for layer in module.modules() if isinstance(layer, BatchNorm)]
+    layers = live_layers(module)
     if not layers:
         raise CpdError("the model has no BatchNormalization whose statistics could be estimated; train it instead")
     module.train()

@@ -185,9 +185,12 @@ def test_batch_norm_statistics_move_by_themselves_where_there_is_enough_data(
     assert ("bn.mean" in result.values) == moves
 
 
-@pytest.mark.parametrize(("count", "rate"), [(999, 2e-4), (1000, 1e-3)])
-def test_few_samples_are_learned_from_slowly(count: int, rate: float) -> None:
-    options = replace(FAST, steps=3)
+@pytest.mark.parametrize(
+    ("count", "batch_norm", "rate"),
+    [(999, "frozen", 2e-4), (999, "train", 2e-4), (1000, "frozen", 1e-3), (1000, "train", 2e-3)],
+)
+def test_the_learning_rate_follows_the_samples_and_the_normalisations(count: int, batch_norm: Any, rate: float) -> None:
+    options = replace(FAST, steps=3, batch_norm=batch_norm)
     usual, given = (
         distill(TEACHER, STUDENT, ArraySource(images(count)), replace(options, lr=lr)).values["fc.b"]
         for lr in (None, rate)
