@@ -1,12 +1,14 @@
 """Fuzzing: random graphs through the oracles, damaged files through the pipeline and all commands.
 
-    python benchmarks/robustness/fuzz.py [--graphs 20000] [--open 20000] [--damaged 100000] [--commands 4000] [--data DATA] [--out FILE]
+    python benchmarks/robustness/fuzz.py [--graphs 20000] [--newer 20000] [--open 20000] [--damaged 100000] [--commands 4000] [--data DATA] [--out FILE]
 
 The long version of tests/robustness/test_fuzz.py.
 
 Graphs (tests/support/graphs.py): operators with rules in random topologies, valid by onnx's checker. Each is inferred,
 combed, pruned at random and compared with the masked original in onnxruntime, with random branches removed as a whole
 too, and its channels are permuted. The same is done where random inputs and outputs may lose channels.
+
+Graphs of newer operators: the same with operators that the graphs above do not have (transforms, losses, sources).
 
 Graphs with open sizes (tests/support/open_graphs.py): shape arithmetic as exporters and people write it. Each is pruned
 and proved; the pruned file is then compared with the masked original at five sets of sizes that neither step used.
@@ -50,7 +52,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.accuracy.accuracy import HERE, commit, macs
 from tests.support.commands import command_outcome
 from tests.support.damage import damaged
-from tests.support.graphs import freed, seeded
+from tests.support.graphs import freed, newer, seeded
 from tests.support.open_outcome import open_outcome
 
 CHUNK, SECONDS, SMALL = 50, 60, 1_500_000
@@ -70,7 +72,16 @@ def alarm(*_: object) -> None:
 
 def graph_outcome(seed: int, work: Path, data: Path | None) -> str:
     """Return the outcome of the graph of a seed."""
-    model = seeded(seed)
+    return outcome_of(seeded(seed), seed)
+
+
+def of_newer_graph(seed: int, work: Path, data: Path | None) -> str:
+    """Return the outcome of the graph of newer operators of a seed."""
+    return outcome_of(newer(seed), seed)
+
+
+def outcome_of(model: onnx.ModelProto, seed: int) -> str:
+    """Return the outcome of a graph, as all oracles see it."""
     onnx.checker.check_model(model, full_check=True)
     try:
         outcomes = [oracle(model, seed=seed) for oracle in (mask_oracle, permutation_oracle, depth_oracle)]
@@ -187,6 +198,7 @@ def main() -> None:
     """Continue from the stored results up to the given numbers of seeds, and update the counts regularly."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--graphs", type=int, default=20_000)
+    parser.add_argument("--newer", type=int, default=20_000)
     parser.add_argument("--open", type=int, default=20_000)
     parser.add_argument("--damaged", type=int, default=100_000)
     parser.add_argument("--commands", type=int, default=4_000)
@@ -199,6 +211,7 @@ def main() -> None:
     content |= {"machine": {"cpus": os.cpu_count(), "system": platform.platform()}, "commit": commit()}
     for kind, outcome, count in (
         ("graphs", graph_outcome, options.graphs),
+        ("newer", of_newer_graph, options.newer),
         ("open", of_open_graph, options.open),
         ("damaged", damage_outcome, options.damaged),
         ("commands", of_command, options.commands),

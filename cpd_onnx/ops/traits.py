@@ -195,8 +195,10 @@ def _row(name: str, words: str = "", domains: Sequence[str] = ("",), **rest: int
 _MICROSOFT_ONLY, _BOTH_DOMAINS = (MICROSOFT,), ("", MICROSOFT)
 
 # Operators that rearrange elements, create axes from sizes, or read sizes; constants.
+_row("BitCast", "reveals_operand is_local")
 _row("Cast", "moves_elements casts keeps_zeros carries_indices carries_positions reveals_operand is_local")
 _row("CastLike", "casts reveals_operand")
+_row("Col2Im", "reveals_operand maps_zeros_to_zeros")
 _row("Compress", "selects_by_input")
 _row("Concat", "is_additive moves_elements keeps_zeros reveals_operand follows_normalisation", moved=(0, None))
 _row("Constant", "is_constant")
@@ -262,6 +264,7 @@ _row("Sign", "is_step_function is_local")
 _row("Sub", "is_additive carries_positions reveals_operand may_mask is_local")
 _row("Sum", "is_additive may_mask is_local")
 _row("TopK", "stays_float")
+_row("Unique", "is_step_function stays_float")
 _row("Xor", "is_boolean")
 
 # Other elementwise operators.
@@ -314,6 +317,10 @@ _row("ReduceSumSquare", "maps_zeros_to_zeros")
 _row("Resize", "is_linear maps_zeros_to_zeros")
 _row("Upsample", "is_linear maps_zeros_to_zeros")
 
+# Losses.
+_row("NegativeLogLikelihoodLoss", "selects_by_input")
+_row("SoftmaxCrossEntropyLoss", "selects_by_input")
+
 # Activation functions and other saturating operators.
 _row("BiasGelu", "is_activation is_local", _MICROSOFT_ONLY)
 _row("Celu", "is_activation is_local")
@@ -345,7 +352,9 @@ _row("ThresholdedRelu", "is_activation is_local")
 _row("Bernoulli", "is_random is_step_function")
 _row("Dropout", "is_random")
 _row("Multinomial", "is_random")
+_row("RandomNormal", "is_random")
 _row("RandomNormalLike", "is_random")
+_row("RandomUniform", "is_random")
 _row("RandomUniformLike", "is_random")
 
 # Quantisation; see also `_FAMILY_TRAITS`.

@@ -238,7 +238,10 @@ def range_(op: Op) -> None:
     op.use_size(1, [axis], lambda keep, old: np.asarray(keep.count(axis), old.dtype))
 
 
-@rule("EyeLike", "AffineGrid", "RandomNormalLike", "RandomUniformLike", "Bernoulli")
+@rule(
+    "AffineGrid", "Bernoulli", "BlackmanWindow", "EyeLike", "HammingWindow", "HannWindow", "MelWeightMatrix",
+    "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike",
+)  # fmt: skip  # a table
 def created(op: Op) -> None:
     """Create a tensor from sizes and numbers; its axes are frozen."""
     op.freeze_operands(0)

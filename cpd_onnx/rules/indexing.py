@@ -281,6 +281,22 @@ def compress(op: Op) -> None:
     op.set(out)
 
 
+@rule("NonZero")
+def non_zero(op: Op) -> None:
+    """Return the positions, one row for each axis, of all elements that are not zero."""
+    op.freeze_all(op.input(0).axes or [], "returns positions on this axis")
+    op.set([op.frozen(size, "lists positions") for size in op.sizes()])
+
+
+@rule("Unique")
+def unique(op: Op) -> None:
+    """Sort the distinct elements, or the distinct slices along an axis, which all other axes decide."""
+    op.freeze_all(op.input(0).axes or [], "compares what lies along this axis")
+    for output, tensor in enumerate(op.outputs):
+        if tensor.value.name:
+            op.set([op.frozen(size, "lists what is distinct") for size in op.sizes(output)], output)
+
+
 @rule("ReverseSequence")
 def reverse_sequence(op: Op) -> None:
     """Reverse one axis up to a length for each sample."""

@@ -101,6 +101,41 @@ def fourier(op: Op) -> None:
     op.set([op.along(x[i], shape[i], changed[i]) if i in changed else x[i] for i in range(x.rank)])
 
 
+@rule("STFT")
+def short_time_fourier(op: Op) -> None:
+    """Transform windows of a signal [N, T, 1 or 2]; the signals pass, everything along them is frozen."""
+    x = op.input(0)
+    op.freeze_operands(1)
+    op.freeze_all((x.axes or [])[1:], "is transformed along this axis")
+    op.set([x[0], *(op.frozen(size, "lists the spectrum of each window") for size in op.sizes()[1:])])
+
+
+@rule("NegativeLogLikelihoodLoss", "SoftmaxCrossEntropyLoss")
+def loss(op: Op) -> None:
+    """Choose the score of each label along axis 1; the other axes are those of the labels, and averaged or summed."""
+    x, labels = op.input(0), op.input(1)
+    freeze_rest(op, 2)
+    op.freeze(x[1], "chooses the score of the label along this axis")
+    rest = [x[0], *(x.axes or [])[2:]]
+    for axis, other in zip(rest, labels.axes or [], strict=True):
+        op.unite(axis, other)
+    is_reduced = op.get("reduction", "mean") != "none"
+    if is_reduced:
+        for axis in rest:
+            op.reduce(axis)
+    op.set([] if is_reduced else rest)
+    op.set(x.axes or [], 1)
+
+
+@rule("NonMaxSuppression")
+def non_max_suppression(op: Op) -> None:
+    """Return which boxes of which class and image overlap none of a higher score."""
+    for slot in (0, 1):
+        op.freeze_all(op.axes(slot), "returns positions on this axis")
+    op.freeze_operands(2)
+    op.set([op.frozen(size, "lists positions") for size in op.sizes()])
+
+
 @rule("TopK")
 def top_k(op: Op) -> None:
     """Select along one axis, which is frozen."""

@@ -229,6 +229,18 @@ def space_to_depth(op: Op) -> None:
     op.set([x[0], op.atoms.stretched(x[1], len(x[1]) * block), *_spatial(op, x)])
 
 
+@rule("Col2Im")
+def columns_to_image(op: Op) -> None:
+    """Each output channel sums a block of consecutive channels, one for each position in the window."""
+    x, block = op.input(0), op.static_operand(2)
+    assert block is not None
+    op.freeze_operands(1)
+    op.freeze(x[2], "places windows along this axis")
+    channels = op.atoms.fresh(len(x[1]) // math.prod(block.tolist()))
+    op.unite(x[1], op.atoms.repeated(channels, math.prod(block.tolist())))
+    op.set([x[0], channels, *(op.frozen(size, "places windows along this axis") for size in op.sizes()[2:])])
+
+
 def _spatial(op: Op, x: Tensor) -> list[Axis]:
     """Freeze the spatial axes, and return those of the output."""
     shape = op.sizes()

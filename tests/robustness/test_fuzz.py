@@ -17,7 +17,7 @@ from cpd_onnx.rules import RULES
 from cpd_onnx.testing import depth_oracle, mask_oracle, permutation_oracle
 from tests.support.commands import command_outcome
 from tests.support.damage import damaged
-from tests.support.graphs import freed, models, seeded
+from tests.support.graphs import freed, models, newer, seeded
 from tests.support.models import from_text
 
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -44,6 +44,11 @@ def test_drawn_graphs(model: ModelProto) -> None:
 @pytest.mark.parametrize("start", range(0, 80, 20))
 def test_seeded_graphs(start: int) -> None:
     assert [seed for seed in range(start, start + 20) if not is_right(seeded(seed), seed)] == []
+
+
+@pytest.mark.parametrize("start", range(0, 60, 20))
+def test_graphs_of_newer_operators(start: int) -> None:
+    assert [seed for seed in range(start, start + 20) if not is_right(newer(seed), seed)] == []
 
 
 @pytest.mark.parametrize("seed", [1701, 1971, 3807, 4735])
@@ -79,15 +84,13 @@ def test_ranges_that_are_computed_do_not_stop_the_oracles() -> None:
 def test_every_operator_with_a_rule_is_in_some_graph() -> None:
     """But for those that neither onnx's checker nor onnxruntime's CPU kernels take."""
     found: set[tuple[str, str]] = set()
-    todo = [seeded(seed).graph for seed in range(1500)]
+    todo = [*(seeded(seed).graph for seed in range(1500)), *(newer(seed).graph for seed in range(600))]
     while todo:
         for node in todo.pop().node:
             found.add((node.domain, node.op_type))
             todo += [attribute.g for attribute in node.attribute if attribute.HasField("g")]
     missing = {("", "SimplifiedLayerNormalization"), ("", "Swish"), ("com.microsoft", "GroupNorm")}
     missing |= {("com.microsoft", "GatherBlockQuantized"), ("", "Det")}  # in test_rare_operands.py, in test_rules.py
-    missing |= {("", "TensorScatter"), ("", "DFT")}  # newer than these graphs; official tests, in test_rules.py
-    missing |= {("com.microsoft", "QLinearAveragePool")}  # in test_c_source.py
     missing |= {(domain, name) for domain, name in RULES if domain in ("onnx.brevitas", "qonnx.custom_op.general")}
     assert set(RULES) - found == missing
 

@@ -141,6 +141,36 @@ def gather_keeps_positions(op: Op) -> None:
     op.recorder.size_uses[:] = [d for d in op.recorder.size_uses if d.scope.nodes[d.node].op_type != "Gather"]
 
 
+def columns_strided(op: Op) -> None:
+    x = op.input(0)
+    channels = op.atoms.fresh(op.sizes()[1])
+    op.unite(x[1], np.tile(channels, len(x[1]) // len(channels)))
+    touch_all(op)
+    op.set([x[0], channels, *(op.frozen(size) for size in op.sizes()[2:])])
+
+
+def spectrum_of_everything(op: Op) -> None:
+    touch_all(op)
+    op.set([op.frozen(size) for size in op.sizes()])
+
+
+def loss_forgets_labels(op: Op) -> None:
+    x = op.input(0)
+    op.freeze(x[1], "chooses")
+    touch_all(op)
+    op.set([x[0], *(x.axes or [])[2:]])
+
+
+def loss_sums(op: Op) -> None:
+    RULES_BEFORE[("", "SoftmaxCrossEntropyLoss")](op)
+    op.recorder.count_dependent.clear()
+
+
+def positions_of_nothing(op: Op) -> None:
+    touch_all(op)
+    op.set([op.frozen(size) for size in op.sizes()])
+
+
 MUTATIONS: list[tuple[str, Callable[[Op], None], str]] = [
     ("Add", pass_first, "residual"),
     ("Add", silent_pass_first, "residual"),
@@ -160,6 +190,12 @@ MUTATIONS: list[tuple[str, Callable[[Op], None], str]] = [
     ("Attention", attention_rescales, "attention 4d"),
     ("DepthToSpace", depth_to_space_strided, "depth to space"),
     ("Gather", gather_keeps_positions, "gather channels"),
+    ("Col2Im", columns_strided, "columns to image"),
+    ("STFT", spectrum_of_everything, "spectrum of each channel"),
+    ("NegativeLogLikelihoodLoss", loss_forgets_labels, "loss of each place"),
+    ("SoftmaxCrossEntropyLoss", loss_sums, "mean loss and probabilities"),
+    ("NonZero", positions_of_nothing, "positions"),
+    ("Unique", positions_of_nothing, "distinct values"),
 ]
 RULES_BEFORE = dict(RULES)
 

@@ -460,6 +460,49 @@ TABLE: list[tuple[str, int, str, list[str], dict[str, Any]]] = [
         ["6: v.0 w.1"], {"c": True},
     ),
     (
+        "columns to image", 18,
+        "(float[2, 3, 9] x, float[8, 3, 1] w, int64[2] s, int64[2] k, float[5, 2, 1, 1] v) => (float[2, 5, 4, 4] y) "
+        "{ h = Conv(x, w) a = Col2Im(h, s, k) y = Conv(a, v) }",
+        ["2: v.1 w.0"], {"s": [4, 4], "k": [2, 2]},
+    ),
+    (
+        "spectrum of each channel", 17,
+        "(float[1, 3, 16] x, float[6, 3, 1] w, int64[3] p, int64 t, float[8] f, float[6, 5] v) "
+        "=> (float[3, 5, 2, 5] y) "
+        "{ h = Conv(x, w) r = Reshape(h, p) s = STFT(r, t, f) a = Transpose <perm = [1, 2, 3, 0]>(s) y = MatMul(a, v) }",
+        ["6: v.0 w.0"], {"p": [6, 16, 1], "t": 4},
+    ),
+    (
+        "loss of each place", 13,
+        "(float[2, 3, 4] x, float[4, 6] w, int64[2, 6] l, float[3] c, float[6, 5] v) => (float[2, 5] y) "
+        "{ h = MatMul(x, w) a = NegativeLogLikelihoodLoss <reduction = \"none\">(h, l, c) y = MatMul(a, v) }",
+        ["6: v.0 w.1"], {"l": [[0, 1, 2, 1, 0, 2], [2, 1, 0, 0, 1, 1]]},
+    ),
+    (
+        "mean loss and probabilities", 13,
+        "(float[2, 3, 4] x, float[4, 6] w, int64[2, 6] l, float[6, 5] v) => (float z, float[2, 3, 5] y) "
+        "{ h = MatMul(x, w) z, a = SoftmaxCrossEntropyLoss(h, l) y = MatMul(a, v) }",
+        ["6: v.0 w.1"], {"l": [[0, 1, 2, 1, 0, 2], [2, 1, 0, 0, 1, 1]]},
+    ),
+    (
+        "bits", 26,
+        f"{MLP}) => (float[2, 4, 5] y) "
+        f"{{ h = MatMul(x, w) b = BitCast <to = 6>(h) a = BitCast <to = 1>(b) y = MatMul(a, v) }}",
+        ["12: v.0 w.1"], {},
+    ),
+    (
+        "positions", 17,
+        "(float[2, 6] x, float[6, 12] w, float[6, 8] u, float[12, 5] v) => (float[2, 5] y, int64[2, N] p) "
+        "{ h = MatMul(x, w) y = MatMul(h, v) k = MatMul(x, u) p = NonZero(k) }",
+        ["12: v.0 w.1"], {},
+    ),
+    (
+        "distinct values", 17,
+        "(float[2, 6] x, float[6, 12] w, float[6, 8] u, float[12, 5] v) => (float[2, 5] y, float[M] d) "
+        "{ h = MatMul(x, w) y = MatMul(h, v) k = MatMul(x, u) d = Unique(k) }",
+        ["12: v.0 w.1"], {},
+    ),
+    (
         "channels times channels", 17,
         "(float[6, 4] x, float[8, 6] w, float[5, 8] v) => (float[5, 4] y) "
         "{ h = MatMul(w, x) t = Transpose(h) g = MatMul(h, t) k = MatMul(g, h) y = MatMul(v, k) }",
@@ -567,6 +610,9 @@ ELSEWHERE = {
     ("", "GlobalLpPool"): GRAPHS,
     ("", "MaxRoiPool"): GRAPHS,
     ("", "RandomNormalLike"): GRAPHS,
+    ("", "Multinomial"): GRAPHS,
+    ("", "RandomNormal"): GRAPHS,
+    ("", "RandomUniform"): GRAPHS,
     (CONTRIB, "Gelu"): GRAPHS,
     (CONTRIB, "QuickGelu"): GRAPHS,
     (CONTRIB, "FastGelu"): GRAPHS,

@@ -61,6 +61,8 @@ BLOCKS: dict[int, list[Block]] = {2: [], 3: [], 4: []}
 """Blocks by rank of their input: [N, C], [N, T, C] or [N, C, H, W]; they return None if they are not applicable."""
 RARE: dict[int, list[Block]] = {2: [], 3: [], 4: []}
 """Blocks of less common operators, by rank of their input."""
+NEWER: dict[int, list[Block]] = {2: [], 3: [], 4: []}
+"""Blocks of operators that the graphs of `seeded` do not have, by rank of their input."""
 
 
 def block(*ranks: int, among: dict[int, list[Block]] = BLOCKS) -> Callable[[Block], Block]:

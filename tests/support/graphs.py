@@ -20,8 +20,10 @@ from tests.support.builder import (
     BATCH,
     BLOCKS,
     MICROSOFT,
+    NEWER,
     OPSETS,
     RARE,
+    Block,
     Builder,
     Choices,
     Drawn,
@@ -29,11 +31,11 @@ from tests.support.builder import (
     Shape,
 )
 
-from . import blocks, rare_blocks  # noqa: F401  # they enter themselves
+from . import blocks, newer_blocks, rare_blocks  # noqa: F401  # they enter themselves
 
 
-def build(choices: Choices, *, is_common: bool = False) -> ModelProto:
-    """Return a model with one input and one or two outputs, of common operators or of all operators with rules."""
+def build(choices: Choices, *, is_common: bool = False, among: dict[int, list[Block]] = RARE) -> ModelProto:
+    """Return a model with one input and one or two outputs, of common operators and, unless it is common, of others."""
     b = Builder(choices, OPSETS if is_common else ALL_OPSETS)
     rank = choices.pick((2, 3, 4, 4))
     shape: Shape = {2: (BATCH, 6), 3: (BATCH, 5, 6), 4: (BATCH, 3, 8, 8)}[rank]
@@ -42,8 +44,8 @@ def build(choices: Choices, *, is_common: bool = False) -> ModelProto:
     del b.shapes["x"]
     for _ in range(choices.integer(2, 14)):
         source = last if choices.integer(0, 2) else choices.pick([n for n, s in b.shapes.items() if len(s) in BLOCKS])
-        among = BLOCKS if is_common or choices.integer(0, 1) else RARE
-        found = choices.pick(among[len(b.shapes[source])])(b, source)
+        drawn = BLOCKS if is_common or choices.integer(0, 1) else among
+        found = choices.pick(drawn[len(b.shapes[source])])(b, source)
         if found is not None and len(b.shapes[found]) in BLOCKS and math.prod(b.shapes[found]) <= 20_000:
             last = found
     ends = [last]
@@ -61,6 +63,11 @@ def build(choices: Choices, *, is_common: bool = False) -> ModelProto:
     graph = helper.make_graph(b.nodes, "random", inputs, outputs, b.tensors)
     opsets = [helper.make_opsetid("", b.opset)] + ([] if is_common else [helper.make_opsetid(MICROSOFT, 1)])
     return helper.make_model(graph, opset_imports=opsets, ir_version=8 if b.opset < 23 else 10)
+
+
+def newer(seed: int) -> ModelProto:
+    """Return the model of a seed with operators that the models of `seeded` do not have."""
+    return build(Seeded(seed), among=NEWER)
 
 
 _FREED = 0.6
