@@ -204,7 +204,7 @@ def _moves(combed: Combed) -> Iterator[tuple[Axis, Axis, Axis]]:
 
 def _axes(combed: Combed) -> list[Axis]:
     found = {fingerprint(a): a for w in combed.weights for axes in w.axes for a in axes}
-    found |= {fingerprint(a): a for t in combed.tensors.values() for a in t.axes or []}
+    found |= {fingerprint(a): a for t in combed.tensors.values() for a in t.all_axes}
     return [axis for axis in found.values() if not combed.atoms.all_frozen(axis)]
 
 

@@ -8,7 +8,7 @@ Graphs (tests/support/graphs.py): operators with rules in random topologies, val
 combed, pruned at random and compared with the masked original in onnxruntime, with random branches removed as a whole
 too, and its channels are permuted. The same is done where random inputs and outputs may lose channels.
 
-Graphs of newer operators: the same with operators that the graphs above do not have (transforms, losses, sources).
+Graphs of newer operators: the same with operators that the graphs above do not have (sequences, transforms, losses, sources).
 
 Graphs with open sizes (tests/support/open_graphs.py): shape arithmetic as exporters and people write it. Each is pruned
 and proved; the pruned file is then compared with the masked original at five sets of sizes that neither step used.

@@ -182,7 +182,7 @@ class _Finder:
         for (path, name), tensor in combed.tensors.items():
             if path:
                 continue
-            for axis in tensor.axes or []:
+            for axis in tensor.all_axes:
                 for index in self.emptying(axis):
                     self._tensors_of.setdefault(index, []).append(name)
 

@@ -120,7 +120,7 @@ class _Sweep:
         self.atoms.settle()
         for name in scope.outputs:
             tensor = self.get(scope, name)
-            for number, axis in enumerate((tensor.axes if tensor is not None else None) or []):
+            for number, axis in enumerate(tensor.all_axes if tensor is not None else []):
                 if not self.is_free(scope.values[name], number) and not self.atoms.all_frozen(axis):
                     self.atoms.freeze(axis, Reason("interface", "", f"graph output {name!r}"))
             self.freeze_reported_sizes(scope, name)
@@ -138,8 +138,7 @@ class _Sweep:
             outputs = [Tensor(scope.values.get(name, Value(name)), None) for name in node.output]
             self.node(scope, position, inputs, outputs)
             for tensor in outputs:
-                if tensor.axes is None:
-                    tensor.axes = self.frozen_axes(tensor.value, _about(node, "makes this axis"))
+                self.complete(tensor, _about(node, "makes this axis"))
                 if tensor.value.name:
                     self.put(scope, tensor.value.name, tensor)
 
@@ -189,11 +188,11 @@ class _Sweep:
 
     def account(self, op: Op) -> None:
         """Freeze the node, and record an error of its rule, unless every input axis is carried on or accounted for."""
-        carried = [*op.accounted, *(axis for tensor in op.outputs for axis in tensor.axes or [])]
+        carried = [*op.accounted, *(axis for tensor in op.outputs for axis in tensor.all_axes)]
         doubtful = [  # the same array needs no comparison of atoms
             (slot, number, axis)
             for slot, tensor in enumerate(op.inputs)
-            for number, axis in enumerate((tensor and tensor.axes) or [])
+            for number, axis in enumerate(tensor.all_axes if tensor is not None else [])
             if not any(axis is other for other in carried) and not self.atoms.all_frozen(axis)
         ]
         settled = {NOTHING}.union(*(self.atoms.parts(a).ravel().tolist() for a in carried)) if doubtful else set()
@@ -210,10 +209,18 @@ class _Sweep:
         for tensor in (*inputs, *outputs):
             self.freeze(tensor, reason)
         for tensor in outputs:
+            tensor.axes = tensor.elements = None
+            self.complete(tensor, reason)
+
+    def complete(self, tensor: Tensor, reason: Reason) -> None:
+        """Give frozen axes to a tensor, or to the elements of a sequence, that no rule has given any."""
+        if tensor.axes is None:
             tensor.axes = self.frozen_axes(tensor.value, reason)
+        if tensor.elements is None and tensor.value.elements is not None:
+            tensor.elements = [Tensor(each, self.frozen_axes(each, reason)) for each in tensor.value.elements]
 
     def freeze(self, tensor: Tensor | None, reason: Reason) -> None:
-        for axis in (tensor.axes if tensor is not None else None) or []:
+        for axis in tensor.all_axes if tensor is not None else []:
             if not self.atoms.all_frozen(axis):
                 self.atoms.freeze(axis, reason)
 
@@ -313,6 +320,8 @@ class _Sweep:
         for tensor, name in zip(outputs, body.outputs, strict=False):
             inner = self.result(body, name)
             tensor.axes = inner.axes if inner is not None else None
+            if inner is not None and inner.elements is not None:
+                self.freeze(inner, _flow("is an element of a sequence that a function returns"))
 
     def branches(self, bodies: dict[str, Scope], inputs: list[Tensor | None], outputs: list[Tensor]) -> None:
         """Unite the results of both branches of an If, or follow the branch that always runs."""

@@ -216,7 +216,7 @@ class Swept:
         """
         found: dict[Fingerprint, TensorAxis] = {}
         position = 0
-        tensors = ((tensor.axes or [], tensor.value.is_generated_weight) for tensor in self.tensors.values())
+        tensors = ((tensor.all_axes, tensor.value.is_generated_weight) for tensor in self.tensors.values())
         weights = (
             (axes, weight.is_trained and not weight.is_vector) for weight in self.weights for axes in weight.axes
         )

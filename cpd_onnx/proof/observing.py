@@ -197,7 +197,7 @@ class _Removal:
             if any(map(self.keep.shrinks, use.axes))
         }
         for (path, name), tensor in self.combed.tensors.items():
-            if any(map(self.keep.shrinks, tensor.axes or [])):
+            if any(map(self.keep.shrinks, tensor.all_axes)):
                 found.update(self.uses(path, name))
         return found
 

@@ -297,6 +297,8 @@ class _Rewriter(Editor):
                 axes, before = self.axes_of(scope, info), info.SerializeToString()
                 if axes is not None:
                     self.set_sizes(info, axes)
+                elif info.type.HasField("sequence_type") and self.is_sequence_pruned(scope, info.name):
+                    info.type.sequence_type.elem_type.tensor_type.ClearField("shape")
                 if info.SerializeToString() != before:
                     self.log("shape", f"{scope.path}:{info.name}", f"sizes of the axes {list(axes or [])}")
         record(self.model, self.kept_at_interface())
@@ -310,6 +312,11 @@ class _Rewriter(Editor):
             if lost:
                 found[name] = {i: np.flatnonzero(self.keep.mask(axis)).tolist() for i, axis in lost.items()}
         return found
+
+    def is_sequence_pruned(self, scope: Scope, name: str) -> bool:
+        """Return whether an element of a sequence loses channels: its type has one shape for all elements."""
+        tensor = self.combed.tensors.get((scope.path, name))
+        return tensor is not None and any(map(self.keep.shrinks, tensor.all_axes))
 
     def axes_of(self, scope: Scope, info: ValueInfoProto) -> Sequence[Any] | None:
         """Return the new sizes of a tensor; None if they are unchanged, or for a size that is."""

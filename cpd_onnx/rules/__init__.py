@@ -7,7 +7,19 @@ atoms of its outputs. `RULES` maps (domain, operator) to its rule; importing thi
 from onnx import defs
 
 from cpd_onnx.ops.traits import operators_with
-from cpd_onnx.rules import attention, elementwise, extent, indexing, linear, norm, quant, recurrent, reduce, shape
+from cpd_onnx.rules import (
+    attention,
+    elementwise,
+    extent,
+    indexing,
+    linear,
+    norm,
+    quant,
+    recurrent,
+    reduce,
+    sequences,
+    shape,
+)
 from cpd_onnx.rules.api import FLOATS, RULES, Cost, GiveUp, Op, Recorder, SizeUse, Tensor, rule
 from cpd_onnx.rules.reduce import POSITION_USERS
 
@@ -30,7 +42,7 @@ LATEST_OPSET = 26
 """Newest opset of the ONNX standard that the rules were written for; newer operators have no rule on purpose."""
 _ENTERED = operators_with("has_bodies") | operators_with("is_constant")
 """Operators that need no rule: combing reads constants and enters subgraphs itself."""
-_FAMILIES = (attention, elementwise, extent, indexing, linear, norm, quant, recurrent, reduce, shape)
+_FAMILIES = (attention, elementwise, extent, indexing, linear, norm, quant, recurrent, reduce, sequences, shape)
 """Modules whose import registers the rules."""
 
 

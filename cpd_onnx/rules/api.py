@@ -55,11 +55,13 @@ class Tensor:
     Attributes:
         value: Inferred shape and elements of the tensor.
         axes: Atoms of each axis; None where the shape is unknown, so that no channel can be followed through it.
+        elements: Tensors of a sequence; None for a tensor, and for a sequence whose elements are unknown.
 
     """
 
     value: Value
     axes: list[Axis] | None
+    elements: list[Tensor] | None = None
 
     @property
     def shape(self) -> Shape:
@@ -72,6 +74,11 @@ class Tensor:
     def rank(self) -> int:
         """Number of axes."""
         return len(self.shape)
+
+    @property
+    def all_axes(self) -> list[Axis]:
+        """Atoms of each axis, or of each axis of the elements of a sequence."""
+        return [*(self.axes or []), *(axis for each in self.elements or [] for axis in each.axes or [])]
 
     @property
     def is_constant(self) -> bool:
@@ -339,6 +346,27 @@ class Op:
     def axes(self, slot: int) -> list[Axis]:
         """Return the axes of an input; an empty list if the node omits it."""
         return (self.input(slot).axes or []) if self.has(slot) else []
+
+    def elements(self, slot: int) -> list[Tensor]:
+        """Return the tensors of a sequence; raises GiveUp if they, or their number, are unknown."""
+        tensor = self.given(slot)
+        if tensor is None or tensor.elements is None:
+            raise GiveUp(f"the elements of input {slot} of {self.name} are not known")
+        return tensor.elements
+
+    def expected_elements(self) -> tuple[Value, ...]:
+        """Return the inferred elements of the sequence that the node makes; raises GiveUp if they are unknown."""
+        elements = self.outputs[0].value.elements
+        if elements is None:
+            raise GiveUp(f"the elements that {self.name} makes are not known")
+        return elements
+
+    def set_elements(self, elements: Sequence[Tensor]) -> None:
+        """Set the tensors of the sequence that the node makes; raises GiveUp if other shapes were inferred."""
+        expected = [value.shape for value in self.expected_elements()]
+        if [tuple(map(len, tensor.axes or [])) for tensor in elements] != expected:
+            raise GiveUp(f"{self.name} makes other elements than its rule expects")
+        self.outputs[0].elements = list(elements)
 
     def operand(self, slot: int) -> Array | None:
         """Return the elements of an operand such as a shape, and freeze its axes; None if the node omits it.

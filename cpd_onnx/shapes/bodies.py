@@ -111,10 +111,16 @@ def _rounds(node: NodeProto, inputs: Sequence[Value | None]) -> Numbers:
 
 
 def renamed(value: Value | None, name: str) -> Value:
-    """Return a body's output under its outer name, without the provenance that is valid only inside the body."""
+    """Return a tensor under another name, without the provenance that is valid only where it comes from.
+
+    The elements of a sequence that leaves a body are not followed.
+    """
     if value is None:
         return Value(name)
-    return replace(value, name=name, origins=None, weight=None, constants=None, moved=False, source=None, _types=None)
+    return replace(
+        value, name=name, origins=None, weight=None, constants=None, moved=False, source=None, elements=None,
+        _types=None,
+    )  # fmt: skip  # what is lost
 
 
 def with_attributes(node: NodeProto, given: Mapping[str, AttributeProto]) -> NodeProto:

@@ -52,6 +52,7 @@ from cpd_onnx.shapes.open_inputs import (
 )
 from cpd_onnx.shapes.order import topological_order
 from cpd_onnx.shapes.origins import Provenance
+from cpd_onnx.shapes.sequences import sequence_outputs
 from cpd_onnx.shapes.solving import solved
 from cpd_onnx.shapes.values import (
     BINDINGS,
@@ -247,8 +248,10 @@ class _Inference:
             check(node, call, inputs)
         if scope.parent is None:
             self.require(scope, node, call, inputs)
-        results = self.computed(scope, position, node, call, inputs) or self.inferred(
-            scope, position, node, call, inputs
+        results = (
+            sequence_outputs(node, call, inputs)
+            or self.computed(scope, position, node, call, inputs)
+            or self.inferred(scope, position, node, call, inputs)
         )
         parents = [value for value in inputs if value is not None]
         # ConstantOfShape, Range and Shape of constants are included: they depend on weights alone.

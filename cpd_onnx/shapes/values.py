@@ -89,6 +89,7 @@ class Value:
         from_shape: Whether its elements depend on the shape of a tensor.
         has_placeholder: Whether a placeholder stands for the size of a data-dependent dimension.
         source: Storage of a weight: its TensorProto, or the attribute of its Constant node; None for other tensors.
+        elements: Tensors of a sequence; None for a tensor, and for a sequence whose elements are unknown.
 
     """
 
@@ -105,6 +106,7 @@ class Value:
     from_shape: bool = False
     has_placeholder: bool = False
     source: TensorProto | onnx.AttributeProto | None = None
+    elements: tuple[Value, ...] | None = None
     _types: list[TypeProto] | None = None
 
     @property

@@ -13,18 +13,20 @@ from cpd_onnx.testing import mask_oracle, permutation_oracle, widen_oracle
 from tests.rules.test_rules import NAMES, TABLE, model_of
 
 
-def copied(tensor: Tensor | None) -> Tensor | None:
-    return tensor and Tensor(tensor.value, tensor.axes and [np.array(axis) for axis in tensor.axes])
+def copied(tensor: Tensor) -> Tensor:
+    axes = tensor.axes and [np.array(axis) for axis in tensor.axes]
+    return Tensor(tensor.value, axes, tensor.elements and [copied(each) for each in tensor.elements])
 
 
 def on_copies(rule: Rule) -> Rule:
     """Return a rule that reads and sets copies of the axis arrays."""
 
     def copying(op: Op) -> None:
-        op.inputs = [copied(tensor) for tensor in op.inputs]
+        op.inputs = [tensor and copied(tensor) for tensor in op.inputs]
         rule(op)
         for tensor in op.outputs:
-            tensor.axes = tensor.axes and [np.array(axis) for axis in tensor.axes]
+            copy = copied(tensor)
+            tensor.axes, tensor.elements = copy.axes, copy.elements
 
     return copying
 

@@ -171,6 +171,41 @@ def positions_of_nothing(op: Op) -> None:
     op.set([op.frozen(size) for size in op.sizes()])
 
 
+def takes_the_first(op: Op) -> None:
+    op.accounted += [axis for tensor in op.elements(0) for axis in tensor.all_axes]
+    op.set(op.elements(0)[0].axes or [])
+
+
+def sequence_shifted(op: Op) -> None:
+    RULES_BEFORE[("", "SplitToSequence")](op)
+    ends = np.cumsum([tensor.shape[-1] for tensor in op.outputs[0].elements or []])[:-1]
+    for tensor, piece in zip(op.outputs[0].elements or [], np.split(np.roll(op.input(0)[-1], 1), ends), strict=True):
+        tensor.axes = [*(tensor.axes or [])[:-1], piece]
+
+
+def sequence_forgets_sizes(op: Op) -> None:
+    RULES_BEFORE[("", "SplitToSequence")](op)
+    op.recorder.size_uses[:] = [d for d in op.recorder.size_uses if d.slot != 1]
+
+
+def sequence_joined_backwards(op: Op) -> None:
+    parts = op.elements(0)
+    out = list(parts[0].axes or [])
+    out[-1] = np.concatenate([part[-1] for part in parts[::-1]])
+    op.set(out)
+
+
+def stack_unites_nothing(op: Op) -> None:
+    touch_all(op)
+    op.accounted += [axis for tensor in op.elements(0) for axis in tensor.all_axes]
+    axes = list(op.elements(0)[0].axes or [])
+    op.set([axes[0], op.frozen(len(op.elements(0))), *axes[1:]])
+
+
+def list_forgets_one(op: Op) -> None:
+    op.set_elements([op.input(0), op.input(0)])
+
+
 MUTATIONS: list[tuple[str, Callable[[Op], None], str]] = [
     ("Add", pass_first, "residual"),
     ("Add", silent_pass_first, "residual"),
@@ -196,6 +231,12 @@ MUTATIONS: list[tuple[str, Callable[[Op], None], str]] = [
     ("SoftmaxCrossEntropyLoss", loss_sums, "mean loss and probabilities"),
     ("NonZero", positions_of_nothing, "positions"),
     ("Unique", positions_of_nothing, "distinct values"),
+    ("SequenceAt", takes_the_first, "split to a sequence of equal parts"),
+    ("SplitToSequence", sequence_shifted, "split to a sequence"),
+    ("SplitToSequence", sequence_forgets_sizes, "split to a sequence"),
+    ("ConcatFromSequence", sequence_joined_backwards, "split to a sequence"),
+    ("ConcatFromSequence", stack_unites_nothing, "stacked"),
+    ("SequenceConstruct", list_forgets_one, "stacked"),
 ]
 RULES_BEFORE = dict(RULES)
 

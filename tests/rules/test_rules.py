@@ -503,6 +503,59 @@ TABLE: list[tuple[str, int, str, list[str], dict[str, Any]]] = [
         ["12: v.0 w.1"], {},
     ),
     (
+        "split to a sequence", 13,
+        f"{MLP}, int64[2] n) => (float[2, 4, 5] y) "
+        f"{{ h = MatMul(x, w) s = SplitToSequence <axis = -1>(h, n) a = ConcatFromSequence <axis = 2>(s) "
+        f"y = MatMul(a, v) }}",
+        ["4: v.0 w.1", "8: v.0 w.1"], {"n": [8, 4]},
+    ),
+    (
+        "split to a sequence of equal parts", 13,
+        f"{MLP.replace('12, 5', '5, 5')}, int64 n, int64 i, int64 j) => (float[2, 4, 5] y) "
+        f"{{ h = MatMul(x, w) s = SplitToSequence <axis = -1>(h, n) a = SequenceAt(s, i) b = SequenceAt(s, j) "
+        f"g = Sigmoid(b) c = Mul(a, g) y = MatMul(c, v) }}",
+        ["2: w.1", "5: v.0 w.1"], {"n": 5, "i": 0, "j": -2},
+    ),
+    (
+        "taken apart", 13,
+        f"{MLP}, int64 i, int64 j) => (float[2, 1, 5] y) "
+        f"{{ h = MatMul(x, w) s = SplitToSequence <axis = 1>(h) b = SequenceAt(s, i) "
+        f"t = SplitToSequence <axis = 1, keepdims = 0>(h) c = SequenceAt(t, j) a = Add(b, c) z = MatMul(a, v) "
+        f"y = ReduceMax <axes = [1]>(z) }}",
+        ["12: v.0 w.1"], {"i": 2, "j": -1},
+    ),
+    (
+        "stacked", 13,
+        f"{MLP}, float[6, 12] u) => (float[2, 2, 4, 5] y) "
+        f"{{ h = MatMul(x, w) g = MatMul(x, u) s = SequenceConstruct(h, g) "
+        f"a = ConcatFromSequence <axis = 1, new_axis = 1>(s) y = MatMul(a, v) }}",
+        ["12: u.1 v.0 w.1"], {},
+    ),
+    (
+        "a list that grows and shrinks", 13,
+        f"{MLP.replace('12, 5', '18, 5')}, float[6, 10] u, float[6, 8] z, int64 i, int64 j) => (float[2, 4, 5] y) "
+        f"{{ h = MatMul(x, w) g = MatMul(x, u) o = MatMul(x, z) e = SequenceEmpty() s = SequenceInsert(e, h) "
+        f"t = SequenceInsert(s, g, i) r = SequenceInsert(t, o) d = SequenceErase(r, j) "
+        f"a = ConcatFromSequence <axis = 2>(d) b = MatMul(a, v) n = SequenceLength(d) f = Cast <to = 1>(n) "
+        f"y = Mul(b, f) }}",
+        ["10: u.1 v.0", "12: w.1", "8: v.0 z.1"], {"i": 0, "j": 1},
+    ),
+    (
+        "a list that a graph returns", 13,
+        f"{MLP}, float[6, 8] u) => (float[2, 4, 5] y, seq(float[2, 4, N]) s) "
+        f"{{ h = MatMul(x, w) y = MatMul(h, v) g = MatMul(x, u) s = SequenceConstruct(g, h) }}",
+        [], {},
+    ),
+    (
+        "a list that branches return", 13,
+        f"{MLP}, float[6, 12] u, int64 i, bool xc) => (float[2, 4, 5] y, float[2, 4, 5] z) "
+        f"{{ h = MatMul(x, w) g = MatMul(x, u) k = Add(h, h) z = MatMul(k, v) "
+        f"s = If (xc) <then_branch = t () => (seq(float[2, 4, 12]) p) {{ p = SequenceConstruct(g) }}, "
+        f"else_branch = e () => (seq(float[2, 4, 12]) q) {{ q = SequenceConstruct(g) }}> "
+        f"a = SequenceAt(s, i) y = MatMul(a, v) }}",
+        [], {"i": 0},
+    ),
+    (
         "channels times channels", 17,
         "(float[6, 4] x, float[8, 6] w, float[5, 8] v) => (float[5, 4] y) "
         "{ h = MatMul(w, x) t = Transpose(h) g = MatMul(h, t) k = MatMul(g, h) y = MatMul(v, k) }",

@@ -1,4 +1,4 @@
-"""The blocks of random graphs with operators whose rules are newer than the graphs: transforms, losses, sources.
+"""The blocks of random graphs with operators whose rules are newer than the graphs: sequences, transforms, losses, sources.
 
 They are drawn by `newer` alone, so that the other graphs stay what their seeds have always given.
 """
@@ -9,7 +9,59 @@ import numpy as np
 from onnx import TensorProto, helper
 
 from tests.support.builder import MICROSOFT, NEWER, Builder, block
-from tests.support.rare_blocks import added, from_bytes, in_bytes, number, steps
+from tests.support.rare_blocks import added, channels, from_bytes, in_bytes, number, partner, steps
+
+
+def put(b: Builder, elements: list[str]) -> str:
+    """A sequence, made at once or one after the other."""
+    if b.choices.integer(0, 1):
+        return b.raw("SequenceConstruct", elements)
+    made = b.raw("SequenceEmpty", [])
+    for place, element in enumerate(elements):
+        made = b.raw("SequenceInsert", [made, element, *([b.constant(np.int64(place))] if place % 2 else [])])
+    return made
+
+
+@block(2, 3, 4, among=NEWER)
+def list_of_tensors(b: Builder, x: str) -> str | None:
+    shape, axis = b.shapes[x], channels(b.shapes[x])
+    if b.opset < 11:
+        return None
+    elements = [x, partner(b, x), b.activated(x)]
+    made, way = put(b, elements), b.choices.integer(0, 3)
+    if way == 0:
+        return b.node("SequenceAt", [made, b.constant(np.int64(b.choices.integer(-3, 2)))], shape)
+    if way == 1:
+        made = b.raw("SequenceErase", [made, *([b.constant(np.int64(0))] if b.choices.integer(0, 1) else [])])
+        joined = (*shape[:axis], 2 * shape[axis], *shape[axis + 1 :])
+        return b.node("ConcatFromSequence", [made], joined, axis=axis) if 2 * shape[axis] <= 24 else None
+    if way == 2:
+        stacked = b.raw("ConcatFromSequence", [made], axis=len(shape), new_axis=1)
+        return b.with_axes("ReduceMax", stacked, [len(shape)], shape, 18, keepdims=0)
+    return added(b, x, b.raw("SequenceLength", [made]))
+
+
+@block(2, 3, 4, among=NEWER)
+def split_to_list(b: Builder, x: str) -> str | None:
+    shape, axis = b.shapes[x], channels(b.shapes[x])
+    size, way = shape[axis], b.choices.integer(0, 2)
+    if b.opset < 11 or size < 4:
+        return None
+    if way == 0:
+        parts = b.raw("SplitToSequence", [x, b.ints(size // 4, size - size // 4)], axis=axis)
+    elif way == 1:
+        parts = b.raw("SplitToSequence", [x, b.constant(np.int64(size // 2))], axis=axis)
+    else:
+        parts = b.raw("SplitToSequence", [x], axis=axis, keepdims=1)
+        one = (*shape[:axis], 1, *shape[axis + 1 :])
+        return b.node("SequenceAt", [parts, b.constant(np.int64(-1))], one)
+    if b.choices.integer(0, 1) or size % 2:
+        return b.node("ConcatFromSequence", [parts], shape, axis=axis - len(shape))
+    if way == 0:
+        return b.node("SequenceAt", [parts, b.constant(np.int64(0))], (*shape[:axis], size // 4, *shape[axis + 1 :]))
+    half = (*shape[:axis], size // 2, *shape[axis + 1 :])
+    first, last = (b.node("SequenceAt", [parts, b.constant(np.int64(place))], half) for place in (0, -1))
+    return b.node("Mul", [first, b.node("Sigmoid", [last], half)], half)
 
 
 @block(2, 3, 4, among=NEWER)
