@@ -890,3 +890,15 @@ def test_numbers_of_constant_nodes_are_weights(value: str) -> None:
     np.testing.assert_array_equal(read_weights(model)["b"], before)
     with pytest.raises(ModelError, match="'b' is float32"):
         write_weights(model, {"b": np.zeros((3, 3), np.float32)})
+
+
+def test_classes_are_drawn_by_their_probability() -> None:
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[2,3] x) => (int64[2,1000] y) '
+        "{ y = Multinomial <dtype = 7, sample_size = 1000>(x) }"
+    )
+    (y,) = import_model(model)(torch.tensor([[-1e9, 0.0, -1e9], [0.0, np.log(3), -1e9]]))
+    assert y.dtype == torch.int64
+    assert set(y[0].tolist()) == {1}
+    assert set(y[1].tolist()) == {0, 1}
+    assert abs(y[1].double().mean() - 0.75) < 0.1

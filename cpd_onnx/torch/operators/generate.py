@@ -108,6 +108,15 @@ def bernoulli(x: Tensor, *, dtype: int | None = None, seed: float | None = None)
     return torch.bernoulli(x).to(x.dtype if dtype is None else elem_dtype(dtype))
 
 
+_INT32 = 6
+
+
+@operator("Multinomial")
+def multinomial(x: Tensor, *, dtype: int = _INT32, sample_size: int = 1, seed: float | None = None) -> Tensor:
+    """Draw classes [N, sample_size] from the logarithms of their probabilities [N, C]; `seed` is ignored."""
+    return torch.multinomial(x.softmax(1), sample_size, replacement=True).to(elem_dtype(dtype))
+
+
 def _window(size: Numbers, weights: Sequence[float], periodic: int, like: Tensor | None) -> Tensor:
     """Sum cosines of rising frequency over a window of `size` samples."""
     (count,) = size
