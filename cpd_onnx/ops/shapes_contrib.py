@@ -32,7 +32,8 @@ _register = functools.partial(of_domain, CONTRIB)
     MICROSOFT,
     "BiasGelu", "FastGelu", "QuickGelu", "Gelu", "BiasSplitGelu", "RotaryEmbedding", "GroupNorm", "FusedBatchNorm",
     "QLinearSigmoid", "QLinearLeakyRelu", "QLinearSoftmax", "BiasDropout", "BiasSoftmax", "DequantizeLinear",
-    "QuantizeLinear", "Inverse", "GemmFloat8Identity",
+    "QuantizeLinear", "Inverse", "GemmFloat8Identity", "ScaledSiLU", "GatedAdd", "GatedRMSNorm",
+    "MRotaryEmbedding", "MoE", "QMoE", "Trilu",
 )  # fmt: skip  # a table
 @_register("", "SimplifiedLayerNormalization", "FusedGelu", "GroupNormalization")
 @_register("ai.onnx.ml", "Scaler", "Imputer", "Normalizer", "Binarizer", "LabelEncoder")
@@ -62,6 +63,11 @@ def _quantized_binary(call: Call, shapes: Sequence[Any], values: Values) -> list
     return [None if shapes[0] is None or shapes[3] is None else broadcast(shapes[0], shapes[3])]
 
 
+@_register(MICROSOFT, "QLinearWhere")
+def _quantized_where(call: Call, shapes: Sequence[Any], values: Values) -> Dims | None:
+    return broadcast(shapes[0], shapes[1], shapes[4])
+
+
 @_register(MICROSOFT, "QLinearConcat")
 def _quantized_concat(call: Call, shapes: Sequence[Any], values: Values) -> Dims:
     return joined([shape for shape in shapes[2::3] if shape is not None], call.attributes["axis"])
@@ -73,7 +79,7 @@ def _quantized_global_pool(call: Call, shapes: Sequence[Any], values: Values) ->
     return (shape[0], *[1] * (len(shape) - 2), shape[-1]) if call.get("channels_last", 0) else pooled(shape)
 
 
-@_register(MICROSOFT, "QLinearAveragePool")
+@_register(MICROSOFT, "QLinearAveragePool", "MaxpoolWithMask")
 def _quantized_pool(call: Call, shapes: Sequence[Any], values: Values) -> Dims | None:
     shape, window = shapes[0], call.attributes["kernel_shape"]
     if call.get("ceil_mode", 0):
@@ -81,6 +87,12 @@ def _quantized_pool(call: Call, shapes: Sequence[Any], values: Values) -> Dims |
     if call.get("channels_last", 0):
         return (shape[0], *_windows(call, shape[1:-1], window), shape[-1])
     return (*shape[:2], *_windows(call, shape[2:], window))
+
+
+@_register(MICROSOFT, "NhwcMaxPool")
+def _pool_channels_last(call: Call, shapes: Sequence[Any], values: Values) -> Dims | None:
+    shape, window = shapes[0], call.attributes["kernel_shape"]
+    return None if call.get("ceil_mode", 0) else (shape[0], *_windows(call, shape[1:-1], window), shape[-1])
 
 
 @_register(MICROSOFT, "FusedConv")
@@ -93,6 +105,30 @@ def _conv(call: Call, shapes: Sequence[Any], values: Values) -> Dims:
 def _conv_channels_last(call: Call, shapes: Sequence[Any], values: Values) -> Dims:
     data, kernel = shapes[:2]
     return (data[0], *_windows(call, data[1:-1], kernel), kernel[0])
+
+
+@_register(MICROSOFT, "QLinearConv")
+def _quantized_conv(call: Call, shapes: Sequence[Any], values: Values) -> Dims:
+    data, kernel = shapes[0], shapes[3]
+    if call.get("channels_last", 0):
+        return (data[0], *_windows(call, data[1:-1], kernel), kernel[0])
+    return (data[0], kernel[0], *_windows(call, data[2:], kernel))
+
+
+@_register(MICROSOFT, "ConvTransposeWithDynamicPads")
+def _transposed_conv(call: Call, shapes: Sequence[Any], values: Values) -> Dims | None:
+    data, kernel = shapes[:2]
+    rank = len(kernel) - 2
+    pads = values[2].ravel().tolist() if len(values) > 2 and shapes[2] is not None else [0] * (2 * rank)
+    if call.get("auto_pad", "NOTSET") != "NOTSET":
+        return None
+    strides, dilations = call.get("strides") or [1] * rank, call.get("dilations") or [1] * rank
+    more = call.get("output_padding") or [0] * rank
+    spatial = [
+        strides[i] * (data[2 + i] - 1) + more[i] + dilations[i] * (kernel[2 + i] - 1) + 1 - pads[i] - pads[i + rank]
+        for i in range(rank)
+    ]
+    return (data[0], kernel[1] * call.get("group", 1), *spatial)
 
 
 def _windows(call: Call, sizes: Sequence[Any], kernel: Sequence[Any]) -> list[Any]:
@@ -157,7 +193,12 @@ def _gather_blocks(call: Call, shapes: Sequence[Any], values: Values) -> Dims:
     return (*table[:rows], *indices, *table[rows + 1 :])
 
 
-@_register(MICROSOFT, "Attention")
+@_register(MICROSOFT, "MatMulBnb4")
+def _matmul_bnb4(call: Call, shapes: Sequence[Any], values: Values) -> Dims | None:
+    return (*shapes[0][:-1], call.attributes["N"]) if call.get("transB", 1) else None
+
+
+@_register(MICROSOFT, "Attention", "QAttention")
 def _packed_attention(call: Call, shapes: Sequence[Any], values: Values) -> Dims:
     batch, sequence, _ = shapes[0]
     sizes = call.get("qkv_hidden_sizes")
@@ -194,7 +235,73 @@ def _quantized_lstm(call: Call, shapes: Sequence[Any], values: Values) -> list[D
     return [(sequence, directions, batch, hidden), state, state]
 
 
-@_register(MICROSOFT, "EmbedLayerNormalization")
+@_register(MICROSOFT, "EmbedLayerNormalization", "QEmbedLayerNormalization")
 def _embedding(call: Call, shapes: Sequence[Any], values: Values) -> list[Dims | None]:
     ids, table = shapes[0], shapes[2]
     return [(*ids, table[1]), (ids[0],), (*ids, table[1])]
+
+
+@_register(MICROSOFT, "CausalConvWithState")
+def _causal_conv(call: Call, shapes: Sequence[Any], values: Values) -> list[Dims | None]:
+    data, kernel = shapes[:2]
+    length = (kernel[-1] - 1) * call.get("dilation", 1)
+    if len(kernel) != 3 or len(data) != 3:
+        return [data]
+    return [data, (data[0], length, data[2]) if call.get("channels_last", 0) else (*data[:2], length)]
+
+
+@_register(MICROSOFT, "LinearAttention")
+def _linear_attention(call: Call, shapes: Sequence[Any], values: Values) -> list[Dims | None]:
+    query, value = shapes[0], shapes[2]
+    heads, groups = call.attributes["q_num_heads"], call.attributes["kv_num_heads"]
+    dim, value_dim = query[2] // heads, value[2] // groups
+    return [(*query[:2], max(heads, groups) * value_dim), (query[0], groups, dim, value_dim)]
+
+
+@_register(MICROSOFT, "LinearAttentionGate")
+def _gate(call: Call, shapes: Sequence[Any], values: Values) -> list[Dims | None]:
+    return [shapes[0], shapes[0]]
+
+
+# Operators that the standard has as well.
+
+
+@_register(MICROSOFT, "CDist")
+def _distances(call: Call, shapes: Sequence[Any], values: Values) -> Dims:
+    return (shapes[0][0], shapes[1][0])
+
+
+@_register(MICROSOFT, "ExpandDims")
+def _with_axis(call: Call, shapes: Sequence[Any], values: Values) -> Dims:
+    rank = len(shapes[0]) + 1
+    place = int(values[1].item()) % rank
+    return (*shapes[0][:place], 1, *shapes[0][place:])
+
+
+@_register(MICROSOFT, "GatherND")
+def _gathered(call: Call, shapes: Sequence[Any], values: Values) -> Dims:
+    return (*shapes[1][:-1], *shapes[0][shapes[1][-1] :])
+
+
+@_register(MICROSOFT, "GridSample")
+def _sampled(call: Call, shapes: Sequence[Any], values: Values) -> Dims:
+    return (*shapes[0][:2], *shapes[1][1:-1])
+
+
+@_register(MICROSOFT, "CropAndResize")
+def _cropped(call: Call, shapes: Sequence[Any], values: Values) -> Dims:
+    return (shapes[1][0], shapes[0][1], *values[3].ravel().tolist())
+
+
+@_register(MICROSOFT, "Pad")
+def _padded(call: Call, shapes: Sequence[Any], values: Values) -> Dims:
+    pads, rank = values[1].ravel().tolist(), len(shapes[0])
+    return tuple(size + pads[i] + pads[i + rank] for i, size in enumerate(shapes[0]))
+
+
+@_register(MICROSOFT, "UnfoldTensor")
+def _unfolded(call: Call, shapes: Sequence[Any], values: Values) -> Dims:
+    sizes, window = list(shapes[0]), call.attributes["size"]
+    axis = call.get("dim", -1) % len(sizes)
+    sizes[axis] = (sizes[axis] - window) // call.get("step", 1) + 1
+    return (*sizes, window)

@@ -359,6 +359,9 @@ _row("RandomUniformLike", "is_random")
 
 # Quantisation; see also `_FAMILY_TRAITS`.
 _row("DequantizeLinear", "is_quantizer keeps_zeros reveals_operand", _BOTH_DOMAINS, type_slot=1)
+_row("QAttention", domains=_MICROSOFT_ONLY, type_slot=2)
+_row("QEmbedLayerNormalization", domains=_MICROSOFT_ONLY, type_slot=8, output_rank=3)
+_row("QLinearWhere", "selects_by_input", _MICROSOFT_ONLY, type_slot=1)
 _row("MatMulIntegerToFloat", domains=_MICROSOFT_ONLY, type_slot=2)
 _row("QGemm", domains=_MICROSOFT_ONLY, type_slot=1)
 _row("QLinearConcat", domains=_MICROSOFT_ONLY, data_slot=2)

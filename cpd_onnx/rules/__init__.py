@@ -10,6 +10,7 @@ from cpd_onnx.ops.traits import operators_with
 from cpd_onnx.rules import (
     attention,
     elementwise,
+    experts,
     extent,
     indexing,
     linear,
@@ -42,7 +43,9 @@ LATEST_OPSET = 26
 """Newest opset of the ONNX standard that the rules were written for; newer operators have no rule on purpose."""
 _ENTERED = operators_with("has_bodies") | operators_with("is_constant")
 """Operators that need no rule: combing reads constants and enters subgraphs itself."""
-_FAMILIES = (attention, elementwise, extent, indexing, linear, norm, quant, recurrent, reduce, sequences, shape)
+_FAMILIES = (
+    attention, elementwise, experts, extent, indexing, linear, norm, quant, recurrent, reduce, sequences, shape,
+)  # fmt: skip  # a table
 """Modules whose import registers the rules."""
 
 

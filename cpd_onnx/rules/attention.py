@@ -15,7 +15,8 @@ import numpy as np
 from cpd_onnx.algebra.atoms import Axis
 from cpd_onnx.algebra.reasons import Reason
 from cpd_onnx.rules.api import GiveUp, Op, Tensor, rule
-from cpd_onnx.rules.elementwise import MICROSOFT, freeze_rest
+from cpd_onnx.rules.elementwise import MICROSOFT, freeze_rest, per_channel
+from cpd_onnx.rules.linear import stands_for
 
 _ANGLES = Reason("no channels", "", "angles of positions in a table")
 """Reason of the axes of cosines and sines, which are computed, not trained."""
@@ -196,33 +197,50 @@ def multi_head_attention(op: Op) -> None:
 @rule("Attention", domain=MICROSOFT)
 def packed_attention(op: Op) -> None:
     """Attention of an input that is projected with one packed matrix (in, q + k + v)."""
-    x, w, count = op.input(0), op.input(1), op.get("num_heads")
-    if op.get("do_rotary", 0):
-        raise GiveUp(f"{op.name} rotates its queries")
-    if op.has(4) or (len(op.outputs) > 1 and op.outputs[1].value.name):
-        raise GiveUp(f"{op.name} has a packed cache")
+    w, count = op.input(1), op.get("num_heads")
     sizes = op.get("qkv_hidden_sizes") or [w.shape[1] // 3] * 3
     heads = _heads(op, (count, count), sizes[0] // count, sizes[2] // count)
-    parts = [op.atoms.product(heads.groups, dim) for dim in (heads.dim, heads.dim, heads.value_dim)]
-    op.contract(x, 2, w, 0)
-    op.unite(w[1], op.atoms.joined(parts))
-    if op.has(2):
-        op.unite(op.input(2)[0], w[1])
+    parts = _projected(op, heads, past=4)
     freeze_rest(op, 3, but=(5,))
     _mask(op, 5, heads)
-    _scale(op, heads)
-    op.freeze(x[0], "masks and caches share this axis")
-    op.reduce(heads.dim)
 
     def hidden_sizes(keep: Any, old: Any) -> Any:
         counts = [keep.count(part) for part in parts]
         return None if old is None and len(set(counts)) == 1 else counts
 
     op.use_size("qkv_hidden_sizes", parts, hidden_sizes)
+
+
+@rule("QAttention", domain=MICROSOFT)
+def quantized_attention(op: Op) -> None:
+    """Attention of a quantised input and matrix, whose scale and zero point may be per column."""
+    w, count = op.input(1), op.get("num_heads")
+    _projected(op, _heads(op, (count, count), w.shape[1] // 3 // count), past=8)
+    per_channel(op, w[1], filter(op.has, (4, 7)))
+    freeze_rest(op, 3, but=(4, 7))
+    stands_for(op, w, 4, 7, 1)
+
+
+def _projected(op: Op, heads: _Heads, *, past: int) -> list[Axis]:
+    """Follow attention of an input that is projected with a packed matrix and bias; return the axes of its parts."""
+    x, w = op.input(0), op.input(1)
+    if op.get("do_rotary", 0):
+        raise GiveUp(f"{op.name} rotates its queries")
+    if op.has(past) or (len(op.outputs) > 1 and op.outputs[1].value.name):
+        raise GiveUp(f"{op.name} has a packed cache")
+    parts = [op.atoms.product(heads.groups, dim) for dim in (heads.dim, heads.dim, heads.value_dim)]
+    op.contract(x, 2, w, 0)
+    op.unite(w[1], op.atoms.joined(parts))
+    if op.has(2):
+        op.unite(op.input(2)[0], w[1])
+    _scale(op, heads)
+    op.freeze(x[0], "masks and caches share this axis")
+    op.reduce(heads.dim)
     op.attribute_size("num_heads", heads.groups)
     op.set([x[0], _sequence(op, x, 1), parts[2]])
     op.cost(float(len(x[0]) * x.shape[1]), w[0], w[1])
     _cost(op, heads, len(x[0]), x.shape[1], x.shape[1])
+    return parts
 
 
 @rule("GroupQueryAttention", domain=MICROSOFT)
@@ -269,6 +287,25 @@ def rotary(op: Op) -> None:
 def rotary_contrib(op: Op) -> None:
     """RotaryEmbedding with the positions as second input."""
     _rotary(op, (2, 3), 1)
+
+
+@rule("MRotaryEmbedding", domain=MICROSOFT)
+def rotary_of_three_positions(op: Op) -> None:
+    """RotaryEmbedding by three positions, each of which turns some pairs: these stay, the heads are separate."""
+    x, count = op.input(0), op.get("num_heads", 0)
+    freeze_rest(op, 1)
+    if x.rank == 4:
+        op.freeze(x[3], "rotates this axis")
+    else:
+        dim = x.shape[2] // count if count else 2 * op.input(2).shape[-1]
+        heads = op.atoms.fresh(x.shape[2] // dim)
+        op.unite(x[2], op.atoms.product(heads, op.frozen(dim, "rotates this axis")))
+        op.label(heads, "heads")
+        if count:
+            op.attribute_size("num_heads", heads)
+    op.freeze(x[0], "shares this axis with its angles")
+    op.freeze(x[2 if x.rank == 4 else 1], "shares this axis with its angles")
+    op.set(x.axes or [])
 
 
 def _rotary(op: Op, tables: tuple[int, int], positions: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from cpd_onnx.algebra.atoms import Axis
-from cpd_onnx.rules.api import Op, Tensor, rule
+from cpd_onnx.rules.api import GiveUp, Op, Tensor, rule
 
 MICROSOFT = "com.microsoft"
 """Domain of onnxruntime's contrib operators."""
@@ -19,7 +19,7 @@ MICROSOFT = "com.microsoft"
     "IsNaN", "LeakyRelu", "Log", "Mish", "Neg", "Not", "Reciprocal", "Relu", "Round", "Selu", "Shrink", "Sigmoid",
     "Sign", "Sin", "Sinh", "Softplus", "Softsign", "Sqrt", "Swish", "Tan", "Tanh", "ThresholdedRelu",
 )  # fmt: skip  # a table
-@rule("QuickGelu", "Gelu", "QLinearSigmoid", "QLinearLeakyRelu", domain=MICROSOFT)
+@rule("QuickGelu", "Gelu", "QLinearSigmoid", "QLinearLeakyRelu", "ScaledSiLU", domain=MICROSOFT)
 def unary(op: Op) -> None:
     """Pass all axes; further inputs (bounds, ratio, scales) are scalars."""
     x = op.input(0)
@@ -32,14 +32,24 @@ def unary(op: Op) -> None:
     "Add", "And", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Div", "Equal", "Greater", "GreaterOrEqual",
     "Less", "LessOrEqual", "Max", "Mean", "Min", "Mod", "Mul", "Or", "Pow", "Sub", "Sum", "Where", "Xor",
 )  # fmt: skip  # a table
-@rule("BiasGelu", "FastGelu", domain=MICROSOFT)
+@rule("BiasGelu", "FastGelu", "LinearAttentionGate", domain=MICROSOFT)
 def broadcasting(op: Op) -> None:
     """Unite axes of equal size, aligned on the right; below opset 7 at the attribute `axis`."""
     tensors = [op.input(i) for i in range(len(op.inputs)) if op.has(i)]
     if op.opset < 7 and op.get("broadcast", 0) and "axis" in op.call.attributes:
         op.set(legacy_broadcast(op, op.input(0), op.input(1), op.get("axis")))
         return
-    op.set(broadcast(op, [t.axes or [] for t in tensors]))
+    out = broadcast(op, [t.axes or [] for t in tensors])
+    for output in range(len(op.outputs)):
+        op.set(out, output)
+
+
+@rule("GatedAdd", domain=MICROSOFT)
+def gated_add(op: Op) -> None:
+    """Add a tensor that is scaled by one number for each row."""
+    if op.has(3):
+        raise GiveUp(f"{op.name} projects its gate, which onnxruntime does on GPUs only")
+    broadcasting(op)
 
 
 @rule("CastLike")
@@ -54,6 +64,13 @@ def quantized_binary(op: Op) -> None:
     """Broadcast inputs 0 and 3; scales and zero points are scalars."""
     freeze_rest(op, 1, but=(3,))
     op.set(broadcast(op, [op.input(0).axes or [], op.input(3).axes or []]))
+
+
+@rule("QLinearWhere", domain=MICROSOFT)
+def quantized_where(op: Op) -> None:
+    """Broadcast the condition and inputs 1 and 4; scales and zero points are scalars."""
+    freeze_rest(op, 2, but=(4,))
+    op.set(broadcast(op, [op.input(slot).axes or [] for slot in (0, 1, 4)]))
 
 
 def broadcast(op: Op, operands: Sequence[Sequence[Axis]]) -> list[Axis]:

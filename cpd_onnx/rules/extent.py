@@ -12,10 +12,12 @@ from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.ops.evaluate import axes_operand
 from cpd_onnx.ops.sizes import is_constant
 from cpd_onnx.rules.api import GiveUp, Op, Tensor, rule
+from cpd_onnx.rules.elementwise import MICROSOFT
 from cpd_onnx.shapes.values import Value
 
 
 @rule("Pad")
+@rule("Pad", domain=MICROSOFT)
 def pad(op: Op) -> None:
     """Add or cut indices at the ends of axes; padding of a channel axis can be removed like any channel."""
     x = op.input(0)
@@ -48,6 +50,8 @@ def _pads(op: Op, rank: int) -> tuple[list[Any] | None, list[int]]:
     value = op.value(1)
     if value is None or value.value is None:
         return None, axes
+    if value.value.ndim != 1:
+        raise GiveUp(f"{op.name} has a matrix of pads")
     if not value.is_open:
         return value.value.ravel().tolist(), axes
     if value.expressions is None:
@@ -246,3 +250,13 @@ def created(op: Op) -> None:
     """Create a tensor from sizes and numbers; its axes are frozen."""
     op.freeze_operands(0)
     op.set([op.frozen(size) for size in op.sizes()])
+
+
+@rule("UnfoldTensor", domain=MICROSOFT)
+def unfold(op: Op) -> None:
+    """Cut overlapping windows out of an axis, whose elements make a new last axis."""
+    x, shape = op.input(0), op.sizes()
+    axis, why = op.get("dim", -1) % x.rank, "cuts windows out of this axis"
+    out = list(x.axes or [])
+    out[axis] = op.along(x[axis], shape[axis], why)
+    op.set([*out, op.frozen(shape[-1], why)])

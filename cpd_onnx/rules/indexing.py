@@ -14,6 +14,7 @@ from cpd_onnx.ir.model import Array
 from cpd_onnx.ops.evaluate import slice_ranges, sliced_axes
 from cpd_onnx.ops.sizes import is_constant
 from cpd_onnx.rules.api import TABLE_ROWS, GiveUp, Op, Rewrite, Tensor, positions_after, rule
+from cpd_onnx.rules.elementwise import MICROSOFT
 
 _FAR = 2**31 - 1
 """Slice ends from this value on mean "to the end" (INT_MAX, as exporters write it)."""
@@ -229,6 +230,7 @@ def _unite_if_whole(op: Op, data: Axis, indices: Axis) -> None:
 
 
 @rule("GatherND")
+@rule("GatherND", domain=MICROSOFT)
 def gather_nd(op: Op) -> None:
     """Read at index tuples along the first axes, which are frozen; later axes pass."""
     x, indices = op.input(0), op.input(1)
@@ -308,6 +310,7 @@ def reverse_sequence(op: Op) -> None:
 
 
 @rule("Trilu")
+@rule("Trilu", domain=MICROSOFT)
 def trilu(op: Op) -> None:
     """Select a triangle of the last two axes."""
     x = op.input(0)

@@ -27,6 +27,8 @@ class _Slots:
         per_output: Further inputs with one number per output channel, or a single one.
         scale: Scale of the weight.
         zero_point: Zero point of the weight; without one, the weight is not quantised.
+        others: Further inputs that the rule of the variant handles.
+        is_last: Whether the channels of X and of the output are on the last axis, instead of axis 1.
 
     """
 
@@ -35,6 +37,16 @@ class _Slots:
     per_output: tuple[int, ...] = ()
     scale: int = -1
     zero_point: int = -1
+    others: tuple[int, ...] = ()
+    is_last: bool = False
+
+    def channel(self, rank: int) -> int:
+        """Return the axis of the channels of a tensor."""
+        return rank - 1 if self.is_last else 1
+
+    def spatial(self, rank: int) -> list[int]:
+        """Return the axes of a tensor that the kernel slides over."""
+        return [axis for axis in range(1, rank) if axis != self.channel(rank)]
 
 
 @rule("Conv")
@@ -47,7 +59,7 @@ def conv(op: Op) -> None:
 @rule("FusedConv", domain=MICROSOFT)
 def fused_conv(op: Op) -> None:
     """Conv with a fourth input that is added to the output (a residual)."""
-    convolution(op, _Slots())
+    convolution(op, _Slots(others=(3,)))
     if op.has(3):
         op.outputs[0].axes = broadcast(op, [op.outputs[0].axes or [], op.input(3).axes or []])
 
@@ -64,6 +76,13 @@ def qlinear_conv(op: Op) -> None:
     convolution(op, _Slots(w=3, bias=8, per_output=(4, 5), scale=4, zero_point=5))
 
 
+@rule("QLinearConv", domain=MICROSOFT)
+def qlinear_conv_channels_last(op: Op) -> None:
+    """QLinearConv with the channels last or on axis 1; the weight is that of QLinearConv."""
+    is_last = bool(op.get("channels_last", 0))
+    convolution(op, _Slots(w=3, bias=8, per_output=(4, 5), scale=4, zero_point=5, is_last=is_last))
+
+
 @rule("DeformConv")
 def deform_conv(op: Op) -> None:
     """Conv with offsets and a mask per kernel position, independent of the channels."""
@@ -76,23 +95,38 @@ def deform_conv(op: Op) -> None:
 def convolution(op: Op, slots: _Slots) -> None:
     """Follow Conv and its variants, with W of shape (out, in/group, …)."""
     x, w, group = op.input(0), op.input(slots.w), op.get("group", 1)
-    _freeze_spatial(op, x, w)
+    _freeze_spatial(op, slots)
+    channel = slots.channel(x.rank)
     if group == 1:
-        op.contract(x, 1, w, 1)
+        op.contract(x, channel, w, 1)
     else:
-        groups, inner = op.unmerge(x[1], [group, w.shape[1]])
+        groups, inner = op.unmerge(x[channel], [group, w.shape[1]])
         outer = op.atoms.fresh(w.shape[0] // group)
         op.unite(w[1], inner)
         op.unite(w[0], op.atoms.product(groups, outer))
-        _grouped(op, groups, (w, 1))
-    _finish(op, slots, w[0], op.sizes()[2:])
+        _grouped(op, groups, (w, 1), channel)
+    shape = op.sizes()
+    _finish(op, slots, w[0], tuple(shape[axis] for axis in slots.spatial(x.rank)))
 
 
 @rule("ConvTranspose")
 def conv_transpose(op: Op) -> None:
     """Conv with the first two axes of W exchanged: (in, out/group, …)."""
+    _conv_transpose(op, _Slots())
+    op.leaves(op.input(0)[1], 2, 1, is_local=False)
+
+
+@rule("ConvTransposeWithDynamicPads", domain=MICROSOFT)
+def conv_transpose_with_pads(op: Op) -> None:
+    """ConvTranspose whose padding is an input."""
+    if op.has(2):
+        op.freeze(op.input(2)[0], "takes this as an operand")
+    _conv_transpose(op, _Slots(bias=3, others=(2,)))
+
+
+def _conv_transpose(op: Op, slots: _Slots) -> None:
     x, w, group = op.input(0), op.input(1), op.get("group", 1)
-    _freeze_spatial(op, x, w)
+    _freeze_spatial(op, slots)
     if group == 1:
         op.contract(x, 1, w, 0)
         out = w[1]
@@ -102,9 +136,8 @@ def conv_transpose(op: Op) -> None:
         op.unite(w[0], x[1])
         op.unite(w[1], outer)
         out = op.atoms.product(groups, outer)
-        _grouped(op, groups, (w, 0))
-    _finish(op, _Slots(), out, x.shape[2:])
-    op.leaves(x[1], 2, 1, is_local=False)
+        _grouped(op, groups, (w, 0), 1)
+    _finish(op, slots, out, x.shape[2:])
 
 
 def _is_local(op: Op) -> bool:
@@ -112,16 +145,17 @@ def _is_local(op: Op) -> bool:
     return set(op.input(1).shape[2:]) <= {1} and not any(op.get("pads", ())) and op.get("auto_pad", "") in _UNPADDED
 
 
-def _grouped(op: Op, groups: Axis, weight: tuple[Tensor, int]) -> None:
+def _grouped(op: Op, groups: Axis, weight: tuple[Tensor, int], channel: int) -> None:
     op.attribute_size("group", groups)
     op.label(groups, "groups")
-    op.multiply_and_sum(weight, (op.input(0), 1))
+    op.multiply_and_sum(weight, (op.input(0), channel))
 
 
-def _freeze_spatial(op: Op, x: Tensor, w: Tensor) -> None:
+def _freeze_spatial(op: Op, slots: _Slots) -> None:
+    x, w = op.input(0), op.input(slots.w)
     if x.rank != w.rank:
         raise GiveUp(f"{op.name} has inputs of {x.rank} and {w.rank} axes")
-    op.freeze_all((x.axes or [])[2:], "slides over this axis")
+    op.freeze_all((x[axis] for axis in slots.spatial(x.rank)), "slides over this axis")
     for axis in (w.axes or [])[2:]:
         op.freeze(axis, KERNEL_EXTENT)
 
@@ -131,12 +165,14 @@ def _finish(op: Op, slots: _Slots, out: Axis, places: Shape) -> None:
     x, w = op.input(0), op.input(slots.w)
     vectors = (slots.bias, *slots.per_output)
     per_channel(op, out, filter(op.has, vectors))
-    freeze_rest(op, 1, but=(slots.w, *vectors, 3))
+    freeze_rest(op, 1, but=(slots.w, *vectors, *slots.others))
     if slots.zero_point >= 0:
         stands_for(op, w, slots.scale, slots.zero_point, 0)
-    shape = op.sizes()
-    spatial = [op.along(x[i], shape[i], "slides over this axis") for i in range(2, x.rank)]
-    op.set([x[0], out, *spatial])
+    shape, axes = op.sizes(), [x[0]] * x.rank
+    for axis in slots.spatial(x.rank):
+        axes[axis] = op.along(x[axis], shape[axis], "slides over this axis")
+    axes[slots.channel(x.rank)] = out
+    op.set(axes)
     op.cost(float(x.shape[0] * math.prod(w.shape[2:]) * math.prod(places)), w[0], w[1])
 
 
@@ -292,6 +328,25 @@ def matmul_nbits(op: Op) -> None:
     op.attribute_size("N", rows)
     op.set([*(a.axes or [])[:-1], rows])
     op.cost(float(math.prod(a.shape[:-1])), rows, a[-1])
+
+
+@rule("MatMulBnb4", domain=MICROSOFT)
+def matmul_bnb4(op: Op) -> None:
+    """MatMul with 4-bit weights, stored as one list in the order (N, K), and one scale for each block of K."""
+    a, packed, scales = op.input(0), op.input(1), op.input(2)
+    rows, columns, block = op.get("N"), op.get("K"), op.get("block_size")
+    if not op.get("transB", 1) or columns % block or packed.rank != 1 or len(packed[0]) * 2 != rows * columns:
+        raise GiveUp(f"{op.name} has blocks that do not end with a row of its weights")
+    blocks, out = op.atoms.fresh(columns // block), op.atoms.fresh(rows)
+    numbers = op.atoms.product(out, blocks)
+    op.unite(a[-1], op.atoms.repeated(blocks, block))
+    op.mask_input(a, -1)
+    op.unite(packed[0], op.atoms.repeated(numbers, block // 2))
+    op.unite(scales[0], numbers)
+    op.attribute_size("K", a[-1])
+    op.attribute_size("N", out)
+    op.set([*(a.axes or [])[:-1], out])
+    op.cost(float(math.prod(a.shape[:-1])), out, a[-1])
 
 
 _IN_BLOCKS = "packs its weights in blocks along this axis"

@@ -8,6 +8,7 @@ import numpy as np
 
 from cpd_onnx.rules.api import TABLE_ROWS, Op, Tensor, rule
 from cpd_onnx.rules.elementwise import MICROSOFT, broadcast, freeze_rest, per_channel
+from cpd_onnx.rules.linear import stands_for
 
 
 @rule("BatchNormalization")
@@ -83,6 +84,26 @@ def embed_layer_norm(op: Op) -> None:
     out = [*(ids.axes or []), word[1]]
     op.set(out)
     op.set(out, 2)
+
+
+@rule("QEmbedLayerNormalization", domain=MICROSOFT)
+def quantized_embed_layer_norm(op: Op) -> None:
+    """EmbedLayerNormalization of integer tables, scale and shift, each with a scale and a zero point."""
+    embed_layer_norm(op)
+    for slot in range(2, 7):
+        if op.has(slot):
+            stands_for(op, op.input(slot), slot + 6, slot + 11, 0)
+
+
+@rule("GatedRMSNorm", domain=MICROSOFT)
+def gated_rms_norm(op: Op) -> None:
+    """RMSNormalization of each block of the last axis, times a gate; the blocks share their scale."""
+    x, scale, gate = op.input(0), op.input(1), op.input(2)
+    blocks = op.atoms.fresh(x.shape[-1] // scale.shape[0])
+    op.unite(x[-1], op.atoms.product(blocks, scale[0]))
+    op.label(blocks, "heads")
+    op.reduce(scale[0])
+    op.set(broadcast(op, [x.axes or [], gate.axes or []]))
 
 
 @rule("GroupNormalization")

@@ -61,6 +61,23 @@ def determinant(op: Op) -> None:
     op.set(axes[:-2])
 
 
+@rule("Inverse", domain=MICROSOFT)
+def inverse(op: Op) -> None:
+    """Freeze the rows and columns of the matrices; the axes before them pass."""
+    axes = op.input(0).axes or []
+    op.freeze_all(axes[-2:], "inverts matrices along this axis")
+    op.set(axes)
+
+
+@rule("CDist", domain=MICROSOFT)
+def distances(op: Op) -> None:
+    """Return the distances between the rows of two matrices, summed over their columns."""
+    a, b = op.input(0), op.input(1)
+    op.unite(a[1], b[1])
+    op.reduce(a[1])
+    op.set([a[0], b[0]])
+
+
 @rule("ArgMax", "ArgMin")
 def argument(op: Op) -> None:
     """Freeze the axis, which the result is a position on."""
@@ -75,10 +92,21 @@ def argument(op: Op) -> None:
 @rule("Softmax", "LogSoftmax", "Hardmax")
 def softmax(op: Op) -> None:
     """Normalise to a distribution over the axis; below opset 13 over all axes from it on."""
+    is_old = op.opset < 13
+    _distribution(op, op.get("axis", 1 if is_old else -1), is_old=is_old)
+
+
+@rule("QLinearSoftmax", domain=MICROSOFT)
+def quantized_softmax(op: Op) -> None:
+    """Softmax of a quantised tensor, as in the opset that an attribute names."""
+    freeze_rest(op, 1)
+    _distribution(op, op.get("axis", -1), is_old=op.get("opset") < 13)
+
+
+def _distribution(op: Op, axis: int, *, is_old: bool) -> None:
     x = op.input(0)
-    old = op.opset < 13
-    first = op.get("axis", 1 if old else -1) % max(1, x.rank)
-    op.freeze_all((x.axes or [])[first : None if old else first + 1], "normalises to a distribution over this axis")
+    first = axis % max(1, x.rank)
+    op.freeze_all((x.axes or [])[first : None if is_old else first + 1], "normalises to a distribution over this axis")
     op.set(x.axes or [])
 
 
@@ -164,9 +192,23 @@ def pool(op: Op) -> None:
 @rule("QLinearAveragePool", domain=MICROSOFT)
 def quantized_pool(op: Op) -> None:
     """AveragePool of a quantised tensor, whose scales are for the whole tensor."""
-    if op.get("channels_last", 0):
-        raise GiveUp(f"{op.name} has its channels last")
     freeze_rest(op, 1)
+    _slide(op, channel=-1 if op.get("channels_last", 0) else 1)
+
+
+@rule("NhwcMaxPool", domain=MICROSOFT)
+def pool_channels_last(op: Op) -> None:
+    """MaxPool with the channels on the last axis."""
+    _slide(op, channel=-1)
+
+
+@rule("MaxpoolWithMask", domain=MICROSOFT)
+def masked_pool(op: Op) -> None:
+    """MaxPool of the elements that a mask of one image, shared by all channels, does not hide."""
+    x, mask = op.input(0), op.input(1)
+    if set(mask.shape[:2]) != {1}:
+        op.freeze_all((x.axes or [])[:2], "reads its mask at an offset that depends on the channel")
+    op.freeze_all(mask.axes or [], "takes its mask as a whole")
     _slide(op)
 
 
@@ -207,6 +249,7 @@ def max_unpool(op: Op) -> None:
 
 
 @rule("GridSample")
+@rule("GridSample", domain=MICROSOFT)
 def grid_sample(op: Op) -> None:
     """Sample the spatial axes at the coordinates of a grid (N, …, coordinates)."""
     x, grid = op.input(0), op.input(1)
@@ -216,6 +259,7 @@ def grid_sample(op: Op) -> None:
 
 
 @rule("RoiAlign", "MaxRoiPool")
+@rule("CropAndResize", domain=MICROSOFT)
 def roi(op: Op) -> None:
     """Pool regions of the spatial axes; channels pass."""
     x = op.input(0)
@@ -225,16 +269,16 @@ def roi(op: Op) -> None:
     op.set([op.frozen(op.sizes()[0], why), x[1], *_output_spatial(op, why)])
 
 
-def _slide(op: Op) -> None:
+def _slide(op: Op, *, channel: int = 1) -> None:
     """Set the outputs of a pool; an axis passes if window and stride are one along it."""
     x, shape = op.input(0), op.sizes()
     windows = zip(*(op.get(name) or [1] * (x.rank - 2) for name in ("kernel_shape", "strides")), strict=True)
-    spatial = [
-        x[i] if window == (1, 1) and shape[i] == x.shape[i] else op.along(x[i], shape[i], "slides over this axis")
-        for i, window in enumerate(windows, start=2)
-    ]
+    out = list(x.axes or [])
+    for i, window in enumerate(windows, start=2 if channel == 1 else 1):
+        if window != (1, 1) or shape[i] != x.shape[i]:
+            out[i] = op.along(x[i], shape[i], "slides over this axis")
     for output in range(len(op.outputs)):
-        op.set([*(x.axes or [])[:2], *spatial], output)
+        op.set(out, output)
 
 
 def _output_spatial(op: Op, why: str) -> list[Axis]:

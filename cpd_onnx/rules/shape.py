@@ -34,6 +34,7 @@ def reshape(op: Op) -> None:
 
 
 @rule("Flatten", "Unsqueeze")
+@rule("ExpandDims", domain=MICROSOFT)
 def reshape_freely(op: Op) -> None:
     """Reshape without an operand that names a size."""
     op.freeze_operands(1)

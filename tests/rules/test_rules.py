@@ -694,6 +694,14 @@ ELSEWHERE = {
     ("qonnx.custom_op.general", "Quant"): "onnxruntime does not run it",
     ("qonnx.custom_op.general", "BipolarQuant"): "onnxruntime does not run it",
 }
+CONTRIB_ROWS = (
+    "CDist", "CausalConvWithState", "ConvTransposeWithDynamicPads", "CropAndResize", "ExpandDims", "GatedAdd",
+    "GatedRMSNorm", "GatherND", "GridSample", "Inverse", "LinearAttention", "LinearAttentionGate", "MRotaryEmbedding",
+    "MatMulBnb4", "MaxpoolWithMask", "MoE", "NhwcMaxPool", "Pad", "QAttention", "QEmbedLayerNormalization",
+    "QLinearConv", "QLinearSoftmax", "QLinearWhere", "QMoE", "ScaledSiLU", "Trilu", "UnfoldTensor",
+)  # fmt: skip  # a table
+"""Operators of onnxruntime with rows in test_contrib.py."""
+ELSEWHERE |= {(CONTRIB, name): "test_contrib.py" for name in CONTRIB_ROWS}
 
 
 def test_external_rules_share_their_function() -> None:
