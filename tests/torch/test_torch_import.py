@@ -346,6 +346,57 @@ BODIES |= {
     "other domain": "(float[3,4] x) => (y) <float s = {0.05}, uint8 z = {120}> {"
     f" q = {MS}QuantizeLinear(x,s,z) y = {MS}DequantizeLinear(q,s,z) }}",
 }
+BODIES |= {
+    "inverse": f"(float[2,3,3] x) => (y) {{ y = {MS}Inverse(x) }}",
+    "unfold": f"(float[2,7,3] x) => (y) {{ y = {MS}UnfoldTensor<dim=1,size=3,step=2>(x) }}",
+    "expand dims": f"(float[2,3] x) => (y) <int32 a = {{-1}}> {{ y = {MS}ExpandDims(x,a) }}",
+    "euclidean distances": f"(float[3,4] a, float[5,4] b) => (y) {{ y = {MS}CDist<metric='euclidean'>(a,b) }}",
+    "squared distances": f"(float[3,4] a, float[5,4] b) => (y) {{ y = {MS}CDist(a,b) }}",
+    "conv transpose with pads": "(float[1,3,5,5] x, float[3,2,3,3] w, float[2] b) => (y) <int64[4] p = {1,0,1,1}> {"
+    f" y = {MS}ConvTransposeWithDynamicPads<strides=[2,2]>(x,w,p,b) }}",
+    "scaled silu": f"(float[2,3] x, float s) => (y) {{ a = {MS}ScaledSiLU<alpha=0.7>(x) y = {MS}ScaledSiLU(a,s) }}",
+    "gated add": f"(float[2,3,4] x, float[2,3,4] z, float[2,3,1] g) => (y) {{ y = {MS}GatedAdd(x,z,g) }}",
+    "gated rms norm": "(float[2,3,8] x, float[4] s, float[2,3,8] g) => (y) {"
+    f" a = {MS}GatedRMSNorm<activation='sigmoid'>(x,s,g) y = {MS}GatedRMSNorm(a,s,g) }}",
+    "experts": "(float[2,3,4] x, float[6,5] r, float[5,7,4] w, float[5,7] b, float[5,4,7] v, float[5,4] c) => (y) {"
+    f" y = {MS}MoE<k=2,activation_type='gelu'>(x,r,w,b,v,c) }}",
+    "experts with gates": "(float[6,4] x, float[6,5] r, float[5,6,4] w, float[5,4,3] v) => (y) {"
+    f" y = {MS}MoE<k=3,activation_type='swiglu',swiglu_fusion=1,normalize_routing_weights=1,activation_alpha=1.7,"
+    "activation_beta=1.0,swiglu_limit=0.5>(x,r,w,,v) }",
+    "causal conv": "(float[2,3,8] x, float[3,1,4] w, float[3] b) => (y, s) {"
+    f" y, s = {MS}CausalConvWithState<activation='silu',dilation=2>(x,w,b) }}",
+    "causal conv with a state": "(float[2,8,3] x, float[3,1,4] w, float[2,3,3] p) => (y, s) {"
+    f" y, s = {MS}CausalConvWithState<channels_last=1>(x,w,,p) }}",
+    "linear attention": "(float[2,5,12] q, float[2,5,6] k, float[2,5,8] v, float[2,2,3,4] p, float[2,5,2] d,"
+    " float[2,5,2] b) => (y, s) { e = Abs(d) f = Neg(e) g = Sigmoid(b) "
+    f" y, s = {MS}LinearAttention<q_num_heads=4,kv_num_heads=2>(q,k,v,p,f,g) }}",
+    "linear attention without decay": "(float[2,5,12] q, float[2,5,12] k, float[2,5,8] v) => (y, s) {"
+    f" y, s = {MS}LinearAttention<q_num_heads=4,kv_num_heads=4,update_rule='linear',scale=0.3>(q,k,v) }}",
+    "gates of linear attention": "(float[2,3,4] a, float[4] c, float[4] d, float[2,3,4] b) => (y, z) {"
+    f" y, z = {MS}LinearAttentionGate(a,c,d,b) }}",
+    "gather nd of onnxruntime": f"(float[2,3,4] x) => (y) <int64[2,2] i = {{0,2,1,0}}> {{ y = {MS}GatherND(x,i) }}",
+    "trilu of onnxruntime": f"(float[4,4] x) => (y) <int64 k = {{1}}> {{ y = {MS}Trilu<upper=0>(x,k) }}",
+    "pad of onnxruntime": f"(float[2,3] x) => (y) <int64[4] p = {{1,0,0,2}}, float v = {{2.0}}> {{ y = {MS}Pad(x,p,v) }}",
+    "grid sample of onnxruntime": f"(float[1,2,4,4] x, float[1,3,3,2] p) => (y) {{ y = {MS}GridSample(x,p) }}",
+    "qlinear where": "(float[3,4] x) => (y) <float s = {0.05}, uint8 z = {120}, float t = {0.0213}, bool[3,1] c = {1,0,1}>"
+    f" {{ a = QuantizeLinear(x,s,z) q = {MS}QLinearWhere(c,a,s,z,a,t,z,t,z) y = DequantizeLinear(q,t,z) }}",
+    "pool with channels last": f"(float[2,5,5,3] x) => (y) {QDQ}"
+    f" q = {MS}NhwcMaxPool<kernel_shape=[2,2],strides=[2,2]>(a) y = DequantizeLinear(q,s,z) }}",
+    "qlinear average pool with channels last": f"(float[2,5,5,3] x) => (y) {QDQ}"
+    f" q = {MS}QLinearAveragePool<channels_last=1,kernel_shape=[2,2],strides=[2,2]>(a,s,z,t,z)"
+    " y = DequantizeLinear(q,t,z) }",
+    "qlinear conv with channels last": "(float[2,5,5,3] x, float[4,3,2,2] w) => (y) <float s = {0.05}, uint8 z = {120},"
+    " float t = {0.0213}> { a = QuantizeLinear(x,s,z) b = QuantizeLinear(w,t,z)"
+    f" q = {MS}QLinearConv<channels_last=1>(a,s,z,b,t,z,s,z) y = DequantizeLinear(q,s,z) }}",
+    "quantised attention": "(float[2,3,8] x, float[8,24] w, float[24] b) => (y) <float s = {0.05}, uint8 z = {120},"
+    " float t = {0.0213}, uint8 o = {128}, int32[2] m = {3,2}> { a = QuantizeLinear(x,s,z) q = QuantizeLinear(w,t,o)"
+    f" y = {MS}QAttention<num_heads=2>(a,q,b,s,t,m,z,o) }}",
+    "quantised embeddings": "(float[9,8] w, float[5,8] p, float[2,8] k, float[8] a, float[8] b) => (y, m)"
+    " <int32[2,3] i = {0,8,4,1,1,2}, int32[2,3] j = {0,1,1,0,0,1}, int32[2,3] c = {1,1,0,1,0,0}, float s = {0.05},"
+    " uint8 z = {120}> { d = QuantizeLinear(w,s,z) e = QuantizeLinear(p,s,z) f = QuantizeLinear(k,s,z)"
+    " g = QuantizeLinear(a,s,z) h = QuantizeLinear(b,s,z)"
+    f" y, m = {MS}QEmbedLayerNormalization<epsilon=0.01>(i,j,d,e,f,g,h,c,s,s,s,s,s,z,z,z,z,z) }}",
+}
 BODIES |= {name.lower(): f"(float[2,3,4] x) => (y) {{ y = {name}(x) }}" for name in UNARY}
 BODIES["mod"] = "(float[2,3] x, float[3] z) => (y) { y = Mod<fmod=1>(x,z) }"
 BODIES |= {name.lower(): f"(float[2,3,4] x, float[3,1] z) => (y) {{ a = Abs(x) y = {name}(a,z) }}" for name in BINARY}

@@ -1,6 +1,7 @@
 """The operators, one small function each, by family; importing this package registers them in `registry.OPERATORS`."""
 
 from cpd_onnx.torch.operators import (
+    contrib,
     elementwise,
     fused,
     generate,
@@ -18,6 +19,7 @@ from cpd_onnx.torch.operators.sequences import attention, lists, recurrent
 
 __all__ = [
     "attention",
+    "contrib",
     "elementwise",
     "fused",
     "generate",

@@ -39,6 +39,7 @@ def _tuple_index(shape: Sequence[int], indices: Tensor) -> tuple[Tensor, ...]:
     return tuple(_wrapped(indices[..., place], shape[place]) for place in range(indices.shape[-1]))
 
 
+@operator("GatherND", domain="com.microsoft")
 @operator("GatherND")
 def gather_nd(x: Tensor, indices: Tensor, *, batch_dims: int = 0) -> Tensor:
     """Gather slices by the index tuples in the last axis of `indices`."""

@@ -16,7 +16,8 @@ from typing_extensions import Unpack
 
 from cpd_onnx.errors import UnsupportedError
 from cpd_onnx.torch.dtypes import elem_dtype
-from cpd_onnx.torch.operators.images.pooling import Pool, average_pool
+from cpd_onnx.torch.operators.fused import Attention, attention, embed_layer_normalization
+from cpd_onnx.torch.operators.images.pooling import Pool, average_pool, max_pool
 from cpd_onnx.torch.operators.linear import Window, conv
 from cpd_onnx.torch.operators.sequences.recurrent import Recurrent, lstm
 from cpd_onnx.torch.registry import operator
@@ -216,9 +217,54 @@ class Averaged(Pool, total=False):
 @operator("QLinearAveragePool", domain=_ORT, frozen=(1, 3))
 def qlinear_average_pool(*inputs: Tensor, channels_last: int = 0, **window: Unpack[Averaged]) -> Tensor:
     """Mean of each window, quantised."""
-    if channels_last:
-        raise UnsupportedError("QLinearAveragePool with channels last is not supported")
-    return _quantised(average_pool(_floats(*inputs[:3]), **window), inputs[3], inputs[4] if len(inputs) > 4 else None)
+    values = _floats(*inputs[:3])
+    pooled = average_pool(values.movedim(-1, 1) if channels_last else values, **window)
+    found = _quantised(pooled, inputs[3], inputs[4] if len(inputs) > 4 else None)
+    return found.movedim(1, -1) if channels_last else found
+
+
+@operator("NhwcMaxPool", domain=_ORT)
+def max_pool_channels_last(x: Tensor, **window: Unpack[Pool]) -> Tensor:
+    """Take the largest element of each window of x [N, ..., C]."""
+    return max_pool(x.movedim(-1, 1), outputs=1, **window)[0].movedim(1, -1)
+
+
+@operator("QLinearConv", domain=_ORT, frozen=(1, 4, 6))
+def qlinear_conv_channels_last(*inputs: Tensor, channels_last: int = 0, **window: Unpack[GroupedWindow]) -> Tensor:
+    """Quantised convolution of x [N, ..., C] if the channels are last; inputs are those of QLinearConv."""
+    if not channels_last:
+        return qlinear_conv(*inputs, **window)
+    return qlinear_conv(inputs[0].movedim(-1, 1), *inputs[1:], **window).movedim(1, -1)
+
+
+@operator("QLinearWhere", domain=_ORT, frozen=(2, 5, 7))
+def qlinear_where(condition: Tensor, *inputs: Tensor) -> Tensor:
+    """One of two quantised tensors, quantised."""
+    return _quantised(torch.where(condition, _floats(*inputs[:3]), _floats(*inputs[3:6])), inputs[6], inputs[7])
+
+
+@operator("QAttention", domain=_ORT, frozen=(3, 4), weights=(2,))
+def qattention(
+    x: Tensor, weights: Tensor, bias: Tensor, *more: Tensor | None, outputs: int, **options: Unpack[Attention]
+) -> list[Tensor]:
+    """Self-attention of quantised inputs and weights; `more` are their scales, a mask, zero points, and the past."""
+    x_scale, w_scale, mask, x_zero, w_zero, past = (*more, *[None] * 4)[:6]
+    assert x_scale is not None
+    assert w_scale is not None
+    given = (_floats(x, x_scale, x_zero), _floats(weights, w_scale, w_zero), bias, mask, past)
+    return attention(*given, outputs=outputs, **options)
+
+
+@operator("QEmbedLayerNormalization", domain=_ORT, frozen=(8, 9, 10, 11, 12))
+def qembed_layer_normalization(
+    ids: Tensor, segments: Tensor | None, *more: Tensor | None, epsilon: float = 1e-12
+) -> tuple[Tensor, Tensor]:
+    """Sum the rows of quantised tables, and normalise; `more` are tables, scale and shift, a mask, and quantisation."""
+    tables = [
+        None if table is None or factor is None else _floats(table, factor, point)
+        for table, factor, point in zip(more[:5], more[6:11], more[11:16], strict=True)
+    ]
+    return embed_layer_normalization(ids, segments, *tables, more[5], epsilon=epsilon)[:2]
 
 
 @operator("QLinearLeakyRelu", domain=_ORT, frozen=(1, 3))

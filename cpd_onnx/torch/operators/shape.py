@@ -172,6 +172,7 @@ class LegacyPad(TypedDict, total=False):
     value: float
 
 
+@operator("Pad", domain="com.microsoft", host=(1, 2))
 @operator("Pad", host=(1, 2, 3))
 def pad(
     x: Tensor,
@@ -263,6 +264,7 @@ def reverse_sequence(x: Tensor, lengths: Tensor, *, batch_axis: int = 1, time_ax
     return y.gather(1, index).movedim((0, 1), (batch_axis, time_axis))
 
 
+@operator("Trilu", domain="com.microsoft", host=(1,))
 @operator("Trilu", host=(1,))
 def trilu(x: Tensor, k: Numbers | None = None, *, upper: int = 1) -> Tensor:
     """Keep the upper or lower triangle of the last two axes, from diagonal k."""

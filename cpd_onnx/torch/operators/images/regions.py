@@ -17,6 +17,7 @@ from cpd_onnx.torch.registry import operator
 _MODES = {"linear": "bilinear", "cubic": "bicubic"}
 
 
+@operator("GridSample", domain="com.microsoft")
 @operator("GridSample")
 def grid_sample(
     x: Tensor, grid: Tensor, *, align_corners: int = 0, mode: str = "linear", padding_mode: str = "zeros"
