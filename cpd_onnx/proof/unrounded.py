@@ -423,7 +423,7 @@ def _conv(to: _Unrounder, node: NodeProto) -> None:
     inputs = [to.real(node, (0, 1, 2)), to.real(node, (3, 4, 5), 0)]
     if _at(node, 8):
         inputs.append(to.bias(node.input[8], (node.input[1], node.input[4])))
-    to.cut(to.put("Conv", inputs, **attributes_of(node)), node, (6, 7))
+    to.cut(_laid_out(to, "Conv", node, inputs, attributes_of(node)), node, (6, 7))
 
 
 def _matmul(to: _Unrounder, node: NodeProto) -> None:
@@ -457,10 +457,32 @@ def _binary(operator: str, to: _Unrounder, node: NodeProto) -> None:
 
 def _unary(operator: str, to: _Unrounder, node: NodeProto) -> None:
     attributes = attributes_of(node)
-    if attributes.pop("channels_last", 0):
-        raise NotUnroundableError(f"{node.op_type} has channels last")
     attributes.pop("opset", None)
-    to.cut(to.put(operator, [to.real(node, (0, 1, 2))], **attributes), node, (3, 4))
+    to.cut(_laid_out(to, operator, node, [to.real(node, (0, 1, 2))], attributes), node, (3, 4))
+
+
+def _laid_out(to: _Unrounder, operator: str, node: NodeProto, inputs: list[str], attributes: dict[str, Any]) -> str:
+    """Append an operator on channels first, between transpositions if the node has its channels last."""
+    if not attributes.pop("channels_last", 0):
+        return to.put(operator, inputs, **attributes)
+    rank = to.rank(node.input[0], node.output[0])
+    if rank is None:
+        raise NotUnroundableError(f"{node.op_type} has channels last in a tensor of unknown rank")
+    first = to.put("Transpose", inputs[:1], perm=[0, rank - 1, *range(1, rank - 1)])
+    return to.put("Transpose", [to.put(operator, [first, *inputs[1:]], **attributes)], perm=[0, *range(2, rank), 1])
+
+
+def _pool(to: _Unrounder, node: NodeProto) -> None:
+    if node.input[0] not in to.floating:
+        to.nodes.append(node)
+        return
+    found = _laid_out(to, "MaxPool", node, [node.input[0]], attributes_of(node) | {"channels_last": 1})
+    to.put("Identity", [found], node.output[0])
+    to.floating.add(node.output[0])
+
+
+def _where(to: _Unrounder, node: NodeProto) -> None:
+    to.cut(to.put("Where", [node.input[0], to.real(node, (1, 2, 3)), to.real(node, (4, 5, 6))]), node, (7, 8))
 
 
 def _concat(to: _Unrounder, node: NodeProto) -> None:
@@ -499,6 +521,12 @@ def _attention(to: _Unrounder, node: NodeProto) -> None:
     _replaced(to, node, "Attention", inputs, MICROSOFT)
 
 
+def _embedding(to: _Unrounder, node: NodeProto) -> None:
+    tables = [to.real(node, (slot, slot + 6, slot + 11)) if _at(node, slot) else "" for slot in range(2, 7)]
+    inputs = [*node.input[:2], *tables, _at(node, 7)]
+    _replaced(to, node, "EmbedLayerNormalization", inputs if inputs[-1] else inputs[:-1], MICROSOFT)
+
+
 def _replaced(to: _Unrounder, node: NodeProto, operator: str, inputs: Sequence[str], domain: str = "") -> None:
     """Append an operator with the outputs and attributes of a node."""
     replacement = helper.make_node(operator, list(inputs), list(node.output), domain=domain)
@@ -521,5 +549,7 @@ _WRITERS: dict[tuple[str, str], _Writer] = {
     (MICROSOFT, "QLinearGlobalAveragePool"): partial(_unary, "GlobalAveragePool"),
     (MICROSOFT, "QLinearAveragePool"): partial(_unary, "AveragePool"),
     (MICROSOFT, "QLinearConcat"): _concat, (MICROSOFT, "QGemm"): _gemm, (MICROSOFT, "DynamicQuantizeLSTM"): _lstm,
-    (MICROSOFT, "QAttention"): _attention,
+    (MICROSOFT, "QAttention"): _attention, (MICROSOFT, "QLinearConv"): _conv,
+    (MICROSOFT, "QEmbedLayerNormalization"): _embedding, (MICROSOFT, "QLinearWhere"): _where,
+    (MICROSOFT, "NhwcMaxPool"): _pool,
 }  # fmt: skip  # a table

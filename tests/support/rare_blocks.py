@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from onnx import TensorProto, ValueInfoProto, helper, numpy_helper
 
-from tests.support.builder import MICROSOFT, RARE, Block, Builder, Shape, block
+from tests.support.builder import MICROSOFT, NEWER, RARE, Block, Builder, Shape, block
 
 
 def rare(*ranks: int) -> Callable[[Block], Block]:
@@ -671,3 +671,199 @@ def recurrence_in_bytes(b: Builder, x: str) -> str | None:
     turned = b.node("Transpose", [y], (n, t, 1, size), perm=[2, 0, 1, 3])
     del b.shapes[turned]
     return b.node("Reshape", [turned, b.ints(0, 0, size)], (n, t, size))
+
+
+# Other operators of onnxruntime, which only the graphs of `newer` contain.
+
+
+def newer(*ranks: int) -> Callable[[Block], Block]:
+    return block(*ranks, among=NEWER)
+
+
+def channels_last(b: Builder, x: str) -> str:
+    return b.raw("Transpose", [x], perm=[0, 2, 3, 1])
+
+
+def channels_first(b: Builder, x: str, shape: Shape) -> str:
+    return b.node("Transpose", [x], shape, perm=[0, 3, 1, 2])
+
+
+@newer(2, 3)
+def experts(b: Builder, x: str) -> str | None:
+    """A mixture of two to four experts, of which each token takes one or two."""
+    shape, count, inner = b.shapes[x], b.choices.pick((2, 3, 4)), b.choices.pick((2, 4, 6))
+    size, kind = shape[-1], b.choices.pick(("relu", "gelu", "silu", "swiglu", "bytes"))
+    scores = b.raw("MatMul", [x, b.weight(size, count, fan=size)])
+    router = scores if len(shape) == 2 else b.raw("Reshape", [scores, b.ints(-1, count)])
+    k = b.choices.pick((1, 2))
+    if kind == "bytes":
+        matrices = [
+            (bytes_of(b, count, rows, columns, signed=False), b.constant(np.full((count, rows), 0.005, np.float32)))
+            for rows, columns in ((inner, size), (size, inner))
+        ]
+        inputs = [x, router, *matrices[0], "", *matrices[1], b.vector(count * size, shape=(count, size))]
+        return b.node("QMoE", inputs, shape, MICROSOFT, k=k, expert_weight_bits=8, weights_prepacked=0)
+    rows = 2 * inner if kind == "swiglu" else inner
+    inputs = [x, router, b.weight(count, rows, size, fan=size), b.vector(count * rows, shape=(count, rows))]
+    inputs += [b.weight(count, size, inner, fan=inner)]
+    more = {"swiglu_fusion": 1} if kind == "swiglu" else {"normalize_routing_weights": b.choices.integer(0, 1)}
+    return b.node("MoE", inputs, shape, MICROSOFT, k=k, activation_type=kind, **more)
+
+
+@newer(3)
+def sequence_with_a_state(b: Builder, x: str) -> str | None:
+    n, t, c = b.shapes[x]
+    if b.choices.integer(0, 1):
+        bias = [b.vector(c)] if b.choices.integer(0, 1) else []
+        made, _ = b.several(
+            "CausalConvWithState", [x, b.weight(c, 1, 3), *bias], 2, MICROSOFT, channels_last=1, activation="silu"
+        )
+        b.shapes[made] = (n, t, c)
+        return made
+    groups, repeats, size, values = 2, b.choices.pick((1, 2)), b.choices.pick((2, 3)), b.choices.pick((2, 3))
+    q, k, v = (b.matmul(x, width) for width in (groups * repeats * size, groups * size, groups * values))
+    gates = [b.raw("MatMul", [x, b.weight(c, groups, fan=c)]) for _ in range(2)]
+    numbers = [b.vector(groups), b.constant(np.full(groups, -0.5, np.float32))]
+    decay, rate = b.several("LinearAttentionGate", [gates[0], *numbers, gates[1]], 2, MICROSOFT)
+    rule = b.choices.pick(("linear", "gated", "delta", "gated_delta"))
+    inputs = [q, between(b, k), v, "", decay if "gated" in rule else "", rate if "delta" in rule else ""]
+    counts = {"q_num_heads": groups * repeats, "kv_num_heads": groups}
+    made, _ = b.several("LinearAttention", inputs, 2, MICROSOFT, update_rule=rule, **counts)
+    b.shapes[made] = (n, t, groups * repeats * values)
+    return made
+
+
+@newer(2, 3)
+def with_a_gate(b: Builder, x: str) -> str | None:
+    shape, way = b.shapes[x], b.choices.integer(0, 2)
+    if way == 0:
+        return b.node("ScaledSiLU", [x], shape, MICROSOFT, alpha=0.7)
+    if way == 1:
+        gate = b.raw("MatMul", [x, b.weight(shape[-1], 1, fan=shape[-1])])
+        return b.node("GatedAdd", [x, partner(b, x), gate], shape, MICROSOFT)
+    blocks, size = b.choices.pick((1, 2, 3)), b.choices.pick((2, 4))
+    y = b.matmul(x, blocks * size)  # of channels repeated before, all could go, which this operator refuses
+    inputs = [y, b.vector(size, positive=True), b.activated(y)]
+    return b.node("GatedRMSNorm", inputs, b.shapes[y], MICROSOFT, epsilon=0.01)
+
+
+@newer(3)
+def attention_to_bytes(b: Builder, x: str) -> str | None:
+    n, t, c = b.shapes[x]
+    if b.choices.integer(0, 1):
+        size = 4 * b.choices.pick((2, 3))
+        turned = b.matmul(x, size)
+        tables = [b.constant(f(b.rng.uniform(0, 3, (t, 2))).astype(np.float32)) for f in (np.cos, np.sin)]
+        places = b.constant(np.tile(np.arange(t), (3, n, 1)))
+        more = {"num_heads": size // 4, "mrope_section": [1, 1, 0]}
+        return b.node("MRotaryEmbedding", [turned, places, *tables], (n, t, size), MICROSOFT, **more)
+    size = 2 * b.choices.pick((2, 4))
+    weight = [bytes_of(b, c, 3 * size), b.vector(3 * size), number(b, SCALE), number(b, 0.005)]
+    zeros = [b.constant(ZERO), b.constant(np.int8(0))]
+    inputs = [in_bytes(b, x, MICROSOFT), *weight, "", *zeros]
+    return b.node("QAttention", inputs, (n, t, size), MICROSOFT, num_heads=2)
+
+
+@newer(4)
+def bytes_with_channels_last(b: Builder, x: str) -> str | None:
+    n, c, h, w = b.shapes[x]
+    way, given = b.choices.integer(0, 2), in_bytes(b, channels_last(b, x), MICROSOFT)
+    if way == 0:
+        size = b.width()
+        inputs = [given, *steps(b), bytes_of(b, size, c, 1, 1), number(b, 0.005), b.constant(np.int8(0)), *steps(b)]
+        made = b.raw("QLinearConv", inputs, MICROSOFT, channels_last=1)
+        c = size
+    elif h < 2 or w < 2:
+        return None
+    else:
+        h, w = h // 2, w // 2
+        more = {"kernel_shape": [2, 2], "strides": [2, 2]}
+        made = (
+            b.raw("NhwcMaxPool", [given], MICROSOFT, **more)
+            if way == 1
+            else b.raw("QLinearAveragePool", [given, *steps(b), *steps(b)], MICROSOFT, channels_last=1, **more)
+        )
+    found = from_bytes(b, made, (), MICROSOFT)
+    del b.shapes[found]
+    return channels_first(b, found, (n, c, h, w))
+
+
+@newer(2, 3, 4)
+def choice_of_bytes(b: Builder, x: str) -> str | None:
+    shape = b.shapes[x]
+    if b.choices.integer(0, 1):
+        inputs = [in_bytes(b, x, MICROSOFT), *steps(b), *steps(b, np.uint8(0), 1 / 256)]
+        axis = b.choices.integer(1, len(shape) - 1)
+        found = b.raw("QLinearSoftmax", inputs, MICROSOFT, axis=axis, opset=13)
+        return b.node("DequantizeLinear", [found, *steps(b, np.uint8(0), 1 / 256)], shape, MICROSOFT)
+    mask = b.constant(b.rng.integers(0, 2, shape[1:]).astype(np.bool_))
+    given = [in_bytes(b, each, MICROSOFT) for each in (x, partner(b, x))]
+    inputs = [mask, given[0], *steps(b), given[1], *steps(b), *steps(b)]
+    return from_bytes(b, b.raw("QLinearWhere", inputs, MICROSOFT), shape, MICROSOFT)
+
+
+@newer(4)
+def image_by_onnxruntime(b: Builder, x: str) -> str | None:
+    n, c, h, w = b.shapes[x]
+    way = b.choices.pick(("MaxpoolWithMask", "Pad", "GridSample", "ConvTransposeWithDynamicPads", "CropAndResize"))
+    if way == "MaxpoolWithMask":
+        mask = b.constant(np.ones((1, 1, h, w), np.int32))
+        if h < 2 or w < 2:
+            return None
+        return b.node(way, [x, mask], (n, c, h - 1, w - 1), MICROSOFT, kernel_shape=[2, 2])
+    if way == "Pad":
+        return b.node(way, [x, b.ints(0, 1, 0, 1, 0, 2, 0, 1)], (n, c + 3, h, w + 2), MICROSOFT)
+    if way == "GridSample":
+        grid = b.constant(b.rng.uniform(-0.9, 0.9, (n, 3, 4, 2)).astype(np.float32))
+        return None if b.is_open else b.node(way, [x, grid], (n, c, 3, 4), MICROSOFT)
+    if way == "CropAndResize":
+        regions = b.constant(b.rng.uniform(0, 1, (n, 4)).astype(np.float32))
+        inputs = [x, regions, b.constant(np.zeros(n, np.int32)), b.constant(np.asarray([3, 4], np.int32))]
+        return None if b.is_open else b.node(way, inputs, (n, c, 3, 4), MICROSOFT)
+    size = b.width()
+    inputs = [x, b.weight(c, size, 2, 2), b.ints(0, 1, 1, 0), b.vector(size)]
+    return b.node(way, inputs, (n, size, h, w), MICROSOFT)
+
+
+@newer(2, 3)
+def matrix_by_onnxruntime(b: Builder, x: str) -> str | None:
+    shape = b.shapes[x]
+    way = b.choices.pick(("Trilu", "UnfoldTensor", "ExpandDims", "MatMulBnb4", "CDist", "GatherND"))
+    if way == "MatMulBnb4":
+        size, wide = b.width(), b.matmul(x, 32)
+        packed = b.constant(b.rng.integers(0, 256, size * 16).astype(np.uint8), "w")
+        scales = b.constant(b.rng.uniform(0.02, 0.1, size * 2).astype(np.float32))
+        more = {"K": 32, "N": size, "block_size": 16, "quant_type": 1}
+        return b.node(way, [wide, packed, scales], (*shape[:-1], size), MICROSOFT, **more)
+    if way == "CDist":
+        size = b.width()
+        inputs = [x, b.weight(size, shape[-1])]
+        return b.node(way, inputs, (shape[0], size), MICROSOFT) if len(shape) == 2 else None
+    if way == "GatherND":
+        return b.node(way, [x, b.constant(np.asarray([[1], [0]]))], shape, MICROSOFT)
+    if len(shape) == 2:
+        return None
+    if way == "Trilu":
+        return b.node(way, [x, b.constant(np.int64(1))], shape, MICROSOFT, upper=0)
+    if way == "UnfoldTensor":
+        made = b.raw(way, [x], MICROSOFT, dim=1, size=2)
+        return b.node("Transpose", [made], (shape[0], shape[1] - 1, 2, shape[2]), perm=[0, 1, 3, 2])
+    return b.node(way, [x, b.constant(np.int32(1))], (shape[0], 1, *shape[1:]), MICROSOFT)
+
+
+@newer(3)
+def embedded_in_bytes(b: Builder, x: str) -> str | None:
+    n, t, _c = b.shapes[x]
+    size = b.width()
+    if size < 3:
+        return None
+    highest = b.with_axes("ReduceMax", x, [2], (n, t), 18, keepdims=0)
+    del b.shapes[highest]
+    words = whole(b, highest, TensorProto.INT32)
+    tables = [bytes_of(b, rows, size, signed=False) for rows in (16, t)]
+    vectors = [bytes_of(b, size, signed=False) for _ in range(2)]
+    scale, zero = steps(b)
+    inputs = [words, "", *tables, "", *vectors, "", scale, scale, "", scale, scale, zero, zero, "", zero, zero]
+    made, _ = b.several("QEmbedLayerNormalization", inputs, 2, MICROSOFT, epsilon=0.01)
+    b.shapes[made] = (n, t, size)
+    return made
