@@ -394,6 +394,9 @@ def _formal(formal: Sequence[Any], slot: int) -> str:
 
 # Operators that round, or take quantised integers.
 
+_ONE_AXIS = 13
+"""First opset whose Softmax is along one axis, instead of all from it on (ONNX specification)."""
+
 _Writer = Callable[[_Unrounder, NodeProto], None]
 
 
@@ -457,8 +460,14 @@ def _binary(operator: str, to: _Unrounder, node: NodeProto) -> None:
 
 def _unary(operator: str, to: _Unrounder, node: NodeProto) -> None:
     attributes = attributes_of(node)
-    attributes.pop("opset", None)
     to.cut(_laid_out(to, operator, node, [to.real(node, (0, 1, 2))], attributes), node, (3, 4))
+
+
+def _softmax(to: _Unrounder, node: NodeProto) -> None:
+    attributes = attributes_of(node)
+    if (attributes.pop("opset") < _ONE_AXIS) != (to.opsets.get("", 1) < _ONE_AXIS):
+        raise NotUnroundableError(f"{node.op_type} is that of another opset than the model's")
+    to.cut(to.put("Softmax", [to.real(node, (0, 1, 2))], **({"axis": -1} | attributes)), node, (3, 4))
 
 
 def _laid_out(to: _Unrounder, operator: str, node: NodeProto, inputs: list[str], attributes: dict[str, Any]) -> str:
@@ -544,7 +553,7 @@ _WRITERS: dict[tuple[str, str], _Writer] = {
     (MICROSOFT, "DynamicQuantizeMatMul"): _dynamic_matmul, (MICROSOFT, "MatMulIntegerToFloat"): _integer_to_float,
     (MICROSOFT, "QLinearAdd"): partial(_binary, "Add"), (MICROSOFT, "QLinearMul"): partial(_binary, "Mul"),
     (MICROSOFT, "QLinearSigmoid"): partial(_unary, "Sigmoid"),
-    (MICROSOFT, "QLinearSoftmax"): partial(_unary, "Softmax"),
+    (MICROSOFT, "QLinearSoftmax"): _softmax,
     (MICROSOFT, "QLinearLeakyRelu"): partial(_unary, "LeakyRelu"),
     (MICROSOFT, "QLinearGlobalAveragePool"): partial(_unary, "GlobalAveragePool"),
     (MICROSOFT, "QLinearAveragePool"): partial(_unary, "AveragePool"),
