@@ -19,8 +19,8 @@ Counts: TypeAlias = npt.NDArray[np.int64]
 Ratios: TypeAlias = tuple[float, float]
 """Minimum and maximum ratio of a group's channels that may survive."""
 
-_COUNTED = {"heads", "groups"}
-"""Kinds of groups whose size is a number of heads or groups, not a width in channels."""
+_COUNTED = {"heads", "groups", "experts"}
+"""Kinds of groups whose size is a number of heads, groups or experts, not a width in channels."""
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ class Group:
     Attributes:
         id: Position in `Combed.groups`.
         name: Unique name, after its first weight or that weight's node.
-        kind: Kind of the channels: "channels", "heads", "head_dim", "hidden" or "groups".
+        kind: Kind of the channels: "channels", "heads", "head_dim", "hidden", "groups" or "experts".
         channels: Primitive atoms, one per coupled channel.
 
     """

@@ -12,6 +12,7 @@ import pytest
 from onnx import ModelProto, TensorProto
 
 from cpd_onnx.budget.allocation import Budget, allocate
+from cpd_onnx.budget.widths import is_width
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.ir.model import attributes_of, load
 from cpd_onnx.ops.traits import MICROSOFT
@@ -251,6 +252,22 @@ FOLLOWED: list[tuple[str, int, str, list[str], dict[str, Any]]] = [
         ["2: d.1 u.1 v.0 w.1 z.1", "2: v.0 w.1", "4: u.1 w.1", "6: v.0 z.1"], {"d": np.linspace(0.1, 0.3, 12)},
     ),
     (
+        "linear attention from a state", 17,
+        "(float[2, 4, 6] x, float[6, 16] w, float[6, 8] u, float[6, 12] z, float[6, 8] d, float[2, 2, 4, 6] p, "
+        "float[24, 5] v) => (float[2, 4, 5] y) "
+        f"{{ {DENSE} k = MatMul(x, u) l = MatMul(x, z) e = MatMul(x, d) g = Neg(e) "
+        f"a, t = {M}LinearAttention <q_num_heads = 4, kv_num_heads = 2, update_rule = \"gated\">(h, k, l, p, g) {LAST} }}",
+        ["2: d.1 p.1 u.1 v.0 w.1 z.1", "2: v.0 w.1", "4: d.1 p.2 u.1 w.1", "6: p.3 v.0 z.1"],
+        {"d": np.linspace(0.1, 0.3, 48)},
+    ),
+    (
+        "causal conv from a state", 17,
+        "(float[2, 3, 8] x, float[8, 3, 1] w, float[8, 1, 4] k, float[2, 8, 3] p, float[5, 8, 1] v, float[5, 8, 1] z) "
+        "=> (float[2, 5, 8] y, float[2, 5, 3] xs) "
+        f"{{ h = Conv(x, w) a, c = {M}CausalConvWithState(h, k, , p) y = Conv(a, v) xs = Conv(c, z) }}",
+        ["8: k.0 p.1 v.1 w.0 z.1"], {},
+    ),
+    (
         "gates of linear attention", 17,
         f"{MLP}, float[6, 12] u, float[12] b, float[12] d) => (float[2, 4, 5] y) "
         f"{{ {DENSE} k = MatMul(x, u) e, f = {M}LinearAttentionGate(h, b, d, k) a = Add(e, f) {LAST} }}",
@@ -365,6 +382,13 @@ def test_held(row: tuple[str, int, str, str, dict[str, Any]]) -> None:
     assert combed.groups == []
     assert combed.unaccounted == []
     assert row[3] in reasons
+
+
+def test_experts_are_counted_and_not_rounded_to_multiples() -> None:
+    combed = comb(built(next(row for row in FOLLOWED if row[0] == "experts")))
+    kinds = {len(group): group.kind for group in combed.groups}
+    assert kinds == {10: "channels", 8: "channels", 4: "experts"}
+    assert {group.kind: is_width(combed, group) for group in combed.groups} == {"channels": True, "experts": False}
 
 
 def test_experts_that_mix_in_pairs_stay_but_their_widths_do_not() -> None:
