@@ -16,8 +16,8 @@ LossKind: TypeAlias = Literal["kl", "dist", "mse", "cosine"]
 LOSSES: tuple[LossKind, ...] = get_args(LossKind)
 RATE, BATCH_RATE, LOWER_RATE = 1e-3, 2e-3, 2e-4
 """Default learning rates: with enough samples; where batch normalizations use the statistics of the batch, with which a
-higher rate ends nearer to the teacher (docs/measured.md); and with few samples, of which a higher rate unlearns more than
-they teach."""
+higher rate ends nearer to the teacher (docs/measured.md); and with few samples, of which it unlearns more than they
+teach."""
 FEW = 1000
 """Number of samples below which the lower rate and stored statistics of batch normalizations are the default
 (heuristic)."""

@@ -846,6 +846,8 @@ def matrix_by_onnxruntime(b: Builder, x: str) -> str | None:
     if way == "Trilu":
         return b.node(way, [x, b.constant(np.int64(1))], shape, MICROSOFT, upper=0)
     if way == "UnfoldTensor":
+        if shape[1] < 2:
+            return None
         made = b.raw(way, [x], MICROSOFT, dim=1, size=2)
         return b.node("Transpose", [made], (shape[0], shape[1] - 1, 2, shape[2]), perm=[0, 1, 3, 2])
     return b.node(way, [x, b.constant(np.int32(1))], (shape[0], 1, *shape[1:]), MICROSOFT)
