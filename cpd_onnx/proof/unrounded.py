@@ -2,8 +2,9 @@
 
 Whether the right channels were removed does not depend on the number format, but detecting errors does: rounding to 16
 or 8 bits changes outputs as much as a small error would, and a deep network amplifies a single flipped rounding. Models
-are therefore compared in this form: half floats become float32; the result of `QuantizeLinear` is scaled, shifted and
-clipped to the limits of its type, but not rounded; operators on integers become operators on floats.
+are therefore compared in this form: half floats become float32, except for numbers that depend on sizes and constants
+alone; the result of `QuantizeLinear` is scaled, shifted and clipped to the limits of its type, but not rounded;
+operators on integers become operators on floats.
 """
 
 from __future__ import annotations
@@ -109,10 +110,47 @@ def single(model: Model) -> Model:
             _widen(tensor)
         for info in (*graph.input, *graph.output, *graph.value_info):
             _widen_type(info.type)
+        rounded = _rounded_numbers(graph)
         _widen_nodes(graph.node)
+        _round_again(graph, rounded)
     for function in copy.proto.functions:
         _widen_nodes(function.node)
     return copy
+
+
+def _rounded_numbers(graph: GraphProto) -> dict[str, int]:
+    """Return the half float type of each tensor that is cast to one and depends on sizes and constants alone.
+
+    The pruned model may store such a number as it was, rounded, where the original computes it.
+    """
+    fixed, found = {tensor.name for tensor in graph.initializer}, {}
+    for node in graph.node:
+        traits, inputs = traits_of(node), [name for name in node.input if name]
+        if bodies_of(node) or not (traits.reads_sizes or traits.is_constant or (inputs and fixed.issuperset(inputs))):
+            continue
+        fixed.update(node.output)
+        kind = attributes_of(node).get("to")
+        if kind in HALF_TYPES:
+            found[node.output[0]] = int(kind)
+    return found
+
+
+def _round_again(graph: GraphProto, rounded: dict[str, int]) -> None:
+    """Round the inputs of the casts that make these tensors."""
+    names = {name for node in graph.node for name in (*node.input, *node.output)}
+    nodes: list[NodeProto] = []
+    for node in graph.node:
+        if node.output and node.output[0] in rounded:
+            half = f"{node.output[0]}_half"
+            while half in names:
+                half += "_"
+            nodes.append(helper.make_node("Cast", [node.input[0]], [half], to=rounded[node.output[0]]))
+            node.input[0] = half
+        nodes.append(node)
+    if len(nodes) > len(graph.node):
+        copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        del graph.node[:]
+        graph.node.extend(copies)
 
 
 def _widen(tensor: TensorProto) -> None:

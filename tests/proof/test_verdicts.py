@@ -223,6 +223,16 @@ def test_half_floats_become_float32_wherever_they_are_named() -> None:
     assert rounding_of(model).has_halves
 
 
+def test_a_half_float_that_is_computed_from_sizes_is_rounded_in_both_models() -> None:
+    text = (
+        "(float16[4, 12] x, float16[12, 7] w, float16[7, 5] v) => (float16[4, 5] y) { h = MatMul(x, w) "
+        "s = Shape <start = 1>(h) f = Cast <to = 1>(s) r = Sqrt(f) g = Cast <to = 10>(r) n = Div(h, g) y = MatMul(n, v) }"
+    )
+    found = mask_oracle(from_text(text))
+    assert found.verdict == VERIFIED
+    assert found.difference < 1e-5  # the square root of 7 changes by 3e-4 of its value when it is rounded
+
+
 def test_a_quantised_weight_that_is_transposed_is_masked_at_its_zero_point() -> None:
     text = (
         "(float[4, 12] x, uint8[16, 12] w, uint8[16, 5] v, uint8 z, float s) => (float[4, 5] y) {"
