@@ -41,12 +41,17 @@ def shapes(state: State) -> dict[str, list[int]]:
     return {t.name: list(t.dims) for t in state.model.graph.initializer}
 
 
+WRONGLY_INFERRED = {"STFT"}
+"""Operators of which onnx 1.23 infers another shape than onnxruntime computes: one-sided spectra have half of the bins."""
+
+
 @pytest.mark.parametrize("name", PRUNABLE)
 def test_what_is_not_in_the_edit_log_is_unchanged(name: str) -> None:
     model = model_of(name)
     state = pruned(model)
     after = state.model.complete_proto()
-    onnx.checker.check_model(after, full_check="com.microsoft" not in {n.domain for n in model.graph.node})
+    is_inferred = all(n.domain != "com.microsoft" and n.op_type not in WRONGLY_INFERRED for n in model.graph.node)
+    onnx.checker.check_model(after, full_check=is_inferred)
     assert [(n.op_type, n.name, list(n.output)) for n in after.graph.node] == [
         (n.op_type, n.name, list(n.output)) for n in model.graph.node
     ]
