@@ -197,7 +197,7 @@ def execute(session: Runner, feed: Mapping[str, Array]) -> list[Array]:
     timer.daemon = True
     timer.start()
     try:
-        return [np.asarray(output) for output in session.run(None, all_cut(feed, kept_of(session)), limits)]
+        return [_array(output) for output in session.run(None, all_cut(feed, kept_of(session)), limits)]
     except Exception as error:  # as above, but for bound inputs
         is_bound = isinstance(session, Bound) and type(error) is RuntimeError
         if not is_bound and not type(error).__module__.startswith("onnxruntime"):
@@ -207,6 +207,14 @@ def execute(session: Runner, feed: Mapping[str, Array]) -> list[Array]:
         raise UnsupportedError(f"onnxruntime failed to run the model: {_first_line(error)}") from error
     finally:
         timer.cancel()
+
+
+def _array(output: Any) -> Array:
+    """Return an output as an array; tensors of a sequence whose shapes differ as one vector of all elements."""
+    is_sequence = isinstance(output, list) and all(isinstance(each, np.ndarray) for each in output)
+    if is_sequence and len({each.shape for each in output}) > 1:
+        return np.concatenate([each.ravel() for each in output])
+    return np.asarray(output)
 
 
 def _first_line(error: Exception) -> str:

@@ -8,6 +8,7 @@ from onnx import ModelProto, TensorProto, helper
 
 import cpd_onnx as cpd
 from cpd_onnx.channels.combing import comb
+from cpd_onnx.proof.comparison import VERIFIED
 from cpd_onnx.testing import mask_oracle, permutation_oracle
 from tests.rules.test_rules import signature
 from tests.support.models import from_text
@@ -88,3 +89,16 @@ def test_the_declared_type_of_a_sequence_loses_the_shape_that_is_no_longer_true(
     proto = state.model.proto
     assert not proto.graph.value_info[0].type.sequence_type.elem_type.tensor_type.HasField("shape")
     onnx.checker.check_model(proto, full_check=True)
+
+
+def test_a_sequence_of_different_shapes_may_be_an_output() -> None:
+    text = (
+        f"{IN}, int64[2] n) => (seq(float[2, 4, N]) y) "
+        "{ h = MatMul(x, w) a = MatMul(h, v) y = SplitToSequence <axis = -1>(a, n) }"
+    )
+    model = from_text(text, values={"n": [2, 3]})
+    state = cpd.run("comb, score, allocate{macs=0.5}, prune, verify", model)
+    assert state.verification is not None
+    assert state.verification.verdict == VERIFIED
+    assert state.combed is not None
+    assert [len(group) for group in state.combed.groups] == [12]
