@@ -37,6 +37,7 @@ from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.channels.costs import CostModel
 from cpd_onnx.ir.model import load
+from cpd_onnx.runtime.sessions import interleaved, open_model
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.support.runs import plain
@@ -45,6 +46,10 @@ HERE = Path(__file__).parents[1]
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation of ImageNet's channels, red first, on a scale of 1."""
 CAMVID = ((110.33139, 108.40919, 105.03353), (72.125206, 72.68849, 69.902596))
+
+
+SECONDS = 4.0
+"""Seconds of interleaved timing for one ratio."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,19 @@ def commit() -> str:
     """Return the commit of the measured code."""
     done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=HERE)
     return done.stdout.strip()
+
+
+class Latency:
+    """Latencies of files as ratios of an original's."""
+
+    def __init__(self, original: Path, feed: dict[str, np.ndarray]) -> None:
+        """Open the original."""
+        self.session, self.feed = open_model(load(original), threads=1), feed
+
+    def __call__(self, path: Path, seconds: float = SECONDS) -> float:
+        """Return the latency of a file."""
+        times = interleaved([self.session, open_model(load(path), threads=1)], self.feed, seconds)
+        return float(np.median(times[1]) / np.median(times[0]))
 
 
 def macs(path: Path) -> int:

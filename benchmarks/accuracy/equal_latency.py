@@ -38,20 +38,17 @@ from typing import Any
 
 import numpy as np
 import onnx
-from accuracy import HERE, IMAGENET, commit, images, macs, prepared
+from accuracy import HERE, IMAGENET, Latency, commit, images, macs, prepared
 from onnx import numpy_helper
 from PIL import Image
 
 from cpd_onnx.data.metrics import evaluate
 from cpd_onnx.data.sources import ArraySource
 from cpd_onnx.ir.model import load
-from cpd_onnx.runtime.sessions import interleaved, open_model
 
 SAMPLES = 512
 """Unlabelled images for the choice of channels and the repair."""
 SEEDS = (0, 1, 2)
-SECONDS = 4.0
-"""Seconds of interleaved timing of one ratio."""
 
 
 @dataclass(frozen=True)
@@ -136,19 +133,6 @@ def reset(source: Path, out: Path, seed: int) -> None:
             for name, value in zip(node.input[1:], (1, 0, 0, 1), strict=True):
                 put(name, value)
     onnx.save(model, out)
-
-
-class Latency:
-    """Latencies of files as ratios of an original's."""
-
-    def __init__(self, original: Path, feed: dict[str, np.ndarray]) -> None:
-        """Open the original."""
-        self.session, self.feed = open_model(load(original), threads=1), feed
-
-    def __call__(self, path: Path, seconds: float = SECONDS) -> float:
-        """Return the latency of a file."""
-        times = interleaved([self.session, open_model(load(path), threads=1)], self.feed, seconds)
-        return float(np.median(times[1]) / np.median(times[0]))
 
 
 def original_of(case: Case, options: argparse.Namespace) -> Path:

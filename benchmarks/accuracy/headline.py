@@ -40,13 +40,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accuracy import HERE, Case, command, commit, images, macs, prepared
+from accuracy import HERE, SECONDS, Case, Latency, command, commit, images, macs, prepared
 from accuracy import Run as SegmentationRun
 
 from cpd_onnx.data.metrics import evaluate
 from cpd_onnx.data.sources import ArraySource
 from cpd_onnx.ir.model import load
-from cpd_onnx.runtime.sessions import interleaved, open_model
 
 SHARES = (0.232, 0.12)
 """Target latencies as ratios of the original's; the first is the speed-up of 4.31 that the paper reports."""
@@ -78,8 +77,6 @@ SEGMENTATION = (
     "outputs",
 )
 SEGMENTATION_SHARE, SEGMENTATION_STEPS, SEGMENTATION_SAMPLES = 0.5, 700, 64
-SECONDS = 4.0
-"""Seconds of interleaved timing for one ratio."""
 IN_TURNS = """
 import json, sys
 import numpy as np, onnxruntime as ort
@@ -108,7 +105,7 @@ class Run:
             self.tested = ArraySource(dict(archive))
             self.feed = {"input": archive["input"][:1]}
         self.original = self.network("dense", sys.executable, "train", self.train, "--epochs", options.epochs)
-        self.session = open_model(load(self.original), threads=1)
+        self.latency = Latency(self.original, self.feed)
 
     def _archive(self, split: str) -> Path:
         path = self.work / f"gtsrb_{split}.npz"
@@ -129,21 +126,16 @@ class Run:
                 raise RuntimeError(done.stderr[-2000:])
         return path
 
-    def seconds(self, path: Path, seconds: float = SECONDS) -> float:
-        """Return the latency of a file as a ratio of the original's."""
-        times = interleaved([self.session, open_model(load(path), threads=1)], self.feed, seconds)
-        return float(np.median(times[1]) / np.median(times[0]))
-
     def widest(self, kind: str, make: Callable[[float], Path], target: float, reference: Path) -> float:
         """Return the largest width ratio, in steps of 1/64, at which a model is no slower than `reference` (bisection)."""
         notes = self.work / "widest.json"
         known = json.loads(notes.read_text()) if notes.exists() else {}
         key = f"{kind} {target}"
         if key not in known:
-            latency, low, high = self.seconds(reference), 1, 64
+            latency, low, high = self.latency(reference), 1, 64
             while high - low > 1:
                 middle = (low + high) // 2
-                low, high = (middle, high) if self.seconds(make(middle / 64), 1.0) <= latency else (low, middle)
+                low, high = (middle, high) if self.latency(make(middle / 64), 1.0) <= latency else (low, middle)
             notes.write_text(json.dumps(known | {key: low / 64}))
             return low / 64
         return float(known[key])
@@ -201,7 +193,7 @@ class Run:
     def timed(self, rows: list[dict[str, Any]]) -> None:
         """Time each model interleaved with the original and add latency ratio and speed-up to its row."""
         for row in rows:
-            latency = self.seconds(self.work / row["file"])
+            latency = self.latency(self.work / row["file"])
             row |= {"latency": round(latency, 4), "speedup": round(1 / latency, 3)}
 
 

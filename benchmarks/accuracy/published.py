@@ -28,13 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accuracy import commit, macs
 from effort import RUNS, Run, counted, score
 from verdicts import CASES as PAIRS
 from verdicts import ROOT, Data, kept, opened, resized
 
 from cpd_onnx.algebra.keep import KeepMask
-from cpd_onnx.channels.combing import comb
-from cpd_onnx.channels.costs import CostModel
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.data.sources import ArraySource, calibration
 from cpd_onnx.fitting.least_squares import single
@@ -104,16 +103,13 @@ def rows_of(run: Run, model: Path, data: Data) -> list[dict[str, Any]]:
     chosen = np.sort(np.random.default_rng(SEED).permutation(len(given))[: run.images])
     tested, rows = resized(images, case.size), []
     inputs = {opened(model).get_inputs()[0].name: case.pixels(resized(given[chosen], case.size))}
-    combed = comb(load(model))
-    full = CostModel(combed).total(KeepMask(combed.atoms)).macs
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         np.savez(work / "data.npz", **inputs)
 
         def noted(how: str, path: Path, seconds: float) -> None:
-            left = CostModel(other := comb(load(path))).total(KeepMask(other.atoms)).macs / full
             found = {"case": run.name, "how": how, "score": score(case, path, tested, labels)}
-            rows.append(found | {"original": original, "macs": left, "seconds": seconds})
+            rows.append(found | {"original": original, "macs": macs(path) / macs(model), "seconds": seconds})
             print(rows[-1], flush=True)
 
         original = score(case, model, tested, labels)
@@ -166,7 +162,7 @@ def main() -> None:
         model = Path(elsewhere.get(run.model, options.data_folder / "onnx" / f"{run.model}.onnx"))
         if model.is_file() and (not options.only or run.name in options.only):
             for row in rows_of(run, model, data):
-                rows = kept(options.out, rows, row, ("case", "how"))
+                rows = kept(options.out, rows, row, ("case", "how"), commit=commit())
     show(rows)
 
 

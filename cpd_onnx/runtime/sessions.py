@@ -210,11 +210,14 @@ def execute(session: Runner, feed: Mapping[str, Array]) -> list[Array]:
 
 
 def _array(output: Any) -> Array:
-    """Return an output as an array; tensors of a sequence whose shapes differ as one vector of all elements."""
+    """Return an output as an array; tensors of a sequence whose shapes differ are filled up with zeros and stacked."""
     is_sequence = isinstance(output, list) and all(isinstance(each, np.ndarray) for each in output)
-    if is_sequence and len({each.shape for each in output}) > 1:
-        return np.concatenate([each.ravel() for each in output])
-    return np.asarray(output)
+    if not is_sequence or len({each.shape for each in output}) < 2:
+        return np.asarray(output)
+    rank = max(each.ndim for each in output)
+    arrays = [each.reshape((1,) * (rank - each.ndim) + each.shape) for each in output]
+    most = [max(sizes) for sizes in zip(*(each.shape for each in arrays), strict=True)]
+    return np.stack([np.pad(each, [(0, m - n) for m, n in zip(most, each.shape, strict=True)]) for each in arrays])
 
 
 def _first_line(error: Exception) -> str:

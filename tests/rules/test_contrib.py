@@ -21,7 +21,8 @@ from cpd_onnx.proof.proving import verify
 from cpd_onnx.proof.unrounded import unrounded
 from cpd_onnx.rules import RULES, Op
 from cpd_onnx.scores.registry import score
-from cpd_onnx.testing import mask_oracle, permutation_oracle, widen_oracle
+from cpd_onnx.testing import mask_oracle
+from tests.rules.rows import assert_followed, assert_held, built
 from tests.rules.test_mutations import is_caught
 from tests.rules.test_rules import CONTRIB_ROWS, CONV, HEAD, MLP, signature
 from tests.support.models import from_text
@@ -293,20 +294,9 @@ FOLLOWED: list[tuple[str, int, str, list[str], dict[str, Any]]] = [
 ]  # fmt: skip  # a table
 
 
-def built(row: tuple[str, int, str, Any, dict[str, Any]]) -> ModelProto:
-    _, opset, graph, _, values = row
-    return from_text(graph, opset=opset, values=values)
-
-
 @pytest.mark.parametrize("row", FOLLOWED, ids=[row[0] for row in FOLLOWED])
 def test_followed(row: tuple[str, int, str, list[str], dict[str, Any]]) -> None:
-    model = built(row)
-    combed = comb(model)
-    assert signature(combed) == row[3]
-    assert combed.unaccounted == []
-    for outcome in (mask_oracle(model), permutation_oracle(model), widen_oracle(model)):
-        assert outcome.passed
-        assert outcome.groups > 0
+    assert_followed(row)
 
 
 # name, opset, graph, why channels stay, values of constants
@@ -377,11 +367,7 @@ HELD: list[tuple[str, int, str, str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize("row", HELD, ids=[row[0] for row in HELD])
 def test_held(row: tuple[str, int, str, str, dict[str, Any]]) -> None:
-    combed = comb(built(row))
-    reasons = " ".join(reason for frozen in combed.frozen() for reason in frozen.reasons)
-    assert combed.groups == []
-    assert combed.unaccounted == []
-    assert row[3] in reasons
+    assert_held(row)
 
 
 def test_experts_are_counted_and_not_rounded_to_multiples() -> None:

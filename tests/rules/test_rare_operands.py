@@ -10,7 +10,8 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper, parser
 
 import cpd_onnx as cpd
 from cpd_onnx.channels.combing import comb
-from cpd_onnx.testing import mask_oracle, permutation_oracle, widen_oracle
+from cpd_onnx.testing import mask_oracle
+from tests.rules.rows import assert_followed, assert_held
 from tests.rules.test_rules import CONV, HEAD, MLP, signature
 from tests.support.models import from_text
 
@@ -177,29 +178,14 @@ HELD: list[tuple[str, int, str, str, dict[str, Any]]] = [
 ]  # fmt: skip  # a table
 
 
-def built(row: tuple[str, int, str, Any, dict[str, Any]]) -> ModelProto:
-    _, opset, graph, _, values = row
-    return from_text(graph, opset=opset, values=values)
-
-
 @pytest.mark.parametrize("row", FOLLOWED, ids=[row[0] for row in FOLLOWED])
 def test_followed(row: tuple[str, int, str, list[str], dict[str, Any]]) -> None:
-    model = built(row)
-    combed = comb(model)
-    assert signature(combed) == row[3]
-    assert combed.unaccounted == []
-    for outcome in (mask_oracle(model), permutation_oracle(model), widen_oracle(model)):
-        assert outcome.passed
-        assert outcome.groups > 0
+    assert_followed(row)
 
 
 @pytest.mark.parametrize("row", HELD, ids=[row[0] for row in HELD])
 def test_held(row: tuple[str, int, str, str, dict[str, Any]]) -> None:
-    combed = comb(built(row))
-    reasons = " ".join(reason for frozen in combed.frozen() for reason in frozen.reasons)
-    assert combed.groups == []
-    assert combed.unaccounted == []
-    assert row[3] in reasons
+    assert_held(row)
 
 
 def test_slopes_of_before_opset_7_lie_on_the_channels() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 import pytest
 from onnx import ModelProto, TensorProto, helper
@@ -9,6 +10,7 @@ from onnx import ModelProto, TensorProto, helper
 import cpd_onnx as cpd
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.proof.comparison import VERIFIED
+from cpd_onnx.runtime.sessions import execute, open_model
 from cpd_onnx.testing import mask_oracle, permutation_oracle
 from tests.rules.test_rules import signature
 from tests.support.models import from_text
@@ -102,3 +104,13 @@ def test_a_sequence_of_different_shapes_may_be_an_output() -> None:
     assert state.verification.verdict == VERIFIED
     assert state.combed is not None
     assert [len(group) for group in state.combed.groups] == [12]
+
+
+def test_sequences_that_are_split_elsewhere_differ() -> None:
+    text = "(float[5, 2] x, int64[2] n) => (seq(float[N, 2]) y) { y = SplitToSequence <axis = 0>(x, n) }"
+    feed = {"x": np.arange(1, 11, dtype=np.float32).reshape(5, 2)}
+    first, second = (
+        execute(open_model(cpd.load(from_text(text, values={"n": sizes}))), feed)[0] for sizes in ([2, 3], [3, 2])
+    )
+    assert first.shape == second.shape == (2, 3, 2)
+    assert (first != second).any()

@@ -356,6 +356,13 @@ def one_hot(b: Builder, x: str) -> str | None:
     return b.matmul(b.node("OneHot", [places, b.constant(np.int64(12)), values], (n, 12)), b.width())
 
 
+def words_of(b: Builder, x: str) -> str:
+    """Return a number from 0 to 15 for each place of a tensor [N, T, C]."""
+    highest = b.with_axes("ReduceMax", x, [2], b.shapes[x][:2], 18, keepdims=0)
+    del b.shapes[highest]
+    return whole(b, highest, TensorProto.INT32)
+
+
 @rare(3)
 def embedded(b: Builder, x: str) -> str | None:
     """Word embeddings with positions, normalised."""
@@ -363,9 +370,7 @@ def embedded(b: Builder, x: str) -> str | None:
     size = b.width()
     if size < 3:
         return None
-    highest = b.with_axes("ReduceMax", x, [2], (n, t), 18, keepdims=0)
-    del b.shapes[highest]
-    words = whole(b, highest, TensorProto.INT32)
+    words = words_of(b, x)
     tables = [b.weight(16, size), b.weight(t, size), b.weight(2, size) if b.choices.integer(0, 1) else ""]
     segments = b.raw("Cast", [b.raw("Greater", [words, b.constant(np.int32(7))])], to=TensorProto.INT32)
     numbers = [b.vector(size, positive=True), b.vector(size)]
@@ -859,9 +864,7 @@ def embedded_in_bytes(b: Builder, x: str) -> str | None:
     size = b.width()
     if size < 3:
         return None
-    highest = b.with_axes("ReduceMax", x, [2], (n, t), 18, keepdims=0)
-    del b.shapes[highest]
-    words = whole(b, highest, TensorProto.INT32)
+    words = words_of(b, x)
     tables = [bytes_of(b, rows, size, signed=False) for rows in (16, t)]
     vectors = [bytes_of(b, size, signed=False) for _ in range(2)]
     scale, zero = steps(b)
