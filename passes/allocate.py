@@ -13,7 +13,7 @@ from cpd_onnx.budget import host, targets
 from cpd_onnx.budget.allocation import POLICIES, Budget
 from cpd_onnx.budget.choosing import Chooser
 from cpd_onnx.budget.deployed import STORED
-from cpd_onnx.budget.latency import LatencyProbe, load_table, measure_table
+from cpd_onnx.budget.latency import Convert, LatencyProbe, load_table, measure_table
 from cpd_onnx.budget.speed import SpeedCheck
 from cpd_onnx.budget.targets import KINDS, AnyTargets, Target, Targets
 from cpd_onnx.budget.widths import Limits, Ratios
@@ -222,17 +222,20 @@ class Allocate(AllocateOptions):
             raise TargetError(f"round_to: {error}") from error
         return int(number) if number else host.vector_block()
 
-    def chooser(self, combed: Combed) -> Chooser:
-        """Return the allocator of this budget; for a latency target, measure or read the cost table first."""
+    def chooser(self, combed: Combed, converted: Convert | None = None) -> Chooser:
+        """Return the allocator of this budget; for a latency target, measure or read the cost table first.
+
+        `converted` returns the form in which models are deployed, whose latency is measured.
+        """
         chooser = Chooser(self.budget, targets=self.targets, nearest=self.nearest, block=self.block)
         if not self.targets.has_latency:
-            return replace(chooser, check=self._speed_check())
+            return replace(chooser, check=self._speed_check(converted))
         if self.cost_table is not None:
             table = load_table(Path(self.cost_table))
             table.require(combed.folded.original)
             table.require_parts(combed)
             return replace(chooser, table=table)
-        probe = LatencyProbe(combed, self.setting)
+        probe = LatencyProbe(combed, self.setting, converted)
         with step("cost table", is_whole=True):
             table = measure_table(probe, observer=advance)
         return replace(chooser, table=table, probe=probe, is_measured=True)
@@ -252,11 +255,12 @@ class Allocate(AllocateOptions):
             return Refined()
         return refined(combed, scores, choose, data, RefineOptions(self.effort or 0, seed, self.depth), is_loss=is_loss)
 
-    def _speed_check(self) -> SpeedCheck | None:
+    def _speed_check(self, converted: Convert | None) -> SpeedCheck | None:
         """Return what times the result; None without `check_speed`."""
         if not self.check_speed:
             return None
-        return SpeedCheck(self.setting, self.block, tries=not isinstance(self.round_to, int))
+        tries = not isinstance(self.round_to, int)
+        return SpeedCheck(self.setting, self.block, tries, partial(LatencyProbe, converted=converted))
 
     @property
     def setting(self) -> Setting:
@@ -268,7 +272,7 @@ class Allocate(AllocateOptions):
         _ = self.budget  # raises TargetError for invalid options before the work starts
         is_loss = bool(state.score) and find_score_function(state.score["score"]).is_loss
         combed, scores = state.need("combed", "comb"), state.need("scores", "score")
-        chooser = self.chooser(combed)
+        chooser = self.chooser(combed, state.converted)
         found = Refined(state.curves)
         if state.curves is None:
             choose = partial(chooser.quick, combed, scores, is_loss=is_loss)

@@ -275,7 +275,7 @@ class _Choice:
 
     @cached_property
     def chooser(self) -> Chooser:
-        return self.options.chooser(self.original)
+        return self.options.chooser(self.original, self.state.converted)
 
     def __call__(self, now: Combed, number: int) -> Allocation:
         """Return all channels removed up to this round; costs are those of the whole model and of what remains."""

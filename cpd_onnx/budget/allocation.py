@@ -300,7 +300,8 @@ class Prices:
         if kind not in self._full:
             full = self.cost(kind, self._whole)
             if kind == "latency" and self.table is not None:
-                full = min(full, self.table.ms)  # time that the fit adds at full width cannot be saved
+                # Time that the fit adds at full width cannot be saved; the conversion of the original saves some.
+                full = self.table.ms if self.table.is_converted else min(full, self.table.ms)
             self._full[kind] = full
         return self._full[kind]
 

@@ -15,6 +15,8 @@ are multiples of 1, 2, 4, … but not of the next power, at about the same ratio
 multiple, relative to their work, determines the multiple that its widths should have. Only such widths are used
 afterwards.
 
+If models are deployed in another form, such as with 8-bit integers, the kernels are those of this form.
+
 Runs of a model alternate with runs of the original: other load on the machine slows both, and is divided out.
 """
 
@@ -87,7 +89,9 @@ _FITTED_AXES = 3
 
 Observer: TypeAlias = Callable[[int, int], None]
 """Called with the number of models measured so far, and their total number."""
-_Times: TypeAlias = "dict[str, _Kernel]"
+Convert: TypeAlias = Callable[[Model], Model]
+"""Returns the form in which a model is deployed."""
+_Times: TypeAlias = "Mapping[str, KernelTime]"
 NamedAxis: TypeAlias = tuple[str, str, int]
 """Scope path, name of the tensor, number of the axis."""
 
@@ -141,6 +145,8 @@ class CostTable:
         groups: Fast widths of each group.
         kernels: Fitted time of each kernel.
         machine: Description of the machine.
+        is_converted: Whether the kernels are those of the form in which models are deployed; `ms` is that of the
+            original as it is, in any case.
     """
 
     sha256: str
@@ -151,6 +157,7 @@ class CostTable:
     groups: tuple[GroupWidths, ...]
     kernels: tuple[KernelCost, ...]
     machine: Mapping[str, Any] = field(default_factory=dict)
+    is_converted: bool = False
 
     def multiples(self, combed: Combed) -> dict[int, int]:
         """Return the multiple of each group's widths, by id; raises ValueError if the model has other groups."""
@@ -252,7 +259,10 @@ def _table_of(content: Any) -> CostTable:
         raise ValueError("'sha256' or 'machine' is of a wrong type")
     ms, rest, unattributed = (_amount(content[name]) for name in ("ms", "rest", "unattributed"))
     groups, kernels = map(_group_of, content["groups"]), map(_kernel_of, content["kernels"])
-    return CostTable(content["sha256"], setting, ms, rest, unattributed, tuple(groups), tuple(kernels), machine)
+    is_converted = content.get("is_converted", False) is True
+    return CostTable(
+        content["sha256"], setting, ms, rest, unattributed, tuple(groups), tuple(kernels), machine, is_converted
+    )
 
 
 def _kernel_of(entry: Mapping[str, Any]) -> KernelCost:
@@ -294,14 +304,16 @@ class LatencyProbe:
     Attributes:
         combed: The original and its groups.
         setting: Conditions of the measurement.
+        converted: Returns the form in which a pruned model is deployed, such as that with 8-bit integers, whose latency
+            is measured; None for the pruned model itself.
         feed: Inputs.
         ms: Milliseconds of a fast run of the original (10th percentile) in the last measurement; 0 before the first.
         scatter: Largest interquartile range of the original's run times so far, relative to their median.
     """
 
-    def __init__(self, combed: Combed, setting: Setting) -> None:
+    def __init__(self, combed: Combed, setting: Setting, converted: Convert | None = None) -> None:
         """Open the original; raises UnsupportedError if onnxruntime cannot run it under the setting."""
-        self.combed, self.setting = combed, setting
+        self.combed, self.setting, self.converted = combed, setting, converted
         self.ms, self.scatter = 0.0, 0.0
         self.feed = _feed(combed, setting.batch)
         named = [node for node in combed.folded.scope.nodes if node.name and node.output]
@@ -313,8 +325,10 @@ class LatencyProbe:
         self._original = self.session(self.combed.folded.model)
 
     def pruned(self, channels: npt.NDArray[np.int64]) -> Model:
-        """Return the model without some primitive atoms."""
-        return rewrite(self.combed, KeepMask(self.combed.atoms, channels)).model
+        """Return the model without some primitive atoms, as it is deployed."""
+        whole = self.combed.folded.model
+        model = rewrite(self.combed, KeepMask(self.combed.atoms, channels)).model if len(channels) else whole
+        return model if self.converted is None else self.converted(model)
 
     def session(self, model: Model, profile: Path | None = None) -> ort.InferenceSession:
         """Open a model under the setting."""
@@ -335,9 +349,12 @@ class LatencyProbe:
         self.ms, self.scatter = 1e3 * float(fast), max(self.scatter, float((high - low) / middle))
         return float(np.median(np.asarray(times[1]) / np.asarray(times[0])))
 
-    def profile(self, model: Model) -> tuple[_Times, float, float]:
+    def profile(
+        self, model: Model, nodes: Mapping[str, str] | None = None
+    ) -> tuple[Mapping[str, KernelTime], float, float]:
         """Return the time and shapes of each kernel of a model, and milliseconds of the model and of the original.
 
+        Kernels have the names of `nodes`, by the start of their own names; by default, those of the original's nodes.
         The overhead of the profiler is about the same for each kernel. It is estimated such that the times of kernels
         without it add up to that of the model without the profiler.
         """
@@ -348,7 +365,7 @@ class LatencyProbe:
         is_slow = _typical(first, len(first)) > _SLOW_MS
         taken, meanwhile = (profiled, first) if is_slow else self._in_turns(session)
         speed = _typical(meanwhile, len(meanwhile)) / _typical(first, len(first))
-        kernels = _kernels(events, len(first), self._nodes)
+        kernels = _kernels(events, len(first), self._nodes if nodes is None else nodes)
         ms = _typical(taken, len(taken))
         overhead = _overhead([speed * kernel.ms for kernel in kernels.values()], ms)
         times = {name: replace(k, ms=max(0.0, speed * k.ms - overhead)) for name, k in kernels.items()}
@@ -404,6 +421,7 @@ def measure_table(probe: LatencyProbe, *, seed: int = 0, observer: Observer | No
         tuple(groups),
         tuple(kernels),
         _machine(),
+        probe.converted is not None,
     )
 
 
@@ -429,7 +447,7 @@ def _feed(combed: Combed, batch: int | None) -> dict[str, Array]:
 
 
 @dataclass(frozen=True)
-class _Kernel:
+class KernelTime:
     """One kernel in one model: operator, milliseconds in a run, and all sizes in its shapes."""
 
     operator: str
@@ -447,12 +465,12 @@ def _kernels(events: Sequence[Mapping[str, Any]], runs: int, nodes: Mapping[str,
             taken[name].append(event["dur"] / 1e3)
             shapes = [*facts.get("input_type_shape", []), *facts.get("output_type_shape", [])]
             about[name] = (facts["op_name"], tuple(n for typed in shapes for dims in typed.values() for n in dims))
-    found: _Times = {}
+    found: dict[str, KernelTime] = {}
     for name, ms in taken.items():
         operator, sizes = about[name]
         node = _node_of(name, nodes)
-        before = found.get(node, _Kernel(operator, 0.0, ()))
-        found[node] = _Kernel(before.operator, before.ms + _typical(ms, runs), (*before.sizes, *sizes))
+        before = found.get(node, KernelTime(operator, 0.0, ()))
+        found[node] = KernelTime(before.operator, before.ms + _typical(ms, runs), (*before.sizes, *sizes))
     return found
 
 
@@ -502,8 +520,7 @@ class _Samples:
     def add(self, widths: npt.NDArray[np.int64]) -> int:
         """Measure one choice of widths; returns its row."""
         gone = np.concatenate([order[width:] for order, width in zip(self.order, widths.tolist(), strict=True)])
-        model = self.probe.pruned(gone) if len(gone) else self.combed.folded.model
-        times, ms, meanwhile = self.probe.profile(model)
+        times, ms, meanwhile = self.probe.profile(self.probe.pruned(gone))
         self.original = self.original or meanwhile
         speed = self.original / meanwhile
         self.times.append({name: replace(kernel, ms=speed * kernel.ms) for name, kernel in times.items()})

@@ -11,7 +11,7 @@ import numpy as np
 from cpd_onnx.budget import host
 from cpd_onnx.budget.allocation import FASTER, Allocation
 from cpd_onnx.budget.latency import CostTable, LatencyProbe, measure_table
-from cpd_onnx.budget.timing import busy, repeated
+from cpd_onnx.budget.timing import busy, is_original, repeated
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.errors import TargetError, UnsupportedError
 from cpd_onnx.runtime.bench import Setting
@@ -112,7 +112,7 @@ class _Check:
         plausible: these are repeated.
         """
         measured = 1.0
-        if any(chosen.removed):
+        if not is_original(self.probe, chosen):
             channels = chosen.channels(self.probe.combed)
             measured = self.probe.ratio(channels, _SURE_SECONDS if sure else _SECONDS)
             is_too_fast = measured < _PLAUSIBLE * chosen.after.macs / max(chosen.before.macs, 1.0)

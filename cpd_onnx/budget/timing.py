@@ -88,7 +88,7 @@ def _searched(
         if _miss(chosen) <= _NEAR or (refused is not None and _stalls(measurements, budget.fraction)):
             break
         request = _next_request(tried, budget.fraction)
-    if best is not None and _is_doubtful(best) and best is not repeats and any(best.removed):
+    if best is not None and _is_doubtful(best) and best is not repeats and not is_original(probe, best):
         best = replace(best, latency={**best.latency, "measured": repeated(probe, best, _SECONDS)})
     return best, refused
 
@@ -99,13 +99,18 @@ def timed(probe: LatencyProbe, chosen: Allocation, ms: float, *, is_trusted: boo
     A measurement far from the prediction is not believed unless the prediction is known to be wrong (`is_trusted`): the
     median of further ones, in new sessions, is.
     """
-    if not any(chosen.removed):
+    if is_original(probe, chosen):
         return 1.0
     seconds = max(_SECONDS, _TIMED_ROUNDS * 1.5e-3 * ms)
     measured = probe.ratio(chosen.channels(probe.combed), seconds)
     if is_trusted or abs(measured / chosen.latency["predicted"] - 1) <= _DOUBTFUL:
         return measured
     return repeated(probe, chosen, seconds)
+
+
+def is_original(probe: LatencyProbe, chosen: Allocation) -> bool:
+    """Return whether an allocation leaves the original as it is: nothing is removed, and it is not converted."""
+    return probe.converted is None and not any(chosen.removed)
 
 
 def repeated(probe: LatencyProbe, chosen: Allocation, seconds: float) -> float:

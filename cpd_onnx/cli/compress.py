@@ -7,6 +7,7 @@ from typing import Any
 
 from cpd_onnx.cli.console import print_result
 from cpd_onnx.workflow.compress_files import places_of
+from cpd_onnx.workflow.quality.precise import FLOAT
 from cpd_onnx.workflow.requests import Compress
 
 
@@ -17,5 +18,6 @@ def show(request: Compress, content: Mapping[str, Any]) -> None:
         accuracy = content["accuracy"]
         values = ", ".join(f"{name} {value:.4f}" for name, value in accuracy["values"].items())
         measured.append(f"{accuracy['metric']} against {accuracy['on']}: {values}")
+    is_converted = content["precision"]["what"] != FLOAT
     more = [content["cost_table"]] if "cost_table" in content else []
-    print_result(content, *measured, written=[*places_of(request).all(), *more])
+    print_result(content, *measured, written=[*places_of(request, is_converted=is_converted).all(), *more])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -32,7 +32,7 @@ from cpd_onnx.deploy.converting import (
 from cpd_onnx.deploy.profiles import ACTIVATIONS
 from cpd_onnx.errors import TargetError, UnsupportedError
 from cpd_onnx.ir.model import Model
-from cpd_onnx.ops.traits import operators_with
+from cpd_onnx.ops.traits import operators_with, traits_of
 from cpd_onnx.runtime.sessions import Feed, open_model
 
 CALIBRATIONS = ("minmax", "entropy", "percentile")
@@ -79,6 +79,9 @@ class Quantization:
         quantized_bias: Whether biases become int32.
         exclude: Patterns (with * and ?) of nodes, weights, tensors and operators that stay float.
         keep_float: Operators that stay float.
+        float_nodes: First outputs of nodes that stay float; those that a model lacks are ignored.
+        apart: Whether nodes that stay float between integers are kept apart from these by a copy (`Sum` of one tensor),
+            as onnxruntime would otherwise run them in integers after all.
         seed: Seed for the choice of samples.
         form: Form of the quantised model, one of `FORMS`.
 
@@ -93,6 +96,8 @@ class Quantization:
     quantized_bias: bool = True
     exclude: tuple[str, ...] = ()
     keep_float: tuple[str, ...] = KEPT_FLOAT
+    float_nodes: tuple[str, ...] = ()
+    apart: bool = True
     seed: int = 0
     form: str = "qdq"
 
@@ -134,14 +139,15 @@ def quantize_recorded(
     require_one_message(model, "quantised")
     with tempfile.TemporaryDirectory(prefix="cpd-onnx.") as folder, quiet(notify):
         path = Path(folder) / "prepared.onnx"
-        prepared = _prepared(model, path, notify)
-        onnx.save(prepared, path)
+        plain = prepared(model, path, notify)
+        onnx.save(plain, path)
         operators = _quantised_operators(options)
-        excluded = _excluded(model, prepared, options.exclude)
+        excluded = _excluded(model, plain, options.exclude)
+        excluded |= {node.name for node in plain.graph.node if node.output and node.output[0] in options.float_nodes}
         ranges = _read(source) if isinstance(source, Mapping) else _ranges(path, model.proto, source, options)
         recorded = _recorded(ranges)
-        excluded |= _adjacent(prepared, _unbounded(ranges), operators, notify)
-        proto = _with_integers(prepared, ranges, options, excluded, notify)
+        excluded |= _adjacent(plain, _unbounded(ranges), operators, notify)
+        proto = _with_integers(plain, ranges, options, excluded, notify)
     return valid(tidied(proto, model.proto), model, "quantising"), recorded
 
 
@@ -183,7 +189,7 @@ def _require_float(model: Model) -> None:
         raise UnsupportedError("the model has no inputs: there is nothing to calibrate on")
 
 
-def _prepared(model: Model, path: Path, notify: Notify) -> ModelProto:
+def prepared(model: Model, path: Path, notify: Notify) -> ModelProto:
     """Return the model as onnxruntime's quantiser requires it: constants and BatchNorm folded, shapes inferred.
 
     `quant_pre_process` of onnxruntime does the same, but loses weights of a model in memory.
@@ -193,9 +199,9 @@ def _prepared(model: Model, path: Path, notify: Notify) -> ModelProto:
     except UnsupportedError as error:
         notify(str(error))
         plain = embedded(model)
-    prepared: ModelProto = onnx.shape_inference.infer_shapes(plain, data_prop=True)
-    name_nodes(prepared)
-    return prepared
+    inferred: ModelProto = onnx.shape_inference.infer_shapes(plain, data_prop=True)
+    name_nodes(inferred)
+    return inferred
 
 
 def _quantised_operators(options: Quantization) -> list[str]:
@@ -333,11 +339,43 @@ def _with_integers(
         if failure:
             notify(f"biases stay float; with them, {failure}")
         quantised: ModelProto = quantizer.model.model
+        if options.apart:
+            _keep_apart(quantised, excluded, set(_quantised_operators(options)))
         if not any(node.op_type == "QuantizeLinear" for node in quantised.graph.node):
             raise UnsupportedError("the model has no node to quantise, or all are excluded")
         return quantised
     assert failure is not None
     raise failure
+
+
+def _keep_apart(proto: ModelProto, excluded: Container[str], operators: Container[str]) -> None:
+    """Copy an input of each node that stays float between integers, so that onnxruntime does not run it in integers.
+
+    onnxruntime replaces DequantizeLinear, operator and QuantizeLinear by one integer operator wherever it has one, also
+    if that one is slower or the operator was to stay float. A Sum of one tensor in between prevents it.
+    """
+    nodes = list(proto.graph.node)
+    quantisers = [node for node in nodes if traits_of(node).is_quantizer]
+    makers = {name for node in quantisers for name in node.output}
+    readers = {node.input[0] for node in quantisers}
+    taken = {name for node in nodes for name in (*node.input, *node.output)}
+    del proto.graph.node[:]
+    for node in nodes:
+        stays_float = node.name in excluded or node.op_type not in operators
+        slot = next((slot for slot, name in enumerate(node.input) if name in makers), None)
+        if (
+            stays_float
+            and traits_of(node).has_integer_kernel
+            and slot is not None
+            and readers.intersection(node.output)
+        ):
+            copy = f"{node.input[slot]}_apart"
+            while copy in taken:
+                copy += "_"
+            taken.add(copy)
+            proto.graph.node.add(op_type="Sum", name=f"{copy}_Sum", input=[node.input[slot]], output=[copy])
+            node.input[slot] = copy
+        proto.graph.node.append(node)
 
 
 def _unshare_numbers(proto: ModelProto) -> None:

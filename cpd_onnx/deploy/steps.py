@@ -71,6 +71,8 @@ _COMPARED_IN_C = 8
 """Number of samples that a program is compared on, as it uses one core and no vector units (heuristic)."""
 _LARGEST_HALF = 65504.0
 """Largest finite float16 (IEEE 754)."""
+_LISTS = ("exclude", "keep_float", "float_nodes")
+"""Options of the quantisation that are tuples, and lists in a manifest; older ones lack some."""
 _ROUNDS = ("fix", "opset", "IR version", "fold")
 """Steps that change the outputs by rounding only."""
 
@@ -526,7 +528,7 @@ def _planned(model: Model, request: Deployment, source: Source | None) -> Iterat
 def _quantised(model: Model, source: Source, options: Quantization, notify: Notify) -> tuple[Model, Mapping[str, Any]]:
     """Return the quantised model, and its options and ranges, with which `redo` needs no samples."""
     quantised, ranges = quantize_recorded(model, source, options, notify)
-    plain = asdict(options) | {name: list(getattr(options, name)) for name in ("exclude", "keep_float")}
+    plain = asdict(options) | {name: list(getattr(options, name)) for name in _LISTS}
     return quantised, {"quantization": plain, "ranges": dict(ranges)}
 
 
@@ -578,8 +580,9 @@ def _fix_again(model: Model, sizes: Sizes, batch: int | None) -> Model:
 
 
 def _int8_again(model: Model, quantization: Mapping[str, Any], ranges: Ranges) -> Model:
-    lists = {name: tuple(quantization[name]) for name in ("exclude", "keep_float")}
-    return quantize_recorded(model, ranges, Quantization(**{**quantization, **lists}))[0]
+    lists = {name: tuple(quantization.get(name, ())) for name in _LISTS}
+    first = {"apart": False}  # in versions that recorded nothing of it
+    return quantize_recorded(model, ranges, Quantization(**{**first, **quantization, **lists}))[0]
 
 
 def _half_again(model: Model, kind: str, *, keep_io: bool, storage_only: bool) -> Model:

@@ -59,6 +59,8 @@ class Traits:
         rounds_activations: Rounds activations to integers, possibly internally.
         is_quantized: Occurs in quantised models only.
         stays_float: Excluded from int8 quantisation: a high loss of accuracy for little time saved.
+        has_integer_kernel: onnxruntime runs it in integers wherever it stands between DequantizeLinear and
+            QuantizeLinear, without weights of its own.
         is_constant: The output is stored in the node's attributes.
         has_bodies: Runs subgraphs.
         branches: Runs one of its subgraphs.
@@ -108,6 +110,7 @@ class Traits:
     rounds_activations: bool = False
     is_quantized: bool = False
     stays_float: bool = False
+    has_integer_kernel: bool = False
     is_constant: bool = False
     has_bodies: bool = False
     branches: bool = False
@@ -200,7 +203,11 @@ _row("Cast", "moves_elements casts keeps_zeros carries_indices carries_positions
 _row("CastLike", "casts reveals_operand")
 _row("Col2Im", "reveals_operand maps_zeros_to_zeros")
 _row("Compress", "selects_by_input")
-_row("Concat", "is_additive moves_elements keeps_zeros reveals_operand follows_normalisation", moved=(0, None))
+_row(
+    "Concat",
+    "is_additive moves_elements keeps_zeros reveals_operand follows_normalisation has_integer_kernel",
+    moved=(0, None),
+)
 _row("Constant", "is_constant")
 _row("ConstantOfShape", "fills_sizes", shape_slot=0)
 _row("DepthToSpace", "reveals_operand maps_zeros_to_zeros")
@@ -233,10 +240,18 @@ _row("Squeeze", "is_linear moves_elements keeps_zeros carries_indices carries_po
 _row("Tile", "is_linear moves_elements keeps_zeros reveals_operand fills_sizes")
 _row("Transpose", "is_linear moves_elements keeps_zeros carries_indices reveals_operand is_local")
 _row("Unsqueeze", "is_linear moves_elements keeps_zeros carries_indices carries_positions reveals_operand is_view")
-_row("Where", "moves_elements selects_by_input may_mask stays_float is_local", moved=(1, 3), type_slot=1)
+_row(
+    "Where",
+    "moves_elements selects_by_input may_mask stays_float is_local has_integer_kernel",
+    moved=(1, 3),
+    type_slot=1,
+)
 
 # Arithmetic, comparison, logic.
-_row("Add", "is_additive carries_positions reveals_operand is_sum may_mask follows_normalisation is_local")
+_row(
+    "Add",
+    "is_additive carries_positions reveals_operand is_sum may_mask follows_normalisation is_local has_integer_kernel",
+)
 _row("And", "is_boolean")
 _row("ArgMax", "stays_float")
 _row("Ceil", "is_step_function is_local")
@@ -252,7 +267,9 @@ _row("Less", "is_boolean compares")
 _row("LessOrEqual", "is_boolean compares")
 _row("Max", "may_mask is_local")
 _row("Mod", "is_step_function")
-_row("Mul", "is_bilinear carries_positions reveals_operand follows_normalisation annihilates is_local")
+_row(
+    "Mul", "is_bilinear carries_positions reveals_operand follows_normalisation annihilates is_local has_integer_kernel"
+)
 _row("Neg", "is_linear reveals_operand is_local")
 _row("Not", "is_boolean")
 _row("OneHot", "is_step_function")
@@ -291,13 +308,13 @@ _row("Tan", "is_local")
 # Layers.
 _row("BatchNormalization", "stays_float runs_in_place stores_statistics is_local")
 _row("Conv", "follows_normalisation sums_products")
-_row("AveragePool", "is_linear maps_zeros_to_zeros")
+_row("AveragePool", "is_linear maps_zeros_to_zeros has_integer_kernel")
 _row("ConvTranspose", "sums_products")
 _row("DynamicQuantizeLSTM", domains=_MICROSOFT_ONLY, output_rank=4)
 _row("EmbedLayerNormalization", domains=_MICROSOFT_ONLY, type_slot=2, output_rank=3)
 _row("GatherBlockQuantized", domains=_MICROSOFT_ONLY, type_slot=2)
 _row("Gemm", "sums_products")
-_row("GlobalAveragePool", "is_linear maps_zeros_to_zeros")
+_row("GlobalAveragePool", "is_linear maps_zeros_to_zeros has_integer_kernel")
 _row("GlobalLpPool", "maps_zeros_to_zeros")
 _row("GlobalMaxPool", "maps_zeros_to_zeros")
 _row("InstanceNormalization", "stays_float normalises")
@@ -332,7 +349,7 @@ _row("Gelu", "is_activation is_local", _BOTH_DOMAINS)
 _row("HardSigmoid", "is_activation is_local")
 _row("HardSwish", "is_activation is_local")
 _row("Hardmax", "saturates")
-_row("LeakyRelu", "is_activation is_local")
+_row("LeakyRelu", "is_activation is_local has_integer_kernel")
 _row("LogSoftmax", "saturates")
 _row("Mish", "is_activation is_local")
 _row("PRelu", "is_activation is_local")
@@ -340,8 +357,8 @@ _row("QuickGelu", "is_activation is_local", _MICROSOFT_ONLY)
 _row("Relu", "is_activation is_rectifier is_local")
 _row("Selu", "is_activation is_local")
 _row("Shrink", "saturates is_local")
-_row("Sigmoid", "is_activation is_local")
-_row("Softmax", "saturates stays_float")
+_row("Sigmoid", "is_activation is_local has_integer_kernel")
+_row("Softmax", "saturates stays_float has_integer_kernel")
 _row("Softplus", "is_activation is_local")
 _row("Softsign", "is_activation is_local")
 _row("Swish", "is_activation is_local")

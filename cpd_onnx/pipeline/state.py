@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ class State(Summarised):
         input_shapes: Sizes of dynamic input axes, by name of the input, for the passes that fold; afterwards those of
             `folded` apply.
         data: Source of samples, if there is one.
+        converted: Returns the form in which a model is deployed, whose latency counts; None for the model itself.
         folded: Inferred shapes and values of shape arithmetic.
         combed: Coupled channels of `original`.
         score: Name of the score, and its seed.
@@ -49,6 +50,7 @@ class State(Summarised):
     original: Model
     input_shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
     data: Source | None = None
+    converted: Callable[[Model], Model] | None = None
     folded: Folded | None = None
     combed: Combed | None = None
     score: Mapping[str, Any] = field(default_factory=dict)

@@ -17,6 +17,7 @@ from typing import Any
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.data.metrics import OF_TWO_MODELS, check_metric, lower_is_better, metric_of
 from cpd_onnx.data.sources import Source, calibration
+from cpd_onnx.deploy.precision import Precision
 from cpd_onnx.errors import (
     CpdError,
     InconclusiveError,
@@ -43,6 +44,7 @@ from cpd_onnx.scores.registry import score
 from cpd_onnx.training.options import DistillOptions
 from cpd_onnx.workflow import compress as compression
 from cpd_onnx.workflow import defaults, recipe
+from cpd_onnx.workflow.deploy import deploy
 from cpd_onnx.workflow.distill import (
     checkpoint_of,
     is_distributed,
@@ -66,7 +68,7 @@ from cpd_onnx.workflow.places import (
     write_both,
     write_json,
 )
-from cpd_onnx.workflow.quality import outcome, search
+from cpd_onnx.workflow.quality import outcome, precise, search
 from cpd_onnx.workflow.quality.checks import checked_samples
 from cpd_onnx.workflow.quality.samples import Samples, samples_of, to_fit
 from cpd_onnx.workflow.requests import Compress, Compressing, Observer, ignore
@@ -83,13 +85,26 @@ _MOST_SECONDS = 60.0
 """Estimated seconds up to which the sensitivity is measured by default; a heuristic."""
 _LEAST_SAVING = 0.6
 """Ratio of saved latency to saved MACs below which a note says that the latency is disappointing; a heuristic."""
+_CONVERTED = "converted"
+"""Name of the result in a comparison of models, if it has another number format than the pruned model."""
 _LOOSE, _STRICT = 1, 2
 """Numbers of the recorded choices: the one that relies on training, and the one that meets the bound without it."""
 
 
 @dataclass(frozen=True)
 class Places:
-    """Paths of all files that a run writes."""
+    """Paths of all files that a run writes.
+
+    Attributes:
+        output: The pruned model.
+        plan: Its plan.
+        recipe: The options of the run.
+        manifest: The manifest of the pruned model.
+        pages: The report in several formats.
+        table: The cost table; None if it is not kept.
+        converted: The model that is made from the pruned one in another number format, with its manifest; empty if that
+            one is the result.
+    """
 
     output: Path
     plan: Path
@@ -97,18 +112,21 @@ class Places:
     manifest: Path
     pages: tuple[Path, ...]
     table: Path | None = None
+    converted: tuple[Path, ...] = ()
 
     def all(self) -> tuple[Path, ...]:
-        """Return all paths, the model first."""
-        return (self.output, self.plan, self.recipe, self.manifest, *self.pages)
+        """Return all paths, the result first."""
+        return (*self.converted, self.output, self.plan, self.recipe, self.manifest, *self.pages)
 
 
-def places_of(request: Compress) -> Places:
-    """Return the paths that a run writes."""
-    output = request.output
-    pages = tuple(beside(output, f"report.{kind}") for kind in (page_kinds() if request.report else ()))
+def places_of(request: Compress, *, is_converted: bool = False) -> Places:
+    """Return the paths that a run writes; if it converts the pruned model, that one lies beside its result."""
+    result = request.output
+    output = precise.float_place(result) if is_converted else result
+    pages = tuple(beside(result, f"report.{kind}") for kind in (page_kinds() if request.report else ()))
     plan = request.plan or plan_path_of(output)
-    return Places(output, plan, recipe_path_of(output), manifest.place_of(output), pages)
+    converted = (result, manifest.place_of(result)) if is_converted else ()
+    return Places(output, plan, recipe_path_of(result), manifest.place_of(output), pages, converted=converted)
 
 
 def can_draw() -> bool:
@@ -130,8 +148,9 @@ def compress(
     has checked the samples. Returns the report, or None in all processes of a training run but the first.
     """
     started = time.perf_counter()
-    places = places_of(request)
-    written = require_outputs(request, *places.all(), *outcome.table_places(request), *outcome.config_places(request))
+    may_convert = request.precision != precise.FLOAT
+    free = dict.fromkeys((*places_of(request).all(), *places_of(request, is_converted=may_convert).all()))
+    written = require_outputs(request, *free, *outcome.table_places(request), *outcome.config_places(request))
     check_metric(request.metric)
     recipe.text(request)  # fails now, not at the end, if an option cannot be recorded
     given = None if request.like is None else load_plan(request.like)
@@ -144,29 +163,39 @@ def compress(
     source = source_of(request.data, model, request)
     checked = None if is_checked else checked_samples(request, model, source)
     run = _run_of(request, model, source)
+    places = places_of(request, is_converted=run.form is not None)
     progress.announce(*_announced(run))
-    state = State(model, model, shapes, run.fitted)
+    state = State(model, model, shapes, run.fitted, run.form)
     with _keeping_checkpoints(run):
         observer("comb", 0, None)
         made, choice = run.compressed(state, given)
         if not is_first_process():
             return None
-        content = _reported(request, made, run.samples) | {"rounds": run.step.rounds, "preflight": checked}
-        content |= outcome.content(request, run.demand, run.samples, choice, made.state)
+        result = made.state.model if run.form is None else precise.deployed(made.state.model, run.form, run.data)
+        content = _reported(request, made, run.samples, result) | {"rounds": run.step.rounds, "preflight": checked}
+        content |= outcome.content(request, run.demand, run.samples, choice, made.state, result)
+        content |= {"precision": precise.as_entry(request, run.form)}
         content["notes"] += [*outcome.target_notes(request, choice), *outcome.interface_notes(made.state.model)]
         outcome.require_faster(request, content)
         with progress.step("write"), locked_folder(request.output.parent), commit_together():
-            write_both(request, made.state.model, made.state.need("plan", run.step.name), places.plan)
+            pruned = request if run.form is None else precise.without_conversion(request)
+            write_both(pruned, made.state.model, made.state.need("plan", run.step.name), places.plan)
             recipe.write(places.recipe, request, overwrite=request.force)
             content["notes"] += outcome.written_configs(request, made.state.model)
             table = outcome.kept_table(request, choice.chosen or made.state.need("allocation", "allocate"), content)
             content["bytes"] = {
                 "before": report.size_of(model, request.model),
-                "after": report.size_of(made.state.model, request.output),
+                "after": report.size_of(made.state.model, places.output)
+                if run.form is None
+                else len(result.serialize()),
             }
             content["verdict"] = verdict(content)
             seconds = dict(made.seconds) | {"all": round(time.perf_counter() - started, 2)}
             _write_pages(request, replace(places, table=table), content, seconds)
+            if run.form is None:
+                write_json(request, content)
+        if run.form is not None:
+            deploy(precise.conversion(request, run.form))
             write_json(request, content)
     run.discard()
     return content
@@ -185,6 +214,8 @@ class _Run:
         cache: Files with the finished rounds.
         traces: Checkpoint and logs of the training; None if there is none.
         watched: Samples on which the student is measured during training, or None.
+        data: The samples as they were given; None without.
+        form: The form in which the result is deployed; None for that of the original.
     """
 
     request: Compress
@@ -195,6 +226,8 @@ class _Run:
     cache: RunCache
     traces: Any
     watched: Any
+    data: Source | None = None
+    form: Precision | None = None
 
     def compressed(self, state: State, given: Plan | None) -> tuple[compression.Compressed, search.Choice]:
         """Return the compressed model and how its channels were chosen, by a given plan if there is one."""
@@ -285,12 +318,14 @@ def _run_of(request: Compress, model: Model, source: Source | None) -> _Run:
     training = vars(options_from(DistillOptions, request)) if trains else None
     fitted = to_fit(samples.fitted, model, request)
     step = compression.step_of(request, outcome.target_of(request), training, fitted)
+    form = precise.form_of(request, model, source, samples, demand)
+    demand = replace(demand, converted=form)
     hold_out = request.hold_out if labelled is None else 0.0
     others = (request.data, request.like, request.max_loss, hold_out, sorted(model.free_io))
     identity = (model.sha256(), step, request.input_shapes, *others)
     cache = RunCache(checkpoint_of(request), hashlib.sha256(repr(identity).encode()).hexdigest())
     traces = traces_of(request) if trains else None
-    run = _Run(request, step, samples, fitted, demand, cache, traces, watched_on(request, model))
+    run = _Run(request, step, samples, fitted, demand, cache, traces, watched_on(request, model), source, form)
     require_new_run(request, *run.unfinished())
     if not request.resume and is_first_process():
         run.discard()
@@ -326,38 +361,41 @@ def _keeping_checkpoints(run: _Run) -> Iterator[None]:
 # Measurements of the result.
 
 
-def _reported(request: Compress, made: compression.Compressed, samples: Samples) -> dict[str, Any]:
-    """Return the report without the facts about the written files; its notes say what could not be measured."""
-    small, source = made.state.model, samples.fitted
+def _reported(request: Compress, made: compression.Compressed, samples: Samples, result: Model) -> dict[str, Any]:
+    """Return the report without the facts about the written files; its notes say what could not be measured.
+
+    The result is the pruned model, or what is made from it in another number format.
+    """
+    source = samples.fitted
     notes: list[str] = []
     found: Bench | None = None
     lost: dict[str, Any] | None = None
     if request.report:
         try:
-            found = _bench_before_writing(request, made, source)
+            found = _bench_before_writing(request, made.state.original, result, source)
         except (CpdError, OSError) as error:
             notes.append(f"latency was not measured: {error}")
         lost = _sensitivity(request, made, source)
     content = compression.content(
-        made, bench=found, accuracy=_accuracy(request, made, samples), sensitivity=lost,
+        made, bench=found, accuracy=_accuracy(request, made, samples, result), sensitivity=lost,
         advice=compression.advice(data=request.data, is_blind=request.blind, has_labels=request.eval is not None),
     )  # fmt: skip  # a table
     content["notes"] += [
         *notes,
-        *objections(request.profile, small),
+        *objections(request.profile, result),
         *_latency_note(content),
         *_training_note(content, request.label_weight),
     ]
     return content
 
 
-def _bench_before_writing(request: Compress, made: compression.Compressed, source: Source | None) -> Bench:
+def _bench_before_writing(request: Compress, original: Model, result: Model, source: Source | None) -> Bench:
     """Return the latency, measured on a copy, because the output is written only after all measurements."""
-    _require_within_limit(made.state.original)
+    _require_within_limit(original)
     with tempfile.TemporaryDirectory(prefix="cpd-onnx-") as folder:
         copy = Path(folder) / request.output.name
-        made.state.model.save(copy, weights=request.weights)
-        return timed(request, source, made.state.original, [copy], _BENCH_SECONDS)
+        result.save(copy, weights=request.weights)
+        return timed(request, source, original, [copy], _BENCH_SECONDS)
 
 
 def timed(request: Compressing, source: Source | None, model: Model, others: Iterable[Path], seconds: float) -> Bench:
@@ -376,7 +414,9 @@ def _require_within_limit(model: Model) -> None:
         raise UnsupportedError("the model is larger than 2 GiB; 'cpd-onnx bench' can measure it")
 
 
-def _accuracy(request: Compress, made: compression.Compressed, samples: Samples) -> dict[str, Any] | None:
+def _accuracy(
+    request: Compress, made: compression.Compressed, samples: Samples, result: Model
+) -> dict[str, Any] | None:
     """Return the metric of the models on labelled samples or, without them, their output error against the original."""
     source = samples.judging
     if source is None:
@@ -390,6 +430,7 @@ def _accuracy(request: Compress, made: compression.Compressed, samples: Samples)
     else:
         models |= {early: made.untrained} if made.untrained is not None else {}
         models["distilled"] = small
+    models |= {_CONVERTED: result} if result is not small else {}
     if samples.has_labels:
         on = "the original's answers" if request.metric in OF_TWO_MODELS else "labels"
         values = scored(request, source, models, original)
@@ -423,7 +464,7 @@ def _training_note(content: Mapping[str, Any], label_weight: float) -> Iterator[
         )
         return
     accuracy = content["accuracy"] or {"values": {}}
-    values = list(accuracy["values"].values())
+    values = [value for name, value in accuracy["values"].items() if name != _CONVERTED]
     if len(values) < 3 or label_weight:
         return
     _, before, after = values
@@ -470,7 +511,7 @@ def _write_pages(request: Compress, places: Places, content: dict[str, Any], sec
     files = (places.output, places.plan, places.recipe)
     content["provenance"] = manifest.provenance(files, request.seed, places.manifest)
     content["provenance"]["seconds"] |= seconds
-    content["output"] = {"file": request.output.name, "sha256": content["provenance"]["files"][0]["sha256"]}
+    content["output"] = {"file": places.output.name, "sha256": content["provenance"]["files"][0]["sha256"]}
     for path in places.pages:
         write_page(path, content)
     _write_manifest(request, places, content)

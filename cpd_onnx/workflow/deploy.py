@@ -30,7 +30,7 @@ from cpd_onnx.workflow.requests import Deploy, Observer, ignore
 
 FORMAT = "cpd-onnx/deploy"
 """Format of the JSON result."""
-_OF_INT8 = ("samples", "calibration", "int8_form", "per_tensor", "exclude")
+_OF_INT8 = ("samples", "calibration", "int8_form", "per_tensor", "exclude", "float_nodes")
 """Options that have an effect only with --int8."""
 
 
@@ -112,7 +112,12 @@ def _deployment(request: Deploy, profile: Profile | None) -> Deployment:
     given = {name: getattr(request, name) for name in ("samples", "calibration") if getattr(request, name) is not None}
     given["form"] = request.int8_form or ("qdq" if request.c_source is None else "qoperator")
     int8 = Quantization(
-        **given, **of_target, per_channel=not request.per_tensor, exclude=request.exclude, seed=request.seed
+        **given,
+        **of_target,
+        per_channel=not request.per_tensor,
+        exclude=request.exclude,
+        float_nodes=request.float_nodes,
+        seed=request.seed,
     )
     return Deployment(
         sizes={name: sizes if len(sizes) > 1 else sizes[0] for name, sizes in request.fix.items()},

@@ -21,6 +21,7 @@ from cpd_onnx.data.metrics import METRICS
 from cpd_onnx.data.open import FORMS
 from cpd_onnx.data.sources import ImageOptions
 from cpd_onnx.deploy.float16 import HALVES
+from cpd_onnx.deploy.precision import PRECISIONS
 from cpd_onnx.deploy.profiles import profile_names
 from cpd_onnx.deploy.quantize import CALIBRATIONS, Quantization
 from cpd_onnx.deploy.quantize import FORMS as INT8_FORMS
@@ -488,6 +489,14 @@ class Compress(Compressing, Tracing):
     target: AnyTargets | None = _optional_target
     max_loss: float | None = _MAX_LOSS
     rounds: int = same_option(Iterate, "rounds")
+    precision: str = option(
+        PRECISIONS[0],
+        "Number format of the result: that of the original (float32), 8-bit integers wherever possible (int8), or only "
+        "in the operators that are faster in them on this computer (auto); latency and loss are those in this format, "
+        "and the pruned float model is written beside it",
+        choices=PRECISIONS,
+        is_common=True,
+    )
     like: Path | None = _read(
         "Plan whose channels to remove, instead of choosing channels", metavar="PLAN", is_recorded=True, suffixes=_JSON
     )
@@ -640,6 +649,14 @@ class Deploy(Evaluating, Saving):
         (),
         "Nodes, weights, tensors or operators that are not quantised (* and ? allowed); may be repeated",
         metavar="PATTERN",
+        is_many=True,
+        group="int8",
+    )
+    float_nodes: tuple[str, ...] = option(
+        (),
+        "Name of the first output of a node that stays float; may be repeated (names that the model lacks are ignored)",
+        flag="--float-node",
+        metavar="OUTPUT",
         is_many=True,
         group="int8",
     )

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from cpd_onnx.deploy import float16 as halves
 from cpd_onnx.deploy import steps
 from cpd_onnx.deploy.float16 import to_half
 from cpd_onnx.deploy.profiles import Profile, load_profile, problems, profile_names
-from cpd_onnx.deploy.quantize import CALIBRATIONS, Quantization, quantize
+from cpd_onnx.deploy.quantize import CALIBRATIONS, Quantization, quantize, quantize_recorded
 from cpd_onnx.deploy.steps import (
     Deployment,
     convert_opset,
@@ -31,6 +32,7 @@ from cpd_onnx.deploy.steps import (
     fix_shapes,
     lower_ir,
     ort_bytes,
+    redo,
     save_ort,
 )
 from cpd_onnx.errors import CpdError, DataError, ModelError, ProofError, TargetError, UnsupportedError
@@ -769,3 +771,39 @@ def test_models_of_others_in_eight_bits(name: str) -> None:
     assert found is not None
     assert found.typical < 0.3
     assert "DequantizeLinear" in operators(made.model)
+
+
+ATTENTION = (
+    "(float[N, 6, 16] x, float[16, 16] q, float[16, 16] k, float[16, 16] v) => (float[N, 6, 16] y) "
+    "{ a = MatMul(x, q) b = MatMul(x, k) t = Transpose<perm = [0, 2, 1]>(b) s = MatMul(a, t) p = Softmax(s) "
+    "c = MatMul(x, v) y = MatMul(p, c) }"
+)
+
+
+@pytest.mark.parametrize("form", ["qdq", "qoperator"])
+def test_what_stays_float_runs_in_float(form: str, tmp_path: Path) -> None:
+    """onnxruntime replaces a Softmax between integers by QLinearSoftmax, however it is marked, if it can."""
+    model = load(from_text(ATTENTION))
+    samples = np.random.default_rng(0).standard_normal((64, 6, 16), np.float32)
+    source = ArraySource({"x": samples})
+    executed = {}
+    for apart in (True, False):
+        made, ranges = quantize_recorded(model, source, Quantization(form=form, apart=apart))
+        session = open_model(made, profile=tmp_path / "trace")
+        session.run(None, {"x": samples[:1]})
+        events = json.loads(Path(session.end_profiling()).read_text())
+        executed[apart] = {event["args"].get("op_name") for event in events if "args" in event}
+        again = quantize_recorded(model, ranges, Quantization(form=form, apart=apart))[0]
+        assert again.serialize() == made.serialize()
+    assert "Softmax" in executed[True]
+    assert "QLinearSoftmax" not in executed[True]
+    assert "QLinearSoftmax" in executed[False]
+
+
+def test_a_record_of_an_older_version_is_repeated_as_it_was() -> None:
+    model = load(from_text(ATTENTION))
+    source = ArraySource({"x": np.random.default_rng(0).standard_normal((64, 6, 16), np.float32)})
+    older = Quantization(apart=False)
+    made, ranges = quantize_recorded(model, source, older)
+    recorded = {name: value for name, value in asdict(older).items() if name not in ("apart", "float_nodes")}
+    assert redo(model, "int8", {"quantization": recorded, "ranges": ranges}).serialize() == made.serialize()

@@ -25,13 +25,13 @@ def stack() -> ModelProto:
 class MadeUp(LatencyProbe):
     """A machine whose kernels work in blocks of 16 channels, and at widths that are no multiples of 4 three times as long."""
 
-    def profile(self, model: Model) -> tuple[dict[str, latency._Kernel], float, float]:
+    def profile(self, model: Model) -> tuple[dict[str, latency.KernelTime], float, float]:
         times = {}
         for name in "wut":
             out, into, *_ = sizes = model.array(name).shape
             blocks = math.ceil(out / 16) * (math.ceil(into / 16) if into > 3 else 1)
             slow = 3 if out % 4 or (into % 4 and into > 3) else 1
-            times[f"kernel of {name}"] = latency._Kernel("Conv", 0.01 + 0.002 * blocks * slow, tuple(sizes))
+            times[f"kernel of {name}"] = latency.KernelTime("Conv", 0.01 + 0.002 * blocks * slow, tuple(sizes))
         total = sum(kernel.ms for kernel in times.values())
         return (
             times,

@@ -51,10 +51,12 @@ def milliseconds(model: Model) -> float:
     return sum(kernel.ms for kernel in kernels(model).values())
 
 
-def kernels(model: Model) -> dict[str, latency._Kernel]:
+def kernels(model: Model) -> dict[str, latency.KernelTime]:
     """One kernel for each weight, which takes a nanosecond for each of its numbers."""
     weights = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer if len(tensor.dims) > 1}
-    return {f"of {name}": latency._Kernel("Conv", 1e-6 * float(np.prod(dims)), dims) for name, dims in weights.items()}
+    return {
+        f"of {name}": latency.KernelTime("Conv", 1e-6 * float(np.prod(dims)), dims) for name, dims in weights.items()
+    }
 
 
 class Machine:
@@ -69,7 +71,7 @@ class Machine:
         probe.ms = 0.05
         return self.factor * milliseconds(model) / milliseconds(probe.combed.folded.model)
 
-    def profile(self, probe: LatencyProbe, model: Model) -> tuple[dict[str, latency._Kernel], float, float]:
+    def profile(self, probe: LatencyProbe, model: Model) -> tuple[dict[str, latency.KernelTime], float, float]:
         return kernels(model), milliseconds(model), milliseconds(probe.combed.folded.model)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from cpd_onnx.budget.choosing import MEASURED, STEPS
 from cpd_onnx.budget.host import AUTO
 from cpd_onnx.budget.targets import targets_of
+from cpd_onnx.deploy.precision import PRECISIONS
 from cpd_onnx.errors import CpdError, PlanError
 from cpd_onnx.io import trust
 from cpd_onnx.options import build, options_of
@@ -146,6 +147,7 @@ def _repeated_request(
     fixed: dict[str, Any] = {role: str(inputs[role]) for role in ("data", "watch", "profile") if role in inputs}
     fixed |= {"model": inputs["model"], "output": output, "force": request.force, "eval": None, "report": False}
     fixed |= {"max_loss": None, "check_speed": False}  # the recorded channels have been chosen
+    fixed |= {"precision": PRECISIONS[0]}  # the conversion is another run, with a manifest of its own
     if "blind" not in recorded and "data" not in inputs:  # versions without that option chose by the weights alone
         fixed |= {"blind": True, "repair": False} | ({} if recorded.get("score") else {"score": "l2"})
     if recorded.get("eval") is not None or "hold_out" not in recorded:
@@ -177,7 +179,10 @@ def _with_recorded_choice(
         return repeated
     plan = plan_of()
     budget = {} if plan is None else load_plan(plan).content["budget"]
-    is_measured = has_latency or is_searched or budget.get("kind") == LOSSLESS or budget.get(STEPS) == MEASURED
+    is_converted = recorded.get("precision", PRECISIONS[0]) != PRECISIONS[0]
+    is_measured = (
+        has_latency or is_searched or is_converted or budget.get("kind") == LOSSLESS or budget.get(STEPS) == MEASURED
+    )
     if plan is not None and repeated.rounds == 1 and (is_measured or STEPS in budget):
         return replace(repeated, like=plan)
     if is_measured:

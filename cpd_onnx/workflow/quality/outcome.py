@@ -52,11 +52,19 @@ def demand_of(request: Prune | Compress, *, has_labels: bool, trains: bool = Fal
 
 
 def content(
-    request: Prune | Compress, demand: Demand, samples: Samples, choice: Choice, state: State
+    request: Prune | Compress,
+    demand: Demand,
+    samples: Samples,
+    choice: Choice,
+    state: State,
+    result: Model | None = None,
 ) -> dict[str, Any]:
-    """Return the entries of a result that its verdict is computed from, apart from the measurements of `compress`."""
+    """Return the entries of a result that its verdict is computed from, apart from the measurements of `compress`.
+
+    The result is the pruned model unless another one is given that was made from it.
+    """
     chosen = choice.chosen or state.need("allocation", "allocate")
-    compared = agreement_on(state.original, state.model, samples, demand.task)
+    compared = agreement_on(state.original, result or state.model, samples, demand.task)
     is_wanted = request.target is not None and not choice.is_lossless
     return {
         "agreement": None if compared is None else compared.as_json(),

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cpd_onnx.budget.latency import Convert
 from cpd_onnx.data.agreement import Agreement, agreement
 from cpd_onnx.data.held_out import at_most, divide
 from cpd_onnx.data.metrics import OF_TWO_MODELS, evaluate, metric_of
@@ -143,6 +144,7 @@ class Loss:
         detector: Form of the outputs of a detector, for the metric of detections; None to tell it.
         is_certain: Whether the loss is one that is not exceeded at the confidence of the agreement; else it is the
             loss to be expected.
+        converted: Returns the form in which models are deployed, which is measured; None for the models themselves.
     """
 
     original: Model
@@ -151,6 +153,7 @@ class Loss:
     task: str | None = None
     detector: str | None = None
     is_certain: bool = True
+    converted: Convert | None = None
 
     def __call__(self, model: Model) -> float:
         """Return the loss, of the metric or of the agreement.
@@ -162,6 +165,7 @@ class Loss:
         """
         source = self.samples.choosing
         assert source is not None
+        model = model if self.converted is None else self.converted(model)
         found = agreement(self.original, model, source, self.task)
         if found is None:
             raise TargetError("the outputs cannot be compared with those of the original: leave out --max-loss")

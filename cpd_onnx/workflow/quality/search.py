@@ -10,6 +10,7 @@ from typing import Any
 
 from cpd_onnx.budget.allocation import FASTER, Allocation
 from cpd_onnx.budget.choosing import Chooser
+from cpd_onnx.budget.latency import Convert, LatencyProbe
 from cpd_onnx.budget.speed import SpeedCheck
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.channels.groups import Combed
@@ -74,7 +75,7 @@ class Search:
             self.combed, step.score, samples=step.samples, data=state.data, labels=step.score_labels, seed=step.seed,
             is_repaired=step.repair,
         )  # fmt: skip  # the fields in order
-        self.chooser: Chooser = replace(step.chooser(self.combed), nearest=True)
+        self.chooser: Chooser = replace(step.chooser(self.combed, state.converted), nearest=True)
         self.is_loss = find_score_function(step.score).is_loss
         self.tried: dict[float, Candidate | None] = {}
         self.by: Refined | None = None
@@ -175,7 +176,7 @@ class Search:
             chosen = self._chosen(self.chooser, candidate.progress, candidate.by)
             if chosen.removed != candidate.chosen.removed and self.loss_of(chosen) > max_loss:
                 chosen = candidate.chosen
-            chosen = timed(self.step, self.combed, chosen)
+            chosen = timed(self.step, self.combed, chosen, self.state.converted)
             chosen = replace(chosen, notes=(*chosen.notes, *candidate.by.notes))
         words = _part_of(chosen.budget, candidate.progress)
         return carrying_out(self.step, self.combed, replace(chosen, budget=words))
@@ -196,11 +197,11 @@ def _part_of(words: Mapping[str, Any], progress: float) -> dict[str, Any]:
     return {**words, "target": 1 - (1 - words["target"]) * progress, **({"also": also} if also else {})}
 
 
-def timed(step: Iterate, combed: Combed, chosen: Allocation) -> Allocation:
+def timed(step: Iterate, combed: Combed, chosen: Allocation, converted: Convert | None = None) -> Allocation:
     """Return the channels with the measured latency of the model without them, if it counts and is not known yet."""
     if not step.check_speed or "measured" in chosen.latency or not any(chosen.removed):
         return chosen
-    check = SpeedCheck(step.setting, step.block, tries=False)
+    check = SpeedCheck(step.setting, step.block, False, partial(LatencyProbe, converted=converted))
     return check(combed, chosen, lambda *_: chosen)
 
 
@@ -217,6 +218,7 @@ class Demand:
         task: Task of the agreement with the original; None to tell it from the outputs.
         trains: Whether the model is trained afterwards, which recovers part of the loss.
         detector: Form of the outputs of a detector; None to tell it.
+        converted: Returns the form in which models are deployed, whose loss counts; None for the models themselves.
     """
 
     max_loss: float | None = None
@@ -226,10 +228,11 @@ class Demand:
     trains: bool = False
     detector: str | None = None
     is_asked: bool = True
+    converted: Convert | None = None
 
     def loss(self, original: Model, samples: Samples) -> Loss:
         """Return what measures the loss of models against the original."""
-        return Loss(original, samples, self.metric, self.task, self.detector, self.is_asked)
+        return Loss(original, samples, self.metric, self.task, self.detector, self.is_asked, self.converted)
 
 
 @dataclass(frozen=True, eq=False)
