@@ -94,7 +94,7 @@ def float_operators(found: Precision, model: Model) -> set[str]:
 
 
 def test_an_operator_that_is_slow_in_integers_stays_float() -> None:
-    machine, source = on({"int8 Conv": 0.2, "int8 MatMul": 0.2, "int8 Sigmoid": 30.0})
+    machine, source = on({"int8 Conv": 0.2, "int8 MatMul": 0.2, "int8 Sigmoid": 30.0, "int8 Sum": 0.1})
     found = fastest(machine, source)
     assert found is not None
     model = machine.combed.folded.original
