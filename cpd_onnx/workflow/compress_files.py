@@ -317,9 +317,9 @@ def _run_of(request: Compress, model: Model, source: Source | None) -> _Run:
     samples = samples_of(source, labelled, request.hold_out, is_search=demand.max_loss is not None)
     training = vars(options_from(DistillOptions, request)) if trains else None
     fitted = to_fit(samples.fitted, model, request)
-    step = compression.step_of(request, outcome.target_of(request), training, fitted)
     form = precise.form_of(request, model, source, samples, demand)
     demand = replace(demand, converted=form)
+    step = compression.step_of(precise.as_deployed(request, form), outcome.target_of(request), training, fitted)
     hold_out = request.hold_out if labelled is None else 0.0
     others = (request.data, request.like, request.max_loss, hold_out, sorted(model.free_io))
     identity = (model.sha256(), step, request.input_shapes, *others)

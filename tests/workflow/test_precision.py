@@ -110,3 +110,13 @@ def test_without_data_there_are_no_ranges(folder: Path, capsys: pytest.CaptureFi
     assert run("compress", "digits.onnx", "-o", "small.onnx", "--no-report", "--precision", "int8") == 1
     assert "--precision int8 needs samples for the ranges of activations: give --data" in capsys.readouterr().err
     assert made(folder) == set()
+
+
+def test_a_target_of_flash_counts_integers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("--precision", "auto", "--target", "flash=150kB", "--no-report", "--json", "-")
+    assert run("compress", "digits.onnx", "-o", "small.onnx", *QUICK, *asked) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert is_quantised("small.onnx")
+    assert content["asked"][0]["is_met"]
+    assert (folder / "small.float32.onnx").stat().st_size > 250e3
+    assert (folder / "small.onnx").stat().st_size < 200e3

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cpd_onnx.budget.latency import LatencyProbe
+from cpd_onnx.budget.targets import targets_of
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.data.sources import Source
 from cpd_onnx.deploy.precision import PRECISIONS, Precision, fastest, whole
@@ -22,6 +24,8 @@ from cpd_onnx.workflow.quality.search import Demand
 from cpd_onnx.workflow.requests import Compress, Deploy
 
 FLOAT, INTEGERS, AUTO = PRECISIONS
+_COUNTS_BYTES = frozenset(("flash", "ram"))
+"""Kinds of targets for which integers are a gain wherever they are possible."""
 _PART = 0.25
 """Part of the allowed loss that the conversion of the original may take, so that most is left for the pruning
 (heuristic)."""
@@ -45,27 +49,32 @@ def form_of(
         return None
     if source is None:
         raise DataError(f"--precision {request.precision} needs samples for the ranges of activations: give --data")
+    options = Quantization(seed=request.seed)
     if request.precision == INTEGERS:
-        return whole(model, source, _options(request))
-    probe = LatencyProbe(comb(model, request.input_shapes), _setting(request))
-    if samples.choosing is None:
-        return fastest(probe, source, _options(request))
-    bound = (
-        demand.max_loss if demand.max_loss is not None else USUAL_LOSS["labels" if samples.has_labels else "original"]
-    )
-    loss = demand.loss(model, samples)
+        return whole(model, source, options)
+    loss, most = _allowed(model, samples, demand)
     try:
-        return fastest(probe, source, _options(request), loss=loss, most=_PART * bound)
+        if request.target is not None and _COUNTS_BYTES.intersection(each.kind for each in targets_of(request.target)):
+            form = whole(model, source, options)
+            return form if loss(form(model)) <= most else None
+        setting = Setting(request.latency_batch, request.latency_threads, request.latency_provider)
+        probe = LatencyProbe(comb(model, request.input_shapes), setting)
+        return fastest(probe, source, options, loss=loss, most=most)
     except UnsupportedError:  # it is quantised already, or of a kind that onnxruntime's quantiser does not take
         return None
 
 
-def _options(request: Compress) -> Quantization:
-    return Quantization(seed=request.seed)
+def _allowed(model: Model, samples: Samples, demand: Demand) -> tuple[Callable[[Model], float], float]:
+    """Return what measures the loss by the conversion of the original, and the largest that is allowed."""
+    if samples.choosing is None:
+        return lambda _: 0.0, 0.0
+    usual = USUAL_LOSS["labels" if samples.has_labels else "original"]
+    return demand.loss(model, samples), _PART * (usual if demand.max_loss is None else demand.max_loss)
 
 
-def _setting(request: Compress) -> Setting:
-    return Setting(request.latency_batch, request.latency_threads, request.latency_provider)
+def as_deployed(request: Compress, form: Precision | None) -> Compress:
+    """Return the request with the targets of flash and RAM counted in the form in which the result is deployed."""
+    return request if form is None or request.deploy_as else replace(request, deploy_as=INTEGERS)
 
 
 def deployed(model: Model, form: Precision, source: Source | None) -> Model:
