@@ -1,6 +1,6 @@
 """Structure and number format in one run, beside pruning followed by int8, and int8 alone, at the same allowed loss.
 
-    python benchmarks/accuracy/precision.py --data-folder DATA [--model efficientnet_lite0=FILE] [--only MODEL] [--loss 0.005]
+    python benchmarks/accuracy/precision.py --data-folder DATA [--model efficientnet_lite0=FILE] [--only MODEL] [--loss 0.02]
     python benchmarks/accuracy/precision.py --table
 
 DATA is a folder with `onnx/` and `load.py`; models and data that are missing are skipped. Each run gets the same unlabelled
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--data-folder", type=Path)
     parser.add_argument("--model", action="append", default=[], metavar="NAME=FILE", help="a model that lies elsewhere")
     parser.add_argument("--only", choices=[run.model for run in RUNS], action="append")
-    parser.add_argument("--loss", type=float, default=0.005, help="allowed loss of the accuracy (0.005)")
+    parser.add_argument("--loss", type=float, default=0.02, help="allowed loss of the accuracy (0.02)")
     parser.add_argument("--table", action="store_true", help="print the stored results and run nothing")
     parser.add_argument("--out", type=Path, default=RESULT)
     given = parser.parse_args()
