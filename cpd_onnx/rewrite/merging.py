@@ -31,16 +31,17 @@ from cpd_onnx.shapes.inference import fold
 from cpd_onnx.shapes.values import Folded
 from cpd_onnx.summary import count
 
-Saving: TypeAlias = Callable[[LinearRun], float]
-"""A function that returns what a run saves as one operator, in any unit; it stays as it is if that is not above 0."""
+Saving: TypeAlias = Callable[[LinearRun, Folded], float]
+"""A function of a run and its model that returns what it saves as one operator, in any unit; it stays as it is if that
+is not above 0."""
 
 
-def saved_macs(run: LinearRun) -> float:
+def saved_macs(run: LinearRun, _: Folded) -> float:
     """Return how many multiply-accumulates a run saves as one operator."""
     return run.before.macs - run.after.macs
 
 
-def saved_bytes(run: LinearRun) -> float:
+def saved_bytes(run: LinearRun, _: Folded) -> float:
     """Return how many bytes of weights a run saves as one operator."""
     return run.before.bytes - run.after.bytes
 
@@ -79,7 +80,7 @@ def merge(model: Model, saving: Saving = saved_macs) -> Merged:
     while True:
         folded = fold(now.model)
         runs = [run for run in linear_runs(folded) if run.pair not in refused]
-        worth = {run.pair: saving(run) if run.composition is not None else 0.0 for run in runs}
+        worth = {run.pair: saving(run, folded) if run.composition is not None else 0.0 for run in runs}
         chosen: list[LinearRun] = []
         for run in sorted(runs, key=lambda run: -worth[run.pair]):
             if worth[run.pair] > 0 and all(run.nodes.isdisjoint(other.nodes) for other in chosen):

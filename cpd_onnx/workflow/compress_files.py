@@ -43,6 +43,7 @@ from cpd_onnx.scores.registry import score
 from cpd_onnx.training.options import DistillOptions
 from cpd_onnx.workflow import compress as compression
 from cpd_onnx.workflow import defaults, recipe
+from cpd_onnx.workflow.deploy import merged_places, write_merged
 from cpd_onnx.workflow.distill import (
     checkpoint_of,
     is_distributed,
@@ -131,7 +132,9 @@ def compress(
     """
     started = time.perf_counter()
     places = places_of(request)
-    written = require_outputs(request, *places.all(), *outcome.table_places(request), *outcome.config_places(request))
+    written = require_outputs(
+        request, *places.all(), *outcome.table_places(request), *outcome.config_places(request), *merged_places(request)
+    )
     check_metric(request.metric)
     recipe.text(request)  # fails now, not at the end, if an option cannot be recorded
     given = None if request.like is None else load_plan(request.like)
@@ -158,7 +161,8 @@ def compress(
         with progress.step("write"), locked_folder(request.output.parent), commit_together():
             write_both(request, made.state.model, made.state.need("plan", run.step.name), places.plan)
             recipe.write(places.recipe, request, overwrite=request.force)
-            content["notes"] += outcome.written_configs(request, made.state.model)
+            small = made.state.model
+            content["notes"] += [*outcome.written_configs(request, small), *write_merged(request, small)]
             table = outcome.kept_table(request, choice.chosen or made.state.need("allocation", "allocate"), content)
             content["bytes"] = {
                 "before": report.size_of(model, request.model),

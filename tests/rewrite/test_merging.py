@@ -17,13 +17,14 @@ from cpd_onnx.rewrite.linear_runs import LinearRun, linear_runs
 from cpd_onnx.rewrite.merging import Merged, merge, merge_again, saved_bytes
 from cpd_onnx.runtime.sessions import execute, open_model
 from cpd_onnx.shapes.inference import fold
+from cpd_onnx.shapes.values import Folded
 from tests.support.models import from_text
 
 ROUNDING = 1e-5
 IMAGE, TOKENS = (2, 4, 9, 8), (2, 5, 4)
 
 
-def always(run: LinearRun) -> float:
+def always(run: LinearRun, folded: Folded) -> float:
     return 1.0
 
 
