@@ -55,7 +55,7 @@ def merged(model: Model, measure: str, notify: Notify) -> tuple[Model, Mapping[s
 
 def _times(*models: Model) -> list[float]:
     """Return the seconds that a run of each model takes on one thread; the inputs are those of the first."""
-    feed = judged_feed(fold(models[0]), open_model(models[0]))
+    feed = judged_feed(fold(models[0], evaluates=False), open_model(models[0]))
     return latency_ratio(models, feed, seconds=_SECONDS, threads=1)
 
 

@@ -78,7 +78,7 @@ def merge(model: Model, saving: Saving = saved_macs) -> Merged:
     now = Merged(model)
     refused: dict[Pair, str] = {}
     while True:
-        folded = fold(now.model)
+        folded = fold(now.model, evaluates=False)
         runs = [run for run in linear_runs(folded) if run.pair not in refused]
         worth = {run.pair: saving(run, folded) if run.composition is not None else 0.0 for run in runs}
         chosen: list[LinearRun] = []
@@ -98,7 +98,7 @@ def merge_again(model: Model, rounds: Sequence[Sequence[Sequence[str]]]) -> Mode
     """
     now = Merged(model)
     for pairs in rounds:
-        folded = fold(now.model)
+        folded = fold(now.model, evaluates=False)
         runs = {run.pair: run for run in linear_runs(folded) if run.composition is not None}
         missing = [tuple(pair) for pair in pairs if tuple(pair) not in runs]
         if missing:
@@ -163,7 +163,7 @@ class _Merger(Editor):
         super().__init__(folded.model.copy())
         self.scope, self.finder = folded.scope, Finder(folded)
         self.notes: list[str] = []
-        self.gone = [] if folded.evaluated is None else list(folded.evaluated.nodes)
+        self.gone: list[str] = []
         self.removed: set[int] = set()
         self.vanished: set[str] = set()
         self.read = _read(self.model)
@@ -294,7 +294,8 @@ class _Merger(Editor):
             for place, node in enumerate(self.model.graph.node)
             if any(node.output) and unread.issuperset(filter(None, node.output))
         }:
-            self.drop(idle)
+            names = self.drop(idle)
+            self.notes.append(f"removed with that, as nothing else reads it: {', '.join(names)}")
             unread = self.read - _read(self.model) - outputs
         stored = {tensor.name for tensor in self.model.graph.initializer} & unread
         for name in sorted(stored):
@@ -309,12 +310,14 @@ class _Merger(Editor):
             del entries[:]
             entries.extend(kept)
 
-    def drop(self, places: set[int]) -> None:
-        """Remove nodes of the main graph, by their places in the file."""
+    def drop(self, places: set[int]) -> list[str]:
+        """Remove nodes of the main graph, by their places in the file, and return their names."""
         nodes = [NodeProto.FromString(node.SerializeToString()) for node in self.model.graph.node]
-        self.gone += [_name(node) for place, node in enumerate(nodes) if place in places]
+        names = [_name(node) for place, node in enumerate(nodes) if place in places]
+        self.gone += names
         del self.model.graph.node[:]
         self.model.graph.node.extend(node for place, node in enumerate(nodes) if place not in places)
+        return names
 
 
 def _rounded(values: Array, dtype: np.dtype[Any]) -> Array | None:

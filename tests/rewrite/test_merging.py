@@ -386,6 +386,13 @@ def test_constants_in_nodes_go_with_the_run() -> None:
     proto.graph.node.extend(nodes)
     made = checked(proto, IMAGE)
     assert sorted(made.gone) == ["the b", "the c", "the h", "the v", "the w"]
+    assert made.notes[-1] == "removed with that, as nothing else reads it: the w, the b, the v, the c"
+
+
+def test_weights_that_are_computed_stay_computed() -> None:
+    graph = POINT + "{ h = Conv(x, w, b) i = Conv(h, v, c) r = Relu(i) a = Add(d, d) y = Mul(r, a) }"
+    proto = named(graph.replace("float[5] c)", "float[5] c, float[5,1,1] d)"))
+    assert checked(proto, IMAGE).gone == ("the h",)
 
 
 def test_initializers_among_the_inputs_keep_their_entries_right() -> None:
