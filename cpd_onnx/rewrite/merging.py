@@ -1,13 +1,12 @@
 """Multiply linear operators that follow each other into one, where that costs less.
 
 Between two of them there may be affine operators, which scale and shift each channel. Such runs are exported so, or are
-what is left where the branch or the activation between two layers has been removed. A convolution or matrix product to
-few channels and the next one to many cost less apart than as one; once pruning has left fewer channels around them than
-between them, one operator with the product of their weights is cheaper, and reads and writes one tensor less. Merging
-layers for depth instead of width is due to Fu et al., DepthShrinker, ICML 2022 (arXiv 2206.00843), and Kim et al.,
-Efficient Latency-Aware CNN Depth Compression via Two-Stage Dynamic Programming, ICML 2023 (arXiv 2301.12187), who train
-activations away before. Here the model computes the same as before, up to rounding: products are computed in float64
-and rounded once, to the type of the weights.
+what is left where a branch between two layers has been removed. A convolution or matrix product to few channels and the
+next one to many cost less apart than as one; once pruning has left fewer channels around them than between them, one
+operator with the product of their weights is cheaper, and reads and writes one tensor less. Kim et al. (Efficient
+Latency-Aware CNN Depth Compression via Two-Stage Dynamic Programming, ICML 2023, arXiv 2301.12187) train activations away
+to merge more. Here the model computes the same as before, up to rounding: products are computed in float64 and rounded
+once, to the type of the weights.
 
 One node of a run stays, with its name, operator, place and attributes, except for those that name sizes. Its output is
 the last tensor of the run. The others are removed.
