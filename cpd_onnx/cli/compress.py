@@ -7,6 +7,7 @@ from typing import Any
 
 from cpd_onnx.cli.console import print_result
 from cpd_onnx.workflow.compress_files import places_of
+from cpd_onnx.workflow.deploy import merged_places
 from cpd_onnx.workflow.quality.precise import FLOAT
 from cpd_onnx.workflow.requests import Compress
 
@@ -20,4 +21,5 @@ def show(request: Compress, content: Mapping[str, Any]) -> None:
         measured.append(f"{accuracy['metric']} against {accuracy['on']}: {values}")
     is_converted = content["precision"]["what"] != FLOAT
     more = [content["cost_table"]] if "cost_table" in content else []
-    print_result(content, *measured, written=[*places_of(request, is_converted=is_converted).all(), *more])
+    places = places_of(request, is_converted=is_converted).all()
+    print_result(content, *measured, written=[*places, *merged_places(request), *more])

@@ -1,9 +1,10 @@
 """Deployment: the conversion of a model for its target.
 
-Sizes are fixed, the operator set is converted, weights and activations become 8-bit integers or 16-bit floats, and the
-result is written in the format of onnxruntime. Each step turns a model into another one; `deploy` runs the requested
-steps in that order, compares the outputs before and after each, and records the difference. The conversions are those
-of onnx and onnxruntime; added here are the proof, reproducible bytes, and one-line errors.
+Sizes are fixed, the operator set is converted, linear operators are multiplied into one where that saves work, weights
+and activations become 8-bit integers or 16-bit floats, and the result is written in the format of onnxruntime. Each
+step turns a model into another one; `deploy` runs the requested steps in that order, compares the outputs before and
+after each, and records the difference. The conversions are those of onnx and onnxruntime; added here are the proof,
+reproducible bytes, and one-line errors.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from cpd_onnx.deploy.converting import (
     valid,
 )
 from cpd_onnx.deploy.float16 import HALVES, to_half
+from cpd_onnx.deploy.merged import MEASURES, Rounds, merged, merged_again
 from cpd_onnx.deploy.profiles import Profile, problems
 from cpd_onnx.deploy.quantize import Quantization, Ranges, extremes, quantize_recorded, samples_at_once
 from cpd_onnx.errors import DataError, ProofError, TargetError, UnsupportedError
@@ -73,7 +75,7 @@ _LARGEST_HALF = 65504.0
 """Largest finite float16 (IEEE 754)."""
 _LISTS = ("exclude", "keep_float", "float_nodes")
 """Options of the quantisation that are tuples, and lists in a manifest; older ones lack some."""
-_ROUNDS = ("fix", "opset", "IR version", "fold")
+_ROUNDS = ("fix", "opset", "IR version", "fold", "merge")
 """Steps that change the outputs by rounding only."""
 
 
@@ -86,6 +88,8 @@ class Deployment:
         batch: Batch size to fix; None leaves it dynamic.
         opset: Version of the default operator set to convert to; None does not convert.
         fold: Whether constants are computed and batch normalisation becomes part of convolutions.
+        merge: What a linear operator must save that takes the place of several, one of `MEASURES`; None merges none.
+        merges: Linear runs to merge, as an earlier step recorded them; None chooses them.
         int8: Options of the quantisation; None does not quantise.
         half: 16-bit float type to convert to, one of `HALVES`; None keeps float32.
         storage_only: Whether weights are stored in 16 bits and computed with in float32.
@@ -98,6 +102,8 @@ class Deployment:
     batch: int | None = None
     opset: int | None = None
     fold: bool = False
+    merge: str | None = None
+    merges: Rounds | None = None
     int8: Quantization | None = None
     half: str | None = None
     storage_only: bool = False
@@ -108,6 +114,8 @@ class Deployment:
         """Raise TargetError for values that are unknown or exclude each other."""
         if self.half is not None and self.half not in HALVES:
             raise TargetError(f"16-bit float type must be one of {', '.join(HALVES)}, got {self.half!r}")
+        if self.merge is not None and self.merge not in MEASURES:
+            raise TargetError(f"what merging saves must be one of {', '.join(MEASURES)}, got {self.merge!r}")
         if self.int8 is not None and self.half is not None:
             raise TargetError("weights become 8-bit integers or 16-bit floats, not both: choose one")
 
@@ -512,6 +520,8 @@ def _planned(model: Model, request: Deployment, source: Source | None) -> Iterat
     yield from _versions(model, request)
     if request.fold:
         yield _Todo("fold", "constants, batch normalisation", lambda now, _: (fold_constants(now), {}))
+    if request.merge is not None:
+        yield _merging(request.merge, request.merges)
     if request.int8 is not None and source is not None:
         data, how = source, request.int8
         what = f"{how.calibration}, {how.samples} samples, {'a scale each channel' if how.per_channel else 'one scale'}"
@@ -523,6 +533,18 @@ def _planned(model: Model, request: Deployment, source: Source | None) -> Iterat
         yield _Todo(
             "half", what, lambda now, notify: (to_half(now, kind, notify=notify, **options), {"kind": kind} | options)
         )
+
+
+def _merging(measure: str, recorded: Rounds | None) -> _Todo:
+    """Return the step that merges linear operators, those that are recorded if there is a record."""
+
+    def merge(now: Model, notify: Notify) -> tuple[Model, Mapping[str, Any]]:
+        if recorded is None:
+            return merged(now, measure, notify)
+        options = {"measure": measure, "rounds": recorded}
+        return redo(now, "merge", options), options
+
+    return _Todo("merge", f"linear operators, by {measure}", merge)
 
 
 def _quantised(model: Model, source: Source, options: Quantization, notify: Notify) -> tuple[Model, Mapping[str, Any]]:
@@ -594,6 +616,7 @@ _AGAIN: dict[str, Callable[..., Model]] = {
     "opset": lambda model, version: convert_opset(model, version),
     "IR version": lambda model, version: lower_ir(model, version),
     "fold": lambda model: fold_constants(model),
+    "merge": merged_again,
     "int8": _int8_again,
     "half": _half_again,
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -27,8 +27,49 @@ Vector: TypeAlias = npt.NDArray[np.float64]
 """One number for each channel, or one for all."""
 
 
+@dataclass(frozen=True)
+class Window:
+    """How a linear operator moves along one spatial axis.
+
+    Attributes:
+        size: Number of taps.
+        stride: Distance of the places of neighbouring outputs.
+        dilation: Distance of neighbouring taps.
+        pads: Zeros before and after the data; None if their number follows from the size of the data.
+        spread: Distance of neighbouring elements of the data, between which there are zeros.
+    """
+
+    size: int
+    stride: int = 1
+    dilation: int = 1
+    pads: tuple[int, int] | None = (0, 0)
+    spread: int = 1
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether all taps are on elements of the data, at each place, so that constant data give a constant."""
+        return self.pads == (0, 0) and self.spread == 1
+
+    @property
+    def is_point(self) -> bool:
+        """Whether each output is computed from the element of the data at its own place."""
+        return self.size == self.stride == 1 and self.is_bare
+
+
 class Linear(Protocol):
     """A linear node as a matrix product."""
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of channels; the matrix of each is apart."""
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """How it moves along the spatial axes; empty for a matrix product."""
+
+    @property
+    def keeps_pads(self) -> bool:
+        """Whether the same attributes give the same pads for a larger kernel."""
 
     @property
     def bias(self) -> int:
@@ -60,6 +101,9 @@ class Linear(Protocol):
 
     def weight(self, matrix: Array) -> Array:
         """Return a matrix as a weight: the inverse of `matrix`."""
+
+    def resized(self, channels: tuple[int, int, int], kernel: tuple[int, ...]) -> Linear:
+        """Return the node with other numbers of groups, inputs and outputs, and another kernel."""
 
 
 _MakeLinear: TypeAlias = "Callable[[NodeProto, Sequence[int]], Linear | None]"
@@ -155,6 +199,26 @@ def _mul(node: NodeProto, name: str, axis: tuple[int, int], constants: Constants
     return None if vector is None else Affine(vector, np.zeros(1))
 
 
+@affine("Sub")
+def _sub(node: NodeProto, name: str, axis: tuple[int, int], constants: Constants) -> Affine | None:
+    is_first = node.input[0] == name
+    vector = _along(constants(node.input[1] if is_first else node.input[0]), axis[1])
+    if vector is None:
+        return None
+    return Affine(np.ones(1), -vector) if is_first else Affine(-np.ones(1), vector)
+
+
+@affine("Div")
+def _div(node: NodeProto, name: str, axis: tuple[int, int], constants: Constants) -> Affine | None:
+    vector = _along(constants(node.input[1]), axis[1]) if node.input[0] == name else None
+    return None if vector is None or not vector.all() else Affine(1 / vector, np.zeros(1))
+
+
+@affine("Neg")
+def _neg(node: NodeProto, name: str, axis: tuple[int, int], constants: Constants) -> Affine:
+    return Affine(-np.ones(1), np.zeros(1))
+
+
 @register_in(BOUNDS, ("", "Relu"))
 def _relu(node: NodeProto, constants: Constants) -> tuple[float, float]:
     return 0.0, math.inf
@@ -207,6 +271,21 @@ class _Convolution:
     @property
     def taps(self) -> int:
         return math.prod(self.shape[2:])
+
+    @property
+    def keeps_pads(self) -> bool:
+        return self.pads is not None
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        rank = len(self.strides)
+        # "SAME" adds nothing for a single tap, whatever the size of the data.
+        pads = self.pads or [(0, 0) if size == 1 else None for size in self.shape[2:]]
+        return tuple(map(Window, self.shape[2:], self.strides, self.dilations, pads, self.spread or (1,) * rank))
+
+    def resized(self, channels: tuple[int, int, int], kernel: tuple[int, ...]) -> _Convolution:
+        groups, inputs, outputs = channels
+        return replace(self, groups=groups, shape=(outputs, inputs // groups, *kernel))
 
     def count(self, out: Sequence[int]) -> int:
         return math.prod(out[2:])
@@ -268,6 +347,10 @@ class _Convolution:
 class _Transposed(_Convolution):
     """A ConvTranspose: a convolution of the data with inserted zeros, kernel flipped and channel axes swapped."""
 
+    @property
+    def keeps_pads(self) -> bool:
+        return False
+
     def matrix(self, weight: Array) -> Array:
         return super().matrix(self._turned(weight))
 
@@ -299,6 +382,12 @@ class _Product:
     bias: int = 2
     out_axis: int = -1
     taps: int = 1
+    groups: int = 1
+    windows: tuple[Window, ...] = ()
+    keeps_pads: bool = True
+
+    def resized(self, channels: tuple[int, int, int], kernel: tuple[int, ...]) -> _Product:
+        return self
 
     @property
     def in_axis(self) -> int:

@@ -85,18 +85,21 @@ def fold(
     model: Model,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     numbers: Mapping[str, int] | None = None,
+    *,
+    evaluates: bool = True,
 ) -> Folded:
     """Infer all shapes and evaluate the shape arithmetic of a model.
 
     `input_shapes` fixes the shapes of inputs, by name, if the file leaves them open and the default sizes do not fit.
     `numbers` gives the numbers of symbols under the first binding, by name; the dimensions remain symbolic.
+    Weights that the graph computes from others are evaluated too, in a copy of the model, unless `evaluates` is false.
     Raises ModelError if the graph has a cycle, an input without a producer, or is invalid otherwise.
     """
     shapes = {name: tuple(shape) for name, shape in (input_shapes or {}).items()}
     bound = dict(numbers or {})
     with translate_errors(model):
         found = _best_inferred(model, shapes, bound)
-        weights = evaluate_weights(model, found.scope)
+        weights = evaluate_weights(model, found.scope) if evaluates else None
         if weights is None:
             return found
         return replace(_best_inferred(weights.model, shapes, bound), evaluated=weights, source=model)

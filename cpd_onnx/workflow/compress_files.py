@@ -44,7 +44,7 @@ from cpd_onnx.scores.registry import score
 from cpd_onnx.training.options import DistillOptions
 from cpd_onnx.workflow import compress as compression
 from cpd_onnx.workflow import defaults, recipe
-from cpd_onnx.workflow.deploy import deploy
+from cpd_onnx.workflow.deploy import deploy, merged_places, write_merged
 from cpd_onnx.workflow.distill import (
     checkpoint_of,
     is_distributed,
@@ -150,7 +150,9 @@ def compress(
     started = time.perf_counter()
     may_convert = request.precision != precise.FLOAT
     free = dict.fromkeys((*places_of(request).all(), *places_of(request, is_converted=may_convert).all()))
-    written = require_outputs(request, *free, *outcome.table_places(request), *outcome.config_places(request))
+    written = require_outputs(
+        request, *free, *outcome.table_places(request), *outcome.config_places(request), *merged_places(request)
+    )
     check_metric(request.metric)
     recipe.text(request)  # fails now, not at the end, if an option cannot be recorded
     given = None if request.like is None else load_plan(request.like)
@@ -181,21 +183,18 @@ def compress(
             pruned = request if run.form is None else precise.without_conversion(request)
             write_both(pruned, made.state.model, made.state.need("plan", run.step.name), places.plan)
             recipe.write(places.recipe, request, overwrite=request.force)
-            content["notes"] += outcome.written_configs(request, made.state.model)
+            small = made.state.model
+            content["notes"] += [*outcome.written_configs(request, small), *write_merged(pruned, small)]
             table = outcome.kept_table(request, choice.chosen or made.state.need("allocation", "allocate"), content)
+            if run.form is not None:
+                deploy(precise.conversion(request, run.form), model=small)
             content["bytes"] = {
                 "before": report.size_of(model, request.model),
-                "after": report.size_of(made.state.model, places.output)
-                if run.form is None
-                else len(result.serialize()),
+                "after": report.size_of(result, request.output),
             }
             content["verdict"] = verdict(content)
             seconds = dict(made.seconds) | {"all": round(time.perf_counter() - started, 2)}
             _write_pages(request, replace(places, table=table), content, seconds)
-            if run.form is None:
-                write_json(request, content)
-        if run.form is not None:
-            deploy(precise.conversion(request, run.form))
             write_json(request, content)
     run.discard()
     return content

@@ -8,10 +8,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from cpd_onnx.budget.targets import targets_of
 from cpd_onnx.data.metrics import check_metric
 from cpd_onnx.data.open import FORMS
 from cpd_onnx.data.sources import Source
 from cpd_onnx.deploy.c_source import require_generator
+from cpd_onnx.deploy.merged import MEASURES, Rounds
 from cpd_onnx.deploy.profiles import Profile, load_profile
 from cpd_onnx.deploy.quantize import Quantization
 from cpd_onnx.deploy.steps import Deployed, Deployment, Step, c_measured, ort_measured, shaped
@@ -26,7 +28,7 @@ from cpd_onnx.summary import count
 from cpd_onnx.workflow import recipe
 from cpd_onnx.workflow.places import evaluated, finite, require_apart, require_outputs, source_of, write_json
 from cpd_onnx.workflow.quality.checks import checked_samples
-from cpd_onnx.workflow.requests import Deploy, Observer, ignore
+from cpd_onnx.workflow.requests import Compress, Deploy, Observer, Prune, ignore
 
 FORMAT = "cpd-onnx/deploy"
 """Format of the JSON result."""
@@ -34,8 +36,17 @@ _OF_INT8 = ("samples", "calibration", "int8_form", "per_tensor", "exclude", "flo
 """Options that have an effect only with --int8."""
 
 
-def deploy(request: Deploy, observer: Observer = ignore) -> dict[str, Any]:
-    """Convert a model for its target, write it with its manifest, and return the result as plain values."""
+def deploy(
+    request: Deploy, observer: Observer = ignore, *, model: Model | None = None, merges: Rounds | None = None
+) -> dict[str, Any]:
+    """Convert a model for its target, write it with its manifest, and return the result as plain values.
+
+    Args:
+        request: The options.
+        observer: Called with the name of each step as it starts.
+        model: The content of the file of the request, if it is in memory.
+        merges: Linear runs to merge, as an earlier run recorded them; None chooses them.
+    """
     place = manifest.place_of(request.output)
     places = [request.output, place, *_further_outputs(request)]
     written = require_outputs(request, *places)
@@ -44,8 +55,8 @@ def deploy(request: Deploy, observer: Observer = ignore) -> dict[str, Any]:
     recipe.text(request)  # fails now, not at the end, if an option cannot be recorded
     started = time.perf_counter()
     profile = None if request.profile is None else load_profile(request.profile)
-    deployment = _deployment(request, profile)
-    model = load(request.model)
+    deployment = replace(_deployment(request, profile), merges=merges)
+    model = model or load(request.model)
     require_apart(written, model)
     whole = shaped(model, deployment)
     source = source_of(request.data, whole, request)
@@ -75,6 +86,22 @@ def deploy(request: Deploy, observer: Observer = ignore) -> dict[str, Any]:
     return content
 
 
+def merged_places(request: Prune | Compress) -> list[Path]:
+    """Return the paths of the model with merged operators and of its manifest; none if it was not requested."""
+    return [] if request.merged is None else [request.merged, manifest.place_of(request.merged)]
+
+
+def write_merged(request: Prune | Compress, model: Model) -> list[str]:
+    """Write the pruned model with merged operators if that was requested, and return what was merged, in sentences."""
+    if request.merged is None:
+        return []
+    is_timed = request.target is not None and targets_of(request.target).has_latency and request.cost_table is None
+    options = {name: getattr(request, name) for name in ("weights", "force", "custom_ops", "log_level")}
+    made = Deploy(model=request.output, output=request.merged, merge=MEASURES[-1 if is_timed else 0], **options)
+    notes = [note for step in deploy(made, model=model)["steps"] for note in step["notes"]]
+    return [f"{request.merged}: {note}" for note in notes]
+
+
 def _require_sense(request: Deploy) -> None:
     """Refuse options that would have no effect."""
     if request.int8 and request.data is None:
@@ -86,8 +113,8 @@ def _require_sense(request: Deploy) -> None:
     if request.storage_only and request.half is None:
         raise CpdError("--storage-only has no effect without --half: give --half as well")
     sizes, files = (request.profile, request.fix, request.batch), (request.ort, request.c_source)
-    if not any((*sizes, *files, request.opset, request.fold, request.int8, request.half)):
-        wishes = "--profile, --fix, --batch, --opset, --fold, --int8, --half, --ort or --c-source"
+    if not any((*sizes, *files, request.opset, request.fold, request.merge, request.int8, request.half)):
+        wishes = "--profile, --fix, --batch, --opset, --fold, --merge, --int8, --half, --ort or --c-source"
         raise CpdError(f"nothing to do: give {wishes}")
     if request.c_source is not None:
         require_generator()
@@ -124,6 +151,7 @@ def _deployment(request: Deploy, profile: Profile | None) -> Deployment:
         batch=request.batch,
         opset=request.opset,
         fold=request.fold or request.c_source is not None,
+        merge=request.merge,
         int8=int8 if request.int8 else None,
         half=request.half,
         storage_only=request.storage_only,

@@ -29,6 +29,7 @@ from cpd_onnx.report import tables as report
 from cpd_onnx.report.verdict import verdict as verdict_of
 from cpd_onnx.rewrite.plan import load_plan
 from cpd_onnx.workflow.compress import step_of
+from cpd_onnx.workflow.deploy import merged_places, write_merged
 from cpd_onnx.workflow.evidence.chain import Chain, Given, is_intact, manifest_of, verify_deployed
 from cpd_onnx.workflow.places import (
     finite,
@@ -54,8 +55,9 @@ def prune(request: Prune, observer: Observer = ignore) -> dict[str, Any]:
     """Prune a model, prove the result, write it with its plan, and return the result as plain values."""
     plan_path = request.plan or plan_path_of(request.output)
     written = require_outputs(
-        request, request.output, plan_path, *outcome.table_places(request), *outcome.config_places(request)
-    )
+        request, request.output, plan_path, *outcome.table_places(request), *outcome.config_places(request),
+        *merged_places(request),
+    )  # fmt: skip  # a list
     started = time.perf_counter()
     model = read_model(request.model, request.input_shapes, request.free_io)
     require_apart(written, model)
@@ -81,7 +83,7 @@ def prune(request: Prune, observer: Observer = ignore) -> dict[str, Any]:
     content["notes"] += objections(request.profile, state.model)
     with locked_folder(request.output.parent), commit_together():
         write_both(request, state.model, state.need("plan", "prune"), plan_path)
-        content["notes"] += outcome.written_configs(request, state.model)
+        content["notes"] += [*outcome.written_configs(request, state.model), *write_merged(request, state.model)]
         outcome.kept_table(request, choice.chosen or state.need("allocation", "allocate"), content)
         content["bytes"] = {"before": before, "after": report.size_of(state.model, request.output)}
         content["verdict"] = verdict_of(content)

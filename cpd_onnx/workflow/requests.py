@@ -21,6 +21,7 @@ from cpd_onnx.data.metrics import METRICS
 from cpd_onnx.data.open import FORMS
 from cpd_onnx.data.sources import ImageOptions
 from cpd_onnx.deploy.float16 import HALVES
+from cpd_onnx.deploy.merged import MEASURES
 from cpd_onnx.deploy.precision import PRECISIONS
 from cpd_onnx.deploy.profiles import profile_names
 from cpd_onnx.deploy.quantize import CALIBRATIONS, Quantization
@@ -133,6 +134,11 @@ _profile = partial(
     option, None, metavar="NAME|FILE.toml", takes="profile", is_common=True, suggested=tuple(profile_names())
 )
 _JSON = (".json",)
+_MERGED = _written(
+    "File to write the pruned model to once more, prepared with deploy --merge: with linear operators multiplied into "
+    "one where that saves time, if the target is a latency that is measured here, and multiply-accumulates otherwise",
+    suffixes=(".onnx",),
+)
 _run = partial(option, group="training run")
 _MAX_LOSS = option(
     None,
@@ -430,6 +436,7 @@ class Prune(Choosing, Saving):
     max_loss: float | None = _MAX_LOSS
     rounds: int = same_option(Iterate, "rounds")
     plan: Path | None = _written("File to write the plan to (default: OUTPUT.plan.json)", suffixes=_JSON)
+    merged: Path | None = _MERGED
     no_verify: bool = option(False, "Skip the proof, which runs both models and compares their outputs")
 
 
@@ -501,6 +508,7 @@ class Compress(Compressing, Tracing):
         "Plan whose channels to remove, instead of choosing channels", metavar="PLAN", is_recorded=True, suffixes=_JSON
     )
     plan: Path | None = _written("File to write the plan to (default: OUTPUT.plan.json)", suffixes=_JSON)
+    merged: Path | None = _MERGED
     report: bool = option(True, "Measure latency, and write OUTPUT.report.html, .md and .json")
 
 
@@ -610,6 +618,12 @@ class Deploy(Evaluating, Saving):
     )
     fold: bool = option(
         False, "Compute constants, and make batch normalisation part of convolutions, before weights are converted"
+    )
+    merge: str | None = option(
+        None,
+        "Multiply linear operators with nothing but affine ones between them into one, where that saves "
+        "multiply-accumulates (macs), bytes of weights, or time measured here (latency)",
+        choices=MEASURES,
     )
     c_source: Path | None = _written(
         "File to write the model to as C, for targets without a runtime, with a header beside it; implies --fold",

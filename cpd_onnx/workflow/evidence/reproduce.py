@@ -57,7 +57,7 @@ def reproduce(request: Reproduce, observer: Observer = ignore) -> dict[str, Any]
             if repeated.teacher_cache is not None:
                 repeated.teacher_cache.unlink(missing_ok=True)
         else:
-            deploy(repeated, observer)
+            deploy(repeated, observer, merges=_recorded_merges(record))
     rows = []
     for entry in outputs.values():
         path = request.output / _name_of(entry, request.manifest)
@@ -66,6 +66,14 @@ def reproduce(request: Reproduce, observer: Observer = ignore) -> dict[str, Any]
     content = {"files": rows, "other_versions": manifest.differences(record)}
     write_json(request, content)
     return content
+
+
+def _recorded_merges(record: Mapping[str, Any]) -> Any:
+    """Return the linear runs that a run of `deploy` merged, which may have been chosen by their times; None if none."""
+    steps = record.get("steps")
+    found = [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+    options = next((step.get("options") or {"rounds": []} for step in found if step.get("name") == "merge"), {})
+    return options.get("rounds") if isinstance(options, dict) else None
 
 
 def _is_same(path: Path, entry: Mapping[str, Any]) -> bool:
