@@ -40,7 +40,7 @@ def _show_one(request: Inspect, content: Mapping[str, Any]) -> None:
     for operator, node in content["without_rule"].items():
         print_lines(f"no rule for {operator} (at {node}): its channels are frozen")
     print_lines(*findings.outlook_lines(content, path))
-    print_lines(f"what holds the rest, and what else takes time: {findings.WHY_NOT}")
+    print_lines(*findings.obstacle_lines(content))
     if "sensitivity" in content:
         out.print(report.sensitivity_table(content["sensitivity"]))
     if request.html is not None:

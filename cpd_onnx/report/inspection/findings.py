@@ -22,6 +22,7 @@ from cpd_onnx.channels.free import FreeChannels, free_channels, keep_without, re
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.errors import ISSUES, CpdError
 from cpd_onnx.ir.model import Model, element_bytes
+from cpd_onnx.report.inspection.obstacles import obstacles
 from cpd_onnx.report.tables import inspection, table_of
 from cpd_onnx.runtime.sessions import open_model
 from cpd_onnx.summary import count, share
@@ -58,6 +59,7 @@ def inspected(combed: Combed, held: Sequence[int] = ()) -> dict[str, Any]:
             for index, each in removable_groups(combed).items()
             if index not in held
         ],
+        "obstacles": [asdict(each) for each in obstacles(combed)],
     }
 
 
@@ -210,6 +212,14 @@ def outlook_lines(content: Mapping[str, Any], path: Path) -> list[str]:
             lines.append(f"to remove what is free: {command}")
         lines.append(f"to prune further: {command} --data DATA")
     return lines
+
+
+def obstacle_lines(content: Mapping[str, Any]) -> list[str]:
+    """Return what keeps the model from becoming smaller or faster, each with the address of its explanation."""
+    lines = [
+        f"why not smaller or faster: {each['text']} ({WHY_NOT}#{each['section']})" for each in content["obstacles"]
+    ]
+    return [*lines, f"what holds the rest, and what else takes time: {WHY_NOT}"]
 
 
 def _deployed_lines(content: Mapping[str, Any]) -> list[str]:
