@@ -237,23 +237,24 @@ class Finder:
         if made.result.bias >= 0 or not (run.shift.any() or (run.second.bias.any() and not made.is_second)):
             return -1
         use = self.only_use(run.pair[1])
-        if use is not None and self.is_sum(use.node, run.pair[1]):
+        if use is not None and self.is_sum(use.node, run.pair[1], run.second.channels[1]):
             return use.node
         if made.is_second:
             return None
-        tensors = [self.scope.nodes[position].output[0] for position in (run.first.position, *run.between)]
-        sums = (at for at, name in zip(run.between, tensors[:-1], strict=True) if self.is_sum(at, name))
-        return next(sums, None)
+        size = run.second.channels[0]
+        tensors = (self.scope.nodes[at].output[0] for at in (run.first.position, *run.between))
+        return next((at for at, name in zip(run.between, tensors, strict=False) if self.is_sum(at, name, size)), None)
 
-    def is_sum(self, position: int, name: str) -> bool:
-        """Return whether a node adds a constant to a tensor that has as many axes at least."""
+    def is_sum(self, position: int, name: str, size: int) -> bool:
+        """Return whether a node adds one constant to each channel, along the last axis, of a tensor."""
         node = self.scope.nodes[position]
         if not traits_of(node).is_sum or len(node.input) != 2:
             return False
-        array = self.constant(node.input[1 if node.input[0] == name else 0])
         before, after = self.scope.values.get(name), self.scope.values.get(node.output[0])
-        has_form = before is not None and after is not None and before.shapes == after.shapes is not None
-        return array is not None and has_form and array.ndim <= len((before and before.shape) or ())
+        if before is None or after is None or before.shape is None or before.shapes != after.shapes:
+            return False
+        array = self.constant(node.input[1 if node.input[0] == name else 0])
+        return array is not None and _vector(array, size) is not None and array.ndim <= len(before.shape)
 
 
 def _size(value: Value, axis: int) -> int:

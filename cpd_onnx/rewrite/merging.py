@@ -4,9 +4,9 @@ Between two of them there may be affine operators, which scale and shift each ch
 what is left where a branch between two layers has been removed. A convolution or matrix product to few channels and the
 next one to many cost less apart than as one; once pruning has left fewer channels around them than between them, one
 operator with the product of their weights is cheaper, and reads and writes one tensor less. Kim et al. (Efficient
-Latency-Aware CNN Depth Compression via Two-Stage Dynamic Programming, ICML 2023, arXiv 2301.12187) train activations away
-to merge more. Here the model computes the same as before, up to rounding: products are computed in float64 and rounded
-once, to the type of the weights.
+Latency-Aware CNN Depth Compression via Two-Stage Dynamic Programming, ICML 2023, arXiv 2301.12187) train activations
+away to merge more. Here the model computes the same as before, up to rounding: products are computed in float64 and
+rounded once, to the type of the weights.
 
 One node of a run stays, with its name, operator, place and attributes, except for those that name sizes. Its output is
 the last tensor of the run. The others are removed.
@@ -257,8 +257,9 @@ class _Merger(Editor):
         node.input[slot] = self.add_fresh(f"{old}_merged" if old else preferred, array)
 
     def describe(self, name: str, shape: Sequence[int]) -> None:
-        """Write the sizes of an initializer where the file declares it as an input too."""
-        for info in (info for info in self.model.graph.input if info.name == name):
+        """Write the sizes of an initializer where the file describes it elsewhere too."""
+        entries = (*self.model.graph.input, *self.model.graph.value_info)
+        for info in (info for info in entries if info.name == name):
             dims = info.type.tensor_type.shape.dim
             del dims[:]
             for size in shape:

@@ -164,6 +164,26 @@ MERGED = {
         "{ a = Transpose(w) b = Transpose<perm=[1,0]>(v) h = MatMul(x, a) y = MatMul(h, b) }",
         TOKENS, ["the a", "the b", "the h"],
     ),
+    "a sum after adds to places, not to channels": (
+        "(float[N,5,4] x, float[4,16] w, float[16] b, float[16,5] v, float[5,1] c) => (float[N,5,5] y) "
+        "{ h = MatMul(x, w) i = Add(b, h) j = MatMul(i, v) y = Add(c, j) }",
+        TOKENS, ["the j"],
+    ),
+    "a sum after has other numbers at each place": (
+        "(float[N,5,4] x, float[4,16] w, float[16] b, float[16,5] v, float[5,5] c) => (float[N,5,5] y) "
+        "{ h = MatMul(x, w) i = Add(b, h) j = MatMul(i, v) y = Add(c, j) }",
+        TOKENS, ["the j"],
+    ),
+    "a sum after adds one number": (
+        "(float[N,T,4] x, float[4,16] w, float[16] b, float[16,5] v, float[1] c) => (float[N,T,5] y) "
+        "{ h = MatMul(x, w) i = Add(b, h) j = MatMul(i, v) y = Add(c, j) }",
+        TOKENS, ["the h", "the i"],
+    ),
+    "a sum between has the second operator's bias as well": (
+        "(float[N,4] x, float[4,16] w, float[16] b, float[16,5] v, float[5] c) => (float[N,5] y) "
+        "{ h = MatMul(x, w) i = Add(h, b) y = Gemm(i, v, c) }",
+        (3, 4), ["the h", "the i"],
+    ),
     "transposed in the operator": (
         "(float[4,N] x, float[16,4] w, float[16] b, float[5,16] v, float[1,5] c) => (float[N,5] y) "
         "{ h = Gemm<transA=1,transB=1>(x, w, b) y = Gemm<transB=1>(h, v, c) }",
@@ -405,12 +425,15 @@ def test_initializers_among_the_inputs_keep_their_entries_right() -> None:
 
 
 def test_descriptions_of_tensors_that_are_gone_go() -> None:
-    proto = named(POINT + "{ h = Conv(x, w, b) i = Relu(h) j = Conv(i, v, c) y = Identity(j) }")
     proto = named(POINT + "{ h = Conv(x, w, b) j = Conv(h, v, c) y = Relu(j) }")
     proto.graph.value_info.append(helper.make_tensor_value_info("h", 1, ["N", 16, "H", "W"]))
     proto.graph.value_info.append(helper.make_tensor_value_info("j", 1, ["N", 5, "H", "W"]))
+    proto.graph.value_info.append(helper.make_tensor_value_info("v", 1, [5, 16, 1, 1]))
     made = checked(proto, IMAGE)
-    assert [info.name for info in made.model.graph.value_info] == ["j"]
+    shapes = {
+        info.name: [dim.dim_value for dim in info.type.tensor_type.shape.dim] for info in made.model.graph.value_info
+    }
+    assert shapes == {"j": [0, 5, 0, 0], "v": [5, 4, 1, 1]}
 
 
 def test_weights_that_half_precision_cannot_hold_are_left() -> None:
@@ -480,9 +503,22 @@ class Grown:
         self.node("ConvTranspose" if is_transposed else "Conv", self.weight(*sizes, *kernel), *bias, **given)
         self.channels = outputs
 
-    def affine(self, rank: int) -> None:
-        axes = [self.channels, *[1] * rank]
+    def product(self, rank: int) -> None:
+        outputs = self.pick(2, 4, 6, 8)
+        sizes = [self.channels, outputs]
+        if rank == 0 and self.pick(True, False):
+            is_turned = self.pick(True, False)
+            bias = [self.weight(*self.pick([outputs], [1, outputs], [1]))] if self.pick(True, False) else []
+            turned = {"transB": 1} if is_turned else {}
+            self.node("Gemm", self.weight(*(sizes[::-1] if is_turned else sizes)), *bias, **turned)
+        else:
+            self.node("MatMul", self.weight(*sizes))
+        self.channels = outputs
+
+    def affine(self, rank: int, *, is_last: bool = False) -> None:
+        axes = [self.channels] if is_last else [self.channels, *[1] * rank]
         kind = self.pick("Mul", "Mul", "Div", "Neg", "Identity", "BatchNormalization", "Add", "Sub")
+        kind = "Add" if is_last and kind == "BatchNormalization" else kind
         if kind in ("Neg", "Identity"):
             self.node(kind)
         elif kind == "BatchNormalization":
@@ -492,8 +528,9 @@ class Grown:
         else:
             self.node(kind, self.weight(*axes))
 
-    def model(self, rank: int) -> ModelProto:
-        sizes = ["N", 4, *(f"S{axis}" for axis in range(rank))]
+    def model(self, rank: int, *, is_last: bool = False) -> ModelProto:
+        places = [f"S{axis}" for axis in range(rank)]
+        sizes = ["N", *places, 4] if is_last else ["N", 4, *places]
         x = helper.make_tensor_value_info("x", 1, sizes)
         y = helper.make_tensor_value_info(self.name, 1, [f"Y{axis}" for axis in range(rank + 2)])
         graph = helper.make_graph(self.nodes, "grown", [x], [y], self.weights)
@@ -510,11 +547,22 @@ def grown(seed: int) -> tuple[ModelProto, tuple[int, ...]]:
     return made.model(rank), (2, 4, *(17 + 2 * axis for axis in range(rank)))
 
 
+def grown_products(seed: int) -> tuple[ModelProto, tuple[int, ...]]:
+    made = Grown(seed)
+    rank = made.pick(0, 1)
+    for _ in range(made.pick(2, 3, 4)):
+        made.product(rank)
+        for _ in range(made.pick(0, 1, 1, 2)):
+            made.affine(rank, is_last=True)
+    return made.model(rank, is_last=True), (3, *[5] * rank, 4)
+
+
 @pytest.mark.parametrize("start", range(0, 200, 50))
-def test_random_runs(start: int) -> None:
+@pytest.mark.parametrize("make", [grown, grown_products])
+def test_random_runs(start: int, make: Any) -> None:
     merged = 0
     for seed in range(start, start + 50):
-        proto, shape = grown(seed)
+        proto, shape = make(seed)
         merged += len(checked(proto, shape, saving=always).gone) > 0
     assert merged >= 10
 
