@@ -357,12 +357,15 @@ class _Repairer:
 
         def look(_: int, batch: int, tensors: Tensors) -> Block:
             places, wanted = targets[batch]
+            other = None
             if unit.other is not None:
-                wanted = wanted - unit.linear.targets(single(tensors[unit.other]), places)
+                other = unit.linear.targets(single(tensors[unit.other]), places)
+                wanted = wanted - other
             data = single(tensors[unit.data])
             for mask in silent:
                 data = data * mask
-            return Block(apart(unit.linear.rows(data, places)), apart(wanted))
+            other = apart(other) if other is not None and unit.is_clipped else None
+            return Block(apart(unit.linear.rows(data, places)), apart(wanted), other)
 
         return [block for (block,) in self.new.run([Stop(unit.position - 1, names)], look, cut=cut)]
 
@@ -407,4 +410,4 @@ def _divided(blocks: list[Block], held_out: int) -> tuple[list[Block], int]:
     (block,) = blocks
     place = block.rows.shape[1] - block.rows.shape[1] // _CHECKED
     parts = (slice(0, place), slice(place, None))
-    return [Block(block.rows[:, part], block.wanted[:, part]) for part in parts], 1
+    return [block.part(part) for part in parts], 1

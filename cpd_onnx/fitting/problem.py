@@ -30,10 +30,23 @@ class Block:
     Attributes:
         rows: Features [groups, rows, features].
         wanted: Targets [groups, rows, outputs].
+        other: What is added to the product before the activation that clips, of the same shape; None for nothing. The
+            targets are those of the product alone.
     """
 
     rows: Rows
     wanted: Rows
+    other: Rows | None = None
+
+    def bounds(self, bounds: tuple[float, float]) -> tuple[Rows | float, Rows | float]:
+        """Return the bounds of the product where those of the activation are given."""
+        low, high = bounds
+        return (low, high) if self.other is None else (np.float32(low) - self.other, np.float32(high) - self.other)
+
+    def part(self, rows: slice) -> Block:
+        """Return some of the rows."""
+        other = None if self.other is None else self.other[:, rows]
+        return Block(self.rows[:, rows], self.wanted[:, rows], other)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +164,7 @@ class Problem:
 
     def aims(self, block: Block, fit: tuple[Matrix, Matrix]) -> Rows:
         """Return targets in which those that the activation clips are replaced by any equivalent nearest to the fit."""
-        low, high = self.bounds
+        low, high = block.bounds(self.bounds)
         made = self.products(block.rows, *fit)
         aims = np.where(block.wanted > low, block.wanted, np.minimum(made, low))
         return np.asarray(np.where(aims < high, aims, np.maximum(made, high)), np.float32)
@@ -192,8 +205,9 @@ class Problem:
 
         def of(number: int) -> tuple[float, int]:
             block = self.checks[number]
-            wrong = np.clip(self.products(block.rows, matrix, constant), *self.bounds)
-            wrong -= np.clip(block.wanted, *self.bounds)
+            low, high = block.bounds(self.bounds)
+            wrong = np.clip(self.products(block.rows, matrix, constant), low, high)
+            wrong -= np.clip(block.wanted, low, high)
             return float(np.square(wrong).sum(dtype=np.float64)), wrong.size
 
         squares, count = np.sum(list(in_order(of, len(self.checks))), axis=0).tolist()

@@ -75,6 +75,11 @@ class Unit:
     other: str | None
     bounds: tuple[float, float]
 
+    @property
+    def is_clipped(self) -> bool:
+        """Whether an activation clips the target."""
+        return self.bounds != _UNBOUNDED
+
     def matrix(self, model: Model) -> Matrix:
         """Return the values of the weight as a matrix [groups, features, outputs]."""
         array = np.asarray(model.array(self.weight), np.float64)
