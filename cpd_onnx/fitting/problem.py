@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpd_onnx.fitting.least_squares import Matrix, Moments, Rows, lift, summed
+from cpd_onnx.fitting.steps import Steps
 from cpd_onnx.ops.matrix_view import Vector
 from cpd_onnx.runtime.stream import in_order
 
@@ -19,6 +20,8 @@ _STRONGER = 10.0**0.5
 """Factor from one regularization strength to the next that is tried (heuristic)."""
 _MOST_TRIED = 9
 """Maximum number of regularization strengths that are tried (heuristic)."""
+_ROUNDING = 1.5
+"""Ratio to the rounding of the targets up to which an error is nothing else (heuristic)."""
 _GOOD = 1e-5
 """Relative error up to which a weight is not refitted (heuristic)."""
 
@@ -57,12 +60,14 @@ class Solution:
         matrix: The weight [groups, features, outputs].
         constant: Constant that is added to its products [groups, 1, outputs].
         before, after: Root mean square error over the standard deviation of the target, on held-out rows.
+        scales: Scales of a quantised weight; None for a float one.
     """
 
     matrix: Matrix
     constant: Matrix
     before: float
     after: float
+    scales: Vector | None = None
 
 
 @dataclass(eq=False)
@@ -79,6 +84,9 @@ class Problem:
         ridge: Minimum strength of the regularization towards the initial matrix.
         rounds: Number of times that targets beyond a bound are replaced by the fitted values.
         refits: Whether a fit that passed is made again from all blocks, also those that validated it.
+        steps: Steps of a quantised weight; None for a float one.
+        stored: Function that returns the constant that can be stored in place of another.
+        noise: Root mean square of the rounding of the targets.
     """
 
     blocks: Sequence[Block]
@@ -91,6 +99,9 @@ class Problem:
     ridge: float
     rounds: int
     refits: bool = False
+    steps: Steps | None = None
+    stored: Callable[[Matrix], Matrix] | None = None
+    noise: float = 0.0
     _is_effective: npt.NDArray[np.bool_] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -114,15 +125,27 @@ class Problem:
         """Return the best fit; None if the weight needs no repair or the fit does not improve it."""
         deviation = self.deviation() or 1.0
         before = self.error(self.start, np.zeros(1)) / deviation
-        if not before > _GOOD:
+        if not before > max(_GOOD, _ROUNDING * self.noise / deviation):
             return None
         ridge, matrix, constant = self.fitted()
+        matrix, constant, scales = self.rounded(matrix, constant, ridge)
         after = self.error(matrix, constant) / deviation
         if not after < before:
             return None
         if self.refits and self.held_out:
-            matrix, constant = replace(self, held_out=0).at(ridge)
-        return Solution(matrix, constant, before, after)
+            whole = replace(self, held_out=0)
+            matrix, constant, scales = whole.rounded(*whole.at(ridge), ridge)
+        return Solution(matrix, constant, before, after, scales)
+
+    def rounded(self, matrix: Matrix, constant: Matrix, ridge: float) -> tuple[Matrix, Matrix, Vector | None]:
+        """Return a fit as it can be stored: a quantised weight in its steps, and a constant that makes up for them."""
+        if self.steps is None:
+            return matrix, constant, None
+        moments = self.moments()
+        found, scales = self.steps.rounded(matrix, moments.lifted(ridge))
+        found = np.where(self._is_effective, found, self.start)
+        constant = np.where(self._is_effective, constant + moments.mean @ (matrix - found), 0.0)
+        return found, constant if self.stored is None else self.stored(constant), scales
 
     def deviation(self) -> float:
         """Return the standard deviation of the targets."""

@@ -205,7 +205,7 @@ def test_the_last_branch_makes_up_for_what_the_shortcut_lacks(monkeypatch):
         return float(np.square(made(fixed, feed) - made(model, feed)).mean())
 
     with_shortcut = error()
-    monkeypatch.setattr("cpd_onnx.fitting.units._UnitFinder.summed", lambda finder, end, position: (end, None))
+    monkeypatch.setattr("cpd_onnx.fitting.units._UnitFinder.summed", lambda finder, chain, position: (chain.end, None))
     assert with_shortcut < 0.9 * error()
 
 
