@@ -109,12 +109,13 @@ class Stored:
         def laid_out(array: Array) -> Array:
             return np.asarray(linear.matrix(array.T if self.flipped else array))
 
-        numbers = self._integers(model)
+        numbers, scales, zeros = self._integers(model), self.scale.of(model), self._zeros()
+        if self.is_rounded:
+            numbers = np.clip(np.rint(numbers / self._each(scales)) + zeros, *self.limits)
         cells = np.broadcast_to(self.cells(), numbers.shape)
-        zeros = self._zeros()
         matrix = laid_out(np.broadcast_to(zeros, numbers.shape)).astype(np.float64)
-        limits = self.limits if self.is_rounded else _used(numbers, self.limits, self.scale.zero_point)
-        return Steps(laid_out(cells).astype(np.int64), self.scale.of(model), matrix, limits, self.scale.is_free)
+        limits = _used(numbers, self.limits, self.scale.zero_point)
+        return Steps(laid_out(cells).astype(np.int64), scales, matrix, limits, self.scale.is_free)
 
     def _integers(self, model: Model) -> Array:
         array = model.array(self.name)

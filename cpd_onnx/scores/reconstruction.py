@@ -24,6 +24,7 @@ from cpd_onnx.channels.costs import CostModel
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.data.sources import calibration
 from cpd_onnx.fitting.least_squares import MAX_FEATURES, Matrix, Moments, Sampler, one_thread, summed
+from cpd_onnx.fitting.levels import levels_of
 from cpd_onnx.fitting.units import Unit, units_of
 from cpd_onnx.io.progress import tracked
 from cpd_onnx.ir.model import Array
@@ -331,6 +332,7 @@ class _Observer:
         self.stream = Stream(self.combed.folded, self.combed.folded.model, self.feeds)
         self.sampler = Sampler(_ROWS, self.seed, self.stream.sizes)
         self.makers = self.combed.folded.scope.producers
+        self.levels = levels_of(self.combed.folded)
 
     def run(self, only: Container[str] | None = None) -> list[_Consumer]:
         """Return all consumers of channels, or only some weights."""
@@ -442,7 +444,10 @@ class _Observer:
         grams: list[Matrix] = []
 
         def sample(batch: int, tensors: Tensors) -> Matrix:
-            return _met(tensors[names[0]], left.axis, tensors[names[1]], right.axis)
+            first, second = (
+                self.levels[name].real(tensors[name]) if name in self.levels else tensors[name] for name in names
+            )
+            return _met(first, left.axis, second, right.axis)
 
         def add(result: Matrix) -> None:
             grams[:] = [np.asarray(sum(grams, start=result))]
