@@ -28,6 +28,7 @@ from cpd_onnx.fitting.problem import Block, Problem
 from cpd_onnx.fitting.units import Unit, units_of
 from cpd_onnx.io.progress import step, tracked
 from cpd_onnx.ir.model import Array, Model
+from cpd_onnx.ir.tensors import constant_tensors
 from cpd_onnx.options import option, positive
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.rewrite.rewriter import in_line, out_of_line
@@ -153,7 +154,7 @@ def repair(
     """
     chosen = options or RepairOptions()
     made = _in_line(combed, kept, in_line(combed, kept, pruned), data, chosen, only)
-    known = {tensor.name for tensor in pruned.graph.initializer}
+    known = {*(tensor.name for tensor in pruned.graph.initializer), *constant_tensors(pruned)}
     fits = tuple(fit for fit in made.fits if fit.weight in known)
     return replace(made, model=out_of_line(combed, kept, made.model), fits=fits)
 

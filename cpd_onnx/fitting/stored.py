@@ -9,6 +9,7 @@ import numpy as np
 
 from cpd_onnx.fitting.steps import Steps
 from cpd_onnx.ir.model import Array, Model
+from cpd_onnx.ir.tensors import held, hold
 from cpd_onnx.ops.matrix_view import Linear, Vector
 from cpd_onnx.ops.quantized_view import Packing
 
@@ -18,16 +19,22 @@ _BYTE = 255
 """Largest difference of two integers of eight bits."""
 
 
+def _held(model: Model, name: str) -> Array:
+    found = held(model, name)
+    assert found is not None, name
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class Scale:
     """The scales and zero points of integers.
 
     Attributes:
-        name: Initializer of the scales; empty if they are in no initializer, and cannot be changed.
-        values: Scales of integers without such an initializer.
+        name: Initializer or Constant node of the scales; empty if they are computed, and cannot be changed.
+        values: The scales at first.
         zero_point: Zero points: one, or one for each scale.
-        zero_name: Initializer of the zero points, if only these integers use it; else empty.
-        is_free: Whether only these integers use the initializer, so that the scales may be changed.
+        zero_name: Initializer or Constant node of the zero points, if only these integers use it; else empty.
+        is_free: Whether only these integers use the scales, so that they may be changed.
     """
 
     name: str
@@ -38,12 +45,12 @@ class Scale:
 
     def of(self, model: Model) -> Vector:
         """Return the scales in a model."""
-        return model.array(self.name).astype(np.float64).ravel() if self.name else self.values
+        return _held(model, self.name).astype(np.float64).ravel() if self.name else self.values
 
     def put(self, model: Model, scales: Vector) -> None:
         """Replace the scales."""
-        old = model.array(self.name)
-        model.set_array(self.name, scales.astype(old.dtype).reshape(old.shape))
+        old = _held(model, self.name)
+        hold(model, self.name, scales.astype(old.dtype).reshape(old.shape))
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +58,7 @@ class Stored:
     """A weight in the file.
 
     Attributes:
-        name: Its initializer.
+        name: Its initializer or Constant node.
         flipped: Whether the graph transposes it.
         scale: Scales and zero points; None for a float weight.
         cells: Function that returns the number of the scale of each element, in the layout of the initializer.
@@ -76,7 +83,7 @@ class Stored:
         """Return the shape where the weight is multiplied."""
         if self.packing is not None:
             return self.packing.rows, self.packing.columns
-        return tuple(model.tensor(self.name).dims)[:: -1 if self.flipped else 1]
+        return _held(model, self.name).shape[:: -1 if self.flipped else 1]
 
     def array(self, model: Model) -> Array:
         """Return the real numbers that the weight stands for, as float64, where it is multiplied."""
@@ -90,14 +97,14 @@ class Stored:
     def put(self, model: Model, array: Array, scales: Vector | None = None) -> None:
         """Replace the weight by real numbers; those of a quantised weight are steps of the scales."""
         array = array.T if self.flipped else array
-        old = model.array(self.name)
+        old = _held(model, self.name)
         if self.scale is None or scales is None:
-            model.set_array(self.name, np.ascontiguousarray(array, np.float32))
+            hold(model, self.name, np.ascontiguousarray(array, np.float32))
             return
         if not self.is_rounded:
             array = np.clip(np.rint(array / self._each(scales)) + self._zeros(), *self.limits)
         array = array if self.packing is None else self.packing.packed(array, old)
-        model.set_array(self.name, np.ascontiguousarray(array.astype(old.dtype)))
+        hold(model, self.name, np.ascontiguousarray(array.astype(old.dtype)))
         if self.scale.is_free:
             self.scale.put(model, scales)
 
@@ -118,7 +125,7 @@ class Stored:
         return Steps(laid_out(cells).astype(np.int64), scales, matrix, limits, self.scale.is_free)
 
     def _integers(self, model: Model) -> Array:
-        array = model.array(self.name)
+        array = _held(model, self.name)
         if self.packing is not None:
             return self.packing.unpacked(array)
         return array if array.dtype.kind in "iuf" else array.astype(np.int8)  # four bits
@@ -156,7 +163,7 @@ class Bias:
     """A constant added to the outputs, and the factor by which it is multiplied afterwards [outputs].
 
     Attributes:
-        name: Its initializer.
+        name: Its initializer or Constant node.
         factor: The factor.
         scale: Scales and zero points of integers; None for floats.
         limits: Smallest and largest integer.
@@ -195,7 +202,7 @@ class Bias:
 
     def values(self, model: Model, weight: Vector | None) -> Vector:
         """Return the real numbers, where the scales of the weight are known if they are implied."""
-        array = model.array(self.name).astype(np.float64).ravel()
+        array = _held(model, self.name).astype(np.float64).ravel()
         if self.implied:
             assert weight is not None
             return np.asarray(array * self.implied * weight)
@@ -206,12 +213,12 @@ class Bias:
 
         The integers of a bias that does not change stay as they are.
         """
-        stored = model.array(self.name)
+        stored = _held(model, self.name)
         if self.is_float:
-            model.set_array(self.name, (stored + change.reshape(stored.shape)).astype(np.float32))
+            hold(model, self.name, (stored + change.reshape(stored.shape)).astype(np.float32))
             return
         numbers = self._integers(model, old + change, weights)
-        model.set_array(self.name, np.clip(np.rint(numbers), *self.limits).astype(stored.dtype).reshape(stored.shape))
+        hold(model, self.name, np.clip(np.rint(numbers), *self.limits).astype(stored.dtype).reshape(stored.shape))
 
     def rounded(self, model: Model, values: Vector) -> Vector:
         """Return real numbers as the bias stores them."""
@@ -227,8 +234,8 @@ class Bias:
             scale, zero = self._coarse(model, values)
             if self.scale.is_free:
                 self.scale.put(model, scale)
-                zeros = model.array(self.scale.zero_name)
-                model.set_array(self.scale.zero_name, np.full(zeros.shape, zero, zeros.dtype))
+                zeros = _held(model, self.scale.zero_name)
+                hold(model, self.scale.zero_name, np.full(zeros.shape, zero, zeros.dtype))
             return np.asarray(values / scale + zero)
         scale = self.scale.of(model)
         if weights is not None and (weights[0] != weights[1]).any():

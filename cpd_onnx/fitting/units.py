@@ -8,12 +8,14 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
-from onnx import NodeProto, TensorProto
+from onnx import NodeProto, TensorProto, helper
 
 from cpd_onnx.fitting.least_squares import Matrix, Rows, single
 from cpd_onnx.fitting.steps import Steps
 from cpd_onnx.fitting.stored import Bias, Scale, Stored
 from cpd_onnx.ir.model import Array, Model, attributes_of, constant_array
+from cpd_onnx.ir.tensors import held
+from cpd_onnx.ops.evaluate import EVALUATORS, Call
 from cpd_onnx.ops.matrix_view import (
     AFFINE,
     Affine,
@@ -226,11 +228,11 @@ class _UnitFinder:
     def source(self, node: NodeProto, operands: Operands) -> Stored | str:
         """Return the weight of a node as it is stored; why it is left, empty if the operand is none."""
         name = node.input[operands.weight]
-        if self.is_constant_node(name):
+        if self.is_constant_node(name) and not operands.is_quantized:
             return "in a Constant node"
         name, flipped = self.before_transpose(name)
         if operands.is_quantized:
-            return self.of_operator(node, operands, name) if self.model.has(name) and not flipped else ""
+            return self.of_operator(node, operands, name) if not flipped else ""
         maker = self.maker(name)
         if maker is not None and traits_of(maker).is_quantizer and self.uses[name] == 1:
             return self.dequantised(maker, flipped=flipped)
@@ -259,10 +261,8 @@ class _UnitFinder:
             kind = quantised_type(quantizer, self.constant)
             name, users = quantizer.input[0], 2
         else:
-            kind = self.model.tensor(name).data_type if self.model.has(name) else 0
-        if self.is_constant_node(name):
-            return "in a Constant node"
-        if not self.model.has(name):
+            kind = self.kind(name)
+        if held(self.model, name) is None:
             return ""
         scale = self.scale(node.input, (1, 2), users)
         if scale is None or kind not in LIMITS or (flipped and len(shape) != 2):
@@ -273,14 +273,17 @@ class _UnitFinder:
         assert form is not None
 
         def cells() -> Array:
-            dims = tuple(self.model.tensor(name).dims)
-            return spread.aligned(np.arange(form.size).reshape(form.shape), dims)
+            weight = held(self.model, name)
+            assert weight is not None
+            return spread.aligned(np.arange(form.size).reshape(form.shape), weight.shape)
 
         return Stored(name, flipped, scale, cells, None, LIMITS[kind], is_rounded=users > 1)
 
     def of_operator(self, node: NodeProto, operands: Operands, name: str) -> Stored | str:
         """Return the weight of an operator that takes integers, with one scale for all, each output or each block."""
-        packing, kind = packing_of(node), self.model.tensor(name).data_type
+        packing, kind, weight = packing_of(node), self.kind(name), held(self.model, name)
+        if weight is None:
+            return ""
         names, level = node.input, operands.weight_level
         if operands.is_unscaled:
             scaled = self.scaled(node)
@@ -295,7 +298,7 @@ class _UnitFinder:
         count = scale.of(self.model).size
         if packing is not None:
             return Stored(name, False, scale, lambda: packing.cells, packing, packing.limits)
-        shape = tuple(self.model.tensor(name).dims)
+        shape = weight.shape
         linear = linear_of(node, shape)
         if linear is None:
             return ""
@@ -317,7 +320,7 @@ class _UnitFinder:
         None if they are not float32, or not constant.
         """
         name, zero_name = (names[slot] if 0 <= slot < len(names) else "" for slot in slots)
-        scales, zeros = (self.constant(each) if each else None for each in (name, zero_name))
+        scales, zeros = self.constant(name) if name else None, self.zero_points(zero_name)
         if scales is None or scales.dtype != np.float32 or (zero_name and zeros is None):
             return None
         middle = 0 if packing is None else packing.middle
@@ -326,10 +329,10 @@ class _UnitFinder:
         if points.size not in (1, scales.size) or not np.isfinite(scales).all() or not scales.all():
             return None
         points = points[:1] if (points == points[0]).all() else points
-        is_own = self.model.has(name)
-        own_zero = zero_name if zero_name and self.model.has(zero_name) and self.uses[zero_name] == users else ""
+        is_own = held(self.model, name) is not None
+        is_zero_own = held(self.model, zero_name) is not None and self.uses[zero_name] == users
         return Scale(
-            name if is_own else "", scales.astype(np.float64).ravel(), points, own_zero,
+            name if is_own else "", scales.astype(np.float64).ravel(), points, zero_name if is_zero_own else "",
             is_own and self.uses[name] == users and name not in self.scope.outputs,
         )  # fmt: skip  # what and how
 
@@ -343,7 +346,7 @@ class _UnitFinder:
             return
         if stored.is_float and self.model.tensor(stored.name).data_type != TensorProto.FLOAT:
             self.result.left[stored.name] = _OTHER_TYPE
-        elif self.uses[stored.name] != 1:
+        elif self.uses[stored.name] != 1 or stored.name in self.scope.outputs:
             self.result.left[stored.name] = "used several times"
         elif (unit := self.unit(position, operands, linear, stored, data)) is not None:
             self.result.found.append(unit)
@@ -425,7 +428,8 @@ class _UnitFinder:
             assert stored.scale is not None
             factor = 1.0 if data is None else data.scale
             values = array.astype(np.float64).ravel() * factor * stored.scale.of(self.model)
-            is_own = self.model.has(name) and self.uses[name] == 1 and array.size == count and data is not None
+            is_held = held(self.model, name) is not None and self.uses[name] == 1
+            is_own = is_held and array.size == count and data is not None
             limits = LIMITS[TensorProto.INT32]
             return values, Bias(name, np.ones(count), None, limits, factor) if is_own else None, False
         bias = self.editable(name, count)
@@ -489,15 +493,40 @@ class _UnitFinder:
         bias = self.of_integers(other, scale, count)
         return Affine(np.ones(1), vector), bias, binary.out_level
 
+    def kind(self, name: str) -> int:
+        """Return the element type of an initializer or a Constant node (`onnx.TensorProto`); 0 for other tensors."""
+        array = held(self.model, name)
+        return 0 if array is None else int(helper.np_dtype_to_tensor_dtype(array.dtype))
+
+    def zero_points(self, name: str) -> Array | None:
+        """Return zero points, which some exporters compute from their number."""
+        found = self.constant(name) if name else None
+        maker = self.maker(name) if found is None else None
+        evaluate = None if maker is None else EVALUATORS.get(maker.op_type)
+        if maker is None or evaluate is None:
+            return found
+        values = [self.zero_points(each) for each in maker.input]
+        known = [value for value in values if value is not None]
+        if len(known) < len(values):
+            return None
+        return np.asarray(evaluate(Call(attributes_of(maker), self.model.opset), *known))
+
+    def is_passed(self, node: NodeProto) -> bool:
+        """Return whether a node quantises, dequantises or changes nothing."""
+        row, kinds = traits_of(node), [self.scope.values.get(name) for name in (node.input[0], node.output[0])]
+        if row.casts:
+            return None not in kinds and len({value.dtype for value in kinds if value is not None}) == 1
+        return row.is_quantizer
+
     def unrounded(self, chain: _Chain) -> tuple[str, float]:
         """Return the tensor behind the quantisations that follow the chain, and the noise of their rounding."""
         name = chain.end
         noise = chain.levels[name].noise if name in chain.levels else chain.noise
-        while (user := self.only_user(name)) is not None and traits_of(user).is_quantizer and user.input[0] == name:
+        while (user := self.only_user(name)) is not None and user.input[0] == name and self.is_passed(user):
             level = level_of(user, (1, 2), self.constant)
-            if level is None:
+            if level is None and traits_of(user).is_quantizer:
                 break
-            name, noise = user.output[0], level.noise
+            name, noise = user.output[0], noise if level is None else level.noise
         return name, noise
 
     def constant(self, name: str) -> Array | None:
@@ -549,9 +578,9 @@ class _UnitFinder:
 
         Of integers of eight bits, scale and zero point must be changed together.
         """
-        if not self.model.has(name) or self.uses[name] != 1 or self.model.array(name).size != count:
+        array, kind = held(self.model, name), self.kind(name)
+        if array is None or self.uses[name] != 1 or array.size != count:
             return None
-        kind = self.model.tensor(name).data_type
         if kind not in LIMITS:
             return None
         if LIMITS[kind] != LIMITS[TensorProto.INT32]:
@@ -592,11 +621,12 @@ class _UnitFinder:
         """Return the tensor before the quantisations that make another after a position, and its level."""
         while self.scope.producers.get(name, -1) >= position:
             maker = self.maker(name)
-            if maker is None or not traits_of(maker).is_quantizer:
+            if maker is None or not self.is_passed(maker):
                 break
             value = self.scope.values.get(maker.input[0])
             is_real = value is not None and value.dtype == TensorProto.FLOAT
-            name, level = maker.input[0], None if is_real else level_of(maker, (1, 2), self.constant)
+            made = level_of(maker, (1, 2), self.constant) if traits_of(maker).is_quantizer else level
+            name, level = maker.input[0], None if is_real else made
             if not is_real and level is None:
                 break
         return name, level
@@ -609,7 +639,7 @@ class _UnitFinder:
             found = bounds_of(user, self.constant)
             if found is not None:
                 low, high = max(low, found[0]), min(high, found[1])
-            if not traits_of(user).is_quantizer:
+            if not self.is_passed(user):
                 break
             name = user.output[0]
         return (low, high) if low < high else _UNBOUNDED

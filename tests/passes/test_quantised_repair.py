@@ -428,3 +428,52 @@ def test_the_plan_names_refitted_integers_and_scales(form: str) -> None:
         other.set_array(name, array)
         with pytest.raises(ProofError):
             verify_files(model, other, state.plan)
+
+
+def as_torch_exports(model: Model) -> Model:
+    """The model with its numbers in Constant nodes, zero points that are computed, and casts that change nothing."""
+    proto, nodes = model.complete_proto(), []
+    values = {tensor.name: tensor for tensor in proto.graph.initializer}
+    for node in proto.graph.node:
+        for slot, name in enumerate(node.input):
+            if name in values and values[name].data_type != TensorProto.INT64:
+                own = f"{name}_{len(nodes)}"
+                array = numpy_helper.to_array(values[name])
+                if array.ndim and not array.any():
+                    nodes.append(helper.make_node("Constant", [], [f"{own}_size"], value_ints=array.shape))
+                    nodes.append(helper.make_node("ConstantOfShape", [f"{own}_size"], [f"{own}_zeros"]))
+                    nodes.append(helper.make_node("Cast", [f"{own}_zeros"], [own], to=values[name].data_type))
+                else:
+                    nodes.append(helper.make_node("Constant", [], [own], value=values[name]))
+                node.input[slot] = own
+        if node.op_type == "QuantizeLinear":
+            name = node.output[0]
+            node.output[0] = f"{name}_before"
+            nodes += [node, helper.make_node("Cast", [f"{name}_before"], [name], to=TensorProto.UINT8)]
+        else:
+            nodes.append(node)
+    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del proto.graph.node[:], proto.graph.initializer[:]
+    proto.graph.node.extend(nodes)
+    proto.graph.initializer.extend(tensor for tensor in values.values() if tensor.data_type == TensorProto.INT64)
+    return load(proto)
+
+
+def test_integers_in_constant_nodes() -> None:
+    model = as_torch_exports(static())
+    units = units_of(comb(model).folded).found
+    assert [unit.other is not None for unit in units] == [False, False, True, False]
+    small, found, left = repaired(model, CONV)
+    assert left < 0.5
+    assert len(found.fits) == 3
+    changed = changed_values(small, found.model)
+    assert len(changed) == 12  # a weight, a bias and their scales each
+    assert {fit.weight for fit in found.fits} < changed.keys()
+    assert not any(found.model.has(name) for name in changed)
+    state = run(
+        "comb, score{kind='reconstruction'}, allocate{channels=0.5}, prune, verify, repair",
+        model,
+        data=ArraySource(inputs(CONV)),
+    )
+    assert state.plan is not None
+    assert verify_files(model, state.model, state.plan).trained
