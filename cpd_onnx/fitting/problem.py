@@ -127,21 +127,24 @@ class Problem:
         before = self.error(self.start, np.zeros(1)) / deviation
         if not before > max(_GOOD, _ROUNDING * self.noise / deviation):
             return None
-        ridge, matrix, constant = self.fitted()
-        matrix, constant, scales = self.rounded(matrix, constant, ridge)
+        moments = self.moments()
+        ridge, matrix, constant = self.fitted(moments)
+        matrix, constant, scales = self.rounded(matrix, constant, moments, ridge)
         after = self.error(matrix, constant) / deviation
         if not after < before:
             return None
         if self.refits and self.held_out:
             whole = replace(self, held_out=0)
-            matrix, constant, scales = whole.rounded(*whole.at(ridge), ridge)
+            moments = whole.moments()
+            matrix, constant, scales = whole.rounded(*whole.at(ridge, moments), moments, ridge)
         return Solution(matrix, constant, before, after, scales)
 
-    def rounded(self, matrix: Matrix, constant: Matrix, ridge: float) -> tuple[Matrix, Matrix, Vector | None]:
+    def rounded(
+        self, matrix: Matrix, constant: Matrix, moments: Moments, ridge: float
+    ) -> tuple[Matrix, Matrix, Vector | None]:
         """Return a fit as it can be stored: a quantised weight in its steps, and a constant that makes up for them."""
         if self.steps is None:
             return matrix, constant, None
-        moments = self.moments()
         found, scales = self.steps.rounded(matrix, moments.lifted(ridge))
         found = np.where(self._is_effective, found, self.start)
         constant = np.where(self._is_effective, constant + moments.mean @ (matrix - found), 0.0)
@@ -153,9 +156,9 @@ class Problem:
         count, total, squares = (sum(each) for each in zip(*sums, strict=True))
         return float(np.sqrt(np.maximum(squares / count - np.square(total / count), 0).mean()))
 
-    def fitted(self) -> tuple[float, Matrix, Matrix]:
+    def fitted(self, moments: Moments | None = None) -> tuple[float, Matrix, Matrix]:
         """Return the strength of the regularization that is best on held-out rows, with its matrix and constant."""
-        moments = self.moments()
+        moments = moments or self.moments()
         ridge, cross = self.ridge, self.cross(moments, lambda block: block.wanted)
         best = self.once(moments, cross, ridge)
         error = self.error(*best)
@@ -166,9 +169,9 @@ class Problem:
             best, ridge, error = stronger, ridge * _STRONGER, now
         return ridge, *self.clipped(moments, best, ridge)
 
-    def at(self, ridge: float) -> tuple[Matrix, Matrix]:
+    def at(self, ridge: float, moments: Moments | None = None) -> tuple[Matrix, Matrix]:
         """Return matrix and constant for one strength of the regularization."""
-        moments = self.moments()
+        moments = moments or self.moments()
         best = self.once(moments, self.cross(moments, lambda block: block.wanted), ridge)
         return self.clipped(moments, best, ridge)
 

@@ -45,6 +45,8 @@ class Steps:
             matrix: The weight [groups, features, outputs].
             moments: Second moments of the features, regularized [groups, features, features].
         """
+        if not (np.isfinite(matrix).all() and np.isfinite(moments).all()):
+            return matrix, self.scales
         scales = self.fitting(matrix) if self.is_free else self.scales
         each = scales[self.cells]
         factors = np.linalg.cholesky(np.linalg.inv(moments))

@@ -46,8 +46,8 @@ from cpd_onnx.shapes.values import Folded, Use
 
 Bounds: TypeAlias = tuple[float, float]
 _UNBOUNDED = (-np.inf, np.inf)
-_OTHER_TYPE = "of a type that is not fitted"
-"""Why a weight is left that is neither float32 nor made of integers with a constant float32 scale."""
+_OTHER_TYPE = "neither float32 nor integers with constant scales in float32"
+"""Why a weight of another type is left."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,7 +290,7 @@ class _UnitFinder:
             if scaled is None:
                 return ""
             names, level = [*node.input, scaled.scale], (len(node.input), level[1])
-        if packing is None and kind not in LIMITS:
+        if packing is None and (operands.is_packed or kind not in LIMITS):
             return _OTHER_TYPE
         scale = self.scale(names, level, 1, packing)
         if scale is None:

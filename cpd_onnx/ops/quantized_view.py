@@ -95,6 +95,7 @@ class Operands:
             operator has a float output.
         is_float_bias: Whether the bias is a float.
         is_unscaled: Whether the output is the sum of products of integers, which the graph scales afterwards.
+        is_packed: Whether several numbers of the weight share a byte, or blocks of it have an axis, see `packing_of`.
     """
 
     data: int = 0
@@ -105,6 +106,7 @@ class Operands:
     out_level: Slots = _NONE
     is_float_bias: bool = True
     is_unscaled: bool = False
+    is_packed: bool = False
 
     @property
     def is_quantized(self) -> bool:
@@ -119,7 +121,7 @@ QLINEAR_MATMUL = Operands(out_level=(6, 7), **_STATIC)  # type: ignore[arg-type]
 INTEGER_PRODUCT = Operands(data_level=(-1, 2), weight_level=(-1, 3), is_unscaled=True)
 DYNAMIC_MATMUL = Operands(bias=4, weight_level=(2, 3))
 MATMUL_TO_FLOAT = Operands(bias=6, data_level=(2, 4), weight_level=(3, 5))
-MATMUL_N_BITS = Operands(bias=5, weight_level=(2, 3))
+MATMUL_N_BITS = Operands(bias=5, weight_level=(2, 3), is_packed=True)
 """Operands of the families of quantised linear operators."""
 
 
@@ -216,9 +218,11 @@ class Packing:
 
 
 def packing_of(node: NodeProto) -> Packing | None:
-    """Return how a node's weight is packed; None if it is not."""
-    given = attributes_of(node)
+    """Return how a node's weight is packed; None if it is not, or in another order than by blocks of its rows."""
+    given, is_reordered = attributes_of(node), len(node.input) > 4 and bool(node.input[4])
     if node.op_type != "MatMulNBits" or given.get("bits", 4) not in (2, 4, 8):
+        return None
+    if is_reordered or given.get("weight_prepacked", 0):
         return None
     return Packing(given.get("bits", 4), given["block_size"], given["K"], given["N"])
 

@@ -354,11 +354,11 @@ def test_a_scale_that_other_weights_use_is_not_changed() -> None:
     assert {found.model.array("w1").min(), found.model.array("w1").max()} <= set(range(-128, 128))
 
 
-def test_the_last_of_a_shared_initializer_and_of_another_type_is_left() -> None:
+def test_a_weight_with_scales_of_another_type_is_left() -> None:
     halves = {"w0": np.ones((16, 8), np.int8), "s": np.float16(0.1), "z": np.int8(0)}
     text = "g (float16[N, 16] x) => (float16[N, 8] y) { v = DequantizeLinear(w0, s, z) y = MatMul(x, v) }"
     found = units_of(comb(load(model_of(text, **halves))).folded)
-    assert (found.found, found.left) == ([], {"v": "of a type that is not fitted"})
+    assert (found.found, found.left) == ([], {"v": "neither float32 nor integers with constant scales in float32"})
 
 
 def test_rounding_is_made_up_for_by_what_is_rounded_later() -> None:
@@ -477,3 +477,21 @@ def test_integers_in_constant_nodes() -> None:
     )
     assert state.plan is not None
     assert verify_files(model, state.model, state.plan).trained
+
+
+def test_packed_weights_in_another_order_are_left() -> None:
+    model = packed(4, symmetric=True).copy()
+    for node in model.graph.node:
+        if node.op_type == "MatMulNBits":
+            node.attribute.append(helper.make_attribute("weight_prepacked", 1))
+    found = units_of(comb(model).folded)
+    assert found.found == []
+    assert set(found.left) == {"w0Q", "w1Q", "w2Q"}
+
+
+def test_what_is_no_number_is_not_rounded() -> None:
+    cells = np.broadcast_to(np.arange(2), (1, 3, 2))
+    steps = Steps(cells, np.ones(2), np.zeros(1), (-127, 127), is_free=True)
+    found, scales = steps.rounded(np.full((1, 3, 2), np.nan), np.full((1, 3, 3), np.nan))
+    assert np.isnan(found).all()
+    np.testing.assert_array_equal(scales, steps.scales)
