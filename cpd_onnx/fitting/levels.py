@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from onnx import NodeProto
 
-from cpd_onnx.ir.model import Array
+from cpd_onnx.fitting.graph import Graph
 from cpd_onnx.ops.matrix_view import operands_of
 from cpd_onnx.ops.quantized_view import LIMITS, Level, Slots, binary_of, level_of
 from cpd_onnx.ops.traits import traits_of
@@ -17,18 +17,16 @@ _NONE: Slots = (-1, -1)
 
 def levels_of(folded: Folded) -> dict[str, Level]:
     """Return the level of each quantised tensor of the main graph that a node takes with a constant one."""
-    model = folded.model
-
-    def constant(name: str) -> Array | None:
-        return model.array(name) if model.has(name) else None
-
+    graph = Graph(folded, folded.model)
     found: dict[str, Level] = {}
     for node in folded.scope.nodes:
         for slot, slots in _leveled(node):
             name = node.input[slot] if slot < len(node.input) else ""
             value = folded.scope.values.get(name)
-            level = None if value is None or value.dtype not in LIMITS else level_of(node, slots, constant)
-            if level is not None and not model.has(name):
+            if value is None or value.dtype not in LIMITS or value.constants is not None:
+                continue
+            level = level_of(node, slots, graph.constant)
+            if level is not None:
                 found.setdefault(name, level)
     return found
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from cpd_onnx.fitting.steps import Steps
 from cpd_onnx.ir.model import Array, Model
-from cpd_onnx.ir.tensors import held, hold
+from cpd_onnx.ir.tensors import held, held_type, hold
 from cpd_onnx.ops.matrix_view import Linear, Vector
 from cpd_onnx.ops.quantized_view import Packing
 
@@ -83,7 +83,9 @@ class Stored:
         """Return the shape where the weight is multiplied."""
         if self.packing is not None:
             return self.packing.rows, self.packing.columns
-        return _held(model, self.name).shape[:: -1 if self.flipped else 1]
+        found = held_type(model, self.name)
+        assert found is not None, self.name
+        return found[1][:: -1 if self.flipped else 1]
 
     def array(self, model: Model) -> Array:
         """Return the real numbers that the weight stands for, as float64, where it is multiplied."""

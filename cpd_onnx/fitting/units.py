@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
-from onnx import NodeProto, TensorProto, helper
+from onnx import NodeProto, TensorProto
 
+from cpd_onnx.fitting.graph import Graph
 from cpd_onnx.fitting.least_squares import Matrix, Rows, single
 from cpd_onnx.fitting.steps import Steps
 from cpd_onnx.fitting.stored import Bias, Scale, Stored
-from cpd_onnx.ir.model import Array, Model, attributes_of, constant_array
-from cpd_onnx.ir.tensors import held
-from cpd_onnx.ops.evaluate import EVALUATORS, Call
+from cpd_onnx.ir.model import Array, Model, attributes_of
+from cpd_onnx.ir.tensors import held_type
 from cpd_onnx.ops.matrix_view import (
     AFFINE,
     Affine,
@@ -32,7 +32,6 @@ from cpd_onnx.ops.quantized_view import (
     LIMITS,
     Level,
     Operands,
-    Packing,
     binary_of,
     is_dynamic_quantizer,
     level_of,
@@ -41,8 +40,7 @@ from cpd_onnx.ops.quantized_view import (
 )
 from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.rules.api import Quantized
-from cpd_onnx.shapes.editor import Editor
-from cpd_onnx.shapes.values import Folded, Use
+from cpd_onnx.shapes.values import Folded
 
 Bounds: TypeAlias = tuple[float, float]
 _UNBOUNDED = (-np.inf, np.inf)
@@ -189,18 +187,10 @@ def units_of(folded: Folded, model: Model | None = None) -> Units:
     return _UnitFinder(folded, model or folded.model).run()
 
 
-class _UnitFinder:
+class _UnitFinder(Graph):
     def __init__(self, folded: Folded, model: Model) -> None:
-        self.model, self.scope = model, folded.scope
-        self.editor = Editor(model)
-        self.uses = Counter(name for uses in self.scope.consumers.values() for name in self._names(uses))
+        super().__init__(folded, model)
         self.result = Units()
-
-    def _names(self, uses: Iterable[Use]) -> Iterator[str]:
-        """Yield the names at the corresponding inputs in the copy."""
-        for use in uses:
-            node = self.editor.node(use.scope, use.node) if not use.scope.function else use.scope.nodes[use.node]
-            yield node.input[use.slot]
 
     def run(self) -> Units:
         for position in range(len(self.scope.nodes)):
@@ -214,14 +204,6 @@ class _UnitFinder:
             elif found:
                 self.result.left[node.input[operands.weight]] = found
         return self.result
-
-    def node(self, position: int) -> NodeProto:
-        return self.editor.node(self.scope, position)
-
-    def maker(self, name: str) -> NodeProto | None:
-        """Return the node of the main graph that makes a tensor."""
-        position = self.scope.producers.get(name)
-        return None if position is None else self.node(position)
 
     # Weights.
 
@@ -262,7 +244,7 @@ class _UnitFinder:
             name, users = quantizer.input[0], 2
         else:
             kind = self.kind(name)
-        if held(self.model, name) is None:
+        if not self.is_held(name):
             return ""
         scale = self.scale(node.input, (1, 2), users)
         if scale is None or kind not in LIMITS or (flipped and len(shape) != 2):
@@ -273,17 +255,18 @@ class _UnitFinder:
         assert form is not None
 
         def cells() -> Array:
-            weight = held(self.model, name)
+            weight = held_type(self.model, name)
             assert weight is not None
-            return spread.aligned(np.arange(form.size).reshape(form.shape), weight.shape)
+            return spread.aligned(np.arange(form.size).reshape(form.shape), weight[1])
 
         return Stored(name, flipped, scale, cells, None, LIMITS[kind], is_rounded=users > 1)
 
     def of_operator(self, node: NodeProto, operands: Operands, name: str) -> Stored | str:
         """Return the weight of an operator that takes integers, with one scale for all, each output or each block."""
-        packing, kind, weight = packing_of(node), self.kind(name), held(self.model, name)
+        packing, weight = packing_of(node), held_type(self.model, name)
         if weight is None:
             return ""
+        kind, shape = weight
         names, level = node.input, operands.weight_level
         if operands.is_unscaled:
             scaled = self.scaled(node)
@@ -298,7 +281,6 @@ class _UnitFinder:
         count = scale.of(self.model).size
         if packing is not None:
             return Stored(name, False, scale, lambda: packing.cells, packing, packing.limits)
-        shape = weight.shape
         linear = linear_of(node, shape)
         if linear is None:
             return ""
@@ -311,30 +293,6 @@ class _UnitFinder:
             return linear.weight(np.broadcast_to(numbers, (groups, features, outputs)))
 
         return Stored(name, False, scale, cells, None, LIMITS[kind])
-
-    def scale(
-        self, names: Sequence[str], slots: tuple[int, int], users: int, packing: Packing | None = None
-    ) -> Scale | None:
-        """Return the scales and zero points at some slots, whose initializer has that many users if it is not shared.
-
-        None if they are not float32, or not constant.
-        """
-        name, zero_name = (names[slot] if 0 <= slot < len(names) else "" for slot in slots)
-        scales, zeros = self.constant(name) if name else None, self.zero_points(zero_name)
-        if scales is None or scales.dtype != np.float32 or (zero_name and zeros is None):
-            return None
-        middle = 0 if packing is None else packing.middle
-        numbers = np.full(1, middle) if zeros is None else zeros if packing is None else packing.zero_points(zeros)
-        points = numbers.astype(np.float64).ravel()
-        if points.size not in (1, scales.size) or not np.isfinite(scales).all() or not scales.all():
-            return None
-        points = points[:1] if (points == points[0]).all() else points
-        is_own = held(self.model, name) is not None
-        is_zero_own = held(self.model, zero_name) is not None and self.uses[zero_name] == users
-        return Scale(
-            name if is_own else "", scales.astype(np.float64).ravel(), points, zero_name if is_zero_own else "",
-            is_own and self.uses[name] == users and name not in self.scope.outputs,
-        )  # fmt: skip  # what and how
 
     # Units.
 
@@ -428,8 +386,7 @@ class _UnitFinder:
             assert stored.scale is not None
             factor = 1.0 if data is None else data.scale
             values = array.astype(np.float64).ravel() * factor * stored.scale.of(self.model)
-            is_held = held(self.model, name) is not None and self.uses[name] == 1
-            is_own = is_held and array.size == count and data is not None
+            is_own = self.is_held(name) and self.uses[name] == 1 and array.size == count and data is not None
             limits = LIMITS[TensorProto.INT32]
             return values, Bias(name, np.ones(count), None, limits, factor) if is_own else None, False
         bias = self.editable(name, count)
@@ -493,31 +450,6 @@ class _UnitFinder:
         bias = self.of_integers(other, scale, count)
         return Affine(np.ones(1), vector), bias, binary.out_level
 
-    def kind(self, name: str) -> int:
-        """Return the element type of an initializer or a Constant node (`onnx.TensorProto`); 0 for other tensors."""
-        array = held(self.model, name)
-        return 0 if array is None else int(helper.np_dtype_to_tensor_dtype(array.dtype))
-
-    def zero_points(self, name: str) -> Array | None:
-        """Return zero points, which some exporters compute from their number."""
-        found = self.constant(name) if name else None
-        maker = self.maker(name) if found is None else None
-        evaluate = None if maker is None else EVALUATORS.get(maker.op_type)
-        if maker is None or evaluate is None:
-            return found
-        values = [self.zero_points(each) for each in maker.input]
-        known = [value for value in values if value is not None]
-        if len(known) < len(values):
-            return None
-        return np.asarray(evaluate(Call(attributes_of(maker), self.model.opset), *known))
-
-    def is_passed(self, node: NodeProto) -> bool:
-        """Return whether a node quantises, dequantises or changes nothing."""
-        row, kinds = traits_of(node), [self.scope.values.get(name) for name in (node.input[0], node.output[0])]
-        if row.casts:
-            return None not in kinds and len({value.dtype for value in kinds if value is not None}) == 1
-        return row.is_quantizer
-
     def unrounded(self, chain: _Chain) -> tuple[str, float]:
         """Return the tensor behind the quantisations that follow the chain, and the noise of their rounding."""
         name = chain.end
@@ -528,38 +460,6 @@ class _UnitFinder:
                 break
             name, noise = user.output[0], noise if level is None else level.noise
         return name, noise
-
-    def constant(self, name: str) -> Array | None:
-        while not self.model.has(name):
-            node = self.maker(name)
-            if node is not None and traits_of(node).is_constant:
-                return next((array for a in node.attribute if (array := constant_array(a)) is not None), None)
-            if node is not None and traits_of(node).is_quantizer:
-                return self.computed(node)
-            # Exporters put an Identity behind constants that several nodes share.
-            if node is None or not traits_of(node).is_identity:
-                return None
-            name = node.input[0]
-        return self.model.array(name)
-
-    def computed(self, node: NodeProto) -> Array | None:
-        """Return the real numbers that a node dequantises with one scale, or one each along its axis."""
-        array, level = self.constant(node.input[0]), level_of(node, (1, 2), self.constant)
-        if array is None or array.dtype.kind not in "iu":
-            return None
-        if level is not None:
-            return level.real(array)
-        scale = self.scale(node.input, (1, 2), 1)
-        given = attributes_of(node)
-        if scale is None or given.get("block_size", 0) or not array.ndim:
-            return None
-        spread = Quantized(None, None, given.get("axis", 1) % array.ndim)
-        scales, zeros = (spread.aligned(numbers, array.shape) for numbers in (scale.values, scale.zero_point))
-        return np.asarray((array - zeros) * scales, np.float32)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        value = self.scope.values.get(name)
-        return (value.shape if value is not None else None) or ()
 
     def editable(self, name: str, count: int) -> Bias | None:
         """Return the constant as a bias that may be changed, if it has one number for each output and one user."""
@@ -578,22 +478,14 @@ class _UnitFinder:
 
         Of integers of eight bits, scale and zero point must be changed together.
         """
-        array, kind = held(self.model, name), self.kind(name)
-        if array is None or self.uses[name] != 1 or array.size != count:
+        found = held_type(self.model, name)
+        if found is None or self.uses[name] != 1 or math.prod(found[1]) != count or found[0] not in LIMITS:
             return None
-        if kind not in LIMITS:
-            return None
+        kind = found[0]
         if LIMITS[kind] != LIMITS[TensorProto.INT32]:
             is_free = scale.is_free and bool(scale.zero_name) and scale.values.size == 1
             scale = replace(scale, is_free=is_free)
         return Bias(name, np.ones(count), scale, LIMITS[kind])
-
-    def only_user(self, name: str) -> NodeProto | None:
-        """Return the only user of a tensor, if that is a node of the main graph."""
-        uses = self.scope.consumers.get(name, [])
-        if len(uses) != 1 or uses[0].scope is not self.scope or name in self.scope.outputs:
-            return None
-        return self.node(uses[0].node)
 
     def summed(self, chain: _Chain, position: int) -> tuple[str, str | None]:
         """Return the sum that the chain enters and its other operand, if that is computed before `position`.

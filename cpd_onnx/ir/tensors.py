@@ -145,6 +145,12 @@ def held(model: Model, name: str) -> Array | None:
     return None if tensor is None else to_array(tensor)
 
 
+def held_type(model: Model, name: str) -> tuple[int, tuple[int, ...]] | None:
+    """Return element type and shape of an initializer or a Constant node of the main graph; None for other tensors."""
+    tensor = model.tensor(name) if model.has(name) else _constant_tensor(model, name)
+    return None if tensor is None else (tensor.data_type, tuple(tensor.dims))
+
+
 def hold(model: Model, name: str, values: Array) -> None:
     """Replace the values of an initializer or a Constant node of the main graph, of the same element type."""
     if model.has(name):
