@@ -283,7 +283,7 @@ class _UnitFinder(Graph):
             return Stored(name, False, scale, lambda: packing.cells, packing, packing.limits)
         linear = linear_of(node, shape)
         if linear is None:
-            return ""
+            return "in a layout that is not fitted"
 
         def cells() -> Array:
             if count == 1:
