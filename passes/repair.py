@@ -22,12 +22,13 @@ from cpd_onnx.channels.renormalized import renormalized
 from cpd_onnx.data.sources import Source, calibration
 from cpd_onnx.data.synthetic import Synthetic
 from cpd_onnx.errors import DataError
-from cpd_onnx.fitting.least_squares import MAX_FEATURES, Rows, Sampler, one_thread, single
+from cpd_onnx.fitting.least_squares import MAX_FEATURES, Rows, Sampler, one_thread
 from cpd_onnx.fitting.output_error import output_error, outputs_of
 from cpd_onnx.fitting.problem import Block, Problem
 from cpd_onnx.fitting.units import Unit, units_of
 from cpd_onnx.io.progress import step, tracked
 from cpd_onnx.ir.model import Array, Model
+from cpd_onnx.ir.tensors import constant_tensors
 from cpd_onnx.options import option, positive
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.rewrite.rewriter import in_line, out_of_line
@@ -153,7 +154,7 @@ def repair(
     """
     chosen = options or RepairOptions()
     made = _in_line(combed, kept, in_line(combed, kept, pruned), data, chosen, only)
-    known = {tensor.name for tensor in pruned.graph.initializer}
+    known = {*(tensor.name for tensor in pruned.graph.initializer), *constant_tensors(pruned)}
     fits = tuple(fit for fit in made.fits if fit.weight in known)
     return replace(made, model=out_of_line(combed, kept, made.model), fits=fits)
 
@@ -300,6 +301,10 @@ class _Repairer:
         self.makers = combed.folded.scope.producers
         self.old = Stream(combed.folded, combed.folded.model, feeds)
         self.new = Stream(combed.folded, self.model, feeds)
+        for stream in (self.old, self.new):  # data may be that from before a quantisation
+            stream.keep_alive({unit.data: unit.position for unit in self.units})
+        is_rounded = any(unit.is_rounded for unit in self.units)
+        self.whole = {unit.position: unit for unit in units_of(combed.folded).found} if is_rounded else {}
         self.sampler = Sampler(options.rows, options.seed, self.old.sizes)
         self.held_out = _held_out(len(feeds), sum(self.old.sizes))
 
@@ -337,17 +342,30 @@ class _Repairer:
         shapes = [unit.matrix(self.model).shape for unit in units]
 
         def look(stop: int, batch: int, tensors: Tensors) -> Targets:
-            wanted = _kept(tensors[units[stop].target], masks[stop])
-            places = self.sampler.places((numbers[stop], batch), units[stop].linear, shapes[stop], wanted)
-            return places, apart(units[stop].linear.targets(wanted, places))
+            unit, whole = units[stop], self.whole.get(units[stop].position)
+            wanted = _kept(tensors[unit.target], masks[stop])
+            places = self.sampler.places((numbers[stop], batch), unit.linear, shapes[stop], wanted)
+            if whole is None or not unit.is_rounded:
+                return places, apart(unit.linear.targets(unit.real(unit.target, wanted), places))
+            real = {name: whole.real(name, tensors[name]) for name in names[stop]}
+            rows = whole.linear.rows(real[whole.data], places)
+            made = whole.unrounded(rows, places, real, whole.matrix(self.combed.folded.model))
+            return places, apart(_kept_outputs(made, masks[stop][unit.linear.out_axis], shapes[stop]))
 
         order = sorted(range(len(units)), key=lambda stop: (self.makers[units[stop].target], stop))
-        stops = [Stop(self.makers[units[stop].target], (units[stop].target,)) for stop in order]
+        names = [self.observed(unit) for unit in units]
+        stops = [Stop(self.makers[units[stop].target], names[stop]) for stop in order]
         found: dict[int, list[Targets]] = {number: [] for number in numbers}
         for results in self.old.run(stops, lambda stop, *of: look(order[stop], *of), cut=cut):
             for stop, result in zip(order, results, strict=True):
                 found[numbers[stop]].append(result)
         return found
+
+    def observed(self, unit: Unit) -> tuple[str, ...]:
+        """Return the tensors of the original that the targets of a unit are computed from."""
+        if not unit.is_rounded or unit.position not in self.whole:
+            return (unit.target,)
+        return tuple(dict.fromkeys((unit.target, unit.data, *([unit.other] if unit.other else []))))
 
     def blocks(self, number: int, targets: Sequence[Targets], cut: int | None) -> list[Block]:
         """Return features in the pruned model and targets from the original at the same positions."""
@@ -357,12 +375,15 @@ class _Repairer:
 
         def look(_: int, batch: int, tensors: Tensors) -> Block:
             places, wanted = targets[batch]
+            other = None
             if unit.other is not None:
-                wanted = wanted - unit.linear.targets(single(tensors[unit.other]), places)
-            data = single(tensors[unit.data])
+                other = unit.linear.targets(unit.real(unit.other, tensors[unit.other]), places)
+                wanted = wanted - other
+            data = unit.real(unit.data, tensors[unit.data])
             for mask in silent:
                 data = data * mask
-            return Block(apart(unit.linear.rows(data, places)), apart(wanted))
+            other = apart(other) if other is not None and unit.is_clipped else None
+            return Block(apart(unit.linear.rows(data, places)), apart(wanted), other)
 
         return [block for (block,) in self.new.run([Stop(unit.position - 1, names)], look, cut=cut)]
 
@@ -383,13 +404,12 @@ class _Repairer:
         blocks, held_out = _divided(blocks, self.held_out)
         made = Problem(
             blocks, held_out, unit.matrix(self.model), unit.gain, unit.shift, unit.bias is not None, unit.bounds,
-            options.ridge, options.rounds, refits,
+            options.ridge, options.rounds, refits, unit.steps(self.model),
+            lambda constant: unit.stored_constant(self.model, constant), unit.noise,
         ).solved()  # fmt: skip  # a list
         if made is None:
             return None
-        unit.store(self.model, made.matrix)
-        if unit.bias is not None:
-            unit.bias.add(self.model, (made.constant * unit.gain.reshape(made.constant.shape)).ravel())
+        unit.store(self.model, made.matrix, made.constant, made.scales)
         return Fit(unit.weight, unit.target, made.before, made.after)
 
 
@@ -397,7 +417,15 @@ def _kept(array: Array, masks: Sequence[Mask]) -> Array:
     for axis, mask in enumerate(masks):
         if len(mask) == array.shape[axis] and not mask.all():
             array = np.compress(mask, array, axis=axis)
-    return single(array)
+    return array
+
+
+def _kept_outputs(array: Array, mask: Mask, shape: Sequence[int]) -> Rows:
+    """Return the outputs that survive, for a matrix of a shape (groups, features, outputs) [groups, rows, outputs]."""
+    groups, _, outputs = shape
+    flat = array.transpose(1, 0, 2).reshape(array.shape[1], -1)
+    flat = flat if len(mask) != flat.shape[1] else np.compress(mask, flat, axis=1)
+    return np.ascontiguousarray(flat.reshape(len(flat), groups, outputs).transpose(1, 0, 2))
 
 
 def _divided(blocks: list[Block], held_out: int) -> tuple[list[Block], int]:
@@ -407,4 +435,4 @@ def _divided(blocks: list[Block], held_out: int) -> tuple[list[Block], int]:
     (block,) = blocks
     place = block.rows.shape[1] - block.rows.shape[1] // _CHECKED
     parts = (slice(0, place), slice(place, None))
-    return [Block(block.rows[:, part], block.wanted[:, part]) for part in parts], 1
+    return [block.part(part) for part in parts], 1

@@ -7,9 +7,10 @@
 DATA is a folder with `onnx/` and `load.py`, as `without_training.py` takes it, whose cases these are: half of the MACs
 (ESPNet 0.53), no training, 512 unlabelled images (ESPNet 64) for pruning, repair and calibration; all test images count.
 
-Each model is measured unchanged, pruned (`cpd-onnx prune --data`), quantised (`cpd-onnx deploy --int8 --data`), and
-pruned, then quantised. One is also quantised first and then pruned by L2, because repair does not fit weights of eight
-bits, and pruned to widths that are multiples of 8 (`--profile avx2`; multiples of 16 cannot reach half of its MACs).
+Each model is measured unchanged, pruned (`cpd-onnx prune --data`), quantised (`cpd-onnx deploy --int8 --data`), pruned,
+then quantised, and quantised, then pruned; the latter also with integer operators (`--int8-form qoperator`). One is also
+quantised and then pruned by L2 without a repair, and pruned to widths that are multiples of 8 (`--profile avx2`;
+multiples of 16 cannot reach half of its MACs).
 With --distill that model is also trained for a few updates: pruned, trained, quantised; and pruned, quantised, trained.
 
 Latency: one thread, batch size 1 (or the model's fixed one), all files of a model interleaved in random order; medians
@@ -40,7 +41,7 @@ from cpd_onnx.runtime.bench import machine
 from cpd_onnx.runtime.sessions import execute, open_model
 
 BOTH_ORDERS = "gtsrb"
-"""Case that is also quantised first, pruned to multiples of 8, and trained."""
+"""Case that is also pruned without a repair after quantisation, to multiples of 8, and trained."""
 SECONDS = 20.0
 """Seconds of interleaved timing for each model."""
 RECIPE = ("--steps", 300, "--batch-size", 64, "--lr", 0.001, "--shift", 2, "--threads", 1, "--compare", "outputs")
@@ -48,7 +49,10 @@ WAYS = {
     "pruned": ("dense", "prune", ()),
     "int8": ("dense", "deploy", ()),
     "pruned, int8": ("pruned", "deploy", ()),
-    "int8, pruned": ("int8", "prune", ("--score", "l2", "--no-repair")),
+    "int8, pruned": ("int8", "prune", ()),
+    "int8 operators": ("dense", "deploy", ("--int8-form", "qoperator")),
+    "int8 operators, pruned": ("int8 operators", "prune", ()),
+    "int8, pruned by L2": ("int8", "prune", ("--score", "l2", "--no-repair")),
     "pruned in eights": ("dense", "prune", ("--profile", "avx2")),
     "pruned in eights, int8": ("pruned in eights", "deploy", ()),
     "pruned, distilled": ("pruned", "distill", ()),
@@ -56,10 +60,11 @@ WAYS = {
     "pruned, int8, distilled": ("pruned, int8", "distill", ()),
 }
 """How each file is produced: from which file, by which command, with which additional options."""
-USUAL = ("pruned", "int8", "pruned, int8")
+USUAL = ("pruned", "int8", "pruned, int8", "int8, pruned", "int8 operators", "int8 operators, pruned")
 """Files that are produced for every model."""
 LABELS = {
     "dense": "original",
+    "int8, pruned by L2": "int8, pruned by L2 without a repair",
     "pruned in eights": "pruned in multiples of 8",
     "pruned in eights, int8": "pruned in multiples of 8, int8",
 }

@@ -20,6 +20,7 @@ from cpd_onnx.channels.groups import Combed
 from cpd_onnx.data.sources import Source, calibration
 from cpd_onnx.data.synthetic import Synthetic
 from cpd_onnx.ir.model import Array, Model, attributes_of
+from cpd_onnx.ir.tensors import constant_tensors
 from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.runtime.stepwise import Stepwise
 from cpd_onnx.shapes.editor import Editor
@@ -81,6 +82,10 @@ class Renormalized:
             if name in ratios:
                 after = (before + (after - before) * ratios[name]).astype(before.dtype)
             model.set_array(name, after)
+        known = constant_tensors(fitted)
+        for name, tensor in constant_tensors(model).items():
+            if name in known:
+                tensor.CopyFrom(known[name])
         return model
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cpd_onnx.fitting.least_squares import Matrix, Moments, Rows, lift, summed
+from cpd_onnx.fitting.steps import Steps
 from cpd_onnx.ops.matrix_view import Vector
 from cpd_onnx.runtime.stream import in_order
 
@@ -19,6 +20,8 @@ _STRONGER = 10.0**0.5
 """Factor from one regularization strength to the next that is tried (heuristic)."""
 _MOST_TRIED = 9
 """Maximum number of regularization strengths that are tried (heuristic)."""
+_ROUNDING = 1.5
+"""Ratio to the rounding of the targets up to which an error is nothing else (heuristic)."""
 _GOOD = 1e-5
 """Relative error up to which a weight is not refitted (heuristic)."""
 
@@ -30,10 +33,23 @@ class Block:
     Attributes:
         rows: Features [groups, rows, features].
         wanted: Targets [groups, rows, outputs].
+        other: What is added to the product before the activation that clips, of the same shape; None for nothing. The
+            targets are those of the product alone.
     """
 
     rows: Rows
     wanted: Rows
+    other: Rows | None = None
+
+    def bounds(self, bounds: tuple[float, float]) -> tuple[Rows | float, Rows | float]:
+        """Return the bounds of the product where those of the activation are given."""
+        low, high = bounds
+        return (low, high) if self.other is None else (np.float32(low) - self.other, np.float32(high) - self.other)
+
+    def part(self, rows: slice) -> Block:
+        """Return some of the rows."""
+        other = None if self.other is None else self.other[:, rows]
+        return Block(self.rows[:, rows], self.wanted[:, rows], other)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,12 +60,14 @@ class Solution:
         matrix: The weight [groups, features, outputs].
         constant: Constant that is added to its products [groups, 1, outputs].
         before, after: Root mean square error over the standard deviation of the target, on held-out rows.
+        scales: Scales of a quantised weight; None for a float one.
     """
 
     matrix: Matrix
     constant: Matrix
     before: float
     after: float
+    scales: Vector | None = None
 
 
 @dataclass(eq=False)
@@ -66,6 +84,9 @@ class Problem:
         ridge: Minimum strength of the regularization towards the initial matrix.
         rounds: Number of times that targets beyond a bound are replaced by the fitted values.
         refits: Whether a fit that passed is made again from all blocks, also those that validated it.
+        steps: Steps of a quantised weight; None for a float one.
+        stored: Function that returns the constant that can be stored in place of another.
+        noise: Root mean square of the rounding of the targets.
     """
 
     blocks: Sequence[Block]
@@ -78,6 +99,9 @@ class Problem:
     ridge: float
     rounds: int
     refits: bool = False
+    steps: Steps | None = None
+    stored: Callable[[Matrix], Matrix] | None = None
+    noise: float = 0.0
     _is_effective: npt.NDArray[np.bool_] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -101,15 +125,30 @@ class Problem:
         """Return the best fit; None if the weight needs no repair or the fit does not improve it."""
         deviation = self.deviation() or 1.0
         before = self.error(self.start, np.zeros(1)) / deviation
-        if not before > _GOOD:
+        if not before > max(_GOOD, _ROUNDING * self.noise / deviation):
             return None
-        ridge, matrix, constant = self.fitted()
+        moments = self.moments()
+        ridge, matrix, constant = self.fitted(moments)
+        matrix, constant, scales = self.rounded(matrix, constant, moments, ridge)
         after = self.error(matrix, constant) / deviation
         if not after < before:
             return None
         if self.refits and self.held_out:
-            matrix, constant = replace(self, held_out=0).at(ridge)
-        return Solution(matrix, constant, before, after)
+            whole = replace(self, held_out=0)
+            moments = whole.moments()
+            matrix, constant, scales = whole.rounded(*whole.at(ridge, moments), moments, ridge)
+        return Solution(matrix, constant, before, after, scales)
+
+    def rounded(
+        self, matrix: Matrix, constant: Matrix, moments: Moments, ridge: float
+    ) -> tuple[Matrix, Matrix, Vector | None]:
+        """Return a fit as it can be stored: a quantised weight in its steps, and a constant that makes up for them."""
+        if self.steps is None:
+            return matrix, constant, None
+        found, scales = self.steps.rounded(matrix, moments.lifted(ridge))
+        found = np.where(self._is_effective, found, self.start)
+        constant = np.where(self._is_effective, constant + moments.mean @ (matrix - found), 0.0)
+        return found, constant if self.stored is None else self.stored(constant), scales
 
     def deviation(self) -> float:
         """Return the standard deviation of the targets."""
@@ -117,9 +156,9 @@ class Problem:
         count, total, squares = (sum(each) for each in zip(*sums, strict=True))
         return float(np.sqrt(np.maximum(squares / count - np.square(total / count), 0).mean()))
 
-    def fitted(self) -> tuple[float, Matrix, Matrix]:
+    def fitted(self, moments: Moments | None = None) -> tuple[float, Matrix, Matrix]:
         """Return the strength of the regularization that is best on held-out rows, with its matrix and constant."""
-        moments = self.moments()
+        moments = moments or self.moments()
         ridge, cross = self.ridge, self.cross(moments, lambda block: block.wanted)
         best = self.once(moments, cross, ridge)
         error = self.error(*best)
@@ -130,9 +169,9 @@ class Problem:
             best, ridge, error = stronger, ridge * _STRONGER, now
         return ridge, *self.clipped(moments, best, ridge)
 
-    def at(self, ridge: float) -> tuple[Matrix, Matrix]:
+    def at(self, ridge: float, moments: Moments | None = None) -> tuple[Matrix, Matrix]:
         """Return matrix and constant for one strength of the regularization."""
-        moments = self.moments()
+        moments = moments or self.moments()
         best = self.once(moments, self.cross(moments, lambda block: block.wanted), ridge)
         return self.clipped(moments, best, ridge)
 
@@ -151,7 +190,7 @@ class Problem:
 
     def aims(self, block: Block, fit: tuple[Matrix, Matrix]) -> Rows:
         """Return targets in which those that the activation clips are replaced by any equivalent nearest to the fit."""
-        low, high = self.bounds
+        low, high = block.bounds(self.bounds)
         made = self.products(block.rows, *fit)
         aims = np.where(block.wanted > low, block.wanted, np.minimum(made, low))
         return np.asarray(np.where(aims < high, aims, np.maximum(made, high)), np.float32)
@@ -192,8 +231,9 @@ class Problem:
 
         def of(number: int) -> tuple[float, int]:
             block = self.checks[number]
-            wrong = np.clip(self.products(block.rows, matrix, constant), *self.bounds)
-            wrong -= np.clip(block.wanted, *self.bounds)
+            low, high = block.bounds(self.bounds)
+            wrong = np.clip(self.products(block.rows, matrix, constant), low, high)
+            wrong -= np.clip(block.wanted, low, high)
             return float(np.square(wrong).sum(dtype=np.float64)), wrong.size
 
         squares, count = np.sum(list(in_order(of, len(self.checks))), axis=0).tolist()

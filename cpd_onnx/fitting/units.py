@@ -2,88 +2,166 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import numpy as np
 from onnx import NodeProto, TensorProto
 
-from cpd_onnx.fitting.least_squares import Matrix
-from cpd_onnx.ir.model import Array, Model, constant_array
+from cpd_onnx.fitting.graph import Graph
+from cpd_onnx.fitting.least_squares import Matrix, Rows, single
+from cpd_onnx.fitting.steps import Steps
+from cpd_onnx.fitting.stored import Bias, Scale, Stored
+from cpd_onnx.ir.model import Array, Model, attributes_of
+from cpd_onnx.ir.tensors import held_type
 from cpd_onnx.ops.matrix_view import (
     AFFINE,
-    LINEAR,
+    Affine,
     Linear,
     Vector,
+    along,
     bounds_of,
     is_transpose,
     key_of,
     linear_of,
+    operands_of,
+)
+from cpd_onnx.ops.quantized_view import (
+    LIMITS,
+    Level,
+    Operands,
+    binary_of,
+    is_dynamic_quantizer,
+    level_of,
+    packing_of,
+    quantised_type,
 )
 from cpd_onnx.ops.traits import traits_of
-from cpd_onnx.shapes.editor import Editor
-from cpd_onnx.shapes.values import Folded, Use
+from cpd_onnx.rules.api import Quantized
+from cpd_onnx.shapes.values import Folded
 
+Bounds: TypeAlias = tuple[float, float]
 _UNBOUNDED = (-np.inf, np.inf)
-_SILENT = 1e-6
-"""Factor below which a bias has no measurable effect, so that it is not divided by (heuristic)."""
-
-
-@dataclass(frozen=True, eq=False)
-class Bias:
-    """A constant added to the outputs, and the factor by which it is multiplied afterwards [outputs]."""
-
-    name: str
-    factor: Vector
-
-    def add(self, model: Model, change: Vector) -> None:
-        """Change the values in a model so that the end of the chain changes by that much [outputs]."""
-        old = model.array(self.name)
-        change = change / np.where(np.abs(self.factor) > _SILENT, self.factor, 1.0)
-        model.set_array(self.name, (old + change.reshape(old.shape)).astype(np.float32))
+_OTHER_TYPE = "neither float32 nor integers with constant scales in float32"
+"""Why a weight of another type is left."""
 
 
 @dataclass(frozen=True, eq=False)
 class Unit:
     """A weight, the node of the main graph that multiplies by it, and the affine chain after that.
 
+    All are those of real numbers: of quantised tensors, what their integers stand for.
+
     Attributes:
         position: Position of the node.
         linear: The node as a matrix product.
         data: Tensor that the node multiplies by the weight.
-        weight: Initializer, used nowhere else.
-        flipped: Whether the graph transposes it first.
+        stored: The weight, whose initializer is used nowhere else.
         gain, shift: Affine function from the product to `end`: end = gain * product + shift [outputs].
         bias: Constant in the chain that may be changed.
         end: Last tensor of the chain.
         target: Tensor to be fitted: `end`, or the sum that it enters.
         other: The other operand of that sum, which is computed before the node.
-        bounds: Bounds to which an activation clips the target, such as a rectifier; infinite for none.
+        bounds: Bounds to which an activation or a quantisation clips the target; infinite for none.
+        levels: Scales and zero points of those of these tensors that are quantised, by name.
+        noise: Root mean square of the rounding of `end` before it enters the target.
+        is_rounded: Whether the node takes or returns integers, so that its output differs from the product of real
+            numbers: it may be clipped, sometimes in place of an activation.
     """
 
     position: int
     linear: Linear
     data: str
-    weight: str
-    flipped: bool
+    stored: Stored
     gain: Vector
     shift: Vector
     bias: Bias | None
     end: str
     target: str
     other: str | None
-    bounds: tuple[float, float]
+    bounds: Bounds
+    levels: Mapping[str, Level] = field(default_factory=dict)
+    noise: float = 0.0
+    is_rounded: bool = False
+
+    @property
+    def weight(self) -> str:
+        """Name of the weight's initializer."""
+        return self.stored.name
+
+    @property
+    def flipped(self) -> bool:
+        """Whether the graph transposes the weight first."""
+        return self.stored.flipped
+
+    @property
+    def is_float(self) -> bool:
+        """Whether weight and bias can be any real numbers."""
+        return self.stored.is_float and (self.bias is None or self.bias.is_float)
+
+    @property
+    def is_clipped(self) -> bool:
+        """Whether something clips the target."""
+        return self.bounds != _UNBOUNDED
+
+    def real(self, name: str, array: Array) -> Array:
+        """Return the real numbers that the values of one of the unit's tensors stand for, as float32."""
+        level = self.levels.get(name)
+        return single(array) if level is None else level.real(array)
+
+    def unrounded(self, rows: Rows, places: Array, real: Mapping[str, Array], matrix: Matrix) -> Rows:
+        """Return the target as it is before anything clips or rounds it [groups, rows, outputs].
+
+        Args:
+            rows: Features at some positions of a batch.
+            places: The positions.
+            real: Real numbers of the unit's tensors; `other` is needed.
+            matrix: The weight.
+        """
+        gain, shift = (vector.reshape(len(matrix), 1, -1) for vector in (self.gain, self.shift))
+        made = rows @ (matrix * gain).astype(np.float32) + shift.astype(np.float32)
+        return np.asarray(made if self.other is None else made + self.linear.targets(real[self.other], places))
 
     def matrix(self, model: Model) -> Matrix:
         """Return the values of the weight as a matrix [groups, features, outputs]."""
-        array = np.asarray(model.array(self.weight), np.float64)
-        return np.asarray(self.linear.matrix(array.T if self.flipped else array), np.float64)
+        return np.asarray(self.linear.matrix(np.asarray(self.stored.array(model), np.float64)), np.float64)
 
-    def store(self, model: Model, matrix: Array) -> None:
-        """Replace the values of the weight."""
-        array = self.linear.weight(matrix)
-        model.set_array(self.weight, np.ascontiguousarray(array.T if self.flipped else array, np.float32))
+    def steps(self, model: Model) -> Steps | None:
+        """Return the steps of a quantised weight; None for a float one."""
+        return self.stored.steps(model, self.linear)
+
+    def store(self, model: Model, matrix: Array, constant: Array | None = None, scales: Vector | None = None) -> None:
+        """Replace the weight, and change the bias so that a constant is added to the products.
+
+        Args:
+            model: The model that is changed.
+            matrix: The new weight [groups, features, outputs].
+            constant: The constant for each output; none is possible without a bias.
+            scales: Scales of a quantised weight.
+        """
+        before, old = self._weight_scales(model), np.zeros(0)
+        if self.bias is not None:
+            old = self.bias.values(model, before)
+        self.stored.put(model, self.linear.weight(matrix), scales)
+        after = self._weight_scales(model)
+        if self.bias is not None and (constant is not None or scales is not None):
+            change = np.zeros(1) if constant is None else self.bias.change_before(constant.ravel() * self.gain)
+            self.bias.put(model, old, change, None if before is None or after is None else (before, after))
+
+    def stored_constant(self, model: Model, constant: Array) -> Array:
+        """Return the constant that the bias can add to the products in place of another."""
+        if self.bias is None or not self.bias.is_coarse:
+            return constant
+        old = self.bias.values(model, None)
+        made = self.bias.rounded(model, old + self.bias.change_before(constant.ravel() * self.gain))
+        is_felt = np.abs(self.gain) > 0
+        change = np.where(is_felt, (made - old) * self.bias.factor / np.where(is_felt, self.gain, 1.0), 0.0)
+        return np.asarray(change.reshape(constant.shape))
+
+    def _weight_scales(self, model: Model) -> Vector | None:
+        return None if self.stored.scale is None else self.stored.scale.of(model)
 
 
 @dataclass(eq=False)
@@ -109,129 +187,371 @@ def units_of(folded: Folded, model: Model | None = None) -> Units:
     return _UnitFinder(folded, model or folded.model).run()
 
 
-class _UnitFinder:
+class _UnitFinder(Graph):
     def __init__(self, folded: Folded, model: Model) -> None:
-        self.model, self.scope = model, folded.scope
-        self.editor = Editor(model)
-        self.uses = Counter(name for uses in self.scope.consumers.values() for name in self._names(uses))
+        super().__init__(folded, model)
         self.result = Units()
-
-    def _names(self, uses: Iterable[Use]) -> Iterator[str]:
-        """Yield the names at the corresponding inputs in the copy."""
-        for use in uses:
-            node = self.editor.node(use.scope, use.node) if not use.scope.function else use.scope.nodes[use.node]
-            yield node.input[use.slot]
 
     def run(self) -> Units:
         for position in range(len(self.scope.nodes)):
             node = self.node(position)
-            source = self.source(node.input[1]) if len(node.input) > 1 else None
-            if source is not None:
-                self.enter(position, node, *source)
-            elif len(node.input) > 1 and key_of(node) in LINEAR and self.is_constant_node(node.input[1]):
-                self.result.left[node.input[1]] = "in a Constant node"
+            operands = operands_of(node)
+            if operands is None or len(node.input) <= operands.weight:
+                continue
+            found = self.source(node, operands)
+            if isinstance(found, Stored):
+                self.enter(position, node, operands, found)
+            elif found:
+                self.result.left[node.input[operands.weight]] = found
         return self.result
 
-    def node(self, position: int) -> NodeProto:
-        return self.editor.node(self.scope, position)
+    # Weights.
 
-    def source(self, name: str) -> tuple[str, bool] | None:
-        """Return the initializer that a weight comes from, and whether the graph transposes it."""
-        if self.model.has(name):
+    def source(self, node: NodeProto, operands: Operands) -> Stored | str:
+        """Return the weight of a node as it is stored; why it is left, empty if the operand is none."""
+        name = node.input[operands.weight]
+        if self.is_constant_node(name) and not operands.is_quantized:
+            return "in a Constant node"
+        name, flipped = self.before_transpose(name)
+        if operands.is_quantized:
+            return self.of_operator(node, operands, name) if not flipped else ""
+        maker = self.maker(name)
+        if maker is not None and traits_of(maker).is_quantizer and self.uses[name] == 1:
+            return self.dequantised(maker, flipped=flipped)
+        if not self.model.has(name):
+            return ""
+        return Stored(name, flipped) if not flipped or len(self.model.tensor(name).dims) == 2 else ""
+
+    def before_transpose(self, name: str) -> tuple[str, bool]:
+        """Return the matrix that the graph transposes before it becomes a tensor, or the tensor itself."""
+        maker = self.maker(name)
+        if maker is None or not is_transpose(maker) or self.uses[name] != 1:
             return name, False
-        maker = self.scope.producers.get(name)
-        node = None if maker is None else self.node(maker)
-        if node is None or not is_transpose(node) or self.uses[name] != 1 or not self.model.has(node.input[0]):
-            return None
-        return (node.input[0], True) if len(self.model.tensor(node.input[0]).dims) == 2 else None
+        return maker.input[0], True
 
     def is_constant_node(self, name: str) -> bool:
         value = self.scope.values.get(name)
-        return value is not None and value.weight is not None
+        return not self.model.has(name) and value is not None and value.weight is not None
 
-    def enter(self, position: int, node: NodeProto, name: str, flipped: bool) -> None:
-        shape = list(self.model.tensor(name).dims)
-        linear = linear_of(node, shape[::-1] if flipped else shape)
-        data = self.scope.values.get(node.input[0])
-        if linear is None or data is None or data.constants is not None or data.shape is None:
+    def dequantised(self, node: NodeProto, *, flipped: bool) -> Stored | str:
+        """Return a weight that a node dequantises; a float one that the graph quantises before that is rounded."""
+        name, users, shape = node.input[0], 1, self.shape(node.output[0])
+        quantizer = self.maker(name)
+        if quantizer is not None and traits_of(quantizer).is_quantizer:
+            if self.uses[name] != 1 or list(quantizer.input[1:]) != list(node.input[1:]):
+                return ""
+            kind = quantised_type(quantizer, self.constant)
+            name, users = quantizer.input[0], 2
+        else:
+            kind = self.kind(name)
+        if not self.is_held(name):
+            return ""
+        scale = self.scale(node.input, (1, 2), users)
+        if scale is None or kind not in LIMITS or (flipped and len(shape) != 2):
+            return _OTHER_TYPE
+        given = attributes_of(node)
+        spread = Quantized(None, None, given.get("axis", 1) % max(1, len(shape)), given.get("block_size", 0))
+        form = self.constant(node.input[1])
+        assert form is not None
+
+        def cells() -> Array:
+            weight = held_type(self.model, name)
+            assert weight is not None
+            return spread.aligned(np.arange(form.size).reshape(form.shape), weight[1])
+
+        return Stored(name, flipped, scale, cells, None, LIMITS[kind], is_rounded=users > 1)
+
+    def of_operator(self, node: NodeProto, operands: Operands, name: str) -> Stored | str:
+        """Return the weight of an operator that takes integers, with one scale for all, each output or each block."""
+        packing, weight = packing_of(node), held_type(self.model, name)
+        if weight is None:
+            return ""
+        kind, shape = weight
+        names, level = node.input, operands.weight_level
+        if operands.is_unscaled:
+            scaled = self.scaled(node)
+            if scaled is None:
+                return ""
+            names, level = [*node.input, scaled.scale], (len(node.input), level[1])
+        if packing is None and (operands.is_packed or kind not in LIMITS):
+            return _OTHER_TYPE
+        scale = self.scale(names, level, 1, packing)
+        if scale is None:
+            return _OTHER_TYPE
+        count = scale.of(self.model).size
+        if packing is not None:
+            return Stored(name, False, scale, lambda: packing.cells, packing, packing.limits)
+        linear = linear_of(node, shape)
+        if linear is None:
+            return "in a layout that is not fitted"
+
+        def cells() -> Array:
+            if count == 1:
+                return np.zeros((1,) * len(shape), np.int64)
+            groups, features, outputs = linear.matrix(np.broadcast_to(np.int8(0), shape)).shape
+            numbers = np.arange(groups * outputs).reshape(groups, 1, outputs)
+            return linear.weight(np.broadcast_to(numbers, (groups, features, outputs)))
+
+        return Stored(name, False, scale, cells, None, LIMITS[kind])
+
+    # Units.
+
+    def enter(self, position: int, node: NodeProto, operands: Operands, stored: Stored) -> None:
+        linear = linear_of(node, stored.shape(self.model))
+        data = self.data(node, operands)
+        value = self.scope.values.get(data[0])
+        if linear is None or value is None or value.constants is not None or value.shape is None:
             return
-        if self.model.tensor(name).data_type != TensorProto.FLOAT:
-            self.result.left[name] = "not float32"
-        elif self.uses[name] != 1:
-            self.result.left[name] = "used several times"
-        elif (unit := self.unit(position, node, linear, name, flipped)) is not None:
+        if stored.is_float and self.model.tensor(stored.name).data_type != TensorProto.FLOAT:
+            self.result.left[stored.name] = _OTHER_TYPE
+        elif self.uses[stored.name] != 1 or stored.name in self.scope.outputs:
+            self.result.left[stored.name] = "used several times"
+        elif (unit := self.unit(position, operands, linear, stored, data)) is not None:
             self.result.found.append(unit)
 
-    def unit(self, position: int, node: NodeProto, linear: Linear, name: str, flipped: bool) -> Unit | None:
+    def data(self, node: NodeProto, operands: Operands) -> tuple[str, dict[str, Level]]:
+        """Return the tensor that a node multiplies, and its level if it is quantised.
+
+        Where it is quantised by its own range, that is the tensor before.
+        """
+        name = node.input[operands.data]
+        maker = self.maker(name)
+        if operands.data_level == (-1, -1):
+            return name, {}
+        if maker is not None and is_dynamic_quantizer(maker):
+            return maker.input[0], {}
+        level = level_of(node, operands.data_level, self.constant)
+        return (name, {name: level}) if level is not None else ("", {})
+
+    def scaled(self, node: NodeProto) -> Scaled | None:
+        """Return how the graph scales the product of integers of a node, with the range of its data."""
+        cast = self.only_user(node.output[0])
+        user = None if cast is None or not traits_of(cast).casts else self.only_user(cast.output[0])
+        if cast is None or user is None or not traits_of(user).is_bilinear:
+            return None
+        other = user.input[1] if user.input[0] == cast.output[0] else user.input[0]
+        maker, source = self.maker(other), self.maker(node.input[0])
+        if maker is None or source is None or not traits_of(maker).is_bilinear or not is_dynamic_quantizer(source):
+            return None
+        factors = [name for name in maker.input if name != source.output[1]]
+        if len(factors) != 1 or self.uses[other] != 1 or self.constant(factors[0]) is None:
+            return None
+        return Scaled(user.output[0], factors[0])
+
+    def unit(
+        self, position: int, operands: Operands, linear: Linear, stored: Stored, data: tuple[str, dict[str, Level]]
+    ) -> Unit | None:
         """Return the unit of a weight, following the product as long as each output is only scaled and shifted."""
-        shape = linear.matrix(np.empty(tuple(self.model.tensor(name).dims)[:: -1 if flipped else 1], np.int8)).shape
+        node, levels = self.node(position), data[1]
+        shape = linear.matrix(np.broadcast_to(np.int8(0), stored.shape(self.model))).shape
         count = shape[0] * shape[2]
-        end, gain, shift = node.output[0], np.ones(count), np.zeros(count)
-        own = node.input[linear.bias] if 0 <= linear.bias < len(node.input) else ""
-        bias = None
+        chain = _Chain(node.output[0], np.ones(count), np.zeros(count), None, levels)
+        if operands.is_unscaled:
+            scaled = self.scaled(node)
+            assert scaled is not None  # or its weight would have no scale
+            chain.end = scaled.output
+        own = node.input[operands.bias] if 0 <= operands.bias < len(node.input) else ""
         if own:
-            array = self.constant(own)
-            if array is None or array.size not in (1, count):
-                self.result.left[name] = "with a computed bias"
+            bias = self.own_bias(own, count, operands, stored, levels.get(data[0]))
+            if bias is None:
+                self.result.left[stored.name] = "with a computed bias"
                 return None
-            shift = shift + array.astype(np.float64).ravel()
-            bias = self.editable(own, count)
-        rank = len(self.shape(end))
+            chain.shift, chain.bias = chain.shift + bias[0], bias[1]
+            if bias[1] is None and stored.scale is not None and not bias[2]:
+                stored = replace(stored, scale=replace(stored.scale, is_free=False))
+        if not self.leveled(chain, node, operands.out_level):
+            return None
+        rank = len(self.shape(chain.end))
         axis = linear.out_axis % max(1, rank) - rank
-        while (follower := self.only_user(end)) is not None:
-            make = AFFINE.get(key_of(follower))
-            step = make(follower, end, (axis + rank, axis), self.constant) if make is not None else None
-            if step is None or self.shape(follower.output[0]) != self.shape(end):
-                break
-            end = follower.output[0]
-            gain, shift = gain * step.factor, shift * step.factor + step.addend
-            bias = bias and Bias(bias.name, bias.factor * step.factor)
-            bias = bias or (self.editable(step.bias, count) if step.bias else None)
-        target, other = self.summed(end, position)
-        user = self.only_user(target)
-        bounds = None if user is None or user.input[0] != target else bounds_of(user, self.constant)
+        while self.extended(chain, (axis + rank, axis), count):
+            pass
+        target, other = self.summed(chain, position)
+        noise = 0.0 if operands.is_quantized else chain.noise
         return Unit(
-            position, linear, node.input[0], name, flipped, gain, shift, bias, end, target, other, bounds or _UNBOUNDED
-        )
+            position, linear, data[0], stored, chain.gain, chain.shift, chain.bias, chain.end, target, other,
+            self.bounds(target, chain.levels.get(target)), chain.levels, noise, operands.is_quantized,
+        )  # fmt: skip  # a list
 
-    def constant(self, name: str) -> Array | None:
-        while not self.model.has(name):
-            maker = self.scope.producers.get(name)
-            node = None if maker is None else self.node(maker)
-            if node is not None and traits_of(node).is_constant:
-                return next((array for a in node.attribute if (array := constant_array(a)) is not None), None)
-            # Exporters put an Identity behind constants that several nodes share.
-            if node is None or not traits_of(node).is_identity:
-                return None
-            name = node.input[0]
-        return self.model.array(name)
+    def own_bias(
+        self, name: str, count: int, operands: Operands, stored: Stored, data: Level | None
+    ) -> tuple[Vector, Bias | None, bool] | None:
+        """Return the values of a node's own bias, the bias if it may be changed, and whether it is a float.
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        value = self.scope.values.get(name)
-        return (value.shape if value is not None else None) or ()
+        None if it is not constant.
+        """
+        array = self.constant(name)
+        if array is None or array.size not in (1, count):
+            return None
+        if not operands.is_float_bias:
+            assert stored.scale is not None
+            factor = 1.0 if data is None else data.scale
+            values = array.astype(np.float64).ravel() * factor * stored.scale.of(self.model)
+            is_own = self.is_held(name) and self.uses[name] == 1 and array.size == count and data is not None
+            limits = LIMITS[TensorProto.INT32]
+            return values, Bias(name, np.ones(count), None, limits, factor) if is_own else None, False
+        bias = self.editable(name, count)
+        maker = self.maker(name)
+        is_float = maker is None or not traits_of(maker).is_quantizer
+        weight = stored.scale
+        if bias is not None and bias.scale is not None and bias.limits == LIMITS[TensorProto.INT32]:
+            # Runtimes take the product of the scales of data and weight for that of the bias.
+            follows = weight is not None and bias.scale.is_free and weight.values.size == bias.scale.values.size
+            bias = replace(bias, follows=True) if follows else None
+        return array.astype(np.float64).ravel(), bias, is_float
+
+    def leveled(self, chain: _Chain, node: NodeProto, slots: tuple[int, int]) -> bool:
+        """Enter the level of a node's output if it is quantised; returns False if that is not known."""
+        if slots == (-1, -1) or len(node.input) <= slots[0]:
+            return True
+        level = level_of(node, slots, self.constant)
+        if level is None or level.limits is None:
+            return False
+        chain.levels[node.output[0]] = level
+        return True
+
+    def extended(self, chain: _Chain, axes: tuple[int, int], count: int) -> bool:
+        """Append the next affine node to the chain, if there is one."""
+        at, noise = self.unrounded(chain)
+        follower = self.only_user(at)
+        if follower is None or self.shape(follower.output[0]) != self.shape(at):
+            return False
+        found = self.step(follower, at, axes, count)
+        if found is None or not self.leveled(chain, follower, found[2]):
+            return False
+        step, bias, _ = found
+        chain.end, chain.noise = follower.output[0], noise
+        chain.gain, chain.shift = chain.gain * step.factor, chain.shift * step.factor + step.addend
+        chain.bias = chain.bias and chain.bias.times(step.factor)
+        chain.bias = chain.bias or bias
+        return True
+
+    def step(
+        self, node: NodeProto, name: str, axes: tuple[int, int], count: int
+    ) -> tuple[Affine, Bias | None, tuple[int, int]] | None:
+        """Return what an affine node does to a tensor, its bias if that may be changed, and the slots of its level."""
+        make = AFFINE.get(key_of(node))
+        if make is not None:
+            step = make(node, name, axes, self.constant)
+            return None if step is None else (step, self.editable(step.bias, count) if step.bias else None, (-1, -1))
+        binary = binary_of(node)
+        if binary is None or name not in (node.input[slot] for slot in binary.operands):
+            return None
+        which = int(node.input[binary.operands[0]] == name)
+        other = node.input[binary.operands[which]]
+        scale = self.scale(node.input, binary.levels[which], 1)
+        array = self.constant(other)
+        if array is None or scale is None or scale.values.size != 1:
+            return None
+        vector = along((array - scale.zero_point) * scale.values, axes[1])
+        if vector is None:
+            return None
+        if not binary.is_sum:
+            return Affine(vector, np.zeros(1)), None, binary.out_level
+        bias = self.of_integers(other, scale, count)
+        return Affine(np.ones(1), vector), bias, binary.out_level
+
+    def unrounded(self, chain: _Chain) -> tuple[str, float]:
+        """Return the tensor behind the quantisations that follow the chain, and the noise of their rounding."""
+        name = chain.end
+        noise = chain.levels[name].noise if name in chain.levels else chain.noise
+        while (user := self.only_user(name)) is not None and user.input[0] == name and self.is_passed(user):
+            level = level_of(user, (1, 2), self.constant)
+            if level is None and traits_of(user).is_quantizer:
+                break
+            name, noise = user.output[0], noise if level is None else level.noise
+        return name, noise
 
     def editable(self, name: str, count: int) -> Bias | None:
         """Return the constant as a bias that may be changed, if it has one number for each output and one user."""
+        maker = self.maker(name)
+        if maker is not None and traits_of(maker).is_quantizer and self.uses[name] == 1:
+            scale = self.scale(maker.input, (1, 2), 1)
+            return None if scale is None else self.of_integers(maker.input[0], scale, count)
         if not self.model.has(name) or self.uses[name] != 1:
             return None
         if self.model.tensor(name).data_type != TensorProto.FLOAT:
             return None
         return Bias(name, np.ones(count)) if self.model.array(name).size == count else None
 
-    def only_user(self, name: str) -> NodeProto | None:
-        """Return the only user of a tensor, if that is a node of the main graph."""
-        uses = self.scope.consumers.get(name, [])
-        if len(uses) != 1 or uses[0].scope is not self.scope or name in self.scope.outputs:
-            return None
-        return self.node(uses[0].node)
+    def of_integers(self, name: str, scale: Scale, count: int) -> Bias | None:
+        """Return integers as a bias that may be changed, as `editable` does.
 
-    def summed(self, end: str, position: int) -> tuple[str, str | None]:
-        """Return the sum that a tensor enters and its other operand, if that is computed before `position`."""
-        user = self.only_user(end)
-        if user is None or not traits_of(user).is_sum:
-            return end, None
-        other = user.input[1] if user.input[0] == end else user.input[0]
+        Of integers of eight bits, scale and zero point must be changed together.
+        """
+        found = held_type(self.model, name)
+        if found is None or self.uses[name] != 1 or math.prod(found[1]) != count or found[0] not in LIMITS:
+            return None
+        kind = found[0]
+        if LIMITS[kind] != LIMITS[TensorProto.INT32]:
+            is_free = scale.is_free and bool(scale.zero_name) and scale.values.size == 1
+            scale = replace(scale, is_free=is_free)
+        return Bias(name, np.ones(count), scale, LIMITS[kind])
+
+    def summed(self, chain: _Chain, position: int) -> tuple[str, str | None]:
+        """Return the sum that the chain enters and its other operand, if that is computed before `position`.
+
+        Otherwise the end of the chain; levels and noise are entered in the chain.
+        """
+        at, noise = self.unrounded(chain)
+        user = self.only_user(at)
+        binary = None if user is None else binary_of(user)
+        if user is None or binary is None or not binary.is_sum:
+            return chain.end, None
+        which = int(user.input[binary.operands[0]] == at)
+        level = level_of(user, binary.levels[which], self.constant)
+        other, level = self.made_before(user.input[binary.operands[which]], level, position)
         value = self.scope.values.get(other)
         if value is None or value.constants is not None or self.scope.producers.get(other, -1) >= position:
-            return end, None
-        return (user.output[0], other) if self.shape(other) == self.shape(end) != () else (end, None)
+            return chain.end, None
+        if not self.shape(other) == self.shape(chain.end) != () or not self.leveled(chain, user, binary.out_level):
+            return chain.end, None
+        chain.noise = noise
+        chain.levels |= {} if level is None else {other: level}
+        return user.output[0], other
+
+    def made_before(self, name: str, level: Level | None, position: int) -> tuple[str, Level | None]:
+        """Return the tensor before the quantisations that make another after a position, and its level."""
+        while self.scope.producers.get(name, -1) >= position:
+            maker = self.maker(name)
+            if maker is None or not self.is_passed(maker):
+                break
+            value = self.scope.values.get(maker.input[0])
+            is_real = value is not None and value.dtype == TensorProto.FLOAT
+            made = level_of(maker, (1, 2), self.constant) if traits_of(maker).is_quantizer else level
+            name, level = maker.input[0], None if is_real else made
+            if not is_real and level is None:
+                break
+        return name, level
+
+    def bounds(self, target: str, level: Level | None) -> Bounds:
+        """Return the bounds to which what follows a tensor clips it: quantisations, and then an activation."""
+        low, high = (level and level.limits) or _UNBOUNDED
+        name = target
+        while (user := self.only_user(name)) is not None and user.input[0] == name:
+            found = bounds_of(user, self.constant)
+            if found is not None:
+                low, high = max(low, found[0]), min(high, found[1])
+            if not self.is_passed(user):
+                break
+            name = user.output[0]
+        return (low, high) if low < high else _UNBOUNDED
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """How the graph scales a product of integers: name of the result, and of the scale of the weight."""
+
+    output: str
+    scale: str
+
+
+@dataclass(eq=False)
+class _Chain:
+    """The affine chain after a product, while it is followed; its attributes are those of `Unit`."""
+
+    end: str
+    gain: Vector
+    shift: Vector
+    bias: Bias | None
+    levels: dict[str, Level]
+    noise: float = 0.0

@@ -9,7 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, numpy_helper
 
-from cpd_onnx.ir.model import DEFAULT_DOMAINS, Array, Lazy, Model, bodies_of, materialize, to_array
+from cpd_onnx.ir.model import (
+    DEFAULT_DOMAINS,
+    Array,
+    Lazy,
+    Model,
+    bodies_of,
+    materialize,
+    replace_values,
+    to_array,
+)
 
 _NUMBERS = {
     "value_float": (TensorProto.FLOAT, np.float32), "value_floats": (TensorProto.FLOAT, np.float32),
@@ -126,6 +135,47 @@ def _constant(attribute: AttributeProto) -> StoredTensor | None:
     kind, dtype = _NUMBERS[attribute.name]
     field = {"value_float": "f", "value_floats": "floats", "value_int": "i", "value_ints": "ints"}[attribute.name]
     return StoredTensor(kind, lambda: np.asarray(getattr(attribute, field), dtype))
+
+
+def held(model: Model, name: str) -> Array | None:
+    """Return the values of an initializer or a Constant node of the main graph, read-only; None for other tensors."""
+    if model.has(name):
+        return model.array(name)
+    tensor = _constant_tensor(model, name)
+    return None if tensor is None else to_array(tensor)
+
+
+def held_type(model: Model, name: str) -> tuple[int, tuple[int, ...]] | None:
+    """Return element type and shape of an initializer or a Constant node of the main graph; None for other tensors."""
+    tensor = model.tensor(name) if model.has(name) else _constant_tensor(model, name)
+    return None if tensor is None else (tensor.data_type, tuple(tensor.dims))
+
+
+def hold(model: Model, name: str, values: Array) -> None:
+    """Replace the values of an initializer or a Constant node of the main graph, of the same element type."""
+    if model.has(name):
+        model.set_array(name, values)
+        return
+    tensor = _constant_tensor(model, name)
+    assert tensor is not None, name
+    replace_values(tensor, values)
+
+
+def constant_tensors(model: Model) -> dict[str, TensorProto]:
+    """Return the tensors that Constant nodes of the main graph hold, by name."""
+    pairs = ((node, _tensor_of(node)) for node in model.graph.node)
+    return {node.output[0]: tensor for node, tensor in pairs if tensor is not None}
+
+
+def _constant_tensor(model: Model, name: str) -> TensorProto | None:
+    return next((_tensor_of(node) for node in model.graph.node if name and name in node.output), None)
+
+
+def _tensor_of(node: NodeProto) -> TensorProto | None:
+    """Return the tensor of a Constant node; None for other nodes, and for numbers that are no tensor."""
+    if node.op_type != "Constant" or node.domain not in DEFAULT_DOMAINS or not node.output:
+        return None
+    return next((a.t for a in node.attribute if a.name == "value" and a.HasField("t")), None)
 
 
 def same_bits(one: Array, other: Array) -> bool:

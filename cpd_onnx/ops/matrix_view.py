@@ -2,8 +2,9 @@
 
     rows [groups, rows, features]  x  matrix [groups, features, outputs]  =  targets [groups, rows, outputs]
 
-A row holds the input features of one position of the output: a pixel, a token. Affine operators, which scale and shift
-each channel, are described too. New operators are registered with `@linear` and `@affine`.
+A row holds the input features of one position of the output: a pixel, a token. Quantised operators are such products of
+the real numbers that their integers stand for. Affine operators, which scale and shift each channel, are described too.
+New operators are registered with `@linear` and `@affine`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,19 @@ from onnx import NodeProto
 
 from cpd_onnx.ir.model import Array, attributes_of
 from cpd_onnx.ops.evaluate import register_in
+from cpd_onnx.ops.quantized_view import (
+    DYNAMIC_MATMUL,
+    INTEGER_PRODUCT,
+    MATMUL_N_BITS,
+    MATMUL_TO_FLOAT,
+    QGEMM,
+    QLINEAR_CONV,
+    QLINEAR_MATMUL,
+    Constants,
+    Operands,
+    level_of,
+)
+from cpd_onnx.ops.traits import MICROSOFT
 
 Key: TypeAlias = "tuple[str, str]"
 """Domain ("" for the standard's) and name of an operator."""
@@ -57,7 +71,7 @@ class Window:
 
 
 class Linear(Protocol):
-    """A linear node as a matrix product."""
+    """A linear node as a matrix product of real numbers; `Operands` says at which slots these are."""
 
     @property
     def groups(self) -> int:
@@ -70,10 +84,6 @@ class Linear(Protocol):
     @property
     def keeps_pads(self) -> bool:
         """Whether the same attributes give the same pads for a larger kernel."""
-
-    @property
-    def bias(self) -> int:
-        """Input slot of the bias; -1 if the operator has none. The data is in slot 0, the weight in slot 1."""
 
     @property
     def in_axis(self) -> int:
@@ -112,10 +122,20 @@ LINEAR: dict[Key, _MakeLinear] = {}
 """Functions by operator that take a node and the shape of its weight and return its `Linear`; None if not linear."""
 
 
-def linear(*names: str, domain: str = "") -> Callable[[_MakeLinear], _MakeLinear]:
-    """Return a decorator that registers a function in `LINEAR`."""
+_OPERANDS: dict[Key, Operands] = {}
+"""Input slots of the operators in `LINEAR`."""
 
-    return register_in(LINEAR, *((domain, name) for name in names))
+
+def linear(*names: str, domain: str = "", operands: Operands | None = None) -> Callable[[_MakeLinear], _MakeLinear]:
+    """Return a decorator that registers a function in `LINEAR`, for operators with these operands."""
+    keys = [(domain, name) for name in names]
+    _OPERANDS.update(dict.fromkeys(keys, operands or Operands()))
+    return register_in(LINEAR, *keys)
+
+
+def operands_of(node: NodeProto) -> Operands | None:
+    """Return the input slots of a linear operator; None for other operators."""
+    return _OPERANDS.get(key_of(node))
 
 
 def key_of(node: NodeProto) -> Key:
@@ -143,8 +163,6 @@ class Affine:
     bias: str | None = None
 
 
-Constants: TypeAlias = "Callable[[str], Array | None]"
-"""A function that returns the values of a constant by name; None if the tensor is not constant."""
 _MakeAffine: TypeAlias = "Callable[[NodeProto, str, tuple[int, int], Constants], Affine | None]"
 """The type of a function in `AFFINE`."""
 AFFINE: dict[Key, _MakeAffine] = {}
@@ -189,20 +207,20 @@ def _batch_norm(node: NodeProto, name: str, axis: tuple[int, int], constants: Co
 @affine("Add")
 def _add(node: NodeProto, name: str, axis: tuple[int, int], constants: Constants) -> Affine | None:
     other = node.input[1] if node.input[0] == name else node.input[0]
-    vector = _along(constants(other), axis[1])
+    vector = along(constants(other), axis[1])
     return None if vector is None else Affine(np.ones(1), vector, other)
 
 
 @affine("Mul")
 def _mul(node: NodeProto, name: str, axis: tuple[int, int], constants: Constants) -> Affine | None:
-    vector = _along(constants(node.input[1] if node.input[0] == name else node.input[0]), axis[1])
+    vector = along(constants(node.input[1] if node.input[0] == name else node.input[0]), axis[1])
     return None if vector is None else Affine(vector, np.zeros(1))
 
 
 @affine("Sub")
 def _sub(node: NodeProto, name: str, axis: tuple[int, int], constants: Constants) -> Affine | None:
     is_first = node.input[0] == name
-    vector = _along(constants(node.input[1] if is_first else node.input[0]), axis[1])
+    vector = along(constants(node.input[1] if is_first else node.input[0]), axis[1])
     if vector is None:
         return None
     return Affine(np.ones(1), -vector) if is_first else Affine(-np.ones(1), vector)
@@ -210,7 +228,7 @@ def _sub(node: NodeProto, name: str, axis: tuple[int, int], constants: Constants
 
 @affine("Div")
 def _div(node: NodeProto, name: str, axis: tuple[int, int], constants: Constants) -> Affine | None:
-    vector = _along(constants(node.input[1]), axis[1]) if node.input[0] == name else None
+    vector = along(constants(node.input[1]), axis[1]) if node.input[0] == name else None
     return None if vector is None or not vector.all() else Affine(1 / vector, np.zeros(1))
 
 
@@ -236,7 +254,13 @@ def _clip(node: NodeProto, constants: Constants) -> tuple[float, float] | None:
     return (found[0], found[1]) if found[0] < found[1] else None
 
 
-def _along(array: Array | None, axis: int) -> Vector | None:
+@register_in(BOUNDS, ("", "QuantizeLinear"), (MICROSOFT, "QuantizeLinear"))
+def _quantised(node: NodeProto, constants: Constants) -> tuple[float, float] | None:
+    found = level_of(node, (1, 2), constants)
+    return None if found is None else found.limits
+
+
+def along(array: Array | None, axis: int) -> Vector | None:
     """Return a constant as a vector along an axis; None if it varies along another one or is not float."""
     if array is None or not np.issubdtype(array.dtype, np.floating):
         return None
@@ -264,7 +288,6 @@ class _Convolution:
     pads: tuple[tuple[int, int], ...] | None
     upper: bool = True
     spread: tuple[int, ...] = ()
-    bias: int = 2
     in_axis: int = 1
     out_axis: int = 1
 
@@ -379,7 +402,6 @@ class _Product:
 
     flipped_data: bool = False
     flipped_weight: bool = False
-    bias: int = 2
     out_axis: int = -1
     taps: int = 1
     groups: int = 1
@@ -411,9 +433,14 @@ class _Product:
         return found
 
 
-@linear("Conv")
+@linear("Conv", operands=Operands(bias=2))
+@linear("ConvInteger", operands=INTEGER_PRODUCT)
+@linear("QLinearConv", operands=QLINEAR_CONV)
+@linear("QLinearConv", domain=MICROSOFT, operands=QLINEAR_CONV)
 def _conv(node: NodeProto, weight: Sequence[int]) -> Linear | None:
     given = attributes_of(node)
+    if given.get("channels_last", 0):
+        return None
     rank = len(weight) - 2
     auto = given.get("auto_pad", "NOTSET")
     pads = given.get("pads", [0] * (2 * rank)) if auto == "NOTSET" else [0] * (2 * rank)
@@ -428,7 +455,7 @@ def _conv(node: NodeProto, weight: Sequence[int]) -> Linear | None:
     )
 
 
-@linear("ConvTranspose")
+@linear("ConvTranspose", operands=Operands(bias=2))
 def _conv_transpose(node: NodeProto, weight: Sequence[int]) -> Linear | None:
     given = attributes_of(node)
     rank = len(weight) - 2
@@ -444,7 +471,8 @@ def _conv_transpose(node: NodeProto, weight: Sequence[int]) -> Linear | None:
     return _Transposed(groups, shape, (1,) * rank, dilations, pairs, spread=spread)
 
 
-@linear("Gemm")
+@linear("Gemm", operands=Operands(bias=2))
+@linear("QGemm", domain=MICROSOFT, operands=QGEMM)
 def _gemm(node: NodeProto, weight: Sequence[int]) -> Linear | None:
     given = attributes_of(node)
     if given.get("alpha", 1.0) != 1.0 or given.get("beta", 1.0) != 1.0:
@@ -453,5 +481,10 @@ def _gemm(node: NodeProto, weight: Sequence[int]) -> Linear | None:
 
 
 @linear("MatMul")
+@linear("MatMulInteger", operands=INTEGER_PRODUCT)
+@linear("QLinearMatMul", operands=QLINEAR_MATMUL)
+@linear("DynamicQuantizeMatMul", domain=MICROSOFT, operands=DYNAMIC_MATMUL)
+@linear("MatMulIntegerToFloat", domain=MICROSOFT, operands=MATMUL_TO_FLOAT)
+@linear("MatMulNBits", domain=MICROSOFT, operands=MATMUL_N_BITS)
 def _matmul(node: NodeProto, weight: Sequence[int]) -> Linear | None:
-    return _Product(bias=-1) if len(weight) == 2 else None
+    return _Product() if len(weight) == 2 else None

@@ -30,17 +30,13 @@ from cpd_onnx.ir.model import (
     to_array,
 )
 from cpd_onnx.ops.evaluate import EVALUATORS, Call
+from cpd_onnx.ops.quantized_view import LIMITS
 from cpd_onnx.ops.traits import MICROSOFT, traits_of
 from cpd_onnx.shapes.editor import Editor
 from cpd_onnx.shapes.values import Folded
 
 HALF_TYPES = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
 """16-bit floating-point types (`onnx.TensorProto`), which `single` converts to float32."""
-_LIMITS: dict[int, tuple[int, int]] = {
-    TensorProto.INT8: (-128, 127), TensorProto.UINT8: (0, 255), TensorProto.INT16: (-32768, 32767),
-    TensorProto.UINT16: (0, 65535), TensorProto.INT4: (-8, 7), TensorProto.UINT4: (0, 15),
-}  # fmt: skip  # a table
-"""Smallest and largest value of each integer type that activations are quantised to."""
 _TYPE_ATTRIBUTES = {"to", "dtype", "output_dtype", "stash_type"}
 """Names of attributes whose value is an element type (ONNX operator specification)."""
 
@@ -381,13 +377,13 @@ class _Unrounder(Editor):
         scale, zero = (_at(node, slot) for slot in slots)
         output = node.output[0]
         kind = self.type_of(zero) if zero else attributes_of(node).get("output_dtype", 0) or TensorProto.UINT8
-        if kind not in _LIMITS:
+        if kind not in LIMITS:
             raise NotUnroundableError(f"{node.op_type} has a float8 output")
         rank = self.rank(node.input[0], output)
         found = self.put("Div", [x, self.along(scale, axis, rank)])
         if zero:
             found = self.put("Add", [found, self.along(zero, axis, rank)])
-        low, high = (self.add_fresh("limit", np.asarray(limit, np.float32)) for limit in _LIMITS[kind])
+        low, high = (self.add_fresh("limit", np.asarray(limit, np.float32)) for limit in LIMITS[kind])
         found = self.put("Max", [found, low])
         self.put("Min", [found, high], output)
         self.floating.add(output)

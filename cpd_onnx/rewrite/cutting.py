@@ -16,7 +16,8 @@ from cpd_onnx.algebra.atoms import Axis
 from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.channels.branches import Branches
 from cpd_onnx.channels.groups import Combed
-from cpd_onnx.ir.model import Array, Model, element_type, graphs_of
+from cpd_onnx.ir.model import Array, Model, element_type, graphs_of, replace_values, to_array
+from cpd_onnx.ir.tensors import constant_tensors
 from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.rewrite.pruned import Edit, Pruned
 from cpd_onnx.rules.api import Remainder
@@ -47,21 +48,26 @@ def with_values(combed: Combed, found: Branches, source: Sized, target: Sized) -
     and stay as they are in nodes that compute nothing that is left.
     """
     taken, given = Editor(source[1]), Editor(target[1].copy())
+    here, there = constant_tensors(source[1]), constant_tensors(given.model)
     done: dict[str, Array] = {}
     for use in (use for weight in combed.weights for use in weight.uses):
         scope, position, slot = use.use.scope, use.use.node, use.use.slot
         if scope.function or (not scope.path and position in found.dead):
             continue
         old, new = (editor.node(scope, position).input[slot] for editor in (taken, given))
-        if not given.model.has(new) or new in done:
+        if new in done or not (given.model.has(new) or new in there):
             continue
         if not scope.path and position in found.roots and slot != combed.recorder.remainders[("", position)].slot:
-            array = given.model.array(new)
+            array = given.model.array(new) if given.model.has(new) else to_array(there[new])
             done[new] = np.zeros(array.shape, array.dtype)
-        elif taken.model.has(old):
-            done[new] = _moved(use.axes, taken.model.array(old), source[0], target[0])
+        elif taken.model.has(old) or old in here:
+            array = taken.model.array(old) if taken.model.has(old) else to_array(here[old])
+            done[new] = _moved(use.axes, array, source[0], target[0])
     for name, array in done.items():
-        given.model.set_array(name, array)
+        if given.model.has(name):
+            given.model.set_array(name, array)
+        else:
+            replace_values(there[name], array)
     return given.model
 
 

@@ -11,7 +11,7 @@ from onnx import NodeProto
 
 from cpd_onnx.ir.model import Array, constant_array, element_bytes
 from cpd_onnx.ops.composition import Composition, compositions
-from cpd_onnx.ops.matrix_view import AFFINE, Linear, Vector, is_transpose, key_of, linear_of
+from cpd_onnx.ops.matrix_view import AFFINE, Linear, Vector, is_transpose, key_of, linear_of, operands_of
 from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.shapes.values import Folded, Use, Value
 
@@ -47,6 +47,7 @@ class Operator:
         linear: The node as a matrix product.
         channels: Numbers of channels of its data and of its output.
         bias: What it adds, in float64 [channels]; None if that is not constant.
+        bias_slot: Input slot of the bias; -1 if the operator has none.
         elements: Number of elements of the weight.
         places: Number of places at which all of them are multiplied.
     """
@@ -55,6 +56,7 @@ class Operator:
     linear: Linear
     channels: tuple[int, int]
     bias: Vector | None
+    bias_slot: int
     elements: int
     places: int
 
@@ -144,15 +146,16 @@ class Finder:
         if weight is None or data is None or out is None or data.constants is not None:
             return None
         array = self.constant(weight.name)
-        linear = None if array is None else linear_of(node, array.shape)
-        if array is None or linear is None or array.dtype not in _TYPES:
+        linear, operands = None if array is None else linear_of(node, array.shape), operands_of(node)
+        if array is None or linear is None or operands is None or array.dtype not in _TYPES:
             return None
         channels = _size(data, linear.in_axis), _size(out, linear.out_axis)
         if 0 in channels or data.shape is None or out.shape is None:
             return None
-        name = node.input[linear.bias] if 0 <= linear.bias < len(node.input) else ""
+        name = node.input[operands.bias] if 0 <= operands.bias < len(node.input) else ""
         bias = _vector(self.constant(name), channels[1]) if name else np.zeros(channels[1])
-        found = Operator(position, linear, channels, bias, array.size, math.prod(out.shape) // channels[1])
+        places = math.prod(out.shape) // channels[1]
+        found = Operator(position, linear, channels, bias, operands.bias, array.size, places)
         return replace(found, places=math.prod(data.shape) // channels[0]) if found.has_spread else found
 
     def constant(self, name: str) -> Array | None:
@@ -234,7 +237,8 @@ class Finder:
         """
         if run.second.bias is None:  # a tensor that is computed: it may stay where it is
             return -1 if made.is_second and not run.shift.any() else None
-        if made.result.bias >= 0 or not (run.shift.any() or (run.second.bias.any() and not made.is_second)):
+        stays = run.second if made.is_second else run.first
+        if stays.bias_slot >= 0 or not (run.shift.any() or (run.second.bias.any() and not made.is_second)):
             return -1
         use = self.only_use(run.pair[1])
         if use is not None and self.is_sum(use.node, run.pair[1], run.second.channels[1]):

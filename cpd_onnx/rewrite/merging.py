@@ -191,11 +191,9 @@ class _Merger(Editor):
         if run.sum is not None:
             self.put(run.sum, self.constant_slot(run, run.sum), added, "")
         elif (
-            made.result.bias >= 0
-            and run.second.bias is not None
-            and (added.any() or len(node.input) > made.result.bias)
+            stays.bias_slot >= 0 and run.second.bias is not None and (added.any() or len(node.input) > stays.bias_slot)
         ):
-            self.put(stays.position, made.result.bias, added, f"{node.input[WEIGHT]}_bias")
+            self.put(stays.position, stays.bias_slot, added, f"{node.input[WEIGHT]}_bias")
         self.connect(run, node)
         costs = f"{count(run.before.macs)} -> {count(run.after.macs)} multiply-accumulates"
         gone = [label for label, position in zip(before, sorted(run.nodes), strict=True) if position in self.removed]

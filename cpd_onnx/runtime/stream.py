@@ -150,6 +150,11 @@ class Stream:
             and not (name in makers and self._parts.is_constant[makers[name]])
         )
 
+    def keep_alive(self, needed: Mapping[str, int]) -> None:
+        """Let tensors be needed up to a position, even if no node takes them there."""
+        for name, position in needed.items():
+            self._parts.last[name] = max(self._parts.last.get(name, -1), position)
+
     def cut_bytes(self, position: int) -> float:
         """Return the approximate number of bytes of the tensors alive after a position, in all batches."""
         values, samples = self._folded.scope.values, sum(self.sizes)

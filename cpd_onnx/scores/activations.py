@@ -21,6 +21,7 @@ from cpd_onnx.algebra.atoms import NOTHING, Axis
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.channels.weights import dequantized
 from cpd_onnx.data.sources import calibration, calibration_batch
+from cpd_onnx.fitting.levels import levels_of
 from cpd_onnx.io.progress import advance
 from cpd_onnx.ir.model import Array
 from cpd_onnx.rules.api import FLOATS, Factor
@@ -45,7 +46,7 @@ class ChannelMoments:
     """Moments for each index of one axis of a tensor, over all other axes and all samples.
 
     Attributes:
-        energy: Mean square; the variance for integers, whose zero is arbitrary.
+        energy: Mean square; the variance for integers whose zero point is not known.
         variance: Variance.
     """
 
@@ -235,16 +236,18 @@ class _Sums:
 def _observed(context: ScoreContext, factors: Sequence[Factor]) -> dict[tuple[Value, int], ChannelMoments]:
     """Return the moments of the activations along the axes of the factors."""
     values = {factor.value.name: factor.value for factor in factors}
+    levels = levels_of(context.combed.folded)
     sums: dict[str, dict[int, _Sums]] = {name: {} for name in values}
     for factor in factors:
         sums[factor.value.name].setdefault(factor.axis, _Sums())
     for chunk in _chunks(context, list(values.values())):
         for arrays in batches(context, chunk):
             for name, array in arrays.items():
+                real = levels[name].real(array) if name in levels else array
                 for axis, found in sums[name].items():
-                    found.add(array, axis)
+                    found.add(real, axis)
     return {
-        (values[name], axis): found.moments(is_float=values[name].dtype in FLOATS)
+        (values[name], axis): found.moments(is_float=values[name].dtype in FLOATS or name in levels)
         for name, axes in sums.items()
         for axis, found in axes.items()
     }

@@ -83,7 +83,7 @@ def curvatures(context: ScoreContext) -> dict[str, npt.NDArray[np.float64]]:
         UnsupportedError: The model cannot be imported into torch.
     """
     folded = context.combed.folded
-    units = units_of(folded).found
+    units = [unit for unit in units_of(folded).found if unit.target not in unit.levels]  # integers have no gradients
     proto = copy.deepcopy(folded.model.complete_proto())
     own = [info.name for info in proto.graph.output]
     names = [*own, *dict.fromkeys(unit.target for unit in units if unit.target not in own)]

@@ -23,7 +23,8 @@ from cpd_onnx.channels.branches import removable_groups
 from cpd_onnx.channels.costs import CostModel
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.data.sources import calibration
-from cpd_onnx.fitting.least_squares import MAX_FEATURES, Matrix, Moments, Sampler, one_thread, single, summed
+from cpd_onnx.fitting.least_squares import MAX_FEATURES, Matrix, Moments, Sampler, one_thread, summed
+from cpd_onnx.fitting.levels import levels_of
 from cpd_onnx.fitting.units import Unit, units_of
 from cpd_onnx.io.progress import tracked
 from cpd_onnx.ir.model import Array
@@ -331,6 +332,7 @@ class _Observer:
         self.stream = Stream(self.combed.folded, self.combed.folded.model, self.feeds)
         self.sampler = Sampler(_ROWS, self.seed, self.stream.sizes)
         self.makers = self.combed.folded.scope.producers
+        self.levels = levels_of(self.combed.folded)
 
     def run(self, only: Container[str] | None = None) -> list[_Consumer]:
         """Return all consumers of channels, or only some weights."""
@@ -397,13 +399,16 @@ class _Observer:
     def at_unit(self, number: int, unit: Unit, channels: dict[int, Axis]) -> _Look:
         weight = unit.matrix(self.combed.folded.model)
         moments, spread = Moments(centred=True), _Spread()
+        names = (unit.data, unit.target, *([unit.other] if unit.is_rounded and unit.other else []))
 
         def sample(batch: int, tensors: Tensors) -> Any:
-            out = tensors[unit.target]
+            real = {name: unit.real(name, tensors[name]) for name in names}
+            out = real[unit.target]
             places = self.sampler.places((number, batch), unit.linear, weight.shape, out)
-            return summed(unit.linear.rows(single(tensors[unit.data]), places)), unit.linear.targets(
-                single(out), places
-            )
+            rows = unit.linear.rows(real[unit.data], places)
+            if unit.is_rounded:
+                return summed(rows), unit.unrounded(rows, places, real, weight)
+            return summed(rows), unit.linear.targets(out, places)
 
         def add(result: Any) -> None:
             moments.merge(result[0])
@@ -416,7 +421,7 @@ class _Observer:
             return _Consumer(inverse, matrix, variance, channels, unit.weight) if variance > 0 else None
 
         size = _ITEM * weight.shape[0] * weight.shape[1] ** 2
-        return _Look(self.makers[unit.target], (unit.data, unit.target), size, sample, add, finish)
+        return _Look(self.makers[unit.target], names, size, sample, add, finish)
 
     # Products of two activations.
 
@@ -439,7 +444,10 @@ class _Observer:
         grams: list[Matrix] = []
 
         def sample(batch: int, tensors: Tensors) -> Matrix:
-            return _met(tensors[names[0]], left.axis, tensors[names[1]], right.axis)
+            first, second = (
+                self.levels[name].real(tensors[name]) if name in self.levels else tensors[name] for name in names
+            )
+            return _met(first, left.axis, second, right.axis)
 
         def add(result: Matrix) -> None:
             grams[:] = [np.asarray(sum(grams, start=result))]

@@ -205,7 +205,7 @@ def test_the_last_branch_makes_up_for_what_the_shortcut_lacks(monkeypatch):
         return float(np.square(made(fixed, feed) - made(model, feed)).mean())
 
     with_shortcut = error()
-    monkeypatch.setattr("cpd_onnx.fitting.units._UnitFinder.summed", lambda finder, end, position: (end, None))
+    monkeypatch.setattr("cpd_onnx.fitting.units._UnitFinder.summed", lambda finder, chain, position: (chain.end, None))
     assert with_shortcut < 0.9 * error()
 
 
@@ -615,3 +615,28 @@ def test_what_an_activation_clips_is_not_fitted() -> None:
 
     assert distance((-1.0, 1.0), 30) < 0.1 * distance((-1.0, 1.0), 0)
     assert distance((-1.0, 1.0), 30) < 0.5 * distance((-1.0, np.inf), 30)
+
+
+def test_the_bounds_of_a_sum_are_those_of_the_sum_and_not_of_the_branch_that_is_fitted() -> None:
+    """A rectifier after a residual sum lets negative values of the branch through where the shortcut is positive."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((1, 400, 4)).astype(np.float32)
+    truth = rng.standard_normal((1, 4, 3))
+    wanted, ones = rows @ truth.astype(np.float32), np.ones(3)
+
+    def problem(other: np.ndarray | None) -> Problem:
+        blocks = [
+            Block(rows[:, part], wanted[:, part], None if other is None else other[:, part])
+            for part in (slice(300), slice(300, None))
+        ]
+        return Problem(blocks, 1, 0 * truth, ones, 0 * ones, False, (0.0, np.inf), 1e-6, 3)
+
+    everything, nothing = (problem(np.full_like(wanted, shift)) for shift in (100.0, -100.0))
+    assert everything.error(0 * truth, np.zeros(1)) == pytest.approx(
+        np.sqrt(np.square(wanted[:, 300:]).mean()), rel=1e-4
+    )
+    assert nothing.error(0 * truth, np.zeros(1)) == 0
+    assert problem(np.zeros_like(wanted)).error(0 * truth, np.zeros(1)) == problem(None).error(0 * truth, np.zeros(1))
+    solution = everything.solved()
+    assert solution is not None
+    np.testing.assert_allclose(solution.matrix, truth, atol=1e-3)

@@ -1,0 +1,144 @@
+"""The main graph of a model, or of a copy with the same nodes, with its constants and quantised numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+from onnx import NodeProto
+
+from cpd_onnx.fitting.stored import Scale
+from cpd_onnx.ir.model import Array, Model, attributes_of, constant_array
+from cpd_onnx.ir.tensors import held_type
+from cpd_onnx.ops.evaluate import EVALUATORS, Call
+from cpd_onnx.ops.quantized_view import Packing, level_of
+from cpd_onnx.ops.traits import traits_of
+from cpd_onnx.rules.api import Quantized
+from cpd_onnx.shapes.editor import Editor
+from cpd_onnx.shapes.values import Folded, Use
+
+
+class Graph:
+    """The main graph: nodes by position, and what is known of tensors by name.
+
+    Attributes:
+        model: The model.
+        scope: The main graph of the original.
+        uses: Number of input slots that take a tensor, by name.
+    """
+
+    def __init__(self, folded: Folded, model: Model) -> None:
+        """Read the nodes of a model that has those of an original."""
+        self.model, self.scope = model, folded.scope
+        self._editor = Editor(model)
+        self.uses = Counter(name for uses in self.scope.consumers.values() for name in self._names(uses))
+
+    def _names(self, uses: Iterable[Use]) -> Iterator[str]:
+        """Yield the names at the corresponding inputs in the copy."""
+        for use in uses:
+            node = self._editor.node(use.scope, use.node) if not use.scope.function else use.scope.nodes[use.node]
+            yield node.input[use.slot]
+
+    def node(self, position: int) -> NodeProto:
+        """Return the node at a position."""
+        return self._editor.node(self.scope, position)
+
+    def maker(self, name: str) -> NodeProto | None:
+        """Return the node of the main graph that makes a tensor."""
+        position = self.scope.producers.get(name)
+        return None if position is None else self.node(position)
+
+    def only_user(self, name: str) -> NodeProto | None:
+        """Return the only user of a tensor, if that is a node of the main graph."""
+        uses = self.scope.consumers.get(name, [])
+        if len(uses) != 1 or uses[0].scope is not self.scope or name in self.scope.outputs:
+            return None
+        return self.node(uses[0].node)
+
+    def constant(self, name: str) -> Array | None:
+        """Return the values of a constant, which may be dequantised; None for other tensors."""
+        while not self.model.has(name):
+            node = self.maker(name)
+            if node is not None and traits_of(node).is_constant:
+                return next((array for a in node.attribute if (array := constant_array(a)) is not None), None)
+            if node is not None and traits_of(node).is_quantizer:
+                return self._dequantised(node)
+            # Exporters put an Identity behind constants that several nodes share.
+            if node is None or not traits_of(node).is_identity:
+                return None
+            name = node.input[0]
+        return self.model.array(name)
+
+    def _dequantised(self, node: NodeProto) -> Array | None:
+        """Return the real numbers that a node dequantises with one scale, or one each along its axis."""
+        array, level = self.constant(node.input[0]), level_of(node, (1, 2), self.constant)
+        if array is None or array.dtype.kind not in "iu":
+            return None
+        if level is not None:
+            return level.real(array)
+        scale = self.scale(node.input, (1, 2), 1)
+        given = attributes_of(node)
+        if scale is None or given.get("block_size", 0) or not array.ndim:
+            return None
+        spread = Quantized(None, None, given.get("axis", 1) % array.ndim)
+        scales, zeros = (spread.aligned(numbers, array.shape) for numbers in (scale.values, scale.zero_point))
+        return np.asarray((array - zeros) * scales, np.float32)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor in the original; empty if it is not known."""
+        value = self.scope.values.get(name)
+        return (value.shape if value is not None else None) or ()
+
+    def zero_points(self, name: str) -> Array | None:
+        """Return zero points, which some exporters compute from their number."""
+        found = self.constant(name) if name else None
+        maker = self.maker(name) if found is None else None
+        evaluate = None if maker is None else EVALUATORS.get(maker.op_type)
+        if maker is None or evaluate is None:
+            return found
+        values = [self.zero_points(each) for each in maker.input]
+        known = [value for value in values if value is not None]
+        if len(known) < len(values):
+            return None
+        return np.asarray(evaluate(Call(attributes_of(maker), self.model.opset), *known))
+
+    def kind(self, name: str) -> int:
+        """Return the element type of an initializer or a Constant node (`onnx.TensorProto`); 0 for other tensors."""
+        found = held_type(self.model, name)
+        return 0 if found is None else found[0]
+
+    def is_held(self, name: str) -> bool:
+        """Return whether a tensor is an initializer or a Constant node."""
+        return held_type(self.model, name) is not None
+
+    def scale(
+        self, names: Sequence[str], slots: tuple[int, int], users: int, packing: Packing | None = None
+    ) -> Scale | None:
+        """Return the scales and zero points at some slots, whose initializer has that many users if it is not shared.
+
+        None if they are not float32, or not constant.
+        """
+        name, zero_name = (names[slot] if 0 <= slot < len(names) else "" for slot in slots)
+        scales, zeros = self.constant(name) if name else None, self.zero_points(zero_name)
+        if scales is None or scales.dtype != np.float32 or (zero_name and zeros is None):
+            return None
+        middle = 0 if packing is None else packing.middle
+        numbers = np.full(1, middle) if zeros is None else zeros if packing is None else packing.zero_points(zeros)
+        points = numbers.astype(np.float64).ravel()
+        if points.size not in (1, scales.size) or not np.isfinite(scales).all() or not scales.all():
+            return None
+        points = points[:1] if (points == points[0]).all() else points
+        is_own = self.is_held(name)
+        is_zero_own = self.is_held(zero_name) and self.uses[zero_name] == users
+        return Scale(
+            name if is_own else "", scales.astype(np.float64).ravel(), points, zero_name if is_zero_own else "",
+            is_own and self.uses[name] == users and name not in self.scope.outputs,
+        )  # fmt: skip  # what and how
+
+    def is_passed(self, node: NodeProto) -> bool:
+        """Return whether a node quantises, dequantises or changes nothing."""
+        row, kinds = traits_of(node), [self.scope.values.get(name) for name in (node.input[0], node.output[0])]
+        if row.casts:
+            return None not in kinds and len({value.dtype for value in kinds if value is not None}) == 1
+        return row.is_quantizer
