@@ -7,7 +7,7 @@ from typing import Any
 
 from cpd_onnx.cli.console import print_result
 from cpd_onnx.workflow.compress_files import places_of
-from cpd_onnx.workflow.deploy import merged_places
+from cpd_onnx.workflow.deploy import merged_files
 from cpd_onnx.workflow.requests import Compress
 
 
@@ -19,4 +19,4 @@ def show(request: Compress, content: Mapping[str, Any]) -> None:
         values = ", ".join(f"{name} {value:.4f}" for name, value in accuracy["values"].items())
         measured.append(f"{accuracy['metric']} against {accuracy['on']}: {values}")
     more = [content["cost_table"]] if "cost_table" in content else []
-    print_result(content, *measured, written=[*places_of(request).all(), *merged_places(request), *more])
+    print_result(content, *measured, written=[*places_of(request).all(), *merged_files(request, content), *more])

@@ -15,7 +15,7 @@ from cpd_onnx.data.sources import ArraySource
 from cpd_onnx.deploy import merged
 from cpd_onnx.deploy.quantize import Quantization
 from cpd_onnx.deploy.steps import Deployment, deploy, redo
-from cpd_onnx.errors import TargetError
+from cpd_onnx.errors import TargetError, UnsupportedError
 from cpd_onnx.ir.model import load
 from tests.support.models import from_text
 from tests.support.runs import plain
@@ -175,6 +175,22 @@ def test_prune_writes_the_merged_model_as_well(model: Path, capsys: pytest.Captu
     assert fast.read_bytes() == first
     assert run(*line) == 1
     assert "exists" in said(capsys)
+
+
+def test_the_pruned_model_is_written_even_if_the_merged_one_cannot_be(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise UnsupportedError("models over 2 GiB cannot be merged: prune the model below that first")
+
+    monkeypatch.setattr(merged, "require_one_message", refuse)
+    small, fast = model.with_name("small.onnx"), model.with_name("fast.onnx")
+    assert run(*plain(["prune", model, "-o", small, "--blind", "--merged", fast])) == 0
+    shown = said(capsys)
+    assert f"note: {fast} was not written: models over 2 GiB cannot be merged" in shown
+    assert f"wrote {small} and {small}.plan.json " in shown
+    assert small.is_file()
+    assert not fast.exists()
 
 
 def test_compress_writes_the_merged_model_by_time_for_a_latency(
