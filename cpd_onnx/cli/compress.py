@@ -7,7 +7,7 @@ from typing import Any
 
 from cpd_onnx.cli.console import print_result
 from cpd_onnx.workflow.compress_files import places_of
-from cpd_onnx.workflow.deploy import merged_places
+from cpd_onnx.workflow.deploy import merged_files
 from cpd_onnx.workflow.quality.precise import FLOAT
 from cpd_onnx.workflow.requests import Compress
 
@@ -22,4 +22,4 @@ def show(request: Compress, content: Mapping[str, Any]) -> None:
     is_converted = content["precision"]["what"] != FLOAT
     more = [content["cost_table"]] if "cost_table" in content else []
     places = places_of(request, is_converted=is_converted).all()
-    print_result(content, *measured, written=[*places, *merged_places(request), *more])
+    print_result(content, *measured, written=[*places, *merged_files(request, content), *more])

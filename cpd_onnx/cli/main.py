@@ -50,7 +50,7 @@ from cpd_onnx.runtime.times import read_times, runner_source
 from cpd_onnx.summary import Summary
 from cpd_onnx.workflow.api import run as carry_out
 from cpd_onnx.workflow.compress_files import page_kinds, write_page
-from cpd_onnx.workflow.deploy import merged_places
+from cpd_onnx.workflow.deploy import merged_files
 from cpd_onnx.workflow.distill import is_first_process
 from cpd_onnx.workflow.evidence.reproduce import require_same
 from cpd_onnx.workflow.places import read_model, require_apart, require_outputs, source_of, write_json
@@ -191,7 +191,7 @@ def _show_pruned(request: Prune, content: dict[str, Any]) -> None:
         f"{content['seconds']:.1f} s"
     )
     written = [content[name] for name in ("output", "plan", "cost_table") if name in content]
-    written += map(str, merged_places(request))
+    written += map(str, merged_files(request, content))
     print_result(content, pruned, written=[joined(written)])
 
 

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 from onnx import NodeProto
 
-from cpd_onnx.ir.model import Array, constant_array, element_bytes
+from cpd_onnx.ir.model import Array, Lazy, constant_array, element_bytes, map_lazy, materialize
 from cpd_onnx.ops.composition import Composition, compositions
 from cpd_onnx.ops.matrix_view import AFFINE, Linear, Vector, is_transpose, key_of, linear_of, operands_of
 from cpd_onnx.ops.traits import traits_of
@@ -145,23 +145,28 @@ class Finder:
         )
         if weight is None or data is None or out is None or data.constants is not None:
             return None
-        array = self.constant(weight.name)
-        linear, operands = None if array is None else linear_of(node, array.shape), operands_of(node)
-        if array is None or linear is None or operands is None or array.dtype not in _TYPES:
+        stored, operands = self.stored(weight.name), operands_of(node)
+        linear = None if stored is None else linear_of(node, stored.shape)
+        if stored is None or linear is None or operands is None or stored.dtype not in _TYPES:
             return None
         channels = _size(data, linear.in_axis), _size(out, linear.out_axis)
         if 0 in channels or data.shape is None or out.shape is None:
             return None
         name = node.input[operands.bias] if 0 <= operands.bias < len(node.input) else ""
         bias = _vector(self.constant(name), channels[1]) if name else np.zeros(channels[1])
-        places = math.prod(out.shape) // channels[1]
-        found = Operator(position, linear, channels, bias, operands.bias, array.size, places)
+        elements, places = math.prod(stored.shape), math.prod(out.shape) // channels[1]
+        found = Operator(position, linear, channels, bias, operands.bias, elements, places)
         return replace(found, places=math.prod(data.shape) // channels[0]) if found.has_spread else found
 
     def constant(self, name: str) -> Array | None:
         """Return the values of a weight, also behind nodes that only transpose it or return it unchanged."""
+        found = self.stored(name)
+        return None if found is None else materialize(found)
+
+    def stored(self, name: str) -> Array | Lazy | None:
+        """Return what `constant` does, lazy if the model is large."""
         if self.model.has(name):
-            return self.model.array(name)
+            return self.model.lazy_array(name)
         position = self.scope.producers.get(name) if name else None
         if position is None:
             return None
@@ -170,10 +175,10 @@ class Finder:
             return next((array for a in node.attribute if (array := constant_array(a)) is not None), None)
         if not traits_of(node).is_identity and not is_transpose(node):
             return None
-        array = self.constant(node.input[0])
-        if array is None or traits_of(node).is_identity:
-            return array
-        return array.T if array.ndim == 2 else None
+        found = self.stored(node.input[0])
+        if found is None or traits_of(node).is_identity:
+            return found
+        return map_lazy(found, found.shape[::-1], np.transpose) if len(found.shape) == 2 else None
 
     def only_use(self, name: str) -> Use | None:
         """Return the only use of a tensor, if that is in the main graph and the tensor is no output."""

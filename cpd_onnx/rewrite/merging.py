@@ -79,15 +79,21 @@ def merge(model: Model, saving: Saving = saved_macs) -> Merged:
     while True:
         folded = fold(now.model, evaluates=False)
         runs = [run for run in linear_runs(folded) if run.pair not in refused]
-        worth = {run.pair: saving(run, folded) if run.composition is not None else 0.0 for run in runs}
-        chosen: list[LinearRun] = []
-        for run in sorted(runs, key=lambda run: -worth[run.pair]):
-            if worth[run.pair] > 0 and all(run.nodes.isdisjoint(other.nodes) for other in chosen):
-                chosen.append(run)
+        chosen = worthwhile(runs, folded, saving)
         if not chosen:
             left = refused | {run.pair: run.obstacle or "one operator would not cost less" for run in runs}
             return replace(now, notes=(*now.notes, *_left(left)))
         now = _merged(now, folded, chosen, refused)
+
+
+def worthwhile(runs: Sequence[LinearRun], folded: Folded, saving: Saving = saved_macs) -> list[LinearRun]:
+    """Return runs of a model that save something as one operator and share no node; those that save most come first."""
+    worth = {run.pair: saving(run, folded) if run.composition is not None else 0.0 for run in runs}
+    chosen: list[LinearRun] = []
+    for run in sorted(runs, key=lambda run: -worth[run.pair]):
+        if worth[run.pair] > 0 and all(run.nodes.isdisjoint(other.nodes) for other in chosen):
+            chosen.append(run)
+    return chosen
 
 
 def merge_again(model: Model, rounds: Sequence[Sequence[Sequence[str]]]) -> Model:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from cpd_onnx.deploy.profiles import Profile, load_profile
 from cpd_onnx.deploy.quantize import Quantization
 from cpd_onnx.deploy.steps import Deployed, Deployment, Step, c_measured, ort_measured, shaped
 from cpd_onnx.deploy.steps import deploy as deploy_model
-from cpd_onnx.errors import CpdError, DataError
+from cpd_onnx.errors import CpdError, DataError, ProofError, UnsupportedError
 from cpd_onnx.io.files import commit_together, content_of, locked_folder, write_atomically
 from cpd_onnx.ir.model import Model, load
 from cpd_onnx.options import options_of
@@ -92,14 +92,30 @@ def merged_places(request: Prune | Compress) -> list[Path]:
 
 
 def write_merged(request: Prune | Compress, model: Model) -> list[str]:
-    """Write the pruned model with merged operators if that was requested, and return what was merged, in sentences."""
+    """Write the pruned model with merged operators if that was requested, and return what was merged, in sentences.
+
+    A model that cannot be merged is no reason to lose the pruned one: the sentence then says why it was not written.
+    """
     if request.merged is None:
         return []
     is_timed = request.target is not None and targets_of(request.target).has_latency and request.cost_table is None
     options = {name: getattr(request, name) for name in ("weights", "force", "custom_ops", "log_level")}
     made = Deploy(model=request.output, output=request.merged, merge=MEASURES[-1 if is_timed else 0], **options)
-    notes = [note for step in deploy(made, model=model)["steps"] for note in step["notes"]]
-    return [f"{request.merged}: {note}" for note in notes]
+    try:
+        steps = deploy(made, model=model)["steps"]
+    except (UnsupportedError, ProofError) as error:
+        return [f"{_not_written(request)}: {error}"]
+    return [f"{request.merged}: {note}" for step in steps for note in step["notes"]]
+
+
+def merged_files(request: Prune | Compress, content: Mapping[str, Any]) -> list[Path]:
+    """Return the files with merged operators that a run has written, from its result."""
+    is_missing = any(note.startswith(_not_written(request)) for note in content["notes"])
+    return [] if is_missing else merged_places(request)
+
+
+def _not_written(request: Prune | Compress) -> str:
+    return f"{request.merged} was not written"
 
 
 def _require_sense(request: Deploy) -> None:

@@ -15,7 +15,7 @@ from cpd_onnx.data.sources import ArraySource
 from cpd_onnx.deploy import merged
 from cpd_onnx.deploy.quantize import Quantization
 from cpd_onnx.deploy.steps import Deployment, deploy, redo
-from cpd_onnx.errors import TargetError
+from cpd_onnx.errors import TargetError, UnsupportedError
 from cpd_onnx.ir.model import load
 from tests.support.models import from_text
 from tests.support.runs import plain
@@ -177,6 +177,22 @@ def test_prune_writes_the_merged_model_as_well(model: Path, capsys: pytest.Captu
     assert "exists" in said(capsys)
 
 
+def test_the_pruned_model_is_written_even_if_the_merged_one_cannot_be(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise UnsupportedError("models over 2 GiB cannot be merged: prune the model below that first")
+
+    monkeypatch.setattr(merged, "require_one_message", refuse)
+    small, fast = model.with_name("small.onnx"), model.with_name("fast.onnx")
+    assert run(*plain(["prune", model, "-o", small, "--blind", "--merged", fast])) == 0
+    shown = said(capsys)
+    assert f"note: {fast} was not written: models over 2 GiB cannot be merged" in shown
+    assert f"wrote {small} and {small}.plan.json " in shown
+    assert small.is_file()
+    assert not fast.exists()
+
+
 def test_compress_writes_the_merged_model_by_time_for_a_latency(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,3 +211,14 @@ def test_compress_writes_the_merged_model_by_time_for_a_latency(
     folder = model.with_name("folder")
     assert run("audit", fast, "-o", folder) == 0
     assert "merge" in said(capsys)
+
+
+def test_inspect_says_what_merging_would_save(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = model.with_name("found.json")
+    assert run("inspect", model, "--json", place) == 0
+    assert "2 linear operators are cheaper as one, by 29.4 % of the MACs: cpd-onnx deploy" in said(capsys)
+    before, after = 16 * 14 * 14 * (8 + 6), 8 * 14 * 14 * 6
+    whole = before + 8 * 27 * 14 * 14 + 4 * 54 * 12 * 12
+    assert json.loads(place.read_text())["merges"] == {
+        "runs": 1, "cheaper": 1, "macs": pytest.approx((before - after) / whole)
+    }  # fmt: skip  # a table

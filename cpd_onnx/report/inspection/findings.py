@@ -24,6 +24,8 @@ from cpd_onnx.errors import ISSUES, CpdError
 from cpd_onnx.ir.model import Model, element_bytes
 from cpd_onnx.report.inspection.obstacles import obstacles
 from cpd_onnx.report.tables import inspection, table_of
+from cpd_onnx.rewrite.linear_runs import linear_runs
+from cpd_onnx.rewrite.merging import worthwhile
 from cpd_onnx.runtime.sessions import open_model
 from cpd_onnx.summary import count, share
 
@@ -54,6 +56,7 @@ def inspected(combed: Combed, held: Sequence[int] = ()) -> dict[str, Any]:
         "deployed": _deployed(combed) if is_small and len(model.graph.node) <= _MOST_NODES else None,
         "free": _free(combed, costs, whole) if is_small else None,
         "reach": _reach(combed, costs, whole, held),
+        "merges": _merges(combed, whole) if is_small else None,
         "branches": [
             {"id": index, "nodes": len(each.nodes)}
             for index, each in removable_groups(combed).items()
@@ -61,6 +64,14 @@ def inspected(combed: Combed, held: Sequence[int] = ()) -> dict[str, Any]:
         ],
         "obstacles": [asdict(each) for each in obstacles(combed)],
     }
+
+
+def _merges(combed: Combed, whole: Costs) -> dict[str, Any]:
+    """Return how many linear runs there are, how many cost less as one operator, and the fraction of the MACs saved."""
+    runs = linear_runs(combed.folded)
+    chosen = worthwhile(runs, combed.folded)
+    saved = sum(run.before.macs - run.after.macs for run in chosen)
+    return {"runs": len(runs), "cheaper": len(chosen), "macs": saved / max(whole.macs, 1.0)}
 
 
 def facts(model: Model, *, is_tried: bool) -> dict[str, Any]:
@@ -200,6 +211,13 @@ def outlook_lines(content: Mapping[str, Any], path: Path) -> list[str]:
     reach, free = content["reach"], content["free"]
     names = {"macs": "MACs", "params": "parameters", "bytes": "file"}
     lines = [*free_lines(content), *_deployed_lines(content)]
+    merges = content["merges"]
+    if merges is not None and merges["cheaper"]:
+        pairs = (
+            "2 linear operators are" if merges["cheaper"] == 1 else f"{merges['cheaper']} pairs of linear operators are"
+        )
+        command = f"cpd-onnx deploy {shlex.quote(str(path))} -o {shlex.quote(f'{path.stem}.merged.onnx')} --merge macs"
+        lines.append(f"{pairs} cheaper as one, by {share(merges['macs'], 1.0)} of the MACs: {command}")
     if content["groups"]:
         least = ", ".join(f"{share(reach[key], 1.0)} of the {name}" for key, name in names.items())
         lines.append(f"smallest reachable: {least}, with one channel in each group{_most_text(content)}")
