@@ -15,7 +15,7 @@ from onnx import ModelProto, TensorProto, helper
 from torch import Tensor
 
 from cpd_onnx.data.sources import LABELS, check_source, fixed_batch, inputs_of
-from cpd_onnx.errors import DataError
+from cpd_onnx.errors import DataError, UnsupportedError
 from cpd_onnx.fitting.units import units_of
 from cpd_onnx.io.progress import advance
 from cpd_onnx.runtime.sessions import sample_count
@@ -132,6 +132,8 @@ class _Run:
             advance(number, number_of_batches)
             tensors, count = self.module(*(to_torch(batch[e.name]) for e in self.inputs)), sample_count(batch)
             pairs = [(output, axis) for output, axis in zip(tensors, self.axes, strict=False) if output.requires_grad]
+            if not pairs:
+                raise UnsupportedError("no output has a gradient, as in operators on integers: choose another score")
             if self.context.labels:
                 loss = count * _loss_of_labels(pairs, to_torch(batch[LABELS]) if LABELS in batch else None)
             else:

@@ -14,7 +14,7 @@ from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.data.sources import ArraySource
 from cpd_onnx.deploy.quantize import Quantization, quantize
-from cpd_onnx.errors import ProofError
+from cpd_onnx.errors import ProofError, UnsupportedError
 from cpd_onnx.fitting.levels import levels_of
 from cpd_onnx.fitting.steps import Steps
 from cpd_onnx.fitting.units import units_of
@@ -396,6 +396,12 @@ def test_scores_of_a_model_do_not_depend_on_the_form_of_its_integers() -> None:
             combed = comb(static(form=form))
             found.append(np.concatenate(score(combed, kind, data=source)))
         np.testing.assert_allclose(*found, rtol=0.1, atol=0.02 * found[0].max())
+
+
+def test_scores_by_gradients_refuse_operators_on_integers() -> None:
+    pytest.importorskip("torch")
+    with pytest.raises(UnsupportedError, match="no output has a gradient"):
+        score(comb(static(form="qoperator")), "curvature", data=ArraySource(inputs(CONV)))
 
 
 def test_levels_are_those_of_activations_alone() -> None:
