@@ -479,7 +479,7 @@ def _numbers(array: Expressions) -> Array:
 def objects(array: Array) -> Expressions:
     """Return an array of numbers as an object array."""
     found = np.empty(array.shape, object)
-    found[...] = array.tolist() if array.ndim else array.item()
+    found.reshape(-1)[:] = array.ravel().tolist()  # nested lists would lose the axes behind one of length 0
     return found
 
 

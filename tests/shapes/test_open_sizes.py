@@ -147,6 +147,14 @@ def test_images_are_no_squares_and_symbols_differ() -> None:
     assert str(folded.scope.values["r"].sizes) == "(n, h*w, 8)"
 
 
+def test_caches_are_no_longer_than_texts() -> None:
+    """A causal mask of a table may have fewer rows than an image has pixels."""
+    shape = "float[batch_size, 4, past_sequence_length, 16]"
+    folded = fold(cpd.load(from_text(f"({shape} x) => ({shape} y) {{ y = Relu(x) }}")))
+    longest = max(found[2] for found in folded.scope.values["x"].shapes or ())
+    assert longest < 30
+
+
 def test_dimensions_that_the_file_computes_are_computed() -> None:
     """As exporters write them: a multiple of a symbol, a sum of two."""
     model = from_text("(float[b, c] x, float[b, d] xz) => (float[] y) { y = Relu(x) u = Relu(xz) }")

@@ -108,6 +108,8 @@ def test_numbers_become_objects() -> None:
     found = objects(np.asarray([[1, 2], [3, 4]]))
     assert found.dtype == object
     assert found.tolist() == [[1, 2], [3, 4]]
+    assert objects(np.asarray(7)).item() == 7
+    assert objects(np.zeros((1, 2, 0, 3))).shape == (1, 2, 0, 3)
 
 
 _LEAVES = st.sampled_from([1, 2, 3, 4, 8, "h", "w"])
