@@ -58,7 +58,7 @@ def jobs() -> Iterator[common.Job]:
     """List the types in all precisions; what is run has a past of 16 words."""
     for kind in KINDS:
         for precision in PRECISIONS:
-            dims = {"batch_size": 2, "sequence_length": 4, "past_sequence_length": 16, "total_sequence_length": 20,
+            dims = {"batch_size": 1, "sequence_length": 4, "past_sequence_length": 16, "total_sequence_length": 20,
                     "kv_cache_dim": WIDE["head_dim"]}  # fmt: skip
             yield common.Job(f"{kind}.{precision}", kind, partial(build, kind, precision), dims=dims)
 

@@ -94,6 +94,12 @@ PRUNED = {
         f"{TOKENS} {{ c = MatMul(x, k) {sizes(a=0, b=1)} {ints('m', -1)} q = Concat <axis = 0>(a, b, m) "
         f"r = Reshape(c, q) y = MatMul(r, v) }}"
     ),
+    "heads of what positions of a table were added to": (
+        f"(float[n, t, 6] x, float[6, 8] k, float[1, 512, 8] table, float[8, 4] v) => (float[] y) {{ c = MatMul(x, k) "
+        f"{sizes(a=0, b=1)} {ints('o', 0)} {ints('one', 1)} p = Slice(table, o, b, one) g = Add(c, p) "
+        f"{ints('h', -1, 2, 4)} q = Concat <axis = 0>(a, h) r = Reshape(g, q) f = Relu(r) "
+        f"{ints('w', -1, 8)} e = Concat <axis = 0>(a, w) s2 = Reshape(f, e) y = MatMul(s2, v) }}"
+    ),
     "rows of a table": (
         f"{TOKENS} {{ c0 = MatMul(x, k) c = Relu(c0) {sizes(b=1)} {ints('o', 0)} {ints('one', 1)} "
         f"{ints('shape', 1, 1, 8)} table = ConstantOfShape <value = float[1] {{0.5}}>(shape) {ints('shape2', 1)} "
