@@ -96,7 +96,7 @@ PRUNED = {
     ),
     "heads of what positions of a table were added to": (
         f"(float[n, t, 6] x, float[6, 8] k, float[1, 512, 8] table, float[8, 4] v) => (float[] y) {{ c = MatMul(x, k) "
-        f"{sizes(a=0, b=1)} {ints('o', 0)} {ints('one', 1)} p = Slice(table, o, b, one) g = Add(c, p) "
+        f"{sizes(a=0, b=1)} {ints('o', 0)} {ints('one', 1)} p = Slice(table, o, b, one) z = Expand(p, s) g = Add(z, c) "
         f"{ints('h', -1, 2, 4)} q = Concat <axis = 0>(a, h) r = Reshape(g, q) f = Relu(r) "
         f"{ints('w', -1, 8)} e = Concat <axis = 0>(a, w) s2 = Reshape(f, e) y = MatMul(s2, v) }}"
     ),
