@@ -3,9 +3,10 @@
     python benchmarks/coverage/breadth.py --models ZOO [--models DATA/onnx] --out results/breadth.jsonl
 
 Each model runs in a separate process with a time limit. Each line of the results has the status of a model: "verified",
-"refused" with the reason, or "failed". `--summary` prints the tables of the stored results: by folder, and by exporter,
-with how many models are prunable in full (99 % of their weights), in part or not at all, and why. `--free-caches` lets
-the caches of language models lose channels, as `--free-io caches` does.
+"refused" with the reason, or "failed". The proof runs at up to three sizes of what a model leaves open, `sets` says with
+how many inputs. `--summary` prints the tables of the stored results by exporter, which is the folder of a zoo: how many
+models are proved, and how many are prunable in full (99 % of their weights), in part or not at all, refused or wrong,
+and why. `--free-caches` lets the caches of language models lose channels, as `--free-io caches` does.
 """
 
 from __future__ import annotations
@@ -22,16 +23,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from isolation import limited
 
 import cpd_onnx as cpd
 from cpd_onnx.channels.combing import comb
+from cpd_onnx.channels.groups import Combed
 from cpd_onnx.shapes.inference import fold
 from cpd_onnx.workflow.places import read_model
 
 Result = dict[str, Any]
 _FULL = 0.99
 """Part of the weights from which a model counts as prunable in full."""
+_LENGTH = 150
+"""Characters of a reason that the table shows."""
 _NAMES = r"'[^']*'|\"[^\"]*\"|\b\d[\d.,]*\b"
 """Names and numbers, which differ between models that are refused for the same reason."""
 
@@ -42,7 +47,7 @@ def check(path: Path, *, permute: bool, free_caches: bool = False) -> Result:
     started = time.perf_counter()
     try:
         model = cpd.load(path)
-        result["exporter"] = " ".join(
+        result["producer"] = " ".join(
             [model.proto.producer_name or "unnamed", model.proto.producer_version[:12]]
         ).strip()
         if free_caches:
@@ -56,6 +61,8 @@ def check(path: Path, *, permute: bool, free_caches: bool = False) -> Result:
         result["unaccounted"], result["without_rule"] = combed.unaccounted, list(combed.without_rule)
         frozen = sorted(combed.frozen(), key=lambda f: -f.indices)
         result["kept"] = [f"{f.tensor}[{f.axis}] {'; '.join(f.reasons)}"[:160] for f in frozen[:3]]
+        if result["fraction"] < _FULL:
+            result["lost"] = lost(combed)
         state = cpd.run("comb, score, allocate{channels=0.5}, prune", model)
         result["prune_s"] = round(time.perf_counter() - started, 3)
         before, after = state.allocation.before, state.allocation.after
@@ -63,7 +70,7 @@ def check(path: Path, *, permute: bool, free_caches: bool = False) -> Result:
             kind: round(after.of(kind) / max(1.0, before.of(kind)), 4) for kind in ("macs", "params", "channels")
         }
         found = cpd.run("verify", state).verification
-        result |= {"difference": found.difference, "effect": found.effect, "status": "verified"}
+        result |= {"difference": found.difference, "effect": found.effect, "sets": found.runs, "status": "verified"}
         if permute and not model.free_io:  # outputs that lose channels are no symmetry
             from cpd_onnx.testing import permutation_oracle
 
@@ -80,48 +87,60 @@ def check(path: Path, *, permute: bool, free_caches: bool = False) -> Result:
     return result
 
 
+def lost(combed: Combed) -> list[tuple[float, str]]:
+    """Return the parts of the weights that lie on no prunable axis, largest first, each with the reasons."""
+    parts: Counter[str] = Counter()
+    total = 0.0
+    for weight in combed.weights:
+        axes = [axis for axis in weight.axes[0] if len(axis) > 1]
+        if not weight.is_trained or weight.size <= 1:
+            continue
+        reasons = dict.fromkeys(reason for axis in axes for reason in combed.atoms.reasons(axis))
+        others = [reason for reason in reasons if reason.kind not in ("interface", "no channels")]
+        frozen = float(np.prod([combed.atoms.is_frozen(axis).mean() for axis in axes]))
+        if frozen == 1.0 and not others:
+            continue
+        total += weight.size
+        if frozen:
+            parts["; ".join(others or reasons)[:200]] += weight.size * frozen
+    return [(round(size / total, 4), reason) for reason, size in parts.most_common(3)]
+
+
 def models(folders: list[Path]) -> Iterator[Path]:
     """Yield all ONNX files, smallest first in each folder."""
     for folder in folders:
         yield from sorted(folder.rglob("*.onnx"), key=lambda p: (p.parent, p.stat().st_size))
 
 
-def summary(results: list[Result]) -> str:
-    """Return a table of counts by folder and status."""
-    table: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    lines = []
-    for result in results:
-        row = table[Path(result["model"]).parent.name]
-        row["models"] += 1
-        row[result["status"]] += 1
-        row["99 %"] += result.get("fraction", 0) >= 0.99
-    columns = ["models", "verified", "inconclusive", "refused", "disproved", "permutation differs", "failed", "99 %"]
-    lines.append(" ".join(f"{c:>20}" for c in ["folder", *columns]))
-    for folder, row in table.items():
-        lines.append(" ".join([f"{folder:>20}", *(f"{row[c]:>20}" for c in columns)]))
-    return "\n".join(lines)
-
-
 def by_exporter(results: list[Result]) -> str:
-    """Return a table of how much is prunable by exporter, and the reasons that hold most, without names."""
+    """Return a table of how many models of each exporter are proved and prunable, and the reasons, without names."""
     table: dict[str, Counter[str]] = defaultdict(Counter)
     reasons: dict[str, Counter[str]] = defaultdict(Counter)
     for result in results:
-        refused = result["status"] not in ("verified", "inconclusive")
-        fraction = result.get("fraction", 0.0)
-        kind = (
-            "refused" if refused else "full" if fraction >= _FULL else "part" if result.get("groups") else "untouched"
-        )
-        table[result.get("exporter", "unknown")][kind] += 1
-        said = [result.get("reason", "")] if refused else result.get("kept", [])[:1] if kind != "full" else []
-        reasons[kind].update(re.sub(_NAMES, "…", each.partition("] ")[2] or each)[:100] for each in said)
-    columns = ["full", "part", "untouched", "refused"]
-    lines = [f"{'exporter':>40} " + " ".join(f"{c:>10}" for c in columns)]
-    for exporter, row in sorted(table.items()):
-        lines.append(f"{exporter:>40} " + " ".join(f"{row[c]:>10}" for c in columns))
+        kind = _kind(result)
+        row = table[result["model"].partition("/")[0]]
+        row.update(["models", kind, *(["proved"] if result["status"] == "verified" else [])])
+        said = [text for _, text in result.get("lost", [])[:1]] if kind in ("part", "untouched") else []
+        said = said if kind in ("full", "part", "untouched") else [result.get("reason", result["status"])]
+        reasons[kind].update(re.sub(_NAMES, "…", each)[-_LENGTH:] for each in said)
+    columns = ["models", "proved", "full", "part", "untouched", "refused", "inconclusive", "wrong"]
+    lines = [f"{'exporter':>20} " + " ".join(f"{c:>12}" for c in columns)]
+    for exporter, row in [*sorted(table.items()), ("all", sum(table.values(), Counter()))]:
+        lines.append(f"{exporter:>20} " + " ".join(f"{row[c]:>12}" for c in columns))
     for kind, counts in reasons.items():
-        lines += [f"{kind}: {count} x {reason}" for reason, count in counts.most_common(8)]
+        lines += [f"{kind}: {count} x {reason}" for reason, count in counts.most_common(12)]
     return "\n".join(lines)
+
+
+def _kind(result: Result) -> str:
+    """Return how much of a model is prunable, or why there is no answer."""
+    if result.get("groups") == 0:
+        return "untouched"
+    if result["status"] in ("refused", "inconclusive"):
+        return str(result["status"])
+    if result["status"] != "verified":
+        return "wrong"
+    return "full" if result["fraction"] >= _FULL else "part"
 
 
 def main() -> None:
@@ -147,7 +166,6 @@ def main() -> None:
         )
         print(json.dumps(done[name])[:400], flush=True)
         options.out.write_text("".join(json.dumps(r) + "\n" for r in done.values()))
-    print(summary(list(done.values())))
     print(by_exporter(list(done.values())))
 
 

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import re
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -35,9 +36,10 @@ class Job:
     Args:
         name: file name without the suffix, ``<arch>.<exporter>[.opsetN]``.
         family: architecture family, for example ``resnet`` or ``bert``.
-        build: writes the model to the path it is given.
+        build: writes the model to the path it is given, or its parts to this folder where `run` is told so.
         high: integer inputs of the check are drawn below this.
-        dims: sizes of symbolic input dimensions by name; others are 3 on axis 0 and 16 elsewhere.
+        dims: sizes of symbolic input dimensions by name; others are 3 on axis 0 and 16 elsewhere, and those that are
+            named as a sum, such as ``past + 1``, follow from the names in it.
         feeds: inputs of the check by name, in place of random ones.
     """
 
@@ -82,26 +84,35 @@ def arguments(doc: str, **choices: list[str]) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(jobs: Iterable[Job], args: argparse.Namespace, *, exporter: str, version: str) -> None:
-    """Build and check the jobs in ``args.out / exporter``, each in a forked process; one line for each model."""
+def run(jobs: Iterable[Job], args: argparse.Namespace, *, exporter: str, version: str, parts: bool = False) -> None:
+    """Build and check the jobs in ``args.out / exporter``, each in a forked process; one line for each model.
+
+    With ``parts``, a job writes a folder of models, such as an encoder and a decoder: each is checked for itself.
+    """
     folder = args.out / exporter
     folder.mkdir(parents=True, exist_ok=True)
     for job in jobs:
         path = folder / f"{job.name}.onnx"
-        if not args.only.search(job.name) or (path.exists() and not args.force):
+        exists = path.exists() or any(folder.glob(f"{job.name}-*.onnx"))
+        if not args.only.search(job.name) or (exists and not args.force):
             continue
         start = time.perf_counter()
-        error, facts = _isolated(lambda job=job, path=path: _build(job, path), args.timeout)
+        work = _build_parts if parts else _build
+        error, made = _isolated(lambda job=job, path=path, work=work: work(job, path), args.timeout)
         seconds = time.perf_counter() - start
         if error:
             print(f"{job.name:50} failed {seconds:6.1f} s  {error}", flush=True)
             continue
-        entry = Entry(
-            name=job.name, file=path.name, family=job.family, exporter=exporter, exporter_version=version,
-            runs=True, seconds=round(seconds, 1), **facts,
-        )  # fmt: skip
-        _record(folder / "manifest.json", entry)
-        print(f"{job.name:50} ok     {seconds:6.1f} s  {entry.megabytes:.1f} MB", flush=True)
+        for name, facts in made.items():
+            if isinstance(facts, str):
+                print(f"{name:50} failed {seconds:6.1f} s  {facts}", flush=True)
+                continue
+            entry = Entry(
+                name=name, file=f"{name}.onnx", family=job.family, exporter=exporter, exporter_version=version,
+                runs=True, seconds=round(seconds, 1), **facts,
+            )  # fmt: skip
+            _record(folder / "manifest.json", entry)
+            print(f"{name:50} ok     {seconds:6.1f} s  {entry.megabytes:.1f} MB", flush=True)
 
 
 def random_feeds(
@@ -122,17 +133,28 @@ def session(path: Path) -> ort.InferenceSession:
 
 def _draw(rng: np.random.Generator, value: ort.NodeArg, high: int, dims: dict[str, int]) -> np.ndarray:
     """Draw one input."""
-    shape = [d if isinstance(d, int) else dims.get(d, 16 if axis else 3) for axis, d in enumerate(value.shape)]
+    shape = [d if isinstance(d, int) else _size(d, dims, 16 if axis else 3) for axis, d in enumerate(value.shape)]
     dtype = np.dtype(DTYPES[value.type])
     if dtype == np.bool_ or "mask" in value.name:
         return np.ones(shape, dtype)
     if dtype.kind in "iu":
+        high = 2 if "type" in value.name else high  # types of tokens: a sentence or the next
         return rng.integers(0, high, shape).astype(dtype)
     return rng.standard_normal(shape).astype(dtype)
 
 
+def _size(name: str | None, dims: dict[str, int], otherwise: int) -> int:
+    """Return the size of a symbolic dimension; the name may be a sum."""
+    if name in dims or not name:
+        return dims.get(name or "", otherwise)
+    terms = [term.strip() for term in name.split("+")]
+    if len(terms) == 1:
+        return otherwise
+    return sum(int(term) if term.isdecimal() else _size(term, dims, 16) for term in terms)
+
+
 def _build(job: Job, path: Path) -> dict[str, Any]:
-    """Build one model under a temporary name, check that it runs, rename it; return its facts."""
+    """Build one model under a temporary name, check that it runs, rename it; return its facts by its name."""
     draft = path.with_name(f"draft-{path.name}")
     try:
         job.build(draft)
@@ -140,7 +162,23 @@ def _build(job: Job, path: Path) -> dict[str, Any]:
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
-    return facts
+    return {job.name: facts}
+
+
+def _build_parts(job: Job, path: Path) -> dict[str, Any]:
+    """Build a model of several files in a temporary folder; return the facts of each by name, or why it does not run."""
+    made: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        job.build(Path(folder))
+        for file in sorted(Path(folder).rglob("*.onnx")):
+            name = job.name if file.stem == "model" else f"{job.name}-{file.stem}"
+            try:
+                made[name] = _check(job, file)
+            except Exception as error:
+                made[name] = _one_line(error)
+                continue
+            onnx.save(onnx.load(file), path.with_name(f"{name}.onnx"))  # with its external data
+    return made
 
 
 def _check(job: Job, path: Path) -> dict[str, Any]:

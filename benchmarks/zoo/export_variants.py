@@ -109,10 +109,10 @@ def fused(source: Path, path: Path, *, kind: str, heads: int, width: int) -> Non
 class Reader(q.CalibrationDataReader):
     """Four random inputs."""
 
-    def __init__(self, source: Path) -> None:
-        """Read the inputs of ``source``."""
+    def __init__(self, source: Path, dims: dict[str, int] | None = None) -> None:
+        """Read the inputs of ``source``; ``dims`` are sizes of symbolic dimensions."""
         inputs = common.session(source).get_inputs()
-        self.feeds = iter([common.random_feeds(inputs, high=90, seed=seed) for seed in range(4)])
+        self.feeds = iter([common.random_feeds(inputs, high=90, seed=seed, dims=dims) for seed in range(4)])
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         """Return the next input."""

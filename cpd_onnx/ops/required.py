@@ -56,6 +56,12 @@ def _broadcast(call: Call, shapes: Sequence[Any], values: Sequence[Any]) -> Iter
         yield from ((size, number) for number in numbers for size in here)
 
 
+@_of(MICROSOFT, "QLinearAdd", "QLinearMul")
+def _quantized_broadcast(call: Call, shapes: Sequence[Any], values: Sequence[Any]) -> Iterator[Pair]:
+    yield from _broadcast(call, (shapes[0], shapes[3]), ())
+
+
+@_of(MICROSOFT, "FusedConv")
 @_of("", "Conv", "ConvInteger")
 def _conv(call: Call, shapes: Sequence[Any], values: Sequence[Any]) -> Iterator[Pair]:
     yield shapes[0][1], shapes[1][1] * call.get("group", 1)
@@ -71,6 +77,7 @@ def _transposed_conv(call: Call, shapes: Sequence[Any], values: Sequence[Any]) -
     yield shapes[0][1], shapes[1][0]
 
 
+@_of(MICROSOFT, "DynamicQuantizeMatMul", "MatMulIntegerToFloat")
 @_of("", "MatMul", "MatMulInteger")
 def _matmul(call: Call, shapes: Sequence[Any], values: Sequence[Any]) -> Iterator[Pair]:
     a, b = shapes[:2]
@@ -78,6 +85,12 @@ def _matmul(call: Call, shapes: Sequence[Any], values: Sequence[Any]) -> Iterato
     yield from _broadcast(call, (a[:-2], b[:-2]), ()) if max(len(a), len(b)) > 2 else ()
 
 
+@_of(MICROSOFT, "MatMulNBits")
+def _block_matmul(call: Call, shapes: Sequence[Any], values: Sequence[Any]) -> Iterator[Pair]:
+    yield shapes[0][-1], call.attributes["K"]
+
+
+@_of(MICROSOFT, "FusedGemm")
 @_of("", "Gemm")
 def _gemm(call: Call, shapes: Sequence[Any], values: Sequence[Any]) -> Iterator[Pair]:
     yield shapes[0][0 if call.get("transA", 0) else 1], shapes[1][1 if call.get("transB", 0) else 0]
@@ -91,6 +104,12 @@ def _by_channel(call: Call, shapes: Sequence[Any], values: Sequence[Any]) -> Ite
 @_of("", "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
 def _layer_norm(call: Call, shapes: Sequence[Any], values: Sequence[Any]) -> Iterator[Pair]:
     yield shapes[0][-1], shapes[1][-1]
+
+
+@_of(MICROSOFT, "SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
+def _skip_norm(call: Call, shapes: Sequence[Any], values: Sequence[Any]) -> Iterator[Pair]:
+    yield shapes[0][-1], shapes[2][-1]
+    yield from _broadcast(call, shapes[:2], ())
 
 
 @_of("", "Concat")

@@ -64,7 +64,11 @@ def _broadcast(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | Non
 
 
 def broadcast(*shapes: Dims) -> Dims | None:
-    """Return the shape to which several shapes broadcast; None if they are incompatible."""
+    """Return the shape to which several shapes broadcast; None if they are incompatible.
+
+    Of two different symbolic sizes, one that is never smaller is the result wherever they are compatible: what is cut
+    from a table, at most its length, meets the text that it was cut for.
+    """
     first = shapes[0]
     if all(shape == first for shape in shapes):
         return first
@@ -72,10 +76,14 @@ def broadcast(*shapes: Dims) -> Dims | None:
     result = [1] * rank
     for shape in shapes:
         for axis, size in enumerate(shape, start=rank - len(shape)):
-            if size != 1:
-                if result[axis] not in (1, size):
-                    return None
-                result[axis] = size
+            here = result[axis]
+            if size == 1 or here == size:
+                continue
+            if here != 1 and (None in (here, size) or (is_constant(here) and is_constant(size))):
+                return None
+            result[axis] = size if here == 1 else largest(here, size)
+            if result[axis] not in (here, size):
+                return None
     return tuple(result)
 
 

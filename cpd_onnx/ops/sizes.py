@@ -308,12 +308,22 @@ def floor_divided(a: Any, b: Any) -> Any:
 def least(a: Any, b: Any) -> Any:
     """Return the minimum of two sizes."""
     difference = _normalized(_summed(a, b, -1))
-    if _is_at_least(difference, 0):
+    if _is_at_least(difference, 0) or _is_minimum_with(b, a):
         return b
-    if _is_at_least(_product(difference, -1), 0):
+    if _is_at_least(_product(difference, -1), 0) or _is_minimum_with(a, b):
         return a
     pair = tuple(sorted((a, b), key=str))
     return Size({((Term("min", pair), 1),): 1})
+
+
+def _is_minimum_with(a: Any, b: Any) -> bool:
+    """Whether a size is the minimum of another one and something else."""
+    if not isinstance(a, Size) or len(a.coefficients) != 1:
+        return False
+    (monomial, coefficient), *_ = a.coefficients.items()
+    if coefficient != 1 or len(monomial) != 1 or monomial[0][1] != 1 or monomial[0][0].kind != "min":
+        return False
+    return any(argument == b or _is_minimum_with(argument, b) for argument in monomial[0][0].arguments)
 
 
 def largest(a: Any, b: Any) -> Any:
@@ -479,7 +489,7 @@ def _numbers(array: Expressions) -> Array:
 def objects(array: Array) -> Expressions:
     """Return an array of numbers as an object array."""
     found = np.empty(array.shape, object)
-    found[...] = array.tolist() if array.ndim else array.item()
+    found.reshape(-1)[:] = array.ravel().tolist()  # nested lists would lose the axes behind one of length 0
     return found
 
 

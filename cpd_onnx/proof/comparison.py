@@ -259,8 +259,8 @@ class _Judge:
 
     def is_shown(self, place: int, one: ComparedTensor, effect: float, difference: float) -> bool:
         """Return whether an error would have shown in a tensor, given an effect on it."""
-        if one.kind == DISCRETE or one.output in self.empty:
-            return True  # tensors that a decision is computed from are compared too; an empty output shows nothing
+        if one.kind == DISCRETE or not self.empty.isdisjoint((one.output, one.name)):
+            return True  # tensors that a decision is computed from are compared too; an empty tensor shows nothing
         if one.kind == SATURATING or not one.is_affected:
             return effect > 0 or self.varies(place)
         return effect >= _LEAST_EFFECT and difference <= _OF_EFFECT * effect

@@ -202,14 +202,18 @@ class _Removal:
         return found
 
     def sums(self, takers: set[int]) -> set[int]:
-        """Return those of the nodes that sum or normalise over removed channels, which changes surviving values."""
+        """Return those of the nodes that sum or normalise over removed channels, which changes surviving values.
+
+        A node that only reads the size of a tensor does not: masks leave sizes as they are.
+        """
         recorder = self.combed.recorder
         factors = {f.value for product in recorder.products for f in product if self.keep.shrinks(f.atoms)}
         summing = {self.place(*key) for key in (*recorder.count_dependent, *recorder.masked_slots)}
         return {
             position
             for position in takers
-            if position in summing or position in self.scope.bodies or not factors.isdisjoint(self.values(position))
+            if not traits_of(self.scope.nodes[position]).reads_sizes
+            and (position in summing or position in self.scope.bodies or not factors.isdisjoint(self.values(position)))
         }
 
     def values(self, position: int) -> set[Value | None]:

@@ -29,13 +29,16 @@ def linear(op: Op) -> None:
 
 
 def _blocked(op: Op, slot: int, axis: int) -> None:
-    x, scale = op.input(0), op.input(slot)
+    """Scale the indices of a block along an axis by one number: they go together, the last block may be shorter."""
+    x, scale, block = op.input(0), op.input(slot), op.get("block_size", 0)
     for position in range(x.rank):
-        if position == axis:
-            op.freeze(x[position], "quantises this axis in blocks")
-            op.freeze(scale[position], "quantises this axis in blocks")
-        else:
+        if position != axis:
             op.unite(x[position], scale[position])
+        elif -(-len(x[axis]) // max(1, block)) == len(scale[axis]):
+            op.unite(x[axis], op.atoms.repeated(scale[axis], block)[: len(x[axis])])
+        else:
+            op.freeze(x[axis], "quantises this axis in blocks")
+            op.freeze(scale[axis], "quantises this axis in blocks")
 
 
 @rule("GatherBlockQuantized", domain=MICROSOFT)

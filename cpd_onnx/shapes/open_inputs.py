@@ -138,6 +138,8 @@ class OpenInputs:
             return int(dim.dim_value)
         name = dim.dim_param or f"{info.name}[{axis}]"
         kind = self._kind(0 if "batch" in name else seeming, info)
+        if kind is self.profile.image and "sequence" in name:  # the cache of a language model
+            kind = self.profile.sequence
         if name not in self._symbols and name not in self.given:
             found = self._expression(name, self.profile.sequence if "sequence" in name else kind)
             if found is not None:

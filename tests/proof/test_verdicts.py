@@ -167,6 +167,23 @@ def test_an_empty_output_shows_nothing_and_need_not() -> None:
     assert proof(from_text(text, values={"a": 0, "b": 0})).verdict == VERIFIED
 
 
+def test_an_empty_part_of_an_output_shows_nothing_and_need_not() -> None:
+    """Exporters append what rotary embeddings leave as it is, which may be nothing."""
+    text = f"({MLP}, int64[1] a, int64[1] b) => (float[4, 5] y) {{ h = MatMul(x, w) p = MatMul(h, v) e = Slice(p, a, a, b) y = Concat <axis = 0> (p, e) }}"
+    assert proof(from_text(text, values={"a": 0, "b": 0})).verdict == VERIFIED
+
+
+def test_an_output_that_takes_only_a_size_from_pruned_channels_need_not_change() -> None:
+    """The keys of an encoder's outputs have the batch size of the decoder's channels, and none of their values."""
+    text = f"""({MLP}, float[4, 12] xe, float[12, 6] k, int64[1] at, int64[2] parts) => (float[4, 5] y, float[4, 3, 2] key) {{
+        h = MatMul(x, w) y = MatMul(h, v) s = Shape(h) n = Gather(s, at)
+        t = Concat <axis = 0> (n, parts) p = MatMul(xe, k) key = Reshape(p, t)
+    }}"""
+    found = proof(from_text(text, values={"at": 0, "parts": [3, 2]}))
+    assert found.verdict == VERIFIED
+    assert [one.effect > 0 for one in found.outputs] == [True, False]
+
+
 def test_large_maps_of_decisions_are_verified() -> None:
     text = (
         "(float[1, 3, 96, 96] x, float[16, 3, 3, 3] w, float[21, 16, 3, 3] v) => (int64[1, 96, 96] y) {"

@@ -71,6 +71,18 @@ FOLLOWED: list[tuple[str, int, str, list[str], dict[str, Any]]] = [
         ["16: b.0 s.0 v.0", "2: s.1 w.1"], {},
     ),
     (
+        "a matrix that is quantised in blocks", 21,
+        f"{NBITS}, int8[64, 5] q, float[4, 5] s, int8[4, 5] z) => (float[2, 4, 5] y) "
+        f"{{ {DENSE} d = DequantizeLinear <axis = 0, block_size = 16>(q, s, z) y = MatMul(h, d) }}",
+        ["4: s.0 w.1"], {},
+    ),
+    (
+        "a matrix whose last block is short", 21,
+        "(float[2, 4, 6] x, float[6, 40] w, int8[40, 8] q, float[3, 8] s, float[8, 5] v) => (float[2, 4, 5] y) "
+        f"{{ {DENSE} d = DequantizeLinear <axis = 0, block_size = 16>(q, s) a = MatMul(h, d) y = MatMul(a, v) }}",
+        ["3: s.0 w.1", "8: s.1 v.0"], {},
+    ),
+    (
         "an order of rows", 17,
         f"{NBITS}, uint8[64, 4, 8] q, float[256] s, int32[64] g, float[64, 5] v) => (float[2, 4, 5] y) "
         f"{{ {DENSE} a = com.microsoft.MatMulNBits <K = 64, N = 64, bits = 4, block_size = 16>(h, q, s, , g) "

@@ -94,6 +94,12 @@ PRUNED = {
         f"{TOKENS} {{ c = MatMul(x, k) {sizes(a=0, b=1)} {ints('m', -1)} q = Concat <axis = 0>(a, b, m) "
         f"r = Reshape(c, q) y = MatMul(r, v) }}"
     ),
+    "heads of what positions of a table were added to": (
+        f"(float[n, t, 6] x, float[6, 8] k, float[1, 512, 8] table, float[8, 4] v) => (float[] y) {{ c = MatMul(x, k) "
+        f"{sizes(a=0, b=1)} {ints('o', 0)} {ints('one', 1)} p = Slice(table, o, b, one) z = Expand(p, s) g = Add(z, c) "
+        f"{ints('h', -1, 2, 4)} q = Concat <axis = 0>(a, h) r = Reshape(g, q) f = Relu(r) "
+        f"{ints('w', -1, 8)} e = Concat <axis = 0>(a, w) s2 = Reshape(f, e) y = MatMul(s2, v) }}"
+    ),
     "rows of a table": (
         f"{TOKENS} {{ c0 = MatMul(x, k) c = Relu(c0) {sizes(b=1)} {ints('o', 0)} {ints('one', 1)} "
         f"{ints('shape', 1, 1, 8)} table = ConstantOfShape <value = float[1] {{0.5}}>(shape) {ints('shape2', 1)} "
@@ -145,6 +151,14 @@ def test_images_are_no_squares_and_symbols_differ() -> None:
     assert shapes is not None
     assert all(h != w for _, _, h, w in shapes)
     assert str(folded.scope.values["r"].sizes) == "(n, h*w, 8)"
+
+
+def test_caches_are_no_longer_than_texts() -> None:
+    """A causal mask of a table may have fewer rows than an image has pixels."""
+    shape = "float[batch_size, 4, past_sequence_length, 16]"
+    folded = fold(cpd.load(from_text(f"({shape} x) => ({shape} y) {{ y = Relu(x) }}")))
+    longest = max(found[2] for found in folded.scope.values["x"].shapes or ())
+    assert longest < 30
 
 
 def test_dimensions_that_the_file_computes_are_computed() -> None:

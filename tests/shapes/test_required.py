@@ -62,6 +62,27 @@ CASES = {
         "(float[n, m2] x, float[10, 8] w, float[8, 3] v) => (float[] y) { a = MatMul(x, w) r = Relu(a) y = MatMul(r, v) }",
         {"m2": 10},
     ),
+    "channels of a convolution that was fused": (
+        "(float[n, c, 8, 8] x, float[8, 3, 3, 3] k, float[8] b, float[4, 8, 1, 1] u) => (float[] y) "
+        '{ a = com.microsoft.FusedConv <activation = "Relu">(x, k, b) y = Conv(a, u) }',
+        {"c": 3},
+    ),
+    "columns of a matrix that was fused": (
+        "(float[n, m2] x, float[10, 8] w, float[8] b, float[8, 3] v) => (float[] y) "
+        '{ a = com.microsoft.FusedGemm <activation = "Relu">(x, w, b) y = MatMul(a, v) }',
+        {"m2": 10},
+    ),
+    "columns of a matrix in blocks": (
+        "(float[n, m2] x, uint8[8, 1, 16] w, float[8] s, float[8, 3] v) => (float[] y) "
+        "{ a = com.microsoft.MatMulNBits <K = 32, N = 8, bits = 4, block_size = 32>(x, w, s) r = Relu(a) "
+        "y = MatMul(r, v) }",
+        {"m2": 32},
+    ),
+    "a text by what is added to it before a normalisation": (
+        "(float[n, l, 8] x, float[1, 5, 8] t, float[8] g, float[8, 6] w, float[6, 3] v) => (float[] y) "
+        "{ a = com.microsoft.SkipLayerNormalization(x, t, g, g) h = MatMul(a, w) r = Relu(h) y = MatMul(r, v) }",
+        {"l": 5},
+    ),
     "sizes that are joined": (
         "(float[n, 3, h, 16] x, float[1, 3, 8, 16] xz, float[6, 3, 1, 1] k, float[4, 6, 1, 1] u) => (float[] y) "
         "{ a = Concat <axis = 0>(x, xz) b = Conv(a, k) r = Relu(b) y = Conv(r, u) }",

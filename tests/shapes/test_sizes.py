@@ -104,10 +104,20 @@ def test_an_unknown_has_the_numbers_that_it_was_bound_to() -> None:
     assert not H.has_unknowns
 
 
+def test_what_is_cut_at_a_size_is_no_larger_than_it() -> None:
+    cut = least(64, H)
+    assert least(cut, H) == least(H, cut) == cut
+    assert largest(H, cut) == H
+    assert largest(H, least(cut, 8)) == H
+    assert largest(H, cut + 1) != H
+
+
 def test_numbers_become_objects() -> None:
     found = objects(np.asarray([[1, 2], [3, 4]]))
     assert found.dtype == object
     assert found.tolist() == [[1, 2], [3, 4]]
+    assert objects(np.asarray(7)).item() == 7
+    assert objects(np.zeros((1, 2, 0, 3))).shape == (1, 2, 0, 3)
 
 
 _LEAVES = st.sampled_from([1, 2, 3, 4, 8, "h", "w"])
