@@ -34,6 +34,7 @@ from cpd_onnx.rewrite.rewriter import rewrite
 from cpd_onnx.runtime.sessions import execute, open_model
 from cpd_onnx.runtime.stepwise import Stepwise
 from cpd_onnx.scores.registry import score
+from tests.support.models import from_text
 from tests.support.runs import plain
 
 
@@ -615,3 +616,16 @@ def test_what_an_activation_clips_is_not_fitted() -> None:
 
     assert distance((-1.0, 1.0), 30) < 0.1 * distance((-1.0, 1.0), 0)
     assert distance((-1.0, 1.0), 30) < 0.5 * distance((-1.0, np.inf), 30)
+
+
+def test_all_affine_operators_are_part_of_what_is_fitted() -> None:
+    graph = (
+        "(float[N,3,4,4] x, float[4,3,1,1] w, float[4] b, float[4,1,1] s, float[4,1,1] t) => (float[N,4,4,4] y) "
+        "{ h = Conv(x, w, b) i = Sub(s, h) j = Div(i, t) k = Neg(j) y = Relu(k) }"
+    )
+    model = load(from_text(graph))
+    (unit,) = units_of(comb(model).folded).found
+    b, s, t = (model.array(name).ravel().astype(np.float64) for name in "bst")
+    assert unit.end == "k"
+    np.testing.assert_allclose(unit.gain, 1 / t)
+    np.testing.assert_allclose(unit.shift, (b - s) / t)
