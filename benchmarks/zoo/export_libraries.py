@@ -247,9 +247,7 @@ def jobs(exporter: str) -> Iterator[common.Job]:
         made = {name: partial(diffuser, *entry) for name, entry in DIFFUSERS.items()}
     for name, make in made.items():
         for suffix, dynamo in (("ts", False), ("dy", True)):
-            yield common.Job(
-                f"{name}.{suffix}", name.partition("-")[0], partial(by_torch, make, dynamo=dynamo), high=9
-            )
+            yield common.Job(f"{name}.{suffix}", name.partition("-")[0], partial(by_torch, make, dynamo=dynamo), high=9)
     if exporter in ("transformers", "transformers-fused"):
         fused = exporter == "transformers-fused"
         for what, kinds in TRANSFORMERS.items():

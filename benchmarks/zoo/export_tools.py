@@ -197,7 +197,11 @@ TOOLS: dict[str, tuple[Callable[..., None], list[str]]] = {
     "nncf": (by_nncf, HALF),
     "modelopt": (by_modelopt, CONVOLUTIONAL),
 }  # fmt: skip  # a table
-PACKAGES = {"onnxscript-fusions": "onnxscript", "onnxconverter-fp16": "onnxconverter-common", "modelopt": "nvidia-modelopt"}
+PACKAGES = {
+    "onnxscript-fusions": "onnxscript",
+    "onnxconverter-fp16": "onnxconverter-common",
+    "modelopt": "nvidia-modelopt",
+}
 
 
 def _dims(source: Path) -> dict[str, int]:

@@ -34,6 +34,7 @@ from cpd_onnx.rewrite.rewriter import rewrite
 from cpd_onnx.runtime.sessions import execute, open_model
 from cpd_onnx.runtime.stepwise import Stepwise
 from cpd_onnx.scores.registry import score
+from tests.support.models import from_text
 from tests.support.runs import plain
 
 
@@ -640,3 +641,16 @@ def test_the_bounds_of_a_sum_are_those_of_the_sum_and_not_of_the_branch_that_is_
     solution = everything.solved()
     assert solution is not None
     np.testing.assert_allclose(solution.matrix, truth, atol=1e-3)
+
+
+def test_all_affine_operators_are_part_of_what_is_fitted() -> None:
+    graph = (
+        "(float[N,3,4,4] x, float[4,3,1,1] w, float[4] b, float[4,1,1] s, float[4,1,1] t) => (float[N,4,4,4] y) "
+        "{ h = Conv(x, w, b) i = Sub(s, h) j = Div(i, t) k = Neg(j) y = Relu(k) }"
+    )
+    model = load(from_text(graph))
+    (unit,) = units_of(comb(model).folded).found
+    b, s, t = (model.array(name).ravel().astype(np.float64) for name in "bst")
+    assert unit.end == "k"
+    np.testing.assert_allclose(unit.gain, 1 / t)
+    np.testing.assert_allclose(unit.shift, (b - s) / t)
