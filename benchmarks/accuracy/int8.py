@@ -173,7 +173,8 @@ def show(content: dict[str, Any]) -> None:
             change = "" if way == "dense" else f"{100 * (row[metric] - original[metric]):+.1f}"
             cells = (
                 name, LABELS.get(way, way), f"{100 * row[metric]:.1f}", change, f"{row['bytes'] / 1e3:.0f}",
-                f"{row['bytes'] / original['bytes']:.2f}", f"{row['cpu_ms']:.2f}", f"{row['of_dense']:.2f}",
+                f"{row['bytes'] / original['bytes']:.2f}",
+                *(f"{row[key]:.2f}" if key in row else "" for key in ("cpu_ms", "of_dense")),
             )  # fmt: skip  # a row
             print(f"| {' | '.join(cells)} |")
 

@@ -63,6 +63,7 @@ class Stored:
         scale: Scales and zero points; None for a float weight.
         cells: Function that returns the number of the scale of each element, in the layout of the initializer.
         packing: How several numbers are packed in a byte; None if each has its own.
+        limits: Smallest and largest integer.
         is_rounded: Whether a float weight is rounded to steps by the graph.
     """
 

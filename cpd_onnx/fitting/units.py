@@ -323,7 +323,7 @@ class _UnitFinder(Graph):
         level = level_of(node, operands.data_level, self.constant)
         return (name, {name: level}) if level is not None else ("", {})
 
-    def scaled(self, node: NodeProto) -> Scaled | None:
+    def scaled(self, node: NodeProto) -> _Scaled | None:
         """Return how the graph scales the product of integers of a node, with the range of its data."""
         cast = self.only_user(node.output[0])
         user = None if cast is None or not traits_of(cast).casts else self.only_user(cast.output[0])
@@ -336,7 +336,7 @@ class _UnitFinder(Graph):
         factors = [name for name in maker.input if name != source.output[1]]
         if len(factors) != 1 or self.uses[other] != 1 or self.constant(factors[0]) is None:
             return None
-        return Scaled(user.output[0], factors[0])
+        return _Scaled(user.output[0], factors[0])
 
     def unit(
         self, position: int, operands: Operands, linear: Linear, stored: Stored, data: tuple[str, dict[str, Level]]
@@ -538,7 +538,7 @@ class _UnitFinder(Graph):
 
 
 @dataclass(frozen=True)
-class Scaled:
+class _Scaled:
     """How the graph scales a product of integers: name of the result, and of the scale of the weight."""
 
     output: str
