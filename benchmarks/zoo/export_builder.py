@@ -29,7 +29,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "olmo": {}, "nemotron": {}, "granite": {}, "smollm3": {}, "gpt_oss": {}, "ernie4_5": {}, "hunyuan_v1_dense": {},
 }  # fmt: skip  # a table
 """Types of transformers that the builder knows, with settings besides those of all."""
-WIDE = {"hidden_size": 128, "head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 192}
+WIDE = {
+    "hidden_size": 128,
+    "head_dim": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 192,
+}
 PRECISIONS: dict[str, list[str]] = {
     "fp32": ["-p", "fp32", "-e", "cpu"],
     "fp16": ["-p", "fp16", "-e", "cuda"],

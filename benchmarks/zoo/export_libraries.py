@@ -149,7 +149,7 @@ def clip(settings: dict[str, Any]) -> Made:
     import open_clip
     import tiny
 
-    model = open_clip.CLIP(embed_dim=32, **{k: v for k, v in settings.items()})
+    model = open_clip.CLIP(embed_dim=32, **settings)
     size = settings["vision_cfg"]["image_size"]
     return tiny.perturbed(model), {"image": torch.randn(2, 3, size, size), "text": torch.randint(1, 200, (2, 16))}
 
@@ -247,9 +247,7 @@ def jobs(exporter: str) -> Iterator[common.Job]:
         made = {name: partial(diffuser, *entry) for name, entry in DIFFUSERS.items()}
     for name, make in made.items():
         for suffix, dynamo in (("ts", False), ("dy", True)):
-            yield common.Job(
-                f"{name}.{suffix}", name.partition("-")[0], partial(by_torch, make, dynamo=dynamo), high=9
-            )
+            yield common.Job(f"{name}.{suffix}", name.partition("-")[0], partial(by_torch, make, dynamo=dynamo), high=9)
     if exporter in ("transformers", "transformers-fused"):
         fused = exporter == "transformers-fused"
         for what, kinds in TRANSFORMERS.items():
