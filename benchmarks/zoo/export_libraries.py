@@ -149,7 +149,7 @@ def clip(settings: dict[str, Any]) -> Made:
     import open_clip
     import tiny
 
-    model = open_clip.CLIP(embed_dim=32, **{k: v for k, v in settings.items()})
+    model = open_clip.CLIP(embed_dim=32, **settings)
     size = settings["vision_cfg"]["image_size"]
     return tiny.perturbed(model), {"image": torch.randn(2, 3, size, size), "text": torch.randint(1, 200, (2, 16))}
 

@@ -25,19 +25,20 @@ from export_variants import Reader
 from onnxruntime import quantization as q
 from onnxruntime.transformers import float16, optimizer
 
-CONVOLUTIONAL = (
+_CONVOLUTIONAL = (
     "optimum/resnet.image-classification optimum/mobilenet_v2.image-classification optimum/convnext.image-classification "
     "optimum/regnet.image-classification optimum/mobilevit.image-classification optimum/poolformer.image-classification "
     "optimum/segformer.image-classification optimum/vits.text-to-audio ultralytics/yolov8n.plain ultralytics/yolo11n-seg.plain "
     "optimum/levit.feature-extraction optimum/glpn.depth-estimation"
-).split()
-ATTENTIVE = (
+)
+_ATTENTIVE = (
     "optimum/bert.text-classification optimum/distilbert.text-classification optimum/roberta.text-classification "
     "optimum/deberta-v2.text-classification optimum/vit.image-classification optimum/swin.image-classification "
     "optimum/wav2vec2.audio-classification optimum/gpt2.text-classification optimum/arcee.text-generation optimum/clip.feature-extraction "
     "optimum/t5.text2text-generation-encoder_model optimum/marian.text-generation optimum/albert.text-classification "
     "optimum/modernbert.text-classification optimum/qwen3.text-classification optimum/beit.image-classification"
-).split()
+)
+CONVOLUTIONAL, ATTENTIVE = _CONVOLUTIONAL.split(), _ATTENTIVE.split()
 ALL = CONVOLUTIONAL + ATTENTIVE
 HALF = ALL[::2]
 
@@ -164,7 +165,7 @@ def by_modelopt(source: Path, path: Path) -> None:
     """Quantise by NVIDIA's Model Optimizer."""
     from modelopt.onnx.quantization import quantize
 
-    (name, feeds), *_ = list(Reader(source, _dims(source)).feeds)[0].items()
+    (name, feeds), *_ = next(Reader(source, _dims(source)).feeds).items()
     made = path.with_suffix(".made")
     quantize(str(source), quantize_mode="int8", calibration_data={name: feeds}, output_path=str(made),
              calibration_eps=["cpu"], high_precision_dtype="fp32")  # fmt: skip

@@ -24,13 +24,14 @@ import ultralytics
 from perturb import perturb
 from ultralytics import RTDETR, YOLO
 
-ARCHITECTURES = (
+_NAMES = (
     "yolo11n yolo11n-cls yolo11n-obb yolo11n-pose yolo11n-seg yolo12n yolo12n-cls yolo12n-obb yolo12n-pose yolo12n-seg "
     "yolo26n yolo26n-cls yolo26n-obb yolo26n-p2 yolo26n-p6 yolo26n-pose yolo26n-seg yolo26n-sem yolo26n-depth yolov10n "
     "yolov3-tiny yolov5n yolov5n-p6 yolov6n yolov8n yolov8n-cls yolov8n-ghost yolov8n-ghost-p2 yolov8n-obb yolov8n-p2 "
     "yolov8n-p6 yolov8n-pose yolov8n-pose-p6 yolov8n-seg yolov8n-seg-p6 yolov8n-world yolov8n-worldv2 yolov9t yolov9s "
     "yolov8n-rtdetr"
-).split()
+)
+ARCHITECTURES = _NAMES.split()
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {"simplify": False},
     "simplify": {},

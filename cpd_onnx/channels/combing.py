@@ -28,7 +28,7 @@ from cpd_onnx.shapes.values import Folded, Scope, Use, Value, taken_branch
 
 _UNFOLLOWED = "uses this in a subgraph that is not followed"
 """Reason for freezing what the subgraph of an operator other than If, Loop and Scan captures."""
-_UNPRUNABLE_TYPES = {TensorProto.BOOL, TensorProto.STRING, TensorProto.UNDEFINED}
+_UNPRUNABLE_TYPES = {TensorProto.STRING, TensorProto.UNDEFINED}
 """Element types of constants that are never sliced."""
 
 

@@ -83,6 +83,12 @@ FOLLOWED: list[tuple[str, int, str, list[str], dict[str, Any]]] = [
         ["3: s.0 w.1", "8: s.1 v.0"], {},
     ),
     (
+        "truth values that choose between channels and a number", 17,
+        f"{MLP}, bool[1, 1, 12] c, float o) => (float[2, 4, 5] y) "
+        f"{{ {DENSE} a = Where(c, h, o) y = MatMul(a, v) }}",
+        ["12: v.0 w.1"], {"c": np.arange(12) % 3 > 0},
+    ),
+    (
         "an order of rows", 17,
         f"{NBITS}, uint8[64, 4, 8] q, float[256] s, int32[64] g, float[64, 5] v) => (float[2, 4, 5] y) "
         f"{{ {DENSE} a = com.microsoft.MatMulNBits <K = 64, N = 64, bits = 4, block_size = 16>(h, q, s, , g) "
