@@ -123,7 +123,7 @@ def by_exporter(results: list[Result]) -> str:
         said = [text for _, text in result.get("lost", [])[:1]] if kind in ("part", "untouched") else []
         said = said if kind in ("full", "part", "untouched") else [result.get("reason", result["status"])]
         reasons[kind].update(re.sub(_NAMES, "…", each)[-_LENGTH:] for each in said)
-    columns = ["models", "proved", "full", "part", "untouched", "refused", "inconclusive", "wrong"]
+    columns = ["models", "proved", "full", "part", "untouched", "refused", "inconclusive", "out of time", "wrong"]
     lines = [f"{'exporter':>20} " + " ".join(f"{c:>12}" for c in columns)]
     for exporter, row in [*sorted(table.items()), ("all", sum(table.values(), Counter()))]:
         lines.append(f"{exporter:>20} " + " ".join(f"{row[c]:>12}" for c in columns))
@@ -139,7 +139,7 @@ def _kind(result: Result) -> str:
     if result["status"] in ("refused", "inconclusive"):
         return str(result["status"])
     if result["status"] != "verified":
-        return "wrong"
+        return "out of time" if result.get("reason") == "out of time" else "wrong"
     return "full" if result["fraction"] >= _FULL else "part"
 
 

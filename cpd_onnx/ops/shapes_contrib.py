@@ -132,12 +132,8 @@ def _transposed_conv(call: Call, shapes: Sequence[Any], values: Values) -> Dims 
 
 
 def _windows(call: Call, sizes: Sequence[Any], kernel: Sequence[Any]) -> list[Any]:
-    """Return the spatial sizes after a sliding window, with automatic padding."""
-    window = call.get("kernel_shape") or kernel[2:]
-    if call.get("auto_pad", "NOTSET") in ("SAME_UPPER", "SAME_LOWER"):
-        strides = call.get("strides") or [1] * len(window)
-        return [-(-size // stride) for size, stride in zip(sizes, strides, strict=True)]
-    return windows(call, sizes, window)
+    """Return the spatial sizes after a sliding window, whose size is that of the kernel if no attribute gives it."""
+    return windows(call, sizes, call.get("kernel_shape") or kernel[2:])
 
 
 @_register(MICROSOFT, "FusedMatMul", "TransposeMatMul", "FusedMatMulActivation")

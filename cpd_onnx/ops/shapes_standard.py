@@ -111,7 +111,7 @@ def _gemm(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
 def _window(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
     data, kernel = shapes[0], shapes[1] if len(shapes) > 1 else None
     window = call.get("kernel_shape") or (kernel and kernel[2:])
-    if not window or call.get("auto_pad", "NOTSET") != "NOTSET" or call.get("ceil_mode", 0):
+    if not window or call.get("ceil_mode", 0):
         return None
     if len(data) != len(window) + 2 or (kernel is not None and data[1] != kernel[1] * call.get("group", 1)):
         return None
@@ -120,9 +120,13 @@ def _window(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
 
 
 def windows(call: Call, sizes: Sequence[Any], window: Sequence[Any]) -> list[Any]:
-    """Return the spatial sizes after a sliding window with explicit pads."""
-    rank = len(window)
+    """Return the spatial sizes after a sliding window with explicit or automatic pads."""
+    rank, auto = len(window), call.get("auto_pad", "NOTSET")
     pads, strides = call.get("pads") or [0] * (2 * rank), call.get("strides") or [1] * rank
+    if auto in ("SAME_UPPER", "SAME_LOWER"):
+        return [(size + stride - 1) // stride for size, stride in zip(sizes, strides, strict=True)]
+    if auto == "VALID":
+        pads = [0] * (2 * rank)
     dilations = call.get("dilations") or [1] * rank
     spans = [d * (w - 1) + 1 for w, d in zip(window, dilations, strict=True)]
     return [(sizes[i] + pads[i] + pads[i + rank] - spans[i]) // strides[i] + 1 for i in range(rank)]

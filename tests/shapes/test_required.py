@@ -35,6 +35,10 @@ CASES = {
         {"c": 3},
     ),
     "height and width by a table of positions": (VIT, {"c": 3, "h": 28, "w": 28}),
+    "height and width by a table, behind a convolution without pads": (
+        VIT.replace("Conv <", 'Conv <auto_pad = "VALID", '),
+        {"c": 3, "h": 28, "w": 28},
+    ),
     "height and width by a fully connected layer": (
         "(float[n, 3, h, w] x, float[6, 3, 3, 3] k, float[96, 10] d, float[10, 4] e) => (float[] y) "
         "{ a = Conv <strides = [2, 2], pads = [1, 1, 1, 1]>(x, k) p = MaxPool <kernel_shape = [2, 2], strides = [2, 2]>"
@@ -122,6 +126,15 @@ def test_what_no_operator_requires_stays_open(name: str) -> None:
     folded = fold(cpd.load(from_text(OPEN[name])))
     assert not folded.solved
     assert not folded.scope.values["x"].has_fixed(0)
+
+
+def test_pads_that_keep_the_size_divide_it_by_the_stride() -> None:
+    text = (
+        "(float[1, 3, h, 15] x, float[8, 3, 3, 3] k) => (float[] y) "
+        '{ y = Conv <auto_pad = "SAME_UPPER", strides = [2, 2]>(x, k) }'
+    )
+    folded = fold(cpd.load(from_text(text)))
+    assert folded.scope.values["y"].sizes == (1, 8, floor_divided(symbol("h") + 1, 2), 8)
 
 
 def test_the_solutions_of_equations() -> None:
