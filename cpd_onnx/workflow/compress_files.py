@@ -123,10 +123,10 @@ def places_of(request: Compress, *, is_converted: bool = False) -> Places:
     """Return the paths that a run writes; if it converts the pruned model, that one lies beside its result."""
     result = request.output
     output = precise.float_place(result) if is_converted else result
-    pages = tuple(beside(result, f"report.{kind}") for kind in (page_kinds() if request.report else ()))
+    pages = tuple(beside(output, f"report.{kind}") for kind in (page_kinds() if request.report else ()))
     plan = request.plan or plan_path_of(output)
     converted = (result, manifest.place_of(result)) if is_converted else ()
-    return Places(output, plan, recipe_path_of(result), manifest.place_of(output), pages, converted=converted)
+    return Places(output, plan, recipe_path_of(output), manifest.place_of(output), pages, converted=converted)
 
 
 def can_draw() -> bool:

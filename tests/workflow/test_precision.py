@@ -22,7 +22,7 @@ from tests.support.runs import plain
 MODELS = Path(cpd.__file__).parent / "models"
 QUICK = ("--data", "train.npz", "--repair-samples", 32, "--samples", 32, "--no-distill")
 FILES = {
-    "small.onnx", "small.onnx.manifest.json", "small.onnx.recipe.toml", "small.float32.onnx",
+    "small.onnx", "small.onnx.manifest.json", "small.float32.onnx", "small.float32.onnx.recipe.toml",
     "small.float32.onnx.plan.json", "small.float32.onnx.manifest.json",
 }  # fmt: skip  # a list
 
@@ -55,7 +55,7 @@ def test_both_models_are_written_and_proved(folder: Path, capsys: pytest.Capture
     content: dict[str, Any] = json.loads(capsys.readouterr().out)
     known = schema()
     jsonschema.validate(content["precision"], {**known["properties"]["precision"], "$defs": known["$defs"]})
-    pages = {f"small.onnx.report.{kind}" for kind in ("json", "html", "md")}
+    pages = {f"small.float32.onnx.report.{kind}" for kind in ("json", "html", "md")}
     assert made(folder) == FILES | pages
     assert is_quantised("small.onnx")
     assert not is_quantised("small.float32.onnx")
@@ -65,6 +65,9 @@ def test_both_models_are_written_and_proved(folder: Path, capsys: pytest.Capture
     assert list(content["accuracy"]["values"]) == ["original", "pruned and repaired", "converted"]
     assert run("verify", "digits.onnx", "small.float32.onnx") == 0
     assert run("verify", "digits.onnx", "small.onnx") == 0
+    assert run("audit", "small.onnx", "-o", "audit") == 0
+    collected = {path.name for path in (folder / "audit").iterdir()}
+    assert {"digits.onnx", "small.onnx", "small.float32.onnx", "small.float32.onnx.plan.json"} <= collected
 
 
 @pytest.mark.parametrize("name", ["small.onnx", "small.float32.onnx"])

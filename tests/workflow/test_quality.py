@@ -204,7 +204,7 @@ def test_a_loss_beyond_the_bound_is_a_failure_with_files(folder: Path, capsys: p
 
 
 def test_python_does_what_the_command_does(folder: Path) -> None:
-    options = {"samples": 64, "repair_samples": 64, "train": False, "max_loss": 0.05}
+    options = {"samples": 64, "repair_samples": 64, "effort": 0, "train": False, "max_loss": 0.05}
     asked = ("--data", "data.npz", "--max-loss", 0.05, "--round-to", 1, *QUICK)
     assert run("compress", "digits.onnx", "-o", "small.onnx", *asked) == 0
     made = cpd.compressed("digits.onnx", "data.npz", **options)
