@@ -178,6 +178,7 @@ def compress(
         content |= outcome.content(request, run.demand, run.samples, choice, made.state, result)
         content |= {"precision": precise.as_entry(request, run.form)}
         content["notes"] += [*outcome.target_notes(request, choice), *outcome.interface_notes(made.state.model)]
+        content["notes"] += precise.notes(request, run.form)
         outcome.require_faster(request, content)
         with progress.step("write"), locked_folder(request.output.parent), commit_together():
             pruned = request if run.form is None else precise.without_conversion(request)

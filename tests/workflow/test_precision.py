@@ -61,6 +61,7 @@ def test_both_models_are_written_and_proved(folder: Path, capsys: pytest.Capture
     assert not is_quantised("small.float32.onnx")
     assert content["precision"]["asked"] == "int8"
     assert content["precision"]["file"] == "small.onnx"
+    assert any(note.startswith("small.onnx has 8-bit integers in ") for note in content["notes"])
     assert content["bytes"]["after"] == (folder / "small.onnx").stat().st_size
     assert list(content["accuracy"]["values"]) == ["original", "pruned and repaired", "converted"]
     assert run("verify", "digits.onnx", "small.float32.onnx") == 0

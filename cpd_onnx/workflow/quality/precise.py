@@ -90,6 +90,15 @@ def as_entry(request: Compress, form: Precision | None) -> dict[str, Any]:
     return {"asked": request.precision, "what": form.what, "file": request.output.name, "alone": alone}
 
 
+def notes(request: Compress, form: Precision | None) -> list[str]:
+    """Return what was chosen, in a sentence; empty if no other number format was asked for."""
+    if request.precision == FLOAT:
+        return []
+    if form is None:
+        return ["8-bit integers are not used: they are not faster here, lose too much, or the model has them already"]
+    return [f"{request.output.name} has {form.what}, and is made from {float_place(request.output).name}"]
+
+
 def conversion(request: Compress, form: Precision) -> Deploy:
     """Return the request that converts the pruned float model of a run, which can be repeated without the run."""
     return Deploy(
