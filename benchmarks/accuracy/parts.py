@@ -10,16 +10,13 @@ With --images, only the whole run is made, of that many images. All test images 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 from accuracy import commit, macs
@@ -28,7 +25,6 @@ from verdicts import CASES as PAIRS
 from verdicts import ROOT, Data, kept, opened, resized
 
 from cpd_onnx.budget.targets import fraction
-from cpd_onnx.passes.repair import RepairOptions
 from cpd_onnx.workflow.api import run as carried_out
 from cpd_onnx.workflow.requests import Prune
 
@@ -42,23 +38,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no repair": {"repair": False},
 }
 """Options of `prune` that leave out one part."""
-REPAIRS: dict[str, dict[str, Any]] = {
-    "no combinations of channels": {"mixes": False},
-    "targets of the repair as they are, also beyond a rectifier": {"rounds": 0},
-}
-"""Options of the repair that leave out one part, also where it serves a comparison."""
-
-
-@contextlib.contextmanager
-def repairing(**changed: Any) -> Iterator[None]:
-    """Let all repairs in the block have other defaults."""
-    made = RepairOptions.__init__
-
-    def start(self: RepairOptions, *given: Any, **more: Any) -> None:
-        made(self, *given, **changed | more)
-
-    with mock.patch.object(RepairOptions, "__init__", start):
-        yield
 
 
 def row(run: Run, how: str, model: Path, data: Data, seed: int) -> dict[str, Any]:
@@ -73,11 +52,10 @@ def row(run: Run, how: str, model: Path, data: Data, seed: int) -> dict[str, Any
         request = Prune(
             model=model, output=place, data=str(Path(folder) / "data.npz"), target=fraction("macs", run.macs),
             max_loss=float("inf"), hold_out=0.0, round_to=1, check_speed=False, log_level="quiet",
-            **OPTIONS.get(how, {}),
+            **OPTIONS[how],
         )  # fmt: skip  # a list
         started = time.perf_counter()
-        with repairing(**REPAIRS[how]) if how in REPAIRS else contextlib.nullcontext():
-            carried_out(request)
+        carried_out(request)
         seconds = time.perf_counter() - started
         tested = resized(images, case.size)
         found = {name: score(case, path, tested, labels) for name, path in (("score", place), ("original", model))}
@@ -98,7 +76,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         ]
 
     print("| left out | " + " | ".join(cases) + " |\n|---|" + "---|" * len(cases))
-    for how in (WHOLE, *OPTIONS, *REPAIRS)[1:]:
+    for how in OPTIONS:
         cells = [of(how, case, usual[case])[:1] for case in cases]
         print(f"| {how} | " + " | ".join(f"{cell[0]:.2f}" if cell else "" for cell in cells) + " |")
     print("\n| images | " + " | ".join(cases) + " |\n|---|" + "---|" * len(cases))
@@ -131,7 +109,7 @@ def main() -> None:
         if not model.is_file() or (given.only and run.name not in given.only):
             continue
         runs = [replace(run, images=images) for images in given.images or [run.images]]
-        hows = (WHOLE,) if given.images else (*OPTIONS, *REPAIRS)
+        hows = (WHOLE,) if given.images else tuple(OPTIONS)
         wanted = [
             partial(row, one, how, model, data, seed) for one in runs for seed in given.seed or [0] for how in hows
         ]
