@@ -51,10 +51,10 @@ _DEARER = 4.0
 """Factor from one of these weights to the next (heuristic)."""
 _LEAST = 1e-12
 """Loss by which others are divided at least."""
-_UNIT = 1e-6
-"""Milliseconds of a unit of capacity: the maximum flow is that of whole numbers."""
+_UNITS = 1 << 28
+"""Units of capacity that all times add up to: the maximum flow is that of whole numbers."""
 _NEVER = 1 << 30
-"""Capacity that no cut goes through, above the time of any model, in units."""
+"""Capacity that no cut goes through: more than all times together."""
 _OWN_END = re.compile(r"_token_\d+$|_nchwc$")
 """What onnxruntime appends to the name of a node or tensor for a kernel that replaces it."""
 
@@ -306,7 +306,7 @@ class _Cut:
     def __init__(self, nodes: Sequence[str]) -> None:
         self.place = {node: number for number, node in enumerate(nodes, start=2)}
         self.count = 2 + len(nodes)
-        self.edges: list[tuple[int, int, int]] = []
+        self.edges: list[tuple[int, int, float | None]] = []
 
     def pay(self, node: str, as_float: float, as_integer: float) -> None:
         """Let a node pay its milliseconds on either side."""
@@ -326,14 +326,15 @@ class _Cut:
             self._edge(outputs, place, None)
 
     def _edge(self, start: int, end: int, ms: float | None) -> None:
-        capacity = _NEVER if ms is None else min(_NEVER - 1, round(ms / _UNIT))
-        if start != end and start != 1 and capacity:
-            self.edges.append((start, end, capacity))
+        if start != end and start != 1:
+            self.edges.append((start, end, ms))
 
     def integer(self) -> frozenset[str]:
         """Return the nodes on the side of the source."""
+        unit = sum(ms or 0.0 for *_, ms in self.edges) / _UNITS or 1.0
         summed: dict[tuple[int, int], int] = defaultdict(int)
-        for start, end, capacity in self.edges:
+        for start, end, ms in self.edges:
+            capacity = _NEVER if ms is None else round(ms / unit)
             summed[start, end] = min(_NEVER, summed[start, end] + capacity)
         starts, ends = (np.asarray(column) for column in zip(*summed, strict=True))
         capacities = np.asarray(list(summed.values()), np.int32)

@@ -306,5 +306,7 @@ def _proved(content: Content) -> Answer:
         return Answer("proved", "no", "it does not compute what its plan says: do not use it", WRONG_RESULT)
     if result == INCONCLUSIVE:
         return Answer("proved", "unknown", "the inputs that were tried do not show whether its structure is right")
-    text = f"its structure equals the original's with the removed channels masked, to {found['difference']:.1e}"
+    is_converted = bool((content.get("precision") or {}).get("file"))
+    what = "the structure of the float model that it is made of" if is_converted else "its structure"
+    text = f"{what} equals the original's with the removed channels masked, to {found['difference']:.1e}"
     return Answer("proved", "yes", text)

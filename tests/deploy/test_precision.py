@@ -60,6 +60,14 @@ def test_the_cut_is_the_least_of_all_choices(seed: int) -> None:
     assert price(set(cut.integer()), times, tensors) == least
 
 
+def test_times_of_seconds_are_told_apart() -> None:
+    cut = _Cut(NODES[:2])
+    cut.pay("a", 9e3, 2e3)
+    cut.pay("b", 5e3, 9e3)
+    cut.convert("a", ("b", None), 1e3)
+    assert cut.integer() == {"a"}
+
+
 class Timed(LatencyProbe):
     """A machine on which each kernel takes a millisecond, and some operators another time."""
 

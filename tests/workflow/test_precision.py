@@ -61,6 +61,8 @@ def test_both_models_are_written_and_proved(folder: Path, capsys: pytest.Capture
     assert not is_quantised("small.float32.onnx")
     assert content["precision"]["asked"] == "int8"
     assert content["precision"]["file"] == "small.onnx"
+    (proved,) = (each["text"] for each in content["verdict"]["answers"] if each["question"] == "proved")
+    assert proved.startswith("the structure of the float model that it is made of equals the original's")
     assert any(note.startswith("small.onnx has 8-bit integers in ") for note in content["notes"])
     assert content["bytes"]["after"] == (folder / "small.onnx").stat().st_size
     assert list(content["accuracy"]["values"]) == ["original", "pruned and repaired", "converted"]

@@ -15,7 +15,7 @@ from cpd_onnx.deploy.precision import PRECISIONS, Precision, fastest, whole
 from cpd_onnx.deploy.quantize import Quantization
 from cpd_onnx.deploy.steps import Deployment
 from cpd_onnx.deploy.steps import deploy as converted_for
-from cpd_onnx.errors import DataError, UnsupportedError
+from cpd_onnx.errors import DataError, TargetError, UnsupportedError
 from cpd_onnx.ir.model import Model
 from cpd_onnx.report.verdict import USUAL_LOSS
 from cpd_onnx.runtime.bench import Setting
@@ -60,7 +60,7 @@ def form_of(
         setting = Setting(request.latency_batch, request.latency_threads, request.latency_provider)
         probe = LatencyProbe(comb(model, request.input_shapes), setting)
         return fastest(probe, source, options, loss=loss, most=most)
-    except UnsupportedError:  # it is quantised already, or of a kind that onnxruntime's quantiser does not take
+    except (UnsupportedError, TargetError):  # it cannot be quantised, or its outputs cannot be compared
         return None
 
 
@@ -95,7 +95,10 @@ def notes(request: Compress, form: Precision | None) -> list[str]:
     if request.precision == FLOAT:
         return []
     if form is None:
-        return ["8-bit integers are not used: they are not faster here, lose too much, or the model has them already"]
+        why = (
+            "they are not faster here, lose too much, what they lose cannot be measured, or the model has them already"
+        )
+        return [f"8-bit integers are not used: {why}"]
     return [f"{request.output.name} has {form.what}, and is made from {float_place(request.output).name}"]
 
 
