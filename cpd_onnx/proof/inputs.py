@@ -26,6 +26,7 @@ from cpd_onnx.errors import UnsupportedError
 from cpd_onnx.ir.model import Array
 from cpd_onnx.ops.sizes import Bindings, Size, Term
 from cpd_onnx.ops.traits import traits_of
+from cpd_onnx.proof.draws import with_fixed_draws
 from cpd_onnx.runtime.sessions import (
     Assignment,
     Feed,
@@ -239,7 +240,7 @@ class Marks:
         if not feeds:
             return []
         with tempfile.TemporaryDirectory() as folder:
-            session = open_model(self._editor.model, optimise=False, profile=Path(folder) / "runs")
+            session = open_model(with_fixed_draws(self._editor.model), optimise=False, profile=Path(folder) / "runs")
             for feed in feeds:
                 execute(session, feed)
             events = json.loads(Path(session.end_profiling()).read_text())

@@ -276,16 +276,23 @@ def proof_line(found: Mapping[str, Any] | None) -> str:
         )
     if allowed > found["tolerance"]:
         bound += ", the effect of rounding"
-    if 100 * allowed <= effect:
+    if 100 * allowed <= effect < math.inf:
         bound += f", a hundredth of the effect is {effect / 100:.0e}"
     line = (
         f"verified: equals the original with the removed channels masked to {found['difference']:.1e} "
         f"(allowed {bound}) on {found['runs']} sets of inputs; "
-        f"masking changes the outputs by {effect:.2g} before any training"
+        f"masking changes {effect_words(effect)} before any training"
     )
     if 100 * allowed > effect > 0 or effect == 0 < allowed < found["tolerance"]:
         line += ", masking other channels, to test the comparison, by more"
     return f"{line}; {notes}" if notes else line
+
+
+def effect_words(effect: float) -> str:
+    """Return what masking changes, and by how much: the values of outputs, or their sizes, which is infinitely much."""
+    if effect == math.inf:
+        return "sizes of outputs, or which of their values are finite,"
+    return f"the outputs by {effect:.2g}"
 
 
 def repair_line(found: Mapping[str, Any]) -> str:
