@@ -49,6 +49,9 @@ _LEAST_EFFECT = 100 * 2.0**-23
 _FLIPPED = 1e-3
 """Fraction of decisions that may differ because two candidates are nearly equal (heuristic)."""
 
+_MOST_BRANCHES = 4
+"""Number of branches that are listed by name."""
+
 Outputs: TypeAlias = Sequence[Sequence[Array]]
 """The compared tensors, for each set of inputs."""
 
@@ -173,6 +176,7 @@ class Runs:
         pruned: Outputs of the model that should equal the reference.
         nudged: Function that runs the reference on inputs changed by a few roundings.
         decoy: Function that runs the original with other channels masked; it returns None without other channels.
+        branches: Numbers of the sets of inputs that reach each branch from which channels were removed, by description.
 
     """
 
@@ -181,6 +185,7 @@ class Runs:
     pruned: Outputs
     nudged: Callable[[], Outputs]
     decoy: Callable[[], Outputs | None] = lambda: None
+    branches: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 def compare(
@@ -228,6 +233,12 @@ class _Judge:
         found = tuple(self.finding(place, one) for place, one in enumerate(self.observed))
         shown = max(found, key=_closeness, default=None)
         verdict = max((f.verdict for f in found), key=VERDICTS.index, default=VERIFIED)
+        silent = [what for what, places in self.runs.branches.items() if not self.shows(places)]
+        self.notes += map(_branch_doubt, silent)
+        if silent:
+            verdict = max(verdict, INCONCLUSIVE, key=VERDICTS.index)
+        if self.runs.branches and verdict == VERIFIED:
+            self.notes.append(_branches(self.runs.branches))
         numbers = (shown.difference, shown.effect, shown.allowed) if shown is not None else (0.0, 0.0, self.tolerance)
         return Comparison(
             difference=numbers[0], tolerance=self.tolerance, noise=max((f.noise or 0.0 for f in found), default=0.0),
@@ -264,6 +275,21 @@ class _Judge:
         if one.kind == SATURATING or not one.is_affected:
             return effect > 0 or self.varies(place)
         return effect >= _LEAST_EFFECT and difference <= _OF_EFFECT * effect
+
+    def shows(self, runs: Sequence[int]) -> bool:
+        """Return whether an error would have shown on some of the sets of inputs, as those that reach one branch."""
+
+        def has_effect(masked: Outputs | None) -> bool:
+            pairs = [] if masked is None else [(self.runs.plain[run], masked[run]) for run in runs]
+            effects = (
+                distance(one.surviving(a[place]), one.surviving(b[place]), one.surviving(a[place]))
+                for a, b in pairs
+                for place, one in enumerate(self.observed)
+                if one.is_behind
+            )
+            return any(effect >= _LEAST_EFFECT for effect in effects)
+
+        return has_effect(self.runs.masked) or has_effect(self.further("decoy", self.runs.decoy))
 
     def varies(self, place: int) -> bool:
         """Return whether a tensor of the original varies, over its elements or over the inputs."""
@@ -324,6 +350,20 @@ def _doubt(one: ComparedTensor, difference: float, effect: float) -> str:
         f"{where}: the models differ by {difference:.1e}, which rounding explains, but masking channels changes it by "
         f"only {effect:.1e}, less than a hundred times that; give inputs on which it responds more, with --data"
     )
+
+
+def _branch_doubt(branch: str) -> str:
+    return (
+        f"masking the channels removed in {branch} does not change the outputs on the inputs that reach it, so that an "
+        "error would not show; give inputs on which they respond, with --data"
+    )
+
+
+def _branches(reached: Mapping[str, Sequence[int]]) -> str:
+    """Return which branches the proof compared, or how many."""
+    if len(reached) > _MOST_BRANCHES:
+        return f"each of the {len(reached)} branches in which channels were removed was compared"
+    return f"{' and '.join(reached)} {'were each' if len(reached) > 1 else 'was'} compared"
 
 
 def distance(expected: Array, got: Array, scale_of: Array, *, rms: bool = False) -> float:

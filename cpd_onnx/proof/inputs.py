@@ -16,7 +16,7 @@ import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -74,11 +74,13 @@ class ProofInputs:
         feeds: The inputs.
         unreached: Branches and numbers of iterations that no input reaches, as (path, description): the path of the
             body that has not run, or "" if it has run.
+        branches: Branches of an If that inputs reach, as (path of the body, description), with these inputs.
 
     """
 
     feeds: tuple[Feed, ...]
     unreached: tuple[tuple[str, str], ...] = ()
+    branches: Mapping[tuple[str, str], tuple[Feed, ...]] = field(default_factory=dict)
 
 
 def proof_inputs(
@@ -256,6 +258,10 @@ class Marks:
         """Return descriptions of what an input reaches, from its counts."""
         return {goal for mark, body in self.places.items() for goal in body.reached(counts[mark])}
 
+    def branches(self) -> list[tuple[str, str]]:
+        """Return the branches of each If that is reachable, as (path, description)."""
+        return [(path, goal) for body in self.places.values() if not body.is_loop for goal, path in body.goals.items()]
+
     def wanted(self) -> dict[str, str]:
         """Return descriptions of everything reachable, with the path of the body that runs only then, or ""."""
         return {goal: path for body in self.places.values() for goal, path in body.goals.items()}
@@ -314,7 +320,8 @@ def _iterations(scope: Scope, node: NodeProto) -> tuple[int, float]:
 def _covering(folded: Folded, session: Runner, marks: Marks, feeds: Sequence[Feed]) -> ProofInputs:
     """Return the inputs, and further ones that reach what these do not."""
     wanted, chosen = marks.wanted(), list(feeds)
-    missing = set(wanted).difference(*(marks.reached(counts) for counts in marks.counts(feeds)))
+    reached = [marks.reached(counts) for counts in marks.counts(feeds)]
+    missing = set(wanted).difference(*reached)
     if missing:
         variants = [feed for feed in _variants(folded, feeds) if _runs(session, feed)]
         variants += _at_compared_sizes(folded, session)
@@ -322,8 +329,17 @@ def _covering(folded: Folded, session: Runner, marks: Marks, feeds: Sequence[Fee
             gained = missing & marks.reached(counts)
             if gained and len(chosen) < len(feeds) + _MOST_EXTRA:
                 chosen.append(feed)
+                reached.append(marks.reached(counts))
                 missing -= gained
-    return ProofInputs(tuple(chosen), tuple((wanted[goal], goal) for goal in sorted(missing)))
+    return ProofInputs(
+        tuple(chosen),
+        tuple((wanted[goal], goal) for goal in sorted(missing)),
+        {
+            (path, goal): tuple(feed for feed, goals in zip(chosen, reached, strict=True) if goal in goals)
+            for path, goal in marks.branches()
+            if goal not in missing
+        },
+    )
 
 
 def _runs(session: Runner, feed: Feed) -> bool:

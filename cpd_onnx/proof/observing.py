@@ -8,6 +8,9 @@ graph backwards through operators that only move numbers.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
+from functools import cached_property
+from typing import TypeAlias
 
 from onnx import NodeProto, TensorProto
 
@@ -17,10 +20,12 @@ from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.proof.comparison import DISCRETE, SATURATING, VALUES, ComparedTensor
 from cpd_onnx.rules.api import FLOATS
 from cpd_onnx.shapes.order import all_inputs
-from cpd_onnx.shapes.values import Value
+from cpd_onnx.shapes.values import Scope, Value
 
 _MOST = 64
 """Limit on the tensors that are compared for one output (heuristic)."""
+_Node: TypeAlias = tuple[str, int]
+"""A node: the path of its scope, and its position there."""
 _DOMAINS = ("", "ai.onnx", "com.microsoft")
 """Domains whose operators are followed backwards."""
 
@@ -173,60 +178,100 @@ class _Removal:
     def __init__(self, combed: Combed, keep: KeepMask) -> None:
         self.combed, self.keep = combed, keep
         self.scope = combed.folded.scope
-        self.outer = {
-            inner.path: position
-            for position, bodies in self.scope.bodies.items()
-            for body in bodies.values()
-            for inner in body.walk()
-        }
+        self.scopes = {scope.path: scope for scope in self.scope.walk()}
 
-    def behind(self, positions: set[int]) -> set[str]:
+    def behind(self, nodes: set[_Node]) -> set[str]:
         """Return the tensors of the main graph that depend on the outputs of the given nodes, these included."""
-        found = set[str]()
-        for position, node in enumerate(self.scope.nodes):
-            if position in positions or (not traits_of(node).reads_sizes and not found.isdisjoint(all_inputs(node))):
+        return self.reached(self.scope, nodes, frozenset())
+
+    def reached(self, scope: Scope, nodes: set[_Node], outside: AbstractSet[str]) -> set[str]:
+        """Return the tensors of a graph, and those given from outside, that depend on the outputs of given nodes.
+
+        An output of an If depends on what its own counterparts in the branches do, one of any other node with bodies on
+        all that these contain.
+        """
+        found = set(outside)
+        for position, node in enumerate(scope.nodes):
+            own, bodies = traits_of(node), scope.bodies.get(position, {}).values()
+            if own.branches and found.isdisjoint(node.input):
+                for body in bodies:
+                    inner = self.reached(body, nodes, found)
+                    found.update(name for name, of in zip(node.output, body.outputs, strict=True) if of in inner)
+            elif (
+                (scope.path, position) in nodes
+                or (not own.reads_sizes and not found.isdisjoint(all_inputs(node)))
+                or any((inner.path, place) in nodes for b in bodies for inner in b.walk() for place in _places(inner))
+            ):
                 found.update(name for name in node.output if name)
         return found
 
-    def takers(self) -> set[int]:
-        """Return the nodes of the main graph with a pruned input or output, in a subgraph or directly."""
+    def takers(self) -> set[_Node]:
+        """Return the nodes with a pruned input or output."""
         found = {
-            self.place(use.use.scope.path, use.use.node)
+            (use.use.scope.path, use.use.node)
             for weight in self.combed.weights
             for use in weight.uses
             if any(map(self.keep.shrinks, use.axes))
         }
         for (path, name), tensor in self.combed.tensors.items():
             if any(map(self.keep.shrinks, tensor.all_axes)):
-                found.update(self.uses(path, name))
+                found.update(self.uses(self.scopes[path], name))
         return found
 
-    def sums(self, takers: set[int]) -> set[int]:
+    def sums(self, takers: set[_Node]) -> set[_Node]:
         """Return those of the nodes that sum or normalise over removed channels, which changes surviving values.
 
-        A node that only reads the size of a tensor does not: masks leave sizes as they are.
+        A node that only reads the size of a tensor does not: masks leave sizes as they are. A loop counts as one that
+        does, since what it carries is not followed.
         """
         recorder = self.combed.recorder
         factors = {f.value for product in recorder.products for f in product if self.keep.shrinks(f.atoms)}
-        summing = {self.place(*key) for key in (*recorder.count_dependent, *recorder.masked_slots)}
+        summing = {*recorder.count_dependent, *recorder.masked_slots}
         return {
-            position
-            for position in takers
-            if not traits_of(self.scope.nodes[position]).reads_sizes
-            and (position in summing or position in self.scope.bodies or not factors.isdisjoint(self.values(position)))
+            (path, position)
+            for path, position in takers
+            if not traits_of(self.node(path, position)).reads_sizes
+            and (
+                (path, position) in summing
+                or self.is_followed_whole(path, position)
+                or not factors.isdisjoint(self.values(path, position))
+            )
         }
 
-    def values(self, position: int) -> set[Value | None]:
-        return {self.scope.values.get(name) for name in self.scope.nodes[position].input if name}
+    def is_followed_whole(self, path: str, position: int) -> bool:
+        """Return whether a node has bodies other than branches, or lies in such a body."""
+        scope: Scope | None = self.scopes[path]
+        if self.scopes[path].bodies.get(position) and not traits_of(self.node(path, position)).branches:
+            return True
+        while scope is not None and scope.path:
+            owner = self.owners.get(scope.path)
+            if owner is not None and not traits_of(owner).branches:
+                return True
+            scope = scope.parent
+        return False
 
-    def place(self, path: str, position: int) -> int:
-        """Return the node of the main graph that a node is or lies in."""
-        return self.outer.get(path, position)
+    @cached_property
+    def owners(self) -> dict[str, NodeProto]:
+        """The node that each body belongs to, by the path of the body."""
+        return {
+            body.path: scope.nodes[position]
+            for scope in self.scopes.values()
+            for position, bodies in scope.bodies.items()
+            for body in bodies.values()
+        }
 
-    def uses(self, path: str, name: str) -> Iterator[int]:
-        if path:
-            yield self.outer[path]
-            return
-        yield from (self.place(use.scope.path, use.node) for use in self.scope.consumers.get(name, []))
-        if name in self.scope.producers:
-            yield self.scope.producers[name]
+    def node(self, path: str, position: int) -> NodeProto:
+        return self.scopes[path].nodes[position]
+
+    def values(self, path: str, position: int) -> set[Value | None]:
+        scope = self.scopes[path]
+        return {scope.lookup(name) for name in self.node(path, position).input if name}
+
+    def uses(self, scope: Scope, name: str) -> Iterator[_Node]:
+        yield from ((use.scope.path, use.node) for use in scope.consumers.get(name, []))
+        if name in scope.producers:
+            yield scope.path, scope.producers[name]
+
+
+def _places(scope: Scope) -> range:
+    return range(len(scope.nodes))

@@ -154,6 +154,7 @@ class _Proof:
         self.original = combed.folded.model
         self.runner = runner_of(combed)
         self.feeds: list[Feed] = []
+        self.branches: dict[str, list[int]] = {}
         self.form = _Form(lambda model: model)
         self.compared: list[ComparedTensor] = []
         self.doubts: list[str] = []
@@ -168,6 +169,7 @@ class _Proof:
         if not given:
             return Comparison(0.0, self.form.tolerance, 0.0, 0, verdict=INCONCLUSIVE, notes=tuple(self.doubts))
         self.require_evaluated(session, given)
+        self.branches = self.edited_branches(inputs, given)
         rounding = rounding_of(self.original)
         if not rounding:
             del session
@@ -201,6 +203,15 @@ class _Proof:
             sentence = f"no input reached {what}; give inputs that do, with --data"
             found = found.doubted(sentence) if path and self.is_edited(path) else found.noted(sentence)
         return found
+
+    def edited_branches(self, inputs: ProofInputs, given: Sequence[Feed]) -> dict[str, list[int]]:
+        """Return the numbers of the inputs that reach each branch from which channels were removed."""
+        numbers = {id(feed): number for number, feed in enumerate(given)}
+        return {
+            what: [numbers[id(feed)] for feed in feeds if id(feed) in numbers]
+            for (path, what), feeds in inputs.branches.items()
+            if self.is_pruned and self.is_edited(path)
+        }
 
     def is_edited(self, path: str) -> bool:
         """Return whether channels were removed from a weight used inside a subgraph."""
@@ -260,7 +271,14 @@ class _Proof:
             advance(2, _PARTS)
             found = execute_all(self.open(self.other), given)
             advance(3, _PARTS)
-            runs = Runs(plain, expected, found, lambda: self.with_masks(self.reference, nudged(given)), self.decoy)
+            runs = Runs(
+                plain,
+                expected,
+                found,
+                lambda: self.with_masks(self.reference, nudged(given)),
+                self.decoy,
+                self.branches,
+            )
             return judge(self.compared, runs, self.form.tolerance).noted(*self.form.notes)
         except UnsupportedError as error:
             raise ProofError(f"onnxruntime runs the original but not a model derived from it: {error}") from error
