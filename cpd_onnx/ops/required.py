@@ -6,7 +6,7 @@ that its axes are 1. From these, sizes that a file leaves open are solved (`shap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from cpd_onnx.ops.evaluate import NOT_COMPUTED, Call, axes_operand, register_in
@@ -22,15 +22,32 @@ Requirements: TypeAlias = Callable[[Call, Sequence[Any], Sequence[Any]], "Iterat
 """Yields pairs of sizes that have to be equal, from the call and the shapes and values of its inputs."""
 _REQUIREMENTS: dict[tuple[str, str], Requirements] = {}
 """Requirements by (domain, operator)."""
+_SUGGESTIONS: dict[tuple[str, str], Requirements] = {}
+"""Probable requirements by (domain, operator), which hold only if the operator fails at other sizes."""
 
 
 def required(key: tuple[str, str], call: Call, shapes: Sequence[Dims | None], values: Values) -> list[Equation]:
     """Return what the open sizes of a node's inputs have to be; empty if nothing is known about the operator."""
-    if key not in _REQUIREMENTS:
+    return _equations(_REQUIREMENTS, key, call, shapes, values)
+
+
+def suggested(key: tuple[str, str], call: Call, shapes: Sequence[Dims | None], values: Values) -> list[Equation]:
+    """Return what the open sizes of a node's inputs may have to be, where its output is unknown at others."""
+    return _equations(_SUGGESTIONS, key, call, shapes, values)
+
+
+def _equations(
+    table: Mapping[tuple[str, str], Requirements],
+    key: tuple[str, str],
+    call: Call,
+    shapes: Sequence[Dims | None],
+    values: Values,
+) -> list[Equation]:
+    if key not in table:
         return []
     found: list[Equation] = []
     try:
-        for pair in _REQUIREMENTS[key](call, shapes, values):
+        for pair in table[key](call, shapes, values):
             sizes = [size for size in pair if isinstance(size, Size)]
             numbers = [size for size in pair if is_constant(size)]
             if len(sizes) == len(numbers) == 1:
@@ -134,6 +151,21 @@ def _reshape(call: Call, shapes: Sequence[Any], values: Sequence[Any]) -> Iterat
     if -1 not in sizes and (not call.get("allowzero", 0) or 0 not in sizes):
         kept = [shapes[0][axis] if size == 0 else size for axis, size in enumerate(sizes)]
         yield product(shapes[0]), product(kept)
+
+
+def _reshape_with_rest(call: Call, shapes: Sequence[Any], values: Sequence[Any]) -> Iterator[Pair]:
+    """Yield the number of elements beside a first or last axis whose size is left open, which passes as it is.
+
+    Any multiple would do; that the axis passes is the simplest reading of a Reshape which fails at other sizes.
+    """
+    data, wanted = shapes[0], [as_size(size) for size in (call.get("shape") if len(values) < 2 else values[1])]
+    if wanted[:1] == [-1]:
+        yield product(data[1:]), product(wanted[1:])
+    elif wanted[-1:] == [-1]:
+        yield product(data[:-1]), product(data[i] if size == 0 else size for i, size in enumerate(wanted[:-1]))
+
+
+_SUGGESTIONS["", "Reshape"] = _reshape_with_rest
 
 
 @_of("", "GRU", "LSTM", "RNN")

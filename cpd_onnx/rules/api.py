@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from onnx import TensorProto
+from onnx import NodeProto, TensorProto
 
 from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis, is_uniform, uniform
 from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.algebra.reasons import Reason
-from cpd_onnx.ir.model import Array
+from cpd_onnx.ir.model import DEFAULT_DOMAINS, Array
 from cpd_onnx.moved import GONE_IN
 from cpd_onnx.ops.evaluate import Call
 from cpd_onnx.ops.sizes import Size
+from cpd_onnx.ops.traits import MICROSOFT
 from cpd_onnx.shapes.values import Scope, Shape, Value
 
 _MOST_AXES = 1 << 10
@@ -267,6 +268,31 @@ _RENAMED = {
 """Names of `Op` in the version before: the old name -> the new one."""
 
 
+def _name_of(node: NodeProto) -> str:
+    return f"{node.op_type} {node.name or (node.output[0] if node.output else '')!r}"
+
+
+def _unknown_before(scope: Scope, position: int, slot: int | None) -> tuple[Scope, int] | None:
+    """Return the node that makes an input, of unknown shape, of a node: that at a slot, or any; None without one."""
+    names = scope.nodes[position].input
+    for name in names if slot is None else names[slot : slot + 1]:
+        value = scope.lookup(name) if name else None
+        if value is None or value.shapes is not None:
+            continue
+        for here in scope.outwards():
+            if name in here.producers:
+                return here, here.producers[name]
+    return None
+
+
+def _symbols(value: Value | None) -> frozenset[str]:
+    """Return the symbols in the sizes and the elements of a tensor."""
+    if value is None:
+        return frozenset()
+    parts = [*(value.sizes or ()), *(() if value.expressions is None else value.expressions.ravel().tolist())]
+    return frozenset[str]().union(*(part.symbols for part in parts if isinstance(part, Size)))
+
+
 @dataclass(eq=False)
 class Op:
     """One node of the graph, with the methods that a rule reads it and records its axes by.
@@ -306,8 +332,7 @@ class Op:
     @property
     def name(self) -> str:
         """Operator type and node name, as reasons give them."""
-        node = self.scope.nodes[self.position]
-        return f"{node.op_type} {node.name or (node.output[0] if node.output else '')!r}"
+        return _name_of(self.scope.nodes[self.position])
 
     @property
     def opset(self) -> int:
@@ -340,8 +365,24 @@ class Op:
         if tensor is None:
             raise GiveUp(f"{self.name} has no input {slot}")
         if tensor.axes is None:
-            raise GiveUp(f"the shape of input {slot} of {self.name} is not known")
+            raise self.unknown_shape(slot)
         return tensor
+
+    def unknown_shape(self, slot: int | None = None) -> GiveUp:
+        """Return the exception for an unknown shape, of an input or of the output: where the first one on the way is.
+
+        It names the open sizes that the shape was computed from.
+        """
+        scope, position = self.scope, self.position
+        while (before := _unknown_before(scope, position, slot)) is not None:
+            (scope, position), slot = before, None
+        node = scope.nodes[position]
+        symbols = frozenset[str]().union(*map(_symbols, map(scope.lookup, filter(None, node.input))))
+        what = "the output shape" if slot is None else f"the shape of input {slot}"
+        if not symbols or node.domain not in (*DEFAULT_DOMAINS, MICROSOFT):
+            return GiveUp(f"{what} of {_name_of(node)} is not known")
+        assumed = f"{'sizes' if len(symbols) > 1 else 'size'} assumed for {' and '.join(sorted(symbols))}"
+        return GiveUp(f"{what} of {_name_of(node)} is not known at the {assumed}: give --input-shape")
 
     def axes(self, slot: int) -> list[Axis]:
         """Return the axes of an input; an empty list if the node omits it."""
@@ -509,7 +550,7 @@ class Op:
         """Return the shape of an output; raises GiveUp if it is unknown."""
         shape = self.outputs[output].value.shape
         if shape is None:
-            raise GiveUp(f"the output shape of {self.name} is not known")
+            raise self.unknown_shape()
         return shape
 
     def positions(self, axis: Axis, output: int = 0, within: Value | None = None) -> None:

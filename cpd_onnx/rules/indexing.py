@@ -38,7 +38,7 @@ def slice_(op: Op) -> None:
             op.freeze(x[axis], "slices this axis, whose size depends on the input")
         if op.atoms.all_frozen(x[axis]):
             if y.shape is None:
-                raise GiveUp(f"the output shape of {op.name} is not known")
+                raise op.unknown_shape()
             out[axis] = op.atoms.stretched(x[axis], y.shape[axis])
             continue
         out[axis] = _sliced(op, x[axis], slot, (start, end, step))

@@ -72,9 +72,9 @@ def regroup(op: Op) -> list[Axis]:
     """Return the axes of the output of a reshape."""
     x, y = op.input(0), op.outputs[0].value
     if y.shapes is None or y.has_placeholder:
-        raise GiveUp(f"the output shape of {op.name} is not known")
+        raise op.unknown_shape()
     if x.value.shapes is None:
-        raise GiveUp(f"the shape of input 0 of {op.name} is not known")
+        raise op.unknown_shape(0)
     out: list[Axis] = []
     for before, after in _runs(x.value.shapes, y.shapes):
         axes = [x[i] for i in before]

@@ -36,7 +36,7 @@ from cpd_onnx.ir.model import (
 from cpd_onnx.ops.evaluate import MAX_ELEMENTS, Call, compute_outputs
 from cpd_onnx.ops.matrix_view import key_of
 from cpd_onnx.ops.output_shapes import open_shapes, output_shapes, output_type
-from cpd_onnx.ops.required import Equation, required
+from cpd_onnx.ops.required import Equation, required, suggested
 from cpd_onnx.ops.sizes import Bindings, Expressions, Size, compute_sizes, is_constant, objects, product, unknown
 from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.shapes.bodies import formal_inputs, if_outputs, loop_outputs, renamed, with_attributes
@@ -123,9 +123,21 @@ def fold_again(folded: Folded, model: Model, numbers: Mapping[str, int] | None =
 def _best_inferred(model: Model, input_shapes: Mapping[str, Shape], numbers: Mapping[str, int]) -> Folded:
     """Return the model inferred with the sizes that its operators require.
 
-    A size that is solved may be what another operator's requirement is known by, so that this is repeated.
+    A size that is solved may be what another operator's requirement is known by, so that this is repeated. Where shapes
+    remain unknown, sizes that operators probably require are taken if they leave fewer unknown.
     """
-    known: dict[str, int] = {}
+    inference, folded, known = _solved(model, input_shapes, numbers, {})
+    more = {name: number for name, number in solved(inference.suggestions).items() if name not in known}
+    if not folded.unknown or not more:
+        return folded
+    _, other, _ = _solved(model, input_shapes, numbers, known | more)
+    return other if len(other.unknown) < len(folded.unknown) else folded
+
+
+def _solved(
+    model: Model, input_shapes: Mapping[str, Shape], numbers: Mapping[str, int], known: dict[str, int]
+) -> tuple[_Inference, Folded, dict[str, int]]:
+    """Return the inference of a model with the sizes that operators require, its result, and all known sizes."""
     counts: dict[Place, int] = {}
     for _ in range(_MOST_SOLVED):
         inference, folded = _of_best_profile(model, input_shapes, numbers, known, counts)
@@ -134,7 +146,7 @@ def _best_inferred(model: Model, input_shapes: Mapping[str, Shape], numbers: Map
         if not more and not found:
             break
         known, counts = known | more, counts | found
-    return folded
+    return inference, folded, known
 
 
 def _of_best_profile(
@@ -180,6 +192,7 @@ class _Inference:
         given = given_symbols(model, input_shapes)
         self.inputs = OpenInputs(profile, input_shapes, numbers, self.bindings, known, given)
         self.equations: list[Equation] = []
+        self.suggestions: list[Equation] = []
         self.declared = {info.name: info for info in (*model.graph.value_info, *model.graph.output)}
         self.provenance = Provenance()
         self.unknown: dict[str, str] = {}
@@ -256,6 +269,8 @@ class _Inference:
             or self.computed(scope, position, node, call, inputs)
             or self.inferred(scope, position, node, call, inputs)
         )
+        if scope.parent is None and any(value.name and value.shapes is None for value in results):
+            self.suggestions += suggested(key_of(node), call, *_known_of(inputs))
         parents = [value for value in inputs if value is not None]
         # ConstantOfShape, Range and Shape of constants are included: they depend on weights alone.
         if parents and all(value.constants is not None for value in parents):
@@ -270,11 +285,9 @@ class _Inference:
         self.require_counts(scope, node, call, inputs)
         if all(value is None or value.extents is None for value in inputs):
             return
-        shapes = [None if value is None else value.sizes for value in inputs]
-        values = [None if value is None else value.entries for value in inputs]
         self.equations += [
             (size, number)
-            for size, number in required(key_of(node), call, shapes, values)
+            for size, number in required(key_of(node), call, *_known_of(inputs))
             if not size.has_unknowns and any(self.bindings.at(size, binding) != number for binding in BINDINGS)
         ]
 
@@ -530,6 +543,12 @@ class _Inference:
         ):  # fmt: skip  # a table
             found = {}
         return [_dims(found.get(name)) if name else (0, None) for name in node.output]
+
+
+def _known_of(inputs: Inputs) -> tuple[list[Any], list[Any]]:
+    """Return the sizes and the elements of a node's inputs, None for those unknown."""
+    shapes = [None if value is None else value.sizes for value in inputs]
+    return shapes, [None if value is None else value.entries for value in inputs]
 
 
 def _with_counts(shapes: Sequence[Shape], slot: int) -> tuple[Any, ...]:

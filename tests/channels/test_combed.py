@@ -33,7 +33,7 @@ def test_reasons_say_what_they_are_about() -> None:
         "operator local::Strange has no rule": ("no rule", "operator local::Strange"),
         "graph input 'x'": ("interface", ""),
         "extent of a kernel": ("no channels", ""),
-        "the shape of input 0 of Conv 'y' is not known": ("operator", ""),
+        "the output shape of Strange 'g' is not known": ("operator", ""),
     }
 
 

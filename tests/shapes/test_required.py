@@ -50,6 +50,20 @@ CASES = {
         "{ s = Transpose <perm = [1, 0, 2]>(x) o, l = GRU <hidden_size = 8>(s, w, r, , , xh) y = MatMul(l, v) }",
         {"n": 1},
     ),
+    "segments of a sequence": (
+        "(float[n, s, 6] x, float[6, 8] w, float[8, 4] v) => (float[] y) { a = MatMul(x, w) r = Relu(a) "
+        "t = Constant <value = int64[4] {-1, 4, 3, 8}>() g = Reshape(r, t) m = ReduceMean <axes = [2], keepdims = 0>(g) "
+        "y = MatMul(m, v) }",
+        {"s": 12},
+    ),
+    "height and width of a table that is resized": (
+        "(float[n, 3, h, w] x, float[8, 3, 4, 4] k, float[1, 36, 8] table, float[8, 4] v) => (float[] y) "
+        "{ c = Conv <strides = [4, 4]>(x, k) a = Transpose <perm = [0, 2, 3, 1]>(c) s = Shape(a) "
+        "i = Constant <value = int64[2] {1, 2}>() e = Gather(s, i) o = Constant <value = int64[1] {1}>() "
+        "m = Constant <value = int64[1] {-1}>() q = Concat <axis = 0>(o, e, m) t = Reshape(table, q) b = Add(a, t) "
+        "r = Relu(b) y = MatMul(r, v) }",
+        {"h": 24, "w": 24},
+    ),
     "a height that goes": (
         "(float[n, 3, h, 20] x, float[8, 3, 1, 1] k, float[8, 4] v) => (float[] y) "
         "{ a = Conv(x, k) i = Constant <value = int64[1] {2}>() s = Squeeze(a, i) t = Transpose <perm = [0, 2, 1]>(s) "
@@ -172,6 +186,17 @@ def test_a_size_that_does_not_fit_is_named_with_the_option_that_gives_it() -> No
     )
     assert any("an axis whose size depends on the data" in reason for reason in reasons(sliced))
     assert not any("37" in reason for reason in reasons(sliced))
+
+
+def test_a_shape_that_is_unknown_is_named_where_it_is_first_with_the_option_that_gives_it() -> None:
+    text = (
+        "(float[n, s, 6] x, float[6, 8] w, float[8, 8] u, float[8, 4] v) => (float[] y) { a = MatMul(x, w) r = Relu(a) "
+        "t = Constant <value = int64[4] {3, -1, 5, 8}>() g = Reshape(r, t) b = MatMul(g, u) f = Relu(b) y = MatMul(f, v) }"
+    )
+    found = {str(reason) for reason in reasons(text)}
+    assert "the output shape of Reshape 'g' is not known at the sizes assumed for n and s: give --input-shape" in found
+    assert not any("MatMul" in reason for reason in found)
+    assert comb(cpd.load(from_text(text)), {"x": (3, 5, 6)}).prunable_fraction() == 1.0
 
 
 COUNTED = {
