@@ -78,15 +78,22 @@ def _quantized_broadcast(call: Call, shapes: Sequence[Any], values: Sequence[Any
     yield from _broadcast(call, (shapes[0], shapes[3]), ())
 
 
+@_of(MICROSOFT, "QLinearWhere")
+def _quantized_where(call: Call, shapes: Sequence[Any], values: Sequence[Any]) -> Iterator[Pair]:
+    yield from _broadcast(call, (shapes[0], shapes[1], shapes[4]), ())
+
+
 @_of(MICROSOFT, "FusedConv")
 @_of("", "Conv", "ConvInteger")
 def _conv(call: Call, shapes: Sequence[Any], values: Sequence[Any]) -> Iterator[Pair]:
     yield shapes[0][1], shapes[1][1] * call.get("group", 1)
 
 
+@_of(MICROSOFT, "QLinearConv")
 @_of("", "QLinearConv")
 def _quantized_conv(call: Call, shapes: Sequence[Any], values: Sequence[Any]) -> Iterator[Pair]:
-    yield shapes[0][1], shapes[3][1] * call.get("group", 1)
+    channels = shapes[0][-1 if call.get("channels_last", 0) else 1]
+    yield channels, shapes[3][1] * call.get("group", 1)
 
 
 @_of("", "ConvTranspose")
@@ -102,6 +109,11 @@ def _matmul(call: Call, shapes: Sequence[Any], values: Sequence[Any]) -> Iterato
     yield from _broadcast(call, (a[:-2], b[:-2]), ()) if max(len(a), len(b)) > 2 else ()
 
 
+@_of("", "QLinearMatMul")
+def _quantized_matmul(call: Call, shapes: Sequence[Any], values: Sequence[Any]) -> Iterator[Pair]:
+    yield from _matmul(call, (shapes[0], shapes[3]), ())
+
+
 @_of(MICROSOFT, "MatMulNBits")
 def _block_matmul(call: Call, shapes: Sequence[Any], values: Sequence[Any]) -> Iterator[Pair]:
     yield shapes[0][-1], call.attributes["K"]
@@ -111,6 +123,11 @@ def _block_matmul(call: Call, shapes: Sequence[Any], values: Sequence[Any]) -> I
 @_of("", "Gemm")
 def _gemm(call: Call, shapes: Sequence[Any], values: Sequence[Any]) -> Iterator[Pair]:
     yield shapes[0][0 if call.get("transA", 0) else 1], shapes[1][1 if call.get("transB", 0) else 0]
+
+
+@_of(MICROSOFT, "QGemm")
+def _quantized_gemm(call: Call, shapes: Sequence[Any], values: Sequence[Any]) -> Iterator[Pair]:
+    yield from _gemm(call, (shapes[0], shapes[3]), ())
 
 
 @_of("", "BatchNormalization", "InstanceNormalization")
@@ -136,6 +153,11 @@ def _concat(call: Call, shapes: Sequence[Any], values: Sequence[Any]) -> Iterato
         here = [shape[axis] for shape in shapes]
         numbers = {size for size in here if is_constant(size)}
         yield from ((size, number) for number in numbers for size in here if axis != joined)
+
+
+@_of(MICROSOFT, "QLinearConcat")
+def _quantized_concat(call: Call, shapes: Sequence[Any], values: Sequence[Any]) -> Iterator[Pair]:
+    yield from _concat(call, shapes[2::3], ())
 
 
 @_of("", "Squeeze")

@@ -277,6 +277,26 @@ def _place(position: Any, size: Any) -> Any:
     return least(position, size) if least(position, 0) == 0 else None
 
 
+@_open("QLinearConv")
+def _quantized_window(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
+    return _window(call, (shapes[0], shapes[3]), ())
+
+
+@_open("ConvInteger")
+def _integer_window(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
+    return _window(call, shapes[:2], ())
+
+
+@_open("QLinearMatMul")
+def _quantized_matmul(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
+    return _matmul(call, (shapes[0], shapes[3]), ())
+
+
+@_open("MatMulInteger")
+def _integer_matmul(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
+    return _matmul(call, shapes[:2], ())
+
+
 @_open("Pad")
 def _pad(call: Call, shapes: Sequence[Dims], values: Values) -> Dims:
     sizes = list(shapes[0])

@@ -18,6 +18,15 @@ VIT = """(float[n, c, h, w] x, float[8, 3, 4, 4] k, float[1, 49, 8] table, float
     a = Conv <strides = [4, 4]>(x, k) s = Constant <value = int64[3] {0, 8, -1}>() f = Reshape(a, s)
     t = Transpose <perm = [0, 2, 1]>(f) p = Add(t, table) u = MatMul(p, up) r = Relu(u) y = MatMul(r, down)
 }"""
+QUANTIZED_VIT = """(float[n, c, h, w] x, uint8[8, 3, 4, 4] k, float s, uint8 z, uint8[1, 1, 8] token, uint8[1, 50, 8] table, uint8[8, 16] up)
+=> (float[] y) {
+    b = QuantizeLinear(x, s, z) a = QLinearConv <strides = [4, 4]>(b, s, z, k, s, z, s, z)
+    l = Constant <value = int64[3] {0, 8, -1}>() f = Reshape(a, l) t = Transpose <perm = [0, 2, 1]>(f)
+    n0 = Shape <start = 0, end = 1>(t) one = Constant <value = int64[2] {1, 1}>() g = Concat <axis = 0>(n0, one)
+    d = Expand(token, g) i = com.microsoft.QLinearConcat <axis = 1>(s, z, d, s, z, t, s, z)
+    p = com.microsoft.QLinearAdd(i, s, z, table, s, z, s, z) u = QLinearMatMul(p, s, z, up, s, z, s, z)
+    y = DequantizeLinear(u, s, z)
+}"""
 CASES = {
     "channels of a convolution": (
         "(float[n, c, 8, 8] x, float[8, 3, 3, 3] k, float[4, 8, 1, 1] u) => (float[] y) "
@@ -45,6 +54,7 @@ CASES = {
         "(a) f = Flatten(p) g = Gemm(f, d) r = Relu(g) y = MatMul(r, e) }",
         {"h": 15, "w": 15},
     ),
+    "height and width by a table, in quantised operators": (QUANTIZED_VIT, {"c": 3, "h": 28, "w": 28}),
     "a batch that a state has": (
         "(float[n, 12, 6] x, float[1, 1, 8] xh, float[1, 24, 6] w, float[1, 24, 8] r, float[8, 4] v) => (float[] y) "
         "{ s = Transpose <perm = [1, 0, 2]>(x) o, l = GRU <hidden_size = 8>(s, w, r, , , xh) y = MatMul(l, v) }",
@@ -149,6 +159,29 @@ def test_pads_that_keep_the_size_divide_it_by_the_stride() -> None:
     )
     folded = fold(cpd.load(from_text(text)))
     assert folded.scope.values["y"].sizes == (1, 8, floor_divided(symbol("h") + 1, 2), 8)
+
+
+@pytest.mark.parametrize(
+    "operators",
+    [
+        "q = QuantizeLinear(x, s, z) a = QLinearConv <strides = [2, 2]>(q, s, z, k, s, z, s, z)",
+        "q = QuantizeLinear(x, s, z) a = ConvInteger <strides = [2, 2]>(q, k)",
+    ],
+)
+def test_sizes_behind_quantised_convolutions_stay_symbolic(operators: str) -> None:
+    text = f"(float[n, 3, h, w] x, uint8[8, 3, 2, 2] k, float s, uint8 z) => (uint8[] a) {{ {operators} }}"
+    half = [floor_divided(symbol(name) - 2, 2) + 1 for name in "hw"]
+    assert fold(cpd.load(from_text(text))).scope.values["a"].sizes == (symbol("n"), 8, *half)
+
+
+@pytest.mark.parametrize("operators", ["a = QLinearMatMul(t, s, z, u, s, z, s, z)", "a = MatMulInteger(t, u)"])
+def test_sizes_behind_quantised_products_stay_symbolic(operators: str) -> None:
+    text = (
+        "(float[n, 3, h, 6] x, float[8, 3, 2, 2] k, uint8[8, 5] u, float s, uint8 z) => (uint8[] a) { "
+        f"b = Conv <strides = [2, 2]>(x, k) q = QuantizeLinear(b, s, z) t = Transpose <perm = [0, 2, 3, 1]>(q) {operators} }}"
+    )
+    found = fold(cpd.load(from_text(text))).scope.values["a"].sizes
+    assert found == (symbol("n"), floor_divided(symbol("h") - 2, 2) + 1, 3, 5)
 
 
 def test_the_solutions_of_equations() -> None:
