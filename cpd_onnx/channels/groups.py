@@ -14,7 +14,7 @@ from onnx import TensorProto
 
 from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis, Fingerprint, fingerprint
 from cpd_onnx.algebra.reasons import Reason
-from cpd_onnx.rules.api import FLOATS, Recorder, Tensor
+from cpd_onnx.rules.api import ANGLES, FLOATS, Recorder, Tensor
 from cpd_onnx.shapes.values import Folded, Scope, Use, Value
 from cpd_onnx.summary import Summarised, Summary
 
@@ -329,7 +329,7 @@ class Combed(Swept, Summarised):
     def prunable_fraction(self) -> float:
         """Return the fraction of the trained weights that lie on a prunable axis.
 
-        Weights whose axes are all fixed by graph inputs and outputs alone are excluded.
+        Weights whose axes are all fixed by graph inputs and outputs alone are excluded, and so are tables of angles.
         """
         prunable = total = 0.0
         for weight in self.weights:
@@ -345,7 +345,7 @@ class Combed(Swept, Summarised):
 
     def _only_interface(self, axes: list[Axis]) -> bool:
         reasons = [reason for axis in axes if len(axis) > 1 for reason in self.atoms.reasons(axis)]
-        return all(reason.kind in ("interface", "no channels") for reason in reasons)
+        return ANGLES in reasons or all(reason.kind in ("interface", "no channels") for reason in reasons)
 
 
 def _listed(rows: Axis, places: Axis, count: int) -> list[list[int]]:

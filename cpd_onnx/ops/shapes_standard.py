@@ -89,7 +89,10 @@ def broadcast(*shapes: Dims) -> Dims | None:
 
 @_plain("MatMul")
 def _matmul(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
-    a, b = shapes
+    return _multiplied(*shapes)
+
+
+def _multiplied(a: Dims, b: Dims) -> Dims | None:
     if len(a) < 2 or len(b) < 2 or a[-1] != b[-2]:
         return None
     return product_of(a, b)
@@ -109,7 +112,10 @@ def _gemm(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
 
 @_plain("Conv", "MaxPool", "AveragePool")
 def _window(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
-    data, kernel = shapes[0], shapes[1] if len(shapes) > 1 else None
+    return _convolved(call, shapes[0], shapes[1] if len(shapes) > 1 else None)
+
+
+def _convolved(call: Call, data: Dims, kernel: Dims | None) -> Dims | None:
     window = call.get("kernel_shape") or (kernel and kernel[2:])
     if not window or call.get("ceil_mode", 0):
         return None
@@ -279,22 +285,22 @@ def _place(position: Any, size: Any) -> Any:
 
 @_open("QLinearConv")
 def _quantized_window(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
-    return _window(call, (shapes[0], shapes[3]), ())
+    return _convolved(call, shapes[0], shapes[3])
 
 
 @_open("ConvInteger")
 def _integer_window(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
-    return _window(call, shapes[:2], ())
+    return _convolved(call, *shapes[:2])
 
 
 @_open("QLinearMatMul")
 def _quantized_matmul(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
-    return _matmul(call, (shapes[0], shapes[3]), ())
+    return _multiplied(shapes[0], shapes[3])
 
 
 @_open("MatMulInteger")
 def _integer_matmul(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
-    return _matmul(call, shapes[:2], ())
+    return _multiplied(*shapes[:2])
 
 
 @_open("Pad")

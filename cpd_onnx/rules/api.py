@@ -35,6 +35,8 @@ KERNEL_EXTENT = Reason("no channels", "", "extent of a kernel")
 """Reason for freezing the spatial axes of a convolution kernel."""
 BLOCK_BYTES = Reason("no channels", "", "bytes of a block of numbers")
 """Reason for freezing the axis of block-quantised weights that holds the bytes of one block."""
+ANGLES = Reason("no channels", "", "angles of positions in a table")
+"""Reason for freezing axes of tables of cosines and sines, which are computed, not trained."""
 TABLE_ROWS = Reason("no channels", "", "rows of a table that is looked up by index")
 """Reason for freezing the first axis of an embedding table."""
 _NO_ACTIVATIONS = "sums over this axis of weights, through which no activation runs"

@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 
 from cpd_onnx.algebra.atoms import Axis
-from cpd_onnx.algebra.reasons import Reason
-from cpd_onnx.rules.api import GiveUp, Op, Tensor, rule
+from cpd_onnx.rules.api import ANGLES, GiveUp, Op, Tensor, rule
 from cpd_onnx.rules.elementwise import MICROSOFT, freeze_rest, per_channel
 from cpd_onnx.rules.linear import stands_for
 
-_ANGLES = Reason("no channels", "", "angles of positions in a table")
-"""Reason of the axes of cosines and sines, which are computed, not trained."""
 _GROUPED_INPUTS = 12
 """Number of inputs of GroupQueryAttention that its rule handles: up to the head sinks (onnxruntime's operator docs)."""
+_PAIRS = 8
+"""Number of pairs of dimensions that onnxruntime's rotation in GroupQueryAttention requires multiples of (measured)."""
 
 
 @dataclass(frozen=True)
@@ -254,7 +253,7 @@ def group_query_attention(op: Op) -> None:
     dim = q.shape[2] // (counts[0] + 2 * counts[1] if packed else counts[0])
     heads = _heads(op, counts, dim, block=8)
     if op.get("do_rotary", 0):
-        op.freeze(heads.dim, "rotates this axis")
+        _rotated(op, heads, dim)
     shared, query = op.atoms.product(heads.groups, heads.dim), op.atoms.product(heads.queries, heads.dim)
     op.unite(q[2], op.atoms.joined([query, shared, shared]) if packed else query)
     for slot in (1, 2):
@@ -265,8 +264,8 @@ def group_query_attention(op: Op) -> None:
             op.unite(tensor[2], shared)
     _caches(op, heads, (3, 4), (1, 2), q[0])
     for slot in (7, 8):
-        op.freeze_all(op.axes(slot), _ANGLES)
-    freeze_rest(op, 5, but=(10, 11))
+        op.freeze_all(op.axes(slot)[: -1 if op.get("do_rotary", 0) else None], ANGLES)
+    freeze_rest(op, 5, but=(7, 8, 10, 11))
     _mask(op, 10, heads)
     if op.has(11):
         op.unite(op.input(11)[0], heads.queries)
@@ -275,6 +274,24 @@ def group_query_attention(op: Op) -> None:
     op.attribute_size("kv_num_heads", heads.groups)
     op.set([q[0], _sequence(op, q, 1), query])
     _cost(op, heads, len(q[0]), q.shape[1], q.shape[1])
+
+
+def _rotated(op: Op, heads: _Heads, dim: int) -> None:
+    """Couple the dimensions that queries and keys are rotated in with each other and with their angles.
+
+    onnxruntime's kernel requires multiples of 8 pairs and of 16 dimensions.
+    """
+    width = op.input(7).shape[-1] if op.has(7) and op.has(8) else 0
+    if not width or width % _PAIRS or dim % (2 * _PAIRS) or 2 * width > dim:
+        op.freeze(heads.dim, "rotates this axis")
+        op.freeze_all([axis for slot in (7, 8) for axis in op.axes(slot)], ANGLES)
+        return
+    pairs = op.atoms.repeated(op.atoms.fresh(width // _PAIRS), _PAIRS)
+    turned = op.atoms.repeated(pairs, 2) if op.get("rotary_interleaved", 0) else op.atoms.joined([pairs, pairs])
+    rest = op.atoms.repeated(op.atoms.fresh((dim - 2 * width) // (2 * _PAIRS)), 2 * _PAIRS)
+    op.unite(heads.dim, op.atoms.joined([turned, rest]) if len(rest) else turned)
+    for slot in (7, 8):
+        op.unite(op.input(slot)[-1], pairs)
 
 
 @rule("RotaryEmbedding")
@@ -329,7 +346,7 @@ def _rotary(op: Op, tables: tuple[int, int], positions: int) -> None:
     op.freeze(x[2 if x.rank == 4 else 1], "shares this axis with its angles")
     for slot in tables:
         table = op.input(slot)
-        op.freeze_all((table.axes or [])[:-1], _ANGLES)
+        op.freeze_all((table.axes or [])[:-1], ANGLES)
         if len(table[-1]) == len(pairs):
             op.unite(table[-1], pairs)
         else:

@@ -428,6 +428,38 @@ TABLE: list[tuple[str, int, str, list[str], dict[str, Any]]] = [
         ["2: u.1 v.0 w.1 z.1", "2: v.0 w.1"], {"n": [3, 3], "t": [4]},
     ),
     (
+        "group query attention that rotates pairs of dimensions", 17,
+        "(float[2, 4, 6] x, float[6, 128] w, float[6, 64] u, float[6, 64] z, float[128, 5] v, int32[2] n, int32[1] t, "
+        "float[9, 16] c, float[9, 16] s) => (float[2, 4, 5] y) { a = MatMul(x, w) b = MatMul(x, u) d = MatMul(x, z) "
+        "o, k, p = com.microsoft.GroupQueryAttention <num_heads = 4, kv_num_heads = 2, do_rotary = 1>"
+        "(a, b, d, , , n, t, c, s) y = MatMul(o, v) }",
+        ["2: c.1 s.1 u.1 v.0 w.1 z.1", "2: u.1 v.0 w.1 z.1", "2: v.0 w.1"], {"n": [3, 3], "t": [4]},
+    ),
+    (
+        "group query attention that rotates neighbouring dimensions", 17,
+        "(float[2, 4, 6] x, float[6, 128] w, float[6, 64] u, float[6, 64] z, float[128, 5] v, int32[2] n, int32[1] t, "
+        "float[9, 16] c, float[9, 16] s) => (float[2, 4, 5] y) { a = MatMul(x, w) b = MatMul(x, u) d = MatMul(x, z) "
+        "o, k, p = com.microsoft.GroupQueryAttention <num_heads = 4, kv_num_heads = 2, do_rotary = 1, rotary_interleaved = 1>"
+        "(a, b, d, , , n, t, c, s) y = MatMul(o, v) }",
+        ["2: c.1 s.1 u.1 v.0 w.1 z.1", "2: u.1 v.0 w.1 z.1", "2: v.0 w.1"], {"n": [3, 3], "t": [4]},
+    ),
+    (
+        "group query attention that rotates a part of the dimensions", 17,
+        "(float[2, 4, 6] x, float[6, 256] w, float[6, 128] u, float[6, 128] z, float[256, 5] v, int32[2] n, int32[1] t, "
+        "float[9, 16] c, float[9, 16] s) => (float[2, 4, 5] y) { a = MatMul(x, w) b = MatMul(x, u) d = MatMul(x, z) "
+        "o, k, p = com.microsoft.GroupQueryAttention <num_heads = 4, kv_num_heads = 2, do_rotary = 1>"
+        "(a, b, d, , , n, t, c, s) y = MatMul(o, v) }",
+        ["2: c.1 s.1 u.1 v.0 w.1 z.1", "2: u.1 v.0 w.1 z.1", "2: u.1 v.0 w.1 z.1", "2: v.0 w.1"], {"n": [3, 3], "t": [4]},
+    ),
+    (
+        "group query attention that rotates one block of dimensions", 17,
+        "(float[2, 4, 6] x, float[6, 64] w, float[6, 32] u, float[6, 32] z, float[64, 5] v, int32[2] n, int32[1] t, "
+        "float[9, 8] c, float[9, 8] s) => (float[2, 4, 5] y) { a = MatMul(x, w) b = MatMul(x, u) d = MatMul(x, z) "
+        "o, k, p = com.microsoft.GroupQueryAttention <num_heads = 4, kv_num_heads = 2, do_rotary = 1>"
+        "(a, b, d, , , n, t, c, s) y = MatMul(o, v) }",
+        ["2: u.1 v.0 w.1 z.1", "2: v.0 w.1"], {"n": [3, 3], "t": [4]},
+    ),
+    (
         "rotary by onnxruntime", 17,
         "(float[2, 3, 6] x, float[6, 16] w, float[6, 16] u, float[16, 5] v, float[9, 4] c, float[9, 4] s, "
         "int64[2, 3] p) => (float[2, 3, 5] y) "
