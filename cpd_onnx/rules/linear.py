@@ -304,18 +304,18 @@ def _integer_product(
 def matmul_nbits(op: Op) -> None:
     """MatMul with packed weights (N, K / block, bytes of a block): N shrinks index by index, K block by block.
 
-    Scales and zero points have one number per block, and rank one or two. Zero points may share a byte; their blocks
-    are removed together.
+    The last block may be shorter. Scales and zero points have one number per block, and rank one or two. Zero points
+    may share a byte; their blocks are removed together.
     """
     a, block, count = op.input(0), op.get("block_size"), -(-op.get("K") // op.get("block_size"))
     shared = _blocks_of_a_byte(op, count)
-    rows, bytes_ = op.atoms.fresh(op.get("N")), op.atoms.fresh(count // (shared or count))
-    blocks = op.atoms.repeated(bytes_, shared or count)
+    rows, bytes_ = op.atoms.fresh(op.get("N")), op.atoms.fresh(-(-count // (shared or count)))
+    blocks = op.atoms.repeated(bytes_, shared or count)[:count]
     op.recorder.is_rounding |= op.get("accuracy_level", 0) == 4
-    if not shared or len(a[-1]) != count * block or op.has(4):
+    if not shared or len(a[-1]) != op.get("K") or op.has(4):
         op.freeze_all((blocks, a[-1]), _IN_BLOCKS)
     else:
-        op.unite(a[-1], op.atoms.repeated(blocks, block))
+        op.unite(a[-1], op.atoms.repeated(blocks, block)[: op.get("K")])
         op.mask_input(a, -1)
         op.attribute_size("K", a[-1])
     _packed(op, op.input(1), rows, blocks)
@@ -354,10 +354,13 @@ _IN_BLOCKS = "packs its weights in blocks along this axis"
 
 
 def _blocks_of_a_byte(op: Op, blocks: int) -> int:
-    """Return the number of blocks along K that share a byte of the zero points; 0 if some byte is not full."""
-    stored = math.prod(op.input(3).shape) if op.has(3) else op.get("N") * blocks
-    shared = op.get("N") * blocks // max(1, stored)
-    return shared if shared * stored == op.get("N") * blocks and blocks % max(1, shared) == 0 else 0
+    """Return the number of blocks along K that share a byte of the zero points; 0 if that is not known.
+
+    The last byte of a row may hold fewer.
+    """
+    stored = math.prod(op.input(3).shape) // op.get("N") if op.has(3) else blocks
+    shared = 1 if stored == blocks else 8 // op.get("bits", 4)
+    return shared if -(-blocks // shared) == stored else 0
 
 
 def _packed(op: Op, tensor: Tensor, rows: Axis, blocks: Axis) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cpd_onnx.algebra.atoms import Axis
 from cpd_onnx.rules.api import BLOCK_BYTES, FLOATS, TABLE_ROWS, GiveUp, Op, rule
 from cpd_onnx.rules.elementwise import MICROSOFT, broadcast, freeze_rest
 from cpd_onnx.rules.linear import stands_for
@@ -53,16 +54,30 @@ def gather_block_quantized(op: Op) -> None:
     for table in (x, scales):
         op.freeze(table[0], TABLE_ROWS)
     op.unite(scales[1], blocks)
-    stored = len(x[1]) // len(blocks)
-    if width != len(blocks) * block or stored * len(blocks) != len(x[1]) or op.has(3):
+    stored = block * op.get("bits", 4) // 8 if len(x[1]) < width else block
+    points = op.axes(3)[1:]
+    shared = 8 // op.get("bits", 4) if points and len(points[0]) < len(blocks) else 1
+    counts = [-(-width // block), -(-len(x[1]) // max(1, stored)), *(len(p) * shared for p in points)]
+    if counts[:2] != [len(blocks)] * 2 or any(not 0 <= count - len(blocks) < shared for count in counts[2:]):
         op.freeze(blocks, "quantises this axis in blocks")
         op.freeze(x[1], "quantises this axis in blocks")
         freeze_rest(op, 3)
     else:
-        parts = op.unmerge(x[1], [len(blocks), stored])
-        op.freeze(parts[1], BLOCK_BYTES)
-        op.unite(parts[0], blocks)
+        _blocks_of_a_table(op, x[1], blocks, stored)
+        for axis in points:
+            op.unite(blocks, op.atoms.repeated(axis, shared)[: len(blocks)])
+        op.freeze_all(op.axes(3)[:1], TABLE_ROWS)
     op.set([*(indices.axes or []), op.atoms.repeated(blocks, block)[:width]])
+
+
+def _blocks_of_a_table(op: Op, axis: Axis, blocks: Axis, stored: int) -> None:
+    """Unite the bytes of a row with its blocks, the last of which may be shorter."""
+    if len(axis) % stored:
+        op.unite(axis, op.atoms.repeated(blocks, stored)[: len(axis)])
+        return
+    parts = op.unmerge(axis, [len(blocks), stored])
+    op.freeze(parts[1], BLOCK_BYTES)
+    op.unite(parts[0], blocks)
 
 
 @rule("DynamicQuantizeLinear")

@@ -64,6 +64,20 @@ FOLLOWED: list[tuple[str, int, str, list[str], dict[str, Any]]] = [
         ["16: s.0 v.0", "2: s.0 w.1"], {},
     ),
     (
+        "blocks of which the last is shorter", 17,
+        f"(float[2, 4, 6] x, float[6, 40] w, uint8[16, 3, 8] q, float[48] s, float[16, 5] v) => (float[2, 4, 5] y) "
+        f"{{ {DENSE} a = com.microsoft.MatMulNBits <K = 40, N = 16, bits = 4, block_size = 16>(h, q, s) "
+        f"y = MatMul(a, v) }}",
+        ["16: s.0 v.0", "3: s.0 w.1"], {},
+    ),
+    (
+        "blocks of which the last is shorter, with zero points that share bytes", 17,
+        f"(float[2, 4, 6] x, float[6, 40] w, uint8[16, 3, 8] q, float[48] s, uint8[32] z, float[16, 5] v) => (float[2, 4, 5] y) "
+        f"{{ {DENSE} a = com.microsoft.MatMulNBits <K = 40, N = 16, bits = 4, block_size = 16>(h, q, s, z) "
+        f"y = MatMul(a, v) }}",
+        ["16: s.0 v.0", "2: s.0 w.1"], {},
+    ),
+    (
         "blocks and a bias", 17,
         f"{NBITS}, uint8[16, 2, 16] q, float[16, 2] s, float[16] b, float[16, 5] v) => (float[2, 4, 5] y) "
         f"{{ {DENSE} a = com.microsoft.MatMulNBits <K = 64, N = 16, bits = 4, block_size = 32>(h, q, s, , , b) "
@@ -101,6 +115,20 @@ FOLLOWED: list[tuple[str, int, str, list[str], dict[str, Any]]] = [
         "{ h = com.microsoft.GatherBlockQuantized <bits = 4, block_size = 32, gather_axis = 0, quantize_axis = 1>(w, "
         "x, s) y = MatMul(h, v) }",
         ["4: s.1 v.0"], {},
+    ),
+    (
+        "a table in blocks with zero points that share bytes", 17,
+        "(int64[2, 4] x, uint8[9, 36] w, float[9, 5] s, uint8[9, 3] z, float[72, 6] v, float[6, 5] u) => (float[2, 4, 5] y) "
+        "{ h = com.microsoft.GatherBlockQuantized <bits = 4, block_size = 16, gather_axis = 0, quantize_axis = 1>(w, "
+        "x, s, z) o = MatMul(h, v) y = MatMul(o, u) }",
+        ["3: s.1 v.0", "6: u.0 v.1"], {},
+    ),
+    (
+        "a table in blocks of bytes, of which the last is shorter", 17,
+        "(int64[2, 4] x, uint8[9, 40] w, float[9, 3] s, uint8[9, 3] z, float[40, 6] v, float[6, 5] u) => (float[2, 4, 5] y) "
+        "{ h = com.microsoft.GatherBlockQuantized <bits = 8, block_size = 16, gather_axis = 0, quantize_axis = 1>(w, "
+        "x, s, z) o = MatMul(h, v) y = MatMul(o, u) }",
+        ["3: s.1 v.0", "6: u.0 v.1"], {},
     ),
     (
         "a table in blocks that ends the network too", 17,
