@@ -314,6 +314,8 @@ def matmul_nbits(op: Op) -> None:
     op.recorder.is_rounding |= op.get("accuracy_level", 0) == 4
     if not shared or len(a[-1]) != op.get("K") or op.has(4):
         op.freeze_all((blocks, a[-1]), _IN_BLOCKS)
+    elif len(bytes_) == 1:
+        op.freeze_all((blocks, a[-1]), IN_ONE_BLOCK if count == 1 else _IN_ONE_BYTE)
     else:
         op.unite(a[-1], op.atoms.repeated(blocks, block)[: op.get("K")])
         op.mask_input(a, -1)
@@ -351,6 +353,10 @@ def matmul_bnb4(op: Op) -> None:
 
 _IN_BLOCKS = "packs its weights in blocks along this axis"
 """Reason for freezing K where blocks cannot be removed."""
+IN_ONE_BLOCK = "quantises this axis in one block"
+"""Reason for freezing an axis that is a single block."""
+_IN_ONE_BYTE = "quantises this axis in blocks whose zero points share one byte"
+"""Reason for freezing K where its blocks go together."""
 
 
 def _blocks_of_a_byte(op: Op, blocks: int) -> int:

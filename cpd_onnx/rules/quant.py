@@ -30,11 +30,16 @@ def linear(op: Op) -> None:
 
 
 def _blocked(op: Op, slot: int, axis: int) -> None:
-    """Scale the indices of a block along an axis by one number: they go together, the last block may be shorter."""
+    """Scale the indices of a block along an axis by one number: they go together, the last block may be shorter.
+
+    The indices of a single block pass, since any number of them is one block.
+    """
     x, scale, block = op.input(0), op.input(slot), op.get("block_size", 0)
     for position in range(x.rank):
         if position != axis:
             op.unite(x[position], scale[position])
+        elif len(scale[axis]) == 1 and len(x[axis]) <= block:
+            op.accounted.append(scale[axis])
         elif -(-len(x[axis]) // max(1, block)) == len(scale[axis]):
             op.unite(x[axis], op.atoms.repeated(scale[axis], block)[: len(x[axis])])
         else:
@@ -44,7 +49,10 @@ def _blocked(op: Op, slot: int, axis: int) -> None:
 
 @rule("GatherBlockQuantized", domain=MICROSOFT)
 def gather_block_quantized(op: Op) -> None:
-    """Look up rows of a table whose last axis is quantised in blocks, packed in bytes: it shrinks block by block."""
+    """Look up rows of a table whose last axis is quantised in blocks, packed in bytes: it shrinks block by block.
+
+    A single block shrinks byte by byte.
+    """
     x, indices, scales = op.input(0), op.input(1), op.input(2)
     rows, axis = op.get("gather_axis", 0) % x.rank, op.get("quantize_axis", 1) % x.rank
     if (rows, axis, x.rank) != (0, 1, 2):
@@ -54,6 +62,10 @@ def gather_block_quantized(op: Op) -> None:
     for table in (x, scales):
         op.freeze(table[0], TABLE_ROWS)
     op.unite(scales[1], blocks)
+    if len(blocks) == 1 and width <= block:
+        op.freeze_all(op.axes(3), TABLE_ROWS)
+        op.set([*(indices.axes or []), op.atoms.repeated(x[1], -(-width // len(x[1])))[:width]])
+        return
     stored = block * op.get("bits", 4) // 8 if len(x[1]) < width else block
     points = op.axes(3)[1:]
     shared = 8 // op.get("bits", 4) if points and len(points[0]) < len(blocks) else 1

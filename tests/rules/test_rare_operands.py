@@ -131,6 +131,19 @@ FOLLOWED: list[tuple[str, int, str, list[str], dict[str, Any]]] = [
         ["3: s.1 v.0", "6: u.0 v.1"], {},
     ),
     (
+        "a table in one block, whose bytes hold two numbers", 17,
+        "(int64[2, 4] x, uint8[9, 12] w, float[9, 1] s, uint8[9, 1] z, float[24, 5] v) => (float[2, 4, 5] y) "
+        "{ h = com.microsoft.GatherBlockQuantized <bits = 4, block_size = 32, gather_axis = 0, quantize_axis = 1>(w, "
+        "x, s, z) y = MatMul(h, v) }",
+        ["12: v.0"], {},
+    ),
+    (
+        "a matrix in one block", 21,
+        "(float[2, 4, 6] x, float[6, 24] w, int8[24, 5] q, float[1, 5] s) => (float[2, 4, 5] y) "
+        f"{{ {DENSE} d = DequantizeLinear <axis = 0, block_size = 32>(q, s) y = MatMul(h, d) }}",
+        ["24: w.1"], {},
+    ),
+    (
         "a table in blocks that ends the network too", 17,
         "(int64[2, 4] x, uint8[9, 4, 16] w, float[9, 4] s, int64[2] two) => (float[2, 4, 9] y) "
         "{ t = Reshape(w, two) h = com.microsoft.GatherBlockQuantized <bits = 4, block_size = 32, gather_axis = 0, "
@@ -172,6 +185,18 @@ HELD: list[tuple[str, int, str, str, dict[str, Any]]] = [
         f"{HEAD}, float[2] s) => (float[2, 5, 16, 8] y) "
         f"{{ {STEM} a = Resize <axes = [-3, 2], mode = \"nearest\">(h, , s) {LAST} }}",
         "resamples", {"s": [1.12, 2]},
+    ),
+    (
+        "a packed matrix in one block", 17,
+        "(float[2, 4, 6] x, float[6, 24] w, uint8[5, 1, 16] q, float[5] s) => (float[2, 4, 5] y) "
+        f"{{ {DENSE} y = com.microsoft.MatMulNBits <K = 24, N = 5, bits = 4, block_size = 32>(h, q, s) }}",
+        "quantises this axis in one block", {},
+    ),
+    (
+        "packed blocks whose zero points are one byte", 17,
+        "(float[2, 4, 6] x, float[6, 64] w, uint8[5, 2, 16] q, float[10] s, uint8[5] z) => (float[2, 4, 5] y) "
+        f"{{ {DENSE} y = com.microsoft.MatMulNBits <K = 64, N = 5, bits = 4, block_size = 32>(h, q, s, z) }}",
+        "quantises this axis in blocks whose zero points share one byte", {},
     ),
     ("resize of opset 10", 10, f"{HEAD}, float[4] s) => (float[2, 5, 16, 16] y) {{ {STEM} a = Resize(h, s) {LAST} }}", "resamples", {"s": [1, 1.12, 2, 2]}),
     ("upsample", 9, f"{HEAD}, float[4] s) => (float[2, 5, 16, 16] y) {{ {STEM} a = Upsample(h, s) {LAST} }}", "resamples", {"s": [1, 1.12, 2, 2]}),
