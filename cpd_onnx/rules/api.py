@@ -21,7 +21,7 @@ from cpd_onnx.moved import GONE_IN
 from cpd_onnx.ops.evaluate import Call
 from cpd_onnx.ops.sizes import Size
 from cpd_onnx.ops.traits import MICROSOFT
-from cpd_onnx.shapes.values import Scope, Shape, Value
+from cpd_onnx.shapes.values import PLACEHOLDER_SIZES, Scope, Shape, Value
 
 _MOST_AXES = 1 << 10
 """Largest absolute value of an axis attribute that is accepted; a heuristic, far above the rank of any tensor."""
@@ -287,6 +287,16 @@ def _unknown_before(scope: Scope, position: int, slot: int | None) -> tuple[Scop
     return None
 
 
+def _has_size_of_data(value: Value | None) -> bool:
+    """Return whether a size is a multiple of those that stand for what data decide."""
+    if value is None or value.shapes is None or value.extents is None:
+        return False
+    return any(
+        numbers[0] and not any(number % size for number, size in zip(numbers, PLACEHOLDER_SIZES, strict=True))
+        for numbers in zip(*value.shapes, strict=True)
+    )
+
+
 def _symbols(value: Value | None) -> frozenset[str]:
     """Return the symbols in the sizes and the elements of a tensor."""
     if value is None:
@@ -381,6 +391,8 @@ class Op:
         node = scope.nodes[position]
         symbols = frozenset[str]().union(*map(_symbols, map(scope.lookup, filter(None, node.input))))
         what = "the output shape" if slot is None else f"the shape of input {slot}"
+        if any(_has_size_of_data(scope.lookup(name)) for name in node.input if name):
+            return GiveUp(f"{what} of {_name_of(node)} is not known, since it depends on the data")
         if not symbols or node.domain not in (*DEFAULT_DOMAINS, MICROSOFT):
             return GiveUp(f"{what} of {_name_of(node)} is not known")
         assumed = f"{'sizes' if len(symbols) > 1 else 'size'} assumed for {' and '.join(sorted(symbols))}"
@@ -471,6 +483,8 @@ class Op:
             if (axis is left or axis is right) and place < len(tensor.value.sizes or ())
         ]
         sizes = [size for size in here if isinstance(size, Size)]
+        if any(_has_size_of_data(tensor.value) for tensor in given):
+            return f"{self.name} joins an axis whose size depends on the data"
         if names := sorted(frozenset[str]().union(*(size.symbols for size in sizes))):
             return f"{self.name} does not fit the size assumed for {' and '.join(names)}: give --input-shape"
         if sizes or any(tensor.value.has_placeholder for tensor in given):

@@ -232,6 +232,17 @@ def test_a_shape_that_is_unknown_is_named_where_it_is_first_with_the_option_that
     assert comb(cpd.load(from_text(text)), {"x": (3, 5, 6)}).prunable_fraction() == 1.0
 
 
+def test_a_shape_that_data_decide_is_not_blamed_on_the_sizes_of_inputs() -> None:
+    text = (
+        "(float[n, 6] x, float[2, 8] w, float[6, 8] u, float[8, 8] t, float[8, 4] v) => (float[] y) { i = NonZero(x) "
+        "f = Cast <to = 1>(i) r = Transpose(f) a = MatMul(r, w) b = MatMul(x, u) c = Mul(a, b) d = MatMul(c, t) "
+        "y = MatMul(d, v) }"
+    )
+    found = {str(reason) for reason in reasons(text)}
+    assert "the output shape of Mul 'c' is not known, since it depends on the data" in found
+    assert not any("--input-shape" in reason for reason in found)
+
+
 COUNTED = {
     "a slice of a table": "p = Slice(table, xs, e, ax) h = MatMul(x, a) s = Add(h, p)",
     "a slice behind others": "q = Slice(table, xs, e, ax) c = Identity(q) z = Constant <value = int64[1] {0}>() "
