@@ -52,9 +52,11 @@ _STEPS = (1, 2, 4, 7, 8, 14, 16, 32, 64)
 """Common divisors that models require of sizes, tried in order (heuristic)."""
 _MOST_FED = 1 << 24
 """Limit on the number of elements of an input that is tried (64 MB as float32)."""
-_MAGNITUDES = (0.0, 1e-3, 30.0, 1e4)
-"""Factors on random inputs that are tried to reach a branch (heuristic)."""
-_MOST_VARIANTS = 48
+_MAGNITUDES = (1e-3, 30.0, 1e4)
+"""Factors on random inputs that are tried to reach a branch (heuristic); zeros, which show least, come last."""
+_ALIKE = 12
+"""Number of random inputs with equal samples that are tried to reach a branch (heuristic)."""
+_MOST_VARIANTS = 64
 """Limit on the number of inputs that are tried to reach branches (heuristic)."""
 _MOST_EXTRA = 6
 """Limit on the number of inputs that are added to the proof to reach branches (heuristic)."""
@@ -354,7 +356,7 @@ def _variants(folded: Folded, feeds: Sequence[Feed]) -> Iterator[Feed]:
     numbers = _compared_with(folded)
     count = 0
     for feed in feeds[:2]:
-        for change in (*_float_changes(numbers), *_integer_changes(numbers)):
+        for change in (*_float_changes(numbers), *_integer_changes(numbers), *_last_changes()):
             changed = _changed(feed, change)
             if any(changed[name] is not feed[name] for name in feed):
                 count += 1
@@ -380,6 +382,17 @@ def _float_changes(numbers: Sequence[float]) -> Iterator[_Change]:
         yield _Change("f", lambda array, factor=factor: array * factor)
     yield _Change("f", lambda array: np.abs(array))
     yield _Change("f", lambda array: -np.abs(array))
+
+
+def _last_changes() -> Iterator[_Change]:
+    for seed in range(_ALIKE):
+        yield _Change("f", lambda array, seed=seed: _alike(array, seed))
+    yield _Change("f", lambda array: array * 0.0)
+
+
+def _alike(array: Array, seed: int) -> Array:
+    """Return random numbers that are the same for all indices of the first axis."""
+    return np.broadcast_to(np.random.default_rng(seed).standard_normal(array.shape[1:]), array.shape)
 
 
 def _integer_changes(numbers: Sequence[float]) -> Iterator[_Change]:
