@@ -99,7 +99,8 @@ def test_inputs_that_reach_a_branch_show_something_where_others_than_zeros_do() 
     text = (
         "(float[2, 4] x, float[4, 6] w, float[6, 6] u, float[6, 3] v) => (float[2, 3] y) {"
         " h = MatMul(x, w) s = ReduceMax <keepdims = 0> (h) zero = Constant <value_float = 0.0> () q = Greater(s, zero)"
-        " a = If (q) <then_branch = t () => (p) { p = MatMul(h, u) }, else_branch = e () => (r) { k = Constant <value = float[6] {1, 2, 3, 4, 5, 6}> () r = Mul(h, k) }>"
+        " a = If (q) <then_branch = t () => (p) { p = MatMul(h, u) }, "
+        "else_branch = e () => (r) { k = Constant <value = float[6] {1, 2, 3, 4, 5, 6}> () r = Mul(h, k) }>"
         " y = MatMul(a, v) }"
     )
     found = proof(from_text(text))
