@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -41,8 +41,9 @@ from cpd_onnx.training.cache import AnswerCache
 from cpd_onnx.training.feed import Augmentation, Feed, memory_format
 from cpd_onnx.training.loop import HeldOut, Progress, Run, Traces, Trainer
 from cpd_onnx.training.losses import DistillationLoss, surviving
-from cpd_onnx.training.options import BATCH_RATE, FEW, LOWER_RATE, RATE, DistillOptions, LossKind
+from cpd_onnx.training.options import DistillOptions, LossKind
 from cpd_onnx.training.process_group import ProcessGroup, join_process_group
+from cpd_onnx.training.schedule import batch_norm_mode, compared, part_of, steps_of, with_crop, with_rate
 
 Array: TypeAlias = npt.NDArray[Any]
 Shared: TypeAlias = Mapping[str, Mapping[int, Array]]
@@ -65,8 +66,6 @@ class Overlap:
     features: Shared = field(default_factory=dict)
 
 
-_ENOUGH_FOR_STATISTICS = 16
-"""Minimum batch size for training with batch statistics (heuristic)."""
 _MEASURED = 20
 """Number of batches from which the moments of restored normalizations are computed (heuristic)."""
 
@@ -154,21 +153,22 @@ def distill(  # noqa: PLR0913  # the arguments after the options are keywords
     _check(teacher, student, batches, options)
     overlap = overlap or Overlap()
     features = overlap.features if all(_makes(model, overlap.features) for model in (teacher, student)) else {}
-    options = replace(options, compare=_compared(options, batches, has_features=bool(features)))
+    options = replace(options, compare=compared(options, batches, has_features=bool(features)))
     hidden = dict(itertools.islice(overlap.tensors.items(), options.hidden))
     if options.compare == "features":
         hidden |= features
     with join_process_group(options.device) as process_group, _threads(options.threads):
         torch.manual_seed(options.seed)
+        options = with_crop(options, batches, student)
         feed = _feed(batches, student, options, process_group)
-        mode = _batch_norm(options, feed.size // process_group.size, batches)
+        mode = batch_norm_mode(options, feed.size // process_group.size, batches)
         restored: tuple[refolding.Restored, ...] = ()
         trained_proto = _with_outputs(student, hidden)
         if mode == "restore":
             trained_proto, restored = refolding.restore(trained_proto)
         live: BatchNormMode = "frozen" if mode == "frozen" else "train"
         module = _placed(import_model(trained_proto, batch_norm=live), student, process_group)
-        options = _with_rate(options, batches, module)
+        options, steps = with_rate(options, batches, module), steps_of(feed, options, batches, module)
         kept = {name: _indices(axes) for name, axes in kept_by(student).items()}
         _feed_like_original(module, [kept.get(entry.name, {}) for entry in inputs_of(student)])
         before = module.onnx_state()
@@ -178,9 +178,7 @@ def distill(  # noqa: PLR0913  # the arguments after the options are keywords
             options.hidden_weight, kept=kept, is_of_outputs=options.compare == "outputs",
         )  # fmt: skip  # the fields in order
         if mode == "calibrate":
-            refolding.calibrate(
-                module, (inputs for inputs, _ in itertools.islice(feed.batches(), _steps(feed, options)))
-            )
+            refolding.calibrate(module, (inputs for inputs, _ in itertools.islice(feed.batches(), steps)))
             losses: list[float] = []
             judged: list[tuple[int, float]] = []
         else:
@@ -188,12 +186,12 @@ def distill(  # noqa: PLR0913  # the arguments after the options are keywords
                 _begin(module, restored, teacher, feed, overlap)
             trainer = Trainer(
                 module, _teacher(_with_outputs(teacher, hidden), options, process_group), comparison, options,
-                process_group, freeze=options.freeze,
+                process_group, freeze=options.freeze, part=part_of(feed, module),
             )  # fmt: skip
             with step("distill", is_whole=True):
                 losses = trainer.train(
                     feed,
-                    _steps(feed, options),
+                    steps,
                     traces=traces,
                     identity=_identity(teacher, student, options, process_group),
                     held_out=None if watched is None else _held_out(student, watched, teacher, restored),
@@ -321,7 +319,7 @@ def _check(teacher: ModelProto, student: ModelProto, batches: Source, options: D
         if unknown:
             raise CpdError(f"{what} are given for {unknown}, but the model's outputs are {outputs[1]}")
     check_source(batches, inputs_of(teacher))
-    if options.teacher_cache is not None and (options.flip or options.shift or options.crop < 1):
+    if options.teacher_cache is not None and (options.flip or options.shift or (options.crop or 1) < 1):
         raise CpdError("a teacher cache needs the same images in every epoch: leave out the augmentation, or the cache")
     if options.label_weight and LABELS not in next(iter(batches.batches(1))):
         raise DataError(f"label weight {options.label_weight:g} needs an array {LABELS!r} in the data; there is none")
@@ -339,59 +337,13 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _feed(batches: Source, student: ModelProto, options: DistillOptions, process_group: ProcessGroup) -> Feed:
-    augmentation = Augmentation(options.flip, options.shift, options.crop)
+    augmentation = Augmentation(options.flip, options.shift, options.crop or 1)
     return Feed(batches, student, options.batch_size, process_group, seed=options.seed, augmentation=augmentation)
-
-
-def _steps(feed: Feed, options: DistillOptions) -> int:
-    """Return the total number of updates."""
-    if options.steps is not None:
-        return options.steps
-    if feed.per_pass is None:
-        raise DataError("the length of the data is unknown: give the number of steps with --steps")
-    return feed.per_pass * options.epochs
-
-
-def _has_many(batches: Source) -> bool:
-    return batches.count is None or batches.count >= FEW
-
-
-def _with_rate(options: DistillOptions, batches: Source, module: OnnxModule) -> DistillOptions:
-    """Return the options with a learning rate, which is the default one unless it was given."""
-    if options.lr is not None:
-        return options
-    usual = BATCH_RATE if refolding.live_layers(module) else RATE
-    return replace(options, lr=usual if _has_many(batches) else LOWER_RATE)
 
 
 def _makes(model: ModelProto, names: Iterable[str]) -> bool:
     """Return whether nodes of the main graph make all of these tensors; those of a local function are not there."""
     return {name for node in model.graph.node for name in node.output}.issuperset(names)
-
-
-def _compared(options: DistillOptions, batches: Source, *, has_features: bool) -> Literal["outputs", "features"]:
-    """Return what the loss compares; raises CpdError if that is the features and there are none."""
-    needs_outputs = bool(options.label_weight or options.losses or options.output_weights)
-    if options.compare == "features":
-        if needs_outputs:
-            raise CpdError(
-                "--compare features leaves no part of the loss to outputs and labels: leave out --compare, or the "
-                "options of their losses and weights"
-            )
-        if not has_features:
-            raise CpdError(
-                "there are no features to compare: the student has no plan, or not every output is computed by weights "
-                "from hidden tensors of both models; leave out --compare"
-            )
-    if options.compare != "auto":
-        return options.compare
-    return "features" if has_features and not (needs_outputs or options.hidden or _has_many(batches)) else "outputs"
-
-
-def _batch_norm(options: DistillOptions, batch_size: int, batches: Source) -> str:
-    if options.batch_norm != "auto":
-        return options.batch_norm
-    return "restore" if batch_size >= _ENOUGH_FOR_STATISTICS and _has_many(batches) else "frozen"
 
 
 def _with_outputs(model: ModelProto, hidden: Shared) -> ModelProto:

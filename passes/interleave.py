@@ -29,6 +29,7 @@ from cpd_onnx.passes.distill import (
 )
 from cpd_onnx.passes.iterate import Iterate, Round
 from cpd_onnx.pipeline.state import State
+from cpd_onnx.training.options import EPOCHS
 from cpd_onnx.training.process_group import join_process_group
 
 _APART, _MOST_APART = 1 / 8, 256
@@ -123,7 +124,9 @@ class Interleave(DistillOptions, Iterate):
         if self.steps is not None:
             done, then = ((self.steps * n) // self.rounds for n in (number - 1, number))
             return replace(options, steps=max(1, then - done), seed=self.seed + 1000 * (number - 1))
-        return replace(options, epochs=max(1, self.epochs // self.rounds), seed=self.seed + 1000 * (number - 1))
+        epochs = self.epochs if self.epochs is not None or self.rounds == 1 else EPOCHS
+        share = epochs and max(1, epochs // self.rounds)
+        return replace(options, epochs=share, seed=self.seed + 1000 * (number - 1))
 
 
 def of_round(traces: Traces, number: int) -> Traces:

@@ -19,7 +19,8 @@ from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.channels.branches import branches, gone_groups, with_last
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.channels.renormalized import renormalized
-from cpd_onnx.data.sources import Source, calibration
+from cpd_onnx.data.images.crops import cropped
+from cpd_onnx.data.sources import Source, calibration, inputs_of
 from cpd_onnx.data.synthetic import Synthetic
 from cpd_onnx.errors import DataError
 from cpd_onnx.fitting.least_squares import MAX_FEATURES, Rows, Sampler, one_thread
@@ -185,12 +186,15 @@ def _repaired(
         return Repaired(pruned.copy(), (), {}, (f"nothing was repaired, which takes {_LEAST} samples or more",))
     place = len(feeds) - _held_out(len(feeds), count)
     fitted, checks = feeds[:place], feeds[place:]
+    if only is None and not isinstance(data, Synthetic):
+        fitted += cropped(fitted, inputs_of(original.proto), chosen.samples - count, chosen.seed)
+    del feeds
     mixes = chosen.mixes and not isinstance(data, Synthetic)
     goal, start = _mixed(combed, kept, pruned, fitted, chosen.seed) if mixes else (combed, pruned)
     # A comparison of candidates, which asks for few samples of many, does not need the last bit of accuracy.
-    again = list(feeds) if count < _BATCH <= chosen.samples and only is None else []
-    repairer = _Repairer(goal, kept, start, feeds, chosen, only)
-    del feeds, fitted  # the repair drops samples that it does not need any more
+    again = list(fitted) if count < _BATCH <= chosen.samples and only is None else []
+    repairer = _Repairer(goal, kept, start, (fitted, checks), chosen, only)
+    del fitted  # the repair drops samples that it does not need any more
     with one_thread():
         made = repairer.run()
     del repairer
@@ -203,7 +207,7 @@ def _repaired(
     if not again or not made.fits:
         return made
     with one_thread():  # what a third of very few samples has confirmed gains clearly from that third
-        more = _Repairer(goal, kept, start, again, chosen, only).run(refits=True)
+        more = _Repairer(goal, kept, start, (again, checks), chosen, only).run(refits=True)
     return replace(more, notes=made.notes)
 
 
@@ -283,11 +287,13 @@ class _Repairer:
         combed: Combed,
         kept: KeepMask,
         pruned: Model,
-        feeds: Sequence[Feed],
+        samples: tuple[Sequence[Feed], Sequence[Feed]],
         options: RepairOptions,
         only: Container[str] | None,
     ) -> None:
+        """Prepare to fit a model, by samples to fit and samples to check."""
         gone = gone_groups(combed, kept)
+        feeds = [*samples[0], *samples[1]]
         self.combed, self.options = combed, options
         self.kept, self.silent = with_last(combed, kept, gone), kept
         self.model = pruned.copy()
@@ -306,7 +312,7 @@ class _Repairer:
         is_rounded = any(unit.is_rounded for unit in self.units)
         self.whole = {unit.position: unit for unit in units_of(combed.folded).found} if is_rounded else {}
         self.sampler = Sampler(options.rows, options.seed, self.old.sizes)
-        self.held_out = _held_out(len(feeds), sum(self.old.sizes))
+        self.held_out = len(samples[1])
 
     def run(self, *, refits: bool = False) -> Repaired:
         """Fit all weights; with `refits`, to all samples once the held-out ones have confirmed a fit."""

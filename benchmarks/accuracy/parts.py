@@ -17,6 +17,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from accuracy import commit, macs
@@ -25,6 +26,7 @@ from verdicts import CASES as PAIRS
 from verdicts import ROOT, Data, kept, opened, resized
 
 from cpd_onnx.budget.targets import fraction
+from cpd_onnx.workflow import prune
 from cpd_onnx.workflow.api import run as carried_out
 from cpd_onnx.workflow.requests import Prune
 
@@ -38,6 +40,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no repair": {"repair": False},
 }
 """Options of `prune` that leave out one part."""
+REPAIRS: dict[str, dict[str, Any]] = {
+    "no combinations of channels": {"mixes": False},
+    "no targets beyond rectifiers": {"rounds": 0},
+}
+"""Options of the repair, which no option of the program sets, that leave out one part of it."""
 
 
 def row(run: Run, how: str, model: Path, data: Data, seed: int) -> dict[str, Any]:
@@ -52,10 +59,11 @@ def row(run: Run, how: str, model: Path, data: Data, seed: int) -> dict[str, Any
         request = Prune(
             model=model, output=place, data=str(Path(folder) / "data.npz"), target=fraction("macs", run.macs),
             max_loss=float("inf"), hold_out=0.0, round_to=1, check_speed=False, log_level="quiet",
-            **OPTIONS[how],
+            **OPTIONS.get(how, {}),
         )  # fmt: skip  # a list
         started = time.perf_counter()
-        carried_out(request)
+        with patch.object(prune, "Repair", partial(prune.Repair, **REPAIRS.get(how, {}))):
+            carried_out(request)
         seconds = time.perf_counter() - started
         tested = resized(images, case.size)
         found = {name: score(case, path, tested, labels) for name, path in (("score", place), ("original", model))}
@@ -76,7 +84,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         ]
 
     print("| left out | " + " | ".join(cases) + " |\n|---|" + "---|" * len(cases))
-    for how in OPTIONS:
+    for how in (*OPTIONS, *REPAIRS):
         cells = [of(how, case, usual[case])[:1] for case in cases]
         print(f"| {how} | " + " | ".join(f"{cell[0]:.2f}" if cell else "" for cell in cells) + " |")
     print("\n| images | " + " | ".join(cases) + " |\n|---|" + "---|" * len(cases))
@@ -109,7 +117,7 @@ def main() -> None:
         if not model.is_file() or (given.only and run.name not in given.only):
             continue
         runs = [replace(run, images=images) for images in given.images or [run.images]]
-        hows = (WHOLE,) if given.images else tuple(OPTIONS)
+        hows = (WHOLE,) if given.images else (*OPTIONS, *REPAIRS)
         wanted = [
             partial(row, one, how, model, data, seed) for one in runs for seed in given.seed or [0] for how in hows
         ]

@@ -22,14 +22,16 @@ from cpd_onnx.algebra.atoms import Axis
 from cpd_onnx.channels.branches import removable_groups
 from cpd_onnx.channels.costs import CostModel
 from cpd_onnx.channels.groups import Combed
-from cpd_onnx.data.sources import calibration
+from cpd_onnx.data.images.crops import cropped
+from cpd_onnx.data.sources import calibration, inputs_of
+from cpd_onnx.data.synthetic import Synthetic
 from cpd_onnx.fitting.least_squares import MAX_FEATURES, Matrix, Moments, Sampler, one_thread, summed
 from cpd_onnx.fitting.levels import levels_of
 from cpd_onnx.fitting.units import Unit, units_of
 from cpd_onnx.io.progress import tracked
 from cpd_onnx.ir.model import Array
 from cpd_onnx.rules.api import Factor
-from cpd_onnx.runtime.sessions import Feed
+from cpd_onnx.runtime.sessions import Feed, sample_count
 from cpd_onnx.runtime.stream import Stop, Stream, Tensors, batch_size, held_feeds
 from cpd_onnx.scores.bases import Mixable, combinations, confirmed_groups
 from cpd_onnx.scores.magnitude import l2
@@ -229,7 +231,11 @@ def _feeds(context: ScoreContext) -> list[Feed]:
     assert context.data is not None
     folded = context.combed.folded
     size = batch_size(folded, _BATCH)
-    return held_feeds(calibration(folded.model.proto, context.data, context.samples, batch=size, seed=context.seed))
+    feeds = held_feeds(calibration(folded.model.proto, context.data, context.samples, batch=size, seed=context.seed))
+    if isinstance(context.data, Synthetic):
+        return feeds
+    more = context.samples - sum(map(sample_count, feeds))
+    return [*feeds, *cropped(feeds, inputs_of(folded.model.proto), more, context.seed)]
 
 
 def _components(consumers: Sequence[_Consumer]) -> list[list[_Consumer]]:

@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 from onnx import ModelProto, NodeProto
 from torch import Tensor
-from torch.nn import functional
 
+from cpd_onnx.data.images.crops import enlarged, windows
 from cpd_onnx.data.metrics import IGNORED
 from cpd_onnx.data.sources import LABELS, Batch, Source, fixed_batch, inputs_of, steps_per_pass
 from cpd_onnx.errors import DataError
@@ -25,9 +25,6 @@ Array = npt.NDArray[Any]
 _FEW_CHANNELS = 16
 """Number of input channels below which oneDNN, as of torch 2.13, writes beyond the gradient of a strided pointwise
 kernel in the layout channels-last, which ends the process (measured: below 8 with AVX2; AVX-512 has vectors of 16)."""
-
-_ASPECT = 4 / 3
-"""Maximum ratio of the sides of a part of an image, of those of the image."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +96,7 @@ class Feed:
             raise DataError(
                 f"a batch of {whole} samples cannot be divided among {process_group.size} processes; choose a multiple"
             )
-        self.size = whole
+        self.size, self.is_fixed = whole, bool(fixed)
         self.names = [entry.name for entry in inputs]
         self.images = {entry.name for entry in inputs if entry.shape is not None and len(entry.shape) == 4}
 
@@ -152,42 +149,16 @@ def augment(batch: Batch, images: set[str], options: Augmentation, generator: np
     count = next(len(batch[name]) for name in images)
     flips = generator.random(count) < 0.5 if options.flip else np.zeros(count, bool)
     moves = generator.integers(-options.shift, options.shift + 1, (count, 2))
-    windows = _windows(count, options.crop, generator) if options.crop < 1 else None
+    parts = windows(count, options.crop, generator) if options.crop < 1 else None
     result = dict(batch)
     maps = {LABELS} if LABELS in batch and batch[LABELS].ndim == 3 else set()
     for name in images | maps:
         fill = IGNORED if name == LABELS else 0
         samples = zip(batch[name], flips, moves, strict=True)
         result[name] = np.stack([_moved(x[..., ::-1] if flip else x, move, fill) for x, flip, move in samples])
-        if windows is not None:
-            result[name] = _enlarged(result[name], windows)
+        if parts is not None:
+            result[name] = enlarged(result[name], parts)
     return result
-
-
-def _windows(count: int, least: float, generator: np.random.Generator) -> Array:
-    """Return the scale and the centre of random parts of images [N, 2, 3], as rows of affine maps of -1..1.
-
-    Their area is at least the given fraction of the image, and their sides differ by up to `_ASPECT` (Szegedy et al.,
-    CVPR 2015).
-    """
-    side = np.sqrt(generator.uniform(least, 1, count))
-    stretch = np.sqrt(np.exp(generator.uniform(-np.log(_ASPECT), np.log(_ASPECT), count)))
-    result = np.zeros((count, 2, 3), np.float32)
-    for axis, scale in enumerate((np.minimum(1, side * stretch), np.minimum(1, side / stretch))):
-        result[:, axis, axis] = scale
-        result[:, axis, 2] = generator.uniform(-1, 1, count) * (1 - scale)
-    return result
-
-
-def _enlarged(images: Array, windows: Array) -> Array:
-    """Return parts of images [N, C, H, W] or of label maps [N, H, W] scaled to their size, labels to the nearest."""
-    is_map = images.ndim == 3
-    x = torch.from_numpy(np.ascontiguousarray(images[:, None] if is_map else images))
-    grid = functional.affine_grid(torch.from_numpy(windows), [*x.shape], align_corners=False)
-    mode = "nearest" if is_map or not x.is_floating_point() else "bilinear"
-    found = functional.grid_sample(x.float(), grid, mode=mode, padding_mode="border", align_corners=False)
-    result = found.to(x.dtype).numpy()
-    return result[:, 0] if is_map else result
 
 
 def _moved(x: Array, move: Array, fill: int) -> Array:

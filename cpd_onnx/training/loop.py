@@ -94,7 +94,7 @@ class _Best:
 class Trainer:
     """One training run of a student against its teacher."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # the arguments after the process group are keywords
         self,
         module: OnnxModule,
         teacher: Run,
@@ -103,14 +103,17 @@ class Trainer:
         process_group: ProcessGroup,
         *,
         freeze: Sequence[str] = (),
+        part: int = 0,
     ) -> None:
         """Create the run of a module on the device of the process group; initializers in `freeze` are not trained.
+
+        The gradient of a batch is the sum of those of parts of at most `part` samples, if that is not 0.
 
         Raises:
             CpdError: There is nothing to train.
         """
         self.module, self.teacher, self.objective = module, teacher, objective
-        self.schedule, self.process_group = schedule, process_group
+        self.schedule, self.process_group, self.part = schedule, process_group, part
         self.rate = RATE if schedule.lr is None else schedule.lr
         self.weights = _Weights(module, freeze)
         self.optimizer = _optimizer(self.weights.masters, schedule, self.rate)
@@ -181,19 +184,10 @@ class Trainer:
     def _step(self, step: int, inputs: list[Tensor], labels: Tensor | None, rate: float) -> Tensor:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with torch.no_grad(), self._precision():
-            targets = self.teacher(inputs)
-        if not self.objective.kinds:
-            self.objective.choose(targets)
-            shared = self.process_group.shared((self.objective.kinds, sorted(self.objective.distributions)))
-            self.objective.kinds, self.objective.distributions = shared[0], set(shared[1])
-        with self._precision():
-            answers = self.forward(*inputs)
-        loss = self.objective.loss(answers, targets, labels if self.objective.label_weight else None)
         self.module.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+        losses = [self._gradient(share, part, labels) for share, part in self._parts(inputs)]
+        value = torch.stack(losses).sum()
         self.weights.gather()
-        value = loss.detach()
         if self.process_group.device.type == "cpu" and not bool(value.isfinite()):
             return value  # unchanged weights, with which `culprit` finds the cause
         if self.schedule.clip_norm:
@@ -209,6 +203,34 @@ class Trainer:
             masters = [m.detach() for m in self.weights.masters]
             torch._foreach_lerp_(self.average, masters, 1 - decay)
         return value
+
+    def _parts(self, inputs: list[Tensor]) -> Iterator[tuple[float, list[Tensor]]]:
+        """Yield the parts of a batch that are computed one after the other: their share of it, and their inputs.
+
+        Parts do not add up to the batch where the loss compares its samples, or averages over those with a label.
+        """
+        adds_up = not self.objective.label_weight and "dist" not in self.objective.kinds.values()
+        count = len(inputs[0]) if inputs[0].ndim else 0
+        if not self.part or not adds_up or any(x.ndim == 0 or len(x) != count for x in inputs):
+            yield 1.0, inputs
+            return
+        for start in range(0, count, self.part):
+            part = [x[start : start + self.part] for x in inputs]
+            yield len(part[0]) / count, part
+
+    def _gradient(self, share: float, inputs: list[Tensor], labels: Tensor | None) -> Tensor:
+        """Add the gradient of a part of a batch, and return what it adds to the loss."""
+        with torch.no_grad(), self._precision():
+            targets = self.teacher(inputs)
+        if not self.objective.kinds:
+            self.objective.choose(targets)
+            shared = self.process_group.shared((self.objective.kinds, sorted(self.objective.distributions)))
+            self.objective.kinds, self.objective.distributions = shared[0], set(shared[1])
+        with self._precision():
+            answers = self.forward(*inputs)
+        loss = share * self.objective.loss(answers, targets, labels if self.objective.label_weight else None)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch does not annotate it
+        return loss.detach()
 
     def _bad_gradient(self) -> str:
         named = self.module.onnx_parameters().items()

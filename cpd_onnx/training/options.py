@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
+from cpd_onnx.data.images.crops import CROP
 from cpd_onnx.data.metrics import IGNORED
 from cpd_onnx.options import above_zero, integer, natural, not_negative, option, output_pair, positive, ratio, share
 
@@ -19,8 +20,11 @@ RATE, BATCH_RATE, LOWER_RATE = 1e-3, 2e-3, 2e-4
 higher rate ends nearer to the teacher (docs/measured.md); and with few samples, of which it unlearns more than they
 teach."""
 FEW = 1000
-"""Number of samples below which the lower rate and stored statistics of batch normalizations are the default
-(heuristic)."""
+"""Number of samples below which stored statistics of batch normalizations are the default, and images are cropped at
+random or, without images, the rate is the lower one (heuristic)."""
+EPOCHS, UPDATES = 10, 480
+"""Default number of passes over the data, and of updates where there are few images, each of which is cropped at random
+in each pass (heuristic)."""
 _training = partial(option, group="training")
 
 
@@ -43,7 +47,7 @@ class Optimization:
     lr: float | None = _training(
         None,
         f"Learning rate after the warm-up (default: {RATE:g}, {BATCH_RATE:g} where batch normalisations use the "
-        f"statistics of the batch, or {LOWER_RATE:g} with fewer than {FEW} samples)",
+        f"statistics of the batch, or {LOWER_RATE:g} with fewer than {FEW} samples that are not cropped)",
         read=above_zero,
     )
     warmup: float = _training(
@@ -71,7 +75,13 @@ class DistillOptions(Optimization):
     where that lacks an operator. For small models, or on a busy machine, one thread is fastest.
     """
 
-    epochs: int = _training(10, "Passes over the data", read=positive, is_common=True)
+    epochs: int | None = _training(
+        None,
+        f"Passes over the data (default: {EPOCHS}; with fewer than {FEW} images, which are cropped at random, as many "
+        f"as make {UPDATES} updates, or fewer where the model is large)",
+        read=positive,
+        is_common=True,
+    )
     steps: int | None = _training(None, "Updates in all, instead of epochs", read=positive)
     batch_size: int = _training(64, "Samples in an update, of all processes together", read=positive)
     temperature: float = _training(4.0, "Temperature that softens the distributions compared", read=above_zero)
@@ -124,9 +134,10 @@ class DistillOptions(Optimization):
     )
     flip: bool = _training(False, "Mirror half of the images (rank-4 inputs, width last)")
     shift: int = _training(0, "Shift images by up to this many pixels, padded with zeros", read=natural)
-    crop: float = _training(
-        1.0,
-        "Crop each image at random to at least this fraction of its area, and scale it back to its size; 1: not at all",
+    crop: float | None = _training(
+        None,
+        "Crop each image at random to at least this fraction of its area, and scale it back to its size; 1: not at all "
+        f"(default: {CROP:g} with fewer than {FEW} images, unless labels or a teacher cache are used; else 1)",
         read=share,
         metavar="FRACTION",
     )

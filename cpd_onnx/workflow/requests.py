@@ -788,7 +788,7 @@ class Demo(Request):
         None, "Folder to write the files to (default: a new temporary folder)", read=Path, metavar="FOLDER"
     )
     target: AnyTargets = _target(*defaults.DEMO_TARGET)
-    epochs: int = same_option(DistillOptions, "epochs", default=20)
+    epochs: int = same_option(DistillOptions, "epochs", default=20, help="Passes over the data")
     seed: int = option(0, "Seed of the random choice and of training", read=natural)
 
 

@@ -28,6 +28,7 @@ from cpd_onnx.channels.combing import comb
 from cpd_onnx.channels.features import features_of
 from cpd_onnx.cli.main import main
 from cpd_onnx.data import metrics
+from cpd_onnx.data.images import crops
 from cpd_onnx.data.metrics import evaluate, open_session
 from cpd_onnx.data.sources import LABELS, ArraySource
 from cpd_onnx.errors import CpdError, StoppedError, TargetError, UnsupportedError
@@ -40,10 +41,11 @@ from cpd_onnx.pipeline.state import State
 from cpd_onnx.proof.files import verify_files
 from cpd_onnx.scores.registry import score
 from cpd_onnx.torch import import_model, write_weights
-from cpd_onnx.training import refolding
+from cpd_onnx.training import refolding, schedule
 from cpd_onnx.training.cache import AnswerCache
 from cpd_onnx.training.feed import memory_format
-from cpd_onnx.training.losses import angle, correlation_distance
+from cpd_onnx.training.losses import DistillationLoss, angle, correlation_distance
+from cpd_onnx.training.options import DistillOptions
 from tests.passes.test_distill import FAST, STUDENT, TEACHER, images, network, weights_of
 from tests.support.runs import plain
 
@@ -373,6 +375,52 @@ def test_features_that_a_model_lacks_are_not_compared() -> None:
 
 
 # Watching.
+
+
+def test_the_gradients_of_the_parts_of_a_batch_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run()
+    monkeypatch.setattr(schedule, "_TOGETHER", 5 * images(1)["x"].size)
+    calls: list[int] = []
+    loss = DistillationLoss.loss
+
+    def noted(self: DistillationLoss, answers: Any, *rest: Any) -> Any:
+        calls.append(len(answers[0]))
+        return loss(self, answers, *rest)
+
+    monkeypatch.setattr(DistillationLoss, "loss", noted)
+    parts = run()
+    assert calls[:7] == [5, 5, 5, 5, 5, 5, 2]
+    np.testing.assert_allclose(parts.losses, whole.losses, rtol=1e-4)
+    for name, values in whole.values.items():
+        np.testing.assert_allclose(parts.values[name], values, atol=1e-4)
+    calls.clear()
+    run(options=replace(OPTIONS, losses={"t0": "dist"}))  # compares the samples of a batch
+    assert calls[0] == 5  # until the kinds of losses are known
+    assert set(calls[7:]) == {32}
+
+
+@pytest.mark.parametrize(
+    ("options", "work", "updates"),
+    [
+        ({}, None, 24),
+        ({"crop": 1.0}, None, 20),
+        ({"epochs": 3}, None, 6),
+        ({"label_weight": 0.5}, None, 20),
+        ({}, 0, 20),
+    ],
+)
+def test_few_images_are_cropped_and_train_longer(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], work: int | None, updates: int
+) -> None:
+    folder = Path(cpd.__file__).parent / "models"
+    model = cpd.load(folder / "digits.onnx").complete_proto()
+    data = {name: array[:64] for name, array in np.load(folder / "digits_train.npz").items()}
+    monkeypatch.setattr(schedule, "UPDATES", 24)
+    monkeypatch.setattr(crops, "_SHORTEST", 8)
+    if work is not None:
+        monkeypatch.setattr(schedule, "_MOST_WORK", work)
+    result = distill(model, model, ArraySource(data), DistillOptions(batch_size=32, threads=1, **options))
+    assert len(result.losses) == updates
 
 
 def test_training_stops_when_held_out_data_gains_nothing() -> None:
