@@ -25,9 +25,9 @@ _ENOUGH_FOR_STATISTICS = 16
 _TOGETHER = 1 << 21
 """Numbers in the inputs of a part of a batch, whose activations are in memory together: 13 images of 224 by 224
 (heuristic)."""
-_MOST_WORK = 12 * 10**12
+_MOST_WORK = 4 * 10**12
 """Multiplications and additions in all runs of the student of a default training on few images, which takes three times
-as many, and the teacher some (heuristic: half an hour on two cores)."""
+as many, and the teacher some (heuristic: a quarter of an hour on two cores)."""
 
 
 def with_crop(options: DistillOptions, batches: Source, student: ModelProto) -> DistillOptions:
