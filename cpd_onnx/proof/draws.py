@@ -27,6 +27,8 @@ _STEPS = (12.9898, 78.233)
 """Angles between the positions of the numbers, for two sequences (those commonly used in shaders)."""
 _MULTIPLE = 43758.5453
 """Multiple of the sine of which the fractional part is taken (that commonly used in shaders)."""
+_MODE = 2
+"""Position of the input of Dropout that is true in training."""
 _LEAST = 1e-7
 """Smallest number whose logarithm is taken, about one rounding of a float32."""
 
@@ -57,21 +59,33 @@ def with_fixed_draws(model: Model) -> Model:
 
 
 def _truths(model: Model) -> dict[str, bool]:
-    """Return the constant flags of a model by name."""
-    found: dict[str, TensorProto] = {}
-    for graph in graphs_of(model.graph):
-        found |= {tensor.name: tensor for tensor in graph.initializer}
+    """Return the constants by name that say whether a Dropout is in training mode."""
+    graphs = list(graphs_of(model.graph))
+    flags = {
+        node.input[_MODE] for graph in graphs for node in graph.node if traits_of(node).is_random and _has_mode(node)
+    }
+    found: dict[str, bool] = {}
+    for graph in graphs:
+        for tensor in graph.initializer:
+            if tensor.name in flags:  # that of the main graph may lie in another file
+                array = model.array(tensor.name) if model.has(tensor.name) else to_array(tensor)
+                found[tensor.name] = bool(array.any())
         for node in graph.node:
-            for attribute in node.attribute if traits_of(node).is_constant else ():
-                if attribute.name == "value":
-                    found[node.output[0]] = attribute.t
-    return {name: bool(to_array(t).any()) for name, t in found.items() if t.data_type == TensorProto.BOOL}
+            for value in node.attribute if traits_of(node).is_constant and node.output[0] in flags else ():
+                if value.name == "value":
+                    found[node.output[0]] = bool(to_array(value.t).any())
+    return found
+
+
+def _has_mode(node: NodeProto) -> bool:
+    """Return whether the training mode of a Dropout is one of its inputs."""
+    return node.op_type == "Dropout" and len(node.input) > _MODE and bool(node.input[_MODE])
 
 
 def _is_drawn(node: NodeProto, truths: Mapping[str, bool]) -> bool:
     write = _WRITERS.get(node.op_type) if traits_of(node).is_random else None
-    if write is _dropout:  # only in training mode
-        return len(node.input) > 2 and truths.get(node.input[2], bool(node.input[2]))
+    if write is _dropout:
+        return _has_mode(node) and truths.get(node.input[_MODE], True)
     return write is not None
 
 
