@@ -75,8 +75,8 @@ def _work(feed: Feed, module: OnnxModule) -> int:
 
 
 def part_of(feed: Feed, module: OnnxModule) -> int:
-    """Return how many samples of a batch are computed together; 0 for all, where they depend on each other."""
-    if feed.is_fixed or refolding.live_layers(module):
+    """Return how many samples of a batch are computed together; 0 for all: on a GPU, or if they depend on each other."""
+    if feed.is_fixed or feed.process_group.device.type != "cpu" or refolding.live_layers(module):
         return 0
     inputs, _ = next(feed.batches())
     return max(1, _TOGETHER // max(1, sum(x[0].numel() for x in inputs if x.ndim)))

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cpd_onnx.data.images import crops
 from cpd_onnx.data.images.crops import cropped, enlarged, image_input, windows
 from cpd_onnx.data.signature import Input
 
@@ -58,7 +59,7 @@ def test_parts_stay_inside_the_image_and_have_the_least_area() -> None:
     assert 0.4 < scale.prod(axis=1).min() < 0.6
 
 
-def test_more_samples_are_parts_of_those_there_are() -> None:
+def test_more_samples_are_parts_of_those_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     feeds = [{"x": rng.normal(size=(4, 3, 32, 48)).astype(np.float32), "t": np.full((4, 2), i)} for i in range(2)]
     inputs = [entry("x", IMAGE), entry("t", ("N", 2))]
@@ -67,4 +68,6 @@ def test_more_samples_are_parts_of_those_there_are() -> None:
     assert [int(feed["t"][0, 0]) for feed in more] == [0, 1, 0]
     assert not np.array_equal(more[0]["x"], more[2]["x"])
     assert all(np.array_equal(a["x"], b["x"]) for a, b in zip(more, cropped(feeds, inputs, 11, 0), strict=True))
+    monkeypatch.setattr(crops, "_NUMBERS", 13 * feeds[0]["x"][0].size)
+    assert len(cropped(feeds, inputs, 11, 0)) == 2  # 8 and 5 images
     assert cropped(feeds, inputs[1:], 11, 0) == cropped(feeds, inputs, 0, 0) == []

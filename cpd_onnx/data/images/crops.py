@@ -15,6 +15,8 @@ from cpd_onnx.runtime.sessions import sample_count
 
 CROP = 0.6
 """Default of the smallest part of an image, as a fraction of its area (heuristic)."""
+_NUMBERS = 1 << 24
+"""Most numbers in the samples with which others are added (heuristic)."""
 _ASPECT = 4 / 3
 """Maximum ratio of the sides of a part of an image, of those of the image."""
 _RANK, _SHORTEST, _LONGEST = 4, 16, 4
@@ -34,15 +36,19 @@ def image_input(inputs: Sequence[Input]) -> str | None:
 def cropped(feeds: Sequence[Batch], inputs: Sequence[Input], samples: int, seed: int) -> list[Batch]:
     """Return about that many samples more: random parts of the images in some feeds; none of other inputs.
 
+    There are fewer, or none, where images are large: each has many positions from which a layer is fitted.
+
     Args:
         feeds: Inputs of runs of a model.
         inputs: Its signature.
-        samples: Number of samples to return, which is a multiple of those in a feed at the end.
+        samples: Number of samples to return, rounded up to that of whole feeds.
         seed: Seed of the parts.
     """
     name, found = image_input(inputs), list[Batch]()
-    if name is None:
+    if name is None or not feeds:
         return found
+    numbers = sum(feed[name].size for feed in feeds) / sum(map(sample_count, feeds))
+    samples = min(samples, int(_NUMBERS / numbers) - sum(map(sample_count, feeds)))
     rng = np.random.default_rng(seed)
     for feed in itertools.cycle(feeds):
         if samples <= 0:
