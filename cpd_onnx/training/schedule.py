@@ -75,7 +75,7 @@ def _work(feed: Feed, module: OnnxModule) -> int:
 
 
 def part_of(feed: Feed, module: OnnxModule) -> int:
-    """Return how many samples of a batch are computed together; 0 for all: on a GPU, or if they depend on each other."""
+    """Return how many samples of a batch are computed together; 0 for all, as on a GPU, or if one affects another."""
     if feed.is_fixed or feed.process_group.device.type != "cpu" or refolding.live_layers(module):
         return 0
     inputs, _ = next(feed.batches())
