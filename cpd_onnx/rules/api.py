@@ -386,8 +386,12 @@ class Op:
         It names the open sizes that the shape was computed from.
         """
         scope, position = self.scope, self.position
+        seen = set[tuple[str, int]]()
         while (before := _unknown_before(scope, position, slot)) is not None:
             (scope, position), slot = before, None
+            if (scope.path, position) in seen:  # a damaged file may go round in circles
+                break
+            seen.add((scope.path, position))
         node = scope.nodes[position]
         symbols = frozenset[str]().union(*map(_symbols, map(scope.lookup, filter(None, node.input))))
         what = "the output shape" if slot is None else f"the shape of input {slot}"
