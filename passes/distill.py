@@ -43,7 +43,7 @@ from cpd_onnx.training.loop import HeldOut, Progress, Run, Traces, Trainer
 from cpd_onnx.training.losses import DistillationLoss, surviving
 from cpd_onnx.training.options import DistillOptions, LossKind
 from cpd_onnx.training.process_group import ProcessGroup, join_process_group
-from cpd_onnx.training.schedule import batch_norm_mode, compared, part_of, steps_of, with_crop, with_rate
+from cpd_onnx.training.schedule import batch_norm_mode, compared, part_of, settled
 
 Array: TypeAlias = npt.NDArray[Any]
 Shared: TypeAlias = Mapping[str, Mapping[int, Array]]
@@ -159,7 +159,6 @@ def distill(  # noqa: PLR0913  # the arguments after the options are keywords
         hidden |= features
     with join_process_group(options.device) as process_group, _threads(options.threads):
         torch.manual_seed(options.seed)
-        options = with_crop(options, batches, student)
         feed = _feed(batches, student, options, process_group)
         mode = batch_norm_mode(options, feed.size // process_group.size, batches)
         restored: tuple[refolding.Restored, ...] = ()
@@ -168,9 +167,10 @@ def distill(  # noqa: PLR0913  # the arguments after the options are keywords
             trained_proto, restored = refolding.restore(trained_proto)
         live: BatchNormMode = "frozen" if mode == "frozen" else "train"
         module = _placed(import_model(trained_proto, batch_norm=live), student, process_group)
-        options, steps = with_rate(options, batches, module), steps_of(feed, options, batches, module)
         kept = {name: _indices(axes) for name, axes in kept_by(student).items()}
         _feed_like_original(module, [kept.get(entry.name, {}) for entry in inputs_of(student)])
+        options = settled(options, feed, batches, module)
+        feed = _feed(batches, student, options, process_group)
         before = module.onnx_state()
         comparison = DistillationLoss(
             [info.name for info in student.graph.output], options.losses, options.output_weights, options.temperature,
@@ -178,7 +178,7 @@ def distill(  # noqa: PLR0913  # the arguments after the options are keywords
             options.hidden_weight, kept=kept, is_of_outputs=options.compare == "outputs",
         )  # fmt: skip  # the fields in order
         if mode == "calibrate":
-            refolding.calibrate(module, (inputs for inputs, _ in itertools.islice(feed.batches(), steps)))
+            refolding.calibrate(module, (inputs for inputs, _ in itertools.islice(feed.batches(), options.steps)))
             losses: list[float] = []
             judged: list[tuple[int, float]] = []
         else:
@@ -191,7 +191,7 @@ def distill(  # noqa: PLR0913  # the arguments after the options are keywords
             with step("distill", is_whole=True):
                 losses = trainer.train(
                     feed,
-                    steps,
+                    options.steps or 0,
                     traces=traces,
                     identity=_identity(teacher, student, options, process_group),
                     held_out=None if watched is None else _held_out(student, watched, teacher, restored),

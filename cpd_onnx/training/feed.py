@@ -13,7 +13,7 @@ import torch
 from onnx import ModelProto, NodeProto
 from torch import Tensor
 
-from cpd_onnx.data.images.crops import enlarged, windows
+from cpd_onnx.data.images.crops import enlarged, image_input, windows
 from cpd_onnx.data.metrics import IGNORED
 from cpd_onnx.data.sources import LABELS, Batch, Source, fixed_batch, inputs_of, steps_per_pass
 from cpd_onnx.errors import DataError
@@ -98,6 +98,7 @@ class Feed:
             )
         self.size, self.is_fixed = whole, bool(fixed)
         self.names = [entry.name for entry in inputs]
+        self.photographs = image_input(inputs)
         self.images = {entry.name for entry in inputs if entry.shape is not None and len(entry.shape) == 4}
 
     @property

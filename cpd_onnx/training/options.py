@@ -77,8 +77,8 @@ class DistillOptions(Optimization):
 
     epochs: int | None = _training(
         None,
-        f"Passes over the data (default: {EPOCHS}; with fewer than {FEW} images, which are cropped at random, as many "
-        f"as make {UPDATES} updates, or fewer where the model is large)",
+        f"Passes over the data (default: {EPOCHS}; as many as make {UPDATES} updates where few images are cropped, see "
+        "--crop)",
         read=positive,
         is_common=True,
     )
@@ -137,7 +137,8 @@ class DistillOptions(Optimization):
     crop: float | None = _training(
         None,
         "Crop each image at random to at least this fraction of its area, and scale it back to its size; 1: not at all "
-        f"(default: {CROP:g} with fewer than {FEW} images, unless labels or a teacher cache are used; else 1)",
+        f"(default: {CROP:g} with fewer than {FEW} images, unless the model is large, or labels or a teacher cache are "
+        "used; else 1)",
         read=share,
         metavar="FRACTION",
     )

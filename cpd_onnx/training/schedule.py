@@ -9,11 +9,10 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from onnx import ModelProto
 from torch.utils.flop_counter import FlopCounterMode
 
-from cpd_onnx.data.images.crops import CROP, image_input
-from cpd_onnx.data.sources import Source, inputs_of
+from cpd_onnx.data.images.crops import CROP
+from cpd_onnx.data.sources import Source
 from cpd_onnx.errors import CpdError, DataError
 from cpd_onnx.torch import OnnxModule
 from cpd_onnx.training import refolding
@@ -26,40 +25,50 @@ _TOGETHER = 1 << 21
 """Numbers in the inputs of a part of a batch, whose activations are in memory together: 13 images of 224 by 224
 (heuristic)."""
 _MOST_WORK = 4 * 10**12
-"""Multiplications and additions in all runs of the student of a default training on few images, which takes three times
-as many, and the teacher some (heuristic: a quarter of an hour on two cores)."""
+"""Most multiplications and additions in all runs of the student for which few images are cropped: training takes three
+times as many, and the teacher some (heuristic: a quarter of an hour on two cores)."""
 
 
-def with_crop(options: DistillOptions, batches: Source, student: ModelProto) -> DistillOptions:
-    """Return the options with the part of an image that is shown, which is the default one unless it was given."""
-    if options.crop is not None:
-        return options
-    is_as_before = _has_many(batches) or options.label_weight or options.teacher_cache
-    is_cropped = not is_as_before and image_input(inputs_of(student)) is not None
-    return replace(options, crop=CROP if is_cropped else 1.0)
+def settled(options: DistillOptions, feed: Feed, batches: Source, module: OnnxModule) -> DistillOptions:
+    """Return the options with those that were left open: the crops of images, the learning rate, and the updates.
+
+    Few images are cropped at random, and shown for more updates, unless the model is so large that these would take too
+    long: fewer were no gain.
+
+    Args:
+        options: The options; `steps` is set in the result.
+        feed: The batches, as yet without crops.
+        batches: The data.
+        module: The student.
+
+    Raises:
+        DataError: The length of the data is unknown, and neither are the updates given.
+    """
+    is_long = options.steps is None and options.epochs is None
+    crop = options.crop
+    if crop is None:
+        crop = CROP if _may_crop(options, feed, batches) and _is_affordable(feed, module) else 1.0
+    steps = options.steps
+    if steps is None:
+        if feed.per_pass is None:
+            raise DataError("the length of the data is unknown: give the number of steps with --steps")
+        steps = feed.per_pass * (options.epochs or EPOCHS)
+        if is_long and crop < 1 and not _has_many(batches):
+            steps = max(steps, UPDATES)
+    lr = options.lr
+    if lr is None:
+        usual = BATCH_RATE if refolding.live_layers(module) else RATE
+        lr = usual if _has_many(batches) or crop < 1 else LOWER_RATE
+    return replace(options, crop=crop, steps=steps, lr=lr)
 
 
-def with_rate(options: DistillOptions, batches: Source, module: OnnxModule) -> DistillOptions:
-    """Return the options with a learning rate, which is the default one unless it was given."""
-    if options.lr is not None:
-        return options
-    usual = BATCH_RATE if refolding.live_layers(module) else RATE
-    is_varied = _has_many(batches) or (options.crop or 1) < 1
-    return replace(options, lr=usual if is_varied else LOWER_RATE)
+def _may_crop(options: DistillOptions, feed: Feed, batches: Source) -> bool:
+    """Return whether the samples are few images, whose answers nothing but the teacher knows."""
+    return not (_has_many(batches) or options.label_weight or options.teacher_cache) and bool(feed.photographs)
 
 
-def steps_of(feed: Feed, options: DistillOptions, batches: Source, module: OnnxModule) -> int:
-    """Return the total number of updates."""
-    if options.steps is not None:
-        return options.steps
-    if feed.per_pass is None:
-        raise DataError("the length of the data is unknown: give the number of steps with --steps")
-    if options.epochs is not None:
-        return feed.per_pass * options.epochs
-    usual = feed.per_pass * EPOCHS
-    if _has_many(batches) or not (options.crop or 1) < 1:
-        return usual
-    return max(usual, min(UPDATES, _MOST_WORK // max(1, _work(feed, module))))
+def _is_affordable(feed: Feed, module: OnnxModule) -> bool:
+    return _work(feed, module) * UPDATES <= _MOST_WORK
 
 
 def _work(feed: Feed, module: OnnxModule) -> int:
