@@ -43,7 +43,7 @@ from cpd_onnx.training.loop import HeldOut, Progress, Run, Traces, Trainer
 from cpd_onnx.training.losses import DistillationLoss, surviving
 from cpd_onnx.training.options import DistillOptions, LossKind
 from cpd_onnx.training.process_group import ProcessGroup, join_process_group
-from cpd_onnx.training.schedule import batch_norm_mode, compared, part_of, settled
+from cpd_onnx.training.schedule import batch_norm_mode, compared, in_parts, settled
 
 Array: TypeAlias = npt.NDArray[Any]
 Shared: TypeAlias = Mapping[str, Mapping[int, Array]]
@@ -186,7 +186,7 @@ def distill(  # noqa: PLR0913  # the arguments after the options are keywords
                 _begin(module, restored, teacher, feed, overlap)
             trainer = Trainer(
                 module, _teacher(_with_outputs(teacher, hidden), options, process_group), comparison, options,
-                process_group, freeze=options.freeze, part=part_of(feed, module),
+                process_group, freeze=options.freeze, in_parts=in_parts(feed, module),
             )  # fmt: skip
             with step("distill", is_whole=True):
                 losses = trainer.train(

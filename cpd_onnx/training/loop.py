@@ -32,6 +32,9 @@ Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 _CHECKPOINT = "cpd-onnx/checkpoint 2"
 """Format name and version of a checkpoint file."""
+_TOGETHER = 1 << 21
+"""Numbers in the inputs of a part of a batch, whose activations are in memory together: 13 images of 224 by 224
+(heuristic)."""
 _CHECK_EVERY = 20
 """Updates on a GPU between two checks of the losses, each of which synchronizes with the device (heuristic)."""
 
@@ -103,17 +106,17 @@ class Trainer:
         process_group: ProcessGroup,
         *,
         freeze: Sequence[str] = (),
-        part: int = 0,
+        in_parts: bool = False,
     ) -> None:
         """Create the run of a module on the device of the process group; initializers in `freeze` are not trained.
 
-        The gradient of a batch is the sum of those of parts of at most `part` samples, if that is not 0.
+        With `in_parts`, the gradient of a batch of large samples is the sum of those of its parts.
 
         Raises:
             CpdError: There is nothing to train.
         """
         self.module, self.teacher, self.objective = module, teacher, objective
-        self.schedule, self.process_group, self.part = schedule, process_group, part
+        self.schedule, self.process_group, self.in_parts = schedule, process_group, in_parts
         self.rate = RATE if schedule.lr is None else schedule.lr
         self.weights = _Weights(module, freeze)
         self.optimizer = _optimizer(self.weights.masters, schedule, self.rate)
@@ -211,11 +214,12 @@ class Trainer:
         """
         adds_up = not self.objective.label_weight and "dist" not in self.objective.kinds.values()
         count = len(inputs[0]) if inputs[0].ndim else 0
-        if not self.part or not adds_up or any(x.ndim == 0 or len(x) != count for x in inputs):
+        if not self.in_parts or not adds_up or any(x.ndim == 0 or len(x) != count for x in inputs):
             yield 1.0, inputs
             return
-        for start in range(0, count, self.part):
-            part = [x[start : start + self.part] for x in inputs]
+        size = max(1, _TOGETHER * count // max(1, sum(x.numel() for x in inputs)))
+        for start in range(0, count, size):
+            part = [x[start : start + size] for x in inputs]
             yield len(part[0]) / count, part
 
     def _gradient(self, share: float, inputs: list[Tensor], labels: Tensor | None) -> Tensor:

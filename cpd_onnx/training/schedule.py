@@ -21,9 +21,6 @@ from cpd_onnx.training.options import BATCH_RATE, EPOCHS, FEW, LOWER_RATE, RATE,
 
 _ENOUGH_FOR_STATISTICS = 16
 """Minimum batch size for training with batch statistics (heuristic)."""
-_TOGETHER = 1 << 21
-"""Numbers in the inputs of a part of a batch, whose activations are in memory together: 13 images of 224 by 224
-(heuristic)."""
 _MOST_WORK = 4 * 10**12
 """Most multiplications and additions in all runs of the student for which few images are cropped: training takes three
 times as many, and the teacher some (heuristic: a quarter of an hour on two cores)."""
@@ -63,8 +60,10 @@ def settled(options: DistillOptions, feed: Feed, batches: Source, module: OnnxMo
 
 
 def _may_crop(options: DistillOptions, feed: Feed, batches: Source) -> bool:
-    """Return whether the samples are few images, whose answers nothing but the teacher knows."""
-    return not (_has_many(batches) or options.label_weight or options.teacher_cache) and bool(feed.photographs)
+    """Return whether weights are trained on few images, whose answers nothing but the teacher knows."""
+    is_trained = options.batch_norm != "calibrate"
+    is_known = bool(options.label_weight or options.teacher_cache)
+    return is_trained and not is_known and not _has_many(batches) and feed.photographs is not None
 
 
 def _is_affordable(feed: Feed, module: OnnxModule) -> bool:
@@ -83,12 +82,9 @@ def _work(feed: Feed, module: OnnxModule) -> int:
     return times * int(counter.get_total_flops())
 
 
-def part_of(feed: Feed, module: OnnxModule) -> int:
-    """Return how many samples of a batch are computed together; 0 for all, as on a GPU, or if one affects another."""
-    if feed.is_fixed or feed.process_group.device.type != "cpu" or refolding.live_layers(module):
-        return 0
-    inputs, _ = next(feed.batches())
-    return max(1, _TOGETHER // max(1, sum(x[0].numel() for x in inputs if x.ndim)))
+def in_parts(feed: Feed, module: OnnxModule) -> bool:
+    """Return whether a batch may be computed in parts: not if one sample affects others, nor on a GPU, to keep it busy."""
+    return not (feed.is_fixed or feed.process_group.device.type != "cpu" or refolding.live_layers(module))
 
 
 def compared(options: DistillOptions, batches: Source, *, has_features: bool) -> Literal["outputs", "features"]:

@@ -41,7 +41,7 @@ from cpd_onnx.pipeline.state import State
 from cpd_onnx.proof.files import verify_files
 from cpd_onnx.scores.registry import score
 from cpd_onnx.torch import import_model, write_weights
-from cpd_onnx.training import refolding, schedule
+from cpd_onnx.training import loop, refolding, schedule
 from cpd_onnx.training.cache import AnswerCache
 from cpd_onnx.training.feed import memory_format
 from cpd_onnx.training.losses import DistillationLoss, angle, correlation_distance
@@ -379,7 +379,7 @@ def test_features_that_a_model_lacks_are_not_compared() -> None:
 
 def test_the_gradients_of_the_parts_of_a_batch_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run()
-    monkeypatch.setattr(schedule, "_TOGETHER", 5 * images(1)["x"].size)
+    monkeypatch.setattr(loop, "_TOGETHER", 5 * images(1)["x"].size)
     calls: list[int] = []
     loss = DistillationLoss.loss
 
