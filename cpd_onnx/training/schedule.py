@@ -83,7 +83,7 @@ def _work(feed: Feed, module: OnnxModule) -> int:
 
 
 def in_parts(feed: Feed, module: OnnxModule) -> bool:
-    """Return whether a batch may be computed in parts: not if one sample affects others, nor on a GPU, to keep it busy."""
+    """Return whether a batch may be computed in parts: not on a GPU, nor where one sample affects others."""
     return not (feed.is_fixed or feed.process_group.device.type != "cpu" or refolding.live_layers(module))
 
 
