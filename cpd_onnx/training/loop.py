@@ -210,9 +210,10 @@ class Trainer:
     def _parts(self, inputs: list[Tensor]) -> Iterator[tuple[float, list[Tensor]]]:
         """Yield the parts of a batch that are computed one after the other: their share of it, and their inputs.
 
-        Parts do not add up to the batch where the loss compares its samples, or averages over those with a label.
+        A batch is one part where the loss compares its samples, or averages over those with a label. Relative errors
+        are relative to the teacher's values in their part.
         """
-        adds_up = not self.objective.label_weight and "dist" not in self.objective.kinds.values()
+        adds_up = not self.objective.label_weight and "dist" not in self.objective.wanted.values()
         count = len(inputs[0]) if inputs[0].ndim else 0
         if not self.in_parts or not adds_up or any(x.ndim == 0 or len(x) != count for x in inputs):
             yield 1.0, inputs
