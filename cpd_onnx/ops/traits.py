@@ -70,6 +70,7 @@ class Traits:
         type_slot: Input slot with the element type of the first output; None for that of `data_slot`.
         shape_slot: Input slot that lists the sizes of the output; None if there is none.
         fill_slot: Input slot of the number that fills new elements; None if there is none.
+        training_slot: Input slot whose truth puts the operator into training mode; None if there is none.
         output_rank: Rank of the output; None for that of the data input.
     """
 
@@ -120,6 +121,7 @@ class Traits:
     type_slot: int | None = None
     shape_slot: int | None = None
     fill_slot: int | None = None
+    training_slot: int | None = None
     output_rank: int | None = None
 
     @property
@@ -367,7 +369,7 @@ _row("ThresholdedRelu", "is_activation is_local")
 
 # Randomness.
 _row("Bernoulli", "is_random is_step_function")
-_row("Dropout", "is_random")
+_row("Dropout", "is_random", training_slot=2)
 _row("Multinomial", "is_random")
 _row("RandomNormal", "is_random")
 _row("RandomNormalLike", "is_random")

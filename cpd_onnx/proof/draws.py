@@ -27,8 +27,6 @@ _STEPS = (12.9898, 78.233)
 """Angles between the positions of the numbers, for two sequences (those commonly used in shaders)."""
 _MULTIPLE = 43758.5453
 """Multiple of the sine of which the fractional part is taken (that commonly used in shaders)."""
-_MODE = 2
-"""Position of the input of Dropout that is true in training."""
 _LEAST = 1e-7
 """Smallest number whose logarithm is taken, about one rounding of a float32."""
 
@@ -61,9 +59,7 @@ def with_fixed_draws(model: Model) -> Model:
 def _truths(model: Model) -> dict[str, bool]:
     """Return the constants by name that say whether a Dropout is in training mode."""
     graphs = list(graphs_of(model.graph))
-    flags = {
-        node.input[_MODE] for graph in graphs for node in graph.node if traits_of(node).is_random and _has_mode(node)
-    }
+    flags = {_mode(node) for graph in graphs for node in graph.node if traits_of(node).is_random} - {""}
     found: dict[str, bool] = {}
     for graph in graphs:
         for tensor in graph.initializer:
@@ -77,15 +73,16 @@ def _truths(model: Model) -> dict[str, bool]:
     return found
 
 
-def _has_mode(node: NodeProto) -> bool:
-    """Return whether the training mode of a Dropout is one of its inputs."""
-    return node.op_type == "Dropout" and len(node.input) > _MODE and bool(node.input[_MODE])
+def _mode(node: NodeProto) -> str:
+    """Return the name of the input that says whether an operator is in training mode, or an empty string."""
+    slot = traits_of(node).training_slot
+    return "" if slot is None or len(node.input) <= slot else node.input[slot]
 
 
 def _is_drawn(node: NodeProto, truths: Mapping[str, bool]) -> bool:
     write = _WRITERS.get(node.op_type) if traits_of(node).is_random else None
     if write is _dropout:
-        return _has_mode(node) and truths.get(node.input[_MODE], True)
+        return bool(_mode(node)) and truths.get(_mode(node), True)
     return write is not None
 
 
