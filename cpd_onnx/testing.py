@@ -184,6 +184,9 @@ def _moves(combed: Combed) -> Iterator[tuple[Axis, Axis, Axis]]:
     An axis may hold a channel several times. A channel of which the first and the second position are selected cannot
     be permuted with one of which only the first is.
     """
+    for axis, blocks, _ in combed.recorder.balanced:
+        for block in np.split(np.arange(len(axis)), blocks):
+            yield axis, axis[block], block
     for scope, node in _nodes(combed, "Gather", "Slice", "Split"):
         known = [scope.lookup(name) if name else None for name in node.input[1:]]
         operands = [None if value is None or value.values is None else value.values[0] for value in known]
@@ -239,10 +242,15 @@ def _permute(combed: Combed, editor: Editor, weight: Weight, image: Axis) -> Non
     original, arrays = weight_array(combed.folded.model, weight), {}
     for use in weight.uses:
         array: Array = original
-        for axis, atoms in enumerate(use.axes):
-            order = _order(combed.atoms, atoms, image)
-            assert order is not None, "groups that cannot be permuted were left unchanged"
-            array = np.take(array, order, axis=axis)
+        for piece in combed.pieces(use.axes):
+            for axis, atoms in enumerate(piece.axes):
+                order = _order(combed.atoms, atoms, image)
+                assert order is not None, "groups that cannot be permuted were left unchanged"
+                if piece.rows == slice(None):
+                    array = np.take(array, order, axis=axis)
+                else:
+                    array = np.array(array)
+                    array[piece.rows] = np.take(array[piece.rows], order, axis=axis)
         arrays[use.use] = array
     first = next(iter(arrays.values()), original)
     if not np.array_equal(first, original):
@@ -263,8 +271,10 @@ def _zeroed(combed: Combed, keep: KeepMask) -> Model:
             continue
         original = weight_array(combed.folded.model, weight)
         survives = np.ones(original.shape, np.bool_)
-        for axis, atoms in enumerate(axes):
-            survives &= keep.mask(atoms).reshape([-1 if i == axis else 1 for i in range(original.ndim)])
+        for piece in combed.pieces(axes):
+            for axis, atoms in enumerate(piece.axes):
+                mask = keep.mask(atoms).reshape([-1 if i == axis else 1 for i in range(original.ndim)])
+                survives[piece.rows] &= mask
         if not survives.all():
             editor.replace(
                 weight.value, weight.scope, np.where(survives, original, zero_of(combed, weight)).astype(original.dtype)
