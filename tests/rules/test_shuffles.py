@@ -10,7 +10,7 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto, helper
 
 import cpd_onnx as cpd
 from cpd_onnx.channels.balanced import balanced_sets
@@ -20,6 +20,7 @@ from cpd_onnx.data.sources import ArraySource
 from cpd_onnx.proof.files import verify_files
 from cpd_onnx.proof.proving import verify
 from cpd_onnx.rewrite.rewriter import rewrite
+from cpd_onnx.runtime.sessions import open_model
 from cpd_onnx.scores import SCORE_FUNCTIONS, score
 from tests.rules.rows import assert_followed
 from tests.support.models import from_text
@@ -173,6 +174,30 @@ def test_magnitudes_are_those_of_the_columns_of_each_group() -> None:
         if not member.weight.is_vector:
             wanted += [values[places].sum() for places in member.indices]
     assert np.allclose(score(combed, "l1")[index], wanted)
+
+
+def test_the_reconstruction_error_is_that_of_a_fit_in_each_group() -> None:
+    model = shuffled(3, 5)
+    combed = comb(model)
+    data = np.random.default_rng(0).standard_normal((64, 3, 4, 4)).astype(np.float32)
+    index, group = next((i, group) for i, group in enumerate(combed.groups) if len(group) == 2)
+    found = score(combed, "reconstruction", data=ArraySource({"x": data}), samples=64)[index]
+    model.graph.output.append(helper.make_tensor_value_info("n", TensorProto.FLOAT, None))
+    session = open_model(model)
+    channels = np.concatenate([session.run(["n"], {"x": x})[0] for x in data.reshape(32, 2, 3, 4, 4)])
+    rows = np.moveaxis(channels, 1, -1).reshape(-1, 3, 5).astype(np.float64)
+    kernel = combed.folded.model.array("g").reshape(3, 4, 5)
+    made = np.einsum("ngi,goi->ngo", rows, kernel)
+    lost = np.zeros(2)
+    for member in (m for m in combed.members(group) if m.weight.name == "g"):
+        number = member.rows.start // 4
+        x, y = (each[:, number] - each[:, number].mean(axis=0) for each in (rows, made))
+        for place, gone in enumerate(member.indices):
+            left = np.delete(x, gone, axis=1)
+            lost[place] += np.square(y - left @ np.linalg.lstsq(left, y, rcond=None)[0]).sum()
+    least = int(np.argmin(lost))
+    assert least == int(np.argmin(found))
+    assert -np.log(1 - lost[least] / (made.var() * made.size)) == pytest.approx(found[least], rel=0.05)
 
 
 def test_a_shuffled_model_is_pruned_repaired_and_proved_by_its_plan(tmp_path: Path) -> None:
