@@ -6,7 +6,7 @@ Each takes whatever `cpd_onnx.load` takes and returns an `Outcome`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -87,8 +87,9 @@ def permutation_oracle(source: ModelSource, *, seed: int = 0) -> Outcome:
     """Check that permuting the channels of each group in all its members changes no output.
 
     A group of coupled channels is a symmetry of the network, so a single missed coupling changes an output. It is not
-    one if some of its channels are at positions that are selected or padded differently from the others; such groups
-    are not permuted. Each group has its own permutation; a channel that occurs several times on an axis (the gates of
+    one if some of its channels are at positions that are selected or padded differently from the others, or if an index
+    is removed with either of two of its channels (a pair of groups at a channel shuffle); such groups are not permuted.
+    Each group has its own permutation; a channel that occurs several times on an axis (the gates of
     an LSTM, the halves of a gated unit) is moved occurrence by occurrence.
     """
     combed = comb(load(source))
@@ -135,6 +136,7 @@ def _permutation(combed: Combed, rng: np.random.Generator) -> tuple[Axis, int]:
         image[order] = np.roll(order, 1)
     axes, moves = _axes(combed), list(_moves(combed))
     _leave(combed, image, _filled(combed))
+    _leave(combed, image, _paired(combed, axes))
     stuck = True
     while stuck:
         stuck = False
@@ -175,6 +177,16 @@ def _filled(combed: Combed) -> Axis:
         for pair in zip(*(_axes_of(combed, scope, name) for name in (node.input[0], node.output[0])), strict=False):
             before, after = (np.bincount(combed.atoms.parts(a).ravel(), minlength=len(combed.atoms)) for a in pair)
             found.append(np.flatnonzero(before != after))
+    return np.concatenate(found)
+
+
+def _paired(combed: Combed, axes: Sequence[Axis]) -> Axis:
+    """Return the atoms of indices that depend on two channels of the same group, whose order the atoms do not tell."""
+    found = [np.zeros(0, np.int64)]
+    for parts in map(combed.atoms.parts, axes):
+        owners = np.sort(np.where(parts == NOTHING, -1, combed.owners[0][parts]), axis=1)
+        rows = ((owners[:, 1:] == owners[:, :-1]) & (owners[:, 1:] >= 0)).any(axis=1)
+        found.append(parts[rows].ravel())
     return np.concatenate(found)
 
 

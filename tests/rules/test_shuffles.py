@@ -22,6 +22,7 @@ from cpd_onnx.proof.proving import verify
 from cpd_onnx.rewrite.rewriter import rewrite
 from cpd_onnx.runtime.sessions import open_model
 from cpd_onnx.scores import SCORE_FUNCTIONS, score
+from cpd_onnx.testing import mask_oracle, permutation_oracle
 from tests.rules.rows import assert_followed
 from tests.support.models import from_text
 
@@ -151,6 +152,22 @@ def test_as_many_sets_are_found_as_can_be(groups: int, each: int) -> None:
 
 def test_vectors_that_cannot_be_balanced_belong_to_no_set() -> None:
     assert balanced_sets(np.asarray([[1, -1], [2, -2], [0, 0]])) == [[2]]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pairs_of_groups_are_not_permuted(seed: int) -> None:
+    """An index between two convolutions with the same groups is removed with a group of either, in this order."""
+    graph = (
+        "(float[2, 3, 4, 4] x, float[12, 3, 1, 1] w, float[18, 4, 1, 1] u, int64[5] p, int64[4] q, "
+        "float[12, 6, 1, 1] g, float[5, 12, 1, 1] v) => (float[2, 5, 4, 4] y) "
+        "{ h = Conv(x, w) k = Conv <group = 3>(h, u) r = Relu(k) d = Reshape(r, p) "
+        "t = Transpose <perm = [0, 2, 1, 3, 4]>(d) s = Reshape(t, q) m = Conv <group = 3>(s, g) e = Add(m, h) "
+        "y = Conv(e, v) }"
+    )
+    model = from_text(graph, values={"p": [2, 3, 6, 4, 4], "q": [2, 18, 4, 4]})
+    assert any(group.kind == "groups" for group in comb(model).groups)
+    assert permutation_oracle(model, seed=seed).passed
+    assert mask_oracle(model, seed=seed).passed
 
 
 def test_every_score_ranks_the_sets() -> None:
