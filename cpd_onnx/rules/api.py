@@ -21,7 +21,7 @@ from cpd_onnx.moved import GONE_IN
 from cpd_onnx.ops.evaluate import Call
 from cpd_onnx.ops.sizes import Size
 from cpd_onnx.ops.traits import MICROSOFT, traits_of
-from cpd_onnx.shapes.values import PLACEHOLDER_SIZES, Scope, Shape, Value
+from cpd_onnx.shapes.values import Scope, Shape, Value, is_decided_by_data
 
 _MOST_AXES = 1 << 10
 """Largest absolute value of an axis attribute that is accepted; a heuristic, far above the rank of any tensor."""
@@ -309,10 +309,7 @@ def _has_size_of_data(value: Value | None) -> bool:
     """Return whether a size is a multiple of those that stand for what data decide."""
     if value is None or value.shapes is None or value.extents is None:
         return False
-    return any(
-        numbers[0] and not any(number % size for number, size in zip(numbers, PLACEHOLDER_SIZES, strict=True))
-        for numbers in zip(*value.shapes, strict=True)
-    )
+    return any(map(is_decided_by_data, zip(*value.shapes, strict=True)))
 
 
 def _symbols(value: Value | None) -> frozenset[str]:
@@ -494,6 +491,17 @@ class Op:
             raise GiveUp(self._misfit(left, right))
         self.atoms.unite(left, right)
         self.accounted += [left, right]
+
+    def meets_size_of_data(self, axes: Sequence[Axis], size: int | None) -> Axis | None:
+        """Freeze axes of which one has a size that data decide, and return one of the size that it has to be.
+
+        None if all have the same size already, or none of these is decided by data.
+        """
+        given = (tensor.value for tensor in self.inputs if tensor is not None)
+        if size is None or len({*map(len, axes)}) < 2 or not any(map(_has_size_of_data, given)):
+            return None
+        self.freeze_all(axes, "joins an axis whose size depends on the data")
+        return next((axis for axis in axes if len(axis) == size), None)
 
     def _misfit(self, left: Axis, right: Axis) -> str:
         """Return why two axes cannot be coupled: a size was assumed, depends on the data, or differs."""
