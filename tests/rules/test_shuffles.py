@@ -131,7 +131,7 @@ def test_fifteen_channels_of_three_groups_become_nine_or_six() -> None:
 
 
 def test_a_shuffle_with_a_single_balanced_set_stays() -> None:
-    """Of 4 channels of 3 groups, any 9 that are dealt evenly would be in another order after the shuffle."""
+    """The channels at 4 places of 3 groups are dealt as (3, 0, 0), (1, 2, 0), (0, 2, 1) and (0, 0, 3)."""
     frozen = comb(shuffled(3, 4)).frozen()
     assert {reason for each in frozen if each.tensor == "c" and not each.axis for reason in each.reasons} == {
         "can only be removed as a whole"
