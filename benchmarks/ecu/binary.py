@@ -7,8 +7,9 @@ The embedded example and, with DATA (a folder with `onnx/` and `load.py`), ResNe
 
 1. Its layers are timed: it is written as C at a few random widths, in float32 and int8, and each operator's instructions
    are counted. `cpd-onnx latency --timings` makes a cost table of them.
-2. `cpd-onnx prune --target latency=0.5 --cost-table` halves the instructions, with unlabelled samples.
-3. The four programs are compiled and run. Their flash, memory and instructions stand beside those that `inspect` and the
+2. `cpd-onnx prune --target latency=0.5 --cost-table` halves the instructions, with unlabelled samples. A model with dead
+   channels is pruned without data and without a target too, so that they alone are removed.
+3. The four or six programs are compiled and run. Their flash, memory and instructions stand beside those that `inspect` and the
    cost tables predict; their outputs beside those of onnxruntime; their accuracy is that of the .onnx files on all test
    images, and the fraction of equal answers that of the programs on a few.
 
@@ -36,6 +37,7 @@ from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.budget.foreign import WHOLE, layers_of
 from cpd_onnx.budget.latency import CostTable, load_table
 from cpd_onnx.channels.combing import comb
+from cpd_onnx.channels.free import free_channels
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.deploy.c_source import c_source
 from cpd_onnx.ir.model import Array, Model, load
@@ -59,13 +61,22 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Task:
-    """A model with samples for pruning and calibration, test samples with labels, and the command that prunes it."""
+    """A model with samples, and the command that prunes it.
+
+    Attributes:
+        name: Name of the model.
+        model: The file.
+        given: Samples for pruning and calibration.
+        tested: Other samples.
+        labels: Classes of the other samples, those of the original's answers, or None if the samples are generated.
+        command: The command and its options.
+    """
 
     name: str
     model: Path
     given: Array
     tested: Array
-    labels: Array
+    labels: Array | None
     command: tuple[str, ...] = ("prune",)
 
 
@@ -145,11 +156,10 @@ def cost_table(task: Task, combed: Combed, form: str, data: Path, folder: Path) 
         rewrite(combed, keep).model.save(path, overwrite=True)
         model = deployed(path, form, data, folder)
         found = run(model, task.tested[:1], folder, layers=True)
-        for place, count in found.layers.items():
-            name = model.graph.node[place].name.removesuffix("_quant")
-            if name in layers:
-                sizes = {column: keep.count(axis) for column, axis in layers[name].axes.items()}
-                rows.append({"layer": name, "operator": layers[name].operator, "ms": count / CLOCK} | sizes)
+        counts = {model.graph.node[place].name.removesuffix("_quant"): n for place, n in found.layers.items()}
+        for name, layer in layers.items():  # a layer without a node of its own has become part of another
+            sizes = {column: keep.count(axis) for column, axis in layer.axes.items()}
+            rows.append({"layer": name, "operator": layer.operator, "ms": counts.get(name, 0.0) / CLOCK} | sizes)
         if number == 0:
             rows.append({"layer": WHOLE, "ms": found.instructions / CLOCK})
     timings, table = folder / f"{form}.csv", folder / f"{form}.json"
@@ -166,11 +176,11 @@ def predicted_instructions(table: CostTable, combed: Combed, keep: KeepMask) -> 
     return CLOCK * sum(ms * np.prod([keep.count(a) for a in axes]) for ms, axes, *_ in table.terms(combed))
 
 
-# The four programs.
+# The programs.
 
 
 def measured(task: Task, folder: Path) -> list[dict[str, Any]]:
-    """Return a row for each of the four programs of a model."""
+    """Return a row for each of the programs of a model."""
     entry = load(task.model).graph.input[0].name
     data = folder / "data.npz"
     np.savez(data, **{entry: task.given})
@@ -179,11 +189,16 @@ def measured(task: Task, folder: Path) -> list[dict[str, Any]]:
     small = folder / "small.onnx"
     half = ("--target", "latency=0.5", "--cost-table", folder / "float32.json", "--max-loss", "inf")
     cpd(*task.command, task.model, "-o", small, "--data", data, *half, "--hold-out", 0, "--no-check-speed")
-    combed, keep = planned(task.model, load_plan(folder / "small.onnx.plan.json"))
-    masks = {"original": KeepMask(combed.atoms), "pruned": keep}
+    files = {"pruned": small}
+    if any(free.dead for free in free_channels(combed)):
+        files = {"without dead channels": folder / "free.onnx"} | files
+        cpd("prune", task.model, "-o", files["without dead channels"], "--no-check-speed", "--round-to", 1)
+    masks = {"original": KeepMask(combed.atoms)}
+    for name, path in files.items():
+        combed, masks[name] = planned(task.model, load_plan(Path(f"{path}.plan.json")))
     rows = []
     for form in FORMS:
-        for name, path in (("original", task.model), ("pruned", small)):
+        for name, path in ({"original": task.model} | files).items():
             model = deployed(path, form, data, folder)
             predicted = inspected(comb(load(path)))["deployed"]["int8" if form == "int8" else "as_it_is"]
             predicted["instructions"] = predicted_instructions(tables[form], combed, masks[name])
@@ -215,8 +230,10 @@ def compared(model: Model, samples: Array, found: Emulated) -> dict[str, Any]:
     }
 
 
-def accuracy(model: Model, task: Task) -> float:
-    """Return the top-1 accuracy on all test samples by onnxruntime."""
+def accuracy(model: Model, task: Task) -> float | None:
+    """Return the top-1 accuracy on all test samples by onnxruntime; None of generated samples."""
+    if task.labels is None:
+        return None
     return float(np.mean(np.concatenate(answers(model, task.tested)).argmax(-1) == task.labels))
 
 
@@ -229,7 +246,8 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
             f"{was[k] / unit:.1f} -> {now[k] / unit:.1f}"
             for k, unit in (("flash", 1e3), ("ram", 1e3), ("instructions", 1e6))
         ]
-        cells += [f"{100 * row['accuracy']:.2f}", f"{row['largest_difference']:.1e} of the range"]
+        right = "" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f}"
+        cells += [right, f"{row['largest_difference']:.1e} of the range"]
         print(f"| {row['model']} | {row['program']} | {' | '.join(cells)} |")
 
 
