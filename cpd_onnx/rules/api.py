@@ -507,8 +507,8 @@ class Op:
             self.freeze(axis, why)
 
     def frozen(self, count: int, why: str = "makes this axis") -> Axis:
-        """Return a new frozen axis of `count` indices."""
-        return self.atoms.frozen(count, Reason("operator", self.name, why))
+        """Return a new frozen axis of `count` indices; `why` is as in `freeze`."""
+        return self.atoms.frozen(count, why if isinstance(why, Reason) else Reason("operator", self.name, why))
 
     def unmerge(self, flat: Axis, sizes: Sequence[int]) -> list[Axis]:
         """Split a merged axis into axes of the given sizes, and return them.
