@@ -216,11 +216,11 @@ _row(
 _row("Constant", "is_constant")
 _row("ConstantOfShape", "fills_sizes", shape_slot=0)
 _row("DepthToSpace", "reveals_operand maps_zeros_to_zeros")
-_row("Expand", "is_linear moves_elements keeps_zeros carries_positions reveals_operand fills_sizes")
+_row("Expand", "is_linear moves_elements keeps_zeros carries_indices carries_positions reveals_operand fills_sizes")
 _row("Flatten", "is_linear moves_elements keeps_zeros carries_indices reveals_operand is_view")
-_row("Gather", "is_linear moves_elements keeps_zeros selects_by_input")
-_row("GatherElements", "selects_by_input")
-_row("GatherND", "selects_by_input")
+_row("Gather", "is_linear moves_elements keeps_zeros carries_indices selects_by_input")
+_row("GatherElements", "carries_indices selects_by_input")
+_row("GatherND", "carries_indices selects_by_input")
 _row(
     "Identity",
     "is_linear moves_elements keeps_zeros carries_indices carries_positions reveals_operand is_identity is_view "
@@ -240,9 +240,9 @@ _row("Shape", "reads_sizes")
 _row("Size", "reads_sizes multiplies_sizes")
 _row("Slice", "is_linear moves_elements keeps_zeros carries_indices carries_positions reveals_operand selects_by_input")
 _row("SpaceToDepth", "reveals_operand maps_zeros_to_zeros")
-_row("Split", "is_linear moves_elements keeps_zeros reveals_operand")
+_row("Split", "is_linear moves_elements keeps_zeros carries_indices reveals_operand")
 _row("Squeeze", "is_linear moves_elements keeps_zeros carries_indices carries_positions reveals_operand is_view")
-_row("Tile", "is_linear moves_elements keeps_zeros reveals_operand fills_sizes")
+_row("Tile", "is_linear moves_elements keeps_zeros carries_indices reveals_operand fills_sizes")
 _row("Transpose", "is_linear moves_elements keeps_zeros carries_indices reveals_operand is_local")
 _row("Unsqueeze", "is_linear moves_elements keeps_zeros carries_indices carries_positions reveals_operand is_view")
 _row(
