@@ -65,6 +65,8 @@ _EMBEDDINGS = (64, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024, 1280, 
 """Usual lengths of embeddings, which hardly occur as numbers of classes (heuristic)."""
 _SURE = 0.1
 """Distance from 0 or 1 within which a number counts as a decided yes or no (heuristic)."""
+_ROUNDING = 1e-9
+"""Distance from 1 within which a fraction of equal answers is all of them."""
 LEAST_SKILL = 0.2
 """Part of the way from a constant answer to perfect agreement below which agreement is near chance (heuristic)."""
 
@@ -87,6 +89,7 @@ class Agreement:
         is_held_out: Whether nothing was fitted to the samples.
         most_lost: Upper bound of the answers that differ, from the margins of the answers; None where it is not known.
         outputs: Number of outputs that were compared.
+        uniform: Names of the outputs in which the original gives the same answer for all samples, which shows nothing.
     """
 
     task: str
@@ -102,6 +105,7 @@ class Agreement:
     is_held_out: bool = True
     most_lost: float | None = None
     outputs: int = 1
+    uniform: tuple[str, ...] = ()
 
     @property
     def is_near_chance(self) -> bool:
@@ -304,7 +308,8 @@ def agreement(original: Model, model: Model, source: Source, task: str | None = 
             tally.add(wanted, answered)
     found = [_summary(tally) for tally in tallies]
     counted = min(found, key=lambda each: (not each.is_near_chance, each.value))
-    return replace(counted, outputs=len(found))
+    uniform = tuple(each.output for each in found if each.chance > 1 - _ROUNDING)
+    return replace(counted, outputs=len(found), uniform=uniform)
 
 
 def class_axes(original: Model, source: Source) -> dict[str, int]:

@@ -30,7 +30,7 @@ _CONFIDENCE = 0.95
 """Share of the bootstrap samples in which a preprocessing must be better to be recommended."""
 _GAIN = 0.02
 """Relative gain under which a preprocessing is not recommended, as it may be chance of a few images (heuristic)."""
-_GAIN_OF_BALANCE = 0.5
+_GAIN_OF_BALANCE = 3.0
 """Relative gain under which a preprocessing is not recommended that makes the model no surer and gives no more classes
 (heuristic): the classes are only more balanced, which images of few kinds are not by nature."""
 _GAIN_OF_LABELS = 0.01

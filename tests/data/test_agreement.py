@@ -87,6 +87,15 @@ def test_beside_probabilities_numbers_of_another_length_are_no_scores(columns: i
     assert tallies == {"y": {"regression": "regression"}.get(task, "segmentation"), "p": "segmentation"}
 
 
+def test_outputs_with_one_answer_for_all_samples_are_named() -> None:
+    weights = {"w": _RNG.standard_normal((8, 4)), "v": 0.01 * _RNG.standard_normal((8, 2)), "b": np.array([9.0, 0.0])}
+    body = "y = MatMul(x, w) h = MatMul(x, v) s = Add(h, b) p = Softmax(s)"
+    model = _model(body, "float[N,8] x", "float[N,4] y, float[N,2] p", **weights)
+    changed = _model(body, "float[N,8] x", "float[N,4] y, float[N,2] p", **weights | {"w": 0.9 * weights["w"]})
+    found = _found(model, changed, _RNG.standard_normal((64, 8)))
+    assert (found.output, found.uniform) == ("y", ("p",))
+
+
 def test_maps_are_compared_pixel_by_pixel() -> None:
     x = _RNG.standard_normal((12, 3, 16, 16)).astype(np.float32)
     kernel = _RNG.standard_normal((5, 3, 1, 1)).astype(np.float32)
