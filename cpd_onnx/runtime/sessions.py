@@ -400,7 +400,7 @@ def _table_size(folded: Folded, node: NodeProto, name: str) -> int:
         return 0
     if kind == "OneHot":
         return int(first.flat[0]) if first.size else 0
-    is_range = kind == "Equal" and first.size > 1 and np.array_equal(first.ravel(), np.arange(first.size))
+    is_range = traits_of(node).compares and first.size > 1 and np.array_equal(first.ravel(), np.arange(first.size))
     return first.size if is_range else 0  # one-hot vectors are also made by comparing with all indices
 
 
