@@ -6,7 +6,7 @@ Each takes whatever `cpd_onnx.load` takes and returns an `Outcome`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -87,8 +87,9 @@ def permutation_oracle(source: ModelSource, *, seed: int = 0) -> Outcome:
     """Check that permuting the channels of each group in all its members changes no output.
 
     A group of coupled channels is a symmetry of the network, so a single missed coupling changes an output. It is not
-    one if some of its channels are at positions that are selected or padded differently from the others; such groups
-    are not permuted. Each group has its own permutation; a channel that occurs several times on an axis (the gates of
+    one if some of its channels are at positions that are selected or padded differently from the others, or if an index
+    is removed with either of two of its channels (a pair of groups at a channel shuffle); such groups are not permuted.
+    Each group has its own permutation; a channel that occurs several times on an axis (the gates of
     an LSTM, the halves of a gated unit) is moved occurrence by occurrence.
     """
     combed = comb(load(source))
@@ -135,6 +136,7 @@ def _permutation(combed: Combed, rng: np.random.Generator) -> tuple[Axis, int]:
         image[order] = np.roll(order, 1)
     axes, moves = _axes(combed), list(_moves(combed))
     _leave(combed, image, _filled(combed))
+    _leave(combed, image, _paired(combed, axes))
     stuck = True
     while stuck:
         stuck = False
@@ -178,12 +180,25 @@ def _filled(combed: Combed) -> Axis:
     return np.concatenate(found)
 
 
+def _paired(combed: Combed, axes: Sequence[Axis]) -> Axis:
+    """Return the atoms of indices that depend on two channels of the same group, whose order the atoms do not tell."""
+    found = [np.zeros(0, np.int64)]
+    for parts in map(combed.atoms.parts, axes):
+        owners = np.sort(np.where(parts == NOTHING, -1, combed.owners[0][parts]), axis=1)
+        rows = ((owners[:, 1:] == owners[:, :-1]) & (owners[:, 1:] >= 0)).any(axis=1)
+        found.append(parts[rows].ravel())
+    return np.concatenate(found)
+
+
 def _moves(combed: Combed) -> Iterator[tuple[Axis, Axis, Axis]]:
     """Yield for each node that selects positions of an axis: the axis, the result's axis, and the selected positions.
 
     An axis may hold a channel several times. A channel of which the first and the second position are selected cannot
     be permuted with one of which only the first is.
     """
+    for axis, blocks, _ in combed.recorder.balanced:
+        for block in np.split(np.arange(len(axis)), blocks):
+            yield axis, axis[block], block
     for scope, node in _nodes(combed, "Gather", "Slice", "Split"):
         known = [scope.lookup(name) if name else None for name in node.input[1:]]
         operands = [None if value is None or value.values is None else value.values[0] for value in known]
@@ -239,10 +254,15 @@ def _permute(combed: Combed, editor: Editor, weight: Weight, image: Axis) -> Non
     original, arrays = weight_array(combed.folded.model, weight), {}
     for use in weight.uses:
         array: Array = original
-        for axis, atoms in enumerate(use.axes):
-            order = _order(combed.atoms, atoms, image)
-            assert order is not None, "groups that cannot be permuted were left unchanged"
-            array = np.take(array, order, axis=axis)
+        for piece in combed.pieces(use.axes):
+            for axis, atoms in enumerate(piece.axes):
+                order = _order(combed.atoms, atoms, image)
+                assert order is not None, "groups that cannot be permuted were left unchanged"
+                if piece.rows == slice(None):
+                    array = np.take(array, order, axis=axis)
+                else:
+                    array = np.array(array)
+                    array[piece.rows] = np.take(array[piece.rows], order, axis=axis)
         arrays[use.use] = array
     first = next(iter(arrays.values()), original)
     if not np.array_equal(first, original):
@@ -263,8 +283,10 @@ def _zeroed(combed: Combed, keep: KeepMask) -> Model:
             continue
         original = weight_array(combed.folded.model, weight)
         survives = np.ones(original.shape, np.bool_)
-        for axis, atoms in enumerate(axes):
-            survives &= keep.mask(atoms).reshape([-1 if i == axis else 1 for i in range(original.ndim)])
+        for piece in combed.pieces(axes):
+            for axis, atoms in enumerate(piece.axes):
+                mask = keep.mask(atoms).reshape([-1 if i == axis else 1 for i in range(original.ndim)])
+                survives[piece.rows] &= mask
         if not survives.all():
             editor.replace(
                 weight.value, weight.scope, np.where(survives, original, zero_of(combed, weight)).astype(original.dtype)

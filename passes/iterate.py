@@ -319,11 +319,13 @@ def _enlarged(combed: Combed, keep: KeepMask, small: Model) -> Model:
         name = weight.value.name
         if weight.scope.address or weight.scope.function or not weight.is_trained or not small.has(name):
             continue
-        axes = weight.axes[0]
-        places = [np.flatnonzero(keep.mask(axis)) for axis in axes]
         new = small.array(name)
-        if new.shape == tuple(map(len, places)) and model.has(name):
+        if new.shape == tuple(map(keep.count, weight.axes[0])) and model.has(name):
             full = np.array(weight_array(combed.folded.model, weight))
-            full[np.ix_(*places)] = new
+            pieces = combed.pieces(weight.axes[0])
+            ends = np.cumsum([keep.count(piece.axes[0]) for piece in pieces[:-1]]).astype(np.int64)
+            for piece, rows in zip(pieces, np.split(new, ends) if len(pieces) > 1 else [new], strict=True):
+                places = [np.flatnonzero(keep.mask(axis)) for axis in piece.axes]
+                (full[piece.rows] if len(pieces) > 1 else full)[np.ix_(*places)] = rows
             model.set_array(name, full)
     return model

@@ -40,7 +40,7 @@ from cpd_onnx.fitting.least_squares import single
 from cpd_onnx.fitting.problem import Block
 from cpd_onnx.fitting.units import Unit
 from cpd_onnx.ir.model import Model, load
-from cpd_onnx.passes.repair import Fit, RepairOptions, Targets, _kept, _Repairer
+from cpd_onnx.passes.repair import Fit, RepairOptions, Targets, _held_out, _kept, _Repairer
 from cpd_onnx.rewrite.plan import load_plan, planned
 from cpd_onnx.rewrite.rewriter import in_line, out_of_line
 from cpd_onnx.runtime.stream import Stop, Stream, Tensors, apart, held_feeds
@@ -61,7 +61,9 @@ class FromOriginal(_Repairer):
     def __init__(self, combed: Combed, kept: KeepMask, pruned: Model, data: ArraySource, *, constant: bool) -> None:
         """Open the models; `constant` says whether a constant is fitted too."""
         feeds = held_feeds(calibration(combed.folded.model.proto, data, data.count, batch=BATCH, seed=SEED))
-        super().__init__(combed, kept, pruned, feeds, RepairOptions(samples=data.count, rounds=0), None)
+        place = len(feeds) - _held_out(len(feeds), data.count)
+        samples = feeds[:place], feeds[place:]
+        super().__init__(combed, kept, pruned, samples, RepairOptions(samples=data.count, rounds=0), None)
         self.again, self.constant = Stream(combed.folded, combed.folded.model, feeds), constant
 
     def blocks(self, number: int, targets: Sequence[Targets], cut: int | None) -> list[Block]:

@@ -2,10 +2,10 @@
 
 Nodes run one after another in the order of the graph. A tensor occupies memory from the node that computes it (an input
 of the model: from the start) to the last node that reads it (an output: to the end); weights are not counted. Reshapes
-share the memory of their input, and an activation function or normalisation that is the only reader of its input
-overwrites it, since runtimes fuse these or run them in place; no other operator does. The planner places the largest
-buffer first, each into the smallest gap among the buffers that live at the same time, as the greedy planners of
-runtimes for microcontrollers do, without rounding of addresses.
+share the memory of their input. An activation function, a normalisation, or a sum or product with constants overwrites
+its input if nothing else reads it, since runtimes fuse these or run them in place; no other operator does. The planner
+places the largest buffer first, each into the smallest gap among the buffers that live at the same time, as the greedy
+planners of runtimes for microcontrollers do, without rounding of addresses.
 """
 
 from __future__ import annotations
@@ -178,10 +178,10 @@ def lifetimes(scope: Scope) -> Lifetimes:
         last[name] = len(scope.nodes) + 1 if name in outputs else max([first[name], *readers])
     owner = {name: name for name in first}
     for number, node in enumerate(scope.nodes, start=1):
-        source, result = (next(iter(names), "") for names in (node.input, node.output))
+        source, result = _computed(node, scope), next(iter(node.output), "")
         if source in owner and result in owner:
             held = owner[source]
-            if _shares(node, scope, first[held], last[held] - number):
+            if _shares(node, scope, source, first[held], last[held] - number):
                 owner[result] = held
                 last[held] = max(last[held], last[result])
     return Lifetimes(owner, {name: (first[name], last[name]) for name in first if owner[name] == name})
@@ -197,14 +197,34 @@ def _step(use: Use, scope: Scope, steps: Mapping[int, int]) -> int:
     return use.node + 1
 
 
-def _shares(node: NodeProto, scope: Scope, first: int, later: int) -> bool:
-    """Return whether the output shares the memory of the first input.
+def _computed(node: NodeProto, scope: Scope) -> str:
+    """Return the only input that is computed, of a sum or product with constants; else the first input."""
+    computed = [name for name in node.input if name and not _is_constant(scope, name)]
+    return computed[0] if _joins(node) and len(computed) == 1 else next(iter(node.input), "")
+
+
+def _joins(node: NodeProto) -> bool:
+    """Return whether an operator adds or multiplies its inputs, element by element."""
+    traits = traits_of(node)
+    return traits.is_local and (traits.is_additive or traits.is_bilinear)
+
+
+def _is_constant(scope: Scope, name: str) -> bool:
+    value = scope.lookup(name)
+    return value is not None and (value.weight is not None or value.constants is not None)
+
+
+def _shares(node: NodeProto, scope: Scope, source: str, first: int, later: int) -> bool:
+    """Return whether the output shares the memory of an input.
 
     That memory is written at step `first`, 0 for an input of the model, and read for `later` further steps.
     """
     traits = traits_of(node)
     if traits.is_view:
         return True
-    source, result = scope.values[node.input[0]], scope.values[node.output[0]]
-    is_alike = source.shape == result.shape and source.dtype == result.dtype
-    return (traits.is_activation or traits.runs_in_place) and is_alike and first > 0 and later == 0
+    given, result = scope.values[source], scope.values[node.output[0]]
+    is_alike = given.shape == result.shape and given.dtype == result.dtype
+    others = [name for name in node.input if name and name != source]
+    overwrites = traits.is_activation or traits.runs_in_place
+    overwrites |= _joins(node) and all(_is_constant(scope, name) for name in others)
+    return overwrites and is_alike and first > 0 and later == 0

@@ -11,6 +11,7 @@ from onnx import NodeProto, TensorProto
 from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis, Mask
 from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.algebra.reasons import Reason
+from cpd_onnx.channels.balanced import is_finer, merged_convolutions
 from cpd_onnx.channels.constraints import (
     freeze_last_channels,
     freeze_positions,
@@ -39,23 +40,44 @@ def comb(source: ModelSource | Folded, input_shapes: Mapping[str, Sequence[int]]
     """
     model = source.model if isinstance(source, Folded) else load(source)
     with translate_errors(model):
-        sweep = _Sweep(source if isinstance(source, Folded) else fold(model, input_shapes))
-        swept = sweep.run()
-        freeze_positions(swept)
-        freeze_uneditable(swept)
-        freeze_last_channels(swept)
-        groups = grouped(swept)
-        freeze_ungrouped(swept, groups)
-        return Combed(
-            swept.folded, swept.atoms, swept.recorder, swept.tensors, swept.weights,
-            groups, sweep.without_rule, sweep.unaccounted,
-        )  # fmt: skip  # its fields
+        folded = source if isinstance(source, Folded) else fold(model, input_shapes)
+        found: Combed | None = _combed(folded, frozenset())
+        while found is not None:
+            best, found = found, _finer(found)
+        return best
 
 
-def sweep(folded: Folded) -> Swept:
+def _finer(combed: Combed) -> Combed | None:
+    """Return the analysis of a model by which more of it is prunable, where more convolutions lose channels by group.
+
+    None if there is none.
+    """
+    for merged in merged_convolutions(combed):
+        found = _combed(combed.folded, combed.recorder.by_group | merged)
+        if is_finer(found, combed):
+            return found
+    return None
+
+
+def _combed(folded: Folded, by_group: frozenset[tuple[str, int]]) -> Combed:
+    """Return the coupled channels, where the groups of some grouped convolutions lose channels of their own."""
+    sweep = _Sweep(folded, by_group)
+    swept = sweep.run()
+    freeze_positions(swept)
+    freeze_uneditable(swept)
+    freeze_last_channels(swept)
+    groups = grouped(swept)
+    freeze_ungrouped(swept, groups)
+    return Combed(
+        swept.folded, swept.atoms, swept.recorder, swept.tensors, swept.weights,
+        groups, sweep.without_rule, sweep.unaccounted,
+    )  # fmt: skip  # its fields
+
+
+def sweep(folded: Folded, by_group: frozenset[tuple[str, int]] = frozenset()) -> Swept:
     """Return the result of the sweep over a model, before constraints are applied and channels are grouped."""
     with translate_errors(folded.model):
-        return _Sweep(folded).run()
+        return _Sweep(folded, by_group).run()
 
 
 def at_sizes(combed: Combed, keep: KeepMask, numbers: Mapping[str, int]) -> tuple[Combed, KeepMask] | None:
@@ -73,8 +95,12 @@ def at_sizes(combed: Combed, keep: KeepMask, numbers: Mapping[str, int]) -> tupl
         for use in weight.uses:
             if use.use.key not in uses:
                 continue
-            for there, axis in zip(uses[use.use.key].axes, use.axes, strict=True):
-                mask, parts = keep.mask(there), here.atoms.parts(axis)
+            there, own = combed.pieces(uses[use.use.key].axes), here.pieces(use.axes)
+            if len(there) != len(own):
+                return None
+            pairs = (pair for old, new in zip(there, own, strict=True) for pair in zip(old.axes, new.axes, strict=True))
+            for other, axis in pairs:
+                mask, parts = keep.mask(other), here.atoms.parts(axis)
                 removed[parts[~mask]], surviving[parts[mask]] = True, True
                 wanted.append((axis, mask))
     removed[NOTHING] = False
@@ -100,10 +126,10 @@ def _flow(text: str) -> Reason:
 class _Sweep:
     """The sweep over a model, node by node, which collects the content of `Swept`."""
 
-    def __init__(self, folded: Folded) -> None:
+    def __init__(self, folded: Folded, by_group: frozenset[tuple[str, int]]) -> None:
         self.folded = folded
         self.atoms = Atoms()
-        self.recorder = Recorder()
+        self.recorder = Recorder(by_group=by_group)
         self.tensors: dict[tuple[str, str], Tensor] = {}
         self.uses: dict[Value, list[WeightUse]] = {}
         self.shared: dict[Value, list[Axis]] = {}

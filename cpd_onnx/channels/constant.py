@@ -88,6 +88,8 @@ class Constants:
         They are read anew at each call for a stored weight, as all weights together may not fit into memory.
         """
         weight = self._combed.weight_of.get(value)
+        if weight is not None and self._combed.is_divided(weight.axes[0]):
+            return None  # its columns are other channels in each block of rows
         if weight is not None:
             return dequantized(self._combed, weight)
         if value not in self._arrays:

@@ -16,9 +16,10 @@ from onnx import NodeProto
 
 from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis
 from cpd_onnx.algebra.reasons import Reason
+from cpd_onnx.channels.balanced import balance
 from cpd_onnx.channels.groups import Group, Swept
 from cpd_onnx.ops.traits import traits_of
-from cpd_onnx.rules.api import Recorder, SizeUse
+from cpd_onnx.rules.api import WHOLE, Recorder, SizeUse
 from cpd_onnx.rules.reduce import POSITION_USERS
 from cpd_onnx.shapes.values import Origin, Role, Scope, Use, Value
 
@@ -95,7 +96,7 @@ def freeze_last_channels(swept: Swept) -> None:
         # A primitive of every index is one of the first and of the last.
         for primitive in set(parts[0].tolist()).intersection(parts[-1].tolist()) - {NOTHING}:
             if bool((parts == primitive).any(axis=1).all()):
-                swept.atoms.freeze(np.asarray([primitive]), Reason("structure", "", "can only be removed as a whole"))
+                swept.atoms.freeze(np.asarray([primitive]), Reason("structure", "", WHOLE))
 
 
 def freeze_ungrouped(swept: Swept, groups: Sequence[Group]) -> None:
@@ -111,9 +112,12 @@ def freeze_ungrouped(swept: Swept, groups: Sequence[Group]) -> None:
 
 
 def freeze_uneditable(swept: Swept) -> None:
-    """Freeze or unite the axes whose sizes are named where they cannot be rewritten independently."""
+    """Freeze or unite the axes whose sizes are named where they cannot be rewritten independently.
+
+    Channels of grouped convolutions are united so that all groups stay equal, see `channels.balanced`.
+    """
     _freeze_numbers_of_inputs(swept)
-    while _one_round(swept):
+    while _one_round(swept) or (swept.recorder.balanced and balance(swept)):
         pass
 
 

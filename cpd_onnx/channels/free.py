@@ -244,6 +244,8 @@ def _duplicates(combed: Combed, group: Group, among: Mask) -> Mask:
     found = np.zeros(len(group), np.bool_)
     if not any(not member.weight.is_vector for member in made):
         return found
+    if any(combed.is_divided(member.weight.axes[0]) for member in made):
+        return found  # rows of several groups read different channels
     arrays = [np.moveaxis(dequantized(combed, member.weight), member.axis, 0) for member in made]
     sums = [array.reshape(len(array), -1).sum(axis=1, dtype=np.float64) for array in arrays]
     alike: dict[tuple[float, ...], list[int]] = {}

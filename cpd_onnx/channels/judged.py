@@ -19,7 +19,7 @@ def judged(combed: Combed) -> Swept:
     """Return the sweep over the model at the sizes under which it is judged; the model itself if it has those."""
     if combed not in _known:
         folded = realistic(combed.folded)
-        _known[combed] = None if folded is combed.folded else sweep(folded)
+        _known[combed] = None if folded is combed.folded else sweep(folded, combed.recorder.by_group)
     return _known[combed] or combed
 
 

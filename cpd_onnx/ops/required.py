@@ -26,6 +26,12 @@ _SUGGESTIONS: dict[tuple[str, str], Requirements] = {}
 """Probable requirements by (domain, operator), which hold only if the operator fails at other sizes."""
 
 
+class _Met(tuple[Any, Any]):
+    """A pair of sizes that are broadcast against each other, so that the first may also be 1."""
+
+    __slots__ = ()
+
+
 def required(key: tuple[str, str], call: Call, shapes: Sequence[Dims | None], values: Values) -> list[Equation]:
     """Return what the open sizes of a node's inputs have to be; empty if nothing is known about the operator."""
     return _equations(_REQUIREMENTS, key, call, shapes, values)
@@ -36,12 +42,24 @@ def suggested(key: tuple[str, str], call: Call, shapes: Sequence[Dims | None], v
     return _equations(_SUGGESTIONS, key, call, shapes, values)
 
 
+def required_exactly(key: tuple[str, str], call: Call, shapes: Sequence[Dims | None], values: Values) -> list[Equation]:
+    """Return those of the equations of `required` whose sizes cannot be 1 instead, as those that are broadcast can."""
+    return _equations(_REQUIREMENTS, key, call, shapes, values, exactly=True)
+
+
+def is_broadcasting(key: tuple[str, str]) -> bool:
+    """Return whether an operator broadcasts all of its inputs against each other."""
+    return _REQUIREMENTS.get(key) is _broadcast
+
+
 def _equations(
     table: Mapping[tuple[str, str], Requirements],
     key: tuple[str, str],
     call: Call,
     shapes: Sequence[Dims | None],
     values: Values,
+    *,
+    exactly: bool = False,
 ) -> list[Equation]:
     if key not in table:
         return []
@@ -50,7 +68,7 @@ def _equations(
         for pair in table[key](call, shapes, values):
             sizes = [size for size in pair if isinstance(size, Size)]
             numbers = [size for size in pair if is_constant(size)]
-            if len(sizes) == len(numbers) == 1:
+            if len(sizes) == len(numbers) == 1 and not (exactly and isinstance(pair, _Met)):
                 found.append((sizes[0], int(numbers[0])))
     except NOT_COMPUTED:
         pass  # an input is absent, or its shape is unknown
@@ -70,7 +88,7 @@ def _broadcast(call: Call, shapes: Sequence[Any], values: Sequence[Any]) -> Iter
     for axis in range(1, max(map(len, shapes)) + 1):
         here = [shape[-axis] for shape in shapes if len(shape) >= axis]
         numbers = {size for size in here if is_constant(size) and size > 1}
-        yield from ((size, number) for number in numbers for size in here)
+        yield from (_Met((size, number)) for number in numbers for size in here)
 
 
 @_of(MICROSOFT, "QLinearAdd", "QLinearMul")

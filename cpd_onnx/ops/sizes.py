@@ -264,6 +264,19 @@ def divided(a: Any, b: Any) -> Any:
     return None
 
 
+def solved_quotient(size: Size, number: int) -> tuple[Size, int] | None:
+    """Return the rest of a division of which a size is a multiple, and what it is where the size is a number.
+
+    None if the size is not such a multiple. The rest may be that number for all valid inputs although its symbols do
+    not show it.
+    """
+    (monomial, factor), *others = size.coefficients.items()
+    if others or len(monomial) != 1 or monomial[0][1] != 1 or monomial[0][0].kind not in ("floor", "quotient"):
+        return None
+    found = Fraction(number) / Fraction(factor)
+    return (Size({monomial: 1}), int(found)) if found.denominator == 1 else None
+
+
 def _over(top: Monomial, lead: Monomial) -> Monomial | None:
     powers = dict(top)
     for term, power in lead:

@@ -8,7 +8,7 @@ one channel, which is multiplied by zero later.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -75,9 +75,10 @@ class _Masker(Editor):
         for number, use in enumerate(weight.uses):
             if not any(map(self.keep.shrinks, use.axes)):
                 continue
-            masks = {axis: self.keep.mask(use.axes[axis]) for axis in self.summed(weight)}
-            zero = zero_of(self.combed, weight)
-            array = map_lazy(original, original.shape, partial(_masked_weight, masks=masks, zero=zero))
+            pieces = self.combed.pieces(use.axes)
+            masks = [{axis: self.keep.mask(piece.axes[axis]) for axis in self.summed(weight)} for piece in pieces]
+            zero, rows = zero_of(self.combed, weight), [piece.rows for piece in pieces]
+            array = map_lazy(original, original.shape, partial(_masked_weight, rows=rows, masks=masks, zero=zero))
             if number == 0 or not weight.has_own_axes_per_use:
                 self.replace(weight.value, weight.scope, array)
             else:
@@ -184,12 +185,13 @@ class _Masker(Editor):
         return self.indices[key]
 
 
-def _masked_weight(array: Array, masks: Mapping[int, Mask], zero: Array) -> Array:
-    """Return a weight with zeros at the indices that some axis mask excludes."""
-    surviving = np.ones([1] * array.ndim, np.bool_)
-    for axis, mask in masks.items():
-        surviving = surviving & mask.reshape([-1 if i == axis else 1 for i in range(array.ndim)])
-    return np.where(surviving, array, zero.astype(array.dtype))
+def _masked_weight(array: Array, rows: Sequence[slice], masks: Sequence[Mapping[int, Mask]], zero: Array) -> Array:
+    """Return a weight with zeros at the indices that axis masks exclude, which belong to pieces of its rows."""
+    excluded = np.zeros(array.shape, np.bool_)
+    for own, by_axis in zip(rows, masks, strict=True):
+        for axis, mask in by_axis.items():
+            excluded[own] |= ~mask.reshape([-1 if i == axis else 1 for i in range(array.ndim)])
+    return np.where(excluded, zero.astype(array.dtype), array)
 
 
 def _scattered(mask: Mask) -> Array:

@@ -15,7 +15,7 @@ from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 from cpd_onnx.algebra.atoms import Axis
 from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.channels.branches import Branches
-from cpd_onnx.channels.groups import Combed
+from cpd_onnx.channels.groups import Combed, Piece
 from cpd_onnx.ir.model import Array, Model, element_type, graphs_of, replace_values, to_array
 from cpd_onnx.ir.tensors import constant_tensors
 from cpd_onnx.ops.traits import traits_of
@@ -62,13 +62,22 @@ def with_values(combed: Combed, found: Branches, source: Sized, target: Sized) -
             done[new] = np.zeros(array.shape, array.dtype)
         elif taken.model.has(old) or old in here:
             array = taken.model.array(old) if taken.model.has(old) else to_array(here[old])
-            done[new] = _moved(use.axes, array, source[0], target[0])
+            done[new] = _moved_rows(combed.pieces(use.axes), array, source[0], target[0])
     for name, array in done.items():
         if given.model.has(name):
             given.model.set_array(name, array)
         else:
             replace_values(there[name], array)
     return given.model
+
+
+def _moved_rows(pieces: Sequence[Piece], array: Array, source: KeepMask, target: KeepMask) -> Array:
+    """Return the elements of an array as `_moved` does, separately for pieces of its rows."""
+    if len(pieces) == 1:
+        return _moved(pieces[0].axes, array, source, target)
+    ends = np.cumsum([source.count(piece.axes[0]) for piece in pieces])
+    parts = zip(pieces, np.split(array, ends[:-1]), strict=True)
+    return np.concatenate([_moved(piece.axes, rows, source, target) for piece, rows in parts])
 
 
 def _moved(axes: Sequence[Axis], array: Array, source: KeepMask, target: KeepMask) -> Array:

@@ -376,21 +376,33 @@ def match(combed: Combed, plan: Plan) -> dict[int, list[int]]:
 
 def _group(combed: Combed, group: Group, removed: list[int]) -> dict[str, Any]:
     members = [
-        {"initializer": member.weight.name, "axis": member.axis, "indices": member.indices}
+        {"initializer": member.weight.name, "axis": member.axis, **_rows(member.rows), "indices": member.indices}
         for member in combed.members(group)
     ]
     entry: dict[str, Any] = {"id": group.id, "name": group.name, "kind": group.kind, "size": len(group)}
     return entry | {"members": members, "removed": list(removed)}
 
 
-def _removed(combed: Combed, keep: KeepMask) -> dict[str, dict[str, list[int]]]:
-    """Return the indices removed from each weight, by axis; those of the first use where uses differ."""
-    found: dict[str, dict[str, list[int]]] = {}
+def _rows(rows: slice) -> dict[str, list[int]]:
+    """Return the entry of a plan for the rows of a weight that a member concerns, first and last plus one."""
+    return {} if rows == slice(None) else {"rows": [rows.start, rows.stop]}
+
+
+def _removed(combed: Combed, keep: KeepMask) -> dict[str, dict[str, Any]]:
+    """Return the indices removed from each weight, by axis; those of the first use where uses differ.
+
+    Where the rows of a weight lose different columns, these are lists, one for each of its equal blocks of rows.
+    """
+    found: dict[str, dict[str, Any]] = {}
     for weight in combed.weights:
         axes = weight.axes[0]
         if not weight.is_trained or weight.scope.function:
             continue
-        indices = {str(i): np.flatnonzero(~keep.mask(a)).tolist() for i, a in enumerate(axes) if keep.shrinks(a)}
+        indices: dict[str, Any] = {
+            str(i): np.flatnonzero(~keep.mask(a)).tolist() for i, a in enumerate(axes) if keep.shrinks(a)
+        }
+        if combed.is_divided(axes) and keep.shrinks(axes[1]):
+            indices["1"] = [np.flatnonzero(~keep.mask(piece.axes[1])).tolist() for piece in combed.pieces(axes)]
         if indices:
             found[weight.name] = indices
     return found

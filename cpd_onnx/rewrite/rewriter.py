@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from onnx import AttributeProto, NodeProto, TensorShapeProto, ValueInfoProto, helper
 
+from cpd_onnx.algebra.atoms import Mask
 from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.channels.branches import Branches, branches, gone_groups, with_last
 from cpd_onnx.channels.constraints import elements, is_number, operand_value
@@ -266,10 +267,11 @@ class _Rewriter(Editor):
             if key in self.operands:
                 found.add(use.use, self.operands[key])
                 continue
-            masks = [self.keep.mask(axis) for axis in use.axes]
-            packed = b"|".join(np.packbits(mask).tobytes() for mask in masks)
+            pieces = self.combed.pieces(use.axes)
+            masks = [[self.keep.mask(axis) for axis in piece.axes] for piece in pieces]
+            packed = b"|".join(np.packbits(mask).tobytes() for own in masks for mask in own)
             if packed not in sliced:
-                sliced[packed] = _compressed(original, masks)
+                sliced[packed] = _compressed(original, [piece.rows for piece in pieces], masks)
             found.add(use.use, sliced[packed])
         return found
 
@@ -482,14 +484,20 @@ def _fits(value: Value, expected: Sequence[int]) -> bool:
     return len(sizes) == len(expected) and all(found[0] == size or found == PLACEHOLDER_SIZES for found, size in pairs)
 
 
-def _compressed(array: Array | Lazy, masks: Sequence[Array]) -> Array | Lazy:
-    """Return the part of an array that masks select; lazily for a lazy array."""
-    if all(mask.all() for mask in masks):
+def _compressed(array: Array | Lazy, rows: Sequence[slice], masks: Sequence[Sequence[Mask]]) -> Array | Lazy:
+    """Return the part of an array that masks select, separately for pieces of its rows; lazily for a lazy array."""
+    if all(mask.all() for own in masks for mask in own):
         return array
-    return map_lazy(array, (int(np.count_nonzero(mask)) for mask in masks), lambda values: _cut(values, masks))
+    sizes = [[int(np.count_nonzero(mask)) for mask in own] for own in masks]
+    if len(rows) == 1:
+        return map_lazy(array, sizes[0], lambda values: _cut(values, masks[0]))
+    assert len({tuple(own[1:]) for own in sizes}) == 1, "all groups of a convolution keep equally many channels"
+    shape = (sum(own[0] for own in sizes), *sizes[0][1:])
+    pairs = list(zip(rows, masks, strict=True))
+    return map_lazy(array, shape, lambda values: np.concatenate([_cut(values[own], mask) for own, mask in pairs]))
 
 
-def _cut(array: Array, masks: Sequence[Array]) -> Array:
+def _cut(array: Array, masks: Sequence[Mask]) -> Array:
     for axis, mask in enumerate(masks):
         if not mask.all():
             array = np.compress(mask, array, axis=axis)

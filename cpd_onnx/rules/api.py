@@ -13,16 +13,16 @@ import numpy as np
 import numpy.typing as npt
 from onnx import NodeProto, TensorProto
 
-from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis, is_uniform, uniform
+from cpd_onnx.algebra.atoms import NOTHING, Atoms, Axis, Fingerprint, fingerprint, is_uniform, uniform
 from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.algebra.reasons import Reason
-from cpd_onnx.ir.model import DEFAULT_DOMAINS, Array
+from cpd_onnx.ir.model import DEFAULT_DOMAINS, Array, attributes_of
 from cpd_onnx.moved import GONE_IN
 from cpd_onnx.ops.evaluate import Call
 from cpd_onnx.ops.sizes import Size
 from cpd_onnx.ops.traits import MICROSOFT, traits_of
 from cpd_onnx.shapes.order import all_inputs
-from cpd_onnx.shapes.values import PLACEHOLDER_SIZES, Scope, Shape, Value
+from cpd_onnx.shapes.values import Scope, Shape, Value, is_decided_by_data
 
 _MOST_AXES = 1 << 10
 """Largest absolute value of an axis attribute that is accepted; a heuristic, far above the rank of any tensor."""
@@ -32,6 +32,8 @@ class GiveUp(Exception):
     """Raised by a rule that cannot follow the channels; all axes of the node are then frozen with this reason."""
 
 
+WHOLE = "can only be removed as a whole"
+"""Why an axis is frozen of which one channel runs through all indices."""
 KERNEL_EXTENT = Reason("no channels", "", "extent of a kernel")
 """Reason for freezing the spatial axes of a convolution kernel."""
 BLOCK_BYTES = Reason("no channels", "", "bytes of a block of numbers")
@@ -239,6 +241,13 @@ class Recorder:
         positions: Tensors that hold positions on an axis, as (scope, name, axis, image): `image` is the tensor whose
             flattened images are counted through, None where positions are on the axis alone.
         is_rounding: Whether some node rounds activations to integers internally.
+        by_group: Grouped convolutions, as (scope path, position), each of whose groups loses channels of its own; in
+            the others all groups lose the same ones.
+        grouped: The others, with the axes of their input and output channels and the number of groups.
+        balanced: Axes that consist of a number of equal blocks, each of which must lose the same number of indices,
+            with the name of the node that divides them.
+        divided: Weights whose rows are divided into equal blocks with columns of their own: the atoms of the columns
+            of each block, by `rows_and_columns` of the weight. The axis of the columns has those of the first block.
 
     """
 
@@ -254,11 +263,20 @@ class Recorder:
     remainders: dict[tuple[str, int], Remainder] = field(default_factory=dict)
     positions: list[tuple[Scope, str, Axis, Value | None]] = field(default_factory=list)
     is_rounding: bool = False
+    by_group: frozenset[tuple[str, int]] = frozenset()
+    grouped: dict[tuple[str, int], tuple[Axis, Axis, int]] = field(default_factory=dict)
+    balanced: list[tuple[Axis, int, str]] = field(default_factory=list)
+    divided: dict[tuple[Fingerprint, Fingerprint], tuple[Axis, ...]] = field(default_factory=dict)
 
     @cached_property
     def size_slots(self) -> set[tuple[str, int, int]]:
         """The input slots of all size uses, as `Use.key`; complete only after the sweep."""
         return {(d.scope.path, d.node, d.slot) for d in self.size_uses if isinstance(d.slot, int)}
+
+
+def rows_and_columns(axes: Sequence[Axis]) -> tuple[Fingerprint, Fingerprint]:
+    """Return the key of a weight in `Recorder.divided`: the first two of its axes."""
+    return fingerprint(axes[0]), fingerprint(axes[1])
 
 
 _RENAMED = {
@@ -296,10 +314,7 @@ def _has_size_of_data(value: Value | None) -> bool:
     """Return whether a size is a multiple of those that stand for what data decide."""
     if value is None or value.shapes is None or value.extents is None:
         return False
-    return any(
-        numbers[0] and not any(number % size for number, size in zip(numbers, PLACEHOLDER_SIZES, strict=True))
-        for numbers in zip(*value.shapes, strict=True)
-    )
+    return any(map(is_decided_by_data, zip(*value.shapes, strict=True)))
 
 
 def _symbols(value: Value | None) -> frozenset[str]:
@@ -486,6 +501,17 @@ class Op:
         self.atoms.unite(left, right)
         self.accounted += [left, right]
 
+    def meets_size_of_data(self, axes: Sequence[Axis], size: int | None) -> Axis | None:
+        """Freeze axes of which one has a size that data decide, and return one of the size that it has to be.
+
+        None if all have the same size already, or none of these is decided by data.
+        """
+        given = (tensor.value for tensor in self.inputs if tensor is not None)
+        if size is None or len({*map(len, axes)}) < 2 or not any(map(_has_size_of_data, given)):
+            return None
+        self.freeze_all(axes, "joins an axis whose size depends on the data")
+        return next((axis for axis in axes if len(axis) == size), None)
+
     def _misfit(self, left: Axis, right: Axis) -> str:
         """Return why two axes cannot be coupled: a size was assumed, depends on the data, or differs."""
         given = [tensor for tensor in self.inputs if tensor is not None and tensor.axes is not None]
@@ -534,12 +560,12 @@ class Op:
             parts[wide[0]] = flat
             return parts
         if is_uniform(flat):
-            self.freeze(flat, "splits an axis that can only be removed as a whole")
+            self.freeze(flat, f"splits an axis that {WHOLE}")
             return [self.atoms.stretched(flat, size) if k in wide else parts[k] for k, size in enumerate(sizes)]
         fate, table = self.atoms.canonical(flat).reshape(sizes), flat.reshape(sizes)
         varying = [k for k in wide if bool((np.diff(fate, axis=k) != 0).any())]
         if not varying:
-            self.freeze(flat, "splits an axis that can only be removed as a whole")
+            self.freeze(flat, f"splits an axis that {WHOLE}")
         if len(varying) > 1 and self._is_joined(table, varying[0]):
             return self._tied(table, varying[0])
         for k in wide:
@@ -569,6 +595,41 @@ class Op:
         parts = self.unmerge(blocks[0], rest)
         parts.insert(axis, np.zeros(table.shape[axis], np.int64))
         return parts
+
+    def balance(self, axis: Axis, blocks: int) -> None:
+        """Require that each of that many equal blocks of an axis loses the same number of indices."""
+        self.recorder.balanced.append((axis, blocks, self.name))
+        self.accounted.append(axis)
+
+    def divide(self, weight: Tensor, blocks: Sequence[Axis]) -> None:
+        """Give the columns (axis 1) of each of several equal blocks of rows of a weight atoms of their own.
+
+        The weight must be used by this node alone, see `stored_alone`.
+        """
+        self.unite(weight[1], blocks[0])
+        self.recorder.divided[rows_and_columns(weight.axes or [])] = tuple(blocks)
+        self.accounted += blocks
+
+    def stored_alone(self, slot: int) -> bool:
+        """Return whether an input is a stored weight that nothing else uses, as it is or quantised along its rows."""
+        scope, name = self.scope, self.scope.nodes[self.position].input[slot]
+        while True:
+            value = scope.values.get(name)
+            if value is None or scope.function or name in scope.outputs or len(scope.consumers.get(name, ())) != 1:
+                return False
+            if value.weight is not None:
+                return True
+            node = scope.nodes[scope.producers[name]] if name in scope.producers else None
+            if node is None or not traits_of(node).is_quantizer or not self._is_along_rows(node):
+                return False
+            name = node.input[0]
+
+    def _is_along_rows(self, node: NodeProto) -> bool:
+        """Return whether a node quantises or dequantises by one scale for all, or for each row."""
+        given, scale = attributes_of(node), self.scope.lookup(node.input[1]) if len(node.input) > 1 else None
+        if scale is None or scale.shape is None or given.get("block_size", 0):
+            return False
+        return math.prod(scale.shape) == 1 or (len(scale.shape) == 1 and given.get("axis", 1) == 0)
 
     def along(self, axis: Axis, size: int, why: str) -> Axis:
         """Freeze an axis, and return a frozen axis of another size with the same reason."""

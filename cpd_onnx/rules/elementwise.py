@@ -8,6 +8,7 @@ import numpy as np
 
 from cpd_onnx.algebra.atoms import Axis
 from cpd_onnx.rules.api import GiveUp, Op, Tensor, rule
+from cpd_onnx.shapes.values import Shape
 
 MICROSOFT = "com.microsoft"
 """Domain of onnxruntime's contrib operators."""
@@ -39,7 +40,7 @@ def broadcasting(op: Op) -> None:
     if op.opset < 7 and op.get("broadcast", 0) and "axis" in op.call.attributes:
         op.set(legacy_broadcast(op, op.input(0), op.input(1), op.get("axis")))
         return
-    out = broadcast(op, [t.axes or [] for t in tensors])
+    out = broadcast(op, [t.axes or [] for t in tensors], op.outputs[0].value.shape)
     for output in range(len(op.outputs)):
         op.set(out, output)
 
@@ -73,14 +74,20 @@ def quantized_where(op: Op) -> None:
     op.set(broadcast(op, [op.input(slot).axes or [] for slot in (0, 1, 4)]))
 
 
-def broadcast(op: Op, operands: Sequence[Sequence[Axis]]) -> list[Axis]:
-    """Return the axes of the result of broadcasting; axes of equal size are united, those of size one stretch."""
+def broadcast(op: Op, operands: Sequence[Sequence[Axis]], shape: Shape | None = None) -> list[Axis]:
+    """Return the axes of the result of broadcasting; axes of equal size are united, those of size one stretch.
+
+    With the shape of the result, sizes that data decide may be those that they meet.
+    """
     rank = max((len(axes) for axes in operands), default=0)
     result = []
     for back in range(rank, 0, -1):
         present = [axes[-back] for axes in operands if len(axes) >= back]
         wide = [axis for axis in present if len(axis) != 1]
         op.accounted.extend(axis for axis in present if len(axis) == 1)
+        if (met := op.meets_size_of_data(wide, shape[-back] if shape else None)) is not None:
+            result.append(met)
+            continue
         for other in wide[1:]:
             op.unite(wide[0], other)
         result.append(wide[0] if wide else np.zeros(1, np.int64))

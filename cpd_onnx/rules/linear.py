@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from cpd_onnx.algebra.atoms import Axis
 from cpd_onnx.ops.shapes_contrib import batched_order
 from cpd_onnx.rules.api import BLOCK_BYTES, FLOATS, KERNEL_EXTENT, GiveUp, Op, Quantized, Tensor, rule
@@ -99,12 +101,16 @@ def convolution(op: Op, slots: _Slots) -> None:
     channel = slots.channel(x.rank)
     if group == 1:
         op.contract(x, channel, w, 1)
+    elif _is_by_group(op):
+        _by_group(op, w, x[channel])
+        op.multiply_and_sum((w, 1), (x, channel))
     else:
         groups, inner = op.unmerge(x[channel], [group, w.shape[1]])
         outer = op.atoms.fresh(w.shape[0] // group)
         op.unite(w[1], inner)
         op.unite(w[0], op.atoms.product(groups, outer))
         _grouped(op, groups, (w, 1), channel)
+        _note_grouped(op, w[0], channel, slots.w)
     shape = op.sizes()
     _finish(op, slots, w[0], tuple(shape[axis] for axis in slots.spatial(x.rank)))
 
@@ -130,6 +136,11 @@ def _conv_transpose(op: Op, slots: _Slots) -> None:
     if group == 1:
         op.contract(x, 1, w, 0)
         out = w[1]
+    elif _is_by_group(op):
+        out = op.atoms.fresh(group * w.shape[1])
+        op.unite(w[0], x[1])
+        _by_group(op, w, out)
+        op.multiply_and_sum((w, 0), (x, 1))
     else:
         groups, _ = op.unmerge(x[1], [group, w.shape[0] // group])
         outer = op.atoms.fresh(w.shape[1])
@@ -137,6 +148,7 @@ def _conv_transpose(op: Op, slots: _Slots) -> None:
         op.unite(w[1], outer)
         out = op.atoms.product(groups, outer)
         _grouped(op, groups, (w, 0), 1)
+        _note_grouped(op, out, 1, 1)
     _finish(op, slots, out, x.shape[2:])
 
 
@@ -149,6 +161,27 @@ def _grouped(op: Op, groups: Axis, weight: tuple[Tensor, int], channel: int) -> 
     op.attribute_size("group", groups)
     op.label(groups, "groups")
     op.multiply_and_sum(weight, (op.input(0), channel))
+
+
+def _note_grouped(op: Op, out: Axis, channel: int, slot: int) -> None:
+    """Record a convolution whose groups could lose channels of their own, since its weight is used here alone."""
+    if op.input(slot).shape[1] > 1 and op.stored_alone(slot):
+        op.recorder.grouped[(op.scope.path, op.position)] = op.input(0)[channel], out, op.get("group", 1)
+
+
+def _is_by_group(op: Op) -> bool:
+    return (op.scope.path, op.position) in op.recorder.by_group
+
+
+def _by_group(op: Op, w: Tensor, columns: Axis) -> None:
+    """Let each group, a block of W's rows, lose channels of its own, but as many as the others.
+
+    `columns` are the channels of all groups that W's second axis counts within one.
+    """
+    group = op.get("group", 1)
+    op.balance(w[0], group)
+    op.balance(columns, group)
+    op.divide(w, np.split(columns, group))
 
 
 def _freeze_spatial(op: Op, slots: _Slots) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
 import numpy as np
 
+from cpd_onnx.algebra.atoms import Axis
 from cpd_onnx.channels.groups import Combed, Weight
 from cpd_onnx.channels.weights import dequantized
 from cpd_onnx.ir.model import Array
@@ -65,19 +66,22 @@ def batch_norm_scale(context: ScoreContext) -> list[Scores]:
 
 @score_function("fpgm", source="He et al., Filter Pruning via Geometric Median, CVPR 2019, over all coupled layers")
 def geometric_median(context: ScoreContext) -> list[Scores]:
-    """Return the sum of distances to the other channels of the group: a channel near the others is redundant."""
+    """Return the sum of distances to the other channels of the group: a channel near the others is redundant.
+
+    The L2 norm for groups whose channels have unequal numbers of filters.
+    """
     found = []
-    for group in context.combed.groups:
+    for group, magnitude in zip(context.combed.groups, l2(context), strict=True):
         squares = np.zeros((len(group), len(group)))
         for member in context.combed.members(group):
             counts = {len(places) for places in member.indices}
             if not member.weight.is_trained or member.weight.is_vector or len(counts) != 1:
                 continue
-            rows = np.moveaxis(dequantized(context.combed, member.weight), member.axis, 0)
+            rows = np.moveaxis(dequantized(context.combed, member.weight)[member.rows], member.axis, 0)
             vectors = rows[np.asarray(member.indices)].reshape(len(group), -1).astype(np.float64)
             lengths = np.square(vectors).sum(1)
             squares += np.maximum(lengths[:, None] + lengths - 2 * vectors @ vectors.T, 0.0)
-        found.append(np.sqrt(squares).sum(1))
+        found.append(np.sqrt(squares).sum(1) if squares.any() else magnitude)
     return found
 
 
@@ -120,16 +124,27 @@ def _is_live(combed: Combed, weight: Weight) -> bool:
 
 def add_per_channel(totals: Scores, combed: Combed, weight: Weight, values: Array, rows: slice = slice(None)) -> None:
     """Add numbers in the shape of a weight, or of some of its rows, to the totals of their primitive atoms."""
-    for axes in weight.axes:
-        for place, whole in enumerate(axes):
-            axis = whole[rows] if place == 0 else whole
-            if combed.atoms.all_frozen(axis):
-                continue
-            # The axes before are summed first, then those after: numpy then reads memory in order.
-            size, behind = values.shape[place], math.prod(values.shape[place + 1 :])
-            flat = values.reshape(-1, size * behind)
-            per_index = (flat.sum(axis=0) if len(flat) > 1 else flat).reshape(size, behind).sum(axis=1)
-            parts = combed.atoms.parts(axis)
-            for column in range(parts.shape[1]):
-                np.add.at(totals, parts[:, column], per_index.astype(np.float64))
+    start = rows.start or 0
+    for piece in (piece for axes in weight.axes for piece in combed.pieces(axes)):
+        if piece.rows == slice(None):
+            _add(totals, combed, [axis[rows] if place == 0 else axis for place, axis in enumerate(piece.axes)], values)
+            continue
+        first, last = max(start, piece.rows.start), min(start + len(values), piece.rows.stop)
+        if first < last:
+            own = piece.axes[0][first - piece.rows.start : last - piece.rows.start]
+            _add(totals, combed, [own, *piece.axes[1:]], values[first - start : last - start])
     totals[0] = 0.0
+
+
+def _add(totals: Scores, combed: Combed, axes: Sequence[Axis], values: Array) -> None:
+    """Add numbers to the totals of the primitive atoms of each axis."""
+    for place, axis in enumerate(axes):
+        if combed.atoms.all_frozen(axis):
+            continue
+        # The axes before are summed first, then those after: numpy then reads memory in order.
+        size, behind = values.shape[place], math.prod(values.shape[place + 1 :])
+        flat = values.reshape(-1, size * behind)
+        per_index = (flat.sum(axis=0) if len(flat) > 1 else flat).reshape(size, behind).sum(axis=1)
+        parts = combed.atoms.parts(axis)
+        for column in range(parts.shape[1]):
+            np.add.at(totals, parts[:, column], per_index.astype(np.float64))

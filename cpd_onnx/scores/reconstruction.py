@@ -125,7 +125,7 @@ class _Consumer:
 
     def loss_of(self, group: int) -> float:
         """Return the loss without any channel of a group."""
-        places = self.features[group].ravel()
+        places = np.asarray(list(dict.fromkeys(self.features[group].ravel().tolist())))
         rows = self.matrix[:, places]
         lost = (rows * np.linalg.solve(self.inverse[:, places[:, None], places], rows)).sum() / self.variance
         return replace(self, lost=self.lost + float(lost)).loss - self.loss
@@ -374,7 +374,31 @@ class _Observer:
         if tensor is None or tensor.axes is None or self.combed.atoms.all_frozen(tensor.axes[unit.linear.in_axis]):
             return {}
         groups, features, _ = unit.matrix(self.combed.folded.model).shape
+        if ("", unit.position) in self.combed.recorder.by_group:
+            return self.of_aligned(np.sort(self.by_block(unit, groups), axis=1)[0], features, unit.linear.taps)
         return self.features(tensor.axes[unit.linear.in_axis], groups, features, unit.linear.taps)
+
+    def by_block(self, unit: Unit, groups: int) -> Axis:
+        """Return the primitives of the channels that each group of a convolution consumes [groups, channels].
+
+        Each group consumes equally many of each, in an order of its own.
+        """
+        axes = self.combed.tensors[("", unit.data)].axes or []
+        return self.combed.atoms.parts(axes[unit.linear.in_axis])[:, 0].reshape(groups, -1)
+
+    def of_aligned(self, primitives: Axis, features: int, taps: int) -> dict[int, Axis]:
+        """Return the features of channels in their sorted order, by group and channel [channels, features of one].
+
+        Where channels have fewer features than others, those from `features` on stand for none, see `_aligned`.
+        """
+        found: dict[int, Axis] = {}
+        for index in sorted(set(self.owner[primitives].tolist()) - {-1}) if features <= MAX_FEATURES else ():
+            places = [np.flatnonzero(primitives == atom) for atom in self.combed.groups[index].channels]
+            own = [(each[:, None] * taps + np.arange(taps)).ravel() for each in places]
+            most = max(map(len, own))
+            if min(map(len, own)):
+                found[index] = np.stack([np.append(each, features + np.arange(most - len(each))) for each in own])
+        return found
 
     def features(self, axis: Axis, blocks: int, features: int, taps: int) -> dict[int, Axis]:
         """Return features by group and channel [channels, features of one] where all channels have equally many.
@@ -423,6 +447,11 @@ class _Observer:
         def finish() -> _Consumer | None:
             inverse = np.asarray(np.linalg.inv(moments.lifted(_RIDGE)), np.float64)
             matrix = weight * unit.gain.reshape(len(weight), 1, -1)
+            if ("", unit.position) in self.combed.recorder.by_group:
+                order = np.argsort(self.by_block(unit, len(weight)), axis=1, kind="stable")
+                taps = np.arange(unit.linear.taps)
+                order = (order[:, :, None] * len(taps) + taps).reshape(len(weight), -1)
+                inverse, matrix = _aligned(inverse, matrix, order, 1 + max(int(own.max()) for own in channels.values()))
             variance = spread.variance * weight.shape[0] * weight.shape[2]
             return _Consumer(inverse, matrix, variance, channels, unit.weight) if variance > 0 else None
 
@@ -471,6 +500,19 @@ class _Observer:
 
         position = max(self.makers.get(name, -1) for name in names)
         return _Look(position, names, _ITEM * len(left.atoms) ** 2, sample, add, finish)
+
+
+def _aligned(inverse: Matrix, matrix: Matrix, order: Axis, count: int) -> tuple[Matrix, Matrix]:
+    """Return moments and weights with the features of each group in an order [groups, features].
+
+    There are at least `count` features: further ones are independent of all, and have no weight.
+    """
+    groups = np.arange(len(order))[:, None]
+    more = max(0, count - order.shape[1])
+    lifted = np.pad(inverse[groups[:, :, None], order[:, :, None], order[:, None, :]], ((0, 0), (0, more), (0, more)))
+    added = np.arange(order.shape[1], order.shape[1] + more)
+    lifted[:, added, added] = 1.0
+    return lifted, np.pad(matrix[groups, order], ((0, 0), (0, more), (0, 0)))
 
 
 def _parts(looks: Sequence[_Look]) -> Iterator[list[_Look]]:

@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -36,8 +36,19 @@ from cpd_onnx.ir.model import (
 from cpd_onnx.ops.evaluate import MAX_ELEMENTS, Call, compute_outputs
 from cpd_onnx.ops.matrix_view import key_of
 from cpd_onnx.ops.output_shapes import open_shapes, output_shapes, output_type
-from cpd_onnx.ops.required import Equation, required, suggested
-from cpd_onnx.ops.sizes import Bindings, Expressions, Size, compute_sizes, is_constant, objects, product, unknown
+from cpd_onnx.ops.required import Equation, is_broadcasting, required, required_exactly, suggested
+from cpd_onnx.ops.sizes import (
+    Bindings,
+    Expressions,
+    Size,
+    compute_sizes,
+    is_constant,
+    is_less,
+    objects,
+    product,
+    solved_quotient,
+    unknown,
+)
 from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.shapes.bodies import formal_inputs, if_outputs, loop_outputs, renamed, with_attributes
 from cpd_onnx.shapes.checks import NODE_CHECKS, credible_shape, require_bodies, require_bounded_calls
@@ -59,10 +70,12 @@ from cpd_onnx.shapes.values import (
     COMPUTABLE_TYPES,
     PLACEHOLDER_SIZES,
     Folded,
+    Numbers,
     Scope,
     Shape,
     Value,
     for_all_bindings,
+    is_decided_by_data,
 )
 
 Inputs: TypeAlias = "Sequence[Value | None]"
@@ -123,7 +136,8 @@ def fold_again(folded: Folded, model: Model, numbers: Mapping[str, int] | None =
 def _best_inferred(model: Model, input_shapes: Mapping[str, Shape], numbers: Mapping[str, int]) -> Folded:
     """Return the model inferred with the sizes that its operators require.
 
-    A size that is solved may be what another operator's requirement is known by, so that this is repeated. Where shapes
+    A size that is solved may be what another operator's requirement is known by, so that this is repeated; so are sizes
+    that the symbols do not show to be a number, but an operator requires to be. Where shapes
     remain unknown, sizes that operators probably require are taken if they leave fewer unknown.
     """
     inference, folded, known = _solved(model, input_shapes, numbers, {})
@@ -139,13 +153,15 @@ def _solved(
 ) -> tuple[_Inference, Folded, dict[str, int]]:
     """Return the inference of a model with the sizes that operators require, its result, and all known sizes."""
     counts: dict[Place, int] = {}
+    fixed: dict[Size, int] = {}
     for _ in range(_MOST_SOLVED):
-        inference, folded = _of_best_profile(model, input_shapes, numbers, known, counts)
+        inference, folded = _of_best_profile(model, input_shapes, numbers, known, _Required(counts, fixed))
         more = {name: number for name, number in solved(inference.equations).items() if name not in known}
         found = {place: number for place, number in inference.required_counts.items() if place not in counts}
-        if not more and not found:
+        also = {size: number for size, number in inference.required_sizes.items() if size not in fixed}
+        if not more and not found and not also:
             break
-        known, counts = known | more, counts | found
+        known, counts, fixed = known | more, counts | found, fixed | also
     return inference, folded, known
 
 
@@ -154,12 +170,12 @@ def _of_best_profile(
     input_shapes: Mapping[str, Shape],
     numbers: Mapping[str, int],
     known: Mapping[str, int],
-    counts: Mapping[Place, int],
+    required: _Required,
 ) -> tuple[_Inference, Folded]:
     """Return the inference of the first profile that leaves fewest operators unknown, and its result."""
     best: tuple[_Inference, Folded] | None = None
     for profile in SIZE_PROFILES if has_open_inputs(model) and not input_shapes else SIZE_PROFILES[:1]:
-        inference = _Inference(model, profile, input_shapes, numbers, known, counts)
+        inference = _Inference(model, profile, input_shapes, numbers, known, required)
         try:
             folded = inference.run()
         except ModelError:
@@ -174,6 +190,19 @@ def _of_best_profile(
     return best
 
 
+@dataclass(frozen=True)
+class _Required:
+    """What operators require of sizes that are not symbols, as an inference before has found it.
+
+    Attributes:
+        counts: Sizes that data decide, by the axis of a node's output.
+        sizes: Sizes that are the rest of a division by open sizes, with the number that each has to be.
+    """
+
+    counts: Mapping[Place, int]
+    sizes: Mapping[Size, int]
+
+
 class _Inference:
     """Inference of a model whose symbols are bound by one profile."""
 
@@ -184,9 +213,10 @@ class _Inference:
         input_shapes: Mapping[str, Shape],
         numbers: Mapping[str, int],
         known: Mapping[str, int],
-        counts: Mapping[Place, int],
+        required: _Required,
     ) -> None:
-        self.model, self.counts = model, counts
+        self.model, self.counts, self.fixed = model, required.counts, required.sizes
+        self.required_sizes: dict[Size, int] = {}
         self.required_counts: dict[Place, int] = {}
         self.bindings = Bindings()
         given = given_symbols(model, input_shapes)
@@ -264,6 +294,8 @@ class _Inference:
             check(node, call, inputs)
         if scope.parent is None:
             self.require(scope, node, call, inputs)
+        if is_broadcasting(key_of(node)):
+            inputs = _with_met_sizes(inputs)
         results = (
             sequence_outputs(node, call, inputs)
             or self.computed(scope, position, node, call, inputs)
@@ -285,11 +317,17 @@ class _Inference:
         self.require_counts(scope, node, call, inputs)
         if all(value is None or value.extents is None for value in inputs):
             return
-        self.equations += [
-            (size, number)
-            for size, number in required(key_of(node), call, *_known_of(inputs))
-            if not size.has_unknowns and any(self.bindings.at(size, binding) != number for binding in BINDINGS)
-        ]
+        key, known = key_of(node), _known_of(inputs)
+        for size, number in required(key, call, *known):
+            if not size.has_unknowns and not self.is_always(size, number):
+                self.equations.append((size, number))
+        for size, number in required_exactly(key, call, *known):
+            if not size.has_unknowns and self.is_always(size, number) and (found := solved_quotient(size, number)):
+                self.required_sizes[found[0]] = found[1]
+
+    def is_always(self, size: Size, number: int) -> bool:
+        """Return whether a size is a number under all bindings."""
+        return all(self.bindings.at(size, binding) == number for binding in BINDINGS)
 
     def require_counts(self, scope: Scope, node: NodeProto, call: Call, inputs: Inputs) -> None:
         """Record the sizes that data decide and this node requires to be a number, such as the length of a slice."""
@@ -511,7 +549,7 @@ class _Inference:
                     size = self.bindings.bind(unknown(*place, axis), numbers)
                 else:
                     size = self.bindings.measure((*place, axis), numbers, known)
-            found.append(size)
+            found.append(self.fixed.get(size, size) if self.fixed and isinstance(size, Size) else size)
         value.set_sizes(tuple(found))
 
     def infer(self, node: NodeProto, call: Call, inputs: Inputs, binding: int) -> Sequence[Inferred]:
@@ -557,6 +595,34 @@ def _with_counts(shapes: Sequence[Shape], slot: int) -> tuple[Any, ...]:
         unknown(slot, axis) if numbers == PLACEHOLDER_SIZES else numbers[0] if len(set(numbers)) == 1 else None
         for axis, numbers in enumerate(zip(*shapes, strict=True))
     )
+
+
+def _with_met_sizes(inputs: Inputs) -> Inputs:
+    """Return the inputs of a node that broadcasts them, where sizes that data decide are the known ones that they meet.
+
+    They are those, or 1; in both cases, the output has the known size, unless that may be 1 itself.
+    """
+    shaped = [value for value in inputs if value is not None and value.shapes is not None]
+    columns = {id(value): list(zip(*(value.shapes or ()), strict=True)) for value in shaped}
+    if not any(is_decided_by_data(numbers) for each in columns.values() for numbers in each):
+        return inputs
+    met: dict[int, tuple[Numbers, Any]] = {}
+    for known in shaped:
+        for back, numbers in enumerate(reversed(columns[id(known)]), start=1):
+            size = (known.sizes or ())[-back]
+            if not is_decided_by_data(numbers) and is_less(1, size) is True:
+                met.setdefault(back, (numbers, size))
+    found: list[Value | None] = []
+    for given in inputs:
+        value, own = given, columns.get(id(given), [])
+        places = {len(own) - b: m for b, m in met.items() if b <= len(own) and is_decided_by_data(own[len(own) - b])}
+        if value is not None and places:
+            sizes = value.sizes or ()
+            numbers = [places[axis][0] if axis in places else each for axis, each in enumerate(own)]
+            value = replace(value, shapes=tuple(zip(*numbers, strict=True)), extents=None)
+            value.set_sizes(tuple(places[axis][1] if axis in places else size for axis, size in enumerate(sizes)))
+        found.append(value)
+    return found
 
 
 def _as_expressions(node: NodeProto, call: Call, inputs: Inputs) -> Sequence[Expressions]:

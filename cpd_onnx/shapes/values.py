@@ -24,6 +24,13 @@ PLACEHOLDER_SIZES = (37, 41, 43)
 """Sizes of data-dependent dimensions (NonZero, TopK of a computed k) under each binding. Heuristic: any primes do."""
 BINDINGS = range(len(PLACEHOLDER_SIZES))
 """Indices of the bindings: inference runs once with each number of every symbol."""
+
+
+def is_decided_by_data(numbers: Numbers) -> bool:
+    """Return whether a size, under each binding, is a multiple of those that stand for what data decide."""
+    return bool(numbers[0]) and not any(n % size for n, size in zip(numbers, PLACEHOLDER_SIZES, strict=True))
+
+
 COMPUTABLE_TYPES = {TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16}
 """Float element types in which weights and activations are computed."""
 T = TypeVar("T")

@@ -54,6 +54,16 @@ def test_a_residual_lives_until_it_is_added() -> None:
     assert of(text) == FLOAT * 3 * 8
 
 
+def test_sums_and_products_with_constants_overwrite_what_is_computed() -> None:
+    start = "(float[1, 4] x, float[4, 16] w, float[16, 2] u) => (float[1, 2] y) { a = MatMul(x, w) "
+    factor = "s = Constant<value = float[1] {2.0}>() "
+    assert of(f"{start}{factor}b = Mul(s, a) c = Add(b, s) y = MatMul(c, u) }}") == FLOAT * (4 + 16)
+    assert of(f"{start}{factor}b = Mul(a, a) y = MatMul(b, u) }}") == FLOAT * (4 + 16)
+    assert of(f"{start}b = Neg(a) y = MatMul(b, u) }}") == FLOAT * 2 * 16
+    assert of(f"{start}b = Neg(a) c = Add(a, b) y = MatMul(c, u) }}") == FLOAT * 3 * 16
+    assert of(f"{start}{factor}b = Mul(s, a) c = Add(b, a) y = MatMul(c, u) }}") == FLOAT * 3 * 16
+
+
 def test_a_view_is_no_copy() -> None:
     text = (
         "(float[1, 2, 4] x, int64[2] s, float[8, 2] w) => (float[1, 2] y) "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from onnx import ModelProto
 
 import cpd_onnx as cpd
 from cpd_onnx.channels.combing import comb
@@ -311,3 +312,40 @@ def test_a_size_that_is_given_holds_for_its_symbol_in_all_inputs() -> None:
     assert not sizes["xa"].has_fixed(1)
     both = comb(model, {"x": (3, 7, 6), "xz": (1, 7, 6)}).folded.scope.values
     assert [both[name].shape for name in ("x", "xz")] == [(3, 7, 6), (1, 7, 6)]
+
+
+def met(known: str) -> ModelProto:
+    """Return a model that multiplies rows of two tensors, of which data decide the number, by as many others."""
+    return from_text(
+        f"(float[{known}, 6] x, float[6] xs, float[6] xz, float[1, 8] w, float[6, 8] u, float[8, 10] t, float[10, 4] v) "
+        "=> (float[r, 4] y) { i = NonZero(xs) j = NonZero(xz) k = Concat <axis = 1>(i, j) f = Cast <to = 1>(k) "
+        "n = Transpose <perm = [1, 0]>(f) a = MatMul(n, w) b = MatMul(x, u) c = Mul(a, b) d = MatMul(c, t) "
+        "y = MatMul(d, v) }"
+    )
+
+
+def test_a_size_that_data_decide_is_the_known_one_that_it_meets() -> None:
+    model = met("12")
+    combed = comb(model)
+    assert combed.folded.scope.values["c"].shape == (12, 8)
+    assert sorted(map(len, combed.groups)) == [8, 10]
+    assert cpd.run("comb, score{kind='l2'}, allocate{macs=0.5}, prune, verify", model).verification.passed
+
+
+def test_a_size_that_data_decide_is_not_one_that_may_be_one() -> None:
+    """With a single row in the other tensor, the result has as many rows as the data decide."""
+    assert comb(met("n")).folded.scope.values["c"].shapes is None
+
+
+def test_the_rest_of_a_division_is_what_its_reader_requires() -> None:
+    """Two symbols stand for the batch, one of which is used to divide the sizes of a tensor with the other."""
+    model = from_text(
+        "(float[n, t, 6] x, float[m, t, 1] xm, float[6, 12] k, float[12, 10] v, float[10, 4] u, int64[1] zero, "
+        "int64[1] two, int64[1] rest) => (float[n, t, 4] y) { h = MatMul(x, k) z = Mul(xm, h) s = Shape(x) "
+        "b = Slice(s, zero, two) c = Concat <axis = 0>(b, rest) r = Reshape(z, c) d = MatMul(r, v) y = MatMul(d, u) }",
+        values={"zero": [0], "two": [2], "rest": [-1]},
+    )
+    combed = comb(model)
+    assert combed.folded.scope.values["r"].has_fixed(2)
+    assert sorted(map(len, combed.groups)) == [10, 12]
+    assert cpd.run("comb, score{kind='l2'}, allocate{macs=0.5}, prune, verify", model).verification.passed
