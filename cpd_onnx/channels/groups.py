@@ -391,6 +391,18 @@ class Combed(Swept, Summarised):
             prunable += weight.size * (1.0 - frozen)
         return prunable / total if total else 1.0
 
+    def interface_fraction(self) -> float:
+        """Return the fraction of the trained weights whose axes are all fixed by graph inputs and outputs alone."""
+        held = total = 0
+        for weight in self.weights:
+            axes = [axis for axis in weight.axes[0] if len(axis) > 1]
+            if not weight.is_trained or weight.size <= 1 or any(ANGLES in self.atoms.reasons(axis) for axis in axes):
+                continue
+            total += weight.size
+            if all(self.atoms.all_frozen(axis) for axis in axes) and self._only_interface(axes):
+                held += weight.size
+        return held / total if total else 0.0
+
     def _only_interface(self, axes: list[Axis]) -> bool:
         reasons = [reason for axis in axes if len(axis) > 1 for reason in self.atoms.reasons(axis)]
         return ANGLES in reasons or all(reason.kind in ("interface", "no channels") for reason in reasons)

@@ -36,7 +36,7 @@ def _show_one(request: Inspect, content: Mapping[str, Any]) -> None:
     print_lines(f"{path.name}: {report.costs_line(content['costs'])}", *findings.fact_lines(content))
     out.print(report.groups_table(content))
     out.print(report.frozen_table(content["kept"]))
-    print_lines(f"{100 * content['prunable_fraction']:.1f} % of the weights lie on a prunable axis")
+    print_lines(report.prunable_line(content, "lie on a prunable axis"))
     for operator, node in content["without_rule"].items():
         print_lines(f"no rule for {operator} (at {node}): its channels are frozen")
     print_lines(*findings.outlook_lines(content, path))

@@ -65,6 +65,8 @@ _EMBEDDINGS = (64, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024, 1280, 
 """Usual lengths of embeddings, which hardly occur as numbers of classes (heuristic)."""
 _SURE = 0.1
 """Distance from 0 or 1 within which a number counts as a decided yes or no (heuristic)."""
+_ROUNDING = 1e-9
+"""Distance from 1 within which a fraction of equal answers is all of them."""
 LEAST_SKILL = 0.2
 """Part of the way from a constant answer to perfect agreement below which agreement is near chance (heuristic)."""
 
@@ -87,6 +89,7 @@ class Agreement:
         is_held_out: Whether nothing was fitted to the samples.
         most_lost: Upper bound of the answers that differ, from the margins of the answers; None where it is not known.
         outputs: Number of outputs that were compared.
+        uniform: Names of the outputs in which the original gives the same answer for all samples, which shows nothing.
     """
 
     task: str
@@ -102,6 +105,7 @@ class Agreement:
     is_held_out: bool = True
     most_lost: float | None = None
     outputs: int = 1
+    uniform: tuple[str, ...] = ()
 
     @property
     def is_near_chance(self) -> bool:
@@ -304,7 +308,8 @@ def agreement(original: Model, model: Model, source: Source, task: str | None = 
             tally.add(wanted, answered)
     found = [_summary(tally) for tally in tallies]
     counted = min(found, key=lambda each: (not each.is_near_chance, each.value))
-    return replace(counted, outputs=len(found))
+    uniform = tuple(each.output for each in found if each.chance > 1 - _ROUNDING)
+    return replace(counted, outputs=len(found), uniform=uniform)
 
 
 def class_axes(original: Model, source: Source) -> dict[str, int]:
@@ -435,18 +440,32 @@ def _tallies(session: Any, source: Source, size: int, task: str | None) -> list[
         raise DataError("the outputs are not those of a known detector: choose another --task")
     takes_tokens = any(array.dtype.kind in "iu" and array.ndim == 2 for array in inputs.values())
     states = {array.shape[1:] for array in list(inputs.values())[1:] if array.ndim > 1}
+    values = [_all_of([row[place] for row in outputs]) for place in range(len(names))]
+    certain = frozenset(count for each in values if each is not None and (count := _certain_classes(each)))
     found: list[_Tally] = []
     passed_on: list[_Tally] = []
-    for place, name in enumerate(names):
-        arrays = [row[place] for row in outputs]
-        if any(array.shape[1:] != arrays[0].shape[1:] for array in arrays) or arrays[0].dtype.kind not in "fiub":
-            continue
-        values = np.concatenate(arrays)
-        if values.size:
-            how = _as(task, values) if task else _told(name, values, takes_tokens=takes_tokens)
-            is_state = values.ndim > 2 and values.shape[1:] in states
+    for place, (name, each) in enumerate(zip(names, values, strict=True)):
+        if each is not None:
+            how = _as(task, each) if task else _told(name, each, takes_tokens=takes_tokens, certain=certain)
+            is_state = each.ndim > 2 and each.shape[1:] in states
             (passed_on if is_state else found).append(_OutputTally(place, name, how))
     return found or passed_on
+
+
+def _all_of(arrays: Sequence[Array]) -> Array | None:
+    """Return an output of all batches; None if it is empty, no number, or its size depends on the data."""
+    if any(array.shape[1:] != arrays[0].shape[1:] for array in arrays) or arrays[0].dtype.kind not in "fiub":
+        return None
+    values = np.concatenate(arrays)
+    return values if values.size else None
+
+
+def _certain_classes(values: Array) -> int | None:
+    """Return the number of classes of an output of probabilities that add up to 1; None for other outputs."""
+    axis = 1 if values.ndim == 2 else _class_axis(values) if values.ndim > 3 else None
+    if values.dtype.kind != "f" or axis is None or values.shape[axis] < 2 or not _is_normalised(values, axis):
+        return None
+    return int(values.shape[axis])
 
 
 def _image_size(array: Array) -> Size | None:
@@ -469,12 +488,16 @@ def _as(task: str, values: Array) -> _Answers:
     return _Answers(task, axis) if values.shape[axis] > 1 else _Answers(task, threshold=_middle(values))
 
 
-def _told(name: str, values: Array, *, takes_tokens: bool) -> _Answers:
-    """Return how an output is compared, told from its values [samples, …]."""
+def _told(name: str, values: Array, *, takes_tokens: bool, certain: frozenset[int] = frozenset()) -> _Answers:
+    """Return how an output is compared, told from its values [samples, …].
+
+    Beside outputs of probabilities, of `certain` numbers of classes, one of another length holds something else, such
+    as the coordinates of a box.
+    """
     if values.dtype.kind in "iub":
         return _Answers("classification" if values.ndim < 3 else "segmentation")
     if values.ndim <= 2:
-        return _of_vectors(name.lower(), values.reshape(len(values), -1))
+        return _of_vectors(name.lower(), values.reshape(len(values), -1), certain)
     if values.ndim == 3:
         return _of_sequences(values, takes_tokens=takes_tokens)
     axis = _class_axis(values)
@@ -483,11 +506,13 @@ def _told(name: str, values: Array, *, takes_tokens: bool) -> _Answers:
     count = values.shape[axis]
     if count == 1:
         return _Answers("segmentation", threshold=0.5) if _is_decided(values) else _numbers(values)
+    if certain and count not in certain:
+        return _numbers(values)
     is_image = count == 3 and not _is_normalised(values, axis) and float(values.min()) > -1.5
     return _numbers(values) if is_image else _Answers("segmentation", axis)
 
 
-def _of_vectors(name: str, values: Array) -> _Answers:
+def _of_vectors(name: str, values: Array, certain: frozenset[int]) -> _Answers:
     if values.shape[1] == 1:
         return _Answers("classification", threshold=0.5) if _is_probability(values) else _numbers(values)
     if _is_normalised(values, 1) or _CLASSES.search(name):
@@ -503,7 +528,8 @@ def _of_vectors(name: str, values: Array) -> _Answers:
     # Numbers such as coordinates differ from each other more than from sample to sample; scores of classes do not.
     spread = float(values.astype(np.float64).var(axis=0).mean())
     between = float(values.astype(np.float64).mean(axis=0).var())
-    return _numbers(values) if len(values) > 1 and between > spread else _Answers("classification", 1)
+    is_other = bool(certain) and values.shape[1] not in certain
+    return _numbers(values) if is_other or (len(values) > 1 and between > spread) else _Answers("classification", 1)
 
 
 def _of_sequences(values: Array, *, takes_tokens: bool) -> _Answers:

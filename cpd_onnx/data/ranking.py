@@ -30,6 +30,9 @@ _CONFIDENCE = 0.95
 """Share of the bootstrap samples in which a preprocessing must be better to be recommended."""
 _GAIN = 0.02
 """Relative gain under which a preprocessing is not recommended, as it may be chance of a few images (heuristic)."""
+_GAIN_OF_BALANCE = 3.0
+"""Relative gain under which a preprocessing is not recommended that makes the model no surer and gives no more classes
+(heuristic): the classes are only more balanced, which images of few kinds are not by nature."""
 _GAIN_OF_LABELS = 0.01
 """Gain in the share of right answers under which a preprocessing is not recommended (heuristic)."""
 _LEAST_MERIT = 0.1
@@ -143,7 +146,9 @@ class Ranking:
             gains = weights @ (_right(theirs) - _right(ours))
             return bool(gains.mean() > _GAIN_OF_LABELS and (gains > 0).mean() >= _CONFIDENCE)
         before, after = ours.merit(weights), theirs.merit(weights)
-        return bool(after.mean() > before.mean() * (1 + _GAIN)) and bool((after > before).mean() >= _CONFIDENCE)
+        is_surer = theirs.kind == "objects" or theirs.confidence > ours.confidence * (1 + _GAIN)
+        least = 1 + (_GAIN if is_surer or theirs.classes > ours.classes else _GAIN_OF_BALANCE)
+        return bool(after.mean() > before.mean() * least) and bool((after > before).mean() >= _CONFIDENCE)
 
 
 def candidates(channels: int) -> dict[str, Preprocessing]:
@@ -219,14 +224,21 @@ def behaviour_of(outputs: Sequence[Array], size: tuple[int, int], labels: Array 
 
 
 def class_scores(outputs: Sequence[Array]) -> Array | None:
-    """Return the scores of classes [N, C] or [N, C, h, w] in the first output; None if it holds none.
+    """Return the scores of classes [N, C] or [N, C, h, w]; None if there are none.
 
-    One column or plane may be anything, such as a number or a depth.
+    They are the first output that is a probability of each class, else the first output: other outputs of such a model
+    may be coordinates. One column or plane may be anything, such as a number or a depth.
     """
-    first = outputs[0] if outputs else np.zeros(0)
-    if first.dtype.kind != "f" or first.ndim not in (2, 4):
+    found = [_scores(output) for output in outputs]
+    chances = (scores for scores in found if scores is not None and _is_chance(np.moveaxis(scores, 1, -1)))
+    return next(chances, found[0] if found else None)
+
+
+def _scores(output: Array) -> Array | None:
+    """Return an output as scores of classes [N, C] or [N, C, h, w]; None if it cannot be any."""
+    if output.dtype.kind != "f" or output.ndim not in (2, 4):
         return None
-    scores = np.asarray(first, np.float32)
+    scores = np.asarray(output, np.float32)
     if scores.ndim == 4 and scores.shape[3] < min(scores.shape[1:3]):
         scores = np.moveaxis(scores, 3, 1)  # classes last, as in TensorFlow
     if scores.ndim == 4 and scores.shape[1] > min(scores.shape[2:]):
@@ -253,8 +265,12 @@ def _thinned(scores: Array) -> Array:
 def _logits(rows: Array) -> Array:
     """Return scores [.., classes] as logits; they are probabilities already if they sum to 1."""
     values = rows.astype(np.float64)
-    is_chance = values.min() >= 0 and np.abs(values.sum(-1) - 1).max() < 1e-2
-    return np.log(np.maximum(values, 1e-30)) if is_chance else values
+    return np.log(np.maximum(values, 1e-30)) if _is_chance(values) else values
+
+
+def _is_chance(rows: Array) -> bool:
+    """Return whether rows of scores [.., classes] are probabilities."""
+    return bool(rows.size and rows.min() >= 0 and np.abs(rows.sum(-1, dtype=np.float64) - 1).max() < 1e-2)
 
 
 def _entropy(chances: Array) -> Array:

@@ -49,7 +49,7 @@ def _prescribed(model: ModelProto, source: Source) -> int | None:
 
 def calibration_batch(model: ModelProto, source: Source, samples: int, batch: int = 16) -> int:
     """Return the number of samples in a batch of `calibration`: the model's batch size, else at most `batch`."""
-    return _prescribed(model, source) or min(batch, samples)
+    return _prescribed(model, source) or min(batch, samples, source.count or batch)
 
 
 def calibration(model: ModelProto, source: Source, samples: int, *, batch: int = 16, seed: int = 0) -> Iterator[Batch]:

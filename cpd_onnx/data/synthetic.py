@@ -41,9 +41,9 @@ class Synthetic:
         self.folded, self._example = folded, random_feed(folded)
 
     def batches(self, size: int, *, seed: int | None = None) -> Iterator[Feed]:
-        """Yield batches of `size` samples, the same for the same seed."""
+        """Yield batches of `size` samples, at least one, the same for the same seed."""
         rng = np.random.default_rng(0 if seed is None else seed)
-        for _ in range(self.count // size):
+        for _ in range(max(1, self.count // size)):
             yield {name: self._drawn(name, size, rng) for name in self._example}
 
     def _drawn(self, name: str, size: int, rng: np.random.Generator) -> Array:

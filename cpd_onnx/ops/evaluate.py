@@ -216,7 +216,7 @@ def _split(call: Call, data: Array, sizes: Array | None = None) -> tuple[Array, 
     axis = call.get("axis", 0)
     parts = call.get("split") if sizes is None else sizes.tolist()
     if parts is None:
-        count = call.get("num_outputs", 1)
+        count = call.get("num_outputs", call.outputs)
         chunk = -(-data.shape[axis] // count)
         parts = [min(chunk, data.shape[axis] - i * chunk) for i in range(count)]
     return tuple(np.split(data, np.cumsum(parts)[:-1], axis=axis))

@@ -72,6 +72,8 @@ class Traits:
         fill_slot: Input slot of the number that fills new elements; None if there is none.
         training_slot: Input slot whose truth puts the operator into training mode; None if there is none.
         output_rank: Rank of the output; None for that of the data input.
+        offset: Size of the constant that small values of the output are computed as a difference from, so that they are
+            rounded as it is and not as they are; 0 if they are not.
     """
 
     moves_elements: bool = False
@@ -123,6 +125,7 @@ class Traits:
     fill_slot: int | None = None
     training_slot: int | None = None
     output_rank: int | None = None
+    offset: float = 0.0
 
     @property
     def joins(self) -> bool:
@@ -184,13 +187,13 @@ def type_slot(node: NodeProto) -> int:
     return row.type_slot
 
 
-def _traits_of_row(name: str, words: str, rest: dict[str, int | tuple[int, int | None]]) -> Traits:
+def _traits_of_row(name: str, words: str, rest: dict[str, float | tuple[int, int | None]]) -> Traits:
     """Return the traits of a row together with those of the operator's family."""
     words = " ".join([words, *(own for start, own in _FAMILY_TRAITS.items() if name.startswith(start))])
     return Traits(**dict.fromkeys(words.split(), True) | rest)  # type: ignore[arg-type]  # some are no truth values
 
 
-def _row(name: str, words: str = "", domains: Sequence[str] = ("",), **rest: int | tuple[int, int | None]) -> None:
+def _row(name: str, words: str = "", domains: Sequence[str] = ("",), **rest: float | tuple[int, int | None]) -> None:
     """Add an operator to the table: names of its boolean traits, and values of the others."""
     for domain in domains:
         assert (domain, name) not in _TABLE, f"{domain}::{name} has a row already"
@@ -213,11 +216,11 @@ _row(
 _row("Constant", "is_constant")
 _row("ConstantOfShape", "fills_sizes", shape_slot=0)
 _row("DepthToSpace", "reveals_operand maps_zeros_to_zeros")
-_row("Expand", "is_linear moves_elements keeps_zeros carries_positions reveals_operand fills_sizes")
+_row("Expand", "is_linear moves_elements keeps_zeros carries_indices carries_positions reveals_operand fills_sizes")
 _row("Flatten", "is_linear moves_elements keeps_zeros carries_indices reveals_operand is_view")
-_row("Gather", "is_linear moves_elements keeps_zeros selects_by_input")
-_row("GatherElements", "selects_by_input")
-_row("GatherND", "selects_by_input")
+_row("Gather", "is_linear moves_elements keeps_zeros carries_indices selects_by_input")
+_row("GatherElements", "carries_indices selects_by_input")
+_row("GatherND", "carries_indices selects_by_input")
 _row(
     "Identity",
     "is_linear moves_elements keeps_zeros carries_indices carries_positions reveals_operand is_identity is_view "
@@ -237,9 +240,9 @@ _row("Shape", "reads_sizes")
 _row("Size", "reads_sizes multiplies_sizes")
 _row("Slice", "is_linear moves_elements keeps_zeros carries_indices carries_positions reveals_operand selects_by_input")
 _row("SpaceToDepth", "reveals_operand maps_zeros_to_zeros")
-_row("Split", "is_linear moves_elements keeps_zeros reveals_operand")
+_row("Split", "is_linear moves_elements keeps_zeros carries_indices reveals_operand")
 _row("Squeeze", "is_linear moves_elements keeps_zeros carries_indices carries_positions reveals_operand is_view")
-_row("Tile", "is_linear moves_elements keeps_zeros reveals_operand fills_sizes")
+_row("Tile", "is_linear moves_elements keeps_zeros carries_indices reveals_operand fills_sizes")
 _row("Transpose", "is_linear moves_elements keeps_zeros carries_indices reveals_operand is_local")
 _row("Unsqueeze", "is_linear moves_elements keeps_zeros carries_indices carries_positions reveals_operand is_view")
 _row(
@@ -359,7 +362,7 @@ _row("QuickGelu", "is_activation is_local", _MICROSOFT_ONLY)
 _row("Relu", "is_activation is_rectifier is_local")
 _row("Selu", "is_activation is_local")
 _row("Shrink", "saturates is_local")
-_row("Sigmoid", "is_activation is_local has_integer_kernel")
+_row("Sigmoid", "is_activation is_local has_integer_kernel", offset=1.0)
 _row("Softmax", "saturates stays_float has_integer_kernel")
 _row("Softplus", "is_activation is_local")
 _row("Softsign", "is_activation is_local")

@@ -67,6 +67,8 @@ class ComparedTensor:
         is_affected: Whether it depends on a sum that channels were removed from.
         is_behind: Whether it depends on any tensor that channels were removed from.
         masks: Surviving indices of its own pruned axes, by axis.
+        offset: Size that its values are rounded as if they had, at least: that of the constant which the function that
+            computes them subtracts from.
 
     """
 
@@ -76,6 +78,7 @@ class ComparedTensor:
     is_affected: bool = False
     is_behind: bool = False
     masks: Mapping[int, Mask] = field(default_factory=dict)
+    offset: float = 0.0
 
     def surviving(self, array: Array) -> Array:
         """Return the surviving part of the tensor of a model of the original size."""
@@ -315,7 +318,7 @@ class _Judge:
             if one.kind == DISCRETE:
                 values.append(flipped(a, b, self.tolerance))
             else:
-                values.append(distance(a, b, one.surviving(plain[place]), rms=self.is_rms))
+                values.append(distance(a, b, one.surviving(plain[place]), rms=self.is_rms, least=one.offset))
         if not values:
             return 0.0
         return float(np.median(values)) if self.is_rms else max(values)
@@ -366,8 +369,8 @@ def _branches(reached: Mapping[str, Sequence[int]]) -> str:
     return f"{' and '.join(reached)} {'were each' if len(reached) > 1 else 'was'} compared"
 
 
-def distance(expected: Array, got: Array, scale_of: Array, *, rms: bool = False) -> float:
-    """Return the largest difference relative to the largest value of `expected` and `scale_of`.
+def distance(expected: Array, got: Array, scale_of: Array, *, rms: bool = False, least: float = 0.0) -> float:
+    """Return the largest difference relative to the largest value of `expected` and `scale_of`, or to `least`.
 
     With `rms`, the root mean square difference relative to that of `expected`. Infinite where shapes or finiteness
     differ, or no value is finite.
@@ -389,7 +392,7 @@ def distance(expected: Array, got: Array, scale_of: Array, *, rms: bool = False)
         scale.add(c[np.isfinite(c)])
     if rms:
         return _ratio(apart.rms, size.rms)
-    return _ratio(apart.largest, max(size.largest, scale.largest))
+    return _ratio(apart.largest, max(size.largest, scale.largest, least))
 
 
 def flipped(expected: Array, got: Array, tolerance: float) -> float:

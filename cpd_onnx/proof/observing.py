@@ -78,7 +78,17 @@ class _Classifier:
         tensor = self.combed.tensors.get(("", name))
         axes = (tensor.axes if tensor is not None else None) or []
         masks = {place: self.keep.mask(axis) for place, axis in enumerate(axes) if self.keep.shrinks(axis)}
-        return ComparedTensor(name, output, kind, name in self.affected, name in self.behind, masks)
+        offset = self.offset(name) if kind == SATURATING else 0.0  # others are compared by their own size
+        return ComparedTensor(name, output, kind, name in self.affected, name in self.behind, masks, offset)
+
+    def offset(self, name: str) -> float:
+        """Return the offset of the function whose values a tensor consists of."""
+        while (node := self.maker(name)) is not None:
+            own = traits_of(node)
+            if not own.moves_elements or own.joins:
+                return own.offset
+            name = node.input[own.moved[0]]
+        return 0.0
 
     def can_be_shown(self, name: str) -> bool:
         value = self.scope.values.get(name)

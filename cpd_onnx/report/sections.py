@@ -17,7 +17,7 @@ from cpd_onnx.proof.comparison import INCONCLUSIVE, VERIFIED, WRONG
 from cpd_onnx.report import figures as plots
 from cpd_onnx.report.judging import NO, PROVED, TONES, UNKNOWN, YES, agreement_text, cards, judgement, lead
 from cpd_onnx.report.parts import DOUBT, MARKS, Code, Listing, Page, Part, Picture, Section, Sentence, Sheet
-from cpd_onnx.report.tables import largest_text, longest, repair_line
+from cpd_onnx.report.tables import largest_text, longest, prunable_line, repair_line
 from cpd_onnx.report.words import (
     BUSY,
     FRACTIONS,
@@ -442,7 +442,7 @@ def _deployment(content: Content) -> Iterator[Part]:
 def _kept(content: Content) -> Iterator[Part]:
     fraction = content.get("prunable_fraction")
     if fraction is not None:
-        yield Sentence(f"{percent(fraction)} of the weights have an axis that can be pruned.")
+        yield Sentence(f"{prunable_line(content, 'have an axis that can be pruned')}.")
     rows = tuple(
         (entry["reason"], str(entry["axes"]), count(entry["weights"]), largest_text(entry.get("largest") or ()))
         for entry in content.get("kept") or ()

@@ -39,8 +39,19 @@ FEW_REASONS = 5
 """Maximum number of reasons in a short table of frozen axes (heuristic)."""
 _EXAMPLES = 3
 """Number of tensors that are named for each reason (heuristic)."""
+_LEAST_SHOWN = 0.0005
+"""Smallest fraction that is not 0.0 % if it is printed with one decimal."""
 _MAX_OPERATORS = 8
 """Number of operators in the table of time by operator (heuristic)."""
+
+
+def prunable_line(content: Mapping[str, Any], what: str) -> str:
+    """Return which fraction of the weights has a prunable axis, and how many inputs and outputs alone fix."""
+    line = f"{100 * content['prunable_fraction']:.1f} % of the weights {what}"
+    fixed = content.get("interface_fraction") or 0.0
+    if fixed < _LEAST_SHOWN:
+        return line
+    return f"{line}, not counting the {100 * fixed:.1f} % that inputs and outputs alone fix"
 
 
 def inspection(combed: Combed, held: Sequence[int] = (), costs: CostModel | None = None) -> dict[str, Any]:
@@ -54,6 +65,7 @@ def inspection(combed: Combed, held: Sequence[int] = (), costs: CostModel | None
         "source": {"file": model.path.name if model.path else "", "sha256": model.sha256()},
         "costs": asdict(costs.total(KeepMask(combed.atoms))),
         "prunable_fraction": combed.prunable_fraction(),
+        "interface_fraction": combed.interface_fraction(),
         "groups": groups_of(combed),
         "group_costs": [
             {"id": g.id, "macs": per_group[g.id].macs, "params": per_group[g.id].params, "held": g.id in held}
@@ -149,6 +161,7 @@ def result(state: State, seconds: float) -> dict[str, Any]:
         "groups": len(combed.groups),
         "groups_pruned": sum(bool(removed) for removed in allocation.removed),
         "prunable_fraction": combed.prunable_fraction(),
+        "interface_fraction": combed.interface_fraction(),
         "kept": frozen_reasons(combed),
         "notes": [*allocation.notes, *(state.repaired or {}).get("notes", ())],
         "edits": [asdict(edit) for edit in state.edits],

@@ -266,6 +266,10 @@ def _of_agreement(content: Content, found: Mapping[str, Any]) -> Answer:
         return Answer(
             "as good", "unknown", f"{text}; more samples are needed to tell whether at most {bound:g} is lost"
         )
+    if found.get("uniform") and found["samples"] >= _FEW:
+        names = ", ".join(map(repr, found["uniform"]))
+        why = f"the original answers all samples alike in output {names}, which shows nothing"
+        return Answer("as good", "unknown", f"{text}; {why}")
     return Answer("as good", "yes" if found["is_held_out"] else "unknown", text)
 
 

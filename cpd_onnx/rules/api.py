@@ -21,6 +21,7 @@ from cpd_onnx.moved import GONE_IN
 from cpd_onnx.ops.evaluate import Call
 from cpd_onnx.ops.sizes import Size
 from cpd_onnx.ops.traits import MICROSOFT, traits_of
+from cpd_onnx.shapes.order import all_inputs
 from cpd_onnx.shapes.values import Scope, Shape, Value, is_decided_by_data
 
 _MOST_AXES = 1 << 10
@@ -293,9 +294,13 @@ def _name_of(node: NodeProto) -> str:
 
 
 def _unknown_before(scope: Scope, position: int, slot: int | None) -> tuple[Scope, int] | None:
-    """Return the node that makes an input, of unknown shape, of a node: that at a slot, or any; None without one."""
-    names = scope.nodes[position].input
-    for name in names if slot is None else names[slot : slot + 1]:
+    """Return the node that makes an input, of unknown shape, of a node: that at a slot, or any; None without one.
+
+    What the bodies of the node read from outside counts as its inputs.
+    """
+    node = scope.nodes[position]
+    captured = sorted(all_inputs(node) - set(node.input))
+    for name in [*node.input, *captured] if slot is None else node.input[slot : slot + 1]:
         value = scope.lookup(name) if name else None
         if value is None or value.shapes is not None:
             continue
@@ -412,6 +417,10 @@ class Op:
         what = "the output shape" if slot is None else f"the shape of input {slot}"
         if any(_has_size_of_data(scope.lookup(name)) for name in node.input if name):
             return GiveUp(f"{what} of {_name_of(node)} is not known, since it depends on the data")
+        condition = scope.lookup(node.input[0]) if traits_of(node).branches and node.input else None
+        if condition is not None and condition.from_shape:
+            why = "since sizes of the inputs decide which branch runs: give --input-shape"
+            return GiveUp(f"{what} of {_name_of(node)} is not known, {why}")
         if not symbols or node.domain not in (*DEFAULT_DOMAINS, MICROSOFT):
             return GiveUp(f"{what} of {_name_of(node)} is not known")
         assumed = f"{'sizes' if len(symbols) > 1 else 'size'} assumed for {' and '.join(sorted(symbols))}"
@@ -533,8 +542,8 @@ class Op:
             self.freeze(axis, why)
 
     def frozen(self, count: int, why: str = "makes this axis") -> Axis:
-        """Return a new frozen axis of `count` indices."""
-        return self.atoms.frozen(count, Reason("operator", self.name, why))
+        """Return a new frozen axis of `count` indices; `why` is as in `freeze`."""
+        return self.atoms.frozen(count, why if isinstance(why, Reason) else Reason("operator", self.name, why))
 
     def unmerge(self, flat: Axis, sizes: Sequence[int]) -> list[Axis]:
         """Split a merged axis into axes of the given sizes, and return them.

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 
 from cpd_onnx.algebra.atoms import Axis
+from cpd_onnx.algebra.reasons import Reason
 from cpd_onnx.rules.api import KERNEL_EXTENT, GiveUp, Op, Tensor, rule
 from cpd_onnx.rules.elementwise import MICROSOFT
 from cpd_onnx.rules.linear import stands_for
 
+DIRECTIONS = Reason("no channels", "", "directions of a recurrent layer")
+"""Reason for freezing the axes of weights and outputs that hold what runs forwards and what runs backwards."""
 _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 """Number of gates of each operator (ONNX specification): blocks on the first axis of its weights."""
 
@@ -30,7 +33,7 @@ def recurrent(op: Op) -> None:
         op.freeze(op.input(4)[0], "takes sequence lengths per sample")
     batch_first = op.get("layout", 0)
     sequence, batch = (x[1], x[0]) if batch_first else (x[0], x[1])
-    directions = op.frozen(w.shape[0], "has this many directions")
+    directions = op.frozen(w.shape[0], DIRECTIONS)
     op.freeze(sequence, "runs along this axis in order")
     for slot in (5, 6):
         if op.has(slot):
@@ -51,12 +54,12 @@ def recurrent(op: Op) -> None:
 
 
 def _gated(op: Op, tensor: Tensor, blocks: int, hidden: Axis) -> None:
-    op.freeze(tensor[0], "has this many directions")
+    op.freeze(tensor[0], DIRECTIONS)
     op.unite(tensor[1], op.atoms.stretched(hidden, len(hidden) * blocks))
 
 
 def _state(op: Op, tensor: Tensor, batch: Axis, hidden: Axis, *, batch_first: bool) -> None:
-    op.freeze(tensor[1 if batch_first else 0], "has this many directions")
+    op.freeze(tensor[1 if batch_first else 0], DIRECTIONS)
     op.unite(tensor[0 if batch_first else 1], batch)
     op.unite(tensor[2], hidden)
 
@@ -74,7 +77,7 @@ def quantized_lstm(op: Op) -> None:
     op.unite(r[1], hidden)
     op.multiply_and_sum((r, 1))
     for tensor in (w, r):
-        op.freeze(tensor[0], "has this many directions")
+        op.freeze(tensor[0], DIRECTIONS)
         op.unite(tensor[2], gates)
     for slot, blocks in ((3, 8), (7, 3)):
         if op.has(slot):
@@ -92,7 +95,7 @@ def quantized_lstm(op: Op) -> None:
         op.freeze(x[1], "takes sequence lengths per sample")
     op.attribute_size("hidden_size", hidden)
     op.label(hidden, "hidden")
-    directions = op.frozen(w.shape[0], "has this many directions")
+    directions = op.frozen(w.shape[0], DIRECTIONS)
     op.set([x[0], directions, x[1], hidden])
     op.set([directions, x[1], hidden], 1)
     op.set([directions, x[1], hidden], 2)
@@ -108,7 +111,7 @@ def _scales(op: Op, gates: Axis) -> None:
             if len(axis) == len(gates):
                 op.unite(axis, gates)
             else:
-                op.freeze(axis, "has this many directions")
+                op.freeze(axis, DIRECTIONS)
 
 
 @rule("CausalConvWithState", domain=MICROSOFT)

@@ -354,17 +354,34 @@ def _mask(shape: Sequence[int], rng: np.random.Generator) -> Array:
 
 
 def _index_limit(folded: Folded, value: Value) -> int:
-    """Return the exclusive upper bound of an input's indices; 0 if it is not an index, such as a mask."""
+    """Return the exclusive upper bound of an input's indices; 0 if it is not an index, such as a mask.
+
+    Where the indices themselves reach no table, integers that are computed from them may: exporters add the length of
+    the table to negative ones. A mask that is counted along an axis gives positions, and stays a mask.
+    """
+    return _limit_behind(folded, value, is_computed=False) or _limit_behind(folded, value, is_computed=True)
+
+
+def _limit_behind(folded: Folded, value: Value, *, is_computed: bool) -> int:
     waiting, visited, limit = [value.name], {value.name}, 0
     while waiting:
         name = waiting.pop()
         for use in folded.scope.consumers.get(name, []):
             node = use.scope.nodes[use.node]
             limit = _smaller(limit, _table_size(folded, node, name))
-            if traits_of(node).carries_indices and node.input[0] == name:
-                waiting += [o for o in node.output if o not in visited]
-                visited.update(node.output)
+            if is_computed and node.op_type == "CumSum":
+                return 0
+            own = traits_of(node)
+            is_carried = own.carries_indices and node.input[0] == name
+            if is_carried or (is_computed and (own.moves_elements or own.is_additive or own.is_bilinear)):
+                further = {o for o in node.output if o and _is_integer(folded.scope.lookup(o))} - visited
+                waiting += sorted(further)
+                visited |= further
     return limit
+
+
+def _is_integer(value: Value | None) -> bool:
+    return value is not None and value.dtype != 0 and np.issubdtype(element_type(value.dtype), np.integer)
 
 
 def _smaller(limit: int, size: int) -> int:
@@ -372,11 +389,19 @@ def _smaller(limit: int, size: int) -> int:
 
 
 def _table_size(folded: Folded, node: NodeProto, name: str) -> int:
-    if node.op_type != "Gather" or node.input[1] != name:
+    """Return the length of what an operator looks up by the indices in an input; 0 if it looks up nothing."""
+    kind, others = node.op_type, [folded.scope.lookup(other) for other in node.input if other != name]
+    if kind == "Gather" and node.input[1] == name:
+        table = folded.scope.lookup(node.input[0])
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+        return table.shape[axis] if table is not None and table.shape else 0
+    first = others[0].value if others and others[0] is not None else None
+    if first is None or node.input[0] != name:
         return 0
-    table = folded.scope.lookup(node.input[0])
-    axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
-    return table.shape[axis] if table is not None and table.shape else 0
+    if kind == "OneHot":
+        return int(first.flat[0]) if first.size else 0
+    is_range = traits_of(node).compares and first.size > 1 and np.array_equal(first.ravel(), np.arange(first.size))
+    return first.size if is_range else 0  # one-hot vectors are also made by comparing with all indices
 
 
 def latency_ratio(

@@ -266,6 +266,7 @@ def content(
         "kept": report.frozen_reasons(combed),
         "without_rule": dict(combed.without_rule),
         "prunable_fraction": combed.prunable_fraction(),
+        "interface_fraction": combed.interface_fraction(),
         "edits": len(state.edits),
         "verification": proof,
         "notes": [*allocation.notes, *(state.repaired or {}).get("notes", ())],

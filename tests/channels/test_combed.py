@@ -10,7 +10,7 @@ import pytest
 
 from cpd_onnx.algebra.reasons import Reason
 from cpd_onnx.channels.combing import comb
-from cpd_onnx.report.tables import frozen_reasons
+from cpd_onnx.report.tables import frozen_reasons, prunable_line
 from tests.support.models import from_text
 
 CONV = "(float[1, 3, 4, 4] x, float[8, 3, 3, 3] w, float[5, 8, 1, 1] v) => (float[1, 5, 2, 2] y)"
@@ -48,3 +48,28 @@ def test_a_copy_of_a_reason_knows_as_much() -> None:
     reason = Reason("operator", "Conv 'a'", "slides over this axis")
     for other in (copy.deepcopy(reason), pickle.loads(pickle.dumps(reason))):
         assert (other, other.kind, other.node) == ("Conv 'a' slides over this axis", "operator", "Conv 'a'")
+
+
+@pytest.mark.parametrize(("direction", "count"), [("forward", 1), ("bidirectional", 2)])
+def test_recurrent_weights_that_states_alone_fix_are_told_apart_in_both_directions(direction: str, count: int) -> None:
+    model = from_text(
+        f"(float[3, 2, 4] x, float[{count}, 2, 5] xh, float[{count}, 15, 4] w, float[{count}, 15, 5] r, float[{5 * count}, 6] v, "
+        "float[6, 7] u, int64[3] p) => (float[3, 2, 7] y) "
+        f'{{ h = GRU <hidden_size = 5, direction = "{direction}">(x, w, r, "", "", xh) t = Transpose <perm = [0, 2, 1, 3]>(h) '
+        "a = Reshape(t, p) b = MatMul(a, v) y = MatMul(b, u) }",
+        values={"p": [0, 0, -1]},
+    )
+    combed = comb(model)
+    weights = {weight.value.name: weight.size for weight in combed.weights}
+    fixed = weights["w"] + weights["r"]
+    assert combed.prunable_fraction() == 1.0
+    assert combed.interface_fraction() == pytest.approx(fixed / (fixed + weights["v"] + weights["u"]))
+
+
+def test_what_inputs_and_outputs_fix_is_said_beside_what_is_prunable() -> None:
+    assert (
+        prunable_line({"prunable_fraction": 1.0, "interface_fraction": 0.0}, "shrink")
+        == "100.0 % of the weights shrink"
+    )
+    line = prunable_line({"prunable_fraction": 0.5, "interface_fraction": 0.25}, "shrink")
+    assert line == "50.0 % of the weights shrink, not counting the 25.0 % that inputs and outputs alone fix"

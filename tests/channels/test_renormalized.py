@@ -14,7 +14,7 @@ from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.channels.renormalized import Renormalized, renormalized, stores_statistics
 from cpd_onnx.data.metrics import evaluate
-from cpd_onnx.data.sources import ArraySource, read_npz
+from cpd_onnx.data.sources import ArraySource, calibration, read_npz
 from cpd_onnx.data.synthetic import Synthetic
 from cpd_onnx.ir.model import Model, load
 from cpd_onnx.rewrite.rewriter import rewrite
@@ -145,3 +145,12 @@ def test_a_model_with_large_tensors_gets_fewer_generated_samples() -> None:
     ]
     assert counts[0] == 128
     assert 16 <= counts[1] < 128
+
+
+def test_fewer_generated_samples_than_a_batch_are_a_batch() -> None:
+    # large inputs get few generated samples
+    combed = comb(network())
+    assert renormalized(combed, Synthetic(combed.folded, 4)) is not None
+    assert [len(batch["x"]) for batch in calibration(combed.folded.model.proto, Synthetic(combed.folded, 4), 64)] == [4]
+    fixed = network(TEXT.replace("N", "8"))
+    assert [len(batch["x"]) for batch in calibration(fixed.proto, Synthetic(comb(fixed).folded, 4), 64)] == [8]

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import cpd_onnx as cpd
-from cpd_onnx.data.agreement import Agreement, _most_lost, agreement, bounded_bounds, exact_low
+from cpd_onnx.data.agreement import Agreement, _most_lost, _tallies, agreement, bounded_bounds, exact_low
 from cpd_onnx.data.held_out import at_most, divide
+from cpd_onnx.data.metrics import open_session
 from cpd_onnx.data.sources import LABELS, ArraySource, FunctionSource, Input
 from cpd_onnx.errors import DataError
 from cpd_onnx.ir.model import Model
@@ -66,6 +67,33 @@ def test_probabilities_embeddings_and_coordinates_are_told_apart() -> None:
     )
     assert _found(shifted, shifted, x).task == "regression"
     assert _found(shifted, shifted, x, "classification").task == "classification"
+
+
+@pytest.mark.parametrize(("columns", "task"), [(4, "regression"), (2, "classification")])
+def test_beside_probabilities_numbers_of_another_length_are_no_scores(columns: int, task: str) -> None:
+    weights = {
+        "w": _RNG.standard_normal((8, columns)).astype(np.float32),
+        "v": _RNG.standard_normal((8, 2)).astype(np.float32),
+    }
+    body = "y = MatMul(x, w) h = MatMul(x, v) p = Softmax(h)"
+    faces = _model(body, "float[N,8] x", f"float[N,{columns}] y, float[N,2] p", **weights)
+    source = ArraySource({"x": _RNG.standard_normal((64, 8)).astype(np.float32)})
+    tallies = {tally.output: tally.task for tally in _tallies(open_session(faces.complete_proto()), source, 16, None)}
+    assert tallies == {"y": task, "p": "classification"}
+    maps = _model("y = Conv(x, w) h = Conv(x, v) p = Softmax<axis = 1>(h)", "float[N,3,9,9] x", "float[A,B,C,D] y, float[E,F,G,H] p",
+                  w=_RNG.standard_normal((columns, 3, 1, 1)), v=_RNG.standard_normal((2, 3, 1, 1)))  # fmt: skip  # text and numbers
+    source = ArraySource({"x": _RNG.standard_normal((64, 3, 9, 9)).astype(np.float32)})
+    tallies = {tally.output: tally.task for tally in _tallies(open_session(maps.complete_proto()), source, 16, None)}
+    assert tallies == {"y": {"regression": "regression"}.get(task, "segmentation"), "p": "segmentation"}
+
+
+def test_outputs_with_one_answer_for_all_samples_are_named() -> None:
+    weights = {"w": _RNG.standard_normal((8, 4)), "v": 0.01 * _RNG.standard_normal((8, 2)), "b": np.array([9.0, 0.0])}
+    body = "y = MatMul(x, w) h = MatMul(x, v) s = Add(h, b) p = Softmax(s)"
+    model = _model(body, "float[N,8] x", "float[N,4] y, float[N,2] p", **weights)
+    changed = _model(body, "float[N,8] x", "float[N,4] y, float[N,2] p", **weights | {"w": 0.9 * weights["w"]})
+    found = _found(model, changed, _RNG.standard_normal((64, 8)))
+    assert (found.output, found.uniform) == ("y", ("p",))
 
 
 def test_maps_are_compared_pixel_by_pixel() -> None:

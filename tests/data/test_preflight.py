@@ -215,6 +215,32 @@ def test_features_say_nothing() -> None:
     assert found.warning() is None
 
 
+def test_probabilities_say_more_than_coordinates_before_them() -> None:
+    rng = np.random.default_rng(0)
+    boxes = 4 * rng.normal(size=(64, 4)).astype(np.float32)
+    faces = np.eye(2, dtype=np.float32)[rng.integers(0, 2, 64)] * 0.8 + 0.1
+    found = ranking.behaviour_of([boxes, faces], (32, 32))
+    assert found is not None
+    assert found.confidence == pytest.approx(0.9)
+    scores = ranking.class_scores([boxes, boxes[:, :3]])
+    assert scores is not None
+    assert scores.shape == (64, 4)
+
+
+@pytest.mark.parametrize(("ones", "is_said"), [(6, False), (48, True)])
+def test_classes_that_are_only_more_balanced_are_no_reason(ones: int, is_said: bool) -> None:
+    def of_two(count: int, sure: float) -> Array:
+        made = np.tile(np.float32([0, sure]), (96, 1))
+        made[:count] = made[:count, ::-1]
+        return made
+
+    upright = of_two(2, 4.0)
+    found = of_outputs(upright, of_two(ones, 3.8), upright)
+    assert found is not None
+    assert found.best == "--preset imagenet"
+    assert (found.warning() is not None) == is_said
+
+
 def test_objects_are_counted() -> None:
     head = np.zeros((16, 16 + 4 + 1, 8), np.float32)
     found_some = head.copy()

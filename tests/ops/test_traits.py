@@ -80,6 +80,8 @@ NAMED = {
     ("cpd_onnx/proof/observing.py", "QuantizeLinear"): "of the two quantizers, only this one rounds",
     ("cpd_onnx/proof/unrounded.py", "Cast"): "rewrites its attribute `to`",
     ("cpd_onnx/proof/unrounded.py", "MatMulNBits"): "rewrites its attribute `accuracy_level`",
+    ("cpd_onnx/runtime/sessions.py", "CumSum"): "positions are counted from a mask, which stays one",
+    ("cpd_onnx/runtime/sessions.py", "OneHot"): "the number of its indices, a value of its second input",
     ("cpd_onnx/runtime/sessions.py", "Gather"): "the size of its table, along its attribute `axis`",
     ("cpd_onnx/shapes/origins.py", "Div"): "its arithmetic on sizes",
     ("cpd_onnx/shapes/origins.py", "Mul"): "its arithmetic on sizes",

@@ -28,6 +28,7 @@ from cpd_onnx.proof.comparison import (
     Runs,
     judge,
 )
+from cpd_onnx.proof.observing import compared_tensors
 from cpd_onnx.proof.proving import verify
 from cpd_onnx.proof.unrounded import rounding_of, single, unrounded
 from cpd_onnx.scores.registry import score
@@ -70,6 +71,32 @@ def test_a_difference_within_a_hundredth_of_the_effect_is_verified() -> None:
 
 def test_a_difference_above_the_tolerance_is_wrong_however_large_the_effect() -> None:
     assert judged(numbers(0.5), numbers(-0.5), numbers(-0.5 + 1e-3)).verdict == WRONG
+
+
+def test_values_near_zero_of_a_function_with_an_offset_are_rounded_as_the_offset_is() -> None:
+    plain, pruned = (np.asarray(values, np.float32) for values in ([1.2e-7, 3e-7], [1.8e-7, 3e-7]))
+    runs = Runs([[plain * 2]], [[plain]], [[pruned]], lambda: [[plain]])
+    for offset, verdict in ((0.0, WRONG), (1.0, VERIFIED)):
+        one = ComparedTensor("y", "y", SATURATING, is_affected=True, is_behind=True, offset=offset)
+        assert judge([one], runs, 1e-4).verdict == verdict
+
+
+def test_a_moved_sigmoid_has_an_offset_and_what_is_computed_from_it_has_none() -> None:
+    tail = "a = MatMul(h, v) s = Sigmoid(a) y = Transpose<perm=[1, 0]>(s) t = Mul(s, s) z = Tanh(a)"
+    combed = comb(
+        cpd.load(from_text(f"({MLP}) => (float[A, B] y, float[C, D] t, float[E, F] z) {{ h = MatMul(x, w) {tail} }}"))
+    )
+    keep = KeepMask(combed.atoms, combed.groups[0].channels[:2])
+    assert {one.name: one.offset for one in compared_tensors(combed, keep)} == {"y": 1.0, "t": 0.0, "z": 0.0, "a": 0.0}
+
+
+def test_a_wrong_value_before_a_sigmoid_shows_although_its_output_is_near_zero() -> None:
+    near_zero = numbers(0.5)[1:] * np.float32(1e-7)
+    found = ComparedTensor("y", "y", SATURATING, is_affected=True, is_behind=True, offset=1.0)
+    before = ComparedTensor("a", "y", is_affected=True, is_behind=True)
+    runs = [[near_zero, numbers(-15.0)]], [[near_zero * 2, numbers(-14.0)]], [[near_zero * 3, numbers(-13.9)]]
+    verdict = judge([found, before], Runs(*runs, lambda: [[near_zero * 2, numbers(-14.0)]]), 1e-4)
+    assert [one.verdict for one in verdict.outputs] == [VERIFIED, WRONG]
 
 
 def test_a_difference_within_the_tolerance_but_not_small_against_the_effect_is_inconclusive() -> None:

@@ -382,6 +382,21 @@ def test_a_file_that_does_not_run_is_not_verified(repaired: cpd.State) -> None:
     assert "output 'y' of the file is not finite where the original's is" in complaint(repaired.original, made, named)
 
 
+def test_a_refitted_file_is_compared_where_indices_fit_into_an_open_axis() -> None:
+    # index 1 is beyond one of the sizes at which x would be accepted by its shape
+    text = (
+        "(float[n, 6] x, int64[m] xi, float[6, 16] w, float[16, 12] u, float[12, 3] v) => (float[m, 3] y) "
+        "{ h = MatMul(x, w) g = Gather(h, xi) a = MatMul(g, u) r = Relu(a) y = MatMul(r, v) }"
+    )
+    state = cpd.run(PRUNED, load(from_text(text)))
+    assert state.plan is not None
+    refitted = state.model.copy()
+    refitted.set_array("v", 2 * refitted.array("v"))
+    found = verify_files(state.original, refitted, state.plan.with_values(state.model, refitted))
+    assert found.measured is not None
+    assert found.measured.samples > 0
+
+
 @pytest.mark.parametrize("values", [["w"], {"w": 3}, {"w": "abc"}, {"w": "Z" * 64}])
 def test_a_plan_with_other_values_is_refused(values: Any, repaired: cpd.State, tmp_path: Path) -> None:
     assert repaired.plan is not None

@@ -170,6 +170,14 @@ def test_a_model_that_was_to_be_picked_decides() -> None:
     ]
 
 
+def test_an_output_that_shows_nothing_leaves_the_question_open_although_another_one_agrees() -> None:
+    compared = {**_agreement(0.99), "output": "box", "outputs": 2, "uniform": ["face"]}
+    found = verdict(_content(agreement=compared))["answers"][1]
+    assert found["answer"] == "unknown"
+    assert found["text"].endswith("the original answers all samples alike in output 'face', which shows nothing")
+    assert verdict(_content(agreement={**compared, "uniform": []}))["answers"][1]["answer"] == "yes"
+
+
 def test_a_single_sample_is_not_said_to_show_that_all_are_alike() -> None:
     compared = {**_agreement(1.0, chance=1.0, samples=1), "low": 0.05}
     assert "more samples are needed" in verdict(_content(agreement=compared))["answers"][1]["text"]

@@ -40,3 +40,25 @@ def test_masks_of_numbers_keep_something_and_flags_are_set() -> None:
     assert set(np.unique(feed["xm"])) == {0, 1}
     assert (feed["xm"].sum(-1) > 0).all()
     assert feed["xf"].all()
+
+
+TABLE = "(int64[n, t] xi, float[40, 8] table, int64[1] last, int64 length, int64 zero, int64[40] every, float[2] off_on, float[40, 8] rows)"
+
+
+@pytest.mark.parametrize(
+    ("body", "largest"),
+    [
+        ("i = Gather <axis = 1>(xi, last) y = Gather(table, i)", 39),
+        ("l = Less(xi, zero) c = Cast <to = 7>(l) w = Mul(c, length) i = Add(xi, w) y = Gather(table, i)", 39),
+        ("u = Unsqueeze(xi, last) e = Equal(u, every) f = Cast <to = 1>(e) y = MatMul(f, rows)", 39),
+        ("o = OneHot(xi, length, off_on) y = MatMul(o, rows)", 39),
+        ("p = CumSum(xi, zero) m = Mul(p, xi) y = Gather(table, m)", 1),
+    ],
+    ids=["looked up", "negative ones", "compared with all", "one-hot", "a mask that is counted"],
+)
+def test_indices_are_drawn_from_the_whole_table(body: str, largest: int) -> None:
+    values = {"last": [-1], "length": 40, "zero": 0, "every": list(range(40)), "off_on": [0, 1]}
+    folded = fold(load(from_text(f"{TABLE} => (float[] y) {{ {body} }}", values=values)))
+    drawn = [random_feed(folded, seed)["xi"] for seed in range(20)]
+    assert min(int(each.min()) for each in drawn) == 0
+    assert largest - 2 <= max(int(each.max()) for each in drawn) <= largest

@@ -14,6 +14,7 @@ from cpd_onnx.channels.combing import at_sizes, comb
 from cpd_onnx.proof.inputs import proof_inputs
 from cpd_onnx.runtime.sessions import open_model
 from cpd_onnx.shapes.inference import fold
+from cpd_onnx.testing import mask_oracle
 from tests.support.models import from_text
 from tests.support.open_outcome import open_outcome, outcome_of
 
@@ -267,3 +268,14 @@ def test_symbols_in_products_are_bound_to_different_numbers() -> None:
     values = fold(cpd.load(proto)).scope.values
     assert len(set(values["x"].shape or ())) == 4
     assert list(map(str, values["y"].sizes or ())) == ["n", "3", "2*h", "2*w"]
+
+
+@pytest.mark.parametrize("opset", [13, 17])
+def test_a_split_without_sizes_has_as_many_equal_parts_as_outputs(opset: int) -> None:
+    model = from_text(
+        "(float[N, 12] x, float[12, 16] w, float[16, 5] v, int64[1] m) => (float[N, 5] y) "
+        "{ s = Shape(x) n, k = Split(s) t = Concat <axis = 0>(n, m) h = MatMul(x, w) r = Reshape(h, t) y = MatMul(r, v) }",
+        opset=opset, values={"m": [-1]},
+    )  # fmt: skip  # text, then numbers
+    assert comb(fold(cpd.load(model))).prunable_fraction() == 1.0
+    assert mask_oracle(model).passed

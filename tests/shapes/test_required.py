@@ -233,6 +233,24 @@ def test_a_shape_that_is_unknown_is_named_where_it_is_first_with_the_option_that
     assert comb(cpd.load(from_text(text)), {"x": (3, 5, 6)}).prunable_fraction() == 1.0
 
 
+def test_a_branch_that_sizes_choose_is_named_also_by_what_a_later_branch_reads() -> None:
+    later = (
+        "k = If(c) <then_branch = p () => (float[] i) { i = Squeeze(g, zero) }, "
+        "else_branch = q () => (float[] j) { j = Identity(g) }>"
+    )
+    text = (
+        "(float[n, 6] x, float[6, 8] w, float[8, 4] v, int64[1] zero, int64[1] one) => (float[] y) "
+        "{ h = MatMul(x, w) s = Shape(h) d = Gather(s, zero) c = Equal(d, one) "
+        "g = If(c) <then_branch = t () => (float[] a) { a = Squeeze(h, zero) }, "
+        f"else_branch = e () => (float[] b) {{ b = Identity(h) }}> {later} y = MatMul(k, v) }}"
+    )
+    model = from_text(text, values={"zero": [0], "one": [1]})
+    found = {str(reason) for frozen in comb(cpd.load(model)).frozen() for reason in frozen.reasons}
+    why = "is not known, since sizes of the inputs decide which branch runs: give --input-shape"
+    assert f"the output shape of If 'g' {why}" in found
+    assert not any("'k'" in reason for reason in found)
+
+
 def test_a_shape_that_data_decide_is_not_blamed_on_the_sizes_of_inputs() -> None:
     text = (
         "(float[n, 6] x, float[2, 8] w, float[6, 8] u, float[8, 8] t, float[8, 4] v) => (float[] y) { i = NonZero(x) "
