@@ -126,7 +126,7 @@ def test_a_loader_of_torch_says_how_long_it_is() -> None:
     named = [{"image": image.requires_grad_(), "labels": label} for image, label in pairs]
     for dataset in (pairs, named):
         loader = torch.utils.data.DataLoader(dataset, batch_size=32)
-        options = FEW | {"train": {"epochs": 2, "threads": 1}}
+        options = FEW | {"macs": 0.5, "max_loss": float("inf"), "train": {"epochs": 2, "threads": 1}}
         made = cpd.compressed(DIGITS, loader, **options)
         assert len(made.losses) == 6
     assert made.state.repaired is not None

@@ -230,8 +230,9 @@ def stopped(folder: Path, *arguments: object) -> None:
 
 def test_a_run_that_was_stopped_goes_on_with_what_it_had_measured(folder: Path) -> None:
     """A latency is never measured alike twice: the channels that were chosen are on record."""
-    training = ("--data", "train.npz", "--repair-samples", 64, "--steps", 400, "--batch-size", 32, "--threads", 1)
+    training = ("--data", "train.npz", "--repair-samples", 64, "--steps", 200, "--batch-size", 32, "--threads", 1)
     asked = ("compress", "digits.onnx", "-o", "small.onnx", "--target", "latency=0.7", "--no-report", *training)
+    asked += ("--effort", 0)
     stopped(folder, *asked)
     chosen = json.loads((folder / "small.onnx.checkpoint.1.json").read_text())["chosen"]["removed"]
     assert run(*asked) == 1

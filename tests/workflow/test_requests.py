@@ -232,7 +232,8 @@ def test_no_default_is_stated_twice() -> None:
     ],
 )
 def test_one_rule_says_what_the_allocation_policy_is(folder: Path, options: tuple[str, ...], policy: str) -> None:
-    few = ("--samples", 16, "--repair-samples", 16)
+    few = ("--samples", 16, "--repair-samples", 16, "--effort", 0)
+    few += ("--target", "macs=0.5", "--max-loss", "inf", "--no-check-speed")
     assert command("prune", "model.onnx", "-o", "once.onnx", *options, *few) == 0
     assert command("prune", "model.onnx", "-o", "twice.onnx", *options, *few, "--rounds", 2) == 0
     for name in ("once", "twice"):
@@ -242,8 +243,9 @@ def test_one_rule_says_what_the_allocation_policy_is(folder: Path, options: tupl
     chosen = "global" if "global" in options else None
     more = named or {"blind": True}
     made = cpd.compressed(
-        "model.onnx", score=score, policy=chosen, macs=0.5, train=False, samples=16, repair_samples=16, **more
-    )
+        "model.onnx", score=score, policy=chosen, macs=0.5, max_loss=float("inf"), train=False, samples=16,
+        repair_samples=16, effort=0, **more,
+    )  # fmt: skip  # what and how
     assert made.state.need("plan", "prune").content["budget"]["policy"] == policy
 
 
@@ -315,7 +317,7 @@ def test_a_failing_compress_leaves_nothing(folder: Path, monkeypatch: pytest.Mon
     before = there(folder)
     request = Compress(
         model=Path("model.onnx"), output=Path("small.onnx"), data="data.npz", distill=False, report=False, samples=32,
-        repair_samples=32, json="small.json", target=("macs", 0.5), check_speed=False,
+        repair_samples=32, json="small.json", target=("macs", 0.5), check_speed=False, effort=0,
     )  # fmt: skip  # what and how
     with monkeypatch.context() as patch:
         patch.setattr(f"cpd_onnx.workflow.compress_files.{place}", failing)
