@@ -56,6 +56,8 @@ RUN_ON = 4
 CLOCK = 1e5
 """Instructions in a millisecond of the cost tables: 100 MHz, and an instruction in each cycle."""
 FORMS = ("float32", "int8")
+FUSED = "/MatMulAddFusion"
+"""What onnxruntime appends to the name of a MatMul that it joins with the Add behind it."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -156,7 +158,10 @@ def cost_table(task: Task, combed: Combed, form: str, data: Path, folder: Path) 
         rewrite(combed, keep).model.save(path, overwrite=True)
         model = deployed(path, form, data, folder)
         found = run(model, task.tested[:1], folder, layers=True)
-        counts = {model.graph.node[place].name.removesuffix("_quant"): n for place, n in found.layers.items()}
+        counts = {
+            model.graph.node[place].name.removesuffix("_quant").removesuffix(FUSED): n
+            for place, n in found.layers.items()
+        }
         for name, layer in layers.items():  # a layer without a node of its own has become part of another
             sizes = {column: keep.count(axis) for column, axis in layer.axes.items()}
             rows.append({"layer": name, "operator": layer.operator, "ms": counts.get(name, 0.0) / CLOCK} | sizes)

@@ -174,17 +174,20 @@ class _Finder:
         self.inputs = [all_inputs(node) for node in self.scope.nodes]
         self.removable: dict[int, Branches] | None = None
         self.together: Gone | None = None
-        self._emptying: dict[Fingerprint, frozenset[int]] = {}
+        self._emptying: dict[Fingerprint, Gone] = {}
         self._tensors_of: dict[int, list[str]] = {}
+        self._tensors_of_many: list[tuple[str, frozenset[Gone]]] = []
         owner, _ = combed.owners
-        for each in combed.axes:
-            self._emptying[fingerprint(each.axis)] = _emptying(combed, owner, each.axis)
+        owners = {fingerprint(each.axis): _owners(combed, owner, each.axis) for each in combed.axes}
+        self._emptying = {key: frozenset.intersection(*found) for key, found in owners.items() if found}
         for (path, name), tensor in combed.tensors.items():
             if path:
                 continue
             for axis in tensor.all_axes:
                 for index in self.emptying(axis):
                     self._tensors_of.setdefault(index, []).append(name)
+                if len(found := owners.get(fingerprint(axis), frozenset())) > 1:
+                    self._tensors_of_many.append((name, found))
 
     def emptied(self, group: Group) -> Sequence[str]:
         """Return the tensors that do not exist without the group."""
@@ -198,6 +201,8 @@ class _Finder:
         """Return what disappears with some groups."""
         fates = _Fates()
         fates.lost_names = {name for index in gone for name in self._tensors_of.get(index, [])}
+        if len(gone) > 1:  # an axis with channels of several groups, such as that of a concatenation
+            fates.lost_names |= {name for name, owners in self._tensors_of_many if all(map(gone.intersection, owners))}
         lost_inputs = fates.lost_names.intersection(self.scope.inputs)
         if not fates.lost_names or lost_inputs:
             return Branches(gone, obstacle=f"input {min(lost_inputs)!r} would be gone" if lost_inputs else _SHARED)
@@ -492,14 +497,17 @@ class _Finder:
         return False
 
 
-def _emptying(combed: Combed, owner: Axis, axis: Axis) -> frozenset[int]:
-    """Return the groups without which nothing is left of an axis: each index has a channel of theirs."""
+def _owners(combed: Combed, owner: Axis, axis: Axis) -> frozenset[Gone]:
+    """Return the groups of the channels at each index of an axis; none if some index has none, as frozen ones do.
+
+    Nothing is left of the axis without a group from each of these sets.
+    """
     if not len(axis) or combed.atoms.all_frozen(axis):
         return frozenset()
     parts = combed.atoms.parts(axis)
-    groups = np.where(parts == NOTHING, -1, owner[parts])
-    first = set(groups[0].tolist()) - {-1}
-    return frozenset(index for index in first if bool((groups == index).any(axis=1).all()))
+    groups = np.unique(np.where(parts == NOTHING, -1, owner[parts]), axis=0)
+    found = frozenset(frozenset(row) - {-1} for row in groups.tolist())
+    return found if all(found) else frozenset()
 
 
 def _viewed(known: Shape | None, value: Value | None, out: Value) -> Shape | None:

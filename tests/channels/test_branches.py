@@ -160,6 +160,11 @@ def test_branches_that_can_be_removed_alone_but_not_together() -> None:
     assert verify(combed, chosen.keep_mask(combed), prune(combed, chosen).model).passed
 
 
+def test_groups_that_share_an_axis_disappear_together() -> None:
+    """What is computed before a split exists as long as one of its parts does, which no group alone decides."""
+    assert depth_oracle(seeded(21156), seed=21156).verdict == "verified"
+
+
 def test_a_constant_that_weights_multiply_from_the_left_keeps_a_channel() -> None:
     text = (
         "(float[B, 5, 4] x, float[4, 8] w, float[8, 4] v, float[4] k, float[5, 5] m, float[4, 4] t, float[4, 3] u) "
