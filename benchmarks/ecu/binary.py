@@ -25,7 +25,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -256,6 +256,19 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
         print(f"| {row['model']} | {row['program']} | {' | '.join(cells)} |")
 
 
+def recorded(wanted: Iterable[Task], only: Collection[str] | None, out: Path) -> list[dict[str, Any]]:
+    """Measure models, all or those of some names, and return all rows of the file to which theirs are written."""
+    rows: list[dict[str, Any]] = json.loads(out.read_text()) if out.exists() else []
+    for task in wanted:
+        if only and task.name not in only:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            found = measured(task, Path(folder))
+        rows = [*(row for row in rows if row["model"] != task.name), *found]
+        out.write_text(json.dumps(rows, indent=1) + "\n")
+    return rows
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -269,15 +282,7 @@ def main() -> None:
         return
     if missing():
         sys.exit(f"not installed: {', '.join(missing())}")
-    rows = json.loads(options.out.read_text()) if options.out.exists() else []
-    for task in tasks(options.data_folder):
-        if options.only and task.name not in options.only:
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            found = measured(task, Path(folder))
-        rows = [*(row for row in rows if row["model"] != task.name), *found]
-        options.out.write_text(json.dumps(rows, indent=1) + "\n")
-    show(rows)
+    show(recorded(tasks(options.data_folder), options.only, options.out))
 
 
 if __name__ == "__main__":

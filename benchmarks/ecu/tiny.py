@@ -19,13 +19,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from binary import ROOT, SEED, Task, answers, loaded, measured, show
+from binary import ROOT, SEED, Task, answers, loaded, recorded, show
 from emulated import missing
 from PIL import Image
 
@@ -86,22 +85,14 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the stored results and run nothing")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
-    rows = json.loads(options.out.read_text()) if options.out.exists() else []
     if options.table:
-        show(rows)
+        show(json.loads(options.out.read_text()))
         return
     if options.models is None or options.data_folder is None:
         parser.error("give --models and --data-folder")
     if missing():
         sys.exit(f"not installed: {', '.join(missing())}")
-    for task in tasks(options.models, options.data_folder):
-        if options.only and task.name not in options.only:
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            found = measured(task, Path(folder))
-        rows = [*(row for row in rows if row["model"] != task.name), *found]
-        options.out.write_text(json.dumps(rows, indent=1) + "\n")
-    show(rows)
+    show(recorded(tasks(options.models, options.data_folder), options.only, options.out))
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def lifetimes(scope: Scope) -> Lifetimes:
         last[name] = len(scope.nodes) + 1 if name in outputs else max([first[name], *readers])
     owner = {name: name for name in first}
     for number, node in enumerate(scope.nodes, start=1):
-        source, result = _computed(node, scope), next(iter(node.output), "")
+        source, result = _overwritten(node, scope), next(iter(node.output), "")
         if source in owner and result in owner:
             held = owner[source]
             if _shares(node, scope, source, first[held], last[held] - number):
@@ -197,16 +197,14 @@ def _step(use: Use, scope: Scope, steps: Mapping[int, int]) -> int:
     return use.node + 1
 
 
-def _computed(node: NodeProto, scope: Scope) -> str:
-    """Return the only input that is computed, of a sum or product with constants; else the first input."""
-    computed = [name for name in node.input if name and not _is_constant(scope, name)]
-    return computed[0] if _joins(node) and len(computed) == 1 else next(iter(node.input), "")
-
-
-def _joins(node: NodeProto) -> bool:
-    """Return whether an operator adds or multiplies its inputs, element by element."""
+def _overwritten(node: NodeProto, scope: Scope) -> str:
+    """Return the input whose memory the output of an operator may share; empty if there is none."""
     traits = traits_of(node)
-    return traits.is_local and (traits.is_additive or traits.is_bilinear)
+    if traits.is_view or traits.is_activation or traits.runs_in_place:
+        return next(iter(node.input), "")
+    computed = {name for name in node.input if name and not _is_constant(scope, name)}
+    joins = traits.is_local and (traits.is_additive or traits.is_bilinear)
+    return computed.pop() if joins and len(computed) == 1 else ""
 
 
 def _is_constant(scope: Scope, name: str) -> bool:
@@ -215,16 +213,10 @@ def _is_constant(scope: Scope, name: str) -> bool:
 
 
 def _shares(node: NodeProto, scope: Scope, source: str, first: int, later: int) -> bool:
-    """Return whether the output shares the memory of an input.
+    """Return whether the output shares the memory of an input, as `_overwritten` returns it.
 
     That memory is written at step `first`, 0 for an input of the model, and read for `later` further steps.
     """
-    traits = traits_of(node)
-    if traits.is_view:
-        return True
     given, result = scope.values[source], scope.values[node.output[0]]
     is_alike = given.shape == result.shape and given.dtype == result.dtype
-    others = [name for name in node.input if name and name != source]
-    overwrites = traits.is_activation or traits.runs_in_place
-    overwrites |= _joins(node) and all(_is_constant(scope, name) for name in others)
-    return overwrites and is_alike and first > 0 and later == 0
+    return traits_of(node).is_view or (is_alike and first > 0 and later == 0)
