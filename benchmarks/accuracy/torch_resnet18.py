@@ -1,7 +1,8 @@
 """Train ResNet-18 for 32x32 images in torch on labelled images, or prune it by torch-pruning, and export it to ONNX.
 
-    python benchmarks/accuracy/torch_resnet18.py train IMAGES OUT --classes 43 [--share 1.0] [--epochs 12]
+    python benchmarks/accuracy/torch_resnet18.py train IMAGES OUT --classes 43 [--share 1.0] [--epochs 12] [--device cuda]
     python benchmarks/accuracy/torch_resnet18.py prune WEIGHTS OUT --share 0.5
+    python benchmarks/accuracy/torch_resnet18.py export WEIGHTS OUT [--share 1.0]
 
 IMAGES is an .npz with `input` [N, 3, 32, 32] and `labels` [N]. OUT.onnx is the exported model, OUT.pt its weights. The
 widths are those of He et al. 2016, 64 to 512, times --share, in multiples of 8. `prune` needs torch-pruning and keeps
@@ -59,67 +60,73 @@ class ResNet18(nn.Module):
         return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
-def trained(network: ResNet18, images: torch.Tensor, labels: torch.Tensor, epochs: int, batch: int = 64) -> None:
-    """Train by AdamW on shifted images with a one-cycle learning rate and bfloat16 autocast."""
+def trained(
+    network: ResNet18, images: torch.Tensor, labels: torch.Tensor, epochs: int, seed: int, batch: int = 64
+) -> None:
+    """Train by AdamW on shifted images with a one-cycle learning rate and bfloat16 autocast, on the device of the images."""
     steps = epochs * (len(images) // batch)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
-    generator = torch.Generator().manual_seed(0)
-    network.to(memory_format=torch.channels_last).train()  # twice as fast in bfloat16
+    generator = torch.Generator().manual_seed(seed)
+    network.to(images.device, memory_format=torch.channels_last).train()  # twice as fast in bfloat16
     started = time.perf_counter()
     for epoch in range(epochs):
-        total = 0.0
-        for chosen in torch.randperm(len(images), generator=generator).split(batch)[: len(images) // batch]:
+        total = torch.zeros((), device=images.device)
+        order = torch.randperm(len(images), generator=generator).to(images.device)
+        for chosen in order.split(batch)[: len(images) // batch]:
             top, left = torch.randint(0, 5, (2,), generator=generator).tolist()
             x = F.pad(images[chosen], (2, 2, 2, 2))[:, :, top : top + 32, left : left + 32]
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(images.device.type, torch.bfloat16):
                 loss = F.cross_entropy(network(x).float(), labels[chosen])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            total += loss.item()
+            total += loss.detach()
         seconds = time.perf_counter() - started
-        print(f"epoch {epoch + 1}: {total / (len(images) // batch):.4f}, {seconds:.0f} s", flush=True)
+        print(f"epoch {epoch + 1}: {total.item() / (len(images) // batch):.4f}, {seconds:.0f} s", flush=True)
 
 
 def export(network: nn.Module, out: Path) -> None:
     """Write the ONNX model, with its BatchNormalization, and the weights."""
-    network.eval()
+    network.cpu().eval()
+    torch.save(network.state_dict(), f"{out}.pt")
     torch.onnx.export(
         network, (torch.randn(1, 3, 32, 32),), f"{out}.onnx", input_names=["input"], output_names=["logits"],
         dynamic_axes={"input": {0: "n"}, "logits": {0: "n"}}, training=torch.onnx.TrainingMode.PRESERVE,
         do_constant_folding=False, dynamo=False,
     )  # fmt: skip  # one call
-    torch.save(network.state_dict(), f"{out}.pt")
 
 
 def main() -> None:
     """Train or prune, then export."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("job", choices=("train", "prune"))
+    parser.add_argument("job", choices=("train", "prune", "export"))
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--classes", type=int, default=43)
     parser.add_argument("--share", type=float, default=1.0)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    torch.manual_seed(0)
+    torch.manual_seed(options.seed)
     torch.set_num_threads(options.threads)
     if options.job == "train":
         network = ResNet18(options.classes, options.share)
         with np.load(options.source) as archive:
             images, labels = torch.from_numpy(archive["input"]), torch.from_numpy(archive["labels"].astype(np.int64))
         if options.epochs:
-            trained(network, images, labels, options.epochs)
+            trained(network, images.to(options.device), labels.to(options.device), options.epochs, options.seed)
     else:
-        import torch_pruning as tp
-
         weights = torch.load(options.source)
-        network = ResNet18(len(weights["linear.weight"]))
+        network = ResNet18(len(weights["linear.weight"]), options.share if options.job == "export" else 1.0)
         network.load_state_dict(weights)
         network.eval()
+    if options.job == "prune":
+        import torch_pruning as tp
+
         tp.pruner.BasePruner(
             network, torch.randn(1, 3, 32, 32), importance=tp.importance.GroupMagnitudeImportance(p=2),
             pruning_ratio=1 - options.share, round_to=MULTIPLE, ignored_layers=[network.linear],
