@@ -446,8 +446,8 @@ class _Rewriter(Editor):
                         f"got {list(value.shape)}; {REPORT_BUG}"
                     )
                 self.check_open(name, tensor, value)
-        if folded.unknown.keys() - self.combed.folded.unknown.keys():
-            operator, node = next(iter(sorted(folded.unknown.items())))
+        if lost := sorted(folded.unknown.keys() - self.combed.folded.unknown.keys()):
+            operator, node = lost[0], folded.unknown[lost[0]]
             raise ProofError(f"internal error: {operator} {node!r} does not accept the pruned shapes; {REPORT_BUG}")
 
     def check_open(self, name: str, tensor: Tensor, now: Value) -> None:

@@ -71,6 +71,7 @@ from cpd_onnx.shapes.values import (
     PLACEHOLDER_SIZES,
     Folded,
     Numbers,
+    Place,
     Scope,
     Shape,
     Value,
@@ -82,9 +83,6 @@ Inputs: TypeAlias = "Sequence[Value | None]"
 """The inputs of a node; None for an optional input that is absent."""
 Inferred: TypeAlias = "tuple[int, tuple[int | None, ...] | None]"
 """Element type (0 if unknown) and shape (None for an unknown size or rank)."""
-Place: TypeAlias = "tuple[str, int, int, int]"
-"""Axis of a node's output: path of the scope, position of the node, number of the output, and of the axis."""
-
 _MAX_SMALL_FLOATS = 8
 """Largest size, in elements, of a float constant that may be shape arithmetic (scales, bounds), not a weight.
 Heuristic."""
@@ -100,28 +98,31 @@ def fold(
     numbers: Mapping[str, int] | None = None,
     *,
     evaluates: bool = True,
+    counts: Mapping[Place, int] | None = None,
 ) -> Folded:
     """Infer all shapes and evaluate the shape arithmetic of a model.
 
     `input_shapes` fixes the shapes of inputs, by name, if the file leaves them open and the default sizes do not fit.
     `numbers` gives the numbers of symbols under the first binding, by name; the dimensions remain symbolic.
+    `counts` gives sizes that data decide, which are otherwise found where an operator requires them to be a number.
     Weights that the graph computes from others are evaluated too, in a copy of the model, unless `evaluates` is false.
     Raises ModelError if the graph has a cycle, an input without a producer, or is invalid otherwise.
     """
     shapes = {name: tuple(shape) for name, shape in (input_shapes or {}).items()}
-    bound = dict(numbers or {})
+    bound, counted = dict(numbers or {}), dict(counts or {})
     with translate_errors(model):
-        found = _best_inferred(model, shapes, bound)
+        found = _best_inferred(model, shapes, bound, counted)
         weights = evaluate_weights(model, found.scope) if evaluates else None
         if weights is None:
             return found
-        return replace(_best_inferred(weights.model, shapes, bound), evaluated=weights, source=model)
+        return replace(_best_inferred(weights.model, shapes, bound, counted), evaluated=weights, source=model)
 
 
 def fold_again(folded: Folded, model: Model, numbers: Mapping[str, int] | None = None) -> Folded:
     """Infer a model with the same inputs under the input shapes and, unless given, the numbers of `folded`.
 
-    Inputs of the model that have lost channels get the shapes without them.
+    Inputs of the model that have lost channels get the shapes without them. Sizes that data decide stay as operators
+    required them, which the model may have lost; no channels are removed along such axes.
     """
     shapes = folded.input_shapes
     if shapes and model is not folded.model:
@@ -130,29 +131,34 @@ def fold_again(folded: Folded, model: Model, numbers: Mapping[str, int] | None =
             name: tuple(len(kept.get(name, {}).get(axis, range(size))) for axis, size in enumerate(shape))
             for name, shape in shapes.items()
         }
-    return fold(model, shapes, folded.numbers if numbers is None else numbers)
+    return fold(model, shapes, folded.numbers if numbers is None else numbers, counts=folded.counts)
 
 
-def _best_inferred(model: Model, input_shapes: Mapping[str, Shape], numbers: Mapping[str, int]) -> Folded:
+def _best_inferred(
+    model: Model, input_shapes: Mapping[str, Shape], numbers: Mapping[str, int], counts: Mapping[Place, int]
+) -> Folded:
     """Return the model inferred with the sizes that its operators require.
 
     A size that is solved may be what another operator's requirement is known by, so that this is repeated; so are sizes
     that the symbols do not show to be a number, but an operator requires to be. Where shapes
     remain unknown, sizes that operators probably require are taken if they leave fewer unknown.
     """
-    inference, folded, known = _solved(model, input_shapes, numbers, {})
+    inference, folded, known = _solved(model, input_shapes, numbers, {}, counts)
     more = {name: number for name, number in solved(inference.suggestions).items() if name not in known}
     if not folded.unknown or not more:
         return folded
-    _, other, _ = _solved(model, input_shapes, numbers, known | more)
+    _, other, _ = _solved(model, input_shapes, numbers, known | more, counts)
     return other if len(other.unknown) < len(folded.unknown) else folded
 
 
 def _solved(
-    model: Model, input_shapes: Mapping[str, Shape], numbers: Mapping[str, int], known: dict[str, int]
+    model: Model,
+    input_shapes: Mapping[str, Shape],
+    numbers: Mapping[str, int],
+    known: dict[str, int],
+    counts: Mapping[Place, int],
 ) -> tuple[_Inference, Folded, dict[str, int]]:
     """Return the inference of a model with the sizes that operators require, its result, and all known sizes."""
-    counts: dict[Place, int] = {}
     fixed: dict[Size, int] = {}
     for _ in range(_MOST_SOLVED):
         inference, folded = _of_best_profile(model, input_shapes, numbers, known, _Required(counts, fixed))
@@ -161,7 +167,7 @@ def _solved(
         also = {size: number for size, number in inference.required_sizes.items() if size not in fixed}
         if not more and not found and not also:
             break
-        known, counts, fixed = known | more, counts | found, fixed | also
+        known, counts, fixed = known | more, {**counts, **found}, fixed | also
     return inference, folded, known
 
 
@@ -195,7 +201,7 @@ class _Required:
     """What operators require of sizes that are not symbols, as an inference before has found it.
 
     Attributes:
-        counts: Sizes that data decide, by the axis of a node's output.
+        counts: Sizes that data decide, by the axis of a tensor.
         sizes: Sizes that are the rest of a division by open sizes, with the number that each has to be.
     """
 
@@ -246,7 +252,7 @@ class _Inference:
         uses, products = tuple(self.provenance.uses), tuple(self.provenance.products)
         return Folded(
             self.model, scope, uses, products, self.unknown, batch,
-            input_shapes=self.inputs.shapes, numbers=self.inputs.numbers, solved=self.inputs.solved,
+            input_shapes=self.inputs.shapes, numbers=self.inputs.numbers, solved=self.inputs.solved, counts=self.counts,
         )  # fmt: skip  # the result, then its conditions
 
     # Scopes.
@@ -343,13 +349,12 @@ class _Inference:
                 self.required_counts.setdefault(place, number)
 
     def maker_of_count(self, scope: Scope, name: str) -> Place | None:
-        """Return the only axis of a node's output whose size data decide, on the way back from a tensor; or None."""
+        """Return the only axis of a tensor whose size data decide, on the way back from another tensor; or None."""
         while (position := scope.producers.get(name)) is not None:
             value = scope.values[name]
-            index = list(scope.nodes[position].output).index(name)
             if value.has_placeholder and value.shapes is not None:
                 axes = [i for i, numbers in enumerate(zip(*value.shapes, strict=True)) if numbers == PLACEHOLDER_SIZES]
-                return (scope.path, position, index, axes[0]) if len(axes) == 1 else None
+                return (scope.path, name, axes[0]) if len(axes) == 1 else None
             name = scope.nodes[position].input[0] if scope.nodes[position].input else ""
         return None
 
@@ -497,7 +502,7 @@ class _Inference:
             shapes = [found[index][1] for found in (first, *rest)]
             complete = [
                 tuple(
-                    self.counts.get((scope.path, position, index, axis)) if size is None else size
+                    self.counts.get((scope.path, value.name, axis)) if size is None else size
                     for axis, size in enumerate(shape)
                 )
                 for shape in shapes

@@ -18,6 +18,8 @@ from cpd_onnx.ops.sizes import Expressions, Extents, is_constant
 
 Shape: TypeAlias = tuple[int, ...]
 """The sizes of the axes of a tensor."""
+Place: TypeAlias = "tuple[str, str, int]"
+"""Axis of a tensor: path of its scope, its name, and the number of the axis."""
 Numbers: TypeAlias = "tuple[int, ...]"
 """The numbers to which a symbol is bound, one for each binding."""
 PLACEHOLDER_SIZES = (37, 41, 43)
@@ -299,7 +301,7 @@ class Folded:
         input_shapes: Shapes given to `fold`, by input name.
         numbers: Numbers given to `fold` for the first binding of symbols, by name.
         solved: Numbers that the operators require of symbols, by name.
-
+        counts: Numbers that the operators require of sizes that data decide, by the axis of a tensor.
     """
 
     model: Model
@@ -313,6 +315,7 @@ class Folded:
     input_shapes: Mapping[str, Shape] = field(default_factory=dict)
     numbers: Mapping[str, int] = field(default_factory=dict)
     solved: Mapping[str, int] = field(default_factory=dict)
+    counts: Mapping[Place, int] = field(default_factory=dict)
 
     @property
     def original(self) -> Model:

@@ -165,6 +165,30 @@ def test_groups_that_share_an_axis_disappear_together() -> None:
     assert depth_oracle(seeded(21156), seed=21156).verdict == "verified"
 
 
+def test_a_size_that_only_a_removed_branch_requires_stays() -> None:
+    """The count of elements that a condition chooses is known by the weights behind it, which all go."""
+    model = from_text(
+        """(float[n,6] x, float[6,8] w1, bool[8] chosen, int64[2] parts, float[6,8] w2, float[8,3] w3, float[3,3] w4)
+        => (float[n,3] y)
+        {
+            a = MatMul(x, w1)
+            b = Compress<axis=1>(a, chosen)
+            c, d = Split<axis=1>(b, parts)
+            e = MatMul(b, w2)
+            f = MatMul(e, w3)
+            g = Add(c, f)
+            y = MatMul(g, w4)
+        }""",
+        values={"chosen": np.array([1, 0, 1, 0, 1, 1, 1, 1], bool), "parts": np.array([3, 3])},
+    )
+    combed = comb(model)
+    index = group_of(combed, "w2")
+    keep = KeepMask(combed.atoms, combed.groups[index].channels)
+    pruned = rewrite(combed, keep)
+    assert "w2" not in {tensor.name for tensor in pruned.model.graph.initializer}
+    assert verify(combed, keep, pruned.model).verdict == "verified"
+
+
 def test_a_constant_that_weights_multiply_from_the_left_keeps_a_channel() -> None:
     text = (
         "(float[B, 5, 4] x, float[4, 8] w, float[8, 4] v, float[4] k, float[5, 5] m, float[4, 4] t, float[4, 3] u) "
