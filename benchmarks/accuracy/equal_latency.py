@@ -103,7 +103,7 @@ CASES = {
         variants=(("ours", ("--lr", "0.001")), ("ours", ("--lr", "0.0005")), ("ours", ("--hidden", "9"))),
     ),
     "resnet56 0.6, 20 epochs": Case(
-        "resnet56_jpeg_cifar10", "cifar10", 0.6, 2820, _RESNET, peer="blocks", images=18000
+        "resnet56_jpeg_cifar10", "cifar10", 0.6, 2400, _RESNET, peer="blocks", images=15360
     ),
     "vit 0.5": Case(
         "vit_cifar10_smmk47", "cifar10", 0.5, 1000, ("--lr", "0.0005", *_IMAGES), images=36000,
