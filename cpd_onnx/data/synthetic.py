@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from cpd_onnx.ir.model import Array
-from cpd_onnx.runtime.sessions import Feed, random_array, random_feed
+from cpd_onnx.runtime.sessions import Feed, equal_constants, random_array, random_feed
 from cpd_onnx.shapes.values import Folded
 
 _SHAPES = (4, 24)
@@ -27,8 +27,9 @@ class Synthetic:
     natural images (Lee, Mumford and Huang, Occlusion Models for Natural Images, IJCV 2001; networks learn from them:
     Baradad et al., Learning to See by Looking at Noise, NeurIPS 2021). Shapes are textured by noise of that spectrum,
     whose amplitudes are inversely proportional to the frequency; images differ in brightness and contrast. Over all
-    images the mean is about 0 and the standard deviation about 1, as of normalised images. Other inputs are random as
-    those of `random_feed`.
+    images the mean is about 0 and the standard deviation about 1, as of normalised images. A single integer that the
+    model compares with constants, such as a sampling rate, is one of these. Other inputs are random as those of
+    `random_feed`.
 
     Attributes:
         count: Number of samples in one pass (heuristic).
@@ -49,6 +50,8 @@ class Synthetic:
     def _drawn(self, name: str, size: int, rng: np.random.Generator) -> Array:
         example, value = self._example[name], self.folded.scope.values[name]
         shape = (size, *example.shape[1:]) if example.ndim else ()
+        if example.size == 1 and example.dtype.kind in "iu" and (choices := equal_constants(self.folded, value)):
+            return np.full(shape, rng.choice(choices), example.dtype)
         if example.dtype.kind != "f" or example.ndim != 4:
             return random_array(self.folded, value, shape, rng)
         channels = min((1, 3), key=lambda axis: example.shape[axis])

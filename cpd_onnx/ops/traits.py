@@ -50,6 +50,7 @@ class Traits:
         is_step_function: The float output is a discontinuous function of the input (rounding, remainder, sampling).
         is_boolean: The outputs are boolean.
         compares: Compares two numeric tensors.
+        is_equality: Tells which elements of two tensors are equal.
         is_random: The output differs from run to run.
         may_mask: May apply an additive mask of minus infinity to attention scores.
         follows_normalisation: Commonly follows a convolution whose BatchNormalization was folded into it.
@@ -104,6 +105,7 @@ class Traits:
     is_step_function: bool = False
     is_boolean: bool = False
     compares: bool = False
+    is_equality: bool = False
     is_random: bool = False
     may_mask: bool = False
     follows_normalisation: bool = False
@@ -262,7 +264,7 @@ _row("ArgMax", "stays_float")
 _row("Ceil", "is_step_function is_local")
 _row("CumSum", "stays_float")
 _row("Div", "is_linear reveals_operand is_local")
-_row("Equal", "is_boolean compares")
+_row("Equal", "is_boolean compares is_equality")
 _row("Floor", "is_step_function is_local")
 _row("Greater", "is_boolean compares")
 _row("GreaterOrEqual", "is_boolean compares")

@@ -70,7 +70,7 @@ def rounding_of(model: Model) -> Rounding:
     nodes += [node for function in model.proto.functions for node in function.node]
     integers = False
     for node in nodes:
-        if all(name in constants for name in node.input if name):
+        if not bodies_of(node) and all(name in constants for name in node.input if name):  # bodies use further tensors
             constants.update(node.output)
         else:
             integers |= _is_rounding(node)

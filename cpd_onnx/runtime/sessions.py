@@ -380,6 +380,23 @@ def _limit_behind(folded: Folded, value: Value, *, is_computed: bool) -> int:
     return limit
 
 
+def equal_constants(folded: Folded, value: Value) -> list[int]:
+    """Return the integers that the graph and its branches ask an input to equal, in order; not those of flags."""
+    waiting, visited, found = [value.name], {value.name}, set[int]()
+    while waiting:
+        name = waiting.pop()
+        for use in folded.scope.consumers.get(name, []):
+            node = use.scope.nodes[use.node]
+            if traits_of(node).is_equality:
+                other = use.scope.lookup(node.input[1 - use.slot])
+                if other is not None and other.value is not None and other.value.size == 1:
+                    found.add(int(other.value.item()))
+            if traits_of(node).carries_indices and node.input[0] == name:
+                waiting += [output for output in node.output if output not in visited]
+                visited.update(node.output)
+    return sorted(found - {0, 1})
+
+
 def _is_integer(value: Value | None) -> bool:
     return value is not None and value.dtype != 0 and np.issubdtype(element_type(value.dtype), np.integer)
 

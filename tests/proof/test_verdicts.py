@@ -238,6 +238,18 @@ def run(model: Any, feed: dict[str, Array]) -> Array:
     return execute(open_model(model, optimise=False), feed)[0]
 
 
+def test_what_follows_a_branch_of_a_constant_condition_rounds() -> None:
+    """A body uses tensors that its node does not name, so that its outputs are no constants."""
+    text = """(float[N, 4] x, bool c, float s, uint8 z) => (uint8[N, 4] y) {
+        a = If (c) <
+            then_branch = one () => (float[N, 4] t) { t = Relu (x) },
+            else_branch = two () => (float[N, 4] e) { e = Neg (x) }
+        >
+        y = QuantizeLinear (a, s, z)
+    }"""
+    assert rounding_of(cpd.load(from_text(text, values={"c": True, "s": 0.1, "z": 0}))).has_integers
+
+
 @pytest.mark.parametrize("name", ["int8, QDQ", "int8, operators", "int8, dynamic"])
 def test_without_rounding_a_quantised_model_gives_nearly_the_same(name: str) -> None:
     model = cpd.load(network(name))

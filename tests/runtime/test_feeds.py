@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from cpd_onnx.data.synthetic import Synthetic
 from cpd_onnx.ir.model import load
 from cpd_onnx.runtime.sessions import execute, open_model, random_feed
 from cpd_onnx.shapes.inference import fold
@@ -62,3 +63,22 @@ def test_indices_are_drawn_from_the_whole_table(body: str, largest: int) -> None
     drawn = [random_feed(folded, seed)["xi"] for seed in range(20)]
     assert min(int(each.min()) for each in drawn) == 0
     assert largest - 2 <= max(int(each.max()) for each in drawn) <= largest
+
+
+@pytest.mark.parametrize(("shape", "drawn"), [("", {8000, 16000}), ("[1]", {8000, 16000}), ("[4]", {0, 1})])
+def test_a_number_that_has_to_equal_a_constant_is_one_of_these(shape: str, drawn: set[int]) -> None:
+    """Such as a sampling rate; several integers may be a mask, and a comparison with zero or one is that of a flag."""
+    text = f"""(int64{shape} xi, int64{shape} xf, int64 low, int64 high, int64 none, float[1] x) => (float[] y) {{
+        i = Identity (xi)
+        a = Equal (i, low)
+        b = Equal (high, xi)
+        c = Equal (xf, none)
+        d = Or (a, b)
+        e = Or (c, d)
+        f = Cast <to = 1> (e)
+        y = Mul (x, f)
+    }}"""
+    source = Synthetic(fold(load(from_text(text, values={"low": 8000, "high": 16000, "none": 0}))), count=80)
+    feeds = list(source.batches(4))
+    assert {int(number) for feed in feeds for number in np.ravel(feed["xi"])} == drawn
+    assert all(np.any(feed["xf"]) for feed in feeds)
