@@ -20,6 +20,7 @@ from cpd_onnx.deploy.steps import Deployed, Deployment, Step, c_measured, ort_me
 from cpd_onnx.deploy.steps import deploy as deploy_model
 from cpd_onnx.errors import CpdError, DataError, ProofError, UnsupportedError
 from cpd_onnx.io.files import commit_together, content_of, locked_folder, write_atomically
+from cpd_onnx.ir.interface import interface_of
 from cpd_onnx.ir.model import Model, load
 from cpd_onnx.options import options_of
 from cpd_onnx.report import manifest
@@ -129,8 +130,11 @@ def _require_sense(request: Deploy) -> None:
     if request.storage_only and request.half is None:
         raise CpdError("--storage-only has no effect without --half: give --half as well")
     sizes, files = (request.profile, request.fix, request.batch), (request.ort, request.c_source)
-    if not any((*sizes, *files, request.opset, request.fold, request.merge, request.int8, request.half)):
-        wishes = "--profile, --fix, --batch, --opset, --fold, --merge, --int8, --half, --ort or --c-source"
+    more = (request.fold, request.merge, request.int8, request.integer_io, request.half)
+    if not any((*sizes, *files, request.opset, *more)):
+        wishes = (
+            "--profile, --fix, --batch, --opset, --fold, --merge, --int8, --integer-io, --half, --ort or --c-source"
+        )
         raise CpdError(f"nothing to do: give {wishes}")
     if request.c_source is not None:
         require_generator()
@@ -169,6 +173,7 @@ def _deployment(request: Deploy, profile: Profile | None) -> Deployment:
         fold=request.fold or request.c_source is not None,
         merge=request.merge,
         int8=int8 if request.int8 else None,
+        integer_io=request.integer_io,
         half=request.half,
         storage_only=request.storage_only,
         profile=profile,
@@ -206,6 +211,7 @@ def _content(request: Deploy, model: Model, deployed: Deployed) -> dict[str, Any
         "source": {"file": request.model.name, "sha256": model.sha256()},
         "profile": request.profile,
         "steps": [_plain(step) for step in deployed.steps],
+        "integers": {name: asdict(each) for name, each in interface_of(deployed.model).integers.items()},
         "problems": list(deployed.problems),
         "bytes": sizes | ({"ort": content_of(request.ort).stat().st_size} if request.ort is not None else {}),
         "output": str(request.output),

@@ -658,6 +658,13 @@ class Deploy(Evaluating, Saving):
         choices=INT8_FORMS,
         group="int8",
     )
+    integer_io: bool = option(
+        False,
+        "Take and give the integers of a quantised model, instead of float32 that it quantises and dequantises; their "
+        "scales and zero points are in the manifest, the metadata of the model and the header of the C source",
+        group="int8",
+        is_common=True,
+    )
     per_tensor: bool = option(False, "Use one scale per weight tensor instead of one per channel", group="int8")
     exclude: tuple[str, ...] = option(
         (),
