@@ -158,10 +158,7 @@ def cost_table(task: Task, combed: Combed, form: str, data: Path, folder: Path) 
         rewrite(combed, keep).model.save(path, overwrite=True)
         model = deployed(path, form, data, folder)
         found = run(model, task.tested[:1], folder, layers=True)
-        counts = {
-            model.graph.node[place].name.removesuffix("_quant").removesuffix(FUSED): n
-            for place, n in found.layers.items()
-        }
+        counts = {name.removesuffix("_quant").removesuffix(FUSED): n for name, n in found.layers.items()}
         for name, layer in layers.items():  # a layer without a node of its own has become part of another
             sizes = {column: keep.count(axis) for column, axis in layer.axes.items()}
             rows.append({"layer": name, "operator": layer.operator, "ms": counts.get(name, 0.0) / CLOCK} | sizes)

@@ -42,7 +42,7 @@ class Emulated:
         stack: Bytes of the deepest stack.
         instructions: Instructions of one run, the mean over the samples.
         outputs: The first output for each sample.
-        layers: Instructions of each generated function that runs a node, by its number; empty if not asked for.
+        layers: Instructions of the functions that run a node, by its name; empty if not asked for.
     """
 
     flash: int
@@ -51,7 +51,7 @@ class Emulated:
     stack: int
     instructions: float
     outputs: list[Array]
-    layers: Mapping[int, float] = field(default_factory=dict)
+    layers: Mapping[str, float] = field(default_factory=dict)
 
 
 def missing() -> list[str]:
@@ -92,10 +92,10 @@ def _read(source: CSource, said: str, sizes: Mapping[str, int]) -> Emulated:
     dtype = port.numpy_dtype
     outputs = [np.frombuffer(bytes.fromhex(v), dtype).reshape(port.shape) for name, v in entries if name == "output"]
     counts = [int(value, 16) for name, value in entries if name == "instructions"]
-    taken: dict[int, list[int]] = {}
+    taken: dict[str, list[int]] = {}
     for (name, value), (following, count) in itertools.pairwise(entries):
         if name == "layer" and following == "took":
-            taken.setdefault(int(value, 16), []).append(int(count, 16))
+            taken.setdefault(source.nodes[int(value, 16)], []).append(int(count, 16))
     flash = sizes.get(".text", 0) + sizes.get(".ARM.exidx", 0) + sizes.get(".data", 0)
     return Emulated(
         flash,
@@ -104,7 +104,7 @@ def _read(source: CSource, said: str, sizes: Mapping[str, int]) -> Emulated:
         stack,
         float(np.mean(counts)),
         outputs,
-        {place: float(np.mean(each)) for place, each in taken.items()},
+        {name: float(np.sum(each)) / len(counts) for name, each in taken.items()},
     )
 
 

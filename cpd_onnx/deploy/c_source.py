@@ -23,6 +23,7 @@ import onnx
 from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto, helper
 
 from cpd_onnx.budget.memory import Buffer, lifetimes, planned
+from cpd_onnx.deploy.c_operators import with_known_operators
 from cpd_onnx.deploy.converting import embedded, require_one_message, translate_tool_errors
 from cpd_onnx.errors import TargetError, UnsupportedError
 from cpd_onnx.ir.interface import Integers, interface_of
@@ -139,6 +140,8 @@ def c_source(model: Model, name: str) -> CSource:
     require_one_message(model, "written as C")
     scope = fold(model).scope
     _require_sizes(model, scope)
+    model = with_known_operators(model)
+    scope = fold(model).scope
     prefix = _identifier(name)
     renamed = _renamed(model, scope, prefix)
     _require_plain_texts(renamed)
