@@ -50,6 +50,7 @@ from cpd_onnx.io.progress import announce
 from cpd_onnx.ir.interface import interface_of
 from cpd_onnx.ir.model import Array, Model
 from cpd_onnx.proof.comparison import QUANTIZED, TOLERANCES, OutputDifference, compare, output_difference, runs_needed
+from cpd_onnx.rewrite.absorbing import absorbed
 from cpd_onnx.runtime.sessions import (
     Feed,
     Runner,
@@ -313,11 +314,13 @@ def lower_ir(model: Model, newest: int) -> Model:
     return lower
 
 
-def fold_constants(model: Model) -> Model:
-    """Return the model with all constants computed, and batch normalisation as part of convolutions, by onnxruntime.
+def fold_constants(model: Model, *, affine: bool = True) -> Model:
+    """Return the model with all constants computed, and batch normalisation as part of linear operators.
 
-    What depends on sizes only is a constant once these are fixed, such as the pads of a convolution that an exporter
-    computes. Names of the remaining nodes and of inputs and outputs stay.
+    onnxruntime computes constants and does that for convolutions; `affine` says whether what scales and shifts the
+    channels of other linear operators becomes part of these too. What depends on sizes only is a constant once these
+    are fixed, such as the pads of a convolution that an exporter computes. Names of the remaining nodes and of inputs
+    and outputs stay.
 
     Raises:
         UnsupportedError: onnxruntime cannot load the model, or its result is not valid.
@@ -326,7 +329,8 @@ def fold_constants(model: Model) -> Model:
     with tempfile.TemporaryDirectory(prefix="cpd-onnx.") as folder:
         proto = optimised(model, Path(folder) / "folded.onnx", "onnxruntime cannot fold constants")
     _order_as(model, proto)
-    return valid(tidied(proto, model.proto), model, "folding constants")
+    folded = valid(tidied(proto, model.proto), model, "folding constants")
+    return absorbed(folded) if affine else folded
 
 
 def _order_as(model: Model, proto: ModelProto) -> None:
@@ -526,7 +530,7 @@ def _planned(model: Model, request: Deployment, source: Source | None) -> Iterat
         yield _Todo("fix", what, lambda *_: (fixed, {"sizes": sizes, "batch": batch}))
     yield from _versions(model, request)
     if request.fold:
-        yield _Todo("fold", "constants, batch normalisation", lambda now, _: (fold_constants(now), {}))
+        yield _Todo("fold", "constants, batch normalisation", lambda now, _: (fold_constants(now), {"affine": True}))
     if request.merge is not None:
         yield _merging(request.merge, request.merges)
     if request.int8 is not None and source is not None:
@@ -624,7 +628,7 @@ _AGAIN: dict[str, Callable[..., Model]] = {
     "fix": _fix_again,
     "opset": lambda model, version: convert_opset(model, version),
     "IR version": lambda model, version: lower_ir(model, version),
-    "fold": lambda model: fold_constants(model),
+    "fold": lambda model, affine=False: fold_constants(model, affine=affine),  # versions that record nothing did not
     "merge": merged_again,
     "int8": _int8_again,
     "integer-io": integer_io_again,

@@ -617,7 +617,7 @@ class Deploy(Evaluating, Saving):
         choices=LEVELS,
     )
     fold: bool = option(
-        False, "Compute constants, and make batch normalisation part of convolutions, before weights are converted"
+        False, "Compute constants, and make batch normalisation part of linear operators, before weights are converted"
     )
     merge: str | None = option(
         None,
