@@ -124,7 +124,11 @@ def cpd(*words: Any) -> None:
 def deployed(model: Path, form: str, data: Path, folder: Path) -> Model:
     """Return a model as `deploy --c-source` prepares it for C."""
     place = folder / f"{model.stem}.{form}.onnx"
-    int8 = ("--int8", "--int8-form", "qoperator", "--data", data, "--samples", 128) if form == "int8" else ()
+    int8 = (
+        ("--int8", "--int8-form", "qoperator", "--data", data, "--samples", 128, "--integer-io")
+        if form == "int8"
+        else ()
+    )
     cpd("deploy", model, "-o", place, "--batch", 1, "--fold", *int8)
     return load(place)
 

@@ -326,11 +326,17 @@ def fold_constants(model: Model, *, affine: bool = True) -> Model:
         UnsupportedError: onnxruntime cannot load the model, or its result is not valid.
     """
     require_one_message(model, "folded")
+    folded = _folded(model)
+    once_more = absorbed(folded) if affine else folded
+    return folded if once_more is folded else _folded(once_more)  # a MatMul may now be one operator with its addition
+
+
+def _folded(model: Model) -> Model:
+    """Return what onnxruntime folds."""
     with tempfile.TemporaryDirectory(prefix="cpd-onnx.") as folder:
         proto = optimised(model, Path(folder) / "folded.onnx", "onnxruntime cannot fold constants")
     _order_as(model, proto)
-    folded = valid(tidied(proto, model.proto), model, "folding constants")
-    return absorbed(folded) if affine else folded
+    return valid(tidied(proto, model.proto), model, "folding constants")
 
 
 def _order_as(model: Model, proto: ModelProto) -> None:

@@ -39,12 +39,17 @@ class Tail:
     gain: Vector
     shift: Vector
 
+    @property
+    def saves(self) -> bool:
+        """Whether the model has fewer nodes without it: MatMul leaves an addition for what it cannot add itself."""
+        return len(self.nodes) > (self.operator.bias_slot < 0 and bool(self.shift.any()))
+
 
 def absorbed(model: Model) -> Model:
     """Return a model in which linear operators have taken up the affine ones behind them; the given one if none can."""
     folded = fold(model, evaluates=False)
     absorber = _Absorber(folded)
-    found = [absorber.enter(tail) for tail in tails(folded)]
+    found = [absorber.enter(tail) for tail in tails(folded) if tail.saves]
     return absorber.result() if any(found) else model
 
 
@@ -56,7 +61,7 @@ def tails(folded: Folded) -> list[Tail]:
 
 
 def _tail(finder: Finder, position: int) -> Tail | None:
-    """Return a linear operator with what is behind it; None for other nodes, and where it would save none."""
+    """Return a linear operator with the affine ones behind it; None for other nodes, and where there are none."""
     first = finder.operator(position)
     if first is None or first.bias is None:
         return None
@@ -71,8 +76,7 @@ def _tail(finder: Finder, position: int) -> Tail | None:
         gain, shift = gain * step[0], shift * step[0] + step[1]
         nodes.append(use.node)
         name = node.output[0]
-    needs_sum = first.bias_slot < 0 and bool(shift.any())
-    return Tail(first, tuple(nodes), gain, shift) if len(nodes) > needs_sum else None
+    return Tail(first, tuple(nodes), gain, shift) if nodes else None
 
 
 class _Absorber(Editor):
