@@ -8,6 +8,7 @@ import numpy as np
 from onnx import NodeProto, helper
 
 from cpd_onnx.ir.model import Model
+from cpd_onnx.ops.matrix_view import operands_of
 from cpd_onnx.ops.quantized_view import QLINEAR_MATMUL
 from cpd_onnx.shapes.inference import fold
 from cpd_onnx.shapes.values import Scope
@@ -40,7 +41,7 @@ def with_known_operators(model: Model) -> Model:
 def _is_per_column(model: Model, node: NodeProto, scope: Scope) -> bool:
     """Return whether a node is a QLinearMatMul with a stored matrix and a scale for each of its columns."""
     slots = QLINEAR_MATMUL
-    if node.op_type != "QLinearMatMul" or not model.has(node.input[slots.weight]):
+    if operands_of(node) is not slots or not model.has(node.input[slots.weight]):
         return False
     given = (scope.values.get(node.input[slot]) for slot in (slots.weight_level[0], slots.weight, slots.data))
     scale, matrix, data = (() if value is None else tuple(value.shape or ()) for value in given)

@@ -168,7 +168,7 @@ class _Graph:
                 return f"{tensor!r} is an output, or read by a subgraph"
             for node in self.readers[tensor]:
                 is_data = list(node.input).count(tensor) == 1 and node.input[0] == tensor
-                if is_data and node.op_type == "QuantizeLinear":
+                if is_data and _quantises(node):
                     quantisers.append(node)
                 elif is_data and _moves(node):
                     carried.append(node.output[0])
@@ -181,7 +181,7 @@ class _Graph:
         """Let an output be integers, and return what they stand for; or the reason why it stays float."""
         chain = self._chain_of(info.name)
         node = self.producers.get(chain[-1].input[0] if chain else info.name)
-        if node is None or node.op_type != "DequantizeLinear":
+        if node is None or not _dequantises(node):
             return f"{_named(node)} computes it as float" if node is not None else "nothing dequantises it"
         level, integers = self._level(node), node.input[0]
         if level is None:
@@ -231,8 +231,8 @@ class _Graph:
     def _quantise_before(self, node: NodeProto) -> bool:
         """Let what quantises the output of a node quantise its input instead; return whether it can."""
         made, readers = node.output[0], self.readers[node.output[0]]
-        levels = {self._level(each) for each in readers if each.op_type == "QuantizeLinear" and each.input[0] == made}
-        is_alone = bool(readers) and all(each.op_type == "QuantizeLinear" for each in readers)
+        levels = {self._level(each) for each in readers if _quantises(each) and each.input[0] == made}
+        is_alone = bool(readers) and all(map(_quantises, readers))
         held = {made, *(each.output[0] for each in readers)} & (self.outputs | self.inside)
         if not is_alone or len(levels) != 1 or None in levels or held or list(node.input).count(node.input[0]) != 1:
             return False
@@ -252,7 +252,7 @@ class _Graph:
         chain = [node for node in self._chain_of(output) if _reorders(node)]
         node = self.producers.get(chain[-1].input[0] if chain else "")
         is_whole = len(chain) == len(self._chain_of(output))
-        if not is_whole or node is None or node.op_type != "DequantizeLinear" or self._level(node) is None:
+        if not is_whole or node is None or not _dequantises(node) or self._level(node) is None:
             return False
         if not self._is_read_once(node.output[0]) or self.readers[output] or output in self.inside:
             return False
@@ -303,6 +303,16 @@ class _Graph:
         known = {each.name: each for each in self.model.graph.value_info}
         for each in (info, *(known[name] for name in names if name in known)):
             each.type.tensor_type.elem_type = helper.np_dtype_to_tensor_dtype(np.dtype(level.dtype))
+
+
+def _quantises(node: NodeProto) -> bool:
+    """Return whether a node converts floats to integers."""
+    return traits_of(node).is_quantizer and traits_of(node).saturates
+
+
+def _dequantises(node: NodeProto) -> bool:
+    """Return whether a node converts integers to floats."""
+    return traits_of(node).is_quantizer and not traits_of(node).saturates
 
 
 def _moves(node: NodeProto) -> bool:
