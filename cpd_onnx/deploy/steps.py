@@ -76,6 +76,8 @@ _COMPARED_IN_C = 8
 """Number of samples that a program is compared on, as it uses one core and no vector units (heuristic)."""
 _LARGEST_HALF = 65504.0
 """Largest finite float16 (IEEE 754)."""
+HABITS = {"int8": ("apart", "at_border"), "fold": ("affine",)}
+"""What steps do by default that earlier versions, which recorded nothing of it, did not."""
 _LISTS = ("exclude", "keep_float", "float_nodes")
 """Options of the quantisation that are tuples, and lists in a manifest; older ones lack some."""
 _ROUNDS = ("fix", "opset", "IR version", "fold", "merge", "integer-io")
@@ -93,6 +95,7 @@ class Deployment:
         batch: Batch size to fix; None leaves it dynamic.
         opset: Version of the default operator set to convert to; None does not convert.
         fold: Whether constants are computed and batch normalisation becomes part of convolutions.
+        affine: Whether `fold` makes affine operators part of all linear ones, which earlier versions did not.
         merge: What a linear operator must save that takes the place of several, one of `MEASURES`; None merges none.
         merges: Linear runs to merge, as an earlier step recorded them; None chooses them.
         int8: Options of the quantisation; None does not quantise.
@@ -108,6 +111,7 @@ class Deployment:
     batch: int | None = None
     opset: int | None = None
     fold: bool = False
+    affine: bool = True
     merge: str | None = None
     merges: Rounds | None = None
     int8: Quantization | None = None
@@ -536,7 +540,11 @@ def _planned(model: Model, request: Deployment, source: Source | None) -> Iterat
         yield _Todo("fix", what, lambda *_: (fixed, {"sizes": sizes, "batch": batch}))
     yield from _versions(model, request)
     if request.fold:
-        yield _Todo("fold", "constants, batch normalisation", lambda now, _: (fold_constants(now), {"affine": True}))
+        yield _Todo(
+            "fold",
+            "constants, batch normalisation",
+            lambda now, _: (fold_constants(now, affine=request.affine), {"affine": request.affine}),
+        )
     if request.merge is not None:
         yield _merging(request.merge, request.merges)
     if request.int8 is not None and source is not None:
@@ -622,7 +630,7 @@ def _fix_again(model: Model, sizes: Sizes, batch: int | None) -> Model:
 
 def _int8_again(model: Model, quantization: Mapping[str, Any], ranges: Ranges) -> Model:
     lists = {name: tuple(quantization.get(name, ())) for name in _LISTS}
-    first = {"apart": False, "at_border": False}  # in versions that recorded nothing of it
+    first = dict.fromkeys(HABITS["int8"], False)  # in versions that recorded nothing of it
     return quantize_recorded(model, ranges, Quantization(**{**first, **quantization, **lists}))[0]
 
 

@@ -16,7 +16,7 @@ from cpd_onnx.deploy.c_source import require_generator
 from cpd_onnx.deploy.merged import MEASURES, Rounds
 from cpd_onnx.deploy.profiles import Profile, load_profile
 from cpd_onnx.deploy.quantize import Quantization
-from cpd_onnx.deploy.steps import Deployed, Deployment, Step, c_measured, ort_measured, shaped
+from cpd_onnx.deploy.steps import HABITS, Deployed, Deployment, Step, c_measured, ort_measured, shaped
 from cpd_onnx.deploy.steps import deploy as deploy_model
 from cpd_onnx.errors import CpdError, DataError, ProofError, UnsupportedError
 from cpd_onnx.io.files import commit_together, content_of, locked_folder, write_atomically
@@ -38,7 +38,12 @@ _OF_INT8 = ("samples", "calibration", "int8_form", "per_tensor", "exclude", "flo
 
 
 def deploy(
-    request: Deploy, observer: Observer = ignore, *, model: Model | None = None, merges: Rounds | None = None
+    request: Deploy,
+    observer: Observer = ignore,
+    *,
+    model: Model | None = None,
+    merges: Rounds | None = None,
+    habits: Mapping[str, bool] | None = None,
 ) -> dict[str, Any]:
     """Convert a model for its target, write it with its manifest, and return the result as plain values.
 
@@ -47,6 +52,7 @@ def deploy(
         observer: Called with the name of each step as it starts.
         model: The content of the file of the request, if it is in memory.
         merges: Linear runs to merge, as an earlier run recorded them; None chooses them.
+        habits: What an earlier version did otherwise, of `HABITS`; None for what this one does.
     """
     place = manifest.place_of(request.output)
     places = [request.output, place, *_further_outputs(request)]
@@ -56,7 +62,7 @@ def deploy(
     recipe.text(request)  # fails now, not at the end, if an option cannot be recorded
     started = time.perf_counter()
     profile = None if request.profile is None else load_profile(request.profile)
-    deployment = replace(_deployment(request, profile), merges=merges)
+    deployment = _as_before(replace(_deployment(request, profile), merges=merges), habits or {})
     model = model or load(request.model)
     require_apart(written, model)
     whole = shaped(model, deployment)
@@ -178,6 +184,13 @@ def _deployment(request: Deploy, profile: Profile | None) -> Deployment:
         storage_only=request.storage_only,
         profile=profile,
     )
+
+
+def _as_before(deployment: Deployment, habits: Mapping[str, bool]) -> Deployment:
+    """Return the requested conversions as an earlier version did them."""
+    of_int8: dict[str, Any] = {name: habits[name] for name in HABITS["int8"] if name in habits}
+    int8 = None if deployment.int8 is None else replace(deployment.int8, **of_int8)
+    return replace(deployment, int8=int8, affine=habits.get("affine", deployment.affine))
 
 
 def _write(request: Deploy, model: Model, converted: Model, source: Source | None) -> Iterator[Step]:

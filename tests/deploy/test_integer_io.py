@@ -28,6 +28,8 @@ from cpd_onnx.errors import DataError, TargetError, UnsupportedError
 from cpd_onnx.ir.interface import INTEGER_TYPES, Integers, interface_of
 from cpd_onnx.ir.model import Model, load
 from cpd_onnx.runtime.sessions import execute, open_model
+from cpd_onnx.workflow.deploy import deploy as deploy_file
+from cpd_onnx.workflow.requests import Deploy
 from tests.support.models import from_text
 
 PHOTOGRAPH = (
@@ -310,6 +312,33 @@ def test_a_model_of_integers_is_pruned_and_verified(
     assert run("verify", folder / "int8.onnx", small, *data) == 0
     assert "verified" in capsys.readouterr().out
     assert interface_of(load(small)).integers == interface_of(load(folder / "int8.onnx")).integers
+
+
+def test_a_manifest_of_an_earlier_version_is_reproduced(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = PHOTOGRAPH.replace("float[256,5] m)", "float[256,5] m, float[5] s)")
+    load(from_text(text.replace("y = MatMul(f, m)", "g = Gemm(f, m) y = Mul(g, s)"))).save(tmp_path / "net.onnx")
+    request = Deploy(
+        model=tmp_path / "net.onnx",
+        output=tmp_path / "old.onnx",
+        data=str(folder / "data.npz"),
+        int8=True,
+        fold=True,
+        samples=16,
+        batch=1,
+    )
+    deploy_file(request, habits={"affine": False, "at_border": False, "apart": False})
+    assert load(tmp_path / "old.onnx").graph.node[0].op_type == "Transpose"
+    place = tmp_path / "old.onnx.manifest.json"
+    record = json.loads(place.read_text())
+    for step in record["steps"]:
+        for names in (step["options"], step["options"].get("quantization", {})):
+            for habit in ("affine", "at_border", "apart"):
+                names.pop(habit, None)
+    place.write_text(json.dumps(record))
+    assert run("reproduce", place, "-o", tmp_path / "again", "--data", folder / "data.npz") == 0
+    assert "old.onnx: identical" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
