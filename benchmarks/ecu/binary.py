@@ -124,7 +124,11 @@ def cpd(*words: Any) -> None:
 def deployed(model: Path, form: str, data: Path, folder: Path) -> Model:
     """Return a model as `deploy --c-source` prepares it for C."""
     place = folder / f"{model.stem}.{form}.onnx"
-    int8 = ("--int8", "--int8-form", "qoperator", "--data", data, "--samples", 128) if form == "int8" else ()
+    int8 = (
+        ("--int8", "--int8-form", "qoperator", "--data", data, "--samples", 128, "--integer-io")
+        if form == "int8"
+        else ()
+    )
     cpd("deploy", model, "-o", place, "--batch", 1, "--fold", *int8)
     return load(place)
 
@@ -158,10 +162,7 @@ def cost_table(task: Task, combed: Combed, form: str, data: Path, folder: Path) 
         rewrite(combed, keep).model.save(path, overwrite=True)
         model = deployed(path, form, data, folder)
         found = run(model, task.tested[:1], folder, layers=True)
-        counts = {
-            model.graph.node[place].name.removesuffix("_quant").removesuffix(FUSED): n
-            for place, n in found.layers.items()
-        }
+        counts = {name.removesuffix("_quant").removesuffix(FUSED): n for name, n in found.layers.items()}
         for name, layer in layers.items():  # a layer without a node of its own has become part of another
             sizes = {column: keep.count(axis) for column, axis in layer.axes.items()}
             rows.append({"layer": name, "operator": layer.operator, "ms": counts.get(name, 0.0) / CLOCK} | sizes)

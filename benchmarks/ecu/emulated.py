@@ -41,8 +41,8 @@ class Emulated:
         ram: Bytes of static data and of the deepest stack.
         stack: Bytes of the deepest stack.
         instructions: Instructions of one run, the mean over the samples.
-        outputs: The first output for each sample.
-        layers: Instructions of each generated function that runs a node, by its number; empty if not asked for.
+        outputs: The first output for each sample, as real numbers.
+        layers: Instructions of the functions that run a node, by its name; empty if not asked for.
     """
 
     flash: int
@@ -51,7 +51,7 @@ class Emulated:
     stack: int
     instructions: float
     outputs: list[Array]
-    layers: Mapping[int, float] = field(default_factory=dict)
+    layers: Mapping[str, float] = field(default_factory=dict)
 
 
 def missing() -> list[str]:
@@ -91,11 +91,13 @@ def _read(source: CSource, said: str, sizes: Mapping[str, int]) -> Emulated:
     port = source.outputs[0]
     dtype = port.numpy_dtype
     outputs = [np.frombuffer(bytes.fromhex(v), dtype).reshape(port.shape) for name, v in entries if name == "output"]
+    if port.integers is not None:
+        outputs = [port.integers.real(output) for output in outputs]
     counts = [int(value, 16) for name, value in entries if name == "instructions"]
-    taken: dict[int, list[int]] = {}
+    taken: dict[str, list[int]] = {}
     for (name, value), (following, count) in itertools.pairwise(entries):
         if name == "layer" and following == "took":
-            taken.setdefault(int(value, 16), []).append(int(count, 16))
+            taken.setdefault(source.nodes[int(value, 16)], []).append(int(count, 16))
     flash = sizes.get(".text", 0) + sizes.get(".ARM.exidx", 0) + sizes.get(".data", 0)
     return Emulated(
         flash,
@@ -104,7 +106,7 @@ def _read(source: CSource, said: str, sizes: Mapping[str, int]) -> Emulated:
         stack,
         float(np.mean(counts)),
         outputs,
-        {place: float(np.mean(each)) for place, each in taken.items()},
+        {name: float(np.sum(each)) / len(counts) for name, each in taken.items()},
     )
 
 
@@ -118,7 +120,10 @@ def _samples(source: CSource, feeds: Sequence[Mapping[str, Array]]) -> str:
     lines, gives = ["#include <string.h>", f"#define SAMPLES {len(feeds)}"], []
     for port in source.inputs:
         dtype = port.numpy_dtype
-        rows = [np.ascontiguousarray(feed[port.name], dtype).tobytes() for feed in feeds]
+        given = [feed[port.name] for feed in feeds]
+        if port.integers is not None:
+            given = [port.integers.quantized(array) for array in given]
+        rows = [np.ascontiguousarray(array, dtype).tobytes() for array in given]
         bytes_ = "},\n{".join(",".join(map(str, row)) for row in rows)
         name = f"samples_{port.variable}"
         lines.append(

@@ -284,7 +284,7 @@ class Prices:
             more["flash"] = flash_terms(combed, stored_as)
         self.memory = MemoryModel(combed, stored_as) if "ram" in kinds else None
         if self.memory is not None:
-            more["ram"] = self.memory.peak
+            more["ram"] = self.memory.program
         self.costs = CostModel(combed, more)
         self._whole = KeepMask(combed.atoms)
         self._full: dict[str, float] = {}
@@ -308,7 +308,7 @@ class Prices:
     def cost(self, kind: str, kept: KeepMask) -> float:
         """Return a cost of what survives; memory as the planner places it."""
         if kind == "ram" and self.memory is not None:
-            return self.memory.arena(kept)
+            return self.memory.ram(kept)
         return self.costs.cost(kind, kept)
 
 

@@ -1,25 +1,40 @@
-"""Size of the deployed file: that of the original, or of its conversion to int8 or float16."""
+"""Flash and RAM of the program of a model on a control unit, in its number format or converted to int8 or float16.
+
+What is counted is what `deploy --c-source` leaves in a compiled program: the weights, with the batch normalisation that
+has become part of them, the scales of int8, and the code. A program has no graph and no names; what the file itself
+weighs is the target `bytes`.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 
-from onnx import TensorProto
+from onnx import NodeProto, TensorProto
 
 from cpd_onnx.channels.costs import Term
 from cpd_onnx.channels.groups import Combed, Weight
 from cpd_onnx.ir.model import element_bytes
+from cpd_onnx.ops.matrix_view import BOUNDS, key_of, linear_of
 from cpd_onnx.ops.traits import traits_of
-from cpd_onnx.shapes.values import COMPUTABLE_TYPES
+from cpd_onnx.rewrite.absorbing import tails
+from cpd_onnx.rewrite.linear_runs import WEIGHT
+from cpd_onnx.shapes.values import COMPUTABLE_TYPES, Folded
 
 STORED = ("int8", "float16")
 """Element types that a model can be deployed in, see `deploy --int8` and `deploy --half float16`."""
+STACK = 384
+"""Bytes of RAM of a program besides the arena of its activations: the deepest stack, 316 to 620 bytes, as measured of
+six networks on a Cortex-M4F (`benchmarks/results/binary.json` and `tiny.json`)."""
+_START = {"": 2500.0, "float16": 2500.0, "int8": 6500.0}
+"""Bytes of code of a program without its operators: start, exponential function and, for int8, arithmetic of the
+library (1.7 to 3.2 kB and 4.8 to 7.4 kB in the same measurement)."""
+_OPERATOR = {"": 420.0, "float16": 420.0, "int8": 580.0}
+"""Bytes of code of an operator, the mean of a network (300 to 530 and 520 to 690 in the same measurement)."""
 _SCALES = 5.0
 """Bytes of the float32 scale and the int8 zero point of each channel of a quantised weight."""
-_BIAS = 12.0
-"""Bytes of each element of a quantised bias: int32, with a scale and a zero point."""
-_SHIFT = 2
-"""Input slot of BatchNormalization for what is added, which remains as a bias when it becomes part of a convolution."""
+_BIAS = 4.0
+"""Bytes of each element of a quantised bias, an int32."""
 
 
 def element_size(dtype: int, stored_as: str) -> float:
@@ -30,30 +45,69 @@ def element_size(dtype: int, stored_as: str) -> float:
 
 
 def flash_terms(combed: Combed, stored_as: str) -> list[Term]:
-    """Return the bytes of the deployed file as a sum over products of axes.
-
-    The rest of the file, its graph and names, is taken for that of the original; the nodes that `deploy` adds for int8
-    are not counted, since deployed formats have none. For int8, batch normalisation becomes part of convolutions.
-    """
+    """Return the bytes of flash of the program as a sum over products of axes."""
+    absorbed = _Absorbed(combed.folded)
     terms: list[Term] = []
-    in_file = 0.0
     for weight in combed.weights:
-        axes = tuple(weight.axes[0])
-        in_file += element_bytes(weight.value.dtype) * math.prod(map(len, axes))
-        if stored_as == "int8" and _is_merged(weight):
+        if absorbed.holds(weight):
             continue
+        axes = tuple(weight.axes[0])
         terms.append((_stored_bytes(weight, stored_as), axes))
         if stored_as == "int8" and weight.value.dtype == TensorProto.FLOAT and not weight.is_vector:
-            terms.append((_SCALES, axes[:1]))
-    model = combed.folded.model
-    return [*terms, (model.data_bytes() + model.proto.ByteSize() - in_file, ())]
+            terms.append((_SCALES, (axes[_output_axis(weight)],)))
+    functions = sum(1 for _ in _functions(combed.folded, absorbed.positions, stored_as))
+    return [*terms, (_START[stored_as] + _OPERATOR[stored_as] * functions, ())]
 
 
-def _is_merged(weight: Weight) -> bool:
-    """Return whether a weight becomes part of others as batch normalisation becomes part of convolutions."""
-    nodes = [use.use.scope.nodes[use.use.node] for use in weight.uses]
-    slots = {use.use.slot for use in weight.uses}
-    return bool(nodes) and all(traits_of(node).stores_statistics for node in nodes) and _SHIFT not in slots
+class _Absorbed:
+    """Affine operators of the main graph that become part of linear ones, and the weights that disappear with them.
+
+    Attributes:
+        positions: Positions of these operators, with that of the linear operator.
+    """
+
+    def __init__(self, folded: Folded) -> None:
+        self.positions: dict[int, int] = {}
+        self._scope, self._without_bias = folded.scope, set[int]()
+        for tail in tails(folded):
+            operator, nodes = tail.operator, folded.scope.nodes
+            self.positions |= dict.fromkeys(tail.nodes, operator.position)
+            given = nodes[operator.position].input
+            is_biased = 0 <= operator.bias_slot < len(given) and bool(given[operator.bias_slot])
+            if tail.shift.any() and not is_biased:
+                self._without_bias.add(operator.position)
+
+    def holds(self, weight: Weight) -> bool:
+        """Return whether a weight disappears: all but one vector, which becomes the bias of an operator without one."""
+        uses = [use.use for use in weight.uses]
+        if not uses or any(use.scope is not self._scope or use.node not in self.positions for use in uses):
+            return False
+        linear = self.positions[uses[0].node]
+        if linear in self._without_bias and math.prod(weight.shape) > 1:
+            self._without_bias.remove(linear)
+            return False
+        return True
+
+
+def _output_axis(weight: Weight) -> int:
+    """Return the axis of a weight whose indices have a scale of their own: that of the outputs of its operator."""
+    for use in weight.uses:
+        node = use.use.scope.nodes[use.use.node]
+        linear = linear_of(node, weight.shape) if use.use.slot == WEIGHT else None
+        if linear is not None:
+            return linear.weight_axis
+    return 0
+
+
+def _functions(folded: Folded, absorbed: Mapping[int, int], stored_as: str) -> Iterator[NodeProto]:
+    """Yield the nodes of the main graph that a program has a function for."""
+    for position, node in enumerate(folded.scope.nodes):
+        found, traits = [folded.scope.values.get(name) for name in node.output if name], traits_of(node)
+        is_computed = any(value is None or (value.constants is None and value.weight is None) for value in found)
+        is_kept = not traits.is_view and not traits.is_constant and traits.training_slot is None
+        clips = key_of(node) in BOUNDS and not traits.is_quantizer  # integers saturate by themselves
+        if is_computed and is_kept and position not in absorbed and not (clips and stored_as == "int8"):
+            yield node
 
 
 def _stored_bytes(weight: Weight, stored_as: str) -> float:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from onnx import NodeProto
 
 from cpd_onnx.algebra.keep import KeepMask
-from cpd_onnx.budget.deployed import element_size
+from cpd_onnx.budget.deployed import STACK, element_size
 from cpd_onnx.channels.costs import Peak, Product
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.channels.judged import judged, term_at
@@ -115,7 +115,7 @@ class MemoryModel:
         for value, _, _ in self._spans:
             key = (folded.scope.path, value.name)
             here = self._combed.tensors.get(key)
-            size = element_size(value.dtype, self._stored_as) / _samples(value, folded.batch)
+            size = element_size(value.dtype, self._type_of(value)) / _samples(value, folded.batch)
             axes = None if here is None else here.axes
             if axes is None:
                 found.append((size * math.prod(_shape(value, there.tensors.get(key))), ()))
@@ -123,6 +123,13 @@ class MemoryModel:
             other = there.tensors.get(key)
             found.append(term_at(self._combed, size, axes, None if other is None else other.axes))
         return found
+
+    def _type_of(self, value: Value) -> str:
+        """Return the element type in which a tensor is stored: operators that stay float in int8 give floats."""
+        scope = self._combed.folded.scope
+        producer = scope.producers.get(value.name)
+        stays_float = producer is not None and traits_of(scope.nodes[producer]).stays_float
+        return "" if stays_float and self._stored_as == "int8" else self._stored_as
 
     @property
     def peak(self) -> Peak:
@@ -135,6 +142,13 @@ class MemoryModel:
         fixed = np.asarray([0.0 if axes else factor for factor, axes in terms])
         return Peak(terms, live[live @ full >= (live @ fixed).max(initial=0.0)].T.astype(np.float64))
 
+    @property
+    def program(self) -> Peak:
+        """The peak of all RAM of a program: with its stack."""
+        peak = self.peak
+        sums = peak.sums if peak.sums.shape[1] else np.zeros((len(peak.terms), 1))
+        return Peak([*peak.terms, (float(STACK), ())], np.vstack([sums, np.ones((1, sums.shape[1]))]))
+
     def buffers(self, keep: KeepMask) -> list[Buffer]:
         """Return the buffers of the pruned model."""
         sizes = (factor * math.prod(keep.count(axis) for axis in axes) for factor, axes in self.terms)
@@ -143,6 +157,10 @@ class MemoryModel:
     def arena(self, keep: KeepMask) -> float:
         """Return the bytes of the planner's arena for the pruned model."""
         return arena(self.buffers(keep))
+
+    def ram(self, keep: KeepMask) -> float:
+        """Return the bytes of RAM of a program of the pruned model: its arena and its stack."""
+        return self.arena(keep) + STACK
 
 
 def _largest(live: Mask) -> Mask:

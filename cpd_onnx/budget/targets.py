@@ -14,7 +14,7 @@ from cpd_onnx.options import neighbours
 KINDS = ("channels", "macs", "params", "bytes", "latency")
 """Kinds of targets that are single options of `Allocate`."""
 ALL_KINDS = (*KINDS, "flash", "ram")
-"""Kinds of targets: also the size of the deployed file, and the peak of the memory for activations."""
+"""Kinds of targets: also the flash and the RAM of a program on a control unit, see `budget.deployed`."""
 OF_THE_ORIGINAL = "of the original"
 """Unit of a target that is a fraction of the original's cost."""
 SLACK = 0.02

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from onnx import ModelProto, ValueInfoProto, helper
 
 from cpd_onnx.errors import DataError
+from cpd_onnx.ir.interface import Integers, interface_of
 
 Array: TypeAlias = npt.NDArray[Any]
 Batch: TypeAlias = dict[str, Array]
@@ -29,16 +30,27 @@ class Input:
         name: Name in the graph.
         shape: Size, name of a symbolic size, or None for each axis; None if the rank is unknown.
         dtype: NumPy type of the elements.
+        integers: The real numbers that these stand for in a quantised model; None if they stand for themselves.
     """
 
     name: str
     shape: tuple[int | str | None, ...] | None
     dtype: np.dtype[Any]
+    integers: Integers | None = None
 
     def __str__(self) -> str:
         """Return type and shape as in the ONNX text format: `float32[N,3,32,32]`."""
         axes = "..." if self.shape is None else ",".join("?" if size is None else str(size) for size in self.shape)
         return f"{self.dtype}[{axes}]"
+
+    @property
+    def sampled_as(self) -> np.dtype[Any]:
+        """NumPy type of the elements of samples: float32 where the elements stand for real numbers."""
+        return self.dtype if self.integers is None else np.dtype(np.float32)
+
+    def taken(self, array: Array) -> Array:
+        """Return samples as the model takes them: real numbers become the integers that stand for them."""
+        return array if self.integers is None else self.integers.quantized(array)
 
 
 @runtime_checkable
@@ -55,16 +67,17 @@ class Source(Protocol):
 
 def inputs_of(model: ModelProto) -> tuple[Input, ...]:
     """Return the inputs that a caller has to feed, initializers excluded, in the order of the graph."""
-    stored = {tensor.name for tensor in model.graph.initializer}
-    return tuple(_input(info) for info in model.graph.input if info.name not in stored)
+    stored, integers = {tensor.name for tensor in model.graph.initializer}, interface_of(model).integers
+    return tuple(_input(info, integers.get(info.name)) for info in model.graph.input if info.name not in stored)
 
 
-def _input(info: ValueInfoProto) -> Input:
+def _input(info: ValueInfoProto, integers: Integers | None) -> Input:
     if not info.type.HasField("tensor_type"):
         raise DataError(f"input {info.name!r} is not a tensor; only models with tensor inputs can be fed")
     tensor = info.type.tensor_type
     shape = tuple(_size(dim) for dim in tensor.shape.dim) if tensor.HasField("shape") else None
-    return Input(info.name, shape, np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type)))
+    dtype = np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+    return Input(info.name, shape, dtype, integers if integers is not None and dtype == integers.dtype else None)
 
 
 def _size(dim: Any) -> int | str | None:

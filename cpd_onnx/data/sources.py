@@ -17,7 +17,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def calibration(model: ModelProto, source: Source, samples: int, *, batch: int =
     check_source(source, inputs)
     prescribed, seen = _prescribed(model, source), 0
     for rows in source.batches(calibration_batch(model, source, samples, batch), seed=seed):
-        feed = {entry.name: rows[entry.name] for entry in inputs}
+        feed = {entry.name: entry.taken(rows[entry.name]) for entry in inputs}
         count = sample_count(feed)
         if prescribed in (None, count):
             yield feed
@@ -207,10 +207,10 @@ def _sample_shape(entry: Input, options: RandomOptions) -> tuple[int, ...]:
 
 
 def _draw(generator: np.random.Generator, entry: Input, shape: tuple[int, ...], options: RandomOptions) -> Array:
-    if entry.dtype.kind in "iub":
+    if entry.sampled_as.kind in "iub":
         high = 2 if entry.dtype.kind == "b" else options.high
         return generator.integers(0, high, shape).astype(entry.dtype)
-    return np.asarray(generator.standard_normal(shape)).astype(entry.dtype)
+    return np.asarray(generator.standard_normal(shape)).astype(entry.sampled_as)
 
 
 # Opening and checking.
@@ -293,7 +293,8 @@ def _open_folder(folder: Path, model: ModelProto, images: ImageOptions | None) -
     if len(inputs) != 1:
         names = ", ".join(repr(entry.name) for entry in inputs)
         raise DataError(f"a folder of images feeds one input, but the model has {names}; give the data as .npz")
-    return ImageFolder(folder, inputs[0], images, _size_of_output(model))
+    entry = replace(inputs[0], dtype=inputs[0].sampled_as)
+    return ImageFolder(folder, entry, images, _size_of_output(model))
 
 
 def _size_of_output(model: ModelProto) -> tuple[int, int] | None:
@@ -347,7 +348,7 @@ def check_batch(batch: Batch, inputs: Sequence[Input]) -> None:
 
 
 def _check_array(array: Array, entry: Input) -> None:
-    if array.dtype != entry.dtype:
+    if array.dtype not in (entry.dtype, entry.sampled_as):
         raise DataError(
             f"array {entry.name!r} is {array.dtype} but the model's input is {entry}; convert it to {entry.dtype}"
         )

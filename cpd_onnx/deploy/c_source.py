@@ -23,8 +23,10 @@ import onnx
 from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto, helper
 
 from cpd_onnx.budget.memory import Buffer, lifetimes, planned
+from cpd_onnx.deploy.c_operators import with_known_operators
 from cpd_onnx.deploy.converting import embedded, require_one_message, translate_tool_errors
 from cpd_onnx.errors import TargetError, UnsupportedError
+from cpd_onnx.ir.interface import Integers, interface_of
 from cpd_onnx.ir.model import Model, element_bytes, graphs_of, load
 from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.shapes.inference import fold
@@ -77,12 +79,14 @@ class Port:
         variable: Name of the pointer in C.
         dtype: Element type of ONNX.
         shape: Its sizes.
+        integers: The real numbers that its integers stand for; None if they stand for themselves.
     """
 
     name: str
     variable: str
     dtype: int
     shape: tuple[int, ...]
+    integers: Integers | None = None
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
@@ -102,6 +106,7 @@ class CSource:
         outputs: Outputs, which lie in the arena until the next run.
         arena: Bytes of the arena: all memory besides the stack.
         constants: Bytes of the weights and other constants.
+        nodes: Names of the nodes that its functions run, by the number in the name of the function.
     """
 
     name: str
@@ -111,6 +116,7 @@ class CSource:
     outputs: tuple[Port, ...]
     arena: int
     constants: int
+    nodes: tuple[str, ...] = ()
 
 
 def require_generator() -> None:
@@ -134,6 +140,8 @@ def c_source(model: Model, name: str) -> CSource:
     require_one_message(model, "written as C")
     scope = fold(model).scope
     _require_sizes(model, scope)
+    model = with_known_operators(model)
+    scope = fold(model).scope
     prefix = _identifier(name)
     renamed = _renamed(model, scope, prefix)
     _require_plain_texts(renamed)
@@ -291,15 +299,19 @@ class _Program:
         ins = tuple(self._ports(_inputs(self.model.graph), _inputs(graph)))
         outs = tuple(self._ports(self.model.graph.output, graph.output))
         constants = math.ceil(sum(element_bytes(t.data_type) * math.prod(t.dims) for t in graph.initializer))
-        return CSource(self.prefix, self._text(ins, outs), self._header(ins, outs), ins, outs, self.arena, constants)
+        nodes = tuple(node.name for node in self.model.graph.node)
+        texts = self._text(ins, outs), self._header(ins, outs)
+        return CSource(self.prefix, *texts, ins, outs, self.arena, constants, nodes)
 
     def _ports(self, infos: Iterable[ValueInfoProto], renamed: Iterable[ValueInfoProto]) -> Iterator[Port]:
+        integers = interface_of(self.model).integers
         for info, here in zip(infos, renamed, strict=True):
             kind = here.type.tensor_type.elem_type
             if kind not in _TYPES:
                 text = TensorProto.DataType.Name(kind).lower()
                 raise UnsupportedError(f"C source cannot have inputs and outputs of type {text}: {info.name!r}")
-            yield Port(info.name, here.name, kind, tuple(self.scope.values[here.name].shape or ()))
+            shape = tuple(self.scope.values[here.name].shape or ())
+            yield Port(info.name, here.name, kind, shape, integers.get(info.name))
 
     def _require_order(self) -> None:
         """Raise UnsupportedError if the code does not execute the nodes one by one in the order of the graph."""
@@ -376,6 +388,7 @@ class _Program:
                 f"/* {what}. */",
                 f"#define {port.variable.upper()}_SIZE {math.prod(port.shape)}",
                 f"extern {_TYPES[port.dtype]} *const {port.variable}; /* {list(port.shape)} */",
+                *_meaning(port),
                 "",
             ]
         lines += ["/* Runs the model; not reentrant. */", f"void {self.prefix}_run(void);", "", "#endif", ""]
@@ -385,6 +398,18 @@ class _Program:
 def _inputs(graph: GraphProto) -> list[ValueInfoProto]:
     weights = {tensor.name for tensor in graph.initializer}
     return [info for info in graph.input if info.name not in weights]
+
+
+def _meaning(port: Port) -> list[str]:
+    """Return the lines that say which real numbers the integers of an input or output stand for."""
+    if port.integers is None:
+        return []
+    name = port.variable.upper()
+    return [
+        f"/* Stands for ({port.variable}[i] - {name}_ZERO_POINT) * {name}_SCALE. */",
+        f"#define {name}_SCALE {port.integers.scale:.8e}f",
+        f"#define {name}_ZERO_POINT ({port.integers.zero_point})",
+    ]
 
 
 def _distinct(inputs: Sequence[Port], outputs: Sequence[Port]) -> list[Port]:

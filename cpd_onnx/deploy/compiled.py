@@ -15,6 +15,7 @@ import numpy as np
 
 from cpd_onnx.deploy.c_source import CSource, Port
 from cpd_onnx.errors import UnsupportedError
+from cpd_onnx.ir.interface import Interface
 from cpd_onnx.ir.model import Array
 
 _COMPILERS = ("cc", "gcc", "clang")
@@ -63,6 +64,16 @@ class CompiledModel:
         if done.returncode != 0:
             said = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
             raise UnsupportedError(f"the C compiler rejects the source: {said[0][:200]}")
+
+    @property
+    def interface(self) -> Interface:
+        """The real numbers that the integers of inputs and outputs stand for."""
+        ports = (*self._source.inputs, *self._source.outputs)
+        return Interface(integers={port.name: port.integers for port in ports if port.integers is not None})
+
+    def get_outputs(self) -> Sequence[Port]:
+        """Return the outputs."""
+        return self._source.outputs
 
     def run(self, names: None, feed: Mapping[str, Array], limits: Any = None, /) -> Sequence[Array]:
         """Return all outputs for one input of each name.

@@ -29,6 +29,7 @@ from cpd_onnx.deploy.converting import (
     translate_tool_errors,
     valid,
 )
+from cpd_onnx.deploy.integer_io import converted_at_border
 from cpd_onnx.deploy.profiles import ACTIVATIONS
 from cpd_onnx.errors import TargetError, UnsupportedError
 from cpd_onnx.ir.model import Model
@@ -84,6 +85,8 @@ class Quantization:
             as onnxruntime would otherwise run them in integers after all.
         seed: Seed for the choice of samples.
         form: Form of the quantised model, one of `FORMS`.
+        at_border: Whether inputs are quantised before operators that only reorder them, and outputs dequantised after
+            these, so that integers are moved and not floats; the outputs are the same.
 
     """
 
@@ -100,6 +103,7 @@ class Quantization:
     apart: bool = True
     seed: int = 0
     form: str = "qdq"
+    at_border: bool = True
 
     def __post_init__(self) -> None:
         """Raise TargetError for values out of range."""
@@ -148,7 +152,8 @@ def quantize_recorded(
         recorded = _recorded(ranges)
         excluded |= _adjacent(plain, _unbounded(ranges), operators, notify)
         proto = _with_integers(plain, ranges, options, excluded, notify)
-    return valid(tidied(proto, model.proto), model, "quantising"), recorded
+    quantised = valid(tidied(proto, model.proto), model, "quantising")
+    return (converted_at_border(quantised) if options.at_border else quantised), recorded
 
 
 def _recorded(ranges: Any) -> Ranges:

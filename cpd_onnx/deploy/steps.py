@@ -1,17 +1,17 @@
 """Deployment: the conversion of a model for its target.
 
 Sizes are fixed, the operator set is converted, linear operators are multiplied into one where that saves work, weights
-and activations become 8-bit integers or 16-bit floats, and the result is written in the format of onnxruntime. Each
-step turns a model into another one; `deploy` runs the requested steps in that order, compares the outputs before and
-after each, and records the difference. The conversions are those of onnx and onnxruntime; added here are the proof,
-reproducible bytes, and one-line errors.
+and activations become 8-bit integers or 16-bit floats, inputs and outputs may become integers as well, and the result
+is written in the format of onnxruntime. Each step turns a model into another one; `deploy` runs the requested steps in
+that order, compares the outputs before and after each, and records the difference. The conversions are those of onnx
+and onnxruntime; added here are the proof, reproducible bytes, and one-line errors.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -40,14 +40,17 @@ from cpd_onnx.deploy.converting import (
     valid,
 )
 from cpd_onnx.deploy.float16 import HALVES, to_half
+from cpd_onnx.deploy.integer_io import integer_io, integer_io_again
 from cpd_onnx.deploy.merged import MEASURES, Rounds, merged, merged_again
 from cpd_onnx.deploy.profiles import Profile, problems
 from cpd_onnx.deploy.quantize import Quantization, Ranges, extremes, quantize_recorded, samples_at_once
 from cpd_onnx.errors import DataError, ProofError, TargetError, UnsupportedError
 from cpd_onnx.io.files import require_free, write_atomically
 from cpd_onnx.io.progress import announce
+from cpd_onnx.ir.interface import interface_of
 from cpd_onnx.ir.model import Array, Model
 from cpd_onnx.proof.comparison import QUANTIZED, TOLERANCES, OutputDifference, compare, output_difference, runs_needed
+from cpd_onnx.rewrite.absorbing import absorbed
 from cpd_onnx.runtime.sessions import (
     Feed,
     Runner,
@@ -73,10 +76,14 @@ _COMPARED_IN_C = 8
 """Number of samples that a program is compared on, as it uses one core and no vector units (heuristic)."""
 _LARGEST_HALF = 65504.0
 """Largest finite float16 (IEEE 754)."""
+HABITS = {"int8": ("apart", "at_border"), "fold": ("affine",)}
+"""What steps do by default that earlier versions, which recorded nothing of it, did not."""
 _LISTS = ("exclude", "keep_float", "float_nodes")
 """Options of the quantisation that are tuples, and lists in a manifest; older ones lack some."""
-_ROUNDS = ("fix", "opset", "IR version", "fold", "merge")
+_ROUNDS = ("fix", "opset", "IR version", "fold", "merge", "integer-io")
 """Steps that change the outputs by rounding only."""
+_EXACT = ("integer-io",)
+"""Those that do not change them at all."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +95,11 @@ class Deployment:
         batch: Batch size to fix; None leaves it dynamic.
         opset: Version of the default operator set to convert to; None does not convert.
         fold: Whether constants are computed and batch normalisation becomes part of convolutions.
+        affine: Whether `fold` makes affine operators part of all linear ones, which earlier versions did not.
         merge: What a linear operator must save that takes the place of several, one of `MEASURES`; None merges none.
         merges: Linear runs to merge, as an earlier step recorded them; None chooses them.
         int8: Options of the quantisation; None does not quantise.
+        integer_io: Whether a quantised model takes and gives integers where it would only quantise and dequantise.
         half: 16-bit float type to convert to, one of `HALVES`; None keeps float32.
         storage_only: Whether weights are stored in 16 bits and computed with in float32.
         keep_io: Whether inputs and outputs stay float32 if the computation is in 16-bit floats.
@@ -102,9 +111,11 @@ class Deployment:
     batch: int | None = None
     opset: int | None = None
     fold: bool = False
+    affine: bool = True
     merge: str | None = None
     merges: Rounds | None = None
     int8: Quantization | None = None
+    integer_io: bool = False
     half: str | None = None
     storage_only: bool = False
     keep_io: bool = True
@@ -307,16 +318,25 @@ def lower_ir(model: Model, newest: int) -> Model:
     return lower
 
 
-def fold_constants(model: Model) -> Model:
-    """Return the model with all constants computed, and batch normalisation as part of convolutions, by onnxruntime.
+def fold_constants(model: Model, *, affine: bool = True) -> Model:
+    """Return the model with all constants computed, and batch normalisation as part of linear operators.
 
-    What depends on sizes only is a constant once these are fixed, such as the pads of a convolution that an exporter
-    computes. Names of the remaining nodes and of inputs and outputs stay.
+    onnxruntime computes constants and does that for convolutions; `affine` says whether what scales and shifts the
+    channels of other linear operators becomes part of these too. What depends on sizes only is a constant once these
+    are fixed, such as the pads of a convolution that an exporter computes. Names of the remaining nodes and of inputs
+    and outputs stay.
 
     Raises:
         UnsupportedError: onnxruntime cannot load the model, or its result is not valid.
     """
     require_one_message(model, "folded")
+    folded = _folded(model)
+    once_more = absorbed(folded) if affine else folded
+    return folded if once_more is folded else _folded(once_more)  # a MatMul may now be one operator with its addition
+
+
+def _folded(model: Model) -> Model:
+    """Return what onnxruntime folds."""
     with tempfile.TemporaryDirectory(prefix="cpd-onnx.") as folder:
         proto = optimised(model, Path(folder) / "folded.onnx", "onnxruntime cannot fold constants")
     _order_as(model, proto)
@@ -440,7 +460,8 @@ def c_difference(model: Model, source: CSource, feeds: Sequence[Feed]) -> Output
         return None
     with tempfile.TemporaryDirectory(prefix="cpd-onnx.") as folder:
         single = [one for feed in feeds for one in _samples(feed, source)][:_COMPARED_IN_C]
-        first = open_model(model, optimise=False)
+        # Without optimisation, the 8-bit products of some processors saturate, see `precisely`.
+        first = open_model(model, optimise=quantised_node(model) is not None)
         expected = execute_all(first, single)  # before the program runs: it checks indices, which that does not
         second = CompiledModel(source, Path(folder))
         found = output_difference(expected, execute_all(second, single))
@@ -519,7 +540,11 @@ def _planned(model: Model, request: Deployment, source: Source | None) -> Iterat
         yield _Todo("fix", what, lambda *_: (fixed, {"sizes": sizes, "batch": batch}))
     yield from _versions(model, request)
     if request.fold:
-        yield _Todo("fold", "constants, batch normalisation", lambda now, _: (fold_constants(now), {}))
+        yield _Todo(
+            "fold",
+            "constants, batch normalisation",
+            lambda now, _: (fold_constants(now, affine=request.affine), {"affine": request.affine}),
+        )
     if request.merge is not None:
         yield _merging(request.merge, request.merges)
     if request.int8 is not None and source is not None:
@@ -527,6 +552,8 @@ def _planned(model: Model, request: Deployment, source: Source | None) -> Iterat
         what = f"{how.calibration}, {how.samples} samples, {'a scale each channel' if how.per_channel else 'one scale'}"
         what += "" if how.form == "qdq" else ", integer operators"
         yield _Todo("int8", what, lambda now, notify: _quantised(now, data, how, notify))
+    if request.integer_io:
+        yield _Todo("integer-io", "integers as inputs and outputs", integer_io)
     if request.half is not None:
         kind, options = request.half, {"keep_io": request.keep_io, "storage_only": request.storage_only}
         what = f"{kind}, storage only" if _is_storage_only(request) else kind
@@ -603,7 +630,7 @@ def _fix_again(model: Model, sizes: Sizes, batch: int | None) -> Model:
 
 def _int8_again(model: Model, quantization: Mapping[str, Any], ranges: Ranges) -> Model:
     lists = {name: tuple(quantization.get(name, ())) for name in _LISTS}
-    first = {"apart": False}  # in versions that recorded nothing of it
+    first = dict.fromkeys(HABITS["int8"], False)  # in versions that recorded nothing of it
     return quantize_recorded(model, ranges, Quantization(**{**first, **quantization, **lists}))[0]
 
 
@@ -615,9 +642,10 @@ _AGAIN: dict[str, Callable[..., Model]] = {
     "fix": _fix_again,
     "opset": lambda model, version: convert_opset(model, version),
     "IR version": lambda model, version: lower_ir(model, version),
-    "fold": lambda model: fold_constants(model),
+    "fold": lambda model, affine=False: fold_constants(model, affine=affine),  # versions that record nothing did not
     "merge": merged_again,
     "int8": _int8_again,
+    "integer-io": integer_io_again,
     "half": _half_again,
 }
 """Functions that repeat the steps, by their names."""
@@ -646,20 +674,29 @@ def _is_storage_only(request: Deployment) -> bool:
 
 
 def feeds_for(name: str, model: Model, after: Model, source: Source | None) -> list[Feed]:
-    """Return inputs to compare a step on: samples, or random inputs that the model before or after it accepts."""
+    """Return inputs to compare a step on: samples, or random inputs that the model before or after it accepts.
+
+    They are real numbers where integers of the model stand for these.
+    """
     first = after if name == "fix" else model
     if source is not None:
-        return list(calibration(first.proto, source, _COMPARED, batch=samples_at_once(source)))
+        return _real(first, calibration(first.proto, source, _COMPARED, batch=samples_at_once(source)))
     try:
         return _random_feeds(first)
     except UnsupportedError:
         return _random_feeds(after)
 
 
+def _real(model: Model, feeds: Iterable[Feed]) -> list[Feed]:
+    """Return inputs of a model as the real numbers that they stand for, which models with other integers take too."""
+    interface = interface_of(model)
+    return [{name: interface.real(name, array) for name, array in feed.items()} for feed in feeds]
+
+
 def _random_feeds(model: Model) -> list[Feed]:
     session = open_model(model, optimise=False)
     try:
-        return list(working_feeds(fold(model), session, runs_needed(_tolerance(model))))
+        return _real(model, working_feeds(fold(model), session, runs_needed(_tolerance(model))))
     except UnsupportedError as error:
         raise UnsupportedError(error.problem, "give data, or fix sizes that the model accepts") from error
 
@@ -692,6 +729,8 @@ def compared(before: Model, after: Model, feeds: Sequence[Feed], name: str, noti
     difference = output_difference(plain, found)
     if not is_judged:
         return difference
+    if name in _EXACT and difference.largest != 0:
+        raise ProofError(f"the step {name!r} changes the outputs by {difference.largest:.2g}; nothing is written")
     return replace(difference, allowed=_judged(first, second, feeds, _tolerance(before), f"the step {name!r}"))
 
 
@@ -731,5 +770,5 @@ def _judged(first: Runner, second: Runner, feeds: Sequence[Feed], tolerance: flo
 
 def _cast(model: Model, feed: Feed) -> Feed:
     """Return the inputs in the float types of the model."""
-    kinds = {entry.name: entry.dtype for entry in inputs_of(model.proto)}
+    kinds = {entry.name: entry.sampled_as for entry in inputs_of(model.proto)}
     return {name: array.astype(kinds[name], copy=False) for name, array in feed.items()}

@@ -94,6 +94,10 @@ class Linear(Protocol):
         """Axis of the output that holds the columns of the matrix, group by group."""
 
     @property
+    def weight_axis(self) -> int:
+        """Axis of the weight that holds the outputs, those of one group at least."""
+
+    @property
     def taps(self) -> int:
         """Number of features for each index of `in_axis`: the number of kernel positions."""
 
@@ -292,6 +296,10 @@ class _Convolution:
     out_axis: int = 1
 
     @property
+    def weight_axis(self) -> int:
+        return 0
+
+    @property
     def taps(self) -> int:
         return math.prod(self.shape[2:])
 
@@ -374,6 +382,10 @@ class _Transposed(_Convolution):
     def keeps_pads(self) -> bool:
         return False
 
+    @property
+    def weight_axis(self) -> int:
+        return 1
+
     def matrix(self, weight: Array) -> Array:
         return super().matrix(self._turned(weight))
 
@@ -414,6 +426,10 @@ class _Product:
     @property
     def in_axis(self) -> int:
         return -2 if self.flipped_data else -1
+
+    @property
+    def weight_axis(self) -> int:
+        return -2 if self.flipped_weight else -1
 
     def count(self, out: Sequence[int]) -> int:
         return math.prod(out[:-1])

@@ -22,7 +22,7 @@ def data_feeds(model: Model, source: Source, batches: int) -> Iterator[Batch]:
     size = None if source.count is None else fixed_batch(inputs)  # a source of whole feeds sets their size
     for batch in itertools.islice(source.batches(size or 2), batches):
         if size is None or all(len(array) == size for array in batch.values() if array.ndim):
-            yield {entry.name: batch[entry.name] for entry in inputs}
+            yield {entry.name: entry.taken(batch[entry.name]) for entry in inputs}
 
 
 @dataclass(frozen=True)

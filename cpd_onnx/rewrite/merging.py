@@ -72,7 +72,7 @@ class Merged:
 def merge(model: Model, saving: Saving = saved_macs) -> Merged:
     """Return a model with single operators in place of the linear runs that save something; it is not changed.
 
-    Those that save most come first. Nothing is merged whose weights their type cannot hold, see `_rounded`.
+    Those that save most come first. Nothing is merged whose weights their type cannot hold, see `rounded`.
     """
     now = Merged(model)
     refused: dict[Pair, str] = {}
@@ -182,11 +182,11 @@ class _Merger(Editor):
             np.asarray(each.linear.matrix(array.astype(np.float64)))
             for each, array in zip(operators, arrays, strict=True)
         )
-        weight = _rounded(made.result.weight(made.matrix(one, two, run.gain)), arrays[0].dtype)
+        weight = rounded(made.result.weight(made.matrix(one, two, run.gain)), arrays[0].dtype)
         constant = made.constant(two, run.shift) + (0.0 if run.second.bias is None else run.second.bias)
         if run.sum is not None and run.sum not in run.between:
             constant = constant + self.addend(run, run.sum)
-        added = _rounded(constant, arrays[0].dtype)
+        added = rounded(constant, arrays[0].dtype)
         if weight is None or added is None:
             return f"{arrays[0].dtype} cannot hold the product of the weights"
         stays = run.second if made.is_second else run.first
@@ -324,7 +324,7 @@ class _Merger(Editor):
         return names
 
 
-def _rounded(values: Array, dtype: np.dtype[Any]) -> Array | None:
+def rounded(values: Array, dtype: np.dtype[Any]) -> Array | None:
     """Return values in the type of the weights; None if it rounds them more than it rounds numbers in its normal range.
 
     Rounding to the nearest number changes each by at most half a unit in its last place. A type that overflows, or in

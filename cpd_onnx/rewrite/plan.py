@@ -21,7 +21,7 @@ from cpd_onnx.channels.costs import Costs
 from cpd_onnx.channels.groups import Combed, Group
 from cpd_onnx.errors import PlanError
 from cpd_onnx.io.files import read_json, require_free, translate_read_errors, write_atomically
-from cpd_onnx.ir.interface import PREFIX
+from cpd_onnx.ir.interface import INTEGERS_PREFIX, PREFIX
 from cpd_onnx.ir.model import Model, ModelSource, load
 from cpd_onnx.ir.tensors import changed_values, stored_tensors
 from cpd_onnx.summary import Summarised, Summary, count
@@ -133,7 +133,7 @@ class Plan(Summarised):
         }
         properties = model.proto.metadata_props
         for old in [entry for entry in properties if entry.key.startswith(_STAMP)]:  # from the source file
-            if not old.key.startswith(PREFIX):
+            if not old.key.startswith((PREFIX, INTEGERS_PREFIX)):
                 properties.remove(old)
         for key, value in entries.items():
             properties.add(key=f"{_STAMP}{key}", value=value)

@@ -18,7 +18,7 @@ import onnxruntime as ort
 from onnx import ModelProto, NodeProto, TensorProto
 
 from cpd_onnx.errors import EndlessError, UnsupportedError
-from cpd_onnx.ir.interface import Kept, all_cut, kept_in
+from cpd_onnx.ir.interface import Interface, interface_in, interface_of
 from cpd_onnx.ir.model import Array, Model, element_type
 from cpd_onnx.ops.sizes import Bindings, Size, Term
 from cpd_onnx.ops.traits import traits_of
@@ -168,10 +168,13 @@ def _session(
         return ort.InferenceSession(str(path), options, providers=pairs)
 
 
-def kept_of(session: Any) -> Kept:
-    """Return which indices of the original's sizes the inputs and outputs of an open model keep."""
+def opened_interface(session: Any) -> Interface:
+    """Return how the inputs and outputs of an open model differ from those of the original."""
+    own: Interface | None = getattr(session, "interface", None)  # of a runner that is no session of onnxruntime
+    if own is not None:
+        return own
     metadata = getattr(session, "get_modelmeta", None)
-    return {} if metadata is None else kept_in(metadata().custom_metadata_map)
+    return Interface() if metadata is None else interface_in(metadata().custom_metadata_map)
 
 
 class Runner(Protocol):
@@ -188,16 +191,18 @@ def execute_all(session: Runner, feeds: Sequence[Mapping[str, Array]]) -> list[l
 
 
 def execute(session: Runner, feed: Mapping[str, Array]) -> list[Array]:
-    """Return all outputs of one run.
+    """Return all outputs of one run, as the real numbers that they stand for.
+
+    Inputs may have the original's sizes, and be the real numbers that the integers of a quantised model stand for.
 
     Raises UnsupportedError if the run fails, EndlessError if it takes longer than `RUN_SECONDS`.
     """
-    limits = ort.RunOptions()
+    interface, limits = opened_interface(session), ort.RunOptions()
     timer = threading.Timer(RUN_SECONDS, setattr, (limits, "terminate", True))
     timer.daemon = True
     timer.start()
     try:
-        return [_array(output) for output in session.run(None, all_cut(feed, kept_of(session)), limits)]
+        outputs = [_array(output) for output in session.run(None, interface.taken(feed), limits)]
     except Exception as error:  # as above, but for bound inputs
         is_bound = isinstance(session, Bound) and type(error) is RuntimeError
         if not is_bound and not type(error).__module__.startswith("onnxruntime"):
@@ -207,6 +212,10 @@ def execute(session: Runner, feed: Mapping[str, Array]) -> list[Array]:
         raise UnsupportedError(f"onnxruntime failed to run the model: {_first_line(error)}") from error
     finally:
         timer.cancel()
+    if not interface.integers or not outputs:
+        return outputs
+    names = [port.name for port in session.get_outputs()]  # type: ignore[attr-defined]  # it has metadata as well
+    return [interface.real(name, output) for name, output in zip(names, outputs, strict=True)]
 
 
 def _array(output: Any) -> Array:
@@ -329,11 +338,16 @@ def _again(folded: Folded, name: str, array: Array, rng: np.random.Generator) ->
 def random_array(folded: Folded, value: Value, shape: Sequence[int], rng: np.random.Generator) -> Array:
     """Return a random input: normal floats, indices within the table that they index, or True and False.
 
+    Integers that stand for real numbers are uniform.
+
     In a mask, whichever of the two values hides, each row along the last axis keeps something; a single flag is True.
 
     Raises UnsupportedError for strings.
     """
-    dtype = element_type(value.dtype)
+    dtype, integers = element_type(value.dtype), interface_of(folded.model).integers
+    if value.name in integers:
+        each = integers[value.name]
+        return rng.integers(each.low, each.high, shape, each.dtype, endpoint=True)
     if value.dtype == TensorProto.STRING:
         raise UnsupportedError(f"input {value.name!r} takes strings: give data")
     if value.dtype == TensorProto.BOOL:
@@ -455,7 +469,7 @@ class Bound:
         name = session.get_providers()[0]
         device = providers.memory_of(name, session.get_provider_options().get(name, {}))
         self._session, self._binding = session, session.io_binding()
-        fed = all_cut(feed, kept_of(session))
+        fed = opened_interface(session).taken(feed)
         self._inputs = {name: self._bind(name, array, device) for name, array in fed.items()}
         names = [output.name for output in session.get_outputs()]
         for name in names:
@@ -507,7 +521,7 @@ def interleaved(
     times: list[list[float]] = [[] for _ in runners]
     end = time.perf_counter() + seconds
     fewest, most = (least, 2000) if chosen.runs is None else (chosen.runs, chosen.runs)
-    fed = [feed if isinstance(runner, Bound) else all_cut(feed, kept_of(runner)) for runner in runners]
+    fed = [feed if isinstance(runner, Bound) else opened_interface(runner).taken(feed) for runner in runners]
     while len(times[0]) < most and (len(times[0]) < fewest or time.perf_counter() < end):
         for place in rng.permutation(len(runners)):
             start = time.perf_counter()

@@ -14,7 +14,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from cpd_onnx.errors import UnsupportedError
-from cpd_onnx.ir.interface import all_cut, kept_by
+from cpd_onnx.ir.interface import interface_of
 from cpd_onnx.ir.model import Array, Model
 from cpd_onnx.runtime.sessions import Feed, execute, open_model
 from cpd_onnx.shapes.editor import Editor
@@ -145,7 +145,7 @@ class Stepwise:
         self._done = 0
         self._wanted = Counter(wanted)
         self._held: dict[str, list[Array]] = {}
-        feeds = [all_cut(feed, kept_by(model)) for feed in feeds]
+        feeds = [interface_of(model).taken(feed) for feed in feeds]
         for name in feeds[0]:
             if self._is_needed(name):
                 self._hold(name, [feed[name] for feed in feeds])

@@ -20,7 +20,7 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 import onnxruntime as ort
 
-from cpd_onnx.ir.interface import all_cut, kept_by
+from cpd_onnx.ir.interface import interface_of
 from cpd_onnx.ir.model import Array, Model
 from cpd_onnx.runtime.sessions import Feed, execute, open_model, sample_count
 from cpd_onnx.runtime.stepwise import Parts, in_file
@@ -133,7 +133,7 @@ class Stream:
             feeds: Inputs, one dictionary for each batch.
         """
         self._folded, self._parts = folded, Parts(folded, model)
-        self._held: list[dict[str, Array]] = [all_cut(feed, kept_by(model)) for feed in feeds]
+        self._held: list[dict[str, Array]] = [interface_of(model).taken(feed) for feed in feeds]
         self.sizes = [sample_count(feed) for feed in feeds]
         self._done = 0
         self._producers = folded.scope.producers

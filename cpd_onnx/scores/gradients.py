@@ -121,7 +121,7 @@ class _Run:
         self.size = fixed or size
         first = next(iter(self.source.batches(fixed or _INSPECTED, seed=context.seed)))
         with torch.no_grad():
-            outputs = self.module(*(to_torch(first[entry.name]) for entry in self.inputs))[:own]
+            outputs = self.module(*(to_torch(entry.taken(first[entry.name])) for entry in self.inputs))[:own]
         self.axes = [class_axis(output) if kind_of(output) == "kl" else None for output in outputs]
 
     def losses(self, samples: int) -> Iterator[tuple[Tensor, tuple[Sequence[Tensor], int]]]:
@@ -130,7 +130,7 @@ class _Run:
         number_of_batches = max(1, samples // self.size)
         for number, batch in enumerate(itertools.islice(batches, number_of_batches)):
             advance(number, number_of_batches)
-            tensors, count = self.module(*(to_torch(batch[e.name]) for e in self.inputs)), sample_count(batch)
+            tensors, count = self.module(*(to_torch(e.taken(batch[e.name])) for e in self.inputs)), sample_count(batch)
             pairs = [(output, axis) for output, axis in zip(tensors, self.axes, strict=False) if output.requires_grad]
             if not pairs:
                 raise UnsupportedError("no output has a gradient, as in operators on integers: choose another score")

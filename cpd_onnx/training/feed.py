@@ -97,7 +97,7 @@ class Feed:
                 f"a batch of {whole} samples cannot be divided among {process_group.size} processes; choose a multiple"
             )
         self.size, self.is_fixed = whole, bool(fixed)
-        self.names = [entry.name for entry in inputs]
+        self.inputs, self.names = inputs, [entry.name for entry in inputs]
         self.photographs = image_input(inputs)
         self.images = {entry.name for entry in inputs if entry.shape is not None and len(entry.shape) == 4}
 
@@ -111,7 +111,7 @@ class Feed:
         for step, batch in self._numbered(start):
             if self.augmentation and self.images:
                 batch = augment(batch, self.images, self.augmentation, np.random.default_rng([self.seed, step]))
-            yield [self._tensor(batch[name]) for name in self.names], self._labels(batch)
+            yield [self._tensor(entry.taken(batch[entry.name])) for entry in self.inputs], self._labels(batch)
 
     def _numbered(self, start: int) -> Iterator[tuple[int, Batch]]:
         """Yield full batches with the numbers of their steps; passes that end before `start` are not read."""

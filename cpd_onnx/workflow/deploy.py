@@ -16,10 +16,11 @@ from cpd_onnx.deploy.c_source import require_generator
 from cpd_onnx.deploy.merged import MEASURES, Rounds
 from cpd_onnx.deploy.profiles import Profile, load_profile
 from cpd_onnx.deploy.quantize import Quantization
-from cpd_onnx.deploy.steps import Deployed, Deployment, Step, c_measured, ort_measured, shaped
+from cpd_onnx.deploy.steps import HABITS, Deployed, Deployment, Step, c_measured, ort_measured, shaped
 from cpd_onnx.deploy.steps import deploy as deploy_model
 from cpd_onnx.errors import CpdError, DataError, ProofError, UnsupportedError
 from cpd_onnx.io.files import commit_together, content_of, locked_folder, write_atomically
+from cpd_onnx.ir.interface import interface_of
 from cpd_onnx.ir.model import Model, load
 from cpd_onnx.options import options_of
 from cpd_onnx.report import manifest
@@ -37,7 +38,12 @@ _OF_INT8 = ("samples", "calibration", "int8_form", "per_tensor", "exclude", "flo
 
 
 def deploy(
-    request: Deploy, observer: Observer = ignore, *, model: Model | None = None, merges: Rounds | None = None
+    request: Deploy,
+    observer: Observer = ignore,
+    *,
+    model: Model | None = None,
+    merges: Rounds | None = None,
+    habits: Mapping[str, bool] | None = None,
 ) -> dict[str, Any]:
     """Convert a model for its target, write it with its manifest, and return the result as plain values.
 
@@ -46,6 +52,7 @@ def deploy(
         observer: Called with the name of each step as it starts.
         model: The content of the file of the request, if it is in memory.
         merges: Linear runs to merge, as an earlier run recorded them; None chooses them.
+        habits: What an earlier version did otherwise, of `HABITS`; None for what this one does.
     """
     place = manifest.place_of(request.output)
     places = [request.output, place, *_further_outputs(request)]
@@ -55,7 +62,7 @@ def deploy(
     recipe.text(request)  # fails now, not at the end, if an option cannot be recorded
     started = time.perf_counter()
     profile = None if request.profile is None else load_profile(request.profile)
-    deployment = replace(_deployment(request, profile), merges=merges)
+    deployment = _as_before(replace(_deployment(request, profile), merges=merges), habits or {})
     model = model or load(request.model)
     require_apart(written, model)
     whole = shaped(model, deployment)
@@ -129,8 +136,11 @@ def _require_sense(request: Deploy) -> None:
     if request.storage_only and request.half is None:
         raise CpdError("--storage-only has no effect without --half: give --half as well")
     sizes, files = (request.profile, request.fix, request.batch), (request.ort, request.c_source)
-    if not any((*sizes, *files, request.opset, request.fold, request.merge, request.int8, request.half)):
-        wishes = "--profile, --fix, --batch, --opset, --fold, --merge, --int8, --half, --ort or --c-source"
+    more = (request.fold, request.merge, request.int8, request.integer_io, request.half)
+    if not any((*sizes, *files, request.opset, *more)):
+        wishes = (
+            "--profile, --fix, --batch, --opset, --fold, --merge, --int8, --integer-io, --half, --ort or --c-source"
+        )
         raise CpdError(f"nothing to do: give {wishes}")
     if request.c_source is not None:
         require_generator()
@@ -169,10 +179,18 @@ def _deployment(request: Deploy, profile: Profile | None) -> Deployment:
         fold=request.fold or request.c_source is not None,
         merge=request.merge,
         int8=int8 if request.int8 else None,
+        integer_io=request.integer_io,
         half=request.half,
         storage_only=request.storage_only,
         profile=profile,
     )
+
+
+def _as_before(deployment: Deployment, habits: Mapping[str, bool]) -> Deployment:
+    """Return the requested conversions as an earlier version did them."""
+    of_int8: dict[str, Any] = {name: habits[name] for name in HABITS["int8"] if name in habits}
+    int8 = None if deployment.int8 is None else replace(deployment.int8, **of_int8)
+    return replace(deployment, int8=int8, affine=habits.get("affine", deployment.affine))
 
 
 def _write(request: Deploy, model: Model, converted: Model, source: Source | None) -> Iterator[Step]:
@@ -206,6 +224,7 @@ def _content(request: Deploy, model: Model, deployed: Deployed) -> dict[str, Any
         "source": {"file": request.model.name, "sha256": model.sha256()},
         "profile": request.profile,
         "steps": [_plain(step) for step in deployed.steps],
+        "integers": {name: asdict(each) for name, each in interface_of(deployed.model).integers.items()},
         "problems": list(deployed.problems),
         "bytes": sizes | ({"ort": content_of(request.ort).stat().st_size} if request.ort is not None else {}),
         "output": str(request.output),

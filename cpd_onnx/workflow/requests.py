@@ -617,7 +617,7 @@ class Deploy(Evaluating, Saving):
         choices=LEVELS,
     )
     fold: bool = option(
-        False, "Compute constants, and make batch normalisation part of convolutions, before weights are converted"
+        False, "Compute constants, and make batch normalisation part of linear operators, before weights are converted"
     )
     merge: str | None = option(
         None,
@@ -657,6 +657,13 @@ class Deploy(Evaluating, Saving):
         f"QLinearConv (default: {Quantization.form}; qoperator with --c-source)",
         choices=INT8_FORMS,
         group="int8",
+    )
+    integer_io: bool = option(
+        False,
+        "Take and give the integers of a quantised model, instead of float32 that it quantises and dequantises; their "
+        "scales and zero points are in the manifest, the metadata of the model and the header of the C source",
+        group="int8",
+        is_common=True,
     )
     per_tensor: bool = option(False, "Use one scale per weight tensor instead of one per channel", group="int8")
     exclude: tuple[str, ...] = option(

@@ -61,7 +61,7 @@ def widths(combed: Combed, chosen: cpd.passes.allocate.Allocation) -> list[int]:
 
 @pytest.mark.parametrize("policy", ["optimal", "uniform", "global"])
 @pytest.mark.parametrize(
-    "text", ["macs=0.5,params=0.7", "macs<=90,ram=60B", "flash=0.9,channels=0.6", "ram=52B,params=0.5"]
+    "text", ["macs=0.5,params=0.7", "macs<=90,ram=444B", "flash=0.99,channels=0.6", "ram=436B,params=0.5"]
 )
 def test_all_limits_are_met(text: str, policy: str) -> None:
     combed = comb(small())
@@ -115,8 +115,8 @@ def test_the_deployed_type_counts() -> None:
 
 def test_the_plan_records_the_targets() -> None:
     combed = comb(small())
-    words = Allocate(target="macs<=90,ram=60B").chooser(combed)(combed, score(combed)).budget
-    assert words["asked"] == ["macs=90", "ram=60B"]
+    words = Allocate(target="macs<=90,ram=444B").chooser(combed)(combed, score(combed)).budget
+    assert words["asked"] == ["macs=90", "ram=444B"]
     assert words["kind"] == "macs"
     assert list(words["also"]) == ["ram"]
     assert words["policy"] == "optimal"

@@ -10,6 +10,7 @@ import pytest
 from onnx import ModelProto
 
 from cpd_onnx.algebra.keep import KeepMask
+from cpd_onnx.budget.deployed import STACK
 from cpd_onnx.budget.memory import Buffer, MemoryModel, arena, peak, planned
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.channels.costs import CostModel
@@ -62,6 +63,19 @@ def test_sums_and_products_with_constants_overwrite_what_is_computed() -> None:
     assert of(f"{start}b = Neg(a) y = MatMul(b, u) }}") == FLOAT * 2 * 16
     assert of(f"{start}b = Neg(a) c = Add(a, b) y = MatMul(c, u) }}") == FLOAT * 3 * 16
     assert of(f"{start}{factor}b = Mul(s, a) c = Add(b, a) y = MatMul(c, u) }}") == FLOAT * 3 * 16
+
+
+def test_a_program_needs_a_stack_besides_its_arena() -> None:
+    combed = comb(from_text("(float[4] x, float[4,4] w) => (float[4] y) { y = MatMul(x, w) }"))
+    memory, whole = MemoryModel(combed), KeepMask(combed.atoms)
+    assert memory.ram(whole) == memory.arena(whole) + STACK == FLOAT * 8 + STACK
+    assert CostModel(combed, {"ram": memory.program}).cost("ram", whole) == memory.ram(whole)
+
+
+def test_what_stays_float_in_int8_counts_as_floats() -> None:
+    text = "(float[16] x, float[16,8] w) => (float[8] y) { h = MatMul(x, w) y = Softmax(h) }"
+    assert of(text, "int8") == 8 + FLOAT * 8
+    assert of(text) == FLOAT * (16 + 8)
 
 
 def test_a_view_is_no_copy() -> None:

@@ -275,6 +275,34 @@ def test_slices_and_pads_of_integers_stay_integers() -> None:
     assert not {node.op_type for node in quantised.graph.node[1:-1]} & {"QuantizeLinear", "DequantizeLinear"}
 
 
+@has_compiler
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_product_of_integers_may_have_a_scale_for_each_column(rank: int) -> None:
+    sizes = ",".join("24"[: rank - 1])
+    text = (
+        f"(float[{sizes},7] x, float[7,6] w, float[6,5] v) => (float[{sizes},5] y) "
+        "{ h = MatMul(x, w) r = Relu(h) y = MatMul(r, v) }"
+    )
+    rng = np.random.default_rng(0)
+    model = load(from_text(text, values={"v": rng.normal(size=(6, 5)) * [0.1, 1, 3, 1, 0.01]}))
+    shape = (32, *(int(size) for size in sizes.split(",")[1:]), 7)
+    source = ArraySource({"x": rng.normal(size=shape).astype(np.float32)})
+    quantised = quantize(model, source, Quantization(form="qoperator", samples=16))
+    scales = [quantised.array(node.input[4]).size for node in quantised.graph.node if node.op_type == "QLinearMatMul"]
+    assert scales == [6, 5]
+    written = c_source(quantised, "net")
+    difference = c_difference(quantised, written, feeds_of(quantised))
+    assert difference is not None
+    assert difference.largest < 1e-6
+    assert (
+        written.arena
+        == c_source(quantize(model, source, Quantization(form="qoperator", samples=16, per_channel=False)), "net").arena
+    )
+    assert [name for name in written.nodes if "MatMul" in name] == [
+        n.name for n in quantised.graph.node if n.op_type == "QLinearMatMul"
+    ]
+
+
 # Folding.
 
 

@@ -131,12 +131,12 @@ def _size(combed: Combed) -> dict[str, Any]:
 def _deployed(combed: Combed) -> dict[str, Any]:
     """Return the bytes of flash and of RAM of a program for one sample, for each type that it may be deployed in.
 
-    They are those of the targets `flash` and `ram`; the code of the operators is not counted.
+    They are those of the targets `flash` and `ram`: with an estimate of the code and of the stack.
     """
     found = {}
     for kind in ("", *STORED):
         flash = sum(term[0] * math.prod(map(len, term[1])) for term in flash_terms(combed, kind))
-        ram = MemoryModel(combed, kind).arena(KeepMask(combed.atoms))
+        ram = MemoryModel(combed, kind).ram(KeepMask(combed.atoms))
         found[kind or _AS_IT_IS] = {"flash": math.ceil(flash), "ram": math.ceil(ram)}
     return found
 
@@ -246,7 +246,7 @@ def _deployed_lines(content: Mapping[str, Any]) -> list[str]:
     if found is None:
         return []
     texts = [f"{count(size['flash'])}B and {count(size['ram'])}B {kind}" for kind, size in _named(found).items()]
-    return [f"flash and RAM of a program, without its code: {', '.join(texts)}"]
+    return [f"flash and RAM of a program on a control unit: {', '.join(texts)}"]
 
 
 def _named(found: Mapping[str, Any]) -> dict[str, Any]:

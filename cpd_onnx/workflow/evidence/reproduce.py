@@ -16,6 +16,7 @@ from cpd_onnx.budget.choosing import MEASURED, STEPS
 from cpd_onnx.budget.host import AUTO
 from cpd_onnx.budget.targets import targets_of
 from cpd_onnx.deploy.precision import PRECISIONS
+from cpd_onnx.deploy.steps import HABITS
 from cpd_onnx.errors import CpdError, PlanError
 from cpd_onnx.io import trust
 from cpd_onnx.options import build, options_of
@@ -57,7 +58,7 @@ def reproduce(request: Reproduce, observer: Observer = ignore) -> dict[str, Any]
             if repeated.teacher_cache is not None:
                 repeated.teacher_cache.unlink(missing_ok=True)
         else:
-            deploy(repeated, observer, merges=_recorded_merges(record))
+            deploy(repeated, observer, merges=_recorded_merges(record), habits=_recorded_habits(record))
     rows = []
     for entry in outputs.values():
         path = request.output / _name_of(entry, request.manifest)
@@ -70,10 +71,25 @@ def reproduce(request: Reproduce, observer: Observer = ignore) -> dict[str, Any]
 
 def _recorded_merges(record: Mapping[str, Any]) -> Any:
     """Return the linear runs that a run of `deploy` merged, which may have been chosen by their times; None if none."""
+    steps = _recorded_steps(record)
+    return (steps["merge"] or {"rounds": []}).get("rounds") if "merge" in steps else None
+
+
+def _recorded_habits(record: Mapping[str, Any]) -> dict[str, bool]:
+    """Return what the version of a run of `deploy` did otherwise in the steps that it recorded, of `HABITS`."""
+    found: dict[str, bool] = {}
+    for name, options in _recorded_steps(record).items():
+        said = options.get("quantization", options)
+        found |= {habit: isinstance(said, dict) and bool(said.get(habit)) for habit in HABITS.get(name, ())}
+    return found
+
+
+def _recorded_steps(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the options of the steps of a run of `deploy`, by name; empty ones for steps that changed nothing."""
     steps = record.get("steps")
     found = [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
-    options = next((step.get("options") or {"rounds": []} for step in found if step.get("name") == "merge"), {})
-    return options.get("rounds") if isinstance(options, dict) else None
+    pairs = ((str(step.get("name")), step.get("options")) for step in found)
+    return {name: options if isinstance(options, dict) else {} for name, options in pairs}
 
 
 def _is_same(path: Path, entry: Mapping[str, Any]) -> bool:
