@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
+from cpd_onnx.budget.latency import LatencyProbe
 from cpd_onnx.cli.main import main
 from cpd_onnx.data.sources import ArraySource
 from cpd_onnx.deploy import merged
@@ -201,6 +202,7 @@ def test_compress_writes_the_merged_model_by_time_for_a_latency(
         merged, "_SAVINGS", dict.fromkeys(merged.MEASURES, lambda: lambda run, _: used.append(run) or 1.0)
     )
     monkeypatch.setattr(merged, "latency_ratio", lambda models, feed, **_: [2.0, 1.0])
+    monkeypatch.setattr(LatencyProbe, "ratio_of", lambda *_, **__: 0.9)
     small, fast = model.with_name("small.onnx"), model.with_name("fast.onnx")
     line = ["compress", model, "-o", small, "--blind", "--no-report", "--no-distill", "--merged", fast]
     assert run(*plain([*line, "--target", "latency=0.9", "--keep-anyway"])) == 0
