@@ -10,6 +10,7 @@ from onnx import NodeProto, helper
 from cpd_onnx.ir.model import Model
 from cpd_onnx.ops.matrix_view import operands_of
 from cpd_onnx.ops.quantized_view import QLINEAR_MATMUL
+from cpd_onnx.shapes.editor import put_nodes
 from cpd_onnx.shapes.inference import fold
 from cpd_onnx.shapes.values import Scope
 
@@ -28,13 +29,7 @@ def with_known_operators(model: Model) -> Model:
     nodes: list[NodeProto] = []
     for place, node in enumerate(model.graph.node):
         nodes += _as_convolution(changed, node, scope) if place in positions else [node]
-    kept = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del changed.graph.node[:]
-    changed.graph.node.extend(kept)
-    used = {name for node in kept for name in node.input}
-    gone = {model.graph.node[place].input[QLINEAR_MATMUL.weight] for place in positions} - used
-    for name in sorted(gone):
-        changed.drop_initializer(name)
+    put_nodes(changed, nodes, {model.graph.node[place].input[QLINEAR_MATMUL.weight] for place in positions})
     return changed
 
 

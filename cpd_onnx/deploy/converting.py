@@ -18,6 +18,7 @@ from cpd_onnx.errors import UnsupportedError
 from cpd_onnx.ir.model import Model, graphs_of, load
 from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.runtime.sessions import register_custom_operators
+from cpd_onnx.shapes.editor import keep_entries
 from cpd_onnx.shapes.order import topological_order
 
 Notify: TypeAlias = Callable[[str], None]
@@ -73,9 +74,7 @@ def optimised(model: Model, path: Path, failure: str) -> ModelProto:
 
 def keep_described(proto: ModelProto, names: set[str]) -> None:
     """Remove the value descriptions of all tensors except those of the given names."""
-    described = [info for info in proto.graph.value_info if info.name in names]
-    del proto.graph.value_info[:]
-    proto.graph.value_info.extend(described)
+    keep_entries(proto.graph.value_info, names.__contains__)
 
 
 def require_one_message(model: Model, verb: str) -> None:

@@ -16,12 +16,13 @@ from typing import Any, TypeAlias
 import numpy as np
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from cpd_onnx.deploy.converting import Notify, keep_described, quantised_node
+from cpd_onnx.deploy.converting import Notify, quantised_node
 from cpd_onnx.errors import UnsupportedError
 from cpd_onnx.ir.interface import INTEGER_TYPES, Integers, record_integers
 from cpd_onnx.ir.model import Array, Model, bodies_of
 from cpd_onnx.ops.quantized_view import level_of
 from cpd_onnx.ops.traits import traits_of
+from cpd_onnx.shapes.editor import put_nodes
 from cpd_onnx.shapes.order import all_inputs
 
 Ports: TypeAlias = dict[str, dict[str, dict[str, Any]]]
@@ -124,15 +125,7 @@ class _Graph:
 
     def write(self) -> None:
         """Write the nodes back, without the weights and descriptions of tensors that are no longer used."""
-        graph = self.model.graph
-        before = {name for node in graph.node for name in all_inputs(node)}
-        nodes = [NodeProto.FromString(node.SerializeToString()) for node in self.nodes]
-        del graph.node[:]
-        graph.node.extend(nodes)
-        used = {name for node in nodes for name in all_inputs(node)} | self.outputs
-        for name in [tensor.name for tensor in graph.initializer if tensor.name in before - used]:
-            self.model.drop_initializer(name)
-        keep_described(self.model.proto, {name for node in nodes for name in node.output})
+        put_nodes(self.model, self.nodes, {name for node in self.model.graph.node for name in all_inputs(node)})
 
     # Conversions at the border of the graph.
 

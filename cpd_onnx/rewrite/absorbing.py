@@ -17,7 +17,7 @@ from cpd_onnx.ir.model import Array, Model
 from cpd_onnx.ops.matrix_view import Vector
 from cpd_onnx.rewrite.linear_runs import WEIGHT, Finder, Operator
 from cpd_onnx.rewrite.merging import rounded
-from cpd_onnx.shapes.editor import Editor
+from cpd_onnx.shapes.editor import Editor, put_nodes
 from cpd_onnx.shapes.inference import fold
 from cpd_onnx.shapes.order import all_inputs
 from cpd_onnx.shapes.values import Folded
@@ -86,7 +86,6 @@ class _Absorber(Editor):
         super().__init__(folded.model.copy())
         self.scope, self.finder = folded.scope, Finder(folded)
         self.gone: set[int] = set()
-        self.unread: set[str] = set()
 
     def enter(self, tail: Tail) -> bool:
         """Replace a tail; return whether its type can hold the weights."""
@@ -122,21 +121,7 @@ class _Absorber(Editor):
 
     def result(self) -> Model:
         """Return the model without the nodes that are gone, and without what they alone read."""
-        graph = self.model.graph
-        before = {name for node in self.scope.nodes for name in all_inputs(node)}
         places = {self.scope.order[position] for position in self.gone}
-        nodes = [
-            NodeProto.FromString(n.SerializeToString()) for place, n in enumerate(graph.node) if place not in places
-        ]
-        del graph.node[:]
-        graph.node.extend(nodes)
-        used = {name for node in nodes for name in all_inputs(node)} | {info.name for info in graph.output}
-        unread = before - used
-        for name in [tensor.name for tensor in graph.initializer if tensor.name in unread]:
-            self.model.drop_initializer(name)
-        made = {name for node in nodes for name in node.output}
-        for entries, keeps in ((graph.value_info, made), (graph.input, used | {i.name for i in graph.input} - unread)):
-            kept = [type(entry).FromString(entry.SerializeToString()) for entry in entries if entry.name in keeps]
-            del entries[:]
-            entries.extend(kept)
+        nodes = [node for place, node in enumerate(self.model.graph.node) if place not in places]
+        put_nodes(self.model, nodes, {name for node in self.scope.nodes for name in all_inputs(node)})
         return self.model

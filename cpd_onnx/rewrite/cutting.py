@@ -22,7 +22,7 @@ from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.rewrite.pruned import Edit, Pruned
 from cpd_onnx.rules.api import Remainder
 from cpd_onnx.runtime.sessions import open_model
-from cpd_onnx.shapes.editor import Editor
+from cpd_onnx.shapes.editor import Editor, keep_entries
 
 
 def without_branches(combed: Combed, found: Branches, keep: KeepMask, whole: Pruned) -> Pruned:
@@ -255,11 +255,7 @@ class _Cutter(Editor):
     def drop_infos(self, names: set[str]) -> None:
         """Remove the entries of tensors that do not exist any more."""
         for entries in (self.model.graph.value_info, self.model.graph.input):
-            kept = [entry for entry in entries if entry.name not in names]
-            if len(kept) < len(entries):
-                copies = [type(entry).FromString(entry.SerializeToString()) for entry in kept]
-                del entries[:]
-                entries.extend(copies)
+            keep_entries(entries, lambda name: name not in names)
 
 
 _WITHOUT_INPUTS = 4

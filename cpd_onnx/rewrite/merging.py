@@ -25,7 +25,7 @@ from cpd_onnx.ir.model import Array, Model, attributes_of, graphs_of, set_attrib
 from cpd_onnx.ops.composition import Composition
 from cpd_onnx.ops.matrix_view import Vector
 from cpd_onnx.rewrite.linear_runs import WEIGHT, Finder, LinearRun, Pair, Work, linear_runs
-from cpd_onnx.shapes.editor import Editor
+from cpd_onnx.shapes.editor import Editor, keep_entries
 from cpd_onnx.shapes.inference import fold
 from cpd_onnx.shapes.values import Folded
 from cpd_onnx.summary import count
@@ -304,15 +304,8 @@ class _Merger(Editor):
         stored = {tensor.name for tensor in self.model.graph.initializer} & unread
         for name in sorted(stored):
             self.model.drop_initializer(name)
-        self.keep_entries(lambda name: name not in self.vanished | unread, self.model.graph.value_info)
-        self.keep_entries(lambda name: name not in stored, self.model.graph.input)
-
-    def keep_entries(self, is_kept: Callable[[str], bool], entries: Any) -> None:
-        """Remove descriptions of tensors."""
-        kept = [type(entry).FromString(entry.SerializeToString()) for entry in entries if is_kept(entry.name)]
-        if len(kept) < len(entries):
-            del entries[:]
-            entries.extend(kept)
+        keep_entries(self.model.graph.value_info, lambda name: name not in self.vanished | unread)
+        keep_entries(self.model.graph.input, lambda name: name not in stored)
 
     def drop(self, places: set[int]) -> list[str]:
         """Remove nodes of the main graph, by their places in the file, and return their names."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
 from onnx import AttributeProto, GraphProto, NodeProto, helper
 
 from cpd_onnx.ir.model import Array, Lazy, Model, materialize, replace_values
 from cpd_onnx.ops.traits import traits_of
+from cpd_onnx.shapes.order import all_inputs
 from cpd_onnx.shapes.values import Scope, Value
 
 
@@ -83,3 +87,29 @@ class Editor:
                 attribute.CopyFrom(helper.make_attribute(attribute.name, fresh))
         else:
             replace_values(next(t for t in self.graph(scope).initializer if t.name == name), array)
+
+
+def put_nodes(model: Model, nodes: Iterable[NodeProto], read: Collection[str]) -> None:
+    """Replace the nodes of the main graph, and drop the weights and descriptions that belong to the former ones alone.
+
+    `read` has the names that were read before.
+    """
+    graph = model.graph
+    kept = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(kept)
+    unread = set(read) - {name for node in kept for name in all_inputs(node)} - {info.name for info in graph.output}
+    dropped = {tensor.name for tensor in graph.initializer} & unread
+    for name in sorted(dropped):
+        model.drop_initializer(name)
+    made = {name for node in kept for name in node.output}
+    keep_entries(graph.value_info, made.__contains__)
+    keep_entries(graph.input, lambda name: name not in dropped)
+
+
+def keep_entries(entries: Any, is_kept: Callable[[str], bool]) -> None:
+    """Remove the descriptions of tensors that are not to be kept."""
+    kept = [type(entry).FromString(entry.SerializeToString()) for entry in entries if is_kept(entry.name)]
+    if len(kept) < len(entries):
+        del entries[:]
+        entries.extend(kept)
