@@ -56,7 +56,6 @@ from cpd_onnx.shapes.constants import evaluate_weights
 from cpd_onnx.shapes.open_inputs import (
     SIZE_PROFILES,
     OpenInputs,
-    SizeProfile,
     given_symbols,
     has_open_inputs,
     real_inputs,
@@ -98,31 +97,32 @@ def fold(
     numbers: Mapping[str, int] | None = None,
     *,
     evaluates: bool = True,
-    counts: Mapping[Place, int] | None = None,
+    like: Folded | None = None,
 ) -> Folded:
     """Infer all shapes and evaluate the shape arithmetic of a model.
 
     `input_shapes` fixes the shapes of inputs, by name, if the file leaves them open and the default sizes do not fit.
     `numbers` gives the numbers of symbols under the first binding, by name; the dimensions remain symbolic.
-    `counts` gives sizes that data decide, which are otherwise found where an operator requires them to be a number.
+    `like` gives sizes that operators require, as they were found in another form of the model, and a profile for the
+    others.
     Weights that the graph computes from others are evaluated too, in a copy of the model, unless `evaluates` is false.
     Raises ModelError if the graph has a cycle, an input without a producer, or is invalid otherwise.
     """
     shapes = {name: tuple(shape) for name, shape in (input_shapes or {}).items()}
-    bound, counted = dict(numbers or {}), dict(counts or {})
+    bound = dict(numbers or {})
     with translate_errors(model):
-        found = _best_inferred(model, shapes, bound, counted)
+        found = _best_inferred(model, shapes, bound, like)
         weights = evaluate_weights(model, found.scope) if evaluates else None
         if weights is None:
             return found
-        return replace(_best_inferred(weights.model, shapes, bound, counted), evaluated=weights, source=model)
+        return replace(_best_inferred(weights.model, shapes, bound, like), evaluated=weights, source=model)
 
 
 def fold_again(folded: Folded, model: Model, numbers: Mapping[str, int] | None = None) -> Folded:
     """Infer a model with the same inputs under the input shapes and, unless given, the numbers of `folded`.
 
-    Inputs of the model that have lost channels get the shapes without them. Sizes that data decide stay as operators
-    required them, which the model may have lost; no channels are removed along such axes.
+    Inputs of the model that have lost channels get the shapes without them. Other sizes stay as operators of the
+    original require them, which the model may have lost.
     """
     shapes = folded.input_shapes
     if shapes and model is not folded.model:
@@ -131,11 +131,11 @@ def fold_again(folded: Folded, model: Model, numbers: Mapping[str, int] | None =
             name: tuple(len(kept.get(name, {}).get(axis, range(size))) for axis, size in enumerate(shape))
             for name, shape in shapes.items()
         }
-    return fold(model, shapes, folded.numbers if numbers is None else numbers, counts=folded.counts)
+    return fold(model, shapes, folded.numbers if numbers is None else numbers, like=folded)
 
 
 def _best_inferred(
-    model: Model, input_shapes: Mapping[str, Shape], numbers: Mapping[str, int], counts: Mapping[Place, int]
+    model: Model, input_shapes: Mapping[str, Shape], numbers: Mapping[str, int], like: Folded | None
 ) -> Folded:
     """Return the model inferred with the sizes that its operators require.
 
@@ -143,11 +143,11 @@ def _best_inferred(
     that the symbols do not show to be a number, but an operator requires to be. Where shapes
     remain unknown, sizes that operators probably require are taken if they leave fewer unknown.
     """
-    inference, folded, known = _solved(model, input_shapes, numbers, {}, counts)
+    inference, folded, known = _solved(model, input_shapes, numbers, dict(like.solved) if like else {}, like)
     more = {name: number for name, number in solved(inference.suggestions).items() if name not in known}
     if not folded.unknown or not more:
         return folded
-    _, other, _ = _solved(model, input_shapes, numbers, known | more, counts)
+    _, other, _ = _solved(model, input_shapes, numbers, known | more, like)
     return other if len(other.unknown) < len(folded.unknown) else folded
 
 
@@ -156,12 +156,13 @@ def _solved(
     input_shapes: Mapping[str, Shape],
     numbers: Mapping[str, int],
     known: dict[str, int],
-    counts: Mapping[Place, int],
+    like: Folded | None,
 ) -> tuple[_Inference, Folded, dict[str, int]]:
     """Return the inference of a model with the sizes that operators require, its result, and all known sizes."""
     fixed: dict[Size, int] = {}
+    counts, first = (like.counts, like.profile) if like else ({}, 0)
     for _ in range(_MOST_SOLVED):
-        inference, folded = _of_best_profile(model, input_shapes, numbers, known, _Required(counts, fixed))
+        inference, folded = _of_best_profile(model, input_shapes, numbers, known, _Required(counts, fixed), first)
         more = {name: number for name, number in solved(inference.equations).items() if name not in known}
         found = {place: number for place, number in inference.required_counts.items() if place not in counts}
         also = {size: number for size, number in inference.required_sizes.items() if size not in fixed}
@@ -177,10 +178,15 @@ def _of_best_profile(
     numbers: Mapping[str, int],
     known: Mapping[str, int],
     required: _Required,
+    first: int,
 ) -> tuple[_Inference, Folded]:
-    """Return the inference of the first profile that leaves fewest operators unknown, and its result."""
+    """Return the inference of the profile that leaves fewest operators unknown, the earliest in order, and its result.
+
+    The profile with the number `first` comes before all others.
+    """
     best: tuple[_Inference, Folded] | None = None
-    for profile in SIZE_PROFILES if has_open_inputs(model) and not input_shapes else SIZE_PROFILES[:1]:
+    count = len(SIZE_PROFILES) if has_open_inputs(model) and not input_shapes else 1
+    for profile in sorted(range(count), key=lambda number: number != first):
         inference = _Inference(model, profile, input_shapes, numbers, known, required)
         try:
             folded = inference.run()
@@ -215,18 +221,18 @@ class _Inference:
     def __init__(
         self,
         model: Model,
-        profile: SizeProfile,
+        profile: int,
         input_shapes: Mapping[str, Shape],
         numbers: Mapping[str, int],
         known: Mapping[str, int],
         required: _Required,
     ) -> None:
-        self.model, self.counts, self.fixed = model, required.counts, required.sizes
+        self.model, self.profile, self.counts, self.fixed = model, profile, required.counts, required.sizes
         self.required_sizes: dict[Size, int] = {}
         self.required_counts: dict[Place, int] = {}
         self.bindings = Bindings()
         given = given_symbols(model, input_shapes)
-        self.inputs = OpenInputs(profile, input_shapes, numbers, self.bindings, known, given)
+        self.inputs = OpenInputs(SIZE_PROFILES[profile], input_shapes, numbers, self.bindings, known, given)
         self.equations: list[Equation] = []
         self.suggestions: list[Equation] = []
         self.declared = {info.name: info for info in (*model.graph.value_info, *model.graph.output)}
@@ -253,6 +259,7 @@ class _Inference:
         return Folded(
             self.model, scope, uses, products, self.unknown, batch,
             input_shapes=self.inputs.shapes, numbers=self.inputs.numbers, solved=self.inputs.solved, counts=self.counts,
+            profile=self.profile,
         )  # fmt: skip  # the result, then its conditions
 
     # Scopes.

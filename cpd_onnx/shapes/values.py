@@ -302,6 +302,7 @@ class Folded:
         numbers: Numbers given to `fold` for the first binding of symbols, by name.
         solved: Numbers that the operators require of symbols, by name.
         counts: Numbers that the operators require of sizes that data decide, by the axis of a tensor.
+        profile: Number of the profile by which the other symbols are bound, see `open_inputs.SIZE_PROFILES`.
     """
 
     model: Model
@@ -316,6 +317,7 @@ class Folded:
     numbers: Mapping[str, int] = field(default_factory=dict)
     solved: Mapping[str, int] = field(default_factory=dict)
     counts: Mapping[Place, int] = field(default_factory=dict)
+    profile: int = 0
 
     @property
     def original(self) -> Model:

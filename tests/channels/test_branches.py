@@ -24,6 +24,7 @@ from cpd_onnx.rewrite.plan import Plan, make_plan
 from cpd_onnx.rewrite.rewriter import rewrite
 from cpd_onnx.runtime.sessions import open_model
 from cpd_onnx.scores.registry import score
+from cpd_onnx.shapes.inference import fold_again
 from cpd_onnx.testing import depth_oracle
 from tests.support.graphs import seeded
 from tests.support.models import from_text
@@ -187,6 +188,39 @@ def test_a_size_that_only_a_removed_branch_requires_stays() -> None:
     pruned = rewrite(combed, keep)
     assert "w2" not in {tensor.name for tensor in pruned.model.graph.initializer}
     assert verify(combed, keep, pruned.model).verdict == "verified"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        """(float[n,6] x, float[6,8] w1, float[6,8] w2, float[37,8] k, float[8,8] w3, float[8,3] w4) => (float[n,3] y)
+        {
+            a = MatMul(x, w1)
+            b = MatMul(x, w2)
+            c = Add(b, k)
+            d = MatMul(c, w3)
+            e = Add(a, d)
+            y = MatMul(e, w4)
+        }""",
+        """(float[n,3,h,w] x, float[6,3,1,1] w1, float[4,3,2,2] w2, float[4,6,2,2] w3, float[2,6,1,1] w4)
+        => (float[n,2,h,w] y)
+        {
+            a = Conv(x, w1)
+            b = Conv<strides=[2,2]>(x, w2)
+            d = ConvTranspose<strides=[2,2]>(b, w3)
+            e = Add(a, d)
+            y = Conv(e, w4)
+        }""",
+    ],
+    ids=["by a table", "by its strides"],
+)
+def test_sizes_that_a_removed_branch_alone_requires_stay(text: str) -> None:
+    combed = comb(from_text(text))
+    keep = KeepMask(combed.atoms, combed.groups[group_of(combed, "w2")].channels)
+    pruned = rewrite(combed, keep)
+    assert "w2" not in {tensor.name for tensor in pruned.model.graph.initializer}
+    assert verify(combed, keep, pruned.model).verdict == "verified"
+    assert fold_again(combed.folded, pruned.model).scope.values["x"].shapes == combed.folded.scope.values["x"].shapes
 
 
 def test_a_constant_that_weights_multiply_from_the_left_keeps_a_channel() -> None:
