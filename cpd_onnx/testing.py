@@ -68,15 +68,20 @@ def depth_oracle(source: ModelSource, *, fraction: float = 0.5, seed: int = 0) -
     Channels of the other groups are pruned at random as well. `groups` counts the groups that are removed as a whole;
     a model without such groups passes with 0.
     """
-    combed, rng = comb(load(source)), np.random.default_rng(seed)
+    combed = comb(load(source))
     chosen = allocate(combed, score(combed, "random", seed=seed), Budget("channels", fraction))
-    removed, gone = [list(own) for own in chosen.removed], list[int]()
+    chosen, gone = without_branches(combed, chosen, fraction, seed)
+    return _outcome(verify(combed, chosen.keep_mask(combed), prune(combed, chosen).model), gone)
+
+
+def without_branches(combed: Combed, chosen: Allocation, fraction: float, seed: int) -> tuple[Allocation, int]:
+    """Return an allocation that removes about a fraction of the branches too, at random, and how many these are."""
+    rng, removed, gone = np.random.default_rng(seed), [list(own) for own in chosen.removed], list[int]()
     for index in rng.permutation(sorted(removable_groups(combed))).tolist():
         if rng.random() < fraction and not branches(combed, [*gone, index]).obstacle:
             gone.append(index)
             removed[index] = list(range(len(combed.groups[index])))
-    chosen = replace(chosen, removed=removed)
-    return _outcome(verify(combed, chosen.keep_mask(combed), prune(combed, chosen).model), len(gone))
+    return replace(chosen, removed=removed), len(gone)
 
 
 def _outcome(found: Comparison, groups: int) -> Outcome:

@@ -1,4 +1,5 @@
-"""Outcome of a random graph with open sizes: it is pruned, proved, and compared at sizes that neither step used."""
+"""Outcome of a random graph with open sizes: it is pruned, with and without whole branches, proved, and compared at sizes
+that neither step used."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from onnx import ModelProto, helper
 
 import cpd_onnx as cpd
 from cpd_onnx.algebra.keep import KeepMask
-from cpd_onnx.budget.allocation import Budget, allocate
+from cpd_onnx.budget.allocation import Allocation, Budget, allocate
 from cpd_onnx.channels.combing import at_sizes, comb
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.ir.model import Array, Model
@@ -23,6 +24,7 @@ from cpd_onnx.proof.proving import verify
 from cpd_onnx.runtime.sessions import Feed, Runner, execute, open_model
 from cpd_onnx.scores.registry import score
 from cpd_onnx.shapes.values import Folded
+from cpd_onnx.testing import without_branches
 from tests.support.open_graphs import seeded
 
 BINDINGS, TRIES = 5, 30
@@ -50,6 +52,16 @@ def outcome_of(model: ModelProto, seed: int) -> str:
         chosen = allocate(combed, score(combed, "random", seed=seed), Budget("channels", 0.5))
     except cpd.TargetError:
         return "nothing to prune"
+    deep, gone = without_branches(combed, chosen, 0.5, seed)
+    outcome = _pruned(combed, chosen, tried)
+    if not gone:
+        return outcome
+    without = _pruned(combed, deep, tried)
+    return outcome if without == outcome or outcome.startswith("WRONG") else f"{without}, without whole branches"
+
+
+def _pruned(combed: Combed, chosen: Allocation, tried: list[Feed]) -> str:
+    """Return the outcome of one allocation."""
     pruned = prune(combed, chosen).model
     kept = chosen.keep_mask(combed)
     try:
