@@ -314,7 +314,7 @@ def _verified(request: Audit, found: _Collected, file: Path, original: Path) -> 
     return verify(
         VerifyFile(
             original=original, pruned=file, plan=plan, manifest=first.place if is_deployed else None,
-            via=(*found.sources, original) if is_deployed else (),
+            via=tuple(found.sources) if is_deployed else (),
         )
     )  # fmt: skip  # what and how
 

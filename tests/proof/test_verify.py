@@ -529,6 +529,9 @@ def test_what_was_deployed_of_the_original_itself(folder: Path, capsys: pytest.C
     assert run("deploy", "model.onnx", "-o", "out.onnx", "--opset", 18) == 0
     assert run("verify", "model.onnx", "out.onnx") == 0
     assert "From model.onnx to out.onnx" in capsys.readouterr().out
+    (folder / "papers").mkdir()
+    assert run("deploy", "model.onnx", "-o", "papers/out.onnx", "--opset", 18) == 0
+    assert run("verify", "model.onnx", "papers/out.onnx") == 0  # the original need not lie beside it
     onnx.save(from_text(TEXT.replace("Relu", "Tanh")), "other.onnx")
     assert run("verify", "other.onnx", "out.onnx") == 1
     assert "has neither a plan nor a manifest of deploy beside it" in capsys.readouterr().err

@@ -187,9 +187,12 @@ class _Tracer:
         return Chain((*base.links, link), base.pruned, measured)
 
     def source(self, path: Path, record: _Manifest) -> Path:
-        """Return the input of the run that wrote a file: one given by `via`, or one in the folder of the manifest."""
-        wanted = record.source
-        for candidate in self.given.via:
+        """Return the input of the run that wrote a file.
+
+        It is one given by `via`, the original itself, or one in the folder of the manifest.
+        """
+        wanted, original = record.source, self.original.path
+        for candidate in (*self.given.via, *((original,) if original is not None else ())):
             if candidate.is_file() and _sha256(candidate) == wanted["sha256"]:
                 return candidate
         name = Path(wanted["file"]).name
