@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -406,6 +408,8 @@ class _Allocator:
             counts = self.counted(target)
         if self.is_strict and self.cost(counts) > target + tolerance:
             counts = self.searched(target)
+        if self.budget.policy == "optimal" and any(kind == "ram" for kind, _ in self.budget.fractions):
+            counts = self.regrown(counts, target)
         if counts == self.sizes and all(fraction < 1 for _, fraction in self.budget.fractions):
             raise TargetError(f"target {self.budget.as_text()} would remove nothing: the smallest step is larger")
         reached = self.cost(counts)
@@ -494,6 +498,33 @@ class _Allocator:
             if follows:
                 weights = (weights + _weights(work, counts)) / 2
         return counts
+
+    def regrown(self, counts: Sequence[int], target: float) -> list[int]:
+        """Return widths that lose less within the target, where the cost is not what the knapsack takes it for.
+
+        The planner's arena jumps with the widths, so that the knapsack may aim far below the target, and narrow groups
+        that have no part in the largest sum. These get their channels back first, as they cost nothing, and then the
+        others as many as fit.
+        """
+        curves = self.curves or loss_curves(self.scores, is_loss=self.is_loss)
+        allowed, losses = self.choices(curves, np.ones(len(self.sizes)))
+        found = list(counts)
+
+        def lost(index: int) -> float:
+            return float(losses[index][np.searchsorted(allowed[index], found[index])])
+
+        for limit in (min(self.cost(found), target), target):
+            for index in sorted((index for index, width in enumerate(found) if width), key=lost, reverse=True):
+                is_gain = np.diff(losses[index], prepend=math.inf) < 0
+                wider = allowed[index][is_gain & (allowed[index] > found[index])].tolist()
+                costs = partial(self.with_width, found, index)
+                count = bisect_right(wider, limit, key=costs)
+                found[index] = wider[count - 1] if count else found[index]
+        return found
+
+    def with_width(self, counts: Sequence[int], index: int, width: int) -> float:
+        """Return the cost of some widths with another one of a group."""
+        return self.cost([*counts[:index], width, *counts[index + 1 :]])
 
     def searched(self, target: float) -> list[int]:
         """Return the widths of the ratio that meets the target, found by bisection."""

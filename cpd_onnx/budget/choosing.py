@@ -31,12 +31,14 @@ from cpd_onnx.scores.registry import Scores
 
 _HALVINGS = 3
 """Maximum number of times that the multiples at which kernels are fast are halved to reach a target."""
-_ABOVE = 0.02
-"""Distance from what is reachable, as a fraction of the original's cost, at which the nearest allocation is chosen: the
-smallest widths of all groups would save little more and lose much (heuristic)."""
+_ABOVE, _SHARE_ABOVE = 0.02, 0.1
+"""Distance from what is reachable, as a fraction of the original's cost and of what is reachable, the smaller of which
+counts: there the nearest allocation is chosen, as the smallest widths of all groups would save little more and lose
+much (heuristic)."""
 
-_BELOW = 0.04
-"""Deviation below the target, as a fraction of the original's cost, that whole blocks may have (heuristic)."""
+_BELOW, _SHARE_BELOW = 0.04, 0.2
+"""Deviation below the target, as a fraction of the original's cost and of the target, the smaller of which counts, that
+whole blocks may have (heuristic)."""
 _NEAR = 0.04
 """Deviation from the target, relative to it, from which groups that are alike get other widths (heuristic)."""
 STEPS = "steps"
@@ -263,7 +265,7 @@ class _Run:
 
     def at_blocks(self, budget: Budget) -> Allocation:
         """Allocate at multiples of the processor's blocks or, if these are too coarse for the target, at finer ones."""
-        block = self.chooser.block
+        block, below = self.chooser.block, min(_BELOW, _SHARE_BELOW * budget.fraction)
         while block > 1:
             multiples = host.multiples(self.combed, block)
             if max(multiples.values()) == 1:
@@ -272,7 +274,7 @@ class _Run:
             with suppress(TargetError):
                 found = self.allocate(budget, prices)
                 left = prices.cost(budget.kind, found.keep_mask(self.combed)) / prices.full(budget.kind)
-                if budget.also or -_BELOW <= left - budget.fraction <= slack_of(budget.fraction):
+                if budget.also or -below <= left - budget.fraction <= slack_of(budget.fraction):
                     return replace(found, round_to=block)
             block //= 2
         return self.allocate(budget, self.prices())
@@ -304,5 +306,6 @@ def _relaxed(budget: Budget, floors: Mapping[str, float]) -> Budget:
     fractions = []
     for kind, fraction in budget.fractions:
         reachable = floors.get(kind, 0.0)
-        fractions.append((kind, fraction if reachable <= fraction else min(1.0, reachable + _ABOVE)))
+        nearest = min(1.0, reachable + min(_ABOVE, _SHARE_ABOVE * reachable))
+        fractions.append((kind, fraction if reachable <= fraction else nearest))
     return replace(budget, fraction=fractions[0][1], also=tuple(fractions[1:]))

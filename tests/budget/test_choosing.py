@@ -13,7 +13,7 @@ from onnx import ModelProto
 
 import cpd_onnx as cpd
 from cpd_onnx.budget import host
-from cpd_onnx.budget.allocation import Budget, UnreachableError, loss_curves
+from cpd_onnx.budget.allocation import Budget, Prices, UnreachableError, loss_curves
 from cpd_onnx.budget.choosing import Chooser
 from cpd_onnx.budget.latency import CostTable, LatencyProbe
 from cpd_onnx.budget.speed import SpeedCheck
@@ -28,6 +28,7 @@ from cpd_onnx.scores.registry import score
 from tests.support.machine import MadeUp, stack
 from tests.support.models import from_text
 
+DIGITS = Path(cpd.__file__).parent / "models" / "digits.onnx"
 SMALL = (
     "(float[1, 4] x, float[4, 6] w, float[6, 5] u, float[5, 7] t, float[7, 3] v) => (float[1, 3] y) "
     "{ a = MatMul(x, w) b = Relu(a) c = MatMul(b, u) d = Relu(c) e = MatMul(d, t) f = Relu(e) y = MatMul(f, v) }"
@@ -150,6 +151,33 @@ def test_limits_that_can_be_reached_hold_beside_one_that_cannot() -> None:
     combed = comb(small())
     chosen = Allocate(target="ram=4B,params=0.5", nearest=True).chooser(combed)(combed, score(combed))
     assert [asked.is_met for asked in chosen.asked] == [False, True]
+
+
+@pytest.mark.parametrize("text", ["ram=0.3", "ram=0.4", "flash=0.3,ram=0.3"])
+def test_ram_takes_no_channels_that_it_does_not_need(text: str) -> None:
+    """The planner's arena jumps with the widths, most of all where they are whole blocks."""
+    combed = comb(cpd.load(DIGITS))
+    target = Allocate(target=text, round_to=8)
+    chosen = target.chooser(combed)(combed, score(combed))
+    assert all(asked.is_met for asked in chosen.asked)
+    prices = Prices(combed, [asked.kind for asked in chosen.asked])
+    for index, gone in enumerate(chosen.removed):
+        removed = [own if place != index else gone[8:] for place, own in enumerate(chosen.removed)]
+        kept = replace(chosen, removed=removed).keep_mask(combed)
+        costs = {each.kind: prices.cost(each.kind, kept) / prices.full(each.kind) for each in chosen.asked}
+        assert not gone or any(costs[each.kind] > each.asked for each in chosen.asked), combed.groups[index].name
+
+
+def test_whole_blocks_do_not_go_far_below_a_small_target() -> None:
+    combed = comb(cpd.load(DIGITS))
+    chosen = replace(Allocate(target="macs=0.05").chooser(combed), block=16, check=None)(combed, score(combed))
+    assert 0.04 <= chosen.asked[0].got <= 0.051
+
+
+def test_little_more_than_what_is_reachable_is_left_if_it_is_little() -> None:
+    combed = comb(cpd.load(DIGITS))
+    found = Allocate(target="flash=20kB", nearest=True, round_to=1).chooser(combed)(combed, score(combed)).asked[0]
+    assert 20 < found.got < 27
 
 
 def test_latency_out_of_reach_names_the_target_and_the_measurement(combed: Combed, table: CostTable) -> None:

@@ -191,8 +191,10 @@ class _Tracer:
 
         It is one given by `via`, the original itself, or one in the folder of the manifest.
         """
-        wanted, original = record.source, self.original.path
-        for candidate in (*self.given.via, *((original,) if original is not None else ())):
+        wanted, candidates = record.source, [*self.given.via]
+        if self.original.path is not None:
+            candidates.append(self.original.path)
+        for candidate in candidates:
             if candidate.is_file() and _sha256(candidate) == wanted["sha256"]:
                 return candidate
         name = Path(wanted["file"]).name
