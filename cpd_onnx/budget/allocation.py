@@ -513,7 +513,8 @@ class _Allocator:
         def lost(index: int) -> float:
             return float(losses[index][np.searchsorted(allowed[index], found[index])])
 
-        for limit in (min(self.cost(found), target), target):
+        least = self.cost(found)
+        for limit in (least, max(least, target)):
             for index in sorted((index for index, width in enumerate(found) if width), key=lost, reverse=True):
                 is_gain = np.diff(losses[index], prepend=math.inf) < 0
                 wider = allowed[index][is_gain & (allowed[index] > found[index])].tolist()

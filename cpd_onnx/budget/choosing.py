@@ -36,9 +36,8 @@ _ABOVE, _SHARE_ABOVE = 0.02, 0.1
 counts: there the nearest allocation is chosen, as the smallest widths of all groups would save little more and lose
 much (heuristic)."""
 
-_BELOW, _SHARE_BELOW = 0.04, 0.2
-"""Deviation below the target, as a fraction of the original's cost and of the target, the smaller of which counts, that
-whole blocks may have (heuristic)."""
+_BELOW = 0.04
+"""Deviation below the target, as a fraction of the original's cost, that whole blocks may have (heuristic)."""
 _NEAR = 0.04
 """Deviation from the target, relative to it, from which groups that are alike get other widths (heuristic)."""
 STEPS = "steps"
@@ -265,7 +264,7 @@ class _Run:
 
     def at_blocks(self, budget: Budget) -> Allocation:
         """Allocate at multiples of the processor's blocks or, if these are too coarse for the target, at finer ones."""
-        block, below = self.chooser.block, min(_BELOW, _SHARE_BELOW * budget.fraction)
+        block = self.chooser.block
         while block > 1:
             multiples = host.multiples(self.combed, block)
             if max(multiples.values()) == 1:
@@ -274,7 +273,7 @@ class _Run:
             with suppress(TargetError):
                 found = self.allocate(budget, prices)
                 left = prices.cost(budget.kind, found.keep_mask(self.combed)) / prices.full(budget.kind)
-                if budget.also or -below <= left - budget.fraction <= slack_of(budget.fraction):
+                if budget.also or -_BELOW <= left - budget.fraction <= slack_of(budget.fraction):
                     return replace(found, round_to=block)
             block //= 2
         return self.allocate(budget, self.prices())
