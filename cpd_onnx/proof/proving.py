@@ -32,12 +32,12 @@ from cpd_onnx.proof.comparison import (
     require_numbers,
     runs_needed,
 )
-from cpd_onnx.proof.draws import NOTE, draws, with_fixed_draws
 from cpd_onnx.proof.inputs import ProofInputs, numbers_in, proof_inputs
 from cpd_onnx.proof.masking import is_bound_to_sizes, masked
 from cpd_onnx.proof.observing import compared_tensors
 from cpd_onnx.proof.unrounded import HALF_TYPES, NotUnroundableError, rounding_of, single, unrounded
 from cpd_onnx.rewrite.rewriter import rewrite
+from cpd_onnx.runtime.draws import NOTE, draws, with_fixed_draws
 from cpd_onnx.runtime.sessions import Feed, Runner, execute_all, open_model
 from cpd_onnx.runtime.stepwise import Piecewise
 from cpd_onnx.shapes.inference import fold_again

@@ -10,9 +10,11 @@ import pytest
 import cpd_onnx as cpd
 from cpd_onnx.ir.model import Array, Model
 from cpd_onnx.proof.comparison import VERIFIED
-from cpd_onnx.proof.draws import NOTE, draws, with_fixed_draws
+from cpd_onnx.proof.replayed import measured
 from cpd_onnx.report.tables import proof_line
+from cpd_onnx.runtime.draws import NOTE, draws, with_fixed_draws
 from cpd_onnx.runtime.sessions import execute, open_model
+from cpd_onnx.shapes.inference import fold
 from tests.proof.test_verdicts import proof
 from tests.support.models import from_text
 
@@ -95,6 +97,20 @@ def test_a_model_of_which_drawn_numbers_set_sizes_is_proved() -> None:
     found = proof(from_text(text, values=constants))
     assert found.verdict == VERIFIED
     assert NOTE in found.notes
+
+
+def test_a_refitted_model_may_have_outputs_of_other_sizes_where_values_decide_them() -> None:
+    text = (
+        "(float[N, 3] x, float[3] w, int64[1] flat, int64[1] first, float[1, 1, 3] v) => (float[1, 1, L] y)"
+        " { a = Mul(x, w) s = Reshape(a, flat) f = Relu(s) i = NonZero(f) k = Squeeze(i, first) g = Gather(s, k)"
+        " u = Unsqueeze(g, first) n = RandomNormalLike(u) d = Add(u, n) e = Unsqueeze(d, first)"
+        " y = Conv <pads = [1, 1]> (e, v) }"
+    )
+    model = cpd.load(from_text(text, values={"w": [1, 1, 1], "flat": [-1], "first": [0]}))
+    other, x = model.copy(), np.asarray([[1, 2, -3], [4, -5, -6]], np.float32)
+    other.set_array("w", -model.array("w"))
+    found = measured(fold(model), other, [{"x": np.concatenate([x, -np.abs(x)])}], open_model)
+    assert found.largest == math.inf
 
 
 def test_an_effect_on_sizes_is_said_in_words() -> None:
