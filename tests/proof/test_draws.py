@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 
 import cpd_onnx as cpd
 from cpd_onnx.ir.model import Array, Model
-from cpd_onnx.proof.comparison import VERIFIED
+from cpd_onnx.proof import proving
+from cpd_onnx.proof.comparison import INCONCLUSIVE, VERIFIED
 from cpd_onnx.proof.replayed import measured
 from cpd_onnx.report.tables import proof_line
 from cpd_onnx.runtime.draws import NOTE, draws, with_fixed_draws
@@ -116,3 +119,27 @@ def test_a_refitted_model_may_have_outputs_of_other_sizes_where_values_decide_th
 def test_an_effect_on_sizes_is_said_in_words() -> None:
     found = {"allowed": 1e-4, "effect": math.inf, "difference": 1e-6, "runs": 3, "tolerance": 1e-4}
     assert "masking changes sizes of outputs, or which of their values are finite, before" in proof_line(found)
+
+
+def test_a_model_that_does_not_repeat_itself_is_inconclusive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers of operator sets before version 9 are not fixed, and here they decide a size."""
+    text = (
+        "(float[1, 3, 4, 4] x, float[8, 3, 1, 1] w, float[4, 8, 1, 1] v, float k, int64[3] one) => (float[1, 4, 4, L] y)"
+        " { a = Conv(x, w) b = Relu(a) c = Conv(b, v) n = RandomNormalLike(c) m = ReduceMax <keepdims = 0> (n)"
+        " s = Mul(m, k) i = Cast <to = 7> (s) u = Unsqueeze <axes = [0]> (i) t = Concat <axis = 0> (one, u)"
+        " e = ReduceMean <axes = [3]> (c) y = Expand(e, t) }"
+    )
+    model = from_text(text, values={"k": 1000, "one": [1, 1, 1]}, opset=8)
+    runs = itertools.count()
+
+    def opened_before(model: Model, **options: Any) -> Any:
+        """Return a session that has drawn other numbers than the one before it."""
+        session = open_model(model, **options)
+        for _ in range(next(runs)):
+            session.run(None, {"x": np.zeros((1, 3, 4, 4), np.float32)})
+        return session
+
+    monkeypatch.setattr(proving, "open_model", opened_before)
+    found = proof(model)
+    assert found.verdict == INCONCLUSIVE
+    assert any(note.startswith("the original does not repeat itself") for note in found.notes)
