@@ -24,7 +24,7 @@ from cpd_onnx.data.sources import Source, calibration, inputs_of
 from cpd_onnx.data.synthetic import Synthetic
 from cpd_onnx.errors import DataError
 from cpd_onnx.fitting.least_squares import MAX_FEATURES, Rows, Sampler, one_thread
-from cpd_onnx.fitting.output_error import output_error, outputs_of
+from cpd_onnx.fitting.output_error import any_alike, output_error, outputs_of
 from cpd_onnx.fitting.problem import Block, Problem
 from cpd_onnx.fitting.units import Unit, units_of
 from cpd_onnx.io.progress import step, tracked
@@ -50,11 +50,16 @@ _ELEMENTS, _FEWEST = 1 << 24, 16
 """Numbers in all samples of a repair that only serves a comparison, and samples at least (heuristic)."""
 _TARGET_BYTES = 128 << 20
 """Approximate number of bytes of the targets that are sampled in one run of the original (heuristic)."""
+_OTHER_SIZES = "sizes before it depend on values, and are others in the pruned model than in the original"
+"""Why a weight was not fitted whose features have other sizes in the two models."""
+_NO_ERROR = "sizes of the outputs depend on values, and are others than the original's: no error can be measured"
+"""Why no weight was fitted in a model whose outputs have other sizes on all held-out samples."""
 _ITEM = 4
 """Number of bytes of an element of a target."""
 
-Targets: TypeAlias = tuple[Array, Rows]
-"""Positions in a batch, and the targets at them [groups, rows, outputs]."""
+Targets: TypeAlias = tuple[Array, Rows, tuple[int, ...] | None]
+"""Positions in a batch, the targets at them [groups, rows, outputs], and the shape that the features must have in the
+pruned model for its positions to be the same ones; None where sizes do not depend on values."""
 
 
 @dataclass(frozen=True)
@@ -241,6 +246,9 @@ def _unless_worse(original: Model, pruned: Model, made: Repaired, feeds: Sequenc
     before, after = (output_error(wanted, outputs_of(model, feeds)) for model in (pruned, made.model))
     if after < before or before == 0:
         return made
+    if not any_alike(wanted, outputs_of(pruned, feeds)):
+        left = dict.fromkeys((fit.weight for fit in made.fits), _NO_ERROR)
+        return Repaired(pruned.copy(), (), {**made.left, **left}, (f"nothing was repaired: {_NO_ERROR}",))
     note = (
         f"nothing was repaired: it would not have lowered the error of the outputs on held-out samples ({before:.3g} "
         f"of their variance before, {after:.3g} after); more samples, or samples that are more varied, may help"
@@ -323,7 +331,11 @@ class _Repairer:
         for number, unit in tracked(list(enumerate(self.units))):
             if number in parts:
                 targets = self.targets(parts[number], cuts.get(number))
-            fit = self.fit(unit, self.blocks(number, targets.pop(number), cuts.get(number)), refits=refits)
+            blocks = self.blocks(number, targets.pop(number), cuts.get(number))
+            if None in blocks:
+                self.left[unit.weight] = _OTHER_SIZES
+                continue
+            fit = self.fit(unit, [block for block in blocks if block is not None], refits=refits)
             if fit is not None:
                 fits.append(fit)
         return Repaired(self.model, tuple(fits), self.left)
@@ -349,14 +361,15 @@ class _Repairer:
 
         def look(stop: int, batch: int, tensors: Tensors) -> Targets:
             unit, whole = units[stop], self.whole.get(units[stop].position)
+            size = self.size_left(unit.data, tensors[unit.data]) if self.is_resized(unit) else None
             wanted = _kept(tensors[unit.target], masks[stop])
             places = self.sampler.places((numbers[stop], batch), unit.linear, shapes[stop], wanted)
             if whole is None or not unit.is_rounded:
-                return places, apart(unit.linear.targets(unit.real(unit.target, wanted), places))
+                return places, apart(unit.linear.targets(unit.real(unit.target, wanted), places)), size
             real = {name: whole.real(name, tensors[name]) for name in names[stop]}
             rows = whole.linear.rows(real[whole.data], places)
             made = whole.unrounded(rows, places, real, whole.matrix(self.combed.folded.model))
-            return places, apart(_kept_outputs(made, masks[stop][unit.linear.out_axis], shapes[stop]))
+            return places, apart(_kept_outputs(made, masks[stop][unit.linear.out_axis], shapes[stop])), size
 
         order = sorted(range(len(units)), key=lambda stop: (self.makers[units[stop].target], stop))
         names = [self.observed(unit) for unit in units]
@@ -370,17 +383,35 @@ class _Repairer:
     def observed(self, unit: Unit) -> tuple[str, ...]:
         """Return the tensors of the original that the targets of a unit are computed from."""
         if not unit.is_rounded or unit.position not in self.whole:
-            return (unit.target,)
+            return (unit.target, unit.data) if self.is_resized(unit) else (unit.target,)
         return tuple(dict.fromkeys((unit.target, unit.data, *([unit.other] if unit.other else []))))
 
-    def blocks(self, number: int, targets: Sequence[Targets], cut: int | None) -> list[Block]:
-        """Return features in the pruned model and targets from the original at the same positions."""
+    def is_resized(self, unit: Unit) -> bool:
+        """Return whether sizes of a unit's features depend on values, so that those in the pruned model may differ."""
+        value = self.combed.folded.scope.values.get(unit.data)
+        return value is None or value.depends_on_values
+
+    def size_left(self, name: str, array: Array) -> tuple[int, ...]:
+        """Return the shape of what survives of a tensor of the original."""
+        tensor = self.combed.tensors.get(("", name))
+        if tensor is None or tensor.axes is None:
+            return array.shape
+        pairs = zip(map(self.kept.mask, tensor.axes), array.shape, strict=True)
+        return tuple(int(mask.sum()) if len(mask) == size else size for mask, size in pairs)
+
+    def blocks(self, number: int, targets: Sequence[Targets], cut: int | None) -> list[Block | None]:
+        """Return features in the pruned model and targets from the original at the same positions.
+
+        None stands for a batch in which the features have another size than in the original.
+        """
         unit = self.units[number]
         names = (unit.data,) if unit.other is None else (unit.data, unit.other)
         silent = list(self.silent_masks(unit.data))
 
-        def look(_: int, batch: int, tensors: Tensors) -> Block:
-            places, wanted = targets[batch]
+        def look(_: int, batch: int, tensors: Tensors) -> Block | None:
+            places, wanted, size = targets[batch]
+            if size is not None and tensors[unit.data].shape != size:
+                return None
             other = None
             if unit.other is not None:
                 other = unit.linear.targets(unit.real(unit.other, tensors[unit.other]), places)

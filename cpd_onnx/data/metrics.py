@@ -29,6 +29,8 @@ Outputs: TypeAlias = list[Array]
 Model: TypeAlias = "ModelProto | ort.InferenceSession"
 Judge: TypeAlias = Callable[[Outputs, Outputs], float]
 
+_SEQUENCE = 3
+"""Number of axes of a sequence of vectors."""
 _FUNCTION = re.compile(r"[\w.]+:\w+")
 _LOWER = re.compile(r"(loss|error|mse|mae|mape|distance|divergence|perplexity)(?![a-z])")
 """Heuristic: a metric whose name has one of these words, the last part of a word or all of it, is an error."""
@@ -164,7 +166,39 @@ def run(session: ort.InferenceSession, batch: Batch) -> Outputs:
     fixed = _fixed_size(session) or count
     feed = {name: _filled(batch[name], fixed) for name in names}
     outputs = execute(session, feed)
-    return outputs if fixed == count else [output[:count] for output in outputs]
+    if fixed == count:
+        return outputs
+    axes = sample_axes(session, outputs, fixed)
+    cut = slice(0, count)
+    return [output[(slice(None),) * axis + (cut,)] for output, axis in zip(outputs, axes, strict=True)]
+
+
+def answers(session: ort.InferenceSession, batch: Batch) -> Outputs:
+    """Return the outputs for a batch, see `run`, with the axis of the samples first; numbers alone get an axis."""
+    outputs = run(session, batch)
+    count = max((len(batch[entry.name]) for entry in session.get_inputs() if batch[entry.name].ndim), default=1)
+    axes = sample_axes(session, outputs, count)
+    return [np.moveaxis(np.atleast_1d(output), axis, 0) for output, axis in zip(outputs, axes, strict=True)]
+
+
+def sample_axes(session: ort.InferenceSession, outputs: Outputs, count: int) -> list[int]:
+    """Return the axis of the samples of each output, for that many samples.
+
+    It is the first one, but for sequences [steps, samples, values], as recurrent networks give them: where the second
+    size has the name of that which the inputs begin with, or else only the second one is the number of samples.
+    """
+    first = next((entry.shape[0] for entry in session.get_inputs() if entry.shape), None)
+    return [
+        _sample_axis(entry.shape, output.shape, first if isinstance(first, str) else "", count)
+        for entry, output in zip(session.get_outputs(), outputs, strict=True)
+    ]
+
+
+def _sample_axis(declared: Sequence[Any], shape: Sequence[int], symbol: str, count: int) -> int:
+    if len(shape) != _SEQUENCE or shape[1] != count:
+        return 0
+    is_named = bool(symbol) and len(declared) == _SEQUENCE and symbol in declared[:2]
+    return int(declared[0] != symbol if is_named else shape[0] != count)
 
 
 def _filled(array: Array, size: int) -> Array:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from cpd_onnx.data.agreement import class_axes
 from cpd_onnx.data.sources import Source, calibration
 from cpd_onnx.ir.model import Array, Model
+from cpd_onnx.runtime.draws import with_fixed_draws
 from cpd_onnx.runtime.sessions import Feed, execute, open_model, sample_count
 
 Floats: TypeAlias = npt.NDArray[np.float64]
@@ -44,7 +45,7 @@ class Divergence:
         self.axes = class_axes(original, source)
         self.feeds: list[Feed] = []
         self.wanted: list[dict[str, Array]] = []
-        session, used = open_model(original), 0
+        session, used = open_model(with_fixed_draws(original)), 0
         for feed in calibration(original.proto, source, samples, batch=_BATCH):
             outputs = self._outputs(session, feed)
             self.feeds.append(feed)
@@ -73,7 +74,7 @@ class Divergence:
 
     def __call__(self, model: Model) -> Floats:
         """Return the divergence of a model with the same outputs, for each sample or, without batch axis, each run."""
-        session = open_model(model)
+        session = open_model(with_fixed_draws(model))
         pairs = zip(self.wanted, self.feeds, strict=True)
         return np.concatenate([self._of(wanted, self._outputs(session, feed)) for wanted, feed in pairs])
 

@@ -26,7 +26,7 @@ from cpd_onnx.errors import UnsupportedError
 from cpd_onnx.ir.model import Array
 from cpd_onnx.ops.sizes import Bindings, Size, Term
 from cpd_onnx.ops.traits import traits_of
-from cpd_onnx.proof.draws import with_fixed_draws
+from cpd_onnx.runtime.draws import with_fixed_draws
 from cpd_onnx.runtime.sessions import (
     Assignment,
     Feed,

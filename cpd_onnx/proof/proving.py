@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from onnx import TensorProto, helper
@@ -32,18 +32,23 @@ from cpd_onnx.proof.comparison import (
     require_numbers,
     runs_needed,
 )
-from cpd_onnx.proof.draws import NOTE, draws, with_fixed_draws
 from cpd_onnx.proof.inputs import ProofInputs, numbers_in, proof_inputs
 from cpd_onnx.proof.masking import is_bound_to_sizes, masked
 from cpd_onnx.proof.observing import compared_tensors
 from cpd_onnx.proof.unrounded import HALF_TYPES, NotUnroundableError, rounding_of, single, unrounded
 from cpd_onnx.rewrite.rewriter import rewrite
+from cpd_onnx.runtime.draws import NOTE, draws, with_fixed_draws
 from cpd_onnx.runtime.sessions import Feed, Runner, execute_all, open_model
 from cpd_onnx.runtime.stepwise import Piecewise
 from cpd_onnx.shapes.inference import fold_again
 
 _PIECEWISE_BYTES = 1 << 28
 """Bytes of weights (256 MB, a heuristic) above which a model and those derived from it are run piece by piece."""
+_NOT_REPEATED = (
+    "the original does not repeat itself: with the same inputs, its outputs are others in each run, and cannot be "
+    "compared"
+)
+"""Doubt about a model of which other numbers, or other sizes, are computed in each run."""
 _PARTS = 4
 """Parts of a comparison: runs of the original, of the masked original and of the pruned model, and the verdict."""
 
@@ -228,7 +233,11 @@ class _Proof:
         pairs = (pair for ours, theirs in zip(before, after, strict=True) for pair in zip(ours, theirs, strict=True))
         difference = max((distance(expected, got, expected) for expected, got in pairs), default=0.0)
         allowed = max(TOLERANCES.values()) if rounding_of(self.original) else self.form.tolerance
-        if not difference <= allowed:
+        if difference <= allowed:
+            return
+        if not self.repeats(session, given):
+            self.doubts.append(_NOT_REPEATED)
+        else:
             raise ProofError(
                 f"wrong: evaluating the weights that the graph computes changes its outputs by {difference:.2g}, "
                 f"at most {allowed:.0e} is allowed; nothing is written. "
@@ -279,9 +288,21 @@ class _Proof:
                 self.decoy,
                 self.branches,
             )
-            return judge(self.compared, runs, self.form.tolerance).noted(*self.form.notes)
+            return self.unless_random(judge(self.compared, runs, self.form.tolerance)).noted(*self.form.notes)
         except UnsupportedError as error:
             raise ProofError(f"onnxruntime runs the original but not a model derived from it: {error}") from error
+
+    def unless_random(self, found: Comparison) -> Comparison:
+        """Return a verdict, but inconclusive for wrong where the original does not repeat its own outputs."""
+        if found.verdict != WRONG or self.repeats(self.open(self.original), self.feeds):
+            return found
+        return replace(found, verdict=INCONCLUSIVE).noted(_NOT_REPEATED)
+
+    def repeats(self, session: Runner, feeds: Sequence[Feed]) -> bool:
+        """Return whether a model gives the same outputs twice in a session: not all that is random can be fixed."""
+        first, second = execute_all(session, feeds), execute_all(session, feeds)
+        pairs = (pair for ours, theirs in zip(first, second, strict=True) for pair in zip(ours, theirs, strict=True))
+        return all(a.tobytes() == b.tobytes() or distance(a, b, a) <= self.form.tolerance for a, b in pairs)
 
     def is_fit(self, one: ComparedTensor) -> bool:
         """Return whether a tensor can be compared: an output, or one whose masks apply at all sizes of the inputs.

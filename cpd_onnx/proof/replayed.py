@@ -109,7 +109,7 @@ def measured(
 def _require_alike(folded: Folded, name: str, expected: Array, got: Array) -> None:
     """Raise ProofError if type, rank, known shape or finiteness of an output differ from the original's."""
     value = folded.scope.values.get(name)
-    is_known = value is not None and value.shapes is not None and not value.has_placeholder
+    is_known = value is not None and not value.depends_on_values
     if expected.dtype != got.dtype or expected.ndim != got.ndim or (is_known and expected.shape != got.shape):
         raise ProofError(
             f"output {name!r} of the file is {got.dtype}{list(got.shape)}, "

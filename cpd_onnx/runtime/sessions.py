@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import tempfile
 import threading
 import time
@@ -35,6 +36,8 @@ RUN_SECONDS = 600.0
 
 _libraries: list[Path] = []
 """Libraries of custom operators for new sessions, see `custom_operators`."""
+_SOURCE_PLACE = re.compile(r"/\S*onnxruntime\S*\.(?:h|cc|cpp):\d+ (?:[^()]*\([^()]*\)(?: const)? )?")
+"""File, line and function of its own source in a message of onnxruntime."""
 _UNREGISTERED = "is not a registered function/op"
 """Part of onnxruntime's message about an operator that it does not know."""
 _WAY_OUT = "; give the library of the operator with --custom-ops, or prune with --no-verify, without a proof"
@@ -230,7 +233,8 @@ def _array(output: Any) -> Array:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:300]
+    """Return what onnxruntime reports, without the place in its source, which would leave no room for the sizes."""
+    return _SOURCE_PLACE.sub("", str(error).splitlines()[0])[:300]
 
 
 def random_feed(folded: Folded, seed: int = 0, binding: int = 0) -> Feed:

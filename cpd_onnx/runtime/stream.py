@@ -22,6 +22,7 @@ import onnxruntime as ort
 
 from cpd_onnx.ir.interface import interface_of
 from cpd_onnx.ir.model import Array, Model
+from cpd_onnx.runtime.draws import with_fixed_draws
 from cpd_onnx.runtime.sessions import Feed, execute, open_model, sample_count
 from cpd_onnx.runtime.stepwise import Parts, in_file
 from cpd_onnx.shapes.values import Folded, Value
@@ -211,7 +212,7 @@ class Stream:
                 continue
             part, inputs, _ = self._parts.make(outputs, start)
             needed |= set(inputs)
-            found.append(_Piece(open_model(part, threads=1), inputs, outputs, later))
+            found.append(_Piece(open_model(with_fixed_draws(part), threads=1), inputs, outputs, later))
         return found[::-1]
 
 

@@ -25,6 +25,7 @@ from cpd_onnx.fitting.levels import levels_of
 from cpd_onnx.io.progress import advance
 from cpd_onnx.ir.model import Array
 from cpd_onnx.rules.api import FLOATS, Factor
+from cpd_onnx.runtime.draws import with_fixed_draws
 from cpd_onnx.runtime.sessions import execute, open_model
 from cpd_onnx.scores.magnitude import l2
 from cpd_onnx.scores.registry import Scores, score_function
@@ -285,7 +286,7 @@ def batches(context: ScoreContext, names: Sequence[str]) -> Iterator[dict[str, A
     wanted = [name for name in names if name not in fed]
     del model.graph.output[:]
     model.graph.output.extend(helper.make_tensor_value_info(name, values[name].dtype, None) for name in wanted)
-    session = open_model(model) if wanted else None
+    session = open_model(with_fixed_draws(model)) if wanted else None
     assert context.data is not None
     proto = context.combed.folded.model.proto
     size = calibration_batch(proto, context.data, context.samples)

@@ -14,7 +14,7 @@ import onnx
 from onnx import NodeProto, TensorProto, TypeProto
 
 from cpd_onnx.ir.model import Array, Model
-from cpd_onnx.ops.sizes import Expressions, Extents, is_constant
+from cpd_onnx.ops.sizes import Expressions, Extents, Size, is_constant
 
 Shape: TypeAlias = tuple[int, ...]
 """The sizes of the axes of a tensor."""
@@ -167,6 +167,15 @@ class Value:
     def has_fixed(self, axis: int) -> bool:
         """Whether an axis has the same size for all inputs."""
         return self.shapes is not None and (self.extents is None or is_constant(self.extents[axis]))
+
+    @property
+    def depends_on_values(self) -> bool:
+        """Whether the size of an axis may depend on values, not only on the sizes of the inputs."""
+        if self.shapes is None or self.has_placeholder:
+            return True
+        if self.extents is None:
+            return len(set(self.shapes)) > 1
+        return any(isinstance(extent, Size) and extent.has_unknowns for extent in self.extents)
 
     @property
     def is_generated_weight(self) -> bool:

@@ -10,7 +10,7 @@ import pytest
 import cpd_onnx as cpd
 from cpd_onnx.data.agreement import Agreement, _most_lost, _tallies, agreement, bounded_bounds, exact_low
 from cpd_onnx.data.held_out import at_most, divide
-from cpd_onnx.data.metrics import open_session
+from cpd_onnx.data.metrics import open_session, run
 from cpd_onnx.data.sources import LABELS, ArraySource, FunctionSource, Input
 from cpd_onnx.errors import DataError
 from cpd_onnx.ir.model import Model
@@ -94,6 +94,31 @@ def test_outputs_with_one_answer_for_all_samples_are_named() -> None:
     changed = _model(body, "float[N,8] x", "float[N,4] y, float[N,2] p", **weights | {"w": 0.9 * weights["w"]})
     found = _found(model, changed, _RNG.standard_normal((64, 8)))
     assert (found.output, found.uniform) == ("y", ("p",))
+
+
+@pytest.mark.parametrize("count", [48, 40, 5])
+@pytest.mark.parametrize("shape", ["L,N,6", "L,M,6", ""])
+def test_sequences_with_the_steps_first_are_counted_by_sample(shape: str, count: int) -> None:
+    weight, x = _RNG.standard_normal((8, 6)), _RNG.standard_normal((count, 16, 8))
+    models = [
+        _model(
+            "a = MatMul(x, w) logits = Transpose <perm = [1, 0, 2]> (a)",
+            "float[N, 16, 8] x",
+            f"float[{shape}] logits" if shape else "float logits",
+            w=each.astype(np.float32),
+        )
+        for each in (weight, weight + 0.5 * _RNG.standard_normal(weight.shape))
+    ]
+    found = _found(*models, x)
+    same = [(x @ each.array("w")).argmax(2) for each in models]
+    assert (found.task, found.samples) == ("language", count)
+    assert found.value == pytest.approx(float((same[0] == same[1]).mean()), abs=0.01)
+
+
+def test_a_padded_batch_is_cut_along_the_axis_of_the_samples() -> None:
+    model = _model("y = Transpose <perm = [1, 0, 2]> (x)", "float[4, 3, 2] x", "float[3, 4, 2] y")
+    x = _RNG.standard_normal((2, 3, 2)).astype(np.float32)
+    assert np.array_equal(run(open_session(model.complete_proto()), {"x": x})[0], x.swapaxes(0, 1))
 
 
 def test_maps_are_compared_pixel_by_pixel() -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 
 import cpd_onnx as cpd
 from cpd_onnx.ir.model import Array, Model
-from cpd_onnx.proof.comparison import VERIFIED
-from cpd_onnx.proof.draws import NOTE, draws, with_fixed_draws
+from cpd_onnx.proof import proving
+from cpd_onnx.proof.comparison import INCONCLUSIVE, VERIFIED
+from cpd_onnx.proof.replayed import measured
 from cpd_onnx.report.tables import proof_line
+from cpd_onnx.runtime.draws import NOTE, draws, with_fixed_draws
 from cpd_onnx.runtime.sessions import execute, open_model
+from cpd_onnx.shapes.inference import fold
 from tests.proof.test_verdicts import proof
 from tests.support.models import from_text
 
@@ -97,6 +102,44 @@ def test_a_model_of_which_drawn_numbers_set_sizes_is_proved() -> None:
     assert NOTE in found.notes
 
 
+def test_a_refitted_model_may_have_outputs_of_other_sizes_where_values_decide_them() -> None:
+    text = (
+        "(float[N, 3] x, float[3] w, int64[1] flat, int64[1] first, float[1, 1, 3] v) => (float[1, 1, L] y)"
+        " { a = Mul(x, w) s = Reshape(a, flat) f = Relu(s) i = NonZero(f) k = Squeeze(i, first) g = Gather(s, k)"
+        " u = Unsqueeze(g, first) n = RandomNormalLike(u) d = Add(u, n) e = Unsqueeze(d, first)"
+        " y = Conv <pads = [1, 1]> (e, v) }"
+    )
+    model = cpd.load(from_text(text, values={"w": [1, 1, 1], "flat": [-1], "first": [0]}))
+    other, x = model.copy(), np.asarray([[1, 2, -3], [4, -5, -6]], np.float32)
+    other.set_array("w", -model.array("w"))
+    found = measured(fold(model), other, [{"x": np.concatenate([x, -np.abs(x)])}], open_model)
+    assert found.largest == math.inf
+
+
 def test_an_effect_on_sizes_is_said_in_words() -> None:
     found = {"allowed": 1e-4, "effect": math.inf, "difference": 1e-6, "runs": 3, "tolerance": 1e-4}
     assert "masking changes sizes of outputs, or which of their values are finite, before" in proof_line(found)
+
+
+def test_a_model_that_does_not_repeat_itself_is_inconclusive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers of operator sets before version 9 are not fixed, and here they decide a size."""
+    text = (
+        "(float[1, 3, 4, 4] x, float[8, 3, 1, 1] w, float[4, 8, 1, 1] v, float k, int64[3] one) => (float[1, 4, 4, L] y)"
+        " { a = Conv(x, w) b = Relu(a) c = Conv(b, v) n = RandomNormalLike(c) m = ReduceMax <keepdims = 0> (n)"
+        " s = Mul(m, k) i = Cast <to = 7> (s) u = Unsqueeze <axes = [0]> (i) t = Concat <axis = 0> (one, u)"
+        " e = ReduceMean <axes = [3]> (c) y = Expand(e, t) }"
+    )
+    model = from_text(text, values={"k": 1000, "one": [1, 1, 1]}, opset=8)
+    runs = itertools.count()
+
+    def opened_before(model: Model, **options: Any) -> Any:
+        """Return a session that has drawn other numbers than the one before it."""
+        session = open_model(model, **options)
+        for _ in range(next(runs)):
+            session.run(None, {"x": np.zeros((1, 3, 4, 4), np.float32)})
+        return session
+
+    monkeypatch.setattr(proving, "open_model", opened_before)
+    found = proof(model)
+    assert found.verdict == INCONCLUSIVE
+    assert any(note.startswith("the original does not repeat itself") for note in found.notes)

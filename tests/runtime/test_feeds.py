@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from cpd_onnx.data.synthetic import Synthetic
+from cpd_onnx.errors import UnsupportedError
 from cpd_onnx.ir.model import load
 from cpd_onnx.runtime.sessions import execute, open_model, random_feed
 from cpd_onnx.shapes.inference import fold
@@ -82,3 +83,12 @@ def test_a_number_that_has_to_equal_a_constant_is_one_of_these(shape: str, drawn
     feeds = list(source.batches(4))
     assert {int(number) for feed in feeds for number in np.ravel(feed["xi"])} == drawn
     assert all(np.any(feed["xf"]) for feed in feeds)
+
+
+def test_a_failed_run_is_reported_with_its_sizes_and_without_places_in_the_source_of_onnxruntime() -> None:
+    model = from_text("(float[N, 4] x, int64[2] s) => (float[1, 4] y) { y = Reshape(x, s) }", values={"s": [1, 4]})
+    with pytest.raises(UnsupportedError) as raised:
+        execute(open_model(load(model)), {"x": np.zeros((2, 4), np.float32)})
+    assert "requested shape:{1,4}" in str(raised.value)
+    assert "onnxruntime_src" not in str(raised.value)
+    assert "ReshapeHelper" not in str(raised.value)

@@ -423,6 +423,21 @@ def test_blindly_everything_can_be_removed(folder: Path) -> None:
     assert answers(content) == {"faster": "yes", "as good": "unknown", "smaller": "yes", "proved": "yes"}
 
 
+@pytest.mark.parametrize("command", ["prune", "compress"])
+def test_a_blind_run_that_reaches_its_target_by_free_channels_lost_nothing(
+    folder: Path, machine: Machine, command: str
+) -> None:
+    machine.factor = 0.5
+    plant()
+    target = ("--target", "channels=0.999", "--blind", "--round-to", 1)
+    quick = () if command == "prune" else ("--no-report",)
+    code, content = result(command, "dead.onnx", "-o", "small.onnx", *target, *quick)
+    assert (code, content["is_lossless"], content["is_blind"]) == (0, True, False)
+    assert answers(content)["as good"] == "yes"
+    code, content = result(command, "dead.onnx", "-o", "smaller.onnx", *target[2:], "--target", "channels=0.5", *quick)
+    assert (code, content["is_lossless"], answers(content)["as good"]) == (0, False, "unknown")
+
+
 # Speed and targets.
 
 

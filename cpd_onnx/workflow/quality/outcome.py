@@ -11,6 +11,7 @@ from typing import Any
 
 from cpd_onnx.budget.allocation import Allocation
 from cpd_onnx.budget.targets import targets_of
+from cpd_onnx.channels.free import free_channels, removable
 from cpd_onnx.deploy import cache_configs
 from cpd_onnx.errors import NotFasterError
 from cpd_onnx.ir.interface import PREFIX, kept_by
@@ -66,12 +67,13 @@ def content(
     chosen = choice.chosen or state.need("allocation", "allocate")
     compared = agreement_on(state.original, result or state.model, samples, demand.task)
     is_wanted = request.target is not None and not choice.is_lossless
+    is_lossless = choice.is_lossless or _removes_free_alone(request, state, result)
     return {
         "agreement": None if compared is None else compared.as_json(),
         "asked": [asdict(row) for row in chosen.asked] if is_wanted else [],
         "is_bounded": demand.max_loss is not None and choice.plan is not None and not choice.is_lossless,
-        "is_lossless": choice.is_lossless,
-        "is_blind": request.data is None and not choice.is_lossless,
+        "is_lossless": is_lossless,
+        "is_blind": request.data is None and not is_lossless,
         "max_loss": demand.max_loss,
         "is_unbounded": request.max_loss == math.inf,
         "checks_speed": request.check_speed,
@@ -81,6 +83,16 @@ def content(
         "slow_because": chosen.slow_because,
         "inputs": judged_inputs(state.need("combed", "comb").folded),
     }
+
+
+def _removes_free_alone(request: Prune | Compress, state: State, result: Model | None) -> bool:
+    """Return whether a run without data that aimed at a target removed free channels alone, and changed no more."""
+    is_changed = bool(state.need("plan", "prune").values) or (result is not None and result is not state.model)
+    if request.data is not None or request.rounds > 1 or is_changed:
+        return False
+    combed, chosen = state.need("combed", "comb"), state.need("allocation", "allocate")
+    free = removable(combed, free_channels(combed))
+    return all(set(gone) <= set(dead) for gone, dead in zip(chosen.removed, free, strict=True))
 
 
 def target_notes(request: Prune | Compress, choice: Choice) -> list[str]:
