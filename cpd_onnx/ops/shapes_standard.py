@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from cpd_onnx.ops.evaluate import Call, axes_operand, register_in, slice_ranges, sliced_axes
+from cpd_onnx.ops.evaluate import Call, axes_operand, flattened_from, register_in, slice_ranges, sliced_axes
 from cpd_onnx.ops.sizes import as_size, floor, is_constant, largest, least, product
 
 Dims: TypeAlias = tuple[Any, ...]
@@ -199,7 +199,7 @@ def _reshape(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
 
 @_plain("Flatten")
 def _flatten(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
-    axis = call.get("axis", 1)
+    axis = flattened_from(call, len(shapes[0]))
     return (product(shapes[0][:axis]), product(shapes[0][axis:])) if 0 <= axis <= len(shapes[0]) else None
 
 

@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from cpd_onnx.ir.model import attributes_of
-from cpd_onnx.ops.evaluate import Call
+from cpd_onnx.ops.evaluate import EVALUATORS, Call
 from cpd_onnx.ops.output_shapes import output_shapes, output_type
 from tests.support.models import operator_cases
 
@@ -37,6 +37,13 @@ def test_official_operator_tests() -> None:
         expected = {helper.np_dtype_to_tensor_dtype(array.dtype) for array in outputs}
         assert {output_type(node, call, types)} == expected, name
     assert len(answered) > 60
+
+
+@pytest.mark.parametrize(("axis", "expected"), [(-1, (6, 4)), (-3, (1, 24)), (0, (1, 24)), (3, (24, 1)), (1, (2, 12))])
+def test_axes_of_flatten_count_from_the_rank(axis: int, expected: tuple[int, ...]) -> None:
+    call = Call({"axis": axis}, 18)
+    assert output_shapes(("", "Flatten"), call, [(2, 3, 4)], [None]) == [expected]
+    assert EVALUATORS["Flatten"](call, np.zeros((2, 3, 4))).shape == expected
 
 
 @pytest.mark.parametrize(
