@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
@@ -46,11 +47,27 @@ def test_axes_of_flatten_count_from_the_rank(axis: int, expected: tuple[int, ...
     assert EVALUATORS["Flatten"](call, np.zeros((2, 3, 4))).shape == expected
 
 
+@pytest.mark.parametrize("size", range(1, 9))
+@pytest.mark.parametrize(("kernel", "stride", "pads"), [(2, 2, (0, 0)), (3, 2, (1, 1)), (3, 1, (0, 2))])
+def test_pools_that_round_up(size: int, kernel: int, stride: int, pads: tuple[int, int]) -> None:
+    """As onnxruntime does, where the last window begins inside the image for all sizes."""
+    attributes = {"kernel_shape": [kernel], "strides": [stride], "pads": list(pads), "ceil_mode": 1}
+    found = output_shapes(("", "AveragePool"), Call(attributes, 19), [(1, 2, size)], [None])
+    node = helper.make_node("AveragePool", ["x"], ["y"], **attributes)
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 2, n]) for name, n in (("x", size), ("y", None)))
+    model = helper.make_model(helper.make_graph([node], "g", [x], [y]), opset_imports=[helper.make_opsetid("", 19)])
+    model.ir_version = 9
+    runtime = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (expected,) = runtime.run(None, {"x": np.zeros((1, 2, size), np.float32)})
+    assert found == [expected.shape]
+    assert output_shapes(("com.microsoft", "QLinearAveragePool"), Call(attributes, 1), [(1, 2, size)], [None]) == found
+
+
 @pytest.mark.parametrize(
     ("op_type", "attributes", "shapes", "values"),
     [
         ("Conv", {}, [(1, 4, 8, 8), (4, 3, 3, 3)], [None, None]),
-        ("MaxPool", {"kernel_shape": [2, 2], "ceil_mode": 1}, [(1, 3, 7, 7)], [None]),
+        ("MaxPool", {"kernel_shape": [2, 2], "strides": [3, 3], "ceil_mode": 1}, [(1, 3, 7, 7)], [None]),
         ("Add", {}, [(2, 3), (2, 4)], [None, None]),
         ("MatMul", {}, [(3,), (3, 4)], [None, None]),
         ("Reshape", {}, [(2, 3), (1,)], [None, np.asarray([5])]),
