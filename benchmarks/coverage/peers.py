@@ -12,6 +12,13 @@ time for everything else.
 time until all groups are known (`build_dependency` and `get_all_groups`; fold and comb); "graph" that of
 `build_dependency` alone. "start" is the median time in which a process imports the tool, without models; a user waits
 for start and job together. `--summary` prints the table of the stored results.
+
+onnxsim gets each of its entry points for structured pruning that applies to a file, as it is and simplified before, alone
+and one after the other; of the files that onnxruntime runs, that with the fewest weights counts, and "masked" says
+whether it equals the file before with the removed parts set to zero. `--files FOLDER…` runs other exporters' files, too,
+for which torch-pruning has no source, into another `--out`:
+
+    python benchmarks/coverage/peers.py --files ZOO/ort ZOO/keras ZOO/timm … --out results/peers_files.jsonl
 """
 
 from __future__ import annotations
@@ -40,6 +47,8 @@ CPU_SECONDS = 30
 """CPU seconds after which torch-pruning is stopped."""
 WALL_SECONDS = 120
 """Wall seconds after which a job is stopped."""
+SAMPLED = 16
+"""Numbers by which an index of a tensor is found again in the larger one."""
 MASKED = 1e-3
 """Largest difference between a pruned model and the masked original, over the largest output (heuristic, float32)."""
 
@@ -426,16 +435,16 @@ def _indices(before: Any, after: Any) -> list[Any] | None:
     kept = [np.arange(size) for size in after.shape]
     shrunk = [axis for axis in range(before.ndim) if before.shape[axis] != after.shape[axis]]
     for axis in shrunk:
-        # rows are told apart by their sorted values, which the removal of other indices does not keep: one axis at a time
+        # a row is known by some of its values, whichever others it has lost
         rows = np.moveaxis(before, axis, 0).reshape(before.shape[axis], -1)
         wanted = np.moveaxis(after, axis, 0).reshape(after.shape[axis], -1)
         found, start = [], 0
         for row in wanted:
-            fits = [i for i in range(start, len(rows)) if np.isin(row, rows[i]).all()]
-            if not fits:
+            fit = next((i for i in range(start, len(rows)) if np.isin(row[:SAMPLED], rows[i]).all()), None)
+            if fit is None:
                 return None
-            found.append(fits[0])
-            start = fits[0] + 1
+            found.append(fit)
+            start = fit + 1
         kept[axis] = np.asarray(found)
     return kept if np.array_equal(before[np.ix_(*kept)], after) else None
 
