@@ -45,10 +45,8 @@ def smallest() -> Iterator[tuple[str, str]]:
         yield from ((name, module) for _, name in sorted(models)[:EACH])
 
 
-def export(name: str, path: Path, *, dynamo: bool) -> None:
-    """Build, perturb and export one model, at 64 x 64 where it allows that."""
-    torch.set_num_threads(2)
-    timm.layers.set_fused_attn(dynamo)
+def prepared(name: str) -> tuple[torch.nn.Module, torch.Tensor]:
+    """Build and perturb one model, at 64 x 64 where it allows that; return it with two images."""
     for size in (64, 128, None):
         torch.manual_seed(0)
         try:
@@ -62,6 +60,14 @@ def export(name: str, path: Path, *, dynamo: bool) -> None:
         except Exception:
             if size is None:
                 raise
+    return model, image
+
+
+def export(name: str, path: Path, *, dynamo: bool) -> None:
+    """Build and export one model."""
+    torch.set_num_threads(2)
+    timm.layers.set_fused_attn(dynamo)
+    model, image = prepared(name)
     for free in (not dynamo, False):
         try:
             onnx_export(

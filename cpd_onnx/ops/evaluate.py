@@ -133,6 +133,14 @@ EVALUATORS |= {
 }
 
 
+@evaluator("Clip")
+def _clip(call: Call, array: Array, low: Array | None = None, high: Array | None = None) -> Array:
+    for limit, name, function in ((low, "min", np.maximum), (high, "max", np.minimum)):
+        bound = call.get(name) if limit is None else limit
+        array = array if bound is None else function(array, np.asarray(bound, array.dtype))
+    return array
+
+
 @evaluator("Slice")
 def _slice(call: Call, data: Array, *operands: Array | None) -> Array:
     index: list[slice] = [slice(None)] * data.ndim
@@ -194,8 +202,14 @@ def _reshape(call: Call, data: Array, shape: Array | None = None) -> Array:
 
 @evaluator("Flatten")
 def _flatten(call: Call, data: Array) -> Array:
-    axis = call.get("axis", 1) % (data.ndim + 1)
-    return data.reshape(math.prod(data.shape[:axis]), -1)
+    axis = flattened_from(call, data.ndim)
+    return data.reshape(math.prod(data.shape[:axis]), math.prod(data.shape[axis:]))
+
+
+def flattened_from(call: Call, rank: int) -> int:
+    """Return the first axis of the second part of Flatten: up to the rank itself; negative ones count from it."""
+    axis = int(call.get("axis", 1))
+    return axis + rank if axis < 0 else axis
 
 
 @evaluator("Expand")

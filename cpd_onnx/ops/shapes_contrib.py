@@ -15,6 +15,7 @@ from cpd_onnx.ops.shapes_standard import (
     joined,
     of_domain,
     pooled,
+    pooled_windows,
     product_of,
     windows,
 )
@@ -82,11 +83,11 @@ def _quantized_global_pool(call: Call, shapes: Sequence[Any], values: Values) ->
 @_register(MICROSOFT, "QLinearAveragePool", "MaxpoolWithMask")
 def _quantized_pool(call: Call, shapes: Sequence[Any], values: Values) -> Dims | None:
     shape, window = shapes[0], call.attributes["kernel_shape"]
-    if call.get("ceil_mode", 0):
+    is_last = bool(call.get("channels_last", 0))
+    sizes = pooled_windows(call, shape[1:-1] if is_last else shape[2:], window)
+    if sizes is None:
         return None
-    if call.get("channels_last", 0):
-        return (shape[0], *_windows(call, shape[1:-1], window), shape[-1])
-    return (*shape[:2], *_windows(call, shape[2:], window))
+    return (shape[0], *sizes, shape[-1]) if is_last else (*shape[:2], *sizes)
 
 
 @_register(MICROSOFT, "NhwcMaxPool")

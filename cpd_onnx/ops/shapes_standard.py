@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from cpd_onnx.ops.evaluate import Call, axes_operand, register_in, slice_ranges, sliced_axes
+from cpd_onnx.ops.evaluate import Call, axes_operand, flattened_from, register_in, slice_ranges, sliced_axes
 from cpd_onnx.ops.sizes import as_size, floor, is_constant, largest, least, product
 
 Dims: TypeAlias = tuple[Any, ...]
@@ -117,25 +117,47 @@ def _window(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
 
 def _convolved(call: Call, data: Dims, kernel: Dims | None) -> Dims | None:
     window = call.get("kernel_shape") or (kernel and kernel[2:])
-    if not window or call.get("ceil_mode", 0):
+    if not window:
         return None
     if len(data) != len(window) + 2 or (kernel is not None and data[1] != kernel[1] * call.get("group", 1)):
         return None
-    sizes = windows(call, data[2:], window)
-    return (data[0], data[1] if kernel is None else kernel[0], *sizes) if _are_from(1, sizes) else None
+    sizes = pooled_windows(call, data[2:], window)
+    if sizes is None or not _are_from(1, sizes):
+        return None
+    return (data[0], data[1] if kernel is None else kernel[0], *sizes)
+
+
+def pooled_windows(call: Call, sizes: Sequence[Any], window: Sequence[Any]) -> list[Any] | None:
+    """Return the spatial sizes after a sliding window that may be rounded up.
+
+    None where a window might then begin in the padding: runtimes differ in whether they count it.
+    """
+    if not call.get("ceil_mode", 0):
+        return windows(call, sizes, window)
+    rank = len(window)
+    pads, strides, spans = _explicit(call, window)
+    if call.get("auto_pad", "NOTSET") != "NOTSET" or any(spans[i] < strides[i] + pads[i + rank] for i in range(rank)):
+        return None
+    return [1 - (spans[i] - sizes[i] - pads[i] - pads[i + rank]) // strides[i] for i in range(rank)]
 
 
 def windows(call: Call, sizes: Sequence[Any], window: Sequence[Any]) -> list[Any]:
     """Return the spatial sizes after a sliding window with explicit or automatic pads."""
     rank, auto = len(window), call.get("auto_pad", "NOTSET")
-    pads, strides = call.get("pads") or [0] * (2 * rank), call.get("strides") or [1] * rank
+    pads, strides, spans = _explicit(call, window)
     if auto in ("SAME_UPPER", "SAME_LOWER"):
         return [(size + stride - 1) // stride for size, stride in zip(sizes, strides, strict=True)]
     if auto == "VALID":
         pads = [0] * (2 * rank)
+    return [(sizes[i] + pads[i] + pads[i + rank] - spans[i]) // strides[i] + 1 for i in range(rank)]
+
+
+def _explicit(call: Call, window: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], list[Any]]:
+    """Return the pads, the strides, and how far the windows reach with their dilations."""
+    rank = len(window)
     dilations = call.get("dilations") or [1] * rank
     spans = [d * (w - 1) + 1 for w, d in zip(window, dilations, strict=True)]
-    return [(sizes[i] + pads[i] + pads[i + rank] - spans[i]) // strides[i] + 1 for i in range(rank)]
+    return call.get("pads") or [0] * (2 * rank), call.get("strides") or [1] * rank, spans
 
 
 @_plain("Resize")
@@ -199,7 +221,7 @@ def _reshape(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
 
 @_plain("Flatten")
 def _flatten(call: Call, shapes: Sequence[Dims], values: Values) -> Dims | None:
-    axis = call.get("axis", 1)
+    axis = flattened_from(call, len(shapes[0]))
     return (product(shapes[0][:axis]), product(shapes[0][axis:])) if 0 <= axis <= len(shapes[0]) else None
 
 

@@ -40,6 +40,8 @@ Monomial: TypeAlias = "tuple[tuple[Term, int], ...]"
 _MAX_DENOMINATOR = 1 << 10
 """Largest denominator of a float factor of a size. Heuristic: products with finer factors are rounded to float32, which
 may cross the next integer."""
+_UNBOUNDED = float(np.finfo(np.float32).max)
+"""Bound of Clip that is none: the default of its attributes, in the ONNX specification."""
 _MAX_MONOMIALS = 40
 """Largest number of monomials of a polynomial; longer ones become unknowns. Heuristic that bounds the time."""
 
@@ -100,6 +102,19 @@ class Size:
         """Whether it contains an unknown term."""
         terms = [term for monomial in self.coefficients for term, _ in monomial]
         return any(t.kind == "unknown" or any(getattr(a, "has_unknowns", False) for a in t.arguments) for t in terms)
+
+    @functools.cached_property
+    def lower_bound(self) -> Number | None:
+        """A number that it is at least for all inputs, from the bounds of its terms; None if none is known."""
+        lowest: Number = 0
+        for monomial, coefficient in self.coefficients.items():
+            for term, power in monomial:
+                bound = _lower_bound_of_term(term)
+                if coefficient < 0 or bound is None or bound < 0:
+                    return None
+                coefficient *= bound**power
+            lowest += coefficient
+        return lowest
 
     @functools.cached_property
     def symbols(self) -> frozenset[str]:
@@ -364,26 +379,29 @@ def is_less(a: Any, b: Any) -> Any:
 
 
 def _is_at_least(value: Any, bound: int) -> bool:
-    """Whether the signs of its coefficients prove that a size is at least `bound` for all inputs."""
-    if not isinstance(value, Size):
-        return bool(value >= bound)
-    lowest: Number = 0
-    for monomial, coefficient in value.coefficients.items():
-        if not monomial:
-            lowest += coefficient
-        elif coefficient < 0 or not all(_is_nonnegative(term) for term, _ in monomial):
-            return False
-        elif all(term.kind == "symbol" for term, _ in monomial):
-            lowest += coefficient
-    return lowest >= bound
+    """Whether a size is proved to be at least `bound` for all inputs."""
+    lowest = _lower_bound(value)
+    return lowest is not None and lowest >= bound
 
 
-def _is_nonnegative(term: Term) -> bool:
+def _lower_bound(value: Any) -> Number | None:
+    return value.lower_bound if isinstance(value, Size) else _number(value)
+
+
+def _lower_bound_of_term(term: Term) -> Number | None:
     if term.kind == "symbol":
-        return True
-    if term.kind == "quotient" and not _is_at_least(term.arguments[1], 1):
-        return False
-    return term.kind != "unknown" and all(_is_at_least(argument, 0) for argument in term.arguments)
+        return 1
+    if term.kind == "unknown":
+        return None
+    first, second = map(_lower_bound, term.arguments)
+    if first is None or second is None:
+        return None
+    if term.kind == "min":
+        return min(first, second)
+    if term.kind == "floor":
+        below: int = term.arguments[1]
+        return math.floor(Fraction(first) / below)
+    return 0 if first >= 0 and second >= 1 else None
 
 
 def product(sizes: Iterable[Any]) -> Any:
@@ -533,6 +551,15 @@ def _ratio(a: Any, b: Any) -> Any:
     return exact
 
 
+def _clipped(call: Call, array: Expressions, low: Expressions | None = None, high: Expressions | None = None) -> Any:
+    """Return sizes between two bounds, which are operands, or attributes before opset 11."""
+    for bound, name, function in ((low, "min", largest), (high, "max", least)):
+        limit = call.get(name) if bound is None else bound.item()
+        if limit is not None and not (isinstance(limit, float) and abs(limit) >= _UNBOUNDED):
+            array = np.frompyfunc(function, 2, 1)(array, limit)
+    return array
+
+
 def _cast(call: Call, array: Expressions) -> Any:
     kind = call.get("to")
     if kind in (TensorProto.INT32, TensorProto.INT64):
@@ -586,7 +613,7 @@ _SYMBOLIC: dict[str, Callable[..., Any]] = {  # evaluation of operators on array
     "Add": _each(lambda a, b: a + b), "Sub": _each(lambda a, b: a - b), "Mul": _each(lambda a, b: a * b),
     "Div": _quotient, "Mod": _each(lambda a, b: a % b), "Neg": _each(lambda a: -a), "Floor": _each(floor),
     "Ceil": _each(lambda a: -floor(-a)), "Cast": _cast, "Sum": _fold(lambda a, b: a + b), "Min": _fold(least),
-    "Max": _fold(largest), "Equal": _each(is_equal), "Less": _each(is_less),
+    "Max": _fold(largest), "Clip": _clipped, "Equal": _each(is_equal), "Less": _each(is_less),
     "Greater": _each(lambda a, b: is_less(b, a)),
     "LessOrEqual": _each(lambda a, b: _negated(is_less(b, a))),
     "GreaterOrEqual": _each(lambda a, b: _negated(is_less(a, b))), "Not": _each(_negated), "And": _each(_both),

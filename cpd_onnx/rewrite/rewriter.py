@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from onnx import AttributeProto, NodeProto, TensorShapeProto, ValueInfoProto, he
 from cpd_onnx.algebra.atoms import Mask
 from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.channels.branches import Branches, branches, gone_groups, with_last
-from cpd_onnx.channels.constraints import elements, is_number, operand_value
+from cpd_onnx.channels.constraints import Element, elements, is_number, operand_value
 from cpd_onnx.channels.groups import Combed, Weight
 from cpd_onnx.channels.weights import lazy_weight
 from cpd_onnx.errors import REPORT_BUG, PlanError, ProofError
@@ -199,13 +200,25 @@ class _Rewriter(Editor):
     def rewrite_constants(self) -> None:
         """Rewrite the constants that enter computed operands as sizes."""
         wanted: dict[int, dict[Origin, int]] = defaultdict(dict)
+        arithmetic = cache(lambda: Arithmetic(self.combed, self.keep, self, self.found.dead))
         for size_use, value in self.computed:
             if size_use.per_element and not value.is_static:
                 for element in elements(size_use, value):
+                    if element.origin.role == Role.FACTOR and self.follows(arithmetic, size_use, element):
+                        continue
                     if element.origin.role in (Role.ELEMENT, Role.FACTOR):
                         wanted[element.origin.source][element.origin] = self.keep.count(element.axis)
         for number, sizes in sorted(wanted.items()):
             self.rewrite_constant(number, sizes)
+
+    def follows(self, arithmetic: Callable[[], Arithmetic], size_use: SizeUse, element: Element) -> bool:
+        """Return whether a product follows its axis by another factor, such as a size that is read from a tensor."""
+        if not self.keep.shrinks(element.axis):
+            return False
+        assert isinstance(size_use.slot, int)
+        name = self.node(size_use.scope, size_use.node).input[size_use.slot]
+        now = arithmetic().value(size_use.scope, name)
+        return now is not None and now.reshape(-1)[element.position].item() == self.keep.count(element.axis)
 
     def rewrite_constant(self, number: int, sizes: dict[Origin, int]) -> None:
         """Set elements of the constant that enters at one use, by provenance."""

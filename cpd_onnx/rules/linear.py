@@ -31,6 +31,7 @@ class _Slots:
         zero_point: Zero point of the weight; without one, the weight is not quantised.
         others: Further inputs that the rule of the variant handles.
         is_last: Whether the channels of X and of the output are on the last axis, instead of axis 1.
+        is_moved: Whether data say where X is read, also by a kernel of a single position.
 
     """
 
@@ -41,6 +42,7 @@ class _Slots:
     zero_point: int = -1
     others: tuple[int, ...] = ()
     is_last: bool = False
+    is_moved: bool = False
 
     def channel(self, rank: int) -> int:
         """Return the axis of the channels of a tensor."""
@@ -91,7 +93,7 @@ def deform_conv(op: Op) -> None:
     if op.get("offset_group", 1) != 1:
         raise GiveUp(f"{op.name} has several offset groups")
     op.freeze_all([*op.axes(2), *op.axes(4)], "takes its offsets and mask as a whole")
-    convolution(op, _Slots(bias=3))
+    convolution(op, _Slots(bias=3, is_moved=True))
 
 
 def convolution(op: Op, slots: _Slots) -> None:
@@ -188,9 +190,21 @@ def _freeze_spatial(op: Op, slots: _Slots) -> None:
     x, w = op.input(0), op.input(slots.w)
     if x.rank != w.rank:
         raise GiveUp(f"{op.name} has inputs of {x.rank} and {w.rank} axes")
-    op.freeze_all((x[axis] for axis in slots.spatial(x.rank)), "slides over this axis")
+    passing = _passing(op, slots)
+    op.freeze_all((x[axis] for axis in slots.spatial(x.rank) if axis not in passing), "slides over this axis")
     for axis in (w.axes or [])[2:]:
         op.freeze(axis, KERNEL_EXTENT)
+
+
+def _passing(op: Op, slots: _Slots) -> list[int]:
+    """Return the axes of X along which the kernel has a single position at each index, so that none is mixed."""
+    x, w, shape = op.input(0), op.input(slots.w), op.sizes()
+    axes = slots.spatial(x.rank)
+    strides = op.get("strides") or [1] * len(axes)
+    if slots.is_moved or len(strides) != len(axes):
+        return []
+    alone = zip(axes, w.shape[2:], strides, strict=True)
+    return [axis for axis, width, stride in alone if width == stride == 1 and shape[axis] == x.shape[axis]]
 
 
 def _finish(op: Op, slots: _Slots, out: Axis, places: Shape) -> None:
@@ -202,11 +216,14 @@ def _finish(op: Op, slots: _Slots, out: Axis, places: Shape) -> None:
     if slots.zero_point >= 0:
         stands_for(op, w, slots.scale, slots.zero_point, 0)
     shape, axes = op.sizes(), [x[0]] * x.rank
+    passing = _passing(op, slots)
     for axis in slots.spatial(x.rank):
-        axes[axis] = op.along(x[axis], shape[axis], "slides over this axis")
+        axes[axis] = x[axis] if axis in passing else op.along(x[axis], shape[axis], "slides over this axis")
     axes[slots.channel(x.rank)] = out
     op.set(axes)
-    op.cost(float(x.shape[0] * math.prod(w.shape[2:]) * math.prod(places)), w[0], w[1])
+    slid = [place for axis, place in zip(slots.spatial(x.rank), places, strict=True) if axis not in passing]
+    factor = float(x.shape[0] * math.prod(w.shape[2:]) * math.prod(slid))
+    op.cost(factor, w[0], w[1], *(x[axis] for axis in passing))
 
 
 def stands_for(op: Op, w: Tensor, scale: int, zero_point: int, axis: int) -> None:

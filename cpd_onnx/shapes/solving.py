@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import takewhile
 
 from cpd_onnx.ops.required import Equation
 from cpd_onnx.ops.sizes import Bindings, Size, symbol
@@ -16,15 +17,15 @@ _PAIR = 2
 def solved(equations: Iterable[Equation]) -> dict[str, int]:
     """Return numbers for symbols that fulfil equations without unknowns, by the name of the symbol.
 
-    Equations with one symbol come first. Of several solutions, the smallest is taken; an equation that has none, or
-    whose symbols were solved from another one, is left out.
+    Equations with one symbol come first. Of several solutions, a small and round one is taken; an equation that has
+    none, or whose symbols were solved from another one, is left out.
     """
     found: dict[str, int] = {}
     for size, number in sorted(dict.fromkeys(equations), key=lambda equation: len(equation[0].symbols)):
         names = size.symbols
         if not 0 < len(names) <= _PAIR or not names.isdisjoint(found):
             continue
-        if (root := _linear_root(size, number) or _smallest_root(size, number, names)) is not None:
+        if (root := _linear_root(size, number) or _roundest_root(size, number, names)) is not None:
             found |= dict.fromkeys(sorted(names), root)
     return found
 
@@ -41,10 +42,18 @@ def _linear_root(size: Size, number: int) -> int | None:
     return int(root) if root >= 1 and root == int(root) else None
 
 
-def _smallest_root(size: Size, number: int, names: Iterable[str]) -> int | None:
-    """Return the smallest number of all symbols at which a size has a value; None if there is none."""
+def _roundest_root(size: Size, number: int, names: Iterable[str]) -> int | None:
+    """Return a number of all symbols at which a size has a value; None if there is none.
+
+    A quotient that is rounded has it at a range of numbers. Of the first range the number with the largest power of two
+    as a factor is taken (heuristic): models are exported at such sizes of images, which later operators require too.
+    """
     terms = [next(iter(symbol(name).coefficients))[0][0] for name in names]
-    for root in range(1, _MOST + 1):
-        if Bindings(dict.fromkeys(terms, (root,))).at(size, 0) == number:
-            return root
-    return None
+
+    def fits(root: int) -> bool:
+        return Bindings(dict.fromkeys(terms, (root,))).at(size, 0) == number
+
+    first = next((root for root in range(1, _MOST + 1) if fits(root)), None)
+    if first is None:
+        return None
+    return max(takewhile(fits, range(first, _MOST + 1)), key=lambda root: (root & -root, -root))

@@ -229,6 +229,20 @@ def test_batch_times_heads() -> None:
     assert values[product.input[1]] == 2
 
 
+def test_a_product_that_follows_its_channels_keeps_its_factor() -> None:
+    """The batch times a size that is read from the pruned tensor, times a stored number of windows."""
+    text = """(float[N, 3, 8] x, float[8, 3, 1] w, float[5, 8, 1] v, int64 zero, int64 one, int64 four, int64[1] at, int64[1] two)
+        => (float[N, 5, 8] y) { c = Conv(x, w) s = Shape(c) n = Gather(s, zero) m = Gather(s, one) nm = Mul(n, m)
+        p = Mul(nm, four) q = Unsqueeze(p, at) t = Concat <axis = 0>(q, two) r = Reshape(c, t) a = Relu(r)
+        n1 = Unsqueeze(n, at) m1 = Unsqueeze(m, at) minus = Constant <value = int64[1] {-1}>()
+        b = Concat <axis = 0>(n1, m1, minus) d = Reshape(a, b) y = Conv(d, v) }"""
+    model = from_text(text, values={"zero": 0, "one": 1, "four": 4, "at": 0, "two": 2})
+    state = pruned(model)
+    values = initializers(state.model.complete_proto())
+    assert values["w"].shape == (4, 3, 1)
+    assert values["four"] == 4
+
+
 def test_value_info_follows() -> None:
     model = onnx.shape_inference.infer_shapes(model_of("conv depthwise"))
     model.graph.value_info.append(helper.make_tensor_value_info("h_wrong_rank", TensorProto.FLOAT, [1]))

@@ -190,6 +190,18 @@ TABLE: list[tuple[str, int, str, list[str], dict[str, Any]]] = [
         ["6: v.0 w.0"], {},
     ),
     (
+        "flatten counted from the back", 17,
+        "(float[2, 3, 4] x, float[6, 3, 1] w, float[6, 5] v) => (float[8, 5] y) "
+        "{ h = Conv(x, w) t = Transpose <perm = [0, 2, 1]>(h) a = Flatten <axis = -1>(t) y = Gemm(a, v) }",
+        ["6: v.0 w.0"], {},
+    ),
+    (
+        "conv of single positions along another axis", 17,
+        "(float[2, 3, 4] x, float[2, 3, 1] k, float[2] b, float[4, 6] w, float[6, 5] v) => (float[2, 2, 5] y) "
+        "{ h = MatMul(x, w) a = Conv(h, k, b) y = MatMul(a, v) }",
+        ["6: v.0 w.1"], {},
+    ),
+    (
         "channel shuffle", 17,
         f"{HEAD}, int64[5] p, int64[4] q, float[8, 1, 3, 3] d) => (float[2, 5, 8, 8] y) "
         f"{{ h = {CONV}(x, w) k = Conv <pads = [1, 1, 1, 1], group = 8>(h, d) r = Reshape(k, p) "

@@ -91,6 +91,11 @@ PRUNED = {
         f"{IMAGE} {{ c = Conv(x, k) {sizes(d=2)} {ints('four', 4)} l = Mod(d, four) o = Sub(four, l) i = Mod(o, four) "
         f"{ints('z', 0, 0, 0, 0, 0, 0)} {ints('z1', 0)} p = Concat <axis = 0>(z, i, z1) g = Pad(c, p) y = Conv(g, u) }}"
     ),
+    "padded by what is no less than nothing": (
+        f"{IMAGE} {{ c = Conv(x, k) {sizes(d=2)} {ints('nine', 9)} o = Sub(nine, d) zero = Constant <value_int = 0>() "
+        f"i = Clip(o, zero) {ints('z', 0, 0, 0, 0, 0, 0)} {ints('z1', 0)} p = Concat <axis = 0>(z, i, z1) g = Pad(c, p) "
+        f"y = Conv(g, u) }}"
+    ),
     "tokens as long as another input's": (
         f"{TOKENS} {{ c = MatMul(x, k) {sizes(a=0, b=1)} {ints('m', -1)} q = Concat <axis = 0>(a, b, m) "
         f"r = Reshape(c, q) y = MatMul(r, v) }}"

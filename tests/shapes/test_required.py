@@ -53,7 +53,7 @@ CASES = {
         "(float[n, 3, h, w] x, float[6, 3, 3, 3] k, float[96, 10] d, float[10, 4] e) => (float[] y) "
         "{ a = Conv <strides = [2, 2], pads = [1, 1, 1, 1]>(x, k) p = MaxPool <kernel_shape = [2, 2], strides = [2, 2]>"
         "(a) f = Flatten(p) g = Gemm(f, d) r = Relu(g) y = MatMul(r, e) }",
-        {"h": 15, "w": 15},
+        {"h": 16, "w": 16},
     ),
     "height and width by a table, in quantised operators": (QUANTIZED_VIT, {"c": 3, "h": 28, "w": 28}),
     "a batch that a state has": (
@@ -190,6 +190,8 @@ def test_the_solutions_of_equations() -> None:
     assert solved([(3 * h + 1, 10)]) == {"h": 3}
     assert solved([(h * w, 49)]) == {"h": 7, "w": 7}
     assert solved([(floor_divided(h, 16) * floor_divided(w, 16) + 1, 197)]) == {"h": 224, "w": 224}
+    assert solved([(floor_divided(h + 31, 32), 2)]) == {"h": 64}  # of 33 to 64
+    assert solved([(floor_divided(h - 3, 2), 14)]) == {"h": 32}  # of 31 and 32
     assert solved([(h * w * b, 16), (h, 2)]) == {"h": 2}
     assert solved([(16000 * h, 480000)]) == {"h": 30}
     assert solved([(2 * h, 5), (h * w, 50), (h + 4, 2)]) == {}

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
 from cpd_onnx.ir.model import attributes_of
-from cpd_onnx.ops.evaluate import Call
+from cpd_onnx.ops.evaluate import EVALUATORS, Call
 from cpd_onnx.ops.output_shapes import output_shapes, output_type
 from tests.support.models import operator_cases
 
@@ -39,11 +40,34 @@ def test_official_operator_tests() -> None:
     assert len(answered) > 60
 
 
+@pytest.mark.parametrize(("axis", "expected"), [(-1, (6, 4)), (-3, (1, 24)), (0, (1, 24)), (3, (24, 1)), (1, (2, 12))])
+def test_axes_of_flatten_count_from_the_rank(axis: int, expected: tuple[int, ...]) -> None:
+    call = Call({"axis": axis}, 18)
+    assert output_shapes(("", "Flatten"), call, [(2, 3, 4)], [None]) == [expected]
+    assert EVALUATORS["Flatten"](call, np.zeros((2, 3, 4))).shape == expected
+
+
+@pytest.mark.parametrize("size", range(1, 9))
+@pytest.mark.parametrize(("kernel", "stride", "pads"), [(2, 2, (0, 0)), (3, 2, (1, 1)), (3, 1, (0, 2))])
+def test_pools_that_round_up(size: int, kernel: int, stride: int, pads: tuple[int, int]) -> None:
+    """As onnxruntime does, where the last window begins inside the image for all sizes."""
+    attributes = {"kernel_shape": [kernel], "strides": [stride], "pads": list(pads), "ceil_mode": 1}
+    found = output_shapes(("", "AveragePool"), Call(attributes, 19), [(1, 2, size)], [None])
+    node = helper.make_node("AveragePool", ["x"], ["y"], **attributes)
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 2, n]) for name, n in (("x", size), ("y", None)))
+    model = helper.make_model(helper.make_graph([node], "g", [x], [y]), opset_imports=[helper.make_opsetid("", 19)])
+    model.ir_version = 9
+    runtime = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (expected,) = runtime.run(None, {"x": np.zeros((1, 2, size), np.float32)})
+    assert found == [expected.shape]
+    assert output_shapes(("com.microsoft", "QLinearAveragePool"), Call(attributes, 1), [(1, 2, size)], [None]) == found
+
+
 @pytest.mark.parametrize(
     ("op_type", "attributes", "shapes", "values"),
     [
         ("Conv", {}, [(1, 4, 8, 8), (4, 3, 3, 3)], [None, None]),
-        ("MaxPool", {"kernel_shape": [2, 2], "ceil_mode": 1}, [(1, 3, 7, 7)], [None]),
+        ("MaxPool", {"kernel_shape": [2, 2], "strides": [3, 3], "ceil_mode": 1}, [(1, 3, 7, 7)], [None]),
         ("Add", {}, [(2, 3), (2, 4)], [None, None]),
         ("MatMul", {}, [(3,), (3, 4)], [None, None]),
         ("Reshape", {}, [(2, 3), (1,)], [None, np.asarray([5])]),
