@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from cpd_onnx.ops.evaluate import NOT_COMPUTED, Call, axes_operand, register_in
 from cpd_onnx.ops.shapes_standard import Dims, Values
-from cpd_onnx.ops.sizes import Size, as_size, is_constant, product
+from cpd_onnx.ops.sizes import Size, as_size, divided, is_constant, product
 from cpd_onnx.ops.traits import MICROSOFT
 
 Pair: TypeAlias = "tuple[Any, Any]"
@@ -185,12 +185,17 @@ def _squeeze(call: Call, shapes: Sequence[Any], values: Sequence[Any]) -> Iterat
 
 @_of("", "Reshape")
 def _reshape(call: Call, shapes: Sequence[Any], values: Sequence[Any]) -> Iterator[Pair]:
-    """Yield the number of elements, if the target is known; an axis of 0 keeps its size."""
-    wanted = call.get("shape") if len(values) < 2 else values[1]
-    sizes = [as_size(size) for size in wanted]
+    """Yield the number of elements, if the target is known; an axis of 0 keeps its size.
+
+    Where both numbers are open, it is their quotient that has to be 1, such as a batch that the target leaves out.
+    """
+    sizes = [as_size(size) for size in (call.get("shape") if len(values) < 2 else values[1])]
     if -1 not in sizes and (not call.get("allowzero", 0) or 0 not in sizes):
         kept = [shapes[0][axis] if size == 0 else size for axis, size in enumerate(sizes)]
-        yield product(shapes[0]), product(kept)
+        whole, wanted = product(shapes[0]), product(kept)
+        yield whole, wanted
+        if isinstance(whole, Size) and isinstance(wanted, Size):
+            yield divided(whole, wanted), 1
 
 
 def _reshape_with_rest(call: Call, shapes: Sequence[Any], values: Sequence[Any]) -> Iterator[Pair]:

@@ -56,6 +56,12 @@ CASES = {
         {"h": 16, "w": 16},
     ),
     "height and width by a table, in quantised operators": (QUANTIZED_VIT, {"c": 3, "h": 28, "w": 28}),
+    "a batch that a target leaves out, beside an open length": (
+        "(float[n, t, 6] x, float[6, 12] u, float[4, 4] v) => (float[] y) { p = Transpose <perm = [1, 0, 2]>(x) "
+        "a = MatMul(p, u) r = Relu(a) s = Shape <start = 0, end = 1>(r) e = Constant <value = int64[3] {1, 3, 4}>() "
+        "g = Concat <axis = 0>(s, e) h = Reshape(r, g) y = MatMul(h, v) }",
+        {"n": 1},
+    ),
     "a batch that a state has": (
         "(float[n, 12, 6] x, float[1, 1, 8] xh, float[1, 24, 6] w, float[1, 24, 8] r, float[8, 4] v) => (float[] y) "
         "{ s = Transpose <perm = [1, 0, 2]>(x) o, l = GRU <hidden_size = 8>(s, w, r, , , xh) y = MatMul(l, v) }",
