@@ -34,6 +34,8 @@ RESULT = ROOT / "benchmarks" / "results" / "depth.json"
 SEED = 0
 LATENCIES = (0.5, 0.33)
 WAYS = {"branches may go": "--depth", "widths alone": "--no-depth"}
+KEYS = ("model", "asked", "how", "updates")
+"""What tells rows apart."""
 ROUNDS = 100
 """Number of rounds in which all models are timed once."""
 
@@ -120,7 +122,8 @@ def rows_of(given: Subject, latency: float) -> list[dict[str, Any]]:
             words += ["--target", f"latency={latency}", "--max-loss", "inf", "--effort", "4", flag]
             words += ["--nearest", "--no-check-speed"]
             code, figures = counted(words)
-            row: dict[str, Any] = {"model": given.name, "asked": latency, "how": how, "code": code} | figures
+            row: dict[str, Any] = {"model": given.name, "asked": latency, "how": how, "updates": given.updates}
+            row |= {"code": code} | figures
             rows.append(row)
             if not small.exists():
                 continue
@@ -134,7 +137,7 @@ def rows_of(given: Subject, latency: float) -> list[dict[str, Any]]:
             scores = {"score": given.score(small), "original": given.score(model)}
             rows[number] |= scores | {"latency": times[place] / times[0], "original_ms": times[0]}
             if given.updates:
-                rows[number] |= {"updates": given.updates, "trained": given.trained(small)}
+                rows[number] |= {"trained": given.trained(small)}
     return rows
 
 
@@ -143,11 +146,12 @@ def control(given: Subject) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=given.work) as folder:
         copy = Path(shutil.copy(given.file, folder))
         trained = replace(given, seeds=given.seeds[:1]).trained(copy)
-    row = {"model": given.name, "asked": 1.0, "how": "unpruned control", "code": 0, "seconds": 0.0, "macs": 1.0}
+    row = {"model": given.name, "asked": 1.0, "how": "unpruned control", "updates": given.updates, "code": 0}
+    row |= {"seconds": 0.0, "macs": 1.0}
     count = len(onnx.load(given.file, load_external_data=False).graph.node)
     original = given.score(given.file)
     row |= {"branches": 0, "nodes": [count, count], "latency": 1.0, "score": original, "original": original}
-    return row | {"updates": given.updates, "trained": trained}
+    return row | {"trained": trained}
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -190,11 +194,11 @@ def main() -> None:
             given = subject(run, model, data, Path(folder), options.updates, options.seed or [SEED])
             for latency in options.latency or LATENCIES:
                 for row in rows_of(given, latency):
-                    rows = kept(options.out, rows, row, ("model", "asked", "how"))
+                    rows = kept(options.out, rows, row, KEYS)
                     figures = (row.get("latency"), row.get("score"), row.get("trained"), round(row["seconds"]), "s")
                     print(name, latency, row["how"], *figures, flush=True)
             if given.updates:
-                rows = kept(options.out, rows, control(given), ("model", "asked", "how"))
+                rows = kept(options.out, rows, control(given), KEYS)
     show(rows)
 
 
