@@ -50,9 +50,9 @@ _ELEMENTS, _FEWEST = 1 << 24, 16
 """Numbers in all samples of a repair that only serves a comparison, and samples at least (heuristic)."""
 _TARGET_BYTES = 128 << 20
 """Approximate number of bytes of the targets that are sampled in one run of the original (heuristic)."""
-_OTHER_SIZES = "sizes before it depend on values, and are others in the pruned model than in the original"
+_OTHER_SIZES = "the sizes of its input depend on values, and differ between the pruned model and the original"
 """Why a weight was not fitted whose features have other sizes in the two models."""
-_NO_ERROR = "sizes of the outputs depend on values, and are others than the original's: no error can be measured"
+_NO_ERROR = "the sizes of the outputs depend on values, and differ from the original's: no error can be measured"
 """Why no weight was fitted in a model whose outputs have other sizes on all held-out samples."""
 _ITEM = 4
 """Number of bytes of an element of a target."""

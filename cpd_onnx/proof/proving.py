@@ -45,10 +45,10 @@ from cpd_onnx.shapes.inference import fold_again
 _PIECEWISE_BYTES = 1 << 28
 """Bytes of weights (256 MB, a heuristic) above which a model and those derived from it are run piece by piece."""
 _NOT_REPEATED = (
-    "the original does not repeat itself: with the same inputs, its outputs are others in each run, and cannot be "
+    "the original does not repeat itself: with the same inputs, its outputs differ from run to run, and cannot be "
     "compared"
 )
-"""Doubt about a model of which other numbers, or other sizes, are computed in each run."""
+"""Doubt about a model whose outputs, or their sizes, differ from run to run."""
 _PARTS = 4
 """Parts of a comparison: runs of the original, of the masked original and of the pruned model, and the verdict."""
 

@@ -691,9 +691,9 @@ def repaired_lengths(pruned_to: float) -> tuple[Model, repairs.Repaired]:
 
 def test_rows_are_not_compared_where_the_pruned_model_has_other_sizes() -> None:
     small, found = repaired_lengths(0.5)
-    assert "sizes before it depend on values" in found.left["u"]
+    assert "the sizes of its input depend on values" in found.left["u"]
     assert "no error can be measured" in found.left["v"]
-    assert "nothing was repaired: sizes of the outputs depend on values" in found.notes[0]
+    assert "nothing was repaired: the sizes of the outputs depend on values" in found.notes[0]
     assert np.array_equal(found.model.array("u"), small.array("u"))
 
 

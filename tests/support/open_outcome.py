@@ -54,10 +54,10 @@ def outcome_of(model: ModelProto, seed: int) -> str:
         return "nothing to prune"
     deep, gone = without_branches(combed, chosen, 0.5, seed)
     outcome = _pruned(combed, chosen, tried)
-    if not gone:
+    if not gone or outcome != "right":
         return outcome
     without = _pruned(combed, deep, tried)
-    return outcome if without == outcome or outcome.startswith("WRONG") else f"{without}, without whole branches"
+    return without if without == outcome else f"{without}, without whole branches"
 
 
 def _pruned(combed: Combed, chosen: Allocation, tried: list[Feed]) -> str:
