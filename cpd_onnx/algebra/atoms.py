@@ -188,7 +188,10 @@ class Atoms:
         return _compress(table)
 
     def canonical(self, axis: Axis) -> Axis:
-        """Return a number per index: equal for indices that are removed by the same primitives, 0 if frozen."""
+        """Return a number per index: equal for indices that are removed by the same primitives, 0 if frozen.
+
+        The numbers of composites hold within this axis only; two axes are compared with `are_alike`.
+        """
         table = self.parts(axis)
         if table.shape[1] == 1:
             return np.asarray(table[:, 0])
@@ -198,6 +201,22 @@ class Atoms:
         number = np.zeros(len(table), np.int64)
         number[order[1:]] = np.cumsum((ranked[1:] != ranked[:-1]).any(axis=1))
         return np.where(table[:, -1] == NOTHING, 0, number + 1 + self._size)
+
+    def are_alike(self, left: Axis, right: Axis) -> bool:
+        """Return whether two axes have the same size and each index of both is removed by the same primitives.
+
+        >>> atoms = Atoms()
+        >>> first, second = (atoms.product(atoms.fresh(2), atoms.fresh(3)) for _ in range(2))
+        >>> atoms.are_alike(first, second)
+        False
+        >>> atoms.unite(first, second)
+        >>> atoms.are_alike(first, second)
+        True
+        """
+        if len(left) != len(right):
+            return False
+        a, b = _same_width(self.parts(left), self.parts(right))
+        return bool((np.sort(a, axis=1) == np.sort(b, axis=1)).all())
 
     def origin(self, axis: Axis) -> Axis:
         """Return a number per index: equal for atoms (first parts of composites) allocated by the same call."""

@@ -69,7 +69,7 @@ def is_finer(combed: Combed, other: Combed) -> bool:
 def balance(swept: Swept) -> bool:
     """Couple channels so that each set takes as many from all blocks of `Recorder.balanced`; return whether any was."""
     atoms = swept.atoms
-    before = [atoms.canonical(axis) for axis, _, _ in swept.recorder.balanced]
+    before = [atoms.parts(axis) for axis, _, _ in swept.recorder.balanced]
     _couple_unknown(swept)
     for axis, _, node in swept.recorder.balanced:
         _free_of_composites(atoms, axis, Reason("operator", node, _NEEDED))
@@ -80,7 +80,7 @@ def balance(swept: Swept) -> bool:
             atoms.unite(channels[chosen[:-1]], channels[chosen[1:]])
         if left.any():
             atoms.freeze(channels[left], Reason("operator", node, _NEEDED))
-    after = (atoms.canonical(axis) for axis, _, _ in swept.recorder.balanced)
+    after = (atoms.parts(axis) for axis, _, _ in swept.recorder.balanced)
     return not all(np.array_equal(old, new) for old, new in zip(before, after, strict=True))
 
 

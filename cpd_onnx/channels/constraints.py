@@ -187,7 +187,7 @@ def _one_round(swept: Swept) -> bool:
             changed |= _dynamic_list(swept, size_use, value, sharing)
     for axes in sharing.values():
         for other in axes[1:]:
-            if not np.array_equal(atoms.canonical(axes[0]), atoms.canonical(other)):
+            if not atoms.are_alike(axes[0], other):
                 atoms.unite(axes[0], other)
                 changed = True
     return changed
@@ -244,7 +244,7 @@ def _follow(swept: Swept, element: Element) -> bool:
     axis = atoms.product(*axes)
     if len(axis) != len(element.axis):
         return _freeze(atoms, element.axis, Reason("structure", "", "does not have the size that is computed for it"))
-    if np.array_equal(atoms.canonical(axis), atoms.canonical(element.axis)):
+    if atoms.are_alike(axis, element.axis):
         return False
     atoms.unite(axis, element.axis)
     return True

@@ -15,10 +15,13 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 import cpd_onnx as cpd
+from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.ir.model import attributes_of
 from cpd_onnx.passes.prune import apply
 from cpd_onnx.pipeline.state import State
+from cpd_onnx.proof.proving import verify
+from cpd_onnx.rewrite.rewriter import rewrite
 from cpd_onnx.testing import mask_oracle
 from tests.rules.test_rules import NAMES, TABLE, model_of
 from tests.support.models import from_text
@@ -227,6 +230,30 @@ def test_batch_times_heads() -> None:
     values = initializers(state.model.complete_proto())
     product = next(n for n in state.model.graph.node if n.op_type == "Mul")
     assert values[product.input[1]] == 2
+
+
+def test_layers_that_share_a_computed_shape_keep_as_many_channels() -> None:
+    """Exporters compute a shape once for all layers; the axis that it divides is heads times their dimension."""
+    layer = """{h}p = MatMul({x}, {w}) {h}q = Reshape({h}p, cut) {h}t = Transpose <perm=[2, 0, 1, 3]>({h}q)
+        {h}i = Gather <axis=0>({h}t, one) {h}j = Gather <axis=0>({h}t, two)
+        {h}e = Concat <axis=0>(size, heads, dims) {h}a = Reshape({h}i, {h}e) {h}b = Reshape({h}j, {h}e)
+        {h}c = Transpose <perm=[0, 2, 1, 3]>({h}a) {h}d = Transpose <perm=[0, 2, 3, 1]>({h}b)
+        {h}s = MatMul({h}c, {h}d) {h}m = MatMul({h}s, {h}c) {h}o = Transpose <perm=[0, 2, 1, 3]>({h}m)
+        {h}f = Reshape({h}o, whole) {h} = MatMul({h}f, {v})"""
+    model = from_text(
+        "(float[n, t, 5] x, float[5, 24] w, float[12, 7] v, float[7, 24] u, float[12, 4] k, int64[1] two_, int64[1] heads,"
+        " int64[1] dims, int64[1] both, int64 one, int64 two) => (float[n, t, 4] h2) {"
+        "size = Shape <end=2>(x) cut = Concat <axis=0>(size, two_, both) whole = Concat <axis=0>(size, both)"
+        + layer.format(h="h1", x="x", w="w", v="v")
+        + layer.format(h="h2", x="h1", w="u", v="k")
+        + "}",
+        values={"two_": [2], "heads": [3], "dims": [4], "both": [12], "one": 0, "two": 1},
+    )
+    combed = comb(model)
+    assert combed.groups
+    for group in combed.groups:
+        kept = KeepMask(combed.atoms, group.channels[:1])
+        assert verify(combed, kept, rewrite(combed, kept).model).passed
 
 
 def test_a_product_that_follows_its_channels_keeps_its_factor() -> None:
