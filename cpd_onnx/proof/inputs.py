@@ -98,7 +98,7 @@ def proof_inputs(
         random = []
     if len(given) + len(random) < count:
         random += working_feeds(folded, session, count - len(given) - len(random))
-    feeds = [*given, *(_with_flags(feed, number) for number, feed in enumerate(random))]
+    feeds = [*given, *(_with_flags(session, feed, number) for number, feed in enumerate(random))]
     marks = None if is_large else Marks(folded)
     if marks is None or not marks.places:
         return ProofInputs(tuple(feeds))
@@ -197,14 +197,18 @@ def _changed(feed: Feed, change: _Change) -> Feed:
     return {name: change(array) for name, array in feed.items()}
 
 
-def _with_flags(feed: Feed, number: int) -> Feed:
-    """Return inputs with Boolean ones all true, all false or mixed, by the number of the run."""
+def _with_flags(session: Runner, feed: Feed, number: int) -> Feed:
+    """Return inputs with Boolean ones all true, all false or mixed, by the number of the run.
+
+    They stay as they are if the original fails or gives NaN with these, as attention does where a mask hides all.
+    """
     flagged = dict(feed)
     for name, array in feed.items():
         if array.dtype == np.bool_ and number % 3:
             mixed = np.random.default_rng(number).integers(0, 2, array.shape).astype(np.bool_)
             flagged[name] = np.zeros_like(array) if number % 3 == 1 else mixed
-    return flagged
+    is_changed = any(flagged[name] is not feed[name] for name in feed)
+    return flagged if not is_changed or _runs(session, flagged) else feed
 
 
 # Branches.

@@ -348,3 +348,13 @@ def test_verify_ends_in_a_code_of_its_own(blind: Path, capsys: pytest.CaptureFix
     assert main(plain(["verify", str(blind), str(out), "--json", str(blind.parent / "found.json")])) == 4
     assert "inconclusive" in capsys.readouterr().err
     assert '"verdict": "inconclusive"' in (blind.parent / "found.json").read_text()
+
+
+def test_a_mask_that_hides_all_is_not_tried_where_it_gives_nan() -> None:
+    model = from_text(
+        "(float[n, 4, 6] x, bool[n, 4] xmask, float[6, 16] w, float[16, 5] v, float low, float zero, int64[1] axes) "
+        "=> (float[n, 4, 5] y) { s = Where(xmask, zero, low) wide = Unsqueeze(s, axes) p = Softmax(wide) "
+        "h = MatMul(x, w) a = MatMul(p, h) b = Mul(h, a) y = MatMul(b, v) }",
+        values={"low": -np.inf, "zero": 0.0, "axes": [1]},
+    )
+    assert proof(model).verdict == VERIFIED
