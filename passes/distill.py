@@ -34,6 +34,7 @@ from cpd_onnx.options import options_from
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.rules import FLOATS
 from cpd_onnx.scores.bases import mixable_groups
+from cpd_onnx.shapes.stated import stated_proto
 from cpd_onnx.torch import BatchNormMode, OnnxModule, import_model, write_weights
 from cpd_onnx.torch.dtypes import to_numpy, to_torch
 from cpd_onnx.training import refolding
@@ -151,6 +152,7 @@ def distill(  # noqa: PLR0913  # the arguments after the options are keywords
     options = options or DistillOptions()
     started = time.perf_counter()
     _check(teacher, student, batches, options)
+    sized = stated_proto(student)
     overlap = overlap or Overlap()
     features = overlap.features if all(_makes(model, overlap.features) for model in (teacher, student)) else {}
     options = replace(options, compare=compared(options, batches, has_features=bool(features)))
@@ -159,7 +161,7 @@ def distill(  # noqa: PLR0913  # the arguments after the options are keywords
         hidden |= features
     with join_process_group(options.device) as process_group, _threads(options.threads):
         torch.manual_seed(options.seed)
-        feed = _feed(batches, student, options, process_group)
+        feed = _feed(batches, sized, options, process_group)
         mode = batch_norm_mode(options, feed.size // process_group.size, batches)
         restored: tuple[refolding.Restored, ...] = ()
         trained_proto = _with_outputs(student, hidden)
@@ -170,7 +172,7 @@ def distill(  # noqa: PLR0913  # the arguments after the options are keywords
         kept = {name: _indices(axes) for name, axes in kept_by(student).items()}
         _feed_like_original(module, [kept.get(entry.name, {}) for entry in inputs_of(student)])
         options = settled(options, feed, batches, module)
-        feed = _feed(batches, student, options, process_group)
+        feed = _feed(batches, sized, options, process_group)
         before = module.onnx_state()
         comparison = DistillationLoss(
             [info.name for info in student.graph.output], options.losses, options.output_weights, options.temperature,
@@ -194,7 +196,7 @@ def distill(  # noqa: PLR0913  # the arguments after the options are keywords
                     options.steps or 0,
                     traces=traces,
                     identity=_identity(teacher, student, options, process_group),
-                    held_out=None if watched is None else _held_out(student, watched, teacher, restored),
+                    held_out=None if watched is None else _held_out(sized, watched, teacher, restored),
                     progress=progress,
                 )
             judged = trainer.judged
@@ -432,7 +434,7 @@ def _held_out(
     student: ModelProto, watched: Watched, teacher: ModelProto, restored: Sequence[refolding.Restored]
 ) -> HeldOut:
     metric = metrics.metric_of(watched.metric)
-    reference = teacher if metric.of_two_models else None
+    reference = stated_proto(teacher) if metric.of_two_models else None
 
     def judge(state: Mapping[str, Array]) -> float:
         model = write_weights(student, refolding.refold(state, restored))

@@ -185,7 +185,7 @@ def _repaired(
     most = chosen.samples if data.count is None else min(chosen.samples, data.count)
     # So that held-out samples are whole batches.
     batch = batch_size(combed.folded, max(1, min(_BATCH, most // _CHECKED)))
-    feeds = held_feeds(calibration(original.proto, data, chosen.samples, batch=batch, seed=chosen.seed))
+    feeds = held_feeds(calibration(original, data, chosen.samples, batch=batch, seed=chosen.seed))
     count = sum(map(sample_count, feeds))
     if count < _LEAST:
         return Repaired(pruned.copy(), (), {}, (f"nothing was repaired, which takes {_LEAST} samples or more",))

@@ -82,8 +82,7 @@ def sensitivity(
         UnsupportedError: onnxruntime cannot run the model.
     """
     chosen = options or SensitivityOptions()
-    proto = combed.folded.model.proto
-    feeds = list(calibration(proto, data, chosen.samples, seed=chosen.seed))
+    feeds = list(calibration(combed.folded.model, data, chosen.samples, seed=chosen.seed))
     wanted = list(outputs_of(combed.folded.model, feeds))
     found: dict[str, tuple[Point, ...]] = {}
     for group, values in tracked(list(zip(combed.groups, scores, strict=True))):
@@ -116,7 +115,7 @@ def distance(original: Model, model: Model, data: Source, samples: int = Sensiti
 
     Raises DataError if the data does not fit, UnsupportedError if onnxruntime cannot run a model.
     """
-    feeds = list(calibration(original.proto, data, samples))
+    feeds = list(calibration(original, data, samples))
     return output_error(outputs_of(original, feeds), outputs_of(model, feeds))
 
 

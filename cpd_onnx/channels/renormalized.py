@@ -99,7 +99,7 @@ def renormalized(combed: Combed, source: Source | None, seed: int = 0) -> Renorm
     found = list(_normalizations(folded)) if isinstance(source, Synthetic) else []
     if not found or source is None:
         return None
-    feeds = list(calibration(folded.model.proto, source, SAMPLES, batch=_BATCH, seed=seed))
+    feeds = list(calibration(folded.model, source, SAMPLES, batch=_BATCH, seed=seed))
     model, statistics = folded.model.copy(), {}
     steps = Stepwise(folded, model, feeds, [folded.scope.nodes[position].input[0] for position in found])
     for position in found:

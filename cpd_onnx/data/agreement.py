@@ -24,6 +24,7 @@ from cpd_onnx.data.sources import LABELS, Batch, Source, calibration_batch
 from cpd_onnx.errors import DataError
 from cpd_onnx.io.progress import advance, step
 from cpd_onnx.ir.model import Model
+from cpd_onnx.shapes.stated import stated
 
 Array: TypeAlias = npt.NDArray[Any]
 Floats: TypeAlias = npt.NDArray[np.float64]
@@ -296,8 +297,8 @@ def agreement(original: Model, model: Model, source: Source, task: str | None = 
     """
     if task is not None and task not in TASKS:
         raise DataError(f"unknown task {task!r}: choose one of {', '.join(TASKS)}")
-    first, second = open_session(original.complete_proto()), open_session(model.complete_proto())
-    size = calibration_batch(original.proto, source, _BATCH)
+    first, second = (open_session(stated(each, original).complete_proto()) for each in (original, model))
+    size = calibration_batch(original, source, _BATCH)
     tallies = [each for each in _tallies(first, source, size, task) if each.output not in original.free_io]
     if not tallies:
         return None
@@ -317,8 +318,8 @@ def class_axes(original: Model, source: Source) -> dict[str, int]:
 
     Raises DataError if there are no samples, UnsupportedError if onnxruntime cannot run the model.
     """
-    session = open_session(original.complete_proto())
-    tallies = _tallies(session, source, calibration_batch(original.proto, source, _BATCH), None)
+    session = open_session(stated(original).complete_proto())
+    tallies = _tallies(session, source, calibration_batch(original, source, _BATCH), None)
     return {
         tally.output: tally.how.axis
         for tally in tallies

@@ -18,12 +18,13 @@ from cpd_onnx.data.images.decoding import image_layout
 from cpd_onnx.data.images.folder import ImageFolder
 from cpd_onnx.data.images.options import ImageOptions, Preprocessing
 from cpd_onnx.data.metrics import OF_TWO_MODELS, evaluate, run
-from cpd_onnx.data.signature import IGNORED, LABELS, Array, Batch, Source, fixed_batch, inputs_of
+from cpd_onnx.data.signature import IGNORED, LABELS, Array, Batch, Source, fixed_batch, run_inputs
 from cpd_onnx.data.sources import ArraySource
 from cpd_onnx.data.synthetic import Synthetic
 from cpd_onnx.errors import CpdError, DataError
 from cpd_onnx.ir.model import Model
 from cpd_onnx.runtime.sessions import open_model
+from cpd_onnx.shapes.stated import stated
 
 _COMPARED = 128
 """Largest number of images on which preprocessings are compared (heuristic)."""
@@ -127,7 +128,7 @@ def _session(model: Model) -> ort.InferenceSession | None:
     if model.is_over_limit:
         return None
     try:
-        return open_model(model)
+        return open_model(stated(model))
     except CpdError:
         return None
 
@@ -152,7 +153,7 @@ class _Checks:
 
     def __init__(self, source: Source, model: Model, session: ort.InferenceSession) -> None:
         self.source, self.session = source, session
-        self.inputs = inputs_of(model.proto)
+        self.inputs = run_inputs(model)
         self.batch = fixed_batch(self.inputs) or _AT_ONCE if source.count is not None else _AT_ONCE
 
     def label_facts(self) -> list[str]:

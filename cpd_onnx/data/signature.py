@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -12,6 +12,8 @@ from onnx import ModelProto, ValueInfoProto, helper
 
 from cpd_onnx.errors import DataError
 from cpd_onnx.ir.interface import Integers, interface_of
+from cpd_onnx.ir.model import Model
+from cpd_onnx.shapes.stated import required_batches
 
 Array: TypeAlias = npt.NDArray[Any]
 Batch: TypeAlias = dict[str, Array]
@@ -69,6 +71,15 @@ def inputs_of(model: ModelProto) -> tuple[Input, ...]:
     """Return the inputs that a caller has to feed, initializers excluded, in the order of the graph."""
     stored, integers = {tensor.name for tensor in model.graph.initializer}, interface_of(model).integers
     return tuple(_input(info, integers.get(info.name)) for info in model.graph.input if info.name not in stored)
+
+
+def run_inputs(model: Model) -> tuple[Input, ...]:
+    """Return `inputs_of` a model, with the batch size that its operators require where the file leaves it open."""
+    sizes = required_batches(model)
+    return tuple(
+        replace(entry, shape=(sizes[entry.name], *entry.shape[1:])) if entry.name in sizes and entry.shape else entry
+        for entry in inputs_of(model.proto)
+    )
 
 
 def _input(info: ValueInfoProto, integers: Integers | None) -> Input:

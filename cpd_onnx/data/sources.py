@@ -28,37 +28,38 @@ from onnx import ModelProto
 from cpd_onnx.data.images.decoding import IMAGE_SUFFIXES
 from cpd_onnx.data.images.folder import ImageFolder
 from cpd_onnx.data.images.options import ImageOptions
-from cpd_onnx.data.signature import LABELS, Array, Batch, Input, Source, fixed_batch, inputs_of, order_of
+from cpd_onnx.data.signature import LABELS, Array, Batch, Input, Source, fixed_batch, inputs_of, order_of, run_inputs
 from cpd_onnx.errors import DataError
+from cpd_onnx.ir.model import Model
 from cpd_onnx.runtime.sessions import sample_count
 
 __all__ = [
     "IMAGE_SUFFIXES", "LABELS", "Array", "ArraySource", "Batch", "FunctionSource", "ImageFolder", "ImageOptions",
     "Input", "RandomOptions", "RandomSource", "Source", "as_batch", "calibration", "calibration_batch", "check_batch",
-    "check_source", "fixed_batch", "imported", "inputs_of", "open_source", "read_npz", "steps_per_pass",
+    "check_source", "fixed_batch", "imported", "inputs_of", "open_source", "read_npz", "run_inputs", "steps_per_pass",
 ]  # fmt: skip  # the names of this module, and those of the modules below that belong to it
 
 _BROKEN = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, ArithmeticError, struct.error)
 """Exceptions that decoders raise for damaged files."""
 
 
-def _prescribed(model: ModelProto, source: Source) -> int | None:
+def _prescribed(model: Model, source: Source) -> int | None:
     """Return the fixed batch size of a model, None if it is dynamic or the source yields whole feeds."""
-    return None if source.count is None else fixed_batch(inputs_of(model))
+    return None if source.count is None else fixed_batch(run_inputs(model))
 
 
-def calibration_batch(model: ModelProto, source: Source, samples: int, batch: int = 16) -> int:
+def calibration_batch(model: Model, source: Source, samples: int, batch: int = 16) -> int:
     """Return the number of samples in a batch of `calibration`: the model's batch size, else at most `batch`."""
     return _prescribed(model, source) or min(batch, samples, source.count or batch)
 
 
-def calibration(model: ModelProto, source: Source, samples: int, *, batch: int = 16, seed: int = 0) -> Iterator[Batch]:
+def calibration(model: Model, source: Source, samples: int, *, batch: int = 16, seed: int = 0) -> Iterator[Batch]:
     """Yield feeds for a model, without labels, with at least that many samples; only whole batches of a fixed size.
 
     Raises:
         DataError: The source does not fit the model, or has too few samples for one batch.
     """
-    inputs = inputs_of(model)
+    inputs = inputs_of(model.proto)
     check_source(source, inputs)
     prescribed, seen = _prescribed(model, source), 0
     for rows in source.batches(calibration_batch(model, source, samples, batch), seed=seed):

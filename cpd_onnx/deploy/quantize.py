@@ -148,7 +148,7 @@ def quantize_recorded(
         operators = _quantised_operators(options)
         excluded = _excluded(model, plain, options.exclude)
         excluded |= {node.name for node in plain.graph.node if node.output and node.output[0] in options.float_nodes}
-        ranges = _read(source) if isinstance(source, Mapping) else _ranges(path, model.proto, source, options)
+        ranges = _read(source) if isinstance(source, Mapping) else _ranges(path, model, source, options)
         recorded = _recorded(ranges)
         excluded |= _adjacent(plain, _unbounded(ranges), operators, notify)
         proto = _with_integers(plain, ranges, options, excluded, notify)
@@ -258,7 +258,7 @@ class _SingleBatch:
         return feed
 
 
-def _ranges(path: Path, proto: ModelProto, source: Source, options: Quantization) -> Any:
+def _ranges(path: Path, model: Model, source: Source, options: Quantization) -> Any:
     """Return the range of each tensor on the samples, found by onnxruntime's calibration."""
     from onnxruntime.quantization import calibrate
 
@@ -270,7 +270,7 @@ def _ranges(path: Path, proto: ModelProto, source: Source, options: Quantization
     details = _HISTOGRAMS.get(options.calibration, {}) | {"symmetric": options.symmetric}
     operators, augmented = _quantised_operators(options), path.with_name("augmented.onnx")
     calibrator = kinds[options.calibration](path, operators, str(augmented), **details)
-    feeds = calibration(proto, source, options.samples, batch=samples_at_once(source), seed=options.seed)
+    feeds = calibration(model, source, options.samples, batch=samples_at_once(source), seed=options.seed)
     return _calibrated(calibrator, feeds)
 
 

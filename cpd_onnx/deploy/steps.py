@@ -680,7 +680,7 @@ def feeds_for(name: str, model: Model, after: Model, source: Source | None) -> l
     """
     first = after if name == "fix" else model
     if source is not None:
-        return _real(first, calibration(first.proto, source, _COMPARED, batch=samples_at_once(source)))
+        return _real(first, calibration(first, source, _COMPARED, batch=samples_at_once(source)))
     try:
         return _random_feeds(first)
     except UnsupportedError:

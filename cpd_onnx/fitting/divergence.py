@@ -46,7 +46,7 @@ class Divergence:
         self.feeds: list[Feed] = []
         self.wanted: list[dict[str, Array]] = []
         session, used = open_model(with_fixed_draws(original)), 0
-        for feed in calibration(original.proto, source, samples, batch=_BATCH):
+        for feed in calibration(original, source, samples, batch=_BATCH):
             outputs = self._outputs(session, feed)
             self.feeds.append(feed)
             self.wanted.append(outputs)

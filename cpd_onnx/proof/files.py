@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from cpd_onnx.data.sources import Batch, Source, fixed_batch, inputs_of
+from cpd_onnx.data.sources import Batch, Source, fixed_batch, run_inputs
 from cpd_onnx.io.progress import step
 from cpd_onnx.ir.model import Array, Model
 from cpd_onnx.proof.comparison import Comparison, OutputDifference
@@ -18,7 +18,7 @@ from cpd_onnx.rewrite.rewriter import rewrite
 
 def data_feeds(model: Model, source: Source, batches: int) -> Iterator[Batch]:
     """Yield the first batches of a source, without labels."""
-    inputs = inputs_of(model.proto)
+    inputs = run_inputs(model)
     size = None if source.count is None else fixed_batch(inputs)  # a source of whole feeds sets their size
     for batch in itertools.islice(source.batches(size or 2), batches):
         if size is None or all(len(array) == size for array in batch.values() if array.ndim):

@@ -264,7 +264,7 @@ def _computed(context: ScoreContext, values: Sequence[Value]) -> dict[Value, Arr
 def _chunks(context: ScoreContext, values: Sequence[Value]) -> Iterator[list[str]]:
     """Yield names of values that fit in memory together, see `CHUNK_BYTES`."""
     assert context.data is not None
-    batch = calibration_batch(context.combed.folded.model.proto, context.data, context.samples)
+    batch = calibration_batch(context.combed.folded.model, context.data, context.samples)
     names, held = list[str](), 0
     for value in values:
         shape = value.shape or ()
@@ -288,9 +288,9 @@ def batches(context: ScoreContext, names: Sequence[str]) -> Iterator[dict[str, A
     model.graph.output.extend(helper.make_tensor_value_info(name, values[name].dtype, None) for name in wanted)
     session = open_model(with_fixed_draws(model)) if wanted else None
     assert context.data is not None
-    proto = context.combed.folded.model.proto
-    size = calibration_batch(proto, context.data, context.samples)
-    for number, feed in enumerate(calibration(proto, context.data, context.samples, seed=context.seed)):
+    source = context.combed.folded.model
+    size = calibration_batch(source, context.data, context.samples)
+    for number, feed in enumerate(calibration(source, context.data, context.samples, seed=context.seed)):
         advance(number * size, context.samples)
         found = execute(session, feed) if session is not None else []
         yield {name: feed[name] for name in names if name in fed} | dict(zip(wanted, found, strict=True))

@@ -14,7 +14,7 @@ import torch
 from onnx import ModelProto, TensorProto, helper
 from torch import Tensor
 
-from cpd_onnx.data.sources import LABELS, check_source, fixed_batch, inputs_of
+from cpd_onnx.data.sources import LABELS, check_source, fixed_batch, run_inputs
 from cpd_onnx.errors import DataError, UnsupportedError
 from cpd_onnx.fitting.units import units_of
 from cpd_onnx.io.progress import advance
@@ -113,7 +113,7 @@ class _Run:
         """Import the model, of which the first `own` outputs have a loss (default: all)."""
         assert context.data is not None
         self.context, self.source = context, context.data
-        self.inputs = inputs_of(proto)
+        self.inputs = run_inputs(context.combed.folded.model)
         check_source(self.source, self.inputs)
         self.module = import_model(proto).eval()
         self.generator = torch.Generator().manual_seed(context.seed)

@@ -231,7 +231,7 @@ def _feeds(context: ScoreContext) -> list[Feed]:
     assert context.data is not None
     folded = context.combed.folded
     size = batch_size(folded, _BATCH)
-    feeds = held_feeds(calibration(folded.model.proto, context.data, context.samples, batch=size, seed=context.seed))
+    feeds = held_feeds(calibration(folded.model, context.data, context.samples, batch=size, seed=context.seed))
     if isinstance(context.data, Synthetic):
         return feeds
     more = context.samples - sum(map(sample_count, feeds))

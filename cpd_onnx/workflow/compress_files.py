@@ -401,7 +401,7 @@ def _bench_before_writing(request: Compress, original: Model, result: Model, sou
 def timed(request: Compressing, source: Source | None, model: Model, others: Iterable[Path], seconds: float) -> Bench:
     """Return the latency of the original and other models side by side, under the conditions of a latency target."""
     _require_within_limit(model)
-    feed = None if source is None else next(calibration(model.proto, source, 1, batch=request.latency_batch or 1))
+    feed = None if source is None else next(calibration(model, source, 1, batch=request.latency_batch or 1))
     setting = Setting(request.latency_batch, request.latency_threads, request.latency_provider)
     return bench(
         [request.model, *others], settings=[setting], seconds=seconds,

@@ -20,6 +20,7 @@ from cpd_onnx.io.files import commit_together, is_same_file, locked_folder, requ
 from cpd_onnx.ir.model import Model, load
 from cpd_onnx.options import options_of
 from cpd_onnx.rewrite.plan import Plan
+from cpd_onnx.shapes.stated import stated
 from cpd_onnx.workflow.requests import Evaluating, OnSamples, Request, Saving
 
 STDOUT = "-"
@@ -157,11 +158,13 @@ def evaluated(request: Evaluating, models: Mapping[str, Model], teacher: Model) 
 
 def scored(request: Evaluating, source: Source, models: Mapping[str, Model], teacher: Model) -> dict[str, float]:
     """Return the metric of each model on a source of samples, by name."""
-    reference = teacher.complete_proto() if request.metric in OF_TWO_MODELS else None
-    return {
-        name: evaluate(model.complete_proto(), source, request.metric, reference=reference, detector=request.detector)
-        for name, model in models.items()
-    }
+    reference = stated(teacher).complete_proto() if request.metric in OF_TWO_MODELS else None
+
+    def score(model: Model) -> float:
+        proto = stated(model, teacher).complete_proto()
+        return evaluate(proto, source, request.metric, reference=reference, detector=request.detector)
+
+    return {name: score(model) for name, model in models.items()}
 
 
 def objections(profile: str | None, model: Model) -> list[str]:

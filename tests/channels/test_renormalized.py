@@ -151,6 +151,6 @@ def test_fewer_generated_samples_than_a_batch_are_a_batch() -> None:
     # large inputs get few generated samples
     combed = comb(network())
     assert renormalized(combed, Synthetic(combed.folded, 4)) is not None
-    assert [len(batch["x"]) for batch in calibration(combed.folded.model.proto, Synthetic(combed.folded, 4), 64)] == [4]
+    assert [len(batch["x"]) for batch in calibration(combed.folded.model, Synthetic(combed.folded, 4), 64)] == [4]
     fixed = network(TEXT.replace("N", "8"))
-    assert [len(batch["x"]) for batch in calibration(fixed.proto, Synthetic(comb(fixed).folded, 4), 64)] == [8]
+    assert [len(batch["x"]) for batch in calibration(fixed, Synthetic(comb(fixed).folded, 4), 64)] == [8]

@@ -21,6 +21,7 @@ from cpd_onnx.passes.sensitivity import distance
 from cpd_onnx.runtime.sessions import execute, open_model, sample_count
 from cpd_onnx.scores.registry import find_score_function
 from cpd_onnx.shapes.inference import fold
+from cpd_onnx.shapes.stated import stated
 from cpd_onnx.shapes.values import Folded
 
 _CHOOSING = 1 / 3
@@ -86,7 +87,7 @@ def samples_of(
 
 def numbers_in_sample(model: Model, data: Source) -> float:
     """Return how many numbers the inputs of a model have for each sample."""
-    first = next(calibration(model.proto, data, 1))
+    first = next(calibration(model, data, 1))
     return sum(array.size for array in first.values()) / sample_count(first)
 
 
@@ -110,7 +111,7 @@ def to_fit(data: Source | None, model: Model, options: Any) -> Source | None:
         return None
     try:
         folded = fold(model, dict(options.input_shapes or {}))
-        feed = next(calibration(model.proto, Synthetic(folded), 1))
+        feed = next(calibration(model, Synthetic(folded), 1))
         execute(open_model(model), feed)
     except (DataError, UnsupportedError):
         return None
@@ -190,14 +191,16 @@ class Loss:
         )
 
     def _of_labels(self, model: Model, source: Source) -> float:
-        score = evaluate(model.complete_proto(), source, self.metric, detector=self.detector)
+        score = evaluate(stated(model, self.original).complete_proto(), source, self.metric, detector=self.detector)
         sign = -1.0 if metric_of(self.metric).lower_is_better else 1.0
         return sign * (self._original_score - score)
 
     @cached_property
     def _original_score(self) -> float:
         assert self.samples.choosing is not None
-        return evaluate(self.original.complete_proto(), self.samples.choosing, self.metric, detector=self.detector)
+        return evaluate(
+            stated(self.original).complete_proto(), self.samples.choosing, self.metric, detector=self.detector
+        )
 
 
 def _expected(found: Agreement) -> float:
