@@ -7,6 +7,7 @@ operand with the same value for all inputs can be replaced by a constant.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -159,7 +160,7 @@ def _sizes_in(swept: Swept, scope: Scope, name: str) -> Iterator[Axis]:
         origins = value.each_origin()
         sizes = [origin for origin in origins if origin.role == Role.SIZES]
         for origin in sizes:
-            for source, number in swept.folded.products[origin.source]:
+            for source, number in itertools.chain.from_iterable(swept.folded.factors(origin.source)):
                 tensor = swept.tensor_of.get(source)
                 if tensor is not None and tensor.axes is not None:
                     yield tensor.axes[number]
@@ -222,7 +223,8 @@ def _dynamic_list(swept: Swept, size_use: SizeUse, value: Value, sharing: dict[O
         elif element.origin.role == Role.UNKNOWN:
             changed |= _freeze(atoms, element.axis, _about(node, "computes this size from that of the input"))
         else:
-            changed |= _follow(swept, element)
+            for factors in swept.folded.factors(element.origin.source):
+                changed |= _follow(swept, element, factors)
     return changed
 
 
@@ -233,10 +235,10 @@ def _freeze(atoms: Atoms, axis: Axis, reason: Reason) -> bool:
     return True
 
 
-def _follow(swept: Swept, element: Element) -> bool:
+def _follow(swept: Swept, element: Element, factors: Sequence[tuple[Value, int]]) -> bool:
     """Unite an axis with the axes of other tensors that its size is computed from; return whether that changed it."""
     atoms, axes = swept.atoms, []
-    for source, number in swept.folded.products[element.origin.source]:
+    for source, number in factors:
         tensor = swept.tensor_of.get(source)
         if tensor is None or tensor.axes is None:
             return _freeze(atoms, element.axis, Reason("structure", "", "is the size of a tensor that is not followed"))

@@ -259,7 +259,7 @@ class _Inference:
         return Folded(
             self.model, scope, uses, products, self.unknown, batch,
             input_shapes=self.inputs.shapes, numbers=self.inputs.numbers, solved=self.inputs.solved, counts=self.counts,
-            profile=self.profile,
+            profile=self.profile, equal=dict(self.provenance.equal),
         )  # fmt: skip  # the result, then its conditions
 
     # Scopes.

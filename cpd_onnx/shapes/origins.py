@@ -15,7 +15,7 @@ from onnx import NodeProto
 from cpd_onnx.ir.model import Array
 from cpd_onnx.ops.evaluate import Call, compute_outputs
 from cpd_onnx.ops.traits import traits_of
-from cpd_onnx.shapes.values import ORIGIN, Origins, Role, Scope, Use, Value
+from cpd_onnx.shapes.values import ORIGIN, Origin, Origins, Role, Scope, Use, Value
 
 Place: TypeAlias = "tuple[Scope, int]"
 """A node: its scope and its position there."""
@@ -28,11 +28,13 @@ class Provenance:
     Attributes:
         uses: Input slots at which constants enter shape arithmetic; becomes `Folded.uses`.
         products: Factors of each recorded size, as (tensor, axis); becomes `Folded.products`.
+        equal: Other sizes that each of some recorded sizes equals; becomes `Folded.equal`.
 
     """
 
     uses: list[Use] = field(default_factory=list)
     products: list[tuple[tuple[Value, int], ...]] = field(default_factory=list)
+    equal: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     def of_size(self, value: Value) -> Origins:
         """Return the origin of a Size output: the product of all sizes of a tensor."""
@@ -57,6 +59,8 @@ class Provenance:
             return self._scaled(place, inputs, Role.FACTOR, result) or self._multiplied(inputs, result)
         if node.op_type == "ReduceProd":
             return self._multiplied(inputs[:1], result)
+        if node.op_type == "Max":
+            return self._largest(inputs, result)
         if not traits_of(node).moves_elements:
             return None
         carried = traits_of(node).carried(len(inputs))
@@ -90,9 +94,38 @@ class Provenance:
     def _multiplied(self, inputs: Sequence[Value | None], result: Array) -> Sequence[Origins] | None:
         """Return the origin of a product of sizes; None if an element is not a size."""
         origins = [origin for value in inputs if value is not None for origin in value.each_origin()]
-        if result.size != 1 or any(origin.role != Role.SIZES for origin in origins):
+        if result.size != 1 or any(origin.role != Role.SIZES or origin.source in self.equal for origin in origins):
             return None
         return [self._product([axis for origin in origins for axis in self.products[origin.source]], result.ndim)]
+
+    def _largest(self, inputs: Sequence[Value | None], result: Array) -> Sequence[Origins] | None:
+        """Return the origins of the largest of several sizes, as exporters compute those of a broadcast.
+
+        Sizes and numbers of one say nothing about it. All other sizes are equal, and have to stay so.
+        """
+        tables = [(value.values or (), value.origins) for value in inputs if value is not None]
+        if any(array.shape != result.shape for arrays, _ in tables for array in arrays):
+            return None
+        found = _filled(result.shape, Role.UNKNOWN, -1)
+        for place in np.ndindex(result.shape):
+            numbers = [tuple(array[place].item() for array in arrays) for arrays, _ in tables]
+            counted = [n for n, each in enumerate(numbers) if max(each) > 1]
+            origins = [None if table is None else Origin(*table[place].item()) for _, table in tables]
+            sources = [o.source for n in counted if (o := origins[n]) is not None and o.role == Role.SIZES]
+            if len(set(sources) & self.equal.keys()) or len({numbers[n] for n in counted}) != 1:
+                continue
+            if len(sources) == len(counted):
+                found[place] = (Role.SIZES, self._alike(sources), 0)
+        return [found]
+
+    def _alike(self, sources: Sequence[int]) -> int:
+        """Return the number of a recorded size that equals all of some others."""
+        first, *others = dict.fromkeys(sources)
+        if not others:
+            return first
+        self.products.append(self.products[first])
+        self.equal[len(self.products) - 1] = tuple(others)
+        return len(self.products) - 1
 
     def _product(self, axes: Sequence[tuple[Value, int]], rank: int) -> Origins:
         self.products.append(tuple(axes))

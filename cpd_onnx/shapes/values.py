@@ -312,6 +312,7 @@ class Folded:
         solved: Numbers that the operators require of symbols, by name.
         counts: Numbers that the operators require of sizes that data decide, by the axis of a tensor.
         profile: Number of the profile by which the other symbols are bound, see `open_inputs.SIZE_PROFILES`.
+        equal: For some of the `products`, by number, others that have to stay equal to it.
     """
 
     model: Model
@@ -327,6 +328,12 @@ class Folded:
     solved: Mapping[str, int] = field(default_factory=dict)
     counts: Mapping[Place, int] = field(default_factory=dict)
     profile: int = 0
+    equal: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+    def factors(self, product: int) -> Iterator[tuple[tuple[Value, int], ...]]:
+        """Yield the factors of a recorded size, as (tensor, axis), and those of the sizes that have to equal it."""
+        for number in (product, *self.equal.get(product, ())):
+            yield self.products[number]
 
     @property
     def original(self) -> Model:

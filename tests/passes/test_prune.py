@@ -256,6 +256,40 @@ def test_layers_that_share_a_computed_shape_keep_as_many_channels() -> None:
         assert verify(combed, kept, rewrite(combed, kept).model).passed
 
 
+@pytest.mark.parametrize("other", ["b", "one", "c"])
+def test_the_size_of_a_broadcast_follows_the_heads(other: str) -> None:
+    """The larger of the sizes of two tensors: of both factors, of a tensor that is broadcast, or of another part."""
+    model = from_text(
+        "(float[n, 6, 5] x, float[5, 12] w, float[5, 12] u, float[5, 12] z, float[12, 7] v, int64[4] cut, int64[3] flat,"
+        " int64[2] pixels, int64[3] whole, float[1, 1, 6, 4] bias) => (float[n, 6, 7] y) {"
+        " p = MatMul(x, w) q = MatMul(x, u) r = MatMul(x, z)"
+        " p4 = Reshape(p, cut) q4 = Reshape(q, cut) r4 = Reshape(r, cut)"
+        " a = Transpose <perm=[0, 2, 1, 3]>(p4) b = Transpose <perm=[0, 2, 1, 3]>(q4) c = Transpose <perm=[0, 2, 1, 3]>(r4)"
+        " one = Sin(bias) sa = Shape <end=2>(a) sb = Shape <end=2>(OTHER) most = Max(sa, sb)"
+        " a3 = Reshape(a, flat) b3 = Reshape(b, flat) bt = Transpose <perm=[0, 2, 1]>(b3) m = MatMul(a3, bt)"
+        " size = Concat <axis=0>(most, pixels) m4 = Reshape(m, size) o = MatMul(m4, c) e = Add(o, one)"
+        " t = Transpose <perm=[0, 2, 1, 3]>(e) f = Reshape(t, whole) y = MatMul(f, v) }".replace("OTHER", other),
+        values={"cut": [0, 6, 3, 4], "flat": [-1, 6, 4], "pixels": [6, 6], "whole": [0, 6, 12]},
+    )
+    combed = comb(model)
+    assert {3, 4} <= {len(group) for group in combed.groups}
+    for group in combed.groups:
+        kept = KeepMask(combed.atoms, group.channels[:1])
+        assert verify(combed, kept, rewrite(combed, kept).model).passed
+
+
+def test_the_larger_of_two_sizes_that_differ_is_not_followed() -> None:
+    model = from_text(
+        "(float[n, 6, 5] x, float[5, 12] w, float[5, 9] u, float[12, 7] v, float[9, 7] k)"
+        " => (float[n, 6, 7] y) { p = MatMul(x, w) q = MatMul(x, u) sp = Shape(p) sq = Shape(q) most = Max(sp, sq)"
+        " a = Reshape(p, most) b = MatMul(a, v) c = MatMul(q, k) y = Add(b, c) }"
+    )
+    combed = comb(model)
+    assert [len(group) for group in combed.groups] == [9]
+    kept = KeepMask(combed.atoms, combed.groups[0].channels[:4])
+    assert verify(combed, kept, rewrite(combed, kept).model).passed
+
+
 def test_a_product_that_follows_its_channels_keeps_its_factor() -> None:
     """The batch times a size that is read from the pruned tensor, times a stored number of windows."""
     text = """(float[N, 3, 8] x, float[8, 3, 1] w, float[5, 8, 1] v, int64 zero, int64 one, int64 four, int64[1] at, int64[1] two)
