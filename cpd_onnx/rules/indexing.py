@@ -18,6 +18,8 @@ from cpd_onnx.rules.elementwise import MICROSOFT
 
 _FAR = 2**31 - 1
 """Slice ends from this value on mean "to the end" (INT_MAX, as exporters write it)."""
+_MOST_LOOKED_UP = 1 << 22
+"""Maximum number of constant positions of a lookup that are followed one by one (heuristic)."""
 
 
 @rule("Slice")
@@ -143,23 +145,55 @@ def gather(op: Op) -> None:
     where = indices.value.value if indices.value.is_static else None
     axes = x.axes or []
     picked: list[Axis]
-    is_row = where is not None and (where.ndim < 2 or (not x.is_constant and max(where.shape) == where.size > 1))
-    is_row = is_row and x.value.has_fixed(axis)
-    if op.atoms.all_frozen(x[axis]) or where is None or not is_row:
+    is_known = where is not None and x.value.has_fixed(axis) and where.size <= _MOST_LOOKED_UP
+    if where is None or not is_known or op.atoms.all_frozen(x[axis]) or (x.is_constant and where.ndim > 1):
         op.freeze(x[axis], TABLE_ROWS if x.is_constant else "looks up along this axis by index")
         picked = indices.axes or []
-    else:
+    elif where.ndim < 2 or max(where.shape) == where.size > 1:
         op.operand(1)
         picked = _gather_known(op, x[axis], where)
+    else:
+        picked = _gather_table(op, x[axis], indices, where)
     op.set([*axes[:axis], *picked, *axes[axis + 1 :]])
 
 
-def _gather_known(op: Op, axis: Axis, where: Array) -> list[Axis]:
-    """Return the axes of a lookup at constant positions along one axis of the indices, with others of size one."""
+def _positions(op: Op, axis: Axis, where: Array) -> npt.NDArray[np.int64]:
+    """Return the positions that indices name along an axis, from its beginning, in one row."""
     size, row = len(axis), where.reshape(-1)
     positions = np.where(row < 0, row + size, row).astype(np.int64)
     if positions.size and not 0 <= positions.min() <= positions.max() < size:
         raise GiveUp(f"{op.name} has positions out of range of the axis of {size}")
+    return positions
+
+
+def _gather_table(op: Op, axis: Axis, indices: Tensor, where: Array) -> list[Axis]:
+    """Return the axes of a lookup by a table of constant positions, as of the windows of a flattened image.
+
+    What is looked up is split by the axes of the table: one along which channels vary takes these, and any other is an
+    axis of the table alone.
+    """
+    positions = _positions(op, axis, where).reshape(where.shape)
+    op.accounted.append(axis)
+    parts = op.unmerge(axis[positions.ravel()], where.shape)
+    for place, own in enumerate(indices.axes or []):
+        if op.atoms.all_frozen(parts[place]):
+            parts[place] = own
+        else:
+            op.freeze(own, "takes this as an operand")
+
+    def rewrite(keep: KeepMask, old: Array) -> Array:
+        left = np.ix_(*(np.flatnonzero(keep.mask(part)) for part in parts))
+        mask = keep.mask(axis)
+        after = positions_after(mask, positions[left].ravel()).reshape(positions[left].shape)
+        return np.asarray(np.where(where[left] < 0, after - int(mask.sum()), after), old.dtype)
+
+    op.use_size(1, [axis, *parts], rewrite)
+    return parts
+
+
+def _gather_known(op: Op, axis: Axis, where: Array) -> list[Axis]:
+    """Return the axes of a lookup at constant positions along one axis of the indices, with others of size one."""
+    positions, row = _positions(op, axis, where), where.reshape(-1)
     op.accounted.append(axis)
     if where.ndim == 0:
         op.freeze(axis[positions], "picks this index")

@@ -23,6 +23,11 @@ HEAD = "(float[2, 3, 8, 8] x, float[8, 3, 3, 3] w, float[5, 8, 3, 3] v"
 MLP = "(float[2, 4, 6] x, float[6, 12] w, float[12, 5] v"
 SAME = f"h = {CONV}(x, w) y = {CONV}(a, v)"
 
+WINDOWS = np.add.outer(np.add.outer([0, 20], [0, 5, 10, 15]), np.add.outer(range(3), range(3)))
+"""Positions in a flattened tensor [2, 4, 5] of windows of three: sample, channel, place, tap."""
+WINDOWS_LAST = np.add.outer([0, 20], np.add.outer(4 * np.add.outer(range(3), range(3)), range(4)))
+"""The same in a flattened tensor [2, 5, 4]: sample, place, tap, channel."""
+
 # name, opset, graph, what is coupled: one entry a group, "size: weight.axis …"; values of constants
 TABLE: list[tuple[str, int, str, list[str], dict[str, Any]]] = [
     ("conv", 17, f"{HEAD}, float[8] b) => (float[2, 5, 8, 8] y) {{ a = {CONV}(x, w, b) y = {CONV}(a, v) }}", ["8: b.0 v.1 w.0"], {}),
@@ -271,6 +276,32 @@ TABLE: list[tuple[str, int, str, list[str], dict[str, Any]]] = [
         f"{MLP.replace('12, 5', '6, 5')}) => (float[2, 4, 5] y) "
         f"{{ h = MatMul(x, w) a = Slice <axes = [2], starts = [6], ends = [2147483647]>(h) y = MatMul(a, v) }}",
         ["6: v.0 w.1", "6: w.1"], {},
+    ),
+    (
+        "gather windows of a flattened tensor", 17,
+        "(float[2, 3, 5] x, float[4, 3, 1] w, float[12, 6] v, int64[1] flat, int64[2, 4, 3, 3] windows, int64[3] s) "
+        "=> (float[2, 3, 6] y) { h = Conv(x, w) r = Reshape(h, flat) g = Gather(r, windows) "
+        "t = Transpose <perm = [0, 2, 1, 3]>(g) a = Reshape(t, s) y = MatMul(a, v) }",
+        ["3: v.0", "4: v.0 w.0"], {"flat": [-1], "windows": WINDOWS, "s": [2, 3, 12]},
+    ),
+    (
+        "gather windows by negative positions, channels last", 17,
+        "(float[2, 5, 3] x, float[3, 4] w, float[12, 6] v, int64[1] flat, int64[2, 3, 3, 4] windows, int64[3] s) "
+        "=> (float[2, 3, 6] y) { h = MatMul(x, w) r = Reshape(h, flat) g = Gather(r, windows) "
+        "a = Reshape(g, s) y = MatMul(a, v) }",
+        ["3: v.0", "4: v.0 w.1"], {"flat": [-1], "windows": WINDOWS_LAST - 40, "s": [2, 3, 12]},
+    ),
+    (
+        "gather channels by a table", 17,
+        "(float[2, 3, 5] x, float[8, 3, 1] w, float[6, 8, 1] v, int64[2, 4] pairs, int64[3] s) => (float[2, 6, 5] y) "
+        "{ h = Conv(x, w) g = Gather <axis = 1>(h, pairs) a = Reshape(g, s) y = Conv(a, v) }",
+        ["2: v.1 w.0", "4: v.1 w.0"], {"pairs": [[0, 2, 4, 6], [1, 3, 5, 7]], "s": [2, 8, 5]},
+    ),
+    (
+        "gather overlapping channels by a table", 17,
+        "(float[2, 3, 5] x, float[6, 3, 1] w, float[6, 8, 1] v, int64[2, 4] pairs, int64[3] s) => (float[2, 6, 5] y) "
+        "{ h = Conv(x, w) g = Gather <axis = 1>(h, pairs) a = Reshape(g, s) y = Conv(a, v) }",
+        ["2: v.1", "2: w.0", "4: v.1 w.0"], {"pairs": [[0, 1, 2, 3], [0, 1, 2, 3]], "s": [2, 8, 5]},
     ),
     (
         "gather channels", 17,
