@@ -50,6 +50,9 @@ _ELEMENTS, _FEWEST = 1 << 24, 16
 """Numbers in all samples of a repair that only serves a comparison, and samples at least (heuristic)."""
 _TARGET_BYTES = 128 << 20
 """Approximate number of bytes of the targets that are sampled in one run of the original (heuristic)."""
+_FEW_OTHERS = 0.25
+"""Largest fraction of batches in which features may have other sizes in the two models (heuristic): where these are
+few, the same rows are selected in the others, and a weight is fitted to them."""
 _OTHER_SIZES = "the sizes of its input depend on values, and differ between the pruned model and the original"
 """Why a weight was not fitted whose features have other sizes in the two models."""
 _NO_ERROR = "the sizes of the outputs depend on values, and differ from the original's: no error can be measured"
@@ -331,11 +334,11 @@ class _Repairer:
         for number, unit in tracked(list(enumerate(self.units))):
             if number in parts:
                 targets = self.targets(parts[number], cuts.get(number))
-            blocks = self.blocks(number, targets.pop(number), cuts.get(number))
-            if None in blocks:
+            found = _alike(self.blocks(number, targets.pop(number), cuts.get(number)), self.held_out)
+            if found is None:
                 self.left[unit.weight] = _OTHER_SIZES
                 continue
-            fit = self.fit(unit, [block for block in blocks if block is not None], refits=refits)
+            fit = self.fit(unit, *found, refits=refits)
             if fit is not None:
                 fits.append(fit)
         return Repaired(self.model, tuple(fits), self.left)
@@ -433,12 +436,12 @@ class _Repairer:
             if not mask.all():
                 yield mask.astype(np.float32).reshape([-1 if i == place else 1 for i in range(len(axes))])
 
-    def fit(self, unit: Unit, blocks: list[Block], *, refits: bool) -> Fit | None:
+    def fit(self, unit: Unit, blocks: list[Block], held_out: int, *, refits: bool) -> Fit | None:
         """Fit and store a weight; returns None if it needs no repair or does not improve."""
         if blocks[0].rows.shape[2] > MAX_FEATURES:
             return None
         options = self.options
-        blocks, held_out = _divided(blocks, self.held_out)
+        blocks, held_out = _divided(blocks, held_out)
         made = Problem(
             blocks, held_out, unit.matrix(self.model), unit.gain, unit.shift, unit.bias is not None, unit.bounds,
             options.ridge, options.rounds, refits, unit.steps(self.model),
@@ -463,6 +466,18 @@ def _kept_outputs(array: Array, mask: Mask, shape: Sequence[int]) -> Rows:
     flat = array.transpose(1, 0, 2).reshape(array.shape[1], -1)
     flat = flat if len(mask) != flat.shape[1] else np.compress(mask, flat, axis=1)
     return np.ascontiguousarray(flat.reshape(len(flat), groups, outputs).transpose(1, 0, 2))
+
+
+def _alike(blocks: Sequence[Block | None], held_out: int) -> tuple[list[Block], int] | None:
+    """Return the batches without those in which the features have other sizes, and how many of them are held out.
+
+    None if there are too many of those, or all that are held out or all others are among them.
+    """
+    places = [number for number, block in enumerate(blocks) if block is not None]
+    checks = sum(number >= len(blocks) - held_out for number in places)
+    if len(places) < (1 - _FEW_OTHERS) * len(blocks) or checks == len(places) or (held_out and not checks):
+        return None
+    return [block for block in blocks if block is not None], checks
 
 
 def _divided(blocks: list[Block], held_out: int) -> tuple[list[Block], int]:

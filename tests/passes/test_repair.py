@@ -18,7 +18,7 @@ from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.budget.allocation import Budget, allocate
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.cli.main import main
-from cpd_onnx.data.sources import ArraySource
+from cpd_onnx.data.sources import ArraySource, FunctionSource, inputs_of
 from cpd_onnx.data.synthetic import Synthetic
 from cpd_onnx.errors import DataError
 from cpd_onnx.fitting.problem import Block, Problem
@@ -700,3 +700,30 @@ def test_rows_are_not_compared_where_the_pruned_model_has_other_sizes() -> None:
 def test_the_repair_of_a_model_that_draws_numbers_repeats_itself() -> None:
     first, second = (repaired_lengths(0.5)[1].model for _ in range(2))
     assert first.sha256() == second.sha256()
+
+
+SELECTED = (
+    LENGTHS.replace("int64[1] flat", "float[N, 6, 6] xchoice, int64[1] flat")
+    .replace("n = RandomNormalLike <scale = 0.1> (c)", "")
+    .replace("d = Add(c, n)", "d = Identity(c)")
+    .replace("p = Relu(m)", "chosen = Add(m, xchoice)\n  p = Relu(chosen)")
+)
+"""The same without noise, where another input chooses the positions unless it is small."""
+
+
+@pytest.mark.parametrize(("others", "is_fitted"), [(8, True), (24, False)])
+def test_batches_of_other_sizes_are_left_out_where_they_are_few(others: int, is_fitted: bool) -> None:
+    constants = {"flat": [-1], "rows": [1, 4, -1]}
+    combed = comb(load(from_text(SELECTED, values={name: np.asarray(v) for name, v in constants.items()})))
+    kept = allocate(combed, score(combed, "l2"), Budget("channels", 0.5)).keep_mask(combed)
+    rng = np.random.default_rng(0)
+    choice = np.where(rng.random((64, 6, 6)) < 0.5, -100.0, 100.0).astype(np.float32)
+    choice[:others] = 0.0
+    given = {"x": rng.standard_normal((64, 3, 6, 6)).astype(np.float32), "xchoice": choice}
+    feeds = FunctionSource(
+        lambda: [{name: array[i : i + 8] for name, array in given.items()} for i in range(0, 64, 8)],
+        inputs_of(combed.folded.model.proto),
+    )
+    found = repair(combed, kept, rewrite(combed, kept).model, feeds, RepairOptions(samples=64))
+    assert ("the sizes of its input depend on values" not in found.left.get("u", "")) == is_fitted
+    assert ("u" in {fit.weight for fit in found.fits}) == is_fitted
