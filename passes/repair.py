@@ -192,7 +192,7 @@ def _repaired(
     count = sum(map(sample_count, feeds))
     if count < _LEAST:
         return Repaired(pruned.copy(), (), {}, (f"nothing was repaired, which takes {_LEAST} samples or more",))
-    place = len(feeds) - _held_out(len(feeds), count)
+    place = len(feeds) - _held_out([*map(sample_count, feeds)])
     fitted, checks = feeds[:place], feeds[place:]
     if only is None and not isinstance(data, Synthetic):
         fitted += cropped(fitted, inputs_of(original.proto), chosen.samples - count, chosen.seed)
@@ -236,9 +236,16 @@ def _mixed(combed: Combed, kept: KeepMask, pruned: Model, feeds: Sequence[Feed],
     return replace(combed, folded=replace(combed.folded, model=original)), small
 
 
-def _held_out(count: int, samples: int) -> int:
-    """Return how many of that many batches are held out: an eighth, or a third where the samples are very few."""
-    return max(1, count // (3 if samples < _BATCH else _CHECKED)) if count > 1 else 0
+def _held_out(sizes: Sequence[int]) -> int:
+    """Return how many of the last batches are held out, from their sizes; none of a single one.
+
+    They have an eighth of the samples, or a third where these are very few: a last batch that is smaller than the
+    others does not count as one of them.
+    """
+    count, most, parts = sum(sizes), max(sizes), 3 if sum(sizes) < _BATCH else _CHECKED
+    wanted = most * max(1, count // most // parts)
+    number = next(n for n in range(1, len(sizes) + 1) if sum(sizes[-n:]) >= min(wanted, count))
+    return min(number, len(sizes) - 1)
 
 
 def _unless_worse(original: Model, pruned: Model, made: Repaired, feeds: Sequence[Feed]) -> Repaired:

@@ -727,3 +727,14 @@ def test_batches_of_other_sizes_are_left_out_where_they_are_few(others: int, is_
     found = repair(combed, kept, rewrite(combed, kept).model, feeds, RepairOptions(samples=64))
     assert ("the sizes of its input depend on values" not in found.left.get("u", "")) == is_fitted
     assert ("u" in {fit.weight for fit in found.fits}) == is_fitted
+
+
+@pytest.mark.parametrize(
+    ("sizes", "number"),
+    [
+        ([8] * 8, 1), ([8] * 8 + [1], 2), ([12] * 8 + [4], 2), ([32] * 16, 2), ([32] * 16 + [1], 3), ([1] * 9, 3),
+        ([2] * 8 + [1], 3), ([5], 0), ([5, 1], 1), ([1, 5], 1), ([3, 8, 2, 8, 8, 1], 2),
+    ],
+)  # fmt: skip  # a table
+def test_a_small_last_batch_is_not_all_that_is_held_out(sizes: list[int], number: int) -> None:
+    assert repairs._held_out(sizes) == number
