@@ -19,6 +19,8 @@ _ABOVE = 0.01
 """Distance of the next request from the smallest fraction that the cost table predicts (heuristic)."""
 _NEAR = 0.02
 """Relative deviation from the target at which a measured latency is accepted (heuristic)."""
+_INSIDE = 0.1
+"""Minimum distance of the next request from those that enclose it, as a fraction of their distance (heuristic)."""
 _SECONDS, _TIMED_ROUNDS = 2.0, 40
 """Minimum duration in seconds, and number of rounds, of a measurement of latency (heuristic)."""
 _DOUBTFUL = 0.2
@@ -143,15 +145,24 @@ def latency_notes(chosen: Allocation, table: CostTable) -> Iterator[str]:
 
 
 def _stalls(measurements: Sequence[float], target: float) -> bool:
-    """Return whether the last two measurements of a target that seems out of reach came no nearer to it."""
-    if len(measurements) < 3:
+    """Return whether the last two measurements of a target that none has reached came no nearer to it."""
+    if len(measurements) < 3 or min(measurements) <= target:
         return False
     recent = min(measurements[-2:])
     return recent > target + SLACK and recent > (1 - _NEAR) * min(measurements[:-2])
 
 
 def _next_request(tried: Sequence[tuple[float, float]], target: float) -> float:
-    """Return the fraction to request next, by the secant through the two (request, measurement) pairs nearest to it."""
+    """Return the fraction to request next, by (request, measurement) pairs.
+
+    It lies between the nearest pairs below and above the target if there are any: however wrong the table is, they
+    enclose it. Else it is that of the secant through the two nearest pairs, whose slope is bounded.
+    """
+    below = max((pair for pair in tried if pair[1] <= target), key=lambda pair: pair[1], default=None)
+    above = min((pair for pair in tried if pair[1] > target), key=lambda pair: pair[1], default=None)
+    if below is not None and above is not None and below[0] < above[0]:
+        part = (target - below[1]) / (above[1] - below[1])
+        return below[0] + float(np.clip(part, _INSIDE, 1 - _INSIDE)) * (above[0] - below[0])
     near = sorted(tried, key=lambda pair: abs(pair[1] - target))[:2]
     request, measured = near[0]
     slope = measured / request

@@ -241,6 +241,7 @@ class _BoxTally:
     detector: str
     output: str = "detections"
     each: list[float] = field(default_factory=list)
+    empty: int = 0
 
     @property
     def task(self) -> str:
@@ -252,12 +253,13 @@ class _BoxTally:
             for side in (wanted, answered)
         )
         self.each += [_matched(*pair) for pair in zip(first, second, strict=True)]
+        self.empty += sum(not len(found.boxes) for found in first)
 
     def values(self) -> Floats:
         return np.asarray(self.each)
 
     def chance(self) -> float:
-        return 0.0
+        return self.empty / len(self.each)  # the answer that nothing is there
 
     def most_lost(self) -> float | None:
         return None

@@ -22,6 +22,9 @@ from cpd_onnx.errors import DataError
 _SATURATED = 16.0
 """Median margin of the best class over the second, in logits, that training with cross entropy does not exceed: from
 -log(2**-23) = 15.9 on, the loss of a sample is 0 in float32 and has no gradient."""
+_FLOODED = 100.0
+"""Mean number of objects an image above which they are taken for noise (heuristic): a detector answers inputs that are
+far too large with boxes everywhere, and images of COCO, on which most are trained, show 7."""
 _SURE = 0.25
 """Score from which a detection counts (as YOLOv5 and YOLOv8 show them)."""
 _DRAWS = 500
@@ -68,8 +71,8 @@ class Behaviour:
 
     @property
     def is_saturated(self) -> bool:
-        """Whether the margins are larger than training makes them."""
-        return self.margin > _SATURATED
+        """Whether the margins, or the objects, are more than training makes them."""
+        return self.margin > _SATURATED or (self.kind == "objects" and self.confidence > _FLOODED)
 
     def merit(self, weights: Array) -> Array:
         """Return how well the preprocessing fits, by images weighted with rows that sum to 1 [draws, images]."""
@@ -117,16 +120,25 @@ class Ranking:
         """Return a sentence if another preprocessing fits clearly better than the one in use, or none fits."""
         used, best = self.of[self.used], self.best
         if used.is_saturated and all(found.is_saturated for found in self.of.values()):
-            return (
-                f"the original's answers are saturated with every preset (with {self.used}, the best class leads by "
-                f"{used.margin:.0f} logits): give its preprocessing with --image-mean, --image-std and --image-scale"
+            what = (
+                f"the original finds {used.confidence:.0f} objects an image with {self.used}, and too many with every "
+                "preset"
+                if used.kind == "objects"
+                else f"the original's answers are saturated with every preset (with {self.used}, the best class leads "
+                f"by {used.margin:.0f} logits)"
             )
+            return f"{what}: give its preprocessing with --image-mean, --image-std and --image-scale"
         if best is None or best == self.used or not (used.is_saturated or self._is_better(best)):
             return None
         chosen = self.of[best]
         if self._has_labels:
             ours, theirs = (float(np.mean(_right(found))) for found in (used, chosen))
             return f"the original is right more often with {best} ({theirs:.1%}) than with {self.used} ({ours:.1%})"
+        if chosen.kind == "objects" and used.is_saturated:
+            return (
+                f"the original finds {used.confidence:.0f} objects an image with {self.used}, too many to be right, "
+                f"and {chosen.confidence:.1f} with {best}"
+            )
         if chosen.kind == "objects":
             return (
                 f"the original finds more objects with {best} ({chosen.confidence:.1f} an image) than with {self.used} "

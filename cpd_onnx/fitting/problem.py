@@ -216,8 +216,7 @@ class Problem:
 
     def once(self, moments: Moments, cross: tuple[Matrix, Matrix], ridge: float) -> tuple[Matrix, Matrix]:
         """Return the least-squares fit for one strength of the regularization."""
-        gram = moments.gram
-        fitted = np.linalg.solve(moments.lifted(ridge), cross[0] + lift(gram, ridge) * self.start)
+        fitted = moments.solved(ridge, cross[0] + lift(moments.gram, ridge) * self.start)
         constant = cross[1] - moments.mean @ fitted
         return np.where(self._is_effective, fitted, self.start), np.where(self._is_effective, constant, 0.0)
 

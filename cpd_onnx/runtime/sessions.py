@@ -6,7 +6,6 @@ import contextlib
 import math
 import re
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from cpd_onnx.ir.model import Array, Model, element_type
 from cpd_onnx.ops.sizes import Bindings, Size, Term
 from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.runtime import providers
+from cpd_onnx.runtime.watch import ended_after
 from cpd_onnx.shapes.realistic import judged_inputs
 from cpd_onnx.shapes.values import Folded, Value
 
@@ -200,21 +200,17 @@ def execute(session: Runner, feed: Mapping[str, Array]) -> list[Array]:
 
     Raises UnsupportedError if the run fails, EndlessError if it takes longer than `RUN_SECONDS`.
     """
-    interface, limits = opened_interface(session), ort.RunOptions()
-    timer = threading.Timer(RUN_SECONDS, setattr, (limits, "terminate", True))
-    timer.daemon = True
-    timer.start()
-    try:
-        outputs = [_array(output) for output in session.run(None, interface.taken(feed), limits)]
-    except Exception as error:  # as above, but for bound inputs
-        is_bound = isinstance(session, Bound) and type(error) is RuntimeError
-        if not is_bound and not type(error).__module__.startswith("onnxruntime"):
-            raise
-        if limits.terminate:
-            raise EndlessError(f"a run of the model did not end within {RUN_SECONDS:g} s") from error
-        raise UnsupportedError(f"onnxruntime failed to run the model: {_first_line(error)}") from error
-    finally:
-        timer.cancel()
+    interface = opened_interface(session)
+    with ended_after(RUN_SECONDS) as limits:
+        try:
+            outputs = [_array(output) for output in session.run(None, interface.taken(feed), limits)]
+        except Exception as error:  # as above, but for bound inputs
+            is_bound = isinstance(session, Bound) and type(error) is RuntimeError
+            if not is_bound and not type(error).__module__.startswith("onnxruntime"):
+                raise
+            if limits.terminate:
+                raise EndlessError(f"a run of the model did not end within {RUN_SECONDS:g} s") from error
+            raise UnsupportedError(f"onnxruntime failed to run the model: {_first_line(error)}") from error
     if not interface.integers or not outputs:
         return outputs
     names = [port.name for port in session.get_outputs()]  # type: ignore[attr-defined]  # it has metadata as well

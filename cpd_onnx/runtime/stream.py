@@ -43,9 +43,14 @@ _ITEM = 4
 """Number of bytes of an element, where that is estimated."""
 
 
+def processors() -> int:
+    """Return the number of processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def in_order(function: Callable[[int], T], count: int) -> Iterator[T]:
     """Yield a function's results for 0, 1, … `count` - 1 in this order, computed on several threads."""
-    threads = min(_MOST_THREADS, os.cpu_count() or 1, count)
+    threads = min(_MOST_THREADS, processors(), count)
     if threads < 2:
         yield from map(function, range(count))
         return
@@ -66,9 +71,16 @@ def apart(array: Array) -> Array:
     """
     if array.nbytes < _PAGES:
         return array
-    copied = np.frombuffer(mmap.mmap(-1, array.nbytes), array.dtype).reshape(array.shape)
+    copied = np.frombuffer(_pages(array.nbytes), array.dtype).reshape(array.shape)
     copied[...] = array
     return copied
+
+
+def _pages(size: int) -> mmap.mmap:
+    """Return that many bytes of memory; where the system can, its pages are made at once, which takes half the time."""
+    if not hasattr(mmap, "MAP_POPULATE"):
+        return mmap.mmap(-1, size)
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
 
 
 def held_feeds(feeds: Iterable[Feed]) -> list[Feed]:

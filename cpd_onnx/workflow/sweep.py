@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -27,6 +26,7 @@ from cpd_onnx.report.verdict import verdict, verdict_of_many
 from cpd_onnx.rewrite.plan import load_plan, make_plan, nested
 from cpd_onnx.runtime.bench import Bench
 from cpd_onnx.runtime.sessions import custom_operators
+from cpd_onnx.runtime.stream import processors
 from cpd_onnx.scores.registry import find_score_function, score
 from cpd_onnx.workflow import compress as compression
 from cpd_onnx.workflow import recipe
@@ -192,7 +192,7 @@ def _jobs(request: Sweep, files: Mapping[str, Path], plans: Mapping[str, Path]) 
 
 
 def _most_jobs(request: Sweep) -> int:
-    return request.jobs or min(os.cpu_count() or 1, len(request.targets))
+    return request.jobs or min(processors(), len(request.targets))
 
 
 def _executor(request: Sweep) -> Executor:

@@ -105,6 +105,15 @@ def test_what_the_table_takes_to_be_fixed_is_corrected(combed: Combed, table: Co
     assert found.latency["measured"] == pytest.approx(0.5, abs=0.02)
 
 
+@pytest.mark.parametrize("fixed", [2.0, 5.0, 20.0])
+def test_a_table_from_a_busy_machine_misses_no_target(combed: Combed, table: CostTable, fixed: float) -> None:
+    """Its smallest model is said to take nearly the original's time, and takes far less: the target lies between."""
+    busy = replace(table, rest=fixed * table.ms, ms=(1 + fixed) * table.ms)
+    budget = Allocate(latency=0.5).budget
+    found = Chooser(budget, busy, MadeUp(combed, Setting()), nearest=True)(combed, score(combed))
+    assert found.latency["measured"] == pytest.approx(0.5, abs=0.03)
+
+
 def test_latency_needs_a_table(combed: Combed) -> None:
     with pytest.raises(ValueError, match="cost table"):
         Chooser(Allocate(latency=0.5).budget)(combed, score(combed))

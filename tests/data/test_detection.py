@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pytest
 from onnx import numpy_helper, parser
 
+from cpd_onnx.data.agreement import _BoxTally
 from cpd_onnx.data.detection import Detections, detections, detector_of
 from cpd_onnx.data.metrics import evaluate
 from cpd_onnx.data.precision import Shown, average_precision
@@ -91,6 +92,16 @@ def test_boxes_of_other_classes_and_other_places_survive() -> None:
     assert len(nothing.scores) == 0
     assert found.classes.tolist() == [1, 0, 2]
     np.testing.assert_allclose(found.scores, [0.8, 0.6, 0.5])
+
+
+def test_an_image_in_which_the_original_finds_nothing_shows_nothing() -> None:
+    """The constant answer that nothing is there agrees on it."""
+    head = np.zeros((4, CELLS, 8), np.float32)
+    head[0, 0] = *CENTRE, 1.0, 0.0, 0.8, 0.0
+    tally = _BoxTally(SIZE, [], "yolox")
+    tally.add([head], [head])
+    assert tally.values().tolist() == [1, 1, 1, 1]
+    assert tally.chance() == 0.75
 
 
 def test_images_without_detections_are_listed_too() -> None:

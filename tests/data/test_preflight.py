@@ -252,6 +252,24 @@ def test_objects_are_counted() -> None:
     )
 
 
+def objects(count: float) -> ranking.Behaviour:
+    return ranking.Behaviour("objects", count, 2, 0.0, None, np.full((16, 1), 0.6 * count), np.zeros(16))
+
+
+def test_boxes_everywhere_are_no_objects() -> None:
+    few, flood = objects(0.4), objects(243)
+    assert ranking.Ranking("--preset 0-1", {"--preset 0-1": few, "--preset caffe": flood}).warning() is None
+    swapped = ranking.Ranking("--preset caffe", {"--preset 0-1": few, "--preset caffe": flood}).warning()
+    assert swapped == (
+        "the original finds 243 objects an image with --preset caffe, too many to be right, and 0.4 with --preset 0-1"
+    )
+    lost = ranking.Ranking("--preset caffe", {"--preset 0-1": objects(200), "--preset caffe": flood}).warning()
+    assert lost == (
+        "the original finds 243 objects an image with --preset caffe, and too many with every preset: "
+        "give its preprocessing with --image-mean, --image-std and --image-scale"
+    )
+
+
 # Labels.
 
 
