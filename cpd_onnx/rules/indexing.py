@@ -143,9 +143,9 @@ def gather(op: Op) -> None:
     where = indices.value.value if indices.value.is_static else None
     axes = x.axes or []
     picked: list[Axis]
-    is_row = where is not None and (where.ndim < 2 or (not x.is_constant and max(where.shape) == where.size > 1))
-    is_row = is_row and x.value.has_fixed(axis)
-    if op.atoms.all_frozen(x[axis]) or where is None or not is_row:
+    is_known = where is not None and (where.ndim < 2 or (not x.is_constant and where.size > 1))
+    is_known = is_known and x.value.has_fixed(axis)
+    if op.atoms.all_frozen(x[axis]) or where is None or not is_known:
         op.freeze(x[axis], TABLE_ROWS if x.is_constant else "looks up along this axis by index")
         picked = indices.axes or []
     else:
@@ -155,24 +155,31 @@ def gather(op: Op) -> None:
 
 
 def _gather_known(op: Op, axis: Axis, where: Array) -> list[Axis]:
-    """Return the axes of a lookup at constant positions along one axis of the indices, with others of size one."""
-    size, row = len(axis), where.reshape(-1)
-    positions = np.where(row < 0, row + size, row).astype(np.int64)
+    """Return the axes of a lookup at constant positions.
+
+    Positions with several axes divide what they read as a Reshape would: exporters write overlapping views of a tensor
+    as a lookup in the flattened tensor.
+    """
+    size = len(axis)
+    positions = np.where(where < 0, where + size, where).astype(np.int64)
     if positions.size and not 0 <= positions.min() <= positions.max() < size:
         raise GiveUp(f"{op.name} has positions out of range of the axis of {size}")
     op.accounted.append(axis)
     if where.ndim == 0:
-        op.freeze(axis[positions], "picks this index")
+        op.freeze(axis[positions.reshape(-1)], "picks this index")
+    picked = axis[positions.reshape(-1)]
+    if max(where.shape, default=1) == where.size:
+        parts = [picked if n == where.size else np.zeros(1, np.int64) for n in where.shape]
+    else:
+        parts = op.unmerge(picked, where.shape)
 
     def rewrite(keep: KeepMask, old: Array) -> Array:
-        mask = keep.mask(axis)
-        surviving = mask[positions] if where.ndim else np.ones(1, np.bool_)
+        mask, surviving = keep.mask(axis), np.ix_(*map(keep.mask, parts))
         after = positions_after(mask, positions[surviving])
-        new = np.where(row[surviving] < 0, after - int(mask.sum()), after)
-        return np.asarray(new, old.dtype).reshape([len(new) if n == row.size else 1 for n in where.shape])
+        return np.asarray(np.where(where[surviving] < 0, after - int(mask.sum()), after), old.dtype)
 
     op.use_size(1, [axis], rewrite)
-    return [axis[positions] if n == row.size else np.zeros(1, np.int64) for n in where.shape]
+    return parts
 
 
 @rule("GatherElements")

@@ -285,6 +285,23 @@ TABLE: list[tuple[str, int, str, list[str], dict[str, Any]]] = [
         "{ h = MatMul(x, w) r = Reshape(h, flat) a = Gather(r, p) y = Conv(a, v) }",
         ["6: v.1 w.1"], {"flat": -1, "p": [0, 1, 2, -3, 4, 5]},
     ),
+    (
+        "lookup of overlapping windows", 17,
+        "(float[4, 4] x, float[4, 6] w, int64[1] flat, int64[3, 2, 6] p, float[6, 5] v) => (float[3, 2, 5] y) "
+        "{ h = MatMul(x, w) r = Reshape(h, flat) a = Gather(r, p) y = MatMul(a, v) }",
+        ["6: v.0 w.1"],
+        {"flat": -1, "p": (np.arange(24).reshape(4, 6)[np.add.outer(range(3), range(2))] + [0, 0, 0, -24, 0, 0]).tolist()},
+    ),
+    (
+        "lookup of overlapping windows of heads", 17,
+        "(float[4, 4] x, float[4, 6] w, int64[3] parts, int64[1] flat, int64[2, 3, 2, 3] p, int64[3] joined, "
+        "float[6, 5] v) => (float[3, 2, 5] y) "
+        "{ h = MatMul(x, w) s = Reshape(h, parts) t = Transpose <perm = [1, 0, 2]>(s) r = Reshape(t, flat) "
+        "a = Gather(r, p) b = Transpose <perm = [1, 2, 0, 3]>(a) c = Reshape(b, joined) y = MatMul(c, v) }",
+        ["2: v.0 w.1", "3: v.0 w.1"],
+        {"parts": [4, 2, 3], "flat": -1, "joined": [3, 2, 6],
+         "p": np.arange(24).reshape(2, 4, 3)[:, np.add.outer(range(3), range(2))].tolist()},
+    ),
     ("embedding", 17, "(int64[2, 4] x, float[9, 6] w, float[6, 5] v) => (float[2, 4, 5] y) { a = Gather(w, x) y = MatMul(a, v) }", ["6: v.0 w.1"], {}),
     (
         "pad channels", 17,
