@@ -302,6 +302,20 @@ TABLE: list[tuple[str, int, str, list[str], dict[str, Any]]] = [
         {"parts": [4, 2, 3], "flat": -1, "joined": [3, 2, 6],
          "p": np.arange(24).reshape(2, 4, 3)[:, np.add.outer(range(3), range(2))].tolist()},
     ),
+    (
+        "assignment to channels", 17,
+        "(float[4, 6] x, float[6, 8] w, float[6, 3] u, int64[3, 1] p, float[8, 5] v) => (float[4, 5] y) "
+        "{ h = MatMul(x, w) t = Transpose(h) g = MatMul(x, u) s = Transpose(g) a = ScatterND(t, p, s) "
+        "b = Transpose(a) y = MatMul(b, v) }",
+        ["3: u.1 v.0 w.1", "5: v.0 w.1"], {"p": [[1], [-1], [2]]},
+    ),
+    (
+        "assignment to a slice", 17,
+        "(float[2, 4, 6] x, float[6, 8] w, float[6, 3] u, int64[2] i, int64[2, 2, 3, 3] p, float[8, 5] v) => (float[2, 4, 5] y) "
+        "{ h = MatMul(x, w) g = MatMul(x, u) s = Gather <axis = 1>(g, i) a = ScatterND(h, p, s) y = MatMul(a, v) }",
+        ["3: u.1 v.0 w.1", "5: v.0 w.1"],
+        {"i": [2, 3], "p": np.stack(np.meshgrid([0, 1], [0, 2], [4, 5, 6], indexing="ij"), axis=-1).tolist()},
+    ),
     ("embedding", 17, "(int64[2, 4] x, float[9, 6] w, float[6, 5] v) => (float[2, 4, 5] y) { a = Gather(w, x) y = MatMul(a, v) }", ["6: v.0 w.1"], {}),
     (
         "pad channels", 17,
