@@ -535,6 +535,14 @@ TABLE: list[tuple[str, int, str, list[str], dict[str, Any]]] = [
         ["6: v.0 w.1"], {"c": True},
     ),
     (
+        "if of different lengths", 17,
+        "(float[4, 4] x, float[4, 6] w, float[6, 3] v, bool xc, int64[1] s, int64[1] e) => (float[N, 3] y) "
+        "{ h = MatMul(x, w) "
+        "a = If(xc) <then_branch = t () => (float[N, 6] p) { p = Relu(h) }, "
+        "else_branch = e () => (float[N, 6] q) { q = Slice(h, s, e) }> y = MatMul(a, v) }",
+        ["6: v.0 w.1"], {"s": [1], "e": [3]},
+    ),
+    (
         "columns to image", 18,
         "(float[2, 3, 9] x, float[8, 3, 1] w, int64[2] s, int64[2] k, float[5, 2, 1, 1] v) => (float[2, 5, 4, 4] y) "
         "{ h = Conv(x, w) a = Col2Im(h, s, k) y = Conv(a, v) }",
