@@ -386,20 +386,31 @@ class _Sweep:
         return tensor
 
     def same(self, tensor: Tensor, results: Sequence[Tensor | None], reason: Reason) -> None:
-        """Unite the axes of `results`, and give them to `tensor`; freeze all if their shapes differ."""
+        """Unite the axes of `results`, and give them to `tensor`; freeze those that differ, or all if the ranks do."""
         axes = [r.axes for r in results if r is not None]
         if len(axes) < len(results) or not self.agree(tensor.value, axes):
             self.give_up(results, [tensor], reason)
             return
-        for other in axes[1:]:
-            for left, right in zip(axes[0] or [], other or [], strict=True):
-                self.atoms.unite(left, right)
-        tensor.axes = axes[0]
+        columns = zip(*(own or [] for own in axes), strict=True)
+        tensor.axes = [
+            self.together(column, size, reason) for column, size in zip(columns, tensor.value.shape or (), strict=True)
+        ]
+
+    def together(self, axes: Sequence[Axis], size: int, reason: Reason) -> Axis:
+        """Unite axes of one size; freeze axes of several, and return one of the size that stands for them."""
+        if {*map(len, axes)} == {size}:
+            for other in axes[1:]:
+                self.atoms.unite(axes[0], other)
+            return axes[0]
+        for axis in axes:
+            self.atoms.freeze(axis, reason)
+        return self.atoms.frozen(size, reason)
 
     @staticmethod
     def agree(value: Value, axes: Sequence[list[Axis] | None]) -> bool:
-        shapes = {None if a is None else tuple(map(len, a)) for a in axes}
-        return shapes == {value.shape} and value.shape is not None
+        if value.shape is None or {None if own is None else len(own) for own in axes} != {len(value.shape)}:
+            return False
+        return value.has_placeholder or {tuple(map(len, own or [])) for own in axes} == {value.shape}
 
     def rounds(self, node: NodeProto, body: Scope, inputs: list[Tensor | None], outputs: list[Tensor]) -> None:
         """Follow Loop and Scan: carried states keep their atoms, stacked outputs gain a frozen axis."""

@@ -38,7 +38,8 @@ def dequantized(combed: Combed, weight: Weight) -> Array:
     for value, function in ((quantized.zero_point, np.subtract), (quantized.scale, np.multiply)):
         number = None if value is None else constant_of(combed, value)
         if number is not None:
-            found = function(found, quantized.aligned(number.astype(np.float32), found.shape))
+            with np.errstate(over="ignore"):  # infinite then, as in onnxruntime
+                found = function(found, quantized.aligned(number.astype(np.float32), found.shape))
     return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -48,6 +49,9 @@ _LEAST_EFFECT = 100 * 2.0**-23
 """Smallest relative effect that proves something: a hundredth of it is one rounding of a float32 (2^-23)."""
 _FLIPPED = 1e-3
 """Fraction of decisions that may differ because two candidates are nearly equal (heuristic)."""
+_CHANGES = 16
+"""Largest number of changes of the inputs that measure how many decisions rounding turns: a tie turns at some only
+(heuristic)."""
 
 _MOST_BRANCHES = 4
 """Number of branches that are listed by name."""
@@ -177,7 +181,7 @@ class Runs:
         plain: Outputs of the original.
         masked: Outputs of the reference: the original with the removed channels masked.
         pruned: Outputs of the model that should equal the reference.
-        nudged: Function that runs the reference on inputs changed by a few roundings.
+        nudged: Function that runs the reference on inputs changed by a few roundings, from the number of the change.
         decoy: Function that runs the original with other channels masked; it returns None without other channels.
         branches: Numbers of the sets of inputs that reach each branch from which channels were removed, by description.
 
@@ -186,7 +190,7 @@ class Runs:
     plain: Outputs
     masked: Outputs
     pruned: Outputs
-    nudged: Callable[[], Outputs]
+    nudged: Callable[[int], Outputs]
     decoy: Callable[[], Outputs | None] = lambda: None
     branches: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
@@ -206,7 +210,7 @@ def compare(
         for name, array in zip(names, plain[0], strict=True)
     ]
     expected, found = execute_all(reference, feeds), execute_all(other, feeds)
-    runs = Runs(plain, expected, found, lambda: execute_all(reference, nudged(feeds)))
+    runs = Runs(plain, expected, found, lambda number: execute_all(reference, nudged(feeds, number)))
     return judge(observed, runs, allowed)
 
 
@@ -255,7 +259,7 @@ class _Judge:
         tolerance = _FLIPPED if one.kind == DISCRETE else self.tolerance
         noise = None
         if tolerance < difference < float("inf"):
-            noise = self.apart(place, one, self.runs.masked, self.further("nudged", self.runs.nudged))
+            noise = self.noise(place, one, difference)
         allowed = max(tolerance, _MARGIN * (noise or 0.0))
         power = None
         verdict = VERIFIED if difference <= allowed else WRONG
@@ -270,6 +274,16 @@ class _Judge:
                 verdict = INCONCLUSIVE
                 self.notes.append(_doubt(one, difference, max(effect, power or 0.0)))
         return Finding(one.output, one.name, one.kind, difference, allowed, effect, power, noise, verdict)
+
+    def noise(self, place: int, one: ComparedTensor, difference: float) -> float:
+        """Return the difference that a change of the inputs makes; for decisions, until one explains `difference`."""
+        largest = 0.0
+        for number in range(_CHANGES if one.kind == DISCRETE else 1):
+            changed = self.further(f"nudged {number}", partial(self.runs.nudged, number))
+            largest = max(largest, self.apart(place, one, self.runs.masked, changed))
+            if difference <= _MARGIN * largest:
+                break
+        return largest
 
     def is_shown(self, place: int, one: ComparedTensor, effect: float, difference: float) -> bool:
         """Return whether an error would have shown in a tensor, given an effect on it."""
@@ -449,13 +463,13 @@ def runs_needed(allowed: float) -> int:
     return 5 if allowed == QUANTIZED else 2
 
 
-def nudged(feeds: Sequence[Mapping[str, Array]]) -> list[Feed]:
-    """Return inputs changed by a few roundings, the same for the same inputs."""
-    return [_nudged(feed) for feed in feeds]
+def nudged(feeds: Sequence[Mapping[str, Array]], number: int = 0) -> list[Feed]:
+    """Return inputs changed by a few roundings, the same for the same inputs and number of the change."""
+    return [_nudged(feed, number) for feed in feeds]
 
 
-def _nudged(feed: Mapping[str, Array]) -> Feed:
-    rng = np.random.default_rng(0)
+def _nudged(feed: Mapping[str, Array], number: int) -> Feed:
+    rng = np.random.default_rng(number)
     return {
         name: (array * (1 + _NUDGE * rng.standard_normal(array.shape))).astype(array.dtype)
         if array.dtype.kind == "f"

@@ -284,7 +284,7 @@ class _Proof:
                 plain,
                 expected,
                 found,
-                lambda: self.with_masks(self.reference, nudged(given)),
+                lambda number: self.with_masks(self.reference, nudged(given, number)),
                 self.decoy,
                 self.branches,
             )

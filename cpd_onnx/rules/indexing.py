@@ -277,15 +277,70 @@ def gather_nd(op: Op) -> None:
 
 @rule("ScatterND")
 def scatter_nd(op: Op) -> None:
-    """Write at index tuples along the first axes, which are frozen; later axes unite with those of the updates."""
+    """Write at index tuples along the first axes; later axes unite with those of the updates.
+
+    Of the first axes, those pass along which the tuples are constant and write a grid, as assignments to slices do;
+    the others are frozen.
+    """
     x, indices, updates = op.input(0), op.input(1), op.input(2)
     depth, lead = indices.shape[-1], indices.rank - 1
-    op.freeze_all((x.axes or [])[:depth], "writes along this axis by index")
     op.freeze_all(indices.axes or [], "holds index tuples")
-    op.freeze_all((updates.axes or [])[:lead], "is written by index")
+    where = indices.value.value if indices.value.is_static else None
+    along = {} if where is None else _axes_of_grid(where)
+    rows = {} if where is None else {k: _row_of_grid(op, x, k, where, d) for k, d in along.items()}
+    written = {along[k]: k for k, row in rows.items() if row is not None}
+    op.freeze_all([x[k] for k in range(depth) if k not in written.values()], "writes along this axis by index")
+    for d in range(lead):
+        if d in written:
+            axis = x[written[d]]
+            op.unite(axis[rows[written[d]]], updates[d])
+            op.accounted.append(axis)
+        else:
+            op.freeze(updates[d], "is written by index")
     for offset, axis in enumerate((x.axes or [])[depth:]):
         op.unite(axis, updates[lead + offset])
+    if any(not op.atoms.all_frozen(x[k]) for k in written.values()):
+        op.operand(1)
+        _record_grid(op, x, written)
     op.set(x.axes or [])
+
+
+def _axes_of_grid(where: Array) -> dict[int, int]:
+    """Return, for each component of index tuples, the axis along which it alone varies, where there is one."""
+    varying = {
+        k: [d for d in range(where.ndim - 1) if where.shape[d] > 1 and np.diff(where[..., k], axis=d).any()]
+        for k in range(where.shape[-1])
+    }
+    used = [d for axes in varying.values() for d in axes]
+    return {k: axes[0] for k, axes in varying.items() if len(axes) == 1 and used.count(axes[0]) == 1}
+
+
+def _row_of_grid(op: Op, x: Tensor, k: int, where: Array, along: int) -> npt.NDArray[np.int64] | None:
+    """Return the positions on axis k that a grid of index tuples writes to; None if they repeat or the size is open."""
+    if not x.value.has_fixed(k):
+        return None
+    size, row = len(x[k]), np.moveaxis(where[..., k], along, 0).reshape(where.shape[along], -1)[:, 0]
+    positions = np.where(row < 0, row + size, row).astype(np.int64)
+    if not 0 <= positions.min() <= positions.max() < size:
+        raise GiveUp(f"{op.name} has positions out of range of the axis of {size}")
+    return positions if len(set(positions.tolist())) == len(positions) else None
+
+
+def _record_grid(op: Op, x: Tensor, written: dict[int, int]) -> None:
+    """Record that index tuples depend on the axes of x that they write to, given for the axes of the tuples."""
+
+    def rewrite(keep: KeepMask, old: Array) -> Array:
+        new = old.copy()
+        for d, k in written.items():
+            mask = keep.mask(x[k])
+            positions = np.where(new[..., k] < 0, new[..., k] + len(mask), new[..., k])
+            after = positions_after(mask, positions)
+            surviving = mask[np.moveaxis(positions, d, 0).reshape(positions.shape[d], -1)[:, 0]]
+            new[..., k] = np.where(new[..., k] < 0, after - int(mask.sum()), after)
+            new = np.compress(surviving, new, axis=d)
+        return new
+
+    op.use_size(1, [x[k] for k in written.values()], rewrite)
 
 
 @rule("OneHot")

@@ -38,22 +38,36 @@ def formal_inputs(node: NodeProto, body: GraphProto, inputs: Sequence[Value | No
 def if_outputs(
     node: NodeProto, condition: Value | None, branches: Mapping[str, Scope], bindings: Bindings
 ) -> list[Value]:
-    """Return the outputs of an If: the properties on which all branches that may run agree."""
+    """Return the outputs of an If: the properties on which all branches that may run agree.
+
+    Data decide a size on which they do not.
+    """
     taken = taken_branch(condition)
     scopes = [branches[name] for name in (("then_branch", "else_branch") if taken is None else (taken,))]
     results = []
     for index, name in enumerate(node.output):
         found = [scope.lookup(scope.outputs[index]) for scope in scopes]
         sources = [value for value in found if value is not None]
-        if found[0] is None or len({value.shapes if value else None for value in found}) > 1:
+        shapes = _common_shapes(found)
+        if found[0] is None or shapes is None:
             results.append(Value(name, found[0].dtype if found[0] else 0))
             continue
         result = renamed(found[0], name)
         if taken is None:
-            result.values = result.expressions = None
+            result.shapes, result.values, result.expressions = shapes, None, None
+            result.has_placeholder = any(value.has_placeholder for value in sources) or shapes != found[0].shapes
             _set_common_sizes(result, sources, bindings, (scopes[0].path, index))
         results.append(result)
     return results
+
+
+def _common_shapes(found: Sequence[Value | None]) -> tuple[tuple[int, ...], ...] | None:
+    """Return the shapes that the branches of an If agree on, with placeholders for sizes that differ; None without."""
+    known = [value.shapes for value in found if value is not None and value.shapes is not None]
+    if len(known) < len(found) or len({len(shapes[0]) for shapes in known}) > 1:
+        return None
+    sizes = [{tuple(shape[axis] for shape in shapes) for shapes in known} for axis in range(len(known[0][0]))]
+    return tuple(zip(*(own.pop() if len(own) == 1 else PLACEHOLDER_SIZES for own in sizes), strict=True)) or known[0]
 
 
 def _set_common_sizes(result: Value, sources: Sequence[Value], bindings: Bindings, place: tuple[str, int]) -> None:

@@ -52,7 +52,7 @@ def judged(plain: Array, masked: Array, pruned: Array, **changes: Any) -> Compar
     """What is said of one tensor, with noise that is nothing unless it is given."""
     kind, nudged = changes.pop("kind", "values"), changes.pop("nudged", masked)
     one = ComparedTensor("y", "y", kind, is_affected=True, is_behind=True)
-    return judge([one], Runs([[plain]], [[masked]], [[pruned]], lambda: [[nudged]], **changes), 1e-4)
+    return judge([one], Runs([[plain]], [[masked]], [[pruned]], lambda number: [[nudged]], **changes), 1e-4)
 
 
 def numbers(*values: float) -> Array:
@@ -75,7 +75,7 @@ def test_a_difference_above_the_tolerance_is_wrong_however_large_the_effect() ->
 
 def test_values_near_zero_of_a_function_with_an_offset_are_rounded_as_the_offset_is() -> None:
     plain, pruned = (np.asarray(values, np.float32) for values in ([1.2e-7, 3e-7], [1.8e-7, 3e-7]))
-    runs = Runs([[plain * 2]], [[plain]], [[pruned]], lambda: [[plain]])
+    runs = Runs([[plain * 2]], [[plain]], [[pruned]], lambda number: [[plain]])
     for offset, verdict in ((0.0, WRONG), (1.0, VERIFIED)):
         one = ComparedTensor("y", "y", SATURATING, is_affected=True, is_behind=True, offset=offset)
         assert judge([one], runs, 1e-4).verdict == verdict
@@ -95,7 +95,7 @@ def test_a_wrong_value_before_a_sigmoid_shows_although_its_output_is_near_zero()
     found = ComparedTensor("y", "y", SATURATING, is_affected=True, is_behind=True, offset=1.0)
     before = ComparedTensor("a", "y", is_affected=True, is_behind=True)
     runs = [[near_zero, numbers(-15.0)]], [[near_zero * 2, numbers(-14.0)]], [[near_zero * 3, numbers(-13.9)]]
-    verdict = judge([found, before], Runs(*runs, lambda: [[near_zero * 2, numbers(-14.0)]]), 1e-4)
+    verdict = judge([found, before], Runs(*runs, lambda number: [[near_zero * 2, numbers(-14.0)]]), 1e-4)
     assert [one.verdict for one in verdict.outputs] == [VERIFIED, WRONG]
 
 
@@ -134,12 +134,21 @@ def test_decisions_count_by_the_share_that_differs() -> None:
     assert judged(plain, plain, many, kind=DISCRETE, nudged=many).verdict == VERIFIED
 
 
+def test_a_tie_that_only_some_changes_of_the_inputs_turn_counts_as_rounding() -> None:
+    plain, turned = np.arange(300), np.arange(300)
+    turned[[99, 100]] = turned[[100, 99]]
+    one = ComparedTensor("y", "y", DISCRETE, is_affected=True, is_behind=True)
+    for turns, verdict in (({5}, VERIFIED), (set[int](), WRONG)):
+        changed = lambda number, turns=turns: [[turned if number in turns else plain]]  # noqa: E731
+        assert judge([one], Runs([[plain * 2]], [[plain]], [[turned]], changed), 1e-4).verdict == verdict
+
+
 def test_a_tolerance_belongs_to_one_output() -> None:
     """What one chaotic output may do is not allowed to the others."""
     observed = [ComparedTensor(name, name, is_affected=True, is_behind=True) for name in "ab"]
     plain, masked = [numbers(0.9), numbers(0.9)], [numbers(0.1), numbers(0.1)]
     pruned, nudged = [numbers(0.6), numbers(0.11)], [numbers(0.6), numbers(0.1)]
-    found = judge(observed, Runs([plain], [masked], [pruned], lambda: [nudged]), 1e-4)
+    found = judge(observed, Runs([plain], [masked], [pruned], lambda number: [nudged]), 1e-4)
     assert [one.verdict for one in found.outputs] == [INCONCLUSIVE, WRONG]
     assert found.verdict == WRONG
 

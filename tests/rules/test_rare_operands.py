@@ -241,6 +241,18 @@ HELD: list[tuple[str, int, str, str, dict[str, Any]]] = [
         "ellipsis", {},
     ),
     (
+        "assignment along a diagonal", 17,
+        f"{MLP}, int64[4, 3] p, float[4] u) => (float[2, 4, 5] y) {{ {DENSE} a = ScatterND(h, p, u) y = MatMul(a, v) }}",
+        "writes along this axis by index", {"p": [[0, 0, 0], [1, 1, 1], [0, 2, 2], [1, 3, 3]]},
+    ),
+    (
+        "assignment to a channel twice", 17,
+        "(float[4, 6] x, float[6, 8] w, float[6, 3] u, int64[3, 1] p, float[8, 5] v) => (float[4, 5] y) "
+        "{ h = MatMul(x, w) t = Transpose(h) g = MatMul(x, u) s = Transpose(g) a = ScatterND(t, p, s) "
+        "b = Transpose(a) y = MatMul(b, v) }",
+        "writes along this axis by index", {"p": [[1], [7], [-1]]},
+    ),
+    (
         "tiles of opset 1", 5,
         f"{MLP}, float n, float k) => (float[2, 4, 5] y) "
         f"{{ {DENSE} a = Tile(h, n, k) y = MatMul(a, v) }}",

@@ -316,6 +316,37 @@ TABLE: list[tuple[str, int, str, list[str], dict[str, Any]]] = [
         "{ h = MatMul(x, w) r = Reshape(h, flat) a = Gather(r, p) y = Conv(a, v) }",
         ["6: v.1 w.1"], {"flat": -1, "p": [0, 1, 2, -3, 4, 5]},
     ),
+    (
+        "lookup of overlapping windows", 17,
+        "(float[4, 4] x, float[4, 6] w, int64[1] flat, int64[3, 2, 6] p, float[6, 5] v) => (float[3, 2, 5] y) "
+        "{ h = MatMul(x, w) r = Reshape(h, flat) a = Gather(r, p) y = MatMul(a, v) }",
+        ["6: v.0 w.1"],
+        {"flat": -1, "p": (np.arange(24).reshape(4, 6)[np.add.outer(range(3), range(2))] + [0, 0, 0, -24, 0, 0]).tolist()},
+    ),
+    (
+        "lookup of overlapping windows of heads", 17,
+        "(float[4, 4] x, float[4, 6] w, int64[3] parts, int64[1] flat, int64[2, 3, 2, 3] p, int64[3] joined, "
+        "float[6, 5] v) => (float[3, 2, 5] y) "
+        "{ h = MatMul(x, w) s = Reshape(h, parts) t = Transpose <perm = [1, 0, 2]>(s) r = Reshape(t, flat) "
+        "a = Gather(r, p) b = Transpose <perm = [1, 2, 0, 3]>(a) c = Reshape(b, joined) y = MatMul(c, v) }",
+        ["2: v.0 w.1", "3: v.0 w.1"],
+        {"parts": [4, 2, 3], "flat": -1, "joined": [3, 2, 6],
+         "p": np.arange(24).reshape(2, 4, 3)[:, np.add.outer(range(3), range(2))].tolist()},
+    ),
+    (
+        "assignment to channels", 17,
+        "(float[4, 6] x, float[6, 8] w, float[6, 3] u, int64[3, 1] p, float[8, 5] v) => (float[4, 5] y) "
+        "{ h = MatMul(x, w) t = Transpose(h) g = MatMul(x, u) s = Transpose(g) a = ScatterND(t, p, s) "
+        "b = Transpose(a) y = MatMul(b, v) }",
+        ["3: u.1 v.0 w.1", "5: v.0 w.1"], {"p": [[1], [-1], [2]]},
+    ),
+    (
+        "assignment to a slice", 17,
+        "(float[2, 4, 6] x, float[6, 8] w, float[6, 3] u, int64[2] i, int64[2, 2, 3, 3] p, float[8, 5] v) => (float[2, 4, 5] y) "
+        "{ h = MatMul(x, w) g = MatMul(x, u) s = Gather <axis = 1>(g, i) a = ScatterND(h, p, s) y = MatMul(a, v) }",
+        ["3: u.1 v.0 w.1", "5: v.0 w.1"],
+        {"i": [2, 3], "p": np.stack(np.meshgrid([0, 1], [0, 2], [4, 5, 6], indexing="ij"), axis=-1).tolist()},
+    ),
     ("embedding", 17, "(int64[2, 4] x, float[9, 6] w, float[6, 5] v) => (float[2, 4, 5] y) { a = Gather(w, x) y = MatMul(a, v) }", ["6: v.0 w.1"], {}),
     (
         "pad channels", 17,
@@ -533,6 +564,14 @@ TABLE: list[tuple[str, int, str, list[str], dict[str, Any]]] = [
         "a = If(c) <then_branch = t () => (float[2, 6] p) { p = Relu(h) }, "
         "else_branch = e () => (float[2, 6] q) { q = Neg(h) }> y = MatMul(a, v) }",
         ["6: v.0 w.1"], {"c": True},
+    ),
+    (
+        "if of different lengths", 17,
+        "(float[4, 4] x, float[4, 6] w, float[6, 3] v, bool xc, int64[1] s, int64[1] e) => (float[N, 3] y) "
+        "{ h = MatMul(x, w) "
+        "a = If(xc) <then_branch = t () => (float[N, 6] p) { p = Relu(h) }, "
+        "else_branch = e () => (float[N, 6] q) { q = Slice(h, s, e) }> y = MatMul(a, v) }",
+        ["6: v.0 w.1"], {"s": [1], "e": [3]},
     ),
     (
         "columns to image", 18,

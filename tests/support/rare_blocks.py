@@ -339,6 +339,31 @@ def written_over(b: Builder, x: str) -> str | None:
     return b.node(kind, [x, b.constant(places), updates], shape, axis=axis)
 
 
+@rare(2, 3, 4)
+def assigned(b: Builder, x: str) -> str | None:
+    """Some channels of another tensor, written over channels at other places."""
+    shape, axis = b.shapes[x], channels(b.shapes[x])
+    if b.opset < 11 or b.is_open:
+        return None
+    count = b.choices.integer(1, shape[axis])
+    read, written = (b.rng.permutation(shape[axis])[:count] for _ in range(2))
+    grid = np.meshgrid(*(np.arange(n) for n in shape[:axis]), written, indexing="ij")
+    updates = b.raw("Gather", [partner(b, x), b.constant(read)], axis=axis)
+    return b.node("ScatterND", [x, b.constant(np.stack(grid, axis=-1)), updates], shape)
+
+
+@rare(3, 4)
+def in_windows(b: Builder, x: str) -> str | None:
+    """The next position along an axis, read out of the flattened tensor, as strided views are written."""
+    shape = b.shapes[x]
+    if b.is_open:
+        return None
+    axis = b.choices.integer(1, len(shape) - 1)
+    after = np.minimum(np.arange(shape[axis]) + (axis != channels(shape)), shape[axis] - 1)
+    places = np.take(np.arange(np.prod(shape)).reshape(shape), after, axis=axis)
+    return b.node("Gather", [b.raw("Reshape", [x, b.ints(-1)]), b.constant(places)], shape, axis=0)
+
+
 @rare(3)
 def reversed_order(b: Builder, x: str) -> str | None:
     n, t, _c = b.shapes[x]
