@@ -45,8 +45,10 @@ def with_values(combed: Combed, found: Branches, source: Sized, target: Sized) -
     """Return a copy of a model with the values of another that has other channels in the branches that disappear.
 
     Values that the source does not have are zero where they are multiplied by a channel that it does not have either,
-    and stay as they are in nodes that compute nothing that is left.
+    and stay as they are in nodes that compute nothing that is left. So do sizes and positions, which are those of the
+    channels of their own model: integers of 64 bits, which are never fitted, and operands that the rules know as such.
     """
+    sizes = {(each.scope.address, each.node, each.slot) for each in combed.recorder.size_uses}
     taken, given = Editor(source[1]), Editor(target[1].copy())
     here, there = constant_tensors(source[1]), constant_tensors(given.model)
     done: dict[str, Array] = {}
@@ -60,8 +62,10 @@ def with_values(combed: Combed, found: Branches, source: Sized, target: Sized) -
         if not scope.path and position in found.roots and slot != combed.recorder.remainders[("", position)].slot:
             array = given.model.array(new) if given.model.has(new) else to_array(there[new])
             done[new] = np.zeros(array.shape, array.dtype)
-        elif taken.model.has(old) or old in here:
+        elif (taken.model.has(old) or old in here) and (scope.address, position, slot) not in sizes:
             array = taken.model.array(old) if taken.model.has(old) else to_array(here[old])
+            if array.dtype == np.int64:
+                continue
             done[new] = _moved_rows(combed.pieces(use.axes), array, source[0], target[0])
     for name, array in done.items():
         if given.model.has(name):

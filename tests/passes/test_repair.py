@@ -14,6 +14,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+import cpd_onnx as cpd
 from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.budget.allocation import Budget, allocate
 from cpd_onnx.channels.combing import comb
@@ -738,3 +739,31 @@ def test_batches_of_other_sizes_are_left_out_where_they_are_few(others: int, is_
 )  # fmt: skip  # a table
 def test_a_small_last_batch_is_not_all_that_is_held_out(sizes: list[int], number: int) -> None:
     assert repairs._held_out(sizes) == number
+
+
+def test_a_reshape_counts_the_channels_of_its_own_model_where_a_branch_is_gone() -> None:
+    """During the repair one channel of the branch survives, which the sizes of the pruned file do not count."""
+    rng = np.random.default_rng(0)
+    shapes = {"u": (6, 3, 1, 1), "v": (6, 3, 1, 1), "w": (12, 5)}
+    model = cpd.load(
+        from_text(
+            "(float[N, 3, 4, 4] x, float[6, 3, 1, 1] u, float[6, 3, 1, 1] v, int64[3] s, int64[1] a, float[12, 5] w) "
+            "=> (float[N, 5] y) { p = Conv(x, u) q = Conv(x, v) c = Concat <axis = 1> (p, q) r = Reshape(c, s) "
+            "m = ReduceMean <keepdims = 0> (r, a) y = MatMul(m, w) }",
+            opset=18,
+            values={
+                **{name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()},
+                "s": np.array([-1, 12, 16]), "a": np.array([2]),
+            },
+        )
+    )  # fmt: skip  # a graph
+    combed = comb(model)
+    whole, other = sorted(combed.groups, key=lambda group: group.name)
+    kept = KeepMask(combed.atoms, np.concatenate([whole.channels, other.channels[:2]]))
+    small = rewrite(combed, kept).model
+    assert small.array("s").tolist() == [-1, 4, 16]
+    data = ArraySource({"x": rng.standard_normal((64, 3, 4, 4)).astype(np.float32)})
+    repaired = repair(combed, kept, small, data)
+    assert [fit.weight for fit in repaired.fits]
+    assert repaired.model.array("s").tolist() == [-1, 4, 16]
+    assert len(made(repaired.model, {"x": data.arrays["x"]})) == 64
