@@ -84,6 +84,7 @@ NAMED = {
     ("cpd_onnx/runtime/sessions.py", "OneHot"): "the number of its indices, a value of its second input",
     ("cpd_onnx/runtime/sessions.py", "Gather"): "the size of its table, along its attribute `axis`",
     ("cpd_onnx/shapes/origins.py", "Div"): "its arithmetic on sizes",
+    ("cpd_onnx/shapes/origins.py", "Max"): "its arithmetic on sizes",
     ("cpd_onnx/shapes/origins.py", "Mul"): "its arithmetic on sizes",
     ("cpd_onnx/shapes/origins.py", "ReduceProd"): "its arithmetic on sizes",
     ("cpd_onnx/training/feed.py", "Conv"): "torch trains strided pointwise convolutions wrongly in one layout",
