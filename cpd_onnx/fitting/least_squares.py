@@ -121,9 +121,10 @@ class Moments:
         return np.asarray(gram + lift(gram, ridge) * np.eye(gram.shape[1]))
 
     def solved(self, ridge: float, right: Matrix) -> Matrix:
-        """Return what the lifted mean products multiply to give the right-hand sides [groups, features, outputs].
+        """Return the solution of the linear system with the matrix `lifted`.
 
-        The factors for the last ridge are kept, as a fit has several right-hand sides for the best one.
+        Right-hand sides and solution have the shape [groups, features, outputs].
+        The factors for the last ridge are kept, since a fit solves for several right-hand sides with the best one.
         """
         if self._solver is None or self._solver[0] != ridge:
             self._solver = ridge, _solver(self.lifted(ridge))

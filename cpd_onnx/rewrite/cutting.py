@@ -45,8 +45,9 @@ def with_values(combed: Combed, found: Branches, source: Sized, target: Sized) -
     """Return a copy of a model with the values of another that has other channels in the branches that disappear.
 
     Values that the source does not have are zero where they are multiplied by a channel that it does not have either,
-    and stay as they are in nodes that compute nothing that is left. So do sizes and positions, which are those of the
-    channels of their own model: integers of 64 bits, which are never fitted, and operands that the rules know as such.
+    and stay as they are in nodes that compute nothing that is left. Sizes and positions stay as they are too, since
+    they count the channels of their own model: these are integers of 64 bits, which are never fitted, and the operands
+    that the rules record as sizes.
     """
     sizes = {(each.scope.address, each.node, each.slot) for each in combed.recorder.size_uses}
     taken, given = Editor(source[1]), Editor(target[1].copy())
