@@ -95,7 +95,8 @@ def test_killed_at_any_moment(source: Path, tmp_path: Path, kind: signal.Signals
         model = onnx.load(out)  # with all of its data
         assert len(model.graph.initializer) == 6
         assert load_plan(f"{out}.plan.json").content["groups"]
-        assert not list(out.parent.glob("*.part"))
+        # A process that is killed between the moves of a commit cannot clean up; the next run does.
+        assert kind == signal.SIGKILL or not list(out.parent.glob("*.part"))
         assert len(leftovers) <= 3  # by their content: what runs that were killed had written lies there until one ends
     assert prune(source, out, 0.5) == 0
     assert is_whole(source, out)
