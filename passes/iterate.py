@@ -291,7 +291,7 @@ class _Choice:
             scores, data = _without(scores, self.removed), self.state.data
             choose = partial(self.chooser.quick, now, scores, progress, is_loss=is_loss)
             best = options.refined(choose, now, scores, data, is_loss=is_loss, seed=options.seed)
-            found = self.chooser(now, scores, progress, is_loss=is_loss, curves=best.curves)
+            found = best.chosen(partial(self.chooser, now, scores, progress, is_loss=is_loss))
             chosen = _joined(replace(found, notes=(*found.notes, *best.notes)), self.removed)
         return replace(chosen, after=CostModel(now).total(chosen.keep_mask(now)))
 

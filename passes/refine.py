@@ -6,7 +6,7 @@ the divergence of the outputs is set against the loss. Then whole allocations by
 weights, with an exponent found by a line search, are repaired and compared at the outputs. At last the best weights are
 varied at random, as long as the effort allows (Frantar and Alistarh, SPDY, ICML 2022, with a repair of each candidate).
 Where groups can be removed as a whole, one more allocation by the scores alone may do so, and the others do if that one
-is nearer to the original.
+is nearer to the original, or the only one that meets the targets.
 
 All comparisons are made on samples that no candidate is fitted to. Labels are not needed.
 """
@@ -14,13 +14,14 @@ All comparisons are made on samples that no candidate is fitted to. Labels are n
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from cpd_onnx.budget.allocation import Allocation, LossCurves, depth_curves
+from cpd_onnx.budget.allocation import Allocation, LossCurves, UnreachableError, depth_curves
+from cpd_onnx.budget.targets import SLACK
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.data.held_out import Division, divide
 from cpd_onnx.data.sources import Source
@@ -83,12 +84,38 @@ class Refined:
         tried: Number of different allocations that were compared.
         before: Divergence at the outputs of the allocation by the scores alone.
         after: That of the best.
+        deeper: The curves by which branches may disappear as a whole, where they may not by `curves`; None if they may
+            by these, or never.
     """
 
     curves: LossCurves | None = None
     tried: int = 0
     before: float = math.nan
     after: float = math.nan
+    deeper: LossCurves | None = None
+
+    def chosen(self, choose: Choose, allows: Callable[[Allocation], bool] = lambda _: True) -> Allocation:
+        """Return the allocation by the curves, or the one without whole branches if it alone meets the targets.
+
+        Args:
+            choose: Allocates by curves.
+            allows: Whether an allocation without whole branches may be chosen.
+
+        Raises TargetError if the targets cannot be reached.
+        """
+        try:
+            found = choose(curves=self.curves)
+        except UnreachableError:
+            if self.deeper is None:
+                raise
+            return choose(curves=self.deeper)
+        if self.deeper is None or not found.is_nearest:
+            return found
+        try:
+            other = choose(curves=self.deeper)
+        except TargetError:
+            return found
+        return other if _is_nearer_target(other, found) and allows(other) else found
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -125,14 +152,15 @@ def refined(
         UnsupportedError: onnxruntime cannot run it.
         TargetError: The targets cannot be reached.
     """
+    curves = depth_curves(combed, scores, is_loss=is_loss)
+    curves = curves if options.depth else curves.widths_alone
+    unrefined = Refined(deeper=_deeper(curves, None))
     division = divide(data, _HELD_OUT, _SAMPLES)
     if division is None or options.effort < 2 or combed.folded.model.is_over_limit:
-        return Refined()
+        return unrefined
     with step("refine", is_whole=True):
-        curves = depth_curves(combed, scores, is_loss=is_loss)
-        curves = curves if options.depth else curves.widths_alone
         refiner = _Refiner(combed, scores, choose, division, curves, options)
-        return refiner.run() if refiner.measure.is_defined else Refined()
+        return refiner.run() if refiner.measure.is_defined else unrefined
 
 
 class _Refiner:
@@ -163,9 +191,9 @@ class _Refiner:
         logs = self.logs(first, groups, total)
         weights, curves, local = np.zeros_like(logs), None, self.local.widths_alone
         if np.isfinite(self.local.whole).any():
-            found = self.tried(self.local)
-            local = self.local if found.mean() < best.mean() else local
-            if is_nearer(found, best):
+            found, is_needed = self.tried(self.local), self.is_needed(first)
+            local = self.local if is_needed or found.mean() < best.mean() else local
+            if is_needed or is_nearer(found, best):
                 best, curves = found, self.local
         rng, width = np.random.default_rng(self.seed), _STEP
         along = {0.0: float(best.mean())}
@@ -181,7 +209,15 @@ class _Refiner:
                 width *= _LARGER if is_better else _SMALLER
             else:
                 along[exponent] = float(found.mean())
-        return Refined(curves, len(self.known), float(before.mean()), float(best.mean()))
+        deeper = _deeper(_weighted(self.local, weights), curves)
+        return Refined(curves, len(self.known), float(before.mean()), float(best.mean()), deeper)
+
+    def is_needed(self, widths_alone: Allocation) -> bool:
+        """Return whether the targets can be met, or nearly so, only without whole branches."""
+        try:
+            return widths_alone.is_nearest and _is_nearer_target(self.choose(curves=self.local), widths_alone)
+        except TargetError:
+            return False
 
     def tried(self, curves: LossCurves) -> Floats:
         """Return the divergence after an allocation by some curves, infinite if they cannot meet the targets."""
@@ -232,6 +268,22 @@ class _Refiner:
         known = found[np.isfinite(found)]
         middle = float(np.median(known)) if len(known) else 0.0
         return np.asarray(np.clip(np.where(np.isfinite(found), found - middle, 0.0), -_FURTHEST, _FURTHEST))
+
+
+def _deeper(allowing: LossCurves, chosen: LossCurves | None) -> LossCurves | None:
+    """Return the curves by which branches may disappear; None if none may, or they may by those that were chosen."""
+    may_vanish = [each is not None and bool(np.isfinite(each.whole).any()) for each in (allowing, chosen)]
+    return allowing if may_vanish == [True, False] else None
+
+
+def _is_nearer_target(chosen: Allocation, other: Allocation) -> bool:
+    """Return whether an allocation meets the targets that another misses, or misses them by clearly less."""
+    return _over(chosen) < _over(other) - SLACK
+
+
+def _over(chosen: Allocation) -> float:
+    """Return by how much the target that is missed most is exceeded, relative to it; 0 if all are met."""
+    return max((asked.got / asked.asked - 1 for asked in chosen.asked if not asked.is_met), default=0.0)
 
 
 def _next_exponent(found: Mapping[float, float]) -> float | None:

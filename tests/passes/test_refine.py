@@ -14,6 +14,7 @@ from cpd_onnx.budget.choosing import Chooser
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.data.sources import ArraySource
+from cpd_onnx.errors import TargetError
 from cpd_onnx.fitting.divergence import Divergence, is_nearer
 from cpd_onnx.io.progress import ProgressEvent, reporting
 from cpd_onnx.ir.model import Model, load
@@ -112,6 +113,20 @@ def test_a_run_compares_reports_and_says_so() -> None:
         state = step(State(model, model, data=samples(256)))
     assert any("allocations were repaired and compared" in note for note in state.need("allocation", "iterate").notes)
     assert any("refine" in event.name and "divergence" in event.detail for event in events)
+
+
+@pytest.mark.parametrize("effort", [1, 4])
+def test_a_target_beyond_the_smallest_widths_is_met_without_a_branch(effort: int) -> None:
+    """One channel of each branch is 0.042 of the MACs."""
+    model = two_branches()
+    state = State(model, model, data=samples(256))
+    few = {"macs": 0.03, "effort": effort, "samples": 64, "repair_samples": 64}
+    chosen = Iterate(**few)(state).need("allocation", "iterate")
+    left = [len(group) - len(gone) for group, gone in zip(comb(model).groups, chosen.removed, strict=True)]
+    assert sorted(left) == [0, 1]
+    assert not chosen.is_nearest
+    with pytest.raises(TargetError, match="cannot be reached"):
+        Iterate(**few, depth=False)(state)
 
 
 def test_the_divergence_of_classes_is_that_of_kullback_and_leibler() -> None:

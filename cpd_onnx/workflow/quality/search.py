@@ -93,7 +93,7 @@ class Search:
 
     def _candidate(self, progress: float) -> Candidate:
         by = self.by or Refined()
-        chosen = self._chosen(self.chooser.quick, progress, by)
+        chosen = self.chooser.quick(self.combed, self.scores, progress, is_loss=self.is_loss, curves=by.curves)
         return Candidate(progress, chosen, self.loss_of(chosen), by)
 
     def loss_of(self, chosen: Allocation) -> float:
@@ -111,9 +111,6 @@ class Search:
         """Number of samples that a candidate is repaired on."""
         assert self.state.data is not None
         return few_samples(self.step.repair_samples, numbers_in_sample(self.state.model, self.state.data))
-
-    def _chosen(self, chooser: Chooser, progress: float, by: Refined) -> Allocation:
-        return chooser(self.combed, self.scores, progress, is_loss=self.is_loss, curves=by.curves)
 
     def furthest(self, max_loss: float) -> Candidate | None:
         """Return the candidate nearest to the targets that loses at most `max_loss`; None if there is none.
@@ -173,7 +170,8 @@ class Search:
         They remain those of the candidate if the others lose more than `max_loss`.
         """
         with reported("search"):
-            chosen = self._chosen(self.chooser, candidate.progress, candidate.by)
+            choose = partial(self.chooser, self.combed, self.scores, candidate.progress, is_loss=self.is_loss)
+            chosen = candidate.by.chosen(choose, lambda deeper: self.loss_of(deeper) <= max_loss)
             if chosen.removed != candidate.chosen.removed and self.loss_of(chosen) > max_loss:
                 chosen = candidate.chosen
             chosen = timed(self.step, self.combed, chosen, self.state.converted)
