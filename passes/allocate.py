@@ -146,7 +146,7 @@ class AllocateOptions(metaclass=Renaming):
     depth: bool = option(
         True,
         "Remove whole branches, such as residual blocks, where the comparison of allocations (--effort) finds that the "
-        "outputs stay nearer to the original's",
+        "outputs stay nearer to the original's, or where narrower layers alone do not meet the target",
     )
     cost_table: str | os.PathLike[str] | None = option(
         None,
@@ -277,6 +277,6 @@ class Allocate(AllocateOptions):
         if state.curves is None:
             choose = partial(chooser.quick, combed, scores, is_loss=is_loss)
             found = self.refined(choose, combed, scores, state.data, is_loss=is_loss)
-        allocation = chooser(combed, scores, is_loss=is_loss, curves=found.curves)
+        allocation = found.chosen(partial(chooser, combed, scores, is_loss=is_loss))
         allocation = replace(allocation, notes=(*allocation.notes, *found.notes))
         return replace(state, allocation=allocation, budget=dict(allocation.budget) | dict(state.score))

@@ -4,7 +4,7 @@ Environment: pip install torch torchvision transformers timm onnx==1.23.2 onnxru
 
     python export_torch.py --out DIR [--only REGEX] [--exporter torchscript|dynamo] [--sizes small|full]
 
-The full sizes are ten architectures as they were published, with a free batch axis, in the subfolder `full`.
+The full sizes are twelve architectures as they were published, with a free batch axis, in the subfolder `full`.
 """
 
 import re

@@ -495,6 +495,13 @@ def full_size_nets() -> Iterator[Net]:
         lambda: Call(transformers.BertModel(transformers.BertConfig(**EAGER)).eval(), list(SENTENCE), HIDDEN),
         SENTENCE,
     )  # fmt: skip
+    speech = transformers.WhisperConfig(**EAGER)  # that of whisper-tiny
+    mel: dict[str, Spec] = {"input_features": ("float", (1, speech.num_mel_bins, 2 * speech.max_source_positions))}
+    yield Net(
+        "whisper_tiny_encoder", "whisper",
+        lambda: Call(_find("WhisperEncoder")(speech).eval(), list(mel), HIDDEN),
+        mel,
+    )  # fmt: skip
 
 
 def all_nets() -> Iterator[Net]:

@@ -18,8 +18,12 @@ from cpd_onnx.errors import TargetError
 from cpd_onnx.fitting.divergence import Divergence, is_nearer
 from cpd_onnx.io.progress import ProgressEvent, reporting
 from cpd_onnx.ir.model import Model, load
+from cpd_onnx.passes.allocate import Allocate
+from cpd_onnx.passes.comb import Comb
+from cpd_onnx.passes.fold import Fold
 from cpd_onnx.passes.iterate import Iterate
 from cpd_onnx.passes.refine import Refined, RefineOptions, _next_exponent, refined
+from cpd_onnx.passes.score import Score
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.runtime.sessions import execute, open_model
 from cpd_onnx.scores.registry import Scores, score
@@ -127,6 +131,10 @@ def test_a_target_beyond_the_smallest_widths_is_met_without_a_branch(effort: int
     assert not chosen.is_nearest
     with pytest.raises(TargetError, match="cannot be reached"):
         Iterate(**few, depth=False)(state)
+    step = Allocate(macs=0.03, policy="optimal", effort=effort)
+    scored = Score("reconstruction", samples=64)(Comb()(Fold()(state)))
+    left = [len(gone) for gone in step(scored).need("allocation", "allocate").removed]
+    assert sorted(left) == [WIDTH - 1, WIDTH]
 
 
 def test_the_divergence_of_classes_is_that_of_kullback_and_leibler() -> None:
