@@ -6,7 +6,7 @@ the divergence of the outputs is set against the loss. Then whole allocations by
 weights, with an exponent found by a line search, are repaired and compared at the outputs. At last the best weights are
 varied at random, as long as the effort allows (Frantar and Alistarh, SPDY, ICML 2022, with a repair of each candidate).
 Where groups can be removed as a whole, one more allocation by the scores alone may do so, and the others do if that one
-is nearer to the original, or the only one that meets the targets.
+is nearer to the original, or if only that one meets the targets.
 
 All comparisons are made on samples that no candidate is fitted to. Labels are not needed.
 """
@@ -20,7 +20,7 @@ from typing import Protocol
 
 import numpy as np
 
-from cpd_onnx.budget.allocation import Allocation, LossCurves, UnreachableError, depth_curves
+from cpd_onnx.budget.allocation import Allocation, LossCurves, depth_curves
 from cpd_onnx.budget.targets import SLACK
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.data.held_out import Division, divide
@@ -95,27 +95,21 @@ class Refined:
     deeper: LossCurves | None = None
 
     def chosen(self, choose: Choose, allows: Callable[[Allocation], bool] = lambda _: True) -> Allocation:
-        """Return the allocation by the curves, or the one without whole branches if it alone meets the targets.
+        """Return the allocation by the curves, or one that removes whole branches if only that meets the targets.
 
         Args:
             choose: Allocates by curves.
-            allows: Whether an allocation without whole branches may be chosen.
+            allows: Whether an allocation that removes whole branches may be chosen.
 
         Raises TargetError if the targets cannot be reached.
         """
-        try:
-            found = choose(curves=self.curves)
-        except UnreachableError:
-            if self.deeper is None:
-                raise
+        if self.deeper is None:
+            return choose(curves=self.curves)
+        found = _reached(choose, self.curves)
+        if found is None:
             return choose(curves=self.deeper)
-        if self.deeper is None or not found.is_nearest:
-            return found
-        try:
-            other = choose(curves=self.deeper)
-        except TargetError:
-            return found
-        return other if _is_nearer_target(other, found) and allows(other) else found
+        other = _reached(choose, self.deeper) if found.is_nearest else None
+        return found if other is None or not (_is_nearer_target(other, found) and allows(other)) else other
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -213,18 +207,14 @@ class _Refiner:
         return Refined(curves, len(self.known), float(before.mean()), float(best.mean()), deeper)
 
     def is_needed(self, widths_alone: Allocation) -> bool:
-        """Return whether the targets can be met, or nearly so, only without whole branches."""
-        try:
-            return widths_alone.is_nearest and _is_nearer_target(self.choose(curves=self.local), widths_alone)
-        except TargetError:
-            return False
+        """Return whether the targets can be met, or nearly so, only by removing whole branches."""
+        deeper = _reached(self.choose, self.local) if widths_alone.is_nearest else None
+        return deeper is not None and _is_nearer_target(deeper, widths_alone)
 
     def tried(self, curves: LossCurves) -> Floats:
         """Return the divergence after an allocation by some curves, infinite if they cannot meet the targets."""
-        try:
-            return self.divergence(self.choose(curves=curves))
-        except TargetError:
-            return np.full(1, np.inf)
+        chosen = _reached(self.choose, curves)
+        return np.full(1, np.inf) if chosen is None else self.divergence(chosen)
 
     def divergence(self, chosen: Allocation) -> Floats:
         """Return the divergence of each held-out sample after the allocation is carried out and repaired."""
@@ -268,6 +258,14 @@ class _Refiner:
         known = found[np.isfinite(found)]
         middle = float(np.median(known)) if len(known) else 0.0
         return np.asarray(np.clip(np.where(np.isfinite(found), found - middle, 0.0), -_FURTHEST, _FURTHEST))
+
+
+def _reached(choose: Choose, curves: LossCurves | None) -> Allocation | None:
+    """Return the allocation by some curves; None if they cannot meet the targets."""
+    try:
+        return choose(curves=curves)
+    except TargetError:
+        return None
 
 
 def _deeper(allowing: LossCurves, chosen: LossCurves | None) -> LossCurves | None:
