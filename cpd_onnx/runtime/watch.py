@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Iterator
 
 import onnxruntime as ort
 
-_INTERVAL = 0.5
-"""Seconds between two looks at what runs (heuristic)."""
+_INTERVAL, _LONGEST = 0.5, 1.0
+"""Seconds between two looks at what runs, and most that count: a process that is stopped meanwhile, by Ctrl-Z or because
+the machine sleeps, does not run (heuristic)."""
 
 _running: dict[int, tuple[float, ort.RunOptions]] = {}
-"""When each run has to end, by the clock `time.monotonic`, and its options."""
+"""How many seconds each run may take, and its options."""
+_numbers = itertools.count()
 _watcher: threading.Thread | None = None
 
 
@@ -24,13 +27,13 @@ def ended_after(seconds: float) -> Iterator[ort.RunOptions]:
     One thread watches all runs. A timer for each, which is a thread of its own, would take longer to start than many
     runs take: all other threads have to let go of Python's lock first.
     """
-    limits = ort.RunOptions()
-    _running[id(limits)] = (time.monotonic() + seconds, limits)
+    number, limits = next(_numbers), ort.RunOptions()
+    _running[number] = (seconds, limits)
     _start()
     try:
         yield limits
     finally:
-        del _running[id(limits)]
+        del _running[number]
 
 
 def _start() -> None:
@@ -42,9 +45,13 @@ def _start() -> None:
 
 
 def _watch() -> None:
+    left, looked = dict[int, float](), time.monotonic()
     while True:
         time.sleep(_INTERVAL)
-        now = time.monotonic()
-        for end, limits in list(_running.values()):
-            if now > end:
-                limits.terminate = True
+        before, looked = looked, time.monotonic()
+        passed = min(looked - before, _LONGEST)
+        running = _running.copy()
+        left = {number: left[number] - passed if number in left else limit for number, (limit, _) in running.items()}
+        for number, seconds in left.items():
+            if seconds < 0:
+                running[number][1].terminate = True
