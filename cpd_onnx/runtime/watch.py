@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import onnxruntime as ort
 
 _INTERVAL, _LONGEST = 0.5, 1.0
-"""Seconds between two looks at what runs, and most that count: a process that is stopped, by Ctrl-Z or because the machine
-sleeps, does not run meanwhile (heuristic)."""
+"""Seconds between two looks at what runs, and most that count (heuristic): a process that is stopped, by
+Ctrl-Z or because the machine sleeps, does not run meanwhile."""
 
 _running: dict[int, tuple[float, ort.RunOptions]] = {}
 """How many seconds each run may take, and its options."""
