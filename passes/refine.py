@@ -82,7 +82,8 @@ class Refined:
     Attributes:
         curves: The curves; None for those that the scores imply.
         tried: Number of different allocations that were compared.
-        before: Divergence at the outputs of the allocation by the scores alone.
+        before: Divergence at the outputs of the allocation by the scores alone, of two of these the one that meets the
+            targets.
         after: That of the best.
         deeper: The curves by which branches may disappear as a whole, where they may not by `curves`; None if they may
             by these, or never.
@@ -120,7 +121,7 @@ class Refined:
             f"{self.tried} allocations were repaired and compared with the original on samples not used for the repair"
         )
         first = f"the one chosen by the errors of the layers, whose outputs diverge by {self.before:.3g}"
-        if self.curves is None:
+        if not self.after < self.before:
             return (f"{words}; none was clearly closer than {first}",)
         return (f"{words}; the outputs of the best diverge by {self.after:.3g}, closer than {first}",)
 
@@ -189,6 +190,7 @@ class _Refiner:
             local = self.local if is_needed or found.mean() < best.mean() else local
             if is_needed or is_nearer(found, best):
                 best, curves = found, self.local
+            before = found if is_needed else before
         rng, width = np.random.default_rng(self.seed), _STEP
         along = {0.0: float(best.mean())}
         for number in range(1, self.effort):

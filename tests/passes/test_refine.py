@@ -137,6 +137,16 @@ def test_a_target_beyond_the_smallest_widths_is_met_without_a_branch(effort: int
     assert sorted(left) == [WIDTH - 1, WIDTH]
 
 
+def test_allocations_that_meet_the_target_are_compared_with_the_first_of_them() -> None:
+    combed = comb(two_branches())
+    scores = scores_of(combed)
+    choose = partial(Chooser(Budget("macs", 0.03, "optimal")).quick, combed, scores, is_loss=True)
+    found = refined(combed, scores, choose, samples(256), RefineOptions(4), is_loss=True)
+    assert found.curves is not None
+    assert np.isfinite(found.curves.whole).all()
+    assert found.after <= found.before
+
+
 def test_the_divergence_of_classes_is_that_of_kullback_and_leibler() -> None:
     rng = np.random.default_rng(0)
     head = rng.normal(size=(16, 5))
