@@ -6,7 +6,6 @@ Nothing is timed: the machine is made up, and takes as long as the weights of a 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
