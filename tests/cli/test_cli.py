@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import pytest
 from onnx import TensorProto, helper
 
 import cpd_onnx as cpd
+from cpd_onnx.cli import demo
 from cpd_onnx.cli.main import main
 from cpd_onnx.errors import ISSUES
 from cpd_onnx.proof.comparison import WRONG, Comparison
@@ -268,8 +270,9 @@ def test_distill_writes_into_the_same_initializers(tmp_path: Path, capsys: pytes
     assert "refitted or trained weights" in capsys.readouterr().out
 
 
-def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
+    monkeypatch.setattr(demo, "compressed", functools.partial(demo.compressed, samples=64, repair_samples=64, effort=0))
     assert run("demo", "--epochs", "2", "--json", "-", "--out", tmp_path / "d") == 0
     content = json.loads(capsys.readouterr().out)
     accuracy = {row["name"]: row["accuracy"] for row in content["rows"]}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import json
 import re
+import subprocess
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +49,40 @@ RESIDUAL = (
 )
 
 
+TEMPLATES: dict[str, Any] = {}
+
+
+def environment(**options: Any) -> Any:
+    """Return the one environment of jinja2 for all runs, which holds the compiled templates."""
+    if not TEMPLATES:
+        TEMPLATES["all"] = import_module("jinja2").Environment(**options)
+    return TEMPLATES["all"]
+
+
+@pytest.fixture
+def own_process() -> None:
+    """For tests of the generator as users run it."""
+
+
+@pytest.fixture(autouse=True)
+def generator_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the generator in this process, which keeps its templates: to import and compile them takes three seconds."""
+    if "own_process" in request.fixturenames:
+        return
+    real = subprocess.run
+
+    def run_here(command: Sequence[str], **options: Any) -> Any:
+        if list(command[1:3]) != ["-m", generated._GENERATOR]:
+            return real(command, **options)
+        emitter = import_module(f"{generated._GENERATOR}.codegen.c_emitter")
+        monkeypatch.setattr(emitter, "Environment", environment)
+        with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
+            code = import_module(f"{generated._GENERATOR}.cli").main(command[3:])
+        return subprocess.CompletedProcess(command, code, said.getvalue(), "")
+
+    monkeypatch.setattr(generated.subprocess, "run", run_here)
+
+
 def feeds_of(model: Model, count: int = 2) -> list[Feed]:
     return list(working_feeds(fold(model), opened(model), count))
 
@@ -59,6 +97,7 @@ def require_equal(model: Model, name: str = "net") -> CSource:
 
 
 @has_compiler
+@pytest.mark.usefixtures("own_process")
 def test_the_program_gives_the_outputs_of_the_model_in_the_predicted_memory() -> None:
     model = load(from_text(RESIDUAL))
     source = require_equal(model)
@@ -350,6 +389,7 @@ def run(*arguments: Any) -> int:
 
 
 @has_compiler
+@pytest.mark.usefixtures("own_process")
 @pytest.mark.parametrize("more", [(), ("--int8", "--samples", "32")])
 def test_deploy_writes_c_and_verify_repeats_it(
     small: Path, tmp_path: Path, more: Sequence[str], capsys: pytest.CaptureFixture[str]

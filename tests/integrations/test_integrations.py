@@ -26,6 +26,7 @@ from cpd_onnx.data.sources import FunctionSource, as_batch, inputs_of, open_sour
 from cpd_onnx.workflow import defaults
 from cpd_onnx.workflow import sweep as sweeping
 from cpd_onnx.workflow.requests import SHELLS
+from tests.support.digits import small_digits
 from tests.support.models import from_text
 from tests.support.runs import plain
 
@@ -41,7 +42,7 @@ TINY = "(float[1, 4] x, float[4, 8] a, float[8, 2] b) => (float[1, 2] y) { h = M
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copy(DIGITS, tmp_path)
+    onnx.save(small_digits(), tmp_path / "digits.onnx")
     np.savez(tmp_path / "train.npz", **samples(96))
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -431,6 +431,7 @@ def test_a_weight_in_a_constant_node_is_left_and_named():
     assert (found.found, found.left) == ([], {"w": "in a Constant node"})
 
 
+@pytest.mark.usefixtures("all_processors")
 @pytest.mark.parametrize("score", ["reconstruction", "l2"])
 def test_the_same_bytes_whatever_the_threads(tmp_path: Path, score: str) -> None:
     """With data, in processes with other seeds of hashes and numbers of threads."""

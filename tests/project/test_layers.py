@@ -77,11 +77,15 @@ def test_torch_is_not_imported(name: str) -> None:
 
 
 WITHOUT_TORCH = """
+import functools
 import sys
 
 sys.modules["torch"] = None  # as if it were not installed
 from cpd_onnx.cli.main import main
 import cpd_onnx
+from cpd_onnx.cli import demo
+
+demo.compressed = functools.partial(demo.compressed, samples=32, repair_samples=32, effort=0)  # which is quick
 try:
     cpd_onnx.run("comb, distill", sys.argv[1])
 except cpd_onnx.UnsupportedError as error:

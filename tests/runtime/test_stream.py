@@ -97,7 +97,7 @@ def test_cuts_are_small_and_everything_between_is_computed_again(monkeypatch: py
 
 
 def test_results_come_in_the_order_of_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr(streams, "processors", lambda: 4)
 
     def slow(number: int) -> int:
         time.sleep(0.01 * (number % 3 == 0))

@@ -47,6 +47,7 @@ from cpd_onnx.training.feed import memory_format
 from cpd_onnx.training.losses import DistillationLoss, angle, correlation_distance
 from cpd_onnx.training.options import DistillOptions
 from tests.passes.test_distill import FAST, STUDENT, TEACHER, images, network, weights_of
+from tests.support.digits import small_digits
 from tests.support.runs import plain
 
 OPTIONS = replace(FAST, epochs=1, steps=12, flip=True, shift=1, ema=0.9, threads=1)
@@ -469,15 +470,25 @@ def test_two_processes_go_through_rounds_together(tmp_path: Path) -> None:
     folder = Path(cpd.__file__).parent / "models"
     arrays = dict(np.load(folder / "digits_train.npz"))
     np.savez(tmp_path / "few.npz", **{k: v[:64] for k, v in arrays.items()})
+    onnx.save(small_digits(), tmp_path / "digits.onnx")
     training = ["--data", tmp_path / "few.npz", "--steps", 4, "--batch-size", 32, "--threads", 1, "--device", "cpu"]
-    command = ["compress", folder / "digits.onnx", "-o", tmp_path / "two.onnx", "--rounds", 2, "--no-report", *training]
+    command = [
+        "compress",
+        tmp_path / "digits.onnx",
+        "-o",
+        tmp_path / "two.onnx",
+        "--rounds",
+        2,
+        "--no-report",
+        *training,
+    ]
     line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "cpd_onnx"]
     done = subprocess.run(
         [*line, *plain(command)], capture_output=True, text=True, check=False, timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip  # one command
     assert done.returncode == 0, done.stderr[-2000:]
-    assert main(plain(["verify", str(folder / "digits.onnx"), str(tmp_path / "two.onnx")])) == 0
+    assert main(plain(["verify", str(tmp_path / "digits.onnx"), str(tmp_path / "two.onnx")])) == 0
 
 
 # Pruning and training in turns.
@@ -488,7 +499,7 @@ def test_rounds_share_one_plan(tmp_path: Path, rounds: int) -> None:
     folder = Path(cpd.__file__).parent / "models"
     data = {k: v[:256] for k, v in np.load(folder / "digits_train.npz").items() if k != LABELS}
     told: list[int] = []
-    step = Interleave(macs=0.4, rounds=rounds, steps=12, batch_size=32, threads=1, lr=3e-3)
+    step = Interleave(macs=0.4, rounds=rounds, steps=12, batch_size=32, threads=1, lr=3e-3, effort=0)
     model = cpd.load(folder / "digits.onnx")
     start = cpd.State(model, model, data=ArraySource(data))
     state = step.run(start, lambda number, result: told.append(len(result.losses)))

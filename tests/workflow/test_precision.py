@@ -9,17 +9,17 @@ from typing import Any
 
 import jsonschema
 import numpy as np
+import onnx
 import pytest
 
-import cpd_onnx as cpd
 from cpd_onnx.budget.latency import LatencyProbe
 from cpd_onnx.cli.main import main
 from cpd_onnx.deploy.converting import quantised_node
 from cpd_onnx.ir.model import load
 from cpd_onnx.report.document import schema
+from tests.support.digits import MODELS, small_digits
 from tests.support.runs import plain
 
-MODELS = Path(cpd.__file__).parent / "models"
 QUICK = ("--data", "train.npz", "--repair-samples", 32, "--samples", 32, "--no-distill")
 FILES = {
     "small.onnx", "small.onnx.manifest.json", "small.float32.onnx", "small.float32.onnx.recipe.toml",
@@ -29,7 +29,7 @@ FILES = {
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copy(MODELS / "digits.onnx", tmp_path)
+    onnx.save(small_digits(), tmp_path / "digits.onnx")
     for part, count in (("train", 128), ("test", 64)):
         arrays = dict(np.load(MODELS / f"digits_{part}.npz"))
         np.savez(tmp_path / f"{part}.npz", **{name: array[:count] for name, array in arrays.items()})
@@ -119,6 +119,7 @@ def test_without_data_there_are_no_ranges(folder: Path, capsys: pytest.CaptureFi
 
 
 def test_a_target_of_flash_counts_integers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(MODELS / "digits.onnx", folder)
     asked = ("--precision", "auto", "--target", "flash=150kB", "--no-report", "--json", "-")
     assert run("compress", "digits.onnx", "-o", "small.onnx", *QUICK, *asked) == 0
     content = json.loads(capsys.readouterr().out)

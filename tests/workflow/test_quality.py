@@ -6,7 +6,6 @@ Nothing is timed: the machine is made up, and takes as long as the weights of a 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
@@ -39,6 +38,7 @@ from cpd_onnx.workflow.quality.outcome import demand_of
 from cpd_onnx.workflow.quality.samples import Loss, Samples
 from cpd_onnx.workflow.quality.search import Candidate, Search
 from cpd_onnx.workflow.requests import Prune
+from tests.support.digits import small_digits
 
 MODELS = Path(cpd.__file__).parent / "models"
 FEW = ("--samples", 64, "--repair-samples", 64, "--effort", 0)
@@ -79,7 +79,7 @@ class Machine:
 def table() -> Iterator[CostTable]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LatencyProbe, "profile", lambda probe, model: Machine().profile(probe, model))
-        yield measure_table(LatencyProbe(comb(MODELS / "digits.onnx"), Setting()))
+        yield measure_table(LatencyProbe(comb(small_digits()), Setting()))
 
 
 @pytest.fixture
@@ -93,8 +93,8 @@ def machine(table: CostTable, monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 @pytest.fixture
 def folder(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """With the example, unlabelled samples of it, and labelled ones."""
-    shutil.copy(MODELS / "digits.onnx", tmp_path)
+    """With a small model, unlabelled samples of it, and labelled ones."""
+    onnx.save(small_digits(), tmp_path / "digits.onnx")
     with np.load(MODELS / "digits_train.npz") as arrays:
         np.savez(tmp_path / "data.npz", image=arrays["image"])
     with np.load(MODELS / "digits_test.npz") as arrays:
@@ -103,9 +103,9 @@ def folder(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return tmp_path
 
 
-def plant(dead: Sequence[int] = DEAD, layer: str = "block1.conv1.1") -> None:
-    """Write the example with dead channels."""
-    model = onnx.load("digits.onnx")
+def plant(dead: Sequence[int] = DEAD, layer: str = "block1.conv1.1", place: Path = Path("digits.onnx")) -> None:
+    """Write a model with dead channels."""
+    model = onnx.load(place)
     for tensor in model.graph.initializer:
         if tensor.name in (f"{layer}.weight", f"{layer}.bias"):
             values = numpy_helper.to_array(tensor).copy()
@@ -399,7 +399,7 @@ def test_what_is_free_is_written_unless_it_is_slower(folder: Path, machine: Mach
 
 
 def test_free_channels_stay_where_kernels_are_slow_without_them(folder: Path, machine: Machine) -> None:
-    plant(range(0, 40, 2), "block2.conv1.1")
+    plant(range(0, 40, 2), "block2.conv1.1", MODELS / "digits.onnx")
 
     def ratio_of(probe: LatencyProbe, model: Model, seconds: float = 2.0) -> float:
         is_odd = any(
@@ -428,13 +428,15 @@ def test_a_blind_run_that_reaches_its_target_by_free_channels_lost_nothing(
     folder: Path, machine: Machine, command: str
 ) -> None:
     machine.factor = 0.5
-    plant()
+    plant(place=MODELS / "digits.onnx")
     target = ("--target", "channels=0.999", "--blind", "--round-to", 1)
     quick = () if command == "prune" else ("--no-report",)
     code, content = result(command, "dead.onnx", "-o", "small.onnx", *target, *quick)
     assert (code, content["is_lossless"], content["is_blind"]) == (0, True, False)
     assert answers(content)["as good"] == "yes"
-    code, content = result(command, "dead.onnx", "-o", "smaller.onnx", *target[2:], "--target", "channels=0.5", *quick)
+    code, content = result(
+        command, "dead.onnx", "-o", "smaller.onnx", *target[2:], "--target", "channels=0.5", *quick, *FEW
+    )
     assert (code, content["is_lossless"], answers(content)["as good"]) == (0, False, "unknown")
 
 
@@ -445,7 +447,7 @@ def test_a_blind_run_that_reaches_its_target_by_free_channels_lost_nothing(
 def test_the_cost_table_of_a_target_out_of_reach_is_kept(
     folder: Path, command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    quick = ("--blind", "--min-ratio", 0.5, *(() if command == "prune" else ("--no-report",)))
+    quick = ("--blind", "--min-ratio", 0.5, *FEW, *(() if command == "prune" else ("--no-report",)))
     line = (command, "digits.onnx", "-o", "small.onnx", *quick, "--target")
     place = Path("small.onnx.cost-table.json")
     place.write_text("another file")
@@ -472,7 +474,7 @@ def test_what_is_not_faster_is_not_written(
 ) -> None:
     machine.factor = 2.5
     before = {path.name for path in folder.iterdir()}
-    asked = (command, "digits.onnx", "-o", "small.onnx", "--blind", "--target", "macs=0.5")
+    asked = (command, "digits.onnx", "-o", "small.onnx", "--blind", "--target", "macs=0.5", *FEW)
     asked = (*asked, "--no-report") if command == "compress" else asked
     assert run(*asked, "--json", "result.json") == 3
     said = capsys.readouterr()
@@ -486,7 +488,7 @@ def test_what_is_not_faster_is_not_written(
 
 
 def test_a_target_out_of_reach_is_missed_with_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ("--blind", "--target", "macs=0.1", "--min-ratio", 0.6)
+    asked = ("--blind", "--target", "macs=0.1", "--min-ratio", 0.6, *FEW)
     code, content = result("prune", "digits.onnx", "-o", "small.onnx", *asked)
     assert (code, content["verdict"]["code"]) == (6, 6)
     assert "TARGET MISSED: macs: asked for 0.1, got " in capsys.readouterr().out
@@ -519,7 +521,7 @@ def test_a_sweep_picks_by_the_answers_without_labels(
     assert last["agreement"]["is_held_out"]
     assert not last["picked"]
     assert first["picked"]
-    assert result(*asked, *options, "--max-loss", 0.0001, "--force")[0] == 4
+    assert result(*asked, *options, "--max-loss", 0.0001, "--force", "--targets", "macs=0.5")[0] == 4
     said = capsys.readouterr().out
     assert said.rstrip().endswith("NOT AS GOOD: no model was found that loses at most 0.0001")
     assert result(*asked, *options, "--force", "--targets", "macs=0.05")[0] == 4

@@ -7,13 +7,13 @@ import inspect
 import json
 import pickle
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 import cpd_onnx as cpd
@@ -27,17 +27,17 @@ from cpd_onnx.passes.allocate import AllocateOptions
 from cpd_onnx.workflow import recipe
 from cpd_onnx.workflow.api import CompressOptions, run
 from cpd_onnx.workflow.requests import COMMANDS, Compress, Deploy, Prune, Sweep
+from tests.support.digits import MODELS, small_digits
 from tests.support.runs import plain
 
 ROOT = Path(__file__).parents[2]
-DIGITS = ROOT / "models" / "digits.onnx"
 QUICK = ("--no-report", "--no-distill", "--samples", "32", "--repair-samples", "32")
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copy(DIGITS, tmp_path / "model.onnx")
-    with np.load(DIGITS.with_name("digits_train.npz")) as arrays:
+    onnx.save(small_digits(), tmp_path / "model.onnx")
+    with np.load(MODELS / "digits_train.npz") as arrays:
         np.savez(tmp_path / "data.npz", **{name: array[:64] for name, array in arrays.items()})
     monkeypatch.chdir(tmp_path)
     return tmp_path
