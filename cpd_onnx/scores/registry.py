@@ -9,13 +9,14 @@ Score functions are registered in a table, and users can add their own:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from cpd_onnx.channels.free import free_channels, removable
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.channels.renormalized import renormalized
 from cpd_onnx.data.sources import Source, imported
@@ -103,6 +104,8 @@ def needing_torch(error: ModuleNotFoundError) -> CpdError:
 def score(combed: Combed, kind: str = "l2", *, samples: int | None = None, **more: Any) -> list[Scores]:
     """Return one number per coupled channel for each group in order; lower is less important.
 
+    Channels whose removal changes no output have lower scores than all others of their group, whatever the score.
+
     Args:
         combed: The model and its coupled channels.
         kind: Name in `SCORE_FUNCTIONS`, or "module:function".
@@ -121,12 +124,21 @@ def score(combed: Combed, kind: str = "l2", *, samples: int | None = None, **mor
         raise DataError(f"score {kind!r} needs samples: give --data, or a source as `data`")
     likened = renormalized(combed, context.data, context.seed) if found.needs_data else None
     context = context if likened is None else replace(context, combed=likened.combed)
-    scores = [np.asarray(values, np.float64) for values in found.function(context)]
+    scores = [np.array(values, np.float64) for values in found.function(context)]
     if [s.shape for s in scores] != [(len(group),) for group in combed.groups]:
         raise TargetError(
             f"score {kind!r} must return one number per channel for each of the {len(combed.groups)} groups"
         )
+    for values, gone in zip(scores, removable(combed, free_channels(combed)), strict=True):
+        if gone:  # the last channel of a group that is free altogether stands for the group
+            _put_first(values, gone[len(gone) == len(values) :])
     return scores
+
+
+def _put_first(values: Scores, places: Sequence[int]) -> None:
+    """Set the scores at some places to zero, or to below the least of the others if that is not above zero."""
+    least = np.nan_to_num(np.delete(values, places)).min()
+    values[places] = 0.0 if least > 0 else np.nextafter(least, -np.inf) - np.finfo(np.float64).tiny
 
 
 def find_score_function(kind: str) -> ScoreFunction:

@@ -11,11 +11,14 @@ import pytest
 from onnx import ModelProto, numpy_helper
 
 import cpd_onnx as cpd
+from cpd_onnx.budget.allocation import Budget, allocate
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.channels.free import ALWAYS_ZERO, UNREAD, free_channels, removable
+from cpd_onnx.data.sources import ArraySource
 from cpd_onnx.errors import CpdError
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.runtime.sessions import execute, open_model, working_feeds
+from cpd_onnx.scores.registry import score
 from tests.support.graphs import seeded
 from tests.support.models import from_text
 
@@ -207,6 +210,24 @@ def test_a_group_that_is_dead_altogether_keeps_a_channel() -> None:
     free = free_channels(combed)
     assert free[0].dead == tuple(range(8))
     assert removable(combed, free) == [[1, 2, 3, 4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize("kind", ["l2", "random", "reconstruction"])
+def test_they_are_the_first_to_go_in_any_run(kind: str) -> None:
+    """A rectifier that is never open, and channels of which no weight that reads them is left."""
+    model = planted(RELU, {"w": (2, 0.0), "b": (2, -1e4), "v": ((slice(None), [4, 5]), 0.0)})
+    values = np.random.default_rng(0).standard_normal((16, 3, 6, 6)).astype(np.float32)
+    combed = comb(model)
+    (scores,) = score(combed, kind, data=ArraySource({"x": values}))
+    assert sorted(np.argsort(scores)[:3].tolist()) == [2, 4, 5]
+    free = allocate(combed, [scores], Budget("channels", 5 / 8, "optimal"), is_loss=kind == "reconstruction")
+    assert [sorted(gone) for gone in free.removed] == [[2, 4, 5]]
+
+
+def test_a_group_that_is_free_altogether_is_known_by_its_last_channel() -> None:
+    combed = comb(planted(RELU, {"w": (slice(None), 0.0), "b": (slice(None), -1.0)}))
+    (scores,) = score(combed, "random")
+    assert np.flatnonzero(scores).tolist() == [0]
 
 
 def test_the_same_file_and_plan_again() -> None:
