@@ -85,31 +85,31 @@ class Refined:
         before: Divergence at the outputs of the allocation by the scores alone, of two of these the one that meets the
             targets.
         after: That of the best.
-        deeper: The curves by which branches may disappear as a whole, where they may not by `curves`; None if they may
-            by these, or never.
+        fallback: The curves to allocate by where the targets cannot be met by `curves`: whole branches may be removed
+            by these if they may not by `curves`, and the other way round. None if none can ever be removed.
     """
 
     curves: LossCurves | None = None
     tried: int = 0
     before: float = math.nan
     after: float = math.nan
-    deeper: LossCurves | None = None
+    fallback: LossCurves | None = None
 
     def chosen(self, choose: Choose, allows: Callable[[Allocation], bool] = lambda _: True) -> Allocation:
-        """Return the allocation by the curves, or one that removes whole branches if only that meets the targets.
+        """Return the allocation by the curves, or that by the fallback if only this meets the targets, or nearly so.
 
         Args:
             choose: Allocates by curves.
-            allows: Whether an allocation that removes whole branches may be chosen.
+            allows: Whether an allocation by the fallback may be chosen.
 
         Raises TargetError if the targets cannot be reached.
         """
-        if self.deeper is None:
+        if self.fallback is None:
             return choose(curves=self.curves)
         found = _reached(choose, self.curves)
         if found is None:
-            return choose(curves=self.deeper)
-        other = _reached(choose, self.deeper) if found.is_nearest else None
+            return choose(curves=self.fallback)
+        other = _reached(choose, self.fallback) if found.is_nearest else None
         return found if other is None or not (_is_nearer_target(other, found) and allows(other)) else other
 
     @property
@@ -149,7 +149,7 @@ def refined(
     """
     curves = depth_curves(combed, scores, is_loss=is_loss)
     curves = curves if options.depth else curves.widths_alone
-    unrefined = Refined(deeper=_deeper(curves, None))
+    unrefined = Refined(fallback=_fallback(curves, None))
     division = divide(data, _HELD_OUT, _SAMPLES)
     if division is None or options.effort < 2 or combed.folded.model.is_over_limit:
         return unrefined
@@ -205,13 +205,13 @@ class _Refiner:
                 width *= _LARGER if is_better else _SMALLER
             else:
                 along[exponent] = float(found.mean())
-        deeper = _deeper(_weighted(self.local, weights), curves)
-        return Refined(curves, len(self.known), float(before.mean()), float(best.mean()), deeper)
+        fallback = _fallback(_weighted(self.local, weights), curves)
+        return Refined(curves, len(self.known), float(before.mean()), float(best.mean()), fallback)
 
     def is_needed(self, widths_alone: Allocation) -> bool:
         """Return whether the targets can be met, or nearly so, only by removing whole branches."""
-        deeper = _reached(self.choose, self.local) if widths_alone.is_nearest else None
-        return deeper is not None and _is_nearer_target(deeper, widths_alone)
+        deep = _reached(self.choose, self.local) if widths_alone.is_nearest else None
+        return deep is not None and _is_nearer_target(deep, widths_alone)
 
     def tried(self, curves: LossCurves) -> Floats:
         """Return the divergence after an allocation by some curves, infinite if they cannot meet the targets."""
@@ -270,10 +270,11 @@ def _reached(choose: Choose, curves: LossCurves | None) -> Allocation | None:
         return None
 
 
-def _deeper(allowing: LossCurves, chosen: LossCurves | None) -> LossCurves | None:
-    """Return the curves by which branches may disappear; None if none may, or they may by those that were chosen."""
-    may_vanish = [each is not None and bool(np.isfinite(each.whole).any()) for each in (allowing, chosen)]
-    return allowing if may_vanish == [True, False] else None
+def _fallback(deep: LossCurves, chosen: LossCurves | None) -> LossCurves | None:
+    """Return the curves to allocate by where the chosen ones miss the targets, see `Refined`."""
+    if not np.isfinite(deep.whole).any():
+        return None
+    return deep if chosen is None or not np.isfinite(chosen.whole).any() else chosen.widths_alone
 
 
 def _is_nearer_target(chosen: Allocation, other: Allocation) -> bool:

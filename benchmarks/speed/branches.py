@@ -76,7 +76,7 @@ def measure(path: Path, targets: list[float], seconds: float) -> Iterator[dict[s
         def choose(*, curves: LossCurves | None, aiming: Chooser = aiming) -> Allocation:
             return aiming(combed, scores, is_loss=True, curves=curves)
 
-        for way, by in ((GONE, Refined(deep)), (NARROW, Refined(deep.widths_alone))):
+        for way, by in ((GONE, Refined(deep, fallback=deep.widths_alone)), (NARROW, Refined(deep.widths_alone))):
             started = time.perf_counter()
             chosen = by.chosen(choose)
             took = time.perf_counter() - started

@@ -9,9 +9,11 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from cpd_onnx.budget.allocation import Budget
+from cpd_onnx.budget.allocation import Allocation, Budget, LossCurves
 from cpd_onnx.budget.choosing import Chooser
+from cpd_onnx.budget.targets import OF_THE_ORIGINAL, Asked
 from cpd_onnx.channels.combing import comb
+from cpd_onnx.channels.costs import Costs
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.data.sources import ArraySource
 from cpd_onnx.errors import TargetError
@@ -135,6 +137,28 @@ def test_a_target_beyond_the_smallest_widths_is_met_without_a_branch(effort: int
     scored = Score("reconstruction", samples=64)(Comb()(Fold()(state)))
     left = [len(gone) for gone in step(scored).need("allocation", "allocate").removed]
     assert sorted(left) == [WIDTH - 1, WIDTH]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "taken"),
+    [(0.8, 0.5, 0.5), (0.5, 0.4, 0.5), (0.2, 0.5, 0.2), (0.8, 0.79, 0.8), (None, 0.5, 0.5), (0.8, None, 0.8)],
+)
+def test_the_fallback_is_taken_where_it_alone_meets_the_target(
+    first: float | None, second: float | None, taken: float
+) -> None:
+    """Both ways: one branch may be more than is to be removed, and the next less."""
+    costs, curves, fallback = Costs(0, 0, 0, 0), LossCurves(()), LossCurves(())
+
+    def choose(*, curves: LossCurves | None) -> Allocation:
+        got = second if curves is fallback else first
+        if got is None:
+            raise TargetError("cannot be reached")
+        return Allocation([], costs, costs, asked=(Asked("latency", 0.5, got, OF_THE_ORIGINAL, got <= 0.52),))
+
+    found = Refined(curves, fallback=fallback)
+    assert found.chosen(choose).asked[0].got == taken
+    if first is not None:
+        assert found.chosen(choose, lambda _: False).asked[0].got == first
 
 
 def test_allocations_that_meet_the_target_are_compared_with_the_first_of_them() -> None:

@@ -171,7 +171,7 @@ class Search:
         """
         with reported("search"):
             choose = partial(self.chooser, self.combed, self.scores, candidate.progress, is_loss=self.is_loss)
-            chosen = candidate.by.chosen(choose, lambda deeper: self.loss_of(deeper) <= max_loss)
+            chosen = candidate.by.chosen(choose, lambda other: self.loss_of(other) <= max_loss)
             if chosen.removed != candidate.chosen.removed and self.loss_of(chosen) > max_loss:
                 chosen = candidate.chosen
             chosen = timed(self.step, self.combed, chosen, self.state.converted)
