@@ -136,13 +136,14 @@ def main() -> None:
     machine = {"cpus": os.cpu_count(), "system": platform.platform(), "onnxruntime": ort.__version__}
     content: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {"rows": []}
     content |= {"command": "python benchmarks/speed/branches.py", "machine": machine}
+    version = commit()
     for name, path in files.items():
         if not path.is_file() or (options.names and name not in options.names):
             continue
         made: list[dict[str, Any]] = []
         try:
             for row in measure(path, options.target or list(TARGETS), options.seconds):
-                made.append({"model": name, "commit": commit(), **row})
+                made.append({"model": name, "commit": version, **row})
                 print(json.dumps(made[-1]), file=sys.stderr, flush=True)
         except CpdError as error:
             made.append({"model": name, "error": str(error)})

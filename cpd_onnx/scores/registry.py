@@ -130,7 +130,7 @@ def score(combed: Combed, kind: str = "l2", *, samples: int | None = None, **mor
             f"score {kind!r} must return one number per channel for each of the {len(combed.groups)} groups"
         )
     for values, gone in zip(scores, removable(combed, free_channels(combed)), strict=True):
-        if gone:  # the last channel of a group that is free altogether stands for the group
+        if gone:  # one channel of a group that is free altogether keeps its score
             _put_first(values, gone[len(gone) == len(values) :])
     return scores
 
