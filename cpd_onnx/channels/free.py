@@ -207,11 +207,18 @@ def _readers(combed: Combed, constants: Constants, product: Sequence[Factor]) ->
             continue
         parts = atoms.parts(factor.atoms)
         zeros = _zeros(combed, constants, [f for f in product if f is not factor])
-        shrinking = [i for i, axis in enumerate(axes) if i != factor.axis and not atoms.all_frozen(axis)]
+        summed = _summed_axes(combed, product, factor)
+        shrinking = [i for i, axis in enumerate(axes) if i not in summed and not atoms.all_frozen(axis)]
         other = tuple(atoms.parts(axes[i]) for i in shrinking)
         filled = _filled(constants.array(factor.value), factor.axis, shrinking)
         zero: Mask = np.asarray(np.isin(parts, list(zeros)).any(axis=1))
         yield _Reader(parts, zero, other, filled if filled is None or len(filled) == len(parts) else None)
+
+
+def _summed_axes(combed: Combed, product: Sequence[Factor], factor: Factor) -> set[int]:
+    """Return the axes of a factor that the same node may sum over, as an Einsum does over several: no output has them."""
+    together = (other for other in combed.recorder.products if other[0].value is product[0].value)
+    return {each.axis for other in together for each in other if each.value is factor.value}
 
 
 def _axes(combed: Combed, factor: Factor) -> list[Axis] | None:

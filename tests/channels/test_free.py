@@ -37,6 +37,10 @@ ATTENTION = (
     + " a = MatMul(q3, k3) p = Softmax <axis = -1>(a) c = MatMul(p, u3) t = Transpose <perm = [0, 2, 1, 3]>(c) "
     "r = Reshape(t, merge) y = MatMul(r, o) }"
 )
+EINSUM = (  # as Keras writes the projections of attention
+    "(float[2, 4, 6] x, float[6, 3, 5] w, float[3, 5, 7] v) => (float[2, 4, 7] y) "
+    '{ h = Einsum <equation = "bsd,dhk->bshk">(x, w) r = Relu(h) y = Einsum <equation = "...hk,hko->...o">(r, v) }'
+)
 SIZES = {"split": [2, 5, 2, 4], "merge": [2, 5, 8]}
 Plants = dict[str, tuple[Any, float | None]]
 """An index of a weight, and the number that is written there; None negates what is there."""
@@ -62,6 +66,7 @@ DEAD: list[tuple[str, str, Plants, tuple[str, int], list[int]]] = [
         "{ h = Gemm <transB = 1>(x, w, b) r = HardSwish(h) y = Gemm(r, v) }",
         {"w": (3, 0.0), "b": (3, -4.0)}, ("w", 0), [3],
     ),
+    ("Einsum over two axes", EINSUM, {"v": (1, 0.0)}, ("w", 1), [1]),
     (
         "through another layer",
         f"{HEAD}, float[8, 8, 3, 3] u) {OUT} {{ h = {CONV}(x, w, b) r = Relu(h) k = {CONV}(r, u) z = Relu(k) y = {CONV}(z, v) }}",
@@ -101,6 +106,7 @@ DEAD: list[tuple[str, str, Plants, tuple[str, int], list[int]]] = [
 
 # the same without indices: nothing may be removed
 ALIVE: list[tuple[str, str, Plants]] = [
+    ("Einsum over two axes", EINSUM, {"v": ((1, slice(0, 4)), 0.0)}),
     ("positive bias before Relu", RELU, {**ROW, "b": (2, 0.5)}),
     ("small number", RELU, {"w": (2, 1e-12), "b": (2, -1.0)}),
     ("Sigmoid of zero", RELU.replace("Relu", "Sigmoid"), {**ROW, "b": (2, 0.0)}),

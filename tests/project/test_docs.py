@@ -363,6 +363,7 @@ def test_example(
     threads = torch.get_num_threads()
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(script.parent)
+    monkeypatch.delitem(sys.modules, "shared", raising=False)  # the generator of C has a module of that name, too
     monkeypatch.setattr(sys, "argv", [str(script), "--quick"])
     try:
         runpy.run_path(str(script), run_name="__main__")

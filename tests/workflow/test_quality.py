@@ -22,6 +22,8 @@ from cpd_onnx.budget.allocation import Allocation, LossCurves
 from cpd_onnx.budget.latency import CostTable, LatencyProbe, load_table, measure_table
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.channels.costs import Costs
+from cpd_onnx.channels.free import FreeChannels
+from cpd_onnx.channels.groups import Combed
 from cpd_onnx.cli.main import main
 from cpd_onnx.data.agreement import exact_low
 from cpd_onnx.data.sources import open_source
@@ -396,6 +398,19 @@ def test_what_is_free_is_written_unless_it_is_slower(folder: Path, machine: Mach
     code, content = result(command, "dead.onnx", "-o", "asked.onnx", "--target", "macs=0.5", *quick)
     assert (code, content["asked"]) == (0, [])
     assert any(note.startswith("the target macs=0.5 was not aimed at") for note in content["notes"])
+
+
+def test_channels_that_are_wrongly_taken_for_free_are_told_by_the_proof(
+    folder: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(combed: Combed) -> list[FreeChannels]:
+        return [FreeChannels(zero=tuple(range(len(group) // 2))) for group in combed.groups]
+
+    machine.factor = 0.5
+    monkeypatch.setattr("cpd_onnx.passes.lossless.free_channels", wrong)
+    code, content = result("prune", "digits.onnx", "-o", "small.onnx")
+    assert (code, content["is_lossless"], content["is_blind"]) == (0, False, True)
+    assert answers(content)["as good"] == "unknown"
 
 
 def test_free_channels_stay_where_kernels_are_slow_without_them(folder: Path, machine: Machine) -> None:

@@ -26,6 +26,8 @@ from cpd_onnx.workflow.quality.samples import Samples, agreement_on
 from cpd_onnx.workflow.quality.search import Choice, Demand
 from cpd_onnx.workflow.requests import Compress, Prune
 
+_ROUNDING = 1e-4
+"""Effect of masking channels on the outputs, relative to them, that rounding explains (heuristic): none is usual."""
 SMALLEST = ("latency", 0.1)
 """Target on the way to which the fastest model within a loss is searched where none is given."""
 
@@ -67,7 +69,7 @@ def content(
     chosen = choice.chosen or state.need("allocation", "allocate")
     compared = agreement_on(state.original, result or state.model, samples, demand.task)
     is_wanted = request.target is not None and not choice.is_lossless
-    is_lossless = choice.is_lossless or _removes_free_alone(request, state, result)
+    is_lossless = (choice.is_lossless or _removes_free_alone(request, state, result)) and not _is_changed(state)
     return {
         "agreement": None if compared is None else compared.as_json(),
         "asked": [asdict(row) for row in chosen.asked] if is_wanted else [],
@@ -93,6 +95,11 @@ def _removes_free_alone(request: Prune | Compress, state: State, result: Model |
     combed, chosen = state.need("combed", "comb"), state.need("allocation", "allocate")
     free = removable(combed, free_channels(combed))
     return all(set(gone) <= set(dead) for gone, dead in zip(chosen.removed, free, strict=True))
+
+
+def _is_changed(state: State) -> bool:
+    """Return whether the proof shows that the outputs depend on channels that were taken for free."""
+    return state.verification is not None and state.verification.effect > _ROUNDING
 
 
 def target_notes(request: Prune | Compress, choice: Choice) -> list[str]:
