@@ -216,7 +216,7 @@ def _readers(combed: Combed, constants: Constants, product: Sequence[Factor]) ->
 
 
 def _summed_axes(combed: Combed, product: Sequence[Factor], factor: Factor) -> set[int]:
-    """Return the axes of a factor that the same node may sum over, as an Einsum does over several: no output has them."""
+    """Return the axes of a factor that the same node may sum over, several for an Einsum: no output has them."""
     together = (other for other in combed.recorder.products if other[0].value is product[0].value)
     return {each.axis for other in together for each in other if each.value is factor.value}
 
