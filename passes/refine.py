@@ -185,8 +185,9 @@ class _Refiner:
         best = before = self.divergence(first)
         logs = self.logs(first, groups, total)
         weights, curves, local = np.zeros_like(logs), None, self.local.widths_alone
-        if np.isfinite(self.local.whole).any():
-            found, is_needed = self.tried(self.local), self.is_needed(first)
+        deep = _reached(self.choose, self.local) if np.isfinite(self.local.whole).any() else None
+        if deep is not None:
+            found, is_needed = self.divergence(deep), _is_nearer_target(deep, first)
             local = self.local if is_needed or found.mean() < best.mean() else local
             if is_needed or is_nearer(found, best):
                 best, curves = found, self.local
@@ -207,11 +208,6 @@ class _Refiner:
                 along[exponent] = float(found.mean())
         fallback = _fallback(_weighted(self.local, weights), curves)
         return Refined(curves, len(self.known), float(before.mean()), float(best.mean()), fallback)
-
-    def is_needed(self, widths_alone: Allocation) -> bool:
-        """Return whether the targets can be met, or nearly so, only by removing whole branches."""
-        deep = _reached(self.choose, self.local) if widths_alone.is_nearest else None
-        return deep is not None and _is_nearer_target(deep, widths_alone)
 
     def tried(self, curves: LossCurves) -> Floats:
         """Return the divergence after an allocation by some curves, infinite if they cannot meet the targets."""
