@@ -1,8 +1,8 @@
-"""Flash and RAM of the program of a model on a control unit, in its number format or converted to int8 or float16.
+"""Size of a deployed model: flash and RAM of its program on a control unit, and the file with weights in few bits.
 
 What is counted is what `deploy --c-source` leaves in a compiled program: the weights, with the batch normalisation that
 has become part of them, the scales of int8, and the code. A program has no graph and no names; what the file itself
-weighs is the target `bytes`.
+weighs is the target `bytes`, which counts weights in few bits where `deploy --weight-bits` is to store them so.
 """
 
 from __future__ import annotations
@@ -33,8 +33,50 @@ _OPERATOR = {"": 420.0, "float16": 420.0, "int8": 580.0}
 """Bytes of code of an operator, the mean of a network (300 to 530 and 520 to 690 in the same measurement)."""
 _SCALES = 5.0
 """Bytes of the float32 scale and the int8 zero point of each channel of a quantised weight."""
+FEWEST = 256
+"""Minimum number of elements of a weight that is stored in few bits: a smaller one saves less than its scales and nodes
+take (heuristic)."""
+_SCALE = 4.0
+"""Bytes of the float32 scale of each output of a weight in few bits."""
+_NODES, _NAMES = 130.0, 9.0
+"""Bytes in the file of the nodes and tensors that a weight in few bits has besides, and those for each letter of its
+name."""
+_IN_BITS = " bits"
 _BIAS = 4.0
 """Bytes of each element of a quantised bias, an int32."""
+
+
+def bits_text(bits: float) -> str:
+    """Return how weights of that many bits are named beside `STORED`: "4 bits", or a mean such as "4.3 bits"."""
+    return f"{bits:.3g}{_IN_BITS}"
+
+
+def bits_in(stored_as: str) -> float | None:
+    """Return the number of bits of weights that are stored in few; None for the types in `STORED`.
+
+    >>> bits_in("4 bits"), bits_in("int8")
+    (4.0, None)
+    """
+    number = stored_as.removesuffix(_IN_BITS)
+    is_number = stored_as.endswith(_IN_BITS) and number.replace(".", "", 1).isdigit()
+    return float(number) if is_number else None
+
+
+def file_terms(combed: Combed, bits: float) -> list[Term]:
+    """Return the bytes of the file with weights in few bits as a sum over products of axes."""
+    model = combed.folded.model
+    rest = float(model.data_bytes() + model.proto.ByteSize())
+    terms: list[Term] = []
+    for weight in combed.weights:
+        axes, size = tuple(weight.axes[0]), element_bytes(weight.value.dtype)
+        rest -= size * math.prod(weight.shape)
+        place = _output_axis(weight) if weight.value.dtype == TensorProto.FLOAT and not weight.is_vector else None
+        if place is None or math.prod(weight.shape) < FEWEST:
+            terms.append((size, axes))
+            continue
+        terms += [(bits / 8, axes), (_SCALE, (axes[place],))]
+        rest += _NODES + _NAMES * len(weight.value.name.encode())
+    return [*terms, (rest, ())]
 
 
 def element_size(dtype: int, stored_as: str) -> float:
@@ -54,7 +96,7 @@ def flash_terms(combed: Combed, stored_as: str) -> list[Term]:
         axes = tuple(weight.axes[0])
         terms.append((_stored_bytes(weight, stored_as), axes))
         if stored_as == "int8" and weight.value.dtype == TensorProto.FLOAT and not weight.is_vector:
-            terms.append((_SCALES, (axes[_output_axis(weight)],)))
+            terms.append((_SCALES, (axes[_output_axis(weight) or 0],)))
     functions = sum(1 for _ in _functions(combed.folded, absorbed.positions, stored_as))
     return [*terms, (_START[stored_as] + _OPERATOR[stored_as] * functions, ())]
 
@@ -89,14 +131,17 @@ class _Absorbed:
         return True
 
 
-def _output_axis(weight: Weight) -> int:
-    """Return the axis of a weight whose indices have a scale of their own: that of the outputs of its operator."""
+def _output_axis(weight: Weight) -> int | None:
+    """Return the axis of a weight whose indices have a scale of their own: that of the outputs of its operator.
+
+    None if no linear operator of the main graph multiplies by it.
+    """
     for use in weight.uses:
         node = use.use.scope.nodes[use.use.node]
         linear = linear_of(node, weight.shape) if use.use.slot == WEIGHT else None
         if linear is not None:
             return linear.weight_axis
-    return 0
+    return None
 
 
 def _functions(folded: Folded, absorbed: Mapping[int, int], stored_as: str) -> Iterator[NodeProto]:

@@ -8,10 +8,14 @@ are corrected, and the cut is repeated. The fastest of all models that were trie
 
 Where rounding to integers loses too much of the answers, nodes stay float in the order of what that restores, weighed
 against their time.
+
+A file becomes smaller still where weights are stored in four bits and the model computes in float32. Those that lose
+too much have eight bits.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 from collections import defaultdict
@@ -30,13 +34,15 @@ from cpd_onnx.data.sources import Source
 from cpd_onnx.deploy.converting import ignore
 from cpd_onnx.deploy.quantize import OPSET, Quantization, Ranges, prepared, quantize_recorded
 from cpd_onnx.deploy.steps import convert_opset
+from cpd_onnx.deploy.weight_bits import BITS, Rounded, WeightBits, in_few_bits, rounded
 from cpd_onnx.errors import UnsupportedError
 from cpd_onnx.io.progress import advance, step
 from cpd_onnx.ir.model import Model
 from cpd_onnx.ops.traits import operators_with, traits_of
 
-PRECISIONS = ("float32", "int8", "auto")
-"""Number formats of a compressed model: as it is, 8-bit integers wherever possible, or only where they are faster."""
+PRECISIONS = ("float32", "int8", "int4", "auto")
+"""Number formats of a compressed model: as it is, 8-bit integers wherever possible, weights stored in 4 bits, or what
+serves the target: 8-bit integers only where they are faster, or weights in as few bits as the loss allows."""
 _FASTER = 0.97
 """Latency relative to the float model above which integers are no gain (heuristic)."""
 _CUTS = 3
@@ -55,6 +61,10 @@ _UNITS = 1 << 28
 """Units of capacity that all times add up to: the maximum flow is that of whole numbers."""
 _NEVER = 1 << 30
 """Capacity that no cut goes through: more than all times together."""
+_MEASURED, _MEASURED_ROWS = 128, 1 << 14
+"""Number of samples and rows that a model is fitted to which is only measured (heuristic)."""
+_WIDE = (0.0, 1 / 8, 1 / 4, 1 / 2, 1.0)
+"""Parts of the weights that are tried in eight bits (heuristic)."""
 _OWN_END = re.compile(r"_token_\d+$|_nchwc$")
 """What onnxruntime appends to the name of a node or tensor for a kernel that replaces it."""
 
@@ -95,9 +105,9 @@ class Precision:
         return f"8-bit integers in {count} of {self.nodes} operators that can compute in them"
 
 
-def _newer(model: Model) -> Model:
-    """Return the model at an opset whose quantised form can have a scale for each channel."""
-    return convert_opset(model, OPSET) if model.opset < OPSET else model
+def _newer(model: Model, opset: int = OPSET) -> Model:
+    """Return the model at an opset that its form needs, by default to have a scale for each channel."""
+    return convert_opset(model, opset) if model.opset < opset else model
 
 
 def whole(model: Model, source: Source, options: Quantization | None = None) -> Precision:
@@ -277,6 +287,98 @@ class _Choice:
                 restored = lost
             found |= {node: max(0.0, restored) / len(segment) for node in segment.tolist()}
         return found
+
+
+# Weights in few bits.
+
+
+@dataclass(frozen=True, eq=False)
+class InFewBits:
+    """A form with weights in few bits of all models of one graph, for measurements on a part of the samples.
+
+    Attributes:
+        options: Options of the rounding.
+        source: Samples.
+        samples: Number of them that a measured model is fitted to.
+        mean: Mean number of bits of the weights.
+        weights: Number of weights of the original in this form.
+        latency: Latency of the original in this form, relative to itself in float32: the weights are computed once.
+    """
+
+    options: WeightBits
+    source: Source
+    samples: int = _MEASURED
+    mean: float = 0.0
+    weights: int = 0
+    latency: float = 1.0
+
+    def __call__(self, model: Model) -> Model:
+        """Return a model in this form; raises UnsupportedError and DataError as `in_few_bits`."""
+        return in_few_bits(_newer(model, self.options.opset), self.source, self.quick)[0]
+
+    @property
+    def quick(self) -> WeightBits:
+        """The options for measurements."""
+        return replace(self.options, samples=min(self.samples, self.options.samples), rows=_MEASURED_ROWS)
+
+    @property
+    def what(self) -> str:
+        """The form in words."""
+        wide = len(self.options.wide)
+        said = f"weights in {self.options.bits} bits"
+        return f"{said}, {wide} of {self.weights} in {max(BITS)}" if wide else said
+
+
+def in_four_bits(model: Model, source: Source, options: WeightBits) -> InFewBits:
+    """Return the form with weights in as many bits as the options say; raises as `narrowest`."""
+    return _form(model, source, options, _rounded(model, source, options))
+
+
+def narrowest(
+    model: Model, source: Source, options: WeightBits, loss: Callable[[Model], float], most: float
+) -> InFewBits | None:
+    """Return the form with the fewest bits that loses at most `most`; None if even eight bits for all lose more.
+
+    Weights get eight bits in the order of the errors that four bits leave, as many as it takes.
+
+    Args:
+        model: The original.
+        source: Samples; labels are not needed.
+        options: Options of the rounding; the number of bits and the wide weights are chosen.
+        loss: Returns what a model loses of the answers.
+        most: Largest loss.
+
+    Raises UnsupportedError if the model has no such weights, DataError if the samples do not fit it.
+    """
+    made = _rounded(model, source, options)
+    worst = sorted(made.integers, key=lambda name: -made.errors[name])
+    for number, part in enumerate(_WIDE):
+        advance(number, len(_WIDE), f"{part:.0%} of the weights in {max(BITS)} bits")
+        wide = tuple(worst[: math.ceil(part * len(worst))])
+        bits = max(BITS) if len(wide) == len(worst) else options.bits
+        chosen = replace(options, bits=bits, wide=() if bits == max(BITS) else wide)
+        form = _form(model, source, chosen, made)
+        if loss(form(model)) <= most:
+            return form
+    return None
+
+
+def _rounded(model: Model, source: Source, options: WeightBits) -> Rounded:
+    """Return the model with weights rounded, for measurements."""
+    made = rounded(_newer(model, options.opset), source, InFewBits(options, source).quick)
+    if not made.integers:
+        raise UnsupportedError("the model has no weights that can be stored in few bits")
+    return made
+
+
+def _form(model: Model, source: Source, options: WeightBits, made: Rounded) -> InFewBits:
+    """Return a form in which the same weights as in a rounded model are stored in few bits."""
+    sizes = {name: numbers.size for name, (numbers, _) in made.integers.items()}
+    mean = sum(size * options.of(name) for name, size in sizes.items()) / sum(sizes.values())
+    return InFewBits(options, source, mean=mean, weights=len(sizes))
+
+
+# Helpers.
 
 
 _QUANTIZERS = operators_with("is_quantizer")

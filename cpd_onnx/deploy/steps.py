@@ -1,10 +1,11 @@
 """Deployment: the conversion of a model for its target.
 
 Sizes are fixed, the operator set is converted, linear operators are multiplied into one where that saves work, weights
-and activations become 8-bit integers or 16-bit floats, inputs and outputs may become integers as well, and the result
-is written in the format of onnxruntime. Each step turns a model into another one; `deploy` runs the requested steps in
-that order, compares the outputs before and after each, and records the difference. The conversions are those of onnx
-and onnxruntime; added here are the proof, reproducible bytes, and one-line errors.
+and activations become 8-bit integers or 16-bit floats, or weights alone are stored in few bits, inputs and outputs may
+become integers as well, and the result is written in the format of onnxruntime. Each step turns a model into another
+one; `deploy` runs the requested steps in that order, compares the outputs before and after each, and records the
+difference. The conversions are those of onnx and onnxruntime; added here are the proof, reproducible bytes, and
+one-line errors.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from cpd_onnx.deploy.integer_io import integer_io, integer_io_again
 from cpd_onnx.deploy.merged import MEASURES, Rounds, merged, merged_again
 from cpd_onnx.deploy.profiles import Profile, problems
 from cpd_onnx.deploy.quantize import Quantization, Ranges, extremes, quantize_recorded, samples_at_once
+from cpd_onnx.deploy.weight_bits import WeightBits, in_few_bits, in_few_bits_again
 from cpd_onnx.errors import DataError, ProofError, TargetError, UnsupportedError
 from cpd_onnx.io.files import require_free, write_atomically
 from cpd_onnx.io.progress import announce
@@ -82,6 +84,10 @@ _LISTS = ("exclude", "keep_float", "float_nodes")
 """Options of the quantisation that are tuples, and lists in a manifest; older ones lack some."""
 _ROUNDS = ("fix", "opset", "IR version", "fold", "merge", "integer-io")
 """Steps that change the outputs by rounding only."""
+_WEIGHTS = "weights"
+"""The step that stores weights in few bits, after which there is none that changes the model."""
+FITTED = (_WEIGHTS,)
+"""Steps with values that are fitted to samples, which cannot be computed again without these."""
 _EXACT = ("integer-io",)
 """Those that do not change them at all."""
 
@@ -103,6 +109,7 @@ class Deployment:
         half: 16-bit float type to convert to, one of `HALVES`; None keeps float32.
         storage_only: Whether weights are stored in 16 bits and computed with in float32.
         keep_io: Whether inputs and outputs stay float32 if the computation is in 16-bit floats.
+        weights: How weights are stored in few bits; None stores them in float32.
         profile: Profile of the target; its batch, opset and IR version apply where none is given here.
 
     """
@@ -119,6 +126,7 @@ class Deployment:
     half: str | None = None
     storage_only: bool = False
     keep_io: bool = True
+    weights: WeightBits | None = None
     profile: Profile | None = None
 
     def __post_init__(self) -> None:
@@ -127,8 +135,10 @@ class Deployment:
             raise TargetError(f"16-bit float type must be one of {', '.join(HALVES)}, got {self.half!r}")
         if self.merge is not None and self.merge not in MEASURES:
             raise TargetError(f"what merging saves must be one of {', '.join(MEASURES)}, got {self.merge!r}")
-        if self.int8 is not None and self.half is not None:
-            raise TargetError("weights become 8-bit integers or 16-bit floats, not both: choose one")
+        if sum(each is not None for each in (self.int8, self.half, self.weights)) > 1:
+            raise TargetError(
+                "a model computes in 8-bit integers or in 16-bit floats, or stores its weights in few bits: choose one"
+            )
 
 
 @dataclass(frozen=True)
@@ -494,7 +504,7 @@ def deploy(model: Model, request: Deployment, source: Source | None = None, obse
         DataError: Quantisation was requested without data, or the data does not fit the model.
         ProofError: A step that may change the outputs by rounding only changes them by more.
     """
-    if request.int8 is not None and source is None:
+    if source is None and (request.int8 is not None or request.weights is not None):
         raise DataError("quantisation needs calibration samples: give data")
     observer = observer or ignore
     done: list[Step] = []
@@ -560,6 +570,10 @@ def _planned(model: Model, request: Deployment, source: Source | None) -> Iterat
         yield _Todo(
             "half", what, lambda now, notify: (to_half(now, kind, notify=notify, **options), {"kind": kind} | options)
         )
+    if request.weights is not None and source is not None:
+        given, bits = source, request.weights
+        what = f"stored in {bits.bits} bits, fitted to {bits.samples} samples"
+        yield _Todo(_WEIGHTS, what, lambda now, notify: in_few_bits(now, given, bits, notify))
 
 
 def _merging(measure: str, recorded: Rounds | None) -> _Todo:
@@ -583,18 +597,26 @@ def _quantised(model: Model, source: Source, options: Quantization, notify: Noti
 
 def _versions(model: Model, request: Deployment) -> Iterator[_Todo]:
     """Yield the conversions of the operator set and of the IR version."""
-    needed = integers.OPSET if request.int8 is not None else halves.OPSET if request.half == "bfloat16" else 0
+    needed, why = _opset_needed(request)
     newest = request.profile.opset if request.profile is not None else None
     if request.opset is not None:
         yield _converted(f"{model.opset} -> {request.opset}", request.opset, convert_opset)
     elif model.opset < needed:
-        what = "per-channel scales need it" if request.int8 is not None else "Cast to bfloat16 needs it"
-        yield _converted(f"{model.opset} -> {needed}: {what}", needed, convert_opset)
+        yield _converted(f"{model.opset} -> {needed}: {why}", needed, convert_opset)
     elif newest is not None and newest < model.opset:
         yield _converted(f"{model.opset} -> {newest}", newest, convert_opset, is_must=False)
     if request.profile is not None and request.profile.ir is not None and request.profile.ir < model.proto.ir_version:
         what = f"{model.proto.ir_version} -> {request.profile.ir}"
         yield _converted(what, request.profile.ir, lower_ir, name="IR version", is_must=False)
+
+
+def _opset_needed(request: Deployment) -> tuple[int, str]:
+    """Return the first opset in which the requested number formats can be written, and why."""
+    if request.int8 is not None:
+        return integers.OPSET, "per-channel scales need it"
+    if request.weights is not None:
+        return request.weights.opset, "4-bit integers need it"
+    return (halves.OPSET if request.half == "bfloat16" else 0), "Cast to bfloat16 needs it"
 
 
 def _converted(
@@ -609,8 +631,14 @@ def _converted(
     return _Todo(name, what, convert)
 
 
-def redo(model: Model, name: str, options: Mapping[str, Any]) -> Model:
+def redo(model: Model, name: str, options: Mapping[str, Any], written: Model | None = None) -> Model:
     """Repeat a step of `deploy` from its name and recorded options, and return the new model.
+
+    Args:
+        model: The model before the step.
+        name: Name of the step.
+        options: Its recorded options.
+        written: The model after the last step, from which a step in `FITTED` takes what it fitted to samples.
 
     Raises:
         TargetError: There is no such step, or the options are not those of the step.
@@ -618,8 +646,9 @@ def redo(model: Model, name: str, options: Mapping[str, Any]) -> Model:
     """
     if name not in _AGAIN:
         raise TargetError(f"a step that can be repeated must be one of {', '.join(_AGAIN)}, got {name!r}")
+    more = {"written": written} if name in FITTED else {}
     try:
-        return _AGAIN[name](model, **options)
+        return _AGAIN[name](model, **more, **options)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise TargetError(f"the recorded options of the step {name!r} are not valid: {first_line(error)}") from error
 
@@ -647,6 +676,7 @@ _AGAIN: dict[str, Callable[..., Model]] = {
     "int8": _int8_again,
     "integer-io": integer_io_again,
     "half": _half_again,
+    _WEIGHTS: in_few_bits_again,
 }
 """Functions that repeat the steps, by their names."""
 

@@ -17,7 +17,6 @@ from typing import Any
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.data.metrics import OF_TWO_MODELS, check_metric, lower_is_better, metric_of
 from cpd_onnx.data.sources import Source, calibration
-from cpd_onnx.deploy.precision import Precision
 from cpd_onnx.errors import (
     CpdError,
     InconclusiveError,
@@ -167,7 +166,7 @@ def compress(
     run = _run_of(request, model, source)
     places = places_of(request, is_converted=run.form is not None)
     progress.announce(*_announced(run))
-    state = State(model, model, shapes, run.fitted, run.form)
+    state = State(model, model, shapes, run.fitted, precise.timed_form(run.form))
     with _keeping_checkpoints(run):
         observer("comb", 0, None)
         made, choice = run.compressed(state, given)
@@ -227,7 +226,7 @@ class _Run:
     traces: Any
     watched: Any
     data: Source | None = None
-    form: Precision | None = None
+    form: precise.Form | None = None
 
     def compressed(self, state: State, given: Plan | None) -> tuple[compression.Compressed, search.Choice]:
         """Return the compressed model and how its channels were chosen, by a given plan if there is one."""
@@ -319,7 +318,8 @@ def _run_of(request: Compress, model: Model, source: Source | None) -> _Run:
     fitted = to_fit(samples.fitted, model, request)
     form = precise.form_of(request, model, source, samples, demand)
     demand = replace(demand, converted=form)
-    step = compression.step_of(precise.as_deployed(request, form), outcome.target_of(request), training, fitted)
+    counted = precise.as_deployed(request, form, model)
+    step = compression.step_of(counted, outcome.target_of(request), training, fitted)
     hold_out = request.hold_out if labelled is None else 0.0
     others = (request.data, request.like, request.max_loss, hold_out, sorted(model.free_io))
     identity = (model.sha256(), step, request.input_shapes, *others)

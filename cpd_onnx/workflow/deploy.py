@@ -18,6 +18,7 @@ from cpd_onnx.deploy.profiles import Profile, load_profile
 from cpd_onnx.deploy.quantize import Quantization
 from cpd_onnx.deploy.steps import HABITS, Deployed, Deployment, Step, c_measured, ort_measured, shaped
 from cpd_onnx.deploy.steps import deploy as deploy_model
+from cpd_onnx.deploy.weight_bits import WeightBits
 from cpd_onnx.errors import CpdError, DataError, ProofError, UnsupportedError
 from cpd_onnx.io.files import commit_together, content_of, locked_folder, write_atomically
 from cpd_onnx.ir.interface import interface_of
@@ -129,17 +130,28 @@ def _require_sense(request: Deploy) -> None:
     """Refuse options that would have no effect."""
     if request.int8 and request.data is None:
         raise DataError(f"--int8 needs samples for calibration: give --data, {FORMS}")
+    if request.weight_bits is not None and request.data is None:
+        raise DataError(f"--weight-bits needs samples that weights are fitted to: give --data, {FORMS}")
+    if request.wide and request.weight_bits is None:
+        raise CpdError("--wide-weight has no effect without --weight-bits: give --weight-bits as well")
+    if request.weight_bits is not None and (request.ort is not None or request.c_source is not None):
+        raise CpdError(
+            "--weight-bits makes the .onnx file smaller, not what is made of it: an .ort file and a C source hold the "
+            "weights in float32 again; give --int8 for these"
+        )
     of_int8 = (named for named in options_of(Deploy) if named.name in _OF_INT8)
     given = [named.key for named in of_int8 if getattr(request, named.name) != named.default]
+    given = [key for key in given if key != "samples" or request.weight_bits is None]
     if given and not request.int8:
         raise CpdError(f"--{given[0]} has no effect without --int8: give --int8 as well")
     if request.storage_only and request.half is None:
         raise CpdError("--storage-only has no effect without --half: give --half as well")
     sizes, files = (request.profile, request.fix, request.batch), (request.ort, request.c_source)
-    more = (request.fold, request.merge, request.int8, request.integer_io, request.half)
+    more = (request.fold, request.merge, request.int8, request.integer_io, request.half, request.weight_bits)
     if not any((*sizes, *files, request.opset, *more)):
         wishes = (
-            "--profile, --fix, --batch, --opset, --fold, --merge, --int8, --integer-io, --half, --ort or --c-source"
+            "--profile, --fix, --batch, --opset, --fold, --merge, --int8, --integer-io, --half, --weight-bits, --ort "
+            "or --c-source"
         )
         raise CpdError(f"nothing to do: give {wishes}")
     if request.c_source is not None:
@@ -182,8 +194,15 @@ def _deployment(request: Deploy, profile: Profile | None) -> Deployment:
         integer_io=request.integer_io,
         half=request.half,
         storage_only=request.storage_only,
+        weights=None if request.weight_bits is None else _weights(request, request.weight_bits),
         profile=profile,
     )
+
+
+def _weights(request: Deploy, bits: int) -> WeightBits:
+    """Return how weights are stored in few bits."""
+    samples = WeightBits.samples if request.samples is None else request.samples
+    return WeightBits(bits, request.wide, samples, seed=request.seed)
 
 
 def _as_before(deployment: Deployment, habits: Mapping[str, bool]) -> Deployment:

@@ -27,6 +27,7 @@ from cpd_onnx.deploy.profiles import profile_names
 from cpd_onnx.deploy.quantize import CALIBRATIONS, Quantization
 from cpd_onnx.deploy.quantize import FORMS as INT8_FORMS
 from cpd_onnx.deploy.steps import LEVELS
+from cpd_onnx.deploy.weight_bits import BITS
 from cpd_onnx.io.progress import Notify
 from cpd_onnx.io.progress import ignore as ignore
 from cpd_onnx.ir.model import PLACES
@@ -121,6 +122,13 @@ def _target(kind: str, fraction: float) -> Any:
 _optional_target = option(
     None, f"{_TARGET} (default: {_USUAL_TARGET})", read=budget_targets.parse, metavar="KIND=AMOUNT,…", **_SUGGESTED
 )
+
+
+def _bits(text: str) -> int:
+    """Return a number of bits that weights can be stored in."""
+    if text not in map(str, BITS):
+        raise ValueError(f"{text!r} is not {' or '.join(map(str, BITS))}")
+    return int(text)
 
 
 def _data(what: str, **more: Any) -> Any:
@@ -682,6 +690,24 @@ class Deploy(Evaluating, Saving):
         group="int8",
     )
     seed: int = option(Quantization.seed, "Seed of the random choice of samples", read=natural, group="int8")
+    weight_bits: int | None = option(
+        None,
+        "Store the weights of linear operators in 4 or 8 bits, fitted to --data, and compute with them in float32: the "
+        "file is smaller, and a run takes as long",
+        read=_bits,
+        metavar="4|8",
+        group="weights in few bits",
+        is_common=True,
+    )
+    wide: tuple[str, ...] = option(
+        (),
+        "Name of a weight that is stored in 8 bits where the others are in 4; may be repeated (names that the model "
+        "lacks are ignored)",
+        flag="--wide-weight",
+        metavar="WEIGHT",
+        is_many=True,
+        group="weights in few bits",
+    )
     half: str | None = option(
         None,
         "Half-precision type to convert to; bfloat16 is for storage only, as onnxruntime cannot compute with it",

@@ -14,7 +14,7 @@ from typing import Any
 
 from cpd_onnx.data.sources import Source
 from cpd_onnx.deploy.c_source import c_source
-from cpd_onnx.deploy.steps import c_difference, compared, feeds_for, ort_difference, redo
+from cpd_onnx.deploy.steps import FITTED, c_difference, compared, feeds_for, ort_difference, redo
 from cpd_onnx.errors import InconclusiveError, PlanError, ProofError
 from cpd_onnx.ir.differences import differences
 from cpd_onnx.ir.model import Array, Model, load
@@ -225,9 +225,11 @@ class _Tracer:
     def link(self, path: Path, record: _Manifest, source: Path, before: Model) -> Link:
         """Repeat the steps from one file to another, and measure them."""
         steps = [step for step in record.steps if step["name"] not in _WRITTEN]
+        is_fitted = any(step["name"] in FITTED for step in steps) and record.entry["role"] not in _WRITTEN
+        written = load(path) if is_fitted else None
         states = [before]
         for step in steps:
-            states.append(redo(states[-1], step["name"], _options(step, record.path)))
+            states.append(redo(states[-1], step["name"], _options(step, record.path), written))
         checked = []
         if record.entry["role"] in _WRITTEN:
             _require_intact(path, record)

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+from cpd_onnx.budget.deployed import bits_text
 from cpd_onnx.budget.latency import LatencyProbe
-from cpd_onnx.budget.targets import targets_of
+from cpd_onnx.budget.targets import Targets, targets_of
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.data.sources import Source
-from cpd_onnx.deploy.precision import PRECISIONS, Precision, fastest, whole
+from cpd_onnx.deploy.precision import PRECISIONS, InFewBits, Precision, fastest, in_four_bits, narrowest, whole
 from cpd_onnx.deploy.quantize import Quantization
 from cpd_onnx.deploy.steps import Deployment
 from cpd_onnx.deploy.steps import deploy as converted_for
+from cpd_onnx.deploy.weight_bits import WeightBits
 from cpd_onnx.errors import DataError, TargetError, UnsupportedError
 from cpd_onnx.ir.model import Model
 from cpd_onnx.report.verdict import USUAL_LOSS
@@ -23,12 +25,18 @@ from cpd_onnx.workflow.quality.samples import Samples
 from cpd_onnx.workflow.quality.search import Demand
 from cpd_onnx.workflow.requests import Compress, Deploy
 
-FLOAT, INTEGERS, AUTO = PRECISIONS
-_COUNTS_BYTES = frozenset(("flash", "ram"))
+FLOAT, INTEGERS, FOUR_BITS, AUTO = PRECISIONS
+Form: TypeAlias = "Precision | InFewBits"
+"""The form in which a compressed model is deployed."""
+_OF_A_PROGRAM = frozenset(("flash", "ram"))
 """Kinds of targets for which integers are a gain wherever they are possible."""
+_OF_THE_FILE = "bytes"
+"""Kind of target for which weights are stored in few bits."""
 _PART = 0.25
 """Part of the allowed loss that the conversion of the original may take, so that most is left for the pruning
 (heuristic)."""
+_PART_OF_BITS = 0.75
+"""The same for weights in few bits, which make a file smaller at less loss than fewer channels do (heuristic)."""
 
 
 def float_place(output: Path) -> Path:
@@ -36,27 +44,37 @@ def float_place(output: Path) -> Path:
     return output.with_name(f"{output.stem}.{FLOAT}{output.suffix}")
 
 
-def form_of(
-    request: Compress, model: Model, source: Source | None, samples: Samples, demand: Demand
-) -> Precision | None:
+def form_of(request: Compress, model: Model, source: Source | None, samples: Samples, demand: Demand) -> Form | None:
     """Return the form in which the result is deployed, None for that of the original.
 
     Raises:
         DataError: A conversion is asked for without data.
-        UnsupportedError: The model cannot be converted to 8-bit integers, which were asked for.
+        TargetError: Weights in four bits are asked for, and a program on a control unit, which has none.
+        UnsupportedError: The model cannot be converted to the form that was asked for.
     """
     if request.precision == FLOAT:
         return None
     if source is None:
-        raise DataError(f"--precision {request.precision} needs samples for the ranges of activations: give --data")
-    options = Quantization(seed=request.seed)
+        raise DataError(f"--precision {request.precision} needs samples that numbers are fitted to: give --data")
+    options, bits = Quantization(seed=request.seed), WeightBits(seed=request.seed)
+    kinds = frozenset(each.kind for each in targets_of(request.target)) if request.target is not None else frozenset()
     if request.precision == INTEGERS:
         return whole(model, source, options)
-    loss, most = _allowed(model, samples, demand)
+    if request.precision == FOUR_BITS:
+        if _OF_A_PROGRAM.intersection(kinds):
+            raise TargetError(
+                f"--precision {FOUR_BITS} makes the file smaller, not a program on a control unit, which computes with "
+                f"the weights as they are: give a target of bytes, or --precision {INTEGERS}"
+            )
+        return in_four_bits(model, source, bits)
+    loss, allowed = _allowed(model, samples, demand)
+    most = _PART * allowed
     try:
-        if request.target is not None and _COUNTS_BYTES.intersection(each.kind for each in targets_of(request.target)):
+        if _OF_A_PROGRAM.intersection(kinds):
             form = whole(model, source, options)
             return form if loss(form(model)) <= most else None
+        if _OF_THE_FILE in kinds:
+            return narrowest(model, source, bits, loss, _PART_OF_BITS * allowed)
         setting = Setting(request.latency_batch, request.latency_threads, request.latency_provider)
         probe = LatencyProbe(comb(model, request.input_shapes), setting)
         return fastest(probe, source, options, loss=loss, most=most)
@@ -65,24 +83,46 @@ def form_of(
 
 
 def _allowed(model: Model, samples: Samples, demand: Demand) -> tuple[Callable[[Model], float], float]:
-    """Return what measures the loss by the conversion of the original, and the largest that is allowed."""
+    """Return what measures the loss by the conversion of the original, and the largest of the whole run."""
     if samples.choosing is None:
         return lambda _: 0.0, 0.0
     usual = USUAL_LOSS["labels" if samples.has_labels else "original"]
-    return demand.loss(model, samples), _PART * (usual if demand.max_loss is None else demand.max_loss)
+    return demand.loss(model, samples), usual if demand.max_loss is None else demand.max_loss
 
 
-def as_deployed(request: Compress, form: Precision | None) -> Compress:
-    """Return the request with the targets of flash and RAM counted in the form in which the result is deployed."""
-    return request if form is None or request.deploy_as else replace(request, deploy_as=INTEGERS)
+def as_deployed(request: Compress, form: Form | None, model: Model) -> Compress:
+    """Return the request with the targets counted in the form in which the result is deployed.
+
+    Those of flash and RAM are parts of what the original takes in that form, those of bytes of its file as it is.
+    """
+    if form is None or request.deploy_as:
+        return request
+    if isinstance(form, Precision):
+        return replace(request, deploy_as=INTEGERS)
+    size = float(model.data_bytes() + model.proto.ByteSize())
+    asked = targets_of(request.target) if request.target is not None else ()
+    each = [
+        replace(target, amount=target.amount * size, unit="B")
+        if target.kind == _OF_THE_FILE and target.is_fraction
+        else target
+        for target in asked
+    ]
+    return replace(request, deploy_as=bits_text(form.mean), target=str(Targets(tuple(each))) if each else None)
 
 
-def deployed(model: Model, form: Precision, source: Source | None) -> Model:
-    """Return a pruned model in its form, as `deploy` converts it: with ranges of its own activations."""
-    return converted_for(model, Deployment(int8=form.options), source).model
+def timed_form(form: Form | None) -> Precision | None:
+    """Return the form whose latency counts: weights in few bits are computed once, and take no time in a run."""
+    return form if isinstance(form, Precision) else None
 
 
-def as_entry(request: Compress, form: Precision | None) -> dict[str, Any]:
+def deployed(model: Model, form: Form, source: Source | None) -> Model:
+    """Return a pruned model in its form, as `deploy` converts it: fitted to its own activations."""
+    if isinstance(form, Precision):
+        return converted_for(model, Deployment(int8=form.options), source).model
+    return converted_for(model, Deployment(weights=form.options), source).model
+
+
+def as_entry(request: Compress, form: Form | None) -> dict[str, Any]:
     """Return what was asked for and what was chosen, as an entry of the report."""
     if form is None:
         return {"asked": request.precision, "what": FLOAT, "file": None, "alone": None}
@@ -90,32 +130,34 @@ def as_entry(request: Compress, form: Precision | None) -> dict[str, Any]:
     return {"asked": request.precision, "what": form.what, "file": request.output.name, "alone": alone}
 
 
-def notes(request: Compress, form: Precision | None) -> list[str]:
+def notes(request: Compress, form: Form | None) -> list[str]:
     """Return what was chosen, in a sentence; empty if no other number format was asked for."""
     if request.precision == FLOAT:
         return []
     if form is None:
-        why = (
-            "they are not faster here, lose too much, what they lose cannot be measured, or the model has them already"
-        )
-        return [f"8-bit integers are not used: {why}"]
+        why = "they are of no use here, lose too much, what they lose cannot be measured, or the model has them already"
+        return [f"numbers of fewer bits are not used: {why}"]
     return [f"{request.output.name} has {form.what}, and is made from {float_place(request.output).name}"]
 
 
-def conversion(request: Compress, form: Precision) -> Deploy:
+def conversion(request: Compress, form: Form) -> Deploy:
     """Return the request that converts the pruned float model of a run, which can be repeated without the run."""
+    how: dict[str, Any]
+    if isinstance(form, Precision):
+        how = {"int8": True, "float_nodes": form.options.float_nodes}
+    else:
+        how = {"weight_bits": form.options.bits, "wide": form.options.wide}
     return Deploy(
         model=float_place(request.output),
         output=request.output,
         data=request.data,
         images=request.images,
-        int8=True,
-        float_nodes=form.options.float_nodes,
         seed=request.seed,
         weights=request.weights,
         force=request.force,
         custom_ops=request.custom_ops,
         log_level=request.log_level,
+        **how,
     )
 
 

@@ -1,0 +1,366 @@
+"""Weights in few bits: each is stored as integers and a scale for each output, and computed with in float32.
+
+Weights of linear operators are rounded one after the other. Before that, each is fitted to the float model's output of
+its operator, on the inputs in the model whose earlier weights are rounded already, and within one weight the elements
+that follow make up for the rounding of those before (Frantar et al., GPTQ, ICLR 2023). Rounding to the nearest integer
+instead, which needs no samples, loses far more.
+
+The file holds the integers, a Cast and a Mul by the scales, whose output has the name of the weight. onnxruntime
+computes both once, when it loads the model, so that runs take as long as those of the float model; a
+DequantizeLinear it would compute in each run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+from cpd_onnx.budget.deployed import FEWEST
+from cpd_onnx.data.images.crops import cropped
+from cpd_onnx.data.sources import Source, calibration, inputs_of
+from cpd_onnx.deploy.converting import Notify, embedded, ignore, require_one_message, valid
+from cpd_onnx.errors import TargetError, UnsupportedError
+from cpd_onnx.fitting.least_squares import MAX_FEATURES, Matrix, Sampler, one_thread
+from cpd_onnx.fitting.problem import Block, Problem
+from cpd_onnx.fitting.steps import Steps
+from cpd_onnx.fitting.units import Unit, units_of
+from cpd_onnx.io.progress import step, tracked
+from cpd_onnx.ir.model import Array, Model, element_type
+from cpd_onnx.ir.tensors import values_sha256
+from cpd_onnx.ops.quantized_view import LIMITS
+from cpd_onnx.runtime.sessions import Feed, sample_count
+from cpd_onnx.runtime.stream import Stop, Stream, Tensors, apart, batch_size, cuts_before, held_feeds
+from cpd_onnx.shapes.inference import fold
+from cpd_onnx.shapes.values import Folded
+
+BITS = (4, 8)
+"""Numbers of bits that a weight can be stored in."""
+OPSET, IR = 21, 10
+"""First opset and IR version with 4-bit integers (ONNX specification)."""
+_KINDS = {4: TensorProto.INT4, 8: TensorProto.INT8}
+_BATCH, _CHECKED = 32, 8
+"""Number of samples in a run, and one in this many is held out to validate fits (heuristic)."""
+_RIDGE, _ROUNDS = 1e-3, 3
+"""Minimum regularization of a fit and rounds for clipped targets, see `Problem` (heuristic)."""
+_SHRINKS = np.linspace(0.4, 1.0, 25)
+"""Scales that are tried, relative to the one with which the largest element is in range (heuristic)."""
+
+Integers: TypeAlias = Mapping[str, tuple[Array, Array]]
+"""Integers in the shape of each weight, in their element type, by its name, and scales that broadcast against them."""
+
+
+@dataclass(frozen=True)
+class WeightBits:
+    """Options of the rounding of weights.
+
+    Attributes:
+        bits: Number of bits of a weight, one of `BITS`.
+        wide: Names of weights that have eight bits nevertheless; those that a model lacks are ignored.
+        samples: Number of samples that weights are fitted to.
+        rows: Approximate number of rows (positions in the samples) for each fit.
+        seed: Seed of the choice of samples and rows.
+    """
+
+    bits: int = 4
+    wide: tuple[str, ...] = ()
+    samples: int = 512
+    rows: int = 1 << 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise TargetError for another number of bits."""
+        if self.bits not in BITS:
+            raise TargetError(f"weights can have {' or '.join(map(str, BITS))} bits, got {self.bits}")
+
+    def of(self, weight: str) -> int:
+        """Return the number of bits of a weight."""
+        return max(BITS) if weight in self.wide else self.bits
+
+    @property
+    def opset(self) -> int:
+        """First opset that has the integers."""
+        return OPSET if self.bits == min(BITS) else 0
+
+
+@dataclass(eq=False)
+class Rounded:
+    """A float model whose weights are products of integers and scales.
+
+    Attributes:
+        model: The model in float32.
+        integers: Integers and scales by the name of the weight.
+        biases: Names of biases that were changed to make up for the rounding.
+        errors: Root mean square error of each weight's target over its standard deviation, on held-out rows; infinite
+            where it was not measured.
+        left: Weights of linear operators that stay as they are, and why.
+    """
+
+    model: Model
+    integers: dict[str, tuple[Array, Array]] = field(default_factory=dict)
+    biases: list[str] = field(default_factory=list)
+    errors: dict[str, float] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+
+def in_few_bits(
+    model: Model, source: Source, options: WeightBits | None = None, notify: Notify | None = None
+) -> tuple[Model, dict[str, Any]]:
+    """Return the model with weights stored in few bits, and the record with which `in_few_bits_again` repeats it.
+
+    Args:
+        model: Model in float32, for four bits at opset 21 or newer.
+        source: Samples; labels are not needed.
+        options: Options of the rounding.
+        notify: Called with what stays float32, and why.
+
+    Raises:
+        UnsupportedError: There is no such weight, the model has an older opset, or it is over 2 GiB.
+        DataError: The data does not fit the model.
+    """
+    options = options or WeightBits()
+    require_one_message(model, "stored in few bits")
+    if model.opset < options.opset:
+        raise UnsupportedError(f"4-bit integers need opset {OPSET} and the model has {model.opset}: convert it first")
+    made = rounded(model, source, options)
+    if not made.integers:
+        said = f"no float32 weight of a linear operator has {FEWEST} elements or more"
+        raise UnsupportedError(f"{said}{_reasons(made)}")
+    if made.left:
+        (notify or ignore)(f"{len(made.left)} weights stay as they are{_reasons(made)}")
+    packed = _packed(model, made.integers, {name: made.model.array(name) for name in made.biases})
+    return packed, {"weights": {name: _digest(packed, name) for name in made.integers}, "biases": made.biases}
+
+
+def in_few_bits_again(model: Model, written: Model | None, weights: Mapping[str, str], biases: Sequence[str]) -> Model:
+    """Return the model in the same form with the integers, scales and biases that a file holds.
+
+    What was fitted to samples cannot be computed again without these. All else is that of the model, and the integers
+    have the SHA-256 of the record.
+
+    Raises TargetError if the file does not hold them.
+    """
+    if written is None:
+        raise TargetError("weights that were fitted to samples are only known from the file that holds them")
+    found: dict[str, tuple[Array, Array]] = {}
+    for name, digest in weights.items():
+        stored, scales = _names(name)
+        if not (model.has(name) and written.has(stored) and written.has(scales)):
+            raise TargetError(f"the file does not hold the integers of {name!r}")
+        numbers = written.array(stored)
+        if _digest(written, name) != digest or numbers.shape != model.array(name).shape:
+            raise TargetError(f"the integers of {name!r} are not those that were recorded")
+        found[name] = numbers, written.array(scales)
+    missing = [name for name in biases if not (model.has(name) and written.has(name))]
+    if missing:
+        raise TargetError(f"the file does not hold the bias {missing[0]!r}")
+    return _packed(model, found, {name: written.array(name) for name in biases})
+
+
+def _reasons(made: Rounded) -> str:
+    name, why = next(iter(made.left.items()), ("", ""))
+    return f", like {name!r}: {why}" if name else ""
+
+
+def _digest(model: Model, weight: str) -> str:
+    """Return the SHA-256 of the integers of a weight."""
+    stored = _names(weight)[0]
+    return values_sha256(model.tensor(stored).data_type, model.array(stored))
+
+
+@step("rounding")
+def rounded(model: Model, source: Source, options: WeightBits) -> Rounded:
+    """Return the model with the weights of its linear operators rounded, fitted on samples one after the other.
+
+    Raises DataError if the data does not fit the model.
+    """
+    folded = fold(model)
+    fed = {info.name for info in model.graph.input}
+    units, left = [], dict(units_of(folded).left)
+    for unit in units_of(folded).found:
+        size = unit.matrix(model).size
+        if not unit.is_float or unit.weight in fed:
+            left[unit.weight] = "it is quantised already, or an input"
+        elif size >= FEWEST:
+            units.append(unit)
+    if not units:
+        return Rounded(model, left=left)
+    batch = batch_size(folded, _BATCH)
+    feeds = held_feeds(calibration(model, source, options.samples, batch=batch, seed=options.seed))
+    checked = max(1, len(feeds) // _CHECKED) if len(feeds) > 1 else 0
+    fitted = feeds[: len(feeds) - checked]
+    more = cropped(fitted, inputs_of(model.proto), options.samples - sum(map(sample_count, feeds)), options.seed)
+    with one_thread():
+        made = _Rounder(folded, units, [*fitted, *more, *feeds[len(fitted) :]], checked, options).run()
+    made.left |= left
+    return made
+
+
+class _Rounder:
+    """Rounds weight after weight while samples stream through the float model and the rounded one."""
+
+    def __init__(
+        self, folded: Folded, units: Sequence[Unit], feeds: Sequence[Feed], checked: int, options: WeightBits
+    ) -> None:
+        """Prepare to round the weights of some units; the last feeds validate the fits."""
+        self.made, self.options = Rounded(folded.model.copy()), options
+        self.units, self.checked = units, checked
+        self.makers = folded.scope.producers
+        self.old, self.new = (Stream(folded, each, feeds) for each in (folded.model, self.made.model))
+        for stream in (self.old, self.new):
+            stream.keep_alive({unit.data: unit.position for unit in units})
+        self.sampler = Sampler(options.rows, options.seed, self.old.sizes)
+
+    def run(self) -> Rounded:
+        """Round all weights."""
+        cuts = cuts_before([unit.position for unit in self.units], self.old)
+        for number, unit in tracked(list(enumerate(self.units))):
+            self.round(unit, self.blocks(number, unit, cuts.get(number)))
+        return self.made
+
+    def blocks(self, number: int, unit: Unit, cut: int | None) -> list[Block]:
+        """Return features in the rounded model and targets of the float one, at the same positions of each batch."""
+        shape = unit.matrix(self.made.model).shape
+
+        def wanted(_: int, batch: int, tensors: Tensors) -> tuple[Array, Array]:
+            out = tensors[unit.target]
+            places = self.sampler.places((number, batch), unit.linear, shape, out)
+            return places, apart(unit.linear.targets(np.asarray(out, np.float32), places))
+
+        def given(_: int, batch: int, tensors: Tensors) -> Block | None:
+            places, aims = targets[batch]
+            rows = unit.linear.rows(np.asarray(tensors[unit.data], np.float32), places)
+            other = None
+            if unit.other is not None:
+                other = unit.linear.targets(np.asarray(tensors[unit.other], np.float32), places)
+                aims = aims - other
+            if rows.shape[1] != aims.shape[1]:  # sizes depend on values
+                return None
+            return Block(apart(rows), apart(aims), apart(other) if other is not None and unit.is_clipped else None)
+
+        stop = Stop(self.makers[unit.target], (unit.target,))
+        targets = [found for (found,) in self.old.run([stop], wanted, cut=cut)]
+        names = (unit.data,) if unit.other is None else (unit.data, unit.other)
+        made = [block for (block,) in self.new.run([Stop(unit.position - 1, names)], given, cut=cut)]
+        return [block for block in made if block is not None]
+
+    def round(self, unit: Unit, blocks: Sequence[Block]) -> None:
+        """Round a weight, and store it with a bias that makes up for the rounding."""
+        model, kind = self.made.model, _KINDS[self.options.of(unit.weight)]
+        start, limits = unit.matrix(model), LIMITS[kind]
+        if not np.isfinite(start).all():
+            self.made.left[unit.weight] = "it has infinite or undefined elements"
+            return
+        matrix, constant, steps = start, np.zeros((len(start), 1, start.shape[2])), _steps(start, limits, None)
+        self.made.errors[unit.weight] = np.inf
+        if blocks and start.shape[1] <= MAX_FEATURES:
+            self.made.errors[unit.weight], matrix, constant, steps = self.fitted(unit, blocks, start, limits)
+        each = steps.scales[steps.cells]
+        numbers = np.clip(np.rint(matrix / each), *limits)
+        scales = _broadcastable(unit, each)
+        integers = unit.linear.weight(numbers)
+        integers = integers.T if unit.flipped else integers
+        self.made.integers[unit.weight] = np.ascontiguousarray(integers, np.int8).astype(element_type(kind)), scales
+        unit.store(model, numbers * each, constant)
+        if unit.bias is not None and constant.any():
+            self.made.biases.append(unit.bias.name)
+
+    def fitted(
+        self, unit: Unit, blocks: Sequence[Block], start: Matrix, limits: tuple[int, int]
+    ) -> tuple[float, Matrix, Matrix, Steps]:
+        """Return the better of the fitted and of the nearest weight in steps: its error, its constant and its steps."""
+        held_out = min(self.checked, len(blocks) - 1)
+        problem = Problem(
+            blocks, held_out, start, unit.gain, unit.shift, unit.bias is not None, unit.bounds, _RIDGE, _ROUNDS
+        )
+        moments = problem.moments()
+        ridge, matrix, constant = problem.fitted(moments)
+        lifted = moments.lifted(ridge)
+        found: list[tuple[float, Matrix, Matrix, Steps]] = []
+        nothing = np.zeros_like(constant)
+        for aim, added, is_fitted in ((matrix, constant, True), (start, nothing, True), (start, nothing, False)):
+            steps = _steps(aim, limits, np.diagonal(lifted, axis1=1, axis2=2))
+            made = steps.rounded(aim, lifted)[0] if is_fitted else steps.nearest(aim, steps.scales[steps.cells], _ZERO)
+            shift = added + moments.mean @ (aim - made) if unit.bias is not None else nothing
+            found.append((problem.error(made, shift), made, shift, steps))
+        error, matrix, constant, steps = min(found, key=lambda each: each[0])
+        return error / (problem.deviation() or 1.0), matrix, constant, steps
+
+
+_ZERO = np.zeros(())
+
+
+def _steps(matrix: Matrix, limits: tuple[int, int], weights: Array | None) -> Steps:
+    """Return the steps of a matrix [groups, features, outputs] with the least error, each output having one scale.
+
+    Args:
+        matrix: The matrix.
+        limits: Smallest and largest integer.
+        weights: What the square of an error counts for each feature [groups, features]; None counts all alike.
+    """
+    groups, _, outputs = matrix.shape
+    counts = np.ones(matrix.shape[:2]) if weights is None else weights
+    largest = np.maximum(matrix.max(axis=1, keepdims=True) / limits[1], matrix.min(axis=1, keepdims=True) / limits[0])
+    largest = np.where(largest > np.finfo(np.float32).tiny, largest, 1.0)
+    best, least = largest, np.full(largest.shape, np.inf)
+    for shrink in _SHRINKS[::-1]:
+        scales = largest * shrink
+        wrong = np.clip(np.rint(matrix / scales), *limits) * scales - matrix
+        error = np.einsum("gfo,gf->go", np.square(wrong), counts)[:, None]
+        best, least = np.where(error < least, scales, best), np.minimum(error, least)
+    cells = np.broadcast_to(np.arange(groups * outputs).reshape(groups, 1, outputs), matrix.shape)
+    scales = best.astype(np.float32).astype(np.float64).ravel()
+    return Steps(cells.astype(np.int64), scales, _ZERO, limits, False)
+
+
+def _broadcastable(unit: Unit, each: Matrix) -> Array:
+    """Return the scale of each element in the shape of the stored weight, with axes of size 1 along which it is one."""
+    scales = unit.linear.weight(each)
+    scales = scales.T if unit.flipped else scales
+    for axis in range(scales.ndim):
+        first = scales.take([0], axis)
+        scales = first if (scales == first).all() else scales
+    return np.ascontiguousarray(scales, np.float32)
+
+
+def _names(weight: str) -> tuple[str, str]:
+    """Return the names of the integers and the scales of a weight."""
+    return f"{weight}.integers", f"{weight}.scale"
+
+
+def _packed(model: Model, integers: Integers, values: Mapping[str, Array]) -> Model:
+    """Return a model with weights in integers, and other values of some other tensors."""
+    proto = embedded(model)
+    taken = model.names()
+    clash = [name for weight in integers for name in _names(weight) if name in taken]
+    if clash:
+        raise UnsupportedError(f"the model has a tensor {clash[0]!r} already: its weights seem to be integers")
+    first: list[NodeProto] = []
+    tensors = list(proto.graph.initializer)
+    del proto.graph.initializer[:]
+    for tensor in tensors:
+        if tensor.name in values:
+            tensor.CopyFrom(numpy_helper.from_array(np.asarray(values[tensor.name], np.float32), tensor.name))
+        if tensor.name not in integers:
+            proto.graph.initializer.append(tensor)
+            continue
+        numbers, scales = integers[tensor.name]
+        stored, scale = _names(tensor.name)
+        proto.graph.initializer.append(numpy_helper.from_array(numbers, stored))
+        proto.graph.initializer.append(numpy_helper.from_array(np.asarray(scales, np.float32), scale))
+        first.extend(_nodes(tensor.name, stored, scale))
+    nodes = list(proto.graph.node)
+    del proto.graph.node[:]
+    proto.graph.node.extend([*first, *nodes])
+    if any(tensor.data_type == _KINDS[min(BITS)] for tensor in proto.graph.initializer):
+        proto.ir_version = max(proto.ir_version, IR)
+    return valid(proto, model, "storing weights as integers")
+
+
+def _nodes(weight: str, stored: str, scale: str) -> Iterator[NodeProto]:
+    numbers = f"{stored}.cast"
+    yield helper.make_node("Cast", [stored], [numbers], numbers, to=TensorProto.FLOAT)
+    yield helper.make_node("Mul", [numbers, scale], [weight], f"{weight}.mul")
