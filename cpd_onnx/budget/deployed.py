@@ -14,7 +14,7 @@ from onnx import NodeProto, TensorProto
 
 from cpd_onnx.channels.costs import Term
 from cpd_onnx.channels.groups import Combed, Weight
-from cpd_onnx.ir.model import element_bytes
+from cpd_onnx.ir.model import attributes_of, element_bytes
 from cpd_onnx.ops.matrix_view import BOUNDS, key_of, linear_of
 from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.rewrite.absorbing import tails
@@ -63,13 +63,15 @@ def bits_in(stored_as: str) -> float | None:
 
 
 def file_terms(combed: Combed, bits: float) -> list[Term]:
-    """Return the bytes of the file with weights in few bits as a sum over products of axes."""
-    model = combed.folded.model
+    """Return the bytes of the folded file with weights in few bits as a sum over products of axes."""
+    model, absorbed = combed.folded.model, _Absorbed(combed.folded)
     rest = float(model.data_bytes() + model.proto.ByteSize())
     terms: list[Term] = []
     for weight in combed.weights:
         axes, size = tuple(weight.axes[0]), element_bytes(weight.value.dtype)
         rest -= size * math.prod(weight.shape)
+        if absorbed.holds(weight):
+            continue
         place = _output_axis(weight) if weight.value.dtype == TensorProto.FLOAT and not weight.is_vector else None
         if place is None or math.prod(weight.shape) < FEWEST:
             terms.append((size, axes))
@@ -93,9 +95,9 @@ def flash_terms(combed: Combed, stored_as: str) -> list[Term]:
     for weight in combed.weights:
         if absorbed.holds(weight):
             continue
-        axes = tuple(weight.axes[0])
-        terms.append((_stored_bytes(weight, stored_as), axes))
-        if stored_as == "int8" and weight.value.dtype == TensorProto.FLOAT and not weight.is_vector:
+        axes, dtype = tuple(weight.axes[0]), _computed_as(weight)
+        terms.append((_stored_bytes(weight, dtype, stored_as), axes))
+        if stored_as == "int8" and dtype == TensorProto.FLOAT and not weight.is_vector:
             terms.append((_SCALES, (axes[_output_axis(weight) or 0],)))
     functions = sum(1 for _ in _functions(combed.folded, absorbed.positions, stored_as))
     return [*terms, (_START[stored_as] + _OPERATOR[stored_as] * functions, ())]
@@ -155,7 +157,17 @@ def _functions(folded: Folded, absorbed: Mapping[int, int], stored_as: str) -> I
             yield node
 
 
-def _stored_bytes(weight: Weight, stored_as: str) -> float:
-    if stored_as == "int8" and weight.is_vector and weight.value.dtype in COMPUTABLE_TYPES:
+def _computed_as(weight: Weight) -> int:
+    """Return the element type in which a program has a weight: that to which the graph converts it, which is folded."""
+    found = {weight.value.dtype}
+    for use in weight.uses:
+        node = use.use.scope.nodes[use.use.node]
+        kind = attributes_of(node).get("to", weight.value.dtype) if traits_of(node).casts else weight.value.dtype
+        found.add(int(kind))
+    return max(found, key=element_bytes)
+
+
+def _stored_bytes(weight: Weight, dtype: int, stored_as: str) -> float:
+    if stored_as == "int8" and weight.is_vector and dtype in COMPUTABLE_TYPES:
         return _BIAS
-    return element_size(weight.value.dtype, stored_as)
+    return element_size(dtype, stored_as)

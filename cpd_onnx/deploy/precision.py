@@ -33,7 +33,7 @@ from cpd_onnx.budget.latency import KernelTime, LatencyProbe
 from cpd_onnx.data.sources import Source
 from cpd_onnx.deploy.converting import ignore
 from cpd_onnx.deploy.quantize import OPSET, Quantization, Ranges, prepared, quantize_recorded
-from cpd_onnx.deploy.steps import convert_opset
+from cpd_onnx.deploy.steps import convert_opset, fold_constants
 from cpd_onnx.deploy.weight_bits import BITS, Rounded, WeightBits, in_few_bits, rounded
 from cpd_onnx.errors import UnsupportedError
 from cpd_onnx.io.progress import advance, step
@@ -299,7 +299,7 @@ class InFewBits:
     Attributes:
         options: Options of the rounding.
         source: Samples.
-        samples: Number of them that a measured model is fitted to.
+        is_folded: Whether constants are computed first, and batch normalisation becomes part of linear operators.
         mean: Mean number of bits of the weights.
         weights: Number of weights of the original in this form.
         latency: Latency of the original in this form, relative to itself in float32: the weights are computed once.
@@ -307,19 +307,24 @@ class InFewBits:
 
     options: WeightBits
     source: Source
-    samples: int = _MEASURED
+    is_folded: bool = True
     mean: float = 0.0
     weights: int = 0
     latency: float = 1.0
 
     def __call__(self, model: Model) -> Model:
         """Return a model in this form; raises UnsupportedError and DataError as `in_few_bits`."""
-        return in_few_bits(_newer(model, self.options.opset), self.source, self.quick)[0]
+        return in_few_bits(self.prepared(model), self.source, self.quick)[0]
+
+    def prepared(self, model: Model) -> Model:
+        """Return the model that is rounded."""
+        model = _newer(model, self.options.opset)
+        return fold_constants(model) if self.is_folded else model
 
     @property
     def quick(self) -> WeightBits:
         """The options for measurements."""
-        return replace(self.options, samples=min(self.samples, self.options.samples), rows=_MEASURED_ROWS)
+        return replace(self.options, samples=min(_MEASURED, self.options.samples), rows=_MEASURED_ROWS)
 
     @property
     def what(self) -> str:
@@ -331,7 +336,7 @@ class InFewBits:
 
 def in_four_bits(model: Model, source: Source, options: WeightBits) -> InFewBits:
     """Return the form with weights in as many bits as the options say; raises as `narrowest`."""
-    return _form(model, source, options, _rounded(model, source, options))
+    return _chosen(*_first(model, source, options))
 
 
 def narrowest(
@@ -350,32 +355,39 @@ def narrowest(
 
     Raises UnsupportedError if the model has no such weights, DataError if the samples do not fit it.
     """
-    made = _rounded(model, source, options)
-    worst = sorted(made.integers, key=lambda name: -made.errors[name])
-    for number, part in enumerate(_WIDE):
-        advance(number, len(_WIDE), f"{part:.0%} of the weights in {max(BITS)} bits")
-        wide = tuple(worst[: math.ceil(part * len(worst))])
-        bits = max(BITS) if len(wide) == len(worst) else options.bits
-        chosen = replace(options, bits=bits, wide=() if bits == max(BITS) else wide)
-        form = _form(model, source, chosen, made)
-        if loss(form(model)) <= most:
-            return form
+    with step("precision", is_whole=True):
+        form, made = _first(model, source, options)
+        worst = sorted(made.integers, key=lambda name: -made.errors[name])
+        for number, part in enumerate(_WIDE):
+            advance(number, len(_WIDE), f"{part:.0%} of the weights in {max(BITS)} bits")
+            wide = tuple(worst[: math.ceil(part * len(worst))])
+            bits = max(BITS) if len(wide) == len(worst) else options.bits
+            found = _chosen(replace(form, options=replace(options, bits=bits, wide=wide)), made)
+            if loss(found(model)) <= most:
+                return found
     return None
 
 
-def _rounded(model: Model, source: Source, options: WeightBits) -> Rounded:
-    """Return the model with weights rounded, for measurements."""
-    made = rounded(_newer(model, options.opset), source, InFewBits(options, source).quick)
+def _first(model: Model, source: Source, options: WeightBits) -> tuple[InFewBits, Rounded]:
+    """Return the form of some options, folded if onnxruntime can, and the model with its weights rounded."""
+    form = InFewBits(options, source)
+    try:
+        plain = form.prepared(model)
+    except UnsupportedError:
+        form = replace(form, is_folded=False)
+        plain = form.prepared(model)
+    made = rounded(plain, source, form.quick)
     if not made.integers:
         raise UnsupportedError("the model has no weights that can be stored in few bits")
-    return made
+    return form, made
 
 
-def _form(model: Model, source: Source, options: WeightBits, made: Rounded) -> InFewBits:
-    """Return a form in which the same weights as in a rounded model are stored in few bits."""
+def _chosen(form: InFewBits, made: Rounded) -> InFewBits:
+    """Return a form with the number of its weights, those of a rounded model, and of their bits."""
     sizes = {name: numbers.size for name, (numbers, _) in made.integers.items()}
-    mean = sum(size * options.of(name) for name, size in sizes.items()) / sum(sizes.values())
-    return InFewBits(options, source, mean=mean, weights=len(sizes))
+    mean = sum(size * form.options.of(name) for name, size in sizes.items()) / sum(sizes.values())
+    wide = form.options.wide if form.options.bits < max(BITS) else ()
+    return replace(form, options=replace(form.options, wide=wide), mean=mean, weights=len(sizes))
 
 
 # Helpers.

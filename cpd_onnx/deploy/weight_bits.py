@@ -49,7 +49,10 @@ _RIDGE, _ROUNDS = 1e-3, 3
 _SHRINKS = np.linspace(0.4, 1.0, 25)
 """Scales that are tried, relative to the one with which the largest element is in range (heuristic)."""
 
-Integers: TypeAlias = Mapping[str, tuple[Array, Array]]
+_AT_ONCE = 1 << 22
+"""Number of elements whose scales are searched for at once, which takes several times their memory (heuristic)."""
+
+Integers: TypeAlias = Mapping[str, tuple[Array, ...]]
 """Integers in the shape of each weight, in their element type, by its name, and scales that broadcast against them."""
 
 
@@ -100,7 +103,7 @@ class Rounded:
     """
 
     model: Model
-    integers: dict[str, tuple[Array, Array]] = field(default_factory=dict)
+    integers: dict[str, tuple[Array, ...]] = field(default_factory=dict)
     biases: list[str] = field(default_factory=list)
     errors: dict[str, float] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
@@ -132,32 +135,36 @@ def in_few_bits(
     if made.left:
         (notify or ignore)(f"{len(made.left)} weights stay as they are{_reasons(made)}")
     packed = _packed(model, made.integers, {name: made.model.array(name) for name in made.biases})
-    return packed, {"weights": {name: _digest(packed, name) for name in made.integers}, "biases": made.biases}
+    values = [name for weight in made.integers for name in _names(weight)] + made.biases
+    return packed, {"weights": list(made.integers), "values": {name: _digest(packed, name) for name in values}}
 
 
-def in_few_bits_again(model: Model, written: Model | None, weights: Mapping[str, str], biases: Sequence[str]) -> Model:
+def in_few_bits_again(model: Model, written: Model | None, weights: Sequence[str], values: Mapping[str, str]) -> Model:
     """Return the model in the same form with the integers, scales and biases that a file holds.
 
-    What was fitted to samples cannot be computed again without these. All else is that of the model, and the integers
-    have the SHA-256 of the record.
+    What was fitted to samples cannot be computed again without these. All else is that of the model, and what is taken
+    from the file has the SHA-256 of the record.
+
+    Args:
+        model: The model before the step.
+        written: The model after it.
+        weights: Names of the weights, which the model holds as floats.
+        values: SHA-256 of their integers and scales and of the biases, by the names of the tensors in the file.
 
     Raises TargetError if the file does not hold them.
     """
     if written is None:
         raise TargetError("weights that were fitted to samples are only known from the file that holds them")
-    found: dict[str, tuple[Array, Array]] = {}
-    for name, digest in weights.items():
-        stored, scales = _names(name)
-        if not (model.has(name) and written.has(stored) and written.has(scales)):
-            raise TargetError(f"the file does not hold the integers of {name!r}")
-        numbers = written.array(stored)
-        if _digest(written, name) != digest or numbers.shape != model.array(name).shape:
-            raise TargetError(f"the integers of {name!r} are not those that were recorded")
-        found[name] = numbers, written.array(scales)
-    missing = [name for name in biases if not (model.has(name) and written.has(name))]
-    if missing:
-        raise TargetError(f"the file does not hold the bias {missing[0]!r}")
-    return _packed(model, found, {name: written.array(name) for name in biases})
+    for name, digest in values.items():
+        if not written.has(name) or _digest(written, name) != digest:
+            raise TargetError(f"the file does not hold the values of {name!r} that were recorded")
+    integers = {weight: tuple(written.array(name) for name in _names(weight)) for weight in weights}
+    fitted = {name for weight in weights for name in _names(weight)}
+    biases = {name: written.array(name) for name in values if name not in fitted}
+    missing = next((name for name in (*weights, *biases) if not model.has(name)), None)
+    if missing is not None or any(model.array(name).shape != numbers.shape for name, (numbers, _) in integers.items()):
+        raise TargetError("the model before the step does not have the weights that were recorded")
+    return _packed(model, integers, biases)
 
 
 def _reasons(made: Rounded) -> str:
@@ -165,10 +172,9 @@ def _reasons(made: Rounded) -> str:
     return f", like {name!r}: {why}" if name else ""
 
 
-def _digest(model: Model, weight: str) -> str:
-    """Return the SHA-256 of the integers of a weight."""
-    stored = _names(weight)[0]
-    return values_sha256(model.tensor(stored).data_type, model.array(stored))
+def _digest(model: Model, name: str) -> str:
+    """Return the SHA-256 of an initializer."""
+    return values_sha256(model.tensor(name).data_type, model.array(name))
 
 
 @step("rounding")
@@ -206,7 +212,7 @@ class _Rounder:
         self, folded: Folded, units: Sequence[Unit], feeds: Sequence[Feed], checked: int, options: WeightBits
     ) -> None:
         """Prepare to round the weights of some units; the last feeds validate the fits."""
-        self.made, self.options = Rounded(folded.model.copy()), options
+        self.made, self.options, self.values = Rounded(folded.model.copy()), options, folded.scope.values
         self.units, self.checked = units, checked
         self.makers = folded.scope.producers
         self.old, self.new = (Stream(folded, each, feeds) for each in (folded.model, self.made.model))
@@ -222,30 +228,32 @@ class _Rounder:
         return self.made
 
     def blocks(self, number: int, unit: Unit, cut: int | None) -> list[Block]:
-        """Return features in the rounded model and targets of the float one, at the same positions of each batch."""
-        shape = unit.matrix(self.made.model).shape
+        """Return features in the rounded model and targets of the float one, at the same positions of each batch.
+
+        There are none where sizes depend on values, which may differ in the two models.
+        """
+        shape, value = unit.matrix(self.made.model).shape, self.values.get(unit.data)
+        if value is None or value.depends_on_values:
+            return []
 
         def wanted(_: int, batch: int, tensors: Tensors) -> tuple[Array, Array]:
             out = tensors[unit.target]
             places = self.sampler.places((number, batch), unit.linear, shape, out)
             return places, apart(unit.linear.targets(np.asarray(out, np.float32), places))
 
-        def given(_: int, batch: int, tensors: Tensors) -> Block | None:
+        def given(_: int, batch: int, tensors: Tensors) -> Block:
             places, aims = targets[batch]
             rows = unit.linear.rows(np.asarray(tensors[unit.data], np.float32), places)
             other = None
             if unit.other is not None:
                 other = unit.linear.targets(np.asarray(tensors[unit.other], np.float32), places)
                 aims = aims - other
-            if rows.shape[1] != aims.shape[1]:  # sizes depend on values
-                return None
             return Block(apart(rows), apart(aims), apart(other) if other is not None and unit.is_clipped else None)
 
         stop = Stop(self.makers[unit.target], (unit.target,))
         targets = [found for (found,) in self.old.run([stop], wanted, cut=cut)]
         names = (unit.data,) if unit.other is None else (unit.data, unit.other)
-        made = [block for (block,) in self.new.run([Stop(unit.position - 1, names)], given, cut=cut)]
-        return [block for block in made if block is not None]
+        return [block for (block,) in self.new.run([Stop(unit.position - 1, names)], given, cut=cut)]
 
     def round(self, unit: Unit, blocks: Sequence[Block]) -> None:
         """Round a weight, and store it with a bias that makes up for the rounding."""
@@ -265,17 +273,21 @@ class _Rounder:
         integers = integers.T if unit.flipped else integers
         self.made.integers[unit.weight] = np.ascontiguousarray(integers, np.int8).astype(element_type(kind)), scales
         unit.store(model, numbers * each, constant)
-        if unit.bias is not None and constant.any():
+        if constant.any():
+            assert unit.bias is not None
             self.made.biases.append(unit.bias.name)
+
+    def is_biased(self, unit: Unit) -> bool:
+        """Return whether a constant can be added to the outputs of a unit: its bias is an initializer."""
+        return unit.bias is not None and self.made.model.has(unit.bias.name)
 
     def fitted(
         self, unit: Unit, blocks: Sequence[Block], start: Matrix, limits: tuple[int, int]
     ) -> tuple[float, Matrix, Matrix, Steps]:
         """Return the better of the fitted and of the nearest weight in steps: its error, its constant and its steps."""
         held_out = min(self.checked, len(blocks) - 1)
-        problem = Problem(
-            blocks, held_out, start, unit.gain, unit.shift, unit.bias is not None, unit.bounds, _RIDGE, _ROUNDS
-        )
+        is_biased = self.is_biased(unit)
+        problem = Problem(blocks, held_out, start, unit.gain, unit.shift, is_biased, unit.bounds, _RIDGE, _ROUNDS)
         moments = problem.moments()
         ridge, matrix, constant = problem.fitted(moments)
         lifted = moments.lifted(ridge)
@@ -284,7 +296,7 @@ class _Rounder:
         for aim, added, is_fitted in ((matrix, constant, True), (start, nothing, True), (start, nothing, False)):
             steps = _steps(aim, limits, np.diagonal(lifted, axis1=1, axis2=2))
             made = steps.rounded(aim, lifted)[0] if is_fitted else steps.nearest(aim, steps.scales[steps.cells], _ZERO)
-            shift = added + moments.mean @ (aim - made) if unit.bias is not None else nothing
+            shift = added + moments.mean @ (aim - made) if is_biased else nothing
             found.append((problem.error(made, shift), made, shift, steps))
         error, matrix, constant, steps = min(found, key=lambda each: each[0])
         return error / (problem.deviation() or 1.0), matrix, constant, steps
@@ -301,8 +313,18 @@ def _steps(matrix: Matrix, limits: tuple[int, int], weights: Array | None) -> St
         limits: Smallest and largest integer.
         weights: What the square of an error counts for each feature [groups, features]; None counts all alike.
     """
-    groups, _, outputs = matrix.shape
+    groups, features, outputs = matrix.shape
     counts = np.ones(matrix.shape[:2]) if weights is None else weights
+    width = max(1, _AT_ONCE // (groups * features))
+    parts = [matrix[:, :, place : place + width] for place in range(0, outputs, width)]
+    best = np.concatenate([_scales(part, limits, counts) for part in parts], axis=2)
+    cells = np.broadcast_to(np.arange(groups * outputs).reshape(groups, 1, outputs), matrix.shape)
+    scales = best.astype(np.float32).astype(np.float64).ravel()
+    return Steps(cells.astype(np.int64), scales, _ZERO, limits, False)
+
+
+def _scales(matrix: Matrix, limits: tuple[int, int], counts: Array) -> Array:
+    """Return the scale of each output with the least error [groups, 1, outputs], see `_steps`."""
     largest = np.maximum(matrix.max(axis=1, keepdims=True) / limits[1], matrix.min(axis=1, keepdims=True) / limits[0])
     largest = np.where(largest > np.finfo(np.float32).tiny, largest, 1.0)
     best, least = largest, np.full(largest.shape, np.inf)
@@ -311,9 +333,7 @@ def _steps(matrix: Matrix, limits: tuple[int, int], weights: Array | None) -> St
         wrong = np.clip(np.rint(matrix / scales), *limits) * scales - matrix
         error = np.einsum("gfo,gf->go", np.square(wrong), counts)[:, None]
         best, least = np.where(error < least, scales, best), np.minimum(error, least)
-    cells = np.broadcast_to(np.arange(groups * outputs).reshape(groups, 1, outputs), matrix.shape)
-    scales = best.astype(np.float32).astype(np.float64).ravel()
-    return Steps(cells.astype(np.int64), scales, _ZERO, limits, False)
+    return best
 
 
 def _broadcastable(unit: Unit, each: Matrix) -> Array:

@@ -63,7 +63,9 @@ def _chain(content: Mapping[str, Any]) -> Iterator[Said]:
     for link in links:
         yield _steps(link)
         how = _HOW.get(Path(link["file"]).suffix, "equals, value for value, the result of these steps")
-        yield f"{link['file']} {how}"
+        fitted = sum(step["fitted"] for step in link["steps"])
+        but = f", except for {fitted} weights fitted to samples, whose SHA-256 the manifest holds" if fitted else ""
+        yield f"{link['file']} {how}{but}"
     measured = content["deployed"]["measured"]
     if measured is not None:
         yield f"{links[-1]['file']} runs; compared with the original{_inputs(content)}, {_difference(measured)}"

@@ -192,7 +192,13 @@ def _deployed(chain: Chain) -> dict[str, Any]:
             "file": link.file,
             "source": link.source,
             "steps": [
-                {"name": step.name, "what": step.what, "recorded": step.recorded, "measured": _plain(step.measured)}
+                {
+                    "name": step.name,
+                    "what": step.what,
+                    "recorded": step.recorded,
+                    "measured": _plain(step.measured),
+                    "fitted": step.fitted,
+                }
                 for step in link.steps
             ],
         }

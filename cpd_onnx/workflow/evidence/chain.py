@@ -58,12 +58,15 @@ class StepCheck:
         what: Description of the step.
         recorded: Output difference that the manifest records, as plain values; None if it was not measured.
         measured: Output difference measured now; None if it was not measured.
+        fitted: Number of weights that it fitted to samples: their values are those of the file, and their integers have
+            the SHA-256 that the manifest names.
     """
 
     name: str
     what: str
     recorded: Mapping[str, Any] | None
     measured: OutputDifference | None
+    fitted: int = 0
 
 
 @dataclass(frozen=True)
@@ -239,7 +242,8 @@ class _Tracer:
         for step, first, second in zip(steps, states, states[1:], strict=False):
             self.feeds = self.feeds or feeds_for(step["name"], first, second, self.given.source(second))
             measured = compared(first, second, self.feeds, step["name"], lambda _: None)
-            checked.append(StepCheck(step["name"], str(step.get("what", "")), _recorded(step), measured))
+            fitted = len(_options(step, record.path).get("weights", ())) if step["name"] in FITTED else 0
+            checked.append(StepCheck(step["name"], str(step.get("what", "")), _recorded(step), measured, fitted))
         if not self.feeds:
             self.feeds = feeds_for("", states[-1], states[-1], self.given.source(states[-1]))
         if record.entry["role"] in _WRITTEN:

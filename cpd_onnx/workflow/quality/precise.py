@@ -119,7 +119,7 @@ def deployed(model: Model, form: Form, source: Source | None) -> Model:
     """Return a pruned model in its form, as `deploy` converts it: fitted to its own activations."""
     if isinstance(form, Precision):
         return converted_for(model, Deployment(int8=form.options), source).model
-    return converted_for(model, Deployment(weights=form.options), source).model
+    return converted_for(model, Deployment(fold=form.is_folded, weights=form.options), source).model
 
 
 def as_entry(request: Compress, form: Form | None) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def conversion(request: Compress, form: Form) -> Deploy:
     if isinstance(form, Precision):
         how = {"int8": True, "float_nodes": form.options.float_nodes}
     else:
-        how = {"weight_bits": form.options.bits, "wide": form.options.wide}
+        how = {"weight_bits": form.options.bits, "wide": form.options.wide, "fold": form.is_folded}
     return Deploy(
         model=float_place(request.output),
         output=request.output,
