@@ -316,6 +316,11 @@ class InFewBits:
         """Return a model in this form; raises UnsupportedError and DataError as `in_few_bits`."""
         return in_few_bits(self.prepared(model), self.source, self.quick)[0]
 
+    def size_of(self, model: Model) -> int:
+        """Return the bytes of the file of a model in this form."""
+        written = in_few_bits(self.prepared(model), None, self.options)[0]
+        return int(written.data_bytes() + written.proto.ByteSize())
+
     def prepared(self, model: Model) -> Model:
         """Return the model that is rounded."""
         model = _newer(model, self.options.opset)

@@ -110,13 +110,13 @@ class Rounded:
 
 
 def in_few_bits(
-    model: Model, source: Source, options: WeightBits | None = None, notify: Notify | None = None
+    model: Model, source: Source | None, options: WeightBits | None = None, notify: Notify | None = None
 ) -> tuple[Model, dict[str, Any]]:
     """Return the model with weights stored in few bits, and the record with which `in_few_bits_again` repeats it.
 
     Args:
         model: Model in float32, for four bits at opset 21 or newer.
-        source: Samples; labels are not needed.
+        source: Samples; labels are not needed. None rounds to nearest, which serves to know the size of the file.
         options: Options of the rounding.
         notify: Called with what stays float32, and why.
 
@@ -178,8 +178,10 @@ def _digest(model: Model, name: str) -> str:
 
 
 @step("rounding")
-def rounded(model: Model, source: Source, options: WeightBits) -> Rounded:
+def rounded(model: Model, source: Source | None, options: WeightBits) -> Rounded:
     """Return the model with the weights of its linear operators rounded, fitted on samples one after the other.
+
+    Without samples, they are rounded to nearest.
 
     Raises DataError if the data does not fit the model.
     """
@@ -194,14 +196,18 @@ def rounded(model: Model, source: Source, options: WeightBits) -> Rounded:
             units.append(unit)
     if not units:
         return Rounded(model, left=left)
+    made = Rounded(model.copy(), left=left)
+    if source is None:
+        for unit in units:
+            _round(made, unit, options, [])
+        return made
     batch = batch_size(folded, _BATCH)
     feeds = held_feeds(calibration(model, source, options.samples, batch=batch, seed=options.seed))
     checked = max(1, len(feeds) // _CHECKED) if len(feeds) > 1 else 0
     fitted = feeds[: len(feeds) - checked]
     more = cropped(fitted, inputs_of(model.proto), options.samples - sum(map(sample_count, feeds)), options.seed)
     with one_thread():
-        made = _Rounder(folded, units, [*fitted, *more, *feeds[len(fitted) :]], checked, options).run()
-    made.left |= left
+        _Rounder(folded, made, units, [*fitted, *more, *feeds[len(fitted) :]], options).run(checked)
     return made
 
 
@@ -209,30 +215,28 @@ class _Rounder:
     """Rounds weight after weight while samples stream through the float model and the rounded one."""
 
     def __init__(
-        self, folded: Folded, units: Sequence[Unit], feeds: Sequence[Feed], checked: int, options: WeightBits
+        self, folded: Folded, made: Rounded, units: Sequence[Unit], feeds: Sequence[Feed], options: WeightBits
     ) -> None:
-        """Prepare to round the weights of some units; the last feeds validate the fits."""
-        self.made, self.options, self.values = Rounded(folded.model.copy()), options, folded.scope.values
-        self.units, self.checked = units, checked
-        self.makers = folded.scope.producers
-        self.old, self.new = (Stream(folded, each, feeds) for each in (folded.model, self.made.model))
+        """Prepare to round the weights of some units of `made`, which is changed."""
+        self.made, self.options, self.units = made, options, units
+        self.scope = folded.scope
+        self.old, self.new = (Stream(folded, each, feeds) for each in (folded.model, made.model))
         for stream in (self.old, self.new):
             stream.keep_alive({unit.data: unit.position for unit in units})
         self.sampler = Sampler(options.rows, options.seed, self.old.sizes)
 
-    def run(self) -> Rounded:
-        """Round all weights."""
+    def run(self, checked: int) -> None:
+        """Round all weights; the last `checked` of the feeds validate the fits."""
         cuts = cuts_before([unit.position for unit in self.units], self.old)
         for number, unit in tracked(list(enumerate(self.units))):
-            self.round(unit, self.blocks(number, unit, cuts.get(number)))
-        return self.made
+            _round(self.made, unit, self.options, self.blocks(number, unit, cuts.get(number)), checked)
 
     def blocks(self, number: int, unit: Unit, cut: int | None) -> list[Block]:
         """Return features in the rounded model and targets of the float one, at the same positions of each batch.
 
         There are none where sizes depend on values, which may differ in the two models.
         """
-        shape, value = unit.matrix(self.made.model).shape, self.values.get(unit.data)
+        shape, value = unit.matrix(self.made.model).shape, self.scope.values.get(unit.data)
         if value is None or value.depends_on_values:
             return []
 
@@ -250,56 +254,65 @@ class _Rounder:
                 aims = aims - other
             return Block(apart(rows), apart(aims), apart(other) if other is not None and unit.is_clipped else None)
 
-        stop = Stop(self.makers[unit.target], (unit.target,))
+        stop = Stop(self.scope.producers[unit.target], (unit.target,))
         targets = [found for (found,) in self.old.run([stop], wanted, cut=cut)]
         names = (unit.data,) if unit.other is None else (unit.data, unit.other)
         return [block for (block,) in self.new.run([Stop(unit.position - 1, names)], given, cut=cut)]
 
-    def round(self, unit: Unit, blocks: Sequence[Block]) -> None:
-        """Round a weight, and store it with a bias that makes up for the rounding."""
-        model, kind = self.made.model, _KINDS[self.options.of(unit.weight)]
-        start, limits = unit.matrix(model), LIMITS[kind]
-        if not np.isfinite(start).all():
-            self.made.left[unit.weight] = "it has infinite or undefined elements"
-            return
-        matrix, constant, steps = start, np.zeros((len(start), 1, start.shape[2])), _steps(start, limits, None)
-        self.made.errors[unit.weight] = np.inf
-        if blocks and start.shape[1] <= MAX_FEATURES:
-            self.made.errors[unit.weight], matrix, constant, steps = self.fitted(unit, blocks, start, limits)
-        each = steps.scales[steps.cells]
-        numbers = np.clip(np.rint(matrix / each), *limits)
-        scales = _broadcastable(unit, each)
-        integers = unit.linear.weight(numbers)
-        integers = integers.T if unit.flipped else integers
-        self.made.integers[unit.weight] = np.ascontiguousarray(integers, np.int8).astype(element_type(kind)), scales
-        unit.store(model, numbers * each, constant)
-        if constant.any():
-            assert unit.bias is not None
-            self.made.biases.append(unit.bias.name)
 
-    def is_biased(self, unit: Unit) -> bool:
-        """Return whether a constant can be added to the outputs of a unit: its bias is an initializer."""
-        return unit.bias is not None and self.made.model.has(unit.bias.name)
+def _round(made: Rounded, unit: Unit, options: WeightBits, blocks: Sequence[Block], checked: int = 0) -> None:
+    """Round a weight, and store it with a bias that makes up for the rounding; to nearest if there are no blocks.
 
-    def fitted(
-        self, unit: Unit, blocks: Sequence[Block], start: Matrix, limits: tuple[int, int]
-    ) -> tuple[float, Matrix, Matrix, Steps]:
-        """Return the better of the fitted and of the nearest weight in steps: its error, its constant and its steps."""
-        held_out = min(self.checked, len(blocks) - 1)
-        is_biased = self.is_biased(unit)
-        problem = Problem(blocks, held_out, start, unit.gain, unit.shift, is_biased, unit.bounds, _RIDGE, _ROUNDS)
-        moments = problem.moments()
-        ridge, matrix, constant = problem.fitted(moments)
-        lifted = moments.lifted(ridge)
-        found: list[tuple[float, Matrix, Matrix, Steps]] = []
-        nothing = np.zeros_like(constant)
-        for aim, added, is_fitted in ((matrix, constant, True), (start, nothing, True), (start, nothing, False)):
-            steps = _steps(aim, limits, np.diagonal(lifted, axis1=1, axis2=2))
-            made = steps.rounded(aim, lifted)[0] if is_fitted else steps.nearest(aim, steps.scales[steps.cells], _ZERO)
-            shift = added + moments.mean @ (aim - made) if is_biased else nothing
-            found.append((problem.error(made, shift), made, shift, steps))
-        error, matrix, constant, steps = min(found, key=lambda each: each[0])
-        return error / (problem.deviation() or 1.0), matrix, constant, steps
+    The last `checked` of the blocks validate the fit.
+    """
+    kind = _KINDS[options.of(unit.weight)]
+    start, limits = unit.matrix(made.model), LIMITS[kind]
+    if not np.isfinite(start).all():
+        made.left[unit.weight] = "it has infinite or undefined elements"
+        return
+    if blocks and start.shape[1] <= MAX_FEATURES:
+        is_biased = unit.bias is not None and made.model.has(unit.bias.name)
+        held_out = min(checked, len(blocks) - 1)
+        found = _fitted(
+            Problem(blocks, held_out, start, unit.gain, unit.shift, is_biased, unit.bounds, _RIDGE, _ROUNDS), limits
+        )
+    else:
+        found = _Fit(np.inf, start, np.zeros((len(start), 1, start.shape[2])), _steps(start, limits, None))
+    each = found.steps.scales[found.steps.cells]
+    numbers = np.clip(np.rint(found.matrix / each), *limits)
+    integers = unit.linear.weight(numbers)
+    integers = np.ascontiguousarray(integers.T if unit.flipped else integers, np.int8)
+    made.integers[unit.weight] = integers.astype(element_type(kind)), _broadcastable(unit, each)
+    made.errors[unit.weight] = found.error
+    unit.store(made.model, numbers * each, found.constant)
+    if found.constant.any():
+        assert unit.bias is not None
+        made.biases.append(unit.bias.name)
+
+
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """A weight in steps, the constant that makes up for its rounding, and its error relative to its target."""
+
+    error: float
+    matrix: Matrix
+    constant: Matrix
+    steps: Steps
+
+
+def _fitted(problem: Problem, limits: tuple[int, int]) -> _Fit:
+    """Return the best weight in steps on held-out rows: of the least-squares fit and of the weight, or the nearest."""
+    moments = problem.moments()
+    ridge, matrix, constant = problem.fitted(moments)
+    lifted, nothing = moments.lifted(ridge), np.zeros_like(constant)
+    found: list[_Fit] = []
+    ways = (matrix, constant, True), (problem.start, nothing, True), (problem.start, nothing, False)
+    for aim, added, is_fitted in ways:
+        steps = _steps(aim, limits, np.diagonal(lifted, axis1=1, axis2=2))
+        made = steps.rounded(aim, lifted)[0] if is_fitted else steps.nearest(aim, steps.scales[steps.cells], _ZERO)
+        shift = added + moments.mean @ (aim - made) if problem.centred else nothing
+        found.append(_Fit(problem.error(made, shift) / (problem.deviation() or 1.0), made, shift, steps))
+    return min(found, key=lambda fit: fit.error)
 
 
 _ZERO = np.zeros(())

@@ -218,6 +218,8 @@ class _UnitFinder(Graph):
         maker = self.maker(name)
         if maker is not None and traits_of(maker).is_quantizer and self.uses[name] == 1:
             return self.dequantised(maker, flipped=flipped)
+        if maker is not None and traits_of(maker).is_bilinear and traits_of(maker).is_local and self.uses[name] == 1:
+            return self.multiplied(maker, flipped=flipped)
         if not self.model.has(name):
             return ""
         return Stored(name, flipped) if not flipped or len(self.model.tensor(name).dims) == 2 else ""
@@ -260,6 +262,26 @@ class _UnitFinder(Graph):
             return spread.aligned(np.arange(form.size).reshape(form.shape), weight[1])
 
         return Stored(name, flipped, scale, cells, None, LIMITS[kind], is_rounded=users > 1)
+
+    def multiplied(self, node: NodeProto, *, flipped: bool) -> Stored | str:
+        """Return a weight whose integers a Cast makes floats and a node scales, as `deploy --weight-bits` stores it."""
+        for given, other in (node.input, node.input[::-1]) if len(node.input) == 2 else ():
+            cast = self.maker(given)
+            name = cast.input[0] if cast is not None and traits_of(cast).casts and self.uses[given] == 1 else ""
+            if self.kind(name) not in LIMITS or self.uses[name] != 1:
+                continue
+            scale, form = self.scale([other], (0, -1), 1), self.constant(other)
+            if scale is None or form is None or (flipped and len(self.shape(node.output[0])) != 2):
+                return _OTHER_TYPE
+            numbers = np.arange(form.size).reshape(form.shape)
+
+            def cells(name: str = name, numbers: Array = numbers) -> Array:
+                weight = held_type(self.model, name)
+                assert weight is not None
+                return np.broadcast_to(numbers, weight[1])
+
+            return Stored(name, flipped, scale, cells, None, LIMITS[self.kind(name)])
+        return ""
 
     def of_operator(self, node: NodeProto, operands: Operands, name: str) -> Stored | str:
         """Return the weight of an operator that takes integers, with one scale for all, each output or each block."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from cpd_onnx.deploy.precision import in_four_bits, narrowest
 from cpd_onnx.deploy.steps import Deployment, convert_opset, deploy, redo
 from cpd_onnx.deploy.weight_bits import WeightBits, in_few_bits, rounded
 from cpd_onnx.errors import DataError, TargetError, UnsupportedError
+from cpd_onnx.fitting.units import units_of
 from cpd_onnx.ir.model import Model, load
 from cpd_onnx.runtime.sessions import execute, open_model
+from cpd_onnx.shapes.inference import fold
 from tests.support.digits import MODELS, small_digits
 from tests.support.models import from_text
 from tests.support.runs import plain
@@ -289,3 +292,51 @@ def test_a_program_has_the_weights_as_floats(kinds: Model, source: ArraySource) 
     packed = in_few_bits(kinds, source)[0]
     for kind in ("", "float16"):
         assert 0.9 * flash(kinds, kind) < flash(packed, kind) < 1.2 * flash(kinds, kind)
+
+
+# Further uses.
+
+
+def test_a_file_in_few_bits_is_pruned_and_repaired(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("deploy", "digits.onnx", "-o", "bits.onnx", "--weight-bits", 4, "--data", "train.npz", "--fold") == 0
+    wanted = ("prune", "bits.onnx", "-o", "small.onnx", "--target", "macs=0.6", "--data", "train.npz", "--json", "-")
+    capsys.readouterr()
+    assert run(*wanted, "--keep-anyway", "--effort", 0) == 0
+    content = json.loads(capsys.readouterr().out)
+    fitted = {fit["weight"] for fit in content["repaired"]["fitted"]}
+    assert any(name.endswith(".integers") for name in fitted)
+    assert run("verify", "bits.onnx", "small.onnx") == 0
+
+
+def test_only_products_by_element_scale_a_weight(source: ArraySource) -> None:
+    text = (
+        "(float[N,24] x, int8[24,16] w, float[16,16] s, float[16] b) => (float[N,16] y) "
+        "{ c = Cast<to=1>(w) m = OP(c, s) p = MatMul(x, m) y = Add(p, b) }"
+    )
+    found = {}
+    for operator, shape in (("Mul", "float[1,16] s"), ("MatMul", "float[16,16] s")):
+        model = load(from_text(text.replace("OP", operator).replace("float[16,16] s", shape)))
+        found[operator] = [unit.weight for unit in units_of(fold(model)).found]
+    assert found["Mul"] == ["w"]
+    assert "w" not in found["MatMul"]
+
+
+@pytest.mark.parametrize("precision", ["int4", "auto"])
+def test_channels_and_bits_are_chosen_for_one_size(
+    folder: Path, capsys: pytest.CaptureFixture[str], precision: str
+) -> None:
+    size = (folder / "digits.onnx").stat().st_size
+    asked = ("--target", "bytes=0.15", "--precision", precision, "--data", "train.npz", "--json", "-", "--no-report")
+    assert run("compress", "digits.onnx", "-o", "small.onnx", *asked, "--no-distill", "--keep-anyway") == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["precision"]["what"] == "weights in 4 bits"
+    assert abs((folder / "small.onnx").stat().st_size - 0.15 * size) < 0.02 * size
+    assert content["bytes"]["after"] == (folder / "small.onnx").stat().st_size
+    assert content["after"]["macs"] > 0.5 * content["before"]["macs"]
+    assert run("verify", "digits.onnx", "small.onnx") == 0
+
+
+def test_a_program_has_no_weights_in_four_bits(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("--target", "flash=0.5", "--precision", "int4", "--data", "train.npz")
+    assert run("compress", "digits.onnx", "-o", "small.onnx", *asked) != 0
+    assert "give a target of bytes, or --precision int8" in said(capsys)
