@@ -137,7 +137,7 @@ class Deployment:
             raise TargetError(f"what merging saves must be one of {', '.join(MEASURES)}, got {self.merge!r}")
         if sum(each is not None for each in (self.int8, self.half, self.weights)) > 1:
             raise TargetError(
-                "a model computes in 8-bit integers or in 16-bit floats, or stores its weights in few bits: choose one"
+                "weights become 8-bit integers or 16-bit floats, or are stored in few bits, not both: choose one"
             )
 
 

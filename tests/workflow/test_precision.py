@@ -114,7 +114,7 @@ def test_what_exists_is_not_replaced(folder: Path, taken: str, capsys: pytest.Ca
 
 def test_without_data_there_are_no_ranges(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("compress", "digits.onnx", "-o", "small.onnx", "--no-report", "--precision", "int8") == 1
-    assert "--precision int8 needs samples for the ranges of activations: give --data" in capsys.readouterr().err
+    assert "--precision int8 needs samples that numbers are fitted to: give --data" in capsys.readouterr().err
     assert made(folder) == set()
 
 
