@@ -133,7 +133,7 @@ def in_few_bits(
         said = f"no float32 weight of a linear operator has {FEWEST} elements or more"
         raise UnsupportedError(f"{said}{_reasons(made)}")
     if made.left:
-        (notify or ignore)(f"{len(made.left)} weights stay as they are{_reasons(made)}")
+        (notify or ignore)(f"weights that stay as they are: {len(made.left)}{_reasons(made)}")
     packed = _packed(model, made.integers, {name: made.model.array(name) for name in made.biases})
     values = [name for weight in made.integers for name in _names(weight)] + made.biases
     return packed, {"weights": list(made.integers), "values": {name: _digest(packed, name) for name in values}}
@@ -187,12 +187,13 @@ def rounded(model: Model, source: Source | None, options: WeightBits) -> Rounded
     """
     folded = fold(model)
     fed = {info.name for info in model.graph.input}
-    units, left = [], dict(units_of(folded).left)
-    for unit in units_of(folded).found:
-        size = unit.matrix(model).size
-        if not unit.is_float or unit.weight in fed:
+    known = units_of(folded)
+    units, left = list[Unit](), dict(known.left)
+    for unit in known.found:
+        names = {unit.weight} | ({unit.bias.name} if unit.bias is not None else set())
+        if not unit.is_float or fed & names:
             left[unit.weight] = "it is quantised already, or an input"
-        elif size >= FEWEST:
+        elif unit.matrix(model).size >= FEWEST:
             units.append(unit)
     if not units:
         return Rounded(model, left=left)
@@ -270,14 +271,12 @@ def _round(made: Rounded, unit: Unit, options: WeightBits, blocks: Sequence[Bloc
     if not np.isfinite(start).all():
         made.left[unit.weight] = "it has infinite or undefined elements"
         return
+    found = _Fit(np.inf, start, np.zeros((len(start), 1, start.shape[2])), _steps(start, limits, None))
     if blocks and start.shape[1] <= MAX_FEATURES:
         is_biased = unit.bias is not None and made.model.has(unit.bias.name)
         held_out = min(checked, len(blocks) - 1)
-        found = _fitted(
-            Problem(blocks, held_out, start, unit.gain, unit.shift, is_biased, unit.bounds, _RIDGE, _ROUNDS), limits
-        )
-    else:
-        found = _Fit(np.inf, start, np.zeros((len(start), 1, start.shape[2])), _steps(start, limits, None))
+        problem = Problem(blocks, held_out, start, unit.gain, unit.shift, is_biased, unit.bounds, _RIDGE, _ROUNDS)
+        found = _fitted(problem, limits) or found
     each = found.steps.scales[found.steps.cells]
     numbers = np.clip(np.rint(found.matrix / each), *limits)
     integers = unit.linear.weight(numbers)
@@ -300,8 +299,11 @@ class _Fit:
     steps: Steps
 
 
-def _fitted(problem: Problem, limits: tuple[int, int]) -> _Fit:
-    """Return the best weight in steps on held-out rows: of the least-squares fit and of the weight, or the nearest."""
+def _fitted(problem: Problem, limits: tuple[int, int]) -> _Fit | None:
+    """Return the best weight in steps on held-out rows: of the least-squares fit and of the weight, or the nearest.
+
+    None if the samples give no numbers.
+    """
     moments = problem.moments()
     ridge, matrix, constant = problem.fitted(moments)
     lifted, nothing = moments.lifted(ridge), np.zeros_like(constant)
@@ -311,8 +313,10 @@ def _fitted(problem: Problem, limits: tuple[int, int]) -> _Fit:
         steps = _steps(aim, limits, np.diagonal(lifted, axis1=1, axis2=2))
         made = steps.rounded(aim, lifted)[0] if is_fitted else steps.nearest(aim, steps.scales[steps.cells], _ZERO)
         shift = added + moments.mean @ (aim - made) if problem.centred else nothing
-        found.append(_Fit(problem.error(made, shift) / (problem.deviation() or 1.0), made, shift, steps))
-    return min(found, key=lambda fit: fit.error)
+        error = problem.error(made, shift) / (problem.deviation() or 1.0)
+        if np.isfinite(error) and np.isfinite(made).all():
+            found.append(_Fit(error, made, shift, steps))
+    return min(found, key=lambda fit: fit.error, default=None)
 
 
 _ZERO = np.zeros(())

@@ -138,7 +138,7 @@ def test_what_stays_is_said() -> None:
     notes: list[str] = []
     packed, record = in_few_bits(model, samples, notify=notes.append)
     assert record["weights"] == ["u"]
-    assert notes == ["1 weights stay as they are, like 'w': used several times"]
+    assert notes == ["weights that stay as they are: 1, like 'w': used several times"]
     assert packed.has("w")
     assert packed.has("s")
 
@@ -146,6 +146,16 @@ def test_what_stays_is_said() -> None:
 def test_undefined_weights_stay(kinds: Model, source: ArraySource) -> None:
     kinds.set_array("v", np.full((24, 40), np.nan, np.float32))
     assert "v" not in in_few_bits(kinds, source)[1]["weights"]
+
+
+def test_weights_are_rounded_to_nearest_where_samples_give_no_numbers(kinds: Model, source: ArraySource) -> None:
+    nothing = ArraySource({"x": np.full((32, 8, 10, 10), np.nan, np.float32)})
+    found, wanted = rounded(kinds, nothing, WeightBits()), rounded(kinds, None, WeightBits())
+    assert found.integers.keys() == wanted.integers.keys()
+    for name, (numbers, scales) in wanted.integers.items():
+        np.testing.assert_array_equal(found.integers[name][0].astype(np.int8), numbers.astype(np.int8))
+        np.testing.assert_array_equal(found.integers[name][1], scales)
+    assert set(found.errors.values()) == {np.inf}
 
 
 def test_samples_and_numbers_are_checked(kinds: Model, source: ArraySource) -> None:
