@@ -46,7 +46,7 @@ _FEW = 200
 """Number of samples below which a note says that they are few, unless no more were asked for (heuristic)."""
 _LEAST = 2
 """Number of samples that a repair takes: one to fit and one to check."""
-_ELEMENTS, _FEWEST = 1 << 24, 16
+_ELEMENTS, _FEWEST = 1 << 23, 16
 """Numbers in all samples of a repair that only serves a comparison, and samples at least (heuristic)."""
 _TARGET_BYTES = 128 << 20
 """Approximate number of bytes of the targets that are sampled in one run of the original (heuristic)."""
@@ -79,6 +79,7 @@ class RepairOptions:
         seed: Seed of the choice of samples and rows.
         mixes: Whether channels that survive are replaced by the linear combinations that matter most, where nothing
             but sums and weights use them, see `scores.bases`.
+        refits: Whether fits to very few samples that the held-out ones have confirmed are made again from all.
     """
 
     samples: int = option(512, "Number of samples used for the repair", read=positive)
@@ -87,6 +88,7 @@ class RepairOptions:
     rounds: int = 3
     seed: int = 0
     mixes: bool = True
+    refits: bool = True
 
 
 @dataclass(frozen=True)
@@ -199,8 +201,7 @@ def _repaired(
     del feeds
     mixes = chosen.mixes and not isinstance(data, Synthetic)
     goal, start = _mixed(combed, kept, pruned, fitted, chosen.seed) if mixes else (combed, pruned)
-    # A comparison of candidates, which asks for few samples of many, does not need the last bit of accuracy.
-    again = list(fitted) if count < _BATCH <= chosen.samples and only is None else []
+    again = list(fitted) if count < _BATCH <= chosen.samples and only is None and chosen.refits else []
     repairer = _Repairer(goal, kept, start, (fitted, checks), chosen, only)
     del fitted  # the repair drops samples that it does not need any more
     with one_thread():
