@@ -38,6 +38,8 @@ _HELD_OUT = 0.25
 """Fraction of the samples on which candidates are compared (heuristic)."""
 _SAMPLES = 128
 """Maximum number of samples that a candidate is fitted to, and on which it is compared (heuristic)."""
+_ELEMENTS = 1 << 23
+"""Numbers in all samples that a candidate is fitted to, if these are not very few (heuristic)."""
 _ALONE = 2
 """One in this many of the samples serves to measure a group alone (heuristic)."""
 _BATCHES = 8
@@ -177,7 +179,7 @@ class _Refiner:
         self.effort, self.seed = options.effort, options.seed
         self.fitted, self.held_out = division.first, division.second
         self.measure = Divergence(combed.folded.model, self.held_out, _SAMPLES)
-        self.samples = few_samples(_SAMPLES, self.measure.sample_size)
+        self.samples = few_samples(_SAMPLES, self.measure.sample_size, _ELEMENTS)
         self.known: dict[tuple[tuple[int, ...], ...], Floats] = {}
 
     def run(self) -> Refined:
