@@ -46,6 +46,8 @@ _BATCHES = 8
 """Least number of batches in which a group alone is fitted, as far as there are samples (heuristic)."""
 _ROWS = 1 << 13
 """Approximate number of rows for each fit of a candidate (heuristic)."""
+_ROUNDS = 1
+"""Number of times that targets of a candidate which an activation clips are replaced (heuristic)."""
 _USUAL = 0.25
 """Ratio of its channels that a group loses where its weight is measured, if the scores leave it whole (heuristic)."""
 _LARGEST, _FINEST = 4.0, 0.25
@@ -224,7 +226,7 @@ class _Refiner:
         key = tuple(map(tuple, chosen.removed))
         if key not in self.known:
             kept = chosen.keep_mask(self.combed)
-            options = RepairOptions(samples=self.samples, rows=_ROWS, seed=self.seed, refits=False)
+            options = RepairOptions(samples=self.samples, rows=_ROWS, rounds=_ROUNDS, seed=self.seed, refits=False)
             small = repair(self.combed, kept, rewrite(self.combed, kept).model, self.fitted, options).model
             self.known[key] = self.measure(small)
         return self.known[key]

@@ -20,7 +20,7 @@ from cpd_onnx.algebra.atoms import Mask
 from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.fitting.divergence import Divergence, Floats
-from cpd_onnx.fitting.least_squares import MAX_FEATURES, Matrix, Moments, Sampler, lift, one_thread, summed
+from cpd_onnx.fitting.least_squares import Matrix, Moments, Sampler, lift, one_thread, summed
 from cpd_onnx.fitting.units import Unit, units_of
 from cpd_onnx.ir.model import Array, Model
 from cpd_onnx.rewrite.rewriter import resized
@@ -36,6 +36,8 @@ _RIDGE, _STRONGER, _MOST_TRIED = 1e-3, 10.0**0.5, 9
 next that is tried, and maximum number of these (heuristic)."""
 _FEWEST_ROWS, _MOST_ROWS, _ROWS_PER_FEATURE = 1 << 11, 1 << 14, 4
 """Approximate number of rows of a fit: at least, at most, and in between for each feature (heuristic)."""
+_MOST_FEATURES = 5 << 10
+"""Number of features above which a weight is not fitted: the matrices of a fit take about 1.5 GB then (heuristic)."""
 _MOMENT_BYTES = 256 << 20
 """Approximate number of bytes of the moments that are computed in one run of the original (heuristic)."""
 _ITEM = 8
@@ -121,11 +123,14 @@ class Alone:
 
     def consumed(self, unit: Unit, kept: Mapping[int, KeepMask]) -> dict[int, Places]:
         """Return the features of a unit that are left in each group that it consumes [groups, features]."""
-        tensor = self.combed.tensors.get(("", unit.data))
-        groups, features, _ = unit.matrix(self.combed.folded.model).shape
-        if tensor is None or tensor.axes is None or features > MAX_FEATURES:
+        ends = [self.combed.tensors.get(("", name)) for name in (unit.data, unit.target)]
+        groups, features, outputs = unit.matrix(self.combed.folded.model).shape
+        data, target = [(tensor and tensor.axes) or [] for tensor in ends]
+        if not data or not target or features > _MOST_FEATURES:
             return {}
-        axis = tensor.axes[unit.linear.in_axis]
+        axis = data[unit.linear.in_axis]
+        if len(target[unit.linear.out_axis]) != groups * outputs:
+            return {}
         owners = set(self.combed.owners[0][self.combed.atoms.parts(axis)].ravel().tolist())
         found = {
             index: _features(kept[index].mask(axis), groups, features, unit.linear.taps)
@@ -191,6 +196,11 @@ class _Fit:
         """Moments of the features that are left."""
         return self.moments.part(self.places)
 
+    @cached_property
+    def right(self) -> Matrix:
+        """Mean products of the features that are left and the original's products."""
+        return np.asarray(self.moments.gram[self.rows] @ self.whole)
+
     @property
     def rows(self) -> tuple[Places, Places]:
         """Index of the rows of the features that are left."""
@@ -211,8 +221,7 @@ class _Fit:
 
     def at(self, ridge: float) -> Matrix:
         """Return the fit for one strength of the regularization."""
-        right = self.moments.gram[self.rows] @ self.whole
-        return self.left.solved(ridge, right + lift(self.left.gram, ridge) * self.whole[self.rows])
+        return self.left.solved(ridge, self.right + lift(self.left.gram, ridge) * self.whole[self.rows])
 
     def error(self, weight: Matrix, about: Matrix) -> float:
         """Return the sum of the squared errors of the products, by moments of all features."""
