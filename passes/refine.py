@@ -24,23 +24,30 @@ from cpd_onnx.budget.allocation import Allocation, LossCurves, depth_curves
 from cpd_onnx.budget.targets import SLACK
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.data.held_out import Division, divide
-from cpd_onnx.data.sources import Source
+from cpd_onnx.data.sources import Source, calibration
 from cpd_onnx.errors import TargetError
 from cpd_onnx.fitting.divergence import Divergence, Floats, is_nearer
 from cpd_onnx.io.progress import advance, step
 from cpd_onnx.passes.repair import RepairOptions, few_samples, repair
-from cpd_onnx.passes.sensitivity import narrowed
 from cpd_onnx.rewrite.rewriter import rewrite
+from cpd_onnx.runtime.stream import batch_size, held_feeds
+from cpd_onnx.scores.alone import Alone
 from cpd_onnx.scores.registry import Scores
 
 _HELD_OUT = 0.25
 """Fraction of the samples on which candidates are compared (heuristic)."""
 _SAMPLES = 128
 """Maximum number of samples that a candidate is fitted to, and on which it is compared (heuristic)."""
+_ELEMENTS = 1 << 23
+"""Numbers in all samples that a candidate is fitted to, if these are not very few (heuristic)."""
 _ALONE = 2
 """One in this many of the samples serves to measure a group alone (heuristic)."""
-_ROWS = 1 << 14
+_BATCHES = 8
+"""Least number of batches in which a group alone is fitted, as far as there are samples (heuristic)."""
+_ROWS = 1 << 13
 """Approximate number of rows for each fit of a candidate (heuristic)."""
+_ROUNDS = 1
+"""Number of times that targets of a candidate which an activation clips are replaced (heuristic)."""
 _USUAL = 0.25
 """Ratio of its channels that a group loses where its weight is measured, if the scores leave it whole (heuristic)."""
 _LARGEST, _FINEST = 4.0, 0.25
@@ -174,7 +181,7 @@ class _Refiner:
         self.effort, self.seed = options.effort, options.seed
         self.fitted, self.held_out = division.first, division.second
         self.measure = Divergence(combed.folded.model, self.held_out, _SAMPLES)
-        self.samples = few_samples(_SAMPLES, self.measure.sample_size)
+        self.samples = few_samples(_SAMPLES, self.measure.sample_size, _ELEMENTS)
         self.known: dict[tuple[tuple[int, ...], ...], Floats] = {}
 
     def run(self) -> Refined:
@@ -219,7 +226,7 @@ class _Refiner:
         key = tuple(map(tuple, chosen.removed))
         if key not in self.known:
             kept = chosen.keep_mask(self.combed)
-            options = RepairOptions(samples=self.samples, rows=_ROWS, seed=self.seed)
+            options = RepairOptions(samples=self.samples, rows=_ROWS, rounds=_ROUNDS, seed=self.seed, refits=False)
             small = repair(self.combed, kept, rewrite(self.combed, kept).model, self.fitted, options).model
             self.known[key] = self.measure(small)
         return self.known[key]
@@ -242,17 +249,18 @@ class _Refiner:
 
     def logs(self, first: Allocation, groups: Sequence[int], total: int) -> Floats:
         """Return the logarithm of the measured weight of each group, relative to the median."""
-        alone = self.samples // _ALONE
-        measure = Divergence(self.combed.folded.model, self.held_out, alone)
-        fitting = RepairOptions(samples=alone, rows=_ROWS, seed=self.seed)
+        alone, folded = self.samples // _ALONE, self.combed.folded
+        measure = Divergence(folded.model, self.held_out, alone)
+        batch = batch_size(folded, max(1, alone // _BATCHES))
+        feeds = held_feeds(calibration(folded.model, self.fitted, alone, batch=batch, seed=self.seed))
+        gone = {number: np.argsort(self.scores[number], kind="stable")[: self.gone(first, number)] for number in groups}
         found = np.full(len(self.combed.groups), np.nan)
-        for done, number in enumerate(groups):
-            group, gone = self.combed.groups[number], self.gone(first, number)
-            advance(done, total, group.name)
-            order = np.argsort(self.scores[number], kind="stable")[:gone]
-            diverged = float(measure(narrowed(self.combed, group, order, self.fitted, fitting)).mean())
-            if 0 < diverged < math.inf:
-                found[number] = math.log(diverged / self.lost(first, number))
+        diverged = Alone(self.combed, feeds, measure, self.seed).diverged(gone)
+        for done, (number, values) in enumerate(diverged):
+            advance(done, total, self.combed.groups[number].name)
+            mean = float(values.mean())
+            if 0 < mean < math.inf:
+                found[number] = math.log(mean / self.lost(first, number))
         known = found[np.isfinite(found)]
         middle = float(np.median(known)) if len(known) else 0.0
         return np.asarray(np.clip(np.where(np.isfinite(found), found - middle, 0.0), -_FURTHEST, _FURTHEST))

@@ -79,6 +79,7 @@ class RepairOptions:
         seed: Seed of the choice of samples and rows.
         mixes: Whether channels that survive are replaced by the linear combinations that matter most, where nothing
             but sums and weights use them, see `scores.bases`.
+        refits: Whether fits to very few samples that the held-out ones have confirmed are made again from all.
     """
 
     samples: int = option(512, "Number of samples used for the repair", read=positive)
@@ -87,6 +88,7 @@ class RepairOptions:
     rounds: int = 3
     seed: int = 0
     mixes: bool = True
+    refits: bool = True
 
 
 @dataclass(frozen=True)
@@ -122,14 +124,15 @@ class Repaired:
     notes: tuple[str, ...] = ()
 
 
-def few_samples(most: int, sample_size: float) -> int:
+def few_samples(most: int, sample_size: float, elements: int = _ELEMENTS) -> int:
     """Return how many samples suffice for a repair that only serves a comparison: each large one has many rows.
 
     Args:
         most: Maximum number of samples.
         sample_size: Numbers in the inputs of one sample.
+        elements: Numbers in all samples that suffice, if these are not very few.
     """
-    return int(np.clip(_ELEMENTS / sample_size, min(_FEWEST, most), most))
+    return int(np.clip(elements / sample_size, min(_FEWEST, most), most))
 
 
 @step("repair")
@@ -199,8 +202,7 @@ def _repaired(
     del feeds
     mixes = chosen.mixes and not isinstance(data, Synthetic)
     goal, start = _mixed(combed, kept, pruned, fitted, chosen.seed) if mixes else (combed, pruned)
-    # A comparison of candidates, which asks for few samples of many, does not need the last bit of accuracy.
-    again = list(fitted) if count < _BATCH <= chosen.samples and only is None else []
+    again = list(fitted) if count < _BATCH <= chosen.samples and only is None and chosen.refits else []
     repairer = _Repairer(goal, kept, start, (fitted, checks), chosen, only)
     del fitted  # the repair drops samples that it does not need any more
     with one_thread():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -75,8 +76,16 @@ class Divergence:
     def __call__(self, model: Model) -> Floats:
         """Return the divergence of a model with the same outputs, for each sample or, without batch axis, each run."""
         session = open_model(with_fixed_draws(model))
-        pairs = zip(self.wanted, self.feeds, strict=True)
-        return np.concatenate([self._of(wanted, self._outputs(session, feed)) for wanted, feed in pairs])
+        return self.of_outputs(self._outputs(session, feed) for feed in self.feeds)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the outputs that are compared."""
+        return tuple(self.variance)
+
+    def of_outputs(self, made: Iterable[Mapping[str, Array]]) -> Floats:
+        """Return the same from a model's outputs for each batch of samples, as float32."""
+        return np.concatenate([self._of(*pair) for pair in zip(self.wanted, made, strict=True)])
 
     @staticmethod
     def _outputs(session: Any, feed: Feed) -> dict[str, Array]:
@@ -85,7 +94,7 @@ class Divergence:
         outputs = dict(zip(names, execute(session, feed), strict=True))
         return {name: np.asarray(array, np.float32) for name, array in outputs.items() if array.dtype.kind == "f"}
 
-    def _of(self, wanted: dict[str, Array], made: dict[str, Array]) -> Floats:
+    def _of(self, wanted: Mapping[str, Array], made: Mapping[str, Array]) -> Floats:
         found = [self._of_output(name, wanted[name], made[name]) for name in self.variance]
         is_by_sample = len({len(each) for each in found}) == 1
         return np.asarray(np.mean(found if is_by_sample else [[float(each.mean())] for each in found], axis=0))

@@ -115,6 +115,21 @@ class Moments:
             self._gram = np.asarray(self._products / max(1, self.count) - mean.swapaxes(1, 2) @ mean)
         return self._gram
 
+    def about(self, centre: Matrix) -> Matrix:
+        """Return the mean products of the differences of the features from a centre [groups, 1, features]."""
+        mean, back = self._total / max(1, self.count), centre.swapaxes(-1, -2) if centre.ndim > 1 else centre
+        if not centre.any():
+            return np.asarray(self._products / max(1, self.count))
+        cross = back @ mean
+        return np.asarray(self._products / max(1, self.count) - cross - cross.swapaxes(1, 2) + back @ centre)
+
+    def part(self, places: npt.NDArray[np.int64]) -> Moments:
+        """Return the moments of some features [groups, features]."""
+        found, groups = Moments(centred=self._is_centred), np.arange(len(places))[:, None]
+        found.count, found._total = self.count, self._total[groups, 0, places][:, None]
+        found._products = self._products[groups[:, :, None], places[:, :, None], places[:, None]]
+        return found
+
     def lifted(self, ridge: float) -> Matrix:
         """Return the mean products with the ridge added to their diagonal, which makes them invertible."""
         gram = self.gram

@@ -38,6 +38,14 @@ def rewrite(combed: Combed, keep: KeepMask) -> Pruned:
     return _Rewriter(combed, keep, _branches(combed, keep)).run()
 
 
+def resized(combed: Combed, keep: KeepMask) -> Model:
+    """Return the model that `rewrite` makes where no branch disappears, without a check of its shapes.
+
+    For models that are only compared with each other.
+    """
+    return _Rewriter(combed, keep, Branches(frozenset())).sized().model
+
+
 def _branches(combed: Combed, keep: KeepMask) -> Branches:
     """Return the branches of which no channel survives; raises PlanError if they cannot be removed."""
     gone = gone_groups(combed, keep)

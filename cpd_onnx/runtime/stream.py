@@ -7,6 +7,7 @@ number of threads.
 
 from __future__ import annotations
 
+import copy
 import math
 import mmap
 import os
@@ -21,10 +22,11 @@ import numpy as np
 import onnxruntime as ort
 
 from cpd_onnx.ir.interface import interface_of
-from cpd_onnx.ir.model import Array, Model
+from cpd_onnx.ir.model import Array, Lazy, Model
 from cpd_onnx.runtime.draws import with_fixed_draws
 from cpd_onnx.runtime.sessions import Feed, execute, open_model, sample_count
 from cpd_onnx.runtime.stepwise import Parts, in_file
+from cpd_onnx.shapes.order import all_inputs
 from cpd_onnx.shapes.values import Folded, Value
 
 T = TypeVar("T")
@@ -173,6 +175,29 @@ class Stream:
         values, samples = self._folded.scope.values, sum(self.sizes)
         return sum(_bytes(self._folded, values.get(name), samples) for name in self.alive(position))
 
+    def is_computed(self, name: str) -> bool:
+        """Return whether a tensor is computed by a node, and not from weights alone."""
+        maker = self._producers.get(name)
+        return maker is not None and not self._parts.is_constant[maker]
+
+    def of(self, model: Model) -> Stream:
+        """Return a run of a copy of the model with the same nodes that continues from the held cut.
+
+        The copy must not differ from the model before the cut, see `first_difference`.
+        """
+        other = copy.copy(self)
+        other._held, other._parts = list(self._held), Parts(self._folded, model)
+        other.keep_alive(self._parts.last)
+        return other
+
+    def move(self, most: int, limit: float) -> None:
+        """Move the held cut as far as possible, up to the position `most`, so that up to `limit` bytes are held."""
+        places = range(most, self._done - 1, -1)
+        cut = next((place for place in places if self.cut_bytes(place) <= limit), None)
+        if cut is not None:
+            for _ in self.run([], lambda *_: None, cut=cut):
+                pass
+
     def run(
         self, stops: Sequence[Stop], look: Callable[[int, int, Tensors], T], *, cut: int | None = None
     ) -> Iterator[list[T]]:
@@ -192,13 +217,15 @@ class Stream:
         hold = in_file if cut is not None and self.cut_bytes(cut) > HELD_BYTES else apart
 
         def through(batch: int) -> list[T]:
-            tensors, found = self._held[batch], list[T]()
+            before = tensors = self._held[batch]
+            found = list[T]()
             for number, (stop, piece) in enumerate(zip(stops, pieces, strict=True)):
                 if piece.session is not None:
                     given = execute(piece.session, {name: tensors[name] for name in piece.inputs})
                     tensors = tensors | dict(zip(piece.outputs, given, strict=True))
                 if moves and number == 0:
-                    tensors = {name: hold(tensors[name]) for name in stop.names}
+                    own = {name: tensors[name] for name in stop.names}
+                    tensors = {name: a if a is before.get(name) else hold(a) for name, a in own.items()}
                     self._held[batch] = tensors
                 else:
                     found.append(look(number - moves, batch, tensors))
@@ -251,3 +278,31 @@ def cuts_before(positions: Sequence[int], stream: Stream) -> dict[int, int]:
             last = min(range(last + 1, number + 1), key=lambda each: (smallest[each][0], -each))
             found[last] = -smallest[last][1]
     return found
+
+
+def first_difference(folded: Folded, model: Model) -> int:
+    """Return the position of the first node of which a copy of a model computes something else, or their number.
+
+    Args:
+        folded: The model.
+        model: A copy with the same nodes, in which weights and operands may have other sizes or values.
+    """
+    old, new = Parts(folded, folded.model), Parts(folded, model)
+    names = {tensor.name for tensor in model.graph.initializer}
+    changed = {name for name in names if not folded.model.has(name) or _differs(folded.model, model, name)}
+    for position in range(len(folded.scope.nodes)):
+        nodes = [parts.node(position) for parts in (old, new)]
+        if nodes[0] == nodes[1] and changed.isdisjoint(all_inputs(nodes[1])):
+            continue
+        if not new.is_constant[position]:
+            return position
+        changed.update(nodes[1].output)
+    return len(folded.scope.nodes)
+
+
+def _differs(first: Model, second: Model, name: str) -> bool:
+    """Return whether two models have different initializers of a name; lazy ones are compared by their sizes."""
+    one, other = first.lazy_array(name), second.lazy_array(name)
+    if one is other or tuple(one.shape) != tuple(other.shape):
+        return one is not other
+    return isinstance(one, Lazy) or isinstance(other, Lazy) or one.tobytes() != other.tobytes()

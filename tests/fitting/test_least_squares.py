@@ -31,3 +31,26 @@ def test_a_matrix_that_rounding_has_made_indefinite_is_solved_all_the_same() -> 
     matrix = np.diag([1.0] * 95 + [-1e-9])[None]
     right = np.ones((1, 96, 2))
     np.testing.assert_allclose(matrix @ _solver(matrix)(right), right)
+
+
+def test_moments_of_some_features_are_those_of_their_rows() -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((2, 50, 6)).astype(np.float32) + 1
+    places, whole, part = np.array([[0, 3, 4], [1, 2, 5]]), Moments(centred=True), Moments(centred=True)
+    whole.add(rows)
+    part.add(np.take_along_axis(rows, places[:, None], axis=2))
+    found = whole.part(places)
+    assert found.count == part.count
+    np.testing.assert_allclose(found.gram, part.gram, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.mean, part.mean)
+
+
+@pytest.mark.parametrize("size", [1, 6])
+def test_moments_about_a_centre_are_those_of_the_differences(size: int) -> None:
+    rng = np.random.default_rng(0)
+    rows, centre = rng.standard_normal((2, 50, 6)).astype(np.float32), rng.standard_normal((2, 1, 6))
+    centre = centre if size > 1 else np.zeros(1)
+    moments = Moments(centred=False)
+    moments.add(rows)
+    away = rows.astype(np.float64) - centre
+    np.testing.assert_allclose(moments.about(centre), away.swapaxes(1, 2) @ away / 50, rtol=1e-4, atol=1e-5)

@@ -550,9 +550,16 @@ def test_very_few_samples_are_all_used_once_a_third_has_confirmed_the_repair(mon
     combed = comb(load(models / "digits.onnx"))
     kept = allocate(combed, score(combed), Budget("macs", 0.6)).keep_mask(combed)
     pruned = rewrite(combed, kept).model
-    for count, most, expected in ((20, 512, [False, True]), (64, 512, [False]), (64, 20, [False])):
+    cases = (
+        (20, 512, True, [False, True]),
+        (64, 512, True, [False]),
+        (64, 20, True, [False]),
+        (20, 512, False, [False]),
+    )
+    for count, most, refits, expected in cases:
         runs.clear()
-        repair(combed, kept, pruned, ArraySource({"image": images[:count]}), RepairOptions(samples=most))
+        options = RepairOptions(samples=most, refits=refits)
+        repair(combed, kept, pruned, ArraySource({"image": images[:count]}), options)
         assert runs == expected
 
 

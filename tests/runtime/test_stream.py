@@ -9,11 +9,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.ir.model import Model, load
+from cpd_onnx.rewrite.rewriter import resized
 from cpd_onnx.runtime import stream as streams
 from cpd_onnx.runtime.sessions import execute, open_model
-from cpd_onnx.runtime.stream import Stop, Stream, apart, batch_size, cuts_before, in_order
+from cpd_onnx.runtime.stream import Stop, Stream, apart, batch_size, cuts_before, first_difference, in_order
 
 TEXT = """<ir_version: 8, opset_import: ["" : 17]> g (float[N, 4, 8, 8] x) => (float[N, 6] y)
 {
@@ -120,3 +122,36 @@ def test_an_array_in_pages_of_its_own_is_the_same() -> None:
     array = np.arange(1 << 15, dtype=np.float32).reshape(2, -1)
     np.testing.assert_array_equal(apart(array), array)
     assert apart(array).base is not None
+
+
+def test_a_copy_continues_from_the_cut_before_the_first_difference() -> None:
+    original = model()
+    combed = comb(original)
+    group = next(group for group in combed.groups if any(m.weight.name == "w3" for m in combed.members(group)))
+    small = resized(combed, KeepMask(combed.atoms, group.channels[:2]))
+    first = first_difference(combed.folded, small)
+    assert combed.folded.scope.nodes[first].output[0] == "c"
+    assert first_difference(combed.folded, original.copy()) == len(combed.folded.scope.nodes)
+    stream = Stream(combed.folded, original, feeds())
+    stream.move(first - 1, 1 << 30)
+    assert stream.alive(first - 1) == ("m",)
+    made = [y for (y,) in stream.of(small).run([Stop(8, ("y",))], lambda stop, batch, tensors: tensors["y"])]
+    for array, feed in zip(made, feeds(), strict=True):
+        np.testing.assert_allclose(array, execute(open_model(small), feed)[0], rtol=1e-5, atol=1e-4)
+
+
+def test_a_cut_that_holds_too_much_is_not_moved() -> None:
+    stream = Stream(comb(model()).folded, model(), feeds())
+    stream.move(4, 1)
+    (held,) = {tuple(sorted(tensors)) for tensors in stream._held}
+    assert held == ("x",)
+
+
+def test_what_a_cut_holds_already_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Stream(comb(model()).folded, model(), feeds())
+    stream.keep_alive({"x": 8})
+    copies: list[np.ndarray] = []
+    monkeypatch.setattr(streams, "apart", lambda array: (copies.append(array), array)[1])
+    stream.move(1, 1 << 30)
+    stream.move(4, 1 << 30)
+    assert sorted({array.shape[1] for array in copies}) == [12]
