@@ -15,7 +15,7 @@ from cpd_onnx.algebra.atoms import Mask
 from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.channels.branches import Branches, branches, gone_groups, with_last
 from cpd_onnx.channels.constraints import Element, elements, is_number, operand_value
-from cpd_onnx.channels.groups import Combed, Weight
+from cpd_onnx.channels.groups import ALL_ROWS, Combed, Weight
 from cpd_onnx.channels.weights import lazy_weight
 from cpd_onnx.errors import REPORT_BUG, PlanError, ProofError
 from cpd_onnx.ir.interface import Kept, record
@@ -147,6 +147,7 @@ class _Rewriter(Editor):
                 self.rewrite_use(size_use)
         self.rewrite_constants()
         self.slice_weights()
+        self.slice_returned()
         self.update_value_info()
         while self.replace_computed(Arithmetic(self.combed, self.keep, self, self.found.dead)):
             pass
@@ -262,6 +263,17 @@ class _Rewriter(Editor):
                 variants.arrays.insert(0, lazy_weight(self.combed.folded.model, weight))
                 variants.uses.insert(0, [])
             self.store(weight, variants)
+
+    def slice_returned(self) -> None:
+        """Slice the weights that a subgraph returns as they are."""
+        for scope, tensor in self.combed.recorder.returned:
+            axes = tensor.axes or []
+            if any(map(self.keep.shrinks, axes)):
+                weight = Weight(tensor.value, scope, (), False)
+                old, masks = lazy_weight(self.combed.folded.model, weight), [[self.keep.mask(axis) for axis in axes]]
+                new = _compressed(old, [ALL_ROWS], masks)
+                self.replace(tensor.value, scope, new)
+                self.log("weight", weight.name, f"{list(old.shape)} -> {list(new.shape)}")
 
     def variants(self, weight: Weight) -> _Variants | None:
         """Return the arrays that the uses of a weight need; None if all need the original."""
