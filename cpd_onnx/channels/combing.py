@@ -384,17 +384,13 @@ class _Sweep:
         tensor = self.get(body, name)
         if tensor is None or tensor.value.weight is None or (body.path, name) in self.tensors:
             return tensor
-        if (
-            name in body.values
-            and name not in body.consumers
-            and not body.function
-            and self.is_zero(tensor.value, body)
-        ):
+        is_alone = name in body.values and name not in body.consumers and not body.function
+        if is_alone and self.is_zero(tensor.value, body):
             tensor = Tensor(tensor.value, self.fresh_axes(tensor.value))
             self.put(body, name, tensor)
             self.recorder.returned.append((body, tensor))
-            return tensor
-        self.freeze(tensor, _flow("is an output of a subgraph"))
+        else:
+            self.freeze(tensor, _flow("is an output of a subgraph"))
         return tensor
 
     def is_zero(self, value: Value, scope: Scope) -> bool:
