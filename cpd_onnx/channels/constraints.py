@@ -188,7 +188,7 @@ def _one_round(swept: Swept) -> bool:
             changed |= _dynamic_list(swept, size_use, value, sharing)
     for axes in sharing.values():
         for other in axes[1:]:
-            if not atoms.are_alike(axes[0], other):
+            if not atoms.are_as_long(axes[0], other):
                 atoms.unite(axes[0], other)
                 changed = True
     return changed
@@ -246,7 +246,7 @@ def _follow(swept: Swept, element: Element, factors: Sequence[tuple[Value, int]]
     axis = atoms.product(*axes)
     if len(axis) != len(element.axis):
         return _freeze(atoms, element.axis, Reason("structure", "", "does not have the size that is computed for it"))
-    if atoms.are_alike(axis, element.axis):
+    if atoms.are_as_long(axis, element.axis):
         return False
     atoms.unite(axis, element.axis)
     return True
