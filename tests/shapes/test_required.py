@@ -56,6 +56,11 @@ CASES = {
         "(a) f = Flatten(p) g = Gemm(f, d) r = Relu(g) y = MatMul(r, e) }",
         {"h": 16, "w": 16},
     ),
+    "a length by the scales along it": (
+        "(float[n, t, 6] x, float[6, 8] k, float[16] s, uint8[16] z, float[8, 4] v) => (float[] y) { a = MatMul(x, k) "
+        "q = QuantizeLinear <axis = 1>(a, s, z) d = DequantizeLinear <axis = 1>(q, s, z) y = MatMul(d, v) }",
+        {"t": 16},
+    ),
     "height and width by a table, in quantised operators": (QUANTIZED_VIT, {"c": 3, "h": 28, "w": 28}),
     "a batch that a target leaves out, beside an open length": (
         "(float[n, t, 6] x, float[6, 12] u, float[4, 4] v) => (float[] y) { p = Transpose <perm = [1, 0, 2]>(x) "
