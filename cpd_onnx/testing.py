@@ -17,7 +17,8 @@ from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.budget.allocation import Allocation, Budget, allocate
 from cpd_onnx.channels.branches import branches, removable_groups
 from cpd_onnx.channels.combing import comb
-from cpd_onnx.channels.groups import Combed, Weight
+from cpd_onnx.channels.constraints import operand_value
+from cpd_onnx.channels.groups import QUANTIZED, Combed, Weight
 from cpd_onnx.channels.weights import weight_array
 from cpd_onnx.ir.model import Array, Model, ModelSource, attributes_of, load
 from cpd_onnx.ops.evaluate import EVALUATORS, Call
@@ -177,10 +178,17 @@ def _nodes(combed: Combed, *operators: str) -> Iterator[tuple[Scope, NodeProto]]
 
 
 def _placed(combed: Combed) -> Axis:
-    """Return the atoms that cannot be permuted with others: padding inserts values there, or neighbours are summed."""
+    """Return the atoms that cannot be permuted with others.
+
+    Padding inserts values there, neighbours are summed, or several share a byte of zero points.
+    """
     found = [np.zeros(0, np.int64)]
     for scope, node in _nodes(combed, "LRN"):
         found += [combed.atoms.parts(axis).ravel() for axis in _axes_of(combed, scope, node.output[0])[1:2]]
+    for use in combed.recorder.size_uses:
+        packed = operand_value(use)
+        if packed is not None and packed.dtype in QUANTIZED:
+            found.append(combed.atoms.parts(use.axes[-1]).ravel())
     for scope, node in _nodes(combed, "Pad"):
         for pair in zip(*(_axes_of(combed, scope, name) for name in (node.input[0], node.output[0])), strict=False):
             before, after = (np.bincount(combed.atoms.parts(a).ravel(), minlength=len(combed.atoms)) for a in pair)

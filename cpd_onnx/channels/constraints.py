@@ -198,6 +198,8 @@ def _uneditable(size_use: SizeUse, value: Value | None) -> Reason | None:
     node = size_use.scope.nodes[size_use.node]
     if size_use.scope.function:
         return _about(node, "names this size in a function that several nodes may call")
+    if value is not None and value.weight is not None:
+        return None  # whatever its size, it is read when it is rewritten
     if value is not None and value.value is None:
         return _about(node, "names this size in an operand computed from data")
     if value is not None and not value.is_static and not size_use.per_element:

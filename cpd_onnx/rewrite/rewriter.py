@@ -16,7 +16,7 @@ from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.channels.branches import Branches, branches, gone_groups, with_last
 from cpd_onnx.channels.constraints import Element, elements, is_number, operand_value
 from cpd_onnx.channels.groups import ALL_ROWS, Combed, Weight
-from cpd_onnx.channels.weights import lazy_weight
+from cpd_onnx.channels.weights import lazy_weight, weight_array
 from cpd_onnx.errors import REPORT_BUG, PlanError, ProofError
 from cpd_onnx.ir.interface import Kept, record
 from cpd_onnx.ir.model import Array, Lazy, Model, drop_attribute, map_lazy, set_attribute
@@ -182,7 +182,9 @@ class _Rewriter(Editor):
                 self.log("operand", self.slot_name(size_use), f"absent -> {new.tolist()}")
         else:
             key = (id(size_use.scope), size_use.node, size_use.slot)
-            old = self.operands.get(key, value.value)
+            stored = self.combed.weight_of.get(value)
+            held = value.value if stored is None else weight_array(self.combed.folded.model, stored)
+            old = self.operands.get(key, held)
             self.operands[key] = size_use.rewrite(self.keep, old)
             self.log("operand", self.slot_name(size_use), f"{_short(old)} -> {_short(self.operands[key])}")
 
