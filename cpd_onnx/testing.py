@@ -17,7 +17,8 @@ from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.budget.allocation import Allocation, Budget, allocate
 from cpd_onnx.channels.branches import branches, removable_groups
 from cpd_onnx.channels.combing import comb
-from cpd_onnx.channels.groups import Combed, Weight
+from cpd_onnx.channels.constraints import operand_value
+from cpd_onnx.channels.groups import QUANTIZED, Combed, Weight
 from cpd_onnx.channels.weights import weight_array
 from cpd_onnx.ir.model import Array, Model, ModelSource, attributes_of, load
 from cpd_onnx.ops.evaluate import EVALUATORS, Call
@@ -92,8 +93,9 @@ def permutation_oracle(source: ModelSource, *, seed: int = 0) -> Outcome:
     """Check that permuting the channels of each group in all its members changes no output.
 
     A group of coupled channels is a symmetry of the network, so a single missed coupling changes an output. It is not
-    one if some of its channels are at positions that are selected or padded differently from the others, or if an index
-    is removed with either of two of its channels (a pair of groups at a channel shuffle); such groups are not permuted.
+    one if some of its channels are at positions that are selected or padded differently from the others, if an operator
+    sums over neighbours, or if an index is removed with either of two of its channels (a pair of groups at a channel
+    shuffle); such groups are not permuted.
     Each group has its own permutation; a channel that occurs several times on an axis (the gates of
     an LSTM, the halves of a gated unit) is moved occurrence by occurrence.
     """
@@ -140,7 +142,7 @@ def _permutation(combed: Combed, rng: np.random.Generator) -> tuple[Axis, int]:
         order = combed.groups[0].channels
         image[order] = np.roll(order, 1)
     axes, moves = _axes(combed), list(_moves(combed))
-    _leave(combed, image, _filled(combed))
+    _leave(combed, image, _placed(combed))
     _leave(combed, image, _paired(combed, axes))
     stuck = True
     while stuck:
@@ -175,9 +177,18 @@ def _nodes(combed: Combed, *operators: str) -> Iterator[tuple[Scope, NodeProto]]
         yield from ((scope, node) for node in scope.nodes if node.op_type in operators and not node.domain)
 
 
-def _filled(combed: Combed) -> Axis:
-    """Return the atoms of axes on which padding inserts values, which cannot be permuted with others."""
+def _placed(combed: Combed) -> Axis:
+    """Return the atoms that cannot be permuted with others.
+
+    Padding inserts values there, neighbours are summed, or several share a byte of zero points.
+    """
     found = [np.zeros(0, np.int64)]
+    for scope, node in _nodes(combed, "LRN"):
+        found += [combed.atoms.parts(axis).ravel() for axis in _axes_of(combed, scope, node.output[0])[1:2]]
+    for use in combed.recorder.size_uses:
+        packed = operand_value(use)
+        if packed is not None and packed.dtype in QUANTIZED:
+            found.append(combed.atoms.parts(use.axes[-1]).ravel())
     for scope, node in _nodes(combed, "Pad"):
         for pair in zip(*(_axes_of(combed, scope, name) for name in (node.input[0], node.output[0])), strict=False):
             before, after = (np.bincount(combed.atoms.parts(a).ravel(), minlength=len(combed.atoms)) for a in pair)

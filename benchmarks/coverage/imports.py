@@ -6,7 +6,7 @@ For each file the outputs of the imported module and of onnxruntime are compared
 with a relative tolerance of 1e-4 in float32, or ten times the effect of perturbing the inputs by 1e-6, as in `verify`.
 Then a copy whose weights are perturbed by a tenth of their standard deviation is trained for ten updates towards the
 original's outputs on one batch; reported is the ratio of the losses after and before. Each file runs in a separate
-process.
+process. `--compare-only` trains nothing.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ Result = dict[str, Any]
 STEPS = 10
 
 
-def check(path: Path) -> Result:
-    """Compare and train one model; return the row of the results."""
+def check(path: Path, *, trains: bool) -> Result:
+    """Compare one model, and train it if asked; return the row of the results."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     result: Result = {"status": "failed"}
@@ -65,7 +65,8 @@ def check(path: Path) -> Result:
             again = execute(session, nudged)
             result["noise"] = max(distance(a, b, a) for a, b in zip(expected, again, strict=True))
         result["equal"] = bool(result["difference"] <= max(allowed, 10 * result.get("noise", 0.0)))
-        result |= trained(module, inputs, expected)
+        if trains:
+            result |= trained(module, inputs, expected)
         result["status"] = "equal" if result["equal"] else "differs"
         if "loss" in result:
             result["status"] += ", learns" if result["loss"] < 1 else ", does not learn"
@@ -146,6 +147,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "imports.jsonl")
     parser.add_argument("--only", type=re.compile, default=re.compile(""))
     parser.add_argument("--timeout", type=float, default=300)
+    parser.add_argument("--compare-only", action="store_true", help="compare the outputs and train nothing")
     parser.add_argument("--summary", action="store_true")
     options = parser.parse_args()
     known = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.exists() else []
@@ -155,7 +157,9 @@ def main() -> None:
             name = f"{path.parent.name}/{path.name}"
             if name in done or not options.only.search(name):
                 continue
-            done[name] = {"model": name} | limited(partial(check, path), options.timeout)
+            done[name] = {"model": name} | limited(
+                partial(check, path, trains=not options.compare_only), options.timeout
+            )
             print(json.dumps(done[name])[:300], flush=True)
             options.out.write_text("".join(json.dumps(r) + "\n" for r in done.values()))
     print(summary(list(done.values())))

@@ -7,7 +7,6 @@ Environment: pip install onnx==1.23.2 onnxruntime==1.31.1 sympy
 The sources are the torch exports in DIR; a variant whose source is missing fails.
 """
 
-import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -24,17 +23,16 @@ Transform = Callable[[Path, Path], None]
 
 LIGHT = Path(onnx.__file__).parent / "backend/test/data/light"
 LIGHT_OPSETS = range(10, 26)
-HUGE = ("vgg19", "zfnet512", "bvlc_alexnet", "inception_v2")
 
 
 def convert(source: Path, path: Path, *, opset: int) -> None:
-    """Convert to another opset; the light models have 9 and ConstantOfShape, so they cannot go lower."""
-    model = version_converter.convert_version(onnx.load(source), opset)
+    """Convert to another opset; weights beside the source stay where they are."""
+    model = version_converter.convert_version(onnx.load(source, load_external_data=False), opset)
     onnx.save(model, path)
 
 
 def fill(source: Path, path: Path) -> None:
-    """Replace ConstantOfShape weights by seeded random initializers and calibrate the batch norms."""
+    """Replace ConstantOfShape weights by seeded random initializers in a file beside, and calibrate the batch norms."""
     model = onnx.load(source)
     graph, rng = model.graph, np.random.default_rng(0)
     shapes = {i.name: numpy_helper.to_array(i) for i in graph.initializer}
@@ -50,21 +48,55 @@ def fill(source: Path, path: Path) -> None:
             values.remove(value)
     model.ir_version = 4
     _calibrate(model, path)
-    onnx.save(model, path)
+    _save_beside(model, path)
 
 
 def _calibrate(model: onnx.ModelProto, path: Path) -> None:
-    """Set the statistics of the batch norms in order, each from a run in which those before it are right."""
+    """Set the statistics of the batch norms to those of their inputs, in one run of a model that computes them."""
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    nodes, found = [], {}
+    for node in probe.graph.node:
+        if node.op_type == "BatchNormalization":
+            made = [f"{node.output[0]}.{part}" for part in ("mean", "variance")]
+            found |= dict(zip(node.input[3:5], made, strict=True))
+            nodes += _statistics(node.input[0], *made)
+            node.input[3:5] = made
+        nodes.append(node)
+    if not found:
+        return
+    del probe.graph.node[:]
+    probe.graph.node.extend(nodes)
+    probe.graph.output.extend(onnx.ValueInfoProto(name=name) for name in found.values())
+    onnx.save(probe, path)
+    runtime = common.session(path)
+    values = runtime.run(list(found.values()), common.random_feeds(runtime.get_inputs()))
     weights = {i.name: i for i in model.graph.initializer}
-    for norm in [n for n in model.graph.node if n.op_type == "BatchNormalization"]:
-        model.graph.output.append(onnx.ValueInfoProto(name=norm.input[0]))
-        onnx.save(model, path)
-        runtime = common.session(path)
-        (value,) = runtime.run([norm.input[0]], common.random_feeds(runtime.get_inputs()))
-        model.graph.output.pop()
-        mean, variance = value.mean((0, 2, 3)), value.var((0, 2, 3))
-        for name, fresh in ((norm.input[3], mean), (norm.input[4], variance + 0.1 * variance.mean())):
-            weights[name].CopyFrom(numpy_helper.from_array(fresh, name))
+    for name, value in zip(found, values, strict=True):
+        weights[name].CopyFrom(numpy_helper.from_array(value, name))
+
+
+def _statistics(value: str, mean: str, variance: str) -> list[onnx.NodeProto]:
+    """Return nodes of opset 9 that compute the mean of each channel of an image, and its variance, a little enlarged."""
+    node, ends = onnx.helper.make_node, {"axes": [0, 2, 3]}
+    return [
+        node("ReduceMean", [value], [f"{mean}.kept"], **ends),
+        node("Squeeze", [f"{mean}.kept"], [mean], **ends),
+        node("Sub", [value, f"{mean}.kept"], [f"{mean}.centred"]),
+        node("Mul", [f"{mean}.centred"] * 2, [f"{mean}.squares"]),
+        node("ReduceMean", [f"{mean}.squares"], [f"{variance}.exact"], **ends, keepdims=0),
+        node("ReduceMean", [f"{variance}.exact"], [f"{variance}.mean"]),
+        node("Constant", [], [f"{variance}.tenth"], value=numpy_helper.from_array(np.float32([0.1]))),
+        node("Mul", [f"{variance}.mean", f"{variance}.tenth"], [f"{variance}.more"]),
+        node("Add", [f"{variance}.exact", f"{variance}.more"], [variance]),
+    ]
+
+
+def _save_beside(model: onnx.ModelProto, path: Path) -> None:
+    """Save a model with its weights in a file beside it, named as the model without the mark of a draft."""
+    location = f"{path.stem.removeprefix('draft-')}.data"
+    path.with_name(location).unlink(missing_ok=True)
+    onnx.save(model, path, save_as_external_data=True, location=location, size_threshold=1024)
 
 
 def _roles(graph: onnx.GraphProto) -> dict[str, str]:
@@ -166,9 +198,7 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
 
 def external(source: Path, path: Path) -> None:
     """Move the weights to a data file."""
-    location = f"{path.stem.removeprefix('draft-')}.data"
-    path.with_name(location).unlink(missing_ok=True)
-    onnx.save(onnx.load(source), path, save_as_external_data=True, location=location, size_threshold=1024)
+    _save_beside(onnx.load(source), path)
 
 
 def overridable(source: Path, path: Path) -> None:
@@ -221,16 +251,18 @@ VARIANTS: list[tuple[str, Transform, str]] = [
 ]  # fmt: skip
 
 
-def light_jobs() -> Iterator[common.Job]:
-    """List the light models: as they are, with random weights, and in other opsets."""
+def light_jobs(folder: Path) -> Iterator[common.Job]:
+    """List the light models with random weights: as initializers, in Constant nodes, and in other opsets.
+
+    The weights of a model are written once, beside its first form, which the others are made from and refer to.
+    """
     for source in sorted(LIGHT.glob("light_*.onnx")):
         name = source.stem.removeprefix("light_")
-        forms: dict[str, Transform] = {f".opset{o}": partial(convert, opset=o) for o in LIGHT_OPSETS}
-        forms |= {"": shutil.copy}
-        if name not in HUGE:
-            forms |= {".random": fill}
-        for suffix, transform in forms.items():
-            yield common.Job(f"{name}.light{suffix}", name.rstrip("_v0123456789"), partial(transform, source))
+        filled = folder / f"{name}.light.random.onnx"
+        forms: dict[str, Callable[[Path], None]] = {".random": partial(fill, source), "": partial(constants, filled)}
+        forms |= {f".opset{o}": partial(convert, filled, opset=o) for o in LIGHT_OPSETS}
+        for suffix, build in forms.items():
+            yield common.Job(f"{name}.light{suffix}", name.rstrip("_v0123456789"), build)
 
 
 def variant_jobs(zoo: Path) -> Iterator[common.Job]:
@@ -246,7 +278,7 @@ def main() -> None:
     """Derive the variants selected by the command line."""
     args = common.arguments(__doc__, exporter=["light", "variants"])
     if args.exporter != "variants":
-        common.run(light_jobs(), args, exporter="light", version=onnx.__version__)
+        common.run(light_jobs(args.out / "light"), args, exporter="light", version=onnx.__version__)
     if args.exporter != "light":
         common.run(variant_jobs(args.out), args, exporter="variants", version=ort.__version__)
 

@@ -218,6 +218,21 @@ class Atoms:
         a, b = _same_width(self.parts(left), self.parts(right))
         return bool((np.sort(a, axis=1) == np.sort(b, axis=1)).all())
 
+    def are_as_long(self, left: Axis, right: Axis) -> bool:
+        """Return whether two axes have the same size whatever is removed: the same indices, in any order.
+
+        >>> atoms = Atoms()
+        >>> pairs = atoms.fresh(3)
+        >>> halves, neighbours = np.tile(pairs, 2), np.repeat(pairs, 2)
+        >>> atoms.are_as_long(halves, neighbours), atoms.are_alike(halves, neighbours)
+        (True, False)
+        """
+        if len(left) != len(right):
+            return False
+        rows = [np.sort(parts, axis=1) for parts in _same_width(self.parts(left), self.parts(right))]
+        a, b = (own[np.lexsort(own.T)] for own in rows)
+        return bool((a == b).all())
+
     def origin(self, axis: Axis) -> Axis:
         """Return a number per index: equal for atoms (first parts of composites) allocated by the same call."""
         return np.asarray(self._origin[self.parts(axis)[:, 0]])

@@ -19,6 +19,7 @@ from cpd_onnx.channels.constraints import (
     freeze_ungrouped,
 )
 from cpd_onnx.channels.groups import Combed, Swept, Weight, WeightUse, grouped, is_vector
+from cpd_onnx.channels.weights import weight_array
 from cpd_onnx.ir.model import ModelSource, attributes_of, bodies_of, load, translate_errors
 from cpd_onnx.ops.evaluate import Call
 from cpd_onnx.ops.traits import traits_of
@@ -379,11 +380,22 @@ class _Sweep:
                 self.atoms.unite(left, right)
 
     def result(self, body: Scope, name: str) -> Tensor | None:
-        """Return an output of a body; a weight returned directly is frozen, as no input slot takes it."""
+        """Return an output of a body; a weight returned directly is frozen, unless it is returned alone and is zero."""
         tensor = self.get(body, name)
-        if tensor is not None and tensor.value.weight is not None and (body.path, name) not in self.tensors:
+        if tensor is None or tensor.value.weight is None or (body.path, name) in self.tensors:
+            return tensor
+        is_alone = name in body.values and name not in body.consumers and not body.function
+        if is_alone and self.is_zero(tensor.value, body):
+            tensor = Tensor(tensor.value, self.fresh_axes(tensor.value))
+            self.put(body, name, tensor)
+            self.recorder.returned.append((body, tensor))
+        else:
             self.freeze(tensor, _flow("is an output of a subgraph"))
         return tensor
+
+    def is_zero(self, value: Value, scope: Scope) -> bool:
+        """Return whether no element of a floating-point weight differs from zero: masked, it is the same."""
+        return value.dtype in FLOATS and not weight_array(self.folded.model, Weight(value, scope, (), False)).any()
 
     def same(self, tensor: Tensor, results: Sequence[Tensor | None], reason: Reason) -> None:
         """Unite the axes of `results`, and give them to `tensor`; freeze those that differ, or all if the ranks do."""

@@ -188,7 +188,7 @@ def _one_round(swept: Swept) -> bool:
             changed |= _dynamic_list(swept, size_use, value, sharing)
     for axes in sharing.values():
         for other in axes[1:]:
-            if not atoms.are_alike(axes[0], other):
+            if not atoms.are_as_long(axes[0], other):
                 atoms.unite(axes[0], other)
                 changed = True
     return changed
@@ -198,6 +198,8 @@ def _uneditable(size_use: SizeUse, value: Value | None) -> Reason | None:
     node = size_use.scope.nodes[size_use.node]
     if size_use.scope.function:
         return _about(node, "names this size in a function that several nodes may call")
+    if value is not None and value.weight is not None:
+        return None  # whatever its size, it is read when it is rewritten
     if value is not None and value.value is None:
         return _about(node, "names this size in an operand computed from data")
     if value is not None and not value.is_static and not size_use.per_element:
@@ -246,7 +248,7 @@ def _follow(swept: Swept, element: Element, factors: Sequence[tuple[Value, int]]
     axis = atoms.product(*axes)
     if len(axis) != len(element.axis):
         return _freeze(atoms, element.axis, Reason("structure", "", "does not have the size that is computed for it"))
-    if atoms.are_alike(axis, element.axis):
+    if atoms.are_as_long(axis, element.axis):
         return False
     atoms.unite(axis, element.axis)
     return True

@@ -29,8 +29,13 @@ MAX_ELEMENTS = 1 << 16
 a malicious ConstantOfShape cannot exhaust memory."""
 
 
+_MAX_COMPUTED = 1 << 20
+"""Largest number of elements that an elementwise operator is evaluated for. Heuristic: they take a millisecond, and a
+tensor of at most `MAX_ELEMENTS` at the first sizes may be larger at others."""
+
+
 class TooLarge(Exception):
-    """Raised if a result would have more than `MAX_ELEMENTS` elements."""
+    """Raised if a result would have more elements than are evaluated."""
 
 
 NOT_COMPUTED = (
@@ -112,13 +117,23 @@ def _plain(function: Callable[..., Any]) -> Evaluator:
     def applied(call: Call, *arrays: Array) -> Array:
         if "axis" in call.attributes:  # until opset 6, that of the first operand's axes with which the second begins
             raise NotImplementedError
+        _check_broadcast(arrays)
         return np.asarray(function(*arrays))
 
     return applied
 
 
 def _repeated(function: Callable[..., Any]) -> Evaluator:
-    return lambda call, *arrays: np.asarray(functools.reduce(function, arrays))
+    def applied(call: Call, *arrays: Array) -> Array:
+        _check_broadcast(arrays)
+        return np.asarray(functools.reduce(function, arrays))
+
+    return applied
+
+
+def _check_broadcast(arrays: Sequence[Array]) -> None:
+    if math.prod(np.broadcast_shapes(*map(np.shape, arrays))) > _MAX_COMPUTED:
+        raise TooLarge
 
 
 EVALUATORS |= {name: _plain(function) for name, function in _ELEMENTWISE.items()}

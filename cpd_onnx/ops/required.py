@@ -137,6 +137,15 @@ def _block_matmul(call: Call, shapes: Sequence[Any], values: Sequence[Any]) -> I
     yield shapes[0][-1], call.attributes["K"]
 
 
+@_of(MICROSOFT, "QuantizeLinear", "DequantizeLinear")
+@_of("", "QuantizeLinear", "DequantizeLinear")
+def _quantizer(call: Call, shapes: Sequence[Any], values: Sequence[Any]) -> Iterator[Pair]:
+    """Yield the sizes of an axis and of the scales along it; blocks and single scales fit any size."""
+    x, scale = shapes[:2]
+    if len(scale) == 1 and scale[0] != 1 and len(x) > 1:
+        yield x[call.get("axis", 1)], scale[0]
+
+
 @_of(MICROSOFT, "FusedGemm")
 @_of("", "Gemm")
 def _gemm(call: Call, shapes: Sequence[Any], values: Sequence[Any]) -> Iterator[Pair]:

@@ -15,8 +15,8 @@ from cpd_onnx.algebra.atoms import Mask
 from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.channels.branches import Branches, branches, gone_groups, with_last
 from cpd_onnx.channels.constraints import Element, elements, is_number, operand_value
-from cpd_onnx.channels.groups import Combed, Weight
-from cpd_onnx.channels.weights import lazy_weight
+from cpd_onnx.channels.groups import ALL_ROWS, Combed, Weight
+from cpd_onnx.channels.weights import lazy_weight, weight_array
 from cpd_onnx.errors import REPORT_BUG, PlanError, ProofError
 from cpd_onnx.ir.interface import Kept, record
 from cpd_onnx.ir.model import Array, Lazy, Model, drop_attribute, map_lazy, set_attribute
@@ -155,6 +155,7 @@ class _Rewriter(Editor):
                 self.rewrite_use(size_use)
         self.rewrite_constants()
         self.slice_weights()
+        self.slice_returned()
         self.update_value_info()
         while self.replace_computed(Arithmetic(self.combed, self.keep, self, self.found.dead)):
             pass
@@ -189,7 +190,9 @@ class _Rewriter(Editor):
                 self.log("operand", self.slot_name(size_use), f"absent -> {new.tolist()}")
         else:
             key = (id(size_use.scope), size_use.node, size_use.slot)
-            old = self.operands.get(key, value.value)
+            stored = self.combed.weight_of.get(value)
+            held = value.value if stored is None else weight_array(self.combed.folded.model, stored)
+            old = self.operands.get(key, held)
             self.operands[key] = size_use.rewrite(self.keep, old)
             self.log("operand", self.slot_name(size_use), f"{_short(old)} -> {_short(self.operands[key])}")
 
@@ -270,6 +273,17 @@ class _Rewriter(Editor):
                 variants.arrays.insert(0, lazy_weight(self.combed.folded.model, weight))
                 variants.uses.insert(0, [])
             self.store(weight, variants)
+
+    def slice_returned(self) -> None:
+        """Slice the weights that a subgraph returns as they are."""
+        for scope, tensor in self.combed.recorder.returned:
+            axes = tensor.axes or []
+            if any(map(self.keep.shrinks, axes)):
+                weight = Weight(tensor.value, scope, (), False)
+                old, masks = lazy_weight(self.combed.folded.model, weight), [[self.keep.mask(axis) for axis in axes]]
+                new = _compressed(old, [ALL_ROWS], masks)
+                self.replace(tensor.value, scope, new)
+                self.log("weight", weight.name, f"{list(old.shape)} -> {list(new.shape)}")
 
     def variants(self, weight: Weight) -> _Variants | None:
         """Return the arrays that the uses of a weight need; None if all need the original."""

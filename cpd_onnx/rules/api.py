@@ -248,6 +248,7 @@ class Recorder:
             with the name of the node that divides them.
         divided: Weights whose rows are divided into equal blocks with columns of their own: the atoms of the columns
             of each block, by `rows_and_columns` of the weight. The axis of the columns has those of the first block.
+        returned: Weights without a use that a subgraph returns, with the graph that holds each.
 
     """
 
@@ -267,6 +268,7 @@ class Recorder:
     grouped: dict[tuple[str, int], tuple[Axis, Axis, int]] = field(default_factory=dict)
     balanced: list[tuple[Axis, int, str]] = field(default_factory=list)
     divided: dict[tuple[Fingerprint, Fingerprint], tuple[Axis, ...]] = field(default_factory=dict)
+    returned: list[tuple[Scope, Tensor]] = field(default_factory=list)
 
     @cached_property
     def size_slots(self) -> set[tuple[str, int, int]]:

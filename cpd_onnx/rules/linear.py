@@ -6,10 +6,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from cpd_onnx.algebra.atoms import Axis
+from cpd_onnx.algebra.keep import KeepMask
+from cpd_onnx.ir.model import Array
 from cpd_onnx.ops.shapes_contrib import batched_order
 from cpd_onnx.rules.api import BLOCK_BYTES, FLOATS, KERNEL_EXTENT, GiveUp, Op, Quantized, Tensor, rule
 from cpd_onnx.rules.elementwise import MICROSOFT, broadcast, freeze_rest, per_channel
@@ -355,10 +358,12 @@ def matmul_nbits(op: Op) -> None:
     """MatMul with packed weights (N, K / block, bytes of a block): N shrinks index by index, K block by block.
 
     The last block may be shorter. Scales and zero points have one number per block, and rank one or two. Zero points
-    may share a byte; their blocks are removed together.
+    may share a byte: stored ones are packed again, the blocks of others are removed together.
     """
     a, block, count = op.input(0), op.get("block_size"), -(-op.get("K") // op.get("block_size"))
     shared = _blocks_of_a_byte(op, count)
+    is_repacked = shared > 1 and op.input(3).value.weight is not None
+    shared = 1 if is_repacked else shared
     rows, bytes_ = op.atoms.fresh(op.get("N")), op.atoms.fresh(-(-count // (shared or count)))
     blocks = op.atoms.repeated(bytes_, shared or count)[:count]
     op.recorder.is_rounding |= op.get("accuracy_level", 0) == 4
@@ -372,7 +377,12 @@ def matmul_nbits(op: Op) -> None:
         op.attribute_size("K", a[-1])
     _packed(op, op.input(1), rows, blocks)
     _packed(op, op.input(2), rows, blocks)
-    if op.has(3):
+    if is_repacked:
+        first, *rest = op.input(3).axes or []
+        op.unite(first, op.atoms.repeated(rows, len(first) // len(rows)))
+        op.freeze_all(rest, BLOCK_BYTES)
+        op.use_size(3, (rows, blocks), partial(_repacked, rows=rows, blocks=blocks, bits=op.get("bits", 4)))
+    elif op.has(3):
         _packed(op, op.input(3), rows, bytes_)
     freeze_rest(op, 4, but=(5,))
     if op.has(5):
@@ -417,6 +427,16 @@ def _blocks_of_a_byte(op: Op, blocks: int) -> int:
     stored = math.prod(op.input(3).shape) // op.get("N") if op.has(3) else blocks
     shared = 1 if stored == blocks else 8 // op.get("bits", 4)
     return shared if -(-blocks // shared) == stored else 0
+
+
+def _repacked(keep: KeepMask, old: Array, *, rows: Axis, blocks: Axis, bits: int) -> Array:
+    """Return the zero points of the rows and blocks that survive, as many in a byte as before; the first is lowest."""
+    places = (bits * np.arange(8 // bits)).astype(old.dtype)
+    numbers = old.reshape(len(rows), -1, 1) >> places & old.dtype.type(2**bits - 1)
+    numbers = numbers.reshape(len(rows), -1)[:, : len(blocks)][keep.mask(rows)][:, keep.mask(blocks)]
+    padded = np.pad(numbers, ((0, 0), (0, -numbers.shape[1] % len(places))))
+    packed: Array = np.bitwise_or.reduce(padded.reshape(len(numbers), -1, len(places)) << places, axis=2)
+    return packed.reshape(-1) if old.ndim == 1 else packed
 
 
 def _packed(op: Op, tensor: Tensor, rows: Axis, blocks: Axis) -> None:

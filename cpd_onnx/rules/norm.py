@@ -150,9 +150,9 @@ def mean_variance(op: Op) -> None:
 
 @rule("LRN")
 def lrn(op: Op) -> None:
-    """Divide each channel by its neighbours: their order matters."""
+    """Divide each channel by the sum of its neighbours' squares, which then are those that survive."""
     x = op.input(0)
-    op.freeze(x[1], "mixes neighbouring channels")
+    op.reduce(x[1])
     op.set(x.axes or [])
 
 

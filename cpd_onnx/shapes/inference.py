@@ -115,7 +115,7 @@ def fold(
         weights = evaluate_weights(model, found.scope) if evaluates else None
         if weights is None:
             return found
-        return replace(_best_inferred(weights.model, shapes, bound, like), evaluated=weights, source=model)
+        return replace(_best_inferred(weights.model, shapes, bound, found), evaluated=weights, source=model)
 
 
 def fold_again(folded: Folded, model: Model, numbers: Mapping[str, int] | None = None) -> Folded:
@@ -182,7 +182,8 @@ def _of_best_profile(
 ) -> tuple[_Inference, Folded]:
     """Return the inference of the profile that leaves fewest operators unknown, the earliest in order, and its result.
 
-    The profile with the number `first` comes before all others.
+    The profile with the number `first` comes before all others. Where a profile shows that operators require sizes that
+    are not known yet, no other is tried: what is unknown may follow from them.
     """
     best: tuple[_Inference, Folded] | None = None
     count = len(SIZE_PROFILES) if has_open_inputs(model) and not input_shapes else 1
@@ -196,7 +197,7 @@ def _of_best_profile(
             continue  # products of its sizes, which are larger, are not credible
         if best is None or len(folded.unknown) < len(best[1].unknown):
             best = inference, folded
-        if not best[1].unknown:
+        if not best[1].unknown or solved(best[0].equations).keys() - known.keys():
             break
     assert best is not None
     return best

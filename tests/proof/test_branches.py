@@ -106,3 +106,27 @@ def test_inputs_that_reach_a_branch_show_something_where_others_than_zeros_do() 
     found = proof(from_text(text))
     assert found.verdict == VERIFIED
     assert "the then branch of If 'a' and the else branch of If 'a' were each compared" in found.notes
+
+
+RETURNED = """(float[{batch}, 6] x, bool xflag, float[6, 8] k, float[8, 4] v) => (float[p, 4] y) {{
+    h = If (xflag) <then_branch = with () => (h1) {{ h1 = Constant <value = float[{rows}, 8] {{{values}}}>() }},
+        else_branch = without () => (h2) {{ a2 = MatMul(x, k) h2 = Relu(a2) }}>
+    y = MatMul(h, v)
+}}"""
+"""A branch that returns a constant where the other computes channels."""
+
+
+@pytest.mark.parametrize(
+    ("batch", "rows", "value", "groups"), [("n", 0, "", 1), ("2", 2, "0", 1), ("2", 2, "1", 0)], ids=["empty", "0", "1"]
+)
+def test_a_constant_that_a_branch_returns_loses_channels_if_it_is_zero(
+    batch: str, rows: int, value: str, groups: int
+) -> None:
+    values = ", ".join([value] * 8 * rows)
+    model = from_text(RETURNED.format(batch=batch, rows=rows, values=values))
+    assert len(comb(cpd.load(model)).groups) == groups
+    if groups:
+        combed, keep, small = pruned(model)
+        (branch,) = (a.g for node in small.graph.node for a in node.attribute if a.name == "then_branch")
+        assert list(branch.node[0].attribute[0].t.dims) == [rows, 4]
+        assert verify(combed, keep, small).verdict == VERIFIED

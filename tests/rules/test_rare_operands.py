@@ -61,7 +61,7 @@ FOLLOWED: list[tuple[str, int, str, list[str], dict[str, Any]]] = [
         f"{NBITS}, uint8[16, 4, 8] q, float[64] s, uint8[32] z, float[16, 5] v) => (float[2, 4, 5] y) "
         f"{{ {DENSE} a = com.microsoft.MatMulNBits <K = 64, N = 16, bits = 4, block_size = 16>(h, q, s, z) "
         f"y = MatMul(a, v) }}",
-        ["16: s.0 v.0", "2: s.0 w.1"], {},
+        ["16: s.0 v.0", "4: s.0 w.1"], {},
     ),
     (
         "blocks of which the last is shorter", 17,
@@ -75,7 +75,14 @@ FOLLOWED: list[tuple[str, int, str, list[str], dict[str, Any]]] = [
         f"(float[2, 4, 6] x, float[6, 40] w, uint8[16, 3, 8] q, float[48] s, uint8[32] z, float[16, 5] v) => (float[2, 4, 5] y) "
         f"{{ {DENSE} a = com.microsoft.MatMulNBits <K = 40, N = 16, bits = 4, block_size = 16>(h, q, s, z) "
         f"y = MatMul(a, v) }}",
-        ["16: s.0 v.0", "2: s.0 w.1"], {},
+        ["16: s.0 v.0", "3: s.0 w.1"], {},
+    ),
+    (
+        "blocks whose zero points are one byte", 17,
+        "(float[2, 4, 6] x, float[6, 64] w, uint8[16, 2, 16] q, float[16, 2] s, uint8[16, 1] z, float[16, 5] v) "
+        f"=> (float[2, 4, 5] y) {{ {DENSE} a = com.microsoft.MatMulNBits <K = 64, N = 16, bits = 4, block_size = 32>"
+        f"(h, q, s, z) y = MatMul(a, v) }}",
+        ["16: s.0 v.0", "2: s.1 w.1"], {},
     ),
     (
         "blocks and a bias", 17,
@@ -191,12 +198,6 @@ HELD: list[tuple[str, int, str, str, dict[str, Any]]] = [
         "(float[2, 4, 6] x, float[6, 24] w, uint8[5, 1, 16] q, float[5] s) => (float[2, 4, 5] y) "
         f"{{ {DENSE} y = com.microsoft.MatMulNBits <K = 24, N = 5, bits = 4, block_size = 32>(h, q, s) }}",
         "quantises this axis in one block", {},
-    ),
-    (
-        "packed blocks whose zero points are one byte", 17,
-        "(float[2, 4, 6] x, float[6, 64] w, uint8[5, 2, 16] q, float[10] s, uint8[5] z) => (float[2, 4, 5] y) "
-        f"{{ {DENSE} y = com.microsoft.MatMulNBits <K = 64, N = 5, bits = 4, block_size = 32>(h, q, s, z) }}",
-        "quantises this axis in blocks whose zero points share one byte", {},
     ),
     ("resize of opset 10", 10, f"{HEAD}, float[4] s) => (float[2, 5, 16, 16] y) {{ {STEM} a = Resize(h, s) {LAST} }}", "resamples", {"s": [1, 1.12, 2, 2]}),
     ("upsample", 9, f"{HEAD}, float[4] s) => (float[2, 5, 16, 16] y) {{ {STEM} a = Upsample(h, s) {LAST} }}", "resamples", {"s": [1, 1.12, 2, 2]}),

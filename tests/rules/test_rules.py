@@ -156,7 +156,12 @@ TABLE: list[tuple[str, int, str, list[str], dict[str, Any]]] = [
         ["6: v.0 w.0"], {},
     ),
     ("lp norm", 17, f"{MLP}) => (float[2, 4, 5] y) {{ h = MatMul(x, w) a = LpNormalization <axis = -1>(h) y = MatMul(a, v) }}", ["12: v.0 w.1"], {}),
-    ("lrn", 17, f"{HEAD}) => (float[2, 5, 8, 8] y) {{ h = {CONV}(x, w) a = LRN <size = 3>(h) y = {CONV}(a, v) }}", [], {}),
+    (
+        "lrn", 17,
+        "(float[2, 3, 8, 8] x, float[8, 3, 1, 1] w, float[6, 8, 1, 1] u, float[5, 6, 1, 1] v) => (float[2, 5, 8, 8] y) "
+        "{ h = Conv(x, w) a = LRN <size = 3>(h) b = Conv(a, u) r = Relu(b) y = Conv(r, v) }",
+        ["6: u.0 v.1", "8: u.1 w.0"], {},
+    ),
     ("softmax", 17, f"{MLP}) => (float[2, 4, 5] y) {{ h = MatMul(x, w) a = Softmax(h) y = MatMul(a, v) }}", [], {}),
     (
         "pools", 17,

@@ -111,6 +111,13 @@ PRUNED = {
         f"{ints('shape', 1, 1, 8)} table = ConstantOfShape <value = float[1] {{0.5}}>(shape) {ints('shape2', 1)} "
         f"g = Add(c, table) y = MatMul(g, v) }}"
     ),
+    "halves shaped as neighbours by the size of halves": (
+        "(float[n, t, 6] x, float[6, 16] k, float[16, 4] v, float[900, 16] table) => (float[] y) { c = MatMul(x, k) "
+        f"{sizes(b=1)} {ints('o', 0)} {ints('e', 8)} {ints('f', 16)} {ints('one', 1)} {ints('two', 2)} "
+        f"g = Slice(table, o, b) l = Slice(g, o, e, one) h = Slice(g, e, f, one) ul = Unsqueeze(l, two) "
+        f"uh = Unsqueeze(h, two) cl = Concat <axis = 2>(ul, ul) ch = Concat <axis = 2>(uh, uh) sg = Shape(g) "
+        f"rl = Reshape(cl, sg) rh = Reshape(ch, sg) ml = Mul(c, rl) mh = Mul(c, rh) m = Add(ml, mh) y = MatMul(m, v) }}"
+    ),
 }  # fmt: skip  # a table
 
 

@@ -10,6 +10,7 @@ import cpd_onnx as cpd
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.ops.sizes import floor_divided, symbol
 from cpd_onnx.runtime.sessions import execute, open_model
+from cpd_onnx.shapes import inference
 from cpd_onnx.shapes.inference import fold
 from cpd_onnx.shapes.solving import solved
 from tests.support.models import from_text
@@ -54,6 +55,11 @@ CASES = {
         "{ a = Conv <strides = [2, 2], pads = [1, 1, 1, 1]>(x, k) p = MaxPool <kernel_shape = [2, 2], strides = [2, 2]>"
         "(a) f = Flatten(p) g = Gemm(f, d) r = Relu(g) y = MatMul(r, e) }",
         {"h": 16, "w": 16},
+    ),
+    "a length by the scales along it": (
+        "(float[n, t, 6] x, float[6, 8] k, float[16] s, uint8[16] z, float[8, 4] v) => (float[] y) { a = MatMul(x, k) "
+        "q = QuantizeLinear <axis = 1>(a, s, z) d = DequantizeLinear <axis = 1>(q, s, z) y = MatMul(d, v) }",
+        {"t": 16},
     ),
     "height and width by a table, in quantised operators": (QUANTIZED_VIT, {"c": 3, "h": 28, "w": 28}),
     "a batch that a target leaves out, beside an open length": (
@@ -357,3 +363,13 @@ def test_the_rest_of_a_division_is_what_its_reader_requires() -> None:
     assert combed.folded.scope.values["r"].has_fixed(2)
     assert sorted(map(len, combed.groups)) == [10, 12]
     assert cpd.run("comb, score{kind='l2'}, allocate{macs=0.5}, prune, verify", model).verification.passed
+
+
+def test_required_sizes_are_found_before_others_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[int] = []
+    run = inference._Inference.run
+    monkeypatch.setattr(inference._Inference, "run", lambda self: (runs.append(self.profile), run(self))[1])
+    folded = fold(cpd.load(from_text(VIT)))
+    assert folded.solved == {"c": 3, "h": 28, "w": 28}
+    assert not folded.unknown
+    assert len(runs) <= 3, "one inference finds what is required, the next needs no other sizes"
