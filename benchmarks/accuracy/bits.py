@@ -115,7 +115,7 @@ def show(rows: list[dict[str, Any]], loss: float) -> None:
     print("| model | how | original | score | file | latency |\n|---|---|---|---|---|---|")
     for model, how in dict.fromkeys((row["model"], row["how"]) for row in rows):
         found = [row for row in rows if row["model"] == model and row["how"] == how]
-        within = [row for row in found if row["original"][0] - row["score"][0] <= loss]
+        within = [row for row in found if row["original"][0] - row["score"][0] <= loss + 1e-9]
         if not within:
             print(f"| {model} | {how} | {100 * found[0]['original'][1]:.2f} | none | | |")
             continue

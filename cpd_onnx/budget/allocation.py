@@ -14,7 +14,7 @@ import numpy as np
 
 from cpd_onnx.algebra.atoms import NOTHING, Axis
 from cpd_onnx.algebra.keep import KeepMask
-from cpd_onnx.budget.deployed import STORED, bits_in, file_terms, flash_terms
+from cpd_onnx.budget.deployed import STORED, few_bits, file_terms, flash_terms
 from cpd_onnx.budget.knapsack import Cost, Counts, solve
 from cpd_onnx.budget.latency import CostTable
 from cpd_onnx.budget.memory import MemoryModel
@@ -72,7 +72,7 @@ class Budget(metaclass=Renaming):
         also: Further costs, by kind, and the fraction of the original that may remain of each.
         is_limit: Whether the fractions must not be exceeded; otherwise the nearest widths may lie above them.
         stored_as: Element type of the deployed model, "int8" or "float16", for the kinds "flash" and "ram", or that of
-            weights in few bits, such as "4 bits", for the kind "bytes"; empty for that of the file.
+            weights in few bits, see `FewBits`, for the kind "bytes"; empty for that of the file.
 
     """
 
@@ -90,7 +90,7 @@ class Budget(metaclass=Renaming):
             Target(kind, fraction)
         if self.policy not in POLICIES:
             raise TargetError(f"unknown policy {self.policy!r}: choose one of {', '.join(POLICIES)}")
-        if self.stored_as not in ("", *STORED) and bits_in(self.stored_as) is None:
+        if self.stored_as not in ("", *STORED) and few_bits(self.stored_as) is None:
             raise TargetError(f"a model is deployed as one of {', '.join(STORED)}, got {self.stored_as!r}")
 
     @property
@@ -282,8 +282,9 @@ class Prices:
         self.table = table
         self.multiples: Mapping[int, int] | None = None if table is None else table.multiples(combed)
         more: dict[str, Sequence[Term] | Peak] = {"latency": table.terms(combed)} if table is not None else {}
-        bits, program = bits_in(stored_as), "" if bits_in(stored_as) else stored_as
-        if bits and "bytes" in kinds:
+        bits = few_bits(stored_as)
+        program = stored_as if bits is None else ""
+        if bits is not None and "bytes" in kinds:
             more["bytes"] = file_terms(combed, bits)
         if "flash" in kinds:
             more["flash"] = flash_terms(combed, program)

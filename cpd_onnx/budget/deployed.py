@@ -8,7 +8,9 @@ weighs is the target `bytes`, which counts weights in few bits where `deploy --w
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from onnx import NodeProto, TensorProto
 
@@ -38,47 +40,52 @@ FEWEST = 256
 take (heuristic)."""
 _SCALE = 4.0
 """Bytes of the float32 scale of each output of a weight in few bits."""
-_NODES, _NAMES = 130.0, 9.0
-"""Bytes in the file of the nodes and tensors that a weight in few bits has besides, and those for each letter of its
-name."""
-_IN_BITS = " bits"
+_FEW_BITS = re.compile(r"([0-9.]+) bits and ([0-9]+) B")
 _BIAS = 4.0
 """Bytes of each element of a quantised bias, an int32."""
 
 
-def bits_text(bits: float) -> str:
-    """Return how weights of that many bits are named beside `STORED`: "4 bits", or a mean such as "4.3 bits"."""
-    return f"{bits:.3g}{_IN_BITS}"
+@dataclass(frozen=True)
+class FewBits:
+    """How a file stores weights in few bits, as text beside the types in `STORED`.
 
-
-def bits_in(stored_as: str) -> float | None:
-    """Return the number of bits of weights that are stored in few; None for the types in `STORED`.
-
-    >>> bits_in("4 bits"), bits_in("int8")
-    (4.0, None)
+    Attributes:
+        mean: Mean number of bits of these weights.
+        rest: Bytes of the file besides its weights and their scales: nodes, names and descriptions.
     """
-    number = stored_as.removesuffix(_IN_BITS)
-    is_number = stored_as.endswith(_IN_BITS) and number.replace(".", "", 1).isdigit()
-    return float(number) if is_number else None
+
+    mean: float
+    rest: float = 0.0
+
+    def __str__(self) -> str:
+        """Return the text, as in "4 bits and 20148 B"."""
+        return f"{self.mean:.6g} bits and {self.rest:.0f} B"
 
 
-def file_terms(combed: Combed, bits: float) -> list[Term]:
+def few_bits(stored_as: str) -> FewBits | None:
+    """Return what a text says of weights in few bits; None for the types in `STORED`.
+
+    >>> few_bits("4 bits and 20148 B"), few_bits("int8")
+    (FewBits(mean=4.0, rest=20148.0), None)
+    """
+    found = _FEW_BITS.fullmatch(stored_as)
+    return None if found is None else FewBits(*map(float, found.groups()))
+
+
+def file_terms(combed: Combed, stored: FewBits) -> list[Term]:
     """Return the bytes of the folded file with weights in few bits as a sum over products of axes."""
-    model, absorbed = combed.folded.model, _Absorbed(combed.folded)
-    rest = float(model.data_bytes() + model.proto.ByteSize())
-    terms: list[Term] = []
+    absorbed = _Absorbed(combed.folded)
+    terms: list[Term] = [(stored.rest, ())]
     for weight in combed.weights:
         axes, size = tuple(weight.axes[0]), element_bytes(weight.value.dtype)
-        rest -= size * math.prod(weight.shape)
         if absorbed.holds(weight):
             continue
         place = _output_axis(weight) if weight.value.dtype == TensorProto.FLOAT and not weight.is_vector else None
         if place is None or math.prod(weight.shape) < FEWEST:
             terms.append((size, axes))
-            continue
-        terms += [(bits / 8, axes), (_SCALE, (axes[place],))]
-        rest += _NODES + _NAMES * len(weight.value.name.encode())
-    return [*terms, (rest, ())]
+        else:
+            terms += [(stored.mean / 8, axes), (_SCALE, (axes[place],))]
+    return terms
 
 
 def element_size(dtype: int, stored_as: str) -> float:

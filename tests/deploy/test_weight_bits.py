@@ -14,7 +14,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from cpd_onnx.budget.deployed import bits_in, bits_text, file_terms, flash_terms
+from cpd_onnx.budget.allocation import Prices
+from cpd_onnx.budget.deployed import FewBits, few_bits, flash_terms
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.cli.main import main
 from cpd_onnx.data.sources import ArraySource
@@ -288,10 +289,12 @@ def test_a_target_of_bytes_counts_the_file_as_it_is_written() -> None:
     rng = np.random.default_rng(0)
     samples = ArraySource({"image": rng.standard_normal((64, 1, 8, 8)).astype(np.float32)})
     form = in_four_bits(model, samples, WeightBits())
-    written = len(form(model).serialize())
-    counted = sum(factor * np.prod([len(axis) for axis in axes]) for factor, axes in file_terms(comb(model), form.mean))
-    assert abs(counted - written) < 0.02 * written
-    assert bits_in(bits_text(form.mean)) == form.mean == 4
+    assert form.size_of(model) == len(form(model).serialize())
+    stored = FewBits(form.mean, 1234)
+    assert few_bits(str(stored)) == stored
+    full = Prices(comb(model), ("bytes",), stored_as=str(stored)).full("bytes")
+    held = sum(len(tensor.raw_data) for tensor in form(model).complete_proto().graph.initializer)
+    assert abs(full - 1234 - held) < 0.01 * held
 
 
 def test_a_program_has_the_weights_as_floats(kinds: Model, source: ArraySource) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from cpd_onnx.budget.allocation import Prices
-from cpd_onnx.budget.deployed import bits_text
+from cpd_onnx.budget.deployed import FewBits
 from cpd_onnx.budget.latency import LatencyProbe
 from cpd_onnx.budget.targets import Targets, targets_of
 from cpd_onnx.channels.combing import comb
@@ -100,19 +100,19 @@ def as_deployed(request: Compress, form: Form | None, model: Model) -> Compress:
         return request
     if isinstance(form, Precision):
         return replace(request, deploy_as=INTEGERS)
+    combed, kinds = comb(model, request.input_shapes), (_OF_THE_FILE,)
+    weights = Prices(combed, kinds, stored_as=str(FewBits(form.mean))).full(_OF_THE_FILE)
+    counted = replace(request, deploy_as=str(FewBits(form.mean, max(0.0, form.size_of(model) - weights))))
     if request.target is None:
-        return replace(request, deploy_as=bits_text(form.mean))
-    # What is the same whatever the widths, such as names, is predicted less well than the weights: correct it.
-    size, counted = float(model.data_bytes() + model.proto.ByteSize()), bits_text(form.mean)
-    predicted = Prices(comb(model, request.input_shapes), (_OF_THE_FILE,), stored_as=counted).full(_OF_THE_FILE)
-    more = predicted - form.size_of(model)
+        return counted
+    size = float(model.data_bytes() + model.proto.ByteSize())
     each = [
-        replace(target, amount=max(1.0, target.fraction_of(size) * size + more), unit="B")
-        if target.kind == _OF_THE_FILE
+        replace(target, amount=target.amount * size, unit="B")
+        if target.kind == _OF_THE_FILE and target.is_fraction
         else target
         for target in targets_of(request.target)
     ]
-    return replace(request, deploy_as=counted, target=str(Targets(tuple(each))))
+    return replace(counted, target=str(Targets(tuple(each))))
 
 
 def timed_form(form: Form | None) -> Precision | None:
