@@ -187,6 +187,8 @@ class Stream:
         """
         other = copy.copy(self)
         other._held, other._parts = list(self._held), Parts(self._folded, model)
+        if self._done == 0:  # inputs may have lost channels
+            other._held = [interface_of(model).taken(held) for held in self._held]
         other.keep_alive(self._parts.last)
         return other
 
@@ -283,10 +285,14 @@ def cuts_before(positions: Sequence[int], stream: Stream) -> dict[int, int]:
 def first_difference(folded: Folded, model: Model) -> int:
     """Return the position of the first node of which a copy of a model computes something else, or their number.
 
+    It is the first of all if inputs have lost channels.
+
     Args:
         folded: The model.
         model: A copy with the same nodes, in which weights and operands may have other sizes or values.
     """
+    if interface_of(model).kept != interface_of(folded.model).kept:
+        return 0
     old, new = Parts(folded, folded.model), Parts(folded, model)
     names = {tensor.name for tensor in model.graph.initializer}
     changed = {name for name in names if not folded.model.has(name) or _differs(folded.model, model, name)}

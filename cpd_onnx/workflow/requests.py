@@ -693,8 +693,7 @@ class Deploy(Evaluating, Saving):
     seed: int = option(Quantization.seed, "Seed of the random choice of samples", read=natural, group="int8")
     weight_bits: int | None = option(
         None,
-        "Store the weights of linear operators in 4 or 8 bits, fitted to --data, and compute with them in float32: the "
-        "file is smaller, and a run takes as long",
+        "Store weights in 4 or 8 bits, fitted to --data, and compute in float32",
         read=_bits,
         metavar="4|8",
         group="weights in few bits",

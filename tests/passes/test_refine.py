@@ -18,6 +18,7 @@ from cpd_onnx.channels.groups import Combed
 from cpd_onnx.data.sources import ArraySource
 from cpd_onnx.errors import TargetError
 from cpd_onnx.fitting.divergence import Divergence, is_nearer
+from cpd_onnx.io import progress
 from cpd_onnx.io.progress import ProgressEvent, reporting
 from cpd_onnx.ir.model import Model, load
 from cpd_onnx.passes.allocate import Allocate
@@ -111,7 +112,8 @@ def test_a_source_that_cannot_be_divided_leaves_the_choice_to_the_scores() -> No
     assert (found.curves, found.tried) == (None, 0)
 
 
-def test_a_run_compares_reports_and_says_so() -> None:
+def test_a_run_compares_reports_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_INTERVAL", 0.0)  # each step is reported, however fast it is
     events: list[ProgressEvent] = []
     model = two_branches()
     step = Iterate(macs=0.6, effort=3, samples=64, repair_samples=64)

@@ -55,7 +55,7 @@ def typed(*arguments: object) -> Any:
 
 EXAMPLES = {
     "natural": "7", "positive": "7", "integer": "-7", "loss_bound": "0.25", "above_zero": "0.5", "not_negative": "0.5", "ratio": "0.5",
-    "share": "0.5",
+    "share": "0.5", "_bits": "4",
     "int": "7", "str": "some", "Path": "some.file", "file": "some.onnx", "bounds": "head*=0.25..1", "target": "macs=0.7",
     "targets": "macs=0.7,0.4", "parse": "latency=5ms,flash=0.5", "steps": "auto16", "input_shape": "image:2,1,8,8", "height_width": "5,7",
 }  # fmt: skip  # a table
