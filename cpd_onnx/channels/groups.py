@@ -121,6 +121,28 @@ class Weight:
         return [use.axes for use in (self.uses if self.has_own_axes_per_use else self.uses[:1])]
 
 
+def is_mask(weight: Weight) -> bool:
+    """Return whether a constant is a mask: it is converted to Boolean, and has no other use.
+
+    It may be moved or resized before, without other numbers that depend on the inputs.
+    """
+    scope, made = weight.scope, [weight.value]
+    for value in made:
+        uses = scope.consumers.get(value.name, []) if weight.is_float and value.name not in scope.outputs else []
+        if not uses or any(use.scope is not scope for use in uses):
+            return False
+        for node in (scope.nodes[use.node] for use in uses):
+            inputs, outputs = ([scope.lookup(name) for name in names if name] for names in (node.input, node.output))
+            if not all(
+                v is not None and (v in made or v.dtype not in FLOATS or v.constants is not None) for v in inputs
+            ):
+                return False
+            if not all(v is not None and (v.dtype in FLOATS or v.dtype == TensorProto.BOOL) for v in outputs):
+                return False
+            made += [v for v in outputs if v is not None and v.dtype in FLOATS and v not in made]
+    return True
+
+
 def is_vector(value: Value) -> bool:
     """Return whether at most one axis of a tensor is longer than one."""
     return sum(size != 1 for size in value.shape or ()) <= 1
@@ -364,7 +386,7 @@ class Combed(Swept, Summarised):
         """Return the axes of trained weights that have frozen indices, with the reasons."""
         found: dict[tuple[str, int], Frozen] = {}
         for weight in self.weights:
-            if not weight.is_trained:
+            if not weight.is_trained or is_mask(weight):
                 continue
             for axes in weight.axes:
                 for axis, atoms in enumerate(axes):
@@ -377,7 +399,8 @@ class Combed(Swept, Summarised):
     def prunable_fraction(self) -> float:
         """Return the fraction of the trained weights that lie on a prunable axis.
 
-        Weights whose axes are all fixed by graph inputs and outputs alone are excluded, and so are tables of angles.
+        Weights whose axes are all fixed by graph inputs and outputs alone are excluded, and so are tables of angles and
+        masks.
         """
         prunable = total = 0.0
         for weight in self.weights:
@@ -385,7 +408,7 @@ class Combed(Swept, Summarised):
             if not weight.is_trained or weight.size <= 1:
                 continue
             frozen = float(np.prod([self.atoms.is_frozen(a).mean() for a in axes if len(a) > 1]))
-            if frozen == 1.0 and self._only_interface(axes):
+            if frozen == 1.0 and (self._only_interface(axes) or is_mask(weight)):
                 continue
             total += weight.size
             prunable += weight.size * (1.0 - frozen)

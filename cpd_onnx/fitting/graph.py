@@ -11,7 +11,7 @@ from onnx import NodeProto
 from cpd_onnx.fitting.stored import Scale
 from cpd_onnx.ir.model import Array, Model, attributes_of, constant_array
 from cpd_onnx.ir.tensors import held_type
-from cpd_onnx.ops.evaluate import EVALUATORS, Call
+from cpd_onnx.ops.evaluate import Call, compute_outputs
 from cpd_onnx.ops.quantized_view import Packing, level_of
 from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.rules.api import Quantized
@@ -94,14 +94,14 @@ class Graph:
         """Return zero points, which some exporters compute from their number."""
         found = self.constant(name) if name else None
         maker = self.maker(name) if found is None else None
-        evaluate = None if maker is None else EVALUATORS.get(maker.op_type)
-        if maker is None or evaluate is None:
+        if maker is None:
             return found
         values = [self.zero_points(each) for each in maker.input]
         known = [value for value in values if value is not None]
         if len(known) < len(values):
             return None
-        return np.asarray(evaluate(Call(attributes_of(maker), self.model.opset), *known))
+        outputs = compute_outputs(maker.op_type, Call(attributes_of(maker), self.model.opset), known)
+        return None if outputs is None else outputs[0]
 
     def kind(self, name: str) -> int:
         """Return the element type of an initializer or a Constant node (`onnx.TensorProto`); 0 for other tensors."""

@@ -156,6 +156,36 @@ def _clip(call: Call, array: Array, low: Array | None = None, high: Array | None
     return array
 
 
+@evaluator("QuantizeLinear")
+def _quantize(call: Call, array: Array, scale: Array, zero: Array | None = None) -> Array:
+    dtype = np.dtype(np.uint8) if zero is None else zero.dtype
+    if dtype.kind not in "iu" or (zero is None and call.get("output_dtype", 0)):
+        raise NotImplementedError
+    limits = np.iinfo(dtype)
+    whole = np.rint(array / _spread(call, array, scale)) + (0 if zero is None else _spread(call, array, zero))
+    return np.clip(whole, limits.min, limits.max).astype(dtype)
+
+
+@evaluator("DequantizeLinear")
+def _dequantize(call: Call, array: Array, scale: Array, zero: Array | None = None) -> Array:
+    whole = array.astype(scale.dtype)
+    if zero is not None:
+        whole = whole - _spread(call, array, zero).astype(scale.dtype)
+    return np.asarray(whole * _spread(call, array, scale))
+
+
+def _spread(call: Call, array: Array, numbers: Array) -> Array:
+    """Return scales or zero points in a shape that broadcasts to a quantised array."""
+    if numbers.size == 1:
+        return numbers.reshape(())
+    axis = call.get("axis", 1)
+    if numbers.ndim != 1 or array.shape[axis] != numbers.size:
+        raise NotImplementedError
+    shape = [1] * array.ndim
+    shape[axis] = numbers.size
+    return numbers.reshape(shape)
+
+
 @evaluator("Slice")
 def _slice(call: Call, data: Array, *operands: Array | None) -> Array:
     index: list[slice] = [slice(None)] * data.ndim

@@ -29,7 +29,7 @@ from cpd_onnx.ir.model import (
     set_attribute,
     to_array,
 )
-from cpd_onnx.ops.evaluate import EVALUATORS, Call
+from cpd_onnx.ops.evaluate import Call, compute_outputs
 from cpd_onnx.ops.quantized_view import LIMITS
 from cpd_onnx.ops.traits import MICROSOFT, traits_of
 from cpd_onnx.shapes.editor import Editor
@@ -295,14 +295,14 @@ class _Unrounder(Editor):
         source = self.constants.get(name)
         if isinstance(source, TensorProto):
             return to_array(source)
-        evaluate = None if source is None else EVALUATORS.get(source.op_type)
-        if source is None or evaluate is None:
+        if source is None:
             return None
         values = [self.constant(each) for each in source.input]
         known = [materialize(value) for value in values if value is not None]
         if len(known) < len(values):
             return None
-        return np.asarray(evaluate(Call(attributes_of(source), self.model.opset), *known))
+        outputs = compute_outputs(source.op_type, Call(attributes_of(source), self.model.opset), known)
+        return None if outputs is None else outputs[0]
 
     def number(self, name: str) -> str:
         """Return the name of a tensor converted to float."""

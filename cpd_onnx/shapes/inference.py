@@ -36,6 +36,7 @@ from cpd_onnx.ir.model import (
 from cpd_onnx.ops.evaluate import MAX_ELEMENTS, Call, compute_outputs
 from cpd_onnx.ops.matrix_view import key_of
 from cpd_onnx.ops.output_shapes import open_shapes, output_shapes, output_type
+from cpd_onnx.ops.quantized_view import LIMITS
 from cpd_onnx.ops.required import Equation, is_broadcasting, required, required_exactly, suggested
 from cpd_onnx.ops.sizes import (
     Bindings,
@@ -183,9 +184,11 @@ def _of_best_profile(
     """Return the inference of the profile that leaves fewest operators unknown, the earliest in order, and its result.
 
     The profile with the number `first` comes before all others. Where a profile shows that operators require sizes that
-    are not known yet, no other is tried: what is unknown may follow from them.
+    are not known yet, no other is tried: what is unknown may follow from them. The inference has the suggestions of all
+    profiles that were tried.
     """
     best: tuple[_Inference, Folded] | None = None
+    suggestions: list[Equation] = []
     count = len(SIZE_PROFILES) if has_open_inputs(model) and not input_shapes else 1
     for profile in sorted(range(count), key=lambda number: number != first):
         inference = _Inference(model, profile, input_shapes, numbers, known, required)
@@ -195,11 +198,13 @@ def _of_best_profile(
             if best is None:
                 raise
             continue  # products of its sizes, which are larger, are not credible
+        suggestions += inference.suggestions
         if best is None or len(folded.unknown) < len(best[1].unknown):
             best = inference, folded
         if not best[1].unknown or solved(best[0].equations).keys() - known.keys():
             break
     assert best is not None
+    best[0].suggestions = suggestions
     return best
 
 
@@ -236,6 +241,7 @@ class _Inference:
         self.inputs = OpenInputs(SIZE_PROFILES[profile], input_shapes, numbers, self.bindings, known, given)
         self.equations: list[Equation] = []
         self.suggestions: list[Equation] = []
+        self.has_limits = False  # a rounded size is at its limit: what follows is probable, not required
         self.declared = {info.name: info for info in (*model.graph.value_info, *model.graph.output)}
         self.provenance = Provenance()
         self.unknown: dict[str, str] = {}
@@ -334,7 +340,7 @@ class _Inference:
         key, known = key_of(node), _known_of(inputs)
         for size, number in required(key, call, *known):
             if not size.has_unknowns and not self.is_always(size, number):
-                self.equations.append((size, number))
+                (self.suggestions if self.has_limits else self.equations).append((size, number))
         for size, number in required_exactly(key, call, *known):
             if not size.has_unknowns and self.is_always(size, number) and (found := solved_quotient(size, number)):
                 self.required_sizes[found[0]] = found[1]
@@ -437,7 +443,7 @@ class _Inference:
         if traits_of(node).reads_sizes and inputs[0] is not None and inputs[0].shapes is not None:
             return None if inputs[0].has_placeholder else [self.shape_of(node, call, inputs[0])]
         present = [value for value in inputs if value is not None]
-        if not present or any(value.values is None for value in present):
+        if not present or any(value.values is None for value in present) or _is_weight(node, present[0]):
             return None
         is_static = all(value.is_static for value in present)
         found: list[tuple[Array, ...]] = []
@@ -459,19 +465,27 @@ class _Inference:
             if value.is_open:
                 self.open_shape(value, node, call, inputs, (scope.path, position, index))
             elif not is_static:
-                self.open(value, sizes[index] if index < len(sizes) else None, (scope.path, position, index))
+                place = (scope.path, position, index)
+                self.open(value, sizes[index] if index < len(sizes) else None, place, _limits_of(node, value))
             results.append(value)
         return results
 
-    def open(self, value: Value, found: Expressions | None, place: tuple[Any, ...]) -> None:
-        """Record the symbolic elements of a value; without any, each becomes an unknown of the inputs."""
+    def open(
+        self, value: Value, found: Expressions | None, place: tuple[Any, ...], limits: tuple[int, ...] = ()
+    ) -> None:
+        """Record the symbolic elements of a value; without any, each becomes an unknown of the inputs.
+
+        Elements that are clipped to `limits` become the limit that they reach under all bindings.
+        """
         assert value.shapes is not None
         assert value.values is not None
         if found is None or found.shape != value.shapes[0]:
             found = np.empty(value.shapes[0], object)
             for index in np.ndindex(found.shape):
                 numbers = tuple(array[index].item() for array in value.values)
-                found[index] = self.bindings.bind(unknown(*place, *index), numbers)
+                is_limit = len({*numbers}) == 1 and numbers[0] in limits
+                found[index] = numbers[0] if is_limit else self.bindings.bind(unknown(*place, *index), numbers)
+                self.has_limits |= is_limit
         _set_expressions(value, found)
 
     def open_shape(self, value: Value, node: NodeProto, call: Call, inputs: Inputs, place: tuple[Any, ...]) -> None:
@@ -665,6 +679,16 @@ def _set_expressions(value: Value, found: Expressions) -> None:
 def _is_independent_of_bindings(value: Value) -> bool:
     """Whether shape and elements are the same under all bindings."""
     return value.extents is None and (value.shapes is None or value.shapes[0] == value.shapes[1]) and not value.is_open
+
+
+def _limits_of(node: NodeProto, value: Value) -> tuple[int, ...]:
+    """Return the smallest and the largest number to which a node clips its output; empty if it does not."""
+    return LIMITS.get(value.dtype, ()) if traits_of(node).is_quantizer else ()
+
+
+def _is_weight(node: NodeProto, value: Value) -> bool:
+    """Return whether a node rounds a tensor that is too large for shape arithmetic, or its inverse."""
+    return traits_of(node).is_quantizer and value.value is not None and value.value.size > _MAX_SMALL_FLOATS
 
 
 def _are_large(arrays: Sequence[Array]) -> bool:

@@ -6,6 +6,7 @@ import copy
 import pickle
 from dataclasses import FrozenInstanceError
 
+import numpy as np
 import pytest
 
 from cpd_onnx.algebra.reasons import Reason
@@ -73,3 +74,34 @@ def test_what_inputs_and_outputs_fix_is_said_beside_what_is_prunable() -> None:
     )
     line = prunable_line({"prunable_fraction": 0.5, "interface_fraction": 0.25}, "shrink")
     assert line == "50.0 % of the weights shrink, not counting the 25.0 % that inputs and outputs alone fix"
+
+
+MASKED = (
+    "(float[n, 3, h, w] x, float[8, 3, 1, 1] k, float[6, 8, 1, 1] u, float[1, 1, 64, 64] m, int64[2] s) => (float[] y) { "
+    "a = Conv(x, k) d = Shape <start = 2>(a) t = Concat <axis = 0>(s, d) "
+    'e = Resize <mode = "nearest">(m, "", "", t) '
+)
+VALUES = {"m": np.ones((1, 1, 64, 64)), "s": [1, 1]}
+
+
+def test_a_mask_that_is_resized_is_no_weight() -> None:
+    """The mask of the pixels of a DETR, which is stored as floating-point numbers."""
+    rest = "b = Cast <to = 9>(e) z = Sub(a, a) w = Where(b, a, z) r = Relu(w) y = Conv(r, u)"
+    combed = comb(from_text(f"{MASKED} {rest} }}", values=VALUES))
+    assert combed.prunable_fraction() == 1
+    assert "m" not in {frozen.tensor for frozen in combed.frozen()}
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "w = Mul(a, e)",
+        "c = Greater(a, e) z = Sub(a, a) w = Where(c, a, z)",
+        "b = Cast <to = 9>(e) z = Sub(a, a) v = Where(b, a, z) w = Add(v, e)",
+    ],
+)
+def test_numbers_that_are_used_otherwise_are_weights(rest: str) -> None:
+    text = f"{MASKED} {rest} r = Relu(w) y = Conv(r, u) }}"
+    combed = comb(from_text(text, values=VALUES))
+    assert combed.prunable_fraction() < 0.1
+    assert "m" in {frozen.tensor for frozen in combed.frozen()}

@@ -187,6 +187,33 @@ def test_sizes_behind_quantised_convolutions_stay_symbolic(operators: str) -> No
     assert fold(cpd.load(from_text(text))).scope.values["a"].sizes == (symbol("n"), 8, *half)
 
 
+ROUNDED = """(float[n, 3, h, w] x, float[8, 3, 1, 1] k, float[6, 16, 1, 1] u, float s, uint8 z) => (float[] y) {
+    a = Conv <strides = [8, 8]>(x, k) d = Shape(a) ends = Constant <value = int64[2] {2, 3}>() hw = Gather(d, ends)
+    f = Cast <to = 1>(hw) i = QuantizeLinear(f, s, z) g = DequantizeLinear(i, s, z) j = Cast <to = 7>(g)
+    c = Constant <value = int64[2] {0, 8}>() t = Concat <axis = 0>(c, j) r = Reshape(a, t) e = Relu(r)
+    b = Concat <axis = 1>(a, e) v = Relu(b) y = Conv(v, u)
+}"""
+"""A quantised file whose exporter rounded the sizes too: they are correct up to the limit of their range."""
+
+
+def test_rounded_sizes_are_those_at_the_limit_of_their_range() -> None:
+    scale = np.float32(4 / 255)
+    model = cpd.load(from_text(ROUNDED, values={"s": scale, "z": 0}))
+    folded = fold(model)
+    assert dict(folded.solved) == {"h": 32, "w": 32}
+    assert not folded.unknown
+    shape = folded.scope.values["y"].shape
+    feed = {"x": np.ones((2, 3, 32, 32), np.float32)}
+    assert shape == execute(open_model(model), feed)[0].shape
+    assert comb(folded).prunable_fraction() == 1
+
+
+def test_sizes_that_are_rounded_within_their_range_stay_open() -> None:
+    folded = fold(cpd.load(from_text(ROUNDED, values={"s": 1, "z": 0})))
+    assert not folded.unknown
+    assert not folded.solved
+
+
 @pytest.mark.parametrize("operators", ["a = QLinearMatMul(t, s, z, u, s, z, s, z)", "a = MatMulInteger(t, u)"])
 def test_sizes_behind_quantised_products_stay_symbolic(operators: str) -> None:
     text = (
