@@ -341,7 +341,7 @@ class InFewBits:
 
 def in_four_bits(model: Model, source: Source, options: WeightBits) -> InFewBits:
     """Return the form with weights in as many bits as the options say; raises as `narrowest`."""
-    return _chosen(*_first(model, source, options))
+    return _chosen(*_first(model, source, options, None))  # the numbers of bits do not depend on samples
 
 
 def narrowest(
@@ -361,7 +361,7 @@ def narrowest(
     Raises UnsupportedError if the model has no such weights, DataError if the samples do not fit it.
     """
     with step("precision", is_whole=True):
-        form, made = _first(model, source, options)
+        form, made = _first(model, source, options, source)
         worst = sorted(made.integers, key=lambda name: -made.errors[name])
         for number, part in enumerate(_WIDE):
             advance(number, len(_WIDE), f"{part:.0%} of the weights in {max(BITS)} bits")
@@ -373,15 +373,18 @@ def narrowest(
     return None
 
 
-def _first(model: Model, source: Source, options: WeightBits) -> tuple[InFewBits, Rounded]:
-    """Return the form of some options, folded if onnxruntime can, and the model with its weights rounded."""
+def _first(model: Model, source: Source, options: WeightBits, fitted: Source | None) -> tuple[InFewBits, Rounded]:
+    """Return the form of some options, folded if onnxruntime can, and the model with its weights rounded.
+
+    Weights are fitted to the samples `fitted`, or rounded to nearest without any.
+    """
     form = InFewBits(options, source)
     try:
         plain = form.prepared(model)
     except UnsupportedError:
         form = replace(form, is_folded=False)
         plain = form.prepared(model)
-    made = rounded(plain, source, form.quick)
+    made = rounded(plain, fitted, form.quick)
     if not made.integers:
         raise UnsupportedError("the model has no weights that can be stored in few bits")
     return form, made

@@ -58,8 +58,8 @@ class StepCheck:
         what: Description of the step.
         recorded: Output difference that the manifest records, as plain values; None if it was not measured.
         measured: Output difference measured now; None if it was not measured.
-        fitted: Number of weights that it fitted to samples: their values are those of the file, and their integers have
-            the SHA-256 that the manifest names.
+        fitted: Number of weights that it fitted to samples: integers, scales and biases are those of the file, and they
+            have the SHA-256 that the manifest names.
     """
 
     name: str
