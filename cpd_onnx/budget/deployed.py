@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from onnx import NodeProto, TensorProto
@@ -40,6 +40,8 @@ FEWEST = 256
 take (heuristic)."""
 _SCALE = 4.0
 """Bytes of the float32 scale of each output of a weight in few bits."""
+_LEAST_SCALED = 16
+"""Minimum number of elements of a table that share a scale (heuristic): they take four times its memory."""
 _FEW_BITS = re.compile(r"([0-9.]+) bits and ([0-9]+) B")
 _BIAS = 4.0
 """Bytes of each element of a quantised bias, an int32."""
@@ -80,12 +82,31 @@ def file_terms(combed: Combed, stored: FewBits) -> list[Term]:
         axes, size = tuple(weight.axes[0]), element_bytes(weight.value.dtype)
         if absorbed.holds(weight):
             continue
-        place = _output_axis(weight) if weight.value.dtype == TensorProto.FLOAT and not weight.is_vector else None
-        if place is None or math.prod(weight.shape) < FEWEST:
-            terms.append((size, axes))
-        else:
+        is_matrix = weight.value.dtype == TensorProto.FLOAT and not weight.is_vector
+        place = _output_axis(weight) if is_matrix and len(weight.uses) == 1 else None
+        table = scaled_axis(weight.shape) if is_matrix and place is None and _is_table(weight) else None
+        if math.prod(weight.shape) >= FEWEST and place is not None:
             terms += [(stored.mean / 8, axes), (_SCALE, (axes[place],))]
+        elif table is not None:
+            terms += [(1.0, axes), (_SCALE, (axes[table],))]
+        else:
+            terms.append((size, axes))
     return terms
+
+
+def scaled_axis(shape: Sequence[int]) -> int | None:
+    """Return the axis of a table in eight bits whose indices have a scale of their own; None if it is not stored so.
+
+    It is the longest of those with enough elements at each index. Tables are matrices that are rounded without a fit:
+    those that an operator looks up, the gates of a recurrent one, and weights that several nodes take.
+
+    >>> scaled_axis([1000, 64]), scaled_axis([1, 256, 64]), scaled_axis([1000, 4])
+    (0, 1, None)
+    """
+    size = math.prod(shape)
+    found = [axis for axis, length in enumerate(shape) if length > 1 and size >= _LEAST_SCALED * length]
+    is_wide = sum(length >= _LEAST_SCALED for length in shape) > 1
+    return max(found, key=lambda axis: shape[axis]) if found and is_wide and size >= FEWEST else None
 
 
 def element_size(dtype: int, stored_as: str) -> float:
@@ -151,6 +172,13 @@ def _output_axis(weight: Weight) -> int | None:
         if linear is not None:
             return linear.weight_axis
     return None
+
+
+def _is_table(weight: Weight) -> bool:
+    """Return whether an operator looks a matrix up or has it for its gates, or several nodes multiply by it."""
+    nodes = [(use.use.scope.nodes[use.use.node], use.use.slot) for use in weight.uses]
+    is_shared = len(nodes) > 1 and _output_axis(weight) is not None
+    return is_shared or any(slot in traits_of(node).matrix_slots for node, slot in nodes)
 
 
 def _functions(folded: Folded, absorbed: Mapping[int, int], stored_as: str) -> Iterator[NodeProto]:

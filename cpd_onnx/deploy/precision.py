@@ -362,7 +362,7 @@ def narrowest(
     """
     with step("precision", is_whole=True):
         form, made = _first(model, source, options, source)
-        worst = sorted(made.integers, key=lambda name: -made.errors[name])
+        worst = sorted(made.errors, key=lambda name: -made.errors[name])
         for number, part in enumerate(_WIDE):
             advance(number, len(_WIDE), f"{part:.0%} of the weights in {max(BITS)} bits")
             wide = tuple(worst[: math.ceil(part * len(worst))])
@@ -392,8 +392,8 @@ def _first(model: Model, source: Source, options: WeightBits, fitted: Source | N
 
 def _chosen(form: InFewBits, made: Rounded) -> InFewBits:
     """Return a form with the number of its weights, those of a rounded model, and of their bits."""
-    sizes = {name: numbers.size for name, (numbers, _) in made.integers.items()}
-    mean = sum(size * form.options.of(name) for name, size in sizes.items()) / sum(sizes.values())
+    sizes = {name: made.integers[name][0].size for name in made.errors}
+    mean = sum(size * form.options.of(name) for name, size in sizes.items()) / max(1, sum(sizes.values()))
     wide = form.options.wide if form.options.bits < max(BITS) else ()
     return replace(form, options=replace(form.options, wide=wide), mean=mean, weights=len(sizes))
 

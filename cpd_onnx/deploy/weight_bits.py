@@ -5,6 +5,9 @@ its operator, on the inputs in the model whose earlier weights are rounded alrea
 that follow make up for the rounding of those before (Frantar et al., GPTQ, ICLR 2023). Rounding to the nearest integer
 instead, which needs no samples, loses far more.
 
+Tables that an operator looks up, the gates of recurrent operators and weights that several nodes take are rounded to
+nearest, in eight bits.
+
 The file holds the integers, a Cast and a Mul by the scales, whose output has the name of the weight. onnxruntime
 computes both once, when it loads the model, so that runs take as long as those of the float model; a
 DequantizeLinear it would compute in each run.
@@ -19,7 +22,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from cpd_onnx.budget.deployed import FEWEST
+from cpd_onnx.budget.deployed import FEWEST, scaled_axis
 from cpd_onnx.data.images.crops import cropped
 from cpd_onnx.data.sources import Source, calibration, inputs_of
 from cpd_onnx.deploy.converting import Notify, embedded, ignore, require_one_message, valid
@@ -27,11 +30,12 @@ from cpd_onnx.errors import TargetError, UnsupportedError
 from cpd_onnx.fitting.least_squares import MAX_FEATURES, Matrix, Sampler, one_thread
 from cpd_onnx.fitting.problem import Block, Problem
 from cpd_onnx.fitting.steps import Steps
-from cpd_onnx.fitting.units import Unit, units_of
+from cpd_onnx.fitting.units import SHARED, Unit, Units, units_of
 from cpd_onnx.io.progress import step, tracked
 from cpd_onnx.ir.model import Array, Model, element_type
 from cpd_onnx.ir.tensors import values_sha256
 from cpd_onnx.ops.quantized_view import LIMITS
+from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.runtime.sessions import Feed, sample_count
 from cpd_onnx.runtime.stream import Stop, Stream, Tensors, apart, batch_size, cuts_before, held_feeds
 from cpd_onnx.shapes.inference import fold
@@ -96,6 +100,7 @@ class Rounded:
     Attributes:
         model: The model in float32.
         integers: Integers and scales by the name of the weight.
+        tables: Names of the weights among them that were rounded to nearest in eight bits, see `scaled_axis`.
         biases: Names of biases that were changed to make up for the rounding.
         errors: Root mean square error of each weight's target over its standard deviation, on held-out rows; infinite
             where it was not measured.
@@ -104,6 +109,7 @@ class Rounded:
 
     model: Model
     integers: dict[str, tuple[Array, ...]] = field(default_factory=dict)
+    tables: list[str] = field(default_factory=list)
     biases: list[str] = field(default_factory=list)
     errors: dict[str, float] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
@@ -130,16 +136,29 @@ def in_few_bits(
         raise UnsupportedError(f"4-bit integers need opset {OPSET} and the model has {model.opset}: convert it first")
     made = rounded(model, source, options)
     if not made.integers:
-        said = f"no float32 weight of a linear operator has {FEWEST} elements or more"
+        said = f"no float32 weight of an operator has {FEWEST} elements or more"
         raise UnsupportedError(f"{said}{_reasons(made)}")
+    if made.tables:
+        (notify or ignore)(
+            f"tables, matrices of recurrent operators and weights of several nodes that are rounded to nearest in "
+            f"{max(BITS)} bits: {len(made.tables)}, like {made.tables[0]!r}"
+        )
     if made.left:
         (notify or ignore)(f"weights that stay as they are: {len(made.left)}{_reasons(made)}")
     packed = _packed(model, made.integers, {name: made.model.array(name) for name in made.biases})
-    values = [name for weight in made.integers for name in _names(weight)] + made.biases
-    return packed, {"weights": list(made.integers), "values": {name: _digest(packed, name) for name in values}}
+    weights = [name for name in made.integers if name not in made.tables]
+    values = [name for weight in weights for name in _names(weight)] + made.biases
+    record = {"weights": weights, "values": {name: _digest(packed, name) for name in values}}
+    return packed, record | ({"tables": made.tables} if made.tables else {})
 
 
-def in_few_bits_again(model: Model, written: Model | None, weights: Sequence[str], values: Mapping[str, str]) -> Model:
+def in_few_bits_again(
+    model: Model,
+    written: Model | None,
+    weights: Sequence[str],
+    values: Mapping[str, str],
+    tables: Sequence[str] = (),
+) -> Model:
     """Return the model in the same form with the integers, scales and biases that a file holds.
 
     What was fitted to samples cannot be computed again without these. All else is that of the model, and what is taken
@@ -150,6 +169,7 @@ def in_few_bits_again(model: Model, written: Model | None, weights: Sequence[str
         written: The model after it.
         weights: Names of the weights, which the model holds as floats.
         values: SHA-256 of their integers and scales and of the biases, by the names of the tensors in the file.
+        tables: Names of the weights that are rounded to nearest, which are computed again.
 
     Raises TargetError if the file does not hold them.
     """
@@ -161,10 +181,12 @@ def in_few_bits_again(model: Model, written: Model | None, weights: Sequence[str
     integers = {weight: tuple(written.array(name) for name in _names(weight)) for weight in weights}
     fitted = {name for weight in weights for name in _names(weight)}
     biases = {name: written.array(name) for name in values if name not in fitted}
-    missing = next((name for name in (*weights, *biases) if not model.has(name)), None)
+    missing = next((name for name in (*weights, *biases, *tables) if not model.has(name)), None)
     if missing is not None or any(model.array(name).shape != numbers.shape for name, (numbers, _) in integers.items()):
         raise TargetError("the model before the step does not have the weights that were recorded")
-    return _packed(model, integers, biases)
+    if any(scaled_axis(model.array(name).shape) is None for name in tables):
+        raise TargetError("the model before the step does not have the tables that were recorded")
+    return _packed(model, integers | {name: _nearest(model.array(name)) for name in tables}, biases)
 
 
 def _reasons(made: Rounded) -> str:
@@ -195,9 +217,17 @@ def rounded(model: Model, source: Source | None, options: WeightBits) -> Rounded
             left[unit.weight] = "it is quantised already, or an input"
         elif unit.matrix(model).size >= FEWEST:
             units.append(unit)
-    if not units:
+    tables = [name for name in _tables(folded, known) if name not in fed]
+    if not units and not tables:
         return Rounded(model, left=left)
     made = Rounded(model.copy(), left=left)
+    for name in tables:  # first, so that what is fitted makes up for them
+        made.integers[name] = numbers, scales = _nearest(model.array(name))
+        made.tables.append(name)
+        made.left.pop(name, None)
+        made.model.set_array(name, numbers * scales)
+    if not units:
+        return made
     if source is None:
         for unit in units:
             _round(made, unit, options, [])
@@ -210,6 +240,30 @@ def rounded(model: Model, source: Source | None, options: WeightBits) -> Rounded
     with one_thread():
         _Rounder(folded, made, units, [*fitted, *more, *feeds[len(fitted) :]], options).run(checked)
     return made
+
+
+def _tables(folded: Folded, known: Units) -> Iterator[str]:
+    """Yield the names of the initializers that are rounded to nearest: finite tables in float32."""
+    model, scope = folded.model, folded.scope
+    names = dict.fromkeys(name for name, why in known.left.items() if why == SHARED)
+    for node in scope.nodes:
+        names |= dict.fromkeys(node.input[slot] for slot in traits_of(node).matrix_slots if slot < len(node.input))
+    for name in names:
+        if not model.has(name) or name in scope.outputs or model.tensor(name).data_type != TensorProto.FLOAT:
+            continue
+        array = model.array(name)
+        if scaled_axis(array.shape) is not None and np.isfinite(array).all():
+            yield name
+
+
+def _nearest(array: Array) -> tuple[Array, Array]:
+    """Return a table as integers of eight bits, and the scale of each index of one of its axes."""
+    own = scaled_axis(array.shape)
+    assert own is not None
+    limits = LIMITS[_KINDS[max(BITS)]]
+    largest = np.abs(array).max(axis=tuple(axis for axis in range(array.ndim) if axis != own), keepdims=True)
+    scales = np.where(largest > np.finfo(np.float32).tiny, largest / np.float32(limits[1]), np.float32(1))
+    return np.clip(np.rint(array / scales), *limits).astype(np.int8), scales.astype(np.float32)
 
 
 class _Rounder:

@@ -44,6 +44,8 @@ from cpd_onnx.shapes.values import Folded
 
 Bounds: TypeAlias = tuple[float, float]
 _UNBOUNDED = (-np.inf, np.inf)
+SHARED = "used several times"
+"""Why a weight that several nodes take is left."""
 _OTHER_TYPE = "neither float32 nor integers with constant scales in float32"
 """Why a weight of another type is left."""
 
@@ -327,7 +329,7 @@ class _UnitFinder(Graph):
         if stored.is_float and self.model.tensor(stored.name).data_type != TensorProto.FLOAT:
             self.result.left[stored.name] = _OTHER_TYPE
         elif self.uses[stored.name] != 1 or stored.name in self.scope.outputs:
-            self.result.left[stored.name] = "used several times"
+            self.result.left[stored.name] = SHARED
         elif (unit := self.unit(position, operands, linear, stored, data)) is not None:
             self.result.found.append(unit)
 

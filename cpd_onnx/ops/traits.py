@@ -72,6 +72,8 @@ class Traits:
         shape_slot: Input slot that lists the sizes of the output; None if there is none.
         fill_slot: Input slot of the number that fills new elements; None if there is none.
         training_slot: Input slot whose truth puts the operator into training mode; None if there is none.
+        matrix_slots: Input slots of tables that the operator looks up, and of the gates of a recurrent one: matrices of
+            weights, where they are constant, that are no operand of a single product.
         output_rank: Rank of the output; None for that of the data input.
         offset: Size of the constant that small values of the output are computed as a difference from, so that they are
             rounded as it is and not as they are; 0 if they are not.
@@ -126,6 +128,7 @@ class Traits:
     shape_slot: int | None = None
     fill_slot: int | None = None
     training_slot: int | None = None
+    matrix_slots: tuple[int, ...] = ()
     output_rank: int | None = None
     offset: float = 0.0
 
@@ -189,13 +192,13 @@ def type_slot(node: NodeProto) -> int:
     return row.type_slot
 
 
-def _traits_of_row(name: str, words: str, rest: dict[str, float | tuple[int, int | None]]) -> Traits:
+def _traits_of_row(name: str, words: str, rest: dict[str, float | tuple[int | None, ...]]) -> Traits:
     """Return the traits of a row together with those of the operator's family."""
     words = " ".join([words, *(own for start, own in _FAMILY_TRAITS.items() if name.startswith(start))])
     return Traits(**dict.fromkeys(words.split(), True) | rest)  # type: ignore[arg-type]  # some are no truth values
 
 
-def _row(name: str, words: str = "", domains: Sequence[str] = ("",), **rest: float | tuple[int, int | None]) -> None:
+def _row(name: str, words: str = "", domains: Sequence[str] = ("",), **rest: float | tuple[int | None, ...]) -> None:
     """Add an operator to the table: names of its boolean traits, and values of the others."""
     for domain in domains:
         assert (domain, name) not in _TABLE, f"{domain}::{name} has a row already"
@@ -220,7 +223,7 @@ _row("ConstantOfShape", "fills_sizes", shape_slot=0)
 _row("DepthToSpace", "reveals_operand maps_zeros_to_zeros")
 _row("Expand", "is_linear moves_elements keeps_zeros carries_indices carries_positions reveals_operand fills_sizes")
 _row("Flatten", "is_linear moves_elements keeps_zeros carries_indices reveals_operand is_view")
-_row("Gather", "is_linear moves_elements keeps_zeros carries_indices selects_by_input")
+_row("Gather", "is_linear moves_elements keeps_zeros carries_indices selects_by_input", matrix_slots=(0,))
 _row("GatherElements", "carries_indices selects_by_input")
 _row("GatherND", "carries_indices selects_by_input")
 _row(
@@ -318,17 +321,20 @@ _row("Conv", "follows_normalisation sums_products")
 _row("AveragePool", "is_linear maps_zeros_to_zeros has_integer_kernel")
 _row("ConvTranspose", "sums_products")
 _row("DynamicQuantizeLSTM", domains=_MICROSOFT_ONLY, output_rank=4)
-_row("EmbedLayerNormalization", domains=_MICROSOFT_ONLY, type_slot=2, output_rank=3)
+_row("EmbedLayerNormalization", domains=_MICROSOFT_ONLY, type_slot=2, output_rank=3, matrix_slots=(2, 3, 4))
 _row("GatherBlockQuantized", domains=_MICROSOFT_ONLY, type_slot=2)
+_row("GRU", matrix_slots=(1, 2))
 _row("Gemm", "sums_products")
 _row("GlobalAveragePool", "is_linear maps_zeros_to_zeros has_integer_kernel")
 _row("GlobalLpPool", "maps_zeros_to_zeros")
 _row("GlobalMaxPool", "maps_zeros_to_zeros")
 _row("InstanceNormalization", "stays_float normalises")
+_row("LSTM", matrix_slots=(1, 2))
 _row("LayerNormalization", "stays_float normalises")
 _row("LpPool", "maps_zeros_to_zeros")
 _row("MatMul", "is_bilinear sums_products")
 _row("MaxPool", "follows_normalisation maps_zeros_to_zeros")
+_row("RNN", matrix_slots=(1, 2))
 
 _row("ReduceL1", "maps_zeros_to_zeros")
 _row("ReduceL2", "maps_zeros_to_zeros")

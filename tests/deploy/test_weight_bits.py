@@ -41,11 +41,12 @@ KINDS = (
 )
 
 
-def random_model(text: str = KINDS, opset: int = 21) -> Model:
+def random_model(text: str = KINDS, opset: int = 21, **values: Any) -> Model:
     rng = np.random.default_rng(3)
-    model = load(from_text(text, opset=opset))
+    model = load(from_text(text, opset=opset, values=values))
     for tensor in model.graph.initializer:
-        model.set_array(tensor.name, rng.standard_normal(tuple(tensor.dims)).astype(np.float32) / 4)
+        if tensor.name not in values:
+            model.set_array(tensor.name, rng.standard_normal(tuple(tensor.dims)).astype(np.float32) / 4)
     return model
 
 
@@ -128,20 +129,85 @@ def test_the_bytes_are_the_same_each_time(kinds: Model, source: ArraySource) -> 
 def test_what_stays_is_said() -> None:
     model = random_model(
         "(float[N,16] x, float[16,16] w, float[16,16] u, float[16,4] s) => (float[N,4] y) "
-        "{ a = MatMul(x, w) b = MatMul(a, w) c = MatMul(b, u) y = MatMul(c, s) }"
+        "{ m = Cos(x) t = ReduceSum<keepdims=0, noop_with_empty_axes=0>(m) a = Gemm(x, w, t) c = MatMul(a, u) "
+        "y = MatMul(c, s) }"
     )
     model.graph.input.append(onnx.helper.make_tensor_value_info("u", TensorProto.FLOAT, [16, 16]))
     rng = np.random.default_rng(0)
     samples = ArraySource({"x": rng.standard_normal((64, 16)).astype(np.float32)})
-    with pytest.raises(UnsupportedError, match="no float32 weight of a linear operator has 256 elements or more, like"):
+    with pytest.raises(UnsupportedError, match="no float32 weight of an operator has 256 elements or more, like"):
         in_few_bits(model, samples)
     del model.graph.input[1:]
     notes: list[str] = []
     packed, record = in_few_bits(model, samples, notify=notes.append)
     assert record["weights"] == ["u"]
-    assert notes == ["weights that stay as they are: 1, like 'w': used several times"]
+    assert notes == ["weights that stay as they are: 1, like 'w': with a computed bias"]
     assert packed.has("w")
     assert packed.has("s")
+
+
+TABLES = (
+    "(int64[N,T] x, float[100,32] e, float[100,2] a, int64[1] one, float[1,96,32] w, float[1,96,24] r, float[24,24] u, float[24,40] v) "
+    "=> (float[T,N,40] y, float[N,T,2] z) "
+    "{ g = Gather(e, x) k = Cos(g) n = Gather(a, x) z = Neg(n) q = Transpose<perm=[1,0,2]>(k) "
+    "l, h = LSTM<hidden_size=24>(q, w, r) o = Squeeze(l, one) i = MatMul(o, u) j = Relu(i) c = MatMul(j, u) y = MatMul(c, v) }"
+)
+
+
+def tables() -> tuple[Model, ArraySource]:
+    """Return a model with a lookup table, an LSTM, a weight of two nodes and a list of points, and its samples."""
+    samples = ArraySource({"x": np.random.default_rng(5).integers(0, 100, (96, 6))})
+    return random_model(TABLES, one=np.array([1])), samples
+
+
+def test_tables_gates_and_shared_weights_are_rounded_in_eight_bits() -> None:
+    model, source = tables()
+    notes: list[str] = []
+    packed, record = in_few_bits(model, source, notify=notes.append)
+    assert record["tables"] == ["u", "e", "w", "r"]
+    assert record["weights"] == ["v"]
+    assert set(record["values"]) == {"v.integers", "v.scale"}
+    assert "like 'u'" in notes[0]
+    assert packed.has("a")
+    for name, shape in {"e": (100, 1), "w": (1, 96, 1), "r": (1, 96, 1), "u": (24, 1)}.items():
+        assert packed.tensor(f"{name}.integers").data_type == TensorProto.INT8
+        assert packed.array(f"{name}.scale").shape == shape
+        step = packed.array(f"{name}.scale")
+        assert np.abs(packed.array(f"{name}.integers") * step - model.array(name)).max() <= 0.51 * step.max()
+    feed = next(iter(source.batches(64)))
+    wide = in_few_bits(model, source, WeightBits(bits=8))[0]
+    (wanted, same), (found, other) = (execute(open_model(each), {"x": feed["x"]}) for each in (model, wide))
+    assert np.abs(found - wanted).max() < 0.02 * np.ptp(wanted)
+    np.testing.assert_array_equal(same, other)
+
+
+def test_tables_are_rounded_again_without_the_file() -> None:
+    model, source = tables()
+    packed, record = in_few_bits(model, source)
+    again = redo(model, "weights", record, packed)
+    assert again.serialize() == packed.serialize()
+    edited = packed.copy()
+    edited.set_array("e.integers", np.zeros_like(packed.array("e.integers")))
+    assert redo(model, "weights", record, edited).serialize() == packed.serialize() != edited.serialize()
+    for names in (["missing"], ["a"]):
+        with pytest.raises(TargetError, match="does not have the"):
+            redo(model, "weights", record | {"tables": names}, packed)
+
+
+def test_a_target_of_bytes_counts_tables() -> None:
+    model, source = tables()
+    form = in_four_bits(model, source, WeightBits())
+    assert abs(form.size_of(model) - len(form(model).serialize())) < 100
+    full = Prices(comb(model), ("bytes",), stored_as=str(FewBits(form.mean, 0))).full("bytes")
+    held = sum(len(tensor.raw_data) for tensor in form(model).complete_proto().graph.initializer)
+    assert abs(full - held) < 0.01 * held
+
+
+def test_a_file_with_tables_in_few_bits_is_combed_as_before() -> None:
+    model, source = tables()
+    packed = in_few_bits(model, source)[0]
+    removable = [sum(len(group.channels) for group in comb(each).groups) for each in (model, packed)]
+    assert removable[0] == removable[1] > 0
 
 
 def test_undefined_weights_stay(kinds: Model, source: ArraySource) -> None:
