@@ -168,7 +168,9 @@ def repair(
     made = _in_line(combed, kept, in_line(combed, kept, pruned), data, chosen, only)
     known = {*(tensor.name for tensor in pruned.graph.initializer), *constant_tensors(pruned)}
     fits = tuple(fit for fit in made.fits if fit.weight in known)
-    return replace(made, model=out_of_line(combed, kept, made.model), fits=fits)
+    read = {name for node in pruned.graph.node for name in node.input}
+    left = {name: why for name, why in made.left.items() if name in known or name in read}
+    return replace(made, model=out_of_line(combed, kept, made.model), fits=fits, left=left)
 
 
 def _in_line(

@@ -52,7 +52,10 @@ class Branches:
         lost: Nodes whose output does not exist.
         unread: Nodes of whose output nothing reads any more.
         dead: The lost and unread nodes without those that compute weights, from which constants may be computed.
-        entries: Input slots, as (node, slot), at which a constant meets a tensor that is computed from the inputs.
+        entries: Input slots, as (node, slot), at which a constant meets a tensor that is computed from the inputs, or
+            is dequantised for that.
+        dequantised: Tensors that are dequantised from constants: their nodes stay, so that runtimes still compute in
+            integers.
         neutral: Those of them, not among `entries`, at which the constant is zero and is added: the node disappears,
             and what reads its output reads the other term.
         donors: Nodes that read sizes of a tensor which disappears, by position, with a tensor that has the same sizes.
@@ -70,6 +73,7 @@ class Branches:
     neutral: tuple[tuple[int, int], ...] = ()
     dropped: tuple[tuple[int, int], ...] = ()
     donors: Mapping[int, str] = field(default_factory=dict)
+    dequantised: frozenset[str] = frozenset()
     obstacle: str = ""
 
     @cached_property
@@ -311,7 +315,14 @@ class _Finder:
             return self._product_shape(node, remainder, known, out) if remainder.is_local else None
         if traits_of(node).is_view:
             return _viewed(known, self.scope.lookup(node.input[0]), out.value)
-        return self._elementwise_shape(node, fates, out) if _is_elementwise(node) else None
+        return self._elementwise_shape(node, fates, out) if _is_elementwise(node) or self._has_one_scale(node) else None
+
+    def _has_one_scale(self, node: NodeProto) -> bool:
+        """Return whether a node quantises or dequantises all elements alike."""
+        if not traits_of(node).is_quantizer:
+            return False
+        operands = [self.scope.lookup(name) for name in node.input[1:] if name]
+        return all(each is not None and each.shape is not None and math.prod(each.shape) == 1 for each in operands)
 
     def _product_shape(self, node: NodeProto, remainder: Remainder, known: Shape | None, out: Tensor) -> Shape | None:
         """Return the shape of the product of a constant, which is complete along the axis that is summed over."""
@@ -386,6 +397,9 @@ class _Finder:
         unread = self._unread(dropped, entered)
         entries = [entry for entry in fates.entries if entry[0] not in unread]
         neutral = [entry for entry in entries if self._is_neutral(*entry, fates)]
+        entries = [*dict.fromkeys(self._before_dequantising(*entry) for entry in entries if entry not in neutral)]
+        kept = fates.constants.keys() & {position for position, _ in entries}
+        constants = {position: shape for position, shape in sorted(fates.constants.items()) if position not in kept}
         donors = {}
         for position in fates.readers_of_sizes:
             if position in unread:
@@ -395,10 +409,11 @@ class _Finder:
                 return Branches(gone, obstacle=f"{_named(self.scope.nodes[position])} reads sizes that it alone has")
             donors[position] = donor
         return Branches(
-            gone, tuple(fates.roots), dict(sorted(fates.constants.items())), frozenset(fates.lost), unread,
+            gone, tuple(fates.roots), constants, frozenset(fates.lost), unread,
             frozenset(position for position in fates.lost | unread if not self._is_weight(position)),
-            tuple(entry for entry in entries if entry not in neutral), tuple(neutral),
+            tuple(entries), tuple(neutral),
             tuple(entry for entry in fates.dropped if entry[0] not in unread), donors,
+            frozenset(self.scope.nodes[position].output[0] for position in kept),
         )  # fmt: skip  # its fields
 
     def _is_weight(self, position: int) -> bool:
@@ -468,6 +483,12 @@ class _Finder:
         if maker not in fates.roots or not traits_of(node).is_sum or node.output[0] in self.scope.outputs:
             return False
         return self.remainders[("", maker)].slot is None
+
+    def _before_dequantising(self, position: int, slot: int) -> tuple[int, int]:
+        """Return where a constant enters that a node takes: at that node, or at the one that dequantises it."""
+        maker = self.scope.producers[self.scope.nodes[position].input[slot]]
+        traits = traits_of(self.scope.nodes[maker])
+        return (maker, 0) if traits.is_quantizer and not traits.saturates else (position, slot)
 
     def _unread(self, dropped: Collection[int], entered: Collection[tuple[int, int]]) -> frozenset[int]:
         """Return further nodes of whose output nothing reads any more that was read before."""

@@ -10,6 +10,7 @@ from onnx import TensorProto, helper
 
 from cpd_onnx.algebra.atoms import Axis
 from cpd_onnx.algebra.keep import KeepMask
+from cpd_onnx.channels.branches import branches, gone_groups
 from cpd_onnx.channels.combing import at_sizes
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.errors import REPORT_BUG, InconclusiveError, ProofError, UnsupportedError
@@ -252,10 +253,11 @@ class _Proof:
             return self.compare(wide)
         folded = self.combed.folded
         try:
-            model, floating = unrounded(single(self.original), folded)
+            rounded = self.rounded_constants()
+            model, floating = unrounded(single(self.original), folded, rounded)
             self.runner(model)
             self.form = _Form(
-                lambda model: unrounded(single(model), folded)[0],
+                lambda model: unrounded(single(model), folded, rounded)[0],
                 floating,
                 notes=("compared as float32, without rounding to integers",),
             )
@@ -264,6 +266,13 @@ class _Proof:
             why = f"compared with its rounding to integers, which cannot be left out: {error}"
             self.form = _Form(single, tolerance=QUANTIZED, notes=(why,))
             return self.compare(wide)
+
+    def rounded_constants(self) -> frozenset[str]:
+        """Return the tensors that are quantised from what removed branches leave, which the pruned model stores."""
+        nodes = self.combed.folded.scope.nodes
+        found = branches(self.combed, gone_groups(self.combed, self.keep))
+        made = (nodes[position] for position in found.constants)
+        return frozenset(node.output[0] for node in made if traits_of(node).is_quantizer and traits_of(node).saturates)
 
     def compare(self, given: list[Feed]) -> Comparison:
         """Return the verdict on the models in the present form."""

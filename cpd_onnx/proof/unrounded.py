@@ -9,7 +9,7 @@ operators on integers become operators on floats.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -170,22 +170,25 @@ def _widen_nodes(nodes: Iterable[NodeProto]) -> None:
             attribute.i = TensorProto.FLOAT
 
 
-def unrounded(model: Model, folded: Folded) -> tuple[Model, frozenset[str]]:
+def unrounded(model: Model, folded: Folded, rounded: Container[str] = ()) -> tuple[Model, frozenset[str]]:
     """Return a copy without rounding to integers, and the names of tensors that are floats in it, integers in the file.
 
-    `folded` is the original that the model was derived from, with the types of its tensors.
+    Args:
+        model: The model.
+        folded: The original that it was derived from, with the types of its tensors.
+        rounded: Tensors that remain integers.
 
     Raises NotUnroundableError if no such model exists.
     """
-    unrounder = _Unrounder(model.copy(), folded)
+    unrounder = _Unrounder(model.copy(), folded, rounded)
     unrounder.run()
     return unrounder.model, frozenset(unrounder.floating)
 
 
 class _Unrounder(Editor):
-    def __init__(self, model: Model, folded: Folded) -> None:
+    def __init__(self, model: Model, folded: Folded, rounded: Container[str]) -> None:
         super().__init__(model)
-        self.folded = folded
+        self.folded, self.rounded = folded, rounded
         self.floating: set[str] = set()
         self.constants: dict[str, TensorProto | NodeProto | None] = {}
         self.nodes: list[NodeProto] = []
@@ -218,6 +221,8 @@ class _Unrounder(Editor):
             self.nodes.append(node)
         elif all(name in self.constants for name in node.input if name) and not bodies_of(node) and node.input:
             self.constants |= dict.fromkeys(node.output, node if len(node.output) == 1 else None)
+            self.nodes.append(node)
+        elif node.output[0] in self.rounded:
             self.nodes.append(node)
         elif (write := _WRITERS.get((node.domain if node.domain != "ai.onnx" else "", node.op_type))) is not None:
             write(self, node)

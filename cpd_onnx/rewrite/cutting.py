@@ -122,7 +122,7 @@ class _Cutter(Editor):
         _replace_nodes(self.model.graph, kept)
         self.bypass()
         weights = self.drop_unread(before)
-        self.drop_infos(names | weights)
+        self.drop_infos(names | weights | self.found.dequantised)
         return Pruned(self.model, (*(edit for edit in edits if edit.where not in weights), *self.edits))
 
     # Constants.

@@ -68,7 +68,14 @@ def in_line(combed: Combed, keep: KeepMask, pruned: Model) -> Model:
     for tensor in pruned.graph.initializer:
         if narrow[1].has(tensor.name):
             narrow[1].set_array(tensor.name, pruned.lazy_array(tensor.name))
-    return with_values(combed, found, narrow, wide)
+    return _described_as(pruned, with_values(combed, found, narrow, wide))
+
+
+def _described_as(source: Model, model: Model) -> Model:
+    """Return a model with the metadata of another, which names its plan, for one."""
+    del model.proto.metadata_props[:]
+    model.proto.metadata_props.extend(source.proto.metadata_props)
+    return model
 
 
 def out_of_line(combed: Combed, keep: KeepMask, model: Model) -> Model:
@@ -78,7 +85,7 @@ def out_of_line(combed: Combed, keep: KeepMask, model: Model) -> Model:
         return model
     narrow = keep, _Rewriter(combed, keep, found).sized().model
     filled = with_values(combed, found, (with_last(combed, keep, found.gone), model), narrow)
-    return without_branches(combed, found, keep, Pruned(filled, ())).model
+    return _described_as(model, without_branches(combed, found, keep, Pruned(filled, ())).model)
 
 
 def with_all_nodes(combed: Combed, keep: KeepMask) -> tuple[Sized, Sized]:
@@ -473,6 +480,8 @@ class _Rewriter(Editor):
                 if tensor is None or tensor.axes is None or value.shape is None or tensor.value.weight is not None:
                     continue
                 if tensor.value.has_placeholder or value.has_placeholder:
+                    continue
+                if not scope.path and name in self.found.dequantised:
                     continue
                 expected = tuple(self.keep.count(axis) for axis in tensor.axes)
                 if not _fits(value, expected):

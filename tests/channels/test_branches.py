@@ -1,5 +1,6 @@
 """Whole branches: what disappears with all channels of a group, what takes its place, and what cannot."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ from cpd_onnx.channels.costs import CostModel
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.data.sources import ArraySource
 from cpd_onnx.errors import PlanError
-from cpd_onnx.passes.prune import apply, prune
-from cpd_onnx.passes.repair import RepairOptions, repair
+from cpd_onnx.passes.prune import Prune, apply, prune
+from cpd_onnx.passes.repair import Repair, RepairOptions, repair
 from cpd_onnx.proof.files import verify_files
 from cpd_onnx.proof.proving import verify
 from cpd_onnx.rewrite.plan import Plan, make_plan
@@ -49,6 +50,11 @@ BLOCKS = {
     ),
     "concatenated": (
         f"{IMAGE}, float[2, 10, 3, 3] q) {SCORES} {START} e = Concat <axis = 1> (a, c) y = {PADDED} (e, q) }}", "w", "b c", {},
+    ),
+    "quantised": (
+        f"{IMAGE}, float[4] k, float t, uint8 z) {SCORES} {START} j = QuantizeLinear (c, t, z) f = DequantizeLinear (j, t, z) "
+        f"d = {PADDED} (f, v, k) h = QuantizeLinear (d, t, z) g = DequantizeLinear (h, t, z) e = Add (a, g) y = Conv (e, u) }}",
+        "w", "b c j f d h", {"t": 0.03, "z": 120, "k": [0.1, -0.2, 0.3, -0.4]},
     ),
     "perceptron": (
         f"{TOKENS}, float[4] k, float[4, 3] u) => (float[B, T, 3] y) {{ a = MatMul (x, w) b = Add (a, p) c = Gelu (b) "
@@ -294,6 +300,24 @@ def test_a_plan_of_an_older_version_is_read(tmp_path: Path) -> None:
     old = Plan({**state.plan.content, "version": 2})
     (tmp_path / "plan.json").write_text(old.dumps(2))
     assert cpd.load_plan(tmp_path / "plan.json").dumps() == state.plan.dumps()
+
+
+@pytest.mark.parametrize("name", ["residual", "quantised"])
+def test_a_repaired_model_without_branches_is_verified(name: str, tmp_path: Path) -> None:
+    """Its metadata names its plan, as that of any pruned model."""
+    onnx.save(model_of(name), tmp_path / "model.onnx")
+    data = ArraySource({"x": np.random.default_rng(0).standard_normal((64, 3, 8, 8)).astype(np.float32)})
+    state = cpd.run("comb", tmp_path / "model.onnx", data=data)
+    assert state.combed is not None
+    chosen = without(state.combed, group_of(state.combed, "w"))
+    state = Repair(samples=64)(Prune()(replace(state, allocation=chosen)))
+    assert state.repaired is not None
+    assert state.plan is not None
+    state.model.save(tmp_path / "small.onnx")
+    found = verify_files(cpd.load(tmp_path / "model.onnx"), cpd.load(tmp_path / "small.onnx"), state.plan)
+    assert found.comparison.verdict == "verified"
+    assert found.trained
+    assert state.repaired["left"] == {}
 
 
 @pytest.mark.parametrize("seed", range(24))
