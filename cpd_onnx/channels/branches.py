@@ -54,12 +54,12 @@ class Branches:
         dead: The lost and unread nodes without those that compute weights, from which constants may be computed.
         entries: Input slots, as (node, slot), at which a constant meets a tensor that is computed from the inputs, or
             is dequantised for that.
-        dequantised: Tensors that are dequantised from constants: their nodes stay, so that runtimes still compute in
-            integers.
         neutral: Those of them, not among `entries`, at which the constant is zero and is added: the node disappears,
             and what reads its output reads the other term.
         donors: Nodes that read sizes of a tensor which disappears, by position, with a tensor that has the same sizes.
         dropped: Input slots, likewise, of concatenations whose other inputs still exist.
+        dequantised: Tensors that stay and are dequantised from constants, so that runtimes compute the sums that they
+            enter in integers.
         obstacle: Why the groups cannot be removed as a whole; empty if they can.
     """
 
