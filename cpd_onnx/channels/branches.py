@@ -392,14 +392,13 @@ class _Finder:
         return found
 
     def _result(self, gone: Gone, fates: _Fates) -> Branches:
-        dropped = fates.lost | fates.constants.keys()
-        entered = {*fates.entries, *fates.dropped}
-        unread = self._unread(dropped, entered)
-        entries = [entry for entry in fates.entries if entry[0] not in unread]
-        neutral = [entry for entry in entries if self._is_neutral(*entry, fates)]
-        entries = [*dict.fromkeys(self._before_dequantising(*entry) for entry in entries if entry not in neutral)]
+        entries = [*dict.fromkeys(self._before_dequantising(*entry) for entry in fates.entries)]
         kept = fates.constants.keys() & {position for position, _ in entries}
         constants = {position: shape for position, shape in sorted(fates.constants.items()) if position not in kept}
+        dropped = fates.lost | constants.keys()
+        unread = self._unread(dropped, {*entries, *fates.dropped})
+        entries = [entry for entry in entries if entry[0] not in unread]
+        neutral = [entry for entry in entries if self._is_neutral(*entry, fates)]
         donors = {}
         for position in fates.readers_of_sizes:
             if position in unread:
@@ -411,9 +410,9 @@ class _Finder:
         return Branches(
             gone, tuple(fates.roots), constants, frozenset(fates.lost), unread,
             frozenset(position for position in fates.lost | unread if not self._is_weight(position)),
-            tuple(entries), tuple(neutral),
+            tuple(entry for entry in entries if entry not in neutral), tuple(neutral),
             tuple(entry for entry in fates.dropped if entry[0] not in unread), donors,
-            frozenset(self.scope.nodes[position].output[0] for position in kept),
+            frozenset(self.scope.nodes[position].output[0] for position in kept - unread),
         )  # fmt: skip  # its fields
 
     def _is_weight(self, position: int) -> bool:

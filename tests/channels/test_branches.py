@@ -302,6 +302,19 @@ def test_a_plan_of_an_older_version_is_read(tmp_path: Path) -> None:
     assert cpd.load_plan(tmp_path / "plan.json").dumps() == state.plan.dumps()
 
 
+def test_what_still_dequantises_a_constant_keeps_its_scale() -> None:
+    """Exporters write scales as Constant nodes too, each beside the node that takes it."""
+    text = BLOCKS["quantised"][0].replace("float t, uint8 z", "float t").replace(", t, z)", ", t)")
+    text = text.replace("g = Dequantize", "o = Constant <value_float = 0.03> () g = Dequantize").replace(
+        "(h, t)", "(h, o)"
+    )
+    combed = comb(from_text(text, values={"t": 0.03}))
+    chosen = without(combed, group_of(combed, "w"))
+    pruned = prune(combed, chosen)
+    assert sorted(node.output[0] for node in pruned.model.graph.node) == ["a", "e", "g", "o", "y"]
+    assert verify(combed, chosen.keep_mask(combed), pruned.model).verdict == "verified"
+
+
 @pytest.mark.parametrize("name", ["residual", "quantised"])
 def test_a_repaired_model_without_branches_is_verified(name: str, tmp_path: Path) -> None:
     """Its metadata names its plan, as that of any pruned model."""
