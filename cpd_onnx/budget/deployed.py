@@ -97,16 +97,15 @@ def file_terms(combed: Combed, stored: FewBits) -> list[Term]:
 def scaled_axis(shape: Sequence[int]) -> int | None:
     """Return the axis of a table in eight bits whose indices have a scale of their own; None if it is not stored so.
 
-    It is the longest of those with enough elements at each index. Tables are matrices that are rounded without a fit:
-    those that an operator looks up, the gates of a recurrent one, and weights that several nodes take.
+    It is the longest axis, if another one is long enough for a scale to be shared. Tables are matrices that are rounded
+    without a fit: those that an operator looks up, the gates of a recurrent one, and weights that several nodes take.
 
     >>> scaled_axis([1000, 64]), scaled_axis([1, 256, 64]), scaled_axis([1000, 4])
     (0, 1, None)
     """
-    size = math.prod(shape)
-    found = [axis for axis, length in enumerate(shape) if length > 1 and size >= _LEAST_SCALED * length]
-    is_wide = sum(length >= _LEAST_SCALED for length in shape) > 1
-    return max(found, key=lambda axis: shape[axis]) if found and is_wide and size >= FEWEST else None
+    if math.prod(shape) < FEWEST or sum(length >= _LEAST_SCALED for length in shape) < 2:
+        return None
+    return max(range(len(shape)), key=lambda axis: shape[axis])
 
 
 def element_size(dtype: int, stored_as: str) -> float:

@@ -140,7 +140,7 @@ def in_few_bits(
         raise UnsupportedError(f"{said}{_reasons(made)}")
     if made.tables:
         (notify or ignore)(
-            f"tables, matrices of recurrent operators and weights of several nodes that are rounded to nearest in "
+            "tables, matrices of recurrent operators and weights of several nodes that are rounded to nearest in "
             f"{max(BITS)} bits: {len(made.tables)}, like {made.tables[0]!r}"
         )
     if made.left:
