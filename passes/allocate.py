@@ -275,6 +275,7 @@ class Allocate(AllocateOptions):
         chooser = self.chooser(combed, state.converted)
         found = Refined(state.curves)
         if state.curves is None:
+            chooser = chooser.corrected(combed, scores, is_loss=is_loss) if self.effort else chooser
             choose = partial(chooser.quick, combed, scores, is_loss=is_loss)
             found = self.refined(choose, combed, scores, state.data, is_loss=is_loss)
         allocation = found.chosen(partial(chooser, combed, scores, is_loss=is_loss))

@@ -289,9 +289,10 @@ class _Choice:
             is_loss = find_score_function(options.score).is_loss
             progress = number / options.rounds
             scores, data = _without(scores, self.removed), self.state.data
-            choose = partial(self.chooser.quick, now, scores, progress, is_loss=is_loss)
+            chooser = self.chooser.corrected(now, scores, progress, is_loss=is_loss) if options.effort else self.chooser
+            choose = partial(chooser.quick, now, scores, progress, is_loss=is_loss)
             best = options.refined(choose, now, scores, data, is_loss=is_loss, seed=options.seed)
-            found = best.chosen(partial(self.chooser, now, scores, progress, is_loss=is_loss))
+            found = best.chosen(partial(chooser, now, scores, progress, is_loss=is_loss))
             chosen = _joined(replace(found, notes=(*found.notes, *best.notes)), self.removed)
         return replace(chosen, after=CostModel(now).total(chosen.keep_mask(now)))
 

@@ -21,8 +21,8 @@ from cpd_onnx.budget.allocation import (
 )
 from cpd_onnx.budget.latency import CostTable, LatencyProbe
 from cpd_onnx.budget.speed import SpeedCheck
-from cpd_onnx.budget.targets import Asked, Target, Targets, slack_of
-from cpd_onnx.budget.timing import TOO_WIDE, allocate_measured, latency_notes
+from cpd_onnx.budget.targets import SLACK, Asked, Target, Targets, slack_of
+from cpd_onnx.budget.timing import TOO_WIDE, allocate_measured, latency_notes, timed
 from cpd_onnx.budget.widths import allowed_widths
 from cpd_onnx.channels.alike import alike_groups
 from cpd_onnx.channels.groups import Combed
@@ -40,6 +40,8 @@ _BELOW = 0.04
 """Deviation below the target, as a fraction of the original's cost, that whole blocks may have (heuristic)."""
 _NEAR = 0.04
 """Deviation from the target, relative to it, from which groups that are alike get other widths (heuristic)."""
+_WRONG = 2.0
+"""Largest ratio of predicted and measured saving of latency that is believed, and its inverse the least (heuristic)."""
 STEPS = "steps"
 """Entry of a plan's budget: where the multiples come from, if they were not given as a number."""
 MEASURED = "measured"
@@ -62,6 +64,7 @@ class Chooser:
             not faster than the original; None for no such check.
         block: Number of channels in a block of the processor, see `host.multiples`; 1 for widths of any number.
         is_measured: Whether the table was measured here, and is returned with the allocation.
+        foreseen: Saving of latency that the table predicts, relative to the one that is measured, see `corrected`.
     """
 
     budget: Budget
@@ -72,6 +75,7 @@ class Chooser:
     check: SpeedCheck | None = None
     block: int = 1
     is_measured: bool = False
+    foreseen: float = 1.0
 
     @property
     def asked(self) -> Targets:
@@ -82,6 +86,36 @@ class Chooser:
     def quick(self) -> Chooser:
         """The allocator that neither measures nor fails, whose allocations are only compared with each other."""
         return replace(self, probe=None, check=None, nearest=True)
+
+    def corrected(
+        self, combed: Combed, scores: Sequence[Scores], progress: float = 1.0, *, is_loss: bool = False
+    ) -> Chooser:
+        """Return the allocator that knows by one measurement how far the cost table is from the truth.
+
+        What it only compares (`quick`) is then as fast as what it measures, and its first measurement near the target.
+
+        Args:
+            combed: The model.
+            scores: Scores of its groups.
+            progress: Part of the way to the targets at which the latency is measured.
+            is_loss: Whether the scores are losses.
+        """
+        if self.table is None or self.probe is None:
+            return self
+        chosen = replace(self.quick, foreseen=1.0)(combed, scores, progress, is_loss=is_loss)
+        saved = 1 - timed(self.probe, chosen, self.table.ms, is_trusted=False)
+        predicted = 1 - chosen.latency["predicted"]
+        if min(saved, predicted) <= SLACK:
+            return self
+        return replace(self, foreseen=min(max(predicted / saved, 1 / _WRONG), _WRONG))
+
+    def predicted(self, measured: float) -> float:
+        """Return the latency, as a fraction of the original, that the table predicts where `measured` is measured."""
+        return max(1 - (1 - measured) * self.foreseen, measured / _WRONG)
+
+    def measured(self, predicted: float) -> float:
+        """Return the latency, as a fraction of the original, measured where the table predicts `predicted`."""
+        return 1 - (1 - predicted) / self.foreseen
 
     def aiming(self, targets: Targets) -> Chooser:
         """Return the allocator of other targets, of the same kinds."""
@@ -238,9 +272,15 @@ class _Run:
         """Return the allocation within a budget."""
         chooser = self.chooser
         if chooser.table is not None and budget.kind == "latency":
+            first = chooser.predicted(budget.fraction)
             if chooser.probe is not None:
-                return allocate_measured(self.at_fast_widths, budget, chooser.table, chooser.probe)
-            found = self.at_fast_widths(budget, chooser.table)
+                return allocate_measured(self.at_fast_widths, budget, chooser.table, chooser.probe, first)
+            try:
+                found = self.at_fast_widths(replace(budget, fraction=first), chooser.table)
+            except UnreachableError as error:
+                floors = {**error.floors, "latency": chooser.measured(error.floors["latency"])}
+                raise UnreachableError(str(error), floors, error.obstacle) from error
+            found = replace(found, latency={**found.latency, "target": budget.fraction})
             return replace(found, notes=(*found.notes, *latency_notes(found, chooser.table)))
         found = self.at_blocks(budget)
         if chooser.check is None or not is_last:
@@ -283,8 +323,11 @@ class _Run:
         prices, kept = self.prices(), found.keep_mask(self.combed)
         for target in self.chooser.asked:
             full = prices.full(target.kind)
-            ratio = found.latency.get("measured", found.latency.get("predicted"))
-            got = ratio * full if target.kind == "latency" and ratio is not None else prices.cost(target.kind, kept)
+            got = prices.cost(target.kind, kept)
+            if target.kind == "latency" and "measured" in found.latency:
+                got = found.latency["measured"] * full
+            elif target.kind == "latency" and "predicted" in found.latency:
+                got = self.chooser.measured(found.latency["predicted"]) * full
             yield target.asked(got, full)
 
     def refusal(self, error: UnreachableError) -> str:

@@ -34,7 +34,11 @@ _SCATTER = 0.3
 
 
 def allocate_measured(
-    choose: Callable[[Budget, CostTable], Allocation], budget: Budget, table: CostTable, probe: LatencyProbe
+    choose: Callable[[Budget, CostTable], Allocation],
+    budget: Budget,
+    table: CostTable,
+    probe: LatencyProbe,
+    first: float | None = None,
 ) -> Allocation:
     """Allocate for a latency target, measure the result beside the original, correct the request, and repeat.
 
@@ -47,10 +51,11 @@ def allocate_measured(
         budget: The budget, whose first kind is "latency".
         table: Predicts latencies.
         probe: Measures latencies.
+        first: Fraction that is requested of the table first; None for the target.
 
     Raises UnreachableError if the target cannot be reached, with the nearest allocation that was measured.
     """
-    best, refused = _searched(choose, budget, table, probe)
+    best, refused = _searched(choose, budget, table, probe, budget.fraction if first is None else first)
     if best is None:
         assert refused is not None
         raise refused
@@ -61,10 +66,14 @@ def allocate_measured(
 
 
 def _searched(
-    choose: Callable[[Budget, CostTable], Allocation], budget: Budget, table: CostTable, probe: LatencyProbe
+    choose: Callable[[Budget, CostTable], Allocation],
+    budget: Budget,
+    table: CostTable,
+    probe: LatencyProbe,
+    request: float,
 ) -> tuple[Allocation | None, UnreachableError | None]:
     """Return the nearest allocation, None if none can be chosen, and the first refusal of the target, if any."""
-    request, tried, measurements = budget.fraction, list[tuple[float, float]](), list[float]()
+    tried, measurements = list[tuple[float, float]](), list[float]()
     best: Allocation | None = None
     refused: UnreachableError | None = None
     repeats: Allocation | None = None

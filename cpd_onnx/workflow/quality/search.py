@@ -75,8 +75,9 @@ class Search:
             self.combed, step.score, samples=step.samples, data=state.data, labels=step.score_labels, seed=step.seed,
             is_repaired=step.repair,
         )  # fmt: skip  # the fields in order
-        self.chooser: Chooser = replace(step.chooser(self.combed, state.converted), nearest=True)
         self.is_loss = find_score_function(step.score).is_loss
+        chooser: Chooser = replace(step.chooser(self.combed, state.converted), nearest=True)
+        self.chooser = chooser.corrected(self.combed, self.scores, is_loss=self.is_loss)
         self.tried: dict[float, Candidate | None] = {}
         self.by: Refined | None = None
 
