@@ -24,11 +24,11 @@ from cpd_onnx.budget.allocation import Allocation, LossCurves, depth_curves
 from cpd_onnx.budget.targets import SLACK
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.data.held_out import Division, divide
-from cpd_onnx.data.sources import Source, calibration
+from cpd_onnx.data.sources import Source, calibration, few_samples
 from cpd_onnx.errors import TargetError
 from cpd_onnx.fitting.divergence import Divergence, Floats, is_nearer
 from cpd_onnx.io.progress import advance, step
-from cpd_onnx.passes.repair import RepairOptions, few_samples, repair
+from cpd_onnx.passes.repair import RepairOptions, repair
 from cpd_onnx.rewrite.rewriter import rewrite
 from cpd_onnx.runtime.stream import batch_size, held_feeds
 from cpd_onnx.scores.alone import Alone

@@ -46,8 +46,6 @@ _FEW = 200
 """Number of samples below which a note says that they are few, unless no more were asked for (heuristic)."""
 _LEAST = 2
 """Number of samples that a repair takes: one to fit and one to check."""
-_ELEMENTS, _FEWEST = 1 << 24, 16
-"""Numbers in all samples of a repair that only serves a comparison, and samples at least (heuristic)."""
 _TARGET_BYTES = 128 << 20
 """Approximate number of bytes of the targets that are sampled in one run of the original (heuristic)."""
 _FEW_OTHERS = 0.25
@@ -122,17 +120,6 @@ class Repaired:
     fits: tuple[Fit, ...]
     left: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-
-
-def few_samples(most: int, sample_size: float, elements: int = _ELEMENTS) -> int:
-    """Return how many samples suffice for a repair that only serves a comparison: each large one has many rows.
-
-    Args:
-        most: Maximum number of samples.
-        sample_size: Numbers in the inputs of one sample.
-        elements: Numbers in all samples that suffice, if these are not very few.
-    """
-    return int(np.clip(elements / sample_size, min(_FEWEST, most), most))
 
 
 @step("repair")

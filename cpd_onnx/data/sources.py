@@ -74,6 +74,24 @@ def calibration(model: Model, source: Source, samples: int, *, batch: int = 16, 
         raise DataError("the data has too few samples for one batch of the model")
 
 
+def numbers_in_sample(model: Model, source: Source) -> float:
+    """Return how many numbers the inputs of a model have for each sample; raises DataError as `calibration`."""
+    first = next(calibration(model, source, 1))
+    return sum(array.size for array in first.values()) / sample_count(first)
+
+
+def few_samples(most: int, sample_size: float, elements: int, fewest: int = 16) -> int:
+    """Return how many samples suffice to fit weights to: each large one has many rows.
+
+    Args:
+        most: Maximum number of samples.
+        sample_size: Numbers in the inputs of one sample.
+        elements: Numbers in all samples that suffice.
+        fewest: Number of samples, if there are as many, however large they are.
+    """
+    return int(min(most, max(fewest, elements / sample_size)))
+
+
 # Sources.
 
 

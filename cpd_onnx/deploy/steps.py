@@ -572,7 +572,7 @@ def _planned(model: Model, request: Deployment, source: Source | None) -> Iterat
         )
     if request.weights is not None and source is not None:
         given, bits = source, request.weights
-        what = f"stored in {bits.bits} bits, fitted to {bits.samples} samples"
+        what = f"stored in {bits.bits} bits, fitted to up to {bits.samples} samples"
         yield _Todo(_WEIGHTS, what, lambda now, notify: in_few_bits(now, given, bits, notify))
 
 

@@ -13,7 +13,7 @@ from cpd_onnx.budget.latency import Convert
 from cpd_onnx.data.agreement import Agreement, agreement
 from cpd_onnx.data.held_out import at_most, divide
 from cpd_onnx.data.metrics import OF_TWO_MODELS, evaluate, metric_of
-from cpd_onnx.data.sources import Source, calibration
+from cpd_onnx.data.sources import Source, calibration, few_samples, numbers_in_sample
 from cpd_onnx.data.synthetic import Synthetic
 from cpd_onnx.errors import DataError, TargetError, UnsupportedError
 from cpd_onnx.ir.model import Model
@@ -85,17 +85,11 @@ def samples_of(
     return Samples(fitted, choosing, judging, labelled is not None, is_held_out)
 
 
-def numbers_in_sample(model: Model, data: Source) -> float:
-    """Return how many numbers the inputs of a model have for each sample."""
-    first = next(calibration(model, data, 1))
-    return sum(array.size for array in first.values()) / sample_count(first)
-
-
 def enough_to_fit(model: Model, data: Source | None, most: int) -> int:
     """Return how many samples suffice for scores and a repair that use at most so many: of large ones fewer do."""
     if data is None or data.count is None:
         return most
-    return int(np.clip(_NUMBERS / numbers_in_sample(model, data), min(_GENERATED, most), most))
+    return few_samples(most, numbers_in_sample(model, data), _NUMBERS, _GENERATED)
 
 
 def to_fit(data: Source | None, model: Model, options: Any) -> Source | None:

@@ -14,6 +14,7 @@ from cpd_onnx.budget.latency import Convert, LatencyProbe
 from cpd_onnx.budget.speed import SpeedCheck
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.channels.groups import Combed
+from cpd_onnx.data.sources import few_samples, numbers_in_sample
 from cpd_onnx.errors import LossError, TargetError
 from cpd_onnx.io.progress import advance
 from cpd_onnx.io.progress import step as reported
@@ -23,13 +24,13 @@ from cpd_onnx.passes.fold import Fold
 from cpd_onnx.passes.iterate import Iterate
 from cpd_onnx.passes.lossless import Lossless, in_blocks
 from cpd_onnx.passes.refine import Refined
-from cpd_onnx.passes.repair import RepairOptions, few_samples, repair
+from cpd_onnx.passes.repair import RepairOptions, repair
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.rewrite.plan import Plan, make_plan
 from cpd_onnx.rewrite.rewriter import rewrite
 from cpd_onnx.scores.registry import find_score_function, score
 from cpd_onnx.workflow import defaults
-from cpd_onnx.workflow.quality.samples import Loss, Samples, numbers_in_sample
+from cpd_onnx.workflow.quality.samples import Loss, Samples
 
 _FIRST = 0.6
 """Part of the way to the targets that a search tries after the whole way, and factor to the next one (heuristic)."""
@@ -37,6 +38,8 @@ _LAST = 0.05
 """Part of the way below which a search ends: so little is removed that nothing is gained (heuristic)."""
 _BISECTIONS = 3
 """Number of bisections between a candidate that loses too much and one that does not (heuristic)."""
+_ELEMENTS = 1 << 24
+"""Numbers in all samples of a repair that only serves a comparison, if these are not very few (heuristic)."""
 TRAINABLE = 3.0
 """Loss before training, relative to the allowed one, that training usually recovers (heuristic)."""
 
@@ -111,7 +114,7 @@ class Search:
     def repair_samples(self) -> int:
         """Number of samples that a candidate is repaired on."""
         assert self.state.data is not None
-        return few_samples(self.step.repair_samples, numbers_in_sample(self.state.model, self.state.data))
+        return few_samples(self.step.repair_samples, numbers_in_sample(self.state.model, self.state.data), _ELEMENTS)
 
     def furthest(self, max_loss: float) -> Candidate | None:
         """Return the candidate nearest to the targets that loses at most `max_loss`; None if there is none.
