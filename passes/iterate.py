@@ -29,6 +29,7 @@ from cpd_onnx.errors import CpdError, DataError, TargetError
 from cpd_onnx.io import progress
 from cpd_onnx.io.files import read_json, write_atomically
 from cpd_onnx.ir.model import Model, load
+from cpd_onnx.ir.tensors import held, hold
 from cpd_onnx.options import natural, option, positive, same_option
 from cpd_onnx.passes.allocate import Allocate, AllocateOptions
 from cpd_onnx.passes.prune import prune
@@ -318,15 +319,15 @@ def _enlarged(combed: Combed, keep: KeepMask, small: Model) -> Model:
     model = combed.folded.model.copy()
     for weight in combed.weights:
         name = weight.value.name
-        if weight.scope.address or weight.scope.function or not weight.is_trained or not small.has(name):
+        if weight.scope.address or weight.scope.function or not weight.is_trained:
             continue
-        new = small.array(name)
-        if new.shape == tuple(map(keep.count, weight.axes[0])) and model.has(name):
+        new = held(small, name)
+        if new is not None and new.shape == tuple(map(keep.count, weight.axes[0])):
             full = np.array(weight_array(combed.folded.model, weight))
             pieces = combed.pieces(weight.axes[0])
             ends = np.cumsum([keep.count(piece.axes[0]) for piece in pieces[:-1]]).astype(np.int64)
             for piece, rows in zip(pieces, np.split(new, ends) if len(pieces) > 1 else [new], strict=True):
                 places = [np.flatnonzero(keep.mask(axis)) for axis in piece.axes]
                 (full[piece.rows] if len(pieces) > 1 else full)[np.ix_(*places)] = rows
-            model.set_array(name, full)
+            hold(model, name, full)
     return model

@@ -20,7 +20,7 @@ from cpd_onnx.channels.groups import Combed
 from cpd_onnx.data.sources import Source, calibration
 from cpd_onnx.data.synthetic import Synthetic
 from cpd_onnx.ir.model import Array, Model, attributes_of
-from cpd_onnx.ir.tensors import constant_tensors
+from cpd_onnx.ir.tensors import constant_tensors, held, held_type, hold
 from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.runtime.stepwise import Stepwise
 from cpd_onnx.shapes.editor import Editor
@@ -69,23 +69,20 @@ class Renormalized:
         standard deviation here.
         """
         model = pruned.copy()
-        editor, names = Editor(pruned), {tensor.name for tensor in pruned.graph.initializer}
+        editor = Editor(pruned)
+        names = {*(tensor.name for tensor in pruned.graph.initializer), *constant_tensors(pruned)}
         ratios = {}
         for position in self.statistics:
             node = editor.node(self.combed.folded.scope, position)
             ratios[node.input[_BIAS]] = _deviation(fitted, node) / _deviation(pruned, node)
             names -= {node.input[_MEAN], node.input[_VARIANCE]}
-        for name in sorted(name for name in names if fitted.has(name)):
-            before, after = pruned.array(name), fitted.array(name)
-            if before is after or np.array_equal(before, after):
+        for name in sorted(names):
+            before, after = held(pruned, name), held(fitted, name)
+            if before is None or after is None or before is after or np.array_equal(before, after):
                 continue
             if name in ratios:
                 after = (before + (after - before) * ratios[name]).astype(before.dtype)
-            model.set_array(name, after)
-        known = constant_tensors(fitted)
-        for name, tensor in constant_tensors(model).items():
-            if name in known:
-                tensor.CopyFrom(known[name])
+            hold(model, name, after)
         return model
 
 
@@ -106,9 +103,9 @@ def renormalized(combed: Combed, source: Source | None, seed: int = 0) -> Renorm
         node = folded.scope.nodes[position]
         steps.after(position - 1)
         mean, variance = _moments(steps.tensor(node.input[0]))
-        stored = model.array(node.input[_VARIANCE]).astype(np.float64)
+        stored = _vector(model, node.input[_VARIANCE])
         is_used = np.isfinite(mean) & np.isfinite(variance) & (variance > _LEAST * stored)
-        mean = np.where(is_used, mean, model.array(node.input[_MEAN]))
+        mean = np.where(is_used, mean, _vector(model, node.input[_MEAN]))
         statistics[position] = (mean, np.where(is_used, variance, stored))
         _set(model, node, *statistics[position])
         steps.release(node.input[0])
@@ -144,9 +141,9 @@ def _normalizations(folded: Folded) -> Iterator[int]:
 
 
 def _is_own(model: Model, folded: Folded, name: str) -> bool:
-    """Return whether a name is an initializer of floating-point type with one user."""
-    is_weight = model.has(name) and model.tensor(name).data_type == TensorProto.FLOAT
-    return is_weight and len(folded.scope.consumers[name]) == 1
+    """Return whether a name is that of a float32 weight with one user."""
+    found = held_type(model, name)
+    return found is not None and found[0] == TensorProto.FLOAT and len(folded.scope.consumers[name]) == 1
 
 
 def _moments(arrays: Sequence[Array]) -> tuple[Vector, Vector]:
@@ -159,10 +156,16 @@ def _moments(arrays: Sequence[Array]) -> tuple[Vector, Vector]:
 
 
 def _set(model: Model, node: NodeProto, mean: Vector, variance: Vector) -> None:
-    model.set_array(node.input[_MEAN], mean.astype(np.float32))
-    model.set_array(node.input[_VARIANCE], variance.astype(np.float32))
+    hold(model, node.input[_MEAN], mean.astype(np.float32))
+    hold(model, node.input[_VARIANCE], variance.astype(np.float32))
 
 
 def _deviation(model: Model, node: NodeProto) -> Vector:
     epsilon = attributes_of(node).get("epsilon", 1e-5)
-    return np.asarray(np.sqrt(model.array(node.input[_VARIANCE]).astype(np.float64) + epsilon))
+    return np.asarray(np.sqrt(_vector(model, node.input[_VARIANCE]) + epsilon))
+
+
+def _vector(model: Model, name: str) -> Vector:
+    found = held(model, name)
+    assert found is not None, name
+    return found.astype(np.float64)

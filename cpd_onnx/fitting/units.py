@@ -211,10 +211,7 @@ class _UnitFinder(Graph):
 
     def source(self, node: NodeProto, operands: Operands) -> Stored | str:
         """Return the weight of a node as it is stored; why it is left, empty if the operand is none."""
-        name = node.input[operands.weight]
-        if self.is_constant_node(name) and not operands.is_quantized:
-            return "in a Constant node"
-        name, flipped = self.before_transpose(name)
+        name, flipped = self.before_transpose(node.input[operands.weight])
         if operands.is_quantized:
             return self.of_operator(node, operands, name) if not flipped else ""
         maker = self.maker(name)
@@ -222,9 +219,8 @@ class _UnitFinder(Graph):
             return self.dequantised(maker, flipped=flipped)
         if maker is not None and traits_of(maker).is_bilinear and traits_of(maker).is_local and self.uses[name] == 1:
             return self.multiplied(maker, flipped=flipped)
-        if not self.model.has(name):
-            return ""
-        return Stored(name, flipped) if not flipped or len(self.model.tensor(name).dims) == 2 else ""
+        held = held_type(self.model, name)
+        return "" if held is None or (flipped and len(held[1]) != 2) else Stored(name, flipped)
 
     def before_transpose(self, name: str) -> tuple[str, bool]:
         """Return the matrix that the graph transposes before it becomes a tensor, or the tensor itself."""
@@ -232,10 +228,6 @@ class _UnitFinder(Graph):
         if maker is None or not is_transpose(maker) or self.uses[name] != 1:
             return name, False
         return maker.input[0], True
-
-    def is_constant_node(self, name: str) -> bool:
-        value = self.scope.values.get(name)
-        return not self.model.has(name) and value is not None and value.weight is not None
 
     def dequantised(self, node: NodeProto, *, flipped: bool) -> Stored | str:
         """Return a weight that a node dequantises; a float one that the graph quantises before that is rounded."""
@@ -326,7 +318,7 @@ class _UnitFinder(Graph):
         value = self.scope.values.get(data[0])
         if linear is None or value is None or value.constants is not None or value.shape is None:
             return
-        if stored.is_float and self.model.tensor(stored.name).data_type != TensorProto.FLOAT:
+        if stored.is_float and self.kind(stored.name) != TensorProto.FLOAT:
             self.result.left[stored.name] = _OTHER_TYPE
         elif self.uses[stored.name] != 1 or stored.name in self.scope.outputs:
             self.result.left[stored.name] = SHARED
@@ -491,11 +483,10 @@ class _UnitFinder(Graph):
         if maker is not None and traits_of(maker).is_quantizer and self.uses[name] == 1:
             scale = self.scale(maker.input, (1, 2), 1)
             return None if scale is None else self.of_integers(maker.input[0], scale, count)
-        if not self.model.has(name) or self.uses[name] != 1:
+        found = held_type(self.model, name)
+        if found is None or found[0] != TensorProto.FLOAT or math.prod(found[1]) != count or self.uses[name] != 1:
             return None
-        if self.model.tensor(name).data_type != TensorProto.FLOAT:
-            return None
-        return Bias(name, np.ones(count)) if self.model.array(name).size == count else None
+        return Bias(name, np.ones(count))
 
     def of_integers(self, name: str, scale: Scale, count: int) -> Bias | None:
         """Return integers as a bias that may be changed, as `editable` does.
