@@ -309,18 +309,17 @@ class _Repairer:
         self.kept, self.silent = with_last(combed, kept, gone), kept
         self.model = pruned.copy()
         found, cut = units_of(combed.folded, self.model), branches(combed, gone)
-        self.units = [
-            unit
-            for unit in found.found
-            if (only is None or unit.weight in only) and unit.position not in cut.lost | cut.unread
-        ]
+        unread = cut.lost | cut.unread
+        used = [tuple(unit for unit in units if unit.position not in unread) for units in found.by_weight]
+        self.units = [units for units in used if units and (only is None or units[0].weight in only)]
+        each = [unit for units in self.units for unit in units]
         self.left = {name: why for name, why in found.left.items() if only is None or name in only}
         self.makers = combed.folded.scope.producers
         self.old = Stream(combed.folded, combed.folded.model, feeds)
         self.new = Stream(combed.folded, self.model, feeds)
         for stream in (self.old, self.new):  # data may be that from before a quantisation
-            stream.keep_alive({unit.data: unit.position for unit in self.units})
-        is_rounded = any(unit.is_rounded for unit in self.units)
+            stream.keep_alive({unit.data: unit.position for unit in each})
+        is_rounded = any(unit.is_rounded for unit in each)
         self.whole = {unit.position: unit for unit in units_of(combed.folded).found} if is_rounded else {}
         self.sampler = Sampler(options.rows, options.seed, self.old.sizes)
         self.held_out = len(samples[1])
@@ -328,27 +327,27 @@ class _Repairer:
     def run(self, *, refits: bool = False) -> Repaired:
         """Fit all weights; with `refits`, to all samples once the held-out ones have confirmed a fit."""
         fits = []
-        cuts = cuts_before([unit.position for unit in self.units], self.old)
+        cuts = cuts_before([units[0].position for units in self.units], self.old)
         parts = self.parts(cuts)
-        targets: dict[int, list[Targets]] = {}
-        for number, unit in tracked(list(enumerate(self.units))):
+        targets: dict[int, list[list[Targets]]] = {}
+        for number, units in tracked(list(enumerate(self.units))):
             if number in parts:
                 targets = self.targets(parts[number], cuts.get(number))
             found = _alike(self.blocks(number, targets.pop(number), cuts.get(number)), self.held_out)
             if found is None:
-                self.left[unit.weight] = _OTHER_SIZES
+                self.left[units[0].weight] = _OTHER_SIZES
                 continue
-            fit = self.fit(unit, *found, refits=refits)
+            fit = self.fit(units[0], *found, refits=refits)
             if fit is not None:
                 fits.append(fit)
         return Repaired(self.model, tuple(fits), self.left)
 
     def parts(self, cuts: Container[int]) -> dict[int, list[int]]:
-        """Return units whose targets are sampled in one run of the original, by the first of them."""
+        """Return weights whose targets are sampled in one run of the original, by the first of them."""
         found: dict[int, list[int]] = {}
         first, size = 0, 0
-        for number, unit in enumerate(self.units):
-            groups, _, outputs = shape = unit.matrix(self.model).shape
+        for number, units in enumerate(self.units):
+            groups, _, outputs = shape = units[0].matrix(self.model).shape
             taken = _ITEM * groups * outputs * self.sampler.most(shape)
             if number in cuts or not found or size + taken > _TARGET_BYTES:
                 first, size = number, 0
@@ -356,9 +355,13 @@ class _Repairer:
             size += taken
         return found
 
-    def targets(self, numbers: Sequence[int], cut: int | None) -> dict[int, list[Targets]]:
-        """Return the positions of the rows of some units in each batch, and the original's outputs at them."""
-        units = [self.units[number] for number in numbers]
+    def targets(self, numbers: Sequence[int], cut: int | None) -> dict[int, list[list[Targets]]]:
+        """Return the positions of the rows of some weights in each batch, and the original's outputs at them.
+
+        Those of a batch are given for each unit of a weight.
+        """
+        owners = [number for number in numbers for _ in self.units[number]]
+        units = [unit for number in numbers for unit in self.units[number]]
         masks = [[self.kept.mask(axis) for axis in self.combed.tensors[("", unit.target)].axes or []] for unit in units]
         shapes = [unit.matrix(self.model).shape for unit in units]
 
@@ -366,7 +369,8 @@ class _Repairer:
             unit, whole = units[stop], self.whole.get(units[stop].position)
             size = self.size_left(unit.data, tensors[unit.data]) if self.is_resized(unit) else None
             wanted = _kept(tensors[unit.target], masks[stop])
-            places = self.sampler.places((numbers[stop], batch), unit.linear, shapes[stop], wanted)
+            sampler = replace(self.sampler, rows=self.sampler.rows // len(self.units[owners[stop]]))
+            places = sampler.places((owners[stop], batch), unit.linear, shapes[stop], wanted)
             if whole is None or not unit.is_rounded:
                 return places, apart(unit.linear.targets(unit.real(unit.target, wanted), places)), size
             real = {name: whole.real(name, tensors[name]) for name in names[stop]}
@@ -377,10 +381,11 @@ class _Repairer:
         order = sorted(range(len(units)), key=lambda stop: (self.makers[units[stop].target], stop))
         names = [self.observed(unit) for unit in units]
         stops = [Stop(self.makers[units[stop].target], names[stop]) for stop in order]
-        found: dict[int, list[Targets]] = {number: [] for number in numbers}
+        found: dict[int, list[list[Targets]]] = {number: [] for number in numbers}
         for results in self.old.run(stops, lambda stop, *of: look(order[stop], *of), cut=cut):
-            for stop, result in zip(order, results, strict=True):
-                found[numbers[stop]].append(result)
+            by_stop = dict(zip(order, results, strict=True))
+            for number in numbers:
+                found[number].append([by_stop[stop] for stop, owner in enumerate(owners) if owner == number])
         return found
 
     def observed(self, unit: Unit) -> tuple[str, ...]:
@@ -402,17 +407,16 @@ class _Repairer:
         pairs = zip(map(self.kept.mask, tensor.axes), array.shape, strict=True)
         return tuple(int(mask.sum()) if len(mask) == size else size for mask, size in pairs)
 
-    def blocks(self, number: int, targets: Sequence[Targets], cut: int | None) -> list[Block | None]:
+    def blocks(self, number: int, targets: Sequence[Sequence[Targets]], cut: int | None) -> list[Block | None]:
         """Return features in the pruned model and targets from the original at the same positions.
 
         None stands for a batch in which the features have another size than in the original.
         """
-        unit = self.units[number]
-        names = (unit.data,) if unit.other is None else (unit.data, unit.other)
-        silent = list(self.silent_masks(unit.data))
+        units = self.units[number]
+        silent = [list(self.silent_masks(unit.data)) for unit in units]
 
-        def look(_: int, batch: int, tensors: Tensors) -> Block | None:
-            places, wanted, size = targets[batch]
+        def look(stop: int, batch: int, tensors: Tensors) -> Block | None:
+            unit, (places, wanted, size) = units[stop], targets[batch][stop]
             if size is not None and tensors[unit.data].shape != size:
                 return None
             other = None
@@ -420,12 +424,13 @@ class _Repairer:
                 other = unit.linear.targets(unit.real(unit.other, tensors[unit.other]), places)
                 wanted = wanted - other
             data = unit.real(unit.data, tensors[unit.data])
-            for mask in silent:
+            for mask in silent[stop]:
                 data = data * mask
             other = apart(other) if other is not None and unit.is_clipped else None
             return Block(apart(unit.linear.rows(data, places)), apart(wanted), other)
 
-        return [block for (block,) in self.new.run([Stop(unit.position - 1, names)], look, cut=cut)]
+        stops = [Stop(unit.position - 1, (unit.data, *([unit.other] if unit.other else []))) for unit in units]
+        return list(map(_together, self.new.run(stops, look, cut=cut)))
 
     def silent_masks(self, name: str) -> Iterator[Array]:
         """Yield masks, which broadcast against a tensor, of the channels that survive in `kept` alone."""
@@ -466,6 +471,14 @@ def _kept_outputs(array: Array, mask: Mask, shape: Sequence[int]) -> Rows:
     flat = array.transpose(1, 0, 2).reshape(array.shape[1], -1)
     flat = flat if len(mask) != flat.shape[1] else np.compress(mask, flat, axis=1)
     return np.ascontiguousarray(flat.reshape(len(flat), groups, outputs).transpose(1, 0, 2))
+
+
+def _together(blocks: Sequence[Block | None]) -> Block | None:
+    """Return the rows of the units of a weight in one batch; None if those of one of them are missing."""
+    known = [block for block in blocks if block is not None]
+    if len(known) < len(blocks):
+        return None
+    return known[0] if len(known) == 1 else Block.joined(known)
 
 
 def _alike(blocks: Sequence[Block | None], held_out: int) -> tuple[list[Block], int] | None:

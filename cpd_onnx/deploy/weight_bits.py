@@ -249,7 +249,8 @@ def rounded(model: Model, source: Source | None, options: WeightBits) -> Rounded
 def _tables(folded: Folded, known: Units) -> Iterator[str]:
     """Yield the names of the initializers that are rounded to nearest: finite tables in float32."""
     model, scope = folded.model, folded.scope
-    names = dict.fromkeys(name for name, why in known.left.items() if why == SHARED)
+    names = dict.fromkeys(units[0].weight for units in known.shared)
+    names |= dict.fromkeys(name for name, why in known.left.items() if why == SHARED)
     for node in scope.nodes:
         names |= dict.fromkeys(node.input[slot] for slot in traits_of(node).matrix_slots if slot < len(node.input))
     for name in names:

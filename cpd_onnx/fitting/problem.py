@@ -46,6 +46,20 @@ class Block:
         low, high = bounds
         return (low, high) if self.other is None else (np.float32(low) - self.other, np.float32(high) - self.other)
 
+    @staticmethod
+    def joined(blocks: Sequence[Block]) -> Block:
+        """Return the rows of several blocks as one."""
+        others = [block.other for block in blocks]
+        if any(other is not None for other in others):
+            others = [
+                np.zeros_like(b.wanted) if other is None else other for b, other in zip(blocks, others, strict=True)
+            ]
+        return Block(
+            np.concatenate([block.rows for block in blocks], axis=1),
+            np.concatenate([block.wanted for block in blocks], axis=1),
+            None if others[0] is None else np.concatenate([o for o in others if o is not None], axis=1),
+        )
+
     def part(self, rows: slice) -> Block:
         """Return some of the rows."""
         other = None if self.other is None else self.other[:, rows]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -171,12 +171,20 @@ class Units:
     """The linear units of a model.
 
     Attributes:
-        found: The units in the order of the graph.
+        found: The units in the order of the graph, whose weights no other node uses.
+        shared: Units with a common weight, as in a head that is applied to several feature maps: they differ only in
+            their data and target.
         left: Weights of linear operators that do not form a unit, and why.
     """
 
     found: list[Unit] = field(default_factory=list)
+    shared: list[tuple[Unit, ...]] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def by_weight(self) -> list[tuple[Unit, ...]]:
+        """The units of each weight, in the order of the graph."""
+        return sorted([*((unit,) for unit in self.found), *self.shared], key=lambda units: units[0].position)
 
 
 def units_of(folded: Folded, model: Model | None = None) -> Units:
@@ -193,6 +201,9 @@ class _UnitFinder(Graph):
     def __init__(self, folded: Folded, model: Model) -> None:
         super().__init__(folded, model)
         self.result = Units()
+        self.together: dict[str, list[Unit]] = {}
+        nodes = map(self.node, range(len(self.scope.nodes)))
+        self.identities = [(node.input[0], node.output[0]) for node in nodes if traits_of(node).is_identity]
 
     def run(self) -> Units:
         for position in range(len(self.scope.nodes)):
@@ -205,7 +216,34 @@ class _UnitFinder(Graph):
                 self.enter(position, node, operands, found)
             elif found:
                 self.result.left[node.input[operands.weight]] = found
+        for name, units in self.together.items():
+            if not self.are_alike(units):
+                self.result.left[name] = SHARED
+                continue
+            bounds = units[0].bounds if len({unit.bounds for unit in units}) == 1 else _UNBOUNDED
+            self.result.shared.append(tuple(replace(unit, bounds=bounds) for unit in units))
         return self.result
+
+    def are_alike(self, units: Sequence[Unit]) -> bool:
+        """Return whether all uses of a weight are these units, which do the same to their data but for activations."""
+        if not units or len(units) != self.count_uses(units[0].weight):
+            return False
+        first, biases = units[0], {unit.bias and unit.bias.name for unit in units}
+        shape = first.matrix(self.model).shape
+        return all(
+            unit.is_float
+            and unit.flipped == first.flipped
+            and unit.matrix(self.model).shape == shape
+            and np.array_equal(unit.gain, first.gain)
+            and np.array_equal(unit.shift, first.shift)
+            and biases == {first.bias and first.bias.name}
+            for unit in units
+        )
+
+    def count_uses(self, name: str) -> int:
+        """Return the number of input slots that take a tensor, directly or behind Identity nodes."""
+        behind = [made for given, made in self.identities if given == name]
+        return self.uses[name] - len(behind) + sum(map(self.count_uses, behind))
 
     # Weights.
 
@@ -219,6 +257,7 @@ class _UnitFinder(Graph):
             return self.dequantised(maker, flipped=flipped)
         if maker is not None and traits_of(maker).is_bilinear and traits_of(maker).is_local and self.uses[name] == 1:
             return self.multiplied(maker, flipped=flipped)
+        name = self.behind_identities(name)
         held = held_type(self.model, name)
         return "" if held is None or (flipped and len(held[1]) != 2) else Stored(name, flipped)
 
@@ -228,6 +267,12 @@ class _UnitFinder(Graph):
         if maker is None or not is_transpose(maker) or self.uses[name] != 1:
             return name, False
         return maker.input[0], True
+
+    def behind_identities(self, name: str) -> str:
+        """Return the tensor that Identity nodes pass on: some exporters put one before each further use of a weight."""
+        while (maker := self.maker(name)) is not None and traits_of(maker).is_identity:
+            name = maker.input[0]
+        return name
 
     def dequantised(self, node: NodeProto, *, flipped: bool) -> Stored | str:
         """Return a weight that a node dequantises; a float one that the graph quantises before that is rounded."""
@@ -320,10 +365,14 @@ class _UnitFinder(Graph):
             return
         if stored.is_float and self.kind(stored.name) != TensorProto.FLOAT:
             self.result.left[stored.name] = _OTHER_TYPE
-        elif self.uses[stored.name] != 1 or stored.name in self.scope.outputs:
+            return
+        users = self.count_uses(stored.name)
+        if stored.name in self.scope.outputs or (users > 1 and not stored.is_float):
             self.result.left[stored.name] = SHARED
-        elif (unit := self.unit(position, operands, linear, stored, data)) is not None:
-            self.result.found.append(unit)
+            return
+        unit = self.unit(position, operands, linear, stored, data, users)
+        own = self.result.found if users == 1 else self.together.setdefault(stored.name, [])
+        own += [] if unit is None else [unit]
 
     def data(self, node: NodeProto, operands: Operands) -> tuple[str, dict[str, Level]]:
         """Return the tensor that a node multiplies, and its level if it is quantised.
@@ -355,9 +404,18 @@ class _UnitFinder(Graph):
         return _Scaled(user.output[0], factors[0])
 
     def unit(
-        self, position: int, operands: Operands, linear: Linear, stored: Stored, data: tuple[str, dict[str, Level]]
+        self,
+        position: int,
+        operands: Operands,
+        linear: Linear,
+        stored: Stored,
+        data: tuple[str, dict[str, Level]],
+        users: int,
     ) -> Unit | None:
-        """Return the unit of a weight, following the product as long as each output is only scaled and shifted."""
+        """Return the unit of a weight, following the product as long as each output is only scaled and shifted.
+
+        A bias with as many users as the weight may be changed, since they are taken for the same ones.
+        """
         node, levels = self.node(position), data[1]
         shape = linear.matrix(np.broadcast_to(np.int8(0), stored.shape(self.model))).shape
         count = shape[0] * shape[2]
@@ -368,7 +426,7 @@ class _UnitFinder(Graph):
             chain.end = scaled.output
         own = node.input[operands.bias] if 0 <= operands.bias < len(node.input) else ""
         if own:
-            bias = self.own_bias(own, count, operands, stored, levels.get(data[0]))
+            bias = self.own_bias(own, count, operands, stored, levels.get(data[0]), users)
             if bias is None:
                 self.result.left[stored.name] = "with a computed bias"
                 return None
@@ -379,7 +437,7 @@ class _UnitFinder(Graph):
             return None
         rank = len(self.shape(chain.end))
         axis = linear.out_axis % max(1, rank) - rank
-        while self.extended(chain, (axis + rank, axis), count):
+        while self.extended(chain, (axis + rank, axis), count, users):
             pass
         target, other = self.summed(chain, position)
         noise = 0.0 if operands.is_quantized else chain.noise
@@ -389,7 +447,7 @@ class _UnitFinder(Graph):
         )  # fmt: skip  # a list
 
     def own_bias(
-        self, name: str, count: int, operands: Operands, stored: Stored, data: Level | None
+        self, name: str, count: int, operands: Operands, stored: Stored, data: Level | None, users: int
     ) -> tuple[Vector, Bias | None, bool] | None:
         """Return the values of a node's own bias, the bias if it may be changed, and whether it is a float.
 
@@ -405,7 +463,7 @@ class _UnitFinder(Graph):
             is_own = self.is_held(name) and self.uses[name] == 1 and array.size == count and data is not None
             limits = LIMITS[TensorProto.INT32]
             return values, Bias(name, np.ones(count), None, limits, factor) if is_own else None, False
-        bias = self.editable(name, count)
+        bias = self.editable(name, count, users)
         maker = self.maker(name)
         is_float = maker is None or not traits_of(maker).is_quantizer
         weight = stored.scale
@@ -425,13 +483,13 @@ class _UnitFinder(Graph):
         chain.levels[node.output[0]] = level
         return True
 
-    def extended(self, chain: _Chain, axes: tuple[int, int], count: int) -> bool:
+    def extended(self, chain: _Chain, axes: tuple[int, int], count: int, users: int) -> bool:
         """Append the next affine node to the chain, if there is one."""
         at, noise = self.unrounded(chain)
         follower = self.only_user(at)
         if follower is None or self.shape(follower.output[0]) != self.shape(at):
             return False
-        found = self.step(follower, at, axes, count)
+        found = self.step(follower, at, axes, count, users)
         if found is None or not self.leveled(chain, follower, found[2]):
             return False
         step, bias, _ = found
@@ -442,13 +500,14 @@ class _UnitFinder(Graph):
         return True
 
     def step(
-        self, node: NodeProto, name: str, axes: tuple[int, int], count: int
+        self, node: NodeProto, name: str, axes: tuple[int, int], count: int, users: int
     ) -> tuple[Affine, Bias | None, tuple[int, int]] | None:
         """Return what an affine node does to a tensor, its bias if that may be changed, and the slots of its level."""
         make = AFFINE.get(key_of(node))
         if make is not None:
             step = make(node, name, axes, self.constant)
-            return None if step is None else (step, self.editable(step.bias, count) if step.bias else None, (-1, -1))
+            bias = self.editable(step.bias, count, users) if step is not None and step.bias else None
+            return None if step is None else (step, bias, (-1, -1))
         binary = binary_of(node)
         if binary is None or name not in (node.input[slot] for slot in binary.operands):
             return None
@@ -477,14 +536,17 @@ class _UnitFinder(Graph):
             name, noise = user.output[0], noise if level is None else level.noise
         return name, noise
 
-    def editable(self, name: str, count: int) -> Bias | None:
-        """Return the constant as a bias that may be changed, if it has one number for each output and one user."""
+    def editable(self, name: str, count: int, users: int) -> Bias | None:
+        """Return the constant as a bias that may be changed, if it has one number for each output and so many users."""
         maker = self.maker(name)
         if maker is not None and traits_of(maker).is_quantizer and self.uses[name] == 1:
             scale = self.scale(maker.input, (1, 2), 1)
             return None if scale is None else self.of_integers(maker.input[0], scale, count)
+        name = self.behind_identities(name)
         found = held_type(self.model, name)
-        if found is None or found[0] != TensorProto.FLOAT or math.prod(found[1]) != count or self.uses[name] != 1:
+        if found is None or found[0] != TensorProto.FLOAT or math.prod(found[1]) != count:
+            return None
+        if self.count_uses(name) != users:
             return None
         return Bias(name, np.ones(count))
 

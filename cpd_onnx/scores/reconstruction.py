@@ -343,10 +343,9 @@ class _Observer:
     def run(self, only: Container[str] | None = None) -> list[_Consumer]:
         """Return all consumers of channels, or only some weights."""
         looks: list[_Look] = []
-        for unit in units_of(self.combed.folded).found:
-            channels = self.channels(unit) if only is None or unit.weight in only else {}
-            if channels:
-                looks.append(self.at_unit(len(looks), unit, channels))
+        for units in units_of(self.combed.folded).by_weight:
+            channels = self.channels(units[0]) if only is None or units[0].weight in only else {}
+            looks += self.at_units(len(looks), units, channels) if channels else []
         looks += [self.at_meeting(left, right) for left, right in self.meetings()] if only is None else []
         looks.sort(key=lambda look: look.position)
         found: list[_Consumer] = []
@@ -426,15 +425,30 @@ class _Observer:
             found[index] = (places[:, :, None] * taps + np.arange(taps)).reshape(count, -1)
         return found
 
-    def at_unit(self, number: int, unit: Unit, channels: dict[int, Axis]) -> _Look:
-        weight = unit.matrix(self.combed.folded.model)
+    def at_units(self, number: int, units: Sequence[Unit], channels: dict[int, Axis]) -> list[_Look]:
+        """Return the looks at all uses of a weight, of which the last yields the consumer."""
         moments, spread = Moments(centred=True), _Spread()
+        last = sorted(units, key=lambda unit: self.makers[unit.target])[-1]
+        sampler = replace(self.sampler, rows=self.sampler.rows // len(units))
+        return [self.at_unit((number, sampler), unit, channels, (moments, spread), unit is last) for unit in units]
+
+    def at_unit(
+        self,
+        drawn: tuple[int, Sampler],
+        unit: Unit,
+        channels: dict[int, Axis],
+        sums: tuple[Moments, _Spread],
+        is_last: bool,
+    ) -> _Look:
+        """Return the look at one use of a weight, given the number and the sampler of its rows, and their sums."""
+        weight = unit.matrix(self.combed.folded.model)
+        (number, sampler), (moments, spread) = drawn, sums
         names = (unit.data, unit.target, *([unit.other] if unit.is_rounded and unit.other else []))
 
         def sample(batch: int, tensors: Tensors) -> Any:
             real = {name: unit.real(name, tensors[name]) for name in names}
             out = real[unit.target]
-            places = self.sampler.places((number, batch), unit.linear, weight.shape, out)
+            places = sampler.places((number, batch), unit.linear, weight.shape, out)
             rows = unit.linear.rows(real[unit.data], places)
             if unit.is_rounded:
                 return summed(rows), unit.unrounded(rows, places, real, weight)
@@ -445,6 +459,8 @@ class _Observer:
             spread.add(result[1])
 
         def finish() -> _Consumer | None:
+            if not is_last:
+                return None
             inverse = np.asarray(np.linalg.inv(moments.lifted(_RIDGE)), np.float64)
             matrix = weight * unit.gain.reshape(len(weight), 1, -1)
             if ("", unit.position) in self.combed.recorder.by_group:
