@@ -45,7 +45,7 @@ from cpd_onnx.deploy.integer_io import integer_io, integer_io_again
 from cpd_onnx.deploy.merged import MEASURES, Rounds, merged, merged_again
 from cpd_onnx.deploy.profiles import Profile, problems
 from cpd_onnx.deploy.quantize import Quantization, Ranges, extremes, quantize_recorded, samples_at_once
-from cpd_onnx.deploy.weight_bits import WeightBits, in_few_bits, in_few_bits_again
+from cpd_onnx.deploy.weight_bits import WeightBits, in_few_bits, in_few_bits_again, samples_to_fit
 from cpd_onnx.errors import DataError, ProofError, TargetError, UnsupportedError
 from cpd_onnx.io.files import require_free, write_atomically
 from cpd_onnx.io.progress import announce
@@ -572,7 +572,8 @@ def _planned(model: Model, request: Deployment, source: Source | None) -> Iterat
         )
     if request.weights is not None and source is not None:
         given, bits = source, request.weights
-        what = f"stored in {bits.bits} bits, fitted to up to {bits.samples} samples"
+        count = min(samples_to_fit(model, source, bits), source.count or bits.samples)
+        what = f"stored in {bits.bits} bits, fitted to {count} samples"
         yield _Todo(_WEIGHTS, what, lambda now, notify: in_few_bits(now, given, bits, notify))
 
 

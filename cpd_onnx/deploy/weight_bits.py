@@ -32,8 +32,8 @@ from cpd_onnx.fitting.problem import Block, Problem
 from cpd_onnx.fitting.steps import Steps
 from cpd_onnx.fitting.units import SHARED, Unit, Units, units_of
 from cpd_onnx.io.progress import step, tracked
-from cpd_onnx.ir.model import Array, Model, element_type
-from cpd_onnx.ir.tensors import values_sha256
+from cpd_onnx.ir.model import Array, Model, element_type, to_array
+from cpd_onnx.ir.tensors import constant_tensors, values_sha256
 from cpd_onnx.ops.quantized_view import LIMITS
 from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.runtime.sessions import Feed, sample_count
@@ -137,6 +137,7 @@ def in_few_bits(
     require_one_message(model, "stored in few bits")
     if model.opset < options.opset:
         raise UnsupportedError(f"4-bit integers need opset {OPSET} and the model has {model.opset}: convert it first")
+    model = _with_initializers(model)
     made = rounded(model, source, options)
     if not made.integers:
         said = f"no float32 weight of an operator has {FEWEST} elements or more"
@@ -176,6 +177,7 @@ def in_few_bits_again(
 
     Raises TargetError if the file does not hold them.
     """
+    model = _with_initializers(model)
     if written is None:
         raise TargetError("weights that were fitted to samples are only known from the file that holds them")
     for name, digest in values.items():
@@ -190,6 +192,25 @@ def in_few_bits_again(
     if any(scaled_axis(model.array(name).shape) is None for name in tables):
         raise TargetError("the model before the step does not have the tables that were recorded")
     return _packed(model, integers | {name: _nearest(model.array(name)) for name in tables}, biases)
+
+
+def samples_to_fit(model: Model, source: Source, options: WeightBits) -> int:
+    """Return how many samples weights are fitted to, if there are as many; raises DataError as `rounded`."""
+    return few_samples(options.samples, numbers_in_sample(model, source), _NUMBERS[options.bits])
+
+
+def _with_initializers(model: Model) -> Model:
+    """Return the model with the float32 tensors of its Constant nodes as initializers."""
+    held = {name: tensor for name, tensor in constant_tensors(model).items() if tensor.data_type == TensorProto.FLOAT}
+    if not held:
+        return model
+    made = model.copy()
+    nodes = [node for node in made.graph.node if not held.keys() & set(node.output)]
+    del made.graph.node[:]
+    made.graph.node.extend(nodes)
+    for name, tensor in held.items():
+        made.add_initializer(name, to_array(tensor))
+    return made
 
 
 def _reasons(made: Rounded) -> str:
@@ -210,6 +231,7 @@ def rounded(model: Model, source: Source | None, options: WeightBits) -> Rounded
 
     Raises DataError if the data does not fit the model.
     """
+    model = _with_initializers(model)
     folded = fold(model)
     fed = {info.name for info in model.graph.input}
     known = units_of(folded)
@@ -236,7 +258,7 @@ def rounded(model: Model, source: Source | None, options: WeightBits) -> Rounded
             _round(made, unit, options, [])
         return made
     batch = batch_size(folded, _BATCH)
-    samples = few_samples(options.samples, numbers_in_sample(model, source), _NUMBERS[options.bits])
+    samples = samples_to_fit(model, source, options)
     feeds = held_feeds(calibration(model, source, samples, batch=batch, seed=options.seed))
     checked = max(1, len(feeds) // _CHECKED) if len(feeds) > 1 else 0
     fitted = feeds[: len(feeds) - checked]
