@@ -43,6 +43,7 @@ from cpd_onnx.ir.model import Model, load
 from cpd_onnx.passes.repair import Fit, RepairOptions, Targets, _held_out, _kept, _Repairer
 from cpd_onnx.rewrite.plan import load_plan, planned
 from cpd_onnx.rewrite.rewriter import in_line, out_of_line
+from cpd_onnx.runtime.sessions import sample_count
 from cpd_onnx.runtime.stream import Stop, Stream, Tensors, apart, held_feeds
 
 RESULT = ROOT / "benchmarks" / "results" / "published.json"
@@ -60,34 +61,33 @@ class FromOriginal(_Repairer):
 
     def __init__(self, combed: Combed, kept: KeepMask, pruned: Model, data: ArraySource, *, constant: bool) -> None:
         """Open the models; `constant` says whether a constant is fitted too."""
-        feeds = held_feeds(calibration(combed.folded.model.proto, data, data.count, batch=BATCH, seed=SEED))
-        place = len(feeds) - _held_out(len(feeds), data.count)
+        feeds = held_feeds(calibration(combed.folded.model, data, data.count, batch=BATCH, seed=SEED))
+        place = len(feeds) - _held_out([*map(sample_count, feeds)])
         samples = feeds[:place], feeds[place:]
         super().__init__(combed, kept, pruned, samples, RepairOptions(samples=data.count, rounds=0), None)
         self.again, self.constant = Stream(combed.folded, combed.folded.model, feeds), constant
 
-    def blocks(self, number: int, targets: Sequence[Targets], cut: int | None) -> list[Block]:
+    def blocks(self, number: int, targets: Sequence[Sequence[Targets]], cut: int | None) -> list[Block]:
         """Return the surviving inputs and the outputs in the original."""
-        unit = self.units[number]
-        masks = {
-            name: [self.kept.mask(axis) for axis in self.combed.tensors[("", name)].axes or []]
-            for name in (unit.data, unit.other)
-            if name is not None
-        }
+        units = self.units[number]
+        names = [(unit.data, *([unit.other] if unit.other else [])) for unit in units]
 
-        def look(_: int, batch: int, tensors: Tensors) -> Block:
-            places, wanted = targets[batch]
+        def left(name: str, tensors: Tensors) -> np.ndarray:
+            masks = [self.kept.mask(axis) for axis in self.combed.tensors[("", name)].axes or []]
+            return _kept(tensors[name], masks)
+
+        def look(stop: int, batch: int, tensors: Tensors) -> Block:
+            unit, (places, wanted, _) = units[stop], targets[batch][stop]
             if unit.other is not None:
-                wanted = wanted - unit.linear.targets(_kept(tensors[unit.other], masks[unit.other]), places)
-            return Block(
-                apart(unit.linear.rows(single(_kept(tensors[unit.data], masks[unit.data])), places)), apart(wanted)
-            )
+                wanted = wanted - unit.linear.targets(left(unit.other, tensors), places)
+            return Block(apart(unit.linear.rows(single(left(unit.data, tensors)), places)), apart(wanted))
 
-        return [block for (block,) in self.again.run([Stop(unit.position - 1, tuple(masks))], look, cut=cut)]
+        stops = [Stop(unit.position - 1, names[number]) for number, unit in enumerate(units)]
+        return [Block.joined(blocks) for blocks in self.again.run(stops, look, cut=cut)]
 
-    def fit(self, unit: Unit, blocks: list[Block], *, refits: bool) -> Fit | None:
+    def fit(self, unit: Unit, blocks: list[Block], held_out: int, *, refits: bool) -> Fit | None:
         """Fit and store a weight."""
-        return super().fit(unit if self.constant else replace(unit, bias=None), blocks, refits=refits)
+        return super().fit(unit if self.constant else replace(unit, bias=None), blocks, held_out, refits=refits)
 
 
 def rebuilt(original: Path, pruned: Path, inputs: dict[str, np.ndarray], out: Path, *, constant: bool) -> None:

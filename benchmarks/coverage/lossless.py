@@ -47,7 +47,7 @@ def compared(original: Path, small: Path) -> dict[str, float]:
         ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]) for path in (original, small)
     ]
     model = load(original)
-    feeds = list(calibration(model.proto, Synthetic(fold(model), SAMPLES), SAMPLES, batch=1))
+    feeds = list(calibration(model, Synthetic(fold(model), SAMPLES), SAMPLES, batch=1))
     apart = 0.0
     for feed in feeds:
         for first, second in zip(*(session.run(None, feed) for session in sessions), strict=True):
