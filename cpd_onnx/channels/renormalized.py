@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-from onnx import NodeProto, TensorProto
+from onnx import NodeProto
 
 from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.channels.groups import Combed
 from cpd_onnx.data.sources import Source, calibration
 from cpd_onnx.data.synthetic import Synthetic
 from cpd_onnx.ir.model import Array, Model, attributes_of
-from cpd_onnx.ir.tensors import constant_tensors, held, held_type, hold
+from cpd_onnx.ir.tensors import COMPUTED, constant_tensors, held, held_type, hold
 from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.runtime.stepwise import Stepwise
 from cpd_onnx.shapes.editor import Editor
@@ -104,7 +104,7 @@ def renormalized(combed: Combed, source: Source | None, seed: int = 0) -> Renorm
         steps.after(position - 1)
         mean, variance = _moments(steps.tensor(node.input[0]))
         stored = _vector(model, node.input[_VARIANCE])
-        is_used = np.isfinite(mean) & np.isfinite(variance) & (variance > _LEAST * stored)
+        is_used = np.isfinite(mean) & (variance < _largest(model, node)) & (variance > _LEAST * stored)
         mean = np.where(is_used, mean, _vector(model, node.input[_MEAN]))
         statistics[position] = (mean, np.where(is_used, variance, stored))
         _set(model, node, *statistics[position])
@@ -141,9 +141,9 @@ def _normalizations(folded: Folded) -> Iterator[int]:
 
 
 def _is_own(model: Model, folded: Folded, name: str) -> bool:
-    """Return whether a name is that of a float32 weight with one user."""
+    """Return whether a name is that of a floating-point weight with one user."""
     found = held_type(model, name)
-    return found is not None and found[0] == TensorProto.FLOAT and len(folded.scope.consumers[name]) == 1
+    return found is not None and found[0] in COMPUTED and len(folded.scope.consumers[name]) == 1
 
 
 def _moments(arrays: Sequence[Array]) -> tuple[Vector, Vector]:
@@ -156,8 +156,17 @@ def _moments(arrays: Sequence[Array]) -> tuple[Vector, Vector]:
 
 
 def _set(model: Model, node: NodeProto, mean: Vector, variance: Vector) -> None:
-    hold(model, node.input[_MEAN], mean.astype(np.float32))
-    hold(model, node.input[_VARIANCE], variance.astype(np.float32))
+    for name, vector in ((node.input[_MEAN], mean), (node.input[_VARIANCE], variance)):
+        old = held(model, name)
+        assert old is not None, name
+        hold(model, name, vector.astype(old.dtype))
+
+
+def _largest(model: Model, node: NodeProto) -> float:
+    """Return the largest variance that the model can store."""
+    old = held(model, node.input[_VARIANCE])
+    assert old is not None
+    return float(np.finfo(old.dtype).max)
 
 
 def _deviation(model: Model, node: NodeProto) -> Vector:

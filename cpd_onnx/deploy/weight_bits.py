@@ -240,6 +240,8 @@ def rounded(model: Model, source: Source | None, options: WeightBits) -> Rounded
         names = {unit.weight} | ({unit.bias.name} if unit.bias is not None else set())
         if not unit.is_float or fed & names:
             left[unit.weight] = "it is quantised already, or an input"
+        elif model.tensor(unit.weight).data_type != TensorProto.FLOAT:
+            left[unit.weight] = "it is no float32"
         elif unit.matrix(model).size >= FEWEST:
             units.append(unit)
     tables = [name for name in _tables(folded, known) if name not in fed]

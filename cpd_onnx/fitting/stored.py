@@ -77,7 +77,7 @@ class Stored:
 
     @property
     def is_float(self) -> bool:
-        """Whether every real number can be stored, up to the precision of float32."""
+        """Whether every real number can be stored, up to the precision of its element type."""
         return self.scale is None
 
     def shape(self, model: Model) -> tuple[int, ...]:
@@ -102,7 +102,7 @@ class Stored:
         array = array.T if self.flipped else array
         old = _held(model, self.name)
         if self.scale is None or scales is None:
-            hold(model, self.name, np.ascontiguousarray(array, np.float32))
+            hold(model, self.name, np.ascontiguousarray(array, old.dtype))
             return
         if not self.is_rounded:
             array = np.clip(np.rint(array / self._each(scales)) + self._zeros(), *self.limits)
@@ -218,7 +218,7 @@ class Bias:
         """
         stored = _held(model, self.name)
         if self.is_float:
-            hold(model, self.name, (stored + change.reshape(stored.shape)).astype(np.float32))
+            hold(model, self.name, (stored + change.reshape(stored.shape)).astype(stored.dtype))
             return
         numbers = self._integers(model, old + change, weights)
         hold(model, self.name, np.clip(np.rint(numbers), *self.limits).astype(stored.dtype).reshape(stored.shape))

@@ -15,7 +15,7 @@ from cpd_onnx.fitting.least_squares import Matrix, Rows, single
 from cpd_onnx.fitting.steps import Steps
 from cpd_onnx.fitting.stored import Bias, Scale, Stored
 from cpd_onnx.ir.model import Array, Model, attributes_of
-from cpd_onnx.ir.tensors import held_type
+from cpd_onnx.ir.tensors import COMPUTED, held_type
 from cpd_onnx.ops.matrix_view import (
     AFFINE,
     Affine,
@@ -46,7 +46,7 @@ Bounds: TypeAlias = tuple[float, float]
 _UNBOUNDED = (-np.inf, np.inf)
 SHARED = "used several times"
 """Why a weight that several nodes take is left."""
-_OTHER_TYPE = "neither float32 nor integers with constant scales in float32"
+_OTHER_TYPE = "neither floating-point numbers that are fitted nor integers with constant scales in float32"
 """Why a weight of another type is left."""
 
 
@@ -363,7 +363,7 @@ class _UnitFinder(Graph):
         value = self.scope.values.get(data[0])
         if linear is None or value is None or value.constants is not None or value.shape is None:
             return
-        if stored.is_float and self.kind(stored.name) != TensorProto.FLOAT:
+        if stored.is_float and self.kind(stored.name) not in COMPUTED:
             self.result.left[stored.name] = _OTHER_TYPE
             return
         users = self.count_uses(stored.name)
@@ -544,7 +544,7 @@ class _UnitFinder(Graph):
             return None if scale is None else self.of_integers(maker.input[0], scale, count)
         name = self.behind_identities(name)
         found = held_type(self.model, name)
-        if found is None or found[0] != TensorProto.FLOAT or math.prod(found[1]) != count:
+        if found is None or found[0] not in COMPUTED or math.prod(found[1]) != count:
             return None
         if self.count_uses(name) != users:
             return None

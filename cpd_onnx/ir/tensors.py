@@ -67,6 +67,8 @@ def values_sha256(data_type: int, values: Array) -> str:
     return digest.hexdigest()
 
 
+COMPUTED = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
+"""Element types of floating-point numbers with which onnxruntime computes on a processor."""
 _WHOLE = {
     TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.INT8,
     TensorProto.UINT8, TensorProto.INT16, TensorProto.UINT16, TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL,

@@ -359,7 +359,10 @@ def test_a_weight_with_scales_of_another_type_is_left() -> None:
     halves = {"w0": np.ones((16, 8), np.int8), "s": np.float16(0.1), "z": np.int8(0)}
     text = "g (float16[N, 16] x) => (float16[N, 8] y) { v = DequantizeLinear(w0, s, z) y = MatMul(x, v) }"
     found = units_of(comb(load(model_of(text, **halves))).folded)
-    assert (found.found, found.left) == ([], {"v": "neither float32 nor integers with constant scales in float32"})
+    assert (found.found, found.left) == (
+        [],
+        {"v": "neither floating-point numbers that are fitted nor integers with constant scales in float32"},
+    )
 
 
 def test_rounding_is_made_up_for_by_what_is_rounded_later() -> None:
