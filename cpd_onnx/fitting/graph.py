@@ -14,7 +14,7 @@ from cpd_onnx.ir.tensors import held_type
 from cpd_onnx.ops.evaluate import Call, compute_outputs
 from cpd_onnx.ops.quantized_view import Packing, level_of
 from cpd_onnx.ops.traits import traits_of
-from cpd_onnx.rules.api import Quantized
+from cpd_onnx.rules.api import FLOATS, Quantized
 from cpd_onnx.shapes.editor import Editor
 from cpd_onnx.shapes.values import Folded, Use
 
@@ -64,11 +64,24 @@ class Graph:
                 return next((array for a in node.attribute if (array := constant_array(a)) is not None), None)
             if node is not None and traits_of(node).is_quantizer:
                 return self._dequantised(node)
-            # Exporters put an Identity behind constants that several nodes share.
-            if node is None or not traits_of(node).is_identity:
+            if node is None or not self.passes_on(node):
                 return None
             name = node.input[0]
         return self.model.array(name)
+
+    def passes_on(self, node: NodeProto) -> bool:
+        """Return whether a node returns its input, but for the precision of floating-point numbers.
+
+        Exporters put an Identity behind constants that several nodes share, and a Cast behind those that are stored in
+        half precision.
+        """
+        names = node.input[0] if node.input else "", node.output[0]
+        return traits_of(node).is_identity or (traits_of(node).casts and {*map(self._type, names)} <= FLOATS)
+
+    def _type(self, name: str) -> int:
+        """Return the element type of a tensor (`onnx.TensorProto`); 0 if it is not known."""
+        value = self.scope.values.get(name)
+        return self.kind(name) or (0 if value is None else value.dtype)
 
     def _dequantised(self, node: NodeProto) -> Array | None:
         """Return the real numbers that a node dequantises with one scale, or one each along its axis."""

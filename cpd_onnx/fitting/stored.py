@@ -90,7 +90,7 @@ class Stored:
 
     def array(self, model: Model) -> Array:
         """Return the real numbers that the weight stands for, as float64, where it is multiplied."""
-        array = self._integers(model).astype(np.float64)
+        array = (_held(model, self.name) if self.is_float else self._integers(model)).astype(np.float64)
         if self.scale is not None:
             scales, zeros = self._each(self.scale.of(model)), self._zeros()
             array = np.clip(np.rint(array / scales) + zeros, *self.limits) if self.is_rounded else array

@@ -39,7 +39,7 @@ from cpd_onnx.ops.quantized_view import (
     quantised_type,
 )
 from cpd_onnx.ops.traits import traits_of
-from cpd_onnx.rules.api import Quantized
+from cpd_onnx.rules.api import FLOATS, Quantized
 from cpd_onnx.shapes.values import Folded
 
 Bounds: TypeAlias = tuple[float, float]
@@ -203,7 +203,7 @@ class _UnitFinder(Graph):
         self.result = Units()
         self.together: dict[str, list[Unit]] = {}
         nodes = map(self.node, range(len(self.scope.nodes)))
-        self.identities = [(node.input[0], node.output[0]) for node in nodes if traits_of(node).is_identity]
+        self.passed = [(node.input[0], node.output[0]) for node in nodes if self.passes_on(node)]
 
     def run(self) -> Units:
         for position in range(len(self.scope.nodes)):
@@ -241,8 +241,8 @@ class _UnitFinder(Graph):
         )
 
     def count_uses(self, name: str) -> int:
-        """Return the number of input slots that take a tensor, directly or behind Identity nodes."""
-        behind = [made for given, made in self.identities if given == name]
+        """Return the number of input slots that take a tensor, directly or from nodes that pass it on."""
+        behind = [made for given, made in self.passed if given == name]
         return self.uses[name] - len(behind) + sum(map(self.count_uses, behind))
 
     # Weights.
@@ -257,7 +257,7 @@ class _UnitFinder(Graph):
             return self.dequantised(maker, flipped=flipped)
         if maker is not None and traits_of(maker).is_bilinear and traits_of(maker).is_local and self.uses[name] == 1:
             return self.multiplied(maker, flipped=flipped)
-        name = self.behind_identities(name)
+        name = self.passed_on(name)
         held = held_type(self.model, name)
         return "" if held is None or (flipped and len(held[1]) != 2) else Stored(name, flipped)
 
@@ -268,9 +268,9 @@ class _UnitFinder(Graph):
             return name, False
         return maker.input[0], True
 
-    def behind_identities(self, name: str) -> str:
-        """Return the tensor that Identity nodes pass on: some exporters put one before each further use of a weight."""
-        while (maker := self.maker(name)) is not None and traits_of(maker).is_identity:
+    def passed_on(self, name: str) -> str:
+        """Return the first tensor that a chain of nodes passes on as another."""
+        while (maker := self.maker(name)) is not None and self.passes_on(maker):
             name = maker.input[0]
         return name
 
@@ -363,7 +363,8 @@ class _UnitFinder(Graph):
         value = self.scope.values.get(data[0])
         if linear is None or value is None or value.constants is not None or value.shape is None:
             return
-        if stored.is_float and self.kind(stored.name) not in COMPUTED:
+        taken = self.scope.values.get(self.scope.nodes[position].input[operands.weight])
+        if stored.is_float and not (taken is not None and taken.dtype in COMPUTED and self.kind(stored.name) in FLOATS):
             self.result.left[stored.name] = _OTHER_TYPE
             return
         users = self.count_uses(stored.name)
@@ -542,9 +543,9 @@ class _UnitFinder(Graph):
         if maker is not None and traits_of(maker).is_quantizer and self.uses[name] == 1:
             scale = self.scale(maker.input, (1, 2), 1)
             return None if scale is None else self.of_integers(maker.input[0], scale, count)
-        name = self.behind_identities(name)
+        name = self.passed_on(name)
         found = held_type(self.model, name)
-        if found is None or found[0] not in COMPUTED or math.prod(found[1]) != count:
+        if found is None or found[0] not in FLOATS or math.prod(found[1]) != count:
             return None
         if self.count_uses(name) != users:
             return None

@@ -15,6 +15,7 @@ from cpd_onnx.budget.allocation import Budget, allocate
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.data.sources import ArraySource
 from cpd_onnx.data.synthetic import Synthetic
+from cpd_onnx.deploy.float16 import to_half
 from cpd_onnx.fitting.units import SHARED, units_of
 from cpd_onnx.ir.model import Array, Model, load
 from cpd_onnx.ir.tensors import held
@@ -184,6 +185,20 @@ def test_weights_of_other_types_are_fitted_as_float32_is(kind: type) -> None:
     before, after = (float(np.square(each - wanted).mean()) for each in found)
     assert after < 0.7 * before
     assert {made.model.array(name).dtype for name in weights} == {np.dtype(kind)}
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+def test_weights_stored_in_half_precision_are_fitted_behind_their_cast(kind: str) -> None:
+    model = load(DIGITS)
+    data, fits = _digits(model), []
+    for each in (model, to_half(model, kind, storage_only=True)):
+        combed = comb(each)
+        chosen = allocate(combed, score(combed, "reconstruction", data=data), Budget("macs", 0.5))
+        kept = chosen.keep_mask(combed)
+        made = repair(combed, kept, rewrite(combed, kept).model, data)
+        fits.append({fit.weight.removesuffix(f"_{kind}") for fit in made.fits})
+        assert not made.left
+    assert len(fits[0] & fits[1]) >= 0.8 * len(fits[0])
 
 
 def _digits(model: Model) -> ArraySource:
