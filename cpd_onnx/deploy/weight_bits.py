@@ -15,7 +15,7 @@ DequantizeLinear it would compute in each run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -137,7 +137,6 @@ def in_few_bits(
     require_one_message(model, "stored in few bits")
     if model.opset < options.opset:
         raise UnsupportedError(f"4-bit integers need opset {OPSET} and the model has {model.opset}: convert it first")
-    model = _with_initializers(model)
     made = rounded(model, source, options)
     if not made.integers:
         said = f"no float32 weight of an operator has {FEWEST} elements or more"
@@ -149,6 +148,7 @@ def in_few_bits(
         )
     if made.left:
         (notify or ignore)(f"weights that stay as they are: {len(made.left)}{_reasons(made)}")
+    model = _with_initializers(model, {*made.integers, *made.biases})
     packed = _packed(model, made.integers, {name: made.model.array(name) for name in made.biases})
     weights = [name for name in made.integers if name not in made.tables]
     values = [name for weight in weights for name in _names(weight)] + made.biases
@@ -177,7 +177,7 @@ def in_few_bits_again(
 
     Raises TargetError if the file does not hold them.
     """
-    model = _with_initializers(model)
+    model = _with_initializers(model, {*weights, *values, *tables})
     if written is None:
         raise TargetError("weights that were fitted to samples are only known from the file that holds them")
     for name, digest in values.items():
@@ -199,9 +199,9 @@ def samples_to_fit(model: Model, source: Source, options: WeightBits) -> int:
     return few_samples(options.samples, numbers_in_sample(model, source), _NUMBERS[options.bits])
 
 
-def _with_initializers(model: Model) -> Model:
-    """Return the model with the float32 tensors of its Constant nodes as initializers."""
-    held = {name: tensor for name, tensor in constant_tensors(model).items() if tensor.data_type == TensorProto.FLOAT}
+def _with_initializers(model: Model, names: Collection[str]) -> Model:
+    """Return the model with the tensors of these names that Constant nodes hold as initializers."""
+    held = {name: tensor for name, tensor in constant_tensors(model).items() if name in names}
     if not held:
         return model
     made = model.copy()
@@ -231,7 +231,7 @@ def rounded(model: Model, source: Source | None, options: WeightBits) -> Rounded
 
     Raises DataError if the data does not fit the model.
     """
-    model = _with_initializers(model)
+    model = _with_initializers(model, constant_tensors(model))
     folded = fold(model)
     fed = {info.name for info in model.graph.input}
     known = units_of(folded)
@@ -241,7 +241,7 @@ def rounded(model: Model, source: Source | None, options: WeightBits) -> Rounded
         if not unit.is_float or fed & names:
             left[unit.weight] = "it is quantised already, or an input"
         elif model.tensor(unit.weight).data_type != TensorProto.FLOAT:
-            left[unit.weight] = "it is no float32"
+            left[unit.weight] = "it is not float32"
         elif unit.matrix(model).size >= FEWEST:
             units.append(unit)
     tables = [name for name in _tables(folded, known) if name not in fed]

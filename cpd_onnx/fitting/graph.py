@@ -81,7 +81,7 @@ class Graph:
     def _type(self, name: str) -> int:
         """Return the element type of a tensor (`onnx.TensorProto`); 0 if it is not known."""
         value = self.scope.values.get(name)
-        return self.kind(name) or (0 if value is None else value.dtype)
+        return self.kind(name) if value is None else value.dtype
 
     def _dequantised(self, node: NodeProto) -> Array | None:
         """Return the real numbers that a node dequantises with one scale, or one each along its axis."""
