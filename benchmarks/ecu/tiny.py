@@ -71,9 +71,7 @@ def generated(path: Path) -> Array:
     """Return generated inputs of a model with one input [N, ...]."""
     model = load(path)
     source = Synthetic(fold(model), GENERATED)
-    return np.concatenate(
-        [*(next(iter(feed.values())) for feed in calibration(model.proto, source, GENERATED, seed=SEED))]
-    )
+    return np.concatenate([next(iter(feed.values())) for feed in calibration(model, source, GENERATED, seed=SEED)])
 
 
 def main() -> None:
