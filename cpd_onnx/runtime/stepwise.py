@@ -38,6 +38,8 @@ class Parts:
     Attributes:
         last: Position of the last node that takes each tensor.
         is_constant: Whether the outputs of each node are computed from weights alone; every part computes them anew.
+        is_half: Whether the model computes in half precision, for which onnxruntime has hardly any kernels on a
+            processor: its fusions crash on parts of some such models, which therefore run as they are.
     """
 
     def __init__(self, folded: Folded, model: Model, entering_bytes: int | None = None) -> None:
@@ -49,6 +51,8 @@ class Parts:
             entering_bytes: Size from which weights are inputs of the parts instead of initializers; None for none.
         """
         self._scope, self._model, self._entering = folded.scope, model, entering_bytes
+        values = folded.scope.values.values()
+        self.is_half = any(value.dtype == TensorProto.FLOAT16 and value.constants is None for value in values)
         self._editor = Editor(model)
         self.last: dict[str, int] = {}
         self.is_constant = [self._made_of_constants(node) for node in self._scope.nodes]
@@ -177,7 +181,7 @@ class Stepwise:
 
     def _run(self, start: int, outputs: Sequence[str]) -> None:
         part, inputs, entering = self._parts.make(outputs, start)
-        session = open_model(part, optimise=not self._is_entering)
+        session = open_model(part, optimise=not (self._is_entering or self._parts.is_half))
         weights = {name: self._model.array(name) for name in entering}
         results: list[list[Array]] = [[] for _ in outputs]
         for batch in range(self._batches):

@@ -253,7 +253,8 @@ class Stream:
                 continue
             part, inputs, _ = self._parts.make(outputs, start)
             needed |= set(inputs)
-            found.append(_Piece(open_model(with_fixed_draws(part), threads=1), inputs, outputs, later))
+            session = open_model(with_fixed_draws(part), optimise=not self._parts.is_half, threads=1)
+            found.append(_Piece(session, inputs, outputs, later))
         return found[::-1]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import ModelProto, helper, numpy_helper
 
@@ -199,6 +200,24 @@ def test_weights_stored_in_half_precision_are_fitted_behind_their_cast(kind: str
         fits.append({fit.weight.removesuffix(f"_{kind}") for fit in made.fits})
         assert not made.left
     assert len(fits[0] & fits[1]) >= 0.8 * len(fits[0])
+
+
+def test_parts_of_a_model_in_half_precision_run_without_fusions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime crashed while it fused nodes in a part of a vision transformer that it runs as a whole."""
+    asked: list[bool] = []
+
+    def opened(model: Model, *, optimise: bool = True, threads: int = 0) -> ort.InferenceSession:
+        asked.append(optimise)
+        return open_model(model, optimise=optimise, threads=threads)
+
+    monkeypatch.setattr("cpd_onnx.runtime.stream.open_model", opened)
+    data, model = images(32), head()
+    fixed(model, ArraySource(data))
+    assert all(asked)
+    asked.clear()
+    fixed(converted(model, np.float16), ArraySource({"x": data["x"].astype(np.float16)}))
+    assert asked
+    assert not any(asked)
 
 
 def _digits(model: Model) -> ArraySource:
