@@ -96,7 +96,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     print(f"| weights | {' | '.join(cases)} |\n|---|{'---|' * len(cases)}")
     for form in FORMS:
         found = {row["case"]: row for row in rows if row["form"] == form}
-        cells = [f"{100 * r['original']:.2f} -> {100 * r['score']:.2f}" for r in map(found.get, cases) if r]
+        cells = [f"{100 * r['original']:.2f} -> {100 * r['score']:.2f}" if r else "" for r in map(found.get, cases)]
         print(f"| {form} | {' | '.join(cells)} |")
 
 
