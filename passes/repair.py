@@ -29,7 +29,7 @@ from cpd_onnx.fitting.problem import Block, Problem
 from cpd_onnx.fitting.units import Unit, units_of
 from cpd_onnx.io.progress import step, tracked
 from cpd_onnx.ir.model import Array, Model
-from cpd_onnx.ir.tensors import constant_tensors, held, hold
+from cpd_onnx.ir.tensors import constant_tensors, held_array, hold
 from cpd_onnx.options import option, positive
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.rewrite.rewriter import in_line, out_of_line
@@ -223,9 +223,7 @@ def _mixed(combed: Combed, kept: KeepMask, pruned: Model, feeds: Sequence[Feed],
     small, whole = pruned.copy(), with_last(combed, kept, gone_groups(combed, kept))
     axes = {weight.value.name: weight.axes[0] for weight in combed.weights if not weight.scope.address}
     for name in names:
-        values = held(original, name)
-        assert values is not None, name
-        hold(small, name, _kept(values, [whole.mask(axis) for axis in axes[name]]))
+        hold(small, name, _kept(held_array(original, name), [whole.mask(axis) for axis in axes[name]]))
     return replace(combed, folded=replace(combed.folded, model=original)), small
 
 

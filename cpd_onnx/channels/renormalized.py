@@ -20,11 +20,11 @@ from cpd_onnx.channels.groups import Combed
 from cpd_onnx.data.sources import Source, calibration
 from cpd_onnx.data.synthetic import Synthetic
 from cpd_onnx.ir.model import Array, Model, attributes_of
-from cpd_onnx.ir.tensors import COMPUTED, constant_tensors, held, held_type, hold
+from cpd_onnx.ir.tensors import constant_tensors, held_array, held_type, hold
 from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.runtime.stepwise import Stepwise
 from cpd_onnx.shapes.editor import Editor
-from cpd_onnx.shapes.values import Folded
+from cpd_onnx.shapes.values import COMPUTABLE_TYPES, Folded
 
 SAMPLES = 128
 """Number of samples from which statistics are computed; each of their positions counts (heuristic)."""
@@ -70,15 +70,17 @@ class Renormalized:
         """
         model = pruned.copy()
         editor = Editor(pruned)
-        names = {*(tensor.name for tensor in pruned.graph.initializer), *constant_tensors(pruned)}
+        old, new = constant_tensors(pruned), constant_tensors(fitted)
+        names = {tensor.name for tensor in pruned.graph.initializer if fitted.has(tensor.name)}
+        names |= {name for name in old.keys() & new.keys() if old[name] != new[name]}
         ratios = {}
         for position in self.statistics:
             node = editor.node(self.combed.folded.scope, position)
             ratios[node.input[_BIAS]] = _deviation(fitted, node) / _deviation(pruned, node)
             names -= {node.input[_MEAN], node.input[_VARIANCE]}
         for name in sorted(names):
-            before, after = held(pruned, name), held(fitted, name)
-            if before is None or after is None or before is after or np.array_equal(before, after):
+            before, after = held_array(pruned, name), held_array(fitted, name)
+            if before is after or np.array_equal(before, after):
                 continue
             if name in ratios:
                 after = (before + (after - before) * ratios[name]).astype(before.dtype)
@@ -143,7 +145,7 @@ def _normalizations(folded: Folded) -> Iterator[int]:
 def _is_own(model: Model, folded: Folded, name: str) -> bool:
     """Return whether a name is that of a floating-point weight with one user."""
     found = held_type(model, name)
-    return found is not None and found[0] in COMPUTED and len(folded.scope.consumers[name]) == 1
+    return found is not None and found[0] in COMPUTABLE_TYPES and len(folded.scope.consumers[name]) == 1
 
 
 def _moments(arrays: Sequence[Array]) -> tuple[Vector, Vector]:
@@ -157,16 +159,12 @@ def _moments(arrays: Sequence[Array]) -> tuple[Vector, Vector]:
 
 def _set(model: Model, node: NodeProto, mean: Vector, variance: Vector) -> None:
     for name, vector in ((node.input[_MEAN], mean), (node.input[_VARIANCE], variance)):
-        old = held(model, name)
-        assert old is not None, name
-        hold(model, name, vector.astype(old.dtype))
+        hold(model, name, vector.astype(held_array(model, name).dtype))
 
 
 def _largest(model: Model, node: NodeProto) -> float:
     """Return the largest variance that the model can store."""
-    old = held(model, node.input[_VARIANCE])
-    assert old is not None
-    return float(np.finfo(old.dtype).max)
+    return float(np.finfo(held_array(model, node.input[_VARIANCE]).dtype).max)
 
 
 def _deviation(model: Model, node: NodeProto) -> Vector:
@@ -175,6 +173,4 @@ def _deviation(model: Model, node: NodeProto) -> Vector:
 
 
 def _vector(model: Model, name: str) -> Vector:
-    found = held(model, name)
-    assert found is not None, name
-    return found.astype(np.float64)
+    return held_array(model, name).astype(np.float64)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
-from onnx import NodeProto
+from onnx import NodeProto, TensorProto
 
 from cpd_onnx.fitting.stored import Scale
 from cpd_onnx.ir.model import Array, Model, attributes_of, constant_array
-from cpd_onnx.ir.tensors import held_type
+from cpd_onnx.ir.tensors import constant_tensors
 from cpd_onnx.ops.evaluate import Call, compute_outputs
 from cpd_onnx.ops.quantized_view import Packing, level_of
 from cpd_onnx.ops.traits import traits_of
@@ -116,14 +117,24 @@ class Graph:
         outputs = compute_outputs(maker.op_type, Call(attributes_of(maker), self.model.opset), known)
         return None if outputs is None else outputs[0]
 
+    @cached_property
+    def _constants(self) -> dict[str, TensorProto]:
+        """The tensors that Constant nodes hold, by name."""
+        return constant_tensors(self.model)
+
+    def held_type(self, name: str) -> tuple[int, tuple[int, ...]] | None:
+        """Return element type and shape of an initializer or a Constant node; None for other tensors."""
+        tensor = self.model.tensor(name) if self.model.has(name) else self._constants.get(name)
+        return None if tensor is None else (tensor.data_type, tuple(tensor.dims))
+
     def kind(self, name: str) -> int:
         """Return the element type of an initializer or a Constant node (`onnx.TensorProto`); 0 for other tensors."""
-        found = held_type(self.model, name)
+        found = self.held_type(name)
         return 0 if found is None else found[0]
 
     def is_held(self, name: str) -> bool:
         """Return whether a tensor is an initializer or a Constant node."""
-        return held_type(self.model, name) is not None
+        return self.held_type(name) is not None
 
     def scale(
         self, names: Sequence[str], slots: tuple[int, int], users: int, packing: Packing | None = None

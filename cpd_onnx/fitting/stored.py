@@ -9,7 +9,7 @@ import numpy as np
 
 from cpd_onnx.fitting.steps import Steps
 from cpd_onnx.ir.model import Array, Model
-from cpd_onnx.ir.tensors import held, held_type, hold
+from cpd_onnx.ir.tensors import held_array, held_type, hold
 from cpd_onnx.ops.matrix_view import Linear, Vector
 from cpd_onnx.ops.quantized_view import Packing
 
@@ -17,12 +17,6 @@ _SILENT = 1e-6
 """Factor below which a bias has no measurable effect, so that it is not divided by (heuristic)."""
 _BYTE = 255
 """Largest difference of two integers of eight bits."""
-
-
-def _held(model: Model, name: str) -> Array:
-    found = held(model, name)
-    assert found is not None, name
-    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,11 +39,11 @@ class Scale:
 
     def of(self, model: Model) -> Vector:
         """Return the scales in a model."""
-        return _held(model, self.name).astype(np.float64).ravel() if self.name else self.values
+        return held_array(model, self.name).astype(np.float64).ravel() if self.name else self.values
 
     def put(self, model: Model, scales: Vector) -> None:
         """Replace the scales."""
-        old = _held(model, self.name)
+        old = held_array(model, self.name)
         hold(model, self.name, scales.astype(old.dtype).reshape(old.shape))
 
 
@@ -90,7 +84,7 @@ class Stored:
 
     def array(self, model: Model) -> Array:
         """Return the real numbers that the weight stands for, as float64, where it is multiplied."""
-        array = (_held(model, self.name) if self.is_float else self._integers(model)).astype(np.float64)
+        array = (held_array(model, self.name) if self.is_float else self._integers(model)).astype(np.float64)
         if self.scale is not None:
             scales, zeros = self._each(self.scale.of(model)), self._zeros()
             array = np.clip(np.rint(array / scales) + zeros, *self.limits) if self.is_rounded else array
@@ -100,7 +94,7 @@ class Stored:
     def put(self, model: Model, array: Array, scales: Vector | None = None) -> None:
         """Replace the weight by real numbers; those of a quantised weight are steps of the scales."""
         array = array.T if self.flipped else array
-        old = _held(model, self.name)
+        old = held_array(model, self.name)
         if self.scale is None or scales is None:
             hold(model, self.name, np.ascontiguousarray(array, old.dtype))
             return
@@ -128,7 +122,7 @@ class Stored:
         return Steps(laid_out(cells).astype(np.int64), scales, matrix, limits, self.scale.is_free)
 
     def _integers(self, model: Model) -> Array:
-        array = _held(model, self.name)
+        array = held_array(model, self.name)
         if self.packing is not None:
             return self.packing.unpacked(array)
         return array if array.dtype.kind in "iuf" else array.astype(np.int8)  # four bits
@@ -205,7 +199,7 @@ class Bias:
 
     def values(self, model: Model, weight: Vector | None) -> Vector:
         """Return the real numbers, where the scales of the weight are known if they are implied."""
-        array = _held(model, self.name).astype(np.float64).ravel()
+        array = held_array(model, self.name).astype(np.float64).ravel()
         if self.implied:
             assert weight is not None
             return np.asarray(array * self.implied * weight)
@@ -216,7 +210,7 @@ class Bias:
 
         The integers of a bias that does not change stay as they are.
         """
-        stored = _held(model, self.name)
+        stored = held_array(model, self.name)
         if self.is_float:
             hold(model, self.name, (stored + change.reshape(stored.shape)).astype(stored.dtype))
             return
@@ -237,7 +231,7 @@ class Bias:
             scale, zero = self._coarse(model, values)
             if self.scale.is_free:
                 self.scale.put(model, scale)
-                zeros = _held(model, self.scale.zero_name)
+                zeros = held_array(model, self.scale.zero_name)
                 hold(model, self.scale.zero_name, np.full(zeros.shape, zero, zeros.dtype))
             return np.asarray(values / scale + zero)
         scale = self.scale.of(model)

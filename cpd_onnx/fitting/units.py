@@ -15,7 +15,6 @@ from cpd_onnx.fitting.least_squares import Matrix, Rows, single
 from cpd_onnx.fitting.steps import Steps
 from cpd_onnx.fitting.stored import Bias, Scale, Stored
 from cpd_onnx.ir.model import Array, Model, attributes_of
-from cpd_onnx.ir.tensors import COMPUTED, held_type
 from cpd_onnx.ops.matrix_view import (
     AFFINE,
     Affine,
@@ -40,13 +39,13 @@ from cpd_onnx.ops.quantized_view import (
 )
 from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.rules.api import FLOATS, Quantized
-from cpd_onnx.shapes.values import Folded
+from cpd_onnx.shapes.values import COMPUTABLE_TYPES, Folded
 
 Bounds: TypeAlias = tuple[float, float]
 _UNBOUNDED = (-np.inf, np.inf)
 SHARED = "used several times"
 """Why a weight that several nodes take is left."""
-_OTHER_TYPE = "neither floating-point numbers that are fitted nor integers with constant scales in float32"
+_OTHER_TYPE = "neither in half, single or double precision nor integers with constant scales in float32"
 """Why a weight of another type is left."""
 
 
@@ -258,7 +257,7 @@ class _UnitFinder(Graph):
         if maker is not None and traits_of(maker).is_bilinear and traits_of(maker).is_local and self.uses[name] == 1:
             return self.multiplied(maker, flipped=flipped)
         name = self.passed_on(name)
-        held = held_type(self.model, name)
+        held = self.held_type(name)
         return "" if held is None or (flipped and len(held[1]) != 2) else Stored(name, flipped)
 
     def before_transpose(self, name: str) -> tuple[str, bool]:
@@ -296,7 +295,7 @@ class _UnitFinder(Graph):
         assert form is not None
 
         def cells() -> Array:
-            weight = held_type(self.model, name)
+            weight = self.held_type(name)
             assert weight is not None
             return spread.aligned(np.arange(form.size).reshape(form.shape), weight[1])
 
@@ -315,7 +314,7 @@ class _UnitFinder(Graph):
             numbers = np.arange(form.size).reshape(form.shape)
 
             def cells(name: str = name, numbers: Array = numbers) -> Array:
-                weight = held_type(self.model, name)
+                weight = self.held_type(name)
                 assert weight is not None
                 return np.broadcast_to(numbers, weight[1])
 
@@ -324,7 +323,7 @@ class _UnitFinder(Graph):
 
     def of_operator(self, node: NodeProto, operands: Operands, name: str) -> Stored | str:
         """Return the weight of an operator that takes integers, with one scale for all, each output or each block."""
-        packing, weight = packing_of(node), held_type(self.model, name)
+        packing, weight = packing_of(node), self.held_type(name)
         if weight is None:
             return ""
         kind, shape = weight
@@ -364,7 +363,8 @@ class _UnitFinder(Graph):
         if linear is None or value is None or value.constants is not None or value.shape is None:
             return
         taken = self.scope.values.get(self.scope.nodes[position].input[operands.weight])
-        if stored.is_float and not (taken is not None and taken.dtype in COMPUTED and self.kind(stored.name) in FLOATS):
+        is_computable = taken is not None and taken.dtype in COMPUTABLE_TYPES and self.kind(stored.name) in FLOATS
+        if stored.is_float and not is_computable:
             self.result.left[stored.name] = _OTHER_TYPE
             return
         users = self.count_uses(stored.name)
@@ -544,7 +544,7 @@ class _UnitFinder(Graph):
             scale = self.scale(maker.input, (1, 2), 1)
             return None if scale is None else self.of_integers(maker.input[0], scale, count)
         name = self.passed_on(name)
-        found = held_type(self.model, name)
+        found = self.held_type(name)
         if found is None or found[0] not in FLOATS or math.prod(found[1]) != count:
             return None
         if self.count_uses(name) != users:
@@ -556,7 +556,7 @@ class _UnitFinder(Graph):
 
         Of integers of eight bits, scale and zero point must be changed together.
         """
-        found = held_type(self.model, name)
+        found = self.held_type(name)
         if found is None or self.uses[name] != 1 or math.prod(found[1]) != count or found[0] not in LIMITS:
             return None
         kind = found[0]

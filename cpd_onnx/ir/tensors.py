@@ -67,8 +67,6 @@ def values_sha256(data_type: int, values: Array) -> str:
     return digest.hexdigest()
 
 
-COMPUTED = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
-"""Element types of floating-point numbers with which onnxruntime computes on a processor."""
 _WHOLE = {
     TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.INT8,
     TensorProto.UINT8, TensorProto.INT16, TensorProto.UINT16, TensorProto.INT32, TensorProto.INT64, TensorProto.BOOL,
@@ -145,6 +143,13 @@ def held(model: Model, name: str) -> Array | None:
         return model.array(name)
     tensor = _constant_tensor(model, name)
     return None if tensor is None else to_array(tensor)
+
+
+def held_array(model: Model, name: str) -> Array:
+    """Return the values of an initializer or a Constant node of the main graph, which must exist, read-only."""
+    found = held(model, name)
+    assert found is not None, name
+    return found
 
 
 def held_type(model: Model, name: str) -> tuple[int, tuple[int, ...]] | None:

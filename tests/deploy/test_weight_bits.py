@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, numpy_helper
 
 from cpd_onnx.budget.allocation import Prices
 from cpd_onnx.budget.deployed import FewBits, few_bits, flash_terms
@@ -28,7 +28,7 @@ from cpd_onnx.ir.model import Model, load
 from cpd_onnx.runtime.sessions import execute, open_model
 from cpd_onnx.shapes.inference import fold
 from tests.support.digits import MODELS, small_digits
-from tests.support.models import from_text
+from tests.support.models import from_text, in_constants
 from tests.support.runs import plain
 
 EXAMPLE = MODELS / "digits.onnx"
@@ -50,23 +50,14 @@ def random_model(text: str = KINDS, opset: int = 21, **values: Any) -> Model:
     return model
 
 
-def in_constants(model: Model) -> Model:
-    """The same model with each initializer in a Constant node."""
-    proto = model.complete_proto()
-    nodes = [helper.make_node("Constant", [], [t.name], value=t) for t in proto.graph.initializer]
-    nodes += list(proto.graph.node)
-    del proto.graph.node[:], proto.graph.initializer[:]
-    proto.graph.node.extend(nodes)
-    return load(proto)
-
-
 def test_weights_in_constant_nodes_become_what_initializers_do(kinds: Model, source: ArraySource) -> None:
-    (one, said), (other, again) = (in_few_bits(model, source, WeightBits(4)) for model in (kinds, in_constants(kinds)))
+    moved = load(in_constants(kinds.complete_proto()))
+    (one, said), (other, again) = (in_few_bits(model, source, WeightBits(4)) for model in (kinds, moved))
     assert said == again
     for name in one.names():
         if one.has(name):
             np.testing.assert_array_equal(one.array(name), other.array(name))
-    redone = redo(in_constants(kinds), "weights", again, other)
+    redone = redo(moved, "weights", again, other)
     assert redone.serialize() == other.serialize()
 
 

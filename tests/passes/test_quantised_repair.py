@@ -361,7 +361,7 @@ def test_a_weight_with_scales_of_another_type_is_left() -> None:
     found = units_of(comb(load(model_of(text, **halves))).folded)
     assert (found.found, found.left) == (
         [],
-        {"v": "neither floating-point numbers that are fitted nor integers with constant scales in float32"},
+        {"v": "neither in half, single or double precision nor integers with constant scales in float32"},
     )
 
 

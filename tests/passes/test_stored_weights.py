@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from onnx import ModelProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
 import cpd_onnx as cpd
 from cpd_onnx.budget.allocation import Budget, allocate
@@ -24,6 +24,7 @@ from cpd_onnx.passes.repair import Repaired, repair
 from cpd_onnx.rewrite.rewriter import rewrite
 from cpd_onnx.runtime.sessions import execute, open_model
 from cpd_onnx.scores.registry import score
+from tests.support.models import in_constants
 
 DIGITS = Path(cpd.__file__).parent / "models" / "digits.onnx"
 SHAPES = {"wp": (12, 3, 1, 1), "bp": (12,), "wq": (12, 3, 3, 3), "w0": (16, 12, 3, 3), "b0": (16,), "w1": (4, 16, 1, 1)}
@@ -55,16 +56,6 @@ def head(text: str = HEAD) -> Model:
     """A head that is applied to feature maps of two sizes, as those of detectors are."""
     rng = np.random.default_rng(0)
     return model_of(text, **{name: 0.3 * rng.standard_normal(shape) for name, shape in SHAPES.items()})
-
-
-def with_constants(model: Model) -> ModelProto:
-    """The same model with each initializer in a Constant node."""
-    proto = model.complete_proto()
-    nodes = [helper.make_node("Constant", [], [t.name], value=t) for t in proto.graph.initializer]
-    nodes += list(proto.graph.node)
-    del proto.graph.node[:], proto.graph.initializer[:]
-    proto.graph.node.extend(nodes)
-    return proto
 
 
 def images(count: int = 128, seed: int = 1) -> dict[str, Array]:
@@ -141,7 +132,7 @@ def test_weights_in_constant_nodes_get_the_values_of_initializers(kind: str, dat
     """They were left without any repair."""
     model = load(DIGITS)
     made = []
-    for each in (model, load(with_constants(model))):
+    for each in (model, load(in_constants(model.complete_proto()))):
         combed = comb(each)
         source = Synthetic(combed.folded, 32) if data == "generated" else _digits(each)
         chosen = allocate(combed, score(combed, kind, data=source), Budget("macs", 0.5))

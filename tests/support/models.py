@@ -14,6 +14,17 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 FLOATS = {TensorProto.FLOAT: np.float32, TensorProto.DOUBLE: np.float64, TensorProto.FLOAT16: np.float16}
 
 
+def in_constants(model: ModelProto) -> ModelProto:
+    """Return the model with each initializer in a Constant node."""
+    made = ModelProto()
+    made.CopyFrom(model)
+    nodes = [helper.make_node("Constant", [], [t.name], value=t) for t in made.graph.initializer]
+    nodes += list(made.graph.node)
+    del made.graph.node[:], made.graph.initializer[:]
+    made.graph.node.extend(nodes)
+    return made
+
+
 def from_text(
     graph: str, *, opset: int = 17, ir: int = 8, values: dict[str, Any] | None = None, functions: str = ""
 ) -> ModelProto:
