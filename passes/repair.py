@@ -58,9 +58,10 @@ _NO_ERROR = "the sizes of the outputs depend on values, and differ from the orig
 _ITEM = 4
 """Number of bytes of an element of a target."""
 
-Targets: TypeAlias = tuple[Array, Rows, tuple[int, ...] | None]
-"""Positions in a batch, the targets at them [groups, rows, outputs], and the shape that the features must have in the
-pruned model for its positions to be the same ones; None where sizes do not depend on values."""
+Targets: TypeAlias = tuple[Array, Rows, tuple[int, ...] | None, Rows | None]
+"""Positions in a batch, the targets at them [groups, rows, outputs], the shape that the features must have in the
+pruned model for its positions to be the same ones, or None where sizes do not depend on values, and the features
+[groups, rows, features], or None where they are those in the pruned model."""
 
 
 @dataclass(frozen=True)
@@ -316,9 +317,9 @@ class _Repairer:
         self.old = Stream(combed.folded, combed.folded.model, feeds)
         self.new = Stream(combed.folded, self.model, feeds)
         for stream in (self.old, self.new):  # data may be that from before a quantisation
-            stream.keep_alive({unit.data: unit.position for unit in each})
-        is_rounded = any(unit.is_rounded for unit in each)
-        self.whole = {unit.position: unit for unit in units_of(combed.folded).found} if is_rounded else {}
+            stream.keep_alive({name: unit.position for unit in each for name in unit.taken})
+        is_computed = not all(unit.is_observed for unit in each)
+        self.whole = {unit.weight: unit for unit in units_of(combed.folded).found} if is_computed else {}
         self.sampler = Sampler(options.rows, options.seed, self.old.sizes)
         self.held_out = len(samples[1])
 
@@ -364,17 +365,26 @@ class _Repairer:
         shapes = [unit.matrix(self.model).shape for unit in units]
 
         def look(stop: int, batch: int, tensors: Tensors) -> Targets:
-            unit, whole = units[stop], self.whole.get(units[stop].position)
+            unit, whole = units[stop], self.whole.get(units[stop].weight)
             size = self.size_left(unit.data, tensors[unit.data]) if self.is_resized(unit) else None
             wanted = _kept(tensors[unit.target], masks[stop])
             sampler = replace(self.sampler, rows=self.sampler.rows // len(self.units[owners[stop]]))
             places = sampler.places((owners[stop], batch), unit.linear, shapes[stop], wanted)
-            if whole is None or not unit.is_rounded:
-                return places, apart(unit.linear.targets(unit.real(unit.target, wanted), places)), size
+            if whole is None or unit.is_observed:
+                return places, apart(unit.linear.targets(unit.real(unit.target, wanted), places)), size, None
             real = {name: whole.real(name, tensors[name]) for name in names[stop]}
-            rows = whole.linear.rows(real[whole.data], places)
+            rows = whole.rows(tensors, places)
             made = whole.unrounded(rows, places, real, whole.matrix(self.combed.folded.model))
-            return places, apart(_kept_outputs(made, masks[stop][unit.linear.out_axis], shapes[stop])), size
+            mask = masks[stop][unit.linear.out_axis]
+            if not unit.linear.is_stacked:
+                return places, apart(_kept_outputs(made, mask, shapes[stop])), size, None
+            made = apart(np.compress(np.tile(mask, made.shape[2] // len(mask)), made, axis=2))
+            if not unit.is_fed_back:
+                return places, made, size, None
+            # Those of the pruned model are far from these before the weight is fitted.
+            axes = self.combed.tensors[("", unit.data)].axes or []
+            seen = rows * self.silent.mask(axes[unit.linear.in_axis]).astype(np.float32)
+            return places, made, size, apart(np.compress(mask, seen, axis=2))
 
         order = sorted(range(len(units)), key=lambda stop: (self.makers[units[stop].target], stop))
         names = [self.observed(unit) for unit in units]
@@ -388,9 +398,9 @@ class _Repairer:
 
     def observed(self, unit: Unit) -> tuple[str, ...]:
         """Return the tensors of the original that the targets of a unit are computed from."""
-        if not unit.is_rounded or unit.position not in self.whole:
+        if unit.is_observed or unit.weight not in self.whole:
             return (unit.target, unit.data) if self.is_resized(unit) else (unit.target,)
-        return tuple(dict.fromkeys((unit.target, unit.data, *([unit.other] if unit.other else []))))
+        return tuple(dict.fromkeys((unit.target, *unit.taken, *([unit.other] if unit.other else []))))
 
     def is_resized(self, unit: Unit) -> bool:
         """Return whether sizes of a unit's features depend on values, so that those in the pruned model may differ."""
@@ -411,23 +421,22 @@ class _Repairer:
         None stands for a batch in which the features have another size than in the original.
         """
         units = self.units[number]
+        if units[0].is_fed_back:
+            return [Block(seen, wanted) for ((_, wanted, _, seen),) in targets if seen is not None]
         silent = [list(self.silent_masks(unit.data)) for unit in units]
 
         def look(stop: int, batch: int, tensors: Tensors) -> Block | None:
-            unit, (places, wanted, size) = units[stop], targets[batch][stop]
+            unit, (places, wanted, size, _) = units[stop], targets[batch][stop]
             if size is not None and tensors[unit.data].shape != size:
                 return None
             other = None
             if unit.other is not None:
                 other = unit.linear.targets(unit.real(unit.other, tensors[unit.other]), places)
                 wanted = wanted - other
-            data = unit.real(unit.data, tensors[unit.data])
-            for mask in silent[stop]:
-                data = data * mask
             other = apart(other) if other is not None and unit.is_clipped else None
-            return Block(apart(unit.linear.rows(data, places)), apart(wanted), other)
+            return Block(apart(unit.rows(tensors, places, silent[stop])), apart(wanted), other)
 
-        stops = [Stop(unit.position - 1, (unit.data, *([unit.other] if unit.other else []))) for unit in units]
+        stops = [Stop(unit.position - 1, (*unit.taken, *([unit.other] if unit.other else []))) for unit in units]
         return list(map(_together, self.new.run(stops, look, cut=cut)))
 
     def silent_masks(self, name: str) -> Iterator[Array]:

@@ -237,11 +237,11 @@ def rounded(model: Model, source: Source | None, options: WeightBits) -> Rounded
     known = units_of(folded)
     units, left = list[Unit](), dict(known.left)
     for unit in known.found:
-        names = {unit.weight} | ({unit.bias.name} if unit.bias is not None else set())
-        if not unit.is_float or fed & names:
-            left[unit.weight] = "it is quantised already, or an input"
-        elif model.tensor(unit.weight).data_type != TensorProto.FLOAT:
-            left[unit.weight] = "it is not float32"
+        if unit.is_inner and unit.stored.moved is None:  # rounded as a table
+            continue
+        why = _why_left(unit, model, fed)
+        if why:
+            left[unit.weight] = why
         elif unit.matrix(model).size >= FEWEST:
             units.append(unit)
     tables = [name for name in _tables(folded, known) if name not in fed]
@@ -268,6 +268,17 @@ def rounded(model: Model, source: Source | None, options: WeightBits) -> Rounded
     with one_thread():
         _Rounder(folded, made, units, [*fitted, *more, *feeds[len(fitted) :]], options).run(checked)
     return made
+
+
+def _why_left(unit: Unit, model: Model, fed: Collection[str]) -> str:
+    """Return why a weight stays as it is; empty if it can be rounded."""
+    names = {unit.weight} | ({unit.bias.name} if unit.bias is not None else set())
+    if not unit.is_float or not names.isdisjoint(fed):
+        return "it is quantised already, or an input"
+    if model.tensor(unit.weight).data_type != TensorProto.FLOAT:
+        return "it is not float32"
+    is_moved = any(part is not None and part.moved is not None for part in (unit.stored, unit.bias))
+    return "it is a stack of matrices, or put together by the graph" if unit.linear.is_stacked or is_moved else ""
 
 
 def _tables(folded: Folded, known: Units) -> Iterator[str]:

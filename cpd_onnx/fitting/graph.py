@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 from onnx import NodeProto, TensorProto
 
+from cpd_onnx.fitting.moved import Moved
 from cpd_onnx.fitting.stored import Scale
 from cpd_onnx.ir.model import Array, Model, attributes_of, constant_array
 from cpd_onnx.ir.tensors import constant_tensors
@@ -66,7 +69,8 @@ class Graph:
             if node is not None and traits_of(node).is_quantizer:
                 return self._dequantised(node)
             if node is None or not self.passes_on(node):
-                return None
+                moved = self.moved(name)
+                return None if moved is None else moved.array(self.model)
             name = node.input[0]
         return self.model.array(name)
 
@@ -131,6 +135,54 @@ class Graph:
         """Return the element type of an initializer or a Constant node (`onnx.TensorProto`); 0 for other tensors."""
         found = self.held_type(name)
         return 0 if found is None else found[0]
+
+    def moved(self, name: str) -> Moved | None:
+        """Return a tensor that nodes make by moving the elements of initializers, each of which it has once.
+
+        None for other tensors, and where anything else uses what the nodes take or make.
+        """
+        sources: dict[str, int] = {}
+        slots: Counter[str] = Counter()
+        places = self._places(name, sources, slots)
+        size = sum(math.prod((self.held_type(source) or (0, ()))[1]) for source in sources)
+        if places is None or places.size != size or any(self.uses[each] != count for each, count in slots.items()):
+            return None
+        if len({self.kind(source) for source in sources}) > 1 or not slots.keys().isdisjoint(self.scope.outputs):
+            return None
+        is_whole = (np.bincount(places.ravel(), minlength=size) == 1).all()
+        return Moved(tuple(sources), places) if is_whole else None
+
+    def _places(self, name: str, sources: dict[str, int], slots: Counter[str]) -> npt.NDArray[np.int64] | None:
+        """Return the numbers of a tensor's elements in its sources laid end to end; None if they are not moved ones.
+
+        Args:
+            name: The tensor.
+            sources: Initializers so far, with the number of the first element of each.
+            slots: Number of input slots of the nodes so far that take a tensor.
+        """
+        held, node, value = self.held_type(name), self.maker(name), self.scope.values.get(name)
+        if value is None or value.constants is None:
+            return None
+        if held is not None and held[0] in FLOATS:
+            if name not in sources:
+                sources[name] = sum(math.prod((self.held_type(source) or (0, ()))[1]) for source in sources)
+            return np.arange(math.prod(held[1])).reshape(held[1]) + sources[name]
+        row = None if node is None else traits_of(node)
+        if node is None or row is None or not (row.moves_elements and (not row.casts or self.passes_on(node))):
+            return None
+        if row.casts or row.is_identity:
+            slots[node.input[0]] += 1
+            return self._places(node.input[0], sources, slots)
+        inputs: list[Array | None] = []
+        for slot, given in enumerate(node.input):
+            is_moved = slot in range(*slice(*row.moved).indices(len(node.input)))
+            slots.update([given] if is_moved else [])
+            inputs.append(self._places(given, sources, slots) if is_moved else self.constant(given) if given else None)
+            if given and inputs[-1] is None:
+                return None
+        call = Call(attributes_of(node), self.model.opset, len(node.output))
+        outputs = compute_outputs(node.op_type, call, inputs)
+        return None if outputs is None else np.asarray(outputs[list(node.output).index(name)], np.int64)
 
     def is_held(self, name: str) -> bool:
         """Return whether a tensor is an initializer or a Constant node."""

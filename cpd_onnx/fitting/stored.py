@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
+from cpd_onnx.fitting.moved import Moved
 from cpd_onnx.fitting.steps import Steps
 from cpd_onnx.ir.model import Array, Model
 from cpd_onnx.ir.tensors import held_array, held_type, hold
@@ -59,6 +61,7 @@ class Stored:
         packing: How several numbers are packed in a byte; None if each has its own.
         limits: Smallest and largest integer.
         is_rounded: Whether a float weight is rounded to steps by the graph.
+        moved: How nodes make a float weight of its initializers; None if it is one itself. `name` is the first then.
     """
 
     name: str
@@ -68,6 +71,7 @@ class Stored:
     packing: Packing | None = None
     limits: tuple[int, int] = (0, 0)
     is_rounded: bool = False
+    moved: Moved | None = None
 
     @property
     def is_float(self) -> bool:
@@ -78,12 +82,16 @@ class Stored:
         """Return the shape where the weight is multiplied."""
         if self.packing is not None:
             return self.packing.rows, self.packing.columns
+        if self.moved is not None:
+            return self.moved.places.shape
         found = held_type(model, self.name)
         assert found is not None, self.name
         return found[1][:: -1 if self.flipped else 1]
 
     def array(self, model: Model) -> Array:
         """Return the real numbers that the weight stands for, as float64, where it is multiplied."""
+        if self.moved is not None:
+            return self.moved.array(model).astype(np.float64)
         array = (held_array(model, self.name) if self.is_float else self._integers(model)).astype(np.float64)
         if self.scale is not None:
             scales, zeros = self._each(self.scale.of(model)), self._zeros()
@@ -93,6 +101,9 @@ class Stored:
 
     def put(self, model: Model, array: Array, scales: Vector | None = None) -> None:
         """Replace the weight by real numbers; those of a quantised weight are steps of the scales."""
+        if self.moved is not None:
+            self.moved.put(model, array)
+            return
         array = array.T if self.flipped else array
         old = held_array(model, self.name)
         if self.scale is None or scales is None:
@@ -166,6 +177,8 @@ class Bias:
         limits: Smallest and largest integer.
         implied: Scale of the data, where the scale of the bias is the product of that and of the weight's; else 0.
         follows: Whether its scale is such a product that is stored.
+        part: First and end index on the last axis, where only some of the numbers belong to the outputs; None for all.
+        moved: How nodes make a float bias of its initializers; None if it is one itself. `name` is the first then.
     """
 
     name: str
@@ -174,6 +187,8 @@ class Bias:
     limits: tuple[int, int] = (0, 0)
     implied: float = 0.0
     follows: bool = False
+    part: tuple[int, int] | None = None
+    moved: Moved | None = None
 
     @property
     def is_float(self) -> bool:
@@ -199,7 +214,7 @@ class Bias:
 
     def values(self, model: Model, weight: Vector | None) -> Vector:
         """Return the real numbers, where the scales of the weight are known if they are implied."""
-        array = held_array(model, self.name).astype(np.float64).ravel()
+        array = np.asarray(self._array(model)[self._own], np.float64).ravel()
         if self.implied:
             assert weight is not None
             return np.asarray(array * self.implied * weight)
@@ -210,12 +225,25 @@ class Bias:
 
         The integers of a bias that does not change stay as they are.
         """
-        stored = held_array(model, self.name)
+        stored = self._array(model)
         if self.is_float:
-            hold(model, self.name, (stored + change.reshape(stored.shape)).astype(stored.dtype))
+            changed = np.array(stored)
+            changed[self._own] = changed[self._own] + change.reshape(changed[self._own].shape)
+            if self.moved is not None:
+                self.moved.put(model, changed)
+            else:
+                hold(model, self.name, changed)
             return
         numbers = self._integers(model, old + change, weights)
         hold(model, self.name, np.clip(np.rint(numbers), *self.limits).astype(stored.dtype).reshape(stored.shape))
+
+    def _array(self, model: Model) -> Array:
+        return held_array(model, self.name) if self.moved is None else self.moved.array(model)
+
+    @property
+    def _own(self) -> Any:  # an index of numpy
+        """Index of the numbers that belong to the outputs."""
+        return ... if self.part is None else (..., slice(*self.part))
 
     def rounded(self, model: Model, values: Vector) -> Vector:
         """Return real numbers as the bias stores them."""

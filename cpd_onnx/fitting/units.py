@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -26,9 +27,11 @@ from cpd_onnx.ops.matrix_view import (
     key_of,
     linear_of,
     operands_of,
+    spread,
 )
 from cpd_onnx.ops.quantized_view import (
     LIMITS,
+    Constants,
     Level,
     Operands,
     binary_of,
@@ -37,6 +40,7 @@ from cpd_onnx.ops.quantized_view import (
     packing_of,
     quantised_type,
 )
+from cpd_onnx.ops.recurrent_view import BIAS, FIRST_STATE, INPUT, INPUT_WEIGHT, STATE_WEIGHT, Gates, gates_of
 from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.rules.api import FLOATS, Quantized
 from cpd_onnx.shapes.values import COMPUTABLE_TYPES, Folded
@@ -70,6 +74,10 @@ class Unit:
         noise: Root mean square of the rounding of `end` before it enters the target.
         is_rounded: Whether the node takes or returns integers, so that its output differs from the product of real
             numbers: it may be clipped, sometimes in place of an activation.
+        is_inner: Whether the product is that of a gate inside a recurrent operator, which no tensor holds. The target
+            is the tensor of all states then, which only tells the number of steps.
+        first: Tensor of the states before the first step, where the features are those before each step; None for
+            zeros.
     """
 
     position: int
@@ -86,6 +94,23 @@ class Unit:
     levels: Mapping[str, Level] = field(default_factory=dict)
     noise: float = 0.0
     is_rounded: bool = False
+    is_inner: bool = False
+    first: str | None = None
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether the target in the graph is what the product of real numbers gives."""
+        return not (self.is_rounded or self.is_inner)
+
+    @property
+    def is_fed_back(self) -> bool:
+        """Whether the features are states that the node itself returns."""
+        return self.is_inner and self.data == self.target
+
+    @property
+    def taken(self) -> tuple[str, ...]:
+        """Tensors that the features are computed from."""
+        return (self.data,) if self.first is None else (self.data, self.first)
 
     @property
     def weight(self) -> str:
@@ -111,6 +136,23 @@ class Unit:
         """Return the real numbers that the values of one of the unit's tensors stand for, as float32."""
         level = self.levels.get(name)
         return single(array) if level is None else level.real(array)
+
+    def rows(self, tensors: Mapping[str, Array], places: Array, masks: Iterable[Array] = ()) -> Rows:
+        """Return the features at some positions [groups, rows, features].
+
+        Args:
+            tensors: The tensors of a batch; those of `taken` are needed.
+            places: The positions.
+            masks: What the data are multiplied by first.
+        """
+        data = self.real(self.data, tensors[self.data])
+        first = None if self.first is None else single(tensors[self.first])
+        for mask in masks:
+            data = data * mask
+        if self.is_fed_back:
+            assert isinstance(self.linear, Gates)
+            data = self.linear.before(data, first)
+        return self.linear.rows(data, places)
 
     def unrounded(self, rows: Rows, places: Array, real: Mapping[str, Array], matrix: Matrix) -> Rows:
         """Return the target as it is before anything clips or rounds it [groups, rows, outputs].
@@ -207,6 +249,8 @@ class _UnitFinder(Graph):
     def run(self) -> Units:
         for position in range(len(self.scope.nodes)):
             node = self.node(position)
+            for gates in gates_of(node):
+                self.enter_gates(position, node, gates)
             operands = operands_of(node)
             if operands is None or len(node.input) <= operands.weight:
                 continue
@@ -258,7 +302,14 @@ class _UnitFinder(Graph):
             return self.multiplied(maker, flipped=flipped)
         name = self.passed_on(name)
         held = self.held_type(name)
-        return "" if held is None or (flipped and len(held[1]) != 2) else Stored(name, flipped)
+        if held is not None:
+            return Stored(name, flipped) if not flipped or len(held[1]) == 2 else ""
+        return self.moved_weight(node.input[operands.weight]) or ""
+
+    def moved_weight(self, name: str) -> Stored | None:
+        """Return a weight that nodes put together for one node; None for other tensors."""
+        moved = self.moved(name) if self.uses[name] == 1 else None
+        return None if moved is None else Stored(moved.sources[0], moved=moved)
 
     def before_transpose(self, name: str) -> tuple[str, bool]:
         """Return the matrix that the graph transposes before it becomes a tensor, or the tensor itself."""
@@ -367,13 +418,53 @@ class _UnitFinder(Graph):
         if stored.is_float and not is_computable:
             self.result.left[stored.name] = _OTHER_TYPE
             return
-        users = self.count_uses(stored.name)
+        users = self.count_uses(stored.name) if stored.moved is None else 1
         if stored.name in self.scope.outputs or (users > 1 and not stored.is_float):
             self.result.left[stored.name] = SHARED
             return
         unit = self.unit(position, operands, linear, stored, data, users)
         own = self.result.found if users == 1 else self.together.setdefault(stored.name, [])
         own += [] if unit is None else [unit]
+
+    def enter_gates(self, position: int, node: NodeProto, gates: Gates) -> None:
+        """Enter the weight by which a recurrent operator multiplies inputs or states, if it may be changed."""
+        given = node.input[STATE_WEIGHT if gates.is_state else INPUT_WEIGHT]
+        name = self.passed_on(given)
+        stored = Stored(name) if self.is_held(name) else self.moved_weight(given)
+        if stored is None:
+            return
+        states, bias = node.output[0], node.input[BIAS] if len(node.input) > BIAS else ""
+        value = self.scope.values.get(states)
+        numbers = self.constant(bias) if bias else np.zeros((gates.groups, 2 * stored.shape(self.model)[1]))
+        why = ""
+        if self.kind(stored.name) not in FLOATS:
+            why = _OTHER_TYPE
+        elif stored.moved is None and (self.count_uses(name) > 1 or name in self.scope.outputs):
+            why = SHARED
+        elif value is None or value.shape is None:
+            why = "all states of its operator are no tensor of the graph"
+        elif numbers is None:
+            why = "with a computed bias"
+        if why or numbers is None:
+            self.result.left[stored.name] = why
+            return
+        half = numbers.shape[1] // 2
+        part = (half, 2 * half) if gates.is_state else (0, half)
+        shift = numbers[:, slice(*part)].astype(np.float64).ravel()
+        first = node.input[FIRST_STATE] if gates.is_state and len(node.input) > FIRST_STATE else ""
+        start = self.scope.values.get(first)
+        self.result.found.append(
+            Unit(
+                position, gates, states if gates.is_state else node.input[INPUT], stored, np.ones(len(shift)), shift,
+                self.editable_part(bias, len(shift), part) if bias else None, states, states, None, _UNBOUNDED,
+                is_inner=True, first=first if start is not None and start.constants is None else None,
+            )
+        )  # fmt: skip  # a list
+
+    def editable_part(self, name: str, count: int, part: tuple[int, int]) -> Bias | None:
+        """Return half of the bias of a recurrent operator, which may be changed if nothing else takes it."""
+        bias = self.editable(name, 2 * count, 1)
+        return None if bias is None else replace(bias, factor=np.ones(count), part=part)
 
     def data(self, node: NodeProto, operands: Operands) -> tuple[str, dict[str, Level]]:
         """Return the tensor that a node multiplies, and its level if it is quantised.
@@ -438,7 +529,8 @@ class _UnitFinder(Graph):
             return None
         rank = len(self.shape(chain.end))
         axis = linear.out_axis % max(1, rank) - rank
-        while self.extended(chain, (axis + rank, axis), count, users):
+        constants = self.constant if not linear.stack else partial(self.spread, linear.stack, shape[2])
+        while self.extended(chain, (axis + rank, axis), count, users, constants):
             pass
         target, other = self.summed(chain, position)
         noise = 0.0 if operands.is_quantized else chain.noise
@@ -484,13 +576,17 @@ class _UnitFinder(Graph):
         chain.levels[node.output[0]] = level
         return True
 
-    def extended(self, chain: _Chain, axes: tuple[int, int], count: int, users: int) -> bool:
+    def spread(self, stack: tuple[int, ...], outputs: int, name: str) -> Array | None:
+        """Return a constant that meets the output of a stack of matrices, see `ops.matrix_view.spread`."""
+        return spread(self.constant(name), stack, outputs)
+
+    def extended(self, chain: _Chain, axes: tuple[int, int], count: int, users: int, constants: Constants) -> bool:
         """Append the next affine node to the chain, if there is one."""
         at, noise = self.unrounded(chain)
         follower = self.only_user(at)
         if follower is None or self.shape(follower.output[0]) != self.shape(at):
             return False
-        found = self.step(follower, at, axes, count, users)
+        found = self.step(follower, at, axes, count, users, constants)
         if found is None or not self.leveled(chain, follower, found[2]):
             return False
         step, bias, _ = found
@@ -501,12 +597,12 @@ class _UnitFinder(Graph):
         return True
 
     def step(
-        self, node: NodeProto, name: str, axes: tuple[int, int], count: int, users: int
+        self, node: NodeProto, name: str, axes: tuple[int, int], count: int, users: int, constants: Constants
     ) -> tuple[Affine, Bias | None, tuple[int, int]] | None:
         """Return what an affine node does to a tensor, its bias if that may be changed, and the slots of its level."""
         make = AFFINE.get(key_of(node))
         if make is not None:
-            step = make(node, name, axes, self.constant)
+            step = make(node, name, axes, constants)
             bias = self.editable(step.bias, count, users) if step is not None and step.bias else None
             return None if step is None else (step, bias, (-1, -1))
         binary = binary_of(node)
@@ -545,6 +641,9 @@ class _UnitFinder(Graph):
             return None if scale is None else self.of_integers(maker.input[0], scale, count)
         name = self.passed_on(name)
         found = self.held_type(name)
+        if found is None and users == 1 and (made := self.moved_weight(name)) is not None:
+            is_own = made.moved is not None and made.moved.places.size == count
+            return Bias(made.name, np.ones(count), moved=made.moved) if is_own else None
         if found is None or found[0] not in FLOATS or math.prod(found[1]) != count:
             return None
         if self.count_uses(name) != users:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
@@ -100,6 +101,17 @@ class Linear(Protocol):
     @property
     def taps(self) -> int:
         """Number of features for each index of `in_axis`: the number of kernel positions."""
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether all groups take the same channels and return the same ones, as the matrices of a batch do.
+
+        Otherwise each group has channels of its own.
+        """
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Sizes of the leading axes of a weight that is a stack of matrices; empty for others."""
 
     def count(self, out: Sequence[int]) -> int:
         """Return the number of positions of an output shape: of one sample, or of all for operators without a batch."""
@@ -294,6 +306,8 @@ class _Convolution:
     spread: tuple[int, ...] = ()
     in_axis: int = 1
     out_axis: int = 1
+    is_stacked: bool = False
+    stack: tuple[int, ...] = ()
 
     @property
     def weight_axis(self) -> int:
@@ -416,9 +430,14 @@ class _Product:
     flipped_weight: bool = False
     out_axis: int = -1
     taps: int = 1
-    groups: int = 1
     windows: tuple[Window, ...] = ()
     keeps_pads: bool = True
+    is_stacked: bool = False
+    stack: tuple[int, ...] = ()
+
+    @property
+    def groups(self) -> int:
+        return 1
 
     def resized(self, channels: tuple[int, int, int], kernel: tuple[int, ...]) -> _Product:
         return self
@@ -447,6 +466,44 @@ class _Product:
     def weight(self, matrix: Array) -> Array:
         found: Array = matrix[0].T if self.flipped_weight else matrix[0]
         return found
+
+
+@dataclass(frozen=True)
+class _Stacked(_Product):
+    """A matrix product with a stack of weights on the right, one matrix for each index of the leading axes.
+
+    Attributes:
+        stack: Sizes of the leading axes of the weight, along which the data may be repeated.
+    """
+
+    is_stacked: bool = True
+
+    @property
+    def groups(self) -> int:
+        return math.prod(self.stack)
+
+    def count(self, out: Sequence[int]) -> int:
+        return math.prod(out[:-1]) // max(1, self.groups)
+
+    def rows(self, data: Array, places: Array) -> Array:
+        data = data[None] if data.ndim == 1 else data
+        lead = np.broadcast_shapes(data.shape[:-2], self.stack)
+        return self._by_matrix(np.broadcast_to(data, (*lead, *data.shape[-2:])))[:, places]
+
+    def targets(self, out: Array, places: Array) -> Array:
+        out = out if out.ndim > len(self.stack) + 1 else out[..., None, :]  # of a vector
+        return self._by_matrix(out)[:, places]
+
+    def _by_matrix(self, array: Array) -> Array:
+        first = array.ndim - 2 - len(self.stack)
+        axes = [first + place for place, size in enumerate(self.stack) if size > 1]
+        return np.moveaxis(array, axes, range(len(axes))).reshape(self.groups, -1, array.shape[-1])
+
+    def matrix(self, weight: Array) -> Array:
+        return weight.reshape(self.groups, *weight.shape[-2:])
+
+    def weight(self, matrix: Array) -> Array:
+        return matrix.reshape(*self.stack, *matrix.shape[-2:])
 
 
 @linear("Conv", operands=Operands(bias=2))
@@ -503,4 +560,19 @@ def _gemm(node: NodeProto, weight: Sequence[int]) -> Linear | None:
 @linear("MatMulIntegerToFloat", domain=MICROSOFT, operands=MATMUL_TO_FLOAT)
 @linear("MatMulNBits", domain=MICROSOFT, operands=MATMUL_N_BITS)
 def _matmul(node: NodeProto, weight: Sequence[int]) -> Linear | None:
+    if len(weight) > 2:
+        return _Stacked(stack=tuple(weight[:-2])) if node.op_type == "MatMul" else None
     return _Product() if len(weight) == 2 else None
+
+
+def spread(array: Array | None, stack: Sequence[int], outputs: int) -> Vector | None:
+    """Return a constant that meets the output of a stack of matrices as one number for each output of each matrix.
+
+    None if it is not float, or varies along another axis.
+    """
+    if array is None or not np.issubdtype(array.dtype, np.floating):
+        return None
+    whole = (*stack, 1, outputs)
+    with suppress(ValueError):
+        return np.broadcast_to(array.astype(np.float64), whole).ravel()
+    return None

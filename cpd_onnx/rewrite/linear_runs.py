@@ -147,7 +147,7 @@ class Finder:
             return None
         stored, operands = self.stored(weight.name), operands_of(node)
         linear = None if stored is None else linear_of(node, stored.shape)
-        if stored is None or linear is None or operands is None or stored.dtype not in _TYPES:
+        if stored is None or linear is None or operands is None or stored.dtype not in _TYPES or linear.is_stacked:
             return None
         channels = _size(data, linear.in_axis), _size(out, linear.out_axis)
         if 0 in channels or data.shape is None or out.shape is None:

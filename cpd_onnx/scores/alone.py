@@ -26,7 +26,6 @@ from cpd_onnx.ir.model import Array, Model
 from cpd_onnx.rewrite.rewriter import resized
 from cpd_onnx.runtime.sessions import Feed
 from cpd_onnx.runtime.stream import HELD_BYTES, Stop, Stream, Tensors, first_difference
-from cpd_onnx.shapes.values import Folded
 
 Places: TypeAlias = npt.NDArray[np.int64]
 Consumer: TypeAlias = tuple[Unit, dict[int, Places]]
@@ -103,9 +102,9 @@ class Alone:
         consumers = [(unit, self.consumed(unit, kept)) for unit in units_of(folded).found]
         consumers = [(unit, groups) for unit, groups in consumers if groups]
         stream = Stream(folded, folded.model, self.feeds)
-        stream.keep_alive({unit.data: self.end(unit) for unit, _ in consumers})
+        stream.keep_alive({name: self.end(unit) for unit, _ in consumers for name in unit.taken})
         small = {
-            index: {unit.position: unit for unit in units_of(folded, model).found} for index, model in narrow.items()
+            index: {unit.weight: unit for unit in units_of(folded, model).found} for index, model in narrow.items()
         }
         for part in _parts(sorted(consumers, key=lambda each: self.end(each[0])), folded.model):
             stream.move(min(unit.position for unit, _ in part) - 1, HELD_BYTES)
@@ -113,7 +112,7 @@ class Alone:
             for (unit, groups), sums in zip(part, moments, strict=True):
                 whole = unit.matrix(folded.model)
                 for index, features in groups.items():
-                    own = small[index].get(unit.position)
+                    own = small[index].get(unit.weight)
                     if own is not None:
                         self.store(own, narrow[index], kept[index], _Fit(*sums, whole, features))
 
@@ -129,11 +128,14 @@ class Alone:
         if not data or not target or features > _MOST_FEATURES:
             return {}
         axis = data[unit.linear.in_axis]
-        if len(target[unit.linear.out_axis]) != groups * outputs:
+        is_stacked = unit.linear.is_stacked
+        if not is_stacked and len(target[unit.linear.out_axis]) != groups * outputs:
             return {}
         owners = set(self.combed.owners[0][self.combed.atoms.parts(axis)].ravel().tolist())
         found = {
-            index: _features(kept[index].mask(axis), groups, features, unit.linear.taps)
+            index: _features(
+                np.tile(kept[index].mask(axis), groups if is_stacked else 1), groups, features, unit.linear.taps
+            )
             for index in owners & kept.keys()
         }
         return {index: places for index, places in found.items() if places is not None}
@@ -149,9 +151,9 @@ class Alone:
         def look(number: int, batch: int, tensors: Tensors) -> tuple[int, Matrix, Array]:
             unit = units[number]
             places = samplers[number].places((unit.position, batch), unit.linear, shapes[number], tensors[unit.target])
-            return summed(unit.linear.rows(unit.real(unit.data, tensors[unit.data]), places))
+            return summed(unit.rows(tensors, places))
 
-        stops = [Stop(self.end(unit), (unit.data, unit.target)) for unit in units]
+        stops = [Stop(self.end(unit), (*unit.taken, unit.target)) for unit in units]
         for batch, results in enumerate(stream.run(stops, look)):
             for pair, sums in zip(found, results, strict=True):
                 for moments in (pair[0],) * (batch < held or not held) + (pair[1],) * (batch >= held):
@@ -161,7 +163,10 @@ class Alone:
     def store(self, unit: Unit, model: Model, kept: KeepMask, fit: _Fit) -> None:
         """Fit a weight of a narrowed model, unless that does not make it better on the rows to check."""
         axes = self.combed.tensors[("", unit.target)].axes or []
-        survive = kept.mask(axes[unit.linear.out_axis]).reshape(len(fit.whole), -1)
+        survive = kept.mask(axes[unit.linear.out_axis])
+        if unit.linear.is_stacked:
+            survive = np.tile(survive, fit.whole[:, 0].size // len(survive))
+        survive = survive.reshape(len(fit.whole), -1)
         if (survive != survive[0]).any() or unit.matrix(model).shape != (*fit.places.shape, survive[0].sum()):
             return
         fit = replace(fit, whole=fit.whole[:, :, survive[0]])
@@ -228,11 +233,6 @@ class _Fit:
         change = -self.whole
         change[self.rows] += weight
         return float((change * (about @ change)).sum())
-
-
-def _by_position(folded: Folded, model: Model) -> dict[int, Unit]:
-    """Return the units of a copy of a model by the positions of their nodes."""
-    return {unit.position: unit for unit in units_of(folded, model).found}
 
 
 def _features(mask: Mask, groups: int, features: int, taps: int) -> Places | None:

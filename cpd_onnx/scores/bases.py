@@ -182,7 +182,8 @@ class _Finder:
     def __init__(self, combed: Combed) -> None:
         self.combed, self.scope = combed, combed.folded.scope
         self.owner, self.rank = combed.owners
-        units = [unit for unit in units_of(combed.folded).found if unit.is_float]
+        found = units_of(combed.folded).found
+        units = [unit for unit in found if unit.is_float and not unit.is_inner and unit.stored.moved is None]
         self.at = {unit.position: unit for unit in units}
         self.chains = {unit: list(self.chain(unit)) for unit in units}
         self.maker = {position: unit for unit, positions in self.chains.items() for position in positions}

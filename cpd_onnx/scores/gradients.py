@@ -83,7 +83,8 @@ def curvatures(context: ScoreContext) -> dict[str, npt.NDArray[np.float64]]:
         UnsupportedError: The model cannot be imported into torch.
     """
     folded = context.combed.folded
-    units = [unit for unit in units_of(folded).found if unit.target not in unit.levels]  # integers have no gradients
+    found = units_of(folded).found
+    units = [unit for unit in found if unit.target not in unit.levels and not unit.is_inner]  # which have no gradients
     proto = copy.deepcopy(folded.model.complete_proto())
     own = [info.name for info in proto.graph.output]
     names = [*own, *dict.fromkeys(unit.target for unit in units if unit.target not in own)]
@@ -91,7 +92,7 @@ def curvatures(context: ScoreContext) -> dict[str, npt.NDArray[np.float64]]:
         helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names[len(own) :]
     )
     run = _Run(replace(context, labels=False), proto, batch_size(folded, _BATCH), len(own))
-    found: dict[str, npt.NDArray[np.float64]] = {}
+    totals: dict[str, npt.NDArray[np.float64]] = {}
     seen = 0
     for loss, (tensors, count) in run.losses(min(context.samples, _CURVED)):
         seen += count
@@ -102,8 +103,8 @@ def curvatures(context: ScoreContext) -> dict[str, npt.NDArray[np.float64]]:
             if unit.target in at:
                 array = at[unit.target]
                 rows = unit.linear.targets(array, np.arange(unit.linear.count(array.shape)))
-                found[unit.weight] = found.get(unit.weight, np.zeros(())) + rows.swapaxes(1, 2) @ rows
-    return {name: total / max(1, seen) for name, total in found.items()}
+                totals[unit.weight] = totals.get(unit.weight, np.zeros(())) + rows.swapaxes(1, 2) @ rows
+    return {name: total / max(1, seen) for name, total in totals.items()}
 
 
 class _Run:

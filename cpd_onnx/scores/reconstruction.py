@@ -375,7 +375,8 @@ class _Observer:
         groups, features, _ = unit.matrix(self.combed.folded.model).shape
         if ("", unit.position) in self.combed.recorder.by_group:
             return self.of_aligned(np.sort(self.by_block(unit, groups), axis=1)[0], features, unit.linear.taps)
-        return self.features(tensor.axes[unit.linear.in_axis], groups, features, unit.linear.taps)
+        blocks = 1 if unit.linear.is_stacked else groups
+        return self.features(tensor.axes[unit.linear.in_axis], blocks, features, unit.linear.taps)
 
     def by_block(self, unit: Unit, groups: int) -> Axis:
         """Return the primitives of the channels that each group of a convolution consumes [groups, channels].
@@ -443,14 +444,14 @@ class _Observer:
         """Return the look at one use of a weight, given the number and the sampler of its rows, and their sums."""
         weight = unit.matrix(self.combed.folded.model)
         (number, sampler), (moments, spread) = drawn, sums
-        names = (unit.data, unit.target, *([unit.other] if unit.is_rounded and unit.other else []))
+        names = (*unit.taken, unit.target, *([unit.other] if unit.is_rounded and unit.other else []))
 
         def sample(batch: int, tensors: Tensors) -> Any:
             real = {name: unit.real(name, tensors[name]) for name in names}
             out = real[unit.target]
             places = sampler.places((number, batch), unit.linear, weight.shape, out)
-            rows = unit.linear.rows(real[unit.data], places)
-            if unit.is_rounded:
+            rows = unit.rows(tensors, places)
+            if not unit.is_observed:
                 return summed(rows), unit.unrounded(rows, places, real, weight)
             return summed(rows), unit.linear.targets(out, places)
 
