@@ -61,7 +61,7 @@ class Graph:
         return self.node(uses[0].node)
 
     def constant(self, name: str) -> Array | None:
-        """Return the values of a constant, which may be dequantised; None for other tensors."""
+        """Return the values of a constant, which may be dequantised or `moved`; None for other tensors."""
         while not self.model.has(name):
             node = self.maker(name)
             if node is not None and traits_of(node).is_constant:
@@ -143,8 +143,7 @@ class Graph:
         """
         sources: dict[str, int] = {}
         slots: Counter[str] = Counter()
-        places = self._places(name, sources, slots)
-        size = sum(math.prod((self.held_type(source) or (0, ()))[1]) for source in sources)
+        places, size = self._places(name, sources, slots), self._elements(sources)
         if places is None or places.size != size or any(self.uses[each] != count for each, count in slots.items()):
             return None
         if len({self.kind(source) for source in sources}) > 1 or not slots.keys().isdisjoint(self.scope.outputs):
@@ -165,7 +164,7 @@ class Graph:
             return None
         if held is not None and held[0] in FLOATS:
             if name not in sources:
-                sources[name] = sum(math.prod((self.held_type(source) or (0, ()))[1]) for source in sources)
+                sources[name] = self._elements(sources)
             return np.arange(math.prod(held[1])).reshape(held[1]) + sources[name]
         row = None if node is None else traits_of(node)
         if node is None or row is None or not (row.moves_elements and (not row.casts or self.passes_on(node))):
@@ -183,6 +182,10 @@ class Graph:
         call = Call(attributes_of(node), self.model.opset, len(node.output))
         outputs = compute_outputs(node.op_type, call, inputs)
         return None if outputs is None else np.asarray(outputs[list(node.output).index(name)], np.int64)
+
+    def _elements(self, names: Iterable[str]) -> int:
+        """Return the number of elements of some initializers or Constant nodes."""
+        return sum(math.prod(found[1]) for found in map(self.held_type, names) if found is not None)
 
     def is_held(self, name: str) -> bool:
         """Return whether a tensor is an initializer or a Constant node."""

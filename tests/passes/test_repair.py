@@ -411,7 +411,10 @@ def test_a_bias_that_others_share_is_read_and_left_alone():
 
 def test_a_transposition_that_turns_nothing_is_none():
     text = "g (float[N, 6] x) => (float[N, 6] y) { t = Transpose <perm = [0, 1]> (w) y = MatMul(x, t) }"
-    assert units_of(comb(model_of(text, w=np.eye(6))).folded).found == []
+    model = model_of(text, w=np.arange(36.0).reshape(6, 6))
+    (unit,) = units_of(comb(model).folded).found
+    assert not unit.flipped
+    np.testing.assert_array_equal(unit.matrix(model)[0], model.array("w"))
 
 
 def test_a_normalisation_over_tokens_is_no_scale_of_channels():
