@@ -372,7 +372,7 @@ class _Repairer:
             places = sampler.places((owners[stop], batch), unit.linear, shapes[stop], wanted)
             if whole is None or unit.is_observed:
                 return places, apart(unit.linear.targets(unit.real(unit.target, wanted), places)), size, None
-            real = {name: whole.real(name, tensors[name]) for name in names[stop]}
+            real = {} if whole.other is None else {whole.other: whole.real(whole.other, tensors[whole.other])}
             rows = whole.rows(tensors, places)
             made = whole.unrounded(rows, places, real, whole.matrix(self.combed.folded.model))
             mask = masks[stop][unit.linear.out_axis]
@@ -381,7 +381,7 @@ class _Repairer:
             made = apart(np.compress(np.tile(mask, made.shape[2] // len(mask)), made, axis=2))
             if not unit.is_fed_back:
                 return places, made, size, None
-            # Those of the pruned model are far from these before the weight is fitted.
+            # The states of the pruned model differ much from these until the weight is fitted.
             axes = self.combed.tensors[("", unit.data)].axes or []
             seen = rows * self.silent.mask(axes[unit.linear.in_axis]).astype(np.float32)
             return places, made, size, apart(np.compress(mask, seen, axis=2))

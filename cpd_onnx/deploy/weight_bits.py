@@ -277,8 +277,9 @@ def _why_left(unit: Unit, model: Model, fed: Collection[str]) -> str:
         return "it is quantised already, or an input"
     if model.tensor(unit.weight).data_type != TensorProto.FLOAT:
         return "it is not float32"
-    is_moved = any(part is not None and part.moved is not None for part in (unit.stored, unit.bias))
-    return "it is a stack of matrices, or put together by the graph" if unit.linear.is_stacked or is_moved else ""
+    if any(part is not None and part.moved is not None for part in (unit.stored, unit.bias)):
+        return "nodes of the graph put it or its bias together from other tensors"
+    return "it is a stack of matrices" if unit.linear.is_stacked else ""
 
 
 def _tables(folded: Folded, known: Units) -> Iterator[str]:

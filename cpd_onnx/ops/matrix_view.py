@@ -554,14 +554,16 @@ def _gemm(node: NodeProto, weight: Sequence[int]) -> Linear | None:
 
 
 @linear("MatMul")
+def _matmul(node: NodeProto, weight: Sequence[int]) -> Linear | None:
+    return _Stacked(stack=tuple(weight[:-2])) if len(weight) > 2 else _plain_matmul(node, weight)
+
+
 @linear("MatMulInteger", operands=INTEGER_PRODUCT)
 @linear("QLinearMatMul", operands=QLINEAR_MATMUL)
 @linear("DynamicQuantizeMatMul", domain=MICROSOFT, operands=DYNAMIC_MATMUL)
 @linear("MatMulIntegerToFloat", domain=MICROSOFT, operands=MATMUL_TO_FLOAT)
 @linear("MatMulNBits", domain=MICROSOFT, operands=MATMUL_N_BITS)
-def _matmul(node: NodeProto, weight: Sequence[int]) -> Linear | None:
-    if len(weight) > 2:
-        return _Stacked(stack=tuple(weight[:-2])) if node.op_type == "MatMul" else None
+def _plain_matmul(node: NodeProto, weight: Sequence[int]) -> Linear | None:
     return _Product() if len(weight) == 2 else None
 
 

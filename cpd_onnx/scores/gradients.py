@@ -84,7 +84,8 @@ def curvatures(context: ScoreContext) -> dict[str, npt.NDArray[np.float64]]:
     """
     folded = context.combed.folded
     found = units_of(folded).found
-    units = [unit for unit in found if unit.target not in unit.levels and not unit.is_inner]  # which have no gradients
+    # Neither integers nor products inside an operator have gradients.
+    units = [unit for unit in found if unit.target not in unit.levels and not unit.is_inner]
     proto = copy.deepcopy(folded.model.complete_proto())
     own = [info.name for info in proto.graph.output]
     names = [*own, *dict.fromkeys(unit.target for unit in units if unit.target not in own)]

@@ -444,10 +444,10 @@ class _Observer:
         """Return the look at one use of a weight, given the number and the sampler of its rows, and their sums."""
         weight = unit.matrix(self.combed.folded.model)
         (number, sampler), (moments, spread) = drawn, sums
-        names = (*unit.taken, unit.target, *([unit.other] if unit.is_rounded and unit.other else []))
+        added = [unit.other] if unit.is_rounded and unit.other else []
 
         def sample(batch: int, tensors: Tensors) -> Any:
-            real = {name: unit.real(name, tensors[name]) for name in names}
+            real = {name: unit.real(name, tensors[name]) for name in (unit.target, *added)}
             out = real[unit.target]
             places = sampler.places((number, batch), unit.linear, weight.shape, out)
             rows = unit.rows(tensors, places)
@@ -473,6 +473,7 @@ class _Observer:
             return _Consumer(inverse, matrix, variance, channels, unit.weight) if variance > 0 else None
 
         size = _ITEM * weight.shape[0] * weight.shape[1] ** 2
+        names = (*unit.taken, unit.target, *added)
         return _Look(self.makers[unit.target], names, size, sample, add, finish)
 
     # Products of two activations.
