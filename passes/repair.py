@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, TypeAlias
 
 import numpy as np
+from onnx import TensorProto
 
 from cpd_onnx.algebra.atoms import Mask
 from cpd_onnx.algebra.keep import KeepMask
@@ -23,6 +24,8 @@ from cpd_onnx.data.images.crops import cropped
 from cpd_onnx.data.sources import Source, calibration, inputs_of
 from cpd_onnx.data.synthetic import Synthetic
 from cpd_onnx.errors import DataError
+from cpd_onnx.fitting.activation import Activation, activation_of
+from cpd_onnx.fitting.graph import Graph
 from cpd_onnx.fitting.least_squares import MAX_FEATURES, Rows, Sampler, one_thread
 from cpd_onnx.fitting.output_error import any_alike, output_error, outputs_of
 from cpd_onnx.fitting.problem import Block, Problem
@@ -58,6 +61,9 @@ _NO_ERROR = "the sizes of the outputs depend on values, and differ from the orig
 _ITEM = 4
 """Number of bytes of an element of a target."""
 
+_PRECISIONS: dict[int, float] = {TensorProto.FLOAT16: 2.0**-10, TensorProto.BFLOAT16: 2.0**-7}
+"""Precision of numbers by their type: an error that is no larger is nothing but rounding."""
+
 Targets: TypeAlias = tuple[Array, Rows, tuple[int, ...] | None, Rows | None]
 """Positions in a batch, the targets at them [groups, rows, outputs], the shape that the features must have in the
 pruned model for its positions to be the same ones, or None where sizes do not depend on values, and the features
@@ -73,8 +79,8 @@ class RepairOptions:
         rows: Approximate number of rows (positions in the samples) for each fit.
         ridge: Minimum strength of the regularization towards the initial weights, as a fraction of the mean square of a
             feature; stronger values are chosen if they are better on held-out rows.
-        rounds: Number of times that targets beyond the bounds of a rectifier or another activation that clips are
-            replaced by the fitted values; 0 fits the inputs of the activation.
+        rounds: Number of times that targets follow the fitted values where an activation hides the difference, as a
+            rectifier does below zero; 0 fits the inputs of activations.
         seed: Seed of the choice of samples and rows.
         mixes: Whether channels that survive are replaced by the linear combinations that matter most, where nothing
             but sums and weights use them, see `scores.bases`.
@@ -84,7 +90,7 @@ class RepairOptions:
     samples: int = option(512, "Number of samples used for the repair", read=positive)
     rows: int = 1 << 16
     ridge: float = 1e-3
-    rounds: int = 3
+    rounds: int = 8
     seed: int = 0
     mixes: bool = True
     refits: bool = True
@@ -312,6 +318,8 @@ class _Repairer:
         used = [tuple(unit for unit in units if unit.position not in unread) for units in found.by_weight]
         self.units = [units for units in used if units and (only is None or units[0].weight in only)]
         each = [unit for units in self.units for unit in units]
+        self.graph = Graph(combed.folded, self.model)
+        self.activations: dict[str, Activation | None] = {}
         self.left = {name: why for name, why in found.left.items() if only is None or name in only}
         self.makers = combed.folded.scope.producers
         self.old = Stream(combed.folded, combed.folded.model, feeds)
@@ -421,6 +429,7 @@ class _Repairer:
         None stands for a batch in which the features have another size than in the original.
         """
         units = self.units[number]
+        has_activation = units[0].is_clipped or self.activation(units[0]) is not None
         if units[0].is_fed_back:
             return [Block(seen, wanted) for ((_, wanted, _, seen),) in targets if seen is not None]
         silent = [list(self.silent_masks(unit.data)) for unit in units]
@@ -433,11 +442,19 @@ class _Repairer:
             if unit.other is not None:
                 other = unit.linear.targets(unit.real(unit.other, tensors[unit.other]), places)
                 wanted = wanted - other
-            other = apart(other) if other is not None and unit.is_clipped else None
+            other = apart(other) if other is not None and has_activation else None
             return Block(apart(unit.rows(tensors, places, silent[stop])), apart(wanted), other)
 
         stops = [Stop(unit.position - 1, (*unit.taken, *([unit.other] if unit.other else []))) for unit in units]
         return list(map(_together, self.new.run(stops, look, cut=cut)))
+
+    def activation(self, unit: Unit) -> Activation | None:
+        """Return the activation behind the target of a weight that one node takes, if it does not clip."""
+        if unit.is_clipped or len(self.combed.folded.scope.consumers.get(unit.weight, [])) > 1:
+            return None
+        if unit.weight not in self.activations:
+            self.activations[unit.weight] = activation_of(self.graph, unit)
+        return self.activations[unit.weight]
 
     def silent_masks(self, name: str) -> Iterator[Array]:
         """Yield masks, which broadcast against a tensor, of the channels that survive in `kept` alone."""
@@ -457,7 +474,8 @@ class _Repairer:
         made = Problem(
             blocks, held_out, unit.matrix(self.model), unit.gain, unit.shift, unit.bias is not None, unit.bounds,
             options.ridge, options.rounds, refits, unit.steps(self.model),
-            lambda constant: unit.stored_constant(self.model, constant), unit.noise,
+            lambda constant: unit.stored_constant(self.model, constant), unit.noise, self.activation(unit),
+            _PRECISIONS.get(self.graph.type_of(unit.target), 0.0),
         ).solved()  # fmt: skip  # a list
         if made is None:
             return None

@@ -77,7 +77,7 @@ class FromOriginal(_Repairer):
             return _kept(tensors[name], masks)
 
         def look(stop: int, batch: int, tensors: Tensors) -> Block:
-            unit, (places, wanted, _) = units[stop], targets[batch][stop]
+            unit, (places, wanted, *_) = units[stop], targets[batch][stop]
             if unit.other is not None:
                 wanted = wanted - unit.linear.targets(left(unit.other, tensors), places)
             return Block(apart(unit.linear.rows(single(left(unit.data, tensors)), places)), apart(wanted))

@@ -81,9 +81,9 @@ class Graph:
         half precision.
         """
         names = node.input[0] if node.input else "", node.output[0]
-        return traits_of(node).is_identity or (traits_of(node).casts and {*map(self._type, names)} <= FLOATS)
+        return traits_of(node).is_identity or (traits_of(node).casts and {*map(self.type_of, names)} <= FLOATS)
 
-    def _type(self, name: str) -> int:
+    def type_of(self, name: str) -> int:
         """Return the element type of a tensor (`onnx.TensorProto`); 0 if it is not known."""
         value = self.scope.values.get(name)
         return self.kind(name) if value is None else value.dtype

@@ -22,6 +22,8 @@ _MOST_TRIED = 9
 """Maximum number of regularization strengths that are tried (heuristic)."""
 _ROUNDING = 1.5
 """Ratio to the rounding of the targets up to which an error is nothing else (heuristic)."""
+_STILL = 0.03
+"""Change of the products, relative to the error, below which a fit is not repeated (heuristic)."""
 _GOOD = 1e-5
 """Relative error up to which a weight is not refitted (heuristic)."""
 
@@ -33,13 +35,15 @@ class Block:
     Attributes:
         rows: Features [groups, rows, features].
         wanted: Targets [groups, rows, outputs].
-        other: What is added to the product before the activation that clips, of the same shape; None for nothing. The
-            targets are those of the product alone.
+        other: What is added to the product before the activation, of the same shape; None for nothing. The targets are
+            those of the product alone.
+        seen: Targets behind an activation that does not clip; None without one.
     """
 
     rows: Rows
     wanted: Rows
     other: Rows | None = None
+    seen: Rows | None = None
 
     def bounds(self, bounds: tuple[float, float]) -> tuple[Rows | float, Rows | float]:
         """Return the bounds of the product where those of the activation are given."""
@@ -96,11 +100,13 @@ class Problem:
         centred: Whether a constant is fitted too.
         bounds: Bounds to which an activation clips the target.
         ridge: Minimum strength of the regularization towards the initial matrix.
-        rounds: Number of times that targets beyond a bound are replaced by the fitted values.
+        rounds: Number of times that targets are moved to where they matter, see `aims`.
         refits: Whether a fit that passed is made again from all blocks, also those that validated it.
         steps: Steps of a quantised weight; None for a float one.
         stored: Function that returns the constant that can be stored in place of another.
         noise: Root mean square of the rounding of the targets.
+        activation: An activation behind the target that does not clip, element by element; None for none.
+        precision: Rounding of the targets relative to them, where they are computed in less than single precision.
     """
 
     blocks: Sequence[Block]
@@ -116,6 +122,9 @@ class Problem:
     steps: Steps | None = None
     stored: Callable[[Matrix], Matrix] | None = None
     noise: float = 0.0
+    activation: Callable[[Rows], Rows] | None = None
+    precision: float = 0.0
+    _steepest: Rows | None = field(init=False, default=None)
     _is_effective: npt.NDArray[np.bool_] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -124,6 +133,10 @@ class Problem:
         self.gain, self.shift = (v.reshape(groups, 1, -1) for v in (self.gain, self.shift))
         # Outputs without an effect on the target are not changed.
         self._is_effective = np.abs(self.gain) > _SILENT
+        if self.activation is not None:
+            blocks = self.blocks
+            seen = in_order(lambda number: self.behind(blocks[number], blocks[number].wanted), len(blocks))
+            self.blocks = [replace(block, seen=each) for block, each in zip(blocks, seen, strict=True)]
 
     @property
     def fitted_blocks(self) -> Sequence[Block]:
@@ -139,7 +152,7 @@ class Problem:
         """Return the best fit; None if the weight needs no repair or the fit does not improve it."""
         deviation = self.deviation() or 1.0
         before = self.error(self.start, np.zeros(1)) / deviation
-        if not before > max(_GOOD, _ROUNDING * self.noise / deviation):
+        if not before > max(_GOOD, self.precision, _ROUNDING * self.noise / deviation):
             return None
         moments = self.moments()
         ridge, matrix, constant = self.fitted(moments)
@@ -181,18 +194,35 @@ class Problem:
             if not (now := self.error(*stronger)) < error:
                 break
             best, ridge, error = stronger, ridge * _STRONGER, now
-        return ridge, *self.clipped(moments, best, ridge)
+        return ridge, *self.aimed(moments, best, ridge)
 
     def at(self, ridge: float, moments: Moments | None = None) -> tuple[Matrix, Matrix]:
         """Return matrix and constant for one strength of the regularization."""
         moments = moments or self.moments()
         best = self.once(moments, self.cross(moments, lambda block: block.wanted), ridge)
-        return self.clipped(moments, best, ridge)
+        return self.aimed(moments, best, ridge)
 
-    def clipped(self, moments: Moments, best: tuple[Matrix, Matrix], ridge: float) -> tuple[Matrix, Matrix]:
-        """Return a fit again, to targets of which those that the activation clips follow the fit."""
-        for _ in range(self.rounds if np.isfinite(self.bounds).any() else 0):
-            best = self.once(moments, self.cross(moments, partial(self.aims, fit=best)), ridge)
+    def aimed(self, moments: Moments, best: tuple[Matrix, Matrix], ridge: float) -> tuple[Matrix, Matrix]:
+        """Return a fit again, to targets that follow it where the activation hides errors.
+
+        Each round lowers the error behind the activation, by least squares with the same moments. As that is slow where
+        much is hidden, a fit is extrapolated by its last change (Beck and Teboulle, FISTA, 2009) before the next.
+        """
+        if self.activation is None and not np.isfinite(self.bounds).any():
+            return best
+        if self.activation is not None:
+            self._steepest = self.steepest(best)
+        still = _STILL * self.error(*best)
+        ahead, momentum = best, 1.0
+        for _ in range(self.rounds):
+            fit = self.once(moments, self.cross(moments, partial(self.aims, fit=ahead)), ridge)
+            following = (1 + np.sqrt(1 + 4 * momentum**2)) / 2
+            factor = (momentum - 1) / following
+            ahead = (fit[0] + factor * (fit[0] - best[0]), fit[1] + factor * (fit[1] - best[1]))
+            change = (fit[0] - best[0]) * self.gain
+            best, momentum = fit, following
+            if np.sqrt((change * (moments.gram @ change)).sum() / self.gain.size) < still:
+                break
         return best
 
     def moments(self) -> Moments:
@@ -203,11 +233,48 @@ class Problem:
         return moments
 
     def aims(self, block: Block, fit: tuple[Matrix, Matrix]) -> Rows:
-        """Return targets in which those that the activation clips are replaced by any equivalent nearest to the fit."""
-        low, high = block.bounds(self.bounds)
+        """Return targets that are nearer to the fit, the less of the difference is left behind the activation.
+
+        Targets that it clips become any equivalent nearest to the fit. Those of another activation are moved by the
+        square of its slope between target and fit, relative to the steepest one (majorization and minimization).
+        """
         made = self.products(block.rows, *fit)
+        if self._steepest is not None:
+            share = self.steepness(block, made)
+            share /= self._steepest
+            np.minimum(share, 1, out=share)
+            share *= block.wanted - made
+            return np.add(made, share, out=made)
+        low, high = block.bounds(self.bounds)
         aims = np.where(block.wanted > low, block.wanted, np.minimum(made, low))
         return np.asarray(np.where(aims < high, aims, np.maximum(made, high)), np.float32)
+
+    def steepness(self, block: Block, made: Rows) -> Rows:
+        """Return the squares of the activation's slopes between targets and products [groups, rows, outputs]."""
+        assert block.seen is not None
+        slopes = block.seen - self.behind(block, made)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            slopes /= block.wanted - made
+        slopes *= slopes
+        slopes[~np.isfinite(slopes)] = 1
+        return slopes
+
+    def steepest(self, fit: tuple[Matrix, Matrix]) -> Rows:
+        """Return the square of the activation's steepest slope between the targets of each output and a fit."""
+        blocks = self.fitted_blocks
+
+        def of(number: int) -> Rows:
+            made = self.products(blocks[number].rows, *fit)
+            return np.asarray(self.steepness(blocks[number], made).max(axis=1, keepdims=True))
+
+        found = np.max([*in_order(of, len(blocks))], axis=0)
+        return np.asarray(np.maximum(found, np.finfo(np.float32).tiny))
+
+    def behind(self, block: Block, products: Rows) -> Rows:
+        """Return what products of a block are behind the activation."""
+        if self.activation is not None:
+            return self.activation(products if block.other is None else products + block.other)
+        return np.clip(products, *block.bounds(self.bounds))
 
     def cross(self, moments: Moments, aims: Callable[[Block], Rows]) -> tuple[Matrix, Matrix]:
         """Return the mean products of centred features and targets, and the mean target, both before gain and shift."""
@@ -240,13 +307,12 @@ class Problem:
         return np.asarray(rows @ factor + addend.astype(np.float32))
 
     def error(self, matrix: Matrix, constant: Matrix) -> float:
-        """Return the root mean square error on the held-out rows, after the activation if that clips."""
+        """Return the root mean square error on the held-out rows, behind the activation."""
 
         def of(number: int) -> tuple[float, int]:
             block = self.checks[number]
-            low, high = block.bounds(self.bounds)
-            wrong = np.clip(self.products(block.rows, matrix, constant), low, high)
-            wrong -= np.clip(block.wanted, low, high)
+            wrong = self.behind(block, self.products(block.rows, matrix, constant))
+            wrong -= self.behind(block, block.wanted) if block.seen is None else block.seen
             return float(np.square(wrong).sum(dtype=np.float64)), wrong.size
 
         squares, count = np.sum(list(in_order(of, len(self.checks))), axis=0).tolist()
