@@ -24,7 +24,7 @@ from cpd_onnx.data.images.crops import cropped
 from cpd_onnx.data.sources import Source, calibration, inputs_of
 from cpd_onnx.data.synthetic import Synthetic
 from cpd_onnx.errors import DataError
-from cpd_onnx.fitting.activation import Activation, activation_of
+from cpd_onnx.fitting.activation import activation_of
 from cpd_onnx.fitting.graph import Graph
 from cpd_onnx.fitting.least_squares import MAX_FEATURES, Rows, Sampler, one_thread
 from cpd_onnx.fitting.output_error import any_alike, output_error, outputs_of
@@ -319,7 +319,8 @@ class _Repairer:
         self.units = [units for units in used if units and (only is None or units[0].weight in only)]
         each = [unit for units in self.units for unit in units]
         self.graph = Graph(combed.folded, self.model)
-        self.activations: dict[str, Activation | None] = {}
+        single = [units[0] for units in self.units if len(units) == 1 and not units[0].is_clipped]
+        self.activations = {unit.weight: activation_of(self.graph, unit) for unit in single}
         self.left = {name: why for name, why in found.left.items() if only is None or name in only}
         self.makers = combed.folded.scope.producers
         self.old = Stream(combed.folded, combed.folded.model, feeds)
@@ -429,7 +430,7 @@ class _Repairer:
         None stands for a batch in which the features have another size than in the original.
         """
         units = self.units[number]
-        has_activation = units[0].is_clipped or self.activation(units[0]) is not None
+        has_activation = units[0].is_clipped or self.activations.get(units[0].weight) is not None
         if units[0].is_fed_back:
             return [Block(seen, wanted) for ((_, wanted, _, seen),) in targets if seen is not None]
         silent = [list(self.silent_masks(unit.data)) for unit in units]
@@ -447,14 +448,6 @@ class _Repairer:
 
         stops = [Stop(unit.position - 1, (*unit.taken, *([unit.other] if unit.other else []))) for unit in units]
         return list(map(_together, self.new.run(stops, look, cut=cut)))
-
-    def activation(self, unit: Unit) -> Activation | None:
-        """Return the activation behind the target of a weight that one node takes, if it does not clip."""
-        if unit.is_clipped or len(self.combed.folded.scope.consumers.get(unit.weight, [])) > 1:
-            return None
-        if unit.weight not in self.activations:
-            self.activations[unit.weight] = activation_of(self.graph, unit)
-        return self.activations[unit.weight]
 
     def silent_masks(self, name: str) -> Iterator[Array]:
         """Yield masks, which broadcast against a tensor, of the channels that survive in `kept` alone."""
@@ -474,7 +467,8 @@ class _Repairer:
         made = Problem(
             blocks, held_out, unit.matrix(self.model), unit.gain, unit.shift, unit.bias is not None, unit.bounds,
             options.ridge, options.rounds, refits, unit.steps(self.model),
-            lambda constant: unit.stored_constant(self.model, constant), unit.noise, self.activation(unit),
+            lambda constant: unit.stored_constant(self.model, constant), unit.noise,
+            self.activations.get(unit.weight),
             _PRECISIONS.get(self.graph.type_of(unit.target), 0.0),
         ).solved()  # fmt: skip  # a list
         if made is None:

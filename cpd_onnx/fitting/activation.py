@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
+from contextlib import suppress
 
 import numpy as np
 import onnxruntime as ort
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
+from cpd_onnx.errors import UnsupportedError
 from cpd_onnx.fitting.graph import Graph
 from cpd_onnx.fitting.least_squares import Rows
 from cpd_onnx.fitting.units import Unit
@@ -40,8 +42,6 @@ def activation_of(graph: Graph, unit: Unit) -> Activation | None:
     Args:
         graph: The model whose weights are fitted.
         unit: A unit of it.
-
-    Raises UnsupportedError if onnxruntime cannot run the nodes.
     """
     is_plain = unit.is_observed and not unit.linear.is_stacked and unit.target not in unit.levels
     if not is_plain or graph.type_of(unit.target) != TensorProto.FLOAT:
@@ -81,7 +81,10 @@ class _Finder:
         if len(taken) != 1 or taken == {start}:
             return None
         (end,) = taken
-        return Activation(self.session(end), start) if self.graph.type_of(end) == TensorProto.FLOAT else None
+        if self.graph.type_of(end) == TensorProto.FLOAT:
+            with suppress(UnsupportedError):
+                return Activation(self.session(end), start)
+        return None
 
     def users(self, name: str, taken: set[str]) -> Iterator[int]:
         """Yield the nodes of the main graph that take a tensor; adds it to `taken` if anything else does."""

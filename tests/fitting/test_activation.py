@@ -112,3 +112,15 @@ def test_a_few_rounds_reach_what_many_do() -> None:
     """Each round extrapolates the change of the one before."""
     few, many, none = (error_after(None, (0.0, np.inf), rounds) for rounds in (8, 200, 0))
     assert few - many < 0.1 * (none - many)
+
+
+def test_a_weight_is_fitted_before_an_activation_that_is_not_defined_everywhere() -> None:
+    graph, unit = unit_in("y = Log(t)", "", {})
+    log = activation_of(graph, unit)
+    assert log is not None
+    problem = problem_of(log, (-np.inf, np.inf), 8)
+    problem.start = problem.start + np.random.default_rng(1).standard_normal(problem.start.shape)
+    solution = problem.solved()
+    assert solution is not None
+    assert np.isfinite(solution.matrix).all()
+    assert solution.after < solution.before
