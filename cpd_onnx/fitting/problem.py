@@ -152,9 +152,7 @@ class Problem:
         """Return the best fit; None if the weight needs no repair or the fit does not improve it."""
         deviation = self.deviation() or 1.0
         before = self.error(self.start, np.zeros(1)) / deviation
-        if self.activation is not None and not np.isfinite(
-            before
-        ):  # as of a logarithm
+        if self.activation is not None and not np.isfinite(before):  # as of a logarithm
             blocks = [replace(block, seen=None) for block in self.blocks]
             return replace(self, blocks=blocks, activation=None).solved()
         if not before > max(_GOOD, self.precision, _ROUNDING * self.noise / deviation):
