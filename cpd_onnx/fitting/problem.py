@@ -24,6 +24,9 @@ _ROUNDING = 1.5
 """Ratio to the rounding of the targets up to which an error is nothing else (heuristic)."""
 _STILL = 0.03
 """Change of the products, relative to the error, below which a fit is not repeated (heuristic)."""
+_FLAT, _HIDDEN = 0.01, 0.1
+"""Square of a slope, relative to the steepest one, below which an activation hides a difference, and the least fraction
+of differences that it has to hide (heuristic)."""
 _GOOD = 1e-5
 """Relative error up to which a weight is not refitted (heuristic)."""
 
@@ -152,7 +155,7 @@ class Problem:
         """Return the best fit; None if the weight needs no repair or the fit does not improve it."""
         deviation = self.deviation() or 1.0
         before = self.error(self.start, np.zeros(1)) / deviation
-        if self.activation is not None and not np.isfinite(before):  # as of a logarithm
+        if self.activation is not None and not (np.isfinite(before) and self.is_flat()):
             blocks = [replace(block, seen=None) for block in self.blocks]
             return replace(self, blocks=blocks, activation=None).solved()
         if not before > max(_GOOD, self.precision, _ROUNDING * self.noise / deviation):
@@ -213,7 +216,7 @@ class Problem:
         """
         if self.activation is None and not np.isfinite(self.bounds).any():
             return best
-        if self.activation is not None:
+        if self.activation is not None and self._steepest is None:
             self._steepest = self.steepest(best)
         still = _STILL * self.error(*best)
         ahead, momentum = best, 1.0
@@ -261,6 +264,16 @@ class Problem:
         slopes *= slopes
         slopes[~np.isfinite(slopes)] = 1
         return slopes
+
+    def is_flat(self) -> bool:
+        """Return whether the activation hides so many differences between targets and products that rounds are worth it.
+
+        A leaky rectifier hides none, nor does a logarithm, which is not defined everywhere.
+        """
+        start = self.start, np.zeros(1)
+        self._steepest = steepest = self.steepest(start)
+        shares = [self.steepness(b, self.products(b.rows, *start)) / steepest < _FLAT for b in self.checks]
+        return float(np.mean([share.mean() for share in shares])) > _HIDDEN
 
     def steepest(self, fit: tuple[Matrix, Matrix]) -> Rows:
         """Return the square of the activation's steepest slope between the targets of each output and a fit."""
