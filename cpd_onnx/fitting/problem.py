@@ -266,7 +266,7 @@ class Problem:
         return slopes
 
     def is_flat(self) -> bool:
-        """Return whether the activation hides so many differences between targets and products that rounds are worth it.
+        """Return whether the activation hides enough differences of targets and products to be worth the rounds.
 
         A leaky rectifier hides none, nor does a logarithm, which is not defined everywhere.
         """
