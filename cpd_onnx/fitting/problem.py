@@ -136,7 +136,7 @@ class Problem:
         self.gain, self.shift = (v.reshape(groups, 1, -1) for v in (self.gain, self.shift))
         # Outputs without an effect on the target are not changed.
         self._is_effective = np.abs(self.gain) > _SILENT
-        if self.activation is not None:
+        if self.activation is not None and self.blocks[0].seen is None:
             blocks = self.blocks
             seen = in_order(lambda number: self.behind(blocks[number], blocks[number].wanted), len(blocks))
             self.blocks = [replace(block, seen=each) for block, each in zip(blocks, seen, strict=True)]
