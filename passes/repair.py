@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import ClassVar, TypeAlias
+from functools import partial
+from typing import ClassVar, TypeAlias, cast
 
 import numpy as np
 from onnx import TensorProto
@@ -37,6 +38,7 @@ from cpd_onnx.options import option, positive
 from cpd_onnx.pipeline.state import State
 from cpd_onnx.rewrite.rewriter import in_line, out_of_line
 from cpd_onnx.runtime.sessions import Feed, sample_count
+from cpd_onnx.runtime.shards import Divided
 from cpd_onnx.runtime.stream import Stop, Stream, Tensors, apart, batch_size, cuts_before, held_feeds
 from cpd_onnx.scores.bases import changed, first_survive
 from cpd_onnx.scores.reconstruction import bases
@@ -323,25 +325,27 @@ class _Repairer:
         self.activations = {unit.weight: activation_of(self.graph, unit) for unit in single}
         self.left = {name: why for name, why in found.left.items() if only is None or name in only}
         self.makers = combed.folded.scope.producers
-        self.old = Stream(combed.folded, combed.folded.model, feeds)
-        self.new = Stream(combed.folded, self.model, feeds)
+        self.held_out = len(samples[1])
+        self.old = Stream(combed.folded, combed.folded.model, feeds, self.held_out)
+        self.new = Stream(combed.folded, self.model, feeds, self.held_out)
         for stream in (self.old, self.new):  # data may be that from before a quantisation
             stream.keep_alive({name: unit.position for unit in each for name in unit.taken})
         is_computed = not all(unit.is_observed for unit in each)
         self.whole = {unit.weight: unit for unit in units_of(combed.folded).found} if is_computed else {}
         self.sampler = Sampler(options.rows, options.seed, self.old.sizes)
-        self.held_out = len(samples[1])
 
     def run(self, *, refits: bool = False) -> Repaired:
         """Fit all weights; with `refits`, to all samples once the held-out ones have confirmed a fit."""
         fits = []
         cuts = cuts_before([units[0].position for units in self.units], self.old)
         parts = self.parts(cuts)
-        targets: dict[int, list[list[Targets]]] = {}
+        targets: dict[int, Divided[tuple[Targets, ...]]] = {}
         for number, units in tracked(list(enumerate(self.units))):
             if number in parts:
                 targets = self.targets(parts[number], cuts.get(number))
-            found = _alike(self.blocks(number, targets.pop(number), cuts.get(number)), self.held_out)
+            blocks = self.blocks(number, targets.pop(number), cuts.get(number))
+            is_resized = any(map(self.is_resized, units))
+            found = _alike(blocks, self.held_out) if is_resized else (cast("Divided[Block]", blocks), self.held_out)
             if found is None:
                 self.left[units[0].weight] = _OTHER_SIZES
                 continue
@@ -363,7 +367,7 @@ class _Repairer:
             size += taken
         return found
 
-    def targets(self, numbers: Sequence[int], cut: int | None) -> dict[int, list[list[Targets]]]:
+    def targets(self, numbers: Sequence[int], cut: int | None) -> dict[int, Divided[tuple[Targets, ...]]]:
         """Return the positions of the rows of some weights in each batch, and the original's outputs at them.
 
         Those of a batch are given for each unit of a weight.
@@ -398,12 +402,9 @@ class _Repairer:
         order = sorted(range(len(units)), key=lambda stop: (self.makers[units[stop].target], stop))
         names = [self.observed(unit) for unit in units]
         stops = [Stop(self.makers[units[stop].target], names[stop]) for stop in order]
-        found: dict[int, list[list[Targets]]] = {number: [] for number in numbers}
-        for results in self.old.run(stops, lambda stop, *of: look(order[stop], *of), cut=cut):
-            by_stop = dict(zip(order, results, strict=True))
-            for number in numbers:
-                found[number].append([by_stop[stop] for stop, owner in enumerate(owners) if owner == number])
-        return found
+        found = self.old.looks(stops, lambda stop, *of: look(order[stop], *of), cut=cut)
+        own = {n: [order.index(stop) for stop, owner in enumerate(owners) if owner == n] for n in numbers}
+        return {number: found.map(partial(_chosen, places)) for number, places in own.items()}
 
     def observed(self, unit: Unit) -> tuple[str, ...]:
         """Return the tensors of the original that the targets of a unit are computed from."""
@@ -424,7 +425,7 @@ class _Repairer:
         pairs = zip(map(self.kept.mask, tensor.axes), array.shape, strict=True)
         return tuple(int(mask.sum()) if len(mask) == size else size for mask, size in pairs)
 
-    def blocks(self, number: int, targets: Sequence[Sequence[Targets]], cut: int | None) -> list[Block | None]:
+    def blocks(self, number: int, targets: Divided[tuple[Targets, ...]], cut: int | None) -> Divided[Block | None]:
         """Return features in the pruned model and targets from the original at the same positions.
 
         None stands for a batch in which the features have another size than in the original.
@@ -432,11 +433,11 @@ class _Repairer:
         units = self.units[number]
         has_activation = units[0].is_clipped or self.activations.get(units[0].weight) is not None
         if units[0].is_fed_back:
-            return [Block(seen, wanted) for ((_, wanted, _, seen),) in targets if seen is not None]
+            return targets.map(_fed_back)
         silent = [list(self.silent_masks(unit.data)) for unit in units]
 
         def look(stop: int, batch: int, tensors: Tensors) -> Block | None:
-            unit, (places, wanted, size, _) = units[stop], targets[batch][stop]
+            unit, (places, wanted, size, _) = units[stop], targets.of(batch)[stop]
             if size is not None and tensors[unit.data].shape != size:
                 return None
             other = None
@@ -447,7 +448,7 @@ class _Repairer:
             return Block(apart(unit.rows(tensors, places, silent[stop])), apart(wanted), other)
 
         stops = [Stop(unit.position - 1, (*unit.taken, *([unit.other] if unit.other else []))) for unit in units]
-        return list(map(_together, self.new.run(stops, look, cut=cut)))
+        return self.new.looks(stops, look, cut=cut).map(_together)
 
     def silent_masks(self, name: str) -> Iterator[Array]:
         """Yield masks, which broadcast against a tensor, of the channels that survive in `kept` alone."""
@@ -458,14 +459,15 @@ class _Repairer:
             if not mask.all():
                 yield mask.astype(np.float32).reshape([-1 if i == place else 1 for i in range(len(axes))])
 
-    def fit(self, unit: Unit, blocks: list[Block], held_out: int, *, refits: bool) -> Fit | None:
+    def fit(self, unit: Unit, blocks: Divided[Block], held_out: int, *, refits: bool) -> Fit | None:
         """Fit and store a weight; returns None if it needs no repair or does not improve."""
-        if blocks[0].rows.shape[2] > MAX_FEATURES:
+        start = unit.matrix(self.model)
+        if start.shape[1] > MAX_FEATURES:
             return None
         options = self.options
         blocks, held_out = _divided(blocks, held_out)
         made = Problem(
-            blocks, held_out, unit.matrix(self.model), unit.gain, unit.shift, unit.bias is not None, unit.bounds,
+            blocks, held_out, start, unit.gain, unit.shift, unit.bias is not None, unit.bounds,
             options.ridge, options.rounds, refits, unit.steps(self.model),
             lambda constant: unit.stored_constant(self.model, constant), unit.noise,
             self.activations.get(unit.weight),
@@ -500,23 +502,37 @@ def _together(blocks: Sequence[Block | None]) -> Block | None:
     return known[0] if len(known) == 1 else Block.joined(known)
 
 
-def _alike(blocks: Sequence[Block | None], held_out: int) -> tuple[list[Block], int] | None:
+def _chosen(places: Sequence[int], results: Sequence[Targets]) -> tuple[Targets, ...]:
+    return tuple(results[place] for place in places)
+
+
+def _fed_back(targets: Sequence[Targets]) -> Block | None:
+    """Return the rows of a weight whose features are those in the original."""
+    ((_, wanted, _, seen),) = targets
+    assert seen is not None
+    return Block(seen, wanted)
+
+
+def _alike(blocks: Divided[Block | None], held_out: int) -> tuple[Divided[Block], int] | None:
     """Return the batches without those in which the features have other sizes, and how many of them are held out.
 
     None if there are too many of those, or all that are held out or all others are among them.
     """
-    places = [number for number, block in enumerate(blocks) if block is not None]
+    places = [number for number, known in enumerate(blocks.each(lambda block: block is not None)) if known]
     checks = sum(number >= len(blocks) - held_out for number in places)
     if len(places) < (1 - _FEW_OTHERS) * len(blocks) or checks == len(places) or (held_out and not checks):
         return None
-    return [block for block in blocks if block is not None], checks
+    return cast("Divided[Block]", blocks.at(places)), checks
 
 
-def _divided(blocks: list[Block], held_out: int) -> tuple[list[Block], int]:
+def _divided(blocks: Divided[Block], held_out: int) -> tuple[Divided[Block], int]:
     """Return blocks and the number of those held out; the rows of a single block are divided for that."""
-    if held_out or blocks[0].rows.shape[1] < _CHECKED:
+    if held_out:
         return blocks, held_out
-    (block,) = blocks
-    place = block.rows.shape[1] - block.rows.shape[1] // _CHECKED
+    (count,) = blocks.each(lambda block: block.rows.shape[1])
+    if count < _CHECKED:
+        return blocks, held_out
+    place = count - count // _CHECKED
     parts = (slice(0, place), slice(place, None))
-    return [block.part(part) for part in parts], 1
+    items = [None if block is None else block.part(part) for part in parts for block in blocks.items]
+    return Divided(items, [*blocks.parts] * len(parts), blocks.group), 1

@@ -54,6 +54,7 @@ from cpd_onnx.ir.model import Array, Model
 from cpd_onnx.rewrite.rewriter import rewrite
 from cpd_onnx.runtime.bench import Setting
 from cpd_onnx.runtime.sessions import execute, interleaved, judged_feed, open_model, working_feeds
+from cpd_onnx.runtime.shards import agreed
 
 FORMAT = "cpd-onnx/latency"
 VERSION = 1
@@ -343,11 +344,17 @@ class LatencyProbe:
 
         Runs that follow each other are compared, since other load on the machine affects both.
         """
+        ratio, self.ms, scatter = agreed(lambda: self._timed(model, seconds))
+        self.scatter = max(self.scatter, scatter)
+        return ratio
+
+    def _timed(self, model: Model, seconds: float) -> tuple[float, float, float]:
+        """Return the ratio, milliseconds of a fast run of the original, and how far its times scatter."""
         least = _LEAST_ROUNDS if seconds >= 1 else _FEWEST_ROUNDS
         times = interleaved([self._original, self.session(model)], self.feed, seconds, least=least)
         fast, low, middle, high = np.percentile(times[0], (10, 25, 50, 75))
-        self.ms, self.scatter = 1e3 * float(fast), max(self.scatter, float((high - low) / middle))
-        return float(np.median(np.asarray(times[1]) / np.asarray(times[0])))
+        ratio = float(np.median(np.asarray(times[1]) / np.asarray(times[0])))
+        return ratio, 1e3 * float(fast), float((high - low) / middle)
 
     def profile(
         self, model: Model, nodes: Mapping[str, str] | None = None
@@ -358,6 +365,9 @@ class LatencyProbe:
         The overhead of the profiler is about the same for each kernel. It is estimated such that the times of kernels
         without it add up to that of the model without the profiler.
         """
+        return agreed(lambda: self._profile(model, self._nodes if nodes is None else nodes))
+
+    def _profile(self, model: Model, nodes: Mapping[str, str]) -> tuple[Mapping[str, KernelTime], float, float]:
         with tempfile.TemporaryDirectory() as folder:
             session = self.session(model, Path(folder) / "trace")
             profiled, first = self._in_turns(session)
@@ -365,7 +375,7 @@ class LatencyProbe:
         is_slow = _typical(first, len(first)) > _SLOW_MS
         taken, meanwhile = (profiled, first) if is_slow else self._in_turns(session)
         speed = _typical(meanwhile, len(meanwhile)) / _typical(first, len(first))
-        kernels = _kernels(events, len(first), self._nodes if nodes is None else nodes)
+        kernels = _kernels(events, len(first), nodes)
         ms = _typical(taken, len(taken))
         overhead = _overhead([speed * kernel.ms for kernel in kernels.values()], ms)
         times = {name: replace(k, ms=max(0.0, speed * k.ms - overhead)) for name, k in kernels.items()}

@@ -367,7 +367,7 @@ class _Work:
     def __call__(self, request: Any) -> int:
         """Carry out a request, print its result and return the code of its verdict.
 
-        Only the first process of a training run prints.
+        Only the first of the processes of a launcher prints.
         """
         log_to_stderr(request, is_visible=is_first_process())
         with observed(request, is_visible=is_first_process()):

@@ -37,6 +37,7 @@ from cpd_onnx.ir.tensors import constant_tensors, values_sha256
 from cpd_onnx.ops.quantized_view import LIMITS
 from cpd_onnx.ops.traits import traits_of
 from cpd_onnx.runtime.sessions import Feed, sample_count
+from cpd_onnx.runtime.shards import Divided
 from cpd_onnx.runtime.stream import Stop, Stream, Tensors, apart, batch_size, cuts_before, held_feeds
 from cpd_onnx.shapes.inference import fold
 from cpd_onnx.shapes.values import Folded
@@ -257,7 +258,7 @@ def rounded(model: Model, source: Source | None, options: WeightBits) -> Rounded
         return made
     if source is None:
         for unit in units:
-            _round(made, unit, options, [])
+            _round(made, unit, options)
         return made
     batch = batch_size(folded, _BATCH)
     samples = samples_to_fit(model, source, options)
@@ -327,14 +328,14 @@ class _Rounder:
         for number, unit in tracked(list(enumerate(self.units))):
             _round(self.made, unit, self.options, self.blocks(number, unit, cuts.get(number)), checked)
 
-    def blocks(self, number: int, unit: Unit, cut: int | None) -> list[Block]:
+    def blocks(self, number: int, unit: Unit, cut: int | None) -> Divided[Block] | None:
         """Return features in the rounded model and targets of the float one, at the same positions of each batch.
 
-        There are none where sizes depend on values, which may differ in the two models.
+        None where sizes depend on values, which may differ in the two models.
         """
         shape, value = unit.matrix(self.made.model).shape, self.scope.values.get(unit.data)
         if value is None or value.depends_on_values:
-            return []
+            return None
 
         def wanted(_: int, batch: int, tensors: Tensors) -> tuple[Array, Array]:
             out = tensors[unit.target]
@@ -342,7 +343,7 @@ class _Rounder:
             return places, apart(unit.linear.targets(np.asarray(out, np.float32), places))
 
         def given(_: int, batch: int, tensors: Tensors) -> Block:
-            places, aims = targets[batch]
+            ((places, aims),) = targets.of(batch)
             rows = unit.linear.rows(np.asarray(tensors[unit.data], np.float32), places)
             other = None
             if unit.other is not None:
@@ -351,12 +352,14 @@ class _Rounder:
             return Block(apart(rows), apart(aims), apart(other) if other is not None and unit.is_clipped else None)
 
         stop = Stop(self.scope.producers[unit.target], (unit.target,))
-        targets = [found for (found,) in self.old.run([stop], wanted, cut=cut)]
+        targets = self.old.looks([stop], wanted, cut=cut)
         names = (unit.data,) if unit.other is None else (unit.data, unit.other)
-        return [block for (block,) in self.new.run([Stop(unit.position - 1, names)], given, cut=cut)]
+        return self.new.looks([Stop(unit.position - 1, names)], given, cut=cut).map(lambda found: found[0])
 
 
-def _round(made: Rounded, unit: Unit, options: WeightBits, blocks: Sequence[Block], checked: int = 0) -> None:
+def _round(
+    made: Rounded, unit: Unit, options: WeightBits, blocks: Divided[Block] | None = None, checked: int = 0
+) -> None:
     """Round a weight, and store it with a bias that makes up for the rounding; to nearest if there are no blocks.
 
     The last `checked` of the blocks validate the fit.
@@ -367,7 +370,7 @@ def _round(made: Rounded, unit: Unit, options: WeightBits, blocks: Sequence[Bloc
         made.left[unit.weight] = "it has infinite or undefined elements"
         return
     found = _Fit(np.inf, start, np.zeros((len(start), 1, start.shape[2])), _steps(start, limits, None))
-    if blocks and start.shape[1] <= MAX_FEATURES:
+    if blocks is not None and start.shape[1] <= MAX_FEATURES:
         is_biased = unit.bias is not None and made.model.has(unit.bias.name)
         held_out = min(checked, len(blocks) - 1)
         problem = Problem(blocks, held_out, start, unit.gain, unit.shift, is_biased, unit.bounds, _RIDGE, _ROUNDS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,6 +13,7 @@ from cpd_onnx.data.sources import Source, calibration
 from cpd_onnx.ir.model import Array, Model
 from cpd_onnx.runtime.draws import with_fixed_draws
 from cpd_onnx.runtime.sessions import Feed, execute, open_model, sample_count
+from cpd_onnx.runtime.shards import Divided
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
@@ -75,17 +76,21 @@ class Divergence:
 
     def __call__(self, model: Model) -> Floats:
         """Return the divergence of a model with the same outputs, for each sample or, without batch axis, each run."""
-        session = open_model(with_fixed_draws(model))
-        return self.of_outputs(self._outputs(session, feed) for feed in self.feeds)
+        session = open_model(with_fixed_draws(model), threads=1)
+        batches = Divided.among(range(len(self.feeds)))
+        return np.concatenate([*batches.each(lambda n: self.of_batch(n, self._outputs(session, self.feeds[n])))])
 
     @property
     def outputs(self) -> tuple[str, ...]:
         """Names of the outputs that are compared."""
         return tuple(self.variance)
 
-    def of_outputs(self, made: Iterable[Mapping[str, Array]]) -> Floats:
-        """Return the same from a model's outputs for each batch of samples, as float32."""
-        return np.concatenate([self._of(*pair) for pair in zip(self.wanted, made, strict=True)])
+    def of_batch(self, batch: int, made: Mapping[str, Array]) -> Floats:
+        """Return the same for one batch of samples, from the outputs of a model as float32."""
+        wanted = self.wanted[batch]
+        found = [self._of_output(name, wanted[name], made[name]) for name in self.variance]
+        is_by_sample = len({len(each) for each in found}) == 1
+        return np.asarray(np.mean(found if is_by_sample else [[float(each.mean())] for each in found], axis=0))
 
     @staticmethod
     def _outputs(session: Any, feed: Feed) -> dict[str, Array]:
@@ -93,11 +98,6 @@ class Divergence:
         names = [entry.name for entry in session.get_outputs()]
         outputs = dict(zip(names, execute(session, feed), strict=True))
         return {name: np.asarray(array, np.float32) for name, array in outputs.items() if array.dtype.kind == "f"}
-
-    def _of(self, wanted: Mapping[str, Array], made: Mapping[str, Array]) -> Floats:
-        found = [self._of_output(name, wanted[name], made[name]) for name in self.variance]
-        is_by_sample = len({len(each) for each in found}) == 1
-        return np.asarray(np.mean(found if is_by_sample else [[float(each.mean())] for each in found], axis=0))
 
     def _of_output(self, name: str, wanted: Array, made: Array) -> Floats:
         """Return the divergence of each sample; 1, as for a constant, where sizes depend on the data and differ."""

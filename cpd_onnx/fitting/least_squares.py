@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,9 @@ from cpd_onnx.ops.matrix_view import Linear
 Matrix: TypeAlias = npt.NDArray[np.float64]
 Rows: TypeAlias = npt.NDArray[np.float32]
 """Rows of features or targets [groups, rows, features or outputs]."""
+Sums: TypeAlias = tuple[int, Matrix, Matrix]
+"""Number of rows, sums of their features [groups, 1, features], and of the products of each two [groups, features,
+features]."""
 
 MAX_FEATURES = 8192
 """Maximum number of features of a fit, at which its moments take about a gigabyte (heuristic)."""
@@ -77,30 +80,18 @@ def single(array: Array) -> Array:
 
 
 class Moments:
-    """First and second moments of features, for each group, summed over blocks of rows.
+    """First and second moments of features, for each group.
 
     Attributes:
         count: Number of rows.
     """
 
-    def __init__(self, *, centred: bool) -> None:
-        """Create moments of no rows; uncentred ones if the fit has no constant."""
-        self.count, self._is_centred = 0, centred
-        self._total: Matrix = np.zeros((1, 1, 1))
-        self._products: Matrix = np.zeros((1, 1, 1))
+    def __init__(self, sums: Sums, *, centred: bool) -> None:
+        """Create moments of rows by their sums, see `summed`; uncentred ones if the fit has no constant."""
+        self.count, self._total, self._products = sums
+        self._is_centred = centred
         self._gram: Matrix | None = None
         self._solver: tuple[float, Callable[[Matrix], Matrix]] | None = None
-
-    def add(self, rows: Rows) -> None:
-        """Add rows [groups, rows, features]."""
-        self.merge(summed(rows))
-
-    def merge(self, sums: tuple[int, Matrix, Rows]) -> None:
-        """Add the sums of rows, see `summed`."""
-        self._gram = self._solver = None
-        self.count += sums[0]
-        self._total = self._total + sums[1]
-        self._products = self._products + sums[2]
 
     @property
     def mean(self) -> Matrix:
@@ -125,10 +116,10 @@ class Moments:
 
     def part(self, places: npt.NDArray[np.int64]) -> Moments:
         """Return the moments of some features [groups, features]."""
-        found, groups = Moments(centred=self._is_centred), np.arange(len(places))[:, None]
-        found.count, found._total = self.count, self._total[groups, 0, places][:, None]
-        found._products = self._products[groups[:, :, None], places[:, :, None], places[:, None]]
-        return found
+        groups = np.arange(len(places))[:, None]
+        total = self._total[groups, 0, places][:, None]
+        products = self._products[groups[:, :, None], places[:, :, None], places[:, None]]
+        return Moments((self.count, total, products), centred=self._is_centred)
 
     def lifted(self, ridge: float) -> Matrix:
         """Return the mean products with the ridge added to their diagonal, which makes them invertible."""
@@ -167,10 +158,7 @@ def lift(gram: Matrix, ridge: float) -> Matrix:
     return np.asarray(ridge * np.maximum(size, np.finfo(np.float32).tiny)[:, None, None])
 
 
-def summed(rows: Rows) -> tuple[int, Matrix, Rows]:
-    """Return the number of rows, the sum of each feature, and the sums of the products of each two."""
-    return (
-        rows.shape[1],
-        rows.sum(axis=1, keepdims=True, dtype=np.float64),
-        rows.swapaxes(1, 2) @ rows,
-    )
+def summed(rows: Rows) -> Sums:
+    """Return the sums of rows [groups, rows, features]; those of products in their precision, until they are added."""
+    products: npt.NDArray[Any] = rows.swapaxes(1, 2) @ rows
+    return rows.shape[1], rows.sum(axis=1, keepdims=True, dtype=np.float64), products

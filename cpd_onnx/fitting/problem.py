@@ -12,7 +12,7 @@ import numpy.typing as npt
 from cpd_onnx.fitting.least_squares import Matrix, Moments, Rows, lift, summed
 from cpd_onnx.fitting.steps import Steps
 from cpd_onnx.ops.matrix_view import Vector
-from cpd_onnx.runtime.stream import in_order
+from cpd_onnx.runtime.shards import Divided
 
 _SILENT = 1e-6
 """Factor below which an output has no measurable effect, so that nothing is fitted before it (heuristic)."""
@@ -112,7 +112,7 @@ class Problem:
         precision: Rounding of the targets relative to them, where they are computed in less than single precision.
     """
 
-    blocks: Sequence[Block]
+    blocks: Divided[Block]
     held_out: int
     start: Matrix
     gain: Vector
@@ -136,18 +136,20 @@ class Problem:
         self.gain, self.shift = (v.reshape(groups, 1, -1) for v in (self.gain, self.shift))
         # Outputs without an effect on the target are not changed.
         self._is_effective = np.abs(self.gain) > _SILENT
-        if self.activation is not None and self.blocks[0].seen is None:
-            blocks = self.blocks
-            seen = in_order(lambda number: self.behind(blocks[number], blocks[number].wanted), len(blocks))
-            self.blocks = [replace(block, seen=each) for block, each in zip(blocks, seen, strict=True)]
+        if self.activation is not None:
+            self.blocks = self.blocks.map(self.seeing)
+
+    def seeing(self, block: Block) -> Block:
+        """Return a block with its targets behind the activation."""
+        return block if block.seen is not None else replace(block, seen=self.behind(block, block.wanted))
 
     @property
-    def fitted_blocks(self) -> Sequence[Block]:
+    def fitted_blocks(self) -> Divided[Block]:
         """Blocks to which the weight is fitted."""
         return self.blocks[: len(self.blocks) - self.held_out]
 
     @property
-    def checks(self) -> Sequence[Block]:
+    def checks(self) -> Divided[Block]:
         """Blocks that validate the fit; all if none is held out."""
         return self.blocks[len(self.blocks) - self.held_out :] if self.held_out else self.blocks
 
@@ -156,7 +158,7 @@ class Problem:
         deviation = self.deviation() or 1.0
         before = self.error(self.start, np.zeros(1)) / deviation
         if self.activation is not None and not (np.isfinite(before) and self.is_flat()):
-            blocks = [replace(block, seen=None) for block in self.blocks]
+            blocks = self.blocks.map(lambda block: replace(block, seen=None))
             return replace(self, blocks=blocks, activation=None).solved()
         if not before > max(_GOOD, self.precision, _ROUNDING * self.noise / deviation):
             return None
@@ -185,8 +187,7 @@ class Problem:
 
     def deviation(self) -> float:
         """Return the standard deviation of the targets."""
-        sums = [(b.wanted.shape[1], *_power_sums(b.wanted)) for b in self.fitted_blocks]
-        count, total, squares = (sum(each) for each in zip(*sums, strict=True))
+        count, total, squares = self.fitted_blocks.total(lambda block: _power_sums(block.wanted))
         return float(np.sqrt(np.maximum(squares / count - np.square(total / count), 0).mean()))
 
     def fitted(self, moments: Moments | None = None) -> tuple[float, Matrix, Matrix]:
@@ -233,10 +234,7 @@ class Problem:
 
     def moments(self) -> Moments:
         """Return the moments of the features."""
-        moments, blocks = Moments(centred=self.centred), self.fitted_blocks
-        for sums in in_order(lambda number: summed(blocks[number].rows), len(blocks)):
-            moments.merge(sums)
-        return moments
+        return Moments(self.fitted_blocks.total(lambda block: summed(block.rows)), centred=self.centred)
 
     def aims(self, block: Block, fit: tuple[Matrix, Matrix]) -> Rows:
         """Return targets that are nearer to the fit, the less of the difference is left behind the activation.
@@ -272,18 +270,20 @@ class Problem:
         """
         start = self.start, np.zeros(1)
         self._steepest = steepest = self.steepest(start)
-        shares = [self.steepness(b, self.products(b.rows, *start)) / steepest < _FLAT for b in self.checks]
-        return float(np.mean([share.mean() for share in shares])) > _HIDDEN
+
+        def of(block: Block) -> float:
+            return float((self.steepness(block, self.products(block.rows, *start)) / steepest < _FLAT).mean())
+
+        return float(np.mean([*self.checks.each(of)])) > _HIDDEN
 
     def steepest(self, fit: tuple[Matrix, Matrix]) -> Rows:
         """Return the square of the activation's steepest slope between the targets of each output and a fit."""
-        blocks = self.fitted_blocks
 
-        def of(number: int) -> Rows:
-            made = self.products(blocks[number].rows, *fit)
-            return np.asarray(self.steepness(blocks[number], made).max(axis=1, keepdims=True))
+        def of(block: Block) -> Rows:
+            made = self.products(block.rows, *fit)
+            return np.asarray(self.steepness(block, made).max(axis=1, keepdims=True))
 
-        found = np.max([*in_order(of, len(blocks))], axis=0)
+        found = np.max([*self.fitted_blocks.each(of)], axis=0)
         return np.asarray(np.maximum(found, np.finfo(np.float32).tiny))
 
     def behind(self, block: Block, products: Rows) -> Rows:
@@ -296,18 +296,11 @@ class Problem:
         """Return the mean products of centred features and targets, and the mean target, both before gain and shift."""
         gain, shift = (np.asarray(v, np.float32) for v in (np.where(self._is_effective, self.gain, 1.0), self.shift))
 
-        def of(number: int) -> tuple[Matrix, Matrix]:
-            block = self.fitted_blocks[number]
+        def of(block: Block) -> tuple[Matrix, Matrix]:
             aim = (aims(block) - shift) / gain
-            return (
-                (block.rows.swapaxes(1, 2) @ aim).astype(np.float64),
-                aim.sum(axis=1, keepdims=True, dtype=np.float64),
-            )
+            return block.rows.swapaxes(1, 2) @ aim, aim.sum(axis=1, keepdims=True, dtype=np.float64)
 
-        products: Matrix = np.zeros(1)
-        total: Matrix = np.zeros(1)
-        for product, each in in_order(of, len(self.fitted_blocks)):
-            products, total = products + product, total + each
+        products, total = self.fitted_blocks.total(of)
         middle = total / moments.count * self.centred
         return products / moments.count - moments.mean.swapaxes(1, 2) * middle, middle
 
@@ -325,15 +318,14 @@ class Problem:
     def error(self, matrix: Matrix, constant: Matrix) -> float:
         """Return the root mean square error on the held-out rows, behind the activation."""
 
-        def of(number: int) -> tuple[float, int]:
-            block = self.checks[number]
+        def of(block: Block) -> tuple[float, int]:
             wrong = self.behind(block, self.products(block.rows, matrix, constant))
             wrong -= self.behind(block, block.wanted) if block.seen is None else block.seen
             return float(np.square(wrong).sum(dtype=np.float64)), wrong.size
 
-        squares, count = np.sum(list(in_order(of, len(self.checks))), axis=0).tolist()
+        squares, count = self.checks.total(of)
         return float(np.sqrt(squares / max(1, count)))
 
 
-def _power_sums(array: Rows) -> tuple[Matrix, Matrix]:
-    return array.sum(axis=1, dtype=np.float64), np.square(array, dtype=np.float64).sum(axis=1)
+def _power_sums(array: Rows) -> tuple[int, Matrix, Matrix]:
+    return array.shape[1], array.sum(axis=1, dtype=np.float64), np.square(array, dtype=np.float64).sum(axis=1)

@@ -1,8 +1,8 @@
 """Runs of a model that visit inner tensors batch by batch, so that few activations are in memory at any time.
 
 Only the tensors at one cut of the graph are held for all batches; everything behind it is computed again whenever it is
-looked at. Batches run on several threads, and what they yield comes in their order: sums over it do not depend on the
-number of threads.
+looked at. Batches run on several threads and, within `shards.sharing`, in several processes. What they yield comes in
+their order: sums over it do not depend on the number of threads and processes.
 """
 
 from __future__ import annotations
@@ -10,10 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import mmap
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias, TypeVar
@@ -25,6 +22,7 @@ from cpd_onnx.ir.interface import interface_of
 from cpd_onnx.ir.model import Array, Lazy, Model
 from cpd_onnx.runtime.draws import with_fixed_draws
 from cpd_onnx.runtime.sessions import Feed, execute, open_model, sample_count
+from cpd_onnx.runtime.shards import Divided
 from cpd_onnx.runtime.stepwise import Parts, in_file
 from cpd_onnx.shapes.order import all_inputs
 from cpd_onnx.shapes.values import Folded, Value
@@ -37,33 +35,10 @@ BATCH_BYTES = 16 << 20
 """Maximum number of bytes of the largest tensor of a batch (heuristic)."""
 _MOST_LOOKS = 8
 """Number of looks after which a cut is held in files rather than computed again for each (heuristic)."""
-_MOST_THREADS = 8
-"""Maximum number of batches that run at the same time, each of which takes memory (heuristic)."""
 _PAGES = 1 << 16
 """Size in bytes from which an array is held in pages of its own (heuristic)."""
 _ITEM = 4
 """Number of bytes of an element, where that is estimated."""
-
-
-def processors() -> int:
-    """Return the number of processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def in_order(function: Callable[[int], T], count: int) -> Iterator[T]:
-    """Yield a function's results for 0, 1, … `count` - 1 in this order, computed on several threads."""
-    threads = min(_MOST_THREADS, processors(), count)
-    if threads < 2:
-        yield from map(function, range(count))
-        return
-    waiting: deque[Future[T]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        for number in range(count):
-            waiting.append(pool.submit(function, number))
-            if len(waiting) > threads:  # so that no more results than these wait in memory
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 def apart(array: Array) -> Array:
@@ -133,22 +108,25 @@ class _Piece:
 
 
 class Stream:
-    """A run of a model on all batches, of which the tensors at one cut are held.
+    """A run of a model on all batches, of which the tensors at one cut are held by the process that runs the batch.
 
     Weights are read whenever their piece runs. A copy of a model with the same nodes (a pruned one) can be run in the
     same way as the original.
     """
 
-    def __init__(self, folded: Folded, model: Model, feeds: Sequence[Feed]) -> None:
+    def __init__(self, folded: Folded, model: Model, feeds: Sequence[Feed], held_out: int = 0) -> None:
         """Start with the cut before the first node.
 
         Args:
             folded: The original, which determines the order of nodes.
             model: The original or a copy with other weights and sizes.
             feeds: Inputs, one dictionary for each batch.
+            held_out: Number of the last batches, which are looked at apart from the others.
         """
         self._folded, self._parts = folded, Parts(folded, model)
-        self._held: list[dict[str, Array]] = [interface_of(model).taken(feed) for feed in feeds]
+        self._batches = Divided.among(range(len(feeds)), held_out)
+        taken = self._batches.map(lambda batch: interface_of(model).taken(feeds[batch]))
+        self._held = [{} if held is None else held for held in taken.items]
         self.sizes = [sample_count(feed) for feed in feeds]
         self._done = 0
         self._producers = folded.scope.producers
@@ -197,28 +175,48 @@ class Stream:
         places = range(most, self._done - 1, -1)
         cut = next((place for place in places if self.cut_bytes(place) <= limit), None)
         if cut is not None:
-            for _ in self.run([], lambda *_: None, cut=cut):
-                pass
+            self.looks([], lambda *_: None, cut=cut)
 
-    def run(
-        self, stops: Sequence[Stop], look: Callable[[int, int, Tensors], T], *, cut: int | None = None
-    ) -> Iterator[list[T]]:
-        """Yield the results of looks at tensors, for each batch in order a list with one for each stop.
+    def run(self, stops: Sequence[Stop], look: Callable[[int, int, Tensors], T]) -> list[tuple[T, ...]]:
+        """Return the results of looks at tensors, for each batch in order one for each stop.
 
         Args:
             stops: Where to look, in the order of the graph.
             look: Called with the number of the stop, that of the batch, and the tensors; from several threads.
-            cut: Position of the cut that replaces the held one as batches pass it; before the first stop.
 
         Raises UnsupportedError if onnxruntime cannot run a piece.
         """
+        return self._batches.each(self._through(stops, look, None))
+
+    def total(
+        self, stops: Sequence[Stop], look: Callable[[int, int, Tensors], T], batches: slice = slice(None)
+    ) -> tuple[T, ...]:
+        """Return the sums of such results over some batches, see `Divided.total`, one for each stop."""
+        return self._batches[batches].total(self._through(stops, look, None))
+
+    def looks(
+        self, stops: Sequence[Stop], look: Callable[[int, int, Tensors], T], *, cut: int | None = None
+    ) -> Divided[tuple[T, ...]]:
+        """Return such results for each batch in the process that runs it.
+
+        `cut` is the position of the cut that replaces the held one as batches pass it; before the first stop.
+        """
+        found = self._batches.map(self._through(stops, look, cut))
+        if cut is not None and cut >= self._done:
+            self._done = cut + 1
+        return found
+
+    def _through(
+        self, stops: Sequence[Stop], look: Callable[[int, int, Tensors], T], cut: int | None
+    ) -> Callable[[int], tuple[T, ...]]:
+        """Return a function that takes one batch through all stops."""
         moves = cut is not None and cut >= self._done
         if cut is not None and moves:
             stops = [Stop(cut, self.alive(cut)), *stops]
         pieces = self._pieces(stops)
         hold = in_file if cut is not None and self.cut_bytes(cut) > HELD_BYTES else apart
 
-        def through(batch: int) -> list[T]:
+        def through(batch: int) -> tuple[T, ...]:
             before = tensors = self._held[batch]
             found = list[T]()
             for number, (stop, piece) in enumerate(zip(stops, pieces, strict=True)):
@@ -232,11 +230,9 @@ class Stream:
                 else:
                     found.append(look(number - moves, batch, tensors))
                 tensors = {name: array for name, array in tensors.items() if name in piece.needed}
-            return found
+            return tuple(found)
 
-        yield from in_order(through, len(self._held))
-        if cut is not None and moves:
-            self._done = cut + 1
+        return through
 
     def _pieces(self, stops: Sequence[Stop]) -> list[_Piece]:
         """Return the piece before each stop, which computes what is looked at there and what later pieces need."""

@@ -59,6 +59,7 @@ class Alone:
         """
         self.combed, self.feeds, self.measure, self.seed = combed, feeds, measure, seed
         self.scope = combed.folded.scope
+        self.held_out = max(1, len(feeds) // _CHECKED) if len(feeds) > 1 else 0
 
     def diverged(self, gone: Mapping[int, Places]) -> Iterator[tuple[int, Floats]]:
         """Yield each group by id, with the divergence of each sample where that group alone loses channels.
@@ -85,14 +86,15 @@ class Alone:
         stream.keep_alive(dict.fromkeys(outputs, end))
         stops = [Stop(end - 1, tuple(outputs))]
 
-        def look(_: int, batch: int, tensors: Tensors) -> Mapping[str, Array]:
-            return self.measure.wanted[batch] | {name: np.asarray(tensors[name], np.float32) for name in outputs}
+        def look(_: int, batch: int, tensors: Tensors) -> Floats:
+            made = {name: np.asarray(tensors[name], np.float32) for name in outputs}
+            return self.measure.of_batch(batch, self.measure.wanted[batch] | made)
 
         firsts = {index: first_difference(folded, model) for index, model in narrow.items()}
         for index in sorted(narrow, key=lambda index: (firsts[index], index)):
             stream.move(firsts[index] - 1, HELD_BYTES)
             runs = stream.of(narrow.pop(index)).run(stops, look)
-            yield index, self.measure.of_outputs(made for (made,) in runs)
+            yield index, np.concatenate([found for (found,) in runs])
 
     # Fits.
 
@@ -101,7 +103,7 @@ class Alone:
         folded = self.combed.folded
         consumers = [(unit, self.consumed(unit, kept)) for unit in units_of(folded).found]
         consumers = [(unit, groups) for unit, groups in consumers if groups]
-        stream = Stream(folded, folded.model, self.feeds)
+        stream = Stream(folded, folded.model, self.feeds, self.held_out)
         stream.keep_alive({name: self.end(unit) for unit, _ in consumers for name in unit.taken})
         small = {
             index: {unit.weight: unit for unit in units_of(folded, model).found} for index, model in narrow.items()
@@ -142,11 +144,9 @@ class Alone:
 
     def moments(self, stream: Stream, units: Sequence[Unit]) -> list[tuple[Moments, Moments]]:
         """Return the moments of the features of units in the original, of rows to fit to and of rows to check."""
-        held = len(self.feeds) - max(1, len(self.feeds) // _CHECKED) if len(self.feeds) > 1 else 0
         shapes = [unit.matrix(self.combed.folded.model).shape for unit in units]
         rows = [int(np.clip(_ROWS_PER_FEATURE * shape[1], _FEWEST_ROWS, _MOST_ROWS)) for shape in shapes]
         samplers = [Sampler(count, self.seed, stream.sizes) for count in rows]
-        found = [(Moments(centred=unit.bias is not None), Moments(centred=False)) for unit in units]
 
         def look(number: int, batch: int, tensors: Tensors) -> tuple[int, Matrix, Array]:
             unit = units[number]
@@ -154,11 +154,13 @@ class Alone:
             return summed(unit.rows(tensors, places))
 
         stops = [Stop(self.end(unit), (*unit.taken, unit.target)) for unit in units]
-        for batch, results in enumerate(stream.run(stops, look)):
-            for pair, sums in zip(found, results, strict=True):
-                for moments in (pair[0],) * (batch < held or not held) + (pair[1],) * (batch >= held):
-                    moments.merge(sums)
-        return found
+        place = len(self.feeds) - self.held_out
+        sums = stream.total(stops, look, slice(0, place))
+        checks = stream.total(stops, look, slice(place, None)) if self.held_out else sums
+        return [
+            (Moments(first, centred=unit.bias is not None), Moments(second, centred=False))
+            for unit, first, second in zip(units, sums, checks, strict=True)
+        ]
 
     def store(self, unit: Unit, model: Model, kept: KeepMask, fit: _Fit) -> None:
         """Fit a weight of a narrowed model, unless that does not make it better on the rows to check."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,13 +26,14 @@ from cpd_onnx.channels.groups import Combed
 from cpd_onnx.data.images.crops import cropped
 from cpd_onnx.data.sources import calibration, inputs_of
 from cpd_onnx.data.synthetic import Synthetic
-from cpd_onnx.fitting.least_squares import MAX_FEATURES, Matrix, Moments, Sampler, one_thread, summed
+from cpd_onnx.fitting.least_squares import MAX_FEATURES, Matrix, Moments, Sampler, Sums, one_thread, summed
 from cpd_onnx.fitting.levels import levels_of
 from cpd_onnx.fitting.units import Unit, units_of
 from cpd_onnx.io.progress import tracked
 from cpd_onnx.ir.model import Array
 from cpd_onnx.rules.api import Factor
 from cpd_onnx.runtime.sessions import Feed, sample_count
+from cpd_onnx.runtime.shards import added
 from cpd_onnx.runtime.stream import Stop, Stream, Tensors, batch_size, held_feeds
 from cpd_onnx.scores.bases import Mixable, combinations, confirmed_groups
 from cpd_onnx.scores.magnitude import l2
@@ -313,7 +315,7 @@ class _Look:
         names: These tensors.
         bytes: Approximate number of bytes of its moments.
         sample: Called with the number of a batch and the tensors; returns what is summed over the batches.
-        add: Called with what `sample` returned, batch after batch.
+        add: Called with the sums.
         finish: Called at the end; returns the consumer, None if there is nothing to lose.
     """
 
@@ -357,9 +359,9 @@ class _Observer:
         """Yield the consumers that are seen in one run of the batches from the held cut to the last of some looks."""
         stops = [Stop(look.position, look.names) for look in looks]
         # The tensors of later looks lie behind the first of these, or are held there.
-        for results in self.stream.run(stops, lambda stop, *of: looks[stop].sample(*of)):
-            for look, result in zip(looks, results, strict=True):
-                look.add(result)
+        totals = self.stream.total(stops, lambda stop, *of: looks[stop].sample(*of))
+        for look, total in zip(looks, totals, strict=True):
+            look.add(total)
         for look in looks:
             consumer = look.finish()
             if consumer is not None and np.isfinite(consumer.variance) and np.isfinite(consumer.inverse).all():
@@ -428,40 +430,38 @@ class _Observer:
 
     def at_units(self, number: int, units: Sequence[Unit], channels: dict[int, Axis]) -> list[_Look]:
         """Return the looks at all uses of a weight, of which the last yields the consumer."""
-        moments, spread = Moments(centred=True), _Spread()
+        sums = list[tuple[Sums, tuple[int, float, float]]]()
         last = sorted(units, key=lambda unit: self.makers[unit.target])[-1]
         sampler = replace(self.sampler, rows=self.sampler.rows // len(units))
-        return [self.at_unit((number, sampler), unit, channels, (moments, spread), unit is last) for unit in units]
+        return [self.at_unit((number, sampler), unit, channels, sums, unit is last) for unit in units]
 
     def at_unit(
         self,
         drawn: tuple[int, Sampler],
         unit: Unit,
         channels: dict[int, Axis],
-        sums: tuple[Moments, _Spread],
+        sums: list[tuple[Sums, tuple[int, float, float]]],
         is_last: bool,
     ) -> _Look:
         """Return the look at one use of a weight, given the number and the sampler of its rows, and their sums."""
         weight = unit.matrix(self.combed.folded.model)
-        (number, sampler), (moments, spread) = drawn, sums
-        added = [unit.other] if unit.is_rounded and unit.other else []
+        number, sampler = drawn
+        others = [unit.other] if unit.is_rounded and unit.other else []
 
         def sample(batch: int, tensors: Tensors) -> Any:
-            real = {name: unit.real(name, tensors[name]) for name in (unit.target, *added)}
+            real = {name: unit.real(name, tensors[name]) for name in (unit.target, *others)}
             out = real[unit.target]
             places = sampler.places((number, batch), unit.linear, weight.shape, out)
             rows = unit.rows(tensors, places)
-            if not unit.is_observed:
-                return summed(rows), unit.unrounded(rows, places, real, weight)
-            return summed(rows), unit.linear.targets(out, places)
-
-        def add(result: Any) -> None:
-            moments.merge(result[0])
-            spread.add(result[1])
+            is_observed = unit.is_observed
+            made = unit.linear.targets(out, places) if is_observed else unit.unrounded(rows, places, real, weight)
+            return summed(rows), _spread(made)
 
         def finish() -> _Consumer | None:
             if not is_last:
                 return None
+            of_features, of_products = reduce(added, sums)
+            moments = Moments(of_features, centred=True)
             inverse = np.asarray(np.linalg.inv(moments.lifted(_RIDGE)), np.float64)
             matrix = weight * unit.gain.reshape(len(weight), 1, -1)
             if ("", unit.position) in self.combed.recorder.by_group:
@@ -469,12 +469,12 @@ class _Observer:
                 taps = np.arange(unit.linear.taps)
                 order = (order[:, :, None] * len(taps) + taps).reshape(len(weight), -1)
                 inverse, matrix = _aligned(inverse, matrix, order, 1 + max(int(own.max()) for own in channels.values()))
-            variance = spread.variance * weight.shape[0] * weight.shape[2]
+            variance = _variance(of_products) * weight.shape[0] * weight.shape[2]
             return _Consumer(inverse, matrix, variance, channels, unit.weight) if variance > 0 else None
 
         size = _ITEM * weight.shape[0] * weight.shape[1] ** 2
-        names = (*unit.taken, unit.target, *added)
-        return _Look(self.makers[unit.target], names, size, sample, add, finish)
+        names = (*unit.taken, unit.target, *others)
+        return _Look(self.makers[unit.target], names, size, sample, sums.append, finish)
 
     # Products of two activations.
 
@@ -517,7 +517,7 @@ class _Observer:
             return _Consumer(np.linalg.inv(gram)[None], np.ones((1, size, 1)), variance, channels)
 
         position = max(self.makers.get(name, -1) for name in names)
-        return _Look(position, names, _ITEM * len(left.atoms) ** 2, sample, add, finish)
+        return _Look(position, names, _ITEM * len(left.atoms) ** 2, sample, grams.append, finish)
 
 
 def _aligned(inverse: Matrix, matrix: Matrix, order: Axis, count: int) -> tuple[Matrix, Matrix]:
@@ -545,24 +545,15 @@ def _parts(looks: Sequence[_Look]) -> Iterator[list[_Look]]:
         yield part
 
 
-@dataclass(eq=False)
-class _Spread:
-    """The variance of numbers that come in batches."""
+def _spread(array: Array) -> tuple[int, float, float]:
+    """Return how many numbers there are, and the sums of them and of their squares."""
+    return array.size, float(array.sum(dtype=np.float64)), float(np.square(array, dtype=np.float64).sum())
 
-    count: int = 0
-    total: float = 0.0
-    squares: float = 0.0
 
-    def add(self, array: Array) -> None:
-        """Add one batch."""
-        self.count += array.size
-        self.total += float(array.sum(dtype=np.float64))
-        self.squares += float(np.square(array, dtype=np.float64).sum())
-
-    @property
-    def variance(self) -> float:
-        """The variance so far."""
-        return max(0.0, self.squares / max(1, self.count) - (self.total / max(1, self.count)) ** 2)
+def _variance(sums: tuple[int, float, float]) -> float:
+    """Return the variance of numbers by their sums, see `_spread`."""
+    count, total, squares = sums
+    return max(0.0, squares / max(1, count) - (total / max(1, count)) ** 2)
 
 
 def _met(left: Array, i: int, right: Array, j: int) -> npt.NDArray[np.float64]:

@@ -1,11 +1,11 @@
-"""The processes of one training run: torch's distributed data parallelism, under torchrun or accelerate launch."""
+"""The processes of one run under torchrun or accelerate launch, for torch's data parallelism and for other work."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cpd_onnx.errors import CpdError
+from cpd_onnx.runtime.processes import joined, leading
+from cpd_onnx.runtime.shards import Group
 
 _GLOO_THREADS = 2
 """Number of threads of the gloo backend, that is, of concurrent collectives (its default)."""
@@ -92,6 +94,28 @@ def join_process_group(device: str) -> Iterator[ProcessGroup]:
     finally:
         if opened:
             distributed.destroy_process_group()
+
+
+@contextmanager
+def launched() -> Iterator[Group]:
+    """Share the batches of other work than training, see `runtime.shards`, with all processes of a launcher.
+
+    Torch tells them where the first of them is.
+    """
+    distributed.init_process_group("gloo")
+    try:
+        rank = distributed.get_rank()
+        if rank == 0:
+            size = distributed.get_world_size()
+            with leading(size, lambda place: distributed.broadcast_object_list([place]), is_local=False) as group:
+                yield group
+            return
+        told: list[Any] = [None]
+        distributed.broadcast_object_list(told)
+        with joined(replace(told[0], rank=rank)) as group:
+            yield group
+    finally:
+        distributed.destroy_process_group()
 
 
 def _device(name: str) -> torch.device:

@@ -136,8 +136,8 @@ _WORKFLOWS: dict[type[Request], Callable[..., dict[str, Any] | None]] = {
 def run(request: Request, observer: ProgressObserver | None = None) -> dict[str, Any] | None:
     """Carry out a request, write its files, and return its result as `--json` writes it.
 
-    The observer is called with the progress, see `ProgressEvent`. In a distributed training run, all processes but the
-    first return None.
+    The observer is called with the progress, see `ProgressEvent`. Of several processes that a launcher has started, all
+    but the first return None.
 
     Raises:
         CpdError: The files or the options are invalid, or the result is not proven.

@@ -1,4 +1,4 @@
-"""Paths that a request writes and reads; conflicts between them are refused before the work starts."""
+"""What a request names: code, and paths to write and read, whose conflicts are refused before the work starts."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from fnmatch import fnmatchcase
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from cpd_onnx.data import open as sources
 from cpd_onnx.data.metrics import OF_TWO_MODELS, evaluate
-from cpd_onnx.data.sources import IMAGE_SUFFIXES, Source
+from cpd_onnx.data.sources import IMAGE_SUFFIXES, Source, imported
 from cpd_onnx.deploy.profiles import load_profile, problems
-from cpd_onnx.errors import DataError, ModelError
+from cpd_onnx.errors import CpdError, DataError, ModelError
 from cpd_onnx.io.files import commit_together, is_same_file, locked_folder, require_free, write_atomically
 from cpd_onnx.ir.model import Model, load
 from cpd_onnx.options import options_of
@@ -45,6 +47,19 @@ def recipe_path_of(path: Path) -> Path:
 def table_path_of(path: Path) -> Path:
     """Return the path of the cost table of a run that missed its target, beside its model file."""
     return beside(path, "cost-table.json")
+
+
+def executor_of(name: str | None, processes: int) -> Executor:
+    """Return the executor that a function makes, named as module:function; without one, a pool of processes.
+
+    Raises DataError if there is no such function, CpdError if it returns something else.
+    """
+    if name is None:
+        return ProcessPoolExecutor(processes, get_context("spawn"))
+    executor = imported(name, "that gives a concurrent.futures.Executor")()
+    if not isinstance(executor, Executor):
+        raise CpdError(f"--executor {name} returned a {type(executor).__name__}, not a concurrent.futures.Executor")
+    return executor
 
 
 def _inputs(request: Request) -> list[Path]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from cpd_onnx.errors import InconclusiveError, PlanError
+from cpd_onnx.errors import CpdError, InconclusiveError, PlanError, UnsupportedError
 from cpd_onnx.io import progress
 from cpd_onnx.io.files import commit_together, locked_folder
 from cpd_onnx.ir.model import Array, load
@@ -28,10 +31,14 @@ from cpd_onnx.proof.files import FileVerification, data_feeds, verify_files
 from cpd_onnx.report import tables as report
 from cpd_onnx.report.verdict import verdict as verdict_of
 from cpd_onnx.rewrite.plan import load_plan
+from cpd_onnx.runtime.processes import Place, in_worker, joined, working
+from cpd_onnx.runtime.shards import Group, current_group
 from cpd_onnx.workflow.compress import step_of
 from cpd_onnx.workflow.deploy import merged_places, write_merged
+from cpd_onnx.workflow.distill import is_distributed
 from cpd_onnx.workflow.evidence.chain import Chain, Given, is_intact, manifest_of, verify_deployed
 from cpd_onnx.workflow.places import (
+    executor_of,
     finite,
     objections,
     plan_path_of,
@@ -44,26 +51,72 @@ from cpd_onnx.workflow.places import (
 )
 from cpd_onnx.workflow.quality import outcome, search
 from cpd_onnx.workflow.quality.checks import checked_samples
-from cpd_onnx.workflow.quality.samples import enough_to_fit, samples_of, to_fit
-from cpd_onnx.workflow.requests import Apply, Observer, Prune, VerifyFile, ignore
+from cpd_onnx.workflow.quality.samples import Samples, enough_to_fit, samples_of, to_fit
+from cpd_onnx.workflow.requests import QUIET, Apply, Observer, Prune, VerifyFile, ignore
 
 _BATCHES = 2
 """Number of batches of data on which a pruned file is compared with its original; a heuristic."""
 
 
-def prune(request: Prune, observer: Observer = ignore) -> dict[str, Any]:
-    """Prune a model, prove the result, write it with its plan, and return the result as plain values."""
+def prune(request: Prune, observer: Observer = ignore) -> dict[str, Any] | None:
+    """Prune a model, prove the result, write it with its plan, and return the result as plain values.
+
+    Several processes can share the work. All but the first write nothing, and return None.
+    """
     plan_path = request.plan or plan_path_of(request.output)
     written = require_outputs(
         request, request.output, plan_path, *outcome.table_places(request), *outcome.config_places(request),
         *merged_places(request),
     )  # fmt: skip  # a list
     started = time.perf_counter()
+    with _shared(request) as group:
+        made = _made(request, written, is_first=group.rank == 0)
+    if group.rank > 0:
+        return None
+    state = made.state
+    before = report.size_of(state.original, request.model)
+    content = report.result(state, time.perf_counter() - started)
+    content |= {"output": str(request.output), "plan": str(plan_path), "preflight": made.checked}
+    content |= outcome.content(request, made.demand, made.samples, made.choice, state)
+    outcome.require_faster(request, content)
+    content["notes"] += [*outcome.target_notes(request, made.choice), *outcome.interface_notes(state.model)]
+    content["notes"] += objections(request.profile, state.model)
+    with locked_folder(request.output.parent), commit_together():
+        write_both(request, state.model, state.need("plan", "prune"), plan_path)
+        content["notes"] += [*outcome.written_configs(request, state.model), *write_merged(request, state.model)]
+        outcome.kept_table(request, made.choice.chosen or state.need("allocation", "allocate"), content)
+        content["bytes"] = {"before": before, "after": report.size_of(state.model, request.output)}
+        content["verdict"] = verdict_of(content)
+        write_json(request, content)
+    return content
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A pruned model, and what it was made by.
+
+    Attributes:
+        checked: What the samples were found to be like; None where that was not looked at.
+        demand: What is to be kept of the quality.
+        samples: Samples by their use.
+        choice: How channels were chosen.
+        state: State after the last pass.
+    """
+
+    checked: dict[str, Any] | None
+    demand: search.Demand
+    samples: Samples
+    choice: search.Choice
+    state: State
+
+
+def _made(request: Prune, written: Sequence[Path] = (), *, is_first: bool) -> _Made:
+    """Prune a model, without writing anything; only the first of several processes looks at the samples."""
     model = read_model(request.model, request.input_shapes, request.free_io)
     require_apart(written, model)
     demand = outcome.demand_of(request, has_labels=False)
     source = source_of(request.data, model, request)
-    checked = checked_samples(request, model, source)
+    checked = checked_samples(request, model, source) if is_first else None
     enough = enough_to_fit(model, source, max(request.repair_samples, request.samples or 0))
     samples = samples_of(source, None, request.hold_out, is_search=demand.max_loss is not None, enough=enough)
     fitted = to_fit(samples.fitted, model, request)
@@ -73,22 +126,42 @@ def prune(request: Prune, observer: Observer = ignore) -> dict[str, Any]:
     if demand.max_loss is not None and samples.choosing is not None:
         progress.announce(*_announced(request, step))
     choice = search.choice_of(step, start, samples, demand)
-    state = _pruned_state(request, step, start, choice)
-    before = report.size_of(model, request.model)
-    content = report.result(state, time.perf_counter() - started)
-    content |= {"output": str(request.output), "plan": str(plan_path), "preflight": checked}
-    content |= outcome.content(request, demand, samples, choice, state)
-    outcome.require_faster(request, content)
-    content["notes"] += [*outcome.target_notes(request, choice), *outcome.interface_notes(state.model)]
-    content["notes"] += objections(request.profile, state.model)
-    with locked_folder(request.output.parent), commit_together():
-        write_both(request, state.model, state.need("plan", "prune"), plan_path)
-        content["notes"] += [*outcome.written_configs(request, state.model), *write_merged(request, state.model)]
-        outcome.kept_table(request, choice.chosen or state.need("allocation", "allocate"), content)
-        content["bytes"] = {"before": before, "after": report.size_of(state.model, request.output)}
-        content["verdict"] = verdict_of(content)
-        write_json(request, content)
-    return content
+    return _Made(checked, demand, samples, choice, _pruned_state(request, step, start, choice))
+
+
+@contextmanager
+def _shared(request: Prune) -> Iterator[Group]:
+    """Divide samples among the processes of a request, workers of an executor or a pool, or among those of a launcher.
+
+    Raises CpdError if the workers do not start, or if an executor is given without their number.
+    """
+    if request.processes is None and request.executor is not None:
+        raise CpdError("--executor runs further processes: say how many there are in all, as in --processes 4")
+    if request.processes is None or request.processes == 1:
+        with _launched() if is_distributed() else nullcontext(current_group()) as group:
+            yield group
+        return
+    executor = executor_of(request.executor, request.processes - 1)
+    job = partial(_help, replace(request, processes=None, executor=None))
+    with executor, working(executor, request.processes, job, is_local=request.executor is None) as group:
+        yield group
+
+
+def _launched() -> AbstractContextManager[Group]:
+    """Share batches with the processes of a launcher; raises UnsupportedError if torch is not installed."""
+    try:
+        from cpd_onnx.training import process_group
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise UnsupportedError("several processes need torch to share a run: pip install 'cpd-onnx[torch]'") from error
+    return process_group.launched()
+
+
+def _help(request: Prune, place: Place) -> None:
+    """Take part in a run as one of its workers."""
+    with in_worker(request.custom_ops, is_quiet=request.log_level == QUIET), joined(place):
+        _made(request, is_first=False)
 
 
 def _announced(request: Prune, step: Iterate) -> Iterator[str]:

@@ -157,6 +157,12 @@ _MAX_LOSS = option(
     metavar="NUMBER",
     is_common=True,
 )
+_EXECUTOR = option(
+    None,
+    "Function that returns a concurrent.futures.Executor to run on, whose workers share these folders",
+    metavar="MODULE:FUNCTION",
+    takes="function",
+)
 _output = option(
     MISSING, "File to write", flag="-o/--output", read=file, metavar="FILE", takes="file", is_output=True,
     is_recorded=False, suffixes=(".onnx",),
@@ -446,6 +452,12 @@ class Prune(Choosing, Saving):
     plan: Path | None = _written("File to write the plan to (default: OUTPUT.plan.json)", suffixes=_JSON)
     merged: Path | None = _MERGED
     no_verify: bool = option(False, "Skip the proof, which runs both models and compares their outputs")
+    processes: int | None = option(
+        None,
+        "Number of processes that divide the samples among them for scores and repair; the result has the same bytes",
+        read=positive,
+    )
+    executor: str | None = _EXECUTOR
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -550,12 +562,7 @@ class Sweep(Compressing):
     jobs: int | None = option(
         None, "Number of models compressed in parallel (default: the number of cores)", read=positive
     )
-    executor: str | None = option(
-        None,
-        "Function that returns a concurrent.futures.Executor to run on, whose workers share these folders",
-        metavar="MODULE:FUNCTION",
-        takes="function",
-    )
+    executor: str | None = _EXECUTOR
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from cpd_onnx.budget.targets import AnyTargets, Targets, targets_of
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.data.metrics import lower_is_better
-from cpd_onnx.data.sources import Source, imported
+from cpd_onnx.data.sources import Source
 from cpd_onnx.errors import CpdError, DataError, TargetError
 from cpd_onnx.io import progress
 from cpd_onnx.io.files import commit_together, locked_folder
@@ -25,13 +22,21 @@ from cpd_onnx.report import tables as report
 from cpd_onnx.report.verdict import verdict, verdict_of_many
 from cpd_onnx.rewrite.plan import load_plan, make_plan, nested
 from cpd_onnx.runtime.bench import Bench
-from cpd_onnx.runtime.sessions import custom_operators
-from cpd_onnx.runtime.stream import processors
+from cpd_onnx.runtime.processes import in_worker
+from cpd_onnx.runtime.threads import processors
 from cpd_onnx.scores.registry import find_score_function, score
 from cpd_onnx.workflow import compress as compression
 from cpd_onnx.workflow import recipe
 from cpd_onnx.workflow.compress_files import can_draw, compress, page_kinds, timed, write_page
-from cpd_onnx.workflow.places import plan_path_of, read_model, require_apart, require_outputs, source_of, write_json
+from cpd_onnx.workflow.places import (
+    executor_of,
+    plan_path_of,
+    read_model,
+    require_apart,
+    require_outputs,
+    source_of,
+    write_json,
+)
 from cpd_onnx.workflow.quality.checks import checked_samples
 from cpd_onnx.workflow.quality.samples import samples_of, to_fit
 from cpd_onnx.workflow.requests import QUIET, Compress, Observer, Sweep, ignore
@@ -99,7 +104,7 @@ def sweep(request: Sweep, observer: Observer = ignore) -> dict[str, Any]:
         folder / "sweep.recipe.toml",
     ]
     written = require_outputs(request, *files.values(), *pages, *beside)
-    executor = _executor(request)
+    executor = executor_of(request.executor, _most_jobs(request))
     model = read_model(request.model, request.input_shapes, request.free_io)
     require_apart(written, model)
     source, labelled = (source_of(data, model, request) for data in (request.data, request.eval))
@@ -195,22 +200,9 @@ def _most_jobs(request: Sweep) -> int:
     return request.jobs or min(processors(), len(request.targets))
 
 
-def _executor(request: Sweep) -> Executor:
-    if request.executor is None:
-        return ProcessPoolExecutor(_most_jobs(request), get_context("spawn"))
-    executor = imported(request.executor, "that gives a concurrent.futures.Executor")()
-    if not isinstance(executor, Executor):
-        raise CpdError(
-            f"--executor {request.executor} returned a {type(executor).__name__}, not a concurrent.futures.Executor"
-        )
-    return executor
-
-
 def _one(request: Compress) -> dict[str, Any]:
     """Compress one model, in a worker process that shares the folders."""
-    with warnings.catch_warnings(), custom_operators(request.custom_ops):
-        if request.log_level == QUIET:
-            warnings.simplefilter("ignore")
+    with in_worker(request.custom_ops, is_quiet=request.log_level == QUIET):
         content = compress(request, is_checked=True)
     assert content is not None
     return content

@@ -12,6 +12,7 @@ from cpd_onnx.fitting.problem import Block, Problem
 from cpd_onnx.fitting.units import Unit, units_of
 from cpd_onnx.ir.model import load
 from cpd_onnx.runtime.sessions import execute, open_model
+from cpd_onnx.runtime.shards import Divided
 from tests.support.models import from_text
 
 CONV = "t = Conv(x, w, b)"
@@ -94,7 +95,9 @@ def problem_of(activation: Activation | None, bounds: tuple[float, float], round
         wanted = rows @ truth.astype(np.float32)
         blocks.append(Block(rows, np.where(wanted < -4, -np.square(wanted), wanted)))
     ones = np.ones(5)
-    return Problem(blocks, 1, 0 * truth, ones, 0 * ones, False, bounds, 1e-6, rounds, activation=activation)
+    return Problem(
+        Divided.among(blocks), 1, 0 * truth, ones, 0 * ones, False, bounds, 1e-6, rounds, activation=activation
+    )
 
 
 def error_after(activation: Activation | None, bounds: tuple[float, float], rounds: int) -> float:

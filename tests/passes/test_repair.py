@@ -33,6 +33,7 @@ from cpd_onnx.passes.sensitivity import SensitivityOptions, measured_curves, sen
 from cpd_onnx.pipeline.pipeline import run
 from cpd_onnx.rewrite.rewriter import rewrite
 from cpd_onnx.runtime.sessions import execute, open_model
+from cpd_onnx.runtime.shards import Divided
 from cpd_onnx.runtime.stepwise import Stepwise
 from cpd_onnx.scores.registry import score
 from tests.support.models import from_text
@@ -507,7 +508,7 @@ def test_features_that_say_little_are_held_back_by_a_strong_ridge() -> None:
         wanted = 0.8 * rows @ start.astype(np.float32) + 20 * rng.standard_normal((1, 32, 3)).astype(np.float32)
         blocks.append(Block(rows, wanted.astype(np.float32)))
     ones = np.ones(3)
-    problem = Problem(blocks, 1, start, ones, 0 * ones, False, (-np.inf, np.inf), 1e-3, 0)
+    problem = Problem(Divided.among(blocks), 1, start, ones, 0 * ones, False, (-np.inf, np.inf), 1e-3, 0)
     moments = problem.moments()
     cross = problem.cross(moments, lambda block: block.wanted)
     errors = [problem.error(*problem.once(moments, cross, 1e-3 * 10 ** (place / 2))) for place in range(9)]
@@ -525,7 +526,7 @@ def test_a_confirmed_fit_may_be_made_again_from_all_rows() -> None:
         rows = rng.standard_normal((1, 16, 8)).astype(np.float32)
         blocks.append(Block(rows, (rows @ true + rng.standard_normal((1, 16, 3))).astype(np.float32)))
     ones = np.ones(3)
-    problem = Problem(blocks, 1, 0 * true, ones, 0 * ones, False, (-np.inf, np.inf), 1e-3, 0)
+    problem = Problem(Divided.among(blocks), 1, 0 * true, ones, 0 * ones, False, (-np.inf, np.inf), 1e-3, 0)
     once, again = problem.solved(), replace(problem, refits=True).solved()
     assert once is not None
     assert again is not None
@@ -614,7 +615,7 @@ def test_what_an_activation_clips_is_not_fitted() -> None:
     start, ones = truth + rng.standard_normal(truth.shape), np.ones(5)
 
     def distance(bounds: tuple[float, float], rounds: int) -> float:
-        problem = Problem(blocks, 1, start, ones, 0 * ones, False, bounds, 1e-6, rounds)
+        problem = Problem(Divided.among(blocks), 1, start, ones, 0 * ones, False, bounds, 1e-6, rounds)
         solution = problem.solved()
         assert solution is not None
         return float(np.abs(solution.matrix - truth).max())
@@ -635,7 +636,7 @@ def test_the_bounds_of_a_sum_are_those_of_the_sum_and_not_of_the_branch_that_is_
             Block(rows[:, part], wanted[:, part], None if other is None else other[:, part])
             for part in (slice(300), slice(300, None))
         ]
-        return Problem(blocks, 1, 0 * truth, ones, 0 * ones, False, (0.0, np.inf), 1e-6, 3)
+        return Problem(Divided.among(blocks), 1, 0 * truth, ones, 0 * ones, False, (0.0, np.inf), 1e-6, 3)
 
     everything, nothing = (problem(np.full_like(wanted, shift)) for shift in (100.0, -100.0))
     assert everything.error(0 * truth, np.zeros(1)) == pytest.approx(

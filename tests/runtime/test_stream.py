@@ -14,8 +14,10 @@ from cpd_onnx.channels.combing import comb
 from cpd_onnx.ir.model import Model, load
 from cpd_onnx.rewrite.rewriter import resized
 from cpd_onnx.runtime import stream as streams
+from cpd_onnx.runtime import threads
 from cpd_onnx.runtime.sessions import execute, open_model
-from cpd_onnx.runtime.stream import Stop, Stream, apart, batch_size, cuts_before, first_difference, in_order
+from cpd_onnx.runtime.stream import Stop, Stream, apart, batch_size, cuts_before, first_difference
+from cpd_onnx.runtime.threads import in_order
 
 TEXT = """<ir_version: 8, opset_import: ["" : 17]> g (float[N, 4, 8, 8] x) => (float[N, 6] y)
 {
@@ -65,7 +67,7 @@ def test_looks_see_the_tensors_of_the_whole_model_whatever_is_held(monkeypatch: 
     for results in stream.run([Stop(0, ("a",)), Stop(5, ("c",))], look):
         for place, result in enumerate(results):
             got[place].append(result)
-    for (result,) in stream.run([Stop(5, ("c",))], lambda stop, *of: look(1, *of), cut=4):
+    for (result,) in stream.looks([Stop(5, ("c",))], lambda stop, *of: look(1, *of), cut=4).own:
         got[2].append(result)
     assert stream.alive(4) == ("m",)
     for batch, (a, c) in enumerate(whole(original, ["a", "c"])):
@@ -78,10 +80,10 @@ def test_looks_see_the_tensors_of_the_whole_model_whatever_is_held(monkeypatch: 
 def test_weights_are_read_when_their_piece_runs() -> None:
     original = model()
     stream = Stream(comb(original).folded, original, feeds())
-    list(stream.run([], lambda *of: None, cut=1))
+    stream.looks([], lambda *of: None, cut=1)
     original.set_array("w1", np.zeros_like(original.array("w1")))
     looks = stream.run([Stop(2, ("b",))], lambda stop, batch, tensors: float(np.abs(tensors["b"]).max()))
-    assert list(looks) == [[0.0], [0.0], [0.0]]
+    assert looks == [(0.0,), (0.0,), (0.0,)]
 
 
 def test_cuts_are_small_and_everything_between_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +101,7 @@ def test_cuts_are_small_and_everything_between_is_computed_again(monkeypatch: py
 
 
 def test_results_come_in_the_order_of_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "processors", lambda: 4)
+    monkeypatch.setattr(threads, "processors", lambda: 4)
 
     def slow(number: int) -> int:
         time.sleep(0.01 * (number % 3 == 0))
