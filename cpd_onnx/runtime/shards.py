@@ -18,6 +18,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
+from cpd_onnx.errors import CpdError
 from cpd_onnx.runtime.threads import in_order
 
 T = TypeVar("T")
@@ -80,9 +81,16 @@ def sharing(group: Group) -> Iterator[None]:
 def agreed(make: Callable[[], R]) -> R:
     """Return in all processes what the first one makes, such as a measured time."""
     group = current_group()
-    made = make() if group.rank == 0 else None
-    found: R = group.exchanged(made)[0]
+    found: R = _exchanged(group, ("agreed",), make() if group.rank == 0 else None)[0]
     return found
+
+
+def _exchanged(group: Group, what: tuple[object, ...], value: Any) -> list[Any]:
+    """Return the values that all processes give, by rank; raises CpdError if they do not all say the same of `what`."""
+    whats, values = zip(*group.exchanged((what, value)), strict=True)
+    if any(other != what for other in whats):
+        raise CpdError("the processes do not compute the same: give all the same files, versions and kind of processor")
+    return list(values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +153,7 @@ class Divided(Generic[T]):
 
     def each(self, function: Callable[[T], R]) -> list[R]:
         """Return the results of a function for all items in all processes, which must call this alike."""
-        found = [iter(made) for made in self.group.exchanged([*self._made(function)])]
+        found = [iter(made) for made in self._exchanged("each", [*self._made(function)])]
         return [next(found[self._owner(part)]) for part in self.parts]
 
     def total(self, function: Callable[[T], R]) -> R:
@@ -160,13 +168,16 @@ class Divided(Generic[T]):
         while left:
             some, left = left[:number], left[number:]
             own = [_sum(islice(made, counts[part])) for part in some if self._owner(part) == self.group.rank]
-            sums = [iter(each) for each in self.group.exchanged(own)]
+            sums = [iter(each) for each in self._exchanged("total", own)]
             for part in some:
                 one = next(sums[self._owner(part)])
                 found = _doubled(one) if found is None else added(found, one)
             number = max(self.group.size, _EXCHANGED_BYTES // (1 + _size(found)))
         total: R = found
         return total
+
+    def _exchanged(self, kind: str, results: list[Any]) -> list[Any]:
+        return _exchanged(self.group, (kind, *self.parts), results)
 
     def _owner(self, part: int) -> int:
         return part % self.group.size
