@@ -64,6 +64,8 @@ _USUAL = (3, 9, 11, 7, 13)
 """Sizes of the symbols, in order, while one of them is varied (heuristic; the last one repeats)."""
 _ODD_FACTORS = (((5, 7, 9, 11, 13), (5,)), ((9, 5, 11, 7, 13), (7,)))
 """Factors of the symbols' sizes in the second and the third run (heuristic): without a common divisor, then equal."""
+_VARIED = ((2, 1, 1), (3, 1, 1), (1, 2, 2), (1, 4, 4), (1, 16, 16), (1, 2, 1), (2, 1, 2))
+"""Multipliers and divisors of sizes that operators seem to require, and all other sizes (heuristic)."""
 _MARK = "cpd-mark"
 """Prefix of the names of marked nodes."""
 
@@ -137,6 +139,36 @@ def feed_at(folded: Folded, assignment: Assignment, seed: int) -> Feed | None:
         if any(size is None or size < 0 for size in shape) or math.prod(map(int, shape)) > _MOST_FED:  # type: ignore[arg-type]  # not None
             return None
         feed[value.name] = random_array(folded, value, [int(size) for size in shape], rng)  # type: ignore[arg-type]  # as above
+    return feed
+
+
+def beyond_solved(folded: Folded, session: Runner) -> Iterator[Feed]:
+    """Yield inputs that the original accepts although open sizes are not those that its operators seem to require.
+
+    A Reshape to fixed sizes, for example, also accepts a longer image in place of a larger batch. Each of the solved
+    sizes, and then all of them, are varied by a factor, the other ones are 1 or make up for it.
+    """
+    named = list(folded.solved)
+    for names in dict.fromkeys([*((name,) for name in named), tuple(named)]):
+        for up, down, rest in _VARIED:
+            sizes = {name: number * up // down if name in names else number for name, number in folded.solved.items()}
+            feed = _of_named_sizes(folded, sizes, rest) if min(sizes.values()) > 0 else None
+            if feed is not None and _runs(session, feed):
+                yield feed
+
+
+def _of_named_sizes(folded: Folded, sizes: Mapping[str, int], rest: int) -> Feed | None:
+    """Return random inputs with some open sizes, by name, and one for all others; None if there are none so large."""
+    rng, feed = np.random.default_rng(0), dict[str, Array]()
+    infos = {info.name: info for info in folded.model.graph.input}
+    for value in fed(folded):
+        dims = infos[value.name].type.tensor_type.shape.dim
+        names = [dim.dim_param or f"{value.name}[{axis}]" for axis, dim in enumerate(dims)]
+        pairs = zip(names, dims, strict=True)
+        shape = [dim.dim_value if dim.dim_value > 0 else sizes.get(name, rest) for name, dim in pairs]
+        if value.sizes is None or math.prod(shape) > _MOST_FED:
+            return None
+        feed[value.name] = random_array(folded, value, shape, rng)
     return feed
 
 

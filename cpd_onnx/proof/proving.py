@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 from onnx import TensorProto, helper
@@ -13,7 +15,7 @@ from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.channels.branches import branches, gone_groups
 from cpd_onnx.channels.combing import at_sizes
 from cpd_onnx.channels.groups import Combed
-from cpd_onnx.errors import REPORT_BUG, InconclusiveError, ProofError, UnsupportedError
+from cpd_onnx.errors import REPORT_BUG, InconclusiveError, PlanError, ProofError, UnsupportedError
 from cpd_onnx.io.progress import advance, step
 from cpd_onnx.ir.interface import cut, kept_by
 from cpd_onnx.ir.model import Array, Model
@@ -33,7 +35,7 @@ from cpd_onnx.proof.comparison import (
     require_numbers,
     runs_needed,
 )
-from cpd_onnx.proof.inputs import ProofInputs, numbers_in, proof_inputs
+from cpd_onnx.proof.inputs import ProofInputs, beyond_solved, numbers_in, proof_inputs
 from cpd_onnx.proof.masking import is_bound_to_sizes, masked
 from cpd_onnx.proof.observing import compared_tensors
 from cpd_onnx.proof.unrounded import HALF_TYPES, NotUnroundableError, rounding_of, single, unrounded
@@ -50,6 +52,8 @@ _NOT_REPEATED = (
     "compared"
 )
 """Doubt about a model whose outputs, or their sizes, differ from run to run."""
+_MOST_ELSEWHERE = 3
+"""Number of inputs that are compared at other sizes than operators seem to require (heuristic)."""
 _PARTS = 4
 """Parts of a comparison: runs of the original, of the masked original and of the pruned model, and the verdict."""
 
@@ -95,8 +99,9 @@ class _Masked:
             return self._always
         key = tuple(array.shape for array in feed.values())
         if key not in self._here:
-            found = at_sizes(self.combed, self.keep, numbers_in(self.combed.folded, feed))
-            self._here[key] = None if found is None else masked(*found, self.pruned)
+            self._here[key], found = None, at_sizes(self.combed, self.keep, numbers_in(self.combed.folded, feed))
+            with suppress(PlanError):  # a branch that is gone is needed at these sizes
+                self._here[key] = None if found is None else masked(*found, self.pruned)
         model = self._here[key]
         if model is None:
             raise _UncomparableError(", ".join(f"{name} {list(array.shape)}" for name, array in feed.items()))
@@ -176,6 +181,7 @@ class _Proof:
             return Comparison(0.0, self.form.tolerance, 0.0, 0, verdict=INCONCLUSIVE, notes=tuple(self.doubts))
         self.require_evaluated(session, given)
         self.branches = self.edited_branches(inputs, given)
+        self.doubts += self.elsewhere(session)
         rounding = rounding_of(self.original)
         if not rounding:
             del session
@@ -186,6 +192,29 @@ class _Proof:
         for outputs in before:
             self.require_as_stored(given[0], outputs)
         return self.reached(found, inputs)
+
+    def elsewhere(self, session: Runner) -> Iterator[str]:
+        """Yield a doubt if the original runs at sizes that its operators seem not to accept, where the two differ."""
+        folded = self.combed.folded
+        if not folded.solved or not self.is_pruned or self.original.free_io or _is_large(self.combed):
+            return
+        allowed = QUANTIZED if rounding_of(self.original) else self.form.tolerance
+        seeming = ", ".join(f"{name} = {number}" for name, number in folded.solved.items())
+        for feed in islice(beyond_solved(folded, session), _MOST_ELSEWHERE):
+            if not self.is_alike(feed, allowed):
+                here = ", ".join(f"{name} {list(array.shape)}" for name, array in feed.items())
+                seen = f"operators seem to require {seeming}, but the original runs with {here} too"
+                yield f"{seen}, where the two differ; if the former is meant, say so with --input-shape"
+                return
+
+    def is_alike(self, feed: Feed, allowed: float) -> bool:
+        """Return whether the pruned model gives the outputs of the masked original for some inputs."""
+        try:
+            models = self.reference(feed), self.other
+            expected, found = (execute_all(self.runner(model), [feed])[0] for model in models)
+        except (_UncomparableError, UnsupportedError):
+            return False
+        return all(distance(one, other, one) <= allowed for one, other in zip(expected, found, strict=True))
 
     def is_comparable(self, feed: Feed) -> bool:
         """Return whether there is a reference for the sizes of some inputs; records a doubt where there is none.

@@ -31,6 +31,7 @@ from cpd_onnx.proof.comparison import (
 from cpd_onnx.proof.observing import compared_tensors
 from cpd_onnx.proof.proving import verify
 from cpd_onnx.proof.unrounded import rounding_of, single, unrounded
+from cpd_onnx.rewrite.rewriter import rewrite
 from cpd_onnx.scores.registry import score
 from cpd_onnx.shapes.inference import fold
 from cpd_onnx.testing import mask_oracle, permutation_oracle
@@ -366,4 +367,48 @@ def test_a_mask_that_hides_all_is_not_tried_where_it_gives_nan() -> None:
         "h = MatMul(x, w) a = MatMul(p, h) b = Mul(h, a) y = MatMul(b, v) }",
         values={"low": -np.inf, "zero": 0.0, "axes": [1]},
     )
+    assert proof(model).verdict == VERIFIED
+
+
+# Sizes that operators seem to require.
+
+
+def hard_coded() -> ModelProto:
+    """A model whose Reshape seems to require images of 8 x 8, but takes one of 16 x 8 as two where broadcasting lets it."""
+    rng = np.random.default_rng(0)
+    model = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]> g (float[n, 3, h, w] x) => (float[n, 3, h, w] y)
+        {
+          c = Conv <pads = [1, 1, 1, 1]> (x, k)
+          r = Reshape (c, shape)
+          m = GlobalAveragePool (r)
+          s = Mul (c, m)
+          y = Conv (s, l)
+        }"""
+    )
+    weights = {"k": rng.standard_normal((2, 3, 3, 3)), "l": rng.standard_normal((3, 2, 1, 1))}
+    model.graph.initializer.extend(numpy_helper.from_array(v.astype(np.float32), name) for name, v in weights.items())
+    model.graph.initializer.append(numpy_helper.from_array(np.array([-1, 2, 8, 8]), "shape"))
+    return model
+
+
+def of_half(sizes: dict[str, tuple[int, ...]] | None = None) -> Comparison:
+    """The verdict on the hard-coded model with one of its two channels, at the given sizes."""
+    combed = comb(cpd.load(hard_coded()), sizes)
+    keep = KeepMask(combed.atoms, combed.groups[0].channels[[1]])
+    return verify(combed, keep, rewrite(combed, keep).model)
+
+
+def test_sizes_that_operators_only_seem_to_require_are_tried() -> None:
+    assert comb(cpd.load(hard_coded())).folded.solved == {"h": 8, "w": 8}
+    found = of_half()
+    assert found.verdict == INCONCLUSIVE
+    assert "the original runs with x [1, 3, 16, 8] too" in " ".join(found.notes)
+    assert of_half({"x": (2, 3, 8, 8)}).verdict == VERIFIED
+
+
+def test_sizes_that_operators_do_require_are_no_doubt() -> None:
+    model = hard_coded()
+    model.graph.initializer[-1].CopyFrom(numpy_helper.from_array(np.array([0, 2, 8, 8]), "shape"))
+    assert comb(cpd.load(model)).folded.solved == {"h": 8, "w": 8}
     assert proof(model).verdict == VERIFIED
