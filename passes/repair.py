@@ -333,6 +333,8 @@ class _Repairer:
         is_computed = not all(unit.is_observed for unit in each)
         self.whole = {unit.weight: unit for unit in units_of(combed.folded).found} if is_computed else {}
         self.sampler = Sampler(options.rows, options.seed, self.old.sizes)
+        inner = {unit.weight for unit in each if unit.is_inner and not unit.linear.is_stacked}
+        self.columns = {w.value.name: w.axes[0][-1] for w in combed.weights if w.value.name in inner}
 
     def run(self, *, refits: bool = False) -> Repaired:
         """Fit all weights; with `refits`, to all samples once the held-out ones have confirmed a fit."""
@@ -389,6 +391,8 @@ class _Repairer:
             rows = whole.rows(tensors, places)
             made = whole.unrounded(rows, places, real, whole.matrix(self.combed.folded.model))
             mask = masks[stop][unit.linear.out_axis]
+            if unit.is_inner and not unit.linear.is_stacked:  # its outputs are not those of the operator
+                mask = self.kept.mask(self.columns[unit.weight])
             if not unit.linear.is_stacked:
                 return places, apart(_kept_outputs(made, mask, shapes[stop])), size, None
             made = apart(np.compress(np.tile(mask, made.shape[2] // len(mask)), made, axis=2))

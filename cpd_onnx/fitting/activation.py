@@ -83,7 +83,10 @@ class _Finder:
         (end,) = taken
         if self.graph.type_of(end) == TensorProto.FLOAT:
             with suppress(UnsupportedError):
-                return Activation(self.session(end), start)
+                found = Activation(self.session(end), start)
+                groups = self.unit.linear.groups
+                found(np.zeros((groups, 1, self.unit.gain.size // groups), np.float32))  # may not fit these ranks
+                return found
         return None
 
     def users(self, name: str, taken: set[str]) -> Iterator[int]:
@@ -119,7 +122,9 @@ class _Finder:
         vector = along(array, self.axis)
         if vector is None or vector.size != self.unit.gain.size:
             return False
-        self.constants[name] = array.reshape(self.unit.linear.groups, 1, -1)
+        # Some operators, such as BiasGelu, take vectors alone.
+        groups = self.unit.linear.groups
+        self.constants[name] = array.reshape((groups, 1, -1) if groups > 1 else (-1,))
         return True
 
     def session(self, end: str) -> ort.InferenceSession:

@@ -136,12 +136,10 @@ class Problem:
         self.gain, self.shift = (v.reshape(groups, 1, -1) for v in (self.gain, self.shift))
         # Outputs without an effect on the target are not changed.
         self._is_effective = np.abs(self.gain) > _SILENT
-        if self.activation is not None:
-            self.blocks = self.blocks.map(self.seeing)
 
-    def seeing(self, block: Block) -> Block:
-        """Return a block with its targets behind the activation."""
-        return block if block.seen is not None else replace(block, seen=self.behind(block, block.wanted))
+    def seen(self, block: Block) -> Rows:
+        """Return the targets of a block behind the activation."""
+        return self.behind(block, block.wanted) if block.seen is None else block.seen
 
     @property
     def fitted_blocks(self) -> Divided[Block]:
@@ -158,10 +156,11 @@ class Problem:
         deviation = self.deviation() or 1.0
         before = self.error(self.start, np.zeros(1)) / deviation
         if self.activation is not None and not (np.isfinite(before) and self.is_flat()):
-            blocks = self.blocks.map(lambda block: replace(block, seen=None))
-            return replace(self, blocks=blocks, activation=None).solved()
+            return replace(self, activation=None).solved()
         if not before > max(_GOOD, self.precision, _ROUNDING * self.noise / deviation):
             return None
+        if self.activation is not None:  # which takes longer than to clip
+            self.blocks = self.blocks.map(lambda block: replace(block, seen=self.seen(block)))
         moments = self.moments()
         ridge, matrix, constant = self.fitted(moments)
         matrix, constant, scales = self.rounded(matrix, constant, moments, ridge)
@@ -218,7 +217,7 @@ class Problem:
         if self.activation is None and not np.isfinite(self.bounds).any():
             return best
         if self.activation is not None and self._steepest is None:
-            self._steepest = self.steepest(best)
+            self._steepest = self.steepest(self.fitted_blocks, best)
         still = _STILL * self.error(*best)
         ahead, momentum = best, 1.0
         for _ in range(self.rounds):
@@ -255,8 +254,7 @@ class Problem:
 
     def steepness(self, block: Block, made: Rows) -> Rows:
         """Return the squares of the activation's slopes between targets and products [groups, rows, outputs]."""
-        assert block.seen is not None
-        slopes = block.seen - self.behind(block, made)
+        slopes = self.seen(block) - self.behind(block, made)
         with np.errstate(divide="ignore", invalid="ignore"):
             slopes /= block.wanted - made
         slopes *= slopes
@@ -266,24 +264,25 @@ class Problem:
     def is_flat(self) -> bool:
         """Return whether the activation hides enough differences of targets and products to be worth the rounds.
 
-        A leaky rectifier hides none, nor does a logarithm, which is not defined everywhere.
+        A leaky rectifier hides none, nor does a logarithm, which is not defined everywhere. The rows that validate the
+        fit show that.
         """
         start = self.start, np.zeros(1)
-        self._steepest = steepest = self.steepest(start)
+        steepest = self.steepest(self.checks, start)
 
         def of(block: Block) -> float:
             return float((self.steepness(block, self.products(block.rows, *start)) / steepest < _FLAT).mean())
 
-        return float(np.mean([*self.checks.each(of)])) > _HIDDEN
+        return float(np.mean(self.checks.each(of))) > _HIDDEN
 
-    def steepest(self, fit: tuple[Matrix, Matrix]) -> Rows:
+    def steepest(self, blocks: Divided[Block], fit: tuple[Matrix, Matrix]) -> Rows:
         """Return the square of the activation's steepest slope between the targets of each output and a fit."""
 
         def of(block: Block) -> Rows:
             made = self.products(block.rows, *fit)
             return np.asarray(self.steepness(block, made).max(axis=1, keepdims=True))
 
-        found = np.max([*self.fitted_blocks.each(of)], axis=0)
+        found = np.max(blocks.each(of), axis=0)
         return np.asarray(np.maximum(found, np.finfo(np.float32).tiny))
 
     def behind(self, block: Block, products: Rows) -> Rows:
@@ -320,7 +319,7 @@ class Problem:
 
         def of(block: Block) -> tuple[float, int]:
             wrong = self.behind(block, self.products(block.rows, matrix, constant))
-            wrong -= self.behind(block, block.wanted) if block.seen is None else block.seen
+            wrong -= self.seen(block)
             return float(np.square(wrong).sum(dtype=np.float64)), wrong.size
 
         squares, count = self.checks.total(of)

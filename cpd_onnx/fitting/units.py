@@ -16,6 +16,8 @@ from cpd_onnx.fitting.least_squares import Matrix, Rows, single
 from cpd_onnx.fitting.steps import Steps
 from cpd_onnx.fitting.stored import Bias, Scale, Stored
 from cpd_onnx.ir.model import Array, Model, attributes_of
+from cpd_onnx.ops import attention_view
+from cpd_onnx.ops.attention_view import Projections, projections_of
 from cpd_onnx.ops.matrix_view import (
     AFFINE,
     Affine,
@@ -74,8 +76,9 @@ class Unit:
         noise: Root mean square of the rounding of `end` before it enters the target.
         is_rounded: Whether the node takes or returns integers, so that its output differs from the product of real
             numbers: it may be clipped, sometimes in place of an activation.
-        is_inner: Whether the product is that of a gate inside a recurrent operator, which no tensor holds. The target
-            is the tensor of all states then, which only tells the number of steps.
+        is_inner: Whether the product is inside an operator, as those of the gates of a recurrent one are, and no tensor
+            holds it. The target is the operator's output then, all states for example, and only tells the number of
+            positions.
         first: Tensor of the states before the first step, where the features are those before each step; None for
             zeros.
     """
@@ -251,6 +254,8 @@ class _UnitFinder(Graph):
             node = self.node(position)
             for gates in gates_of(node):
                 self.enter_gates(position, node, gates)
+            if (projections := projections_of(node)) is not None:
+                self.enter_projections(position, node, projections)
             operands = operands_of(node)
             if operands is None or len(node.input) <= operands.weight:
                 continue
@@ -458,6 +463,32 @@ class _UnitFinder(Graph):
                 position, gates, states if gates.is_state else node.input[INPUT], stored, np.ones(len(shift)), shift,
                 self.editable_part(bias, len(shift), part) if bias else None, states, states, None, _UNBOUNDED,
                 is_inner=True, first=first if start is not None and start.constants is None else None,
+            )
+        )  # fmt: skip  # a list
+
+    def enter_projections(self, position: int, node: NodeProto, projections: Projections) -> None:
+        """Enter the weight by which attention projects its input, if it may be changed."""
+        name, bias, made = self.passed_on(node.input[attention_view.WEIGHT]), "", node.output[0]
+        if len(node.input) > attention_view.BIAS:
+            bias = node.input[attention_view.BIAS]
+        value, stored = self.scope.values.get(made), Stored(name)
+        numbers = self.constant(bias) if bias else np.zeros(1)
+        why = ""
+        if not self.is_held(name) or self.kind(name) not in FLOATS:
+            why = _OTHER_TYPE
+        elif self.count_uses(name) > 1 or name in self.scope.outputs:
+            why = SHARED
+        elif value is None or value.shape is None or numbers is None:
+            why = "with a computed bias or an output of unknown shape"
+        if why or numbers is None:
+            self.result.left[name] = why
+            return
+        count = stored.shape(self.model)[1]
+        self.result.found.append(
+            Unit(
+                position, projections, node.input[attention_view.INPUT], stored, np.ones(count),
+                np.broadcast_to(numbers.astype(np.float64), count), self.editable(bias, count, 1) if bias else None,
+                made, made, None, _UNBOUNDED, is_inner=True,
             )
         )  # fmt: skip  # a list
 

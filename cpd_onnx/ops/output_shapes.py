@@ -41,11 +41,13 @@ def open_shapes(
     return _called(OPEN, key, call, shapes, values) if shapes and shapes[0] is not None else None
 
 
-def output_type(node: NodeProto, call: Call, types: Sequence[int | None]) -> int:
-    """Return the element type of the outputs of a node with a shape function.
+def output_type(node: NodeProto, call: Call, types: Sequence[int | None], slot: int = 0) -> int:
+    """Return the element type of an output of a node with a shape function.
 
     `types` are those of the inputs, None for an absent one.
     """
+    if slot in traits_of(node).integer_outputs:
+        return int(TensorProto.INT32)
     if traits_of(node).is_boolean:
         return int(TensorProto.BOOL)
     if node.op_type == "Cast":

@@ -74,6 +74,7 @@ class Traits:
         training_slot: Input slot whose truth puts the operator into training mode; None if there is none.
         matrix_slots: Input slots of tables that the operator looks up, and of the gates of a recurrent one: matrices of
             weights, where they are constant, that are no operand of a single product.
+        integer_outputs: Output slots of 32-bit integers beside outputs of another type.
         output_rank: Rank of the output; None for that of the data input.
         offset: Size of the constant that small values of the output are computed as a difference from, so that they are
             rounded as it is and not as they are; 0 if they are not.
@@ -129,6 +130,7 @@ class Traits:
     fill_slot: int | None = None
     training_slot: int | None = None
     matrix_slots: tuple[int, ...] = ()
+    integer_outputs: tuple[int, ...] = ()
     output_rank: int | None = None
     offset: float = 0.0
 
@@ -321,7 +323,10 @@ _row("Conv", "follows_normalisation sums_products")
 _row("AveragePool", "is_linear maps_zeros_to_zeros has_integer_kernel")
 _row("ConvTranspose", "sums_products")
 _row("DynamicQuantizeLSTM", domains=_MICROSOFT_ONLY, output_rank=4)
-_row("EmbedLayerNormalization", domains=_MICROSOFT_ONLY, type_slot=2, output_rank=3, matrix_slots=(2, 3, 4))
+_row(
+    "EmbedLayerNormalization", domains=_MICROSOFT_ONLY, type_slot=2, output_rank=3, matrix_slots=(2, 3, 4),
+    integer_outputs=(1,),
+)  # fmt: skip  # a row
 _row("GatherBlockQuantized", domains=_MICROSOFT_ONLY, type_slot=2)
 _row("GRU", matrix_slots=(1, 2))
 _row("Gemm", "sums_products")
@@ -390,7 +395,7 @@ _row("RandomUniformLike", "is_random")
 # Quantisation; see also `_FAMILY_TRAITS`.
 _row("DequantizeLinear", "is_quantizer keeps_zeros reveals_operand", _BOTH_DOMAINS, type_slot=1)
 _row("QAttention", domains=_MICROSOFT_ONLY, type_slot=2)
-_row("QEmbedLayerNormalization", domains=_MICROSOFT_ONLY, type_slot=8, output_rank=3)
+_row("QEmbedLayerNormalization", domains=_MICROSOFT_ONLY, type_slot=8, output_rank=3, integer_outputs=(1,))
 _row("QLinearWhere", "selects_by_input", _MICROSOFT_ONLY, type_slot=1)
 _row("MatMulIntegerToFloat", domains=_MICROSOFT_ONLY, type_slot=2)
 _row("QGemm", domains=_MICROSOFT_ONLY, type_slot=1)

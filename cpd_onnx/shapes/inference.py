@@ -586,8 +586,10 @@ class _Inference:
         own = output_shapes(key_of(node), call, shapes, values)
         if own is None:
             return self.infer_by_onnx(node, inputs, binding)
-        dtype = output_type(node, call, [None if v is None else v.dtype for v in inputs])
-        results: list[Inferred] = [(dtype, shape) for shape in own[: call.outputs]]
+        types = [None if v is None else v.dtype for v in inputs]
+        results: list[Inferred] = [
+            (output_type(node, call, types, slot), shape) for slot, shape in enumerate(own[: call.outputs])
+        ]
         return results + [(0, None)] * (call.outputs - len(results))
 
     def infer_by_onnx(self, node: NodeProto, inputs: Inputs, binding: int) -> Sequence[Inferred]:

@@ -74,6 +74,20 @@ def test_an_activation_is_found_in_the_forms_of_exporters(form: str) -> None:
     np.testing.assert_allclose(found, unit.linear.targets(wanted, every), rtol=1e-5, atol=1e-6)
 
 
+def test_an_operator_that_takes_vectors_alone_is_an_activation_too() -> None:
+    """As the bias of BiasGelu, which onnxruntime's optimiser makes of an addition and a GELU."""
+    text = "(float[N,3,4] x, float[4,6] w, float[6] b) => (float[N,3,6] y) { t = MatMul(x, w) y = com.microsoft.BiasGelu(t, b) }"
+    model = load(from_text(text))
+    folded = comb(model).folded
+    (unit,) = units_of(folded, model).found
+    activation = activation_of(Graph(folded, model), unit)
+    assert activation is not None
+    x = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)
+    (wanted,) = execute(open_model(model), {"x": x})
+    made = (x.reshape(-1, 4) @ model.array("w"))[None]
+    np.testing.assert_allclose(activation(made), wanted.reshape(1, -1, 6), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("case", NOT_FOUND)
 def test_no_activation_is_found_where_anything_else_takes_the_target(case: str) -> None:
     graph, unit = unit_in(NOT_FOUND[case], "", {}, "float16" if "type" in case else "float")

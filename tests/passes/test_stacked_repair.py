@@ -1,4 +1,4 @@
-"""Repair of weights that are stacks of matrices, inside recurrent operators, or put together by the graph."""
+"""Repair of weights that are stacks of matrices, inside recurrent operators or attention, or put together by the graph."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cpd_onnx.algebra.keep import KeepMask
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.data.sources import ArraySource
 from cpd_onnx.deploy.weight_bits import WeightBits, rounded
-from cpd_onnx.fitting.units import units_of
+from cpd_onnx.fitting.units import SHARED, units_of
 from cpd_onnx.ir.model import Array, Model, load
 from cpd_onnx.ops.matrix_view import linear_of
 from cpd_onnx.ops.recurrent_view import gates_of
@@ -19,6 +19,7 @@ from cpd_onnx.passes.repair import Repaired, repair
 from cpd_onnx.rewrite.rewriter import rewrite
 from cpd_onnx.runtime.sessions import execute, open_model
 from cpd_onnx.scores.registry import score
+from cpd_onnx.shapes.inference import fold
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 FEATURES, HIDDEN, STEPS = 6, 8, 5
@@ -288,3 +289,84 @@ def test_weights_of_stacks_stay_as_they_are_in_few_bits() -> None:
     made = rounded(model, None, WeightBits(bits=8))
     assert list(made.integers) == ["w0"]
     assert made.left["w1"].startswith("it is a stack of matrices")
+
+
+def attention(bias: bool = True) -> Model:
+    """Attention that projects its input itself, whose last three features are those of the first three."""
+    rng, features, heads, width = np.random.default_rng(0), 12, 4, 16
+    first = rng.standard_normal((FEATURES, features))
+    first[:, 9:] = first[:, :3]
+    more = {"b": rng.standard_normal(3 * width)} if bias else {}
+    proto = onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>
+    g (float[N, {STEPS}, {FEATURES}] x) => (float[N, {STEPS}, 4] y)
+    {{
+      h = MatMul (x, w0)
+      r = Relu (h)
+      a = com.microsoft.Attention <num_heads = {heads}> (r, w{", b" if bias else ""})
+      y = MatMul (a, o)
+    }}""")
+    weights = {
+        "w0": first, "w": rng.standard_normal((features, 3 * width)) / 3, "o": rng.standard_normal((width, 4)), **more,
+    }  # fmt: skip  # a table
+    proto.graph.initializer.extend(numpy_helper.from_array(v.astype(np.float32), k) for k, v in weights.items())
+    return load(proto)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_projections_inside_attention_are_fitted(bias: bool) -> None:
+    model, unseen = attention(bias), sequences(seed=2)
+    small, made = narrowed(model, 12, [9, 10, 11], sequences())
+    assert "w" in {fit.weight for fit in made.fits}
+    assert error(model, small, unseen) > 0.1
+    assert error(model, made.model, unseen) < 1e-5
+
+
+def test_projections_of_the_heads_that_survive_are_fitted() -> None:
+    model, unseen = attention(), sequences(seed=2)
+    combed = comb(model)
+    sizes = {len(group): group for group in reversed(combed.groups)}  # of several with one size, the first
+    gone = np.concatenate([sizes[12].channels[9:], sizes[4].channels[3:]])
+    kept = KeepMask(combed.atoms, gone)
+    small = rewrite(combed, kept).model
+    made = repair(combed, kept, small, ArraySource(sequences())).model
+    assert made.array("w").shape == (9, 36)
+    assert error(model, made, unseen) < 0.5 * error(model, small, unseen)
+
+
+def test_packed_projections_of_several_nodes_are_left() -> None:
+    proto = attention().complete_proto()
+    other = onnx.NodeProto()
+    other.CopyFrom(proto.graph.node[2])
+    other.output[0] = "a2"
+    proto.graph.node[3].input[0] = "sum"
+    nodes = [*proto.graph.node[:3], other, helper.make_node("Add", ["a", "a2"], ["sum"]), proto.graph.node[3]]
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    found = units_of(comb(load(proto)).folded)
+    assert found.left["w"] == SHARED
+    assert {unit.weight for unit in found.found} == {"w0", "o"}
+
+
+def test_a_mask_that_embeddings_count_reaches_attention_in_a_part_of_the_model() -> None:
+    """It is of integers beside outputs of real numbers: onnxruntime refuses a part of the model of another type."""
+    proto = onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>
+    g (int32[N, {STEPS}] x, int32[N, {STEPS}] m) => (float[N, {STEPS}, 4] y)
+    {{
+      e, mask = com.microsoft.EmbedLayerNormalization (x, , words, places, , scale, shift, m)
+      h = MatMul (e, w0)
+      r = Relu (h)
+      a = com.microsoft.Attention <num_heads = 4> (r, w, b, mask)
+      y = MatMul (a, o)
+    }}""")
+    rng = np.random.default_rng(0)
+    shapes = {"words": (20, 8), "places": (STEPS, 8), "scale": (8,), "shift": (8,), "w0": (8, 12), "w": (12, 48)}
+    shapes |= {"b": (48,), "o": (16, 4)}
+    weights = {name: (rng.standard_normal(shape) / 4).astype(np.float32) for name, shape in shapes.items()}
+    proto.graph.initializer.extend(numpy_helper.from_array(v, k) for k, v in weights.items())
+    model = load(proto)
+    feed = {"x": rng.integers(0, 20, (256, STEPS)).astype(np.int32), "m": np.ones((256, STEPS), np.int32)}
+    assert fold(model).scope.values["mask"].dtype == onnx.TensorProto.INT32
+    small, made = narrowed(model, 12, [9, 10, 11], feed)
+    assert "w" in {fit.weight for fit in made.fits}
+    assert error(model, made.model, feed) < error(model, small, feed)
+    assert score(comb(model), "reconstruction", samples=32, data=ArraySource(feed))
