@@ -17,7 +17,7 @@ from cpd_onnx.fitting.steps import Steps
 from cpd_onnx.fitting.stored import Bias, Scale, Stored
 from cpd_onnx.ir.model import Array, Model, attributes_of
 from cpd_onnx.ops import attention_view
-from cpd_onnx.ops.attention_view import Projections, projections_of
+from cpd_onnx.ops.attention_view import projections_of
 from cpd_onnx.ops.matrix_view import (
     AFFINE,
     Affine,
@@ -466,7 +466,7 @@ class _UnitFinder(Graph):
             )
         )  # fmt: skip  # a list
 
-    def enter_projections(self, position: int, node: NodeProto, projections: Projections) -> None:
+    def enter_projections(self, position: int, node: NodeProto, projections: Linear) -> None:
         """Enter the weight by which attention projects its input, if it may be changed."""
         name, bias, made = self.passed_on(node.input[attention_view.WEIGHT]), "", node.output[0]
         if len(node.input) > attention_view.BIAS:

@@ -468,6 +468,10 @@ class _Product:
         return found
 
 
+PRODUCT: Linear = _Product()
+"""The product by a matrix [features, outputs] on the right."""
+
+
 @dataclass(frozen=True)
 class _Stacked(_Product):
     """A matrix product with a stack of weights on the right, one matrix for each index of the leading axes.
@@ -564,7 +568,7 @@ def _matmul(node: NodeProto, weight: Sequence[int]) -> Linear | None:
 @linear("MatMulIntegerToFloat", domain=MICROSOFT, operands=MATMUL_TO_FLOAT)
 @linear("MatMulNBits", domain=MICROSOFT, operands=MATMUL_N_BITS)
 def _plain_matmul(node: NodeProto, weight: Sequence[int]) -> Linear | None:
-    return _Product() if len(weight) == 2 else None
+    return PRODUCT if len(weight) == 2 else None
 
 
 def spread(array: Array | None, stack: Sequence[int], outputs: int) -> Vector | None:

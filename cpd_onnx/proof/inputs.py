@@ -158,7 +158,7 @@ def beyond_solved(folded: Folded, session: Runner) -> Iterator[Feed]:
 
 
 def _of_named_sizes(folded: Folded, sizes: Mapping[str, int], rest: int) -> Feed | None:
-    """Return random inputs with some open sizes, by name, and one for all others; None if there are none so large."""
+    """Return random inputs of open sizes by name, `rest` for all others; None if they are unknown or too large."""
     rng, feed = np.random.default_rng(0), dict[str, Array]()
     infos = {info.name: info for info in folded.model.graph.input}
     for value in fed(folded):

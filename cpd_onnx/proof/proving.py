@@ -203,8 +203,8 @@ class _Proof:
         for feed in islice(beyond_solved(folded, session), _MOST_ELSEWHERE):
             if not self.is_alike(feed, allowed):
                 here = ", ".join(f"{name} {list(array.shape)}" for name, array in feed.items())
-                seen = f"operators seem to require {seeming}, but the original runs with {here} too"
-                yield f"{seen}, where the two differ; if the former is meant, say so with --input-shape"
+                seen = f"operators seem to require {seeming}, but the original runs with {here} too, where the pruned"
+                yield f"{seen} model differs; if only the former sizes are meant, give them with --input-shape"
                 return
 
     def is_alike(self, feed: Feed, allowed: float) -> bool:

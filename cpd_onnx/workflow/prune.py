@@ -111,7 +111,8 @@ class _Made:
 
 
 def _made(request: Prune, written: Sequence[Path] = (), *, is_first: bool) -> _Made:
-    """Prune a model, without writing anything; only the first of several processes looks at the samples."""
+    """Prune a model, without writing anything; only the first of several processes looks at the samples, and proves."""
+    request = request if is_first else replace(request, no_verify=True)
     model = read_model(request.model, request.input_shapes, request.free_io)
     require_apart(written, model)
     demand = outcome.demand_of(request, has_labels=False)
