@@ -40,6 +40,8 @@ FEWEST = 256
 take (heuristic)."""
 _SCALE = 4.0
 """Bytes of the float32 scale of each output of a weight in few bits."""
+_MOST_INTEGER = 8
+"""Number of bits up to which weights are stored as integers."""
 _LEAST_SCALED = 16
 """Minimum number of elements of a table that share a scale (heuristic): they take four times its memory."""
 _FEW_BITS = re.compile(r"([0-9.]+) bits and ([0-9]+) B")
@@ -52,7 +54,7 @@ class FewBits:
     """How a file stores weights in few bits, as text beside the types in `STORED`.
 
     Attributes:
-        mean: Mean number of bits of these weights.
+        mean: Mean number of bits of these weights: up to 8 as integers with scales, 16 as floats.
         rest: Bytes of the file besides its weights and their scales: nodes, names and descriptions.
     """
 
@@ -77,6 +79,7 @@ def few_bits(stored_as: str) -> FewBits | None:
 def file_terms(combed: Combed, stored: FewBits) -> list[Term]:
     """Return the bytes of the folded file with weights in few bits as a sum over products of axes."""
     absorbed = _Absorbed(combed.folded)
+    each, scale = (stored.mean / 8, 0.0) if stored.mean > _MOST_INTEGER else (1.0, _SCALE)
     terms: list[Term] = [(stored.rest, ())]
     for weight in combed.weights:
         axes, size = tuple(weight.axes[0]), element_bytes(weight.value.dtype)
@@ -86,9 +89,9 @@ def file_terms(combed: Combed, stored: FewBits) -> list[Term]:
         place = _output_axis(weight) if is_matrix and len(weight.uses) == 1 else None
         table = scaled_axis(weight.shape) if is_matrix and place is None and _is_table(weight) else None
         if math.prod(weight.shape) >= FEWEST and place is not None:
-            terms += [(stored.mean / 8, axes), (_SCALE, (axes[place],))]
+            terms += [(stored.mean / 8, axes), (scale, (axes[place],))]
         elif table is not None:
-            terms += [(1.0, axes), (_SCALE, (axes[table],))]
+            terms += [(each, axes), (scale, (axes[table],))]
         else:
             terms.append((size, axes))
     return terms

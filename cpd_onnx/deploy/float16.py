@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from cpd_onnx.deploy.converting import (
@@ -186,7 +187,7 @@ def _require_no_crash(model: Model) -> None:
     """Raise UnsupportedError if onnxruntime crashes on the model, as it does on some float16 models on the CPU."""
     with tempfile.TemporaryDirectory(prefix="cpd-onnx.") as folder:
         path = Path(folder) / "model.onnx"
-        model.save(path)
+        onnx.save(embedded(model), path)  # at once, also where other files are written together
         line = [sys.executable, "-P", "-c", _OPEN, str(path)]
         done = subprocess.run(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
     if done.returncode not in (0, 1):  # 1 is an exception, which the parent process will get too

@@ -11,6 +11,8 @@ against their time.
 
 A file becomes smaller still where weights are stored in four bits and the model computes in float32. Those that lose
 too much have eight bits.
+
+Where neither is a gain, the whole model may compute in 16-bit floats, or store its weights in them.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from onnx import NodeProto
@@ -32,6 +36,7 @@ from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 from cpd_onnx.budget.latency import KernelTime, LatencyProbe
 from cpd_onnx.data.sources import Source
 from cpd_onnx.deploy.converting import ignore
+from cpd_onnx.deploy.float16 import to_half
 from cpd_onnx.deploy.quantize import OPSET, Quantization, Ranges, prepared, quantize_recorded
 from cpd_onnx.deploy.steps import convert_opset, fold_constants
 from cpd_onnx.deploy.weight_bits import BITS, Rounded, WeightBits, in_few_bits, rounded
@@ -40,9 +45,10 @@ from cpd_onnx.io.progress import advance, step
 from cpd_onnx.ir.model import Model
 from cpd_onnx.ops.traits import operators_with, traits_of
 
-PRECISIONS = ("float32", "int8", "int4", "auto")
-"""Number formats of a compressed model: as it is, 8-bit integers wherever possible, weights stored in 4 bits, or what
-serves the target: 8-bit integers only where they are faster, or weights in as few bits as the loss allows."""
+PRECISIONS = ("float32", "float16", "int8", "int4", "auto")
+"""Number formats of a compressed model: as it is, 16-bit floats, 8-bit integers wherever possible, weights stored in 4
+bits, or what serves the target: 8-bit integers only where they are faster, or 16-bit floats if those are, or weights in
+as few bits as the loss allows."""
 _FASTER = 0.97
 """Latency relative to the float model above which integers are no gain (heuristic)."""
 _CUTS = 3
@@ -78,16 +84,22 @@ class Precision:
         ranges: Ranges of the tensors.
         latency: Measured latency of the original in this form, relative to itself in float32.
         nodes: Number of nodes that may become integer ones.
+        mean: Mean number of bits of the weights.
     """
 
     options: Quantization
     ranges: Ranges
     latency: float = 1.0
     nodes: int = 0
+    mean: ClassVar[float] = 8.0
 
     def __call__(self, model: Model) -> Model:
         """Return a model in this form; raises UnsupportedError as `quantize`."""
         return quantize_recorded(_newer(model), self.ranges, self.options)[0]
+
+    def size_of(self, model: Model) -> int:
+        """Return the bytes of the file of a model in this form."""
+        return _size(self(model))
 
     @property
     def floats(self) -> frozenset[str]:
@@ -103,6 +115,11 @@ class Precision:
         """The form in words."""
         count = self.nodes - len(self.floats)
         return f"8-bit integers in {count} of {self.nodes} operators that can compute in them"
+
+
+def _size(model: Model) -> int:
+    """Return the bytes of the file of a model."""
+    return int(model.data_bytes() + model.proto.ByteSize())
 
 
 def _newer(model: Model, opset: int = OPSET) -> Model:
@@ -122,6 +139,34 @@ def whole(model: Model, source: Source, options: Quantization | None = None) -> 
     return Precision(options, ranges, nodes=len(_integer_nodes(quantised)))
 
 
+@dataclass(frozen=True)
+class Halves:
+    """A form with 16-bit floats of all models of one graph; its inputs and outputs stay as they are.
+
+    Attributes:
+        storage_only: Whether weights are stored in 16 bits and computed with in float32.
+        latency: Measured latency of the original in this form, relative to itself in float32.
+        mean: Mean number of bits of the weights.
+    """
+
+    storage_only: bool = False
+    latency: float = 1.0
+    mean: ClassVar[float] = 16.0
+
+    def __call__(self, model: Model) -> Model:
+        """Return a model in this form; raises UnsupportedError as `to_half`."""
+        return to_half(model, storage_only=self.storage_only)
+
+    def size_of(self, model: Model) -> int:
+        """Return the bytes of the file of a model in this form."""
+        return _size(self(model))
+
+    @property
+    def what(self) -> str:
+        """The form in words."""
+        return "weights stored as 16-bit floats" if self.storage_only else "16-bit floats"
+
+
 def fastest(
     probe: LatencyProbe,
     source: Source,
@@ -129,7 +174,7 @@ def fastest(
     *,
     loss: Callable[[Model], float] = lambda _: 0.0,
     most: float = 0.0,
-) -> Precision | None:
+) -> Precision | Halves | None:
     """Return the form in which the probe's model is fastest and loses at most `most`; None if that is float32.
 
     Args:
@@ -139,10 +184,24 @@ def fastest(
         loss: Returns what a model loses of the answers.
         most: Largest loss of the original in this form.
 
-    Raises UnsupportedError if the model cannot be quantised, DataError if the samples do not fit it.
+    Raises DataError if the samples do not fit the model.
     """
     with step("precision", is_whole=True):
-        return _Choice(probe, whole(probe.combed.folded.original, source, options)).best(loss, most)
+        found: list[Precision | Halves] = []
+        with suppress(UnsupportedError):  # it cannot be quantised
+            integers = whole(probe.combed.folded.original, source, options)
+            found += filter(None, [_Choice(probe, integers).best(loss, most)])
+        with suppress(UnsupportedError):  # it has no 16-bit form
+            found += filter(None, [_halved(probe, loss, most)])
+    return min(found, key=lambda form: form.latency, default=None)
+
+
+def _halved(probe: LatencyProbe, loss: Callable[[Model], float], most: float) -> Halves | None:
+    """Return the form with 16-bit floats, None if it is not faster or loses too much."""
+    original = probe.combed.folded.original
+    model = Halves()(original)
+    form = Halves(latency=probe.ratio_of(model, _SECONDS) / probe.ratio_of(original, _SECONDS))
+    return form if form.latency < _FASTER and loss(model) <= most else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -318,8 +377,7 @@ class InFewBits:
 
     def size_of(self, model: Model) -> int:
         """Return the bytes of the file of a model in this form."""
-        written = in_few_bits(self.prepared(model), None, self.options)[0]
-        return int(written.data_bytes() + written.proto.ByteSize())
+        return _size(in_few_bits(self.prepared(model), None, self.options)[0])
 
     def prepared(self, model: Model) -> Model:
         """Return the model that is rounded."""

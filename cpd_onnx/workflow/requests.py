@@ -518,10 +518,11 @@ class Compress(Compressing, Tracing):
     rounds: int = same_option(Iterate, "rounds")
     precision: str = option(
         PRECISIONS[0],
-        "Number format of the result: that of the original (float32), 8-bit integers wherever possible (int8), weights "
-        "stored in 4 bits and computed with in float32 (int4), or what serves the target (auto): 8-bit integers only "
-        "in the operators that are faster in them on this computer or, for a target of bytes, weights in as few bits "
-        "as the loss allows; latency and loss are those in this format; the pruned float model is written beside it",
+        "Number format of the result: that of the original (float32), 16-bit floats (float16), 8-bit integers wherever "
+        "possible (int8), weights stored in 4 bits and computed with in float32 (int4), or what serves the target "
+        "(auto): 8-bit integers only in the operators that are faster in them on this computer, 16-bit floats if those "
+        "are faster or, for a target of bytes, weights in as few bits as the loss allows; latency and loss are those "
+        "in this format; the pruned float model is written beside it",
         choices=PRECISIONS,
         is_common=True,
     )

@@ -9,13 +9,14 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+from onnx import TensorProto
 
 from cpd_onnx.budget.allocation import Prices
 from cpd_onnx.budget.latency import CostTable, KernelTime, LatencyProbe, load_table, measure_table
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.data.sources import ArraySource
 from cpd_onnx.deploy import precision
-from cpd_onnx.deploy.precision import Precision, _Cut, fastest, whole
+from cpd_onnx.deploy.precision import Halves, Precision, _Cut, fastest, whole
 from cpd_onnx.errors import UnsupportedError
 from cpd_onnx.ir.model import Model
 from cpd_onnx.runtime.bench import Setting
@@ -68,10 +69,17 @@ def test_times_of_seconds_are_told_apart() -> None:
     assert cut.integer() == {"a"}
 
 
+def is_half(model: Model) -> bool:
+    """Return whether a model computes in 16-bit floats."""
+    return any(tensor.data_type == TensorProto.FLOAT16 for tensor in model.graph.initializer)
+
+
 class Timed(LatencyProbe):
     """A machine on which each kernel takes a millisecond, and some operators another time."""
 
     takes: ClassVar[dict[str, float]] = {}
+    halves = 1.0
+    """Factor to the time of a model in 16-bit floats."""
 
     def profile(self, model: Model, nodes: object = None) -> tuple[dict[str, KernelTime], float, float]:
         integers = precision._integer_nodes(model)
@@ -83,7 +91,7 @@ class Timed(LatencyProbe):
             is_weight = is_conversion and model.has(node.input[0])
             ms = 0.1 * (not is_weight) if is_conversion else self.takes.get(kind, 1.0)
             times[name] = KernelTime(node.op_type, ms, ())
-        total = sum(kernel.ms for kernel in times.values())
+        total = sum(kernel.ms for kernel in times.values()) * (self.halves if is_half(model) else 1.0)
         return times, total, total
 
     def ratio_of(self, model: Model, seconds: float = 2.0) -> float:
@@ -146,6 +154,25 @@ def test_what_loses_too_much_stays_float() -> None:
 def test_nothing_is_converted_where_everything_loses_too_much() -> None:
     machine, source = on({"int8 Conv": 0.2, "int8 MatMul": 0.2})
     assert fastest(machine, source, loss=lambda model: 1.0, most=0.1) is None
+
+
+@pytest.mark.parametrize(("halves", "most", "is_chosen"), [(0.1, 0.1, True), (0.1, 0.0, False), (0.9, 0.1, False)])
+def test_halves_are_chosen_where_they_are_fastest_and_lose_little(halves: float, most: float, is_chosen: bool) -> None:
+    machine, source = on({"int8 Conv": 0.2, "int8 MatMul": 0.2, "int8 Sigmoid": 30.0, "int8 Sum": 0.1})
+    machine.halves = halves
+    found = fastest(machine, source, loss=lambda model: 0.05 * is_half(model), most=most)
+    assert isinstance(found, Halves if is_chosen else Precision)
+    assert is_half(found(machine.combed.folded.original)) == is_chosen
+
+
+def test_a_model_that_cannot_be_quantised_may_have_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise UnsupportedError("it cannot be quantised")
+
+    machine, source = on({})
+    machine.halves = 0.5
+    monkeypatch.setattr(precision, "whole", refuse)
+    assert isinstance(fastest(machine, source), Halves)
 
 
 def test_a_quantised_model_is_refused() -> None:

@@ -15,8 +15,10 @@ import pytest
 from cpd_onnx.budget.latency import LatencyProbe
 from cpd_onnx.cli.main import main
 from cpd_onnx.deploy.converting import quantised_node
+from cpd_onnx.errors import UnsupportedError
 from cpd_onnx.ir.model import load
 from cpd_onnx.report.document import schema
+from cpd_onnx.workflow.quality import precise
 from tests.support.digits import MODELS, small_digits
 from tests.support.runs import plain
 
@@ -127,3 +129,45 @@ def test_a_target_of_flash_counts_integers(folder: Path, capsys: pytest.CaptureF
     assert content["asked"][0]["is_met"]
     assert (folder / "small.float32.onnx").stat().st_size > 250e3
     assert (folder / "small.onnx").stat().st_size < 200e3
+
+
+def is_half(path: str) -> bool:
+    return any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in load(path).graph.initializer)
+
+
+@pytest.mark.parametrize("data", [QUICK[:2], ()])
+def test_halves_are_written_proved_and_repeated(folder: Path, data: tuple[str, ...]) -> None:
+    asked = ("--precision", "float16", "--target", "bytes=0.35", "--no-report", "--json", "made.json", "--no-distill")
+    assert run("compress", "digits.onnx", "-o", "small.onnx", *(data or ["--blind"]), *asked) == 0
+    content = json.loads((folder / "made.json").read_text())
+    assert is_half("small.onnx")
+    assert not is_half("small.float32.onnx")
+    assert content["precision"]["what"] == "16-bit floats"
+    size = (folder / "small.onnx").stat().st_size / (folder / "digits.onnx").stat().st_size
+    assert content["asked"][0]["is_met"]
+    assert size == pytest.approx(0.35, abs=0.02)
+    assert run("verify", "digits.onnx", "small.onnx") == 0
+    assert run("reproduce", "small.onnx.manifest.json", "-o", "again") == 0
+    assert (folder / "again" / "small.onnx").read_bytes() == (folder / "small.onnx").read_bytes()
+
+
+def test_integers_count_as_they_are_written(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("--precision", "int8", "--target", "bytes=0.3", "--no-report", "--json", "-")
+    assert run("compress", "digits.onnx", "-o", "small.onnx", *QUICK, *asked) == 0
+    assert json.loads(capsys.readouterr().out)["asked"][0]["is_met"]
+    size = (folder / "small.onnx").stat().st_size / (folder / "digits.onnx").stat().st_size
+    assert size == pytest.approx(0.3, abs=0.02)
+
+
+@pytest.mark.parametrize("target", ["flash=0.5", "bytes=0.35"])
+def test_what_loses_too_much_as_integers_has_halves(folder: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    asked = ("--precision", "auto", "--max-loss", "0.3", "--target", target, "--no-report")
+    monkeypatch.setattr(precise, "whole", refuse)
+    monkeypatch.setattr(precise, "narrowest", lambda *_: None)
+    assert run("compress", "digits.onnx", "-o", "small.onnx", *QUICK, *asked) == 0
+    assert is_half("small.onnx")
+    assert any(node.op_type == "Cast" for node in load("small.onnx").graph.node)
+
+
+def refuse(*_: object) -> None:
+    raise UnsupportedError("it cannot be quantised")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,7 +14,16 @@ from cpd_onnx.budget.latency import LatencyProbe
 from cpd_onnx.budget.targets import Targets, targets_of
 from cpd_onnx.channels.combing import comb
 from cpd_onnx.data.sources import Source
-from cpd_onnx.deploy.precision import PRECISIONS, InFewBits, Precision, fastest, in_four_bits, narrowest, whole
+from cpd_onnx.deploy.precision import (
+    PRECISIONS,
+    Halves,
+    InFewBits,
+    Precision,
+    fastest,
+    in_four_bits,
+    narrowest,
+    whole,
+)
 from cpd_onnx.deploy.quantize import Quantization
 from cpd_onnx.deploy.steps import Deployment
 from cpd_onnx.deploy.steps import deploy as converted_for
@@ -26,8 +36,8 @@ from cpd_onnx.workflow.quality.samples import Samples
 from cpd_onnx.workflow.quality.search import Demand
 from cpd_onnx.workflow.requests import Compress, Deploy
 
-FLOAT, INTEGERS, FOUR_BITS, AUTO = PRECISIONS
-Form: TypeAlias = "Precision | InFewBits"
+FLOAT, HALF, INTEGERS, FOUR_BITS, AUTO = PRECISIONS
+Form: TypeAlias = "Precision | Halves | InFewBits"
 """The form in which a compressed model is deployed."""
 _OF_A_PROGRAM = frozenset(("flash", "ram"))
 """Kinds of targets for which integers are a gain wherever they are possible."""
@@ -55,6 +65,10 @@ def form_of(request: Compress, model: Model, source: Source | None, samples: Sam
     """
     if request.precision == FLOAT:
         return None
+    if request.precision == HALF:
+        form = Halves()
+        form(model)  # fails now, not after the pruning
+        return form
     if source is None:
         raise DataError(f"--precision {request.precision} needs samples that numbers are fitted to: give --data")
     options, bits = Quantization(seed=request.seed), WeightBits(seed=request.seed)
@@ -70,17 +84,26 @@ def form_of(request: Compress, model: Model, source: Source | None, samples: Sam
         return in_four_bits(model, source, bits)
     loss, allowed = _allowed(model, samples, demand)
     most = _PART * allowed
-    try:
-        if _OF_A_PROGRAM.intersection(kinds):
-            form = whole(model, source, options)
-            return form if loss(form(model)) <= most else None
-        if _OF_THE_FILE in kinds:
-            return narrowest(model, source, bits, loss, _PART_OF_BITS * allowed)
-        setting = Setting(request.latency_batch, request.latency_threads, request.latency_provider)
-        probe = LatencyProbe(comb(model, request.input_shapes), setting)
-        return fastest(probe, source, options, loss=loss, most=most)
-    except (UnsupportedError, TargetError):  # it cannot be quantised, or its outputs cannot be compared
-        return None
+
+    def harmless(form: Form) -> Form | None:
+        """Return a form in which the original loses little enough, else None."""
+        return form if loss(form(model)) <= most else None
+
+    if _OF_A_PROGRAM.intersection(kinds):
+        return _possible(lambda: harmless(whole(model, source, options))) or _possible(lambda: harmless(Halves()))
+    if _OF_THE_FILE in kinds:
+        narrow = _possible(lambda: narrowest(model, source, bits, loss, _PART_OF_BITS * allowed))
+        return narrow or _possible(lambda: harmless(Halves(storage_only=True)))
+    setting = Setting(request.latency_batch, request.latency_threads, request.latency_provider)
+    probe = LatencyProbe(comb(model, request.input_shapes), setting)
+    return _possible(lambda: fastest(probe, source, options, loss=loss, most=most))
+
+
+def _possible(make: Callable[[], Form | None]) -> Form | None:
+    """Return a form, None if the model cannot be converted to it or its outputs cannot be compared."""
+    with suppress(UnsupportedError, TargetError):
+        return make()
+    return None
 
 
 def _allowed(model: Model, samples: Samples, demand: Demand) -> tuple[Callable[[Model], float], float]:
@@ -98,32 +121,37 @@ def as_deployed(request: Compress, form: Form | None, model: Model) -> Compress:
     """
     if form is None or request.deploy_as:
         return request
-    if isinstance(form, Precision):
-        return replace(request, deploy_as=INTEGERS)
+    asked = () if request.target is None else targets_of(request.target)
+    if not isinstance(form, InFewBits) and not any(target.kind == _OF_THE_FILE for target in asked):
+        return replace(request, deploy_as=HALF if isinstance(form, Halves) else INTEGERS)
     combed, kinds = comb(model, request.input_shapes), (_OF_THE_FILE,)
     weights = Prices(combed, kinds, stored_as=str(FewBits(form.mean))).full(_OF_THE_FILE)
     counted = replace(request, deploy_as=str(FewBits(form.mean, max(0.0, form.size_of(model) - weights))))
-    if request.target is None:
+    if not asked:
         return counted
     size = float(model.data_bytes() + model.proto.ByteSize())
     each = [
         replace(target, amount=target.amount * size, unit="B")
         if target.kind == _OF_THE_FILE and target.is_fraction
         else target
-        for target in targets_of(request.target)
+        for target in asked
     ]
     return replace(counted, target=str(Targets(tuple(each))))
 
 
-def timed_form(form: Form | None) -> Precision | None:
-    """Return the form whose latency counts: weights in few bits are computed once, and take no time in a run."""
-    return form if isinstance(form, Precision) else None
+def timed_form(form: Form | None) -> Precision | Halves | None:
+    """Return the form whose latency counts: weights that are only stored in one are computed once, and take no time."""
+    if isinstance(form, InFewBits) or (isinstance(form, Halves) and form.storage_only):
+        return None
+    return form
 
 
 def deployed(model: Model, form: Form, source: Source | None) -> Model:
     """Return a pruned model in its form, as `deploy` converts it: fitted to its own activations."""
     if isinstance(form, Precision):
         return converted_for(model, Deployment(int8=form.options), source).model
+    if isinstance(form, Halves):
+        return converted_for(model, Deployment(half=HALF, storage_only=form.storage_only), source).model
     return converted_for(model, Deployment(fold=form.is_folded, weights=form.options), source).model
 
 
@@ -150,6 +178,8 @@ def conversion(request: Compress, form: Form) -> Deploy:
     how: dict[str, Any]
     if isinstance(form, Precision):
         how = {"int8": True, "float_nodes": form.options.float_nodes}
+    elif isinstance(form, Halves):
+        how = {"half": HALF, "storage_only": form.storage_only}
     else:
         how = {"weight_bits": form.options.bits, "wide": form.options.wide, "fold": form.is_folded}
     return Deploy(
