@@ -109,11 +109,13 @@ class Parts:
         return self._entering is not None and values.nbytes >= self._entering and values.dtype.kind in "fiu"
 
     def _described(self, name: str) -> ValueInfoProto:
-        """Return name and element type of a tensor; the shape is that of the arrays."""
+        """Return name, element type and number of axes of a tensor; the shape is that of the arrays."""
         value = self._scope.values.get(name)
         if value is None or value.dtype == TensorProto.UNDEFINED:
             raise UnsupportedError(f"the model cannot be run in pieces: {name!r} is not a tensor of a known type")
-        return helper.make_tensor_value_info(name, value.dtype, None)
+        return helper.make_tensor_value_info(
+            name, value.dtype, None if value.shape is None else [None] * len(value.shape)
+        )
 
 
 class Stepwise:

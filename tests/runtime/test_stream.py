@@ -157,3 +157,40 @@ def test_what_a_cut_holds_already_is_not_copied(monkeypatch: pytest.MonkeyPatch)
     stream.move(1, 1 << 30)
     stream.move(4, 1 << 30)
     assert sorted({array.shape[1] for array in copies}) == [12]
+
+
+RESIZED = """<ir_version: 8, opset_import: ["" : 17]> g (float[N, 3, L] x) => (float[M, 3, 2] y)
+{
+  a = Conv(x, w0)
+  s = Shape(x)
+  n = Gather(s, one)
+  k = Mul(n, one)
+  q = Equal(k, three)
+  t = If (q) <
+    then_branch = p () => (float[] u) { u = Identity(w1) },
+    else_branch = e () => (float[] v) {
+      f = Shape <end = 2> (w1)
+      i = Unsqueeze(k, zero)
+      z = Concat <axis = 0> (f, i)
+      c = Cast <to = 7> (z)
+      v = Resize <mode = "linear"> (w1, , , c)
+    }
+  >
+  y = MatMul(a, t)
+}"""
+
+
+def test_a_branch_that_never_runs_is_no_hindrance() -> None:
+    proto = onnx.parser.parse_model(RESIZED)
+    arrays = {
+        "w0": np.ones((3, 3, 1), np.float32), "w1": np.ones((1, 3, 2), np.float32),
+        "zero": np.zeros(1, np.int64), "one": np.array(1), "three": np.array(3),
+    }  # fmt: skip  # a table
+    proto.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in arrays.items())
+    original = load(proto)
+    feed = {"x": np.ones((2, 3, 3), np.float32)}
+    stream = Stream(comb(original).folded, original, [feed])
+    stops = [Stop(4, ("q",)), Stop(5, ("t",))]
+    ((passed, found),) = stream.run(stops, lambda stop, batch, tensors: np.array(tensors["qt"[stop]]))
+    assert passed
+    assert np.array_equal(found, arrays["w1"])
