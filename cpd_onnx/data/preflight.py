@@ -17,7 +17,7 @@ from cpd_onnx.data import ranking, survey
 from cpd_onnx.data.images.decoding import image_layout
 from cpd_onnx.data.images.folder import ImageFolder
 from cpd_onnx.data.images.options import ImageOptions, Preprocessing
-from cpd_onnx.data.metrics import OF_TWO_MODELS, evaluate, run
+from cpd_onnx.data.metrics import OF_TWO_MODELS, answers, evaluate, run
 from cpd_onnx.data.signature import IGNORED, LABELS, Array, Batch, Source, fixed_batch, run_inputs
 from cpd_onnx.data.sources import ArraySource
 from cpd_onnx.data.synthetic import Synthetic
@@ -38,6 +38,11 @@ _SCORED = 256
 """Number of samples on which the score of the original is compared with chance (heuristic)."""
 _AT_ONCE = 16
 """Number of samples in a run of the model."""
+_TOGETHER = 4
+"""Number of samples that run together and alone, to see whether they depend on each other."""
+_DEPENDENT = 0.1
+"""Difference of the outputs, relative to their standard deviation, from which they do (heuristic): where ranges of a
+dynamic quantisation are those of a batch, they differ by less."""
 _SHOWN = 5
 """Number of names in a sentence."""
 _CLEAR = 3.0
@@ -114,7 +119,7 @@ def preflight(source: Source, model: Model, *, metric: str | None = None, detect
     checks = _Checks(source, model, session)
     found = _with_more(found, facts=checks.label_facts(), warnings=checks.preprocessing_warnings())
     if metric is None:
-        return found
+        return _with_more(found, warnings=checks.batch_warnings())
     checks.require_labels(metric)
     return _with_more(found, warnings=checks.score_warnings(metric, detector))
 
@@ -229,6 +234,29 @@ class _Checks:
         values = (ordered * chosen.scale - np.asarray(chosen.mean)) / np.asarray(chosen.std)
         return np.ascontiguousarray(np.moveaxis(values, -1, 1) if first else values, self.inputs[0].dtype)
 
+    # Batches.
+
+    def batch_warnings(self) -> list[str]:
+        """Return a sentence if the answers for a sample depend on the samples that run with it."""
+        batch = next(iter(self.source.batches(_TOGETHER)), None)
+        if batch is None or fixed_batch(self.inputs) is not None:
+            return []
+        feed = {entry.name: batch[entry.name] for entry in self.inputs}
+        try:
+            together, again = answers(self.session, feed), answers(self.session, feed)
+            alone = [answers(self.session, _sample(feed, index)) for index in range(len(together[0]))]
+        except (CpdError, ValueError, IndexError):  # it takes no single sample; a later step says what does not run
+            return []
+        pairs = zip(together, again, zip(*alone, strict=True), strict=True)
+        if max(_deviation(a, np.concatenate(c)) - _deviation(a, b) for a, b, c in pairs) <= _DEPENDENT:
+            return []
+        shapes = [f"{entry.name}:1,{','.join(map(str, feed[entry.name].shape[1:]))}" for entry in self.inputs]
+        advice = " ".join(f"--input-shape {shape.rstrip(',')}" for shape in shapes)
+        return [
+            "the original's outputs for a sample depend on the other samples of its batch, so that it is pruned for "
+            f"the batches of this run: if it is used with one sample at a time, give {advice}"
+        ]
+
     # Labels.
 
     def require_labels(self, metric: str) -> None:
@@ -297,6 +325,19 @@ class _Checks:
                 + ("" if metric == "map" else f", chance is {chance:.1%}")
                 + ": the preprocessing or the labels do not fit"
             )
+
+
+def _sample(feed: Batch, index: int) -> Batch:
+    """Return one sample of a batch, as a batch."""
+    return {name: array[index : index + 1] if array.ndim else array for name, array in feed.items()}
+
+
+def _deviation(expected: Array, found: Array) -> float:
+    """Return the root mean square difference of outputs relative to their standard deviation; 0 for other shapes."""
+    if expected.shape != found.shape or expected.dtype.kind != "f" or not expected.size:
+        return 0.0
+    spread = float(expected.std(dtype=np.float64))
+    return float(np.sqrt(np.square(np.subtract(expected, found, dtype=np.float64)).mean())) / spread if spread else 0.0
 
 
 class _Some:

@@ -273,6 +273,23 @@ def test_boxes_everywhere_are_no_objects() -> None:
 # Labels.
 
 
+@pytest.mark.parametrize(
+    ("first", "body", "is_said"),
+    [
+        ("N", "m = ReduceMean<axes = [0]>(x) y = Sub(x, m)", True),
+        ("4", "m = ReduceMean<axes = [0]>(x) y = Sub(x, m)", False),  # that is its batch
+        ("N", "m = ReduceMean<axes = [1]>(x) y = Sub(x, m)", False),
+        ("N", "m = RandomNormalLike(x) y = Add(x, m)", False),  # no answer is like another
+    ],
+)
+def test_samples_that_depend_on_each_other_are_told(first: str, body: str, is_said: bool) -> None:
+    text = f'<ir_version: 8, opset_import: ["" : 17]> g (float[{first},3,h] x) => (float[{first},3,h] y) {{ {body} }}'
+    model = load(onnx.parser.parse_model(text))
+    source = open_source(ArraySource({"x": np.random.default_rng(0).standard_normal((12, 3, 5), np.float32)}), model)
+    said = preflight(source, model).warnings
+    assert any("depend on the other samples" in each and "--input-shape x:1,3,5" in each for each in said) == is_said
+
+
 def test_labels_that_cannot_be_are_refused(tmp_path: Path) -> None:
     folder = written(tmp_path, pictures(6)[0], np.arange(6))
     with pytest.raises(DataError, match=r"folder '5' is class 5, but the model has only 3 classes \(from 0\): number"):
