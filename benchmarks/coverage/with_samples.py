@@ -54,7 +54,11 @@ def outputs(path: Path, feed: Feed) -> dict[str, np.ndarray[Any, Any]]:
     options = ort.SessionOptions()
     options.log_severity_level = 4
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs() if "float" in output.type]
+    names = [
+        output.name
+        for output in session.get_outputs()
+        if output.type in ("tensor(float)", "tensor(double)", "tensor(float16)")
+    ]
     sizes = [each.shape[0] for each in session.get_inputs() if each.shape]
     size = next((size for size in sizes if isinstance(size, int)), 1)
     starts = range(0, UNSEEN - size + 1, size)

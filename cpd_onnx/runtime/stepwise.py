@@ -19,7 +19,7 @@ from cpd_onnx.ir.model import Array, Model
 from cpd_onnx.runtime.sessions import Feed, execute, open_model
 from cpd_onnx.shapes.editor import Editor
 from cpd_onnx.shapes.order import all_inputs
-from cpd_onnx.shapes.values import Folded
+from cpd_onnx.shapes.values import Folded, Value
 
 HELD_BYTES = 1 << 30
 """Maximum number of bytes of tensors held in memory (heuristic)."""
@@ -28,6 +28,9 @@ PIECE_BYTES = 1 << 26
 _ENTERING_BYTES = 1 << 20
 """Size in bytes from which weights of a large model are inputs of their piece, which onnxruntime does not copy
 (heuristic)."""
+
+_MOST_AXES = 8
+"""Largest number of integers in one tensor that are taken for the sizes of another; pruning leaves their number."""
 
 
 class Parts:
@@ -109,13 +112,22 @@ class Parts:
         return self._entering is not None and values.nbytes >= self._entering and values.dtype.kind in "fiu"
 
     def _described(self, name: str) -> ValueInfoProto:
-        """Return name, element type and number of axes of a tensor; the shape is that of the arrays."""
+        """Return name, element type and number of axes of a tensor; the shape is that of the arrays.
+
+        Where a tensor holds the sizes of another, onnxruntime has to know how many.
+        """
         value = self._scope.values.get(name)
         if value is None or value.dtype == TensorProto.UNDEFINED:
             raise UnsupportedError(f"the model cannot be run in pieces: {name!r} is not a tensor of a known type")
-        return helper.make_tensor_value_info(
-            name, value.dtype, None if value.shape is None else [None] * len(value.shape)
-        )
+        shape = None if value.shape is None else [size if _counts_axes(value) else None for size in value.shape]
+        return helper.make_tensor_value_info(name, value.dtype, shape)
+
+
+def _counts_axes(value: Value) -> bool:
+    """Return whether the length of a tensor is the same in all runs and in a pruned model: it may hold sizes."""
+    if value.dtype != TensorProto.INT64 or value.shape is None or len(value.shape) != 1:
+        return False
+    return value.has_fixed(0) and value.shape[0] <= _MOST_AXES
 
 
 class Stepwise:
