@@ -48,7 +48,8 @@ _BATCH = 32
 _CHECKED = 8
 """One in this many rows is held out to validate the fit (heuristic)."""
 _FEW = 200
-"""Number of samples below which a note says that they are few, unless no more were asked for (heuristic)."""
+"""Number of samples below which a note says that they are few, unless no more were asked for, and held-out ones stay so
+until the repair as a whole is confirmed (heuristic)."""
 _LEAST = 2
 """Number of samples that a repair takes: one to fit and one to check."""
 _TARGET_BYTES = 128 << 20
@@ -86,7 +87,7 @@ class RepairOptions:
         seed: Seed of the choice of samples and rows.
         mixes: Whether channels that survive are replaced by the linear combinations that matter most, where nothing
             but sums and weights use them, see `scores.bases`.
-        refits: Whether fits to very few samples that the held-out ones have confirmed are made again from all.
+        refits: Whether fits that the held-out samples have confirmed are made again from all.
     """
 
     samples: int = option(512, "Number of samples used for the repair", read=positive)
@@ -144,8 +145,9 @@ def repair(
     """Fit the weights of a pruned model to the original.
 
     An eighth of the samples (a third of fewer than 32) is held out: a weight is fitted only if that lowers its error on
-    them. If the error of the outputs on them does not fall, the result is the pruned model, and a note says so. If it
-    does, and there are fewer than 32 samples, the fit is made again from all.
+    them. Of 200 samples or more, it is then fitted again to all. If the error of the outputs on those held out does not
+    fall, the result is the pruned model, and a note says so. If it does, and there are fewer than 32 samples, all
+    weights are fitted again to all.
 
     Args:
         combed: The original.
@@ -204,7 +206,7 @@ def _repaired(
     repairer = _Repairer(goal, kept, start, (fitted, checks), chosen, only)
     del fitted  # the repair drops samples that it does not need any more
     with one_thread():
-        made = repairer.run()
+        made = repairer.run(refits=chosen.refits and only is None and count >= _FEW)
     del repairer
     if only is not None:
         return made

@@ -1,12 +1,13 @@
-"""Default runs of `prune` with samples over a zoo, as a user would make them: do they end well, and is the repair a gain?
+"""Runs with samples over a zoo, as a user would make them: do they end well, and are the repair and the training a gain?
 
-    python benchmarks/coverage/with_samples.py --models FOLDER [--models FOLDER …] [--only REGEX] [--again]
-    python benchmarks/coverage/with_samples.py --table
+    python benchmarks/coverage/with_samples.py --models FOLDER [--models FOLDER …] [--trained] [--only REGEX] [--again]
+    python benchmarks/coverage/with_samples.py --table [--trained]
 
 Samples are generated, as models of a zoo have random weights: 64 to prune with, and 32 others on which the outputs of the
 pruned model are compared with the original's by onnxruntime and numpy only. The same channels are removed once more with
 `apply` and not repaired, for comparison. Errors are relative to the variance of the original's outputs; the largest
-output counts. Each run is a process of its own with a time limit.
+output counts. Each run is a process of its own with a time limit. Runs are those of `prune` or, with `--trained`, of
+`compress`, which also distills, with the widths by the layers' own errors and a few updates.
 """
 
 from __future__ import annotations
@@ -35,9 +36,11 @@ from cpd_onnx.ir.model import load
 from cpd_onnx.runtime.sessions import Feed
 from cpd_onnx.shapes.inference import fold
 
-RESULT = HERE / "results" / "with_samples.json"
+RESULT, TRAINED = (HERE / "results" / f"with_samples{kind}.json" for kind in ("", "_trained"))
 SAMPLES, UNSEEN = 64, 32
 TARGET = "macs=0.6"
+UPDATES = 10
+"""Number of updates with `--trained`."""
 
 
 def drawn(path: Path) -> tuple[Feed, Feed] | None:
@@ -86,7 +89,7 @@ def called(*arguments: object, seconds: float) -> tuple[int | str, str]:
     return done.returncode, done.stderr.strip()[-400:]
 
 
-def row(path: Path, seconds: float) -> dict[str, Any]:
+def row(path: Path, seconds: float, *, trained: bool) -> dict[str, Any]:
     """Return what becomes of one model."""
     started = time.perf_counter()
     entry: dict[str, Any] = {"model": f"{path.parent.name}/{path.name}", "commit": commit()}
@@ -100,8 +103,9 @@ def row(path: Path, seconds: float) -> dict[str, Any]:
         if feeds is None:
             return entry | {"code": "no samples", "why": "an input without samples"}
         np.savez(data, **feeds[0])
-        how = ("--data", data, "--target", TARGET, "--no-check-speed", "--json", result)
-        code, said = called("prune", path, "-o", small, *how, seconds=seconds)
+        how = ["--data", data, "--target", TARGET, "--no-check-speed", "--json", result]
+        command, more = ("compress", ["--no-report", "--effort", 0, "--steps", UPDATES]) if trained else ("prune", [])
+        code, said = called(command, path, "-o", small, *how, *more, seconds=seconds)
         entry |= {"code": code, "s": round(time.perf_counter() - started, 1)}
         if not small.exists():
             return entry | {"why": said}
@@ -113,6 +117,7 @@ def row(path: Path, seconds: float) -> dict[str, Any]:
             "fits": len(repaired.get("fitted", ())),
             "left": Counter(str(reason) for reason in repaired.get("left", {}).values()),
             "notes": repaired.get("notes", ()),
+            "training": (content.get("training") or {}).get("held_out"),
         }
         code, said = called("apply", path, f"{small}.plan.json", "-o", plain, seconds=seconds)
         if code != 0:
@@ -152,15 +157,17 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=300)
     parser.add_argument("--again", action="store_true", help="repeat the runs whose outputs were not compared")
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--trained", action="store_true", help="distill too")
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    options.out = options.out or (TRAINED if options.trained else RESULT)
     known = json.loads(options.out.read_text()) if options.out.exists() else []
     rows = {r["model"]: r for r in known if not (options.again and "error" not in r)}
     for path in [] if options.table else models(options.models):
         name = f"{path.parent.name}/{path.name}"
         if name in rows or not options.only.search(name):
             continue
-        rows[name] = row(path, options.timeout)
+        rows[name] = row(path, options.timeout, trained=options.trained)
         print(json.dumps(rows[name])[:600], flush=True)
         options.out.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
     show(list(rows.values()))

@@ -162,15 +162,16 @@ class Problem:
         if self.activation is not None:  # which takes longer than to clip
             self.blocks = self.blocks.map(lambda block: replace(block, seen=self.seen(block)))
         moments = self.moments()
-        ridge, matrix, constant = self.fitted(moments)
-        matrix, constant, scales = self.rounded(matrix, constant, moments, ridge)
+        ridge, *fit = self.fitted(moments)
+        matrix, constant, scales = self.rounded(fit[0], fit[1], moments, ridge)
         after = self.error(matrix, constant) / deviation
         if not after < before:
             return None
         if self.refits and self.held_out:
             whole = replace(self, held_out=0)
             moments = whole.moments()
-            matrix, constant, scales = whole.rounded(*whole.at(ridge, moments), moments, ridge)
+            again = whole.at(ridge, moments, (fit[0], fit[1]))
+            matrix, constant, scales = whole.rounded(*again, moments, ridge)
         return Solution(matrix, constant, before, after, scales)
 
     def rounded(
@@ -202,11 +203,19 @@ class Problem:
             best, ridge, error = stronger, ridge * _STRONGER, now
         return ridge, *self.aimed(moments, best, ridge)
 
-    def at(self, ridge: float, moments: Moments | None = None) -> tuple[Matrix, Matrix]:
-        """Return matrix and constant for one strength of the regularization."""
+    def at(
+        self, ridge: float, moments: Moments | None = None, near: tuple[Matrix, Matrix] | None = None
+    ) -> tuple[Matrix, Matrix]:
+        """Return matrix and constant for one strength of the regularization; `near` is a fit from which to begin."""
         moments = moments or self.moments()
-        best = self.once(moments, self.cross(moments, lambda block: block.wanted), ridge)
-        return self.aimed(moments, best, ridge)
+        if near is None or not self.is_hiding:
+            near = self.once(moments, self.cross(moments, lambda block: block.wanted), ridge)
+        return self.aimed(moments, near, ridge)
+
+    @property
+    def is_hiding(self) -> bool:
+        """Whether an activation may hide errors."""
+        return self.activation is not None or bool(np.isfinite(self.bounds).any())
 
     def aimed(self, moments: Moments, best: tuple[Matrix, Matrix], ridge: float) -> tuple[Matrix, Matrix]:
         """Return a fit again, to targets that follow it where the activation hides errors.
@@ -214,7 +223,7 @@ class Problem:
         Each round lowers the error behind the activation, by least squares with the same moments. As that is slow where
         much is hidden, a fit is extrapolated by its last change (Beck and Teboulle, FISTA, 2009) before the next.
         """
-        if self.activation is None and not np.isfinite(self.bounds).any():
+        if not self.is_hiding:
             return best
         if self.activation is not None and self._steepest is None:
             self._steepest = self.steepest(self.fitted_blocks, best)
