@@ -162,16 +162,16 @@ class Problem:
         if self.activation is not None:  # which takes longer than to clip
             self.blocks = self.blocks.map(lambda block: replace(block, seen=self.seen(block)))
         moments = self.moments()
-        ridge, *fit = self.fitted(moments)
-        matrix, constant, scales = self.rounded(fit[0], fit[1], moments, ridge)
+        ridge, *found = self.fitted(moments)
+        fit = (found[0], found[1])
+        matrix, constant, scales = self.rounded(*fit, moments, ridge)
         after = self.error(matrix, constant) / deviation
         if not after < before:
             return None
         if self.refits and self.held_out:
             whole = replace(self, held_out=0)
             moments = whole.moments()
-            again = whole.at(ridge, moments, (fit[0], fit[1]))
-            matrix, constant, scales = whole.rounded(*again, moments, ridge)
+            matrix, constant, scales = whole.rounded(*whole.at(ridge, moments, fit), moments, ridge)
         return Solution(matrix, constant, before, after, scales)
 
     def rounded(
