@@ -332,11 +332,18 @@ class _Rewriter(Editor):
     # Shapes stored in the file.
 
     def update_value_info(self) -> None:
-        """Update the sizes in value_info and in graph inputs that name initializers."""
+        """Update the sizes in value_info and in graph inputs that name initializers.
+
+        Wrong sizes in value_info, which onnxruntime tolerates in some originals, are removed.
+        """
         for scope in self.combed.folded.scope.walk():
             if scope.function:
                 continue
             graph = self.graph(scope)
+            for info in graph.value_info:
+                if _is_misdescribed(info, scope.values.get(info.name)):
+                    info.type.tensor_type.ClearField("shape")
+                    self.log("shape", f"{scope.path}:{info.name}", "wrong sizes are removed")
             for info in (*graph.value_info, *graph.input, *graph.output):
                 axes, before = self.axes_of(scope, info), info.SerializeToString()
                 if axes is not None:
@@ -526,6 +533,17 @@ def _fits(value: Value, expected: Sequence[int]) -> bool:
     sizes = list(zip(*(value.shapes or ()), strict=True))
     pairs = zip(sizes, expected, strict=False)
     return len(sizes) == len(expected) and all(found[0] == size or found == PLACEHOLDER_SIZES for found, size in pairs)
+
+
+def _is_misdescribed(info: ValueInfoProto, value: Value | None) -> bool:
+    """Return whether an entry states another number of axes than a tensor has, or another size where that is fixed."""
+    if value is None or value.shape is None or value.has_placeholder or not info.type.tensor_type.HasField("shape"):
+        return False
+    dims = [dim.dim_value for dim in info.type.tensor_type.shape.dim]
+    if len(dims) != len(value.shape):
+        return True
+    stated = [axis for axis, size in enumerate(dims) if size and value.has_fixed(axis)]
+    return any(dims[axis] != value.shape[axis] for axis in stated)
 
 
 def _compressed(array: Array | Lazy, rows: Sequence[slice], masks: Sequence[Sequence[Mask]]) -> Array | Lazy:
