@@ -115,11 +115,12 @@ def precisely(
 
     onnxruntime cannot widen the weights of every model for that; other models are opened without it.
     """
+    raised = ort.capi.onnxruntime_pybind11_state
     precise = options()
     precise.add_session_config_entry("session.x64quantprecision", "1")
     try:
         return make(precise)
-    except ort.capi.onnxruntime_pybind11_state.Fail:
+    except (raised.Fail, raised.NotImplemented):
         return make(options())
 
 

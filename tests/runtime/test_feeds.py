@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
+import onnxruntime as ort
 import pytest
 
 from cpd_onnx.data.synthetic import Synthetic
 from cpd_onnx.errors import UnsupportedError
 from cpd_onnx.ir.model import load
-from cpd_onnx.runtime.sessions import execute, open_model, random_feed
+from cpd_onnx.runtime.sessions import execute, open_model, precisely, random_feed
 from cpd_onnx.shapes.inference import fold
 from tests.support.models import from_text
 
@@ -92,3 +95,18 @@ def test_a_failed_run_is_reported_with_its_sizes_and_without_places_in_the_sourc
     assert "requested shape:{1,4}" in str(raised.value)
     assert "onnxruntime_src" not in str(raised.value)
     assert "ReshapeHelper" not in str(raised.value)
+
+
+@pytest.mark.parametrize("error", ["Fail", "NotImplemented"])
+def test_what_cannot_be_widened_is_opened_as_it_is(error: str) -> None:
+    """As of models of int8 operators, of which wider weights leave operators without a kernel."""
+    tried: list[bool] = []
+
+    def make(options: ort.SessionOptions) -> ort.InferenceSession:
+        tried.append(not tried and options.get_session_config_entry("session.x64quantprecision") == "1")
+        if len(tried) == 1:
+            raise getattr(ort.capi.onnxruntime_pybind11_state, error)("no kernel")
+        return cast("ort.InferenceSession", "opened")
+
+    assert precisely(ort.SessionOptions, make) == "opened"
+    assert tried == [True, False]
