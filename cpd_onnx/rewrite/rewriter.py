@@ -536,12 +536,10 @@ def _fits(value: Value, expected: Sequence[int]) -> bool:
 
 
 def _is_misdescribed(info: ValueInfoProto, value: Value | None) -> bool:
-    """Return whether an entry states another number of axes than a tensor has, or another size where that is fixed."""
-    if value is None or value.shape is None or value.has_placeholder or not info.type.tensor_type.HasField("shape"):
-        return False
+    """Return whether an entry states another size than a tensor has, where that is fixed."""
     dims = [dim.dim_value for dim in info.type.tensor_type.shape.dim]
-    if len(dims) != len(value.shape):
-        return True
+    if value is None or value.shape is None or value.has_placeholder or len(dims) != len(value.shape):
+        return False
     stated = [axis for axis, size in enumerate(dims) if size and value.has_fixed(axis)]
     return any(dims[axis] != value.shape[axis] for axis in stated)
 

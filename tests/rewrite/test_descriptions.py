@@ -17,8 +17,8 @@ BLOCK = (
     "c = Conv<pads=[1,1,1,1]>(b, w1) d = Relu(c) e = Conv<pads=[1,1,1,1],strides=[2,2]>(d, w2) "
     "f = Conv<strides=[2,2]>(b, w3) g = Relu(e) h = Conv<pads=[1,1,1,1]>(g, w5) s = Add(h, f) y = Conv(s, w4) }"
 )
-WRONG = {"b": ("N", 32, 32, 16), "d": ("N", 32, 32, 16), "c": (), "g": ("N", 16, 16, 32)}
-"""As if channels came last, and with another number of axes."""
+WRONG = {"b": ("N", 32, 32, 16), "d": ("N", 32, 32, 16), "g": ("N", 16, 16, 32)}
+"""As if channels came last."""
 RIGHT = {"e": ("N", 32, 16, 16), "f": ("N", 32, 16, 16), "h": ("N", 32, 16, 16), "s": ("N", 32, "H", "W")}
 
 
