@@ -48,8 +48,8 @@ _BATCH = 32
 _CHECKED = 8
 """One in this many rows is held out to validate the fit (heuristic)."""
 _FEW = 200
-"""Number of samples below which a note says that they are few, unless no more were asked for, and held-out ones stay so
-until the repair as a whole is confirmed (heuristic)."""
+"""Number of samples from which a confirmed fit is made again from all of them; below it, a note says that they are few,
+unless no more were asked for (heuristic)."""
 _LEAST = 2
 """Number of samples that a repair takes: one to fit and one to check."""
 _TARGET_BYTES = 128 << 20
@@ -145,9 +145,9 @@ def repair(
     """Fit the weights of a pruned model to the original.
 
     An eighth of the samples (a third of fewer than 32) is held out: a weight is fitted only if that lowers its error on
-    them. Of 200 samples or more, it is then fitted again to all. If the error of the outputs on those held out does not
-    fall, the result is the pruned model, and a note says so. If it does, and there are fewer than 32 samples, all
-    weights are fitted again to all.
+    them. With 200 samples or more, it is then fitted again to all, those held out included. If the error of the outputs
+    on the latter does not fall, the result is the pruned model, and a note says so. If it does, and there are fewer
+    than 32 samples, all weights are fitted again to all samples.
 
     Args:
         combed: The original.

@@ -243,18 +243,20 @@ class _Checks:
             return []
         feed = {entry.name: batch[entry.name] for entry in self.inputs}
         try:
-            together, again = answers(self.session, feed), answers(self.session, feed)
+            together = answers(self.session, feed)
             alone = [answers(self.session, _sample(feed, index)) for index in range(len(together[0]))]
+            apart = [_deviation(a, np.concatenate(b)) for a, b in zip(together, zip(*alone, strict=True), strict=True)]
+            if max(apart) <= _DEPENDENT:
+                return []
+            chance = map(_deviation, together, answers(self.session, feed))
         except (CpdError, ValueError, IndexError):  # it takes no single sample; a later step says what does not run
             return []
-        pairs = zip(together, again, zip(*alone, strict=True), strict=True)
-        if max(_deviation(a, np.concatenate(c)) - _deviation(a, b) for a, b, c in pairs) <= _DEPENDENT:
+        if max(found - usual for found, usual in zip(apart, chance, strict=True)) <= _DEPENDENT:
             return []
-        shapes = [f"{entry.name}:1,{','.join(map(str, feed[entry.name].shape[1:]))}" for entry in self.inputs]
-        advice = " ".join(f"--input-shape {shape.rstrip(',')}" for shape in shapes)
         return [
-            "the original's outputs for a sample depend on the other samples of its batch, so that it is pruned for "
-            f"the batches of this run: if it is used with one sample at a time, give {advice}"
+            "the original's outputs for a sample depend on the other samples of its batch, and the pruned model is "
+            "fitted to batches: if the model is used with one sample at a time, fix its batch size first, with "
+            "'cpd-onnx deploy MODEL -o FILE --batch 1', and prune that file"
         ]
 
     # Labels.

@@ -99,7 +99,7 @@ class Precision:
 
     def size_of(self, model: Model) -> int:
         """Return the bytes of the file of a model in this form."""
-        return _size(self(model))
+        return self(model).size_bytes()
 
     @property
     def floats(self) -> frozenset[str]:
@@ -115,11 +115,6 @@ class Precision:
         """The form in words."""
         count = self.nodes - len(self.floats)
         return f"8-bit integers in {count} of {self.nodes} operators that can compute in them"
-
-
-def _size(model: Model) -> int:
-    """Return the bytes of the file of a model."""
-    return int(model.data_bytes() + model.proto.ByteSize())
 
 
 def _newer(model: Model, opset: int = OPSET) -> Model:
@@ -159,7 +154,7 @@ class Halves:
 
     def size_of(self, model: Model) -> int:
         """Return the bytes of the file of a model in this form."""
-        return _size(self(model))
+        return self(model).size_bytes()
 
     @property
     def what(self) -> str:
@@ -377,7 +372,7 @@ class InFewBits:
 
     def size_of(self, model: Model) -> int:
         """Return the bytes of the file of a model in this form."""
-        return _size(in_few_bits(self.prepared(model), None, self.options)[0])
+        return in_few_bits(self.prepared(model), None, self.options)[0].size_bytes()
 
     def prepared(self, model: Model) -> Model:
         """Return the model that is rounded."""

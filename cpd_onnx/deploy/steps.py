@@ -526,7 +526,7 @@ def deploy(model: Model, request: Deployment, source: Source | None = None, obse
                 notes += _overflow(model, feeds)
         if after is not model or notes:
             recorded = options if after is not model else None
-            done.append(Step(name, todo.what, difference, _size(after), seconds, tuple(notes), recorded))
+            done.append(Step(name, todo.what, difference, after.size_bytes(), seconds, tuple(notes), recorded))
         model = after
     remaining = problems(model, request.profile) if request.profile is not None else []
     return Deployed(model, tuple(done), tuple(remaining))
@@ -689,11 +689,6 @@ def _attempted(function: Callable[[Model, int], Model], model: Model, version: i
     except UnsupportedError as error:
         notify(f"skipped: {error}")
         return model
-
-
-def _size(model: Model) -> int:
-    """Return the size of the model in bytes, including its weights."""
-    return model.data_bytes() + int(model.proto.ByteSize())
 
 
 def _is_storage_only(request: Deployment) -> bool:

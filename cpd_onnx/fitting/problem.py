@@ -162,8 +162,8 @@ class Problem:
         if self.activation is not None:  # which takes longer than to clip
             self.blocks = self.blocks.map(lambda block: replace(block, seen=self.seen(block)))
         moments = self.moments()
-        ridge, *found = self.fitted(moments)
-        fit = (found[0], found[1])
+        ridge, matrix, constant = self.fitted(moments)
+        fit = matrix, constant
         matrix, constant, scales = self.rounded(*fit, moments, ridge)
         after = self.error(matrix, constant) / deviation
         if not after < before:

@@ -296,10 +296,14 @@ class Model(Summarised):
         for piece in joined(proto.SerializeToString(), lengths):
             yield _bytes_of(self.array(proto.graph.initializer[piece].name)) if isinstance(piece, int) else piece
 
+    def size_bytes(self) -> int:
+        """Return the size of the whole model in bytes, including its weights."""
+        return self.data_bytes() + int(self.proto.ByteSize())
+
     @property
     def is_over_limit(self) -> bool:
         """Whether the model is too large for one protobuf message."""
-        return bool(self.data_bytes() + self.proto.ByteSize() > _PROTO_LIMIT)
+        return self.size_bytes() > _PROTO_LIMIT
 
     def defect(self) -> str | None:
         """Return the first complaint of onnx's checker as one line; None if the model is valid or over 2 GiB."""

@@ -30,7 +30,7 @@ _ENTERING_BYTES = 1 << 20
 (heuristic)."""
 
 _MOST_AXES = 8
-"""Largest number of integers in one tensor that are taken for the sizes of another; pruning leaves their number."""
+"""Largest number of elements of a tensor that may hold the sizes of another; pruning leaves their number."""
 
 
 class Parts:
@@ -125,7 +125,7 @@ class Parts:
 
 def _counts_axes(value: Value) -> bool:
     """Return whether the length of a tensor is the same in all runs and in a pruned model: it may hold sizes."""
-    if value.dtype != TensorProto.INT64 or value.shape is None or len(value.shape) != 1:
+    if value.entries is None or value.shape is None or len(value.shape) != 1:  # computed from values, or no vector
         return False
     return value.has_fixed(0) and value.shape[0] <= _MOST_AXES
 

@@ -159,6 +159,12 @@ def test_integers_count_as_they_are_written(folder: Path, capsys: pytest.Capture
     assert size == pytest.approx(0.3, abs=0.02)
 
 
+def test_flash_counts_integers_beside_a_target_of_bytes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("--precision", "int8", "--target", "flash=0.7,bytes=0.9", "--no-report", "--json", "-")
+    assert run("compress", "digits.onnx", "-o", "small.onnx", *QUICK, *asked) == 0
+    assert json.loads(capsys.readouterr().out)["budget"]["stored_as"] == "int8"
+
+
 @pytest.mark.parametrize("target", ["flash=0.5", "bytes=0.35"])
 def test_what_loses_too_much_as_integers_has_halves(folder: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
     asked = ("--precision", "auto", "--max-loss", "0.3", "--target", target, "--no-report")

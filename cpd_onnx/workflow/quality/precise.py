@@ -118,18 +118,20 @@ def as_deployed(request: Compress, form: Form | None, model: Model) -> Compress:
     """Return the request with the targets counted in the form in which the result is deployed.
 
     Those of flash and RAM are parts of what the original takes in that form, those of bytes of its file as it is.
+    Beside one of flash or RAM, a target of bytes counts the float file.
     """
     if form is None or request.deploy_as:
         return request
     asked = () if request.target is None else targets_of(request.target)
-    if not isinstance(form, InFewBits) and not any(target.kind == _OF_THE_FILE for target in asked):
+    kinds = {target.kind for target in asked}
+    if not isinstance(form, InFewBits) and (_OF_THE_FILE not in kinds or _OF_A_PROGRAM.intersection(kinds)):
         return replace(request, deploy_as=HALF if isinstance(form, Halves) else INTEGERS)
-    combed, kinds = comb(model, request.input_shapes), (_OF_THE_FILE,)
-    weights = Prices(combed, kinds, stored_as=str(FewBits(form.mean))).full(_OF_THE_FILE)
+    combed = comb(model, request.input_shapes)
+    weights = Prices(combed, (_OF_THE_FILE,), stored_as=str(FewBits(form.mean))).full(_OF_THE_FILE)
     counted = replace(request, deploy_as=str(FewBits(form.mean, max(0.0, form.size_of(model) - weights))))
     if not asked:
         return counted
-    size = float(model.data_bytes() + model.proto.ByteSize())
+    size = float(model.size_bytes())
     each = [
         replace(target, amount=target.amount * size, unit="B")
         if target.kind == _OF_THE_FILE and target.is_fraction
